@@ -1,0 +1,71 @@
+# `make help` lists the targets. PYTHON is the interpreter (of a virtual environment) to work with.
+
+PYTHON ?= python
+JOBS ?= $(shell nproc)
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+# What the environment holds (cmake, ninja, ruff, mypy, clang-format) comes before the system's.
+export PATH := $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$(PATH)
+
+CPP_FILES = $(shell find csrc tests/cpp bench -name '*.h' -o -name '*.cc')
+APT_PACKAGES = build-essential libgtest-dev libbenchmark-dev
+
+.PHONY: help ci install-test-deps develop check format format-check lint types test test-cpp test-asan \
+        test-tsan test-python bench bench-smoke clean
+
+help: ## This list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
+
+ci: install-test-deps check ## Install all that the tests need and ktrt itself, then run everything
+
+install-test-deps: ## System packages (Debian, Ubuntu) and `pip install '.[test]'`
+	@if command -v apt-get >/dev/null; then \
+	  dpkg -s $(APT_PACKAGES) >/dev/null 2>&1 || { \
+	    $(SUDO) apt-get update -q && \
+	    DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -yq --no-install-recommends $(APT_PACKAGES); }; \
+	else echo "not a Debian system; needed: C++ compiler, make, GoogleTest, Google Benchmark"; fi
+	$(PYTHON) -m pip install '.[test]'
+
+develop: ## Rebuild and install ktrt alone, incrementally (needs scikit-build-core, pybind11, cmake, ninja)
+	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -C build-dir=build/python .
+
+check: format-check lint types test-cpp test-asan test-tsan test-python bench-smoke ## Run every check
+
+format: ## Rewrite C++ and Python sources in the project's format
+	clang-format -i $(CPP_FILES)
+	ruff format .
+	ruff check --fix-only -q .
+
+format-check:
+	clang-format --dry-run -Werror $(CPP_FILES)
+	ruff format --check .
+
+lint: ## ruff
+	ruff check .
+
+types: ## mypy --strict
+	$(PYTHON) -m mypy
+
+test: test-cpp test-python ## C++ and Python tests
+
+test-cpp: ## C++ tests, as users run the code
+	cmake --preset release && cmake --build --preset release -j $(JOBS) && ctest --preset release
+
+test-asan: ## C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	cmake --preset asan && cmake --build --preset asan -j $(JOBS) && ctest --preset asan
+
+test-tsan: ## Tests of the thread pool and of the layer under ThreadSanitizer
+	cmake --preset tsan && cmake --build --preset tsan -j $(JOBS) && ctest --preset tsan
+
+test-python: ## Python tests (of the checkout's Python and the installed module)
+	$(PYTHON) -m pytest
+
+bench: ## All micro-benchmarks
+	cmake --preset release && cmake --build --preset release -j $(JOBS)
+	for b in build/release/bench/bench_*; do [ ! -x $$b ] || $$b || exit 1; done
+
+bench-smoke: ## Each micro-benchmark once, briefly, so that none rots
+	cmake --preset release && cmake --build --preset release -j $(JOBS)
+	for b in build/release/bench/bench_*; do [ ! -x $$b ] || $$b --benchmark_min_time=0.001 || exit 1; done
+
+clean: ## Remove build trees and caches
+	rm -rf build .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,33 @@
+# Compiler flags by file name: csrc/kernels/*/<isa>.cc. There are no global ISA flags: everything
+# else is compiled for baseline x86-64 and runs on any such machine.
+
+set(avx2_flags -mavx2 -mfma -mf16c)
+set(avx512_flags ${avx2_flags} -mavx512f -mavx512bw -mavx512vl -mavx512dq)
+set(KTRT_ISA_FLAGS_portable "")
+set(KTRT_ISA_FLAGS_avx2 ${avx2_flags})
+set(KTRT_ISA_FLAGS_avx512 ${avx512_flags})
+set(KTRT_ISA_FLAGS_avx512_vnni ${avx512_flags} -mavx512vnni)
+set(KTRT_ISA_FLAGS_avx512_bf16 ${avx512_flags} -mavx512vnni -mavx512bf16)
+set(KTRT_ISA_FLAGS_amx ${KTRT_ISA_FLAGS_avx512_bf16} -mamx-tile -mamx-bf16 -mamx-int8)
+set(KTRT_ISA_NAMES portable avx2 avx512 avx512_vnni avx512_bf16 amx)
+
+# The names as a regular expression over object files, for the symbol test.
+list(JOIN KTRT_ISA_NAMES "|" isa_alternatives)
+set(KTRT_ISA_OBJECT_REGEX "/kernels/.*/(${isa_alternatives})\\.cc\\.o$")
+
+# Kernels are -O3 in every optimised build, without LTO (inline functions must not travel between
+# files of different flags) and without exceptions or RTTI (no weak symbols from the standard library).
+function(ktrt_set_isa_flags)
+  # GCC 12's own AVX-512 headers use undefined vectors on purpose and warn about it (bug 105593).
+  set(gcc12 $<AND:$<CXX_COMPILER_ID:GNU>,$<VERSION_LESS:$<CXX_COMPILER_VERSION>,13>>)
+  set(quiet $<${gcc12}:-Wno-uninitialized> $<${gcc12}:-Wno-maybe-uninitialized>)
+  foreach(source IN LISTS ARGN)
+    get_filename_component(isa "${source}" NAME_WE)
+    if(NOT source MATCHES "/csrc/kernels/.+/" OR NOT isa IN_LIST KTRT_ISA_NAMES)
+      continue()
+    endif()
+    set(flags ${KTRT_ISA_FLAGS_${isa}} -fno-lto -fno-exceptions -fno-rtti ${quiet}
+              $<$<NOT:$<CONFIG:Debug>>:-O3>)
+    set_source_files_properties("${source}" PROPERTIES COMPILE_OPTIONS "${flags}")
+  endforeach()
+endfunction()

@@ -1,0 +1,8 @@
+#include "bindings/register.h"
+
+PYBIND11_MODULE(_core, module) {
+  module.doc() = "The compiled engine of ktrt: routed experts on the CPU.";
+  module.attr("__version__") = KTRT_VERSION;
+  ktrt::register_cpu(module);
+  ktrt::register_moe(module);
+}

@@ -1,0 +1,10 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace ktrt {
+
+void register_cpu(pybind11::module_& module);
+void register_moe(pybind11::module_& module);
+
+}  // namespace ktrt

@@ -1,0 +1,153 @@
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "base/check.h"
+#include "bindings/register.h"
+#include "bindings/tensor_arg.h"
+#include "cpu/topology.h"
+#include "moe/engine.h"
+#include "moe/moe_layer.h"
+
+namespace ktrt {
+
+namespace py = pybind11;
+
+namespace {
+
+std::shared_ptr<Engine> make_engine(int num_threads, int max_qlen,
+                                    std::optional<std::vector<int>> cpus) {
+  KTRT_CHECK(num_threads >= 1, "num_threads is " << num_threads << ", expected at least 1");
+  if (!cpus) cpus = read_topology(allowed_cpus()).cpu_ids();
+  const auto count = static_cast<std::size_t>(num_threads);
+  KTRT_CHECK(cpus->size() >= count, "num_threads is " << num_threads << ", but only "
+                                                      << cpus->size() << " CPUs are given");
+  cpus->resize(count);
+  return std::make_shared<Engine>(*cpus, max_qlen);
+}
+
+WeightFormat parse_format(const std::string& name) {
+  for (const WeightFormat format : {WeightFormat::kBf16, WeightFormat::kInt8}) {
+    if (name == name_of(format)) return format;
+  }
+  KTRT_CHECK(false, "weight_format is '" << name << "', expected 'bf16' or 'int8'");
+  return WeightFormat::kBf16;
+}
+
+Projection parse_projection(const std::string& name) {
+  for (const Projection projection : {Projection::kGate, Projection::kUp, Projection::kDown}) {
+    if (name == name_of(projection)) return projection;
+  }
+  KTRT_CHECK(false, "projection is '" << name << "', expected 'gate', 'up' or 'down'");
+  return Projection::kGate;
+}
+
+void load_expert(MoeLayer& layer, int expert, const py::object& gate, const py::object& up,
+                 const py::object& down) {
+  const TensorArg g(gate, "gate");
+  const TensorArg u(up, "up");
+  const TensorArg d(down, "down");
+  const py::gil_scoped_release release;
+  layer.load_expert(expert, g.view(), u.view(), d.view());
+}
+
+std::optional<TensorView> view_of(const std::optional<TensorArg>& arg) {
+  return arg ? std::optional<TensorView>(arg->view()) : std::nullopt;
+}
+
+void set_lora(MoeLayer& layer, const py::object& gate_a, const py::object& gate_b,
+              const py::object& up_a, const py::object& up_b, const py::object& down_a,
+              const py::object& down_b) {
+  const auto ga = optional_tensor(gate_a, "gate_a");
+  const auto gb = optional_tensor(gate_b, "gate_b");
+  const auto ua = optional_tensor(up_a, "up_a");
+  const auto ub = optional_tensor(up_b, "up_b");
+  const auto da = optional_tensor(down_a, "down_a");
+  const auto db = optional_tensor(down_b, "down_b");
+  const py::gil_scoped_release release;
+  layer.set_lora({view_of(ga), view_of(gb)}, {view_of(ua), view_of(ub)},
+                 {view_of(da), view_of(db)});
+}
+
+void forward(MoeLayer& layer, const py::object& hidden_states, const py::object& expert_ids,
+             const py::object& routing_weights, const py::object& out) {
+  const TensorArg hidden(hidden_states, "hidden_states");
+  const TensorArg ids(expert_ids, "expert_ids");
+  const TensorArg weights(routing_weights, "routing_weights");
+  const TensorArg result(out, "out");
+  const py::gil_scoped_release release;
+  layer.forward(hidden.view(), ids.view(), weights.view(), result.view());
+}
+
+py::dict last_kernels(const MoeLayer& layer) {
+  const KernelsUsed used = layer.last_kernels();
+  py::dict names;
+  if (used.gemm != nullptr) names["gemm"] = used.gemm;
+  if (used.lora_shrink != nullptr) names["lora_shrink"] = used.lora_shrink;
+  if (used.elementwise != nullptr) names["elementwise"] = used.elementwise;
+  return names;
+}
+
+py::bytes packed_codes(MoeLayer& layer, int expert, const std::string& projection) {
+  const auto codes = layer.packed_codes(expert, parse_projection(projection));
+  return {reinterpret_cast<const char*>(codes.data()), codes.size()};
+}
+
+py::bytes packed_scales(MoeLayer& layer, int expert, const std::string& projection) {
+  const auto scales = layer.packed_scales(expert, parse_projection(projection));
+  return {reinterpret_cast<const char*>(scales.data()), scales.size() * sizeof(float)};
+}
+
+void register_engine(py::module_& module) {
+  py::class_<Engine, std::shared_ptr<Engine>>(module, "Engine")
+      .def(py::init(&make_engine), py::kw_only(), py::arg("num_threads"),
+           py::arg("max_qlen") = 1024, py::arg("cpus") = py::none())
+      .def_property_readonly("num_threads", &Engine::num_threads)
+      .def_property_readonly("max_qlen", &Engine::max_qlen)
+      .def_property_readonly("closed", &Engine::closed)
+      .def("close", &Engine::close, py::call_guard<py::gil_scoped_release>());
+}
+
+void register_layer(py::module_& module) {
+  py::class_<MoeLayer>(module, "MoeLayer")
+      .def(py::init([](std::shared_ptr<Engine> engine, int num_experts, int top_k, int hidden_size,
+                       int intermediate_size, const std::string& weight_format) {
+             return std::make_unique<MoeLayer>(
+                 std::move(engine), MoeShape{num_experts, top_k, hidden_size, intermediate_size},
+                 parse_format(weight_format));
+           }),
+           py::arg("engine"), py::kw_only(), py::arg("num_experts"), py::arg("top_k"),
+           py::arg("hidden_size"), py::arg("intermediate_size"), py::arg("weight_format"))
+      .def_property_readonly("num_experts", [](const MoeLayer& l) { return l.shape().num_experts; })
+      .def_property_readonly("top_k", [](const MoeLayer& l) { return l.shape().top_k; })
+      .def_property_readonly("hidden_size", [](const MoeLayer& l) { return l.shape().hidden_size; })
+      .def_property_readonly("intermediate_size",
+                             [](const MoeLayer& l) { return l.shape().intermediate_size; })
+      .def_property_readonly("weight_format",
+                             [](const MoeLayer& l) { return std::string(name_of(l.format())); })
+      .def_property_readonly("packed_bytes", &MoeLayer::packed_bytes)
+      .def("load_expert", &load_expert, py::arg("expert"), py::arg("gate"), py::arg("up"),
+           py::arg("down"))
+      .def("set_lora", &set_lora, py::kw_only(), py::arg("gate_a") = py::none(),
+           py::arg("gate_b") = py::none(), py::arg("up_a") = py::none(),
+           py::arg("up_b") = py::none(), py::arg("down_a") = py::none(),
+           py::arg("down_b") = py::none())
+      .def("clear_lora", &MoeLayer::clear_lora, py::call_guard<py::gil_scoped_release>())
+      .def("forward", &forward, py::arg("hidden_states"), py::arg("expert_ids"),
+           py::arg("routing_weights"), py::arg("out"))
+      .def("last_kernels", &last_kernels)
+      .def("packed_codes", &packed_codes, py::arg("expert"), py::arg("projection"))
+      .def("packed_scales", &packed_scales, py::arg("expert"), py::arg("projection"));
+}
+
+}  // namespace
+
+void register_moe(py::module_& module) {
+  register_engine(module);
+  register_layer(module);
+}
+
+}  // namespace ktrt

@@ -1,0 +1,9 @@
+#include "kernels/elementwise/body.h"
+
+namespace ktrt {
+
+extern const ElementwiseKernels elementwise_avx2;
+const ElementwiseKernels elementwise_avx2 = {"avx2", quantize_row, f32_to_bf16, silu_mul,
+                                                weighted_add};
+
+}  // namespace ktrt

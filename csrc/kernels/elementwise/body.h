@@ -1,0 +1,92 @@
+// Row-wise stages, one body for every instruction set: plain loops that the compiler vectorises. The
+// files are compiled with -ffp-contract=off, so that all of them give the same bits.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "kernels/kernel_table.h"
+#include "kernels/scalar_bf16.h"
+
+namespace ktrt {
+namespace {
+
+inline float as_float(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+// Round half to even for |value| < 2^22: adding 1.5 · 2^23 leaves the integer in the low mantissa
+// bits. Vectorises on every ISA, unlike rintf on SSE2.
+inline int32_t round_to_int(float value) {
+  const float shifted = value + 12582912.0f;
+  uint32_t bits;
+  memcpy(&bits, &shifted, 4);
+  return static_cast<int32_t>(bits) - 0x4b400000;
+}
+
+float quantize_row(const uint16_t* x, int count, int padded, uint8_t offset, uint8_t* codes) {
+  uint32_t largest = 0;
+  for (int i = 0; i < count; ++i) {
+    const uint32_t magnitude = x[i] & 0x7fffu;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  const float scale = as_float(largest << 16) * (1.0f / 127.0f);
+  const float inverse = 1.0f / scale;
+  int done = 0;
+  // A row of zeros, or so small that 1/scale overflows, has scale 0; so has one with NaN or
+  // infinity, whose scale then carries it into the output.
+  if (inverse > 0.0f && inverse <= 3.4028234e38f) {
+    for (; done < count; ++done) {
+      const int32_t code = round_to_int(bf16_value(x[done]) * inverse);
+      codes[done] = static_cast<uint8_t>(code + offset);
+    }
+  }
+  for (; done < padded; ++done) codes[done] = offset;
+  if (inverse > 3.4028234e38f) return 0.0f;
+  return scale;
+}
+
+void f32_to_bf16(const float* in, int count, uint16_t* out) {
+  for (int i = 0; i < count; ++i) out[i] = bf16_bits(in[i]);
+}
+
+// e^x for x ≤ 0 by 2^n · p(f), |f| ≤ 1/2; relative error below 2e-7 (Cephes' expf polynomial).
+inline float exp_of_negative(float x) {
+  const float clamped = x < -87.0f ? -87.0f : x;
+  const int32_t n = round_to_int(clamped * 1.44269504088896341f);
+  const float integer = static_cast<float>(n);
+  const float f = (clamped - integer * 0.693359375f) - integer * -2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * f + 1.3981999507e-3f;
+  p = p * f + 8.3334519073e-3f;
+  p = p * f + 4.1665795894e-2f;
+  p = p * f + 1.6666665459e-1f;
+  p = p * f + 5.0000001201e-1f;
+  p = p * (f * f) + f + 1.0f;
+  return p * as_float(static_cast<uint32_t>(n + 127) << 23);
+}
+
+// x · sigmoid(x), from e^-|x| so that nothing overflows.
+inline float silu(float x) {
+  const float decay = exp_of_negative(-fabsf(x));
+  return x * ((x < 0.0f ? decay : 1.0f) / (1.0f + decay));
+}
+
+void silu_mul(const float* gate, const float* up, int rows, uint16_t* out, int64_t out_stride) {
+  for (int r = 0; r < rows; ++r) {
+    const float* g = gate + static_cast<int64_t>(r) * 32;
+    const float* u = up + static_cast<int64_t>(r) * 32;
+    uint16_t* y = out + r * out_stride;
+    for (int n = 0; n < 32; ++n) y[n] = bf16_bits(silu(g[n]) * u[n]);
+  }
+}
+
+void weighted_add(const float* c, float weight, float* acc) {
+  for (int n = 0; n < 32; ++n) acc[n] += weight * c[n];
+}
+
+}  // namespace
+}  // namespace ktrt

@@ -1,0 +1,9 @@
+#include "kernels/elementwise/body.h"
+
+namespace ktrt {
+
+extern const ElementwiseKernels elementwise_portable;
+const ElementwiseKernels elementwise_portable = {"portable", quantize_row, f32_to_bf16, silu_mul,
+                                                weighted_add};
+
+}  // namespace ktrt

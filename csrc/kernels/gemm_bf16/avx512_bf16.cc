@@ -1,0 +1,90 @@
+// BF16 GEMM on AVX-512 BF16. Register block: up to 14 rows of A × one strip (two zmm of 16 output
+// columns): 28 accumulators, 2 vectors of W, 1 broadcast of A. One accumulator chain per output, so a
+// row's result does not depend on the rows beside it.
+#include <immintrin.h>
+#include <string.h>
+
+#include "kernels/strip.h"
+
+namespace ktrt {
+namespace {
+
+constexpr int kMaxRows = 14;
+constexpr int kBlockBytes = 1792 * 2;
+constexpr int kPrefetchTiles = 3;
+
+inline __m512bh load_pairs(const void* p) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p)); }
+
+inline __m512bh broadcast_pair(const uint8_t* p) {
+  int pair;
+  memcpy(&pair, p, 4);
+  return reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+}
+
+template <int kRows>
+inline void expand_lora(const GemmArgs& g, const uint16_t* t, __m512 (&acc)[kRows][2]) {
+  for (int pair = 0; pair < g.rank_pairs; ++pair) {
+    const __m512bh b0 = load_pairs(g.lora_b + pair * 64);
+    const __m512bh b1 = load_pairs(g.lora_b + pair * 64 + 32);
+#pragma GCC unroll 14
+    for (int i = 0; i < kRows; ++i) {
+      const __m512bh a = broadcast_pair(reinterpret_cast<const uint8_t*>(t + i * g.t_stride + 2 * pair));
+      acc[i][0] = _mm512_dpbf16_ps(acc[i][0], b0, a);
+      acc[i][1] = _mm512_dpbf16_ps(acc[i][1], b1, a);
+    }
+  }
+}
+
+// kFirst: W comes from memory and is prefetched; later row blocks find it in the L2 cache.
+template <int kRows>
+void row_block(const GemmArgs& g, int first_row, bool first) {
+  __m512 acc[kRows][2];
+#pragma GCC unroll 14
+  for (int i = 0; i < kRows; ++i) acc[i][0] = acc[i][1] = _mm512_setzero_ps();
+  const uint8_t* a = g.a + first_row * g.a_stride;
+  const int row_bytes = g.k * 2;
+  for (int byte = 0; byte < row_bytes; byte += kBlockBytes) {
+    const StripChunk chunk = strip_chunk<kBlockBytes>(g, row_bytes, byte);
+    for (int tile = 0; tile < chunk.count; ++tile) {
+      const uint8_t* w = chunk.tiles + static_cast<int64_t>(tile) * kTileSize;
+      const uint8_t* x = a + byte + tile * 64;
+      if (first) prefetch_tile(chunk, tile, kPrefetchTiles);
+      for (int pair = 0; pair < 16; ++pair) {
+        const __m512bh w0 = load_pairs(w + pair * 64);
+        const __m512bh w1 = load_pairs(w + kTileHalf + pair * 64);
+#pragma GCC unroll 14
+        for (int i = 0; i < kRows; ++i) {
+          const __m512bh xi = broadcast_pair(x + i * g.a_stride + pair * 4);
+          acc[i][0] = _mm512_dpbf16_ps(acc[i][0], w0, xi);
+          acc[i][1] = _mm512_dpbf16_ps(acc[i][1], w1, xi);
+        }
+      }
+    }
+  }
+  if (g.lora_b != nullptr) expand_lora<kRows>(g, g.t + first_row * g.t_stride, acc);
+  float* c = g.c + static_cast<int64_t>(first_row) * kStripColumns;
+#pragma GCC unroll 14
+  for (int i = 0; i < kRows; ++i) {
+    _mm512_storeu_ps(c + i * kStripColumns, acc[i][0]);
+    _mm512_storeu_ps(c + i * kStripColumns + 16, acc[i][1]);
+  }
+}
+
+using RowBlock = void (*)(const GemmArgs&, int, bool);
+constexpr RowBlock kRowBlocks[kMaxRows + 1] = {
+    nullptr,       row_block<1>,  row_block<2>,  row_block<3>,  row_block<4>,
+    row_block<5>,  row_block<6>,  row_block<7>,  row_block<8>,  row_block<9>,
+    row_block<10>, row_block<11>, row_block<12>, row_block<13>, row_block<14>};
+
+void strip(const GemmArgs& g) {
+  for_each_row_block<kMaxRows>(g.rows, [&](int first, int rows) {
+    kRowBlocks[rows](g, first, first == 0);
+  });
+}
+
+}  // namespace
+
+extern const GemmKernel gemm_bf16_avx512_bf16;
+const GemmKernel gemm_bf16_avx512_bf16 = {"avx512_bf16", strip, 0};
+
+}  // namespace ktrt

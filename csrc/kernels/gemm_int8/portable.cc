@@ -1,0 +1,50 @@
+// INT8 GEMM in plain C++: exact int32 sums, scaled as kt_kernel does.
+#include <string.h>
+
+#include "kernels/scalar.h"
+#include "kernels/strip.h"
+
+namespace ktrt {
+namespace {
+
+constexpr int kBlockBytes = 3584;
+
+void accumulate_row(const GemmArgs& g, const int8_t* a, int32_t* acc) {
+  for (int byte = 0; byte < g.k; byte += kBlockBytes) {
+    const StripChunk chunk = strip_chunk<kBlockBytes>(g, g.k, byte);
+    for (int tile = 0; tile < chunk.count; ++tile) {
+      const uint8_t* w = chunk.tiles + static_cast<int64_t>(tile) * kTileSize;
+      const int8_t* x = a + byte + tile * 64;
+      for (int half = 0; half < 2; ++half) {
+        for (int group = 0; group < 16; ++group) {
+          int8_t codes[64];
+          memcpy(codes, w + half * kTileHalf + group * 64, 64);
+          for (int n = 0; n < 16; ++n) {
+            int32_t sum = 0;
+            for (int v = 0; v < 4; ++v) sum += x[group * 4 + v] * codes[n * 4 + v];
+            acc[half * 16 + n] += sum;
+          }
+        }
+      }
+    }
+  }
+}
+
+void strip(const GemmArgs& g) {
+  for (int r = 0; r < g.rows; ++r) {
+    int32_t acc[kStripColumns] = {};
+    accumulate_row(g, reinterpret_cast<const int8_t*>(g.a + r * g.a_stride), acc);
+    float* c = g.c + static_cast<int64_t>(r) * kStripColumns;
+    for (int n = 0; n < kStripColumns; ++n) {
+      c[n] = (g.a_scale[r] * g.w_scale[n]) * static_cast<float>(acc[n]);
+    }
+    if (g.lora_b != nullptr) expand_row(g, r, c);
+  }
+}
+
+}  // namespace
+
+extern const GemmKernel gemm_int8_portable;
+const GemmKernel gemm_int8_portable = {"portable", strip, 0};
+
+}  // namespace ktrt

@@ -1,0 +1,66 @@
+#include "kernels/select.h"
+
+#include <array>
+
+namespace ktrt {
+
+// One constant table per ISA file.
+extern const GemmKernel gemm_bf16_portable;
+extern const GemmKernel gemm_bf16_avx2;
+extern const GemmKernel gemm_bf16_avx512_bf16;
+extern const GemmKernel gemm_int8_portable;
+extern const GemmKernel gemm_int8_avx2;
+extern const GemmKernel gemm_int8_avx512_vnni;
+extern const ShrinkKernel lora_shrink_portable;
+extern const ShrinkKernel lora_shrink_avx2;
+extern const ShrinkKernel lora_shrink_avx512_bf16;
+extern const ElementwiseKernels elementwise_portable;
+extern const ElementwiseKernels elementwise_avx2;
+extern const ElementwiseKernels elementwise_avx512;
+
+namespace {
+
+template <class Kernel>
+struct Variant {
+  const Kernel* kernel;
+  Isa level;
+  bool runs;  // the processor has what the variant needs
+};
+
+// Variants go from best to worst; the last one always runs.
+template <class Kernel, std::size_t count>
+const Kernel* first_that_runs(const std::array<Variant<Kernel>, count>& variants, Isa level) {
+  for (const Variant<Kernel>& variant : variants) {
+    if (variant.runs && variant.level <= level) return variant.kernel;
+  }
+  return variants.back().kernel;
+}
+
+}  // namespace
+
+KernelTable select_kernels(Isa level, const CpuFeatures& f) {
+  const std::array<Variant<GemmKernel>, 3> gemm_bf16 = {{
+      {&gemm_bf16_avx512_bf16, Isa::kAvx512, f.avx512_bf16},
+      {&gemm_bf16_avx2, Isa::kAvx2, f.avx2},
+      {&gemm_bf16_portable, Isa::kPortable, true},
+  }};
+  const std::array<Variant<GemmKernel>, 3> gemm_int8 = {{
+      {&gemm_int8_avx512_vnni, Isa::kAvx512, f.avx512_vnni},
+      {&gemm_int8_avx2, Isa::kAvx2, f.avx2},
+      {&gemm_int8_portable, Isa::kPortable, true},
+  }};
+  const std::array<Variant<ShrinkKernel>, 3> lora_shrink = {{
+      {&lora_shrink_avx512_bf16, Isa::kAvx512, f.avx512_bf16},
+      {&lora_shrink_avx2, Isa::kAvx2, f.avx2},
+      {&lora_shrink_portable, Isa::kPortable, true},
+  }};
+  const std::array<Variant<ElementwiseKernels>, 3> elementwise = {{
+      {&elementwise_avx512, Isa::kAvx512, f.avx512},
+      {&elementwise_avx2, Isa::kAvx2, f.avx2},
+      {&elementwise_portable, Isa::kPortable, true},
+  }};
+  return {first_that_runs(gemm_bf16, level), first_that_runs(gemm_int8, level),
+          first_that_runs(lora_shrink, level), first_that_runs(elementwise, level)};
+}
+
+}  // namespace ktrt

@@ -1,0 +1,143 @@
+#include "layout/pack.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+namespace ktrt {
+
+namespace {
+
+constexpr std::size_t kWordsPerTileRow = kTileRowBytes / 4;
+
+// Calls visit(byte offset in the packed codes, byte offset in the strip's row-major codes
+// [32][padded_k]) for every 4-byte word of a strip: each half tile is the transpose of a 16 × 16
+// block of words, whatever the element type.
+template <class Visit>
+void for_each_word(const PackedLayout& layout, int strip, Visit visit) {
+  const std::size_t row_bytes = static_cast<std::size_t>(layout.row_bytes());
+  const int tiles = layout.padded_k() / layout.params().tile_k;
+  for (int tile = 0; tile < tiles; ++tile) {
+    std::size_t packed = layout.tile_offset(strip, tile * layout.params().tile_k);
+    const std::size_t column = static_cast<std::size_t>(tile) * kTileRowBytes;
+    for (int half = 0; half < 2; ++half) {
+      for (std::size_t group = 0; group < kWordsPerTileRow; ++group) {
+        for (int row = 0; row < kHalfRows; ++row) {
+          visit(packed, static_cast<std::size_t>(half * kHalfRows + row) * row_bytes + column +
+                            group * 4);
+          packed += 4;
+        }
+      }
+    }
+  }
+}
+
+struct QuantizedRow {
+  float scale = 0.0f;
+  std::int32_t sum = 0;
+  bool finite = true;
+};
+
+QuantizedRow quantize_weight_row(const bf16_t* row, int count, std::int8_t* codes) {
+  QuantizedRow result;
+  float amax = 0.0f;
+  for (int k = 0; k < count; ++k) {
+    const float magnitude = std::fabs(bf16_to_f32(row[k]));
+    result.finite = result.finite && std::isfinite(magnitude);
+    amax = std::max(amax, magnitude);
+  }
+  // kt_kernel is built with fast math, which turns amax / 127 into this product.
+  const float scale = amax * (1.0f / 127.0f);
+  const float inverse = 1.0f / scale;
+  // A row of zeros, or of values so small that 1/scale overflows, has scale 0 and codes 0.
+  if (!result.finite || !std::isfinite(inverse)) return result;
+  for (int k = 0; k < count; ++k) {
+    const float rounded = std::nearbyintf(bf16_to_f32(row[k]) * inverse);
+    const int code = static_cast<int>(std::clamp(rounded, -128.0f, 127.0f));
+    codes[k] = static_cast<std::int8_t>(code);
+    result.sum += code;
+  }
+  result.scale = scale;
+  return result;
+}
+
+bool all_finite(const bf16_t* row, int count) {
+  constexpr bf16_t kExponent = 0x7f80;
+  return std::none_of(row, row + count,
+                      [](bf16_t value) { return (value & kExponent) == kExponent; });
+}
+
+}  // namespace
+
+void row_to_bf16(const std::byte* row, DType dtype, int count, bf16_t* out) {
+  if (dtype == DType::kBfloat16) {
+    std::memcpy(out, row, static_cast<std::size_t>(count) * sizeof(bf16_t));
+  } else if (dtype == DType::kFloat32) {
+    const auto* values = reinterpret_cast<const float*>(row);
+    for (int i = 0; i < count; ++i) out[i] = f32_to_bf16(values[i]);
+  } else {
+    const auto* values = reinterpret_cast<const fp16_t*>(row);
+    for (int i = 0; i < count; ++i) out[i] = f32_to_bf16(fp16_to_f32(values[i]));
+  }
+}
+
+bool pack_strip(const TensorView& w, const PackedMatrix& packed, int strip) {
+  const PackedLayout& layout = packed.layout;
+  const std::size_t row_bytes = static_cast<std::size_t>(layout.row_bytes());
+  std::vector<std::uint8_t> rows(kStripRows * row_bytes, 0);
+  std::vector<bf16_t> converted(static_cast<std::size_t>(layout.k()));
+  const bool int8 = layout.params().element_bytes == 1;
+  bool finite = true;
+  for (int r = 0; r < kStripRows; ++r) {
+    const int n = strip * kStripRows + r;
+    std::uint8_t* row = rows.data() + static_cast<std::size_t>(r) * row_bytes;
+    QuantizedRow quantized;
+    if (n < layout.n()) {
+      row_to_bf16(w.row(n), w.dtype, layout.k(), converted.data());
+      if (int8) {
+        quantized = quantize_weight_row(converted.data(), layout.k(),
+                                        reinterpret_cast<std::int8_t*>(row));
+      } else {
+        quantized.finite = all_finite(converted.data(), layout.k());
+        std::memcpy(row, converted.data(), converted.size() * sizeof(bf16_t));
+      }
+    }
+    finite = finite && quantized.finite;
+    if (int8) {
+      packed.scales[n] = quantized.scale;
+      packed.sums[n] = quantized.sum;
+    }
+  }
+  for_each_word(layout, strip, [&](std::size_t to, std::size_t from) {
+    std::memcpy(packed.codes + to, rows.data() + from, 4);
+  });
+  return finite;
+}
+
+void unpack(const PackedMatrix& packed, float* out) {
+  const PackedLayout& layout = packed.layout;
+  const std::size_t row_bytes = static_cast<std::size_t>(layout.row_bytes());
+  std::vector<std::uint8_t> rows(kStripRows * row_bytes);
+  for (int strip = 0; strip < layout.strips(); ++strip) {
+    for_each_word(layout, strip, [&](std::size_t from, std::size_t to) {
+      std::memcpy(rows.data() + to, packed.codes + from, 4);
+    });
+    for (int r = 0; r < kStripRows && strip * kStripRows + r < layout.n(); ++r) {
+      const int n = strip * kStripRows + r;
+      const std::uint8_t* row = rows.data() + static_cast<std::size_t>(r) * row_bytes;
+      float* values = out + static_cast<std::size_t>(n) * static_cast<std::size_t>(layout.k());
+      for (int k = 0; k < layout.k(); ++k) {
+        if (layout.params().element_bytes == 1) {
+          values[k] = packed.scales[n] * static_cast<float>(static_cast<std::int8_t>(row[k]));
+        } else {
+          bf16_t value;
+          std::memcpy(&value, row + static_cast<std::size_t>(k) * 2, 2);
+          values[k] = bf16_to_f32(value);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace ktrt

@@ -1,0 +1,33 @@
+// Packing a row-major matrix into kt_kernel's layout, and back.
+#pragma once
+
+#include <cstdint>
+
+#include "base/bf16.h"
+#include "base/tensor_view.h"
+#include "layout/packed_layout.h"
+
+namespace ktrt {
+
+// Where one packed matrix lives. `scales` and `sums` are null for BF16.
+struct PackedMatrix {
+  PackedLayout layout;
+  std::uint8_t* codes = nullptr;   // layout.code_bytes()
+  float* scales = nullptr;         // [padded_n]: weight = scale · code
+  std::int32_t* sums = nullptr;    // [padded_n]: sum of the row's codes, for unsigned activations
+};
+
+// Packs rows [32·strip, 32·strip + 32) of w [n, k] (float32, float16 or bfloat16; rounded to
+// bfloat16 first, as kt_kernel receives it). For INT8, per output row over the whole k:
+// scale = max|w| · float32(1/127), code = round_half_even(w · (1/scale)); an all-zero row gives
+// scale 0. The caller has checked w's shape and dtype. Strips are independent. Returns false if a
+// value is infinite or NaN: the strip is then not usable.
+bool pack_strip(const TensorView& w, const PackedMatrix& packed, int strip);
+
+// The packed matrix as float32, row-major [n, k].
+void unpack(const PackedMatrix& packed, float* out);
+
+// bfloat16 values of one row of a float tensor; `row` is its address, `count` its length.
+void row_to_bf16(const std::byte* row, DType dtype, int count, bf16_t* out);
+
+}  // namespace ktrt

@@ -1,0 +1,22 @@
+#include "layout/packed_layout.h"
+
+#include <algorithm>
+
+namespace ktrt {
+
+const char* name_of(WeightFormat format) {
+  return format == WeightFormat::kBf16 ? "bf16" : "int8";
+}
+
+std::size_t PackedLayout::tile_offset(int strip, int k0) const {
+  const int k_block = k0 / params_.block_k * params_.block_k;
+  const int k_block_size = std::min(params_.block_k, padded_k_ - k_block);
+  const std::size_t rows = static_cast<std::size_t>(block_rows(strip));
+  const std::size_t elements =
+      static_cast<std::size_t>(k_block) * rows +
+      static_cast<std::size_t>(row_in_block(strip)) * static_cast<std::size_t>(k_block_size) +
+      static_cast<std::size_t>(k0 - k_block) * kStripRows;
+  return block_offset(strip) + elements * static_cast<std::size_t>(params_.element_bytes);
+}
+
+}  // namespace ktrt

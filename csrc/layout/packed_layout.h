@@ -1,0 +1,90 @@
+// kt_kernel 0.7.2's packed weight layout ("BufferB"): where each element of a matrix W [n, k] lies.
+//
+// Order: n-block, k-block, strip of 32 rows, tile of `tile_k` columns, two halves of 16 rows, groups
+// of consecutive k that fill 4 bytes (2 BF16 or 4 INT8 values), 16 rows, the group's values. A half
+// tile is 16 × 16 words of 4 bytes = 1 KB: an AMX B tile and, equally, sixteen 64-byte vectors that
+// hold one k-group of 16 output rows each. Checked byte for byte against kt_kernel by
+// tests/python/test_golden_packing.py.
+//
+// kt_kernel refuses sizes that do not fill its strips and tiles; here they are padded with zeros.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "base/aligned_buffer.h"
+
+namespace ktrt {
+
+enum class WeightFormat { kBf16, kInt8 };
+
+const char* name_of(WeightFormat format);
+
+inline constexpr int kStripRows = 32;  // rows of W that one kernel call produces
+inline constexpr int kHalfRows = 16;   // rows of one 64-byte vector, and of one AMX tile
+inline constexpr int kTileBytes = 2048;
+inline constexpr int kTileRowBytes = 64;  // bytes of k in a tile, per row
+
+// The fixed numbers of one format.
+struct FormatParams {
+  int element_bytes;
+  int block_rows;  // NB
+  int block_k;     // KB
+  int tile_k;      // KT
+};
+
+constexpr FormatParams params_of(WeightFormat format) {
+  return format == WeightFormat::kBf16 ? FormatParams{2, 256, 1792, 32}
+                                       : FormatParams{1, 64, 3584, 64};
+}
+
+// Sizes and addresses of one packed matrix.
+class PackedLayout {
+ public:
+  PackedLayout() = default;
+  PackedLayout(WeightFormat format, int n, int k)
+      : params_(params_of(format)),
+        n_(n),
+        k_(k),
+        padded_n_(round_up(n, kStripRows)),
+        padded_k_(round_up(k, params_.tile_k)) {}
+
+  int n() const { return n_; }
+  int k() const { return k_; }
+  int padded_n() const { return padded_n_; }
+  int padded_k() const { return padded_k_; }
+  int strips() const { return padded_n_ / kStripRows; }
+  std::size_t code_bytes() const {
+    return static_cast<std::size_t>(padded_n_) * static_cast<std::size_t>(row_bytes());
+  }
+  // Bytes of one row over the padded k.
+  int row_bytes() const { return padded_k_ * params_.element_bytes; }
+  const FormatParams& params() const { return params_; }
+
+  // Byte offset of the n-block that holds `strip`, and the rows of that block.
+  std::size_t block_offset(int strip) const {
+    return static_cast<std::size_t>(block_start(strip)) * static_cast<std::size_t>(row_bytes());
+  }
+  int block_rows(int strip) const {
+    const int rest = padded_n_ - block_start(strip);
+    return rest < params_.block_rows ? rest : params_.block_rows;
+  }
+  // First row of `strip` inside its n-block.
+  int row_in_block(int strip) const { return strip * kStripRows - block_start(strip); }
+
+  // Byte offset of the tile of `strip` that starts at column k0 (a multiple of tile_k).
+  std::size_t tile_offset(int strip, int k0) const;
+
+ private:
+  int block_start(int strip) const {
+    return strip * kStripRows / params_.block_rows * params_.block_rows;
+  }
+
+  FormatParams params_ = params_of(WeightFormat::kBf16);
+  int n_ = 0;
+  int k_ = 0;
+  int padded_n_ = 0;
+  int padded_k_ = 0;
+};
+
+}  // namespace ktrt

@@ -1,0 +1,69 @@
+#include "moe/dispatch_plan.h"
+
+#include <algorithm>
+
+#include "base/bf16.h"
+
+namespace ktrt {
+
+namespace {
+
+std::int64_t read_id(const TensorView& ids, std::int64_t row, std::int64_t slot) {
+  const std::byte* data = ids.row(row);
+  return ids.dtype == DType::kInt64 ? reinterpret_cast<const std::int64_t*>(data)[slot]
+                                    : reinterpret_cast<const std::int32_t*>(data)[slot];
+}
+
+float read_weight(const TensorView& weights, std::int64_t row, std::int64_t slot) {
+  const std::byte* data = weights.row(row);
+  switch (weights.dtype) {
+    case DType::kFloat16: return fp16_to_f32(reinterpret_cast<const fp16_t*>(data)[slot]);
+    case DType::kBfloat16: return bf16_to_f32(reinterpret_cast<const bf16_t*>(data)[slot]);
+    default: return reinterpret_cast<const float*>(data)[slot];
+  }
+}
+
+}  // namespace
+
+void DispatchPlan::build(const TensorView& expert_ids, const TensorView& routing_weights,
+                         int num_experts, int max_job_rows) {
+  const std::int64_t qlen = expert_ids.shape[0];
+  const std::int64_t slots = expert_ids.shape[1];
+  ids_.clear();
+  offsets_.assign(static_cast<std::size_t>(num_experts) + 1, 0);
+  for (std::int64_t t = 0; t < qlen; ++t) {
+    for (std::int64_t s = 0; s < slots; ++s) {
+      const std::int64_t id = read_id(expert_ids, t, s);
+      const bool valid = id >= 0 && id < num_experts;
+      ids_.push_back(valid ? static_cast<int>(id) : -1);
+      if (valid) ++offsets_[static_cast<std::size_t>(id) + 1];
+    }
+  }
+  for (std::size_t e = 1; e < offsets_.size(); ++e) offsets_[e] += offsets_[e - 1];
+
+  jobs_.clear();
+  for (int e = 0; e < num_experts; ++e) {
+    const int begin = offsets_[static_cast<std::size_t>(e)];
+    const int count = offsets_[static_cast<std::size_t>(e) + 1] - begin;
+    const int parts = (count + max_job_rows - 1) / max_job_rows;
+    for (int p = 0; p < parts; ++p) {
+      const int first = static_cast<int>(static_cast<std::int64_t>(count) * p / parts);
+      const int last = static_cast<int>(static_cast<std::int64_t>(count) * (p + 1) / parts);
+      jobs_.push_back({e, begin + first, last - first});
+    }
+  }
+
+  rows_.resize(static_cast<std::size_t>(offsets_.back()));
+  std::size_t entry = 0;
+  for (std::int64_t t = 0; t < qlen; ++t) {
+    for (std::int64_t s = 0; s < slots; ++s, ++entry) {
+      if (ids_[entry] < 0) continue;
+      // offsets_[e] moves from the start of e's rows to their end.
+      auto& next = offsets_[static_cast<std::size_t>(ids_[entry])];
+      rows_[static_cast<std::size_t>(next++)] = {static_cast<int>(t),
+                                                 read_weight(routing_weights, t, s)};
+    }
+  }
+}
+
+}  // namespace ktrt

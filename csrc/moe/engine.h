@@ -1,0 +1,52 @@
+// What the layers of one model share: threads, kernels, scratch memory.
+#pragma once
+
+#include <mutex>
+#include <optional>
+#include <set>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/thread_pool.h"
+#include "kernels/kernel_table.h"
+#include "moe/workspace.h"
+
+namespace ktrt {
+
+class MoeLayer;
+
+class Engine {
+ public:
+  // cpus[i]: where thread i runs; one thread each, the first being the caller of forward(). Throws
+  // std::invalid_argument (also for a bad KTRT_ISA).
+  Engine(const std::vector<int>& cpus, int max_qlen);
+  ~Engine() { close(); }
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  int num_threads() const { return num_threads_; }
+  int max_qlen() const { return workspace_.max_qlen(); }
+  Isa isa() const { return isa_; }
+  const KernelTable& kernels() const { return kernels_; }
+  bool closed() const;
+
+  // Stops the threads and frees scratch memory and the weights of all layers. Idempotent.
+  void close();
+
+ private:
+  friend class MoeLayer;
+
+  // Layers hold the lock while they use the pool, the workspace or their own weights. Throws
+  // std::runtime_error once closed.
+  std::unique_lock<std::mutex> lock_open();
+
+  const Isa isa_;
+  const KernelTable kernels_;
+  const int num_threads_;
+  mutable std::mutex mutex_;
+  std::optional<ThreadPool> pool_;
+  Workspace workspace_;
+  std::set<MoeLayer*> layers_;
+};
+
+}  // namespace ktrt

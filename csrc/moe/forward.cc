@@ -1,0 +1,291 @@
+#include "moe/forward.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "base/bf16.h"
+
+namespace ktrt {
+
+namespace {
+
+// A strip costs its compute, about one unit per token row, or the time to read it, which on the
+// machines measured equals that of about 12 rows in BF16.
+constexpr std::int64_t kRowsPerStripRead = 12;
+
+std::int64_t strip_cost(const Job& job) { return job.rows + kRowsPerStripRead; }
+
+// Row strides in the scratch memory of this layer.
+struct Strides {
+  std::int64_t x;          // elements
+  std::int64_t x_codes;    // bytes
+  std::int64_t act;        // elements
+  std::int64_t act_codes;  // bytes
+  std::int64_t t_input;    // elements
+  std::int64_t t_down;     // elements
+};
+
+Strides strides_of(const ForwardTask& task) {
+  const auto bytes = [](int values, int size) {
+    return static_cast<std::int64_t>(
+        scratch_stride(static_cast<std::size_t>(values) * static_cast<std::size_t>(size)));
+  };
+  const int x = round_up(task.weights.shape().hidden_size, kStripRows);
+  const int act = round_up(task.weights.shape().intermediate_size, kStripRows);
+  return {bytes(x, 2) / 2,
+          bytes(task.weights.layout(Projection::kGate).padded_k(), 1),
+          bytes(act, 2) / 2,
+          bytes(task.weights.layout(Projection::kDown).padded_k(), 1),
+          task.lora != nullptr ? task.lora->input_shrink().width() : 0,
+          task.lora != nullptr ? task.lora->down_shrink().width() : 0};
+}
+
+// What both phases of one thread need.
+class ThreadForward {
+ public:
+  ThreadForward(const ForwardTask& task, int thread, int num_threads)
+      : task_(task),
+        strides_(strides_of(task)),
+        scratch_(task.workspace.thread(thread)),
+        shared_(task.workspace.shared()),
+        int8_(task.weights.format() == WeightFormat::kInt8),
+        thread_(thread),
+        num_threads_(num_threads) {}
+
+  void gate_up_phase() const;
+  void down_phase() const;
+
+ private:
+  void gate_up_strips(std::size_t job_index, int first_strip, int end_strip) const;
+  void gather(const Job& job) const;
+  void quantize_and_shrink_activations(const Job& job) const;
+  GemmArgs gemm_args(const Job& job, Projection projection, int strip, float* c) const;
+  void use_input(GemmArgs& args) const;
+  void use_activations(GemmArgs& args, const Job& job) const;
+  void down_group(int first_strip, int strips) const;
+  void store_group(int first_strip, int strips) const;
+
+  const ForwardTask& task_;
+  const Strides strides_;
+  const Workspace::Thread& scratch_;
+  const Workspace::Shared& shared_;
+  const bool int8_;
+  const int thread_;
+  const int num_threads_;
+};
+
+// Copies (and rounds) the job's rows, so that they lie together and padded; then what the GEMM and
+// the LoRA shrink read.
+void ThreadForward::gather(const Job& job) const {
+  const TensorView& hidden = task_.hidden_states;
+  const int count = task_.weights.shape().hidden_size;
+  const int padded = round_up(count, kStripRows);
+  const PackedLayout& layout = task_.weights.layout(Projection::kGate);
+  for (int r = 0; r < job.rows; ++r) {
+    const std::byte* source = hidden.row(task_.plan.rows()[static_cast<std::size_t>(job.first_row + r)].token);
+    std::uint16_t* x = scratch_.x + r * strides_.x;
+    if (hidden.dtype == DType::kFloat32) {
+      task_.kernels.elementwise->f32_to_bf16(reinterpret_cast<const float*>(source), count, x);
+    } else {
+      row_to_bf16(source, hidden.dtype, count, x);
+    }
+    std::fill(x + count, x + padded, std::uint16_t{0});
+    if (int8_) {
+      scratch_.scales[r] = task_.kernels.elementwise->quantize_row(
+          x, count, layout.padded_k(), task_.gemm.activation_offset,
+          scratch_.codes + r * strides_.x_codes);
+    }
+  }
+  if (task_.lora == nullptr || task_.lora->input_shrink().blocks == 0) return;
+  const ExpertLora::Shrink& shrink = task_.lora->input_shrink();
+  task_.kernels.lora_shrink->run({scratch_.x, strides_.x, job.rows, shrink.of(job.expert),
+                                  shrink.blocks, shrink.k, scratch_.t, strides_.t_input});
+}
+
+void ThreadForward::quantize_and_shrink_activations(const Job& job) const {
+  const int count = task_.weights.shape().intermediate_size;
+  const PackedLayout& layout = task_.weights.layout(Projection::kDown);
+  if (int8_) {
+    for (int r = job.first_row; r < job.first_row + job.rows; ++r) {
+      shared_.scales[r] = task_.kernels.elementwise->quantize_row(
+          shared_.act + r * strides_.act, count, layout.padded_k(), task_.gemm.activation_offset,
+          shared_.codes + r * strides_.act_codes);
+    }
+  }
+  if (task_.lora == nullptr || task_.lora->down_shrink().blocks == 0) return;
+  const ExpertLora::Shrink& shrink = task_.lora->down_shrink();
+  task_.kernels.lora_shrink->run({shared_.act + job.first_row * strides_.act, strides_.act, job.rows,
+                                  shrink.of(job.expert), shrink.blocks, shrink.k,
+                                  shared_.t + job.first_row * strides_.t_down, strides_.t_down});
+}
+
+// Everything but the activations: weights of one strip and its LoRA expand.
+GemmArgs ThreadForward::gemm_args(const Job& job, Projection projection, int strip, float* c) const {
+  const PackedMatrix w = task_.weights.matrix(job.expert, projection);
+  GemmArgs args{};
+  args.rows = job.rows;
+  args.w_block = w.codes + w.layout.block_offset(strip);
+  args.block_rows = w.layout.block_rows(strip);
+  args.row_in_block = w.layout.row_in_block(strip);
+  args.k = w.layout.padded_k();
+  if (int8_) {
+    args.w_scale = w.scales + strip * kStripRows;
+    args.w_sum = w.sums + strip * kStripRows;
+  }
+  if (task_.lora != nullptr) {
+    const ExpertLora::Expand& expand = task_.lora->expand(projection);
+    if (expand.rank_pairs > 0) {
+      args.lora_b = expand.of(job.expert, strip);
+      args.rank_pairs = expand.rank_pairs;
+    }
+  }
+  args.c = c;
+  return args;
+}
+
+void ThreadForward::use_input(GemmArgs& args) const {
+  args.a = int8_ ? scratch_.codes : reinterpret_cast<const std::uint8_t*>(scratch_.x);
+  args.a_stride = int8_ ? strides_.x_codes : strides_.x * 2;
+  args.a_scale = scratch_.scales;
+  args.t_stride = strides_.t_input;
+}
+
+void ThreadForward::use_activations(GemmArgs& args, const Job& job) const {
+  args.a = int8_ ? shared_.codes + job.first_row * strides_.act_codes
+                 : reinterpret_cast<const std::uint8_t*>(shared_.act + job.first_row * strides_.act);
+  args.a_stride = int8_ ? strides_.act_codes : strides_.act * 2;
+  args.a_scale = shared_.scales + job.first_row;
+  args.t = shared_.t + job.first_row * strides_.t_down;
+  args.t_stride = strides_.t_down;
+}
+
+void ThreadForward::gate_up_strips(std::size_t job_index, int first_strip, int end_strip) const {
+  const Job& job = task_.plan.jobs()[job_index];
+  gather(job);
+  for (int strip = first_strip; strip < end_strip; ++strip) {
+    GemmArgs gate = gemm_args(job, Projection::kGate, strip, scratch_.c);
+    GemmArgs up = gemm_args(job, Projection::kUp, strip, scratch_.c_up);
+    use_input(gate);
+    use_input(up);
+    if (task_.lora != nullptr) {
+      gate.t = scratch_.t + task_.lora->expand(Projection::kGate).t_offset;
+      up.t = scratch_.t + task_.lora->expand(Projection::kUp).t_offset;
+    }
+    const PackedMatrix next_gate = task_.weights.matrix(job.expert, Projection::kGate);
+    const PackedMatrix next_up = task_.weights.matrix(job.expert, Projection::kUp);
+    gate.next = next_up.codes + next_up.layout.tile_offset(strip, 0);
+    if (strip + 1 < end_strip) {
+      up.next = next_gate.codes + next_gate.layout.tile_offset(strip + 1, 0);
+    }
+    task_.gemm.strip(gate);
+    task_.gemm.strip(up);
+    task_.kernels.elementwise->silu_mul(scratch_.c, scratch_.c_up, job.rows,
+                                        shared_.act + job.first_row * strides_.act +
+                                            strip * kStripRows,
+                                        strides_.act);
+  }
+  const int done = end_strip - first_strip;
+  const int before =
+      task_.finished_strips[job_index].fetch_add(done, std::memory_order_acq_rel);
+  if (before + done == task_.weights.layout(Projection::kGate).strips()) {
+    quantize_and_shrink_activations(job);
+  }
+}
+
+void ThreadForward::gate_up_phase() const {
+  const std::vector<Job>& jobs = task_.plan.jobs();
+  const int strips = task_.weights.layout(Projection::kGate).strips();
+  std::int64_t total = 0;
+  for (const Job& job : jobs) total += strip_cost(job) * strips;
+  const std::int64_t begin = total * thread_ / num_threads_;
+  const std::int64_t end = total * (thread_ + 1) / num_threads_;
+  std::int64_t job_start = 0;
+  for (std::size_t j = 0; j < jobs.size() && job_start < end; ++j) {
+    // A strip belongs to the thread in whose range its first unit of cost lies.
+    const std::int64_t cost = strip_cost(jobs[j]);
+    const auto strip_at = [&](std::int64_t position) {
+      const std::int64_t offset = std::max<std::int64_t>(position - job_start, 0);
+      const std::int64_t strip = (offset + cost - 1) / cost;
+      return static_cast<int>(std::min<std::int64_t>(strip, strips));
+    };
+    const int first = strip_at(begin);
+    const int last = strip_at(end);
+    if (first < last) gate_up_strips(j, first, last);
+    job_start += cost * strips;
+  }
+}
+
+// Sums of all jobs for `strips` strips of output columns, then their conversion.
+void ThreadForward::down_group(int first_strip, int strips) const {
+  const std::int64_t columns = static_cast<std::int64_t>(strips) * kStripRows;
+  const std::int64_t qlen = task_.out.shape[0];
+  std::memset(scratch_.out, 0, static_cast<std::size_t>(qlen * columns) * sizeof(float));
+  const std::vector<Job>& jobs = task_.plan.jobs();
+  for (std::size_t j = 0; j < jobs.size(); ++j) {
+    const Job& job = jobs[j];
+    for (int s = 0; s < strips; ++s) {
+      GemmArgs args = gemm_args(job, Projection::kDown, first_strip + s, scratch_.c);
+      use_activations(args, job);
+      const bool last = s + 1 == strips;
+      if (!last || j + 1 < jobs.size()) {
+        const PackedMatrix next =
+            task_.weights.matrix(last ? jobs[j + 1].expert : job.expert, Projection::kDown);
+        args.next = next.codes + next.layout.tile_offset(last ? first_strip : first_strip + s + 1, 0);
+      }
+      task_.gemm.strip(args);
+      for (int r = 0; r < job.rows; ++r) {
+        const PlanRow& row = task_.plan.rows()[static_cast<std::size_t>(job.first_row + r)];
+        task_.kernels.elementwise->weighted_add(scratch_.c + r * kStripRows, row.weight,
+                                                scratch_.out + row.token * columns + s * kStripRows);
+      }
+    }
+  }
+  store_group(first_strip, strips);
+}
+
+void ThreadForward::store_group(int first_strip, int strips) const {
+  const int columns = strips * kStripRows;
+  const int first_column = first_strip * kStripRows;
+  const int valid = std::min(columns, task_.weights.shape().hidden_size - first_column);
+  const TensorView& out = task_.out;
+  for (std::int64_t token = 0; token < out.shape[0]; ++token) {
+    const float* sums = scratch_.out + token * columns;
+    std::byte* row = out.mutable_row(token) + static_cast<std::size_t>(first_column) * size_of(out.dtype);
+    switch (out.dtype) {
+      case DType::kFloat32:
+        std::memcpy(row, sums, static_cast<std::size_t>(valid) * sizeof(float));
+        break;
+      case DType::kBfloat16:
+        task_.kernels.elementwise->f32_to_bf16(sums, valid, reinterpret_cast<std::uint16_t*>(row));
+        break;
+      default:
+        for (int c = 0; c < valid; ++c) reinterpret_cast<fp16_t*>(row)[c] = f32_to_fp16(sums[c]);
+    }
+  }
+}
+
+void ThreadForward::down_phase() const {
+  const int strips = task_.weights.layout(Projection::kDown).strips();
+  const int begin = static_cast<int>(static_cast<std::int64_t>(strips) * thread_ / num_threads_);
+  const int end = static_cast<int>(static_cast<std::int64_t>(strips) * (thread_ + 1) / num_threads_);
+  const std::size_t strip_bytes =
+      static_cast<std::size_t>(task_.out.shape[0]) * kStripRows * sizeof(float);
+  const int group = static_cast<int>(std::max<std::size_t>(1, kOutputBlockBytes / strip_bytes));
+  for (int first = begin; first < end; first += group) {
+    down_group(first, std::min(group, end - first));
+  }
+}
+
+}  // namespace
+
+void run_forward(const ForwardTask& task, ThreadPool& pool) {
+  if (task.out.shape[0] == 0) return;
+  pool.run([&](int thread) {
+    const ThreadForward forward(task, thread, pool.size());
+    forward.gate_up_phase();
+    pool.barrier();
+    forward.down_phase();
+  });
+}
+
+}  // namespace ktrt

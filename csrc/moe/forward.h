@@ -1,0 +1,39 @@
+// One forward of one layer over the thread pool: two phases with one barrier between.
+//
+// Gate and up: the (job, strip of 32 intermediate columns) pairs are cut into one contiguous range
+// per thread, balanced by cost. For every job it touches, a thread gathers the job's rows, quantises
+// them and shrinks them for LoRA; then per strip: gate GEMM, up GEMM, SiLU · up. Whoever finishes a
+// job's last strip quantises and shrinks its activations for the next phase, so that neither INT8
+// nor LoRA needs a barrier of its own.
+//
+// Down: every thread owns a range of output columns for all jobs, so that sums need no atomics and
+// are made in plan order; routing weights are applied as the strips are added up.
+#pragma once
+
+#include <atomic>
+
+#include "base/tensor_view.h"
+#include "cpu/thread_pool.h"
+#include "kernels/kernel_table.h"
+#include "moe/dispatch_plan.h"
+#include "moe/expert_lora.h"
+#include "moe/expert_weights.h"
+#include "moe/workspace.h"
+
+namespace ktrt {
+
+struct ForwardTask {
+  const ExpertWeights& weights;
+  const ExpertLora* lora;  // null: base
+  const DispatchPlan& plan;
+  const KernelTable& kernels;
+  const GemmKernel& gemm;
+  const Workspace& workspace;
+  std::atomic<int>* finished_strips;  // [jobs], zero
+  const TensorView& hidden_states;
+  const TensorView& out;
+};
+
+void run_forward(const ForwardTask& task, ThreadPool& pool);
+
+}  // namespace ktrt

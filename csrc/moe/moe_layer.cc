@@ -1,0 +1,134 @@
+#include "moe/moe_layer.h"
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+
+#include "base/check.h"
+#include "moe/forward.h"
+
+namespace ktrt {
+
+MoeLayer::MoeLayer(std::shared_ptr<Engine> engine, const MoeShape& shape, WeightFormat format)
+    : engine_(std::move(engine)), shape_(shape), format_(format) {
+  const auto lock = engine_->lock_open();
+  weights_.emplace(shape, format);
+  engine_->workspace_.reserve(shape);
+  engine_->layers_.insert(this);
+}
+
+MoeLayer::~MoeLayer() {
+  const std::lock_guard lock(engine_->mutex_);
+  engine_->layers_.erase(this);
+}
+
+void MoeLayer::release() {
+  weights_.reset();
+  lora_.reset();
+}
+
+void MoeLayer::load_expert(int expert, const TensorView& gate, const TensorView& up,
+                           const TensorView& down) {
+  KTRT_CHECK(expert >= 0 && expert < shape_.num_experts,
+             "expert is " << expert << ", expected 0 to " << shape_.num_experts - 1);
+  for (const TensorView* view : {&gate, &up, &down}) view->expect_float();
+  gate.expect_shape({shape_.intermediate_size, shape_.hidden_size});
+  up.expect_shape({shape_.intermediate_size, shape_.hidden_size});
+  down.expect_shape({shape_.hidden_size, shape_.intermediate_size});
+
+  const auto lock = engine_->lock_open();
+  weights_->set_loaded(expert, false);
+  const std::array<const TensorView*, kProjections> sources = {&gate, &up, &down};
+  for (int p = 0; p < kProjections; ++p) {
+    const auto projection = static_cast<Projection>(p);
+    const TensorView& source = *sources[static_cast<std::size_t>(p)];
+    const PackedMatrix matrix = weights_->matrix(expert, projection);
+    std::atomic<bool> finite{true};
+    engine_->pool_->run([&](int thread) {
+      for (int s = thread; s < matrix.layout.strips(); s += engine_->num_threads()) {
+        if (!pack_strip(source, matrix, s)) finite.store(false, std::memory_order_relaxed);
+      }
+    });
+    KTRT_CHECK(finite.load(), source.name << " of expert " << expert
+                                          << " holds NaN or infinity; the weights are damaged");
+  }
+  weights_->set_loaded(expert, true);
+}
+
+void MoeLayer::set_lora(const LoraPair& gate, const LoraPair& up, const LoraPair& down) {
+  ExpertLora lora(shape_, gate, up, down);
+  const auto lock = engine_->lock_open();
+  lora_.emplace(std::move(lora));
+}
+
+void MoeLayer::clear_lora() {
+  const auto lock = engine_->lock_open();
+  lora_.reset();
+}
+
+void MoeLayer::check_forward(const TensorView& hidden_states, const TensorView& expert_ids,
+                             const TensorView& routing_weights, const TensorView& out) const {
+  hidden_states.expect_float();
+  hidden_states.expect_shape({-1, shape_.hidden_size});
+  const std::int64_t qlen = hidden_states.shape[0];
+  KTRT_CHECK(qlen <= engine_->max_qlen(), "qlen is " << qlen << ", at most max_qlen ("
+                                                     << engine_->max_qlen() << ") expected");
+  out.expect_shape({qlen, shape_.hidden_size});
+  KTRT_CHECK(out.dtype == hidden_states.dtype,
+             out.name << " is " << name_of(out.dtype) << ", expected the dtype of "
+                      << hidden_states.name << " (" << name_of(hidden_states.dtype) << ")");
+  expert_ids.expect_shape({qlen, -1});
+  KTRT_CHECK(expert_ids.dtype == DType::kInt32 || expert_ids.dtype == DType::kInt64,
+             expert_ids.name << " is " << name_of(expert_ids.dtype) << ", expected int32 or int64");
+  KTRT_CHECK(expert_ids.shape[1] <= shape_.top_k,
+             expert_ids.name << " has " << expert_ids.shape[1] << " slots, at most top_k ("
+                             << shape_.top_k << ") expected");
+  routing_weights.expect_float();
+  routing_weights.expect_shape({qlen, expert_ids.shape[1]});
+}
+
+void MoeLayer::forward(const TensorView& hidden_states, const TensorView& expert_ids,
+                       const TensorView& routing_weights, const TensorView& out) {
+  check_forward(hidden_states, expert_ids, routing_weights, out);
+  const auto lock = engine_->lock_open();
+  KTRT_CHECK(weights_->all_loaded(),
+             "expert " << weights_->first_missing() << " has not been loaded");
+  plan_.build(expert_ids, routing_weights, shape_.num_experts, kMaxJobRows);
+
+  const KernelTable& kernels = engine_->kernels();
+  const bool int8 = format_ == WeightFormat::kInt8;
+  ForwardTask task{.weights = *weights_,
+                   .lora = lora_ ? &*lora_ : nullptr,
+                   .plan = plan_,
+                   .kernels = kernels,
+                   .gemm = int8 ? *kernels.gemm_int8 : *kernels.gemm_bf16,
+                   .workspace = engine_->workspace_,
+                   .finished_strips = engine_->workspace_.job_counters(plan_.jobs().size()),
+                   .hidden_states = hidden_states,
+                   .out = out};
+  run_forward(task, *engine_->pool_);
+  used_ = {task.gemm.name, lora_ ? kernels.lora_shrink->name : nullptr, kernels.elementwise->name};
+}
+
+std::size_t MoeLayer::packed_bytes() const { return weights_ ? weights_->packed_bytes() : 0; }
+
+PackedMatrix MoeLayer::loaded_matrix(int expert, Projection projection) const {
+  KTRT_CHECK(expert >= 0 && expert < shape_.num_experts && weights_->loaded(expert),
+             "expert " << expert << " has not been loaded");
+  return weights_->matrix(expert, projection);
+}
+
+std::vector<std::uint8_t> MoeLayer::packed_codes(int expert, Projection projection) {
+  const auto lock = engine_->lock_open();
+  const PackedMatrix matrix = loaded_matrix(expert, projection);
+  return {matrix.codes, matrix.codes + matrix.layout.code_bytes()};
+}
+
+std::vector<float> MoeLayer::packed_scales(int expert, Projection projection) {
+  const auto lock = engine_->lock_open();
+  const PackedMatrix matrix = loaded_matrix(expert, projection);
+  if (matrix.scales == nullptr) return {};
+  return {matrix.scales, matrix.scales + matrix.layout.padded_n()};
+}
+
+}  // namespace ktrt

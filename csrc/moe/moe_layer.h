@@ -1,0 +1,71 @@
+// The routed experts of one MoE layer: the interface that the bindings expose.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "base/tensor_view.h"
+#include "moe/dispatch_plan.h"
+#include "moe/engine.h"
+#include "moe/expert_lora.h"
+#include "moe/expert_weights.h"
+
+namespace ktrt {
+
+// Names of the kernel variants that ran in the last forward; null where the family did not run.
+struct KernelsUsed {
+  const char* gemm = nullptr;
+  const char* lora_shrink = nullptr;
+  const char* elementwise = nullptr;
+};
+
+class MoeLayer {
+ public:
+  MoeLayer(std::shared_ptr<Engine> engine, const MoeShape& shape, WeightFormat format);
+  ~MoeLayer();
+  MoeLayer(const MoeLayer&) = delete;
+  MoeLayer& operator=(const MoeLayer&) = delete;
+
+  const MoeShape& shape() const { return shape_; }
+  WeightFormat format() const { return format_; }
+
+  // gate, up [intermediate, hidden], down [hidden, intermediate]; float32, float16 or bfloat16.
+  // Throws std::invalid_argument: shapes, dtypes, expert out of range, a weight that is not finite.
+  void load_expert(int expert, const TensorView& gate, const TensorView& up, const TensorView& down);
+
+  void set_lora(const LoraPair& gate, const LoraPair& up, const LoraPair& down);
+  void clear_lora();
+
+  // hidden_states, out [qlen, hidden] of one float dtype; expert_ids [qlen, k ≤ top_k] int32 or
+  // int64; routing_weights [qlen, k] float. `out` must not overlap `hidden_states`.
+  void forward(const TensorView& hidden_states, const TensorView& expert_ids,
+               const TensorView& routing_weights, const TensorView& out);
+
+  KernelsUsed last_kernels() const { return used_; }
+  std::size_t packed_bytes() const;
+
+  // Copies of one packed matrix, in kt_kernel's byte order.
+  std::vector<std::uint8_t> packed_codes(int expert, Projection projection);
+  std::vector<float> packed_scales(int expert, Projection projection);
+
+ private:
+  friend class Engine;
+
+  // Called by the engine, which holds the lock.
+  void release();
+  void check_forward(const TensorView& hidden_states, const TensorView& expert_ids,
+                     const TensorView& routing_weights, const TensorView& out) const;
+  PackedMatrix loaded_matrix(int expert, Projection projection) const;
+
+  const std::shared_ptr<Engine> engine_;
+  const MoeShape shape_;
+  const WeightFormat format_;
+  std::optional<ExpertWeights> weights_;
+  std::optional<ExpertLora> lora_;
+  DispatchPlan plan_;
+  KernelsUsed used_;
+};
+
+}  // namespace ktrt

@@ -1,0 +1,115 @@
+#include "moe/workspace.h"
+
+#include <algorithm>
+
+#include "base/check.h"
+#include "moe/expert_lora.h"
+
+namespace ktrt {
+
+namespace {
+
+// Gate and up may both have the maximal rank.
+constexpr std::size_t kInputRanks = 2 * ExpertLora::kMaxRank;
+
+// Hands out consecutive parts of one allocation; measures when there is none.
+class Carver {
+ public:
+  explicit Carver(std::byte* base) : base_(base) {}
+  template <class T>
+  T* take(std::size_t bytes) {
+    T* part = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
+    used_ += round_up(bytes, kCacheLine);
+    return part;
+  }
+  std::size_t used() const { return used_; }
+
+ private:
+  std::byte* base_;
+  std::size_t used_ = 0;
+};
+
+Workspace::Thread carve(Carver& carver, std::size_t x_row, std::size_t out_bytes) {
+  constexpr std::size_t kRows = kMaxJobRows;
+  Workspace::Thread thread;
+  thread.x = carver.take<std::uint16_t>(kRows * x_row);
+  thread.codes = carver.take<std::uint8_t>(kRows * x_row);
+  thread.scales = carver.take<float>(kRows * sizeof(float));
+  thread.t = carver.take<std::uint16_t>(kRows * kInputRanks * sizeof(std::uint16_t));
+  thread.c = carver.take<float>(kRows * kStripRows * sizeof(float));
+  thread.c_up = carver.take<float>(kRows * kStripRows * sizeof(float));
+  thread.out = carver.take<float>(out_bytes);
+  return thread;
+}
+
+Workspace::Shared carve_shared(Carver& carver, std::size_t rows, std::size_t act_row) {
+  Workspace::Shared shared;
+  shared.act = carver.take<std::uint16_t>(rows * act_row);
+  shared.codes = carver.take<std::uint8_t>(rows * act_row);
+  shared.scales = carver.take<float>(rows * sizeof(float));
+  shared.t = carver.take<std::uint16_t>(rows * ExpertLora::kMaxRank * sizeof(std::uint16_t));
+  return shared;
+}
+
+// Bytes of a BF16 scratch row of `values`, padded for either weight format; more than enough for
+// the INT8 codes of the same row.
+std::size_t row_bytes(int values) {
+  constexpr std::size_t kWidestTile = 64;
+  return scratch_stride(round_up(static_cast<std::size_t>(values), kWidestTile) * 2);
+}
+
+}  // namespace
+
+Workspace::Workspace(int num_threads, int max_qlen) : max_qlen_(max_qlen) {
+  KTRT_CHECK(max_qlen >= 1, "max_qlen is " << max_qlen << ", expected at least 1");
+  threads_.resize(static_cast<std::size_t>(num_threads));
+  thread_memory_.resize(threads_.size());
+}
+
+void Workspace::reserve(const MoeShape& shape) {
+  const std::size_t x_row = std::max(x_row_, row_bytes(shape.hidden_size));
+  const std::size_t act_row = std::max(act_row_, row_bytes(shape.intermediate_size));
+  const std::size_t plan_rows =
+      std::max(plan_rows_, static_cast<std::size_t>(max_qlen_) * static_cast<std::size_t>(shape.top_k));
+  const std::size_t out_bytes =
+      std::max(kOutputBlockBytes,
+               static_cast<std::size_t>(max_qlen_) * kStripRows * sizeof(float));
+  if (x_row != x_row_) {
+    for (std::size_t i = 0; i < threads_.size(); ++i) {
+      Carver measure(nullptr);
+      carve(measure, x_row, out_bytes);
+      thread_memory_[i] = AlignedBuffer(measure.used());
+      Carver carver(thread_memory_[i].as<std::byte>());
+      threads_[i] = carve(carver, x_row, out_bytes);
+    }
+  }
+  if (act_row != act_row_ || plan_rows != plan_rows_) {
+    Carver measure(nullptr);
+    carve_shared(measure, plan_rows, act_row);
+    shared_memory_ = AlignedBuffer(measure.used());
+    Carver carver(shared_memory_.as<std::byte>());
+    shared_ = carve_shared(carver, plan_rows, act_row);
+  }
+  x_row_ = x_row;
+  act_row_ = act_row;
+  plan_rows_ = plan_rows;
+}
+
+void Workspace::release() {
+  for (AlignedBuffer& memory : thread_memory_) memory.reset();
+  shared_memory_.reset();
+  std::fill(threads_.begin(), threads_.end(), Thread{});
+  shared_ = Shared{};
+  x_row_ = act_row_ = plan_rows_ = 0;
+}
+
+std::atomic<int>* Workspace::job_counters(std::size_t count) {
+  if (count > counter_capacity_) {
+    counters_ = std::make_unique<std::atomic<int>[]>(count);
+    counter_capacity_ = count;
+  }
+  for (std::size_t i = 0; i < count; ++i) counters_[i].store(0, std::memory_order_relaxed);
+  return counters_.get();
+}
+
+}  // namespace ktrt

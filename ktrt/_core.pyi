@@ -1,0 +1,115 @@
+"""The compiled engine: routed experts of Mixture-of-Experts layers on the CPU.
+
+Arrays are passed by DLPack: any object with ``__dlpack__`` whose data lies in CPU memory
+(``torch.Tensor``, ``numpy.ndarray``), with the last dimension contiguous. Every size is checked;
+a mismatch raises ``ValueError`` naming the argument, what was found and what was expected.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+__version__: str
+
+class Engine:
+    """A pool of pinned threads and the scratch memory that the layers of one model share.
+
+    ``forward`` calls of layers on one engine are serialised; two engines are independent.
+    """
+
+    def __init__(
+        self, *, num_threads: int, max_qlen: int = 1024, cpus: Sequence[int] | None = None
+    ) -> None:
+        """``num_threads`` counts the calling thread, which works too. ``cpus[i]`` is where thread i
+        is pinned (the caller, i = 0, is never pinned); by default the process's allowed CPUs are
+        taken in order, one hardware thread per core first. ``max_qlen`` bounds the tokens of one
+        ``forward``. ``ValueError``: a count below 1, or fewer cpus than threads."""
+
+    @property
+    def num_threads(self) -> int: ...
+    @property
+    def max_qlen(self) -> int: ...
+    @property
+    def closed(self) -> bool: ...
+    def close(self) -> None:
+        """Stops the threads and frees the scratch memory and all expert weights of its layers.
+        Idempotent. A later ``forward`` or ``load_expert`` raises ``RuntimeError``."""
+
+class MoeLayer:
+    """The routed experts of one MoE layer: ``y = Σ_slots w · down(act(gate x) · (up x))``.
+
+    Weights live in kt_kernel's packed layout; sizes it refuses are zero-padded.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        num_experts: int,
+        top_k: int,
+        hidden_size: int,
+        intermediate_size: int,
+        weight_format: Literal["bf16", "int8"],
+    ) -> None: ...
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def weight_format(self) -> str: ...
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of packed weights and scales held for all experts, LoRA excluded."""
+
+    def load_expert(self, expert: int, gate: Any, up: Any, down: Any) -> None:
+        """Packs (and for int8 quantises) one expert. gate, up [intermediate_size, hidden_size],
+        down [hidden_size, intermediate_size]; float32, float16 or bfloat16, rounded to bfloat16
+        first. The arrays are not kept. Runs without the GIL, on the pool."""
+
+    def set_lora(
+        self,
+        *,
+        gate_a: Any | None = None,
+        gate_b: Any | None = None,
+        up_a: Any | None = None,
+        up_b: Any | None = None,
+        down_a: Any | None = None,
+        down_b: Any | None = None,
+    ) -> None:
+        """Replaces the layer's LoRA: per projection A [num_experts, rank, in], B [num_experts, out,
+        rank], float32, the scaling already folded into B. Rounded to bfloat16 once. A projection
+        without both is left without LoRA. ``up_b`` with ``up_a=None`` and ``gate_a`` given: up uses
+        gate's A (one shrink serves both). Ranks 1 … 256 and may differ per projection."""
+
+    def clear_lora(self) -> None: ...
+    def forward(
+        self, hidden_states: Any, expert_ids: Any, routing_weights: Any, out: Any
+    ) -> None:
+        """hidden_states, out [qlen, hidden_size], one dtype of float32, float16, bfloat16;
+        expert_ids [qlen, k ≤ top_k] int32 or int64; routing_weights [qlen, k] float32, float16 or
+        bfloat16. A slot whose id lies outside [0, num_experts) contributes nothing. Writes ``out``.
+        Runs without the GIL. ``ValueError``: qlen > max_qlen, an expert not loaded, shapes, dtypes.
+        """
+
+    def last_kernels(self) -> dict[str, str]:
+        """Which ISA variant ran in the last ``forward``, e.g. ``{"gemm": "avx512_bf16",
+        "lora_shrink": "avx512_bf16", "quantize_rows": "avx512_bf16"}``."""
+
+    def packed_codes(self, expert: int, projection: Literal["gate", "up", "down"]) -> bytes:
+        """A copy of the packed codes of one matrix (kt_kernel's byte order)."""
+
+    def packed_scales(self, expert: int, projection: Literal["gate", "up", "down"]) -> bytes:
+        """A copy of the float32 scales, one per padded output row; empty for bf16."""
+
+def isa() -> str:
+    """The ISA level in use: ``portable``, ``avx2``, ``avx512`` or ``amx`` (after ``KTRT_ISA``)."""
+
+def detected_isa() -> str:
+    """The highest ISA level this machine and build can run."""
+
+def kernels() -> dict[str, str]:
+    """For every kernel family the variant that runs at this ISA level, e.g.
+    ``{"gemm_bf16": "avx512_bf16", "gemm_int8": "avx512_vnni", …}``."""

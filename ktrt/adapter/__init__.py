@@ -1,0 +1,15 @@
+"""LoRA adapters: any layout on disk → one internal form for the engine, the rest for PEFT."""
+
+from ktrt.adapter.audit import Audit, AuditRow
+from ktrt.adapter.base import BaseModel, ExpertLora, Projection
+from ktrt.adapter.plan import AdapterPlan, plan_adapter
+
+__all__ = [
+    "AdapterPlan",
+    "Audit",
+    "AuditRow",
+    "BaseModel",
+    "ExpertLora",
+    "Projection",
+    "plan_adapter",
+]

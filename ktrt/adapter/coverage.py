@@ -1,0 +1,86 @@
+"""Compares what adapter_config.json targets with what the file holds."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ktrt.errors import AdapterError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ktrt.adapter.base import BaseModel, ExpertLoras, Projection
+    from ktrt.adapter.settings import LoraSettings
+    from ktrt.adapter.torch_side import TorchSide
+
+logger = logging.getLogger(__name__)
+
+_PROJECTIONS: tuple[Projection, ...] = ("gate", "up", "down")
+
+
+def check_coverage(
+    file: Path, base: BaseModel, settings: LoraSettings, experts: ExpertLoras, side: TorchSide
+) -> None:
+    """``AdapterError`` if the configuration puts LoRA on modules of this base for which the file
+    has none: a file cut short, or another base. An adapter without any LoRA on routed experts is a
+    warning, since several writers leave them out although their names are targeted."""
+    missing = _missing_modules(base, settings, side)
+    missing += _missing_parameters(base, settings, experts, side)
+    expected = _expected_per_expert(base, settings)
+    if not experts and expected and not settings.target_parameters:
+        logger.warning(
+            "%s targets routed experts (%s, …), but %s holds no LoRA for any: they run as in the "
+            "base model", settings.file, expected[0][2], file,
+        )  # fmt: skip
+    elif not _stacked_only(settings):
+        missing += [name for path, part, name in expected if part not in experts.get(path, {})]
+    if missing:
+        raise AdapterError(
+            f"{file}: no LoRA for {missing[0]} ({len(missing)} modules in all, last "
+            f"{missing[-1]}), though {settings.file} targets it and {base.summary()}. The file is "
+            "incomplete, or the adapter was trained on another base model."
+        )
+
+
+def _missing_modules(base: BaseModel, settings: LoraSettings, side: TorchSide) -> list[str]:
+    linears = (name for name, m in base.model.named_modules() if isinstance(m, nn.Linear))
+    return [name for name in linears if name not in side.loras and settings.targets_module(name)]
+
+
+def _missing_parameters(
+    base: BaseModel, settings: LoraSettings, experts: ExpertLoras, side: TorchSide
+) -> list[str]:
+    """Of the parameters that target_parameters names, those without LoRA."""
+    missing = []
+    for name, _ in base.model.named_parameters():
+        if settings.targets_parameter(name):
+            module, _, parameter = name.rpartition(".")
+            projection: Projection = "down" if parameter == "down_proj" else "gate"
+            if module not in side.routers and projection not in experts.get(module, {}):
+                missing.append(name)
+    return missing
+
+
+def _stacked_only(settings: LoraSettings) -> bool:
+    """Whether the experts were parameters for the PEFT that trained the adapter: then
+    target_modules could not reach them."""
+    return bool(settings.target_parameters)
+
+
+def _expected_per_expert(
+    base: BaseModel, settings: LoraSettings
+) -> list[tuple[str, Projection, str]]:
+    """(experts path, projection, module name) of each single expert that target_modules names."""
+    expected = []
+    for site in base.experts:
+        for expert in range(site.num_experts):
+            for projection in _PROJECTIONS:
+                name = base.expert_modules.get(
+                    (site.path, expert, projection), f"{site.path}.{expert}.{projection}_proj"
+                )
+                if settings.targets_module(name):
+                    expected.append((site.path, projection, name))
+    return expected

@@ -1,0 +1,148 @@
+"""Reads an adapter folder: adapter_config.json and the tensors, checked for damage."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from ktrt.errors import AdapterError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+
+_LORA_KEY = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B"
+    r"|lora_magnitude_vector)(?:\.(?P<leaf>weight|bias))?"
+)
+
+
+@dataclass(frozen=True)
+class AdapterTensor:
+    """One tensor of the file.
+
+    ``key`` is its name there; ``module`` the adapted module's name as PEFT saw it; ``part`` is
+    ``lora_A``, ``lora_B``, … or the parameter's own name for a weight saved whole.
+    """
+
+    key: str
+    module: str
+    part: str
+    value: torch.Tensor
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter folder as read: ``file`` holds ``tensors``, ``config`` is adapter_config.json."""
+
+    folder: Path
+    file: Path
+    config: dict[str, Any]
+    tensors: list[AdapterTensor]
+
+
+def read_adapter(folder: Path) -> AdapterFiles:
+    """Raises ``AdapterError`` for a missing or damaged file, and for NaN or infinite values."""
+    config = _read_config(folder / CONFIG_NAME)
+    file = folder / WEIGHTS_NAME
+    if not file.is_file() and (folder / PICKLE_NAME).is_file():
+        file = folder / PICKLE_NAME
+    tensors = [parse_key(key, value) for key, value in _read_tensors(file).items()]
+    for tensor in tensors:
+        _check_values(file, tensor)
+    return AdapterFiles(folder, file, config, _without_copies(file, tensors))
+
+
+def parse_key(key: str, value: torch.Tensor) -> AdapterTensor:
+    """Splits a key into module and part; PEFT's outer names and the original_moe infix that
+    LLaMA-Factory wrote around 2026-01 do not count."""
+    name = key.removeprefix("base_model.model.").replace(".original_moe.", ".")
+    if match := _LORA_KEY.fullmatch(name):
+        part = match["part"] + (".bias" if match["leaf"] == "bias" else "")
+        return AdapterTensor(key, match["module"], part, value)
+    module, _, part = name.rpartition(".")
+    return AdapterTensor(key, module, part, value)
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise AdapterError(
+            f"{file} is missing: {file.parent} is not a PEFT adapter folder. "
+            "adapter_name_or_path must name the folder that training saved."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{file} cannot be read as JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"{file} holds {type(config).__name__}, expected an object.")
+    return config
+
+
+def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        if file.name == PICKLE_NAME:
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
+        else:
+            tensors = load_file(file)
+    except FileNotFoundError as error:
+        raise AdapterError(
+            f"{file} is missing; expected {WEIGHTS_NAME} or {PICKLE_NAME} beside {CONFIG_NAME}."
+        ) from error
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
+        raise AdapterError(
+            f"{file} is damaged or incomplete ({error}; {file.stat().st_size} bytes). Copy it "
+            "again from where it was trained."
+        ) from error
+    except Exception as error:
+        # pickle.UnpicklingError and whatever else a hostile or foreign pickle raises.
+        raise AdapterError(f"{file} is not a plain file of tensors ({error}).") from error
+    if not isinstance(tensors, dict) or not all(
+        isinstance(value, torch.Tensor) for value in tensors.values()
+    ):
+        raise AdapterError(f"{file} does not hold a dictionary of tensors.")
+    if not tensors:
+        raise AdapterError(f"{file} holds no tensors.")
+    return tensors
+
+
+def _check_values(file: Path, tensor: AdapterTensor) -> None:
+    value = tensor.value
+    if not value.is_floating_point():
+        raise AdapterError(f"{file}: {tensor.key} has dtype {value.dtype}, expected floats.")
+    bad = value.numel() - int(torch.isfinite(value).sum())
+    if bad:
+        raise AdapterError(
+            f"{file}: {tensor.key} holds {bad} NaN or infinite values of {value.numel()}. The "
+            "training diverged or the file is damaged; this adapter cannot be used."
+        )
+    if tensor.part == "lora_B" and not value.any():
+        logger.warning("%s: %s is all zero: this adapter changes nothing there", file, tensor.key)
+
+
+def _without_copies(file: Path, tensors: list[AdapterTensor]) -> list[AdapterTensor]:
+    """Refuses two tensors for one place; equal copies under two names are one tensor."""
+    places: dict[tuple[str, str], AdapterTensor] = {}
+    for tensor in tensors:
+        place = (tensor.module, tensor.part)
+        first = places.setdefault(place, tensor)
+        if first is not tensor and not torch.equal(first.value, tensor.value):
+            raise AdapterError(
+                f"{file}: {first.key} and {tensor.key} are both {tensor.part} of {tensor.module} "
+                "and differ; expected one of them."
+            )
+        if first is not tensor:
+            logger.info("%s: %s is a copy of %s", file, tensor.key, first.key)
+    return list(places.values())

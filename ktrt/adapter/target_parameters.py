@@ -1,0 +1,163 @@
+"""Layout b: LoRA on the stacked expert parameters, as PEFT writes for ``target_parameters``.
+
+gate_up_proj: ``…experts.base_layer.lora_{A,B}.weight``, down_proj: ``…experts.lora_{A,B}.weight``;
+with a single target the unprefixed name belongs to that one. A [E·r, in] is expert-major, B
+[out, r·E] rank-major: A_e = A[e·r:(e+1)·r], B_e = B[:, e::E] (``ParamWrapper`` in peft.tuners.lora).
+
+PEFT before 0.19.1 read [E, d1, d2] as in = d1, out = d2, so that A is [E·r, d1], B [d2, r·E] and
+ΔW_e = A_eᵀ B_eᵀ. The shapes tell the two apart unless d1 = d2; then peft_version does.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from packaging.version import InvalidVersion, Version
+
+from ktrt.adapter.audit import AuditRow
+from ktrt.adapter.base import ExpertLora
+from ktrt.errors import AdapterError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from ktrt.adapter.base import BaseModel, ExpertLoras, ExpertsSite
+    from ktrt.adapter.read import AdapterTensor
+    from ktrt.adapter.settings import LoraScale, LoraSettings
+
+Parameter = Literal["gate_up_proj", "down_proj"]
+
+# 0.19.0 has the test for swapping in and out inverted, so it counts with the older ones.
+_FIRST_SWAPPED = Version("0.19.1.dev0")
+
+
+def claim(tensor: AdapterTensor, base: BaseModel) -> str | None:
+    """The experts module that the tensor is for, None if it is for none."""
+    for path in (tensor.module, _plain_path(tensor)):
+        stacked = base.names.target(f"{path}.down_proj").name.removesuffix(".down_proj")
+        if base.site(stacked) is not None:
+            return stacked
+    return None
+
+
+def collect(
+    file: Path,
+    tensors: Iterable[tuple[AdapterTensor, str]],
+    base: BaseModel,
+    settings: LoraSettings,
+) -> tuple[ExpertLoras, list[AuditRow]]:
+    """Unstacks the tensors by layer and projection; an audit row for each tensor.
+
+    Raises ``AdapterError`` naming the tensor, what was found and expected: shapes that do not fit
+    the base, half a pair, ambiguity that only peft_version could resolve, DoRA.
+    """
+    found: dict[tuple[str, bool], dict[str, AdapterTensor]] = defaultdict(dict)
+    for tensor, path in tensors:
+        if tensor.part not in ("lora_A", "lora_B"):
+            raise AdapterError(
+                f"{file}: {tensor.key}: {tensor.part} on routed experts (DoRA or a LoRA bias) is "
+                "not computed by the engine."
+            )
+        found[path, tensor.module.endswith(".base_layer")][tensor.part] = tensor
+    loras: ExpertLoras = defaultdict(dict)
+    rows = []
+    for (path, inner), parts in found.items():
+        if len(parts) != 2:
+            key = next(iter(parts.values())).key
+            raise AdapterError(f"{file}: {key} is only half of a LoRA pair; incomplete file.")
+        both = (path, not inner) in found
+        parameter = _parameter(file, path, inner, both, parts["lora_A"], settings)
+        site = base.site(path)
+        assert site is not None  # claim() looked it up
+        scale = settings.scale(f"{_plain_path(parts['lora_A'])}.{parameter}")
+        lora = _unstack(file, site, parameter, parts, scale, settings)
+        for tensor in parts.values():
+            acts_on = f"{path}.{parameter}"
+            rows.append(
+                AuditRow(tensor.key, acts_on, tensor.part, site.layer, scale.rank, scale.scaling)
+            )
+        if parameter == "down_proj":
+            loras[path]["down"] = lora
+        else:
+            rows = site.intermediate_size
+            loras[path]["gate"] = ExpertLora(lora.a, lora.b[:, :rows], lora.scaling)
+            loras[path]["up"] = ExpertLora(lora.a, lora.b[:, rows:], lora.scaling)
+    return dict(loras), rows
+
+
+def _plain_path(tensor: AdapterTensor) -> str:
+    """The experts module as PEFT saw it, without the name of the inner wrapper."""
+    return tensor.module.removesuffix(".base_layer")
+
+
+def _parameter(
+    file: Path,
+    path: str,
+    inner: bool,
+    both: bool,
+    lora_a: AdapterTensor,
+    settings: LoraSettings,
+) -> Parameter:
+    """Which stacked parameter a key stands for: PEFT nests the wrappers in the parameters' order,
+    gate_up_proj first (innermost), and gives a single one the unprefixed name."""
+    if both:
+        return "gate_up_proj" if inner else "down_proj"
+    targets: list[Parameter] = []
+    for parameter in ("gate_up_proj", "down_proj"):
+        if settings.targets_parameter(f"{path}.{parameter}"):
+            targets.append(parameter)
+    if inner or len(targets) != 1:
+        raise AdapterError(
+            f"{file}: {lora_a.key} is the only LoRA of {path}, but target_parameters "
+            f"{settings.target_parameters} in {settings.file} names {len(targets)} of gate_up_proj "
+            "and down_proj there; expected one. The file is incomplete or the config is not its."
+        )
+    return targets[0]
+
+
+def _unstack(
+    file: Path,
+    site: ExpertsSite,
+    parameter: Parameter,
+    parts: dict[str, AdapterTensor],
+    scale: LoraScale,
+    settings: LoraSettings,
+) -> ExpertLora:
+    a, b = parts["lora_A"].value.float(), parts["lora_B"].value.float()
+    num_experts, rank = site.num_experts, scale.rank
+    rows, inner = 2 * site.intermediate_size, site.hidden_size
+    size_out, size_in = (rows, inner) if parameter == "gate_up_proj" else (inner, rows // 2)
+    stacked = num_experts * rank
+    new = a.shape == (stacked, size_in) and b.shape == (size_out, stacked)
+    old = a.shape == (stacked, size_out) and b.shape == (size_in, stacked)
+    if not new and not old:
+        raise AdapterError(
+            f"{file}: {parts['lora_A'].key} has shape {list(a.shape)} and {parts['lora_B'].key} "
+            f"{list(b.shape)}; expected [{stacked}, {size_in}] and [{size_out}, {stacked}] for "
+            f"{site.path}.{parameter} with {num_experts} experts and rank {rank}. The adapter was "
+            "trained on another base model, or adapter_config.json is not its own."
+        )
+    if new and old:
+        old = not _writes_swapped(file, parts["lora_A"].key, settings)
+    stack_a = a.reshape(num_experts, rank, -1)
+    stack_b = b.reshape(b.shape[0], rank, num_experts).permute(2, 0, 1)
+    if old:
+        stack_a, stack_b = stack_b.transpose(1, 2), stack_a.transpose(1, 2)
+    scaling = torch.full((num_experts,), scale.scaling, dtype=torch.float32)
+    return ExpertLora(stack_a.contiguous(), stack_b.contiguous(), scaling)
+
+
+def _writes_swapped(file: Path, key: str, settings: LoraSettings) -> bool:
+    """Whether the PEFT that wrote the adapter had A on the parameter's last dimension."""
+    try:
+        return Version(str(settings.peft_version).partition("@")[0]) >= _FIRST_SWAPPED
+    except InvalidVersion:
+        raise AdapterError(
+            f"{file}: {key} can be read in two ways, because the parameter is square, and "
+            f"{settings.file} does not say which PEFT wrote it (peft_version is "
+            f"{settings.peft_version!r}). Add peft_version to that file: PEFT before 0.19.1 reads "
+            "the parameter transposed."
+        ) from None

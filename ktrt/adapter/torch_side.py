@@ -1,0 +1,262 @@
+"""The part of an adapter outside the routed experts: applied by PEFT on the torch modules.
+
+PEFT is given the state dict's keys to inject by (``inject_adapter_in_model(state_dict=…)``): found
+by ``target_modules``, names that contain gate, up or down would be turned into ``target_parameters``
+on the experts by PEFT's conversion for transformers 5.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from ktrt.adapter.per_expert import check_rank
+from ktrt.adapter.router import apply_router_lora
+from ktrt.errors import AdapterError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ktrt.adapter.base import BaseModel
+    from ktrt.adapter.read import AdapterTensor
+    from ktrt.adapter.settings import LoraScale, LoraSettings
+
+# What PEFT calls the adapter inside the model.
+ADAPTER_NAME = "default"
+_Kind = Literal["linear", "embedding", "router", "whole", "bias"]
+
+
+@dataclass
+class TorchSide:
+    """The validated tensors outside the routed experts, by the module (model's name) they act on.
+
+    ``loras`` are PEFT's, ``routers`` go on bare weights, ``whole`` are modules_to_save, ``biases``
+    are biases trained beside LoRA.
+    """
+
+    file: Path
+    loras: dict[str, list[AdapterTensor]] = field(default_factory=dict)
+    routers: dict[str, list[AdapterTensor]] = field(default_factory=dict)
+    whole: dict[str, list[AdapterTensor]] = field(default_factory=dict)
+    biases: dict[str, AdapterTensor] = field(default_factory=dict)
+    scales: dict[str, LoraScale] = field(default_factory=dict)
+
+    def tensors(self) -> list[tuple[str, AdapterTensor]]:
+        """(module, tensor) of all of them."""
+        groups = [*self.loras.items(), *self.routers.items(), *self.whole.items()]
+        return [(module, tensor) for module, group in groups for tensor in group] + list(
+            self.biases.items()
+        )
+
+
+def plan_torch_side(
+    file: Path, tensors: list[AdapterTensor], base: BaseModel, settings: LoraSettings
+) -> TorchSide:
+    """Sorts the tensors by what they act on and checks each against the base on the meta device.
+
+    Raises ``AdapterError`` naming the tensor, what was found and expected, for a module that the
+    base lacks, a wrong shape or rank, half a pair, and a tensor that is no part of an adapter.
+    """
+    side = TorchSide(file)
+    for tensor in tensors:
+        name = base.names.target(f"{tensor.module}.weight").name.removesuffix(".weight")
+        kind = _kind(file, tensor, name, base, settings)
+        if kind == "bias":
+            side.biases[name] = tensor
+        elif kind == "whole":
+            side.whole.setdefault(name, []).append(tensor)
+        else:
+            group = side.routers if kind == "router" else side.loras
+            group.setdefault(name, []).append(tensor)
+        _check_shape(file, tensor, base.model.get_submodule(name), kind)
+    for name, group in [*side.loras.items(), *side.routers.items()]:
+        side.scales[name] = _check_group(file, name, group, settings)
+    return side
+
+
+def _kind(
+    file: Path, tensor: AdapterTensor, name: str, base: BaseModel, settings: LoraSettings
+) -> _Kind:
+    try:
+        module = base.model.get_submodule(name)
+    except AttributeError:
+        raise AdapterError(
+            f"{file}: {tensor.key} adapts {tensor.module or 'nothing'}, which the base model does "
+            f"not have; {base.summary()}. The adapter was trained on another base model."
+        ) from None
+    if not tensor.part.startswith("lora_"):
+        saved = any(re.fullmatch(rf"(.*\.)?{m}", tensor.module) for m in settings.modules_to_save)
+        if saved and tensor.part in dict(module.named_parameters(recurse=False)):
+            return "whole"
+        if tensor.part == "bias" and getattr(module, "bias", None) is not None:
+            return "bias"
+        raise AdapterError(
+            f"{file}: {tensor.key} is neither LoRA nor one of modules_to_save "
+            f"{settings.modules_to_save} in {settings.file}: an unknown tensor, found where none "
+            "was expected."
+        )
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    if weight is not None and weight.ndim == 2 and not settings.use_dora:
+        return "router"
+    raise AdapterError(
+        f"{file}: {tensor.key}: LoRA on {name} ({type(module).__name__}) cannot be applied; "
+        "expected a Linear, an Embedding or a router."
+    )
+
+
+def _check_shape(file: Path, tensor: AdapterTensor, module: nn.Module, kind: _Kind) -> None:
+    """The one or two sizes that the module fixes; the rank (None) is checked with the group."""
+    expected: dict[str, tuple[int | None, ...]]
+    if kind in ("whole", "bias"):
+        expected = {tensor.part: tuple(module.get_parameter(tensor.part).shape)}
+    else:
+        rows, columns = module.get_parameter("weight").shape
+        expected = {
+            "lora_A": (None, columns),
+            "lora_B": (rows, None),
+            "lora_B.bias": (rows,),
+            "lora_magnitude_vector": (rows,),
+        }
+        if kind == "embedding":
+            expected = {"lora_embedding_A": (None, rows), "lora_embedding_B": (columns, None)}
+    shape = tuple(tensor.value.shape)
+    wanted = expected.get(tensor.part)
+    if wanted is None:
+        raise AdapterError(f"{file}: {tensor.key} is an unknown tensor for a {kind} module.")
+    if len(shape) != len(wanted) or any(
+        want not in (None, size) for want, size in zip(wanted, shape, strict=True)
+    ):
+        words = ", ".join("rank" if want is None else str(want) for want in wanted)
+        raise AdapterError(
+            f"{file}: {tensor.key} has shape {list(shape)}, expected [{words}]: the adapter was "
+            "trained on another base model."
+        )
+
+
+def _check_group(
+    file: Path, name: str, group: list[AdapterTensor], settings: LoraSettings
+) -> LoraScale:
+    parts = {tensor.part: tensor for tensor in group}
+    embedding = any(part.startswith("lora_embedding") for part in parts)
+    part_a, part_b = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+    needed = [part_a, part_b]
+    needed += ["lora_magnitude_vector"] if settings.use_dora and not embedding else []
+    needed += ["lora_B.bias"] if settings.lora_bias and not embedding else []
+    if set(parts) != set(needed):
+        raise AdapterError(
+            f"{file}: for {name} found {sorted(t.key for t in group)}, expected {sorted(needed)} "
+            f"(use_dora {settings.use_dora}, lora_bias {settings.lora_bias})."
+        )
+    # PEFT resolves patterns by the parameter's name where it targeted the bare weight.
+    weight = f"{parts[part_a].module}.weight"
+    target = weight if settings.targets_parameter(weight) else parts[part_a].module
+    scale = check_rank(file, parts[part_a], target, settings)
+    if parts[part_b].value.shape[1] != scale.rank:
+        raise AdapterError(
+            f"{file}: {parts[part_b].key} has rank {parts[part_b].value.shape[1]}, expected "
+            f"{scale.rank} as in its lora_A."
+        )
+    return scale
+
+
+def apply_torch_side(side: TorchSide, model: nn.Module, settings: LoraSettings) -> list[str]:
+    """Puts the tensors into ``model`` (weights loaded); returns the names in the file of all of
+    them. Raises ``AdapterError`` if PEFT did not make a place for one."""
+    for name, tensor in side.biases.items():
+        _copy(model.get_submodule(name).get_parameter("bias"), tensor.value)
+    for name, group in side.whole.items():
+        _replace_weights(model, name, {tensor.part: tensor.value for tensor in group})
+    if side.loras:
+        _inject(side, model, settings)
+    for name, group in side.routers.items():
+        parts = {tensor.part: tensor.value for tensor in group}
+        apply_router_lora(
+            model.get_submodule(name), parts["lora_A"], parts["lora_B"], side.scales[name].scaling
+        )
+    return [tensor.key for _, tensor in side.tensors()]
+
+
+def _inject(side: TorchSide, model: nn.Module, settings: LoraSettings) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    state: dict[str, torch.Tensor] = {}
+    for name, group in side.loras.items():
+        state.update({f"{name}.{_in_model(tensor.part)}": tensor.value for tensor in group})
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        rank_pattern={re.escape(name): side.scales[name].rank for name in side.loras},
+        alpha_pattern={re.escape(name): side.scales[name].alpha for name in side.loras},
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        lora_bias=settings.lora_bias,
+        # Not read on the state-dict route; real names would be converted (see above).
+        target_modules=["none"],
+        inference_mode=True,
+    )
+    with warnings.catch_warnings():
+        # "an inconsistency between the PEFT config and the state_dict": intended here.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        inject_adapter_in_model(config, model, ADAPTER_NAME, state_dict=_names_only(side))
+    config.target_modules = set(short_targets(side.loras))
+    config.rank_pattern = _differing(config.rank_pattern, settings.rank)
+    config.alpha_pattern = _differing(config.alpha_pattern, settings.alpha)
+    parameters = dict(model.named_parameters())
+    for name, value in state.items():
+        if name not in parameters:
+            raise AdapterError(f"{side.file}: PEFT made no place for {name}.")
+        _copy(parameters[name], value)
+    if missing := sorted({name for name in parameters if ".lora_" in name} - set(state)):
+        raise AdapterError(f"{side.file}: no tensor in the file for {missing[:5]}.")
+
+
+def _replace_weights(model: nn.Module, name: str, values: dict[str, torch.Tensor]) -> None:
+    """A copy of the module with these parameters takes its place: weights that the base ties
+    (embeddings and output layer) are untied by this, as by PEFT's modules_to_save."""
+    parent, _, leaf = name.rpartition(".")
+    module = copy.deepcopy(model.get_submodule(name))
+    for part, value in values.items():
+        _copy(module.get_parameter(part), value)
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _names_only(side: TorchSide) -> dict[str, Any]:
+    return {f"{name}.{tensor.part}": None for name, group in side.loras.items() for tensor in group}
+
+
+def _in_model(part: str) -> str:
+    """The part's name inside PEFT's layer."""
+    if part.startswith("lora_embedding"):
+        return f"{part}.{ADAPTER_NAME}"
+    part, _, leaf = part.partition(".")
+    return f"{part}.{ADAPTER_NAME}.{leaf or 'weight'}"
+
+
+def _differing(pattern: dict[str, Any], default: float) -> dict[str, Any]:
+    return {name: value for name, value in pattern.items() if value != default}
+
+
+def _copy(parameter: nn.Parameter, value: torch.Tensor) -> None:
+    with torch.no_grad():
+        parameter.copy_(value)
+
+
+def short_targets(modules: dict[str, Any]) -> list[str]:
+    """The modules' names for people: the last part, and for parts of an MLP the one before too,
+    so that they cannot be taken for routed experts."""
+    short = set()
+    for name in modules:
+        *_, parent, leaf = ("", *name.split("."))
+        inside_mlp = leaf in ("gate_proj", "up_proj", "down_proj") and parent
+        short.add(f"{parent}.{leaf}" if inside_mlp else leaf)
+    return sorted(short)

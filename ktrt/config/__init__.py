@@ -1,0 +1,27 @@
+"""Configuration: LLaMA-Factory's YAML keys, checked, as frozen dataclasses.
+
+A leaf of the package that imports neither torch nor transformers. Modules take their own
+sub-dataclass (``ModelArgs`` …), never the whole ``Config``.
+"""
+
+from ktrt.config.args import (
+    AdapterArgs,
+    Config,
+    ExpertArgs,
+    ModelArgs,
+    SamplingArgs,
+    TemplateArgs,
+    override_sampling,
+)
+from ktrt.config.load import load_config
+
+__all__ = [
+    "AdapterArgs",
+    "Config",
+    "ExpertArgs",
+    "ModelArgs",
+    "SamplingArgs",
+    "TemplateArgs",
+    "load_config",
+    "override_sampling",
+]

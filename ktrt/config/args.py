@@ -1,0 +1,119 @@
+"""The configuration dataclasses; field names are LLaMA-Factory's keys, each default stated once."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ktrt.config.check import check_value, nearest
+from ktrt.errors import ConfigError
+
+InferDtype = Literal["auto", "bfloat16", "float16", "float32"]
+KtBackend = Literal["AMXBF16", "AMXInt8"]
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """The base model: its directory, and the dtype of everything but the routed experts."""
+
+    model_name_or_path: Path
+    trust_remote_code: bool = False
+    infer_dtype: InferDtype = "auto"
+
+
+@dataclass(frozen=True)
+class AdapterArgs:
+    """The LoRA adapter; no path means the base model.
+
+    ``lora_rank`` and ``lora_alpha`` are what the YAML repeats; adapter_config.json decides, and a
+    contradiction is an error of whoever reads both.
+    """
+
+    adapter_name_or_path: Path | None = None
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        _require(self, "lora_rank", self.lora_rank is None or self.lora_rank >= 1, "at least 1")
+
+
+@dataclass(frozen=True)
+class ExpertArgs:
+    """The routed experts' engine. ``kt_num_threads`` None lets the engine choose the count."""
+
+    kt_backend: KtBackend = "AMXBF16"
+    kt_num_threads: int | None = None
+    kt_tp_enabled: bool = False
+
+    def __post_init__(self) -> None:
+        threads = self.kt_num_threads
+        _require(self, "kt_num_threads", threads is None or threads >= 1, "at least 1")
+
+
+@dataclass(frozen=True)
+class TemplateArgs:
+    """The chat template; None and "auto" mean the tokenizer's own.
+
+    ``default_system`` None keeps the template's own default system prompt, "" means none.
+    ``enable_thinking`` concerns reasoning templates only; None and True leave the model free.
+    """
+
+    template: str | None = None
+    default_system: str | None = None
+    enable_thinking: bool | None = None
+
+
+@dataclass(frozen=True)
+class SamplingArgs:
+    """How tokens are chosen. ``temperature`` 0 or ``do_sample`` false is greedy; ``top_k`` 0 and
+    ``top_p`` 1 switch those filters off; ``seed`` None differs from run to run.
+    """
+
+    do_sample: bool = True
+    temperature: float = 0.95
+    top_p: float = 0.7
+    top_k: int = 50
+    max_new_tokens: int = 1024
+    repetition_penalty: float = 1.0
+    skip_special_tokens: bool = True
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        finite = float("inf")
+        _require(self, "temperature", 0 <= self.temperature < finite, "0 or more")
+        _require(self, "top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
+        _require(self, "top_k", self.top_k >= 0, "0 (off) or more")
+        _require(self, "max_new_tokens", self.max_new_tokens >= 1, "at least 1")
+        _require(self, "repetition_penalty", 0 < self.repetition_penalty < finite, "above 0")
+        _require(self, "seed", self.seed is None or 0 <= self.seed < 2**63, "0 … 2^63 - 1")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All of a chat's configuration, one part for each consumer."""
+
+    model: ModelArgs
+    adapter: AdapterArgs = field(default_factory=AdapterArgs)
+    experts: ExpertArgs = field(default_factory=ExpertArgs)
+    template: TemplateArgs = field(default_factory=TemplateArgs)
+    sampling: SamplingArgs = field(default_factory=SamplingArgs)
+
+
+def override_sampling(defaults: SamplingArgs, overrides: Mapping[str, object]) -> SamplingArgs:
+    """``defaults`` with some fields replaced; None keeps the default.
+
+    ``ConfigError``: an unknown name, or a value of the wrong type or range.
+    """
+    types = {each.name: each.type for each in fields(SamplingArgs)}
+    changes: dict[str, Any] = {}
+    for name, value in overrides.items():
+        if name not in types:
+            raise ConfigError(f"unknown sampling argument {name!r}{nearest(name, types)}")
+        if value is not None:
+            changes[name] = check_value(name, value, types[name], "sampling")
+    return replace(defaults, **changes)
+
+
+def _require(args: object, name: str, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name}: expected {expected}, found {getattr(args, name)}")

@@ -1,0 +1,157 @@
+"""What becomes of the keys that LLaMA-Factory accepts and ktrt does not act on.
+
+Names: the argument dataclasses of LLaMA-Factory (src/llamafactory/hparams, 2025-10 … 2026-08), of
+transformers' Seq2SeqTrainingArguments (4.45 … 5.23) and kt_kernel's ``kt_sft`` config (0.7.2).
+"""
+
+from dataclasses import dataclass
+
+# Training, dataset, evaluation, export and other inference backends: no effect on a chat.
+_IGNORED_NAMES = """
+buffer_size data_shared_file_system dataset dataset_dir eval_dataset eval_num_beams
+eval_on_each_dataset ignore_pad_token_for_loss interleave_probs mask_history max_samples media_dir
+image_dir mix_strategy neat_packing overwrite_cache packing preprocessing_batch_size
+preprocessing_num_workers streaming tokenized_path train_on_prompt val_size
+
+batch_size download_mode lang n_shot save_dir task task_dir
+
+additional_target apollo_layerwise apollo_proj apollo_proj_type apollo_rank apollo_scale
+apollo_scale_front apollo_scale_type apollo_target apollo_update_interval asft_alpha badam_mask_mode
+badam_mode badam_start_block badam_switch_interval badam_switch_mode badam_update_ratio
+badam_verbose compute_accuracy create_new_adapter disable_shuffling dpo_label_smoothing eaft_alpha
+early_stopping_steps freeze_extra_modules freeze_language_model freeze_multi_modal_projector
+freeze_trainable_layers freeze_trainable_modules freeze_vision_tower galore_layerwise
+galore_proj_type galore_rank galore_scale galore_target galore_update_interval hyper_parallel_args
+hyper_parallel_cp_size include_effective_tokens_per_second kto_chosen_weight kto_rejected_weight
+ld_alpha lora_dropout lora_target loraplus_lr_embedding loraplus_lr_ratio module_dropout
+oft_block_size oft_rank oft_target pissa_convert pissa_init pissa_iter plot_loss ppo_buffer_size
+ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards pref_bco_weight pref_beta pref_ftx pref_loss
+pure_bf16 ref_model ref_model_adapters ref_model_quantization_bit reward_model reward_model_adapters
+reward_model_quantization_bit reward_model_type simpo_gamma stage swanlab_api_key
+swanlab_lark_secret swanlab_lark_webhook_url swanlab_logdir swanlab_mode swanlab_project
+swanlab_run_name swanlab_workspace train_mm_proj_only use_adam_mini use_apollo use_asft_loss
+use_badam use_dft_loss use_eaft_loss use_galore use_hyper_parallel use_llama_pro use_mca
+use_megatron_bridge use_muon use_ray use_swanlab
+
+audio_sampling_rate crop_to_patches disable_gradient_checkpointing enable_liger_kernel export_device
+export_dir export_hub_model_id export_legacy_format export_quantization_bit
+export_quantization_dataset export_quantization_maxlen export_quantization_nsamples export_size
+hf_hub_token image_do_pan_and_scan image_max_pixels image_min_pixels image_resolution
+init_special_tokens kt_cpu_activation moe_aux_loss_coef ms_hub_token om_hub_token print_param_status
+sglang_config sglang_lora_backend sglang_maxlen sglang_mem_fraction sglang_tp_size upcast_layernorm
+use_audio_in_video use_reentrant_gc use_unsloth use_unsloth_gc video_fps video_max_pixels
+video_maxlen video_min_pixels video_resolution vllm_config vllm_enforce_eager vllm_gpu_util
+vllm_max_lora_rank vllm_maxlen
+
+enable_torch_profiler fp8 fp8_backend fp8_enable_fsdp_float8_all_gather master_addr master_port
+overwrite_output_dir placement_strategy profile_modules profiler_active_steps profiler_output_dir
+profiler_profile_memory profiler_record_shapes profiler_repeat profiler_wait_steps
+profiler_warmup_steps profiler_with_stack ray_init_kwargs ray_num_workers ray_run_name ray_scope
+ray_storage_filesystem ray_storage_path resources_per_worker
+
+accelerator_config activation_checkpointing activation_checkpointing_kwargs adam_beta1 adam_beta2
+adam_epsilon auto_find_batch_size average_tokens_across_devices batch_eval_metrics bf16
+bf16_full_eval data_seed dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context
+dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory
+dataloader_prefetch_factor ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb
+ddp_find_unused_parameters ddp_static_graph ddp_timeout debug deepspeed disable_tqdm
+dispatch_batches do_eval do_predict do_train enable_jit_checkpoint eval_accumulation_steps
+eval_delay eval_do_concat_batches eval_on_start eval_steps eval_strategy eval_use_gather_object
+evaluation_strategy fp16 fp16_backend fp16_full_eval fp16_opt_level fsdp fsdp_config
+fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap full_determinism generation_config
+generation_max_length generation_num_beams gradient_accumulation_steps gradient_checkpointing
+gradient_checkpointing_kwargs greater_is_better group_by_length half_precision_backend
+hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token ignore_data_skip
+include_for_metrics include_inputs_for_metrics include_num_input_tokens_seen
+include_tokens_per_second jit_mode_eval label_names label_smoothing_factor learning_rate
+length_column_name liger_kernel_config load_best_model_at_end local_rank log_level log_level_replica
+log_on_each_node logging_dir logging_first_step logging_nan_inf_filter logging_steps
+logging_strategy lr_scheduler_kwargs lr_scheduler_type max_grad_norm max_steps metric_for_best_model
+mp_parameters neftune_noise_alpha no_cuda num_train_epochs optim optim_args optim_target_modules
+output_dir parallelism_config past_index per_device_eval_batch_size per_device_train_batch_size
+per_gpu_eval_batch_size per_gpu_train_batch_size predict_with_generate prediction_loss_only project
+push_to_hub push_to_hub_model_id push_to_hub_organization push_to_hub_token remove_unused_columns
+report_to restore_callback_states_from_checkpoint resume_from_checkpoint run_name save_on_each_node
+save_only_model save_safetensors save_steps save_strategy save_total_limit skip_memory_metrics
+sortish_sampler split_batches tf32 torch_compile torch_compile_backend torch_compile_mode
+torch_empty_cache_steps torchdynamo tpu_metrics_debug tpu_num_cores trackio_bucket_id
+trackio_space_id trackio_static_space_id train_sampling_strategy use_cache use_cpu use_ipex
+use_legacy_prediction_loop use_liger_kernel use_mps_device warmup_ratio warmup_steps weight_decay
+
+kt_activation_policy kt_force_fused_expert_lora kt_full_weight_grad kt_lora_dropout
+kt_share_backward_bb kt_share_cache_pool kt_skip_expert_loading kt_train_mode
+"""
+IGNORED = frozenset(_IGNORED_NAMES.split())
+
+# Keys that concern inference elsewhere and change nothing here: reported, one line each.
+NOTED = {
+    "use_dora": "adapter_config.json decides",
+    "use_rslora": "adapter_config.json decides",
+    "cutoff_len": "the context limit is the model's own",
+    "kt_model_max_length": "the context limit is the model's own",
+    "kt_maxlen": "the context limit is the model's own",
+    "max_length": "max_new_tokens bounds the answer",
+    "length_penalty": "it concerns beam search only",
+    "flash_attn": "transformers' default attention is used",
+    "use_v1_kernels": "ktrt has its own kernels",
+    "low_cpu_mem_usage": "the model is always loaded that way",
+    "offload_folder": "nothing is offloaded to disk",
+    "upcast_lmhead_output": "sampling always runs in float32",
+    "cache_dir": "models are read from local directories only",
+    "model_revision": "models are read from local directories only",
+    "use_fast_tokenizer": "transformers chooses the tokenizer",
+    "kt_threadpool_count": "ktrt runs one thread pool",
+    "kt_max_cache_depth": "it sizes the activation cache of training",
+    "kt_moe_lora_device": "the experts' LoRA runs inside their GEMMs on the CPU",
+    "kt_weight_lifecycle": "packed expert weights stay in memory",
+    "kt_optimize_rule": "the experts are found in the model itself",
+    "kt_use_cuda_graph": "there is no such switch here",
+    "kt_mode": "there is no such switch here",
+    "mode": "there is no such switch here",
+    "chunk_size": "there is no such switch here",
+    "cpu_infer": "the thread count is kt_num_threads",
+}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A key that would change the answers: only its neutral values are accepted."""
+
+    neutral: tuple[object, ...]
+    advice: str
+
+
+_LORA_EXPERTS = Refusal((None, False, 0), "LoRA experts (kt_use_lora_experts) are not supported")
+_PRE_PACKED = Refusal(
+    (None, ""), "pre-converted weights are not supported yet; the experts are packed at load"
+)
+_VOCABULARY = Refusal((None, False, ""), "the tokenizer must hold every token already")
+
+REFUSED = {
+    "kt_weight_path": _PRE_PACKED,
+    "kt_non_expert_weight_path": _PRE_PACKED,
+    "kt_expert_checkpoint_path": _PRE_PACKED,
+    "kt_num_gpu_experts": Refusal((None, 0), "all routed experts run on the CPU"),
+    "kt_use_lora_experts": _LORA_EXPERTS,
+    "kt_lora_expert_num": _LORA_EXPERTS,
+    "kt_lora_expert_intermediate_size": _LORA_EXPERTS,
+    "kt_force_think": Refusal((None, False), "choose a reasoning template instead"),
+    "num_beams": Refusal((None, 1), "beam search is not supported"),
+    "quantization_bit": Refusal((None,), "only the experts are quantised: kt_backend: AMXInt8"),
+    "quantization_method": Refusal((None, "bnb"), "load an unquantised checkpoint"),
+    "quantization_type": Refusal((None, "nf4"), "load an unquantised checkpoint"),
+    "quantization_device_map": Refusal((None,), "load an unquantised checkpoint"),
+    "double_quantization": Refusal((None, True), "load an unquantised checkpoint"),
+    "rope_scaling": Refusal((None,), "set it in the model's config.json"),
+    "shift_attn": Refusal((None, False), "it is not supported"),
+    "mixture_of_depths": Refusal((None,), "it is not supported"),
+    "train_from_scratch": Refusal((None, False), "there is nothing to chat with"),
+    "use_kv_cache": Refusal((None, True), "generation always uses the KV cache"),
+    "split_special_tokens": Refusal((None, False), "templates need special tokens whole"),
+    "resize_vocab": _VOCABULARY,
+    "add_tokens": _VOCABULARY,
+    "add_special_tokens": _VOCABULARY,
+    "new_special_tokens_config": _VOCABULARY,
+    "tool_format": Refusal((None,), "tool calls are not supported"),
+    "preserve_thinking": Refusal((None, False), "thoughts of earlier turns are always dropped"),
+}

@@ -1,0 +1,224 @@
+"""From a YAML file (or mapping) and overrides to a ``Config``."""
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from ktrt.config.args import (
+    AdapterArgs,
+    Config,
+    ExpertArgs,
+    ModelArgs,
+    SamplingArgs,
+    TemplateArgs,
+)
+from ktrt.config.check import check_value, describe, nearest
+from ktrt.config.keys import IGNORED, NOTED, REFUSED
+from ktrt.config.source import parse_overrides, read_yaml
+from ktrt.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Switches:
+    """Keys that are settled here; no other part of the program needs to see them."""
+
+    use_kt: bool = True
+    infer_backend: str = "huggingface"
+    finetuning_type: Literal["lora", "full", "freeze", "oft"] = "lora"
+    adapter_folder: str | None = None
+
+
+_SECTIONS = (ModelArgs, AdapterArgs, ExpertArgs, TemplateArgs, SamplingArgs)
+_TYPES: dict[str, Any] = {
+    each.name: each.type for section in (*_SECTIONS, _Switches) for each in fields(section)
+}
+_TEXT_KEYS = [key for key, hint in _TYPES.items() if hint in (Path, str, Path | None, str | None)]
+_ALIASES = {"kt_lora_rank": "lora_rank", "kt_lora_alpha": "lora_alpha"}
+# Two keys of kt_kernel say the same thing; the values of both, in lower case, as kt_backend.
+_BACKENDS = {
+    "kt_backend": {"amxbf16": "AMXBF16", "amxint8": "AMXInt8", "int8": "AMXInt8"},
+    "kt_expert_weight_format": {"bf16": "AMXBF16", "int8": "AMXInt8"},
+}
+_KNOWN = {*_TYPES, *_ALIASES, *_BACKENDS, *IGNORED, *NOTED, *REFUSED, "kt_config"}
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def load_config(
+    source: str | Path | Mapping[str, object],
+    overrides: Mapping[str, object] | Sequence[str] = (),
+) -> Config:
+    """The configuration in ``source``, a YAML file or a mapping of the same keys.
+
+    ``overrides`` (a mapping, or ``key=value`` texts with YAML scalars) win over it; null resets a
+    key to its default. Relative paths are looked up in the current directory, then beside the YAML
+    file. Keys without effect are reported on this module's logger.
+
+    ``ConfigError`` names the source, the key, what was found and what was expected: unknown keys,
+    wrong types or ranges, contradicting spellings, and what ktrt cannot do or find.
+    """
+    if isinstance(source, Mapping):
+        where, folder = "config", None
+        values = _normalise(source, where)
+    else:
+        where, folder = str(source), Path(source).parent
+        values = _normalise(read_yaml(Path(source)), where)
+    if not isinstance(overrides, Mapping):
+        overrides = parse_overrides(overrides, _TEXT_KEYS)
+    values |= _normalise(overrides, "override")
+    values = {key: value for key, value in values.items() if value is not None}
+
+    _check_switches(values, where)
+    _check_unused(values, where)
+    _resolve_paths(values, where, folder)
+    return Config(*(_section(section, values, where) for section in _SECTIONS))
+
+
+def _section(section: type[Any], values: Mapping[str, Any], where: str) -> Any:
+    given = {each.name: values[each.name] for each in fields(section) if each.name in values}
+    try:
+        return section(**given)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _normalise(given: Mapping[str, object], where: str) -> dict[str, Any]:
+    """One source's values under their flat names, typed; two spellings of a key must agree."""
+    values: dict[str, Any] = {}
+    spelled: dict[str, str] = {}
+    for spelling, raw in _flatten(given, where):
+        key, value = _canonical(spelling, raw, where)
+        if key in values and values[key] != value:
+            raise ConfigError(
+                f"{where}: {spelled[key]} and {spelling} contradict each other "
+                f"({values[key]} and {value}); keep one of them"
+            )
+        values[key], spelled[key] = value, spelling
+    return values
+
+
+def _flatten(given: Mapping[str, object], where: str) -> list[tuple[str, object]]:
+    """(spelling, value) pairs; the keys of the ``kt_config`` mapping as ``kt_config.key``."""
+    pairs: list[tuple[str, object]] = []
+    for key, value in given.items():
+        if key != "kt_config":
+            pairs.append((str(key), value))
+        elif isinstance(value, Mapping):
+            # LLaMA-Factory's own plumbing writes "enabled" beside the user's keys.
+            pairs += [(f"kt_config.{each}", value[each]) for each in value if each != "enabled"]
+        elif value is not None:
+            raise ConfigError(
+                f"{where}: kt_config: expected a mapping of kt_* keys, found {describe(value)}"
+            )
+    unknown = [spelling for spelling, _ in pairs if not _is_known(spelling)]
+    if unknown:
+        hints = [f"{each!r}{nearest(each.removeprefix('kt_config.'), _KNOWN)}" for each in unknown]
+        raise ConfigError(f"{where}: unknown key {', '.join(hints)}")
+    return pairs
+
+
+def _is_known(spelling: str) -> bool:
+    key = spelling.removeprefix("kt_config.")
+    return key in _KNOWN and (key == spelling or key.startswith("kt_"))
+
+
+def _canonical(spelling: str, raw: object, where: str) -> tuple[str, Any]:
+    """The flat key that a spelling stands for, and its value with that key's type."""
+    key = spelling.removeprefix("kt_config.")
+    key = _ALIASES.get(key, key)
+    if key in _BACKENDS:
+        return "kt_backend", _backend(spelling, raw, _BACKENDS[key], where)
+    if raw is None or key not in _TYPES:
+        return key, raw
+    return key, check_value(spelling, raw, _TYPES[key], where)
+
+
+def _backend(spelling: str, raw: object, names: Mapping[str, str], where: str) -> str | None:
+    """The kt_backend that a value names; None, like an absent key, for null and "auto"."""
+    name = raw.lower() if isinstance(raw, str) else raw
+    if name is None or name == "auto":
+        return None
+    if isinstance(name, str) and name in names:
+        return names[name]
+    expected = "AMXBF16 or AMXInt8" if "amxbf16" in names else "bf16 or int8"
+    if isinstance(name, str) and "int4" in name:
+        raise ConfigError(f"{where}: {spelling}: {raw} is not supported yet, use {expected}")
+    raise ConfigError(f"{where}: {spelling}: expected {expected}, found {describe(raw)}")
+
+
+def _check_switches(values: Mapping[str, Any], where: str) -> None:
+    switches: _Switches = _section(_Switches, values, where)
+    if not switches.use_kt:
+        raise ConfigError(
+            f"{where}: use_kt: expected true, found false: ktrt always runs the routed experts "
+            "through its engine; without it use `llamafactory-cli chat`"
+        )
+    if switches.infer_backend != "huggingface":
+        raise ConfigError(
+            f"{where}: infer_backend: expected huggingface, found {switches.infer_backend!r}"
+        )
+    if switches.finetuning_type != "lora" and values.get("adapter_name_or_path"):
+        raise ConfigError(
+            f"{where}: finetuning_type: expected lora with an adapter, found "
+            f"{switches.finetuning_type}; remove it, or adapter_name_or_path"
+        )
+
+
+def _check_unused(values: Mapping[str, Any], where: str) -> None:
+    """Reports the keys that have no effect, refuses those whose absence would change answers."""
+    for key, refusal in REFUSED.items():
+        if key in values and values[key] not in refusal.neutral:
+            raise ConfigError(
+                f"{where}: {key}: {describe(values[key])} cannot be honoured: {refusal.advice}; "
+                "remove the key"
+            )
+    ignored = sorted(IGNORED.intersection(values))
+    if ignored:
+        _log.info("Ignored keys of training and of other backends: %s", ", ".join(ignored))
+    for key, reason in NOTED.items():
+        if key in values:
+            _log.info("Ignored %s: %s (%s)", key, values[key], reason)
+    if values.get("kt_tp_enabled"):
+        _log.info("kt_tp_enabled: experts are not sharded over NUMA nodes yet; one pool runs all")
+
+
+def _resolve_paths(values: dict[str, Any], where: str, folder: Path | None) -> None:
+    model = values.get("model_name_or_path")
+    if model is None or model == Path():
+        raise ConfigError(f"{where}: model_name_or_path is missing: the base model's directory")
+    values["model_name_or_path"] = _directory("model_name_or_path", model, where, folder)
+
+    adapter = values.pop("adapter_name_or_path", None)
+    if adapter is None or adapter == Path():
+        return
+    path = _directory("adapter_name_or_path", adapter, where, folder)
+    subfolder = path / values.get("adapter_folder", "")
+    if not subfolder.resolve().is_relative_to(path.resolve()) or not subfolder.is_dir():
+        raise ConfigError(f"{where}: adapter_folder: no directory {subfolder} inside {path}")
+    values["adapter_name_or_path"] = subfolder
+
+
+def _directory(key: str, given: Path, where: str, folder: Path | None) -> Path:
+    """An existing directory: as given (from the current directory), else beside the YAML file."""
+    path = given.expanduser()
+    tried = [path] if folder is None or path.is_absolute() else [path, folder / path]
+    for candidate in tried:
+        if candidate.is_dir():
+            return candidate
+    found = f"{where}: {key}: no directory {' or '.join(str(each) for each in tried)}"
+    if any(candidate.is_file() for candidate in tried):
+        raise ConfigError(f"{found}: it is a file, expected the directory that holds it")
+    if "," in str(given):
+        raise ConfigError(f"{found}: one adapter only, several at once are not supported yet")
+    if _HUB_ID.fullmatch(str(given)):
+        name = given.name
+        raise ConfigError(
+            f"{found}. ktrt downloads nothing; if this is a Hugging Face id, run\n"
+            f"  huggingface-cli download {given} --local-dir {name}\n"
+            f"and set {key} to {name}"
+        )
+    raise ConfigError(found)

@@ -1,0 +1,206 @@
+"""Generation over the model's forward: token ids in, responses with text pieces out.
+
+Three layers: ``generate_step`` yields token ids, ``stream_generate`` adds stop ids, text and
+timings; sessions build conversations on it.
+"""
+
+import sys
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, Literal, Protocol
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from ktrt.config import SamplingArgs
+from ktrt.errors import ConfigError
+from ktrt.sampling import Sampler, make_sampler
+
+# Tokens per forward of the prompt: enough for GEMMs to be at their best, and few enough that
+# Ctrl-C and the attention's memory stay small.
+PREFILL_CHUNK = 512
+
+FinishReason = Literal["stop", "length"]
+
+
+class Decoder(Protocol):
+    """What is used of a transformers tokenizer here."""
+
+    def decode(self, token_ids: list[int], **options: Any) -> str: ...
+
+
+@dataclass(frozen=True)
+class Response:
+    """One step of an answer.
+
+    ``text`` may be empty while a character is incomplete; ``finish_reason`` is set on the last one.
+    ``prompt_tokens`` includes ``reused_tokens``, those found in the KV cache. ``prefill_seconds``
+    ends with the first token, ``decode_seconds`` counts from there.
+    """
+
+    text: str
+    token: int
+    finish_reason: FinishReason | None
+    prompt_tokens: int
+    reused_tokens: int
+    generated_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+
+
+class KvCache:
+    """A model's KV cache together with the token ids it holds."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._reset()
+
+    def _reset(self) -> None:
+        self._cache = DynamicCache(config=self._model.config)
+        self._ids: list[int] = []
+        # Only the plain layer can be cropped, and continued by several tokens at once: a sliding
+        # window forgets, and some linear-attention layers restart from nothing (transformers 5.23).
+        self.plain = all(type(layer) is DynamicLayer for layer in self._cache.layers)
+
+    def reuse(self, prompt_ids: Sequence[int]) -> int:
+        """Crops to what it shares with the prompt's start; returns how many tokens that is.
+
+        The last token of the prompt is never counted: its logits are needed.
+        """
+        pairs = zip(self._ids, prompt_ids[:-1], strict=False)
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        if shared == 0 or not self.plain:
+            self._reset()
+            return 0
+        if shared < len(self._ids):
+            self._cache.crop(shared - len(self._ids))
+            del self._ids[shared:]
+        return shared
+
+    def forward(self, ids: Sequence[int]) -> torch.Tensor:
+        """Runs the model on the next ``ids``; returns the last position's logits [vocab_size]."""
+        held, self._ids = self._ids, []
+        inputs = torch.tensor([list(ids)], device=self._model.get_input_embeddings().weight.device)
+        with torch.inference_mode():
+            output = self._model(
+                input_ids=inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1
+            )
+        # Only now: after an exception, Ctrl-C included, the layers may differ in length, and no ids
+        # make the next `reuse` start anew.
+        held.extend(ids)
+        self._ids = held
+        logits: torch.Tensor = output.logits[0, -1]
+        return logits
+
+
+class TextStream:
+    """Token ids in, text out, never half a character.
+
+    Bytes of a character still incomplete decode to a trailing U+FFFD, which is held back. Only a
+    window of the last tokens is decoded, so a token's cost does not grow with the answer.
+    """
+
+    _WINDOW = 32
+    _CONTEXT = 8
+
+    def __init__(self, tokenizer: Decoder, *, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._ids: list[int] = []
+        self._shown = 0
+
+    def push(self, token: int) -> str:
+        """The text that is complete now and was not before."""
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        held = text.endswith("\ufffd")
+        piece = text[self._shown : len(text) - held]
+        self._shown += len(piece)
+        if len(self._ids) > self._WINDOW:
+            context = self._decode(self._ids[-self._CONTEXT :])
+            # Fails where the cut would fall inside a character: then a later token cuts.
+            if context and text.endswith(context):
+                del self._ids[: -self._CONTEXT]
+                self._shown = len(context) - held
+        return piece
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(
+            ids,
+            skip_special_tokens=self._skip_special_tokens,
+            clean_up_tokenization_spaces=False,
+        )
+
+
+def generate_step(cache: KvCache, ids: Sequence[int], sampler: Sampler) -> Iterator[int]:
+    """Token ids without end. ``ids``: the part of the prompt that ``cache`` does not hold yet."""
+    pending = list(ids)
+    while cache.plain and len(pending) > PREFILL_CHUNK:
+        cache.forward(pending[:PREFILL_CHUNK])
+        del pending[:PREFILL_CHUNK]
+    while True:
+        token = sampler(cache.forward(pending))
+        yield token
+        pending = [token]
+
+
+def check_prompt(model: Any, prompt_ids: Sequence[int]) -> int:
+    """How many tokens can follow the prompt.
+
+    ``ConfigError``: the prompt leaves no room in the model's context, or holds ids without an
+    embedding.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if max(prompt_ids) >= rows:
+        raise ConfigError(
+            f"the prompt holds token id {max(prompt_ids)}, the model has {rows} embeddings: this "
+            "tokenizer does not belong to this model"
+        )
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        return sys.maxsize
+    if len(prompt_ids) >= limit:
+        raise ConfigError(
+            f"the conversation has {len(prompt_ids)} tokens, the model's context holds {limit}: "
+            "shorten it, or start anew"
+        )
+    return int(limit) - len(prompt_ids)
+
+
+def stream_generate(
+    tokenizer: Decoder,
+    cache: KvCache,
+    prompt_ids: Sequence[int],
+    sampling: SamplingArgs,
+    *,
+    stop_ids: Collection[int],
+    max_tokens: int,
+) -> Iterator[Response]:
+    """The answer to ``prompt_ids``, one response per token; the stop id's text is not part of it."""
+    start = time.perf_counter()
+    reused = cache.reuse(prompt_ids)
+    sampler = make_sampler(sampling, prompt_ids)
+    text = TextStream(tokenizer, skip_special_tokens=sampling.skip_special_tokens)
+    first = start
+    for count, token in enumerate(generate_step(cache, prompt_ids[reused:], sampler), start=1):
+        now = time.perf_counter()
+        if count == 1:
+            first = now
+        reason: FinishReason | None = "length" if count == max_tokens else None
+        if token in stop_ids:
+            reason = "stop"
+        yield Response(
+            text="" if reason == "stop" else text.push(token),
+            token=token,
+            finish_reason=reason,
+            prompt_tokens=len(prompt_ids),
+            reused_tokens=reused,
+            generated_tokens=count,
+            prefill_seconds=first - start,
+            decode_seconds=now - first,
+        )
+        if reason:
+            return

@@ -1,0 +1,34 @@
+"""Routed experts: finding them in a model, and running them in the compiled engine.
+
+The only package that imports ``ktrt._core``.
+"""
+
+import ktrt
+from ktrt.errors import KtrtError
+from ktrt.moe.discovery import ExpertsSpec, find_experts
+
+try:
+    from ktrt import _core
+except ImportError as error:
+    raise KtrtError(
+        f"the compiled engine ktrt._core cannot be imported ({error}). Build and install it with "
+        "`pip install .` in the source folder of ktrt."
+    ) from error
+if _core.__version__ != ktrt.__version__:
+    raise KtrtError(
+        f"ktrt is version {ktrt.__version__}, but its compiled engine ktrt._core is version "
+        f"{_core.__version__}. Install both together: `pip install .` in the source folder of ktrt."
+    )
+
+from ktrt.moe.engine import Engine, build_engine, new_layer  # noqa: E402
+from ktrt.moe.experts import KTExperts, experts_replaced  # noqa: E402
+
+__all__ = [
+    "Engine",
+    "ExpertsSpec",
+    "KTExperts",
+    "build_engine",
+    "experts_replaced",
+    "find_experts",
+    "new_layer",
+]

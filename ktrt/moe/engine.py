@@ -1,0 +1,113 @@
+"""Builds the compiled engine from the user's settings, and says what it will run on."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ktrt import _core
+from ktrt._core import Engine, MoeLayer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ktrt.config import ExpertArgs
+    from ktrt.moe.discovery import ExpertsSpec
+
+logger = logging.getLogger(__name__)
+
+# kt_backend → the engine's weight format and the kernel family that reads it.
+_BACKENDS: dict[str, tuple[str, str]] = {
+    "AMXBF16": ("bf16", "gemm_bf16"),
+    "AMXInt8": ("int8", "gemm_int8"),
+}
+# Tokens of one engine call; longer inputs go in slices. It sizes the scratch memory.
+MAX_QLEN = 1024
+
+
+def build_engine(experts: ExpertArgs) -> Engine:
+    """The thread pool for one model, with log lines for every setting that was not taken as is."""
+    _notice_missing_kt_kernel()
+    num_threads = _num_threads(experts.kt_num_threads, os.environ)
+    if experts.kt_tp_enabled:
+        logger.info("kt_tp_enabled: experts are kept whole; they are not sharded over NUMA nodes")
+    if affinity := os.environ.get("KMP_AFFINITY"):
+        logger.info(
+            "KMP_AFFINITY=%s is left to OpenMP; ktrt's threads are pinned one per core, in order",
+            affinity,
+        )
+    engine = Engine(num_threads=num_threads, max_qlen=MAX_QLEN)
+    logger.info("%s", _kernel_line(experts.kt_backend, num_threads))
+    return engine
+
+
+def new_layer(engine: Engine, spec: ExpertsSpec, kt_backend: str) -> MoeLayer:
+    """An empty engine layer of the sizes of ``spec``, in the weight format of ``kt_backend``."""
+    return MoeLayer(
+        engine,
+        num_experts=spec.num_experts,
+        top_k=spec.top_k,
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.intermediate_size,
+        weight_format="int8" if _BACKENDS[kt_backend][0] == "int8" else "bf16",
+    )
+
+
+def _kernel_line(kt_backend: str, num_threads: int) -> str:
+    weight_format, family = _BACKENDS[kt_backend]
+    kernel = _core.kernels()[family]
+    what = f"{weight_format.upper()} experts run on {kernel} kernels, {num_threads} threads"
+    if kernel.startswith("amx"):
+        return f"kt_backend {kt_backend}: {what}"
+    limit = "no AMX on this CPU" if _core.detected_isa() != "amx" else f"KTRT_ISA={_core.isa()}"
+    return f"kt_backend {kt_backend}: {limit}; {what}"
+
+
+def _notice_missing_kt_kernel() -> None:
+    if importlib.util.find_spec("kt_kernel") is None:
+        logger.info(
+            "kt_kernel not found: the chat does not need it, only comparisons with it do "
+            "(pip install kt-kernel)"
+        )
+
+
+def _num_threads(wanted: int | None, environ: Mapping[str, str]) -> int:
+    """kt_num_threads, else OMP_NUM_THREADS, else the physical cores this process may use."""
+    allowed = os.sched_getaffinity(0)
+    name = "kt_num_threads"
+    if wanted is None:
+        name, wanted = "OMP_NUM_THREADS", _omp_threads(environ.get("OMP_NUM_THREADS", ""))
+    if wanted is None:
+        return _physical_cores(allowed)
+    if wanted > len(allowed):
+        logger.info(
+            "%s %d: this process may use %d CPUs; %d threads run",
+            name, wanted, len(allowed), len(allowed),
+        )  # fmt: skip
+    return min(wanted, len(allowed))
+
+
+def _omp_threads(value: str) -> int | None:
+    """The first level of OMP_NUM_THREADS ("8" or "8,2"); None if unset or not a positive number."""
+    first = value.partition(",")[0].strip()
+    if first.isdecimal() and int(first) > 0:
+        return int(first)
+    if value:
+        logger.info("OMP_NUM_THREADS=%s is not a positive number; it is ignored", value)
+    return None
+
+
+def _physical_cores(cpus: set[int]) -> int:
+    """Distinct cores among the CPUs, hardware threads of one core counted once."""
+    cores = set()
+    for cpu in cpus:
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+        try:
+            siblings = (topology / "thread_siblings_list").read_text(encoding="ascii").strip()
+        except OSError:
+            siblings = str(cpu)
+        cores.add(siblings)
+    return len(cores)

@@ -1,0 +1,92 @@
+"""The module that stands where a model's routed experts were, and hands their work to the engine."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ktrt.errors import KtrtError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from ktrt._core import MoeLayer
+
+# transformers' patch mapping is one global dictionary.
+_PATCH_LOCK = threading.Lock()
+
+
+class KTExperts(nn.Module):
+    """Routed experts without parameters: ``forward`` runs them in the C++ engine.
+
+    Takes the arguments of the class it replaces and keeps none of them; ``attach`` supplies the
+    packed layer once the weights are loaded.
+    """
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+        super().__init__()
+        self._layer: MoeLayer | None = None
+        self._max_qlen = 0
+
+    def attach(self, layer: MoeLayer, max_qlen: int) -> None:
+        """Binds the packed experts; ``max_qlen`` is the most tokens of one engine call."""
+        self._layer = layer
+        self._max_qlen = max_qlen
+
+    @property
+    def layer(self) -> MoeLayer:
+        """The engine's layer. ``KtrtError`` before ``attach``."""
+        if self._layer is None:
+            raise KtrtError("the experts of this layer were never loaded into the engine")
+        return self._layer
+
+    @torch.no_grad()
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """hidden_states [tokens, hidden_size] in float32, float16 or bfloat16 on any device;
+        top_k_index (integers) and top_k_weights [tokens, k]. Returns the shape, dtype and device
+        of hidden_states."""
+        layer = self.layer
+        states = hidden_states.to("cpu").contiguous()
+        index = top_k_index.to("cpu").contiguous()
+        weights = top_k_weights.to("cpu").contiguous()
+        out = torch.empty_like(states)
+        for start in range(0, states.shape[0], self._max_qlen):
+            part = slice(start, start + self._max_qlen)
+            layer.forward(states[part], index[part], weights[part], out[part])
+        return out.to(hidden_states.device)
+
+    def extra_repr(self) -> str:
+        if self._layer is None:
+            return "not attached"
+        layer = self._layer
+        return (
+            f"num_experts={layer.num_experts}, top_k={layer.top_k}, "
+            f"hidden_size={layer.hidden_size}, intermediate_size={layer.intermediate_size}, "
+            f"weight_format={layer.weight_format}"
+        )
+
+
+@contextmanager
+def experts_replaced(class_names: Iterable[str]) -> Iterator[None]:
+    """Within the block, models that transformers builds get ``KTExperts`` for these classes.
+
+    One load at a time, process-wide: the mapping behind it is global. It is taken back on failure
+    too, and patterns that others registered stay.
+    """
+    from transformers.monkey_patching import register_patch_mapping, unregister_patch_mapping
+
+    # Keys that are not exact names are searched as patterns in *every* class name of the library,
+    # and so are exact ones: anchors keep "XExperts" from also replacing "MyXExpertsBlock".
+    patterns = [f"^{name}$" for name in sorted(set(class_names))]
+    with _PATCH_LOCK:
+        register_patch_mapping(dict.fromkeys(patterns, KTExperts))
+        try:
+            yield
+        finally:
+            unregister_patch_mapping(patterns)

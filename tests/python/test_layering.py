@@ -1,0 +1,223 @@
+"""The layers of the C++ and Python code, and the sizes of their files and functions.
+
+Imports point down. Whoever adds a module adds it to a table here, which is the place to think about
+where it belongs.
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+
+# What the modules of ktrt/ may import from each other; `errors` and `config` are everybody's.
+PYTHON_LAYERS: dict[str, set[str]] = {
+    "errors": set(),
+    "config": set(),
+    "template": set(),
+    "sampling": set(),
+    "generation": {"sampling"},
+    "session": {"template", "generation", "sampling"},
+    "terminal": {"session"},
+    "checkpoint": set(),
+    "adapter": {"checkpoint"},
+    "moe": {"_core"},
+    "model": {"adapter", "checkpoint", "moe"},
+    "api": {"model", "session", "template"},
+    "chat": {"api", "session", "terminal"},
+    "__init__": {"api"},
+}
+LEAVES = {"errors", "config"}
+# The whole Config is for those who assemble; the others take their own part of it.
+ASSEMBLERS = {"config", "api", "chat"}
+WITHOUT_TORCH = {"errors", "config", "template", "terminal", "__init__"}
+
+# Layers of csrc/ and the layers below each.
+CPP_LAYERS: dict[str, set[str]] = {
+    "base": set(),
+    "layout": {"base"},
+    "cpu": {"base"},
+    "kernels": {"layout", "base"},  # and cpu/isa.h
+    "moe": {"kernels", "layout", "cpu", "base"},
+    "bindings": {"moe", "kernels", "layout", "cpu", "base"},
+}
+ISA_FILE = re.compile(r"kernels/.+/(portable|avx2|avx512|avx512_vnni|avx512_bf16|amx)\.cc")
+INTRINSICS = re.compile(r"(x86|[a-z]*mm)intrin\.h")
+
+
+def python_files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def cpp_files(folder: Path) -> list[Path]:
+    return sorted([*folder.rglob("*.h"), *folder.rglob("*.cc")])
+
+
+def module_of(path: Path) -> str:
+    """The module or package directly under ktrt/ that a file belongs to."""
+    return path.relative_to(ROOT / "ktrt").parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> Iterator[tuple[str, str]]:
+    """Every (module, name) that a file imports, anywhere in it; name is "" for `import module`."""
+    package = ["ktrt", *path.relative_to(ROOT / "ktrt").parent.parts]
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield from ((module, alias.name) for alias in node.names)
+
+
+def ktrt_imports(path: Path) -> Iterator[tuple[str, str]]:
+    """The imports from ktrt as (module directly under ktrt/, imported name).
+
+    A bare `import ktrt` brings the version and the lazy `load`, which is nobody's layer.
+    """
+    for module, name in imports_of(path):
+        parts = module.split(".")
+        if parts[0] == "ktrt" and (len(parts) > 1 or name):
+            yield (parts[1], name) if len(parts) > 1 else (name, "")
+
+
+def includes_of(path: Path) -> list[str]:
+    return re.findall(r'^\s*#\s*include\s+["<]([^">]+)[">]', path.read_text("utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", python_files("ktrt"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_python_imports_point_down(path: Path) -> None:
+    module = module_of(path)
+    assert module in PYTHON_LAYERS, f"{module} has no layer yet: add it to PYTHON_LAYERS"
+    allowed = PYTHON_LAYERS[module] | {module, "__version__"}
+    if module not in LEAVES:
+        allowed |= LEAVES
+    elif module == "config":
+        allowed |= {"errors"}
+    for imported, name in ktrt_imports(path):
+        assert imported in allowed, f"{path}: ktrt.{module} must not import ktrt.{imported}"
+        if imported == "config" and name == "Config":
+            assert module in ASSEMBLERS, f"{path}: take the part of Config that is needed"
+    if module in WITHOUT_TORCH:
+        assert not {m.split(".")[0] for m, _ in imports_of(path)} & {"torch"}, f"{path}: torch"
+
+
+@pytest.mark.parametrize("path", cpp_files(CSRC), ids=lambda p: str(p.relative_to(CSRC)))
+def test_cpp_includes_point_down(path: Path) -> None:
+    relative = path.relative_to(CSRC)
+    layer = relative.parts[0]
+    assert layer in CPP_LAYERS, f"{layer} is no layer of csrc/"
+    for include in includes_of(path):
+        if include.startswith("pybind11/"):
+            assert layer == "bindings", f"{relative} must not see pybind11"
+        if not (CSRC / include).exists():
+            continue
+        target = include.split("/")[0]
+        below = CPP_LAYERS[layer] | {layer}
+        assert target in below or (layer, include) == ("kernels", "cpu/isa.h"), (
+            f"{relative} must not include {include}"
+        )
+        if include == "cpu/thread_pool.h":
+            assert layer in {"cpu", "moe"}, f"{relative}: only moe uses the thread pool"
+
+
+def test_only_isa_files_see_intrinsics() -> None:
+    """Directly or through headers, which would carry ISA-specific inline code elsewhere."""
+    includes = {str(p.relative_to(CSRC)): includes_of(p) for p in cpp_files(CSRC)}
+    tainted = {f for f, found in includes.items() if any(map(INTRINSICS.fullmatch, found))}
+    while grown := {f for f, found in includes.items() if tainted & set(found)} - tainted:
+        tainted |= grown
+    wrong = {f for f in tainted if f.endswith(".cc") and not ISA_FILE.fullmatch(f)}
+    assert tainted, "no file includes an intrinsics header: is the pattern wrong?"
+    assert not wrong
+    outside = {f for f in tainted if not f.startswith("kernels/")}
+    assert not outside
+
+
+def test_only_isa_cc_reads_the_environment() -> None:
+    readers = [p for p in cpp_files(CSRC) if re.search(r"\bgetenv\b|\benviron\b", p.read_text())]
+    assert readers == [CSRC / "cpu/isa.cc"]
+
+
+def test_no_global_isa_or_fast_math_flags() -> None:
+    build_files = [ROOT / "CMakeLists.txt", ROOT / "CMakePresets.json", ROOT / "pyproject.toml"]
+    for path in [*build_files, *ROOT.glob("cmake/*"), *ROOT.glob("*/**/CMakeLists.txt")]:
+        text = path.read_text("utf-8")
+        assert not re.search(r"-march=|-mtune=native|-ffast-math|-Ofast", text), path
+        if path.name != "ktrt_isa.cmake":
+            assert not re.search(r"-m(avx|amx|fma|f16c|sse)", text), path
+
+
+# Sizes: a file or function that wants more is two.
+
+
+@pytest.mark.parametrize(
+    ("paths", "limit"),
+    [
+        (python_files("ktrt", "bench", "examples"), 400),
+        (python_files("tests") + cpp_files(ROOT / "tests"), 600),
+        ([p for p in cpp_files(CSRC) if p.is_relative_to(CSRC / "kernels")], 800),
+        ([p for p in cpp_files(CSRC) if not p.is_relative_to(CSRC / "kernels")], 500),
+    ],
+    ids=["python", "tests", "kernels", "cpp"],
+)
+def test_file_length(paths: list[Path], limit: int) -> None:
+    lengths = {p: len(p.read_text("utf-8").splitlines()) for p in paths}
+    assert lengths
+    assert not {p: n for p, n in lengths.items() if n > limit}
+
+
+def python_functions(path: Path) -> Iterator[tuple[str, int]]:
+    """Names and lengths of a file's functions, docstrings not counted."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            first = node.body[0]
+            if ast.get_docstring(node) is not None:
+                length -= (first.end_lineno or first.lineno) - first.lineno + 1
+            yield node.name, length
+
+
+def cpp_functions(path: Path) -> Iterator[tuple[str, int]]:
+    """First lines and lengths of the functions outside classes.
+
+    Relies on the project's format: a function starts and ends in column 0 and ends in a bare "}"
+    (a class in "};", a namespace in "}  // namespace").
+    """
+    start, first = 0, ""
+    for number, line in enumerate(path.read_text("utf-8").splitlines()):
+        if line == "}":
+            yield first, number - start + 1
+        elif line and line[0] not in " #/}":
+            start, first = number, line
+
+
+def test_python_function_length() -> None:
+    paths = python_files("ktrt", "bench", "examples")
+    found = {(str(p), name): n for p in paths for name, n in python_functions(p)}
+    assert found
+    assert not {key: n for key, n in found.items() if n > 50}
+
+
+def test_cpp_function_length() -> None:
+    too_long: dict[tuple[str, str], int] = {}
+    for path in cpp_files(CSRC):
+        limit = 120 if path.is_relative_to(CSRC / "kernels") else 60
+        functions = dict(cpp_functions(path))
+        too_long |= {(str(path), name): n for name, n in functions.items() if n > limit}
+    assert not too_long
+
+
+def test_the_function_counters_count(tmp_path: Path) -> None:
+    source = tmp_path / "a.py"
+    source.write_text('def f():\n    """Two\n    lines."""\n    x = 1\n    return x\n')
+    assert list(python_functions(source)) == [("f", 3)]
+    source = tmp_path / "a.cc"
+    source.write_text(
+        "namespace a {\nstruct B {\n  int c;\n};\nint f(int a,\n      int b) {\n\n}\n"
+    )
+    assert list(cpp_functions(source)) == [("int f(int a,", 4)]
