@@ -21,12 +21,15 @@ function(ktrt_set_isa_flags)
   # GCC 12's own AVX-512 headers use undefined vectors on purpose and warn about it (bug 105593).
   set(gcc12 $<AND:$<CXX_COMPILER_ID:GNU>,$<VERSION_LESS:$<CXX_COMPILER_VERSION>,13>>)
   set(quiet $<${gcc12}:-Wno-uninitialized> $<${gcc12}:-Wno-maybe-uninitialized>)
+  # GCC's partial redundancy elimination moves accumulators of the register blocks to the stack: the
+  # AVX-512 VNNI block of 14 rows drops from 940 to 330 GOP/s with it.
+  set(no_pre $<$<CXX_COMPILER_ID:GNU>:-fno-tree-pre>)
   foreach(source IN LISTS ARGN)
     get_filename_component(isa "${source}" NAME_WE)
     if(NOT source MATCHES "/csrc/kernels/.+/" OR NOT isa IN_LIST KTRT_ISA_NAMES)
       continue()
     endif()
-    set(flags ${KTRT_ISA_FLAGS_${isa}} -fno-lto -fno-exceptions -fno-rtti ${quiet}
+    set(flags ${KTRT_ISA_FLAGS_${isa}} -fno-lto -fno-exceptions -fno-rtti ${quiet} ${no_pre}
               $<$<NOT:$<CONFIG:Debug>>:-O3>)
     set_source_files_properties("${source}" PROPERTIES COMPILE_OPTIONS "${flags}")
   endforeach()

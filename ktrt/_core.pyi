@@ -34,6 +34,17 @@ class Engine:
         """Stops the threads and frees the scratch memory and all expert weights of its layers.
         Idempotent. A later ``forward`` or ``load_expert`` raises ``RuntimeError``."""
 
+class ReadProbe:
+    """A block of memory to be read: measures the bandwidth that bounds decoding."""
+
+    def __init__(self, nbytes: int) -> None:
+        """Allocates and fills ``nbytes``; take several times the L3 cache. ``MemoryError``."""
+
+    @property
+    def nbytes(self) -> int: ...
+    def seconds(self, engine: Engine) -> float:
+        """Wall time of reading everything once on the engine's threads, without the GIL."""
+
 class MoeLayer:
     """The routed experts of one MoE layer: ``y = Σ_slots w · down(act(gate x) · (up x))``.
 

@@ -1,5 +1,5 @@
-// Checks at API edges. KTRT_CHECK is always on and throws std::invalid_argument (Python: ValueError);
-// KTRT_DCHECK guards internal invariants in builds without NDEBUG.
+// Checks at API edges. KTRT_CHECK is always on and throws std::invalid_argument (Python:
+// ValueError); KTRT_DCHECK guards internal invariants in builds without NDEBUG.
 #pragma once
 
 #include <cassert>
@@ -7,13 +7,13 @@
 #include <stdexcept>
 
 // KTRT_CHECK(qlen <= max_qlen, "qlen is " << qlen << ", at most " << max_qlen << " expected");
-#define KTRT_CHECK(condition, message)                         \
-  do {                                                         \
-    if (!(condition)) [[unlikely]] {                           \
-      std::ostringstream ktrt_check_stream;                    \
-      ktrt_check_stream << message;                            \
-      throw std::invalid_argument(ktrt_check_stream.str());    \
-    }                                                          \
+#define KTRT_CHECK(condition, message)                      \
+  do {                                                      \
+    if (!(condition)) [[unlikely]] {                        \
+      std::ostringstream ktrt_check_stream;                 \
+      ktrt_check_stream << message;                         \
+      throw std::invalid_argument(ktrt_check_stream.str()); \
+    }                                                       \
   } while (false)
 
 #define KTRT_DCHECK(condition) assert(condition)

@@ -15,21 +15,29 @@ enum class DType { kFloat32, kFloat16, kBfloat16, kInt32, kInt64 };
 inline std::size_t size_of(DType dtype) {
   switch (dtype) {
     case DType::kFloat32:
-    case DType::kInt32: return 4;
+    case DType::kInt32:
+      return 4;
     case DType::kFloat16:
-    case DType::kBfloat16: return 2;
-    case DType::kInt64: return 8;
+    case DType::kBfloat16:
+      return 2;
+    case DType::kInt64:
+      return 8;
   }
   return 0;
 }
 
 inline const char* name_of(DType dtype) {
   switch (dtype) {
-    case DType::kFloat32: return "float32";
-    case DType::kFloat16: return "float16";
-    case DType::kBfloat16: return "bfloat16";
-    case DType::kInt32: return "int32";
-    case DType::kInt64: return "int64";
+    case DType::kFloat32:
+      return "float32";
+    case DType::kFloat16:
+      return "float16";
+    case DType::kBfloat16:
+      return "bfloat16";
+    case DType::kInt32:
+      return "int32";
+    case DType::kInt64:
+      return "int64";
   }
   return "?";
 }
@@ -76,8 +84,8 @@ struct TensorView {
   }
 
   void expect_float() const {
-    KTRT_CHECK(is_float(), name << " is " << name_of(dtype)
-                                << ", expected float32, float16 or bfloat16");
+    KTRT_CHECK(is_float(),
+               name << " is " << name_of(dtype) << ", expected float32, float16 or bfloat16");
   }
 
   // Address of row i of the first dimension.
@@ -86,8 +94,7 @@ struct TensorView {
            static_cast<std::size_t>(i * stride[0]) * size_of(dtype);
   }
   std::byte* mutable_row(std::int64_t i) const {
-    return static_cast<std::byte*>(data) +
-           static_cast<std::size_t>(i * stride[0]) * size_of(dtype);
+    return static_cast<std::byte*>(data) + static_cast<std::size_t>(i * stride[0]) * size_of(dtype);
   }
 
   // The 2-D view at index i of a 3-D view's first dimension.

@@ -23,10 +23,12 @@ py::dict kernels() {
 }  // namespace
 
 void register_cpu(py::module_& module) {
-  module.def("isa", [] { return std::string(name_of(active_isa())); },
-             "The ISA level in use, after KTRT_ISA.");
-  module.def("detected_isa", [] { return std::string(name_of(detected_isa())); },
-             "The highest ISA level that this machine and build can run.");
+  module.def(
+      "isa", [] { return std::string(name_of(active_isa())); },
+      "The ISA level in use, after KTRT_ISA.");
+  module.def(
+      "detected_isa", [] { return std::string(name_of(detected_isa())); },
+      "The highest ISA level that this machine and build can run.");
   module.def("kernels", &kernels, "For every kernel family, the variant that runs.");
 }
 

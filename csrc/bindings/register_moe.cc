@@ -109,6 +109,12 @@ void register_engine(py::module_& module) {
       .def_property_readonly("max_qlen", &Engine::max_qlen)
       .def_property_readonly("closed", &Engine::closed)
       .def("close", &Engine::close, py::call_guard<py::gil_scoped_release>());
+  py::class_<ReadProbe>(module, "ReadProbe")
+      .def(py::init<std::size_t>(), py::arg("nbytes"))
+      .def_property_readonly("nbytes", &ReadProbe::bytes)
+      .def(
+          "seconds", [](const ReadProbe& probe, Engine& engine) { return engine.run_probe(probe); },
+          py::arg("engine"), py::call_guard<py::gil_scoped_release>());
 }
 
 void register_layer(py::module_& module) {

@@ -56,9 +56,9 @@ DType dtype_of(const DLDataType& type, const char* name) {
 }
 
 void fill_shape(const DLTensor& tensor, TensorView& view) {
-  KTRT_CHECK(tensor.ndim >= 1 && tensor.ndim <= TensorView::kMaxDims,
-             view.name << " has " << tensor.ndim << " dimensions, expected 1 to "
-                       << TensorView::kMaxDims);
+  KTRT_CHECK(
+      tensor.ndim >= 1 && tensor.ndim <= TensorView::kMaxDims,
+      view.name << " has " << tensor.ndim << " dimensions, expected 1 to " << TensorView::kMaxDims);
   view.ndim = tensor.ndim;
   std::int64_t compact = 1;
   for (int i = tensor.ndim - 1; i >= 0; --i) {
@@ -75,16 +75,17 @@ void fill_shape(const DLTensor& tensor, TensorView& view) {
 }  // namespace
 
 TensorArg::TensorArg(const py::object& array, const char* name) {
-  KTRT_CHECK(py::hasattr(array, "__dlpack__"),
-             name << " is a " << Py_TYPE(array.ptr())->tp_name
-                  << ", expected a torch.Tensor or numpy.ndarray");
+  KTRT_CHECK(py::hasattr(array, "__dlpack__"), name
+                                                   << " is a " << Py_TYPE(array.ptr())->tp_name
+                                                   << ", expected a torch.Tensor or numpy.ndarray");
   capsule_ = array.attr("__dlpack__")();
   auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule_.ptr(), "dltensor"));
   if (managed == nullptr) throw py::error_already_set();
   const DLTensor& tensor = managed->dl_tensor;
   view_.name = name;
-  KTRT_CHECK(tensor.device.device_type == kCpu || tensor.device.device_type == kCudaHost,
-             name << " is not in CPU memory (DLPack device type " << tensor.device.device_type << ")");
+  KTRT_CHECK(
+      tensor.device.device_type == kCpu || tensor.device.device_type == kCudaHost,
+      name << " is not in CPU memory (DLPack device type " << tensor.device.device_type << ")");
   view_.data = static_cast<std::byte*>(tensor.data) + tensor.byte_offset;
   view_.dtype = dtype_of(tensor.dtype, name);
   fill_shape(tensor, view_);

@@ -52,10 +52,14 @@ constexpr std::array<Isa, 4> kLevels = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512
 
 const char* name_of(Isa isa) {
   switch (isa) {
-    case Isa::kPortable: return "portable";
-    case Isa::kAvx2: return "avx2";
-    case Isa::kAvx512: return "avx512";
-    case Isa::kAmx: return "amx";
+    case Isa::kPortable:
+      return "portable";
+    case Isa::kAvx2:
+      return "avx2";
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAmx:
+      return "amx";
   }
   return "?";
 }
@@ -76,7 +80,8 @@ Isa resolve_isa(std::string_view override_value, Isa detected) {
   if (override_value.empty()) return detected;
   for (const Isa level : kLevels) {
     if (override_value != name_of(level)) continue;
-    KTRT_CHECK(level <= detected, "KTRT_ISA=" << override_value << " is above what this machine has ("
+    KTRT_CHECK(level <= detected, "KTRT_ISA=" << override_value
+                                              << " is above what this machine has ("
                                               << name_of(detected) << "); unset it or lower it");
     return level;
   }

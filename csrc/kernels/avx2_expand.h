@@ -16,7 +16,9 @@ inline __m256 high_values(__m256i pairs) {
   return _mm256_castsi256_ps(
       _mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
-inline __m256i load_256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline __m256i load_256(const void* p) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
 
 // acc[i][0..3] (32 outputs) += one k pair: half0 and half1 are 64 bytes of W each, x points to row
 // 0's pair, x_stride in bytes.

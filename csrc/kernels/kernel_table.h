@@ -41,8 +41,8 @@ struct GemmKernel {
   uint8_t activation_offset;  // what quantize_rows adds to each code: 128 where A is unsigned
 };
 
-// T [rows][16·blocks] = X [rows][k] · Aᵀ, rounded to BF16: the LoRA shrink. A is packed in blocks of
-// 16 ranks, BF16 [blocks][k/2][16][2].
+// T [rows][16·blocks] = X [rows][k] · Aᵀ, rounded to BF16: the LoRA shrink. A is packed in blocks
+// of 16 ranks, BF16 [blocks][k/2][16][2].
 struct ShrinkArgs {
   const uint16_t* x;
   int64_t x_stride;  // elements

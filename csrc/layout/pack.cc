@@ -24,8 +24,8 @@ void for_each_word(const PackedLayout& layout, int strip, Visit visit) {
     for (int half = 0; half < 2; ++half) {
       for (std::size_t group = 0; group < kWordsPerTileRow; ++group) {
         for (int row = 0; row < kHalfRows; ++row) {
-          visit(packed, static_cast<std::size_t>(half * kHalfRows + row) * row_bytes + column +
-                            group * 4);
+          visit(packed,
+                static_cast<std::size_t>(half * kHalfRows + row) * row_bytes + column + group * 4);
           packed += 4;
         }
       }
@@ -96,8 +96,8 @@ bool pack_strip(const TensorView& w, const PackedMatrix& packed, int strip) {
     if (n < layout.n()) {
       row_to_bf16(w.row(n), w.dtype, layout.k(), converted.data());
       if (int8) {
-        quantized = quantize_weight_row(converted.data(), layout.k(),
-                                        reinterpret_cast<std::int8_t*>(row));
+        quantized =
+            quantize_weight_row(converted.data(), layout.k(), reinterpret_cast<std::int8_t*>(row));
       } else {
         quantized.finite = all_finite(converted.data(), layout.k());
         std::memcpy(row, converted.data(), converted.size() * sizeof(bf16_t));

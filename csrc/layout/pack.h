@@ -12,9 +12,9 @@ namespace ktrt {
 // Where one packed matrix lives. `scales` and `sums` are null for BF16.
 struct PackedMatrix {
   PackedLayout layout;
-  std::uint8_t* codes = nullptr;   // layout.code_bytes()
-  float* scales = nullptr;         // [padded_n]: weight = scale · code
-  std::int32_t* sums = nullptr;    // [padded_n]: sum of the row's codes, for unsigned activations
+  std::uint8_t* codes = nullptr;  // layout.code_bytes()
+  float* scales = nullptr;        // [padded_n]: weight = scale · code
+  std::int32_t* sums = nullptr;   // [padded_n]: sum of the row's codes, for unsigned activations
 };
 
 // Packs rows [32·strip, 32·strip + 32) of w [n, k] (float32, float16 or bfloat16; rounded to

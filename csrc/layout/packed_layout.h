@@ -1,9 +1,9 @@
 // kt_kernel 0.7.2's packed weight layout ("BufferB"): where each element of a matrix W [n, k] lies.
 //
-// Order: n-block, k-block, strip of 32 rows, tile of `tile_k` columns, two halves of 16 rows, groups
-// of consecutive k that fill 4 bytes (2 BF16 or 4 INT8 values), 16 rows, the group's values. A half
-// tile is 16 × 16 words of 4 bytes = 1 KB: an AMX B tile and, equally, sixteen 64-byte vectors that
-// hold one k-group of 16 output rows each. Checked byte for byte against kt_kernel by
+// Order: n-block, k-block, strip of 32 rows, tile of `tile_k` columns, two halves of 16 rows,
+// groups of consecutive k that fill 4 bytes (2 BF16 or 4 INT8 values), 16 rows, the group's values.
+// A half tile is 16 × 16 words of 4 bytes = 1 KB: an AMX B tile and, equally, sixteen 64-byte
+// vectors that hold one k-group of 16 output rows each. Checked byte for byte against kt_kernel by
 // tests/python/test_golden_packing.py.
 //
 // kt_kernel refuses sizes that do not fill its strips and tiles; here they are padded with zeros.

@@ -17,9 +17,12 @@ std::int64_t read_id(const TensorView& ids, std::int64_t row, std::int64_t slot)
 float read_weight(const TensorView& weights, std::int64_t row, std::int64_t slot) {
   const std::byte* data = weights.row(row);
   switch (weights.dtype) {
-    case DType::kFloat16: return fp16_to_f32(reinterpret_cast<const fp16_t*>(data)[slot]);
-    case DType::kBfloat16: return bf16_to_f32(reinterpret_cast<const bf16_t*>(data)[slot]);
-    default: return reinterpret_cast<const float*>(data)[slot];
+    case DType::kFloat16:
+      return fp16_to_f32(reinterpret_cast<const fp16_t*>(data)[slot]);
+    case DType::kBfloat16:
+      return bf16_to_f32(reinterpret_cast<const bf16_t*>(data)[slot]);
+    default:
+      return reinterpret_cast<const float*>(data)[slot];
   }
 }
 

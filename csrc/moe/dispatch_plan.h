@@ -21,8 +21,8 @@ struct Job {
   int rows = 0;
 };
 
-// Rows are sorted by expert, then token, then slot: the order in which a token's experts are summed,
-// whatever the number of threads. Ids outside [0, num_experts) get no row.
+// Rows are sorted by expert, then token, then slot: the order in which a token's experts are
+// summed, whatever the number of threads. Ids outside [0, num_experts) get no row.
 class DispatchPlan {
  public:
   // expert_ids [qlen, k] int32 or int64, routing_weights [qlen, k] float; checked by the caller.

@@ -20,6 +20,11 @@ bool Engine::closed() const {
   return !pool_.has_value();
 }
 
+double Engine::run_probe(const ReadProbe& probe) {
+  const auto lock = lock_open();
+  return probe.run(*pool_);
+}
+
 void Engine::close() {
   const std::lock_guard lock(mutex_);
   pool_.reset();

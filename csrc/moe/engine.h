@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/read_probe.h"
 #include "cpu/thread_pool.h"
 #include "kernels/kernel_table.h"
 #include "moe/workspace.h"
@@ -29,6 +30,9 @@ class Engine {
   Isa isa() const { return isa_; }
   const KernelTable& kernels() const { return kernels_; }
   bool closed() const;
+
+  // Seconds that one pass of the probe takes on the engine's threads.
+  double run_probe(const ReadProbe& probe);
 
   // Stops the threads and frees scratch memory and the weights of all layers. Idempotent.
   void close();

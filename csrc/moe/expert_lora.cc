@@ -11,7 +11,8 @@ namespace {
 
 constexpr int kInputMultiple = 32;
 
-void check_array(const TensorView& array, int num_experts, std::int64_t rows, std::int64_t columns) {
+void check_array(const TensorView& array, int num_experts, std::int64_t rows,
+                 std::int64_t columns) {
   KTRT_CHECK(array.dtype == DType::kFloat32,
              array.name << " is " << name_of(array.dtype) << ", expected float32");
   array.expect_shape({num_experts, rows, columns});
@@ -25,8 +26,8 @@ int check_pair(const MoeShape& shape, const char* name, const LoraPair& pair,
   KTRT_CHECK(pair.b.has_value(), name << "_a is given without " << name << "_b");
   const std::optional<TensorView>& a = pair.a ? pair.a : shared_a;
   KTRT_CHECK(a.has_value(), name << "_b is given without " << name << "_a");
-  KTRT_CHECK(a->ndim == 3, a->name << " has shape " << a->shape_string()
-                                   << ", expected [num_experts, rank, in]");
+  KTRT_CHECK(a->ndim == 3,
+             a->name << " has shape " << a->shape_string() << ", expected [num_experts, rank, in]");
   const std::int64_t rank = a->shape[1];
   KTRT_CHECK(rank >= 1 && rank <= ExpertLora::kMaxRank,
              a->name << " has rank " << rank << ", expected 1 to " << ExpertLora::kMaxRank);
@@ -35,10 +36,13 @@ int check_pair(const MoeShape& shape, const char* name, const LoraPair& pair,
   return static_cast<int>(rank);
 }
 
-int even(int rank) { return round_up(rank, 2); }
+int even(int rank) {
+  return round_up(rank, 2);
+}
 
 // Writes ranks [first, first + rank) of every expert's A.
-void pack_a(const TensorView& a, const MoeShape& shape, const ExpertLora::Shrink& shrink, int first) {
+void pack_a(const TensorView& a, const MoeShape& shape, const ExpertLora::Shrink& shrink,
+            int first) {
   const int rank = static_cast<int>(a.shape[1]);
   const int in = static_cast<int>(a.shape[2]);
   for (int e = 0; e < shape.num_experts; ++e) {
@@ -77,9 +81,9 @@ void ExpertLora::pack_expand(const MoeShape& shape, Projection projection, const
   expand.rank_pairs = even(rank) / 2;
   expand.t_offset = t_offset;
   expand.strips = round_up(out, kStripRows) / kStripRows;
-  expand.b = AlignedBuffer(static_cast<std::size_t>(shape.num_experts * expand.strips) *
-                           static_cast<std::size_t>(expand.rank_pairs) * 2 * kStripRows *
-                           sizeof(bf16_t));
+  expand.b =
+      AlignedBuffer(static_cast<std::size_t>(shape.num_experts * expand.strips) *
+                    static_cast<std::size_t>(expand.rank_pairs) * 2 * kStripRows * sizeof(bf16_t));
   for (int e = 0; e < shape.num_experts; ++e) {
     const TensorView expert = b.slice(e);
     for (int n = 0; n < out; ++n) {

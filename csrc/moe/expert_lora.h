@@ -36,7 +36,8 @@ class ExpertLora {
     AlignedBuffer a;
     int width() const { return blocks * kBlockRanks; }
     const std::uint16_t* of(int expert) const {
-      const auto size = static_cast<std::size_t>(blocks) * kBlockRanks * static_cast<std::size_t>(k);
+      const auto size =
+          static_cast<std::size_t>(blocks) * kBlockRanks * static_cast<std::size_t>(k);
       return a.as<std::uint16_t>() + static_cast<std::size_t>(expert) * size;
     }
   };

@@ -15,9 +15,9 @@ constexpr int kMaxSize = 65536;
 void check_shape(const MoeShape& shape) {
   KTRT_CHECK(shape.num_experts >= 1 && shape.num_experts <= kMaxSize,
              "num_experts is " << shape.num_experts << ", expected 1 to " << kMaxSize);
-  KTRT_CHECK(shape.top_k >= 1 && shape.top_k <= shape.num_experts,
-             "top_k is " << shape.top_k << ", expected 1 to num_experts (" << shape.num_experts
-                         << ")");
+  KTRT_CHECK(
+      shape.top_k >= 1 && shape.top_k <= shape.num_experts,
+      "top_k is " << shape.top_k << ", expected 1 to num_experts (" << shape.num_experts << ")");
   KTRT_CHECK(shape.hidden_size >= 1 && shape.hidden_size <= kMaxSize,
              "hidden_size is " << shape.hidden_size << ", expected 1 to " << kMaxSize);
   KTRT_CHECK(shape.intermediate_size >= 1 && shape.intermediate_size <= kMaxSize,
@@ -28,9 +28,12 @@ void check_shape(const MoeShape& shape) {
 
 const char* name_of(Projection projection) {
   switch (projection) {
-    case Projection::kGate: return "gate";
-    case Projection::kUp: return "up";
-    case Projection::kDown: return "down";
+    case Projection::kGate:
+      return "gate";
+    case Projection::kUp:
+      return "up";
+    case Projection::kDown:
+      return "down";
   }
   return "?";
 }
@@ -79,6 +82,8 @@ int ExpertWeights::first_missing() const {
   return static_cast<int>(std::find(loaded_.begin(), loaded_.end(), false) - loaded_.begin());
 }
 
-std::size_t ExpertWeights::packed_bytes() const { return codes_.bytes() + scales_.bytes(); }
+std::size_t ExpertWeights::packed_bytes() const {
+  return codes_.bytes() + scales_.bytes();
+}
 
 }  // namespace ktrt

@@ -9,12 +9,6 @@ namespace ktrt {
 
 namespace {
 
-// A strip costs its compute, about one unit per token row, or the time to read it, which on the
-// machines measured equals that of about 12 rows in BF16.
-constexpr std::int64_t kRowsPerStripRead = 12;
-
-std::int64_t strip_cost(const Job& job) { return job.rows + kRowsPerStripRead; }
-
 // Row strides in the scratch memory of this layer.
 struct Strides {
   std::int64_t x;          // elements
@@ -43,26 +37,22 @@ Strides strides_of(const ForwardTask& task) {
 // What both phases of one thread need.
 class ThreadForward {
  public:
-  ThreadForward(const ForwardTask& task, int thread, int num_threads)
+  ThreadForward(const ForwardTask& task, int thread)
       : task_(task),
         strides_(strides_of(task)),
         scratch_(task.workspace.thread(thread)),
         shared_(task.workspace.shared()),
-        int8_(task.weights.format() == WeightFormat::kInt8),
-        thread_(thread),
-        num_threads_(num_threads) {}
+        int8_(task.weights.format() == WeightFormat::kInt8) {}
 
-  void gate_up_phase() const;
-  void down_phase() const;
+  void gate_up(const Piece& piece);
+  void down(const Piece& piece) const;
 
  private:
-  void gate_up_strips(std::size_t job_index, int first_strip, int end_strip) const;
   void gather(const Job& job) const;
   void quantize_and_shrink_activations(const Job& job) const;
   GemmArgs gemm_args(const Job& job, Projection projection, int strip, float* c) const;
   void use_input(GemmArgs& args) const;
   void use_activations(GemmArgs& args, const Job& job) const;
-  void down_group(int first_strip, int strips) const;
   void store_group(int first_strip, int strips) const;
 
   const ForwardTask& task_;
@@ -70,8 +60,7 @@ class ThreadForward {
   const Workspace::Thread& scratch_;
   const Workspace::Shared& shared_;
   const bool int8_;
-  const int thread_;
-  const int num_threads_;
+  int gathered_job_ = -1;  // whose rows are in scratch_
 };
 
 // Copies (and rounds) the job's rows, so that they lie together and padded; then what the GEMM and
@@ -82,7 +71,8 @@ void ThreadForward::gather(const Job& job) const {
   const int padded = round_up(count, kStripRows);
   const PackedLayout& layout = task_.weights.layout(Projection::kGate);
   for (int r = 0; r < job.rows; ++r) {
-    const std::byte* source = hidden.row(task_.plan.rows()[static_cast<std::size_t>(job.first_row + r)].token);
+    const std::byte* source =
+        hidden.row(task_.plan.rows()[static_cast<std::size_t>(job.first_row + r)].token);
     std::uint16_t* x = scratch_.x + r * strides_.x;
     if (hidden.dtype == DType::kFloat32) {
       task_.kernels.elementwise->f32_to_bf16(reinterpret_cast<const float*>(source), count, x);
@@ -114,13 +104,14 @@ void ThreadForward::quantize_and_shrink_activations(const Job& job) const {
   }
   if (task_.lora == nullptr || task_.lora->down_shrink().blocks == 0) return;
   const ExpertLora::Shrink& shrink = task_.lora->down_shrink();
-  task_.kernels.lora_shrink->run({shared_.act + job.first_row * strides_.act, strides_.act, job.rows,
-                                  shrink.of(job.expert), shrink.blocks, shrink.k,
+  task_.kernels.lora_shrink->run({shared_.act + job.first_row * strides_.act, strides_.act,
+                                  job.rows, shrink.of(job.expert), shrink.blocks, shrink.k,
                                   shared_.t + job.first_row * strides_.t_down, strides_.t_down});
 }
 
 // Everything but the activations: weights of one strip and its LoRA expand.
-GemmArgs ThreadForward::gemm_args(const Job& job, Projection projection, int strip, float* c) const {
+GemmArgs ThreadForward::gemm_args(const Job& job, Projection projection, int strip,
+                                  float* c) const {
   const PackedMatrix w = task_.weights.matrix(job.expert, projection);
   GemmArgs args{};
   args.rows = job.rows;
@@ -151,18 +142,20 @@ void ThreadForward::use_input(GemmArgs& args) const {
 }
 
 void ThreadForward::use_activations(GemmArgs& args, const Job& job) const {
-  args.a = int8_ ? shared_.codes + job.first_row * strides_.act_codes
-                 : reinterpret_cast<const std::uint8_t*>(shared_.act + job.first_row * strides_.act);
+  args.a = int8_
+               ? shared_.codes + job.first_row * strides_.act_codes
+               : reinterpret_cast<const std::uint8_t*>(shared_.act + job.first_row * strides_.act);
   args.a_stride = int8_ ? strides_.act_codes : strides_.act * 2;
   args.a_scale = shared_.scales + job.first_row;
   args.t = shared_.t + job.first_row * strides_.t_down;
   args.t_stride = strides_.t_down;
 }
 
-void ThreadForward::gate_up_strips(std::size_t job_index, int first_strip, int end_strip) const {
-  const Job& job = task_.plan.jobs()[job_index];
-  gather(job);
-  for (int strip = first_strip; strip < end_strip; ++strip) {
+void ThreadForward::gate_up(const Piece& piece) {
+  const Job& job = task_.plan.jobs()[static_cast<std::size_t>(piece.job)];
+  if (gathered_job_ != piece.job) gather(job);
+  gathered_job_ = piece.job;
+  for (int strip = piece.first_strip; strip < piece.end_strip; ++strip) {
     GemmArgs gate = gemm_args(job, Projection::kGate, strip, scratch_.c);
     GemmArgs up = gemm_args(job, Projection::kUp, strip, scratch_.c_up);
     use_input(gate);
@@ -174,49 +167,26 @@ void ThreadForward::gate_up_strips(std::size_t job_index, int first_strip, int e
     const PackedMatrix next_gate = task_.weights.matrix(job.expert, Projection::kGate);
     const PackedMatrix next_up = task_.weights.matrix(job.expert, Projection::kUp);
     gate.next = next_up.codes + next_up.layout.tile_offset(strip, 0);
-    if (strip + 1 < end_strip) {
+    if (strip + 1 < piece.end_strip) {
       up.next = next_gate.codes + next_gate.layout.tile_offset(strip + 1, 0);
     }
     task_.gemm.strip(gate);
     task_.gemm.strip(up);
-    task_.kernels.elementwise->silu_mul(scratch_.c, scratch_.c_up, job.rows,
-                                        shared_.act + job.first_row * strides_.act +
-                                            strip * kStripRows,
-                                        strides_.act);
+    task_.kernels.elementwise->silu_mul(
+        scratch_.c, scratch_.c_up, job.rows,
+        shared_.act + job.first_row * strides_.act + strip * kStripRows, strides_.act);
   }
-  const int done = end_strip - first_strip;
-  const int before =
-      task_.finished_strips[job_index].fetch_add(done, std::memory_order_acq_rel);
+  const int done = piece.end_strip - piece.first_strip;
+  const int before = task_.finished_strips[piece.job].fetch_add(done, std::memory_order_acq_rel);
   if (before + done == task_.weights.layout(Projection::kGate).strips()) {
     quantize_and_shrink_activations(job);
   }
 }
 
-void ThreadForward::gate_up_phase() const {
-  const std::vector<Job>& jobs = task_.plan.jobs();
-  const int strips = task_.weights.layout(Projection::kGate).strips();
-  std::int64_t total = 0;
-  for (const Job& job : jobs) total += strip_cost(job) * strips;
-  const std::int64_t begin = total * thread_ / num_threads_;
-  const std::int64_t end = total * (thread_ + 1) / num_threads_;
-  std::int64_t job_start = 0;
-  for (std::size_t j = 0; j < jobs.size() && job_start < end; ++j) {
-    // A strip belongs to the thread in whose range its first unit of cost lies.
-    const std::int64_t cost = strip_cost(jobs[j]);
-    const auto strip_at = [&](std::int64_t position) {
-      const std::int64_t offset = std::max<std::int64_t>(position - job_start, 0);
-      const std::int64_t strip = (offset + cost - 1) / cost;
-      return static_cast<int>(std::min<std::int64_t>(strip, strips));
-    };
-    const int first = strip_at(begin);
-    const int last = strip_at(end);
-    if (first < last) gate_up_strips(j, first, last);
-    job_start += cost * strips;
-  }
-}
-
-// Sums of all jobs for `strips` strips of output columns, then their conversion.
-void ThreadForward::down_group(int first_strip, int strips) const {
+// Sums of all jobs for the piece's output columns, then their conversion.
+void ThreadForward::down(const Piece& piece) const {
+  const int first_strip = piece.first_strip;
+  const int strips = piece.end_strip - piece.first_strip;
   const std::int64_t columns = static_cast<std::int64_t>(strips) * kStripRows;
   const std::int64_t qlen = task_.out.shape[0];
   std::memset(scratch_.out, 0, static_cast<std::size_t>(qlen * columns) * sizeof(float));
@@ -230,13 +200,15 @@ void ThreadForward::down_group(int first_strip, int strips) const {
       if (!last || j + 1 < jobs.size()) {
         const PackedMatrix next =
             task_.weights.matrix(last ? jobs[j + 1].expert : job.expert, Projection::kDown);
-        args.next = next.codes + next.layout.tile_offset(last ? first_strip : first_strip + s + 1, 0);
+        args.next =
+            next.codes + next.layout.tile_offset(last ? first_strip : first_strip + s + 1, 0);
       }
       task_.gemm.strip(args);
       for (int r = 0; r < job.rows; ++r) {
         const PlanRow& row = task_.plan.rows()[static_cast<std::size_t>(job.first_row + r)];
-        task_.kernels.elementwise->weighted_add(scratch_.c + r * kStripRows, row.weight,
-                                                scratch_.out + row.token * columns + s * kStripRows);
+        task_.kernels.elementwise->weighted_add(
+            scratch_.c + r * kStripRows, row.weight,
+            scratch_.out + row.token * columns + s * kStripRows);
       }
     }
   }
@@ -250,7 +222,8 @@ void ThreadForward::store_group(int first_strip, int strips) const {
   const TensorView& out = task_.out;
   for (std::int64_t token = 0; token < out.shape[0]; ++token) {
     const float* sums = scratch_.out + token * columns;
-    std::byte* row = out.mutable_row(token) + static_cast<std::size_t>(first_column) * size_of(out.dtype);
+    std::byte* row =
+        out.mutable_row(token) + static_cast<std::size_t>(first_column) * size_of(out.dtype);
     switch (out.dtype) {
       case DType::kFloat32:
         std::memcpy(row, sums, static_cast<std::size_t>(valid) * sizeof(float));
@@ -264,27 +237,27 @@ void ThreadForward::store_group(int first_strip, int strips) const {
   }
 }
 
-void ThreadForward::down_phase() const {
-  const int strips = task_.weights.layout(Projection::kDown).strips();
-  const int begin = static_cast<int>(static_cast<std::int64_t>(strips) * thread_ / num_threads_);
-  const int end = static_cast<int>(static_cast<std::int64_t>(strips) * (thread_ + 1) / num_threads_);
-  const std::size_t strip_bytes =
-      static_cast<std::size_t>(task_.out.shape[0]) * kStripRows * sizeof(float);
-  const int group = static_cast<int>(std::max<std::size_t>(1, kOutputBlockBytes / strip_bytes));
-  for (int first = begin; first < end; first += group) {
-    down_group(first, std::min(group, end - first));
-  }
+// Strips of output columns whose sums fit one thread's scratch memory.
+int max_output_strips(std::int64_t qlen) {
+  const std::size_t strip_bytes = static_cast<std::size_t>(qlen) * kStripRows * sizeof(float);
+  return static_cast<int>(std::max<std::size_t>(1, kOutputBlockBytes / strip_bytes));
 }
 
 }  // namespace
 
 void run_forward(const ForwardTask& task, ThreadPool& pool) {
-  if (task.out.shape[0] == 0) return;
+  const std::int64_t qlen = task.out.shape[0];
+  if (qlen == 0) return;
+  ForwardQueues& queues = task.queues;
+  schedule_jobs(task.plan.jobs(), task.weights.layout(Projection::kGate).strips(), pool.size(),
+                queues.gate_up);
+  schedule_columns(task.weights.layout(Projection::kDown).strips(), max_output_strips(qlen),
+                   pool.size(), queues.down);
   pool.run([&](int thread) {
-    const ThreadForward forward(task, thread, pool.size());
-    forward.gate_up_phase();
+    ThreadForward forward(task, thread);
+    while (const Piece* piece = queues.gate_up.claim()) forward.gate_up(*piece);
     pool.barrier();
-    forward.down_phase();
+    while (const Piece* piece = queues.down.claim()) forward.down(*piece);
   });
 }
 

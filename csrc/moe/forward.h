@@ -1,12 +1,11 @@
 // One forward of one layer over the thread pool: two phases with one barrier between.
 //
-// Gate and up: the (job, strip of 32 intermediate columns) pairs are cut into one contiguous range
-// per thread, balanced by cost. For every job it touches, a thread gathers the job's rows, quantises
-// them and shrinks them for LoRA; then per strip: gate GEMM, up GEMM, SiLU · up. Whoever finishes a
-// job's last strip quantises and shrinks its activations for the next phase, so that neither INT8
-// nor LoRA needs a barrier of its own.
+// Gate and up: threads claim strips of 32 intermediate columns of jobs. For every job it touches, a
+// thread gathers the job's rows, quantises them and shrinks them for LoRA; then per strip: gate
+// GEMM, up GEMM, SiLU · up. Whoever finishes a job's last strip quantises and shrinks its
+// activations for the next phase, so that neither INT8 nor LoRA needs a barrier of its own.
 //
-// Down: every thread owns a range of output columns for all jobs, so that sums need no atomics and
+// Down: threads claim ranges of output columns, each for all jobs, so that sums need no atomics and
 // are made in plan order; routing weights are applied as the strips are added up.
 #pragma once
 
@@ -18,9 +17,16 @@
 #include "moe/dispatch_plan.h"
 #include "moe/expert_lora.h"
 #include "moe/expert_weights.h"
+#include "moe/schedule.h"
 #include "moe/workspace.h"
 
 namespace ktrt {
+
+// Kept from forward to forward, for their memory.
+struct ForwardQueues {
+  PieceQueue gate_up;
+  PieceQueue down;
+};
 
 struct ForwardTask {
   const ExpertWeights& weights;
@@ -30,6 +36,7 @@ struct ForwardTask {
   const GemmKernel& gemm;
   const Workspace& workspace;
   std::atomic<int>* finished_strips;  // [jobs], zero
+  ForwardQueues& queues;
   const TensorView& hidden_states;
   const TensorView& out;
 };

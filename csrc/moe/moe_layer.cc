@@ -5,7 +5,6 @@
 #include <atomic>
 
 #include "base/check.h"
-#include "moe/forward.h"
 
 namespace ktrt {
 
@@ -71,8 +70,8 @@ void MoeLayer::check_forward(const TensorView& hidden_states, const TensorView& 
   hidden_states.expect_float();
   hidden_states.expect_shape({-1, shape_.hidden_size});
   const std::int64_t qlen = hidden_states.shape[0];
-  KTRT_CHECK(qlen <= engine_->max_qlen(), "qlen is " << qlen << ", at most max_qlen ("
-                                                     << engine_->max_qlen() << ") expected");
+  KTRT_CHECK(qlen <= engine_->max_qlen(),
+             "qlen is " << qlen << ", at most max_qlen (" << engine_->max_qlen() << ") expected");
   out.expect_shape({qlen, shape_.hidden_size});
   KTRT_CHECK(out.dtype == hidden_states.dtype,
              out.name << " is " << name_of(out.dtype) << ", expected the dtype of "
@@ -80,9 +79,9 @@ void MoeLayer::check_forward(const TensorView& hidden_states, const TensorView& 
   expert_ids.expect_shape({qlen, -1});
   KTRT_CHECK(expert_ids.dtype == DType::kInt32 || expert_ids.dtype == DType::kInt64,
              expert_ids.name << " is " << name_of(expert_ids.dtype) << ", expected int32 or int64");
-  KTRT_CHECK(expert_ids.shape[1] <= shape_.top_k,
-             expert_ids.name << " has " << expert_ids.shape[1] << " slots, at most top_k ("
-                             << shape_.top_k << ") expected");
+  KTRT_CHECK(expert_ids.shape[1] <= shape_.top_k, expert_ids.name << " has " << expert_ids.shape[1]
+                                                                  << " slots, at most top_k ("
+                                                                  << shape_.top_k << ") expected");
   routing_weights.expect_float();
   routing_weights.expect_shape({qlen, expert_ids.shape[1]});
 }
@@ -104,13 +103,16 @@ void MoeLayer::forward(const TensorView& hidden_states, const TensorView& expert
                    .gemm = int8 ? *kernels.gemm_int8 : *kernels.gemm_bf16,
                    .workspace = engine_->workspace_,
                    .finished_strips = engine_->workspace_.job_counters(plan_.jobs().size()),
+                   .queues = queues_,
                    .hidden_states = hidden_states,
                    .out = out};
   run_forward(task, *engine_->pool_);
   used_ = {task.gemm.name, lora_ ? kernels.lora_shrink->name : nullptr, kernels.elementwise->name};
 }
 
-std::size_t MoeLayer::packed_bytes() const { return weights_ ? weights_->packed_bytes() : 0; }
+std::size_t MoeLayer::packed_bytes() const {
+  return weights_ ? weights_->packed_bytes() : 0;
+}
 
 PackedMatrix MoeLayer::loaded_matrix(int expert, Projection projection) const {
   KTRT_CHECK(expert >= 0 && expert < shape_.num_experts && weights_->loaded(expert),

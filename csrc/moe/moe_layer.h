@@ -11,6 +11,7 @@
 #include "moe/engine.h"
 #include "moe/expert_lora.h"
 #include "moe/expert_weights.h"
+#include "moe/forward.h"
 
 namespace ktrt {
 
@@ -33,7 +34,8 @@ class MoeLayer {
 
   // gate, up [intermediate, hidden], down [hidden, intermediate]; float32, float16 or bfloat16.
   // Throws std::invalid_argument: shapes, dtypes, expert out of range, a weight that is not finite.
-  void load_expert(int expert, const TensorView& gate, const TensorView& up, const TensorView& down);
+  void load_expert(int expert, const TensorView& gate, const TensorView& up,
+                   const TensorView& down);
 
   void set_lora(const LoraPair& gate, const LoraPair& up, const LoraPair& down);
   void clear_lora();
@@ -65,6 +67,7 @@ class MoeLayer {
   std::optional<ExpertWeights> weights_;
   std::optional<ExpertLora> lora_;
   DispatchPlan plan_;
+  ForwardQueues queues_;
   KernelsUsed used_;
 };
 

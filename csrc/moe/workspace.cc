@@ -69,11 +69,10 @@ Workspace::Workspace(int num_threads, int max_qlen) : max_qlen_(max_qlen) {
 void Workspace::reserve(const MoeShape& shape) {
   const std::size_t x_row = std::max(x_row_, row_bytes(shape.hidden_size));
   const std::size_t act_row = std::max(act_row_, row_bytes(shape.intermediate_size));
-  const std::size_t plan_rows =
-      std::max(plan_rows_, static_cast<std::size_t>(max_qlen_) * static_cast<std::size_t>(shape.top_k));
+  const std::size_t plan_rows = std::max(
+      plan_rows_, static_cast<std::size_t>(max_qlen_) * static_cast<std::size_t>(shape.top_k));
   const std::size_t out_bytes =
-      std::max(kOutputBlockBytes,
-               static_cast<std::size_t>(max_qlen_) * kStripRows * sizeof(float));
+      std::max(kOutputBlockBytes, static_cast<std::size_t>(max_qlen_) * kStripRows * sizeof(float));
   if (x_row != x_row_) {
     for (std::size_t i = 0; i < threads_.size(); ++i) {
       Carver measure(nullptr);

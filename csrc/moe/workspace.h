@@ -11,14 +11,14 @@
 
 namespace ktrt {
 
-// Token rows of one job. 128 rows of hidden size 2048 in BF16 are 0.5 MB, which stays in an L2 cache
-// of 1 MB beside the strips of gate and up that are multiplied with it.
+// Token rows of one job. 128 rows of hidden size 2048 in BF16 are 0.5 MB, which stays in an L2
+// cache of 1 MB beside the strips of gate and up that are multiplied with it.
 inline constexpr int kMaxJobRows = 128;
 // float32 sums of one thread's output columns in the down phase, for the same reason.
 inline constexpr std::size_t kOutputBlockBytes = std::size_t{512} << 10;
 
-// Bytes of a scratch row of `bytes`: a multiple of 64 that is not a multiple of 4096, or the rows of
-// a register block would share one set of the L1 cache.
+// Bytes of a scratch row of `bytes`: a multiple of 64 that is not a multiple of 4096, or the rows
+// of a register block would share one set of the L1 cache.
 constexpr std::size_t scratch_stride(std::size_t bytes) {
   const std::size_t aligned = round_up(bytes, kCacheLine);
   return aligned % 4096 == 0 ? aligned + kCacheLine : aligned;
@@ -28,13 +28,13 @@ class Workspace {
  public:
   // Private to one thread, for one job at a time.
   struct Thread {
-    std::uint16_t* x = nullptr;      // gathered rows, BF16
-    std::uint8_t* codes = nullptr;   // the same, INT8
-    float* scales = nullptr;         // [rows] of codes
-    std::uint16_t* t = nullptr;      // shrunk rows for gate and up
-    float* c = nullptr;              // [rows][32]
-    float* c_up = nullptr;           // [rows][32]
-    float* out = nullptr;            // [qlen][columns of a strip group]
+    std::uint16_t* x = nullptr;     // gathered rows, BF16
+    std::uint8_t* codes = nullptr;  // the same, INT8
+    float* scales = nullptr;        // [rows] of codes
+    std::uint16_t* t = nullptr;     // shrunk rows for gate and up
+    float* c = nullptr;             // [rows][32]
+    float* c_up = nullptr;          // [rows][32]
+    float* out = nullptr;           // [qlen][columns of a strip group]
   };
 
   // Shared by all threads: one row per plan row.

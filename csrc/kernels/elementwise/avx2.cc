@@ -4,6 +4,6 @@ namespace ktrt {
 
 extern const ElementwiseKernels elementwise_avx2;
 const ElementwiseKernels elementwise_avx2 = {"avx2", quantize_row, f32_to_bf16, silu_mul,
-                                                weighted_add};
+                                             weighted_add};
 
 }  // namespace ktrt

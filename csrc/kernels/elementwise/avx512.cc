@@ -4,6 +4,6 @@ namespace ktrt {
 
 extern const ElementwiseKernels elementwise_avx512;
 const ElementwiseKernels elementwise_avx512 = {"avx512", quantize_row, f32_to_bf16, silu_mul,
-                                                weighted_add};
+                                               weighted_add};
 
 }  // namespace ktrt

@@ -1,5 +1,5 @@
-// Row-wise stages, one body for every instruction set: plain loops that the compiler vectorises. The
-// files are compiled with -ffp-contract=off, so that all of them give the same bits.
+// Row-wise stages, one body for every instruction set: plain loops that the compiler vectorises.
+// The files are compiled with -ffp-contract=off, so that all of them give the same bits.
 #pragma once
 
 #include <math.h>

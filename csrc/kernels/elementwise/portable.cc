@@ -4,6 +4,6 @@ namespace ktrt {
 
 extern const ElementwiseKernels elementwise_portable;
 const ElementwiseKernels elementwise_portable = {"portable", quantize_row, f32_to_bf16, silu_mul,
-                                                weighted_add};
+                                                 weighted_add};
 
 }  // namespace ktrt

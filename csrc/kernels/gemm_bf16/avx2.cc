@@ -1,5 +1,6 @@
-// BF16 GEMM on AVX2. Each 32-byte vector holds one k pair of 8 outputs; the two values of a pair are
-// widened to float32 by a shift and a mask. Register block: up to 2 rows × one strip (4 ymm each).
+// BF16 GEMM on AVX2. Each 32-byte vector holds one k pair of 8 outputs; the two values of a pair
+// are widened to float32 by a shift and a mask. Register block: up to 2 rows × one strip (4 ymm
+// each).
 #include <immintrin.h>
 #include <string.h>
 

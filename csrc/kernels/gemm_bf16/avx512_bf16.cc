@@ -1,6 +1,6 @@
 // BF16 GEMM on AVX-512 BF16. Register block: up to 14 rows of A × one strip (two zmm of 16 output
-// columns): 28 accumulators, 2 vectors of W, 1 broadcast of A. One accumulator chain per output, so a
-// row's result does not depend on the rows beside it.
+// columns): 28 accumulators, 2 vectors of W, 1 broadcast of A. One accumulator chain per output, so
+// a row's result does not depend on the rows beside it.
 #include <immintrin.h>
 #include <string.h>
 
@@ -13,7 +13,9 @@ constexpr int kMaxRows = 14;
 constexpr int kBlockBytes = 1792 * 2;
 constexpr int kPrefetchTiles = 3;
 
-inline __m512bh load_pairs(const void* p) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p)); }
+inline __m512bh load_pairs(const void* p) {
+  return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p));
+}
 
 inline __m512bh broadcast_pair(const uint8_t* p) {
   int pair;
@@ -28,7 +30,8 @@ inline void expand_lora(const GemmArgs& g, const uint16_t* t, __m512 (&acc)[kRow
     const __m512bh b1 = load_pairs(g.lora_b + pair * 64 + 32);
 #pragma GCC unroll 14
     for (int i = 0; i < kRows; ++i) {
-      const __m512bh a = broadcast_pair(reinterpret_cast<const uint8_t*>(t + i * g.t_stride + 2 * pair));
+      const __m512bh a =
+          broadcast_pair(reinterpret_cast<const uint8_t*>(t + i * g.t_stride + 2 * pair));
       acc[i][0] = _mm512_dpbf16_ps(acc[i][0], b0, a);
       acc[i][1] = _mm512_dpbf16_ps(acc[i][1], b1, a);
     }
@@ -77,9 +80,8 @@ constexpr RowBlock kRowBlocks[kMaxRows + 1] = {
     row_block<10>, row_block<11>, row_block<12>, row_block<13>, row_block<14>};
 
 void strip(const GemmArgs& g) {
-  for_each_row_block<kMaxRows>(g.rows, [&](int first, int rows) {
-    kRowBlocks[rows](g, first, first == 0);
-  });
+  for_each_row_block<kMaxRows>(
+      g.rows, [&](int first, int rows) { kRowBlocks[rows](g, first, first == 0); });
 }
 
 }  // namespace

@@ -66,8 +66,7 @@ void row_block(const GemmArgs& g, int first_row, bool first) {
       for (int p = 0; p < 2; ++p) {
         const __m256i sum = join_pairs(acc[i][2 * p], acc[i][2 * p + 1]);
         const __m256 w_scale = _mm256_loadu_ps(g.w_scale + half * 16 + p * 8);
-        c[i][half * 2 + p] =
-            _mm256_mul_ps(_mm256_mul_ps(scale, w_scale), _mm256_cvtepi32_ps(sum));
+        c[i][half * 2 + p] = _mm256_mul_ps(_mm256_mul_ps(scale, w_scale), _mm256_cvtepi32_ps(sum));
       }
     }
   }

@@ -21,25 +21,41 @@ inline __m512i broadcast_word(const uint8_t* p) {
 
 // One BF16 value in the upper half of each 32-bit lane, as float32.
 inline __m512 high_values(__m512i pairs) {
-  return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  return _mm512_castsi512_ps(
+      _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
-inline __m512 low_values(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+inline __m512 low_values(__m512i pairs) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+}
 
-// float32 multiply-adds: processors with VNNI need not have BF16 dot products.
+// c [kRows][32] in the L1 cache, just written, += the LoRA expand. float32 multiply-adds:
+// processors with VNNI need not have BF16 dot products.
 template <int kRows>
-inline void expand_lora(const GemmArgs& g, const uint16_t* t, __m512 (&c)[kRows][2]) {
+inline void expand_lora(const GemmArgs& g, const uint16_t* t, float* c) {
+  __m512 acc[kRows][2];
+#pragma GCC unroll 14
+  for (int i = 0; i < kRows; ++i) {
+    acc[i][0] = _mm512_loadu_ps(c + i * kStripColumns);
+    acc[i][1] = _mm512_loadu_ps(c + i * kStripColumns + 16);
+  }
   for (int pair = 0; pair < g.rank_pairs; ++pair) {
     const __m512i b0 = _mm512_loadu_si512(g.lora_b + pair * 64);
     const __m512i b1 = _mm512_loadu_si512(g.lora_b + pair * 64 + 32);
+    const uint8_t* x = reinterpret_cast<const uint8_t*>(t + 2 * pair);
     const __m512 low0 = low_values(b0), high0 = high_values(b0);
     const __m512 low1 = low_values(b1), high1 = high_values(b1);
 #pragma GCC unroll 14
     for (int i = 0; i < kRows; ++i) {
-      const __m512i a = broadcast_word(reinterpret_cast<const uint8_t*>(t + i * g.t_stride + 2 * pair));
+      const __m512i a = broadcast_word(x + i * g.t_stride * 2);
       const __m512 low = low_values(a), high = high_values(a);
-      c[i][0] = _mm512_fmadd_ps(high, high0, _mm512_fmadd_ps(low, low0, c[i][0]));
-      c[i][1] = _mm512_fmadd_ps(high, high1, _mm512_fmadd_ps(low, low1, c[i][1]));
+      acc[i][0] = _mm512_fmadd_ps(high, high0, _mm512_fmadd_ps(low, low0, acc[i][0]));
+      acc[i][1] = _mm512_fmadd_ps(high, high1, _mm512_fmadd_ps(low, low1, acc[i][1]));
     }
+  }
+#pragma GCC unroll 14
+  for (int i = 0; i < kRows; ++i) {
+    _mm512_storeu_ps(c + i * kStripColumns, acc[i][0]);
+    _mm512_storeu_ps(c + i * kStripColumns + 16, acc[i][1]);
   }
 }
 
@@ -76,20 +92,16 @@ void row_block(const GemmArgs& g, int first_row, bool first) {
   }
   const __m512 scale0 = _mm512_loadu_ps(g.w_scale);
   const __m512 scale1 = _mm512_loadu_ps(g.w_scale + 16);
-  __m512 c[kRows][2];
+  float* c = g.c + static_cast<int64_t>(first_row) * kStripColumns;
 #pragma GCC unroll 14
   for (int i = 0; i < kRows; ++i) {
     const __m512 scale = _mm512_set1_ps(g.a_scale[first_row + i]);
-    c[i][0] = _mm512_mul_ps(_mm512_mul_ps(scale, scale0), _mm512_cvtepi32_ps(acc[i][0]));
-    c[i][1] = _mm512_mul_ps(_mm512_mul_ps(scale, scale1), _mm512_cvtepi32_ps(acc[i][1]));
+    _mm512_storeu_ps(c + i * kStripColumns,
+                     _mm512_mul_ps(_mm512_mul_ps(scale, scale0), _mm512_cvtepi32_ps(acc[i][0])));
+    _mm512_storeu_ps(c + i * kStripColumns + 16,
+                     _mm512_mul_ps(_mm512_mul_ps(scale, scale1), _mm512_cvtepi32_ps(acc[i][1])));
   }
   if (g.lora_b != nullptr) expand_lora<kRows>(g, g.t + first_row * g.t_stride, c);
-  float* out = g.c + static_cast<int64_t>(first_row) * kStripColumns;
-#pragma GCC unroll 14
-  for (int i = 0; i < kRows; ++i) {
-    _mm512_storeu_ps(out + i * kStripColumns, c[i][0]);
-    _mm512_storeu_ps(out + i * kStripColumns + 16, c[i][1]);
-  }
 }
 
 using RowBlock = void (*)(const GemmArgs&, int, bool);
@@ -99,9 +111,8 @@ constexpr RowBlock kRowBlocks[kMaxRows + 1] = {
     row_block<10>, row_block<11>, row_block<12>, row_block<13>, row_block<14>};
 
 void strip(const GemmArgs& g) {
-  for_each_row_block<kMaxRows>(g.rows, [&](int first, int rows) {
-    kRowBlocks[rows](g, first, first == 0);
-  });
+  for_each_row_block<kMaxRows>(
+      g.rows, [&](int first, int rows) { kRowBlocks[rows](g, first, first == 0); });
 }
 
 }  // namespace

@@ -47,16 +47,15 @@ void row_block(const ShrinkArgs& s, const uint16_t* a, int block, int first_row)
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
     const __m256bh t = _mm512_cvtneps_pbh(_mm512_add_ps(acc[i][0], acc[i][1]));
-    _mm256_storeu_si256(
-        reinterpret_cast<__m256i*>(s.t + (first_row + i) * s.t_stride + block * 16),
-        reinterpret_cast<__m256i>(t));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(s.t + (first_row + i) * s.t_stride + block * 16),
+                        reinterpret_cast<__m256i>(t));
   }
 }
 
 using RowBlock = void (*)(const ShrinkArgs&, const uint16_t*, int, int);
-constexpr RowBlock kRowBlocks[kMaxRows + 1] = {
-    nullptr,      row_block<1>, row_block<2>, row_block<3>, row_block<4>,
-    row_block<5>, row_block<6>, row_block<7>, row_block<8>};
+constexpr RowBlock kRowBlocks[kMaxRows + 1] = {nullptr,      row_block<1>, row_block<2>,
+                                               row_block<3>, row_block<4>, row_block<5>,
+                                               row_block<6>, row_block<7>, row_block<8>};
 
 void run(const ShrinkArgs& s) {
   for (int block = 0; block < s.blocks; ++block) {

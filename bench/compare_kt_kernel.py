@@ -1,0 +1,124 @@
+#!/usr/bin/env python3
+"""One MoE layer in kt_kernel and in ktrt, side by side on this machine.
+
+    python bench/compare_kt_kernel.py [--quick] [--json] [--threads N]
+
+Both get the same random weights, the same routing and the same number of threads. Within one run
+the parties alternate: a plain read of memory (the limit of decoding), ktrt, kt_kernel, and
+PyTorch's BF16 linear on the same shapes (oneDNN: a limit of prefilling). Every ratio is the median
+of the ratios of neighbouring measurements: a shared machine's bandwidth swings within seconds.
+Several layers are cycled so that caches do not help. kt_kernel leaks packed weights, so every
+(dtype, rank) runs in a process of its own.
+
+ms are per layer; GB/s counts the distinct experts' weights plus their LoRA; relerr is
+‖y − y_float32‖ / ‖y_float32‖ on up to 64 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+DTYPES = ("bf16", "int8")
+RANKS = (0, 8, 64)
+QLENS = (1, 4, 16, 64, 256, 1024)
+QUICK_RANKS = (0, 8)
+QUICK_QLENS = (1, 256)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="1 and 256 tokens, rank 0 and 8")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--threads", type=int, default=0, help="default: the physical cores")
+    parser.add_argument("--layers", type=int, default=3, help="distinct layers to cycle")
+    parser.add_argument("--dtypes", default=",".join(DTYPES))
+    parser.add_argument("--ranks", default="")
+    parser.add_argument("--qlens", default="")
+    parser.add_argument("--rounds", type=int, default=0, help="default: 15 to 31 by size")
+    parser.add_argument("--child", default="", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    args.ranks = args.ranks or ",".join(map(str, QUICK_RANKS if args.quick else RANKS))
+    args.qlens = args.qlens or ",".join(map(str, QUICK_QLENS if args.quick else QLENS))
+    return args
+
+
+def run_children(args: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    machine: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    for dtype in args.dtypes.split(","):
+        for rank in args.ranks.split(","):
+            command = [sys.executable, str(Path(__file__).resolve()), "--child", f"{dtype}:{rank}"]
+            command += ["--qlens", args.qlens, "--layers", str(args.layers)]
+            command += ["--threads", str(args.threads), "--rounds", str(args.rounds)]
+            command += ["--quick"] if args.quick else []
+            child = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+            if child.returncode != 0:
+                raise SystemExit(f"{dtype} rank {rank}: exit code {child.returncode}")
+            answer = json.loads(child.stdout)
+            machine = machine or answer["machine"]
+            rows += answer["rows"]
+            if not args.json:
+                if len(rows) == len(answer["rows"]):
+                    print_head(machine)
+                print_rows(answer["rows"])
+    return machine, rows
+
+
+def print_head(machine: dict[str, Any]) -> None:
+    print("  ".join(f"{key}: {value}" for key, value in machine.items()))
+    print(
+        f"{'':>12}{'qlen':>6}{'ktrt ms':>10}{'kt ms':>10}{'ratio':>7}{'GB/s':>7}"
+        f"{'GFLOP/s':>9}{'of read':>9}{'of oneDNN':>11}{'ktrt err':>10}{'kt err':>9}"
+    )
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        onednn = row["onednn_fraction"]
+        print(
+            f"{row['method']:>12}{row['qlen']:>6}{row['ktrt_ms']:>10.2f}{row['kt_ms']:>10.2f}"
+            f"{row['ratio']:>7.2f}{row['ktrt_gbs']:>7.1f}{row['ktrt_gflops']:>9.0f}"
+            f"{row['bandwidth_fraction']:>9.2f}"
+            f"{f'{onednn:.2f}' if onednn is not None else '-':>11}"
+            f"{row['ktrt_relerr']:>10.5f}{row['kt_relerr']:>9.5f}",
+            flush=True,
+        )
+
+
+def main() -> int:
+    args = parse()
+    if args.child:
+        # kt_kernel prints to stdout from C++; the answer goes out through a saved descriptor.
+        answer_fd = os.dup(1)
+        os.dup2(2, 1)
+        sys.path.insert(0, str(Path(__file__).resolve().parent))
+        from compare_layers import measure  # torch and both engines: only in the child
+
+        dtype, rank = args.child.split(":")
+        answer = measure(
+            dtype,
+            int(rank),
+            [int(q) for q in args.qlens.split(",")],
+            layers=args.layers,
+            threads=args.threads,
+            rounds=args.rounds or (9 if args.quick else 0),
+        )
+        with os.fdopen(answer_fd, "w") as out:
+            json.dump(answer, out)
+        sys.stderr.flush()
+        os._exit(0)  # kt_kernel's destructors are slow and noisy
+    machine, rows = run_children(args)
+    if args.json:
+        json.dump({"machine": machine, "rows": rows}, sys.stdout, indent=1)
+        print()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

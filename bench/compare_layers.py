@@ -1,0 +1,318 @@
+"""The measuring half of compare_kt_kernel.py: layers of both engines, alternating measurements."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ktrt import _core
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# DeepSeek-V2-Lite.
+EXPERTS, TOP_K, HIDDEN, INTER = 64, 6, 2048, 1408
+LORA_SCALE = 2.0
+ELEMENT_BYTES = {"bf16": 2.0, "int8": 1.0}
+KT_CLASS = {"bf16": "AMXBF16", "int8": "AMXInt8"}
+PROBE_BYTES = 256 << 20
+
+
+@dataclass
+class Weights:
+    gate: torch.Tensor  # [E, I, H] bfloat16
+    up: torch.Tensor
+    down: torch.Tensor  # [E, H, I]
+    lora: dict[str, torch.Tensor]  # bfloat16 A and B, unscaled; empty without LoRA
+
+
+def make_weights(rank: int) -> Weights:
+    """Gaussian values. Experts are different windows of one random pool: drawing 550 million
+    numbers would take longer than the measurement."""
+    generator = torch.Generator().manual_seed(0)
+    pool = torch.randn(24_000_000, generator=generator).to(torch.bfloat16)
+
+    def window(index: int, rows: int, columns: int) -> torch.Tensor:
+        start = index * 7919 * 32 % (pool.numel() - rows * columns)
+        return pool[start : start + rows * columns].view(rows, columns) * columns**-0.5
+
+    def stack(first: int, rows: int, columns: int) -> torch.Tensor:
+        return torch.stack([window(first + e, rows, columns) for e in range(EXPERTS)])
+
+    lora: dict[str, torch.Tensor] = {}
+    for name, out, inp in (("gate", INTER, HIDDEN), ("up", INTER, HIDDEN), ("down", HIDDEN, INTER)):
+        if rank:
+            a = torch.randn(EXPERTS, rank, inp, generator=generator) * inp**-0.5
+            b = torch.randn(EXPERTS, out, rank, generator=generator)
+            lora[f"{name}_a"] = a.to(torch.bfloat16)
+            lora[f"{name}_b"] = (b * (0.3 / LORA_SCALE * rank**-0.5)).to(torch.bfloat16)
+    return Weights(
+        stack(0, INTER, HIDDEN), stack(100, INTER, HIDDEN), stack(200, HIDDEN, INTER), lora
+    )
+
+
+class Ktrt:
+    def __init__(self, weights: Weights, dtype: str, layers: int, threads: int, max_qlen: int):
+        self.engine = _core.Engine(num_threads=threads, max_qlen=max_qlen)
+        self.layers = [self._layer(weights, dtype) for _ in range(layers)]
+
+    def _layer(self, weights: Weights, dtype: str) -> _core.MoeLayer:
+        layer = _core.MoeLayer(
+            self.engine,
+            num_experts=EXPERTS,
+            top_k=TOP_K,
+            hidden_size=HIDDEN,
+            intermediate_size=INTER,
+            weight_format="bf16" if dtype == "bf16" else "int8",
+        )
+        for expert in range(EXPERTS):
+            layer.load_expert(
+                expert, weights.gate[expert], weights.up[expert], weights.down[expert]
+            )
+        if weights.lora:
+            layer.set_lora(
+                **{
+                    name: value.float() * (LORA_SCALE if name.endswith("_b") else 1.0)
+                    for name, value in weights.lora.items()
+                }
+            )
+        return layer
+
+    def forward(self, layer: int, batch: Batch) -> None:
+        self.layers[layer].forward(batch.x, batch.ids[layer], batch.routing, batch.out)
+
+
+class KtKernel:
+    """kt_kernel's raw binding; its Python layer needs a CUDA driver."""
+
+    def __init__(self, weights: Weights, dtype: str, layers: int, threads: int, max_qlen: int):
+        self.kt = load_kt_kernel()
+        pool = self.kt.WorkerPoolConfig()
+        pool.subpool_count, pool.subpool_numa_map = 1, [0]
+        pool.subpool_thread_count = [threads]
+        self.cpu = self.kt.CPUInfer(pool)
+        self.weights = weights
+        self.identity = torch.arange(EXPERTS, dtype=torch.int64)
+        self.max_len = max(32, (max_qlen + 31) // 32 * 32)  # anything else crashes
+        self.tasks: dict[tuple[int, int], Any] = {}
+        self.layers = [self._layer(dtype, index) for index in range(layers)]
+
+    def _layer(self, dtype: str, index: int) -> Any:
+        w = self.weights
+        make = self.kt.moe.MOESFTConfig if w.lora else self.kt.moe.MOEConfig
+        config = make(EXPERTS, TOP_K, HIDDEN, INTER)
+        config.layer_idx, config.pool, config.max_len = index, self.cpu.backend_, self.max_len
+        config.physical_to_logical_map = self.identity.data_ptr()
+        config.gate_proj, config.up_proj = w.gate.data_ptr(), w.up.data_ptr()
+        config.down_proj = w.down.data_ptr()
+        if not w.lora:
+            layer = getattr(self.kt.moe, f"{KT_CLASS[dtype]}_MOE")(config)
+            self.cpu.submit(layer.load_weights_task(self.identity.data_ptr()))
+            self.cpu.sync()
+            return layer
+        rank = w.lora["gate_a"].shape[1]
+        config.lora_rank, config.lora_alpha = rank, LORA_SCALE * rank
+        config.lora_dropout = 0.0  # else it is applied at inference
+        config.share_backward_bb = config.share_cache_pool = True  # else weights double
+        layer = getattr(self.kt.moe, f"{KT_CLASS[dtype]}_SFT_MOE")(config)
+        self.cpu.submit(layer.load_weights_task())
+        self.cpu.sync()
+        names = ("gate_a", "gate_b", "up_a", "up_b", "down_a", "down_b")
+        layer.update_lora_weights(*(w.lora[name].data_ptr() for name in names))
+        return layer
+
+    def forward(self, layer: int, batch: Batch) -> None:
+        key = (layer, id(batch))
+        if key not in self.tasks:  # building a task leaks 80 bytes: once each
+            moe = self.layers[layer]
+            build = moe.forward_sft_task if self.weights.lora else moe.forward_task
+            self.tasks[key] = build(
+                batch.count.data_ptr(), TOP_K, batch.ids[layer].data_ptr(),
+                batch.routing.data_ptr(), batch.x.data_ptr(), batch.out.data_ptr(), False,
+            )  # fmt: skip
+        self.cpu.submit(self.tasks[key])
+        self.cpu.sync()
+
+
+def load_kt_kernel() -> Any:
+    spec = importlib.util.find_spec("kt_kernel")
+    if spec is None or spec.origin is None:
+        raise SystemExit("kt_kernel not found: pip install kt-kernel (Python 3.11 or 3.12)")
+    flags = Path("/proc/cpuinfo").read_text()
+    order = {"amx": "amx_tile", "avx512_bf16": "avx512_bf16", "avx512_vnni": "avx512_vnni"}
+    order |= {"avx512_base": "avx512f", "avx2": "avx2"}
+    variant = next(name for name, flag in order.items() if f" {flag}" in flags)
+    variant = os.environ.get("KT_KERNEL_CPU_VARIANT", variant)
+    path = next(Path(spec.origin).parent.glob(f"_kt_kernel_ext_{variant}.*.so"))
+    module_spec = importlib.util.spec_from_file_location("kt_kernel_ext", path)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    return module
+
+
+class Batch:
+    """Inputs of one forward size; every layer has its own routing."""
+
+    def __init__(self, qlen: int, layers: int):
+        generator = torch.Generator().manual_seed(qlen)
+        self.qlen = qlen
+        self.count = torch.tensor([qlen], dtype=torch.int32)
+        self.x = torch.randn(qlen, HIDDEN, generator=generator).to(torch.bfloat16)
+        self.out = torch.empty_like(self.x)
+        self.routing = torch.softmax(torch.randn(qlen, TOP_K, generator=generator), -1)
+        self.ids = [
+            torch.rand(qlen, EXPERTS, generator=generator).topk(TOP_K, -1).indices.contiguous()
+            for _ in range(layers)
+        ]
+
+    def distinct_experts(self) -> float:
+        return statistics.mean(len(ids.unique()) for ids in self.ids)
+
+
+def reference(weights: Weights, batch: Batch, tokens: int) -> torch.Tensor:
+    """float32, from the weights and adapter before any packing or rounding of ours."""
+    x, ids = batch.x[:tokens].float(), batch.ids[0][:tokens]
+    y = torch.zeros(tokens, HIDDEN)
+
+    def project(name: str, expert: int, value: torch.Tensor) -> torch.Tensor:
+        result = value @ getattr(weights, name)[expert].float().T
+        if weights.lora:
+            a, b = weights.lora[f"{name}_a"][expert], weights.lora[f"{name}_b"][expert]
+            result += LORA_SCALE * (value @ a.float().T) @ b.float().T
+        return result
+
+    for expert in ids.unique().tolist():
+        token, slot = torch.nonzero(ids == expert, as_tuple=True)
+        rows = x[token]
+        act = torch.nn.functional.silu(project("gate", expert, rows)) * project("up", expert, rows)
+        y.index_add_(0, token, project("down", expert, act) * batch.routing[token, slot, None])
+    return y
+
+
+def relative_error(batch: Batch, expected: torch.Tensor) -> float:
+    got = batch.out[: len(expected)].float()
+    return float((got - expected).norm() / expected.norm())
+
+
+def onednn_party(weights: Weights, qlen: int) -> Callable[[], float]:
+    """PyTorch's BF16 linear at the mean rows per expert, over changing experts; GFLOP/s."""
+    rows = max(1, qlen * TOP_K // EXPERTS)
+    x, act = torch.randn(rows, HIDDEN), torch.randn(rows, INTER)
+    x, act = x.to(torch.bfloat16), act.to(torch.bfloat16)
+    experts = itertools.cycle(range(EXPERTS))
+    count = max(2, 512 // rows)
+
+    def run() -> float:
+        start = time.perf_counter()
+        for _ in range(min(count, EXPERTS)):
+            e = next(experts)
+            torch.nn.functional.linear(x, weights.gate[e])
+            torch.nn.functional.linear(x, weights.up[e])
+            torch.nn.functional.linear(act, weights.down[e])
+        seconds = time.perf_counter() - start
+        return 6.0 * rows * HIDDEN * INTER * min(count, EXPERTS) / seconds / 1e9
+
+    return run
+
+
+def timed(forward: Callable[[int, Batch], None], batch: Batch, layers: int) -> float:
+    start = time.perf_counter()
+    for layer in range(layers):
+        forward(layer, batch)
+    return (time.perf_counter() - start) / layers
+
+
+def measure_qlen(
+    engines: tuple[Ktrt, KtKernel], weights: Weights, qlen: int, dtype: str, rank: int, rounds: int
+) -> dict[str, Any]:
+    ktrt, kt = engines
+    layers = len(ktrt.layers)
+    batch = Batch(qlen, layers)
+    expected = reference(weights, batch, min(qlen, 64))
+    errors = []
+    for engine in (ktrt, kt):
+        engine.forward(0, batch)
+        errors.append(relative_error(batch, expected))
+    onednn = onednn_party(weights, qlen) if qlen >= 64 else None
+    experts = batch.distinct_experts()
+    lora_bytes = 2 * rank * 3 * (HIDDEN + INTER)
+    nbytes = experts * (3 * HIDDEN * INTER * ELEMENT_BYTES[dtype] + lora_bytes)
+    flops = 2.0 * qlen * TOP_K * 3 * (HIDDEN * INTER + rank * (HIDDEN + INTER))
+    probe = _core.ReadProbe(PROBE_BYTES)
+    samples = []
+    for _ in range(rounds or (31 if qlen <= 16 else 15)):
+        bandwidth = PROBE_BYTES / probe.seconds(ktrt.engine)
+        ours = timed(ktrt.forward, batch, layers)
+        theirs = timed(kt.forward, batch, layers)
+        gflops = onednn() if onednn is not None else None
+        samples.append((bandwidth, ours, theirs, gflops))
+
+    def median(value: Callable[[Any], float]) -> float:
+        return statistics.median(value(sample) for sample in samples)
+
+    ours = median(lambda s: s[1])
+    return {
+        "method": f"{dtype}{f'+lora{rank}' if rank else ''}",
+        "dtype": dtype,
+        "rank": rank,
+        "qlen": qlen,
+        "ktrt_ms": ours * 1e3,
+        "kt_ms": median(lambda s: s[2]) * 1e3,
+        "ratio": median(lambda s: s[2] / s[1]),
+        "bandwidth_fraction": median(lambda s: nbytes / s[1] / s[0]),
+        "onednn_fraction": median(lambda s: flops / 1e9 / s[1] / s[3]) if onednn else None,
+        "ktrt_relerr": errors[0],
+        "kt_relerr": errors[1],
+        "ktrt_gbs": nbytes / ours / 1e9,
+        "ktrt_gflops": flops / ours / 1e9,
+        "read_gbs": median(lambda s: s[0]) / 1e9,
+        "experts": experts,
+    }
+
+
+def measure(
+    dtype: str, rank: int, qlens: list[int], *, layers: int, threads: int, rounds: int
+) -> dict[str, Any]:
+    """All rows of one (dtype, rank), and what the machine is."""
+    threads = threads or len({_core_of(cpu) for cpu in os.sched_getaffinity(0)})
+    torch.set_num_threads(threads)
+    weights = make_weights(rank)
+    engines = (
+        Ktrt(weights, dtype, layers, threads, max(qlens)),
+        KtKernel(weights, dtype, layers, threads, max(qlens)),
+    )
+    rows = [measure_qlen(engines, weights, qlen, dtype, rank, rounds) for qlen in qlens]
+    cpu = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        "?",
+    )
+    machine = {
+        "cpu": cpu,
+        "threads": threads,
+        "isa": _core.isa(),
+        "kernels": _core.kernels(),
+        "kt_variant": engines[1].kt.__cpu_variant__,
+        "torch": torch.__version__,
+        "shape": f"{EXPERTS} experts top-{TOP_K}, hidden {HIDDEN}, intermediate {INTER}",
+        "layers": layers,
+    }
+    return {"machine": machine, "rows": rows}
+
+
+def _core_of(cpu: int) -> str:
+    path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+    return path.read_text().strip() if path.exists() else str(cpu)

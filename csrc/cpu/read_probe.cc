@@ -1,0 +1,44 @@
+#include "cpu/read_probe.h"
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <cstring>
+
+namespace ktrt {
+
+namespace {
+
+// Eight independent sums, so that the loop waits for memory and not for its own additions.
+std::uint64_t sum_words(const std::uint64_t* words, std::size_t count) {
+  std::uint64_t sums[8] = {};
+  for (std::size_t i = 0; i + 8 <= count; i += 8) {
+    for (std::size_t lane = 0; lane < 8; ++lane) sums[lane] += words[i + lane];
+  }
+  std::uint64_t total = 0;
+  for (const std::uint64_t sum : sums) total += sum;
+  return total;
+}
+
+}  // namespace
+
+ReadProbe::ReadProbe(std::size_t bytes) : memory_(round_up(bytes, kCacheLine)) {
+  // Untouched anonymous pages would all be the one zero page, which stays in the cache.
+  std::memset(memory_.as<std::byte>(), 1, memory_.bytes());
+}
+
+double ReadProbe::run(ThreadPool& pool) const {
+  const std::size_t words = memory_.bytes() / sizeof(std::uint64_t);
+  const auto threads = static_cast<std::size_t>(pool.size());
+  std::atomic<std::uint64_t> sink{0};  // the sums must not be optimised away
+  const auto start = std::chrono::steady_clock::now();
+  pool.run([&](int thread) {
+    const std::size_t begin = words * static_cast<std::size_t>(thread) / threads;
+    const std::size_t end = words * (static_cast<std::size_t>(thread) + 1) / threads;
+    sink.fetch_add(sum_words(memory_.as<std::uint64_t>() + begin, end - begin),
+                   std::memory_order_relaxed);
+  });
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+}  // namespace ktrt

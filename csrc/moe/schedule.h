@@ -1,0 +1,47 @@
+// How one forward is cut into pieces that threads claim one after the other.
+//
+// Pieces are large at first and small at the end (guided self-scheduling): a thread streams long
+// contiguous stretches of weights, and all threads finish together even if one of them loses its
+// core for a while or the experts' loads are skewed. Which thread computes a piece changes no bit.
+#pragma once
+
+#include <atomic>
+#include <vector>
+
+#include "moe/dispatch_plan.h"
+
+namespace ktrt {
+
+// Strips [first_strip, end_strip) of one job, or of all jobs in the down phase.
+struct Piece {
+  int job = 0;
+  int first_strip = 0;
+  int end_strip = 0;
+};
+
+class PieceQueue {
+ public:
+  std::vector<Piece> pieces;
+
+  // Before the threads start.
+  void reset() {
+    pieces.clear();
+    next_.store(0, std::memory_order_relaxed);
+  }
+  // The next unclaimed piece; null when there is none left.
+  const Piece* claim() {
+    const std::size_t index = next_.fetch_add(1, std::memory_order_relaxed);
+    return index < pieces.size() ? &pieces[index] : nullptr;
+  }
+
+ private:
+  alignas(64) std::atomic<std::size_t> next_{0};
+};
+
+// Gate and up: every strip of every job, weighted by its cost.
+void schedule_jobs(const std::vector<Job>& jobs, int strips, int threads, PieceQueue& queue);
+
+// Down: strips of output columns, at most `max_strips` a piece.
+void schedule_columns(int strips, int max_strips, int threads, PieceQueue& queue);
+
+}  // namespace ktrt
