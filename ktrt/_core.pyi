@@ -106,8 +106,9 @@ class MoeLayer:
         """
 
     def last_kernels(self) -> dict[str, str]:
-        """Which ISA variant ran in the last ``forward``, e.g. ``{"gemm": "avx512_bf16",
-        "lora_shrink": "avx512_bf16", "quantize_rows": "avx512_bf16"}``."""
+        """Which ISA variant ran in the last ``forward``, e.g. ``{"gemm": "amx", "gemm_few_rows":
+        "avx512_bf16", "lora_shrink": "avx512_bf16", "elementwise": "avx512"}``; families that did
+        not run are missing."""
 
     def packed_codes(self, expert: int, projection: Literal["gate", "up", "down"]) -> bytes:
         """A copy of the packed codes of one matrix (kt_kernel's byte order)."""
@@ -123,4 +124,4 @@ def detected_isa() -> str:
 
 def kernels() -> dict[str, str]:
     """For every kernel family the variant that runs at this ISA level, e.g.
-    ``{"gemm_bf16": "avx512_bf16", "gemm_int8": "avx512_vnni", …}``."""
+    ``{"gemm_bf16": "amx", "gemm_bf16_few_rows": "avx512_bf16", …}``."""

@@ -13,8 +13,10 @@ namespace {
 py::dict kernels() {
   const KernelTable table = select_kernels(active_isa(), cpu_features());
   py::dict names;
-  names["gemm_bf16"] = table.gemm_bf16->name;
-  names["gemm_int8"] = table.gemm_int8->name;
+  names["gemm_bf16"] = table.gemm_bf16.many->name;
+  names["gemm_bf16_few_rows"] = table.gemm_bf16.few->name;
+  names["gemm_int8"] = table.gemm_int8.many->name;
+  names["gemm_int8_few_rows"] = table.gemm_int8.few->name;
   names["lora_shrink"] = table.lora_shrink->name;
   names["elementwise"] = table.elementwise->name;
   return names;

@@ -86,6 +86,7 @@ py::dict last_kernels(const MoeLayer& layer) {
   const KernelsUsed used = layer.last_kernels();
   py::dict names;
   if (used.gemm != nullptr) names["gemm"] = used.gemm;
+  if (used.gemm_few_rows != nullptr) names["gemm_few_rows"] = used.gemm_few_rows;
   if (used.lora_shrink != nullptr) names["lora_shrink"] = used.lora_shrink;
   if (used.elementwise != nullptr) names["elementwise"] = used.elementwise;
   return names;

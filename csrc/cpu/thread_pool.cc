@@ -31,9 +31,7 @@ constexpr nanoseconds kBusySpin = std::chrono::milliseconds(1);
 constexpr int kPausesPerClockRead = 32;
 
 // A thread that spins while another of the pool waits for its core only delays it.
-bool all_can_run(int threads) {
-  return static_cast<size_t>(threads) <= allowed_cpus().size();
-}
+bool all_can_run(int threads) { return static_cast<size_t>(threads) <= allowed_cpus().size(); }
 
 void pin_current_thread(int cpu) noexcept {
   if (cpu < 0) return;

@@ -73,10 +73,19 @@ struct ElementwiseKernels {
   void (*weighted_add)(const float* c, float weight, float* acc);
 };
 
+// AMX tiles pay off from some number of rows on; below it, and without AMX, `few` runs.
+struct GemmChoice {
+  const GemmKernel* few;
+  const GemmKernel* many;  // the same kernel without AMX
+  int many_from;           // rows
+
+  const GemmKernel& for_rows(int rows) const { return rows < many_from ? *few : *many; }
+};
+
 // What runs for each kernel family.
 struct KernelTable {
-  const GemmKernel* gemm_bf16;
-  const GemmKernel* gemm_int8;
+  GemmChoice gemm_bf16;
+  GemmChoice gemm_int8;
   const ShrinkKernel* lora_shrink;
   const ElementwiseKernels* elementwise;
 };

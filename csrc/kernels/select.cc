@@ -7,10 +7,13 @@ namespace ktrt {
 // One constant table per ISA file.
 extern const GemmKernel gemm_bf16_portable;
 extern const GemmKernel gemm_bf16_avx2;
+extern const GemmKernel gemm_bf16_avx512;
 extern const GemmKernel gemm_bf16_avx512_bf16;
+extern const GemmKernel gemm_bf16_amx;
 extern const GemmKernel gemm_int8_portable;
 extern const GemmKernel gemm_int8_avx2;
 extern const GemmKernel gemm_int8_avx512_vnni;
+extern const GemmKernel gemm_int8_amx;
 extern const ShrinkKernel lora_shrink_portable;
 extern const ShrinkKernel lora_shrink_avx2;
 extern const ShrinkKernel lora_shrink_avx512_bf16;
@@ -36,11 +39,19 @@ const Kernel* first_that_runs(const std::array<Variant<Kernel>, count>& variants
   return variants.back().kernel;
 }
 
+// Rows of one expert from which tiles beat AVX-512: a tile multiplies 16 rows in the time of one.
+constexpr int kAmxFrom = 6;
+
+GemmChoice choose(const GemmKernel* few, const GemmKernel* tiles) {
+  return tiles == nullptr ? GemmChoice{few, few, 0} : GemmChoice{few, tiles, kAmxFrom};
+}
+
 }  // namespace
 
 KernelTable select_kernels(Isa level, const CpuFeatures& f) {
-  const std::array<Variant<GemmKernel>, 3> gemm_bf16 = {{
+  const std::array<Variant<GemmKernel>, 4> gemm_bf16 = {{
       {&gemm_bf16_avx512_bf16, Isa::kAvx512, f.avx512_bf16},
+      {&gemm_bf16_avx512, Isa::kAvx512, f.avx512},
       {&gemm_bf16_avx2, Isa::kAvx2, f.avx2},
       {&gemm_bf16_portable, Isa::kPortable, true},
   }};
@@ -59,7 +70,9 @@ KernelTable select_kernels(Isa level, const CpuFeatures& f) {
       {&elementwise_avx2, Isa::kAvx2, f.avx2},
       {&elementwise_portable, Isa::kPortable, true},
   }};
-  return {first_that_runs(gemm_bf16, level), first_that_runs(gemm_int8, level),
+  const bool amx = f.amx && level == Isa::kAmx;
+  return {choose(first_that_runs(gemm_bf16, level), amx ? &gemm_bf16_amx : nullptr),
+          choose(first_that_runs(gemm_int8, level), amx ? &gemm_int8_amx : nullptr),
           first_that_runs(lora_shrink, level), first_that_runs(elementwise, level)};
 }
 

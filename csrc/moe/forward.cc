@@ -82,7 +82,7 @@ void ThreadForward::gather(const Job& job) const {
     std::fill(x + count, x + padded, std::uint16_t{0});
     if (int8_) {
       scratch_.scales[r] = task_.kernels.elementwise->quantize_row(
-          x, count, layout.padded_k(), task_.gemm.activation_offset,
+          x, count, layout.padded_k(), task_.gemm.for_rows(job.rows).activation_offset,
           scratch_.codes + r * strides_.x_codes);
     }
   }
@@ -98,8 +98,8 @@ void ThreadForward::quantize_and_shrink_activations(const Job& job) const {
   if (int8_) {
     for (int r = job.first_row; r < job.first_row + job.rows; ++r) {
       shared_.scales[r] = task_.kernels.elementwise->quantize_row(
-          shared_.act + r * strides_.act, count, layout.padded_k(), task_.gemm.activation_offset,
-          shared_.codes + r * strides_.act_codes);
+          shared_.act + r * strides_.act, count, layout.padded_k(),
+          task_.gemm.for_rows(job.rows).activation_offset, shared_.codes + r * strides_.act_codes);
     }
   }
   if (task_.lora == nullptr || task_.lora->down_shrink().blocks == 0) return;
@@ -153,6 +153,7 @@ void ThreadForward::use_activations(GemmArgs& args, const Job& job) const {
 
 void ThreadForward::gate_up(const Piece& piece) {
   const Job& job = task_.plan.jobs()[static_cast<std::size_t>(piece.job)];
+  const GemmKernel& gemm = task_.gemm.for_rows(job.rows);
   if (gathered_job_ != piece.job) gather(job);
   gathered_job_ = piece.job;
   for (int strip = piece.first_strip; strip < piece.end_strip; ++strip) {
@@ -170,8 +171,8 @@ void ThreadForward::gate_up(const Piece& piece) {
     if (strip + 1 < piece.end_strip) {
       up.next = next_gate.codes + next_gate.layout.tile_offset(strip + 1, 0);
     }
-    task_.gemm.strip(gate);
-    task_.gemm.strip(up);
+    gemm.strip(gate);
+    gemm.strip(up);
     task_.kernels.elementwise->silu_mul(
         scratch_.c, scratch_.c_up, job.rows,
         shared_.act + job.first_row * strides_.act + strip * kStripRows, strides_.act);
@@ -193,6 +194,7 @@ void ThreadForward::down(const Piece& piece) const {
   const std::vector<Job>& jobs = task_.plan.jobs();
   for (std::size_t j = 0; j < jobs.size(); ++j) {
     const Job& job = jobs[j];
+    const GemmKernel& gemm = task_.gemm.for_rows(job.rows);
     for (int s = 0; s < strips; ++s) {
       GemmArgs args = gemm_args(job, Projection::kDown, first_strip + s, scratch_.c);
       use_activations(args, job);
@@ -203,7 +205,7 @@ void ThreadForward::down(const Piece& piece) const {
         args.next =
             next.codes + next.layout.tile_offset(last ? first_strip : first_strip + s + 1, 0);
       }
-      task_.gemm.strip(args);
+      gemm.strip(args);
       for (int r = 0; r < job.rows; ++r) {
         const PlanRow& row = task_.plan.rows()[static_cast<std::size_t>(job.first_row + r)];
         task_.kernels.elementwise->weighted_add(

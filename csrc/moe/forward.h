@@ -33,7 +33,7 @@ struct ForwardTask {
   const ExpertLora* lora;  // null: base
   const DispatchPlan& plan;
   const KernelTable& kernels;
-  const GemmKernel& gemm;
+  const GemmChoice& gemm;
   const Workspace& workspace;
   std::atomic<int>* finished_strips;  // [jobs], zero
   ForwardQueues& queues;

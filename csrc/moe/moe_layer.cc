@@ -100,14 +100,20 @@ void MoeLayer::forward(const TensorView& hidden_states, const TensorView& expert
                    .lora = lora_ ? &*lora_ : nullptr,
                    .plan = plan_,
                    .kernels = kernels,
-                   .gemm = int8 ? *kernels.gemm_int8 : *kernels.gemm_bf16,
+                   .gemm = int8 ? kernels.gemm_int8 : kernels.gemm_bf16,
                    .workspace = engine_->workspace_,
                    .finished_strips = engine_->workspace_.job_counters(plan_.jobs().size()),
                    .queues = queues_,
                    .hidden_states = hidden_states,
                    .out = out};
   run_forward(task, *engine_->pool_);
-  used_ = {task.gemm.name, lora_ ? kernels.lora_shrink->name : nullptr, kernels.elementwise->name};
+  used_ = {};
+  for (const Job& job : plan_.jobs()) {
+    const bool many = job.rows >= task.gemm.many_from;
+    (many ? used_.gemm : used_.gemm_few_rows) = task.gemm.for_rows(job.rows).name;
+  }
+  used_.lora_shrink = lora_ ? kernels.lora_shrink->name : nullptr;
+  used_.elementwise = kernels.elementwise->name;
 }
 
 std::size_t MoeLayer::packed_bytes() const {

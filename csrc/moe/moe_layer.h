@@ -18,6 +18,7 @@ namespace ktrt {
 // Names of the kernel variants that ran in the last forward; null where the family did not run.
 struct KernelsUsed {
   const char* gemm = nullptr;
+  const char* gemm_few_rows = nullptr;  // only where few rows have a kernel of their own
   const char* lora_shrink = nullptr;
   const char* elementwise = nullptr;
 };

@@ -1,0 +1,8 @@
+#include "kernels/gemm_int8/amx_body.h"
+
+namespace ktrt {
+
+extern const GemmKernel gemm_int8_amx;
+const GemmKernel gemm_int8_amx = {"amx", AmxInt8Gemm<HardwareTiles>::strip, 0};
+
+}  // namespace ktrt

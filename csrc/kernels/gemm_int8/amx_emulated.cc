@@ -1,0 +1,9 @@
+// The AMX body on emulated tiles, for tests on machines without AMX.
+#include "kernels/gemm_int8/amx_body.h"
+
+namespace ktrt {
+
+extern const GemmKernel gemm_int8_amx_emulated;
+const GemmKernel gemm_int8_amx_emulated = {"amx_emulated", AmxInt8Gemm<EmulatedTiles>::strip, 0};
+
+}  // namespace ktrt
