@@ -1,6 +1,7 @@
 #include "layout/pack.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -33,39 +34,43 @@ void for_each_word(const PackedLayout& layout, int strip, Visit visit) {
   }
 }
 
+constexpr bf16_t kMagnitude = 0x7fff;
+constexpr bf16_t kInfinity = 0x7f80;
+
+// The largest magnitude as a bit pattern; kInfinity or more if a value is not finite. Magnitudes of
+// floats are ordered as their bits are, and integers vectorise on baseline x86-64.
+bf16_t largest_magnitude(const bf16_t* row, int count) {
+  std::int16_t largest = 0;
+  for (int k = 0; k < count; ++k) {
+    largest = std::max(largest, static_cast<std::int16_t>(row[k] & kMagnitude));
+  }
+  return static_cast<bf16_t>(largest);
+}
+
 struct QuantizedRow {
   float scale = 0.0f;
   std::int32_t sum = 0;
-  bool finite = true;
 };
 
-QuantizedRow quantize_weight_row(const bf16_t* row, int count, std::int8_t* codes) {
+// `amax` is finite.
+QuantizedRow quantize_weight_row(const bf16_t* row, int count, float amax, std::int8_t* codes) {
   QuantizedRow result;
-  float amax = 0.0f;
-  for (int k = 0; k < count; ++k) {
-    const float magnitude = std::fabs(bf16_to_f32(row[k]));
-    result.finite = result.finite && std::isfinite(magnitude);
-    amax = std::max(amax, magnitude);
-  }
   // kt_kernel is built with fast math, which turns amax / 127 into this product.
   const float scale = amax * (1.0f / 127.0f);
   const float inverse = 1.0f / scale;
   // A row of zeros, or of values so small that 1/scale overflows, has scale 0 and codes 0.
-  if (!result.finite || !std::isfinite(inverse)) return result;
+  if (!std::isfinite(inverse)) return result;
+  // Adding 1.5 · 2^23 rounds half to even and leaves the integer in the low mantissa bits.
+  constexpr float kRound = 12582912.0f;
   for (int k = 0; k < count; ++k) {
-    const float rounded = std::nearbyintf(bf16_to_f32(row[k]) * inverse);
-    const int code = static_cast<int>(std::clamp(rounded, -128.0f, 127.0f));
-    codes[k] = static_cast<std::int8_t>(code);
+    const float rounded = bf16_to_f32(row[k]) * inverse + kRound;
+    const auto code = static_cast<std::int8_t>(std::bit_cast<std::int32_t>(rounded) -
+                                               std::bit_cast<std::int32_t>(kRound));
+    codes[k] = code;
     result.sum += code;
   }
   result.scale = scale;
   return result;
-}
-
-bool all_finite(const bf16_t* row, int count) {
-  constexpr bf16_t kExponent = 0x7f80;
-  return std::none_of(row, row + count,
-                      [](bf16_t value) { return (value & kExponent) == kExponent; });
 }
 
 }  // namespace
@@ -95,15 +100,15 @@ bool pack_strip(const TensorView& w, const PackedMatrix& packed, int strip) {
     QuantizedRow quantized;
     if (n < layout.n()) {
       row_to_bf16(w.row(n), w.dtype, layout.k(), converted.data());
-      if (int8) {
-        quantized =
-            quantize_weight_row(converted.data(), layout.k(), reinterpret_cast<std::int8_t*>(row));
-      } else {
-        quantized.finite = all_finite(converted.data(), layout.k());
+      const bf16_t amax = largest_magnitude(converted.data(), layout.k());
+      finite = finite && amax < kInfinity;
+      if (!int8) {
         std::memcpy(row, converted.data(), converted.size() * sizeof(bf16_t));
+      } else if (finite) {
+        quantized = quantize_weight_row(converted.data(), layout.k(), bf16_to_f32(amax),
+                                        reinterpret_cast<std::int8_t*>(row));
       }
     }
-    finite = finite && quantized.finite;
     if (int8) {
       packed.scales[n] = quantized.scale;
       packed.sums[n] = quantized.sum;

@@ -4,9 +4,7 @@
 
 namespace ktrt {
 
-const char* name_of(WeightFormat format) {
-  return format == WeightFormat::kBf16 ? "bf16" : "int8";
-}
+const char* name_of(WeightFormat format) { return format == WeightFormat::kBf16 ? "bf16" : "int8"; }
 
 std::size_t PackedLayout::tile_offset(int strip, int k0) const {
   const int k_block = k0 / params_.block_k * params_.block_k;
