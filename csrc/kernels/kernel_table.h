@@ -49,7 +49,7 @@ struct ShrinkArgs {
   int rows;
   const uint16_t* a;
   int blocks;
-  int k;  // even
+  int k;  // a multiple of 32
   uint16_t* t;
   int64_t t_stride;  // elements
 };

@@ -13,6 +13,7 @@ extern const GemmKernel gemm_bf16_amx;
 extern const GemmKernel gemm_int8_portable;
 extern const GemmKernel gemm_int8_avx2;
 extern const GemmKernel gemm_int8_avx512_vnni;
+extern const GemmKernel gemm_int8_avx512_bf16;
 extern const GemmKernel gemm_int8_amx;
 extern const ShrinkKernel lora_shrink_portable;
 extern const ShrinkKernel lora_shrink_avx2;
@@ -55,7 +56,8 @@ KernelTable select_kernels(Isa level, const CpuFeatures& f) {
       {&gemm_bf16_avx2, Isa::kAvx2, f.avx2},
       {&gemm_bf16_portable, Isa::kPortable, true},
   }};
-  const std::array<Variant<GemmKernel>, 3> gemm_int8 = {{
+  const std::array<Variant<GemmKernel>, 4> gemm_int8 = {{
+      {&gemm_int8_avx512_bf16, Isa::kAvx512, f.avx512_vnni && f.avx512_bf16},
       {&gemm_int8_avx512_vnni, Isa::kAvx512, f.avx512_vnni},
       {&gemm_int8_avx2, Isa::kAvx2, f.avx2},
       {&gemm_int8_portable, Isa::kPortable, true},

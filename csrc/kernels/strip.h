@@ -53,6 +53,14 @@ inline void prefetch_tile(const StripChunk& chunk, int index, int ahead) {
   for (int i = 0; i < kTileSize; i += 64) __builtin_prefetch(line + i, 0, 3);
 }
 
+// Asks for the strip's LoRA expand, which is read after its last tile, from a place of its own.
+inline void prefetch_expand(const GemmArgs& g) {
+  if (g.lora_b == nullptr) return;
+  const int bytes = g.rank_pairs * 128;
+  const uint8_t* b = reinterpret_cast<const uint8_t*>(g.lora_b);
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(b + i, 0, 2);
+}
+
 // Splits `rows` into the fewest blocks of at most kMax rows, as even as possible, and calls
 // run(first row, rows of the block).
 template <int kMax, class Run>

@@ -20,6 +20,7 @@ struct AmxBf16Gemm {
   }
 
   static void strip(const GemmArgs& g) {
+    prefetch_expand(g);
     for_each_tile_block<Tiles>(g.rows, [&](int first, int rows) {
       if (rows > kTileRows) {
         block<true>(g, first, rows);

@@ -79,6 +79,7 @@ constexpr RowBlock kRowBlocks[kMaxRows + 1] = {
     row_block<10>, row_block<11>, row_block<12>};
 
 void strip(const GemmArgs& g) {
+  prefetch_expand(g);
   for_each_row_block<kMaxRows>(
       g.rows, [&](int first, int rows) { kRowBlocks[rows](g, first, first == 0); });
 }

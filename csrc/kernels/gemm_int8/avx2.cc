@@ -78,6 +78,7 @@ void row_block(const GemmArgs& g, int first_row, bool first) {
 }
 
 void strip(const GemmArgs& g) {
+  prefetch_expand(g);
   for_each_row_block<kMaxRows>(g.rows, [&](int first, int rows) {
     if (rows == 2) {
       row_block<2>(g, first, first == 0);

@@ -1,123 +1,23 @@
-// INT8 GEMM on AVX-512 VNNI. VPDPBUSD multiplies unsigned by signed bytes, so activations come with
-// an offset of 128 and every int32 accumulator starts at -128 · Σ_k w[n][k]: the sum is exactly the
-// signed one (|acc| ≤ 255 · 127 · k < 2^31 for k ≤ 65536). Register block as in gemm_bf16.
-#include <immintrin.h>
-#include <string.h>
-
-#include "kernels/strip.h"
+// VNNI without BF16 dot products (Cascade Lake, Ice Lake): LoRA by float32 multiply-adds.
+#include "kernels/gemm_int8/vnni_body.h"
 
 namespace ktrt {
 namespace {
 
-constexpr int kMaxRows = 14;
-constexpr int kBlockBytes = 3584;
-constexpr int kPrefetchTiles = 3;
-
-inline __m512i broadcast_word(const uint8_t* p) {
-  int word;
-  memcpy(&word, p, 4);
-  return _mm512_set1_epi32(word);
-}
-
-// One BF16 value in the upper half of each 32-bit lane, as float32.
-inline __m512 high_values(__m512i pairs) {
-  return _mm512_castsi512_ps(
-      _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
-}
-inline __m512 low_values(__m512i pairs) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-}
-
-// c [kRows][32] in the L1 cache, just written, += the LoRA expand. float32 multiply-adds:
-// processors with VNNI need not have BF16 dot products.
-template <int kRows>
-inline void expand_lora(const GemmArgs& g, const uint16_t* t, float* c) {
-  __m512 acc[kRows][2];
-#pragma GCC unroll 14
-  for (int i = 0; i < kRows; ++i) {
-    acc[i][0] = _mm512_loadu_ps(c + i * kStripColumns);
-    acc[i][1] = _mm512_loadu_ps(c + i * kStripColumns + 16);
+struct Float32Expand {
+  static __m512 low(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+  static __m512 high(__m512i pairs) {
+    const __m512i mask = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    return _mm512_castsi512_ps(_mm512_and_si512(pairs, mask));
   }
-  for (int pair = 0; pair < g.rank_pairs; ++pair) {
-    const __m512i b0 = _mm512_loadu_si512(g.lora_b + pair * 64);
-    const __m512i b1 = _mm512_loadu_si512(g.lora_b + pair * 64 + 32);
-    const uint8_t* x = reinterpret_cast<const uint8_t*>(t + 2 * pair);
-    const __m512 low0 = low_values(b0), high0 = high_values(b0);
-    const __m512 low1 = low_values(b1), high1 = high_values(b1);
-#pragma GCC unroll 14
-    for (int i = 0; i < kRows; ++i) {
-      const __m512i a = broadcast_word(x + i * g.t_stride * 2);
-      const __m512 low = low_values(a), high = high_values(a);
-      acc[i][0] = _mm512_fmadd_ps(high, high0, _mm512_fmadd_ps(low, low0, acc[i][0]));
-      acc[i][1] = _mm512_fmadd_ps(high, high1, _mm512_fmadd_ps(low, low1, acc[i][1]));
-    }
+  static __m512 multiply(__m512 sum, __m512i b, __m512i a) {
+    return _mm512_fmadd_ps(high(a), high(b), _mm512_fmadd_ps(low(a), low(b), sum));
   }
-#pragma GCC unroll 14
-  for (int i = 0; i < kRows; ++i) {
-    _mm512_storeu_ps(c + i * kStripColumns, acc[i][0]);
-    _mm512_storeu_ps(c + i * kStripColumns + 16, acc[i][1]);
-  }
-}
-
-template <int kRows>
-void row_block(const GemmArgs& g, int first_row, bool first) {
-  __m512i acc[kRows][2];
-  const __m512i sum0 = _mm512_loadu_si512(g.w_sum);
-  const __m512i sum1 = _mm512_loadu_si512(g.w_sum + 16);
-  const __m512i start0 = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sum0, 7));
-  const __m512i start1 = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sum1, 7));
-#pragma GCC unroll 14
-  for (int i = 0; i < kRows; ++i) {
-    acc[i][0] = start0;
-    acc[i][1] = start1;
-  }
-  const uint8_t* a = g.a + first_row * g.a_stride;
-  for (int byte = 0; byte < g.k; byte += kBlockBytes) {
-    const StripChunk chunk = strip_chunk<kBlockBytes>(g, g.k, byte);
-    for (int tile = 0; tile < chunk.count; ++tile) {
-      const uint8_t* w = chunk.tiles + static_cast<int64_t>(tile) * kTileSize;
-      const uint8_t* x = a + byte + tile * 64;
-      if (first) prefetch_tile(chunk, tile, kPrefetchTiles);
-      for (int group = 0; group < 16; ++group) {
-        const __m512i w0 = _mm512_loadu_si512(w + group * 64);
-        const __m512i w1 = _mm512_loadu_si512(w + kTileHalf + group * 64);
-#pragma GCC unroll 14
-        for (int i = 0; i < kRows; ++i) {
-          const __m512i xi = broadcast_word(x + i * g.a_stride + group * 4);
-          acc[i][0] = _mm512_dpbusd_epi32(acc[i][0], xi, w0);
-          acc[i][1] = _mm512_dpbusd_epi32(acc[i][1], xi, w1);
-        }
-      }
-    }
-  }
-  const __m512 scale0 = _mm512_loadu_ps(g.w_scale);
-  const __m512 scale1 = _mm512_loadu_ps(g.w_scale + 16);
-  float* c = g.c + static_cast<int64_t>(first_row) * kStripColumns;
-#pragma GCC unroll 14
-  for (int i = 0; i < kRows; ++i) {
-    const __m512 scale = _mm512_set1_ps(g.a_scale[first_row + i]);
-    _mm512_storeu_ps(c + i * kStripColumns,
-                     _mm512_mul_ps(_mm512_mul_ps(scale, scale0), _mm512_cvtepi32_ps(acc[i][0])));
-    _mm512_storeu_ps(c + i * kStripColumns + 16,
-                     _mm512_mul_ps(_mm512_mul_ps(scale, scale1), _mm512_cvtepi32_ps(acc[i][1])));
-  }
-  if (g.lora_b != nullptr) expand_lora<kRows>(g, g.t + first_row * g.t_stride, c);
-}
-
-using RowBlock = void (*)(const GemmArgs&, int, bool);
-constexpr RowBlock kRowBlocks[kMaxRows + 1] = {
-    nullptr,       row_block<1>,  row_block<2>,  row_block<3>,  row_block<4>,
-    row_block<5>,  row_block<6>,  row_block<7>,  row_block<8>,  row_block<9>,
-    row_block<10>, row_block<11>, row_block<12>, row_block<13>, row_block<14>};
-
-void strip(const GemmArgs& g) {
-  for_each_row_block<kMaxRows>(
-      g.rows, [&](int first, int rows) { kRowBlocks[rows](g, first, first == 0); });
-}
+};
 
 }  // namespace
 
 extern const GemmKernel gemm_int8_avx512_vnni;
-const GemmKernel gemm_int8_avx512_vnni = {"avx512_vnni", strip, 128};
+const GemmKernel gemm_int8_avx512_vnni = {"avx512_vnni", strip<Float32Expand>, 128};
 
 }  // namespace ktrt
