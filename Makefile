@@ -1,6 +1,6 @@
 # `make help` lists the targets. PYTHON is the interpreter (of a virtual environment) to work with.
 
-PYTHON ?= python
+PYTHON ?= python3
 JOBS ?= $(shell nproc)
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # What the environment holds (cmake, ninja, ruff, mypy, clang-format) comes before the system's.

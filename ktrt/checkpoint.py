@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from safetensors import SafetensorError, safe_open
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+Projection = Literal["gate", "up", "down"]
 _FLOAT_DTYPES = ("F32", "F16", "BF16")
 
 
@@ -196,10 +197,13 @@ def _stacks_experts(converter: Any) -> bool:
 
     operations = list(converter.operations)
     if len(converter.source_patterns) > 1:
-        if not isinstance(operations[-1], Concatenate) or operations.pop().dim != 1:
+        join = operations.pop()
+        if not isinstance(join, Concatenate) or join.dim != 1:
             return False
     return (
-        len(operations) == 1 and isinstance(operations[0], MergeModulelist) and not operations[0].dim
+        len(operations) == 1
+        and isinstance(operations[0], MergeModulelist)
+        and not operations[0].dim
     )
 
 
@@ -232,7 +236,7 @@ class ExpertWeights:
                 used.add(name)
         if surplus := sorted(set(sources.values()) - used):
             raise CheckpointError(
-                f"{checkpoint.file(surplus[0])}: {surplus[0]} ({len(surplus)} such tensors) repeats "
+                f"{checkpoint.file(surplus[0])}: {surplus[0]} ({len(surplus)} such) repeats "
                 f"weights of {spec.path} that another tensor holds; expected each once."
             )
 
@@ -276,14 +280,16 @@ class ExpertWeights:
                 "Quantised checkpoints cannot be loaded yet; use the BF16 one."
             )
 
-    def modules(self) -> dict[tuple[int, str], str]:
+    def modules(self) -> dict[tuple[int, Projection], str]:
         """(expert, projection) → the module's name on disk, where one tensor is one projection."""
-        found = {}
+        found: dict[tuple[int, Projection], str] = {}
+        rows: tuple[Projection, Projection] = ("gate", "up")
         for target, name in self._sources.items():
             down = target.name.endswith(".down_proj")
             if target.expert is not None and (down or target.pieces == 2):
-                projection = "down" if down else ("gate", "up")[target.piece]
-                found[target.expert, projection] = name.removesuffix(".weight")
+                found[target.expert, "down" if down else rows[target.piece]] = name.removesuffix(
+                    ".weight"
+                )
         return found
 
     def read(self, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

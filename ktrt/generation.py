@@ -50,6 +50,16 @@ class Response:
     prefill_seconds: float
     decode_seconds: float
 
+    def summary(self) -> str:
+        """Counts and speeds so far, for a log line."""
+        decoded = self.generated_tokens - 1
+        rate = decoded / self.decode_seconds if decoded else 0.0
+        return (
+            f"prompt {self.prompt_tokens} tokens ({self.reused_tokens} reused), "
+            f"first token after {self.prefill_seconds:.2f} s; "
+            f"{self.generated_tokens} tokens, {rate:.1f} per second, {self.finish_reason}"
+        )
+
 
 class KvCache:
     """A model's KV cache together with the token ids it holds."""
@@ -179,7 +189,7 @@ def stream_generate(
     stop_ids: Collection[int],
     max_tokens: int,
 ) -> Iterator[Response]:
-    """The answer to ``prompt_ids``, one response per token; the stop id's text is not part of it."""
+    """The answer to ``prompt_ids``, a response per token; a stop id's text is not part of it."""
     start = time.perf_counter()
     reused = cache.reuse(prompt_ids)
     sampler = make_sampler(sampling, prompt_ids)

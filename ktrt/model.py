@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ktrt.adapter import Audit, BaseModel, plan_adapter
 from ktrt.checkpoint import Checkpoint, WeightNames, find_expert_weights
 from ktrt.errors import CheckpointError
-from ktrt.moe import (
-    KTExperts,
-    build_engine,
-    experts_replaced,
-    find_experts,
-    new_layer,
-)
+from ktrt.moe import KTExperts, build_engine, experts_replaced, find_experts, new_layer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
+
+    from torch import nn
 
     from ktrt.adapter import AdapterPlan
     from ktrt.checkpoint import ExpertWeights
@@ -31,3 +29,261 @@ if TYPE_CHECKING:
     from ktrt.moe import Engine, ExpertsSpec
 
 logger = logging.getLogger(__name__)
+# The block that users of LLaMA-Factory with KTransformers look for.
+debug_logger = logging.getLogger("ktrt.debug")
+
+
+@dataclass
+class LoadedModel:
+    """``model`` is transformers' own class with the experts replaced and PEFT's layers injected, in
+    eval mode, without gradients; ``audit`` says what each tensor of the adapter acts on."""
+
+    model: nn.Module
+    audit: Audit
+    engine: Engine
+
+    def close(self) -> None:
+        """Stops the engine's threads and frees the experts; the model cannot run afterwards."""
+        self.engine.close()
+
+
+def load_model(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> LoadedModel:
+    """Loads base and adapter: attention, router, shared experts, embeddings and head on the GPU if
+    there is one, else on the CPU; routed experts in the engine.
+
+    Everything that headers and shapes can tell is checked before the first weight is read. Raises
+    ``CheckpointError`` or ``AdapterError`` naming file and tensor, what was found and expected.
+    """
+    folder = model.model_name_or_path
+    logger.info("Loading model with KTransformers MoE backend")
+    skeleton, trust = _skeleton(folder, model.trust_remote_code)
+    specs = find_experts(skeleton)
+    if not specs:
+        raise CheckpointError(
+            f"{folder}: {type(skeleton).__name__} has no routed experts that transformers runs "
+            "through its experts interface; ktrt is for Mixture-of-Experts models."
+        )
+    checkpoint, names = Checkpoint(folder), WeightNames(skeleton)
+    weights = find_expert_weights(checkpoint, names, specs)
+    plan = _plan_adapter(adapter, skeleton, specs, names, weights)
+    loaded = _load_without_experts(skeleton, specs, checkpoint, names, model.infer_dtype, trust)
+    engine = build_engine(experts)
+    try:
+        _load_experts(engine, loaded, specs, weights, experts.kt_backend)
+        audit = _apply_adapter(plan, loaded, specs) if plan else Audit()
+    except BaseException:
+        engine.close()
+        raise
+    loaded.eval().requires_grad_(False)
+    _log_result(loaded, specs, plan)
+    return LoadedModel(loaded, audit, engine)
+
+
+def _skeleton(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, bool]:
+    """The plain model on the meta device, and whether the checkpoint's own code may run."""
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+
+    file = folder / "config.json"
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        model_type = raw["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read or names no model_type ({error!r}): not a model folder."
+        ) from error
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method")
+        raise CheckpointError(
+            f"{file}: the weights are quantised (quant_method {method}); ktrt cannot read that "
+            "yet. Use the BF16 checkpoint."
+        )
+    trust = trust_remote_code and model_type not in CONFIG_MAPPING
+    if trust_remote_code and not trust:
+        logger.info(
+            "trust_remote_code is ignored: transformers has its own code for %s", model_type
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder}: transformers cannot build a model of type {model_type}: {error}"
+        ) from error
+    return model, trust
+
+
+def _plan_adapter(
+    adapter: AdapterArgs,
+    skeleton: nn.Module,
+    specs: Sequence[ExpertsSpec],
+    names: WeightNames,
+    weights: Mapping[str, ExpertWeights],
+) -> AdapterPlan | None:
+    if adapter.adapter_name_or_path is None:
+        return None
+    modules = {
+        (path, expert, projection): name
+        for path, layer in weights.items()
+        for (expert, projection), name in layer.modules().items()
+    }
+    return plan_adapter(
+        adapter.adapter_name_or_path,
+        BaseModel(skeleton, specs, names, modules),
+        lora_rank=adapter.lora_rank,
+        lora_alpha=adapter.lora_alpha,
+    )
+
+
+def _load_without_experts(
+    skeleton: nn.Module,
+    specs: Sequence[ExpertsSpec],
+    checkpoint: Checkpoint,
+    names: WeightNames,
+    infer_dtype: str,
+    trust: bool,
+) -> nn.Module:
+    """All weights but the routed experts', which are never materialised in torch."""
+    model_class: Any = type(skeleton)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = "auto" if infer_dtype == "auto" else getattr(torch, infer_dtype)
+    experts = [rf"^{path}\.(gate_up_proj|down_proj)$" for path in _escaped(specs)]
+    try:
+        with experts_replaced({s.class_name for s in specs}), _unexpected(model_class, experts):
+            model, info = model_class.from_pretrained(
+                checkpoint.folder,
+                dtype=dtype,
+                device_map={"": device} if device != "cpu" else None,
+                trust_remote_code=trust,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {_wrong_shapes(skeleton, checkpoint, names) or error}"
+        ) from error
+    for what in ("missing_keys", "unexpected_keys"):
+        if keys := sorted(info[what]):
+            raise CheckpointError(
+                f"{checkpoint.folder}: {len(keys)} {what.replace('_', ' ')} for "
+                f"{model_class.__name__}: {', '.join(keys[:5])}{', …' if len(keys) > 5 else ''}. "
+                "The folder is incomplete or its config.json is of another model."
+            )
+    loaded: nn.Module = model
+    return loaded
+
+
+def _escaped(specs: Iterable[ExpertsSpec]) -> list[str]:
+    return [spec.path.replace(".", r"\.") for spec in specs]
+
+
+@contextmanager
+def _unexpected(model_class: Any, patterns: list[str]) -> Iterator[None]:
+    """transformers loads in silence: these keys are expected to find no parameter, and a report on
+    others would come before the error that says the same."""
+    from transformers.utils import logging as library
+
+    before, bars = model_class._keys_to_ignore_on_load_unexpected, library.is_progress_bar_enabled()
+    level = logging.getLogger("transformers").level
+    model_class._keys_to_ignore_on_load_unexpected = [*(before or []), *patterns]
+    library.set_verbosity_error()
+    if not sys.stderr.isatty():
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        model_class._keys_to_ignore_on_load_unexpected = before
+        library.set_verbosity(level)
+        if bars:
+            library.enable_progress_bar()
+
+
+def _wrong_shapes(skeleton: nn.Module, checkpoint: Checkpoint, names: WeightNames) -> str:
+    """The tensors whose shape is not their parameter's; empty if there are none."""
+    wrong = []
+    parameters = skeleton.state_dict()
+    for name in checkpoint.names():
+        target = names.target(name)
+        parameter = parameters.get(target.name) if target.expert is None else None
+        if parameter is not None and checkpoint.shape(name) != tuple(parameter.shape):
+            wrong.append(
+                f"{name} has shape {list(checkpoint.shape(name))}, expected "
+                f"{list(parameter.shape)} by config.json"
+            )
+    return "; ".join(wrong[:5])
+
+
+def _load_experts(
+    engine: Engine,
+    model: nn.Module,
+    specs: Sequence[ExpertsSpec],
+    weights: Mapping[str, ExpertWeights],
+    kt_backend: str,
+) -> None:
+    start, packed = time.perf_counter(), 0
+    for spec in _progress(specs):
+        layer = new_layer(engine, spec, kt_backend)
+        for expert in range(spec.num_experts):
+            layer.load_expert(expert, *weights[spec.path].read(expert))
+        module = model.get_submodule(spec.path)
+        assert isinstance(module, KTExperts), f"{spec.path} was not replaced"
+        module.attach(layer, engine.max_qlen)
+        packed += layer.packed_bytes
+    seconds = time.perf_counter() - start
+    logger.info(
+        "Packed %d experts of %d layers: %.2f GB in %.1f s (%.2f GB/s)",
+        sum(spec.num_experts for spec in specs), len(specs), packed / 1e9, seconds,
+        packed / 1e9 / seconds,
+    )  # fmt: skip
+
+
+def _progress(specs: Sequence[ExpertsSpec]) -> Iterable[ExpertsSpec]:
+    """The layers, with a progress bar where stderr is a terminal."""
+    if not sys.stderr.isatty():
+        return specs
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(specs, description="Packing experts", console=console, transient=True)
+
+
+def _apply_adapter(plan: AdapterPlan, model: nn.Module, specs: Sequence[ExpertsSpec]) -> Audit:
+    """Gives the engine and PEFT their tensors. ``AdapterError`` if one is left over."""
+    original, filtered = plan.targets()
+    only = "Attention" if not any("." in name for name in filtered) else "torch-side"
+    logger.info(
+        "KT mode: Loading only %s LoRA with PEFT, MoE LoRA in the engine. Original targets: %s, "
+        "Filtered: %s", only, original, filtered,
+    )  # fmt: skip
+    plan.apply_to_torch(model)
+    logger.info("Loading MoE LoRA from %s", plan.files.file)
+    layers = 0
+    for spec in specs:
+        if arguments := plan.engine_arguments(spec.path):
+            module = model.get_submodule(spec.path)
+            assert isinstance(module, KTExperts), f"{spec.path} was not replaced"
+            module.layer.set_lora(**arguments)
+            plan.mark_experts(spec.path)
+            layers += 1
+    logger.info("Loaded MoE LoRA into %d KT wrappers from %s", layers, plan.files.folder)
+    plan.audit.check()
+    logger.info("Loaded adapter(s): %s", plan.files.folder)
+    logger.info("Adapter audit\n%s", plan.audit.table())
+    return plan.audit
+
+
+def _log_result(model: nn.Module, specs: Sequence[ExpertsSpec], plan: AdapterPlan | None) -> None:
+    lora = {n: p for n, p in model.named_parameters() if ".lora_" in n}
+    count = sum(p.numel() for p in model.parameters()) + sum(spec.num_weights for spec in specs)
+    count += plan.expert_lora_numel() if plan else 0
+    logger.info("trainable params: 0 || all params: %s || trainable%%: 0.0000", f"{count:,}")
+    layers = [spec.layer for spec in specs if plan and plan.engine_arguments(spec.path)]
+    line = "=" * 60
+    lines = [line, "DEBUG: Model structure after loading", line]
+    lines += [f"KT wrappers count: {len(specs)}", f"KT MoE LoRA layers: {layers}", ""]
+    lines += [f"LoRA parameters count: {len(lora)}", "LoRA parameters:"]
+    lines += [f"  base_model.model.{name}: {p.shape}" for name, p in lora.items()]
+    lines += ["", f"PEFT config: {getattr(model, 'peft_config', {})}", line]
+    debug_logger.info("%s", "\n".join(lines))

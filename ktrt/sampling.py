@@ -73,15 +73,32 @@ def _filter(scores: torch.Tensor, args: SamplingArgs) -> torch.Tensor:
         # Ties with the k-th best stay, as in transformers.
         kept = torch.nonzero(scores >= torch.topk(scores, args.top_k).values[-1]).squeeze(-1)
     if args.top_p < 1:
-        # Sorting what top_k left instead of all: 0.1 ms instead of 7 ms for 102400 tokens.
-        candidates = scores if kept is None else scores[kept]
-        ordered, order = torch.sort(candidates, stable=True)
-        removed = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1 - args.top_p
-        removed[-1] = False
-        order = order[~removed]
-        kept = order if kept is None else kept[order]
+        kept = _top_p(scores, kept, args.top_p)
     if kept is None:
         return scores
     filtered = torch.full_like(scores, float("-inf"))
     filtered[kept] = scores[kept]
     return filtered
+
+
+def _top_p(scores: torch.Tensor, kept: torch.Tensor | None, top_p: float) -> torch.Tensor:
+    """The indices, of those in ``kept`` (None: all), that top_p leaves."""
+    if kept is None:
+        return _most_probable(scores, top_p)[1]
+    # Sorting what top_k left instead of all: 0.1 ms instead of 7 ms for 102400 tokens.
+    tied, chosen = _most_probable(scores[kept], top_p)
+    if not tied:
+        return kept[chosen]
+    # Which of two equal scores goes is up to the sort, whose order depends on all its input.
+    filtered = torch.full_like(scores, float("-inf"))
+    filtered[kept] = scores[kept]
+    return _most_probable(filtered, top_p)[1]
+
+
+def _most_probable(scores: torch.Tensor, top_p: float) -> tuple[bool, torch.Tensor]:
+    """Whether equal scores lie on both sides of the cut, and the indices that are kept."""
+    ordered, order = torch.sort(scores)
+    removed = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
+    removed[-1] = False
+    cut = int(removed.sum())
+    return cut > 0 and bool(ordered[cut - 1] == ordered[cut]), order[cut:]

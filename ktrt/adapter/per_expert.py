@@ -78,9 +78,7 @@ def collect(
         grouped[slot.path, slot.projection][slot.expert] = parts
     loras: ExpertLoras = defaultdict(dict)
     for (path, projection), experts in grouped.items():
-        site = base.site(path)
-        assert site is not None  # claim() looked it up
-        loras[path][projection] = _stack(file, site, projection, experts, settings)
+        loras[path][projection] = _stack(file, base, path, projection, experts, settings)
     return dict(loras), rows
 
 
@@ -123,11 +121,14 @@ def _check_pair(file: Path, parts: dict[str, AdapterTensor]) -> None:
 
 def _stack(
     file: Path,
-    site: ExpertsSite,
+    base: BaseModel,
+    path: str,
     projection: Projection,
     experts: dict[int, dict[str, AdapterTensor]],
     settings: LoraSettings,
 ) -> ExpertLora:
+    site = base.site(path)
+    assert site is not None  # claim() looked it up
     missing = sorted(set(range(site.num_experts)) - set(experts))
     if missing:
         example = next(iter(experts.values()))["lora_A"].key
@@ -137,16 +138,16 @@ def _stack(
             f"{'…' if len(missing) > 8 else ''}. Wrong base model, or an incomplete file."
         )
     ordered = [experts[expert] for expert in range(site.num_experts)]
-    scales = [check_rank(file, parts["lora_A"], parts["lora_A"].module, settings) for parts in ordered]
+    scales = [
+        check_rank(file, parts["lora_A"], parts["lora_A"].module, settings) for parts in ordered
+    ]
     return stack_experts(
         [(parts["lora_A"].value, parts["lora_B"].value) for parts in ordered],
         [scale.scaling for scale in scales],
     )
 
 
-def check_rank(
-    file: Path, lora_a: AdapterTensor, target: str, settings: LoraSettings
-) -> LoraScale:
+def check_rank(file: Path, lora_a: AdapterTensor, target: str, settings: LoraSettings) -> LoraScale:
     """The scale of ``target``; ``AdapterError`` if its A has another rank than the config says."""
     scale = settings.scale(target)
     if lora_a.value.shape[0] != scale.rank:

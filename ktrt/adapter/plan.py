@@ -52,6 +52,11 @@ class AdapterPlan:
         rows = (row for row in self.audit.rows if row.acts_on.startswith(f"{path}."))
         self.audit.mark([row.tensor for row in rows], "experts")
 
+    def expert_lora_numel(self) -> int:
+        """Numbers in the tensors that the engine applies."""
+        inside = {row.tensor for row in self.audit.rows if row.status == "experts"}
+        return sum(t.value.numel() for t in self.files.tensors if t.key in inside)
+
     def apply_to_torch(self, model: nn.Module) -> None:
         """Puts the other tensors into the loaded ``model``, and records it in the audit."""
         self.audit.mark(apply_torch_side(self.side, model, self.settings), "peft")

@@ -1,8 +1,8 @@
 """Layout b: LoRA on the stacked expert parameters, as PEFT writes for ``target_parameters``.
 
-gate_up_proj: ``…experts.base_layer.lora_{A,B}.weight``, down_proj: ``…experts.lora_{A,B}.weight``;
+gate_up_proj: ``…experts.base_layer.lora_{A,B}.weight``; down_proj: ``…experts.lora_{A,B}.weight``;
 with a single target the unprefixed name belongs to that one. A [E·r, in] is expert-major, B
-[out, r·E] rank-major: A_e = A[e·r:(e+1)·r], B_e = B[:, e::E] (``ParamWrapper`` in peft.tuners.lora).
+[out, r·E] rank-major: A_e = A[e·r:(e+1)·r], B_e = B[:, e::E] (peft.tuners.lora, ``ParamWrapper``).
 
 PEFT before 0.19.1 read [E, d1, d2] as in = d1, out = d2, so that A is [E·r, d1], B [d2, r·E] and
 ΔW_e = A_eᵀ B_eᵀ. The shapes tell the two apart unless d1 = d2; then peft_version does.
@@ -82,9 +82,9 @@ def collect(
         if parameter == "down_proj":
             loras[path]["down"] = lora
         else:
-            rows = site.intermediate_size
-            loras[path]["gate"] = ExpertLora(lora.a, lora.b[:, :rows], lora.scaling)
-            loras[path]["up"] = ExpertLora(lora.a, lora.b[:, rows:], lora.scaling)
+            half = site.intermediate_size
+            loras[path]["gate"] = ExpertLora(lora.a, lora.b[:, :half], lora.scaling)
+            loras[path]["up"] = ExpertLora(lora.a, lora.b[:, half:], lora.scaling)
     return dict(loras), rows
 
 
@@ -105,10 +105,8 @@ def _parameter(
     gate_up_proj first (innermost), and gives a single one the unprefixed name."""
     if both:
         return "gate_up_proj" if inner else "down_proj"
-    targets: list[Parameter] = []
-    for parameter in ("gate_up_proj", "down_proj"):
-        if settings.targets_parameter(f"{path}.{parameter}"):
-            targets.append(parameter)
+    names: tuple[Parameter, Parameter] = ("gate_up_proj", "down_proj")
+    targets = [name for name in names if settings.targets_parameter(f"{path}.{name}")]
     if inner or len(targets) != 1:
         raise AdapterError(
             f"{file}: {lora_a.key} is the only LoRA of {path}, but target_parameters "

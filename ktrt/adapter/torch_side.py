@@ -1,8 +1,8 @@
 """The part of an adapter outside the routed experts: applied by PEFT on the torch modules.
 
-PEFT is given the state dict's keys to inject by (``inject_adapter_in_model(state_dict=…)``): found
-by ``target_modules``, names that contain gate, up or down would be turned into ``target_parameters``
-on the experts by PEFT's conversion for transformers 5.
+PEFT is given the state dict's keys to inject by (``inject_adapter_in_model(state_dict=…)``). By
+``target_modules``, PEFT's conversion for transformers 5 would take names that end in gate_proj,
+up_proj or down_proj for routed experts and turn them into ``target_parameters``.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def plan_torch_side(
             group = side.routers if kind == "router" else side.loras
             group.setdefault(name, []).append(tensor)
         _check_shape(file, tensor, base.model.get_submodule(name), kind)
-    for name, group in [*side.loras.items(), *side.routers.items()]:
-        side.scales[name] = _check_group(file, name, group, settings)
+    for name, parts in [*side.loras.items(), *side.routers.items()]:
+        side.scales[name] = _check_group(file, name, parts, settings)
     return side
 
 

@@ -69,7 +69,9 @@ def load_config(
         values = _normalise(read_yaml(Path(source)), where)
     if not isinstance(overrides, Mapping):
         overrides = parse_overrides(overrides, _TEXT_KEYS)
-    values |= _normalise(overrides, "override")
+    if overrides:
+        values |= _normalise(overrides, "override")
+        where = f"{where} with overrides"
     values = {key: value for key, value in values.items() if value is not None}
 
     _check_switches(values, where)
@@ -92,12 +94,13 @@ def _normalise(given: Mapping[str, object], where: str) -> dict[str, Any]:
     spelled: dict[str, str] = {}
     for spelling, raw in _flatten(given, where):
         key, value = _canonical(spelling, raw, where)
-        if key in values and values[key] != value:
+        if values.get(key) is None:
+            values[key], spelled[key] = value, spelling
+        elif value is not None and value != values[key]:
             raise ConfigError(
                 f"{where}: {spelled[key]} and {spelling} contradict each other "
                 f"({values[key]} and {value}); keep one of them"
             )
-        values[key], spelled[key] = value, spelling
     return values
 
 
@@ -182,8 +185,6 @@ def _check_unused(values: Mapping[str, Any], where: str) -> None:
     for key, reason in NOTED.items():
         if key in values:
             _log.info("Ignored %s: %s (%s)", key, values[key], reason)
-    if values.get("kt_tp_enabled"):
-        _log.info("kt_tp_enabled: experts are not sharded over NUMA nodes yet; one pool runs all")
 
 
 def _resolve_paths(values: dict[str, Any], where: str, folder: Path | None) -> None:

@@ -9,6 +9,7 @@ from ktrt.moe.discovery import ExpertsSpec, find_experts
 
 try:
     from ktrt import _core
+    from ktrt._core import Engine
 except ImportError as error:
     raise KtrtError(
         f"the compiled engine ktrt._core cannot be imported ({error}). Build and install it with "
@@ -20,8 +21,8 @@ if _core.__version__ != ktrt.__version__:
         f"{_core.__version__}. Install both together: `pip install .` in the source folder of ktrt."
     )
 
-from ktrt.moe.engine import Engine, build_engine, new_layer  # noqa: E402
-from ktrt.moe.experts import KTExperts, experts_replaced  # noqa: E402
+from ktrt.moe.engine import build_engine, new_layer
+from ktrt.moe.experts import KTExperts, experts_replaced
 
 __all__ = [
     "Engine",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn import functional
 
 from ktrt.errors import CheckpointError
 
@@ -80,13 +81,14 @@ def _refuse_other_forms(path: str, module: nn.Module) -> None:
 def _activation_reasons(module: nn.Module) -> list[str]:
     from transformers.integrations.moe import _default_apply_gate
 
-    if type(module)._apply_gate is not _default_apply_gate:
+    if getattr(type(module), "_apply_gate", None) is not _default_apply_gate:
         return ["it overrides _apply_gate with its own activation"]
+    # Compared by what it computes: SiLU goes by several class names, some of them parametrised.
     act_fn = getattr(module, "act_fn", None)
-    if isinstance(act_fn, torch.nn.SiLU) or act_fn is torch.nn.functional.silu:
+    sample = torch.linspace(-12, 12, 97, device="cpu")
+    if callable(act_fn) and torch.allclose(act_fn(sample), functional.silu(sample)):
         return []
-    name = getattr(act_fn, "__name__", type(act_fn).__name__)
-    return [f"its activation is {name}, not SiLU"]
+    return [f"its activation is {type(act_fn).__name__}, not SiLU"]
 
 
 def _parameter_reasons(module: nn.Module) -> list[str]:
@@ -94,8 +96,7 @@ def _parameter_reasons(module: nn.Module) -> list[str]:
     gate_up, down = shapes.pop("gate_up_proj", ()), shapes.pop("down_proj", ())
     if len(gate_up) != 3 or down != (gate_up[0], gate_up[2], gate_up[1] // 2):
         return [
-            f"gate_up_proj {list(gate_up)} and down_proj {list(down)} are not [E, 2I, H] and "
-            "[E, H, I]"
+            f"gate_up_proj {list(gate_up)}, down_proj {list(down)} are not [E, 2I, H], [E, H, I]"
         ]
     return [f"it has further parameters {sorted(shapes)}"] if shapes else []
 

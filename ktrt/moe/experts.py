@@ -1,4 +1,4 @@
-"""The module that stands where a model's routed experts were, and hands their work to the engine."""
+"""The module that stands where routed experts were, and hands their work to the engine."""
 
 from __future__ import annotations
 

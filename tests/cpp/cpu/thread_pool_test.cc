@@ -132,7 +132,7 @@ TEST(ThreadPool, ASleepingPeerCostsNoCpuTime) {
     if (index == 1) std::this_thread::sleep_for(std::chrono::milliseconds(300));
     pool.barrier();
   });
-  EXPECT_LT(cpu_time() - before, std::chrono::milliseconds(150));
+  EXPECT_LT(cpu_time() - before, std::chrono::milliseconds(30));
 }
 
 TEST(ThreadPool, DestroyedAtAnyMoment) {
@@ -176,9 +176,7 @@ TEST(ThreadPool, AnUnavailableCpuIsNoError) {
   EXPECT_EQ(calls, 3);
 }
 
-TEST(ThreadPool, NeedsACpu) {
-  EXPECT_THROW(ThreadPool(std::vector<int>{}), std::invalid_argument);
-}
+TEST(ThreadPool, NeedsACpu) { EXPECT_THROW(ThreadPool(std::vector<int>{}), std::invalid_argument); }
 
 #ifndef __SANITIZE_THREAD__  // which does not follow a fork of a threaded process
 TEST(ThreadPool, DestructionInAForkedChildReturns) {

@@ -131,9 +131,7 @@ TEST_F(TopologyTest, MalformedFilesCountAsMissing) {
   EXPECT_EQ(topology.nodes(), (std::vector<int>{0}));
 }
 
-TEST_F(TopologyTest, NoCpuIsAnError) {
-  EXPECT_THROW(read({}), std::invalid_argument);
-}
+TEST_F(TopologyTest, NoCpuIsAnError) { EXPECT_THROW(read({}), std::invalid_argument); }
 
 TEST(AllowedCpus, FollowTheAffinityMask) {
   const std::vector<int> before = allowed_cpus();

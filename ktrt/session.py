@@ -1,0 +1,155 @@
+"""A session: a loaded model that answers conversations, and the KV cache between them."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from ktrt.config import SamplingArgs, override_sampling
+from ktrt.errors import ConfigError, KtrtError
+from ktrt.generation import KvCache, Response, check_prompt, stream_generate
+from ktrt.template import Template
+
+_log = logging.getLogger(__name__)
+
+_ROLES = ("system", "user", "assistant")
+
+
+class AuditView(Protocol):
+    """The adapter audit, as `ktrt.adapter` makes it; no rows for a base model."""
+
+    @property
+    def rows(self) -> Sequence[Any]: ...
+    @property
+    def found(self) -> int: ...
+    @property
+    def applied_experts(self) -> int: ...
+    @property
+    def applied_peft(self) -> int: ...
+    @property
+    def not_applied(self) -> int: ...
+    def table(self) -> str: ...
+
+
+class Session:
+    """A model, its tokenizer and the adapter audit, ready to answer.
+
+    ``model`` is the transformers model with its routed experts replaced, and works as one:
+    ``model(input_ids).logits``. Answers may be streamed one after the other or interleaved; a
+    conversation that continues the last one computes only its new tokens.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Any,
+        tokenizer: Any,
+        template: Template,
+        sampling: SamplingArgs,
+        audit: AuditView,
+        close: Callable[[], None],
+    ) -> None:
+        """``close`` frees what the model holds; it is called once."""
+        self.model = model
+        self.tokenizer = tokenizer
+        self.audit = audit
+        self._template = template
+        self._sampling = sampling
+        self._close: Callable[[], None] | None = close
+        self._idle_cache: KvCache | None = None
+        self._stop_ids = template.stop_ids
+        if template.name == "auto":
+            self._stop_ids |= _model_stop_ids(model)
+
+    def stream(self, messages: Sequence[Mapping[str, str]], **sampling: object) -> Iterator[str]:
+        """The answer to ``messages`` as pieces of text, never half a character.
+
+        ``messages``: an optional system message, then user and assistant in turn, a user's last.
+        ``sampling``: fields of ``ktrt.config.SamplingArgs`` that replace the configured ones.
+
+        ``ConfigError``, before the first piece: malformed messages, an unknown sampling argument, a
+        conversation longer than the model's context. ``KtrtError``: the session is closed.
+        """
+        responses = self.stream_responses(messages, **sampling)
+        return (response.text for response in responses if response.text)
+
+    def stream_responses(
+        self, messages: Sequence[Mapping[str, str]], **sampling: object
+    ) -> Iterator[Response]:
+        """Like ``stream``, with a response for every token: counts, timings, finish reason."""
+        self._require_open()
+        args = override_sampling(self._sampling, sampling)
+        check_messages(messages)
+        prompt_ids = self._template.encode(messages)
+        max_tokens = min(args.max_new_tokens, check_prompt(self.model, prompt_ids))
+        return self._responses(prompt_ids, args, max_tokens)
+
+    def _responses(
+        self, prompt_ids: Sequence[int], args: SamplingArgs, max_tokens: int
+    ) -> Iterator[Response]:
+        # Taken while in use, so that a second answer meanwhile gets a cache of its own.
+        cache, self._idle_cache = self._idle_cache or KvCache(self.model), None
+        responses = stream_generate(
+            self.tokenizer, cache, prompt_ids, args, stop_ids=self._stop_ids, max_tokens=max_tokens
+        )
+        try:
+            for response in responses:
+                yield response
+                self._require_open()
+            _log.debug("%s", response.summary())
+        finally:
+            if self._close is not None:
+                self._idle_cache = cache
+
+    def close(self) -> None:
+        """Frees threads and memory; the session answers no more. Idempotent."""
+        close, self._close = self._close, None
+        self._idle_cache = None
+        if close is not None:
+            close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _require_open(self) -> None:
+        if self._close is None:
+            raise KtrtError("this session is closed; load the model again with ktrt.load")
+
+
+def check_messages(messages: Sequence[Mapping[str, str]]) -> None:
+    """``ConfigError`` naming the first message that is malformed or out of turn."""
+    expected = "user"
+    for index, message in enumerate(messages):
+        where = f"messages[{index}]"
+        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+            raise ConfigError(f"{where}: expected a mapping of role and content, found {message!r}")
+        role, content = message["role"], message["content"]
+        if role not in _ROLES:
+            raise ConfigError(f"{where}: role: expected {', '.join(_ROLES)}, found {role!r}")
+        if not isinstance(content, str) or not content.strip():
+            raise ConfigError(f"{where}: content: expected text, not empty, found {content!r}")
+        if role == "system" and index == 0:
+            continue
+        if role != expected:
+            raise ConfigError(
+                f"{where}: expected a message of the {expected}, found one of the {role}"
+            )
+        expected = "assistant" if role == "user" else "user"
+    if expected == "user":
+        raise ConfigError("messages: expected a last message of the user, nothing to answer")
+
+
+def _model_stop_ids(model: Any) -> frozenset[int]:
+    """The eos_token_id of generation_config.json, a number or a list."""
+    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if eos is None:
+        return frozenset()
+    return frozenset([eos] if isinstance(eos, int) else eos)

@@ -1,0 +1,73 @@
+#include "cpu/isa.h"
+
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace ktrt {
+namespace {
+
+constexpr Isa kAll[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAmx};
+
+TEST(ResolveIsa, UnsetTakesWhatTheMachineHas) {
+  for (const Isa detected : kAll) EXPECT_EQ(resolve_isa("", detected), detected);
+}
+
+TEST(ResolveIsa, DownwardsOnly) {
+  for (const Isa detected : kAll) {
+    for (const Isa wanted : kAll) {
+      if (wanted <= detected) {
+        EXPECT_EQ(resolve_isa(name_of(wanted), detected), wanted);
+        continue;
+      }
+      try {
+        resolve_isa(name_of(wanted), detected);
+        ADD_FAILURE() << name_of(wanted) << " accepted on " << name_of(detected);
+      } catch (const std::invalid_argument& error) {
+        const std::string message = error.what();
+        EXPECT_NE(message.find(std::string("KTRT_ISA=") + name_of(wanted)), std::string::npos);
+        EXPECT_NE(message.find(std::string("(") + name_of(detected) + ")"), std::string::npos);
+      }
+    }
+  }
+}
+
+TEST(ResolveIsa, UnknownIsRefused) {
+  for (const char* value : {"sse", "AVX2", "avx512 ", "avx512_bf16", "native", "0"}) {
+    try {
+      resolve_isa(value, Isa::kAmx);
+      ADD_FAILURE() << value << " accepted";
+    } catch (const std::invalid_argument& error) {
+      const std::string message = error.what();
+      EXPECT_NE(message.find(value), std::string::npos);
+      EXPECT_NE(message.find("portable, avx2, avx512 or amx"), std::string::npos);
+    }
+  }
+}
+
+TEST(ActiveIsa, ReadsTheEnvironmentEveryTime) {
+  ASSERT_EQ(setenv("KTRT_ISA", "portable", 1), 0);
+  EXPECT_EQ(active_isa(), Isa::kPortable);
+  ASSERT_EQ(setenv("KTRT_ISA", "pentium", 1), 0);
+  EXPECT_THROW(active_isa(), std::invalid_argument);
+  ASSERT_EQ(setenv("KTRT_ISA", "", 1), 0);
+  EXPECT_EQ(active_isa(), detected_isa());
+  ASSERT_EQ(unsetenv("KTRT_ISA"), 0);
+  EXPECT_EQ(active_isa(), detected_isa());
+}
+
+TEST(CpuFeatures, LevelsIncludeTheOnesBelow) {
+  const CpuFeatures& f = cpu_features();
+  EXPECT_EQ(&f, &cpu_features());
+  EXPECT_TRUE(f.avx2 || !f.avx512);
+  EXPECT_TRUE(f.avx512 || !(f.avx512_bf16 || f.avx512_vnni));
+  EXPECT_TRUE((f.avx512_bf16 && f.avx512_vnni) || !f.amx);
+  EXPECT_EQ(detected_isa() >= Isa::kAvx2, f.avx2);
+  EXPECT_EQ(detected_isa() >= Isa::kAvx512, f.avx512);
+  EXPECT_EQ(detected_isa() == Isa::kAmx, f.amx);
+}
+
+}  // namespace
+}  // namespace ktrt

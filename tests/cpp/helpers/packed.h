@@ -1,0 +1,54 @@
+// A packed matrix that owns its memory, for tests.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "helpers/aligned_vector.h"
+#include "helpers/views.h"
+#include "layout/pack.h"
+
+namespace ktrt::testing {
+
+struct OwnedMatrix {
+  PackedLayout layout;
+  AlignedVector<std::uint8_t> codes;
+  AlignedVector<float> scales;
+  AlignedVector<std::int32_t> sums;
+  bool finite = true;
+
+  PackedMatrix view() {
+    PackedMatrix matrix{layout, codes.data(), nullptr, nullptr};
+    if (!scales.empty()) {
+      matrix.scales = scales.data();
+      matrix.sums = sums.data();
+    }
+    return matrix;
+  }
+};
+
+// Memory filled with what no packed matrix holds.
+inline OwnedMatrix allocate(WeightFormat format, int n, int k) {
+  OwnedMatrix matrix;
+  matrix.layout = PackedLayout(format, n, k);
+  matrix.codes.assign(matrix.layout.code_bytes(), 0xee);
+  if (format == WeightFormat::kInt8) {
+    matrix.scales.assign(static_cast<std::size_t>(matrix.layout.padded_n()), -1.0f);
+    matrix.sums.assign(static_cast<std::size_t>(matrix.layout.padded_n()), -1);
+  }
+  return matrix;
+}
+
+inline OwnedMatrix pack(WeightFormat format, const TensorView& w) {
+  OwnedMatrix matrix = allocate(format, static_cast<int>(w.shape[0]), static_cast<int>(w.shape[1]));
+  for (int strip = 0; strip < matrix.layout.strips(); ++strip) {
+    matrix.finite = pack_strip(w, matrix.view(), strip) && matrix.finite;
+  }
+  return matrix;
+}
+
+inline OwnedMatrix pack(WeightFormat format, int n, int k, const std::vector<float>& w) {
+  return pack(format, view_of(w, {n, k}, "w"));
+}
+
+}  // namespace ktrt::testing

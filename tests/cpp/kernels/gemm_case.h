@@ -1,0 +1,243 @@
+// A GEMM with its exact result, and how to run a kernel on it.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "base/bf16.h"
+#include "helpers/aligned_vector.h"
+#include "helpers/packed.h"
+#include "helpers/random.h"
+#include "kernels/kernel_table.h"
+
+namespace ktrt::testing {
+
+// C [rows][n] = scales · A Wᵀ + T Bᵀ. A and W hold BF16 values, or integers in [-127, 127] for
+// INT8.
+class GemmCase {
+ public:
+  GemmCase(WeightFormat format, int n, int k, int rows, std::uint64_t seed = 1)
+      : format_(format), n_(n), k_(k), rows_(rows), random_(seed) {
+    w_ = random_values(n * k);
+    a_ = random_values(rows * k);
+    // A row with a 127 has scale 1, so that its integers are its codes.
+    if (int8()) {
+      for (int row = 0; row < n; ++row) w_[at(row, k, 0)] = 127.0f;
+    }
+    a_scale_.assign(size(rows), 1.0f);
+    pack_weights();
+    if (int8()) {
+      for (float& scale : a_scale_) scale = static_cast<float>(random_.uniform(0.01, 0.1));
+      for (float& scale : packed_.scales) scale = static_cast<float>(random_.uniform(0.001, 0.01));
+    }
+  }
+
+  // Integer results: all scales 1.
+  void use_unit_scales() {
+    a_scale_.assign(a_scale_.size(), 1.0f);
+    packed_.scales.assign(packed_.scales.size(), 1.0f);
+  }
+
+  // Every |a| and |w| is 127: the largest sums, of alternating sign.
+  void use_extreme_codes() {
+    for (int row = 0; row < n_; ++row) {
+      for (int k = 0; k < k_; ++k) w_[at(row, k_, k)] = row % 2 == 0 ? 127.0f : -127.0f;
+    }
+    for (int row = 0; row < rows_; ++row) {
+      for (int k = 0; k < k_; ++k) a_[at(row, k_, k)] = row % 3 == 0 ? -127.0f : 127.0f;
+    }
+    pack_weights();
+    use_unit_scales();
+  }
+
+  void add_lora(int rank) {
+    rank_ = rank;
+    t_ = random_.normals(size(rows_ * rank), 0.5f);
+    b_ = random_.normals(size(n_ * rank), 0.1f);
+    for (float& value : t_) value = round_to_bf16(value);
+    for (float& value : b_) value = round_to_bf16(value);
+  }
+  void clear_b() { b_.assign(b_.size(), 0.0f); }
+
+  // Adds ranks whose B is zero and whose T is not.
+  void pad_rank(int rank) {
+    std::vector<float> t = random_.normals(size(rows_ * rank));
+    std::vector<float> b(size(n_ * rank), 0.0f);
+    for (float& value : t) value = round_to_bf16(value);
+    for (int r = 0; r < rank_; ++r) {
+      for (int row = 0; row < rows_; ++row) t[at(row, rank, r)] = t_[at(row, rank_, r)];
+      for (int row = 0; row < n_; ++row) b[at(row, rank, r)] = b_[at(row, rank_, r)];
+    }
+    t_ = t;
+    b_ = b;
+    rank_ = rank;
+  }
+
+  // What A holds between k and the padded k: a BF16 value or an INT8 code.
+  void set_padding(float value) { padding_ = value; }
+
+  int n() const { return n_; }
+  int k() const { return k_; }
+  int rows() const { return rows_; }
+  bool int8() const { return format_ == WeightFormat::kInt8; }
+
+  // Rows [first, first + count) of C, [count][n].
+  std::vector<float> run(const GemmKernel& kernel, int first, int count) {
+    std::vector<float> c(size(count * n_));
+    const AlignedVector<std::uint8_t> a = activations(kernel, first, count);
+    const AlignedVector<std::uint16_t> t = shrunk(first, count);
+    constexpr float kGuard = 12345.0f;
+    for (int strip = 0; strip < packed_.layout.strips(); ++strip) {
+      const AlignedVector<std::uint16_t> b = expand(strip);
+      AlignedVector<float> block(size((count + 1) * kStripRows),
+                                 std::numeric_limits<float>::quiet_NaN());
+      std::fill(block.end() - kStripRows, block.end(), kGuard);
+      GemmArgs args = weights(strip);
+      args.a = a.data();
+      args.a_stride = packed_.layout.row_bytes();
+      args.a_scale = int8() ? a_scale_.data() + first : nullptr;
+      args.rows = count;
+      if (rank_ > 0) {
+        args.lora_b = b.data();
+        args.t = t.data();
+        args.t_stride = t_stride();
+        args.rank_pairs = pairs();
+      }
+      args.c = block.data();
+      kernel.strip(args);
+      for (int column = 0; column < kStripRows; ++column) {
+        EXPECT_EQ(block[at(count, kStripRows, column)], kGuard) << "row " << count << " written";
+        const int n = strip * kStripRows + column;
+        for (int row = 0; row < count && n < n_; ++row) {
+          c[at(row, n_, n)] = block[at(row, kStripRows, column)];
+        }
+      }
+    }
+    return c;
+  }
+  std::vector<float> run(const GemmKernel& kernel) { return run(kernel, 0, rows_); }
+
+  struct Exact {
+    double value;
+    double tolerance;
+  };
+
+  // The error of a float32 sum of m terms in any order grows like √m · 2^-24 · Σ|terms| (Higham and
+  // Mary 2019); twice that is allowed. INT8 sums are exact and count as one term with three
+  // roundings.
+  Exact exact(int row, int n) const {
+    constexpr double kUnit = 0x1p-24;
+    double sum = 0.0;
+    double magnitude = 0.0;
+    for (int k = 0; k < k_; ++k) {
+      const double product = double{a_[at(row, k_, k)]} * w_[at(n, k_, k)];
+      sum += product;
+      magnitude += std::fabs(product);
+    }
+    double terms = k_;
+    if (int8()) {
+      sum *= double{a_scale_[size(row)]} * packed_.scales[size(n)];
+      magnitude = std::fabs(sum);
+      terms = 3;
+    }
+    for (int r = 0; r < rank_; ++r) {
+      const double product = double{t_[at(row, rank_, r)]} * b_[at(n, rank_, r)];
+      sum += product;
+      magnitude += std::fabs(product);
+    }
+    return {sum, 2.0 * std::sqrt(terms + rank_) * kUnit * magnitude};
+  }
+
+ private:
+  static std::size_t size(int value) { return static_cast<std::size_t>(value); }
+  static std::size_t at(int row, int width, int column) {
+    return static_cast<std::size_t>(row) * static_cast<std::size_t>(width) +
+           static_cast<std::size_t>(column);
+  }
+  int pairs() const { return (rank_ + 1) / 2; }
+  int t_stride() const { return 2 * pairs() + 6; }
+
+  std::vector<float> random_values(int count) {
+    std::vector<float> values(size(count));
+    for (float& value : values) {
+      value =
+          int8() ? static_cast<float>(random_.integer(-127, 127)) : round_to_bf16(random_.normal());
+    }
+    return values;
+  }
+
+  void pack_weights() { packed_ = pack(format_, n_, k_, w_); }
+
+  AlignedVector<std::uint8_t> activations(const GemmKernel& kernel, int first, int count) const {
+    const int padded = packed_.layout.padded_k();
+    AlignedVector<std::uint8_t> bytes(size(count * packed_.layout.row_bytes()));
+    for (int row = 0; row < count; ++row) {
+      for (int k = 0; k < padded; ++k) {
+        const float value = k < k_ ? a_[at(first + row, k_, k)] : padding_;
+        if (int8()) {
+          bytes[at(row, padded, k)] =
+              static_cast<std::uint8_t>(static_cast<int>(value) + kernel.activation_offset);
+        } else {
+          const bf16_t bits = f32_to_bf16(value);
+          std::memcpy(&bytes[2 * at(row, padded, k)], &bits, 2);
+        }
+      }
+    }
+    return bytes;
+  }
+
+  GemmArgs weights(int strip) {
+    const PackedMatrix w = packed_.view();
+    GemmArgs args{};
+    args.w_block = w.codes + w.layout.block_offset(strip);
+    args.block_rows = w.layout.block_rows(strip);
+    args.row_in_block = w.layout.row_in_block(strip);
+    args.k = w.layout.padded_k();
+    if (int8()) {
+      args.w_scale = w.scales + strip * kStripRows;
+      args.w_sum = w.sums + strip * kStripRows;
+    }
+    if (strip + 1 < w.layout.strips()) args.next = w.codes + w.layout.tile_offset(strip + 1, 0);
+    return args;
+  }
+
+  // Odd ranks are padded by a zero in B; T beside it may hold anything finite.
+  AlignedVector<std::uint16_t> shrunk(int first, int count) const {
+    AlignedVector<std::uint16_t> t(size(count * t_stride()), f32_to_bf16(1e30f));
+    for (int row = 0; row < count; ++row) {
+      for (int r = 0; r < rank_; ++r) {
+        t[at(row, t_stride(), r)] = f32_to_bf16(t_[at(first + row, rank_, r)]);
+      }
+    }
+    return t;
+  }
+
+  AlignedVector<std::uint16_t> expand(int strip) const {
+    AlignedVector<std::uint16_t> b(size(pairs() * 2 * kStripRows), 0);
+    for (int column = 0; column < kStripRows && strip * kStripRows + column < n_; ++column) {
+      for (int r = 0; r < rank_; ++r) {
+        b[size(r / 2 * 64 + column / 16 * 32 + column % 16 * 2 + r % 2)] =
+            f32_to_bf16(b_[at(strip * kStripRows + column, rank_, r)]);
+      }
+    }
+    return b;
+  }
+
+  const WeightFormat format_;
+  const int n_;
+  const int k_;
+  const int rows_;
+  int rank_ = 0;
+  float padding_ = 0.0f;
+  Random random_;
+  OwnedMatrix packed_;
+  std::vector<float> w_, a_, a_scale_, t_, b_;
+};
+
+}  // namespace ktrt::testing

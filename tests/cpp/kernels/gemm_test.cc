@@ -1,0 +1,160 @@
+// What every GEMM variant of both formats must do; INT8's exact sums are in gemm_int8_test.cc.
+#include <gtest/gtest.h>
+
+#include <ostream>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "kernels/gemm_case.h"
+#include "kernels/variants.h"
+
+namespace ktrt {
+namespace {
+
+using testing::GemmCase;
+using testing::Variant;
+
+struct FormatVariant {
+  WeightFormat format;
+  Variant<GemmKernel> variant;
+  friend std::ostream& operator<<(std::ostream& out, const FormatVariant& v) {
+    return out << name_of(v.format) << " " << v.variant;
+  }
+};
+
+std::vector<FormatVariant> all_variants() {
+  std::vector<FormatVariant> all;
+  for (const auto& variant : testing::variants_of(&KernelTable::gemm_bf16)) {
+    all.push_back({WeightFormat::kBf16, variant});
+  }
+  for (const auto& variant : testing::variants_of(&KernelTable::gemm_int8)) {
+    all.push_back({WeightFormat::kInt8, variant});
+  }
+  return all;
+}
+
+std::string name_of_variant(const FormatVariant& v) {
+  return std::string(name_of(v.format)) + "_" + v.variant.kernel->name;
+}
+
+void expect_exact(GemmCase& gemm, const GemmKernel& kernel) {
+  const std::vector<float> c = gemm.run(kernel);
+  for (int row = 0; row < gemm.rows(); ++row) {
+    for (int n = 0; n < gemm.n(); ++n) {
+      const auto exact = gemm.exact(row, n);
+      ASSERT_NEAR(c[static_cast<std::size_t>(row * gemm.n() + n)], exact.value, exact.tolerance)
+          << "row " << row << ", output " << n;
+    }
+  }
+}
+
+template <class Param>
+class GemmTestBase : public ::testing::TestWithParam<Param> {
+ protected:
+  void SetUp() override {
+    if (!v().variant.runs) GTEST_SKIP() << name_of_variant(v()) << " is not available here";
+  }
+  const FormatVariant& v() const {
+    if constexpr (std::is_same_v<Param, FormatVariant>) {
+      return this->GetParam();
+    } else {
+      return std::get<0>(this->GetParam());
+    }
+  }
+  const GemmKernel& kernel() const { return *v().variant.kernel; }
+  GemmCase make(int n, int k, int rows) const { return GemmCase(v().format, n, k, rows); }
+};
+
+// Sizes with tails in both formats' n-blocks (256, 64) and k-blocks (1792, 3584), and padded ones.
+using Shape = std::pair<int, int>;
+class GemmShapeTest : public GemmTestBase<std::tuple<FormatVariant, Shape>> {};
+INSTANTIATE_TEST_SUITE_P(Variants, GemmShapeTest,
+                         ::testing::Combine(::testing::ValuesIn(all_variants()),
+                                            ::testing::Values(Shape(32, 64), Shape(96, 160),
+                                                              Shape(176, 96), Shape(33, 177),
+                                                              Shape(288, 1856), Shape(64, 3648),
+                                                              Shape(32, 7296))),
+                         [](const auto& test) {
+                           const Shape shape = std::get<1>(test.param);
+                           return name_of_variant(std::get<0>(test.param)) + "_" +
+                                  std::to_string(shape.first) + "x" + std::to_string(shape.second);
+                         });
+
+TEST_P(GemmShapeTest, EqualsTheSumInDoublePrecision) {
+  const auto [n, k] = std::get<1>(GetParam());
+  GemmCase gemm = make(n, k, 17);
+  expect_exact(gemm, kernel());
+}
+
+class LoraExpandTest : public GemmTestBase<std::tuple<FormatVariant, int>> {
+ protected:
+  const int rank_ = std::get<1>(GetParam());
+};
+INSTANTIATE_TEST_SUITE_P(Variants, LoraExpandTest,
+                         ::testing::Combine(::testing::ValuesIn(all_variants()),
+                                            ::testing::Values(1, 2, 3, 8, 15, 16, 17, 64, 255,
+                                                              256)),
+                         [](const auto& test) {
+                           return name_of_variant(std::get<0>(test.param)) + "_r" +
+                                  std::to_string(std::get<1>(test.param));
+                         });
+
+TEST_P(LoraExpandTest, AddsTheProductOfTAndB) {
+  for (const int rows : {1, 29}) {
+    GemmCase gemm = make(96, 160, rows);
+    gemm.add_lora(rank_);
+    expect_exact(gemm, kernel());
+  }
+}
+
+TEST_P(LoraExpandTest, ZeroBChangesNoBit) {
+  GemmCase gemm = make(96, 160, 15);
+  const std::vector<float> base = gemm.run(kernel());
+  gemm.add_lora(rank_);
+  EXPECT_NE(gemm.run(kernel()), base);
+  gemm.clear_b();
+  EXPECT_EQ(gemm.run(kernel()), base);
+}
+
+TEST_P(LoraExpandTest, PaddingTheRankChangesNoBit) {
+  GemmCase gemm = make(64, 64, 15);
+  gemm.add_lora(rank_);
+  const std::vector<float> c = gemm.run(kernel());
+  for (const int more : {1, 2, 16}) {
+    GemmCase padded = gemm;
+    padded.pad_rank(rank_ + more);
+    EXPECT_EQ(padded.run(kernel()), c) << "rank " << rank_ << " padded by " << more;
+  }
+}
+
+class GemmTest : public GemmTestBase<FormatVariant> {};
+INSTANTIATE_TEST_SUITE_P(Variants, GemmTest, ::testing::ValuesIn(all_variants()),
+                         [](const auto& test) { return name_of_variant(test.param); });
+
+TEST_P(GemmTest, ARowDoesNotDependOnTheRowsBesideIt) {
+  constexpr int kRows = 64;
+  constexpr int kColumns = 40;
+  GemmCase gemm = make(kColumns, 160, kRows);
+  gemm.add_lora(7);
+  const std::vector<float> all = gemm.run(kernel());
+  for (int count = 1; count <= kRows; ++count) {
+    const int first = kRows - count;
+    const std::vector<float> expected(all.begin() + first * kColumns, all.end());
+    ASSERT_EQ(gemm.run(kernel(), first, count), expected) << count << " rows";
+  }
+}
+
+TEST_P(GemmTest, ThePaddingOfAIsNotSeen) {
+  GemmCase gemm = make(32, 33, 3);
+  const std::vector<float> c = gemm.run(kernel());
+  for (const float padding : {-128.0f, 77.0f}) {
+    gemm.set_padding(padding);
+    EXPECT_EQ(gemm.run(kernel()), c) << padding;
+  }
+}
+
+}  // namespace
+}  // namespace ktrt

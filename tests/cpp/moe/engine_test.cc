@@ -1,0 +1,201 @@
+#include "moe/engine.h"
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include "moe/layer_case.h"
+
+namespace ktrt {
+namespace {
+
+using testing::Batch;
+using testing::forward;
+using testing::LayerCase;
+using testing::make_engine;
+using testing::random_batch;
+
+constexpr MoeShape kShape{4, 2, 96, 64};
+
+TEST(Engine, SaysWhatItIs) {
+  const auto engine = make_engine(3, 17, Isa::kPortable);
+  EXPECT_EQ(engine->num_threads(), 3);
+  EXPECT_EQ(engine->max_qlen(), 17);
+  EXPECT_EQ(engine->isa(), Isa::kPortable);
+  EXPECT_FALSE(engine->closed());
+}
+
+TEST(Engine, WrongArgumentsAreRefused) {
+  EXPECT_THROW(Engine(std::vector<int>{}, 8), std::invalid_argument);
+  EXPECT_THROW(Engine(std::vector<int>{-1}, 0), std::invalid_argument);
+  EXPECT_THROW(Engine(std::vector<int>{-1}, -3), std::invalid_argument);
+}
+
+TEST(Engine, RefusesAnUnknownIsa) {
+  const char* value = std::getenv("KTRT_ISA");
+  const std::string before = value == nullptr ? "" : value;
+  setenv("KTRT_ISA", "pentium", 1);
+  EXPECT_THROW(Engine(std::vector<int>{-1}, 8), std::invalid_argument);
+  setenv("KTRT_ISA", before.c_str(), 1);
+}
+
+TEST(Engine, ClosedItRefusesEverything) {
+  LayerCase test(kShape, WeightFormat::kInt8);
+  test.add_lora(4, 4, 4);
+  const auto engine = make_engine();
+  const auto layer = test.make_layer(engine);
+  EXPECT_GT(layer->packed_bytes(), 0u);
+  engine->close();
+  engine->close();
+  EXPECT_TRUE(engine->closed());
+  EXPECT_EQ(layer->packed_bytes(), 0u) << "the weights are still there";
+  EXPECT_THROW(forward(*layer, random_batch(kShape, 2)), std::runtime_error);
+  EXPECT_THROW(test.load(*layer, 0), std::runtime_error);
+  EXPECT_THROW(test.set_lora(*layer), std::runtime_error);
+  EXPECT_THROW(layer->clear_lora(), std::runtime_error);
+  EXPECT_THROW(layer->packed_codes(0, Projection::kGate), std::runtime_error);
+  EXPECT_THROW(layer->packed_scales(0, Projection::kGate), std::runtime_error);
+  EXPECT_THROW(MoeLayer(engine, kShape, WeightFormat::kBf16), std::runtime_error);
+}
+
+TEST(Engine, LivesAsLongAsItsLayers) {
+  const LayerCase test(kShape, WeightFormat::kBf16);
+  auto engine = make_engine();
+  const auto layer = test.make_layer(engine);
+  engine.reset();
+  testing::expect_matches_reference(test, *layer, random_batch(kShape, 3));
+}
+
+TEST(Engine, LayersMayGoInAnyOrder) {
+  const LayerCase test(kShape, WeightFormat::kBf16);
+  const auto engine = make_engine();
+  auto first = test.make_layer(engine);
+  auto second = test.make_layer(engine);
+  first.reset();
+  testing::expect_matches_reference(test, *second, random_batch(kShape, 3));
+  first = test.make_layer(engine);
+  second.reset();
+  testing::expect_matches_reference(test, *first, random_batch(kShape, 3));
+  engine->close();
+}
+
+// The scratch memory grows with each, in both directions.
+TEST(Engine, LayersOfDifferentShapesShareTheWorkspace) {
+  const auto engine = make_engine();
+  std::vector<LayerCase> tests;
+  std::vector<std::unique_ptr<MoeLayer>> layers;
+  for (const MoeShape& shape : {MoeShape{2, 1, 32, 200}, MoeShape{8, 8, 96, 64},
+                                MoeShape{2, 2, 700, 32}, MoeShape{3, 2, 64, 1000}}) {
+    for (const WeightFormat format : {WeightFormat::kBf16, WeightFormat::kInt8}) {
+      tests.emplace_back(shape, format);
+      tests.back().add_lora(2, 2, 256);
+      layers.push_back(tests.back().make_layer(engine));
+      for (std::size_t i = 0; i < layers.size(); ++i) {
+        testing::expect_matches_reference(tests[i], *layers[i], random_batch(tests[i].shape, 20));
+      }
+    }
+  }
+}
+
+TEST(Engine, TwoInOneProcess) {
+  const LayerCase test(kShape, WeightFormat::kBf16);
+  const auto first = test.make_layer(make_engine(2));
+  std::vector<float> expected;
+  {
+    const auto second = test.make_layer(make_engine(3, 64, Isa::kPortable));
+    expected = forward(*first, random_batch(kShape, 20));
+    testing::expect_matches_reference(test, *second, random_batch(kShape, 20));
+  }
+  EXPECT_EQ(forward(*first, random_batch(kShape, 20)), expected);
+}
+
+// Calls `work(thread)` on `count` threads at once.
+template <class Work>
+void on_threads(int count, Work work) {
+  std::vector<std::thread> threads;
+  for (int i = 0; i < count; ++i) threads.emplace_back([=] { work(i); });
+  for (std::thread& thread : threads) thread.join();
+}
+
+TEST(Engine, ForwardsOfSeveralThreadsDoNotMix) {
+  const LayerCase test(kShape, WeightFormat::kInt8);
+  const auto shared = make_engine();
+  std::vector<std::unique_ptr<MoeLayer>> layers;
+  layers.push_back(test.make_layer(shared));
+  layers.push_back(test.make_layer(shared));
+  layers.push_back(test.make_layer(make_engine()));
+  const std::vector<Batch> batches = {random_batch(kShape, 3, 2, 1), random_batch(kShape, 40, 2, 2),
+                                      random_batch(kShape, 9, 2, 3)};
+  std::vector<std::vector<float>> expected;
+  for (const Batch& batch : batches) expected.push_back(forward(*layers[0], batch));
+  std::atomic<int> wrong{0};
+  // Threads 0 … 2 have a layer each, the others share one with them.
+  on_threads(5, [&](int thread) {
+    const auto t = static_cast<std::size_t>(thread) % 3;
+    for (int i = 0; i < 30; ++i) {
+      if (forward(*layers[t], batches[t]) != expected[t]) ++wrong;
+    }
+  });
+  EXPECT_EQ(wrong, 0);
+}
+
+TEST(Engine, CloseWaitsForForwards) {
+  const LayerCase test(kShape, WeightFormat::kBf16);
+  const Batch batch = random_batch(kShape, 30);
+  for (int round = 0; round < 10; ++round) {
+    const auto engine = make_engine();
+    const auto layer = test.make_layer(engine);
+    const std::vector<float> expected = forward(*layer, batch);
+    std::atomic<int> wrong{0};
+    on_threads(3, [&](int thread) {
+      if (thread == 0) {
+        std::this_thread::yield();
+        engine->close();
+        return;
+      }
+      try {
+        for (int i = 0; i < 200; ++i) {
+          if (forward(*layer, batch) != expected) ++wrong;
+        }
+      } catch (const std::runtime_error&) {
+      }
+      // Questions that need no open engine, beside the closing.
+      if (layer->packed_bytes() != 0 && engine->closed()) ++wrong;
+      layer->last_kernels();
+    });
+    EXPECT_EQ(wrong, 0);
+  }
+}
+
+TEST(Engine, ALoraMayBeExchangedBetweenForwards) {
+  LayerCase first(kShape, WeightFormat::kBf16);
+  LayerCase second = first;
+  first.add_lora(3, 0, 8);
+  second.add_lora(0, 20, 0);
+  const auto layer = first.make_layer(make_engine());
+  const Batch batch = random_batch(kShape, 10);
+  const std::vector<float> with_first = forward(*layer, batch);
+  second.set_lora(*layer);
+  const std::vector<float> with_second = forward(*layer, batch);
+  ASSERT_NE(with_first, with_second);
+  std::atomic<int> wrong{0};
+  on_threads(2, [&](int thread) {
+    for (int i = 0; i < 100; ++i) {
+      if (thread == 0) {
+        (i % 2 == 0 ? first : second).set_lora(*layer);
+        continue;
+      }
+      const std::vector<float> out = forward(*layer, batch);
+      if (out != with_first && out != with_second) ++wrong;
+    }
+  });
+  EXPECT_EQ(wrong, 0);
+}
+
+}  // namespace
+}  // namespace ktrt

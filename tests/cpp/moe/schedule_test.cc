@@ -1,0 +1,116 @@
+#include "moe/schedule.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+#include "helpers/random.h"
+
+namespace ktrt {
+namespace {
+
+std::vector<Job> random_jobs(int count) {
+  testing::Random random(3);
+  std::vector<Job> jobs;
+  int row = 0;
+  for (int i = 0; i < count; ++i) {
+    const int rows = random.integer(0, 3) == 0 ? random.integer(1, 128) : random.integer(1, 4);
+    jobs.push_back({i, row, rows});
+    row += rows;
+  }
+  return jobs;
+}
+
+TEST(ScheduleJobs, EveryStripOfEveryJobOnceAndInOrder) {
+  for (const int threads : {1, 2, 3, 16, 64}) {
+    for (const int count : {0, 1, 6, 64}) {
+      for (const int strips : {1, 3, 44}) {
+        PieceQueue queue;
+        schedule_jobs(random_jobs(count), strips, threads, queue);
+        int job = 0;
+        int strip = 0;
+        for (const Piece& piece : queue.pieces) {
+          ASSERT_EQ(piece.job, job);
+          ASSERT_EQ(piece.first_strip, strip);
+          ASSERT_GT(piece.end_strip, piece.first_strip);
+          ASSERT_LE(piece.end_strip, strips);
+          strip = piece.end_strip;
+          if (strip == strips) {
+            strip = 0;
+            ++job;
+          }
+        }
+        EXPECT_EQ(job, count);
+        EXPECT_EQ(strip, 0);
+      }
+    }
+  }
+}
+
+// With one token and 6 experts of 44 strips there is enough to share for any number of threads.
+TEST(ScheduleJobs, ThreadsFinishTogether) {
+  std::vector<Job> jobs;
+  for (int i = 0; i < 6; ++i) jobs.push_back({i, i, 1});
+  for (const int threads : {2, 4, 16}) {
+    PieceQueue queue;
+    schedule_jobs(jobs, 44, threads, queue);
+    std::vector<int> load(static_cast<std::size_t>(threads), 0);
+    while (const Piece* piece = queue.claim()) {
+      *std::min_element(load.begin(), load.end()) += piece->end_strip - piece->first_strip;
+    }
+    const auto [least, most] = std::minmax_element(load.begin(), load.end());
+    EXPECT_LE(*most - *least, 2) << threads << " threads";
+  }
+}
+
+TEST(ScheduleColumns, EveryStripOnceAndNotTooManyAtATime) {
+  for (const int threads : {1, 2, 3, 16, 64}) {
+    for (const int strips : {1, 5, 64, 224}) {
+      for (const int most : {1, 4, 1000}) {
+        PieceQueue queue;
+        schedule_columns(strips, most, threads, queue);
+        int next = 0;
+        for (const Piece& piece : queue.pieces) {
+          ASSERT_EQ(piece.first_strip, next);
+          ASSERT_GT(piece.end_strip, next);
+          ASSERT_LE(piece.end_strip - next, most);
+          next = piece.end_strip;
+        }
+        EXPECT_EQ(next, strips);
+      }
+    }
+  }
+}
+
+TEST(PieceQueue, EveryPieceIsClaimedOnce) {
+  PieceQueue queue;
+  for (int round = 0; round < 20; ++round) {
+    queue.reset();
+    EXPECT_EQ(queue.claim(), nullptr);
+    queue.reset();
+    for (int i = 0; i < 1000; ++i) queue.pieces.push_back({i, 0, 1});
+    std::vector<int> claims[3];
+    std::vector<std::thread> threads;
+    for (std::vector<int>& mine : claims) {
+      threads.emplace_back([&] {
+        while (const Piece* piece = queue.claim()) mine.push_back(piece->job);
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    std::vector<int> all;
+    for (const std::vector<int>& mine : claims) {
+      EXPECT_TRUE(std::is_sorted(mine.begin(), mine.end()));
+      all.insert(all.end(), mine.begin(), mine.end());
+    }
+    std::sort(all.begin(), all.end());
+    ASSERT_EQ(all.size(), 1000u);
+    for (int i = 0; i < 1000; ++i) ASSERT_EQ(all[static_cast<std::size_t>(i)], i);
+    EXPECT_EQ(queue.claim(), nullptr);
+  }
+}
+
+}  // namespace
+}  // namespace ktrt

@@ -1,0 +1,311 @@
+"""Tests of python -m ktrt.chat: in the process, piped, and in a real terminal (pty)."""
+
+import io
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pexpect
+import pytest
+from helpers import fake_chat
+
+from ktrt.chat import main
+from ktrt.config import Config
+from ktrt.errors import AdapterError
+from ktrt.terminal import Terminal
+
+FAKE = Path(fake_chat.__file__)
+ROOT = FAKE.parents[3]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    (tmp_path / "model").mkdir()
+    path = tmp_path / "chat.yaml"
+    path.write_text("model_name_or_path: model\n", encoding="utf-8")
+    return str(path)
+
+
+def run(
+    config: str,
+    stdin: str,
+    *arguments: str,
+    open_session: Callable[[Config], Any] = fake_chat.open_session,
+) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a piped chat in this process."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    terminal = Terminal(io.BytesIO(stdin.encode()), stdout, stderr)
+    code = main([config, *arguments], open_session=open_session, terminal=terminal)
+    return code, stdout.getvalue(), stderr.getvalue()
+
+
+class TestPiped:
+    def test_answers_and_exits(self, config: str) -> None:
+        assert run(config, "你好\nexit\nnever read\n") == (0, "Assistant: 你好 你好\n", "")
+
+    def test_end_of_input_is_an_exit(self, config: str) -> None:
+        assert run(config, "你好")[:2] == (0, "Assistant: 你好 你好\n")
+        assert run(config, "") == (0, "", "")
+
+    def test_empty_lines_are_not_sent(self, config: str) -> None:
+        assert run(config, "\n  \n\t\nhistory\n")[1] == "Assistant: \n"
+
+    def test_turns_accumulate_and_clear_forgets_them(self, config: str) -> None:
+        _, out, _ = run(config, " a \nhistory\nclear\nhistory\n")
+        assert out.splitlines() == [
+            "Assistant: a a",
+            "Assistant: user: a | assistant: a a",
+            "History has been removed.",
+            "Assistant: ",
+        ]
+
+    def test_an_empty_answer_is_no_turn(self, config: str) -> None:
+        assert run(config, "silence\nhistory\n")[1] == "Assistant: \nAssistant: \n"
+
+    def test_overrides_reach_the_session(self, config: str) -> None:
+        seen = []
+
+        def spy(config: Config) -> Any:
+            seen.append(config)
+            return fake_chat.EchoSession()
+
+        run(config, "", "top_k=3", "--debug", "default_system=a b", open_session=spy)
+        assert seen[0].sampling.top_k == 3
+        assert seen[0].template.default_system == "a b"
+
+    def test_the_session_is_closed(self, config: str) -> None:
+        for stdin in ("a\n", "fail\n"):
+            session = fake_chat.EchoSession()
+
+            def give(_: Config, session: Any = session) -> Any:
+                return session
+
+            run(config, stdin, open_session=give)
+            assert session.closed == 1
+
+
+class TestFailures:
+    """One clear message on stderr and exit code 2."""
+
+    def test_config(self, config: str) -> None:
+        code, out, err = run(config, "", "kt_bakend=AMXInt8")
+        assert (code, out) == (2, "")
+        assert err == "error: override: unknown key 'kt_bakend' (did you mean 'kt_backend'?)\n"
+
+    def test_missing_file(self) -> None:
+        code, _, err = run("/no/such.yaml", "")
+        assert code == 2
+        assert err.count("\n") == 1
+        assert "/no/such.yaml" in err
+
+    def test_loading(self, config: str) -> None:
+        def refuse(_: Config) -> Any:
+            raise AdapterError("layers.3: expected [8, 64], found [8, 32]")
+
+        code, out, err = run(config, "a\n", open_session=refuse)
+        assert (code, out) == (2, "")
+        assert err == "error: layers.3: expected [8, 64], found [8, 32]\n"
+
+    def test_generation(self, config: str) -> None:
+        code, out, err = run(config, "a\nfail\nb\n")
+        assert code == 2
+        assert out == "Assistant: a a\nAssistant: half an \n"
+        assert err == "error: the engine is out of order\n"
+
+    def test_a_defect_too(self, config: str) -> None:
+        code, _, err = run(config, "bug\n")
+        assert code == 2
+        assert err == "error: ZeroDivisionError: by zero (--debug shows where)\n"
+
+    def test_debug_shows_the_traceback(self, config: str) -> None:
+        code, _, err = run(config, "fail\n", "--debug")
+        assert code == 2
+        assert "Traceback" in err
+        assert err.endswith("error: the engine is out of order\n")
+
+    def test_invalid_input(self, config: str) -> None:
+        stdout, stderr = io.StringIO(), io.StringIO()
+        terminal = Terminal(io.BytesIO(b"a\n\xff\xfe\n"), stdout, stderr)
+        assert main([config], open_session=fake_chat.open_session, terminal=terminal) == 2
+        assert stdout.getvalue() == "Assistant: a a\n"
+        assert "line 2: not UTF-8" in stderr.getvalue()
+
+    def test_ctrl_c_while_loading(self, config: str) -> None:
+        def interrupt(_: Config) -> Any:
+            raise KeyboardInterrupt
+
+        assert run(config, "", open_session=interrupt) == (130, "", "error: interrupted\n")
+
+    @pytest.mark.parametrize("arguments", [[], ["a.yaml", "--nonsense"], ["a.yaml", "-v", "-q"]])
+    def test_usage(self, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 2
+        assert "usage" in capsys.readouterr().err
+
+
+class TestLog:
+    @pytest.mark.parametrize(
+        ("flag", "shown"),
+        [([], "IW"), (["-v"], "DIW"), (["--quiet"], "W")],
+    )
+    def test_levels(self, config: str, flag: list[str], shown: str) -> None:
+        def talk(_: Config) -> Any:
+            logger = logging.getLogger("ktrt.model")
+            logger.debug("D line")
+            logger.info("I line\nof two")
+            logger.warning("W line")
+            logging.getLogger("transformers").warning("noise")
+            return fake_chat.EchoSession()
+
+        _, out, err = run(config, "", *flag, open_session=talk)
+        lines = {"D": "DEBUG: D line\n", "I": "I line\nof two\n", "W": "WARNING: W line\n"}
+        assert err == "".join(lines[each] for each in shown)
+        assert out == ""
+
+    def test_handlers_are_taken_off_again(self, config: str) -> None:
+        before = list(logging.getLogger("ktrt").handlers)
+        run(config, "")
+        assert logging.getLogger("ktrt").handlers == before
+
+
+def process(*arguments: str, env: dict[str, str] | None = None, **options: Any) -> Any:
+    """A finished chat process; ``env`` replaces variables."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
+    environment = os.environ | {"PYTHONPATH": path} | (env or {})
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, timeout=60, **options
+    )
+
+
+class TestProcess:
+    @pytest.mark.parametrize(
+        "env",
+        [
+            {"LANG": "C", "LC_ALL": "C"},
+            {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+            {"PYTHONIOENCODING": "latin-1"},
+        ],
+    )
+    def test_utf8_whatever_the_locale(self, config: str, env: dict[str, str]) -> None:
+        done = process(str(FAKE), config, env=env, input="\ufeff你好🙂\nexit\n".encode())
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == "Assistant: 你好🙂 你好🙂\n".encode()
+        assert done.stderr == b""
+
+    def test_failure(self, config: str) -> None:
+        done = process(str(FAKE), config, "seed=13", input=b"a\n")
+        assert (done.returncode, done.stdout) == (2, b"")
+        assert done.stderr == b"error: no such luck\n"
+
+    def test_broken_pipe(self, config: str) -> None:
+        command = f"'{sys.executable}' '{FAKE}' '{config}' | head -n 1; echo ${{PIPESTATUS[0]}}"
+        lines = b"".join(b"%d\n" % number for number in range(20_000))
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            ["bash", "-c", command], input=lines, env=environment, capture_output=True, timeout=60
+        )
+        assert done.stdout == b"Assistant: 0 0\n0\n"
+        assert done.stderr == b""
+
+    def test_help_is_fast_and_says_what_there_is(self) -> None:
+        start = time.perf_counter()
+        done = process("-X", "importtime", "-m", "ktrt.chat", "--help")
+        seconds = time.perf_counter() - start
+        assert done.returncode == 0
+        for word in (b"config", b"key=value", b"--debug", b"--verbose", b"--quiet"):
+            assert word in done.stdout
+        modules = {line.split(b"|")[-1].strip() for line in done.stderr.splitlines()}
+        assert not {b"torch", b"transformers", b"prompt_toolkit"} & modules
+        assert seconds < 1
+
+
+class TestTerminal:
+    """A person at a terminal."""
+
+    @pytest.fixture
+    def chat(self, config: str) -> Iterator[Any]:
+        environment = os.environ | {
+            "PYTHONPATH": str(ROOT), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1",
+        }  # fmt: skip
+        child = pexpect.spawn(
+            sys.executable, [str(FAKE), config],
+            env=environment, encoding="utf-8", timeout=20, dimensions=(24, 80),
+        )  # fmt: skip
+        child.expect("User: ")
+        yield child
+        child.close(force=True)
+
+    @staticmethod
+    def say(chat: Any, text: str) -> None:
+        chat.send(text + "\r")
+
+    @staticmethod
+    def leaves(chat: Any) -> int:
+        chat.expect(pexpect.EOF)
+        chat.close()
+        return int(chat.exitstatus)
+
+    def test_a_conversation(self, chat: Any) -> None:
+        self.say(chat, "你好")
+        chat.expect("Assistant: 你好 你好\r\n")
+        chat.expect("User: ")
+        self.say(chat, "clear")
+        chat.expect("History has been removed.")
+        chat.expect("User: ")
+        self.say(chat, "exit")
+        assert self.leaves(chat) == 0
+
+    def test_ctrl_c_stops_the_answer_and_keeps_the_session(self, chat: Any) -> None:
+        self.say(chat, "slow")
+        chat.expect("Assistant: 0 1 2")
+        chat.sendintr()
+        chat.expect("User: ")
+        self.say(chat, "history")
+        chat.expect(r"Assistant: user: slow \| assistant: 0 1 2")
+        chat.expect("User: ")
+        chat.sendeof()
+        assert self.leaves(chat) == 0
+
+    def test_ctrl_c_at_the_prompt_hints_and_twice_leaves(self, chat: Any) -> None:
+        chat.sendintr()
+        chat.expect("Ctrl-C once more")
+        chat.expect("User: ")
+        self.say(chat, "a")
+        chat.expect("Assistant: a a")
+        chat.expect("User: ")
+        chat.sendintr()
+        chat.expect("Ctrl-C once more")
+        chat.expect("User: ")
+        chat.sendintr()
+        assert self.leaves(chat) == 0
+
+    def test_ctrl_d_leaves(self, chat: Any) -> None:
+        chat.sendeof()
+        assert self.leaves(chat) == 0
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [("fail", "error: the engine is out of order"), ("bug", "error: ZeroDivisionError")],
+    )
+    def test_a_failure_keeps_the_session(self, chat: Any, text: str, message: str) -> None:
+        self.say(chat, text)
+        chat.expect(message)
+        chat.expect("User: ")
+        self.say(chat, "history")
+        chat.expect("Assistant: \r\n")
+        chat.expect("User: ")
+        self.say(chat, "exit")
+        assert self.leaves(chat) == 0
+
+    def test_pasted_lines_are_one_message(self, chat: Any) -> None:
+        chat.send("\x1b[200~one\ntwo\x1b[201~\r")
+        chat.expect("Assistant: one\r\ntwo one\r\ntwo\r\n")
+        chat.expect("User: ")
+        chat.sendeof()
+        assert self.leaves(chat) == 0
