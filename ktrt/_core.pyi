@@ -17,12 +17,22 @@ class Engine:
     """
 
     def __init__(
-        self, *, num_threads: int, max_qlen: int = 1024, cpus: Sequence[int] | None = None
+        self,
+        *,
+        num_threads: int,
+        max_qlen: int = 1024,
+        nodes: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        """``num_threads`` counts the calling thread, which works too. ``cpus[i]`` is where thread i
-        is pinned (the caller, i = 0, is never pinned); by default the process's allowed CPUs are
-        taken in order, one hardware thread per core first. ``max_qlen`` bounds the tokens of one
-        ``forward``. ``ValueError``: a count below 1, or fewer cpus than threads."""
+        """``num_threads`` counts the calling thread, which works too and is never pinned.
+        ``nodes``: CPUs by NUMA node (see ``numa_cpus``); the threads are spread over them evenly,
+        every expert is cut into one shard per node, held in that node's memory, and the bits stay
+        those of one node. Without it, experts are whole and threads take the allowed CPUs in order,
+        one hardware thread per core first. ``max_qlen`` bounds the tokens of one ``forward``.
+        ``ValueError``: a count below 1, fewer CPUs than threads, a bad ``KTRT_ISA``."""
+
+    @property
+    def parts(self) -> int:
+        """Shards of every expert: 1, or the number of ``nodes``."""
 
     @property
     def num_threads(self) -> int: ...
@@ -111,7 +121,7 @@ class MoeLayer:
         not run are missing."""
 
     def packed_codes(self, expert: int, projection: Literal["gate", "up", "down"]) -> bytes:
-        """A copy of the packed codes of one matrix (kt_kernel's byte order)."""
+        """A copy of the packed codes of one matrix (kt_kernel's byte order), shard by shard."""
 
     def packed_scales(self, expert: int, projection: Literal["gate", "up", "down"]) -> bytes:
         """A copy of the float32 scales, one per padded output row; empty for bf16."""
@@ -121,6 +131,12 @@ def isa() -> str:
 
 def detected_isa() -> str:
     """The highest ISA level this machine and build can run."""
+
+def numa_cpus() -> list[list[int]]:
+    """The CPUs this process may use, by NUMA node, one hardware thread per core first."""
+
+def num_cores() -> int:
+    """Physical cores among the CPUs this process may use."""
 
 def kernels() -> dict[str, str]:
     """For every kernel family the variant that runs at this ISA level, e.g.

@@ -1,7 +1,11 @@
+#include <pybind11/stl.h>
+
 #include <string>
+#include <vector>
 
 #include "bindings/register.h"
 #include "cpu/isa.h"
+#include "cpu/topology.h"
 #include "kernels/select.h"
 
 namespace ktrt {
@@ -22,6 +26,13 @@ py::dict kernels() {
   return names;
 }
 
+std::vector<std::vector<int>> numa_cpus() {
+  const Topology topology = read_topology(allowed_cpus());
+  std::vector<std::vector<int>> nodes;
+  for (const int node : topology.nodes()) nodes.push_back(topology.cpu_ids_of_node(node));
+  return nodes;
+}
+
 }  // namespace
 
 void register_cpu(py::module_& module) {
@@ -31,6 +42,10 @@ void register_cpu(py::module_& module) {
   module.def(
       "detected_isa", [] { return std::string(name_of(detected_isa())); },
       "The highest ISA level that this machine and build can run.");
+  module.def("numa_cpus", &numa_cpus, "The CPUs this process may use, by NUMA node.");
+  module.def(
+      "num_cores", [] { return read_topology(allowed_cpus()).num_cores(); },
+      "Physical cores among the CPUs this process may use.");
   module.def("kernels", &kernels, "For every kernel family, the variant that runs.");
 }
 

@@ -18,15 +18,27 @@ namespace py = pybind11;
 
 namespace {
 
+// Threads are spread over the nodes evenly, node after node; without nodes all CPUs are one part.
 std::shared_ptr<Engine> make_engine(int num_threads, int max_qlen,
-                                    std::optional<std::vector<int>> cpus) {
+                                    std::optional<std::vector<std::vector<int>>> nodes) {
   KTRT_CHECK(num_threads >= 1, "num_threads is " << num_threads << ", expected at least 1");
-  if (!cpus) cpus = read_topology(allowed_cpus()).cpu_ids();
-  const auto count = static_cast<std::size_t>(num_threads);
-  KTRT_CHECK(cpus->size() >= count, "num_threads is " << num_threads << ", but only "
-                                                      << cpus->size() << " CPUs are given");
-  cpus->resize(count);
-  return std::make_shared<Engine>(*cpus, max_qlen);
+  if (!nodes) nodes = {{read_topology(allowed_cpus()).cpu_ids()}};
+  const int parts = static_cast<int>(nodes->size());
+  KTRT_CHECK(
+      parts >= 1 && parts <= num_threads,
+      "nodes lists " << parts << " nodes, expected 1 to num_threads (" << num_threads << ")");
+  std::vector<int> cpus;
+  std::vector<int> home;
+  for (int part = 0; part < parts; ++part) {
+    const std::vector<int>& node = (*nodes)[static_cast<std::size_t>(part)];
+    const int count = num_threads * (part + 1) / parts - num_threads * part / parts;
+    KTRT_CHECK(node.size() >= static_cast<std::size_t>(count),
+               count << " of " << num_threads << " threads fall on node " << part
+                     << ", which has only " << node.size() << " CPUs");
+    cpus.insert(cpus.end(), node.begin(), node.begin() + count);
+    home.insert(home.end(), static_cast<std::size_t>(count), part);
+  }
+  return std::make_shared<Engine>(cpus, home, max_qlen);
 }
 
 WeightFormat parse_format(const std::string& name) {
@@ -105,8 +117,9 @@ py::bytes packed_scales(MoeLayer& layer, int expert, const std::string& projecti
 void register_engine(py::module_& module) {
   py::class_<Engine, std::shared_ptr<Engine>>(module, "Engine")
       .def(py::init(&make_engine), py::kw_only(), py::arg("num_threads"),
-           py::arg("max_qlen") = 1024, py::arg("cpus") = py::none())
+           py::arg("max_qlen") = 1024, py::arg("nodes") = py::none())
       .def_property_readonly("num_threads", &Engine::num_threads)
+      .def_property_readonly("parts", &Engine::parts)
       .def_property_readonly("max_qlen", &Engine::max_qlen)
       .def_property_readonly("closed", &Engine::closed)
       .def("close", &Engine::close, py::call_guard<py::gil_scoped_release>());

@@ -1,16 +1,36 @@
 #include "moe/engine.h"
 
+#include <algorithm>
 #include <stdexcept>
 
+#include "base/check.h"
 #include "kernels/select.h"
 #include "moe/moe_layer.h"
 
 namespace ktrt {
 
-Engine::Engine(const std::vector<int>& cpus, int max_qlen)
+namespace {
+
+int count_parts(const std::vector<int>& home, std::size_t threads) {
+  KTRT_CHECK(home.size() == threads && threads > 0, "home names the parts of "
+                                                        << home.size() << " threads, expected "
+                                                        << threads << ", at least 1");
+  const int parts = *std::max_element(home.begin(), home.end()) + 1;
+  for (int part = 0; part < parts; ++part) {
+    KTRT_CHECK(std::find(home.begin(), home.end(), part) != home.end(),
+               "no thread has part " << part << " of the weights as its own");
+  }
+  return parts;
+}
+
+}  // namespace
+
+Engine::Engine(const std::vector<int>& cpus, const std::vector<int>& home, int max_qlen)
     : isa_(active_isa()),
       kernels_(select_kernels(isa_, cpu_features())),
       num_threads_(static_cast<int>(cpus.size())),
+      home_(home),
+      parts_(count_parts(home, cpus.size())),
       workspace_(num_threads_, max_qlen) {
   pool_.emplace(cpus);
 }

@@ -18,14 +18,18 @@ class MoeLayer;
 
 class Engine {
  public:
-  // cpus[i]: where thread i runs; one thread each, the first being the caller of forward(). Throws
-  // std::invalid_argument (also for a bad KTRT_ISA).
-  Engine(const std::vector<int>& cpus, int max_qlen);
+  // cpus[i]: where thread i runs; one thread each, the first being the caller of forward().
+  // home[i]: which part of the weights is thread i's own, 0 … parts - 1, every part at least once;
+  // one part per NUMA node, or one in all. Throws std::invalid_argument (also for a bad KTRT_ISA).
+  Engine(const std::vector<int>& cpus, const std::vector<int>& home, int max_qlen);
+  Engine(const std::vector<int>& cpus, int max_qlen)
+      : Engine(cpus, std::vector<int>(cpus.size(), 0), max_qlen) {}
   ~Engine() { close(); }
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
 
   int num_threads() const { return num_threads_; }
+  int parts() const { return parts_; }
   int max_qlen() const { return workspace_.max_qlen(); }
   Isa isa() const { return isa_; }
   const KernelTable& kernels() const { return kernels_; }
@@ -47,6 +51,8 @@ class Engine {
   const Isa isa_;
   const KernelTable kernels_;
   const int num_threads_;
+  const std::vector<int> home_;
+  const int parts_;
   mutable std::mutex mutex_;
   std::optional<ThreadPool> pool_;
   Workspace workspace_;

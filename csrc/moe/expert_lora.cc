@@ -36,9 +36,7 @@ int check_pair(const MoeShape& shape, const char* name, const LoraPair& pair,
   return static_cast<int>(rank);
 }
 
-int even(int rank) {
-  return round_up(rank, 2);
-}
+int even(int rank) { return round_up(rank, 2); }
 
 // Writes ranks [first, first + rank) of every expert's A.
 void pack_a(const TensorView& a, const MoeShape& shape, const ExpertLora::Shrink& shrink,

@@ -38,7 +38,7 @@ const char* name_of(Projection projection) {
   return "?";
 }
 
-ExpertWeights::ExpertWeights(const MoeShape& shape, WeightFormat format)
+ExpertWeights::ExpertWeights(const MoeShape& shape, WeightFormat format, int parts)
     : shape_(shape), format_(format) {
   check_shape(shape);
   const int h = shape.hidden_size;
@@ -46,36 +46,68 @@ ExpertWeights::ExpertWeights(const MoeShape& shape, WeightFormat format)
   layouts_[0] = PackedLayout(format, i, h);
   layouts_[1] = PackedLayout(format, i, h);
   layouts_[2] = PackedLayout(format, h, i);
-  for (std::size_t p = 0; p < kProjections; ++p) {
-    code_offset_[p] = expert_code_bytes_;
-    row_offset_[p] = expert_rows_;
-    expert_code_bytes_ += layouts_[p].code_bytes();  // strips of 2 KB tiles: stays 64-byte aligned
-    expert_rows_ += static_cast<std::size_t>(layouts_[p].padded_n());
-  }
-  const auto experts = static_cast<std::size_t>(shape.num_experts);
-  codes_ = AlignedBuffer(experts * expert_code_bytes_);
-  if (format == WeightFormat::kInt8) {
-    scales_ = AlignedBuffer(experts * expert_rows_ * sizeof(float));
-    sums_ = AlignedBuffer(experts * expert_rows_ * sizeof(std::int32_t));
-  }
-  loaded_.assign(experts, false);
+  KTRT_CHECK(parts >= 1 && parts <= std::min(layouts_[0].strips(), layouts_[2].strips()),
+             "the experts are to be cut into "
+                 << parts << " parts, but intermediate_size " << i << " and hidden_size " << h
+                 << " have " << std::min(layouts_[0].strips(), layouts_[2].strips())
+                 << " strips of 32 rows");
+  parts_.resize(static_cast<std::size_t>(parts));
+  for (int p = 0; p < parts; ++p) parts_[static_cast<std::size_t>(p)] = make_part(p);
+  loaded_.assign(static_cast<std::size_t>(shape.num_experts), false);
 }
 
-PackedMatrix ExpertWeights::matrix(int expert, Projection projection) const {
+ExpertWeights::Part ExpertWeights::make_part(int part) const {
+  Part result;
+  for (std::size_t p = 0; p < kProjections; ++p) {
+    const auto projection = static_cast<Projection>(p);
+    const int begin = first_strip(projection, part) * kStripRows;
+    const int end = std::min(first_strip(projection, part + 1) * kStripRows, layouts_[p].n());
+    result.layouts[p] = PackedLayout(format_, end - begin, layouts_[p].k());
+    result.code_offset[p] = result.expert_code_bytes;
+    result.row_offset[p] = result.expert_rows;
+    result.expert_code_bytes += result.layouts[p].code_bytes();  // 2 KB tiles: stays aligned
+    result.expert_rows += static_cast<std::size_t>(result.layouts[p].padded_n());
+  }
+  const auto experts = static_cast<std::size_t>(shape_.num_experts);
+  result.codes = AlignedBuffer(experts * result.expert_code_bytes);
+  if (format_ == WeightFormat::kInt8) {
+    result.scales = AlignedBuffer(experts * result.expert_rows * sizeof(float));
+    result.sums = AlignedBuffer(experts * result.expert_rows * sizeof(std::int32_t));
+  }
+  return result;
+}
+
+PackedMatrix ExpertWeights::matrix(int expert, Projection projection, int part) const {
   const auto e = static_cast<std::size_t>(expert);
   const auto p = static_cast<std::size_t>(projection);
+  const Part& memory = parts_[static_cast<std::size_t>(part)];
   PackedMatrix matrix;
-  matrix.layout = layouts_[p];
-  matrix.codes = codes_.as<std::uint8_t>() + e * expert_code_bytes_ + code_offset_[p];
-  if (!scales_.empty()) {
-    matrix.scales = scales_.as<float>() + e * expert_rows_ + row_offset_[p];
-    matrix.sums = sums_.as<std::int32_t>() + e * expert_rows_ + row_offset_[p];
+  matrix.layout = memory.layouts[p];
+  matrix.codes =
+      memory.codes.as<std::uint8_t>() + e * memory.expert_code_bytes + memory.code_offset[p];
+  if (!memory.scales.empty()) {
+    const std::size_t rows = e * memory.expert_rows + memory.row_offset[p];
+    matrix.scales = memory.scales.as<float>() + rows;
+    matrix.sums = memory.sums.as<std::int32_t>() + rows;
   }
   return matrix;
 }
 
-bool ExpertWeights::all_loaded() const {
-  return std::all_of(loaded_.begin(), loaded_.end(), [](bool loaded) { return loaded; });
+StripRef ExpertWeights::strip(int expert, Projection projection, int strip) const {
+  int part = 0;
+  while (strip >= first_strip(projection, part + 1)) ++part;
+  const int local = strip - first_strip(projection, part);
+  const PackedMatrix w = matrix(expert, projection, part);
+  StripRef ref;
+  ref.block = w.codes + w.layout.block_offset(local);
+  ref.block_rows = w.layout.block_rows(local);
+  ref.row_in_block = w.layout.row_in_block(local);
+  ref.first_tile = w.codes + w.layout.tile_offset(local, 0);
+  if (w.scales != nullptr) {
+    ref.scales = w.scales + local * kStripRows;
+    ref.sums = w.sums + local * kStripRows;
+  }
+  return ref;
 }
 
 int ExpertWeights::first_missing() const {
@@ -83,7 +115,9 @@ int ExpertWeights::first_missing() const {
 }
 
 std::size_t ExpertWeights::packed_bytes() const {
-  return codes_.bytes() + scales_.bytes();
+  std::size_t bytes = 0;
+  for (const Part& part : parts_) bytes += part.codes.bytes() + part.scales.bytes();
+  return bytes;
 }
 
 }  // namespace ktrt

@@ -23,21 +23,41 @@ inline constexpr int kProjections = 3;
 
 const char* name_of(Projection projection);
 
+// One strip of one expert's matrix, where it lies.
+struct StripRef {
+  const std::uint8_t* block = nullptr;  // the n-block that holds it
+  int block_rows = 0;
+  int row_in_block = 0;
+  const std::uint8_t* first_tile = nullptr;
+  const float* scales = nullptr;       // [32], null for BF16
+  const std::int32_t* sums = nullptr;  // [32], null for BF16
+};
+
+// Every matrix is cut by output rows into `parts` shards of whole strips, each packed as a matrix
+// of its own in its part's memory, so that a NUMA node reads only what is its own. A row's dot
+// product is never cut: results do not depend on the number of parts.
 class ExpertWeights {
  public:
   // Reserves the memory; pages are touched as experts are packed. Throws std::invalid_argument for
   // sizes below 1 and std::bad_alloc.
-  ExpertWeights(const MoeShape& shape, WeightFormat format);
+  ExpertWeights(const MoeShape& shape, WeightFormat format, int parts);
 
   const MoeShape& shape() const { return shape_; }
   WeightFormat format() const { return format_; }
+  int parts() const { return static_cast<int>(parts_.size()); }
+  // Of the whole matrix.
   const PackedLayout& layout(Projection projection) const {
     return layouts_[static_cast<std::size_t>(projection)];
   }
-  PackedMatrix matrix(int expert, Projection projection) const;
+  // The first strip of `part`; of parts(): the number of strips.
+  int first_strip(Projection projection, int part) const {
+    return layout(projection).strips() * part / parts();
+  }
+  PackedMatrix matrix(int expert, Projection projection, int part) const;
+  StripRef strip(int expert, Projection projection, int strip) const;
 
   bool loaded(int expert) const { return loaded_[static_cast<std::size_t>(expert)]; }
-  bool all_loaded() const;
+  bool all_loaded() const { return first_missing() == shape_.num_experts; }
   int first_missing() const;
   void set_loaded(int expert, bool loaded) { loaded_[static_cast<std::size_t>(expert)] = loaded; }
 
@@ -45,16 +65,23 @@ class ExpertWeights {
   std::size_t packed_bytes() const;
 
  private:
+  struct Part {
+    PackedLayout layouts[kProjections];
+    std::size_t code_offset[kProjections] = {};  // inside one expert's codes
+    std::size_t row_offset[kProjections] = {};   // inside one expert's scales, and sums
+    std::size_t expert_code_bytes = 0;
+    std::size_t expert_rows = 0;
+    AlignedBuffer codes;
+    AlignedBuffer scales;
+    AlignedBuffer sums;
+  };
+
+  Part make_part(int part) const;
+
   MoeShape shape_;
   WeightFormat format_;
   PackedLayout layouts_[kProjections];
-  std::size_t code_offset_[kProjections];  // inside one expert's codes
-  std::size_t row_offset_[kProjections];   // inside one expert's scales, and sums
-  std::size_t expert_code_bytes_ = 0;
-  std::size_t expert_rows_ = 0;
-  AlignedBuffer codes_;
-  AlignedBuffer scales_;
-  AlignedBuffer sums_;
+  std::vector<Part> parts_;
   std::vector<bool> loaded_;
 };
 

@@ -112,17 +112,15 @@ void ThreadForward::quantize_and_shrink_activations(const Job& job) const {
 // Everything but the activations: weights of one strip and its LoRA expand.
 GemmArgs ThreadForward::gemm_args(const Job& job, Projection projection, int strip,
                                   float* c) const {
-  const PackedMatrix w = task_.weights.matrix(job.expert, projection);
+  const StripRef w = task_.weights.strip(job.expert, projection, strip);
   GemmArgs args{};
   args.rows = job.rows;
-  args.w_block = w.codes + w.layout.block_offset(strip);
-  args.block_rows = w.layout.block_rows(strip);
-  args.row_in_block = w.layout.row_in_block(strip);
-  args.k = w.layout.padded_k();
-  if (int8_) {
-    args.w_scale = w.scales + strip * kStripRows;
-    args.w_sum = w.sums + strip * kStripRows;
-  }
+  args.w_block = w.block;
+  args.block_rows = w.block_rows;
+  args.row_in_block = w.row_in_block;
+  args.k = task_.weights.layout(projection).padded_k();
+  args.w_scale = w.scales;
+  args.w_sum = w.sums;
   if (task_.lora != nullptr) {
     const ExpertLora::Expand& expand = task_.lora->expand(projection);
     if (expand.rank_pairs > 0) {
@@ -165,11 +163,9 @@ void ThreadForward::gate_up(const Piece& piece) {
       gate.t = scratch_.t + task_.lora->expand(Projection::kGate).t_offset;
       up.t = scratch_.t + task_.lora->expand(Projection::kUp).t_offset;
     }
-    const PackedMatrix next_gate = task_.weights.matrix(job.expert, Projection::kGate);
-    const PackedMatrix next_up = task_.weights.matrix(job.expert, Projection::kUp);
-    gate.next = next_up.codes + next_up.layout.tile_offset(strip, 0);
+    gate.next = task_.weights.strip(job.expert, Projection::kUp, strip).first_tile;
     if (strip + 1 < piece.end_strip) {
-      up.next = next_gate.codes + next_gate.layout.tile_offset(strip + 1, 0);
+      up.next = task_.weights.strip(job.expert, Projection::kGate, strip + 1).first_tile;
     }
     gemm.strip(gate);
     gemm.strip(up);
@@ -200,10 +196,9 @@ void ThreadForward::down(const Piece& piece) const {
       use_activations(args, job);
       const bool last = s + 1 == strips;
       if (!last || j + 1 < jobs.size()) {
-        const PackedMatrix next =
-            task_.weights.matrix(last ? jobs[j + 1].expert : job.expert, Projection::kDown);
-        args.next =
-            next.codes + next.layout.tile_offset(last ? first_strip : first_strip + s + 1, 0);
+        const int next_expert = last ? jobs[j + 1].expert : job.expert;
+        const int next_strip = last ? first_strip : first_strip + s + 1;
+        args.next = task_.weights.strip(next_expert, Projection::kDown, next_strip).first_tile;
       }
       gemm.strip(args);
       for (int r = 0; r < job.rows; ++r) {
@@ -250,16 +245,30 @@ int max_output_strips(std::int64_t qlen) {
 void run_forward(const ForwardTask& task, ThreadPool& pool) {
   const std::int64_t qlen = task.out.shape[0];
   if (qlen == 0) return;
-  ForwardQueues& queues = task.queues;
-  schedule_jobs(task.plan.jobs(), task.weights.layout(Projection::kGate).strips(), pool.size(),
-                queues.gate_up);
-  schedule_columns(task.weights.layout(Projection::kDown).strips(), max_output_strips(qlen),
-                   pool.size(), queues.down);
+  const int parts = task.weights.parts();
+  const int threads_per_part = std::max(1, pool.size() / parts);
+  for (int p = 0; p < parts; ++p) {
+    const auto strips = [&](Projection projection) {
+      return StripRange{task.weights.first_strip(projection, p),
+                        task.weights.first_strip(projection, p + 1)};
+    };
+    PartQueues& queues = task.queues[static_cast<std::size_t>(p)];
+    schedule_jobs(task.plan.jobs(), strips(Projection::kGate), threads_per_part, queues.gate_up);
+    schedule_columns(strips(Projection::kDown), max_output_strips(qlen), threads_per_part,
+                     queues.down);
+  }
   pool.run([&](int thread) {
     ThreadForward forward(task, thread);
-    while (const Piece* piece = queues.gate_up.claim()) forward.gate_up(*piece);
+    const int home = task.home[static_cast<std::size_t>(thread)];
+    for (int p = 0; p < parts; ++p) {
+      PartQueues& queues = task.queues[static_cast<std::size_t>((home + p) % parts)];
+      while (const Piece* piece = queues.gate_up.claim()) forward.gate_up(*piece);
+    }
     pool.barrier();
-    while (const Piece* piece = queues.down.claim()) forward.down(*piece);
+    for (int p = 0; p < parts; ++p) {
+      PartQueues& queues = task.queues[static_cast<std::size_t>((home + p) % parts)];
+      while (const Piece* piece = queues.down.claim()) forward.down(*piece);
+    }
   });
 }
 

@@ -7,9 +7,12 @@
 //
 // Down: threads claim ranges of output columns, each for all jobs, so that sums need no atomics and
 // are made in plan order; routing weights are applied as the strips are added up.
+//
+// A thread first claims the pieces of the weights on its own NUMA node, then helps the others.
 #pragma once
 
 #include <atomic>
+#include <vector>
 
 #include "base/tensor_view.h"
 #include "cpu/thread_pool.h"
@@ -22,8 +25,8 @@
 
 namespace ktrt {
 
-// Kept from forward to forward, for their memory.
-struct ForwardQueues {
+// What one part of the weights has to do; kept from forward to forward for its memory.
+struct PartQueues {
   PieceQueue gate_up;
   PieceQueue down;
 };
@@ -36,7 +39,8 @@ struct ForwardTask {
   const GemmChoice& gemm;
   const Workspace& workspace;
   std::atomic<int>* finished_strips;  // [jobs], zero
-  ForwardQueues& queues;
+  std::vector<PartQueues>& queues;    // [parts of the weights]
+  const std::vector<int>& home;       // [threads]: the part on the thread's own NUMA node
   const TensorView& hidden_states;
   const TensorView& out;
 };

@@ -1,7 +1,6 @@
 #include "moe/moe_layer.h"
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 
 #include "base/check.h"
@@ -11,7 +10,8 @@ namespace ktrt {
 MoeLayer::MoeLayer(std::shared_ptr<Engine> engine, const MoeShape& shape, WeightFormat format)
     : engine_(std::move(engine)), shape_(shape), format_(format) {
   const auto lock = engine_->lock_open();
-  weights_.emplace(shape, format);
+  weights_.emplace(shape, format, engine_->parts());
+  queues_ = std::vector<PartQueues>(static_cast<std::size_t>(engine_->parts()));
   engine_->workspace_.reserve(shape);
   engine_->layers_.insert(this);
 }
@@ -37,21 +37,28 @@ void MoeLayer::load_expert(int expert, const TensorView& gate, const TensorView&
 
   const auto lock = engine_->lock_open();
   weights_->set_loaded(expert, false);
-  const std::array<const TensorView*, kProjections> sources = {&gate, &up, &down};
-  for (int p = 0; p < kProjections; ++p) {
-    const auto projection = static_cast<Projection>(p);
-    const TensorView& source = *sources[static_cast<std::size_t>(p)];
-    const PackedMatrix matrix = weights_->matrix(expert, projection);
-    std::atomic<bool> finite{true};
-    engine_->pool_->run([&](int thread) {
-      for (int s = thread; s < matrix.layout.strips(); s += engine_->num_threads()) {
-        if (!pack_strip(source, matrix, s)) finite.store(false, std::memory_order_relaxed);
-      }
-    });
-    KTRT_CHECK(finite.load(), source.name << " of expert " << expert
-                                          << " holds NaN or infinity; the weights are damaged");
-  }
+  pack(expert, Projection::kGate, gate);
+  pack(expert, Projection::kUp, up);
+  pack(expert, Projection::kDown, down);
   weights_->set_loaded(expert, true);
+}
+
+// Every thread packs strips of its own part, so that their pages lie on its NUMA node.
+void MoeLayer::pack(int expert, Projection projection, const TensorView& source) {
+  std::vector<std::atomic<int>> next(static_cast<std::size_t>(weights_->parts()));
+  std::atomic<bool> finite{true};
+  engine_->pool_->run([&](int thread) {
+    const int part = engine_->home_[static_cast<std::size_t>(thread)];
+    const PackedMatrix matrix = weights_->matrix(expert, projection, part);
+    TensorView rows = source;
+    rows.data = source.mutable_row(weights_->first_strip(projection, part) * kStripRows);
+    std::atomic<int>& claim = next[static_cast<std::size_t>(part)];
+    for (int s = claim++; s < matrix.layout.strips(); s = claim++) {
+      if (!pack_strip(rows, matrix, s)) finite.store(false, std::memory_order_relaxed);
+    }
+  });
+  KTRT_CHECK(finite.load(), source.name << " of expert " << expert
+                                        << " holds NaN or infinity; the weights are damaged");
 }
 
 void MoeLayer::set_lora(const LoraPair& gate, const LoraPair& up, const LoraPair& down) {
@@ -104,6 +111,7 @@ void MoeLayer::forward(const TensorView& hidden_states, const TensorView& expert
                    .workspace = engine_->workspace_,
                    .finished_strips = engine_->workspace_.job_counters(plan_.jobs().size()),
                    .queues = queues_,
+                   .home = engine_->home_,
                    .hidden_states = hidden_states,
                    .out = out};
   run_forward(task, *engine_->pool_);
@@ -116,27 +124,34 @@ void MoeLayer::forward(const TensorView& hidden_states, const TensorView& expert
   used_.elementwise = kernels.elementwise->name;
 }
 
-std::size_t MoeLayer::packed_bytes() const {
-  return weights_ ? weights_->packed_bytes() : 0;
-}
-
-PackedMatrix MoeLayer::loaded_matrix(int expert, Projection projection) const {
-  KTRT_CHECK(expert >= 0 && expert < shape_.num_experts && weights_->loaded(expert),
-             "expert " << expert << " has not been loaded");
-  return weights_->matrix(expert, projection);
-}
+std::size_t MoeLayer::packed_bytes() const { return weights_ ? weights_->packed_bytes() : 0; }
 
 std::vector<std::uint8_t> MoeLayer::packed_codes(int expert, Projection projection) {
   const auto lock = engine_->lock_open();
-  const PackedMatrix matrix = loaded_matrix(expert, projection);
-  return {matrix.codes, matrix.codes + matrix.layout.code_bytes()};
+  check_loaded(expert);
+  std::vector<std::uint8_t> codes;
+  for (int part = 0; part < weights_->parts(); ++part) {
+    const PackedMatrix matrix = weights_->matrix(expert, projection, part);
+    codes.insert(codes.end(), matrix.codes, matrix.codes + matrix.layout.code_bytes());
+  }
+  return codes;
 }
 
 std::vector<float> MoeLayer::packed_scales(int expert, Projection projection) {
   const auto lock = engine_->lock_open();
-  const PackedMatrix matrix = loaded_matrix(expert, projection);
-  if (matrix.scales == nullptr) return {};
-  return {matrix.scales, matrix.scales + matrix.layout.padded_n()};
+  check_loaded(expert);
+  std::vector<float> scales;
+  for (int part = 0; part < weights_->parts(); ++part) {
+    const PackedMatrix matrix = weights_->matrix(expert, projection, part);
+    if (matrix.scales == nullptr) continue;
+    scales.insert(scales.end(), matrix.scales, matrix.scales + matrix.layout.padded_n());
+  }
+  return scales;
+}
+
+void MoeLayer::check_loaded(int expert) const {
+  KTRT_CHECK(expert >= 0 && expert < shape_.num_experts && weights_->loaded(expert),
+             "expert " << expert << " has not been loaded");
 }
 
 }  // namespace ktrt

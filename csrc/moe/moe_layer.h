@@ -49,7 +49,7 @@ class MoeLayer {
   KernelsUsed last_kernels() const { return used_; }
   std::size_t packed_bytes() const;
 
-  // Copies of one packed matrix, in kt_kernel's byte order.
+  // Copies of one packed matrix, in kt_kernel's byte order, part after part.
   std::vector<std::uint8_t> packed_codes(int expert, Projection projection);
   std::vector<float> packed_scales(int expert, Projection projection);
 
@@ -60,7 +60,8 @@ class MoeLayer {
   void release();
   void check_forward(const TensorView& hidden_states, const TensorView& expert_ids,
                      const TensorView& routing_weights, const TensorView& out) const;
-  PackedMatrix loaded_matrix(int expert, Projection projection) const;
+  void pack(int expert, Projection projection, const TensorView& source);
+  void check_loaded(int expert) const;
 
   const std::shared_ptr<Engine> engine_;
   const MoeShape shape_;
@@ -68,7 +69,7 @@ class MoeLayer {
   std::optional<ExpertWeights> weights_;
   std::optional<ExpertLora> lora_;
   DispatchPlan plan_;
-  ForwardQueues queues_;
+  std::vector<PartQueues> queues_;
   KernelsUsed used_;
 };
 

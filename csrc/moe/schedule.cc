@@ -16,16 +16,19 @@ constexpr std::int64_t kSmallestShare = 64;
 
 }  // namespace
 
-void schedule_jobs(const std::vector<Job>& jobs, int strips, int threads, PieceQueue& queue) {
+void schedule_jobs(const std::vector<Job>& jobs, StripRange strips, int threads,
+                   PieceQueue& queue) {
   queue.reset();
   std::int64_t remaining = 0;
-  for (const Job& job : jobs) remaining += (job.rows + kRowsPerStripRead) * strips;
+  for (const Job& job : jobs)
+    remaining += (job.rows + kRowsPerStripRead) * (strips.end - strips.begin);
   const std::int64_t smallest = remaining / (threads * kSmallestShare) + 1;
   for (std::size_t j = 0; j < jobs.size(); ++j) {
     const std::int64_t strip_cost = jobs[j].rows + kRowsPerStripRead;
-    for (int strip = 0; strip < strips;) {
+    for (int strip = strips.begin; strip < strips.end;) {
       const std::int64_t target = std::max(smallest, remaining / (threads * kRemainingShare));
-      const std::int64_t count = std::clamp<std::int64_t>(target / strip_cost, 1, strips - strip);
+      const std::int64_t count =
+          std::clamp<std::int64_t>(target / strip_cost, 1, strips.end - strip);
       const int end = strip + static_cast<int>(count);
       queue.pieces.push_back({static_cast<int>(j), strip, end});
       strip = end;
@@ -34,11 +37,11 @@ void schedule_jobs(const std::vector<Job>& jobs, int strips, int threads, PieceQ
   }
 }
 
-void schedule_columns(int strips, int max_strips, int threads, PieceQueue& queue) {
+void schedule_columns(StripRange strips, int max_strips, int threads, PieceQueue& queue) {
   queue.reset();
-  for (int strip = 0; strip < strips;) {
-    const int target = (strips - strip) / (threads * 2);
-    const int end = strip + std::clamp(target, 1, std::min(max_strips, strips - strip));
+  for (int strip = strips.begin; strip < strips.end;) {
+    const int rest = strips.end - strip;
+    const int end = strip + std::clamp(rest / (threads * 2), 1, std::min(max_strips, rest));
     queue.pieces.push_back({0, strip, end});
     strip = end;
   }

@@ -38,10 +38,16 @@ class PieceQueue {
   alignas(64) std::atomic<std::size_t> next_{0};
 };
 
-// Gate and up: every strip of every job, weighted by its cost.
-void schedule_jobs(const std::vector<Job>& jobs, int strips, int threads, PieceQueue& queue);
+// Strips [begin, end).
+struct StripRange {
+  int begin = 0;
+  int end = 0;
+};
+
+// Gate and up: the strips of every job, weighted by its cost.
+void schedule_jobs(const std::vector<Job>& jobs, StripRange strips, int threads, PieceQueue& queue);
 
 // Down: strips of output columns, at most `max_strips` a piece.
-void schedule_columns(int strips, int max_strips, int threads, PieceQueue& queue);
+void schedule_columns(StripRange strips, int max_strips, int threads, PieceQueue& queue);
 
 }  // namespace ktrt
