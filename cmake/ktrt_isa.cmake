@@ -26,13 +26,18 @@ function(ktrt_set_isa_flags)
   # GCC's partial redundancy elimination moves accumulators of the register blocks to the stack: the
   # AVX-512 VNNI block of 14 rows drops from 940 to 330 GOP/s with it.
   set(no_pre $<$<CXX_COMPILER_ID:GNU>:-fno-tree-pre>)
+  # Under a sanitizer the big unrolled bodies would take minutes to compile at -O3.
+  set(optimise "")
+  if(NOT KTRT_SANITIZE)
+    set(optimise $<$<NOT:$<CONFIG:Debug>>:-O3>)
+  endif()
   foreach(source IN LISTS ARGN)
     get_filename_component(isa "${source}" NAME_WE)
     if(NOT source MATCHES "/csrc/kernels/.+/" OR NOT isa IN_LIST KTRT_ISA_NAMES)
       continue()
     endif()
     set(flags ${KTRT_ISA_FLAGS_${isa}} -fno-lto -fno-exceptions -fno-rtti ${quiet} ${no_pre}
-              $<$<NOT:$<CONFIG:Debug>>:-O3>)
+              ${optimise})
     set_source_files_properties("${source}" PROPERTIES COMPILE_OPTIONS "${flags}")
   endforeach()
 endfunction()

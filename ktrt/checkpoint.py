@@ -134,13 +134,15 @@ class WeightTarget:
     """What one tensor on disk becomes: all of parameter ``name``, or one expert's slice of it.
 
     With ``expert``, the tensor is piece ``piece`` of ``pieces`` along the output rows of that
-    expert (gate_up_proj from gate and up: two pieces).
+    expert (gate_up_proj from gate and up: two pieces). ``changed``: the library also changes the
+    numbers' order (transposes, splits, …), so that the tensor is not the parameter as it stands.
     """
 
     name: str
     expert: int | None = None
     piece: int = 0
     pieces: int = 1
+    changed: bool = False
 
 
 class WeightNames:
@@ -161,8 +163,7 @@ class WeightNames:
 
     def target(self, name: str) -> WeightTarget:
         """The parameter that a tensor of this name is loaded into; for a name that belongs nowhere
-        the renamed name. ``CheckpointError`` for expert tensors stored in a way that cannot be
-        taken apart expert by expert."""
+        the renamed name."""
         from transformers.core_model_loading import apply_renamings, rename_source_key
 
         renamed, pattern = rename_source_key(
@@ -175,14 +176,9 @@ class WeightNames:
         expert = re.search(
             pattern.replace("*.", r"(?P<expert>\d+)\."), apply_renamings(name, self._renamings)
         )
-        if expert is None or "expert" not in expert.groupdict():
-            return WeightTarget(renamed)
         converter = next(c for c in self._converters if pattern in c.source_patterns)
-        if not _stacks_experts(converter):
-            raise CheckpointError(
-                f"{name}: transformers turns it into {renamed} by {converter.operations}; ktrt can "
-                "only take stacked experts apart."
-            )
+        if not expert or "expert" not in expert.groupdict() or not _stacks_experts(converter):
+            return WeightTarget(renamed, changed=True)
         return WeightTarget(
             renamed,
             expert=int(expert["expert"]),
@@ -322,6 +318,11 @@ def find_expert_weights(
         path, _, parameter = target.name.rpartition(".")
         if path not in by_path or parameter not in ("gate_up_proj", "down_proj"):
             continue
+        if target.changed:
+            raise CheckpointError(
+                f"{checkpoint.file(name)}: {name} is stored in an order that transformers changes "
+                f"to make {target.name}; ktrt can only read experts stored one by one or stacked."
+            )
         spec, sources = by_path[path]
         if target in sources:
             raise CheckpointError(

@@ -81,6 +81,7 @@ def load_model(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> L
 
 def _skeleton(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, bool]:
     """The plain model on the meta device, and whether the checkpoint's own code may run."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
     file = folder / "config.json"
@@ -102,11 +103,13 @@ def _skeleton(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, bool]:
         logger.info(
             "trust_remote_code is ignored: transformers has its own code for %s", model_type
         )
+    # The library checks configurations with exceptions of its own, derived from nothing else.
+    refusals = (StrictDataclassError, OSError, ValueError, ImportError, KeyError, TypeError)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+    except refusals as error:
         raise CheckpointError(
             f"{folder}: transformers cannot build a model of type {model_type}: {error}"
         ) from error
@@ -185,7 +188,7 @@ def _unexpected(model_class: Any, patterns: list[str]) -> Iterator[None]:
     from transformers.utils import logging as library
 
     before, bars = model_class._keys_to_ignore_on_load_unexpected, library.is_progress_bar_enabled()
-    level = logging.getLogger("transformers").level
+    level = library.get_verbosity()
     model_class._keys_to_ignore_on_load_unexpected = [*(before or []), *patterns]
     library.set_verbosity_error()
     if not sys.stderr.isatty():
@@ -205,7 +208,8 @@ def _wrong_shapes(skeleton: nn.Module, checkpoint: Checkpoint, names: WeightName
     parameters = skeleton.state_dict()
     for name in checkpoint.names():
         target = names.target(name)
-        parameter = parameters.get(target.name) if target.expert is None else None
+        plain = target.expert is None and not target.changed
+        parameter = parameters.get(target.name) if plain else None
         if parameter is not None and checkpoint.shape(name) != tuple(parameter.shape):
             wrong.append(
                 f"{name} has shape {list(checkpoint.shape(name))}, expected "
@@ -252,10 +256,10 @@ def _progress(specs: Sequence[ExpertsSpec]) -> Iterable[ExpertsSpec]:
 def _apply_adapter(plan: AdapterPlan, model: nn.Module, specs: Sequence[ExpertsSpec]) -> Audit:
     """Gives the engine and PEFT their tensors. ``AdapterError`` if one is left over."""
     original, filtered = plan.targets()
-    only = "Attention" if not any("." in name for name in filtered) else "torch-side"
+    mlp = any("." in name for name in filtered)
     logger.info(
-        "KT mode: Loading only %s LoRA with PEFT, MoE LoRA in the engine. Original targets: %s, "
-        "Filtered: %s", only, original, filtered,
+        "KT mode: Loading %s LoRA with PEFT, MoE LoRA in the engine. Original targets: %s, "
+        "Filtered: %s", "Attention and dense MLP" if mlp else "only Attention", original, filtered,
     )  # fmt: skip
     plan.apply_to_torch(model)
     logger.info("Loading MoE LoRA from %s", plan.files.file)

@@ -59,7 +59,9 @@ def _missing_parameters(
         if settings.targets_parameter(name):
             module, _, parameter = name.rpartition(".")
             projection: Projection = "down" if parameter == "down_proj" else "gate"
-            if module not in side.routers and projection not in experts.get(module, {}):
+            # An ordinary Linear may be named by its weight; its LoRA is then like any other.
+            on_torch_side = module in side.routers or module in side.loras
+            if not on_torch_side and projection not in experts.get(module, {}):
                 missing.append(name)
     return missing
 

@@ -62,6 +62,7 @@ def read_adapter(folder: Path) -> AdapterFiles:
     tensors = [parse_key(key, value) for key, value in _read_tensors(file).items()]
     for tensor in tensors:
         _check_values(file, tensor)
+    _warn_of_zeros(file, tensors)
     return AdapterFiles(folder, file, config, _without_copies(file, tensors))
 
 
@@ -128,8 +129,17 @@ def _check_values(file: Path, tensor: AdapterTensor) -> None:
             f"{file}: {tensor.key} holds {bad} NaN or infinite values of {value.numel()}. The "
             "training diverged or the file is damaged; this adapter cannot be used."
         )
-    if tensor.part == "lora_B" and not value.any():
-        logger.warning("%s: %s is all zero: this adapter changes nothing there", file, tensor.key)
+
+
+def _warn_of_zeros(file: Path, tensors: list[AdapterTensor]) -> None:
+    """LoRA starts with B = 0: where it still is, training never reached it."""
+    second = [tensor for tensor in tensors if tensor.part == "lora_B"]
+    zero = [tensor.key for tensor in second if not tensor.value.any()]
+    if zero:
+        logger.warning(
+            "%s: %d of %d lora_B tensors are all zero (first %s): this adapter changes nothing "
+            "there", file, len(zero), len(second), zero[0],
+        )  # fmt: skip
 
 
 def _without_copies(file: Path, tensors: list[AdapterTensor]) -> list[AdapterTensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from ktrt.errors import KtrtError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from types import ModuleType
 
     from ktrt._core import MoeLayer
 
@@ -77,16 +79,30 @@ def experts_replaced(class_names: Iterable[str]) -> Iterator[None]:
     """Within the block, models that transformers builds get ``KTExperts`` for these classes.
 
     One load at a time, process-wide: the mapping behind it is global. It is taken back on failure
-    too, and patterns that others registered stay.
+    too, and patterns that others registered stay. Models must be built without initialising
+    weights, as ``from_pretrained`` does: the library's initialisation looks for parameters.
     """
     from transformers.monkey_patching import register_patch_mapping, unregister_patch_mapping
 
     # Keys that are not exact names are searched as patterns in *every* class name of the library,
     # and so are exact ones: anchors keep "XExperts" from also replacing "MyXExpertsBlock".
-    patterns = [f"^{name}$" for name in sorted(set(class_names))]
+    names = sorted(set(class_names))
+    patterns = [f"^{name}$" for name in names]
     with _PATCH_LOCK:
+        originals = list(_library_classes(names))
         register_patch_mapping(dict.fromkeys(patterns, KTExperts))
         try:
             yield
         finally:
             unregister_patch_mapping(patterns)
+            # The library puts its classes back itself, but not after an exception.
+            for module, name, original in originals:
+                setattr(module, name, original)
+
+
+def _library_classes(names: list[str]) -> Iterator[tuple[ModuleType, str, type]]:
+    for module_name, module in list(sys.modules.items()):
+        if module_name.startswith("transformers"):
+            for name in names:
+                if isinstance(original := vars(module).get(name), type):
+                    yield module, name, original

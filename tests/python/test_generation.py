@@ -202,7 +202,14 @@ class TestKvCache:
         assert not cache.plain
         run(tokenizer, cache, PROMPT)
         longer = [*PROMPT, 50, 51]
-        responses = run(tokenizer, cache, longer)
+        lengths = []
+
+        def spy(_: Any, __: Any, options: dict[str, Any]) -> None:
+            lengths.append(options["input_ids"].shape[1])
+
+        with model.register_forward_pre_hook(spy, with_kwargs=True):
+            responses = run(tokenizer, cache, longer)
+        assert lengths[:2] == [len(longer), 1]
         assert responses[-1].reused_tokens == 0
         assert tokens(responses) == reference(model, longer, 25)
 
@@ -256,6 +263,11 @@ class TestTextStream:
         eos = self.TOKENIZER.eos_token_id
         assert pieces(self.TOKENIZER, [eos]) == [""]
         assert pieces(self.TOKENIZER, [eos], skip=False) == ["</s>"]
+
+    def test_a_character_around_skipped_tokens(self) -> None:
+        *head, last = self.TOKENIZER.encode("🧭", add_special_tokens=False)
+        ids = [*head, *[self.TOKENIZER.eos_token_id] * 50, last]
+        assert pieces(self.TOKENIZER, ids) == [""] * (len(ids) - 1) + ["🧭"]
 
     def test_the_window_stays_small(self) -> None:
         longest = 0

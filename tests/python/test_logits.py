@@ -6,12 +6,11 @@ the vocabulary, 320 positions.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 import torch
@@ -20,17 +19,20 @@ from helpers.tiny_models import (
     NUM_EXPERTS,
     Layout,
     LoraPlan,
+    read_folder,
     save_adapter,
     save_model,
     token_ids,
     weight_shapes,
     write_adapter,
 )
-from safetensors.torch import load_file
 
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.model import LoadedModel, load_model
 from ktrt.moe import KTExperts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 Backend = Literal["AMXBF16", "AMXInt8"]
 Dtype = Literal["auto", "float32"]
@@ -131,6 +133,15 @@ def allowed_thrown_off(bf16: torch.Tensor) -> float:
     return count + 2 * (2 * max(count, 1)) ** 0.5
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_torch_thread() -> Iterator[None]:
+    """Models this small only lose by more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Tiny:
     """Tiny models and cases in one folder, each made once."""
 
@@ -202,8 +213,7 @@ def test_same_adapter_in_both_layouts_gives_the_same_bits(tiny: Tiny, family: st
 
 def unstack(folder: Path, adapter: Path, model: Path) -> Path:
     """The adapter's stacked expert LoRA as one LoRA for each expert (layout b → a)."""
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    tensors, config = read_folder(adapter)
     parts = ("gate_proj", "up_proj", "down_proj")
     infix = ".mlp.experts."
     if any(".w1." in name for name in weight_shapes(model)):
@@ -278,8 +288,7 @@ def test_rslora_with_rank_and_alpha_patterns(tiny: Tiny, tmp_path: Path) -> None
     """Mixed ranks inside one layer, and scalings that differ by expert."""
     model = tiny.model("deepseek_v2", SIZES[0])
     adapter = save_adapter(tmp_path, model, "a", LoraPlan(use_rslora=True))
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors, config = read_folder(adapter)
     config["rank_pattern"] = {r"experts\.[0-4]\.up_proj": 3, "kv_b_proj": 5}
     config["alpha_pattern"] = {r"experts\.7\.down_proj": 40, "layers.0.mlp.gate_proj": 5}
     for key, value in tensors.items():

@@ -58,6 +58,7 @@ def transformers_choice(args: SamplingArgs, rows: torch.Tensor) -> list[int]:
         SamplingArgs(seed=3, temperature=1.5, top_p=0.95, top_k=0),
         SamplingArgs(seed=4, temperature=1.5, top_p=1.0, top_k=7),
         SamplingArgs(seed=5, temperature=0.5, top_p=0.01, top_k=50),
+        SamplingArgs(seed=5, top_p=1e-9),
         SamplingArgs(seed=6, temperature=1.2, top_p=0.9, top_k=10_000),
         SamplingArgs(seed=7, temperature=1.2, top_p=0.9, top_k=40, repetition_penalty=1.2),
         SamplingArgs(seed=8, temperature=1.2, top_p=0.9, top_k=1),

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Any
 
 import pytest
@@ -123,17 +124,10 @@ class TestStream:
     def test_answers_interleave(self, session: Session) -> None:
         other = [{"role": "user", "content": "hello, who are you?"}]
         alone = ["".join(session.stream(messages)) for messages in (ASK, other)]
-        both = [session.stream(ASK), session.stream(other)]
         texts = ["", ""]
-        while both[0] or both[1]:
-            for index, pieces in enumerate(both):
-                piece = next(pieces, None) if pieces else None
-                if piece is None:
-                    both[index] = iter(())
-                else:
-                    texts[index] += piece
-            if texts == alone:
-                break
+        pieces = zip_longest(session.stream(ASK), session.stream(other), fillvalue="")
+        for pair in pieces:
+            texts = [text + piece for text, piece in zip(texts, pair, strict=True)]
         assert texts == alone
 
     def test_an_abandoned_answer_does_no_harm(self, session: Session) -> None:

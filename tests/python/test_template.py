@@ -115,6 +115,11 @@ def test_strings(name: str) -> None:
     assert read(chosen.encode([SYSTEM, USER])) == with_system
 
 
+def test_a_system_prompt_inside_the_user_slot_comes_once() -> None:
+    ids = template("mistral").encode([SYSTEM, USER, ASSISTANT, AGAIN])
+    assert read(ids) == f"{BOS}[INST] Be brief.\n\n你好[/INST] 我是 ktrt{EOS}[INST] 再见[/INST]"
+
+
 def test_default_system_prompts() -> None:
     own = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant."
     assert read(template("qwen").encode([USER])).startswith(own + "<|im_end|>\n<|im_start|>user")
@@ -231,6 +236,8 @@ class TestReasoning:
             chosen = template(name)
             thought = chosen.encode([USER, THOUGHT, AGAIN])
             assert thought == chosen.encode([USER, ASSISTANT, AGAIN])
+            more = THOUGHT | {"content": THOUGHT["content"].replace("我", "\n\n我")}
+            assert chosen.encode([USER, more, AGAIN]) == thought
         plain = template("qwen3_nothink")
         assert "嗯" in read(plain.encode([USER, THOUGHT, AGAIN]))
 

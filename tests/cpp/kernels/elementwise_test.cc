@@ -27,7 +27,7 @@ class ElementwiseTest : public testing::VariantTest<ElementwiseKernels> {
   }
 };
 INSTANTIATE_TEST_SUITE_P(Variants, ElementwiseTest,
-                         ::testing::ValuesIn(testing::variants_of(&KernelTable::elementwise)),
+                         ::testing::ValuesIn(testing::variants_of(testing::elementwises)),
                          testing::variant_name<ElementwiseKernels>);
 
 struct QuantizedRow {

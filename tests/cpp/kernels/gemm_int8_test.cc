@@ -14,16 +14,16 @@ using testing::GemmCase;
 class GemmInt8Test : public testing::VariantTest<GemmKernel> {
  protected:
   static const GemmKernel& portable() {
-    return *select_kernels(Isa::kPortable, CpuFeatures{}).gemm_int8;
+    return *select_kernels(Isa::kPortable, CpuFeatures{}).gemm_int8.few;
   }
 };
 INSTANTIATE_TEST_SUITE_P(Variants, GemmInt8Test,
-                         ::testing::ValuesIn(testing::variants_of(&KernelTable::gemm_int8)),
+                         ::testing::ValuesIn(testing::all_gemms(WeightFormat::kInt8)),
                          testing::variant_name<GemmKernel>);
 
 TEST_P(GemmInt8Test, UnitScalesGiveTheIntegerSum) {
   for (const auto& [n, k] : {std::pair(96, 160), std::pair(33, 70), std::pair(64, 3648)}) {
-    GemmCase gemm(WeightFormat::kInt8, n, k, 16);
+    GemmCase gemm(WeightFormat::kInt8, n, k, 35);
     gemm.use_unit_scales();
     const std::vector<float> c = gemm.run(kernel());
     for (int row = 0; row < gemm.rows(); ++row) {

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <string>
+#include <vector>
 
 #include "kernels/variants.h"
 
@@ -11,25 +12,43 @@ namespace {
 
 constexpr CpuFeatures kAll{true, true, true, true, true};
 
+// BF16 GEMM, INT8 GEMM, shrink, elementwise; a GEMM that differs for few rows as "many/few".
 std::string names(const KernelTable& table) {
-  return std::string(table.gemm_bf16->name) + " " + table.gemm_int8->name + " " +
-         table.lora_shrink->name + " " + table.elementwise->name;
+  const auto gemm = [](const GemmChoice& choice) {
+    const std::string many = choice.many->name;
+    return choice.few == choice.many ? many : many + "/" + choice.few->name;
+  };
+  return gemm(table.gemm_bf16) + " " + gemm(table.gemm_int8) + " " + table.lora_shrink->name + " " +
+         table.elementwise->name;
 }
 
 TEST(SelectKernels, ByLevel) {
   EXPECT_EQ(names(select_kernels(Isa::kPortable, kAll)), "portable portable portable portable");
   EXPECT_EQ(names(select_kernels(Isa::kAvx2, kAll)), "avx2 avx2 avx2 avx2");
   EXPECT_EQ(names(select_kernels(Isa::kAvx512, kAll)),
-            "avx512_bf16 avx512_vnni avx512_bf16 avx512");
+            "avx512_bf16 avx512_vnni_bf16 avx512_bf16 avx512");
+  EXPECT_EQ(names(select_kernels(Isa::kAmx, kAll)),
+            "amx/avx512_bf16 amx/avx512_vnni_bf16 avx512_bf16 avx512");
 }
 
 TEST(SelectKernels, FallsBackWhereAFeatureIsMissing) {
   CpuFeatures features = kAll;
-  features.avx512_bf16 = features.amx = false;
-  EXPECT_EQ(names(select_kernels(Isa::kAvx512, features)), "avx2 avx512_vnni avx2 avx512");
+  features.amx = false;
+  EXPECT_EQ(names(select_kernels(Isa::kAmx, features)),
+            "avx512_bf16 avx512_vnni_bf16 avx512_bf16 avx512");
+  features.avx512_bf16 = false;
+  EXPECT_EQ(names(select_kernels(Isa::kAvx512, features)), "avx512 avx512_vnni avx2 avx512");
   features.avx512_vnni = false;
-  EXPECT_EQ(names(select_kernels(Isa::kAvx512, features)), "avx2 avx2 avx2 avx512");
+  EXPECT_EQ(names(select_kernels(Isa::kAvx512, features)), "avx512 avx2 avx2 avx512");
   EXPECT_EQ(names(select_kernels(Isa::kAmx, CpuFeatures{})), "portable portable portable portable");
+}
+
+TEST(SelectKernels, TilesFromSomeNumberOfRowsOn) {
+  const GemmChoice choice = select_kernels(Isa::kAmx, kAll).gemm_bf16;
+  ASSERT_GT(choice.many_from, 1);
+  EXPECT_EQ(&choice.for_rows(1), choice.few);
+  EXPECT_EQ(&choice.for_rows(choice.many_from - 1), choice.few);
+  EXPECT_EQ(&choice.for_rows(choice.many_from), choice.many);
 }
 
 // A variant's name says what it needs.
@@ -39,6 +58,7 @@ bool allowed(const std::string& name, Isa level, const CpuFeatures& f) {
   if (name == "avx512") return level >= Isa::kAvx512 && f.avx512;
   if (name == "avx512_bf16") return level >= Isa::kAvx512 && f.avx512_bf16;
   if (name == "avx512_vnni") return level >= Isa::kAvx512 && f.avx512_vnni;
+  if (name == "avx512_vnni_bf16") return allowed("avx512_vnni", level, f) && f.avx512_bf16;
   if (name == "amx") return level >= Isa::kAmx && f.amx;
   ADD_FAILURE() << "unknown variant " << name;
   return false;
@@ -49,19 +69,22 @@ TEST(SelectKernels, NeverAboveTheLevelOrTheFeatures) {
     for (unsigned mask = 0; mask < testing::kFeatureMasks; ++mask) {
       const CpuFeatures features = testing::features_of(mask);
       const KernelTable table = select_kernels(level, features);
-      for (const char* name : {table.gemm_bf16->name, table.gemm_int8->name,
-                               table.lora_shrink->name, table.elementwise->name}) {
+      std::vector<const char*> chosen = {table.lora_shrink->name, table.elementwise->name};
+      for (const GemmKernel* gemm : testing::bf16_gemms(table)) chosen.push_back(gemm->name);
+      for (const GemmKernel* gemm : testing::int8_gemms(table)) chosen.push_back(gemm->name);
+      for (const char* name : chosen) {
         EXPECT_TRUE(allowed(name, level, features)) << name << " " << name_of(level) << " " << mask;
       }
     }
   }
 }
 
-TEST(SelectKernels, EveryFamilyHasAPortableVariant) {
-  EXPECT_GE(testing::variants_of(&KernelTable::gemm_bf16).size(), 3u);
-  EXPECT_GE(testing::variants_of(&KernelTable::gemm_int8).size(), 3u);
-  EXPECT_GE(testing::variants_of(&KernelTable::lora_shrink).size(), 3u);
-  EXPECT_GE(testing::variants_of(&KernelTable::elementwise).size(), 3u);
+// The list that the other tests go through.
+TEST(Variants, AreAllFound) {
+  EXPECT_EQ(testing::all_gemms(WeightFormat::kBf16).size(), 6u);
+  EXPECT_EQ(testing::all_gemms(WeightFormat::kInt8).size(), 6u);
+  EXPECT_EQ(testing::variants_of(testing::shrinks).size(), 3u);
+  EXPECT_EQ(testing::variants_of(testing::elementwises).size(), 3u);
 }
 
 }  // namespace

@@ -10,6 +10,12 @@
 
 #include "cpu/isa.h"
 #include "kernels/select.h"
+#include "layout/packed_layout.h"
+
+namespace ktrt {
+extern const GemmKernel gemm_bf16_amx_emulated;
+extern const GemmKernel gemm_int8_amx_emulated;
+}  // namespace ktrt
 
 namespace ktrt::testing {
 
@@ -36,20 +42,46 @@ inline bool includes(const CpuFeatures& all, const CpuFeatures& some) {
          (all.amx || !some.amx);
 }
 
+// The kernels of one family in a table.
+inline std::vector<const GemmKernel*> bf16_gemms(const KernelTable& table) {
+  return {table.gemm_bf16.few, table.gemm_bf16.many};
+}
+inline std::vector<const GemmKernel*> int8_gemms(const KernelTable& table) {
+  return {table.gemm_int8.few, table.gemm_int8.many};
+}
+inline std::vector<const ShrinkKernel*> shrinks(const KernelTable& table) {
+  return {table.lora_shrink};
+}
+inline std::vector<const ElementwiseKernels*> elementwises(const KernelTable& table) {
+  return {table.elementwise};
+}
+
 // A variant runs here if a machine with a part of our features would choose it.
 template <class Kernel>
-std::vector<Variant<Kernel>> variants_of(const Kernel* KernelTable::*family) {
+std::vector<Variant<Kernel>> variants_of(
+    std::vector<const Kernel*> (*kernels_in)(const KernelTable&)) {
   std::vector<Variant<Kernel>> variants;
   for (const Isa level : kIsaLevels) {
     for (unsigned mask = 0; mask < kFeatureMasks; ++mask) {
       const CpuFeatures features = features_of(mask);
-      const Kernel* kernel = select_kernels(level, features).*family;
-      auto known = std::find_if(variants.begin(), variants.end(),
-                                [&](const auto& variant) { return variant.kernel == kernel; });
-      if (known == variants.end()) known = variants.insert(known, {kernel, false});
-      known->runs = known->runs || includes(cpu_features(), features);
+      for (const Kernel* kernel : kernels_in(select_kernels(level, features))) {
+        auto known = std::find_if(variants.begin(), variants.end(),
+                                  [&](const auto& variant) { return variant.kernel == kernel; });
+        if (known == variants.end()) known = variants.insert(known, {kernel, false});
+        known->runs = known->runs || includes(cpu_features(), features);
+      }
     }
   }
+  return variants;
+}
+
+// All GEMMs of a format, those on emulated AMX tiles too.
+inline std::vector<Variant<GemmKernel>> all_gemms(WeightFormat format) {
+  const bool bf16 = format == WeightFormat::kBf16;
+  auto variants = variants_of(bf16 ? bf16_gemms : int8_gemms);
+  // Around the tiles is AVX-512 code.
+  variants.push_back({bf16 ? &gemm_bf16_amx_emulated : &gemm_int8_amx_emulated,
+                      cpu_features().avx512_bf16 && cpu_features().avx512_vnni});
   return variants;
 }
 

@@ -5,6 +5,7 @@
 #include <numeric>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "moe/layer_case.h"
@@ -62,6 +63,18 @@ TEST_P(DeterminismTest, NumberOfThreads) {
           << threads << " threads, " << qlen << " tokens";
     }
     EXPECT_EQ(forward(*several, skewed_batch(300)), forward(*one, skewed_batch(300)));
+  }
+}
+
+// Every expert cut into shards, as on a machine of several NUMA nodes.
+TEST_P(DeterminismTest, NumberOfParts) {
+  const auto whole = test_.make_layer(make_engine(1, kMaxQlen));
+  for (const auto& [threads, parts] : {std::pair(2, 2), std::pair(3, 2), std::pair(5, 5)}) {
+    const auto sharded = test_.make_layer(make_engine(threads, kMaxQlen, detected_isa(), parts));
+    for (const int qlen : {1, 17, 300}) {
+      EXPECT_EQ(forward(*sharded, skewed_batch(qlen)), forward(*whole, skewed_batch(qlen)))
+          << threads << " threads, " << parts << " parts, " << qlen << " tokens";
+    }
   }
 }
 

@@ -25,6 +25,7 @@ constexpr MoeShape kShape{4, 2, 96, 64};
 TEST(Engine, SaysWhatItIs) {
   const auto engine = make_engine(3, 17, Isa::kPortable);
   EXPECT_EQ(engine->num_threads(), 3);
+  EXPECT_EQ(engine->parts(), 1);
   EXPECT_EQ(engine->max_qlen(), 17);
   EXPECT_EQ(engine->isa(), Isa::kPortable);
   EXPECT_FALSE(engine->closed());
@@ -34,6 +35,20 @@ TEST(Engine, WrongArgumentsAreRefused) {
   EXPECT_THROW(Engine(std::vector<int>{}, 8), std::invalid_argument);
   EXPECT_THROW(Engine(std::vector<int>{-1}, 0), std::invalid_argument);
   EXPECT_THROW(Engine(std::vector<int>{-1}, -3), std::invalid_argument);
+}
+
+TEST(Engine, EveryPartHasAThread) {
+  const auto parts_of = [](const std::vector<int>& home) {
+    return Engine(std::vector<int>(3, -1), home, 8).parts();
+  };
+  EXPECT_EQ(parts_of({0, 0, 0}), 1);
+  EXPECT_EQ(parts_of({1, 0, 0}), 2);
+  EXPECT_EQ(parts_of({2, 1, 0}), 3);
+  EXPECT_THROW(parts_of({1, 1, 1}), std::invalid_argument);
+  EXPECT_THROW(parts_of({0, 2, 2}), std::invalid_argument);
+  EXPECT_THROW(parts_of({0, -1, 1}), std::invalid_argument);
+  EXPECT_THROW(parts_of({-1, -1, -1}), std::invalid_argument);
+  EXPECT_THROW(parts_of({0, 0}), std::invalid_argument);
 }
 
 TEST(Engine, RefusesAnUnknownIsa) {

@@ -20,15 +20,17 @@
 
 namespace ktrt::testing {
 
-// An engine whose threads are not pinned, at an ISA level of this machine or below.
+// An engine whose threads are not pinned, at an ISA level of this machine or below; thread i is at
+// home in part i % parts of the weights.
 inline std::shared_ptr<Engine> make_engine(int threads = 2, int max_qlen = 64,
-                                           Isa isa = detected_isa()) {
+                                           Isa isa = detected_isa(), int parts = 1) {
   const char* before = std::getenv("KTRT_ISA");
   const std::optional<std::string> saved =
       before ? std::optional<std::string>(before) : std::nullopt;
+  std::vector<int> home;
+  for (int thread = 0; thread < threads; ++thread) home.push_back(thread % parts);
   setenv("KTRT_ISA", name_of(isa), 1);
-  auto engine =
-      std::make_shared<Engine>(std::vector<int>(static_cast<std::size_t>(threads), -1), max_qlen);
+  auto engine = std::make_shared<Engine>(std::vector<int>(home.size(), -1), home, max_qlen);
   saved ? setenv("KTRT_ISA", saved->c_str(), 1) : unsetenv("KTRT_ISA");
   return engine;
 }

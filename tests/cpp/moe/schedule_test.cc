@@ -12,6 +12,9 @@
 namespace ktrt {
 namespace {
 
+// The strips of a whole matrix, and of one part of it.
+constexpr StripRange kRanges[] = {{0, 1}, {0, 3}, {0, 44}, {0, 224}, {5, 6}, {22, 44}, {1, 64}};
+
 std::vector<Job> random_jobs(int count) {
   testing::Random random(3);
   std::vector<Job> jobs;
@@ -27,24 +30,24 @@ std::vector<Job> random_jobs(int count) {
 TEST(ScheduleJobs, EveryStripOfEveryJobOnceAndInOrder) {
   for (const int threads : {1, 2, 3, 16, 64}) {
     for (const int count : {0, 1, 6, 64}) {
-      for (const int strips : {1, 3, 44}) {
+      for (const StripRange strips : kRanges) {
         PieceQueue queue;
         schedule_jobs(random_jobs(count), strips, threads, queue);
         int job = 0;
-        int strip = 0;
+        int strip = strips.begin;
         for (const Piece& piece : queue.pieces) {
           ASSERT_EQ(piece.job, job);
           ASSERT_EQ(piece.first_strip, strip);
           ASSERT_GT(piece.end_strip, piece.first_strip);
-          ASSERT_LE(piece.end_strip, strips);
+          ASSERT_LE(piece.end_strip, strips.end);
           strip = piece.end_strip;
-          if (strip == strips) {
-            strip = 0;
+          if (strip == strips.end) {
+            strip = strips.begin;
             ++job;
           }
         }
         EXPECT_EQ(job, count);
-        EXPECT_EQ(strip, 0);
+        EXPECT_EQ(strip, strips.begin);
       }
     }
   }
@@ -56,7 +59,7 @@ TEST(ScheduleJobs, ThreadsFinishTogether) {
   for (int i = 0; i < 6; ++i) jobs.push_back({i, i, 1});
   for (const int threads : {2, 4, 16}) {
     PieceQueue queue;
-    schedule_jobs(jobs, 44, threads, queue);
+    schedule_jobs(jobs, {0, 44}, threads, queue);
     std::vector<int> load(static_cast<std::size_t>(threads), 0);
     while (const Piece* piece = queue.claim()) {
       *std::min_element(load.begin(), load.end()) += piece->end_strip - piece->first_strip;
@@ -68,18 +71,18 @@ TEST(ScheduleJobs, ThreadsFinishTogether) {
 
 TEST(ScheduleColumns, EveryStripOnceAndNotTooManyAtATime) {
   for (const int threads : {1, 2, 3, 16, 64}) {
-    for (const int strips : {1, 5, 64, 224}) {
+    for (const StripRange strips : kRanges) {
       for (const int most : {1, 4, 1000}) {
         PieceQueue queue;
         schedule_columns(strips, most, threads, queue);
-        int next = 0;
+        int next = strips.begin;
         for (const Piece& piece : queue.pieces) {
           ASSERT_EQ(piece.first_strip, next);
           ASSERT_GT(piece.end_strip, next);
           ASSERT_LE(piece.end_strip - next, most);
           next = piece.end_strip;
         }
-        EXPECT_EQ(next, strips);
+        EXPECT_EQ(next, strips.end);
       }
     }
   }

@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+
+from ktrt.adapter import BaseModel
+from ktrt.checkpoint import Checkpoint, WeightNames, find_expert_weights
+from ktrt.moe import find_experts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -109,7 +113,8 @@ def _fill(name: str, parameter: nn.Parameter, generator: torch.Generator) -> Non
         if "experts" in name and "shared" not in name:
             gain = 1.2
         elif name.endswith(("mlp.gate.weight", "router.layer.weight")):
-            # Logits of this spread leave few tokens near a tie.
+            # Logits of this spread leave few tokens near a tie; more of it makes every rounding of
+            # the inputs move the routing weights.
             gain = 4.0
         elif "embed" in name:
             gain = math.sqrt(parameter.shape[-1])
@@ -226,3 +231,23 @@ def token_ids(sequences: int = 4, length: int = 80, seed: int = 7) -> torch.Tens
     """Random ids [sequences, length]; 320 positions by default."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(2, VOCAB_SIZE, (sequences, length), generator=generator)
+
+
+def base_of(model: Path) -> BaseModel:
+    """The saved model as adapters see it: on the meta device, with the names on disk."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    specs, names = find_experts(skeleton), WeightNames(skeleton)
+    weights = find_expert_weights(Checkpoint(model), names, specs)
+    modules = {
+        (path, *key): name for path, w in weights.items() for key, name in w.modules().items()
+    }
+    return BaseModel(skeleton, specs, names, modules)
+
+
+def read_folder(adapter: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors and the config of an adapter folder."""
+    config: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+    return load_file(adapter / "adapter_model.safetensors"), config

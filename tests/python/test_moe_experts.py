@@ -1,0 +1,171 @@
+"""The module in the experts' place: slices, dtypes, and the mapping that puts it there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from helpers.tiny_models import save_model
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.monkey_patching import (
+    get_patch_mapping,
+    register_patch_mapping,
+    unregister_patch_mapping,
+)
+
+from ktrt._core import Engine, MoeLayer
+from ktrt.errors import KtrtError
+from ktrt.moe import KTExperts, experts_replaced
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+HIDDEN, INNER, E, K = 64, 96, 8, 3
+
+
+@pytest.fixture
+def weights() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(E, INNER, HIDDEN), (E, INNER, HIDDEN), (E, HIDDEN, INNER)]
+    made = [torch.randn(s, generator=generator) / s[2] ** 0.5 for s in shapes]
+    return [w.to(torch.bfloat16) for w in made]
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    engine = Engine(num_threads=1, max_qlen=8)
+    yield engine
+    engine.close()
+
+
+def make(engine: Engine, weights: list[torch.Tensor], max_qlen: int) -> KTExperts:
+    layer = MoeLayer(
+        engine,
+        num_experts=E,
+        top_k=K,
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        weight_format="bf16",
+    )
+    for expert in range(E):
+        layer.load_expert(expert, *(w[expert] for w in weights))
+    module = KTExperts("anything", config=None)
+    module.attach(layer, max_qlen)
+    return module
+
+
+def inputs(tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    states = torch.randn(tokens, HIDDEN, generator=generator).to(dtype)
+    index = torch.stack([torch.randperm(E, generator=generator)[:K] for _ in range(tokens)])
+    return states, index, torch.rand(tokens, K, generator=generator)
+
+
+def expected(
+    weights: list[torch.Tensor], states: torch.Tensor, index: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    gate, up, down = (w.float()[index] for w in weights)  # [tokens, K, out, in]
+    x = states.float()[:, None, :, None]
+    hidden = torch.nn.functional.silu(gate @ x) * (up @ x)
+    return ((down @ hidden).squeeze(-1) * scale[..., None]).sum(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_forward_keeps_dtype_and_computes_the_experts(
+    engine: Engine, weights: list[torch.Tensor], dtype: torch.dtype
+) -> None:
+    states, index, scale = inputs(5, dtype)
+    out = make(engine, weights, 8)(states, index, scale)
+    assert out.dtype == dtype
+    reference = expected(weights, states, index, scale)
+    assert (out.float() - reference).norm() <= 0.01 * reference.norm()
+
+
+def test_long_inputs_go_in_slices(engine: Engine, weights: list[torch.Tensor]) -> None:
+    states, index, scale = inputs(27, torch.float32)
+    module = make(engine, weights, 8)
+    whole = module(states, index, scale)
+    assert (whole - expected(weights, states, index, scale)).norm() <= 0.01 * whole.norm()
+    assert torch.equal(whole[:8], module(states[:8], index[:8], scale[:8]))
+
+
+def test_strided_inputs(engine: Engine, weights: list[torch.Tensor]) -> None:
+    states, index, scale = inputs(6, torch.float32)
+    module = make(engine, weights, 8)
+    strided = (states.T.contiguous().T, index.T.contiguous().T, scale.T.contiguous().T)
+    assert not strided[0].is_contiguous()
+    assert torch.equal(module(*strided), module(states, index, scale))
+
+
+def test_no_tokens(engine: Engine, weights: list[torch.Tensor]) -> None:
+    states, index, scale = inputs(1, torch.float32)
+    assert make(engine, weights, 8)(states[:0], index[:0], scale[:0]).shape == (0, HIDDEN)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_states_on_the_gpu(engine: Engine, weights: list[torch.Tensor]) -> None:
+    arguments = inputs(5, torch.bfloat16)
+    module = make(engine, weights, 8)
+    out = module(*(argument.cuda() for argument in arguments))
+    assert out.is_cuda
+    assert torch.equal(out.cpu(), module(*arguments))
+
+
+def test_unattached_module_says_so() -> None:
+    module = KTExperts()
+    assert "not attached" in repr(module)
+    with pytest.raises(KtrtError, match="never loaded"):
+        module(*inputs(1, torch.float32))
+
+
+def test_has_no_parameters_and_describes_itself(
+    engine: Engine, weights: list[torch.Tensor]
+) -> None:
+    module = make(engine, weights, 8)
+    assert not list(module.parameters())
+    assert "num_experts=8, top_k=3, hidden_size=64" in repr(module)
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("mixtral"), "mixtral", 48)
+
+
+def experts_of(folder: Path) -> torch.nn.Module:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    experts: torch.nn.Module = model.get_submodule("model.layers.0.mlp.experts")
+    return experts
+
+
+def test_replaced_only_inside_the_block(mixtral: Path) -> None:
+    with experts_replaced(["MixtralExperts"]):
+        assert isinstance(experts_of(mixtral), KTExperts)
+    assert not isinstance(experts_of(mixtral), KTExperts)
+
+
+def test_mapping_is_taken_back_on_failure_and_others_stay() -> None:
+    class Other(torch.nn.Module):
+        pass
+
+    register_patch_mapping({"SomebodysModule": Other})
+    try:
+        with pytest.raises(ZeroDivisionError), experts_replaced(["MixtralExperts"]):
+            raise ZeroDivisionError
+        assert get_patch_mapping() == {"SomebodysModule": Other}
+    finally:
+        unregister_patch_mapping(["SomebodysModule"])
+
+
+def test_classes_come_back_when_building_the_model_fails(mixtral: Path) -> None:
+    # from_config initialises the weights and fails on experts without parameters.
+    config = AutoConfig.from_pretrained(mixtral)
+    with pytest.raises(AttributeError), experts_replaced(["MixtralExperts"]):
+        AutoModelForCausalLM.from_config(config)
+    assert not isinstance(experts_of(mixtral), KTExperts)
+
+
+def test_only_exact_names_are_replaced(mixtral: Path) -> None:
+    with experts_replaced(["ixtralExperts", "MixtralExp"]):
+        assert not isinstance(experts_of(mixtral), KTExperts)
