@@ -57,7 +57,8 @@ class Response:
         return (
             f"prompt {self.prompt_tokens} tokens ({self.reused_tokens} reused), "
             f"first token after {self.prefill_seconds:.2f} s; "
-            f"{self.generated_tokens} tokens, {rate:.1f} per second, {self.finish_reason}"
+            f"{self.generated_tokens} tokens, {rate:.1f} per second, "
+            f"{self.finish_reason or 'interrupted'}"
         )
 
 

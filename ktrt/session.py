@@ -1,6 +1,5 @@
 """A session: a loaded model that answers conversations, and the KV cache between them."""
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -10,7 +9,7 @@ from ktrt.errors import ConfigError, KtrtError
 from ktrt.generation import KvCache, Response, check_prompt, stream_generate
 from ktrt.template import Template
 
-_log = logging.getLogger(__name__)
+__all__ = ["AuditView", "Response", "Session", "check_messages"]
 
 _ROLES = ("system", "user", "assistant")
 
@@ -96,7 +95,6 @@ class Session:
             for response in responses:
                 yield response
                 self._require_open()
-            _log.debug("%s", response.summary())
         finally:
             if self._close is not None:
                 self._idle_cache = cache

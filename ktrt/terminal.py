@@ -64,8 +64,8 @@ class Terminal:
     def answer(self, pieces: Iterable[str]) -> str:
         """Prints an answer piece by piece and returns it; Ctrl-C, if interactive, ends it early."""
         shown: list[str] = []
-        self._write(REPLY)
         try:
+            self._write(REPLY)
             for piece in pieces:
                 shown.append(piece)
                 self._write(piece)

@@ -2,26 +2,51 @@
 
 #include <sys/mman.h>
 
+#include <cstdlib>
+#include <cstring>
 #include <new>
 
 namespace ktrt {
 
 namespace {
-constexpr std::size_t kHugePage = std::size_t{2} << 20;
+
+#ifdef __SANITIZE_ADDRESS__
+
+// AddressSanitizer watches the ends of heap blocks, not those of mappings.
+void* allocate(std::size_t bytes) {
+  void* data = nullptr;
+  if (posix_memalign(&data, kCacheLine, bytes) != 0) throw std::bad_alloc();
+  return std::memset(data, 0, bytes);
 }
 
-AlignedBuffer::AlignedBuffer(std::size_t bytes) {
-  if (bytes == 0) return;
+void release(void* data, std::size_t) { std::free(data); }
+
+#else
+
+constexpr std::size_t kHugePage = std::size_t{2} << 20;
+
+void* allocate(std::size_t bytes) {
   void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (data == MAP_FAILED) throw std::bad_alloc();
   // A 2 MB page saves the page walk that a decode step takes every 4 KB; refusal is harmless.
   if (bytes >= kHugePage) madvise(data, bytes, MADV_HUGEPAGE);
-  data_ = data;
+  return data;
+}
+
+void release(void* data, std::size_t bytes) { munmap(data, bytes); }
+
+#endif
+
+}  // namespace
+
+AlignedBuffer::AlignedBuffer(std::size_t bytes) {
+  if (bytes == 0) return;
+  data_ = allocate(bytes);
   bytes_ = bytes;
 }
 
 void AlignedBuffer::reset() noexcept {
-  if (data_ != nullptr) munmap(data_, bytes_);
+  if (data_ != nullptr) release(data_, bytes_);
   data_ = nullptr;
   bytes_ = 0;
 }

@@ -15,7 +15,9 @@ int count_parts(const std::vector<int>& home, std::size_t threads) {
   KTRT_CHECK(home.size() == threads && threads > 0, "home names the parts of "
                                                         << home.size() << " threads, expected "
                                                         << threads << ", at least 1");
-  const int parts = *std::max_element(home.begin(), home.end()) + 1;
+  const auto [lowest, highest] = std::minmax_element(home.begin(), home.end());
+  KTRT_CHECK(*lowest >= 0, "home names part " << *lowest << ", expected at least 0");
+  const int parts = *highest + 1;
   for (int part = 0; part < parts; ++part) {
     KTRT_CHECK(std::find(home.begin(), home.end(), part) != home.end(),
                "no thread has part " << part << " of the weights as its own");

@@ -124,7 +124,15 @@ void MoeLayer::forward(const TensorView& hidden_states, const TensorView& expert
   used_.elementwise = kernels.elementwise->name;
 }
 
-std::size_t MoeLayer::packed_bytes() const { return weights_ ? weights_->packed_bytes() : 0; }
+KernelsUsed MoeLayer::last_kernels() const {
+  const std::lock_guard lock(engine_->mutex_);
+  return used_;
+}
+
+std::size_t MoeLayer::packed_bytes() const {
+  const std::lock_guard lock(engine_->mutex_);
+  return weights_ ? weights_->packed_bytes() : 0;
+}
 
 std::vector<std::uint8_t> MoeLayer::packed_codes(int expert, Projection projection) {
   const auto lock = engine_->lock_open();

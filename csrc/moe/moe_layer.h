@@ -46,7 +46,7 @@ class MoeLayer {
   void forward(const TensorView& hidden_states, const TensorView& expert_ids,
                const TensorView& routing_weights, const TensorView& out);
 
-  KernelsUsed last_kernels() const { return used_; }
+  KernelsUsed last_kernels() const;
   std::size_t packed_bytes() const;
 
   // Copies of one packed matrix, in kt_kernel's byte order, part after part.

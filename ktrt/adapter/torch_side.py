@@ -29,30 +29,31 @@ if TYPE_CHECKING:
 
 # What PEFT calls the adapter inside the model.
 ADAPTER_NAME = "default"
-_Kind = Literal["linear", "embedding", "router", "whole", "bias"]
+_Kind = Literal["linear", "embedding", "router", "whole", "base"]
 
 
 @dataclass
 class TorchSide:
     """The validated tensors outside the routed experts, by the module (model's name) they act on.
 
-    ``loras`` are PEFT's, ``routers`` go on bare weights, ``whole`` are modules_to_save, ``biases``
-    are biases trained beside LoRA.
+    ``loras`` are PEFT's, ``routers`` go on bare weights, ``whole`` are modules_to_save, ``base``
+    replaces numbers of the base itself: biases trained beside LoRA, and the embeddings that PEFT
+    saves along when they are a target.
     """
 
     file: Path
     loras: dict[str, list[AdapterTensor]] = field(default_factory=dict)
     routers: dict[str, list[AdapterTensor]] = field(default_factory=dict)
     whole: dict[str, list[AdapterTensor]] = field(default_factory=dict)
-    biases: dict[str, AdapterTensor] = field(default_factory=dict)
+    base: dict[str, list[AdapterTensor]] = field(default_factory=dict)
     scales: dict[str, LoraScale] = field(default_factory=dict)
 
     def tensors(self) -> list[tuple[str, AdapterTensor]]:
         """(module, tensor) of all of them."""
-        groups = [*self.loras.items(), *self.routers.items(), *self.whole.items()]
-        return [(module, tensor) for module, group in groups for tensor in group] + list(
-            self.biases.items()
-        )
+        groups = (self.loras, self.routers, self.whole, self.base)
+        return [
+            (m, tensor) for group in groups for m, tensors in group.items() for tensor in tensors
+        ]
 
 
 def plan_torch_side(
@@ -65,15 +66,11 @@ def plan_torch_side(
     """
     side = TorchSide(file)
     for tensor in tensors:
-        name = base.names.target(f"{tensor.module}.weight").name.removesuffix(".weight")
+        weight = f"{tensor.module.removesuffix('.base_layer')}.weight"
+        name = base.names.target(weight).name.removesuffix(".weight")
         kind = _kind(file, tensor, name, base, settings)
-        if kind == "bias":
-            side.biases[name] = tensor
-        elif kind == "whole":
-            side.whole.setdefault(name, []).append(tensor)
-        else:
-            group = side.routers if kind == "router" else side.loras
-            group.setdefault(name, []).append(tensor)
+        group = {"router": side.routers, "whole": side.whole, "base": side.base}
+        group.get(kind, side.loras).setdefault(name, []).append(tensor)
         _check_shape(file, tensor, base.model.get_submodule(name), kind)
     for name, parts in [*side.loras.items(), *side.routers.items()]:
         side.scales[name] = _check_group(file, name, parts, settings)
@@ -94,8 +91,8 @@ def _kind(
         saved = any(re.fullmatch(rf"(.*\.)?{m}", tensor.module) for m in settings.modules_to_save)
         if saved and tensor.part in dict(module.named_parameters(recurse=False)):
             return "whole"
-        if tensor.part == "bias" and getattr(module, "bias", None) is not None:
-            return "bias"
+        if tensor.part == "bias" or (tensor.part == "weight" and module in _embeddings(base)):
+            return "base"
         raise AdapterError(
             f"{file}: {tensor.key} is neither LoRA nor one of modules_to_save "
             f"{settings.modules_to_save} in {settings.file}: an unknown tensor, found where none "
@@ -114,11 +111,18 @@ def _kind(
     )
 
 
+def _embeddings(base: BaseModel) -> tuple[nn.Module, nn.Module]:
+    """The input embeddings and the output layer."""
+    model: Any = base.model
+    return model.get_input_embeddings(), model.get_output_embeddings()
+
+
 def _check_shape(file: Path, tensor: AdapterTensor, module: nn.Module, kind: _Kind) -> None:
     """The one or two sizes that the module fixes; the rank (None) is checked with the group."""
     expected: dict[str, tuple[int | None, ...]]
-    if kind in ("whole", "bias"):
-        expected = {tensor.part: tuple(module.get_parameter(tensor.part).shape)}
+    if kind in ("whole", "base"):
+        own = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
+        expected = {tensor.part: own[tensor.part]} if tensor.part in own else {}
     else:
         rows, columns = module.get_parameter("weight").shape
         expected = {
@@ -132,7 +136,10 @@ def _check_shape(file: Path, tensor: AdapterTensor, module: nn.Module, kind: _Ki
     shape = tuple(tensor.value.shape)
     wanted = expected.get(tensor.part)
     if wanted is None:
-        raise AdapterError(f"{file}: {tensor.key} is an unknown tensor for a {kind} module.")
+        raise AdapterError(
+            f"{file}: {tensor.key} is an unknown tensor: {type(module).__name__} has no "
+            f"{tensor.part}, expected {sorted(expected)}."
+        )
     if len(shape) != len(wanted) or any(
         want not in (None, size) for want, size in zip(wanted, shape, strict=True)
     ):
@@ -172,8 +179,9 @@ def _check_group(
 def apply_torch_side(side: TorchSide, model: nn.Module, settings: LoraSettings) -> list[str]:
     """Puts the tensors into ``model`` (weights loaded); returns the names in the file of all of
     them. Raises ``AdapterError`` if PEFT did not make a place for one."""
-    for name, tensor in side.biases.items():
-        _copy(model.get_submodule(name).get_parameter("bias"), tensor.value)
+    for name, tensors in side.base.items():
+        for tensor in tensors:
+            _copy(model.get_submodule(name).get_parameter(tensor.part), tensor.value)
     for name, group in side.whole.items():
         _replace_weights(model, name, {tensor.part: tensor.value for tensor in group})
     if side.loras:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,18 +22,15 @@ from ktrt.adapter import AdapterPlan, BaseModel, plan_adapter
 from ktrt.adapter.base import ExpertLora, engine_arguments, stack_experts
 from ktrt.errors import AdapterError
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
 # 2 · 80 = hidden_size 160: gate_up_proj is square.
 SQUARE, ODD = 80, 96
 PATH = "model.layers.1.mlp.experts"
 Tensors = dict[str, torch.Tensor]
+Bases = Callable[[str, int], tuple[Path, BaseModel]]
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], tuple[Path, BaseModel]]:
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
     made: dict[tuple[str, int], tuple[Path, BaseModel]] = {}
 
     def get(family: str, size: int) -> tuple[Path, BaseModel]:
@@ -41,9 +40,6 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], tupl
         return made[family, size]
 
     return get
-
-
-Bases = "Callable[[str, int], tuple[Path, BaseModel]]"
 
 
 def plan(folder: Path, base: BaseModel) -> AdapterPlan:
@@ -135,7 +131,7 @@ def test_stacked_experts(bases: Bases, tmp_path: Path) -> None:
 
 
 def as_old_peft_wrote(tensors: Tensors, rank: int) -> Tensors:
-    """The same ΔW in the transposed reading of PEFT before 0.19.1: its A is our Bᵀ, its B our Aᵀ."""
+    """The same ΔW as PEFT before 0.19.1 wrote it, transposed: its A is our Bᵀ, its B our Aᵀ."""
     old = dict(tensors)
     for infix in (".base_layer", ""):
         for layer in (1, 2):
@@ -157,7 +153,7 @@ def test_old_peft_is_read_transposed(bases: Bases, tmp_path: Path, size: int) ->
     write_adapter(folder, as_old_peft_wrote(tensors, 4), config)
     old = plan(folder, base).experts[PATH]
     for projection in ("gate", "up", "down"):
-        ours, theirs = new[projection], old[projection]  # type: ignore[index]
+        ours, theirs = new[projection], old[projection]
         assert torch.equal(ours.b @ ours.a, theirs.b @ theirs.a)
 
 
@@ -172,9 +168,6 @@ def test_square_parameters_are_read_by_version(
     folder = save_adapter(tmp_path, model, "b", LoraPlan(rank=4))
     tensors, config = read_folder(folder)
     write_adapter(folder, tensors, config | {"peft_version": version})
-    if not swapped:
-        # The other tensors of this file are not square and follow the new reading.
-        pass
     lora = plan(folder, base).experts[PATH]["gate"]
     a = tensors[stacked(tensors, ".base_layer")[0]][:4]
     assert torch.equal(lora.a[0], a) == swapped

@@ -16,7 +16,9 @@ from ktrt.adapter.settings import LoraSettings
 from ktrt.errors import AdapterError
 
 NAMES = [
-    f"layers.{n}.{m}" for n in range(11) for m in ("attn.q_proj", "attn.o_proj", "mlp.up_proj")
+    f"model.layers.{n}.{m}"
+    for n in range(11)
+    for m in ("attn.q_proj", "attn.o_proj", "mlp.up_proj")
 ]
 
 
@@ -30,7 +32,7 @@ class Block(nn.Module):
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Block() for _ in range(11))
+        self.model = nn.ModuleDict({"layers": nn.ModuleList(Block() for _ in range(11))})
 
 
 def settings(**config: Any) -> LoraSettings:

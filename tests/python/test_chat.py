@@ -168,18 +168,33 @@ class TestLog:
         assert err == "".join(lines[each] for each in shown)
         assert out == ""
 
+    def test_speeds_come_after_the_answer(self, config: str) -> None:
+        log = io.StringIO()
+        terminal = Terminal(io.BytesIO(b"a\n"), log, log)
+        main([config, "-v"], open_session=fake_chat.open_session, terminal=terminal)
+        assert log.getvalue() == "Assistant: a a\nDEBUG: some tokens\n"
+
     def test_handlers_are_taken_off_again(self, config: str) -> None:
         before = list(logging.getLogger("ktrt").handlers)
         run(config, "")
         assert logging.getLogger("ktrt").handlers == before
 
 
+def environment(**changes: str) -> dict[str, str]:
+    """For a chat process; buffered output, whatever this process has."""
+    inherited = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
+    return inherited | {"PYTHONPATH": path} | changes
+
+
 def process(*arguments: str, env: dict[str, str] | None = None, **options: Any) -> Any:
     """A finished chat process; ``env`` replaces variables."""
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
-    environment = os.environ | {"PYTHONPATH": path} | (env or {})
     return subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, timeout=60, **options
+        [sys.executable, *arguments],
+        env=environment(**(env or {})),
+        capture_output=True,
+        timeout=60,
+        **options,
     )
 
 
@@ -206,9 +221,8 @@ class TestProcess:
     def test_broken_pipe(self, config: str) -> None:
         command = f"'{sys.executable}' '{FAKE}' '{config}' | head -n 1; echo ${{PIPESTATUS[0]}}"
         lines = b"".join(b"%d\n" % number for number in range(20_000))
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
         done = subprocess.run(
-            ["bash", "-c", command], input=lines, env=environment, capture_output=True, timeout=60
+            ["bash", "-c", command], input=lines, env=environment(), capture_output=True, timeout=60
         )
         assert done.stdout == b"Assistant: 0 0\n0\n"
         assert done.stderr == b""
@@ -230,13 +244,14 @@ class TestTerminal:
 
     @pytest.fixture
     def chat(self, config: str) -> Iterator[Any]:
-        environment = os.environ | {
-            "PYTHONPATH": str(ROOT), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1",
-        }  # fmt: skip
         child = pexpect.spawn(
-            sys.executable, [str(FAKE), config],
-            env=environment, encoding="utf-8", timeout=20, dimensions=(24, 80),
-        )  # fmt: skip
+            sys.executable,
+            [str(FAKE), config],
+            env=environment(TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1"),
+            encoding="utf-8",
+            timeout=20,
+            dimensions=(24, 80),
+        )
         child.expect("User: ")
         yield child
         child.close(force=True)

@@ -60,7 +60,7 @@ def shard(folder: Path) -> Path:
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for part, chosen in enumerate((names[::2], names[1::2])):
         file = f"model-{part}.safetensors"
         save_file({name: tensors[name] for name in chosen}, folder / file)

@@ -127,6 +127,7 @@ def test_length_ends_the_answer(model: Any, tokenizer: Any) -> None:
     assert last.decode_seconds > 0
     assert "4 tokens" in last.summary()
     assert "length" in last.summary()
+    assert "interrupted" in responses[0].summary()
 
 
 class TestKvCache:

@@ -45,7 +45,7 @@ CPP_LAYERS: dict[str, set[str]] = {
     "moe": {"kernels", "layout", "cpu", "base"},
     "bindings": {"moe", "kernels", "layout", "cpu", "base"},
 }
-ISA_FILE = re.compile(r"kernels/.+/(portable|avx2|avx512|avx512_vnni|avx512_bf16|amx|amx_emulated)\.cc")
+ISA_FILE = re.compile(r"kernels/.+/(portable|avx2|avx512(_vnni|_bf16)?|amx(_emulated)?)\.cc")
 INTRINSICS = re.compile(r"(x86|[a-z]*mm)intrin\.h")
 
 

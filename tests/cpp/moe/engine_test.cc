@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <stdexcept>
@@ -117,6 +118,24 @@ TEST(Engine, LayersOfDifferentShapesShareTheWorkspace) {
   }
 }
 
+// Scratch memory is not cleared between forwards; nothing of one may reach another.
+TEST(Engine, ANanOfOneLayerDoesNotReachAnother) {
+  for (const WeightFormat format : {WeightFormat::kBf16, WeightFormat::kInt8}) {
+    LayerCase wide({3, 2, 700, 700}, format);
+    LayerCase narrow({3, 2, 37, 45}, format);
+    wide.add_lora(200, 200, 200);
+    narrow.add_lora(1, 3, 5);
+    const auto engine = make_engine();
+    const auto wide_layer = wide.make_layer(engine);
+    const auto narrow_layer = narrow.make_layer(engine);
+    const std::vector<float> expected = forward(*narrow_layer, random_batch(narrow.shape, 20));
+    Batch nans = random_batch(wide.shape, 64);
+    for (float& value : nans.hidden) value = std::nanf("");
+    forward(*wide_layer, nans);
+    EXPECT_EQ(forward(*narrow_layer, random_batch(narrow.shape, 20)), expected);
+  }
+}
+
 TEST(Engine, TwoInOneProcess) {
   const LayerCase test(kShape, WeightFormat::kBf16);
   const auto first = test.make_layer(make_engine(2));
@@ -179,12 +198,36 @@ TEST(Engine, CloseWaitsForForwards) {
         }
       } catch (const std::runtime_error&) {
       }
-      // Questions that need no open engine, beside the closing.
-      if (layer->packed_bytes() != 0 && engine->closed()) ++wrong;
-      layer->last_kernels();
     });
     EXPECT_EQ(wrong, 0);
   }
+}
+
+TEST(Engine, QuestionsMayBeAskedAtAnyTime) {
+  const LayerCase test(kShape, WeightFormat::kBf16);
+  const Batch batch = random_batch(kShape, 30);
+  const auto engine = make_engine();
+  const auto layer = test.make_layer(engine);
+  const std::size_t bytes = layer->packed_bytes();
+  std::atomic<int> wrong{0};
+  on_threads(2, [&](int thread) {
+    for (int i = 0; i < 100; ++i) {
+      if (thread == 0) {
+        forward(*layer, batch);
+      } else {
+        const KernelsUsed used = layer->last_kernels();
+        if (layer->packed_bytes() != bytes || engine->closed()) ++wrong;
+        if (used.elementwise != nullptr && used.gemm == nullptr && used.gemm_few_rows == nullptr)
+          ++wrong;
+      }
+    }
+    if (thread == 0) engine->close();
+    if (thread == 1) {
+      while (layer->packed_bytes() != 0) std::this_thread::yield();
+      if (!engine->closed()) ++wrong;
+    }
+  });
+  EXPECT_EQ(wrong, 0);
 }
 
 TEST(Engine, ALoraMayBeExchangedBetweenForwards) {

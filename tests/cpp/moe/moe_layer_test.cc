@@ -338,10 +338,11 @@ TEST(MoeLayer, EveryExpertMustBeLoaded) {
 TEST(MoeLayer, LoadExpertChecksItsArguments) {
   const LayerCase test(kSmall, WeightFormat::kBf16);
   MoeLayer layer(make_engine(), kSmall, WeightFormat::kBf16);
-  EXPECT_THROW(test.load(layer, -1), std::invalid_argument);
   EXPECT_THROW(layer.packed_codes(0, Projection::kUp), std::invalid_argument);
+  EXPECT_THROW(layer.packed_scales(-1, Projection::kUp), std::invalid_argument);
   const TensorView gate = view_of(test.weight(0, 0).values, {96, 160}, "gate");
   const TensorView down = view_of(test.weight(0, 2).values, {160, 96}, "down");
+  EXPECT_THROW(layer.load_expert(-1, gate, gate, down), std::invalid_argument);
   EXPECT_THROW(layer.load_expert(5, gate, gate, down), std::invalid_argument);
   EXPECT_THROW(layer.load_expert(0, gate, down, down), std::invalid_argument);
   EXPECT_THROW(layer.load_expert(0, gate, gate, gate), std::invalid_argument);

@@ -7,6 +7,7 @@ answer, ``bug`` fails as only a defect does, ``history`` tells the turns it was 
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, Self
 
 from ktrt.chat import main
@@ -26,8 +27,12 @@ class EchoSession:
     def __exit__(self, *_: object) -> None:
         self.closed += 1
 
-    def stream(self, messages: Sequence[Mapping[str, str]]) -> Iterator[str]:
+    def stream_responses(self, messages: Sequence[Mapping[str, str]]) -> Iterator[Any]:
         """The last message, twice, piece by piece."""
+        for text in self._pieces(messages):
+            yield SimpleNamespace(text=text, summary=lambda: "some tokens")
+
+    def _pieces(self, messages: Sequence[Mapping[str, str]]) -> Iterator[str]:
         text = messages[-1]["content"]
         if text == "history":
             yield " | ".join(f"{turn['role']}: {turn['content']}" for turn in messages[:-1])

@@ -87,7 +87,7 @@ def _merge_stacked(
 def _expert_names(weights: dict[str, torch.Tensor], path: str) -> list[tuple[str, str, str]]:
     for on_disk in (path, path.replace(".mlp.", ".block_sparse_moe.")):
         for parts in _PARTS:
-            names = []
+            names: list[tuple[str, str, str]] = []
             while f"{on_disk}.{len(names)}.{parts[0]}.weight" in weights:
                 gate, up, down = (f"{on_disk}.{len(names)}.{part}.weight" for part in parts)
                 names.append((gate, up, down))
