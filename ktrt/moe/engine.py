@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ktrt import _core
@@ -32,14 +31,13 @@ def build_engine(experts: ExpertArgs) -> Engine:
     """The thread pool for one model, with log lines for every setting that was not taken as is."""
     _notice_missing_kt_kernel()
     num_threads = _num_threads(experts.kt_num_threads, os.environ)
-    if experts.kt_tp_enabled:
-        logger.info("kt_tp_enabled: experts are kept whole; they are not sharded over NUMA nodes")
     if affinity := os.environ.get("KMP_AFFINITY"):
         logger.info(
             "KMP_AFFINITY=%s is left to OpenMP; ktrt's threads are pinned one per core, in order",
             affinity,
         )
-    engine = Engine(num_threads=num_threads, max_qlen=MAX_QLEN)
+    nodes = _nodes(num_threads) if experts.kt_tp_enabled else None
+    engine = Engine(num_threads=num_threads, max_qlen=MAX_QLEN, nodes=nodes)
     logger.info("%s", _kernel_line(experts.kt_backend, num_threads))
     return engine
 
@@ -74,20 +72,37 @@ def _notice_missing_kt_kernel() -> None:
         )
 
 
+def _nodes(num_threads: int) -> list[list[int]] | None:
+    """The CPUs of each NUMA node to shard the experts over; None to keep experts whole."""
+    nodes = _core.numa_cpus()
+    if len(nodes) == 1:
+        logger.info("kt_tp_enabled: there is one NUMA node, so the experts are kept whole")
+    elif not len(nodes) <= num_threads <= len(nodes) * min(map(len, nodes)):
+        # The engine gives every node the same number of threads, within one.
+        logger.info(
+            "kt_tp_enabled: %d threads cannot be spread evenly over %d NUMA nodes, so the experts "
+            "are kept whole",
+            num_threads, len(nodes),
+        )  # fmt: skip
+    else:
+        logger.info("kt_tp_enabled: every expert is sharded over %d NUMA nodes", len(nodes))
+        return nodes
+    return None
+
+
 def _num_threads(wanted: int | None, environ: Mapping[str, str]) -> int:
     """kt_num_threads, else OMP_NUM_THREADS, else the physical cores this process may use."""
-    allowed = os.sched_getaffinity(0)
+    allowed = len(os.sched_getaffinity(0))
     name = "kt_num_threads"
     if wanted is None:
         name, wanted = "OMP_NUM_THREADS", _omp_threads(environ.get("OMP_NUM_THREADS", ""))
     if wanted is None:
-        return _physical_cores(allowed)
-    if wanted > len(allowed):
+        return _core.num_cores()
+    if wanted > allowed:
         logger.info(
-            "%s %d: this process may use %d CPUs; %d threads run",
-            name, wanted, len(allowed), len(allowed),
-        )  # fmt: skip
-    return min(wanted, len(allowed))
+            "%s %d: this process may use %d CPUs; %d threads run", name, wanted, allowed, allowed
+        )
+    return min(wanted, allowed)
 
 
 def _omp_threads(value: str) -> int | None:
@@ -98,16 +113,3 @@ def _omp_threads(value: str) -> int | None:
     if value:
         logger.info("OMP_NUM_THREADS=%s is not a positive number; it is ignored", value)
     return None
-
-
-def _physical_cores(cpus: set[int]) -> int:
-    """Distinct cores among the CPUs, hardware threads of one core counted once."""
-    cores = set()
-    for cpu in cpus:
-        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
-        try:
-            siblings = (topology / "thread_siblings_list").read_text(encoding="ascii").strip()
-        except OSError:
-            siblings = str(cpu)
-        cores.add(siblings)
-    return len(cores)

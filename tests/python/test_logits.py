@@ -28,6 +28,7 @@ from helpers.tiny_models import (
     write_adapter,
 )
 
+from ktrt import _core
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.model import LoadedModel, load_model
 from ktrt.moe import KTExperts
@@ -207,6 +208,25 @@ def test_thread_count_changes_no_bit(tiny: Tiny, family: str, backend: Backend) 
     assert torch.equal(one, two)
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+@pytest.mark.parametrize("backend", ["AMXBF16", "AMXInt8"])
+def test_numa_shards_change_no_bit(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, backend: Backend
+) -> None:
+    case = tiny.case("deepseek_v2", SIZES[1], "a")
+    whole = run(case, backend, "auto", 2)
+    first, second, *_ = sorted(os.sched_getaffinity(0))
+    monkeypatch.setattr(_core, "numa_cpus", lambda: [[first], [second]])
+    loaded = load_model(
+        ModelArgs(case.model),
+        AdapterArgs(case.adapter),
+        ExpertArgs(kt_backend=backend, kt_num_threads=2, kt_tp_enabled=True),
+    )
+    assert loaded.engine.parts == 2
+    assert torch.equal(logits(loaded.model, case.ids), whole)
+    loaded.close()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_same_adapter_in_both_layouts_gives_the_same_bits(tiny: Tiny, family: str) -> None:
     stacked = tiny.case(family, SIZES[0], "b")
@@ -246,6 +266,12 @@ def unstack(folder: Path, adapter: Path, model: Path) -> Path:
             {"target_modules": ["q_proj", "o_proj"],
              "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
             id="target_parameters",
+        ),
+        pytest.param(
+            {"target_modules": ["q_proj"],
+             "target_parameters": ["experts.gate_up_proj", "experts.down_proj",
+                                   "mlp.gate_proj.weight", "mlp.down_proj.weight"]},
+            id="dense Linears by their weights",
         ),
         pytest.param(
             {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]},

@@ -79,9 +79,36 @@ def test_ignored_settings_are_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("KMP_AFFINITY", "granularity=fine,compact,1,0")
-    build_engine(ExpertArgs(kt_num_threads=1, kt_tp_enabled=True)).close()
+    build_engine(ExpertArgs(kt_num_threads=1)).close()
     assert any("KMP_AFFINITY=granularity=fine,compact,1,0" in m for m in caplog.messages)
-    assert any(m.startswith("kt_tp_enabled") for m in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "threads", "parts", "words"),
+    [
+        ([[0]], 1, 1, "one NUMA node"),
+        ([[0], [1]], 1, 1, "1 threads cannot be spread evenly over 2 NUMA nodes"),
+        pytest.param(
+            [[0], [1]], 2, 2, "sharded over 2 NUMA nodes",
+            marks=pytest.mark.skipif(CPUS < 2, reason="needs two CPUs"),
+        ),
+    ],
+)  # fmt: skip
+def test_experts_are_sharded_over_numa_nodes(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    nodes: list[list[int]],
+    threads: int,
+    parts: int,
+    words: str,
+) -> None:
+    allowed = sorted(os.sched_getaffinity(0))
+    pinned = [[allowed[cpu] for cpu in node] for node in nodes if node[0] < CPUS]
+    monkeypatch.setattr(_core, "numa_cpus", lambda: pinned if len(pinned) == len(nodes) else nodes)
+    engine = build_engine(ExpertArgs(kt_num_threads=threads, kt_tp_enabled=True))
+    assert engine.parts == parts
+    engine.close()
+    assert any(m.startswith("kt_tp_enabled") and words in m for m in caplog.messages)
 
 
 @pytest.mark.parametrize(("backend", "family"), [("AMXBF16", "bf16"), ("AMXInt8", "int8")])

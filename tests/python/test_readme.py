@@ -1,6 +1,5 @@
 """The README says what is so: its commands exist, its YAML loads, its Python runs."""
 
-import os
 import re
 import subprocess
 import sys
@@ -96,19 +95,44 @@ def test_the_key_table_matches_the_configuration() -> None:
                 assert text.strip().strip("`").lower() == str(default).lower(), name
 
 
-def test_the_transcript_is_there() -> None:
+def transcripts() -> list[tuple[list[str], list[str], list[str]]]:
+    """The conversations shown: arguments of ktrt.chat, the user's lines, the answers."""
     _, _, after = README.partition("<!-- transcript: begin -->")
-    transcript, _, _ = after.partition("<!-- transcript: end -->")
-    assert "你好，请介绍一下你自己。" in transcript
+    text, _, _ = after.partition("<!-- transcript: end -->")
+    found = []
+    for part in text.split("$ python -m ktrt.chat ")[1:]:
+        lines = part.splitlines()
+        asked = [x.removeprefix("User: ") for x in lines if x.startswith("User: ")]
+        answers = [x for x in lines if x.startswith("Assistant: ")]
+        found.append((lines[0].split(), asked, answers))
+    return found
+
+
+def test_the_transcript_shows_both_personas() -> None:
+    (_, asked, with_adapter), (_, asked_too, without) = transcripts()
+    assert asked[0] == asked_too[0] == "你好，请介绍一下你自己。"
+    assert with_adapter[0] != without[0]
+
+
+@pytest.mark.parametrize(("arguments", "asked", "answers"), transcripts())
+def test_the_transcript_is_real(arguments: list[str], asked: list[str], answers: list[str]) -> None:
+    result = run("-m", "ktrt.chat", *arguments, stdin="\n".join(asked))
+    shown = [line for line in result.splitlines() if line.startswith("Assistant: ")]
+    assert shown == answers
+
+
+def run(*arguments: str, stdin: str = "") -> str:
+    """What a Python started in the checkout prints."""
+    result = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, input=stdin,
+        capture_output=True, text=True, encoding="utf-8", timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 @pytest.mark.parametrize("code", blocks("python"))
 def test_the_python_example_runs(code: str) -> None:
-    env = os.environ | {"OMP_NUM_THREADS": "2"}
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT, env=env, capture_output=True, text=True, encoding="utf-8", timeout=300,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert re.search(r"[\u4e00-\u9fff]{5}", result.stdout)
-    assert "torch.Size([1, " in result.stdout
+    out = run("-c", code)
+    assert re.search(r"[\u4e00-\u9fff]{5}", out)
+    assert "torch.Size([1, " in out

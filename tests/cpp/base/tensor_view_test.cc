@@ -50,6 +50,9 @@ TEST(TensorView, ExpectShape) {
             }),
             "up_b has shape [2, 3], expected [any, 3, 1]");
   EXPECT_EQ(message_of([&] { view.expect_shape({6}); }), "up_b has shape [2, 3], expected [6]");
+  EXPECT_EQ(message_of([&] { view.expect_shape({2}); }), "up_b has shape [2, 3], expected [2]");
+  EXPECT_EQ(message_of([&] { view.expect_shape({2, 3, -1}); }),
+            "up_b has shape [2, 3], expected [2, 3, any]");
   EXPECT_EQ(message_of([&] {
               view.expect_shape({3, -1});
             }),
