@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import math
 import os
 import statistics
 import time
@@ -42,7 +43,7 @@ def make_weights(rank: int) -> Weights:
 
     def window(index: int, rows: int, columns: int) -> torch.Tensor:
         start = index * 7919 * 32 % (pool.numel() - rows * columns)
-        return pool[start : start + rows * columns].view(rows, columns) * columns**-0.5
+        return pool[start : start + rows * columns].view(rows, columns) / math.sqrt(columns)
 
     def stack(first: int, rows: int, columns: int) -> torch.Tensor:
         return torch.stack([window(first + e, rows, columns) for e in range(EXPERTS)])
@@ -185,7 +186,8 @@ def reference(weights: Weights, batch: Batch, tokens: int) -> torch.Tensor:
     y = torch.zeros(tokens, HIDDEN)
 
     def project(name: str, expert: int, value: torch.Tensor) -> torch.Tensor:
-        result = value @ getattr(weights, name)[expert].float().T
+        matrix: torch.Tensor = getattr(weights, name)[expert]
+        result = value @ matrix.float().T
         if weights.lora:
             a, b = weights.lora[f"{name}_a"][expert], weights.lora[f"{name}_b"][expert]
             result += LORA_SCALE * (value @ a.float().T) @ b.float().T
