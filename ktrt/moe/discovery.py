@@ -27,6 +27,8 @@ _PLAIN_FORM = {
     "is_concatenated": (True, "its gate and up rows are interleaved (is_concatenated is false)"),
     "has_post_expert_norm": (False, "a norm follows each expert (has_post_expert_norm is true)"),
 }
+# By these an experts module is recognised; transformers before 5.2x knows no has_post_expert_norm.
+_MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def find_experts(model: nn.Module) -> list[ExpertsSpec]:
     """
     found = []
     for path, module in model.named_modules():
-        if all(hasattr(module, name) for name in _PLAIN_FORM):
+        if all(hasattr(module, name) for name in _MARKS):
             _refuse_other_forms(path, module)
             found.append(_describe(path, module, model))
     return found
@@ -67,7 +69,9 @@ def find_experts(model: nn.Module) -> list[ExpertsSpec]:
 
 def _refuse_other_forms(path: str, module: nn.Module) -> None:
     reasons = [
-        text for name, (plain, text) in _PLAIN_FORM.items() if getattr(module, name) is not plain
+        text
+        for name, (plain, text) in _PLAIN_FORM.items()
+        if getattr(module, name, plain) is not plain
     ]
     if not reasons:
         reasons = _activation_reasons(module) + _parameter_reasons(module)
