@@ -164,7 +164,7 @@ class WeightNames:
     def target(self, name: str) -> WeightTarget:
         """The parameter that a tensor of this name is loaded into; for a name that belongs nowhere
         the renamed name."""
-        from transformers.core_model_loading import apply_renamings, rename_source_key
+        from transformers.core_model_loading import rename_source_key
 
         renamed, pattern = rename_source_key(
             name, self._renamings, self._converters, self._prefix, self._parameters
@@ -173,9 +173,9 @@ class WeightNames:
             return WeightTarget(name)
         if pattern is None or renamed not in self._parameters:
             return WeightTarget(renamed)
-        expert = re.search(
-            pattern.replace("*.", r"(?P<expert>\d+)\."), apply_renamings(name, self._renamings)
-        )
+        for renaming in self._renamings:
+            name, _ = renaming.rename_source_key(name)
+        expert = re.search(pattern.replace("*.", r"(?P<expert>\d+)\."), name)
         converter = next(c for c in self._converters if pattern in c.source_patterns)
         if not expert or "expert" not in expert.groupdict() or not _stacks_experts(converter):
             return WeightTarget(renamed, changed=True)
