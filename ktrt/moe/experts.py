@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ktrt._core import MoeLayer
 
-# transformers' patch mapping is one global dictionary.
+# Classes are replaced in transformers' modules, which the whole process shares.
 _PATCH_LOCK = threading.Lock()
 
 
@@ -31,6 +31,8 @@ class KTExperts(nn.Module):
 
     def __init__(self, *_args: Any, **_kwargs: Any) -> None:
         super().__init__()
+        # transformers' own initialisation would look for the parameters of the replaced class.
+        self._is_hf_initialized = True
         self._layer: MoeLayer | None = None
         self._max_qlen = 0
 
@@ -78,24 +80,19 @@ class KTExperts(nn.Module):
 def experts_replaced(class_names: Iterable[str]) -> Iterator[None]:
     """Within the block, models that transformers builds get ``KTExperts`` for these classes.
 
-    One load at a time, process-wide: the mapping behind it is global. It is taken back on failure
-    too, and patterns that others registered stay. Models must be built without initialising
-    weights, as ``from_pretrained`` does: the library's initialisation looks for parameters.
-    """
-    from transformers.monkey_patching import register_patch_mapping, unregister_patch_mapping
+    One load at a time, process-wide; the classes come back on failure too. The modelling files must
+    have been imported.
 
-    # Keys that are not exact names are searched as patterns in *every* class name of the library,
-    # and so are exact ones: anchors keep "XExperts" from also replacing "MyXExpertsBlock".
-    names = sorted(set(class_names))
-    patterns = [f"^{name}$" for name in names]
+    The library's own patch mapping does the same, but also visits its lazy modules, which fail to
+    import where torchvision is missing (transformers 5.17).
+    """
     with _PATCH_LOCK:
-        originals = list(_library_classes(names))
-        register_patch_mapping(dict.fromkeys(patterns, KTExperts))
+        originals = list(_library_classes(sorted(set(class_names))))
+        for module, name, _ in originals:
+            setattr(module, name, KTExperts)
         try:
             yield
         finally:
-            unregister_patch_mapping(patterns)
-            # The library puts its classes back itself, but not after an exception.
             for module, name, original in originals:
                 setattr(module, name, original)
 

@@ -17,6 +17,7 @@ from ktrt.config import (
     TemplateArgs,
     load_config,
 )
+from ktrt.template import TEMPLATES
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -106,6 +107,11 @@ def transcripts() -> list[tuple[list[str], list[str], list[str]]]:
         answers = [x for x in lines if x.startswith("Assistant: ")]
         found.append((lines[0].split(), asked, answers))
     return found
+
+
+def test_all_templates_are_named() -> None:
+    (item,) = re.findall(r"^- \*\*Template\*\*: (.*?)\. ", README, re.MULTILINE | re.DOTALL)
+    assert set(re.findall(r"`(\w+)`", item)) == {*TEMPLATES, "auto"}
 
 
 def test_the_transcript_shows_both_personas() -> None:
