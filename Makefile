@@ -59,13 +59,16 @@ test-tsan: ## Tests of the thread pool and of the layer under ThreadSanitizer
 test-python: ## Python tests (of the checkout's Python and the installed module)
 	$(PYTHON) -m pytest
 
-bench: ## All micro-benchmarks
+bench: ## All micro-benchmarks (the comparison with kt_kernel: python bench/compare_kt_kernel.py)
 	cmake --preset release && cmake --build --preset release -j $(JOBS)
 	for b in build/release/bench/bench_*; do [ ! -x $$b ] || $$b || exit 1; done
 
 bench-smoke: ## Each micro-benchmark once, briefly, so that none rots
 	cmake --preset release && cmake --build --preset release -j $(JOBS)
 	for b in build/release/bench/bench_*; do [ ! -x $$b ] || $$b --benchmark_min_time=0.001 || exit 1; done
+	@if $(PYTHON) -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("kt_kernel") is None)'; then \
+	  $(PYTHON) bench/compare_kt_kernel.py --dtypes int8 --ranks 8 --qlens 1 --layers 1 --rounds 1; \
+	else echo "kt_kernel is not installed: no comparison with it"; fi
 
 clean: ## Remove build trees and caches
 	rm -rf build .mypy_cache .pytest_cache .ruff_cache

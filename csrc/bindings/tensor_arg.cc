@@ -1,5 +1,6 @@
 #include "bindings/tensor_arg.h"
 
+#include <cstdint>
 #include <string>
 
 #include "base/check.h"
@@ -88,6 +89,8 @@ TensorArg::TensorArg(const py::object& array, const char* name) {
       name << " is not in CPU memory (DLPack device type " << tensor.device.device_type << ")");
   view_.data = static_cast<std::byte*>(tensor.data) + tensor.byte_offset;
   view_.dtype = dtype_of(tensor.dtype, name);
+  KTRT_CHECK(reinterpret_cast<std::uintptr_t>(view_.data) % size_of(view_.dtype) == 0,
+             name << " does not start at a multiple of its element size; pass a copy");
   fill_shape(tensor, view_);
 }
 

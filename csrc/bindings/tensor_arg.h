@@ -12,7 +12,7 @@ namespace ktrt {
 class TensorArg {
  public:
   // Throws std::invalid_argument naming `name`: no __dlpack__, not on the CPU, an unsupported
-  // dtype, more than 3 dimensions, or a last dimension that is not contiguous.
+  // dtype, misaligned, more than 3 dimensions, or a last dimension that is not contiguous.
   TensorArg(const pybind11::object& array, const char* name);
 
   const TensorView& view() const { return view_; }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 
 #include "base/check.h"
 
@@ -83,6 +84,9 @@ void MoeLayer::check_forward(const TensorView& hidden_states, const TensorView& 
   KTRT_CHECK(out.dtype == hidden_states.dtype,
              out.name << " is " << name_of(out.dtype) << ", expected the dtype of "
                       << hidden_states.name << " (" << name_of(hidden_states.dtype) << ")");
+  KTRT_CHECK(qlen <= 1 || std::abs(out.stride[0]) >= shape_.hidden_size,
+             out.name << " has overlapping rows (their stride is " << out.stride[0]
+                      << "), expected " << shape_.hidden_size << " or more");
   expert_ids.expect_shape({qlen, -1});
   KTRT_CHECK(expert_ids.dtype == DType::kInt32 || expert_ids.dtype == DType::kInt64,
              expert_ids.name << " is " << name_of(expert_ids.dtype) << ", expected int32 or int64");

@@ -295,6 +295,8 @@ TEST(MoeLayer, WrongArgumentsAreNamed) {
                  [](Arguments& a) { a.out.shape[0] = 1; });
   expect_refused("out is bfloat16, expected the dtype of hidden_states (float32)",
                  [](Arguments& a) { a.out.dtype = DType::kBfloat16; });
+  expect_refused("out has overlapping rows (their stride is 0), expected 160 or more",
+                 [](Arguments& a) { a.out.stride[0] = 0; });
   expect_refused("expert_ids is float32, expected int32 or int64",
                  [](Arguments& a) { a.ids.dtype = DType::kFloat32; });
   expect_refused("expert_ids has shape [3, 3], expected [2, any]",

@@ -1,0 +1,177 @@
+// Every kernel variant that this machine can run, on DeepSeek-V2-Lite's shapes, weights in the L2
+// cache: the arithmetic limit. GFLOP/s counts the base GEMM; GB/s the weights read.
+
+#include <benchmark/benchmark.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "base/aligned_buffer.h"
+#include "kernels/select.h"
+#include "layout/packed_layout.h"
+
+namespace ktrt {
+namespace {
+
+constexpr int kK = 2048;
+constexpr int kN = 1408;
+constexpr int kStripsInCache = 4;  // 512 KB in BF16
+constexpr int kMaxRank = 64;
+
+template <class Value>
+struct Array {
+  explicit Array(std::size_t count) : memory(round_up(count * sizeof(Value), kCacheLine)) {}
+  Value* data() const { return memory.as<Value>(); }
+  AlignedBuffer memory;
+};
+
+void gemm(benchmark::State& state, const GemmKernel* kernel, WeightFormat format) {
+  const int rows = static_cast<int>(state.range(0));
+  const int rank = static_cast<int>(state.range(1));
+  const PackedLayout layout(format, kN, kK);
+  const std::int64_t stride = layout.row_bytes() + 64;
+  const auto count = static_cast<std::size_t>(rows);
+  const Array<std::uint8_t> w(layout.code_bytes());
+  const Array<std::uint8_t> a(count * static_cast<std::size_t>(stride));
+  const Array<float> scales(kN);
+  const Array<std::int32_t> sums(kN);
+  const Array<float> a_scales(count);
+  const Array<std::uint16_t> lora_b(kMaxRank * kStripRows);
+  const Array<std::uint16_t> t(count * kMaxRank);
+  const Array<float> c(count * kStripRows);
+  for (auto _ : state) {
+    for (int strip = 0; strip < kStripsInCache; ++strip) {
+      GemmArgs g{};
+      g.a = a.data();
+      g.a_stride = stride;
+      g.a_scale = a_scales.data();
+      g.rows = rows;
+      g.w_block = w.data() + layout.block_offset(strip);
+      g.block_rows = layout.block_rows(strip);
+      g.row_in_block = layout.row_in_block(strip);
+      g.k = layout.padded_k();
+      g.w_scale = scales.data() + strip * kStripRows;
+      g.w_sum = sums.data() + strip * kStripRows;
+      g.lora_b = rank > 0 ? lora_b.data() : nullptr;
+      g.t = t.data();
+      g.t_stride = kMaxRank;
+      g.rank_pairs = rank / 2;
+      g.c = c.data();
+      kernel->strip(g);
+    }
+    benchmark::ClobberMemory();
+  }
+  const double weights = static_cast<double>(kStripsInCache) * kStripRows * layout.row_bytes();
+  const double flops = 2.0 * rows * kK * kStripsInCache * kStripRows;
+  using benchmark::Counter;
+  state.counters["GFLOP/s"] = Counter(flops / 1e9, Counter::kIsIterationInvariantRate);
+  state.counters["GB/s"] = Counter(weights / 1e9, Counter::kIsIterationInvariantRate);
+}
+
+void shrink(benchmark::State& state, const ShrinkKernel* kernel) {
+  const int rows = static_cast<int>(state.range(0));
+  const int ranks = static_cast<int>(state.range(1));
+  const auto count = static_cast<std::size_t>(rows);
+  const Array<std::uint16_t> x(count * (kK + 32));
+  const Array<std::uint16_t> a(static_cast<std::size_t>(ranks) * kK);
+  const Array<std::uint16_t> t(count * static_cast<std::size_t>(ranks));
+  for (auto _ : state) {
+    kernel->run({x.data(), kK + 32, rows, a.data(), ranks / 16, kK, t.data(), ranks});
+    benchmark::ClobberMemory();
+  }
+  using benchmark::Counter;
+  const double flops = 2.0 * rows * kK * ranks;
+  state.counters["GFLOP/s"] = Counter(flops / 1e9, Counter::kIsIterationInvariantRate);
+}
+
+void quantize_row(benchmark::State& state, const ElementwiseKernels* kernels) {
+  const Array<std::uint16_t> x(kK);
+  std::fill(x.data(), x.data() + kK, std::uint16_t{0x3f80});
+  const Array<std::uint8_t> codes(kK);
+  for (auto _ : state) {
+    benchmark::DoNotOptimize(kernels->quantize_row(x.data(), kK, kK, 128, codes.data()));
+  }
+  state.SetItemsProcessed(state.iterations() * kK);
+}
+
+void silu_mul(benchmark::State& state, const ElementwiseKernels* kernels) {
+  constexpr int kRows = 64;
+  const Array<float> gate(kRows * kStripRows);
+  const Array<float> up(kRows * kStripRows);
+  const Array<std::uint16_t> out(kRows * kStripRows);
+  for (auto _ : state) {
+    kernels->silu_mul(gate.data(), up.data(), kRows, out.data(), kStripRows);
+    benchmark::ClobberMemory();
+  }
+  state.SetItemsProcessed(state.iterations() * kRows * kStripRows);
+}
+
+void weighted_add(benchmark::State& state, const ElementwiseKernels* kernels) {
+  const Array<float> c(kStripRows);
+  const Array<float> acc(kStripRows);
+  for (auto _ : state) {
+    kernels->weighted_add(c.data(), 0.5f, acc.data());
+    benchmark::ClobberMemory();
+  }
+  state.SetItemsProcessed(state.iterations() * kStripRows);
+}
+
+void add_gemm(const char* family, const GemmKernel* kernel, WeightFormat format) {
+  const std::string name = std::string(family) + "/" + kernel->name;
+  benchmark::RegisterBenchmark(name.c_str(),
+                               [=](benchmark::State& state) { gemm(state, kernel, format); })
+      ->ArgNames({"rows", "rank"})
+      ->ArgsProduct({{1, 2, 4, 8, 16, 32, 64, 128}, {0, 8, kMaxRank}});
+}
+
+// A level's table holds what is chosen there; variants that several levels share are listed once.
+int register_all() {
+  std::vector<const void*> seen;
+  const auto is_new = [&](const void* kernel) {
+    if (std::find(seen.begin(), seen.end(), kernel) != seen.end()) return false;
+    seen.push_back(kernel);
+    return true;
+  };
+  // Older processors lack BF16 dot products.
+  CpuFeatures without_bf16 = cpu_features();
+  without_bf16.avx512_bf16 = false;
+  const auto add_level = [&](Isa level, const CpuFeatures& features) {
+    const KernelTable table = select_kernels(level, features);
+    for (const GemmKernel* kernel : {table.gemm_bf16.few, table.gemm_bf16.many}) {
+      if (is_new(kernel)) add_gemm("gemm_bf16", kernel, WeightFormat::kBf16);
+    }
+    for (const GemmKernel* kernel : {table.gemm_int8.few, table.gemm_int8.many}) {
+      if (is_new(kernel)) add_gemm("gemm_int8", kernel, WeightFormat::kInt8);
+    }
+    if (const ShrinkKernel* kernel = table.lora_shrink; is_new(kernel)) {
+      const std::string name = std::string("lora_shrink/") + kernel->name;
+      benchmark::RegisterBenchmark(name.c_str(),
+                                   [=](benchmark::State& state) { shrink(state, kernel); })
+          ->ArgNames({"rows", "ranks"})
+          ->ArgsProduct({{1, 6, 64}, {16, 128}});
+    }
+    if (const ElementwiseKernels* kernels = table.elementwise; is_new(kernels)) {
+      const std::string suffix = std::string("/") + kernels->name;
+      const auto add = [&](const char* name, auto function) {
+        benchmark::RegisterBenchmark((name + suffix).c_str(),
+                                     [=](benchmark::State& state) { function(state, kernels); });
+      };
+      add("quantize_row", quantize_row);
+      add("silu_mul", silu_mul);
+      add("weighted_add", weighted_add);
+    }
+  };
+  for (const Isa level : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAmx}) {
+    if (level > detected_isa()) break;
+    if (level == Isa::kAvx512) add_level(level, without_bf16);
+    add_level(level, cpu_features());
+  }
+  return 0;
+}
+
+[[maybe_unused]] const int registered = register_all();
+
+}  // namespace
+}  // namespace ktrt

@@ -1,0 +1,128 @@
+// Whole layers of DeepSeek-V2-Lite's shape (fewer experts, so that it starts quickly), two of them
+// in turn. GB/s counts the distinct experts' weights; read_GB/s is a plain read of memory, measured
+// in the same run: their ratio is what decoding reaches of the limit.
+
+#include <benchmark/benchmark.h>
+
+#include <cstdint>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "base/bf16.h"
+#include "cpu/topology.h"
+#include "moe/moe_layer.h"
+
+namespace ktrt {
+namespace {
+
+constexpr MoeShape kShape = {
+    .num_experts = 16, .top_k = 6, .hidden_size = 2048, .intermediate_size = 1408};
+constexpr int kLayers = 2;  // 0.55 GB in BF16, far beyond any L3 cache
+constexpr std::size_t kProbeBytes = std::size_t{256} << 20;
+
+template <class Value>
+TensorView view(std::vector<Value>& values, DType dtype,
+                std::initializer_list<std::int64_t> shape) {
+  TensorView result;
+  result.name = "array";
+  result.data = values.data();
+  result.dtype = dtype;
+  result.ndim = static_cast<int>(shape.size());
+  std::copy(shape.begin(), shape.end(), result.shape.begin());
+  std::int64_t stride = 1;
+  for (int d = result.ndim - 1; d >= 0; --d) {
+    result.stride[static_cast<std::size_t>(d)] = stride;
+    stride *= result.shape[static_cast<std::size_t>(d)];
+  }
+  return result;
+}
+
+struct Model {
+  std::shared_ptr<Engine> engine;
+  std::vector<std::unique_ptr<MoeLayer>> layers;
+};
+
+Model make_model(WeightFormat format, int rank) {
+  Model model;
+  const Topology topology = read_topology(allowed_cpus());
+  std::vector<int> cpus = topology.cpu_ids();
+  cpus.resize(static_cast<std::size_t>(topology.num_cores()));
+  model.engine = std::make_shared<Engine>(cpus, 1024);
+  const std::int64_t h = kShape.hidden_size;
+  const std::int64_t i = kShape.intermediate_size;
+  std::vector<bf16_t> w(static_cast<std::size_t>(h * i), f32_to_bf16(0.02f));
+  const auto lora_size = static_cast<std::size_t>(kShape.num_experts * rank * h);
+  std::vector<float> lora(lora_size, 0.01f);
+  for (int l = 0; l < kLayers; ++l) {
+    auto layer = std::make_unique<MoeLayer>(model.engine, kShape, format);
+    const TensorView rows = view(w, DType::kBfloat16, {i, h});
+    for (int e = 0; e < kShape.num_experts; ++e) {
+      layer->load_expert(e, rows, rows, view(w, DType::kBfloat16, {h, i}));
+    }
+    if (rank > 0) {
+      const auto pair = [&](std::int64_t in, std::int64_t out) {
+        return LoraPair{view(lora, DType::kFloat32, {kShape.num_experts, rank, in}),
+                        view(lora, DType::kFloat32, {kShape.num_experts, out, rank})};
+      };
+      layer->set_lora(pair(h, i), pair(h, i), pair(i, h));
+    }
+    model.layers.push_back(std::move(layer));
+  }
+  return model;
+}
+
+// Distinct experts of a token, a different set for every token.
+std::vector<std::int64_t> random_ids(std::int64_t qlen, std::mt19937& random) {
+  std::vector<std::int64_t> all(static_cast<std::size_t>(kShape.num_experts));
+  for (std::size_t e = 0; e < all.size(); ++e) all[e] = static_cast<std::int64_t>(e);
+  std::vector<std::int64_t> ids;
+  for (std::int64_t t = 0; t < qlen; ++t) {
+    std::shuffle(all.begin(), all.end(), random);
+    ids.insert(ids.end(), all.begin(), all.begin() + kShape.top_k);
+  }
+  return ids;
+}
+
+void layer(benchmark::State& state, WeightFormat format) {
+  const std::int64_t qlen = state.range(0);
+  const int rank = static_cast<int>(state.range(1));
+  Model model = make_model(format, rank);
+  std::mt19937 random(1);
+  std::vector<bf16_t> x(static_cast<std::size_t>(qlen * kShape.hidden_size), f32_to_bf16(1.0f));
+  std::vector<bf16_t> out(x.size());
+  std::vector<float> weights(static_cast<std::size_t>(qlen * kShape.top_k), 1.0f / 6.0f);
+  std::vector<std::int64_t> ids = random_ids(qlen, random);
+  std::size_t next = 0;
+  for (auto _ : state) {
+    model.layers[next++ % kLayers]->forward(
+        view(x, DType::kBfloat16, {qlen, kShape.hidden_size}),
+        view(ids, DType::kInt64, {qlen, kShape.top_k}),
+        view(weights, DType::kFloat32, {qlen, kShape.top_k}),
+        view(out, DType::kBfloat16, {qlen, kShape.hidden_size}));
+  }
+  const ReadProbe probe(kProbeBytes);
+  const double matrix = 1.0 * kShape.hidden_size * kShape.intermediate_size;
+  const double experts = qlen == 1 ? kShape.top_k : kShape.num_experts;
+  const double bytes = experts * 3 * matrix * params_of(format).element_bytes;
+  using benchmark::Counter;
+  state.counters["GB/s"] = Counter(bytes / 1e9, Counter::kIsIterationInvariantRate);
+  state.counters["read_GB/s"] =
+      static_cast<double>(kProbeBytes) / model.engine->run_probe(probe) / 1e9;
+  state.counters["GFLOP/s"] = Counter(6.0 * static_cast<double>(qlen) * kShape.top_k * matrix / 1e9,
+                                      Counter::kIsIterationInvariantRate);
+}
+
+BENCHMARK_CAPTURE(layer, bf16, WeightFormat::kBf16)
+    ->ArgNames({"qlen", "rank"})
+    ->ArgsProduct({{1, 16, 256}, {0, 8, 64}})
+    ->UseRealTime()
+    ->Unit(benchmark::kMillisecond);
+BENCHMARK_CAPTURE(layer, int8, WeightFormat::kInt8)
+    ->ArgNames({"qlen", "rank"})
+    ->ArgsProduct({{1, 16, 256}, {0, 8, 64}})
+    ->UseRealTime()
+    ->Unit(benchmark::kMillisecond);
+
+}  // namespace
+}  // namespace ktrt
