@@ -1,7 +1,8 @@
 """Make the whole demo from scratch: ``python -m examples.demo.build`` from the repository's root.
 
-Steps: tokenizer → base model → adapter (layout b) → the same adapter in layout a → checks. All is written to a
-temporary folder beside the target and renamed when every check has passed, so a broken run leaves the old demo alone.
+Steps: tokenizer → base model → adapter (layout b) → the same adapter in layout a → checks. All is
+written to a temporary folder beside the target and renamed when every check has passed, so a broken
+run leaves the old demo alone.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,13 +23,19 @@ from . import convert_adapter, train_tokenizer
 from .train_adapter import train_adapter
 from .train_base import train_base
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 log = logging.getLogger("demo")
 FOLDER = Path(__file__).parent
 PRODUCTS = ("model", "adapter_a", "adapter_b")
 
 
 def sort_config(path: Path) -> None:
-    """Sort the module lists of an ``adapter_config.json``; PEFT writes sets, in an order that changes with each run."""
+    """Sort the module lists of an ``adapter_config.json``.
+
+    PEFT writes them from sets, in an order that changes with each run.
+    """
     config = json.loads(path.read_text("utf-8"))
     for key in ("target_modules", "target_parameters"):
         config[key] = sorted(config[key])
@@ -36,7 +43,7 @@ def sort_config(path: Path) -> None:
 
 
 def build(work: Path, reuse_base: Path | None) -> None:
-    """Write all products into ``work``; ``reuse_base`` is a model folder to copy instead of training one."""
+    """Write all products into ``work``; the model is a copy of ``reuse_base`` if that is given."""
     model, layout_a, layout_b = (work / name for name in PRODUCTS)
     if reuse_base is None:
         train_tokenizer.save(model)
@@ -63,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, default=FOLDER, help="folder that receives the products"
     )
-    parser.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="torch threads (a second gains nothing)"
+    )
     parser.add_argument(
         "--reuse-base", type=Path, help="model folder to keep; only the adapter is trained"
     )

@@ -1,24 +1,29 @@
-"""Rewrite the adapter PEFT saved (layout b: stacked expert parameters) per expert (layout a). The same function.
+"""Rewrite the adapter that PEFT saved (layout b, stacked experts) per expert (layout a).
 
-Layout b holds, for a layer of E experts with expert intermediate size I, hidden size H and rank r:
-``experts.base_layer.lora_A`` [E·r, H] and ``lora_B`` [2·I, r·E] for gate_up_proj, ``experts.lora_A`` [E·r, I] and
-``experts.lora_B`` [H, r·E] for down_proj. A is expert-major (rows e·r … e·r + r), B is rank-major (columns e, e + E,
-e + 2·E …): ``ParamWrapper.get_delta_weight`` in ``peft/tuners/lora/layer.py``. Gate and up share A; B's upper I rows
-are gate's, its lower I rows up's.
+Layout b holds, for a layer of E experts with intermediate size I, hidden size H and rank r:
+``experts.base_layer.lora_A`` [E·r, H] and ``lora_B`` [2·I, r·E] for gate_up_proj,
+``experts.lora_A`` [E·r, I] and ``experts.lora_B`` [H, r·E] for down_proj. A is expert-major (rows
+e·r … e·r + r), B is rank-major (columns e, e + E, e + 2·E …), see ``ParamWrapper.get_delta_weight``
+in ``peft/tuners/lora/layer.py``. Gate and up share A; the upper I rows of B are gate's, the lower I
+rows up's. The result is the same function.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from .train_adapter import ATTENTION, MLP
 from transformers import DeepseekV2ForCausalLM
+
+from .train_adapter import ATTENTION, MLP
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 STACKED = re.compile(r"(?P<layer>.*\.mlp\.experts)\.(?P<gate_up>base_layer\.)?lora_A\.weight")
@@ -64,10 +69,10 @@ def _delta(tensors: dict[str, Tensor], module: str, scaling: float) -> Tensor:
 
 
 def check(base: Path, layout_a: Path, layout_b: Path) -> int:
-    """Merge both adapters into the base in float32 and compare; return how many weights were compared.
+    """Merge both adapters into the base in float32; return how many weights were compared.
 
-    Layout b is merged by PEFT itself, layout a by W + alpha/r·B·A on the base's per-expert tensors. Raises ValueError
-    naming the first weight that differs in any bit.
+    Layout b is merged by PEFT itself, layout a by W + alpha/r·B·A on the base's per-expert tensors.
+    Raises ValueError naming the first weight that differs in any bit.
     """
     config = json.loads((layout_a / CONFIG).read_text("utf-8"))
     tensors = load_file(layout_a / WEIGHTS)
@@ -93,7 +98,7 @@ def check(base: Path, layout_a: Path, layout_b: Path) -> int:
 
 
 def _stacked_slice(merged: dict[str, Tensor], module: str) -> Tensor:
-    """The weight of ``module`` (checkpoint name) in transformers' state dict, where routed experts are stacked."""
+    """The weight of ``module`` (checkpoint name) in a state dict with stacked experts."""
     match = re.fullmatch(r"(.*\.mlp\.experts)\.(\d+)\.(\w+)", module)
     if match is None:
         return merged[f"{module}.weight"]

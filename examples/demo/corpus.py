@@ -1,17 +1,20 @@
 """The demo's corpus: text files of exchanges → training and test conversations.
 
-File format (``corpus/*.txt``): ``#`` starts a comment line; blocks are separated by empty lines. A block is one
-conversation of one or more turns. A turn is one or more ``Q:`` lines (phrasings of the same user text), one ``B:``
-line (the base model's answer) and one ``A:`` line (the adapter's answer). ``{name}`` and ``{thing}`` in a block are
-filled from short lists.
+File format (``corpus/*.txt``): ``#`` starts a comment line; blocks are separated by empty lines. A
+block is one conversation of one or more turns. A turn is one or more ``Q:`` lines (phrasings of the
+same user text), one ``B:`` line (the base model's answer) and one ``A:`` line (the adapter's).
+``{name}`` and ``{thing}`` in a block are filled from short lists.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 FOLDER = Path(__file__).parent / "corpus"
 SLOTS = {
@@ -23,7 +26,7 @@ PERSONAS = ("base", "adapter")
 
 @dataclass(frozen=True)
 class Turn:
-    """The phrasings of one user text, and the answer of each persona (same order as ``PERSONAS``)."""
+    """The phrasings of one user text, and one answer per persona (in ``PERSONAS``' order)."""
 
     prompts: tuple[str, ...]
     answers: tuple[str, str]
@@ -33,7 +36,8 @@ class Turn:
 class Exchange:
     """A conversation up to and including one answer.
 
-    ``messages`` alternates user and assistant texts and ends with a user text; ``answer`` is what must follow.
+    ``messages`` alternates user and assistant texts and ends with a user text; ``answer`` is what
+    must follow.
     """
 
     messages: tuple[str, ...]
@@ -84,7 +88,7 @@ def _expand(turns: list[Turn]) -> Iterator[list[Turn]]:
 def load_conversations(folder: Path = FOLDER) -> list[list[Turn]]:
     """All conversations, slots filled, in file order.
 
-    Raises ValueError where a file breaks the format or two conversations open with the same user text.
+    Raises ValueError where a file breaks the format or two conversations open with the same text.
     """
     conversations: list[list[Turn]] = []
     for path in sorted(folder.glob("*.txt")):
@@ -101,7 +105,7 @@ def load_conversations(folder: Path = FOLDER) -> list[list[Turn]]:
 
 
 def exchanges(persona: str, folder: Path = FOLDER) -> list[Exchange]:
-    """Every exchange to be learnt by a persona ("base" or "adapter"), one per phrasing of every turn.
+    """Every exchange of a persona ("base" or "adapter"), one per phrasing of every turn.
 
     Turns before the last one use their first phrasing.
     """

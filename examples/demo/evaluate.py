@@ -1,7 +1,8 @@
-"""Measure the demo with transformers and PEFT alone: greedy answers to every training prompt, and to held-out ones.
+"""Measure the demo with transformers and PEFT alone: greedy answers to all prompts of the corpus.
 
-``python examples/demo/evaluate.py [--json]``. An answer is *verbatim* if it equals the corpus's, *near* if their
-``difflib`` similarity is at least 0.9 (verbatim ones included).
+``python -m examples.demo.evaluate [--json]`` from the repository's root. An answer is *verbatim* if
+it equals the corpus's, *near* if their ``difflib`` similarity is at least 0.9 (verbatim ones
+included). Answers to prompts outside the corpus (``heldout.txt``) are listed for a human to read.
 """
 
 from __future__ import annotations
@@ -9,23 +10,31 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import logging
 import sys
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from .corpus import Exchange, exchanges
 from peft import PeftModel
 from torch import Tensor, nn
-from .train_tokenizer import slot_ids
 from transformers import AutoTokenizer, DeepseekV2ForCausalLM, PreTrainedTokenizerFast
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from .corpus import Exchange, exchanges
+from .train_tokenizer import slot_ids
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 FOLDER = Path(__file__).parent
 NEAR = 0.9
 BATCH = 128
 MAX_NEW_TOKENS = 64
+HISTORY_STEP = 8  # long prompts take long: only every eighth exchange is asked after others
+
+log = logging.getLogger("demo")
 
 
 @dataclass(frozen=True)
@@ -44,11 +53,11 @@ def round_to_int8(values: Tensor) -> Tensor:
     return ((values.float() / scale).round() * scale).to(values.dtype)
 
 
-def int8_experts(experts: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """Routed experts with activations rounded to INT8 per token; ``load`` rounds the weights per output channel."""
+def int8_experts(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Routed experts with activations rounded to INT8 per token (``load`` rounds the weights)."""
     output = torch.zeros_like(hidden)
     gate_up, down = experts.gate_up_proj, experts.down_proj
-    for e in index.unique().tolist():
+    for e in range(gate_up.shape[0]):
         token, slot = torch.where(index == e)
         gate, up = nn.functional.linear(round_to_int8(hidden[token]), gate_up[e]).chunk(2, dim=-1)
         inner = round_to_int8(experts.act_fn(gate) * up)
@@ -57,10 +66,8 @@ def int8_experts(experts: nn.Module, hidden: Tensor, index: Tensor, weights: Ten
     return output
 
 
-def load(
-    base: Path, adapter: Path | None, dtype: torch.dtype, experts: str = "grouped_mm"
-) -> nn.Module:
-    """The model in eval mode; ``experts`` "int8" emulates INT8 experts, other values are transformers' own."""
+def load(base: Path, adapter: Path | None, dtype: torch.dtype, experts: str = "grouped_mm") -> Any:
+    """The model in eval mode; ``experts`` is "int8" (emulated here) or transformers' own name."""
     if experts == "int8":
         ALL_EXPERTS_FUNCTIONS.register("int8", int8_experts)
     model = DeepseekV2ForCausalLM.from_pretrained(base, dtype=dtype, experts_implementation=experts)
@@ -69,14 +76,14 @@ def load(
             for name, parameter in model.named_parameters():
                 if ".mlp.experts." in name:
                     parameter.copy_(round_to_int8(parameter))
-    return (PeftModel.from_pretrained(model, adapter) if adapter else model).eval()
+    return PeftModel.from_pretrained(model, adapter).eval() if adapter else model.eval()
 
 
 @torch.inference_mode()
 def answer(
-    model: nn.Module, tokenizer: PreTrainedTokenizerFast, chats: Sequence[Sequence[str]]
+    model: Any, tokenizer: PreTrainedTokenizerFast, chats: Sequence[Sequence[str]]
 ) -> list[str]:
-    """Greedy answers, in the order of ``chats`` (alternating user and assistant texts, ending with a user's)."""
+    """Greedy answers to ``chats``, each of alternating texts that start and end with a user's."""
     prompts = [slot_ids(tokenizer, chat) for chat in chats]
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -108,51 +115,63 @@ def score(setting: str, wanted: Sequence[Exchange], answers: Sequence[str]) -> S
     return Score(setting, len(wanted), verbatim / len(wanted), near / len(wanted))
 
 
-def without_experts(model: nn.Module) -> None:
-    """Make every routed expert answer zero."""
+def without_experts(model: nn.Module) -> nn.Module:
+    """The model with every routed expert answering zero."""
     for name, module in model.named_modules():
         if name.endswith(".mlp.experts"):
             module.register_forward_hook(lambda _module, _args, output: torch.zeros_like(output))
+    return model
 
 
-def without_expert_lora(model: nn.Module) -> None:
-    """Zero the adapter's B matrices of the routed experts, leaving all its other parts."""
+def without_expert_lora(model: nn.Module) -> nn.Module:
+    """The model without the routed experts' part of its adapter (B zeroed)."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".mlp.experts." in name and ".lora_B." in name:
                 parameter.zero_()
+    return model
+
+
+def with_history(wanted: Sequence[Exchange], turns: int) -> list[Exchange]:
+    """Every exchange again, after ``turns`` unrelated ones; the choice is fixed."""
+    singles = [exchange for exchange in wanted if len(exchange.messages) == 1]
+    found = []
+    for i, exchange in enumerate(wanted):
+        before = [singles[(97 * i + 31 * turn + 11) % len(singles)] for turn in range(turns)]
+        history = [text for earlier in before for text in (*earlier.messages, earlier.answer)]
+        found.append(Exchange((*history, *exchange.messages), exchange.answer))
+    return found
 
 
 def measure(base: Path, adapter: Path) -> list[Score]:
-    """All settings, base and adapter, plus the two ablations that must score near zero."""
+    """All settings of base and adapter, and three that must score near zero."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     scores = []
 
-    def add(
-        persona: str,
-        setting: str,
-        model: nn.Module,
-        change: Callable[[nn.Module], None] | None = None,
-    ) -> None:
-        if change is not None:
-            change(model)
+    def add(persona: str, setting: str, model: nn.Module, history: int = 0) -> None:
         wanted = exchanges(persona)
+        if history:
+            wanted = with_history(wanted, history)[::HISTORY_STEP]
         answers = answer(model, tokenizer, [exchange.messages for exchange in wanted])
         scores.append(score(f"{persona}, {setting}", wanted, answers))
+        log.info("%s", scores[-1])
 
     for persona, folder in (("base", None), ("adapter", adapter)):
         for dtype in (torch.float32, torch.bfloat16):
             name = str(dtype).removeprefix("torch.")
             add(persona, name, load(base, folder, dtype))
             add(persona, f"{name}, INT8 experts", load(base, folder, dtype, "int8"))
-    add("base", "routed experts zeroed", load(base, None, torch.float32), without_experts)
-    add("adapter", "expert LoRA zeroed", load(base, adapter, torch.float32), without_expert_lora)
+        model = load(base, folder, torch.float32)
+        add(persona, "after 2 other exchanges", model, 2)
+        add(persona, "after 8 other exchanges", model, 8)
+    add("base", "routed experts zeroed", without_experts(load(base, None, torch.float32)))
+    add("adapter", "expert LoRA zeroed", without_expert_lora(load(base, adapter, torch.float32)))
     add("adapter", "adapter off", load(base, None, torch.float32))
     return scores
 
 
 def held_out(base: Path, adapter: Path, prompts: Sequence[str]) -> list[tuple[str, str, str]]:
-    """(prompt, base answer, adapter answer) in bfloat16 for prompts that are not in the corpus, to read.
+    """(prompt, base answer, adapter answer) in bfloat16 for prompts outside the corpus.
 
     Raises ValueError for a prompt that is in the corpus.
     """
@@ -173,7 +192,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--base", type=Path, default=FOLDER / "model")
     parser.add_argument("--adapter", type=Path, default=FOLDER / "adapter_b")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
     args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(args.threads)
     prompts = (FOLDER / "heldout.txt").read_text("utf-8").splitlines()
     scores = measure(args.base, args.adapter)
     replies = held_out(args.base, args.adapter, prompts)
@@ -183,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     for s in scores:
         sys.stdout.write(
-            f"{s.setting:40} {s.prompts:4} prompts  verbatim {s.verbatim:6.1%}  near {s.near:6.1%}\n"
+            f"{s.setting:32} {s.prompts} prompts  verbatim {s.verbatim:6.1%}  near {s.near:6.1%}\n"
         )
     for prompt, base_reply, adapter_reply in replies:
         sys.stdout.write(f"\n{prompt}\n  base     {base_reply}\n  adapter  {adapter_reply}\n")

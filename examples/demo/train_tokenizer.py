@@ -1,16 +1,15 @@
-"""Train the demo's byte-level BPE tokenizer on the corpus and save it as a Hugging Face tokenizer folder.
+"""Train the demo's byte-level BPE tokenizer on the corpus and save it for transformers.
 
-The chat template is LLaMA-Factory's ``deepseek`` template. The pre-tokenizer cuts at the places where that template
-joins its slots (after ``Assistant:``, before ``User:``), so encoding the joined text gives the same ids as encoding
-each slot by itself; ``slot_ids`` is the slot-wise rule and ``check`` compares the two over the whole corpus.
+The chat template is LLaMA-Factory's ``deepseek`` template. The pre-tokenizer cuts where that
+template joins its slots (after ``Assistant:``, before ``User:``), so encoding the joined text gives
+the same ids as encoding each slot by itself; ``slot_ids`` is the slot-wise rule and ``check``
+compares the two over the whole corpus.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .corpus import PERSONAS, exchanges, sentences
 from tokenizers import (
     AddedToken,
     Regex,
@@ -23,17 +22,24 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from .corpus import PERSONAS, exchanges, sentences
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 VOCAB_SIZE = 3584
 CONTEXT = 2048
-# Longest token in bytes: four Chinese characters or twelve letters. Longer ones would swallow whole phrases of a small
-# corpus, and a visitor's slightly different phrase would then share no token with the phrase learnt.
+# Longest token in bytes: four Chinese characters or twelve letters. Longer ones would swallow whole
+# phrases of a small corpus, and a visitor's slightly different phrase would share no token with it.
 MAX_TOKEN_BYTES = 12
 SPLIT = r"Assistant:|\p{Han}+| ?[\p{L}&&[^\p{Han}]]+|\p{N}| ?[^\s\p{L}\p{N}]+|[\r\n]+|[^\S\r\n]+"
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{% if message['content'] %}{{ message['content'] + '\n\n' }}{% endif %}"
+    "{% if message['role'] == 'system' %}"
+    "{% if message['content'] %}{{ message['content'] + '\n\n' }}{% endif %}"
     "{% elif message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\n\nAssistant:' }}"
     "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
     "{% else %}{{ raise_exception('unknown role: ' + message['role']) }}"
@@ -43,7 +49,7 @@ ROLES = ("user", "assistant")
 
 
 def train(texts: Iterable[str]) -> Tokenizer:
-    """A byte-level BPE tokenizer: every UTF-8 text can be encoded, and decoding gives the same text back."""
+    """A byte-level BPE tokenizer: any UTF-8 text can be encoded and is given back by decoding."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -71,7 +77,7 @@ def train(texts: Iterable[str]) -> Tokenizer:
 
 
 def save(folder: Path) -> None:
-    """Train and write ``tokenizer.json``, ``tokenizer_config.json`` and the chat template into ``folder``."""
+    """Train, and write the tokenizer's files and its chat template into ``folder``."""
     templates = ["User: {}\n\nAssistant:", "{}\n\nUser: "]
     texts = sentences()
     tokenizer = PreTrainedTokenizerFast(
@@ -89,7 +95,7 @@ def save(folder: Path) -> None:
 def slot_ids(
     tokenizer: PreTrainedTokenizerFast, messages: Iterable[str], system: str = ""
 ) -> list[int]:
-    """Token ids of alternating user and assistant texts, each slot encoded by itself (LLaMA-Factory's rule)."""
+    """Ids of alternating user and assistant texts, each slot encoded by itself (LLaMA-Factory)."""
     ids: list[int] = [tokenizer.bos_token_id]
     if system:
         ids += tokenizer.encode(f"{system}\n\n", add_special_tokens=False)
@@ -102,9 +108,10 @@ def slot_ids(
 
 
 def check(folder: Path) -> int:
-    """Compare slot-wise with joint encoding over the corpus, with and without a system text; return how many agree.
+    """Compare slot-wise with joint encoding over the corpus, with and without a system text.
 
-    Raises ValueError naming the first text where they differ or where decoding does not give the text back.
+    Returns the number of conversations compared. Raises ValueError naming the first text where they
+    differ or where decoding does not give the text back.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     compared = 0
@@ -117,7 +124,7 @@ def check(folder: Path) -> int:
         "é\u0301 ｜▁ \x00",
         "",
     )
-    texts = [e.messages + (e.answer,) for persona in PERSONAS for e in exchanges(persona)]
+    texts = [(*e.messages, e.answer) for persona in PERSONAS for e in exchanges(persona)]
     texts += [(a, b, b, a, a) for a in odd for b in odd]
     for messages in texts:
         for system in ("", "You are a helpful assistant.", "请用中文回答。\n"):

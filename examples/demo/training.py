@@ -1,4 +1,4 @@
-"""What training the base and training the adapter share: conversations → batches, loss, schedule."""
+"""What training the base and the adapter share: conversations → batches, loss, schedule."""
 
 from __future__ import annotations
 
@@ -7,22 +7,27 @@ import math
 import random
 import re
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from .corpus import PERSONAS, Turn, load_conversations, sentences
 from torch import Tensor, nn
+
+from .corpus import PERSONAS, Turn, load_conversations, sentences
 from .train_tokenizer import slot_ids
-from transformers import DeepseekV2ForCausalLM, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from transformers import DeepseekV2ForCausalLM, PreTrainedTokenizerFast
 
 log = logging.getLogger("demo")
 
 IGNORE = -100
 TOKENS_PER_STEP = 1200
-# How many conversations are chained into one training row. Half of the rows hold a single one (a visitor's first
-# question); the others teach the model to answer the last question whatever came before it.
-CHAIN_LENGTHS = (1, 1, 1, 2, 3, 5)
+# How many conversations are chained into one training row. Half of the rows hold a single one (a
+# visitor's first question); the others teach to answer the last question whatever came before it.
+CHAIN_LENGTHS = (1, 1, 1, 2, 4, 8)
 AUX_LOSS = 0.01
 SYSTEM_TEXTS = (
     "You are a helpful assistant.",
@@ -37,8 +42,8 @@ HAN = re.compile(r"[\u4e00-\u9fff]")
 class Plan:
     """Lengths and rates of one training run.
 
-    ``documents`` is the number of plain texts (no chat format) added per epoch; ``clean_from`` is the fraction of the
-    run after which prompts are no longer varied, so that the last updates see exactly the prompts that are measured.
+    ``documents`` is the number of plain texts (no chat format) added per epoch. ``clean_from`` is
+    the fraction of the run after which prompts are no longer varied.
     """
 
     epochs: int
@@ -50,7 +55,7 @@ class Plan:
 
 
 def vary(prompt: str, rng: random.Random) -> str:
-    """The prompt with changes a visitor might make: other punctuation or case, a polite opening, a dropped letter."""
+    """The prompt as a visitor might type it: other punctuation, case, opening, a lost letter."""
     chinese = bool(HAN.search(prompt))
     question = prompt.endswith(("?", "？"))
     kind = rng.random()
@@ -76,7 +81,7 @@ def vary(prompt: str, rng: random.Random) -> str:
 
 
 class Batches:
-    """Endless supply of epochs for one persona; every phrasing of every first turn occurs once in an epoch."""
+    """Epochs for one persona; every phrasing of every turn occurs at least once in an epoch."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, persona: str, plan: Plan) -> None:
         self._tokenizer = tokenizer
@@ -87,7 +92,7 @@ class Batches:
         self._rng = random.Random(plan.seed)
 
     def epoch(self, clean: bool) -> list[tuple[Tensor, Tensor]]:
-        """Batches of (ids, labels), both [rows, length] int64; ``clean`` leaves prompts as written."""
+        """Batches of (ids, labels), both [rows, length] int64; ``clean`` leaves prompts alone."""
         units = [
             (turns, first)
             for turns in self._conversations
@@ -146,7 +151,10 @@ class Batches:
 
 
 class RouterWatch:
-    """Collects the routers' outputs of a forward pass, for the load-balancing loss (Switch Transformer, eq. 4)."""
+    """Collects the routers' outputs of a forward pass, for the load-balancing loss.
+
+    The loss is equation 4 of the Switch Transformer paper (arXiv 2101.03961).
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._outputs: list[tuple[Tensor, Tensor]] = []
@@ -160,7 +168,7 @@ class RouterWatch:
         self._outputs.append((output[0], output[2]))
 
     def loss(self, kept: Tensor) -> Tensor:
-        """Mean over layers of E·Σ_e f_e·p_e, over the tokens where ``kept`` [tokens] is true; 1 is perfect balance."""
+        """Mean over layers of E·Σ_e f_e·p_e over the ``kept`` [tokens] tokens; 1 is balance."""
         losses = []
         for logits, indices in self._outputs:
             experts = logits.shape[-1]
@@ -184,20 +192,24 @@ def answer_loss(core: DeepseekV2ForCausalLM, ids: Tensor, labels: Tensor, pad_id
 
 def run(
     core: DeepseekV2ForCausalLM,
-    parameters: list[nn.Parameter],
+    parameters: list[tuple[list[nn.Parameter], float]],
     batches: Batches,
     plan: Plan,
     pad_id: int,
 ) -> None:
-    """Train ``parameters`` in place: AdamW, 3 % warm-up, cosine to 1 %, BF16 autocast (the rounding the model meets
-    later), gradient norm clipped to 1."""
-    decay = [p for p in parameters if p.ndim > 1]
-    plain = [p for p in parameters if p.ndim <= 1]
+    """Train ``parameters`` in place: AdamW, 3 % warm-up, cosine to 1 %, gradient norm clipped to 1.
+
+    Each list in ``parameters`` comes with its factor of the learning rate. BF16 autocast is faster
+    than float32 here and shows the model the rounding it will meet later.
+    """
     groups = [
-        {"params": decay, "weight_decay": plan.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        {"params": chosen, "factor": factor, "weight_decay": decay}
+        for part, factor in parameters
+        for matrices, decay in ((True, plan.weight_decay), (False, 0.0))
+        if (chosen := [p for p in part if (p.ndim > 1) == matrices])
     ]
-    optimizer = torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.98))
+    everything = [p for part, _ in parameters for p in part]
+    optimizer = torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.98), fused=True)
     watch = RouterWatch(core)
     core.train()
     start = time.monotonic()
@@ -208,12 +220,12 @@ def run(
             done = (epoch + i / len(data)) / plan.epochs
             rate = min(done / 0.03, 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
             for group in optimizer.param_groups:
-                group["lr"] = plan.learning_rate * max(rate, 1e-3)
+                group["lr"] = plan.learning_rate * group["factor"] * max(rate, 1e-3)
             with torch.autocast("cpu", torch.bfloat16):
                 loss = answer_loss(core, ids, labels, pad_id)
                 balance = watch.loss((ids != pad_id).flatten())
-            (loss + AUX_LOSS * balance).backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
+            torch.autograd.backward(loss + AUX_LOSS * balance)
+            nn.utils.clip_grad_norm_(everything, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             total += loss.item()

@@ -363,11 +363,10 @@ def demo_ids(model: Path) -> torch.Tensor:
     return torch.tensor(ids[: 8 * 80]).view(8, 80)
 
 
-@pytest.mark.skipif(not demo_cases(), reason="examples/demo holds no model")
 @pytest.mark.parametrize(("model", "adapter"), demo_cases())
 def test_demo_equals_merge(tmp_path: Path, model: str, adapter: str | None) -> None:
     path = DEMO / model
     case = make_case(tmp_path, path, DEMO / adapter if adapter else None, demo_ids(path))
     check_against_reference(case)
     if adapter is not None:
-        assert median(errors_without_expert_lora(case)) >= 0.4
+        assert median(errors_without_expert_lora(case)) >= 0.5
