@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -22,7 +23,11 @@ constexpr int kMaxRank = 64;
 
 template <class Value>
 struct Array {
-  explicit Array(std::size_t count) : memory(round_up(count * sizeof(Value), kCacheLine)) {}
+  // Written with small finite values of every type: untouched pages are all one page of zeros,
+  // which stays in the L1 cache whatever their number.
+  explicit Array(std::size_t count) : memory(round_up(count * sizeof(Value), kCacheLine)) {
+    std::memset(memory.as<std::byte>(), 0x3c, memory.bytes());
+  }
   Value* data() const { return memory.as<Value>(); }
   AlignedBuffer memory;
 };
@@ -96,6 +101,16 @@ void quantize_row(benchmark::State& state, const ElementwiseKernels* kernels) {
   state.SetItemsProcessed(state.iterations() * kK);
 }
 
+void f32_to_bf16(benchmark::State& state, const ElementwiseKernels* kernels) {
+  const Array<float> in(kK);
+  const Array<std::uint16_t> out(kK);
+  for (auto _ : state) {
+    kernels->f32_to_bf16(in.data(), kK, out.data());
+    benchmark::ClobberMemory();
+  }
+  state.SetItemsProcessed(state.iterations() * kK);
+}
+
 void silu_mul(benchmark::State& state, const ElementwiseKernels* kernels) {
   constexpr int kRows = 64;
   const Array<float> gate(kRows * kStripRows);
@@ -123,10 +138,46 @@ void add_gemm(const char* family, const GemmKernel* kernel, WeightFormat format)
   benchmark::RegisterBenchmark(name.c_str(),
                                [=](benchmark::State& state) { gemm(state, kernel, format); })
       ->ArgNames({"rows", "rank"})
-      ->ArgsProduct({{1, 2, 4, 8, 16, 32, 64, 128}, {0, 8, kMaxRank}});
+      ->ArgsProduct({{1, 2, 4, 8, 14, 16, 32, 64, 128}, {0, 8, kMaxRank}});
 }
 
-// A level's table holds what is chosen there; variants that several levels share are listed once.
+// The tables that machines with this one's features, or with some of them, choose.
+std::vector<KernelTable> all_tables() {
+  std::vector<KernelTable> tables;
+  for (const Isa level : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAmx}) {
+    if (level > detected_isa()) break;
+    for (const bool bf16 : {false, true}) {
+      for (const bool vnni : {false, true}) {
+        CpuFeatures features = cpu_features();
+        features.avx512_bf16 = features.avx512_bf16 && bf16;
+        features.avx512_vnni = features.avx512_vnni && vnni;
+        tables.push_back(select_kernels(level, features));
+      }
+    }
+  }
+  return tables;
+}
+
+void add_elementwise(const ElementwiseKernels* kernels) {
+  const auto add = [&](const char* stage, auto function) {
+    const std::string name = std::string(stage) + "/" + kernels->name;
+    benchmark::RegisterBenchmark(name.c_str(),
+                                 [=](benchmark::State& state) { function(state, kernels); });
+  };
+  add("quantize_row", quantize_row);
+  add("f32_to_bf16", f32_to_bf16);
+  add("silu_mul", silu_mul);
+  add("weighted_add", weighted_add);
+}
+
+void add_shrink(const ShrinkKernel* kernel) {
+  const std::string name = std::string("lora_shrink/") + kernel->name;
+  benchmark::RegisterBenchmark(name.c_str(),
+                               [=](benchmark::State& state) { shrink(state, kernel); })
+      ->ArgNames({"rows", "ranks"})
+      ->ArgsProduct({{1, 6, 64}, {16, 128}});
+}
+
 int register_all() {
   std::vector<const void*> seen;
   const auto is_new = [&](const void* kernel) {
@@ -134,39 +185,15 @@ int register_all() {
     seen.push_back(kernel);
     return true;
   };
-  // Older processors lack BF16 dot products.
-  CpuFeatures without_bf16 = cpu_features();
-  without_bf16.avx512_bf16 = false;
-  const auto add_level = [&](Isa level, const CpuFeatures& features) {
-    const KernelTable table = select_kernels(level, features);
+  for (const KernelTable& table : all_tables()) {
     for (const GemmKernel* kernel : {table.gemm_bf16.few, table.gemm_bf16.many}) {
       if (is_new(kernel)) add_gemm("gemm_bf16", kernel, WeightFormat::kBf16);
     }
     for (const GemmKernel* kernel : {table.gemm_int8.few, table.gemm_int8.many}) {
       if (is_new(kernel)) add_gemm("gemm_int8", kernel, WeightFormat::kInt8);
     }
-    if (const ShrinkKernel* kernel = table.lora_shrink; is_new(kernel)) {
-      const std::string name = std::string("lora_shrink/") + kernel->name;
-      benchmark::RegisterBenchmark(name.c_str(),
-                                   [=](benchmark::State& state) { shrink(state, kernel); })
-          ->ArgNames({"rows", "ranks"})
-          ->ArgsProduct({{1, 6, 64}, {16, 128}});
-    }
-    if (const ElementwiseKernels* kernels = table.elementwise; is_new(kernels)) {
-      const std::string suffix = std::string("/") + kernels->name;
-      const auto add = [&](const char* name, auto function) {
-        benchmark::RegisterBenchmark((name + suffix).c_str(),
-                                     [=](benchmark::State& state) { function(state, kernels); });
-      };
-      add("quantize_row", quantize_row);
-      add("silu_mul", silu_mul);
-      add("weighted_add", weighted_add);
-    }
-  };
-  for (const Isa level : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAmx}) {
-    if (level > detected_isa()) break;
-    if (level == Isa::kAvx512) add_level(level, without_bf16);
-    add_level(level, cpu_features());
+    if (is_new(table.lora_shrink)) add_shrink(table.lora_shrink);
+    if (is_new(table.elementwise)) add_elementwise(table.elementwise);
   }
   return 0;
 }

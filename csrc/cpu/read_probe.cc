@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "base/check.h"
+
 namespace ktrt {
 
 namespace {
@@ -23,6 +25,7 @@ std::uint64_t sum_words(const std::uint64_t* words, std::size_t count) {
 }  // namespace
 
 ReadProbe::ReadProbe(std::size_t bytes) : memory_(round_up(bytes, kCacheLine)) {
+  KTRT_CHECK(bytes > 0, "a read probe of 0 bytes measures nothing");
   // Untouched anonymous pages would all be the one zero page, which stays in the cache.
   std::memset(memory_.as<std::byte>(), 1, memory_.bytes());
 }

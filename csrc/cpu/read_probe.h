@@ -10,7 +10,7 @@ namespace ktrt {
 
 class ReadProbe {
  public:
-  // Allocates and fills `bytes`. Throws std::bad_alloc.
+  // Allocates and fills `bytes`. Throws std::bad_alloc, std::invalid_argument for 0 bytes.
   explicit ReadProbe(std::size_t bytes);
 
   std::size_t bytes() const { return memory_.bytes(); }

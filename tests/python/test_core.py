@@ -355,6 +355,8 @@ def test_read_probe() -> None:
     probe = _core.ReadProbe(nbytes=1 << 22)
     assert probe.nbytes == 1 << 22
     assert 0 < probe.seconds(engine) < 60
+    with pytest.raises(ValueError, match="0 bytes"):
+        _core.ReadProbe(nbytes=0)
 
 
 # The ISA level

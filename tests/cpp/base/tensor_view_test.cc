@@ -41,21 +41,15 @@ TEST(TensorView, ExpectShape) {
   view.expect_shape({2, 3});
   view.expect_shape({-1, 3});
   view.expect_shape({2, -1});
-  EXPECT_EQ(message_of([&] {
-              view.expect_shape({2, 4});
-            }),
+  EXPECT_EQ(message_of([&] { view.expect_shape({2, 4}); }),
             "up_b has shape [2, 3], expected [2, 4]");
-  EXPECT_EQ(message_of([&] {
-              view.expect_shape({-1, 3, 1});
-            }),
+  EXPECT_EQ(message_of([&] { view.expect_shape({-1, 3, 1}); }),
             "up_b has shape [2, 3], expected [any, 3, 1]");
   EXPECT_EQ(message_of([&] { view.expect_shape({6}); }), "up_b has shape [2, 3], expected [6]");
   EXPECT_EQ(message_of([&] { view.expect_shape({2}); }), "up_b has shape [2, 3], expected [2]");
   EXPECT_EQ(message_of([&] { view.expect_shape({2, 3, -1}); }),
             "up_b has shape [2, 3], expected [2, 3, any]");
-  EXPECT_EQ(message_of([&] {
-              view.expect_shape({3, -1});
-            }),
+  EXPECT_EQ(message_of([&] { view.expect_shape({3, -1}); }),
             "up_b has shape [2, 3], expected [3, any]");
 }
 

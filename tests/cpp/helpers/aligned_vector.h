@@ -18,9 +18,9 @@ struct AlignedAllocator {
   AlignedAllocator(const AlignedAllocator<U>&) {}  // NOLINT: allocators convert
 
   T* allocate(std::size_t count) {
-    return static_cast<T*>(::operator new (count * sizeof(T), std::align_val_t{kCacheLine}));
+    return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{kCacheLine}));
   }
-  void deallocate(T* data, std::size_t) { ::operator delete (data, std::align_val_t{kCacheLine}); }
+  void deallocate(T* data, std::size_t) { ::operator delete(data, std::align_val_t{kCacheLine}); }
   friend bool operator==(const AlignedAllocator&, const AlignedAllocator&) { return true; }
 };
 

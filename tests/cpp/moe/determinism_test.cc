@@ -141,5 +141,18 @@ TEST_P(DeterminismTest, Chunks) {
   }
 }
 
+// INT8 sums are exact and the stages between them round alike everywhere.
+TEST(Determinism, Int8WithoutLoraIsTheSameOnEveryIsa) {
+  const LayerCase test(kShape, WeightFormat::kInt8);
+  const Batch batch = skewed_batch(200);
+  const std::vector<float> expected =
+      forward(*test.make_layer(make_engine(2, kMaxQlen, Isa::kPortable)), batch);
+  for (const Isa isa : {Isa::kAvx2, Isa::kAvx512, Isa::kAmx}) {
+    if (isa > detected_isa()) continue;
+    const auto layer = test.make_layer(make_engine(2, kMaxQlen, isa));
+    EXPECT_EQ(forward(*layer, batch), expected) << name_of(isa);
+  }
+}
+
 }  // namespace
 }  // namespace ktrt
