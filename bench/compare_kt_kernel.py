@@ -57,7 +57,9 @@ def run_children(args: argparse.Namespace) -> tuple[dict[str, Any], list[dict[st
             command += ["--qlens", args.qlens, "--layers", str(args.layers)]
             command += ["--threads", str(args.threads), "--rounds", str(args.rounds)]
             command += ["--quick"] if args.quick else []
-            child = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+            # OpenMP's idle threads would spin on the cores that the engines are measured on.
+            environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
+            child = subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=False)
             if child.returncode != 0:
                 raise SystemExit(f"{dtype} rank {rank}: exit code {child.returncode}")
             answer = json.loads(child.stdout)

@@ -25,6 +25,7 @@ LORA_SCALE = 2.0
 ELEMENT_BYTES = {"bf16": 2.0, "int8": 1.0}
 KT_CLASS = {"bf16": "AMXBF16", "int8": "AMXInt8"}
 PROBE_BYTES = 256 << 20
+SETTLE_SECONDS = 0.06
 
 
 @dataclass
@@ -227,7 +228,16 @@ def onednn_party(weights: Weights, qlen: int) -> Callable[[], float]:
     return run
 
 
+def settle() -> None:
+    """Lets the threads of the party before go to sleep: kt_kernel's and OpenMP's spin for a while
+    after their work, on the cores that the next party is measured on."""
+    time.sleep(SETTLE_SECONDS)
+
+
 def timed(forward: Callable[[int, Batch], None], batch: Batch, layers: int) -> float:
+    """Seconds per layer, the party's own threads awake."""
+    settle()
+    forward(layers - 1, batch)
     start = time.perf_counter()
     for layer in range(layers):
         forward(layer, batch)
@@ -253,9 +263,11 @@ def measure_qlen(
     probe = _core.ReadProbe(PROBE_BYTES)
     samples = []
     for _ in range(rounds or (31 if qlen <= 16 else 15)):
+        settle()
         bandwidth = PROBE_BYTES / probe.seconds(ktrt.engine)
         ours = timed(ktrt.forward, batch, layers)
         theirs = timed(kt.forward, batch, layers)
+        settle()
         gflops = onednn() if onednn is not None else None
         samples.append((bandwidth, ours, theirs, gflops))
 
