@@ -5,6 +5,10 @@ import os
 # Before anything imports torch: its OpenMP threads would spin between operations, on the cores that
 # the engine's threads and other processes want (ten times slower on a busy machine).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# The references are computed on the CPU, and so is what is compared with them; KTRT_TEST_GPU=1 runs
+# the tests that are about a GPU.
+if os.environ.get("KTRT_TEST_GPU") != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Before anything imports huggingface_hub: a test that would download fails at once and everywhere.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
