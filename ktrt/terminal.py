@@ -2,9 +2,12 @@
 
 import io
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import BinaryIO, Self, TextIO
 
 from ktrt.errors import KtrtError
@@ -65,10 +68,13 @@ class Terminal:
         """Prints an answer piece by piece and returns it; Ctrl-C, if interactive, ends it early."""
         shown: list[str] = []
         try:
-            self._write(REPLY)
-            for piece in pieces:
-                shown.append(piece)
-                self._write(piece)
+            with _noted_interrupts() as interrupts:
+                self._write(REPLY)
+                for piece in pieces:
+                    shown.append(piece)
+                    self._write(piece)
+                    if interrupts:
+                        raise KeyboardInterrupt
         except KeyboardInterrupt:
             if not self.interactive:
                 raise
@@ -93,6 +99,29 @@ class Terminal:
     def _write(self, text: str) -> None:
         self._stdout.write(text)
         self._stdout.flush()
+
+
+@contextmanager
+def _noted_interrupts() -> Iterator[list[int]]:
+    """The signals of Ctrl-C since the start of the block, each of which raises too.
+
+    Python drops an exception raised inside a finaliser or a callback, so that a key pressed at the
+    wrong microsecond would be lost without the note.
+    """
+    noted: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        noted.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _editor() -> Callable[[], str]:

@@ -1,6 +1,7 @@
 """Tests of ktrt.terminal without a terminal; those with one are in test_chat."""
 
 import io
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -79,6 +80,26 @@ def test_ctrl_c_is_not_swallowed_when_piped() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         terminal.answer(pieces())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_counts_even_where_python_drops_its_exception() -> None:
+    class Finalised:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    def pieces() -> Iterator[str]:
+        yield "half"
+        Finalised()  # its KeyboardInterrupt is "ignored in __del__"
+        yield " an answer"
+        raise AssertionError("went on")
+
+    terminal, stdout, _ = make()
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        terminal.answer(pieces())
+    assert stdout.getvalue() == "Assistant: half an answer\n"
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_error() -> None:
