@@ -1,8 +1,7 @@
 // Checks at API edges. KTRT_CHECK is always on and throws std::invalid_argument (Python:
-// ValueError); KTRT_DCHECK guards internal invariants in builds without NDEBUG.
+// ValueError).
 #pragma once
 
-#include <cassert>
 #include <sstream>
 #include <stdexcept>
 
@@ -15,5 +14,3 @@
       throw std::invalid_argument(ktrt_check_stream.str()); \
     }                                                       \
   } while (false)
-
-#define KTRT_DCHECK(condition) assert(condition)

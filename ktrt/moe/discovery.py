@@ -27,7 +27,7 @@ _PLAIN_FORM = {
     "is_concatenated": (True, "its gate and up rows are interleaved (is_concatenated is false)"),
     "has_post_expert_norm": (False, "a norm follows each expert (has_post_expert_norm is true)"),
 }
-# By these an experts module is recognised; transformers before 5.2x knows no has_post_expert_norm.
+# By these an experts module is recognised; transformers 5.17 sets no has_post_expert_norm.
 _MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
 

@@ -124,15 +124,21 @@ inline void expand_lora(const GemmArgs& g, int first_row, int rows) {
   }
 }
 
-// Runs `block<two tiles?>(first row, rows)` over all rows, configuring the tiles for each size.
-template <class Tiles, class Block>
-inline void for_each_tile_block(int rows, Block block) {
+// One strip: Gemm::block<two tiles?>(g, first row, rows) for blocks of at most 32 rows, the tiles
+// configured for each size.
+template <class Tiles, class Gemm>
+void tile_strip(const GemmArgs& g) {
+  prefetch_expand(g);
   int configured = 0;
-  for_each_row_block<kBlockRows>(rows, [&](int first, int count) {
-    const int rows0 = count < kTileRows ? count : kTileRows;
-    if (count != configured) Tiles::configure(rows0, count - rows0);
-    configured = count;
-    block(first, count);
+  for_each_row_block<kBlockRows>(g.rows, [&](int first, int rows) {
+    const int rows0 = rows < kTileRows ? rows : kTileRows;
+    if (rows != configured) Tiles::configure(rows0, rows - rows0);
+    configured = rows;
+    if (rows > kTileRows) {
+      Gemm::template block<true>(g, first, rows);
+    } else {
+      Gemm::template block<false>(g, first, rows);
+    }
   });
   Tiles::release();
 }

@@ -18,17 +18,6 @@ struct AmxBf16Gemm {
     if (g.lora_b != nullptr) expand_lora<Tiles, kTwoTiles>(g, first_row, rows);
     store_c<Tiles, kTwoTiles>(g.c + static_cast<int64_t>(first_row) * kStripColumns);
   }
-
-  static void strip(const GemmArgs& g) {
-    prefetch_expand(g);
-    for_each_tile_block<Tiles>(g.rows, [&](int first, int rows) {
-      if (rows > kTileRows) {
-        block<true>(g, first, rows);
-      } else {
-        block<false>(g, first, rows);
-      }
-    });
-  }
 };
 
 }  // namespace

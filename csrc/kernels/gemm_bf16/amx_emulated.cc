@@ -4,6 +4,7 @@
 namespace ktrt {
 
 extern const GemmKernel gemm_bf16_amx_emulated;
-const GemmKernel gemm_bf16_amx_emulated = {"amx_emulated", AmxBf16Gemm<EmulatedTiles>::strip, 0};
+const GemmKernel gemm_bf16_amx_emulated = {
+    "amx_emulated", tile_strip<EmulatedTiles, AmxBf16Gemm<EmulatedTiles>>, 0};
 
 }  // namespace ktrt

@@ -3,6 +3,6 @@
 namespace ktrt {
 
 extern const GemmKernel gemm_int8_amx;
-const GemmKernel gemm_int8_amx = {"amx", AmxInt8Gemm<HardwareTiles>::strip, 0};
+const GemmKernel gemm_int8_amx = {"amx", tile_strip<HardwareTiles, AmxInt8Gemm<HardwareTiles>>, 0};
 
 }  // namespace ktrt

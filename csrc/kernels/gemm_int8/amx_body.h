@@ -37,17 +37,6 @@ struct AmxInt8Gemm {
     expand_lora<Tiles, kTwoTiles>(g, first_row, rows);
     store_c<Tiles, kTwoTiles>(c);
   }
-
-  static void strip(const GemmArgs& g) {
-    prefetch_expand(g);
-    for_each_tile_block<Tiles>(g.rows, [&](int first, int rows) {
-      if (rows > kTileRows) {
-        block<true>(g, first, rows);
-      } else {
-        block<false>(g, first, rows);
-      }
-    });
-  }
 };
 
 }  // namespace
