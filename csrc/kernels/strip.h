@@ -53,6 +53,23 @@ inline void prefetch_tile(const StripChunk& chunk, int index, int ahead) {
   for (int i = 0; i < kTileSize; i += 64) __builtin_prefetch(line + i, 0, 3);
 }
 
+constexpr int kPrefetchTiles = 3;
+
+// Calls visit(tile, byte) for every tile of a strip in ascending k, `byte` being where its 64 bytes
+// of k start in a row of A; asks for coming tiles if `prefetch`. The layout's k-block is kBlock
+// bytes.
+template <int kBlock, class Visit>
+inline __attribute__((always_inline)) void for_each_tile(const GemmArgs& g, int row_bytes,
+                                                         bool prefetch, Visit visit) {
+  for (int first = 0; first < row_bytes; first += kBlock) {
+    const StripChunk chunk = strip_chunk<kBlock>(g, row_bytes, first);
+    for (int tile = 0; tile < chunk.count; ++tile) {
+      if (prefetch) prefetch_tile(chunk, tile, kPrefetchTiles);
+      visit(chunk.tiles + static_cast<int64_t>(tile) * kTileSize, first + tile * 64);
+    }
+  }
+}
+
 // Asks for the strip's LoRA expand, which is read after its last tile, from a place of its own.
 inline void prefetch_expand(const GemmArgs& g) {
   if (g.lora_b == nullptr) return;

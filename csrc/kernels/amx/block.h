@@ -12,7 +12,6 @@
 namespace ktrt {
 namespace {
 
-constexpr int kPrefetchTiles = 3;
 constexpr int kTilePairs = 16;  // BF16 pairs of k in a tile
 
 // Multiplies all tiles of a strip with rows [first_row, first_row + 16 or 32) of A into tmm0 …
@@ -20,24 +19,19 @@ constexpr int kTilePairs = 16;  // BF16 pairs of k in a tile
 template <class Tiles, class Multiply, int kBlockBytes, bool kTwoTiles>
 inline void multiply_strip(const GemmArgs& g, int first_row, int row_bytes) {
   const uint8_t* a = g.a + first_row * g.a_stride;
-  for (int byte = 0; byte < row_bytes; byte += kBlockBytes) {
-    const StripChunk chunk = strip_chunk<kBlockBytes>(g, row_bytes, byte);
-    for (int tile = 0; tile < chunk.count; ++tile) {
-      const uint8_t* w = chunk.tiles + static_cast<int64_t>(tile) * kTileSize;
-      const uint8_t* x = a + byte + tile * 64;
-      if (first_row == 0) prefetch_tile(chunk, tile, kPrefetchTiles);
-      Tiles::template load<6>(w, 64);
-      Tiles::template load<4>(x, g.a_stride);
-      Multiply::template run<Tiles, 0, 4, 6>();
-      Tiles::template load<7>(w + kTileHalf, 64);
-      Multiply::template run<Tiles, 1, 4, 7>();
-      if constexpr (kTwoTiles) {
-        Tiles::template load<5>(x + kTileRows * g.a_stride, g.a_stride);
-        Multiply::template run<Tiles, 2, 5, 6>();
-        Multiply::template run<Tiles, 3, 5, 7>();
-      }
+  for_each_tile<kBlockBytes>(g, row_bytes, first_row == 0, [&](const uint8_t* w, int byte) {
+    const uint8_t* x = a + byte;
+    Tiles::template load<6>(w, 64);
+    Tiles::template load<4>(x, g.a_stride);
+    Multiply::template run<Tiles, 0, 4, 6>();
+    Tiles::template load<7>(w + kTileHalf, 64);
+    Multiply::template run<Tiles, 1, 4, 7>();
+    if constexpr (kTwoTiles) {
+      Tiles::template load<5>(x + kTileRows * g.a_stride, g.a_stride);
+      Multiply::template run<Tiles, 2, 5, 6>();
+      Multiply::template run<Tiles, 3, 5, 7>();
     }
-  }
+  });
 }
 
 struct MultiplyBf16 {

@@ -12,7 +12,6 @@ namespace {
 
 constexpr int kMaxRows = 2;
 constexpr int kBlockBytes = 1792 * 2;
-constexpr int kPrefetchTiles = 3;
 
 template <int kRows>
 void row_block(const GemmArgs& g, int first_row, bool first) {
@@ -22,18 +21,13 @@ void row_block(const GemmArgs& g, int first_row, bool first) {
   }
   const uint8_t* a = g.a + first_row * g.a_stride;
   const int row_bytes = g.k * 2;
-  for (int byte = 0; byte < row_bytes; byte += kBlockBytes) {
-    const StripChunk chunk = strip_chunk<kBlockBytes>(g, row_bytes, byte);
-    for (int tile = 0; tile < chunk.count; ++tile) {
-      const uint8_t* w = chunk.tiles + static_cast<int64_t>(tile) * kTileSize;
-      const uint8_t* x = a + byte + tile * 64;
-      if (first) prefetch_tile(chunk, tile, kPrefetchTiles);
-      for (int pair = 0; pair < 16; ++pair) {
-        multiply_pairs<kRows>(w + pair * 64, w + kTileHalf + pair * 64, x + pair * 4, g.a_stride,
-                              acc);
-      }
+  for_each_tile<kBlockBytes>(g, row_bytes, first, [&](const uint8_t* w, int byte) {
+    const uint8_t* x = a + byte;
+    for (int pair = 0; pair < 16; ++pair) {
+      multiply_pairs<kRows>(w + pair * 64, w + kTileHalf + pair * 64, x + pair * 4, g.a_stride,
+                            acc);
     }
-  }
+  });
   if (g.lora_b != nullptr) expand_lora<kRows>(g, first_row, acc);
   float* c = g.c + static_cast<int64_t>(first_row) * kStripColumns;
   for (int i = 0; i < kRows; ++i) {

@@ -11,7 +11,6 @@ namespace {
 
 constexpr int kMaxRows = 12;
 constexpr int kBlockBytes = 1792 * 2;
-constexpr int kPrefetchTiles = 3;
 
 inline __m512 low_values(__m512i pairs) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
@@ -47,18 +46,12 @@ void row_block(const GemmArgs& g, int first_row, bool first) {
   for (int i = 0; i < kRows; ++i) acc[i][0] = acc[i][1] = _mm512_setzero_ps();
   const uint8_t* a = g.a + first_row * g.a_stride;
   const int row_bytes = g.k * 2;
-  for (int byte = 0; byte < row_bytes; byte += kBlockBytes) {
-    const StripChunk chunk = strip_chunk<kBlockBytes>(g, row_bytes, byte);
-    for (int tile = 0; tile < chunk.count; ++tile) {
-      const uint8_t* w = chunk.tiles + static_cast<int64_t>(tile) * kTileSize;
-      const uint8_t* x = a + byte + tile * 64;
-      if (first) prefetch_tile(chunk, tile, kPrefetchTiles);
-      for (int pair = 0; pair < 16; ++pair) {
-        multiply_pair<kRows>(w + pair * 64, w + kTileHalf + pair * 64, x + pair * 4, g.a_stride,
-                             acc);
-      }
+  for_each_tile<kBlockBytes>(g, row_bytes, first, [&](const uint8_t* w, int byte) {
+    const uint8_t* x = a + byte;
+    for (int pair = 0; pair < 16; ++pair) {
+      multiply_pair<kRows>(w + pair * 64, w + kTileHalf + pair * 64, x + pair * 4, g.a_stride, acc);
     }
-  }
+  });
   const uint8_t* t = reinterpret_cast<const uint8_t*>(g.t + first_row * g.t_stride);
   for (int pair = 0; pair < (g.lora_b != nullptr ? g.rank_pairs : 0); ++pair) {
     multiply_pair<kRows>(g.lora_b + pair * 64, g.lora_b + pair * 64 + 32, t + pair * 4,

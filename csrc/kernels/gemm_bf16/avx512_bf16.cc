@@ -11,7 +11,6 @@ namespace {
 
 constexpr int kMaxRows = 14;
 constexpr int kBlockBytes = 1792 * 2;
-constexpr int kPrefetchTiles = 3;
 
 inline __m512bh load_pairs(const void* p) {
   return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p));
@@ -46,24 +45,19 @@ void row_block(const GemmArgs& g, int first_row, bool first) {
   for (int i = 0; i < kRows; ++i) acc[i][0] = acc[i][1] = _mm512_setzero_ps();
   const uint8_t* a = g.a + first_row * g.a_stride;
   const int row_bytes = g.k * 2;
-  for (int byte = 0; byte < row_bytes; byte += kBlockBytes) {
-    const StripChunk chunk = strip_chunk<kBlockBytes>(g, row_bytes, byte);
-    for (int tile = 0; tile < chunk.count; ++tile) {
-      const uint8_t* w = chunk.tiles + static_cast<int64_t>(tile) * kTileSize;
-      const uint8_t* x = a + byte + tile * 64;
-      if (first) prefetch_tile(chunk, tile, kPrefetchTiles);
-      for (int pair = 0; pair < 16; ++pair) {
-        const __m512bh w0 = load_pairs(w + pair * 64);
-        const __m512bh w1 = load_pairs(w + kTileHalf + pair * 64);
+  for_each_tile<kBlockBytes>(g, row_bytes, first, [&](const uint8_t* w, int byte) {
+    const uint8_t* x = a + byte;
+    for (int pair = 0; pair < 16; ++pair) {
+      const __m512bh w0 = load_pairs(w + pair * 64);
+      const __m512bh w1 = load_pairs(w + kTileHalf + pair * 64);
 #pragma GCC unroll 14
-        for (int i = 0; i < kRows; ++i) {
-          const __m512bh xi = broadcast_pair(x + i * g.a_stride + pair * 4);
-          acc[i][0] = _mm512_dpbf16_ps(acc[i][0], w0, xi);
-          acc[i][1] = _mm512_dpbf16_ps(acc[i][1], w1, xi);
-        }
+      for (int i = 0; i < kRows; ++i) {
+        const __m512bh xi = broadcast_pair(x + i * g.a_stride + pair * 4);
+        acc[i][0] = _mm512_dpbf16_ps(acc[i][0], w0, xi);
+        acc[i][1] = _mm512_dpbf16_ps(acc[i][1], w1, xi);
       }
     }
-  }
+  });
   if (g.lora_b != nullptr) expand_lora<kRows>(g, g.t + first_row * g.t_stride, acc);
   float* c = g.c + static_cast<int64_t>(first_row) * kStripColumns;
 #pragma GCC unroll 14

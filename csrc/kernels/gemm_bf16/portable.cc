@@ -12,21 +12,17 @@ constexpr int kBlockBytes = 1792 * 2;
 void row(const GemmArgs& g, const uint8_t* a, float* c) {
   for (int n = 0; n < kStripColumns; ++n) c[n] = 0.0f;
   const int row_bytes = g.k * 2;
-  for (int byte = 0; byte < row_bytes; byte += kBlockBytes) {
-    const StripChunk chunk = strip_chunk<kBlockBytes>(g, row_bytes, byte);
-    for (int tile = 0; tile < chunk.count; ++tile) {
-      const uint8_t* w = chunk.tiles + static_cast<int64_t>(tile) * kTileSize;
-      for (int pair = 0; pair < 16; ++pair) {
-        uint16_t x[2];
-        memcpy(x, a + byte + tile * 64 + pair * 4, 4);
-        for (int half = 0; half < 2; ++half) {
-          uint16_t pairs[32];
-          memcpy(pairs, w + half * kTileHalf + pair * 64, 64);
-          multiply_pairs(pairs, x, c + half * 16);
-        }
+  for_each_tile<kBlockBytes>(g, row_bytes, false, [&](const uint8_t* w, int byte) {
+    for (int pair = 0; pair < 16; ++pair) {
+      uint16_t x[2];
+      memcpy(x, a + byte + pair * 4, 4);
+      for (int half = 0; half < 2; ++half) {
+        uint16_t pairs[32];
+        memcpy(pairs, w + half * kTileHalf + pair * 64, 64);
+        multiply_pairs(pairs, x, c + half * 16);
       }
     }
-  }
+  });
 }
 
 void strip(const GemmArgs& g) {

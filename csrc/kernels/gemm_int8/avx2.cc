@@ -12,7 +12,6 @@ namespace {
 
 constexpr int kMaxRows = 2;
 constexpr int kBlockBytes = 3584;
-constexpr int kPrefetchTiles = 3;
 
 // Four k of one row, widened to int16 and repeated for four outputs.
 inline __m256i broadcast_group(const uint8_t* x) {
@@ -53,14 +52,9 @@ void row_block(const GemmArgs& g, int first_row, bool first) {
     for (int i = 0; i < kRows; ++i) {
       for (int q = 0; q < 4; ++q) acc[i][q] = _mm256_setzero_si256();
     }
-    for (int byte = 0; byte < g.k; byte += kBlockBytes) {
-      const StripChunk chunk = strip_chunk<kBlockBytes>(g, g.k, byte);
-      for (int tile = 0; tile < chunk.count; ++tile) {
-        if (first && half == 0) prefetch_tile(chunk, tile, kPrefetchTiles);
-        half_tile<kRows>(chunk.tiles + static_cast<int64_t>(tile) * kTileSize + half * kTileHalf,
-                         a + byte + tile * 64, g.a_stride, acc);
-      }
-    }
+    for_each_tile<kBlockBytes>(g, g.k, first && half == 0, [&](const uint8_t* w, int byte) {
+      half_tile<kRows>(w + half * kTileHalf, a + byte, g.a_stride, acc);
+    });
     for (int i = 0; i < kRows; ++i) {
       const __m256 scale = _mm256_set1_ps(g.a_scale[first_row + i]);
       for (int p = 0; p < 2; ++p) {

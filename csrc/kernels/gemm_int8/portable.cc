@@ -10,24 +10,20 @@ namespace {
 constexpr int kBlockBytes = 3584;
 
 void accumulate_row(const GemmArgs& g, const int8_t* a, int32_t* acc) {
-  for (int byte = 0; byte < g.k; byte += kBlockBytes) {
-    const StripChunk chunk = strip_chunk<kBlockBytes>(g, g.k, byte);
-    for (int tile = 0; tile < chunk.count; ++tile) {
-      const uint8_t* w = chunk.tiles + static_cast<int64_t>(tile) * kTileSize;
-      const int8_t* x = a + byte + tile * 64;
-      for (int half = 0; half < 2; ++half) {
-        for (int group = 0; group < 16; ++group) {
-          int8_t codes[64];
-          memcpy(codes, w + half * kTileHalf + group * 64, 64);
-          for (int n = 0; n < 16; ++n) {
-            int32_t sum = 0;
-            for (int v = 0; v < 4; ++v) sum += x[group * 4 + v] * codes[n * 4 + v];
-            acc[half * 16 + n] += sum;
-          }
+  for_each_tile<kBlockBytes>(g, g.k, false, [&](const uint8_t* w, int byte) {
+    const int8_t* x = a + byte;
+    for (int half = 0; half < 2; ++half) {
+      for (int group = 0; group < 16; ++group) {
+        int8_t codes[64];
+        memcpy(codes, w + half * kTileHalf + group * 64, 64);
+        for (int n = 0; n < 16; ++n) {
+          int32_t sum = 0;
+          for (int v = 0; v < 4; ++v) sum += x[group * 4 + v] * codes[n * 4 + v];
+          acc[half * 16 + n] += sum;
         }
       }
     }
-  }
+  });
 }
 
 void strip(const GemmArgs& g) {

@@ -14,7 +14,6 @@ namespace {
 
 constexpr int kMaxRows = 14;
 constexpr int kBlockBytes = 3584;
-constexpr int kPrefetchTiles = 3;
 
 inline __m512i broadcast_word(const uint8_t* p) {
   int word;
@@ -63,24 +62,19 @@ void row_block(const GemmArgs& g, int first_row, bool first) {
     acc[i][1] = start1;
   }
   const uint8_t* a = g.a + first_row * g.a_stride;
-  for (int byte = 0; byte < g.k; byte += kBlockBytes) {
-    const StripChunk chunk = strip_chunk<kBlockBytes>(g, g.k, byte);
-    for (int tile = 0; tile < chunk.count; ++tile) {
-      const uint8_t* w = chunk.tiles + static_cast<int64_t>(tile) * kTileSize;
-      const uint8_t* x = a + byte + tile * 64;
-      if (first) prefetch_tile(chunk, tile, kPrefetchTiles);
-      for (int group = 0; group < 16; ++group) {
-        const __m512i w0 = _mm512_loadu_si512(w + group * 64);
-        const __m512i w1 = _mm512_loadu_si512(w + kTileHalf + group * 64);
+  for_each_tile<kBlockBytes>(g, g.k, first, [&](const uint8_t* w, int byte) {
+    const uint8_t* x = a + byte;
+    for (int group = 0; group < 16; ++group) {
+      const __m512i w0 = _mm512_loadu_si512(w + group * 64);
+      const __m512i w1 = _mm512_loadu_si512(w + kTileHalf + group * 64);
 #pragma GCC unroll 14
-        for (int i = 0; i < kRows; ++i) {
-          const __m512i xi = broadcast_word(x + i * g.a_stride + group * 4);
-          acc[i][0] = _mm512_dpbusd_epi32(acc[i][0], xi, w0);
-          acc[i][1] = _mm512_dpbusd_epi32(acc[i][1], xi, w1);
-        }
+      for (int i = 0; i < kRows; ++i) {
+        const __m512i xi = broadcast_word(x + i * g.a_stride + group * 4);
+        acc[i][0] = _mm512_dpbusd_epi32(acc[i][0], xi, w0);
+        acc[i][1] = _mm512_dpbusd_epi32(acc[i][1], xi, w1);
       }
     }
-  }
+  });
   const __m512 scale0 = _mm512_loadu_ps(g.w_scale);
   const __m512 scale1 = _mm512_loadu_ps(g.w_scale + 16);
   float* c = g.c + static_cast<int64_t>(first_row) * kStripColumns;
