@@ -39,18 +39,19 @@ void gemm(benchmark::State& state, const GemmKernel* kernel, WeightFormat format
   const std::int64_t stride = layout.row_bytes() + 64;
   const auto count = static_cast<std::size_t>(rows);
   const Array<std::uint8_t> w(layout.code_bytes());
-  const Array<std::uint8_t> a(count * static_cast<std::size_t>(stride));
+  const Array<std::uint8_t> a((count + kMaxTileRows) * static_cast<std::size_t>(stride));
   const Array<float> scales(kN);
   const Array<std::int32_t> sums(kN);
   const Array<float> a_scales(count);
   const Array<std::uint16_t> lora_b(kMaxRank * kStripRows);
-  const Array<std::uint16_t> t(count * kMaxRank);
-  const Array<float> c(count * kStripRows);
+  const Array<std::uint16_t> t((count + kMaxTileRows) * kMaxRank);
+  const Array<float> c((count + kMaxTileRows) * kStripRows);
   for (auto _ : state) {
     for (int strip = 0; strip < kStripsInCache; ++strip) {
       GemmArgs g{};
       g.a = a.data();
-      g.a_stride = stride;
+      g.tile_rows = kernel->tile_rows(rows);
+      g.a_stride = stride * g.tile_rows;
       g.a_scale = a_scales.data();
       g.rows = rows;
       g.w_block = w.data() + layout.block_offset(strip);
@@ -79,11 +80,11 @@ void shrink(benchmark::State& state, const ShrinkKernel* kernel) {
   const int rows = static_cast<int>(state.range(0));
   const int ranks = static_cast<int>(state.range(1));
   const auto count = static_cast<std::size_t>(rows);
-  const Array<std::uint16_t> x(count * (kK + 32));
+  const Array<std::uint16_t> x((count + kMaxTileRows) * (kK + 32));
   const Array<std::uint16_t> a(static_cast<std::size_t>(ranks) * kK);
   const Array<std::uint16_t> t(count * static_cast<std::size_t>(ranks));
   for (auto _ : state) {
-    kernel->run({x.data(), kK + 32, rows, a.data(), ranks / 16, kK, t.data(), ranks});
+    kernel->run({x.data(), kK + 32, 1, rows, a.data(), ranks / 16, kK, t.data(), ranks});
     benchmark::ClobberMemory();
   }
   using benchmark::Counter;
@@ -192,7 +193,9 @@ int register_all() {
     for (const GemmKernel* kernel : {table.gemm_int8.few, table.gemm_int8.many}) {
       if (is_new(kernel)) add_gemm("gemm_int8", kernel, WeightFormat::kInt8);
     }
-    if (is_new(table.lora_shrink)) add_shrink(table.lora_shrink);
+    for (const ShrinkKernel* kernel : {table.lora_shrink, table.lora_shrink_tiles}) {
+      if (kernel != nullptr && is_new(kernel)) add_shrink(kernel);
+    }
     if (is_new(table.elementwise)) add_elementwise(table.elementwise);
   }
   return 0;

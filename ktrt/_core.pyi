@@ -115,8 +115,8 @@ class MoeLayer:
 
     def last_kernels(self) -> dict[str, str]:
         """Which ISA variant ran in the last ``forward``, e.g. ``{"gemm": "amx", "gemm_few_rows":
-        "avx512_bf16", "lora_shrink": "avx512_bf16", "elementwise": "avx512"}``; families that did
-        not run are missing."""
+        "avx512_bf16", "lora_shrink": "amx", "lora_shrink_few_rows": "avx512_bf16", "elementwise":
+        "avx512"}``; what did not run is missing."""
 
     def packed_codes(self, expert: int, projection: Literal["gate", "up", "down"]) -> bytes:
         """A copy of the packed codes of one matrix (kt_kernel's byte order), shard by shard."""

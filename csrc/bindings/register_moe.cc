@@ -100,6 +100,9 @@ py::dict last_kernels(const MoeLayer& layer) {
   if (used.gemm != nullptr) names["gemm"] = used.gemm;
   if (used.gemm_few_rows != nullptr) names["gemm_few_rows"] = used.gemm_few_rows;
   if (used.lora_shrink != nullptr) names["lora_shrink"] = used.lora_shrink;
+  if (used.lora_shrink_few_rows != nullptr) {
+    names["lora_shrink_few_rows"] = used.lora_shrink_few_rows;
+  }
   if (used.elementwise != nullptr) names["elementwise"] = used.elementwise;
   return names;
 }

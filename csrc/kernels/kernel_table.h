@@ -8,13 +8,30 @@
 
 namespace ktrt {
 
+// Rows of one AMX tile, at most.
+constexpr int kMaxTileRows = 16;
+
+// Work for the vector units while tiles multiply: run(context, i) for i in [first, last).
+struct Aside {
+  void (*run)(void* context, int index);
+  void* context;
+  int first;
+  int last;
+};
+
 // C [rows][32] = A [rows][k] · Wᵀ for one strip of 32 rows of a packed W (layout/packed_layout.h),
 // then += T [rows][rank] · Lᵀ, the LoRA expand, while C is in registers.
 struct GemmArgs {
   // Activations: BF16 [rows][k], or INT8 codes plus the kernel's activation_offset. k is padded as
   // in the layout; A's padding may hold anything finite, since W's is zero.
+  //
+  // Row-major, or in tile order where the kernel asks for it: 64 bytes of each of the first
+  // tile_rows rows, the next 64 bytes of each of them, and so on; a_stride bytes later the next
+  // tile_rows rows. Memory of A and C then holds whole tiles; what is in A's missing rows is not
+  // seen, C's are overwritten.
   const uint8_t* a;
-  int64_t a_stride;      // bytes
+  int64_t a_stride;      // bytes of a row, or of tile_rows rows
+  int tile_rows;         // GemmKernel::tile_rows(rows); 1 is row-major
   const float* a_scale;  // [rows]; null for BF16
   int rows;
 
@@ -28,24 +45,40 @@ struct GemmArgs {
 
   // BF16 [rank_pairs][2 halves][16 rows][2]; null without LoRA.
   const uint16_t* lora_b;
-  const uint16_t* t;  // BF16 [rows][2·rank_pairs]
-  int64_t t_stride;   // elements
+  // BF16 [rows][2·rank_pairs]. Kernels in tile order read pieces of 32 values, of whole tiles of
+  // rows: what follows a row's ranks must be finite.
+  const uint16_t* t;
+  int64_t t_stride;  // elements
   int rank_pairs;
 
   float* c;  // [rows][32]
+
+  // Only kernels in tile order look at these two.
+  const Aside* aside;   // null: nothing
+  const uint8_t* soon;  // read after this strip, beside its weights: to be prefetched
+  int64_t soon_bytes;
 };
 
 struct GemmKernel {
   const char* name;
   void (*strip)(const GemmArgs& args);
   uint8_t activation_offset;  // what quantize_rows adds to each code: 128 where A is unsigned
+  bool tile_order = false;    // of A
+
+  // As few tiles as possible, evenly filled: a tile of r rows takes r cycles.
+  int tile_rows(int rows) const {
+    if (!tile_order) return 1;
+    const int tiles = (rows + kMaxTileRows - 1) / kMaxTileRows;
+    return (rows + tiles - 1) / tiles;
+  }
 };
 
 // T [rows][16·blocks] = X [rows][k] · Aᵀ, rounded to BF16: the LoRA shrink. A is packed in blocks
 // of 16 ranks, BF16 [blocks][k/2][16][2].
 struct ShrinkArgs {
   const uint16_t* x;
-  int64_t x_stride;  // elements
+  int64_t x_stride;  // elements, of a row or of tile_rows rows
+  int tile_rows;     // as in GemmArgs; 1, row-major, for kernels without tiles
   int rows;
   const uint16_t* a;
   int blocks;
@@ -71,6 +104,10 @@ struct ElementwiseKernels {
   void (*silu_mul)(const float* gate, const float* up, int rows, uint16_t* out, int64_t out_stride);
   // acc[0..31] += weight · c[0..31].
   void (*weighted_add)(const float* c, float weight, float* acc);
+  // Tile order: out[i][r][64] = bytes 64·i … 64·i + 63 of rows[r], for r < count and `tile_rows`
+  // rows in out; zeros after `bytes`, up to `padded`, a multiple of 64.
+  void (*to_tile)(const uint8_t* const* rows, int count, int tile_rows, int bytes, int padded,
+                  uint8_t* out);
 };
 
 // AMX tiles pay off from some number of rows on; below it, and without AMX, `few` runs.
@@ -87,7 +124,13 @@ struct KernelTable {
   GemmChoice gemm_bf16;
   GemmChoice gemm_int8;
   const ShrinkKernel* lora_shrink;
+  const ShrinkKernel* lora_shrink_tiles;  // beside a GEMM in tile order; null without AMX
   const ElementwiseKernels* elementwise;
+
+  // The shrink that reads what `gemm` reads.
+  const ShrinkKernel& shrink_for(const GemmKernel& gemm) const {
+    return gemm.tile_order ? *lora_shrink_tiles : *lora_shrink;
+  }
 };
 
 }  // namespace ktrt

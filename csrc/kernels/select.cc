@@ -2,7 +2,11 @@
 
 #include <array>
 
+#include "kernels/amx/tuning.h"
+
 namespace ktrt {
+
+AmxTuning amx_tuning;
 
 // One constant table per ISA file.
 extern const GemmKernel gemm_bf16_portable;
@@ -18,6 +22,7 @@ extern const GemmKernel gemm_int8_amx;
 extern const ShrinkKernel lora_shrink_portable;
 extern const ShrinkKernel lora_shrink_avx2;
 extern const ShrinkKernel lora_shrink_avx512_bf16;
+extern const ShrinkKernel lora_shrink_amx;
 extern const ElementwiseKernels elementwise_portable;
 extern const ElementwiseKernels elementwise_avx2;
 extern const ElementwiseKernels elementwise_avx512;
@@ -78,7 +83,8 @@ KernelTable select_kernels(Isa level, const CpuFeatures& f) {
   const bool amx = f.amx && level == Isa::kAmx;
   return {choose(first_that_runs(gemm_bf16, level), amx ? &gemm_bf16_amx : nullptr, kBf16TilesFrom),
           choose(first_that_runs(gemm_int8, level), amx ? &gemm_int8_amx : nullptr, kInt8TilesFrom),
-          first_that_runs(lora_shrink, level), first_that_runs(elementwise, level)};
+          first_that_runs(lora_shrink, level), amx ? &lora_shrink_amx : nullptr,
+          first_that_runs(elementwise, level)};
 }
 
 }  // namespace ktrt

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "base/aligned_buffer.h"
 #include "base/bf16.h"
 
 namespace ktrt {
@@ -26,6 +27,12 @@ float read_weight(const TensorView& weights, std::int64_t row, std::int64_t slot
   }
 }
 
+// The rows of as few evenly filled tiles as possible.
+int whole_tiles(int rows) {
+  const int tiles = (rows + kMaxTileRows - 1) / kMaxTileRows;
+  return round_up(rows, tiles);
+}
+
 }  // namespace
 
 void DispatchPlan::build(const TensorView& expert_ids, const TensorView& routing_weights,
@@ -45,6 +52,7 @@ void DispatchPlan::build(const TensorView& expert_ids, const TensorView& routing
   for (std::size_t e = 1; e < offsets_.size(); ++e) offsets_[e] += offsets_[e - 1];
 
   jobs_.clear();
+  int scratch_row = 0;
   for (int e = 0; e < num_experts; ++e) {
     const int begin = offsets_[static_cast<std::size_t>(e)];
     const int count = offsets_[static_cast<std::size_t>(e) + 1] - begin;
@@ -52,7 +60,8 @@ void DispatchPlan::build(const TensorView& expert_ids, const TensorView& routing
     for (int p = 0; p < parts; ++p) {
       const int first = static_cast<int>(static_cast<std::int64_t>(count) * p / parts);
       const int last = static_cast<int>(static_cast<std::int64_t>(count) * (p + 1) / parts);
-      jobs_.push_back({e, begin + first, last - first});
+      jobs_.push_back({e, begin + first, last - first, scratch_row});
+      scratch_row += whole_tiles(last - first);
     }
   }
 

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "base/tensor_view.h"
+#include "kernels/kernel_table.h"
 
 namespace ktrt {
 
@@ -19,7 +20,12 @@ struct Job {
   int expert = 0;
   int first_row = 0;
   int rows = 0;
+  // Its first row in scratch memory, where it has room for whole tiles of rows.
+  int scratch_row = 0;
 };
+
+// Rows that jobs of `rows` altogether may take in scratch memory.
+constexpr int max_scratch_rows(int rows) { return rows + rows / kMaxTileRows; }
 
 // Rows are sorted by expert, then token, then slot: the order in which a token's experts are
 // summed, whatever the number of threads. Ids outside [0, num_experts) get no row.

@@ -4,10 +4,16 @@
 #include <stdexcept>
 
 #include "base/check.h"
+#include "kernels/amx/tuning.h"
 #include "kernels/select.h"
 #include "moe/moe_layer.h"
 
 namespace ktrt {
+
+// Weights stream from memory once per job: tiles want more rows for them.
+int max_job_rows(const KernelTable& kernels) {
+  return kernels.gemm_bf16.many->tile_order ? amx_tuning.job_rows : kMaxJobRows;
+}
 
 namespace {
 
@@ -28,12 +34,16 @@ int count_parts(const std::vector<int>& home, std::size_t threads) {
 }  // namespace
 
 Engine::Engine(const std::vector<int>& cpus, const std::vector<int>& home, int max_qlen)
-    : isa_(active_isa()),
-      kernels_(select_kernels(isa_, cpu_features())),
+    : Engine(cpus, home, max_qlen, active_isa(), select_kernels(active_isa(), cpu_features())) {}
+
+Engine::Engine(const std::vector<int>& cpus, const std::vector<int>& home, int max_qlen, Isa isa,
+               const KernelTable& kernels)
+    : isa_(isa),
+      kernels_(kernels),
       num_threads_(static_cast<int>(cpus.size())),
       home_(home),
       parts_(count_parts(home, cpus.size())),
-      workspace_(num_threads_, max_qlen) {
+      workspace_(num_threads_, max_qlen, max_job_rows(kernels)) {
   pool_.emplace(cpus);
 }
 

@@ -16,6 +16,9 @@ namespace ktrt {
 
 class MoeLayer;
 
+// Token rows of one job with these kernels, at most.
+int max_job_rows(const KernelTable& kernels);
+
 class Engine {
  public:
   // cpus[i]: where thread i runs; one thread each, the first being the caller of forward().
@@ -24,6 +27,9 @@ class Engine {
   Engine(const std::vector<int>& cpus, const std::vector<int>& home, int max_qlen);
   Engine(const std::vector<int>& cpus, int max_qlen)
       : Engine(cpus, std::vector<int>(cpus.size(), 0), max_qlen) {}
+  // With kernels of the caller's choice: for tests and benchmarks.
+  Engine(const std::vector<int>& cpus, const std::vector<int>& home, int max_qlen, Isa isa,
+         const KernelTable& kernels);
   ~Engine() { close(); }
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;

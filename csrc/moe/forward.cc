@@ -1,113 +1,89 @@
 #include "moe/forward.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 
 #include "base/bf16.h"
+#include "kernels/amx/tuning.h"
+#include "moe/job_rows.h"
 
 namespace ktrt {
 
 namespace {
 
-// Row strides in the scratch memory of this layer.
-struct Strides {
-  std::int64_t x;          // elements
-  std::int64_t x_codes;    // bytes
-  std::int64_t act;        // elements
-  std::int64_t act_codes;  // bytes
-  std::int64_t t_input;    // elements
-  std::int64_t t_down;     // elements
+// SiLU · up of a strip, row by row: into the activations of a job, which are in tile order for a
+// BF16 kernel that asks for it.
+struct SiluRows {
+  const ElementwiseKernels* kernels;
+  const float* gate;
+  const float* up;
+  std::uint16_t* out;  // the strip's place in the job's first row
+  std::int64_t row_stride;
+  int tile_rows;
+  std::int64_t tile_stride;
+
+  void run(int first, int last) const {
+    while (first < last) {
+      const int in_tile = first % tile_rows;
+      const int rows = tile_rows == 1 ? last - first : std::min(tile_rows - in_tile, last - first);
+      kernels->silu_mul(gate + first * kStripRows, up + first * kStripRows, rows,
+                        out + first / tile_rows * tile_stride + in_tile * row_stride, row_stride);
+      first += rows;
+    }
+  }
+  static void run_one(void* self, int row) {
+    static_cast<const SiluRows*>(self)->run(row, row + 1);
+  }
 };
 
-Strides strides_of(const ForwardTask& task) {
-  const auto bytes = [](int values, int size) {
-    return static_cast<std::int64_t>(
-        scratch_stride(static_cast<std::size_t>(values) * static_cast<std::size_t>(size)));
-  };
-  const int x = round_up(task.weights.shape().hidden_size, kStripRows);
-  const int act = round_up(task.weights.shape().intermediate_size, kStripRows);
-  return {bytes(x, 2) / 2,
-          bytes(task.weights.layout(Projection::kGate).padded_k(), 1),
-          bytes(act, 2) / 2,
-          bytes(task.weights.layout(Projection::kDown).padded_k(), 1),
-          task.lora != nullptr ? task.lora->input_shrink().width() : 0,
-          task.lora != nullptr ? task.lora->down_shrink().width() : 0};
-}
+// Weighted sums of a strip, row by row.
+struct SumRows {
+  const ElementwiseKernels* kernels;
+  const float* c;
+  const PlanRow* rows;
+  int count;
+  float* out;  // the strip's place in the first token's sums
+  std::int64_t columns;
+
+  void run(int first, int last) const {
+    constexpr int kAhead = 6;
+    for (int r = first; r < last; ++r) {
+      if (r + kAhead < count) {
+        const float* coming = out + rows[r + kAhead].token * columns;
+        __builtin_prefetch(coming, 1, 3);
+        __builtin_prefetch(coming + 16, 1, 3);
+      }
+      kernels->weighted_add(c + r * kStripRows, rows[r].weight, out + rows[r].token * columns);
+    }
+  }
+  static void run_one(void* self, int row) { static_cast<const SumRows*>(self)->run(row, row + 1); }
+};
 
 // What both phases of one thread need.
 class ThreadForward {
  public:
   ThreadForward(const ForwardTask& task, int thread)
       : task_(task),
-        strides_(strides_of(task)),
+        rows_(task, thread),
         scratch_(task.workspace.thread(thread)),
-        shared_(task.workspace.shared()),
-        int8_(task.weights.format() == WeightFormat::kInt8) {}
+        shared_(task.workspace.shared()) {}
 
+  const JobRows& rows() const { return rows_; }
   void gate_up(const Piece& piece);
   void down(const Piece& piece) const;
 
  private:
-  void gather(const Job& job) const;
-  void quantize_and_shrink_activations(const Job& job) const;
   GemmArgs gemm_args(const Job& job, Projection projection, int strip, float* c) const;
-  void use_input(GemmArgs& args) const;
-  void use_activations(GemmArgs& args, const Job& job) const;
+  SiluRows silu_rows(const Job& job, int strip, int buffer) const;
   void store_group(int first_strip, int strips) const;
 
   const ForwardTask& task_;
-  const Strides strides_;
+  const JobRows rows_;
   const Workspace::Thread& scratch_;
   const Workspace::Shared& shared_;
-  const bool int8_;
   int gathered_job_ = -1;  // whose rows are in scratch_
 };
-
-// Copies (and rounds) the job's rows, so that they lie together and padded; then what the GEMM and
-// the LoRA shrink read.
-void ThreadForward::gather(const Job& job) const {
-  const TensorView& hidden = task_.hidden_states;
-  const int count = task_.weights.shape().hidden_size;
-  const int padded = round_up(count, kStripRows);
-  const PackedLayout& layout = task_.weights.layout(Projection::kGate);
-  for (int r = 0; r < job.rows; ++r) {
-    const std::byte* source =
-        hidden.row(task_.plan.rows()[static_cast<std::size_t>(job.first_row + r)].token);
-    std::uint16_t* x = scratch_.x + r * strides_.x;
-    if (hidden.dtype == DType::kFloat32) {
-      task_.kernels.elementwise->f32_to_bf16(reinterpret_cast<const float*>(source), count, x);
-    } else {
-      row_to_bf16(source, hidden.dtype, count, x);
-    }
-    std::fill(x + count, x + padded, std::uint16_t{0});
-    if (int8_) {
-      scratch_.scales[r] = task_.kernels.elementwise->quantize_row(
-          x, count, layout.padded_k(), task_.gemm.for_rows(job.rows).activation_offset,
-          scratch_.codes + r * strides_.x_codes);
-    }
-  }
-  if (task_.lora == nullptr || task_.lora->input_shrink().blocks == 0) return;
-  const ExpertLora::Shrink& shrink = task_.lora->input_shrink();
-  task_.kernels.lora_shrink->run({scratch_.x, strides_.x, job.rows, shrink.of(job.expert),
-                                  shrink.blocks, shrink.k, scratch_.t, strides_.t_input});
-}
-
-void ThreadForward::quantize_and_shrink_activations(const Job& job) const {
-  const int count = task_.weights.shape().intermediate_size;
-  const PackedLayout& layout = task_.weights.layout(Projection::kDown);
-  if (int8_) {
-    for (int r = job.first_row; r < job.first_row + job.rows; ++r) {
-      shared_.scales[r] = task_.kernels.elementwise->quantize_row(
-          shared_.act + r * strides_.act, count, layout.padded_k(),
-          task_.gemm.for_rows(job.rows).activation_offset, shared_.codes + r * strides_.act_codes);
-    }
-  }
-  if (task_.lora == nullptr || task_.lora->down_shrink().blocks == 0) return;
-  const ExpertLora::Shrink& shrink = task_.lora->down_shrink();
-  task_.kernels.lora_shrink->run({shared_.act + job.first_row * strides_.act, strides_.act,
-                                  job.rows, shrink.of(job.expert), shrink.blocks, shrink.k,
-                                  shared_.t + job.first_row * strides_.t_down, strides_.t_down});
-}
 
 // Everything but the activations: weights of one strip and its LoRA expand.
 GemmArgs ThreadForward::gemm_args(const Job& job, Projection projection, int strip,
@@ -115,6 +91,7 @@ GemmArgs ThreadForward::gemm_args(const Job& job, Projection projection, int str
   const StripRef w = task_.weights.strip(job.expert, projection, strip);
   GemmArgs args{};
   args.rows = job.rows;
+  args.tile_rows = rows_.tile_rows(job);
   args.w_block = w.block;
   args.block_rows = w.block_rows;
   args.row_in_block = w.row_in_block;
@@ -132,33 +109,32 @@ GemmArgs ThreadForward::gemm_args(const Job& job, Projection projection, int str
   return args;
 }
 
-void ThreadForward::use_input(GemmArgs& args) const {
-  args.a = int8_ ? scratch_.codes : reinterpret_cast<const std::uint8_t*>(scratch_.x);
-  args.a_stride = int8_ ? strides_.x_codes : strides_.x * 2;
-  args.a_scale = scratch_.scales;
-  args.t_stride = strides_.t_input;
-}
-
-void ThreadForward::use_activations(GemmArgs& args, const Job& job) const {
-  args.a = int8_
-               ? shared_.codes + job.first_row * strides_.act_codes
-               : reinterpret_cast<const std::uint8_t*>(shared_.act + job.first_row * strides_.act);
-  args.a_stride = int8_ ? strides_.act_codes : strides_.act * 2;
-  args.a_scale = shared_.scales + job.first_row;
-  args.t = shared_.t + job.first_row * strides_.t_down;
-  args.t_stride = strides_.t_down;
+SiluRows ThreadForward::silu_rows(const Job& job, int strip, int buffer) const {
+  const int rows = rows_.act_tile_rows(job);
+  return {.kernels = task_.kernels.elementwise,
+          .gate = scratch_.c[buffer],
+          .up = scratch_.c_up[buffer],
+          .out = shared_.act + job.scratch_row * rows_.strides().act + strip * kStripRows * rows,
+          .row_stride = rows == 1 ? rows_.strides().act : kStripRows,
+          .tile_rows = rows,
+          .tile_stride = rows * rows_.strides().act};
 }
 
 void ThreadForward::gate_up(const Piece& piece) {
   const Job& job = task_.plan.jobs()[static_cast<std::size_t>(piece.job)];
-  const GemmKernel& gemm = task_.gemm.for_rows(job.rows);
-  if (gathered_job_ != piece.job) gather(job);
+  const GemmKernel& gemm = rows_.gemm_for(job);
+  const bool overlap = gemm.tile_order && amx_tuning.overlap != 0;
+  if (gathered_job_ != piece.job) rows_.gather(job);
   gathered_job_ = piece.job;
+  SiluRows finished{};  // the strip before, where its SiLU is still to be done
+  const Aside beside_gate{&SiluRows::run_one, &finished, 0, job.rows / 2};
+  const Aside beside_up{&SiluRows::run_one, &finished, job.rows / 2, job.rows};
+  int buffer = 0;
   for (int strip = piece.first_strip; strip < piece.end_strip; ++strip) {
-    GemmArgs gate = gemm_args(job, Projection::kGate, strip, scratch_.c);
-    GemmArgs up = gemm_args(job, Projection::kUp, strip, scratch_.c_up);
-    use_input(gate);
-    use_input(up);
+    GemmArgs gate = gemm_args(job, Projection::kGate, strip, scratch_.c[buffer]);
+    GemmArgs up = gemm_args(job, Projection::kUp, strip, scratch_.c_up[buffer]);
+    rows_.use_input(gate);
+    rows_.use_input(up);
     if (task_.lora != nullptr) {
       gate.t = scratch_.t + task_.lora->expand(Projection::kGate).t_offset;
       up.t = scratch_.t + task_.lora->expand(Projection::kUp).t_offset;
@@ -167,16 +143,24 @@ void ThreadForward::gate_up(const Piece& piece) {
     if (strip + 1 < piece.end_strip) {
       up.next = task_.weights.strip(job.expert, Projection::kGate, strip + 1).first_tile;
     }
+    if (overlap && strip > piece.first_strip) {
+      gate.aside = &beside_gate;
+      up.aside = &beside_up;
+    }
     gemm.strip(gate);
     gemm.strip(up);
-    task_.kernels.elementwise->silu_mul(
-        scratch_.c, scratch_.c_up, job.rows,
-        shared_.act + job.first_row * strides_.act + strip * kStripRows, strides_.act);
+    finished = silu_rows(job, strip, buffer);
+    if (overlap) {
+      buffer ^= 1;
+    } else {
+      finished.run(0, job.rows);
+    }
   }
+  if (overlap) finished.run(0, job.rows);
   const int done = piece.end_strip - piece.first_strip;
   const int before = task_.finished_strips[piece.job].fetch_add(done, std::memory_order_acq_rel);
   if (before + done == task_.weights.layout(Projection::kGate).strips()) {
-    quantize_and_shrink_activations(job);
+    rows_.quantize_and_shrink_activations(job);
   }
 }
 
@@ -188,27 +172,51 @@ void ThreadForward::down(const Piece& piece) const {
   const std::int64_t qlen = task_.out.shape[0];
   std::memset(scratch_.out, 0, static_cast<std::size_t>(qlen * columns) * sizeof(float));
   const std::vector<Job>& jobs = task_.plan.jobs();
+  SumRows finished{};  // the strip before, where its sums are still to be made
+  Aside aside{&SumRows::run_one, &finished, 0, 0};
+  int buffer = 0;
   for (std::size_t j = 0; j < jobs.size(); ++j) {
     const Job& job = jobs[j];
-    const GemmKernel& gemm = task_.gemm.for_rows(job.rows);
+    const GemmKernel& gemm = rows_.gemm_for(job);
+    const bool overlap = gemm.tile_order && amx_tuning.overlap != 0;
     for (int s = 0; s < strips; ++s) {
-      GemmArgs args = gemm_args(job, Projection::kDown, first_strip + s, scratch_.c);
-      use_activations(args, job);
+      GemmArgs args = gemm_args(job, Projection::kDown, first_strip + s, scratch_.c[buffer]);
+      rows_.use_activations(args, job);
       const bool last = s + 1 == strips;
       if (!last || j + 1 < jobs.size()) {
         const int next_expert = last ? jobs[j + 1].expert : job.expert;
         const int next_strip = last ? first_strip : first_strip + s + 1;
         args.next = task_.weights.strip(next_expert, Projection::kDown, next_strip).first_tile;
       }
+      if (j + 1 < jobs.size() && amx_tuning.next_a != 0) {
+        GemmArgs next{};
+        next.tile_rows = 1;
+        rows_.use_activations(next, jobs[j + 1]);
+        args.soon_bytes = next.a_stride * jobs[j + 1].rows / strips;
+        args.soon = next.a + args.soon_bytes * s;
+      }
+      if (overlap) {
+        args.aside = &aside;
+      } else {
+        finished.run(0, aside.last);
+        aside.last = 0;
+      }
       gemm.strip(args);
-      for (int r = 0; r < job.rows; ++r) {
-        const PlanRow& row = task_.plan.rows()[static_cast<std::size_t>(job.first_row + r)];
-        task_.kernels.elementwise->weighted_add(
-            scratch_.c + r * kStripRows, row.weight,
-            scratch_.out + row.token * columns + s * kStripRows);
+      finished = {.kernels = task_.kernels.elementwise,
+                  .c = scratch_.c[buffer],
+                  .rows = task_.plan.rows().data() + job.first_row,
+                  .count = job.rows,
+                  .out = scratch_.out + s * kStripRows,
+                  .columns = columns};
+      if (overlap) {
+        aside.last = job.rows;
+        buffer ^= 1;
+      } else {
+        finished.run(0, job.rows);
       }
     }
   }
+  finished.run(0, aside.last);
   store_group(first_strip, strips);
 }
 
@@ -234,17 +242,35 @@ void ThreadForward::store_group(int first_strip, int strips) const {
   }
 }
 
-// Strips of output columns whose sums fit one thread's scratch memory.
-int max_output_strips(std::int64_t qlen) {
-  const std::size_t strip_bytes = static_cast<std::size_t>(qlen) * kStripRows * sizeof(float);
-  return static_cast<int>(std::max<std::size_t>(1, kOutputBlockBytes / strip_bytes));
+// Strips of output columns whose sums fit one thread's cache or, coarse, its scratch memory.
+int max_output_strips(const ForwardTask& task, Grain grain) {
+  const std::size_t strip_bytes =
+      static_cast<std::size_t>(task.out.shape[0]) * kStripRows * sizeof(float);
+  const std::size_t bytes = grain == Grain::kFine ? kOutputBlockBytes : task.workspace.out_bytes();
+  return static_cast<int>(std::max<std::size_t>(1, bytes / strip_bytes));
+}
+
+double seconds_now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// Tiles make arithmetic so cheap that copying rows counts, once there are many per expert.
+bool many_rows(const ForwardTask& task) {
+  constexpr std::size_t kRowsPerJob = 32;
+  return task.gemm.many->tile_order &&
+         task.plan.rows().size() >= kRowsPerJob * task.plan.jobs().size();
 }
 
 }  // namespace
 
-void run_forward(const ForwardTask& task, ThreadPool& pool) {
+void run_forward(ForwardTask& task, ThreadPool& pool) {
   const std::int64_t qlen = task.out.shape[0];
   if (qlen == 0) return;
+  const bool many = many_rows(task);
+  const Grain job_grain = many && amx_tuning.whole_jobs != 0 ? Grain::kCoarse : Grain::kFine;
+  const Grain column_grain = many && amx_tuning.wide_down != 0 ? Grain::kCoarse : Grain::kFine;
+  task.tokens_quantized =
+      many && task.weights.format() == WeightFormat::kInt8 && amx_tuning.quantize_once != 0;
   const int parts = task.weights.parts();
   const int threads_per_part = std::max(1, pool.size() / parts);
   for (int p = 0; p < parts; ++p) {
@@ -253,23 +279,39 @@ void run_forward(const ForwardTask& task, ThreadPool& pool) {
                         task.weights.first_strip(projection, p + 1)};
     };
     PartQueues& queues = task.queues[static_cast<std::size_t>(p)];
-    schedule_jobs(task.plan.jobs(), strips(Projection::kGate), threads_per_part, queues.gate_up);
-    schedule_columns(strips(Projection::kDown), max_output_strips(qlen), threads_per_part,
-                     queues.down);
+    schedule_jobs(task.plan.jobs(), strips(Projection::kGate), threads_per_part, job_grain,
+                  queues.gate_up);
+    schedule_columns(strips(Projection::kDown), max_output_strips(task, column_grain),
+                     threads_per_part, column_grain, queues.down);
   }
+  double clock = seconds_now();
+  const auto end_phase = [&](int phase, int thread) {
+    if (thread != 0 || amx_tuning.phase_seconds == nullptr) return;
+    const double time = seconds_now();
+    amx_tuning.phase_seconds[phase] = time - clock;
+    clock = time;
+  };
   pool.run([&](int thread) {
     ThreadForward forward(task, thread);
     const int home = task.home[static_cast<std::size_t>(thread)];
+    if (task.tokens_quantized) {
+      forward.rows().quantize_tokens(qlen * thread / pool.size(),
+                                     qlen * (thread + 1) / pool.size());
+      pool.barrier();
+    }
+    end_phase(0, thread);
     for (int p = 0; p < parts; ++p) {
       PartQueues& queues = task.queues[static_cast<std::size_t>((home + p) % parts)];
       while (const Piece* piece = queues.gate_up.claim()) forward.gate_up(*piece);
     }
     pool.barrier();
+    end_phase(1, thread);
     for (int p = 0; p < parts; ++p) {
       PartQueues& queues = task.queues[static_cast<std::size_t>((home + p) % parts)];
       while (const Piece* piece = queues.down.claim()) forward.down(*piece);
     }
   });
+  end_phase(2, 0);
 }
 
 }  // namespace ktrt

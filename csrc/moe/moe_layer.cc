@@ -103,7 +103,8 @@ void MoeLayer::forward(const TensorView& hidden_states, const TensorView& expert
   const auto lock = engine_->lock_open();
   KTRT_CHECK(weights_->all_loaded(),
              "expert " << weights_->first_missing() << " has not been loaded");
-  plan_.build(expert_ids, routing_weights, shape_.num_experts, kMaxJobRows);
+  plan_.build(expert_ids, routing_weights, shape_.num_experts,
+              std::min(engine_->workspace_.max_job_rows(), max_job_rows(engine_->kernels())));
 
   const KernelTable& kernels = engine_->kernels();
   const bool int8 = format_ == WeightFormat::kInt8;
@@ -122,9 +123,11 @@ void MoeLayer::forward(const TensorView& hidden_states, const TensorView& expert
   used_ = {};
   for (const Job& job : plan_.jobs()) {
     const bool many = job.rows >= task.gemm.many_from;
-    (many ? used_.gemm : used_.gemm_few_rows) = task.gemm.for_rows(job.rows).name;
+    const GemmKernel& gemm = task.gemm.for_rows(job.rows);
+    (many ? used_.gemm : used_.gemm_few_rows) = gemm.name;
+    if (!lora_) continue;
+    (many ? used_.lora_shrink : used_.lora_shrink_few_rows) = kernels.shrink_for(gemm).name;
   }
-  used_.lora_shrink = lora_ ? kernels.lora_shrink->name : nullptr;
   used_.elementwise = kernels.elementwise->name;
 }
 

@@ -20,6 +20,7 @@ struct KernelsUsed {
   const char* gemm = nullptr;
   const char* gemm_few_rows = nullptr;  // only where few rows have a kernel of their own
   const char* lora_shrink = nullptr;
+  const char* lora_shrink_few_rows = nullptr;
   const char* elementwise = nullptr;
 };
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "base/check.h"
+#include "moe/dispatch_plan.h"
 #include "moe/expert_lora.h"
 
 namespace ktrt {
@@ -29,25 +30,37 @@ class Carver {
   std::size_t used_ = 0;
 };
 
-Workspace::Thread carve(Carver& carver, std::size_t x_row, std::size_t out_bytes) {
-  constexpr std::size_t kRows = kMaxJobRows;
+// Bytes of rows, and of the output block.
+struct Sizes {
+  std::size_t job_rows, x_row, act_row, out;
+};
+
+Workspace::Thread carve(Carver& carver, const Sizes& size) {
+  const std::size_t rows = size.job_rows;
   Workspace::Thread thread;
-  thread.x = carver.take<std::uint16_t>(kRows * x_row);
-  thread.codes = carver.take<std::uint8_t>(kRows * x_row);
-  thread.scales = carver.take<float>(kRows * sizeof(float));
-  thread.t = carver.take<std::uint16_t>(kRows * kInputRanks * sizeof(std::uint16_t));
-  thread.c = carver.take<float>(kRows * kStripRows * sizeof(float));
-  thread.c_up = carver.take<float>(kRows * kStripRows * sizeof(float));
-  thread.out = carver.take<float>(out_bytes);
+  thread.x = carver.take<std::uint16_t>(rows * size.x_row);
+  thread.codes = carver.take<std::uint8_t>(rows * size.x_row);
+  thread.scales = carver.take<float>(rows * sizeof(float));
+  thread.t =
+      carver.take<std::uint16_t>(rows * (kInputRanks + kShrunkPadding) * sizeof(std::uint16_t));
+  for (float*& c : thread.c) c = carver.take<float>(rows * kStripRows * sizeof(float));
+  for (float*& c : thread.c_up) c = carver.take<float>(rows * kStripRows * sizeof(float));
+  thread.tile_x = carver.take<std::uint16_t>(kMaxTileRows * size.x_row);
+  thread.tile_codes = carver.take<std::uint8_t>(kMaxTileRows * std::max(size.x_row, size.act_row));
+  thread.out = carver.take<float>(size.out);
   return thread;
 }
 
-Workspace::Shared carve_shared(Carver& carver, std::size_t rows, std::size_t act_row) {
+Workspace::Shared carve_shared(Carver& carver, std::size_t rows, std::size_t act_row,
+                               std::size_t tokens, std::size_t x_row) {
   Workspace::Shared shared;
   shared.act = carver.take<std::uint16_t>(rows * act_row);
   shared.codes = carver.take<std::uint8_t>(rows * act_row);
   shared.scales = carver.take<float>(rows * sizeof(float));
-  shared.t = carver.take<std::uint16_t>(rows * ExpertLora::kMaxRank * sizeof(std::uint16_t));
+  shared.t = carver.take<std::uint16_t>(rows * (ExpertLora::kMaxRank + kShrunkPadding) *
+                                        sizeof(std::uint16_t));
+  shared.token_codes = carver.take<std::uint8_t>(tokens * x_row);
+  shared.token_scales = carver.take<float>(tokens * sizeof(float));
   return shared;
 }
 
@@ -60,7 +73,8 @@ std::size_t row_bytes(int values) {
 
 }  // namespace
 
-Workspace::Workspace(int num_threads, int max_qlen) : max_qlen_(max_qlen) {
+Workspace::Workspace(int num_threads, int max_qlen, int max_job_rows)
+    : max_qlen_(max_qlen), max_job_rows_(max_job_rows) {
   KTRT_CHECK(max_qlen >= 1, "max_qlen is " << max_qlen << ", expected at least 1");
   threads_.resize(static_cast<std::size_t>(num_threads));
   thread_memory_.resize(threads_.size());
@@ -71,24 +85,32 @@ void Workspace::reserve(const MoeShape& shape) {
   const std::size_t act_row = std::max(act_row_, row_bytes(shape.intermediate_size));
   const std::size_t plan_rows = std::max(
       plan_rows_, static_cast<std::size_t>(max_qlen_) * static_cast<std::size_t>(shape.top_k));
+  const auto tokens = static_cast<std::size_t>(max_qlen_);
+  const int strips = round_up(shape.hidden_size, kStripRows) / kStripRows;
+  const int strips_per_thread = round_up(strips, num_threads()) / num_threads();
   const std::size_t out_bytes =
-      std::max(kOutputBlockBytes, static_cast<std::size_t>(max_qlen_) * kStripRows * sizeof(float));
-  if (x_row != x_row_) {
+      std::max({out_bytes_, kOutputBlockBytes,
+                tokens * static_cast<std::size_t>(strips_per_thread * kStripRows) * sizeof(float)});
+  if (x_row != x_row_ || act_row != act_row_ || out_bytes != out_bytes_) {
+    const auto job_rows = static_cast<std::size_t>(max_scratch_rows(max_job_rows_));
+    const Sizes sizes{job_rows, x_row, act_row, out_bytes};
     for (std::size_t i = 0; i < threads_.size(); ++i) {
       Carver measure(nullptr);
-      carve(measure, x_row, out_bytes);
+      carve(measure, sizes);
       thread_memory_[i] = AlignedBuffer(measure.used());
       Carver carver(thread_memory_[i].as<std::byte>());
-      threads_[i] = carve(carver, x_row, out_bytes);
+      threads_[i] = carve(carver, sizes);
     }
   }
-  if (act_row != act_row_ || plan_rows != plan_rows_) {
+  if (x_row != x_row_ || act_row != act_row_ || plan_rows != plan_rows_) {
+    const auto rows = static_cast<std::size_t>(max_scratch_rows(static_cast<int>(plan_rows)));
     Carver measure(nullptr);
-    carve_shared(measure, plan_rows, act_row);
+    carve_shared(measure, rows, act_row, tokens, x_row);
     shared_memory_ = AlignedBuffer(measure.used());
     Carver carver(shared_memory_.as<std::byte>());
-    shared_ = carve_shared(carver, plan_rows, act_row);
+    shared_ = carve_shared(carver, rows, act_row, tokens, x_row);
   }
+  out_bytes_ = out_bytes;
   x_row_ = x_row;
   act_row_ = act_row;
   plan_rows_ = plan_rows;
@@ -99,7 +121,7 @@ void Workspace::release() {
   shared_memory_.reset();
   std::fill(threads_.begin(), threads_.end(), Thread{});
   shared_ = Shared{};
-  x_row_ = act_row_ = plan_rows_ = 0;
+  x_row_ = act_row_ = plan_rows_ = out_bytes_ = 0;
 }
 
 std::atomic<int>* Workspace::job_counters(std::size_t count) {

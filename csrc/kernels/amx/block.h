@@ -1,5 +1,10 @@
-// What the BF16 and INT8 GEMMs on AMX tiles share: walking a strip over one register block, and the
-// LoRA expand. Included by their bodies only.
+// What the BF16 and INT8 GEMMs on AMX tiles share: how a strip is cut into blocks that the caches
+// hold, and what is done beside the tiles. Included by their bodies only.
+//
+// A block of k (some tiles of W, 2 KB each) stays in the L1 cache while pairs of A tiles, in tile
+// order and from the L2 cache, pass over it; C waits in memory from one block to the next. Sums run
+// in ascending k whatever the blocks. Two tiles multiply for 64 cycles on the 4 KB they are given,
+// which leaves the vector units and most loads free: for the coming weights, and for asides.
 #pragma once
 
 #include <immintrin.h>
@@ -7,32 +12,14 @@
 #include <string.h>
 
 #include "kernels/amx/tile_ops.h"
+#include "kernels/amx/tuning.h"
 #include "kernels/strip.h"
 
 namespace ktrt {
 namespace {
 
 constexpr int kTilePairs = 16;  // BF16 pairs of k in a tile
-
-// Multiplies all tiles of a strip with rows [first_row, first_row + 16 or 32) of A into tmm0 …
-// tmm3, which the caller has zeroed. Tiles::configure has been called.
-template <class Tiles, class Multiply, int kBlockBytes, bool kTwoTiles>
-inline void multiply_strip(const GemmArgs& g, int first_row, int row_bytes) {
-  const uint8_t* a = g.a + first_row * g.a_stride;
-  for_each_tile<kBlockBytes>(g, row_bytes, first_row == 0, [&](const uint8_t* w, int byte) {
-    const uint8_t* x = a + byte;
-    Tiles::template load<6>(w, 64);
-    Tiles::template load<4>(x, g.a_stride);
-    Multiply::template run<Tiles, 0, 4, 6>();
-    Tiles::template load<7>(w + kTileHalf, 64);
-    Multiply::template run<Tiles, 1, 4, 7>();
-    if constexpr (kTwoTiles) {
-      Tiles::template load<5>(x + kTileRows * g.a_stride, g.a_stride);
-      Multiply::template run<Tiles, 2, 5, 6>();
-      Multiply::template run<Tiles, 3, 5, 7>();
-    }
-  });
-}
+constexpr int64_t kCStride = kStripColumns * sizeof(float);
 
 struct MultiplyBf16 {
   template <class Tiles, int kC, int kA, int kB>
@@ -58,83 +45,299 @@ inline void zero_c() {
   }
 }
 
+// c: [two tiles][tile_rows][32]
 template <class Tiles, bool kTwoTiles>
-inline void load_c(const float* c) {
-  constexpr int64_t kStride = kStripColumns * sizeof(float);
-  Tiles::template load<0>(c, kStride);
-  Tiles::template load<1>(c + 16, kStride);
+inline void load_c(const float* c, int tile_rows) {
+  Tiles::template load<0>(c, kCStride);
+  Tiles::template load<1>(c + 16, kCStride);
   if constexpr (kTwoTiles) {
-    Tiles::template load<2>(c + kTileRows * kStripColumns, kStride);
-    Tiles::template load<3>(c + kTileRows * kStripColumns + 16, kStride);
+    Tiles::template load<2>(c + tile_rows * kStripColumns, kCStride);
+    Tiles::template load<3>(c + tile_rows * kStripColumns + 16, kCStride);
   }
 }
 
 template <class Tiles, bool kTwoTiles>
-inline void store_c(void* c_rows) {
-  constexpr int64_t kStride = kStripColumns * sizeof(float);
-  uint8_t* c = static_cast<uint8_t*>(c_rows);
-  Tiles::template store<0>(c, kStride);
-  Tiles::template store<1>(c + 64, kStride);
+inline void store_c(float* c, int tile_rows) {
+  Tiles::template store<0>(c, kCStride);
+  Tiles::template store<1>(c + 16, kCStride);
   if constexpr (kTwoTiles) {
-    Tiles::template store<2>(c + kTileRows * kStride, kStride);
-    Tiles::template store<3>(c + kTileRows * kStride + 64, kStride);
+    Tiles::template store<2>(c + tile_rows * kStripColumns, kCStride);
+    Tiles::template store<3>(c + tile_rows * kStripColumns + 16, kCStride);
   }
 }
 
-// Adds T · Lᵀ to C, which is in the tiles. Ranks come packed to even counts; a tile takes 32, so
-// the missing ones are filled with zeros here, in the L1 cache, rather than in memory, where they
-// would triple what decoding with rank 8 reads.
-template <class Tiles, bool kTwoTiles>
-inline void expand_lora(const GemmArgs& g, int first_row, int rows) {
-  alignas(64) uint16_t b[2][kTilePairs * 32];
-  alignas(64) uint16_t t[kBlockRows][2 * kTilePairs];
-  for (int pair = 0; pair < g.rank_pairs; pair += kTilePairs) {
-    const int rest = g.rank_pairs - pair;
-    const int count = rest < kTilePairs ? rest : kTilePairs;
-    const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1u);
-    for (int p = 0; p < kTilePairs; ++p) {
-      for (int half = 0; half < 2; ++half) {
-        const uint16_t* source = g.lora_b + (pair + p) * 64 + half * 32;
-        const __m512i values = p < count ? _mm512_loadu_si512(source) : _mm512_setzero_si512();
-        _mm512_store_si512(b[half] + p * 32, values);
+// Two tiles of rows, 64 bytes of k each: where they lie, and how far it is to the next 64 bytes.
+struct RowTiles {
+  const uint8_t* first;
+  const uint8_t* second;
+  int64_t step;
+};
+
+inline RowTiles row_tiles(const GemmArgs& g, int first_tile, int byte) {
+  const uint8_t* first = g.a + first_tile * g.a_stride + static_cast<int64_t>(byte) * g.tile_rows;
+  return {first, first + g.a_stride, 64 * g.tile_rows};
+}
+
+// C in the tiles += A · W over one tile of W.
+template <class Tiles, class Multiply, bool kTwoTiles>
+inline void multiply_tile(const uint8_t* w, const uint8_t* a0, const uint8_t* a1, bool stream) {
+  if (stream) {
+    Tiles::template load_stream<4>(a0, 64);
+  } else {
+    Tiles::template load<4>(a0, 64);
+  }
+  Tiles::template load<6>(w, 64);
+  Multiply::template run<Tiles, 0, 4, 6>();
+  Tiles::template load<7>(w + kTileHalf, 64);
+  Multiply::template run<Tiles, 1, 4, 7>();
+  if constexpr (kTwoTiles) {
+    if (stream) {
+      Tiles::template load_stream<5>(a1, 64);
+    } else {
+      Tiles::template load<5>(a1, 64);
+    }
+    Multiply::template run<Tiles, 2, 5, 6>();
+    Multiply::template run<Tiles, 3, 5, 7>();
+  }
+}
+
+// Lines that are asked for evenly over some number of steps.
+class Prefetch {
+ public:
+  void start(const uint8_t* begin, int64_t bytes, int64_t steps) {
+    next_ = begin;
+    const int64_t lines = begin == nullptr ? 0 : (bytes + 63) / 64;
+    end_ = begin + lines * 64;
+    per_step_ = (lines + steps - 1) / steps * 64;
+  }
+  void step() {
+    const uint8_t* end = next_ + per_step_ < end_ ? next_ + per_step_ : end_;
+    for (; next_ < end; next_ += 64) __builtin_prefetch(next_, 0, 2);
+  }
+
+ private:
+  const uint8_t* next_ = nullptr;
+  const uint8_t* end_ = nullptr;
+  int64_t per_step_ = 0;
+};
+
+// Runs an aside's pieces evenly over the strip's steps.
+class AsideRunner {
+ public:
+  AsideRunner(const GemmArgs& g, int64_t steps) : aside_(g.aside), steps_(steps) {
+    if (aside_ == nullptr) return;
+    next_ = aside_->first;
+    pieces_ = aside_->last - aside_->first;
+  }
+  void step() {
+    for (due_ += pieces_; due_ >= steps_; due_ -= steps_) aside_->run(aside_->context, next_++);
+  }
+  void finish() {
+    if (aside_ == nullptr) return;
+    while (next_ < aside_->last) aside_->run(aside_->context, next_++);
+  }
+
+ private:
+  const Aside* aside_;
+  int64_t steps_;
+  int64_t due_ = 0;
+  int64_t pieces_ = 0;
+  int next_ = 0;
+};
+
+// The strip's LoRA expand as W tiles. Ranks come packed to even counts; a tile takes 32, so the
+// missing ones are zeros here, in the L1 cache, rather than in memory, where they would triple what
+// decoding with rank 8 reads. Ranks above 128 are made into tiles again for every block of rows.
+class ExpandTiles {
+ public:
+  void build(const GemmArgs& g) {
+    for (int i = 0; i < kKept && i * kTilePairs < g.rank_pairs; ++i) build_tile(g, i, tiles_[i]);
+  }
+  // C in the tiles += T · Lᵀ for the rows from first_row on.
+  template <class Tiles, bool kTwoTiles>
+  void multiply(const GemmArgs& g, int first_row) {
+    const int64_t stride = g.t_stride * 2;
+    for (int i = 0; i * kTilePairs < g.rank_pairs; ++i) {
+      const int slot = i < kKept ? i : kKept;
+      if (slot == kKept) build_tile(g, i, tiles_[slot]);
+      const uint16_t* t = g.t + first_row * g.t_stride + i * 2 * kTilePairs;
+      Tiles::template load<6>(tiles_[slot], 64);
+      Tiles::template load<7>(tiles_[slot] + kTileHalf, 64);
+      Tiles::template load<4>(t, stride);
+      Tiles::template multiply_bf16<0, 4, 6>();
+      Tiles::template multiply_bf16<1, 4, 7>();
+      if constexpr (kTwoTiles) {
+        Tiles::template load<5>(t + g.tile_rows * g.t_stride, stride);
+        Tiles::template multiply_bf16<2, 5, 6>();
+        Tiles::template multiply_bf16<3, 5, 7>();
       }
     }
-    for (int r = 0; r < (kTwoTiles ? kBlockRows : kTileRows); ++r) {
-      const uint16_t* source = g.t + (first_row + r) * g.t_stride + 2 * pair;
-      const __m512i values =
-          r < rows ? _mm512_maskz_loadu_epi32(mask, source) : _mm512_setzero_si512();
-      _mm512_store_si512(t[r], values);
+  }
+
+ private:
+  static void build_tile(const GemmArgs& g, int index, uint8_t* tile) {
+    for (int p = 0; p < kTilePairs; ++p) {
+      const int pair = index * kTilePairs + p;
+      __m512i halves[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+      if (pair < g.rank_pairs) {
+        halves[0] = _mm512_loadu_si512(g.lora_b + pair * 64);
+        halves[1] = _mm512_loadu_si512(g.lora_b + pair * 64 + 32);
+      }
+      _mm512_store_si512(tile + p * 64, halves[0]);
+      _mm512_store_si512(tile + kTileHalf + p * 64, halves[1]);
     }
-    Tiles::template load<6>(b[0], 64);
-    Tiles::template load<7>(b[1], 64);
-    Tiles::template load<4>(t[0], 64);
-    Tiles::template multiply_bf16<0, 4, 6>();
-    Tiles::template multiply_bf16<1, 4, 7>();
-    if constexpr (kTwoTiles) {
-      Tiles::template load<5>(t[kTileRows], 64);
-      Tiles::template multiply_bf16<2, 5, 6>();
-      Tiles::template multiply_bf16<3, 5, 7>();
+  }
+
+  static constexpr int kKept = 4;
+  alignas(64) uint8_t tiles_[kKept + 1][kTileSize];
+};
+
+// Some tiles of W, consecutive in memory and in k.
+struct KBlock {
+  const uint8_t* tiles;
+  int count;
+  int byte;             // where it starts in a row of A
+  const uint8_t* next;  // the block after it, of this strip or the next one
+  int next_count;
+};
+
+// Calls visit(KBlock) for blocks of at most max_tiles, evenly cut from the layout's k-blocks.
+template <int kLayoutBlock, class Visit>
+inline void for_each_k_block(const GemmArgs& g, int row_bytes, int max_tiles, Visit visit) {
+  const auto blocks_in = [&](int tiles) { return (tiles + max_tiles - 1) / max_tiles; };
+  const auto first_count = [&](int first_byte) {
+    const int rest = row_bytes - first_byte;
+    const int tiles = (rest < kLayoutBlock ? rest : kLayoutBlock) / 64;
+    return tiles / blocks_in(tiles);
+  };
+  for (int first = 0; first < row_bytes; first += kLayoutBlock) {
+    const StripChunk chunk = strip_chunk<kLayoutBlock>(g, row_bytes, first);
+    const int blocks = blocks_in(chunk.count);
+    const bool last_chunk = first + kLayoutBlock >= row_bytes;
+    for (int b = 0; b < blocks; ++b) {
+      const int begin = chunk.count * b / blocks;
+      const int end = chunk.count * (b + 1) / blocks;
+      KBlock block{chunk.tiles + static_cast<int64_t>(begin) * kTileSize, end - begin,
+                   first + begin * 64, chunk.after_tiles,
+                   first_count(last_chunk ? 0 : first + kLayoutBlock)};
+      if (b + 1 < blocks) {
+        block.next = chunk.tiles + static_cast<int64_t>(end) * kTileSize;
+        block.next_count = chunk.count * (b + 2) / blocks - end;
+      }
+      visit(block);
     }
   }
 }
 
-// One strip: Gemm::block<two tiles?>(g, first row, rows) for blocks of at most 32 rows, the tiles
-// configured for each size.
+// One strip. Gemm has kLayoutBlock (bytes), Multiply, row_bytes(g), and for the rows of one or two
+// tiles: finish<Tiles, kTwoTiles>(first tile) when their sums are complete in the tiles, after
+// which step() is called beside the next multiplications and flush() before the next finish.
+template <class Tiles, class Gemm>
+class TileStrip {
+ public:
+  explicit TileStrip(const GemmArgs& g)
+      : g_(g),
+        gemm_(g),
+        row_bytes_(Gemm::row_bytes(g)),
+        tiles_((g.rows + g.tile_rows - 1) / g.tile_rows),
+        aside_(g, static_cast<int64_t>(row_bytes_ / 64) * ((tiles_ + 1) / 2)) {}
+
+  void run() {
+    prefetch_expand(g_);
+    Tiles::configure(g_.tile_rows);
+    if (tiles_ > 2) {
+      all_rows();
+    } else if (tiles_ == 2) {
+      few_rows<true>();
+    } else {
+      few_rows<false>();
+    }
+    gemm_.flush();
+    aside_.finish();
+    Tiles::release();
+  }
+
+ private:
+  // All rows in the tiles: W is read once and C needs no memory.
+  template <bool kTwoTiles>
+  void few_rows() {
+    zero_c<Tiles, kTwoTiles>();
+    for_each_tile<Gemm::kLayoutBlock>(g_, row_bytes_, true, [&](const uint8_t* w, int byte) {
+      const RowTiles a = row_tiles(g_, 0, byte);
+      multiply_tile<Tiles, typename Gemm::Multiply, kTwoTiles>(w, a.first, a.second, false);
+      aside_.step();
+    });
+    gemm_.template finish<Tiles, kTwoTiles>(0);
+  }
+
+  void all_rows() {
+    const int pairs = (tiles_ + 1) / 2;
+    soon_.start(g_.soon, g_.soon_bytes, static_cast<int64_t>(row_bytes_ / 64) * pairs);
+    for_each_k_block<Gemm::kLayoutBlock>(
+        g_, row_bytes_, amx_tuning.k_block, [&](const KBlock& block) {
+          weights_.start(block.next, static_cast<int64_t>(block.next_count) * kTileSize,
+                         static_cast<int64_t>(block.count) * pairs);
+          int tile = 0;
+          for (; tile + 2 <= tiles_; tile += 2) multiply_block<true>(block, tile);
+          if (tile < tiles_) multiply_block<false>(block, tile);
+        });
+  }
+
+  template <bool kTwoTiles>
+  void multiply_block(const KBlock& block, int tile) {
+    float* c = g_.c + static_cast<int64_t>(tile) * g_.tile_rows * kStripColumns;
+    if (block.byte == 0) {
+      zero_c<Tiles, kTwoTiles>();
+    } else {
+      load_c<Tiles, kTwoTiles>(c, g_.tile_rows);
+    }
+    const RowTiles a = row_tiles(g_, tile, block.byte);
+    const RowTiles after = row_tiles(g_, tile + 2 < tiles_ ? tile + 2 : 0, block.byte);
+    const int ahead = amx_tuning.a_ahead;
+    const bool stream = amx_tuning.stream_a != 0;
+    for (int i = 0; i < block.count; ++i) {
+      if (ahead > 0) {
+        if (i + ahead < block.count) {
+          prefetch_rows<kTwoTiles>(a, i + ahead);
+        } else {
+          prefetch_rows<kTwoTiles>(after, i + ahead - block.count);
+        }
+      }
+      multiply_tile<Tiles, typename Gemm::Multiply, kTwoTiles>(
+          block.tiles + static_cast<int64_t>(i) * kTileSize, a.first + i * a.step,
+          a.second + i * a.step, stream);
+      weights_.step();
+      soon_.step();
+      gemm_.step(block.count);
+      aside_.step();
+    }
+    if (block.byte + block.count * 64 == row_bytes_) {
+      gemm_.template finish<Tiles, kTwoTiles>(tile);
+    } else {
+      store_c<Tiles, kTwoTiles>(c, g_.tile_rows);
+    }
+  }
+
+  template <bool kTwoTiles>
+  void prefetch_rows(const RowTiles& a, int index) const {
+    for (int r = 0; r < g_.tile_rows; ++r) {
+      __builtin_prefetch(a.first + index * a.step + r * 64, 0, 3);
+      if constexpr (kTwoTiles) __builtin_prefetch(a.second + index * a.step + r * 64, 0, 3);
+    }
+  }
+
+  const GemmArgs& g_;
+  Gemm gemm_;
+  const int row_bytes_;
+  const int tiles_;
+  AsideRunner aside_;
+  Prefetch weights_;
+  Prefetch soon_;
+};
+
 template <class Tiles, class Gemm>
 void tile_strip(const GemmArgs& g) {
-  prefetch_expand(g);
-  int configured = 0;
-  for_each_row_block<kBlockRows>(g.rows, [&](int first, int rows) {
-    const int rows0 = rows < kTileRows ? rows : kTileRows;
-    if (rows != configured) Tiles::configure(rows0, rows - rows0);
-    configured = rows;
-    if (rows > kTileRows) {
-      Gemm::template block<true>(g, first, rows);
-    } else {
-      Gemm::template block<false>(g, first, rows);
-    }
-  });
-  Tiles::release();
+  TileStrip<Tiles, Gemm>(g).run();
 }
 
 }  // namespace

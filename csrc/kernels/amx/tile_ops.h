@@ -1,9 +1,9 @@
 // AMX tile registers behind a policy, so that one GEMM body runs on hardware tiles and, in tests,
-// on emulated ones. Tile map of both GEMMs:
+// on emulated ones. Tile map of all bodies, for tiles of r ≤ 16 rows of A:
 //
-//   tmm0 tmm1   C of rows 0 … 15:  output columns 0 … 15 | 16 … 31
-//   tmm2 tmm3   C of rows 16 … 31: the same
-//   tmm4 tmm5   A rows 0 … 15 | 16 … 31, 64 bytes of k each
+//   tmm0 tmm1   C of the first r rows: output columns 0 … 15 | 16 … 31
+//   tmm2 tmm3   C of the next r rows: the same
+//   tmm4 tmm5   A: the first r rows | the next r rows, 64 bytes of k each
 //   tmm6 tmm7   W: the two halves of one packed tile, 16 k-groups × 64 bytes
 #pragma once
 
@@ -17,9 +17,7 @@
 namespace ktrt {
 namespace {
 
-// Rows of A in one register block: two tiles.
 constexpr int kTileRows = 16;
-constexpr int kBlockRows = 2 * kTileRows;
 
 #if defined(__AMX_TILE__)
 
@@ -33,13 +31,12 @@ struct alignas(64) TileConfig {
 };
 
 struct HardwareTiles {
-  // rows0, rows1: rows of the two A tiles. Loading a configuration clears the tiles.
-  static void configure(int rows0, int rows1) {
+  // rows: of A and C. Loading a configuration clears the tiles.
+  static void configure(int rows) {
     TileConfig config;
-    const int rows[8] = {rows0, rows0, rows1, rows1, rows0, rows1, kTileRows, kTileRows};
     for (int tile = 0; tile < 8; ++tile) {
-      config.row_bytes[tile] = rows[tile] > 0 ? 64 : 0;
-      config.rows[tile] = static_cast<uint8_t>(rows[tile]);
+      config.row_bytes[tile] = 64;
+      config.rows[tile] = static_cast<uint8_t>(tile < 6 ? rows : kTileRows);
     }
     _tile_loadconfig(&config);
   }
@@ -53,6 +50,14 @@ struct HardwareTiles {
   template <int kTile>
   static void load(const void* data, int64_t stride) {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(data), "r"(stride), "i"(kTile) : "memory");
+  }
+  // The same for data that is not read again soon.
+  template <int kTile>
+  static void load_stream(const void* data, int64_t stride) {
+    asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2"
+                 :
+                 : "r"(data), "r"(stride), "i"(kTile)
+                 : "memory");
   }
   template <int kTile>
   static void store(void* data, int64_t stride) {
@@ -83,11 +88,10 @@ struct EmulatedTiles {
     static thread_local State state;
     return state;
   }
-  static void configure(int rows0, int rows1) {
+  static void configure(int rows) {
     State& s = state();
     memset(&s, 0, sizeof(s));
-    const int rows[8] = {rows0, rows0, rows1, rows1, rows0, rows1, kTileRows, kTileRows};
-    memcpy(s.rows, rows, sizeof(rows));
+    for (int tile = 0; tile < 8; ++tile) s.rows[tile] = tile < 6 ? rows : kTileRows;
   }
   static void release() { memset(&state(), 0, sizeof(State)); }
   template <int kTile>
@@ -100,6 +104,10 @@ struct EmulatedTiles {
     for (int r = 0; r < state().rows[kTile]; ++r) {
       memcpy(state().data[kTile][r], static_cast<const uint8_t*>(data) + r * stride, 64);
     }
+  }
+  template <int kTile>
+  static void load_stream(const void* data, int64_t stride) {
+    load<kTile>(data, stride);
   }
   template <int kTile>
   static void store(void* data, int64_t stride) {

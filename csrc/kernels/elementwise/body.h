@@ -88,5 +88,30 @@ void weighted_add(const float* c, float weight, float* acc) {
   for (int n = 0; n < 32; ++n) acc[n] += weight * c[n];
 }
 
+// Four lines of a row at a time, so that neither side's lines crowd one set of the L1 cache; rows
+// come from memory, whose own prefetcher would start anew with every row.
+void to_tile(const uint8_t* const* rows, int count, int tile_rows, int bytes, int padded,
+             uint8_t* out) {
+  constexpr int kPiece = 256;
+  const int whole = bytes / 64 * 64;
+  for (int first = 0; first < whole; first += kPiece) {
+    const int end = first + kPiece < whole ? first + kPiece : whole;
+    for (int r = 0; r < count; ++r) {
+      for (int b = first; b < end; b += 64) {
+        __builtin_prefetch(rows[r] + b + 3 * kPiece, 0, 3);
+        memcpy(out + static_cast<int64_t>(b) * tile_rows + r * 64, rows[r] + b, 64);
+      }
+    }
+  }
+  for (int b = whole; b < padded; b += 64) {
+    for (int r = 0; r < count; ++r) {
+      uint8_t* line = out + static_cast<int64_t>(b) * tile_rows + r * 64;
+      const int rest = b < bytes ? bytes - b : 0;
+      memset(line, 0, 64);
+      memcpy(line, rows[r] + b, static_cast<size_t>(rest));
+    }
+  }
+}
+
 }  // namespace
 }  // namespace ktrt

@@ -1,5 +1,4 @@
-// BF16 GEMM on AMX tiles: 32 rows of A × one strip per register block, the LoRA expand in the
-// tiles.
+// BF16 GEMM on AMX tiles, the LoRA expand in the tiles.
 #pragma once
 
 #include "kernels/amx/block.h"
@@ -7,17 +6,28 @@
 namespace ktrt {
 namespace {
 
-template <class Tiles>
-struct AmxBf16Gemm {
-  static constexpr int kBlockBytes = 1792 * 2;
+class AmxBf16Gemm {
+ public:
+  static constexpr int kLayoutBlock = 1792 * 2;
+  using Multiply = MultiplyBf16;
+  static int row_bytes(const GemmArgs& g) { return g.k * 2; }
 
-  template <bool kTwoTiles>
-  static void block(const GemmArgs& g, int first_row, int rows) {
-    zero_c<Tiles, kTwoTiles>();
-    multiply_strip<Tiles, MultiplyBf16, kBlockBytes, kTwoTiles>(g, first_row, g.k * 2);
-    if (g.lora_b != nullptr) expand_lora<Tiles, kTwoTiles>(g, first_row, rows);
-    store_c<Tiles, kTwoTiles>(g.c + static_cast<int64_t>(first_row) * kStripColumns);
+  explicit AmxBf16Gemm(const GemmArgs& g) : g_(g) {
+    if (g.lora_b != nullptr) expand_.build(g);
   }
+
+  template <class Tiles, bool kTwoTiles>
+  void finish(int first_tile) {
+    const int first_row = first_tile * g_.tile_rows;
+    if (g_.lora_b != nullptr) expand_.multiply<Tiles, kTwoTiles>(g_, first_row);
+    store_c<Tiles, kTwoTiles>(g_.c + static_cast<int64_t>(first_row) * kStripColumns, g_.tile_rows);
+  }
+  void step(int) {}
+  void flush() {}
+
+ private:
+  const GemmArgs& g_;
+  ExpandTiles expand_;
 };
 
 }  // namespace

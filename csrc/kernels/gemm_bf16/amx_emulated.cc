@@ -4,7 +4,7 @@
 namespace ktrt {
 
 extern const GemmKernel gemm_bf16_amx_emulated;
-const GemmKernel gemm_bf16_amx_emulated = {
-    "amx_emulated", tile_strip<EmulatedTiles, AmxBf16Gemm<EmulatedTiles>>, 0};
+const GemmKernel gemm_bf16_amx_emulated = {"amx_emulated", tile_strip<EmulatedTiles, AmxBf16Gemm>,
+                                           0, true};
 
 }  // namespace ktrt

@@ -1,5 +1,5 @@
 // INT8 GEMM on AMX tiles: signed activations times signed weights, exact int32 sums. They are
-// scaled in the L1 cache and taken back into tiles only where there is LoRA to add.
+// scaled, and the LoRA expand (which has tiles of its own) is added, while the next rows multiply.
 #pragma once
 
 #include "kernels/amx/block.h"
@@ -7,36 +7,63 @@
 namespace ktrt {
 namespace {
 
-template <class Tiles>
-struct AmxInt8Gemm {
-  static constexpr int kBlockBytes = 3584;
+class AmxInt8Gemm {
+ public:
+  static constexpr int kLayoutBlock = 3584;
+  using Multiply = MultiplyInt8;
+  static int row_bytes(const GemmArgs& g) { return g.k; }
 
-  // c[r][n] = (a_scale · w_scale) · sum, as kt_kernel does; the sums lie where c is.
-  static void scale(const GemmArgs& g, int first_row, int rows) {
-    float* c = g.c + static_cast<int64_t>(first_row) * kStripColumns;
-    const __m512 w0 = _mm512_loadu_ps(g.w_scale);
-    const __m512 w1 = _mm512_loadu_ps(g.w_scale + 16);
-    for (int r = 0; r < rows; ++r, c += kStripColumns) {
-      const __m512 a = _mm512_set1_ps(g.a_scale[first_row + r]);
-      const __m512 sum0 = _mm512_cvtepi32_ps(_mm512_loadu_si512(c));
-      const __m512 sum1 = _mm512_cvtepi32_ps(_mm512_loadu_si512(c + 16));
-      _mm512_storeu_ps(c, _mm512_mul_ps(_mm512_mul_ps(a, w0), sum0));
-      _mm512_storeu_ps(c + 16, _mm512_mul_ps(_mm512_mul_ps(a, w1), sum1));
+  explicit AmxInt8Gemm(const GemmArgs& g) : g_(g) {
+    if (g.lora_b != nullptr) expand_.build(g);
+  }
+
+  template <class Tiles, bool kTwoTiles>
+  void finish(int first_tile) {
+    flush();
+    const int first = first_tile * g_.tile_rows;
+    store_c<Tiles, kTwoTiles>(g_.c + static_cast<int64_t>(first) * kStripColumns, g_.tile_rows);
+    if (g_.lora_b != nullptr) {
+      zero_c<Tiles, kTwoTiles>();
+      expand_.multiply<Tiles, kTwoTiles>(g_, first);
+      store_c<Tiles, kTwoTiles>(expanded_, g_.tile_rows);
+    }
+    const int end = first + (kTwoTiles ? 2 : 1) * g_.tile_rows;
+    first_ = next_ = first;
+    end_ = end < g_.rows ? end : g_.rows;
+  }
+  // Scales as many rows as leave nothing to do after `steps` steps.
+  void step(int steps) {
+    const int count = (2 * kTileRows + steps - 1) / steps;
+    const int end = next_ + count < end_ ? next_ + count : end_;
+    while (next_ < end) scale(next_++);
+  }
+  void flush() {
+    while (next_ < end_) scale(next_++);
+  }
+
+ private:
+  // c = (a_scale · w_scale) · sum, as kt_kernel does; the sums lie where c is.
+  void scale(int row) {
+    float* c = g_.c + static_cast<int64_t>(row) * kStripColumns;
+    const __m512 a = _mm512_set1_ps(g_.a_scale[row]);
+    for (int half = 0; half < kStripColumns; half += 16) {
+      const __m512 sum = _mm512_cvtepi32_ps(_mm512_loadu_si512(c + half));
+      const __m512 scale = _mm512_mul_ps(a, _mm512_loadu_ps(g_.w_scale + half));
+      __m512 value = _mm512_mul_ps(scale, sum);
+      if (g_.lora_b != nullptr) {
+        const float* expanded = expanded_ + (row - first_) * kStripColumns + half;
+        value = _mm512_add_ps(value, _mm512_load_ps(expanded));
+      }
+      _mm512_storeu_ps(c + half, value);
     }
   }
 
-  template <bool kTwoTiles>
-  static void block(const GemmArgs& g, int first_row, int rows) {
-    float* c = g.c + static_cast<int64_t>(first_row) * kStripColumns;
-    zero_c<Tiles, kTwoTiles>();
-    multiply_strip<Tiles, MultiplyInt8, kBlockBytes, kTwoTiles>(g, first_row, g.k);
-    store_c<Tiles, kTwoTiles>(c);
-    scale(g, first_row, rows);
-    if (g.lora_b == nullptr) return;
-    load_c<Tiles, kTwoTiles>(c);
-    expand_lora<Tiles, kTwoTiles>(g, first_row, rows);
-    store_c<Tiles, kTwoTiles>(c);
-  }
+  const GemmArgs& g_;
+  int first_ = 0;  // the rows whose sums are complete,
+  int next_ = 0;   // the first of them that is not scaled yet,
+  int end_ = 0;    // and their end
+  ExpandTiles expand_;
+  alignas(64) float expanded_[2 * kTileRows * kStripColumns];
 };
 
 }  // namespace

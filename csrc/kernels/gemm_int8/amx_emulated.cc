@@ -4,7 +4,7 @@
 namespace ktrt {
 
 extern const GemmKernel gemm_int8_amx_emulated;
-const GemmKernel gemm_int8_amx_emulated = {
-    "amx_emulated", tile_strip<EmulatedTiles, AmxInt8Gemm<EmulatedTiles>>, 0};
+const GemmKernel gemm_int8_amx_emulated = {"amx_emulated", tile_strip<EmulatedTiles, AmxInt8Gemm>,
+                                           0, true};
 
 }  // namespace ktrt

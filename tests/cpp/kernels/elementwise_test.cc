@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <tuple>
 #include <vector>
 
 #include "base/bf16.h"
@@ -250,6 +251,36 @@ TEST_P(ElementwiseTest, WeightedAddRoundsTwice) {
     }
     kernel().weighted_add(c.data(), weight, acc.data());
     ASSERT_EQ(acc, expected);
+  }
+}
+
+TEST_P(ElementwiseTest, ToTileCopiesPiecesOf64BytesAndPads) {
+  Random random(17);
+  for (const auto& [count, tile_rows, bytes] :
+       {std::tuple(1, 1, 64), std::tuple(3, 3, 70), std::tuple(7, 9, 4096), std::tuple(16, 16, 600),
+        std::tuple(2, 16, 1), std::tuple(16, 16, 2816)}) {
+    const int padded = (bytes + 63) / 64 * 64;
+    std::vector<std::vector<std::uint8_t>> rows;
+    const std::uint8_t* pointers[kMaxTileRows];
+    for (int r = 0; r < count; ++r) {
+      rows.emplace_back(static_cast<std::size_t>(bytes));
+      for (auto& byte : rows.back()) byte = static_cast<std::uint8_t>(random.integer(1, 255));
+      pointers[r] = rows.back().data();
+    }
+    std::vector<std::uint8_t> out(static_cast<std::size_t>(padded * tile_rows + 64), 0xee);
+    kernel().to_tile(pointers, count, tile_rows, bytes, padded, out.data());
+    for (std::size_t i = 0; i < out.size(); ++i) {
+      const int piece = static_cast<int>(i) / (64 * tile_rows);
+      const int row = static_cast<int>(i) / 64 % tile_rows;
+      const int byte = piece * 64 + static_cast<int>(i) % 64;
+      std::uint8_t expected = 0xee;
+      if (row < count && piece * 64 < padded) {
+        expected = byte < bytes
+                       ? rows[static_cast<std::size_t>(row)][static_cast<std::size_t>(byte)]
+                       : std::uint8_t{0};
+      }
+      ASSERT_EQ(out[i], expected) << count << " rows of " << bytes << ", byte " << i;
+    }
   }
 }
 

@@ -91,16 +91,18 @@ class GemmCase {
   std::vector<float> run(const GemmKernel& kernel, int first, int count) {
     std::vector<float> c(size(count * n_));
     const AlignedVector<std::uint8_t> a = activations(kernel, first, count);
-    const AlignedVector<std::uint16_t> t = shrunk(first, count);
+    const AlignedVector<std::uint16_t> t = shrunk(kernel, first, count);
     constexpr float kGuard = 12345.0f;
     for (int strip = 0; strip < packed_.layout.strips(); ++strip) {
       const AlignedVector<std::uint16_t> b = expand(strip);
-      AlignedVector<float> block(size((count + 1) * kStripRows),
+      const int whole = round_up(count, kernel.tile_rows(count));
+      AlignedVector<float> block(size((whole + 1) * kStripRows),
                                  std::numeric_limits<float>::quiet_NaN());
       std::fill(block.end() - kStripRows, block.end(), kGuard);
       GemmArgs args = weights(strip);
       args.a = a.data();
-      args.a_stride = packed_.layout.row_bytes();
+      args.tile_rows = kernel.tile_rows(count);
+      args.a_stride = args.tile_rows * packed_.layout.row_bytes();
       args.a_scale = int8() ? a_scale_.data() + first : nullptr;
       args.rows = count;
       if (rank_ > 0) {
@@ -112,7 +114,7 @@ class GemmCase {
       args.c = block.data();
       kernel.strip(args);
       for (int column = 0; column < kStripRows; ++column) {
-        EXPECT_EQ(block[at(count, kStripRows, column)], kGuard) << "row " << count << " written";
+        EXPECT_EQ(block[at(whole, kStripRows, column)], kGuard) << "row " << whole << " written";
         const int n = strip * kStripRows + column;
         for (int row = 0; row < count && n < n_; ++row) {
           c[at(row, n_, n)] = block[at(row, kStripRows, column)];
@@ -176,16 +178,22 @@ class GemmCase {
 
   AlignedVector<std::uint8_t> activations(const GemmKernel& kernel, int first, int count) const {
     const int padded = packed_.layout.padded_k();
-    AlignedVector<std::uint8_t> bytes(size(count * packed_.layout.row_bytes()));
+    const int row_bytes = packed_.layout.row_bytes();
+    const int tile_rows = kernel.tile_rows(count);
+    // Missing rows of the last tile hold what would show anywhere: NaN, or -1.
+    AlignedVector<std::uint8_t> bytes(size(round_up(count, tile_rows) * row_bytes), 0xff);
     for (int row = 0; row < count; ++row) {
       for (int k = 0; k < padded; ++k) {
         const float value = k < k_ ? a_[at(first + row, k_, k)] : padding_;
+        const int byte = int8() ? k : 2 * k;
+        std::uint8_t* out =
+            &bytes[at(row / tile_rows, tile_rows * row_bytes,
+                      byte / 64 * 64 * tile_rows + row % tile_rows * 64 + byte % 64)];
         if (int8()) {
-          bytes[at(row, padded, k)] =
-              static_cast<std::uint8_t>(static_cast<int>(value) + kernel.activation_offset);
+          *out = static_cast<std::uint8_t>(static_cast<int>(value) + kernel.activation_offset);
         } else {
           const bf16_t bits = f32_to_bf16(value);
-          std::memcpy(&bytes[2 * at(row, padded, k)], &bits, 2);
+          std::memcpy(out, &bits, 2);
         }
       }
     }
@@ -208,8 +216,9 @@ class GemmCase {
   }
 
   // Odd ranks are padded by a zero in B; T beside it may hold anything finite.
-  AlignedVector<std::uint16_t> shrunk(int first, int count) const {
-    AlignedVector<std::uint16_t> t(size(count * t_stride()), f32_to_bf16(1e30f));
+  AlignedVector<std::uint16_t> shrunk(const GemmKernel& kernel, int first, int count) const {
+    const int rows = round_up(count, kernel.tile_rows(count));
+    AlignedVector<std::uint16_t> t(size(rows * t_stride() + 32), f32_to_bf16(1e30f));
     for (int row = 0; row < count; ++row) {
       for (int r = 0; r < rank_; ++r) {
         t[at(row, t_stride(), r)] = f32_to_bf16(t_[at(first + row, rank_, r)]);

@@ -38,14 +38,18 @@ struct ShrinkCase {
   int width() const { return blocks * kBlockRanks; }
 
   // Rows [first, first + count) of T, [count][width], as BF16 bits.
-  std::vector<std::uint16_t> run(const ShrinkKernel& kernel, int first, int count) const {
+  std::vector<std::uint16_t> run(const ShrinkKernel& kernel, int first, int count,
+                                 int tile_rows = 1) const {
+    constexpr std::uint16_t kNan = 0x7fff;
     const int x_stride = k + 6;
     const int t_stride = width() + 3;
     constexpr std::uint16_t kGuard = 0x1234;
-    AlignedVector<std::uint16_t> rows_of_x(at(count, x_stride, 0), f32_to_bf16(1e30f));
+    AlignedVector<std::uint16_t> rows_of_x(at(count + kMaxTileRows, x_stride, 0), kNan);
     for (int row = 0; row < count; ++row) {
       for (int i = 0; i < k; ++i) {
-        rows_of_x[at(row, x_stride, i)] = f32_to_bf16(x[at(first + row, k, i)]);
+        const int in_tile = i / 32 * 32 * tile_rows + row % tile_rows * 32 + i % 32;
+        rows_of_x[at(row / tile_rows, tile_rows * x_stride, tile_rows == 1 ? i : in_tile)] =
+            f32_to_bf16(x[at(first + row, k, i)]);
       }
     }
     AlignedVector<std::uint16_t> packed(a.size());
@@ -56,7 +60,8 @@ struct ShrinkCase {
       }
     }
     AlignedVector<std::uint16_t> t(at(count, t_stride, 0), kGuard);
-    kernel.run({rows_of_x.data(), x_stride, count, packed.data(), blocks, k, t.data(), t_stride});
+    kernel.run({rows_of_x.data(), tile_rows * x_stride, tile_rows, count, packed.data(), blocks, k,
+                t.data(), t_stride});
     std::vector<std::uint16_t> result;
     for (int row = 0; row < count; ++row) {
       for (int i = 0; i < t_stride; ++i) {
@@ -76,8 +81,7 @@ struct ShrinkCase {
 };
 
 class LoraShrinkTest : public testing::VariantTest<ShrinkKernel> {};
-INSTANTIATE_TEST_SUITE_P(Variants, LoraShrinkTest,
-                         ::testing::ValuesIn(testing::variants_of(testing::shrinks)),
+INSTANTIATE_TEST_SUITE_P(Variants, LoraShrinkTest, ::testing::ValuesIn(testing::all_shrinks()),
                          testing::variant_name<ShrinkKernel>);
 
 TEST_P(LoraShrinkTest, EqualsTheSumInDoublePrecision) {
@@ -111,6 +115,16 @@ TEST_P(LoraShrinkTest, ARowDoesNotDependOnTheRowsBesideIt) {
     const int first = shrink.rows - count;
     const std::vector<std::uint16_t> expected(all.begin() + first * shrink.width(), all.end());
     ASSERT_EQ(shrink.run(kernel(), first, count), expected) << count << " rows";
+  }
+}
+
+// Tiles are as long as a GEMM's that asks for tile order.
+TEST_P(LoraShrinkTest, TileOrderChangesNoBit) {
+  if (!testing::is_amx(kernel())) return;
+  for (const int rows : {2, 15, 16, 17, 31, 33, 50}) {
+    const ShrinkCase shrink(rows, 160, 3);
+    const int tile_rows = gemm_bf16_amx_emulated.tile_rows(rows);
+    EXPECT_EQ(shrink.run(kernel(), 0, rows, tile_rows), shrink.run(kernel(), 0, rows)) << rows;
   }
 }
 

@@ -12,13 +12,17 @@ namespace {
 
 constexpr CpuFeatures kAll{true, true, true, true, true};
 
-// BF16 GEMM, INT8 GEMM, shrink, elementwise; a GEMM that differs for few rows as "many/few".
+// BF16 GEMM, INT8 GEMM, shrink, elementwise; what differs for few rows as "many/few".
 std::string names(const KernelTable& table) {
   const auto gemm = [](const GemmChoice& choice) {
     const std::string many = choice.many->name;
     return choice.few == choice.many ? many : many + "/" + choice.few->name;
   };
-  return gemm(table.gemm_bf16) + " " + gemm(table.gemm_int8) + " " + table.lora_shrink->name + " " +
+  std::string shrink = table.lora_shrink->name;
+  if (table.lora_shrink_tiles != nullptr) {
+    shrink = std::string(table.lora_shrink_tiles->name) + "/" + shrink;
+  }
+  return gemm(table.gemm_bf16) + " " + gemm(table.gemm_int8) + " " + shrink + " " +
          table.elementwise->name;
 }
 
@@ -28,7 +32,7 @@ TEST(SelectKernels, ByLevel) {
   EXPECT_EQ(names(select_kernels(Isa::kAvx512, kAll)),
             "avx512_bf16 avx512_vnni_bf16 avx512_bf16 avx512");
   EXPECT_EQ(names(select_kernels(Isa::kAmx, kAll)),
-            "amx/avx512_bf16 amx/avx512_vnni_bf16 avx512_bf16 avx512");
+            "amx/avx512_bf16 amx/avx512_vnni_bf16 amx/avx512_bf16 avx512");
 }
 
 TEST(SelectKernels, FallsBackWhereAFeatureIsMissing) {
@@ -51,6 +55,30 @@ TEST(SelectKernels, TilesFromSomeNumberOfRowsOn) {
   EXPECT_EQ(&choice.for_rows(choice.many_from), choice.many);
 }
 
+// A GEMM in tile order needs a shrink that reads it.
+TEST(SelectKernels, ShrinksReadWhatTheGemmsRead) {
+  const KernelTable amx = select_kernels(Isa::kAmx, kAll);
+  EXPECT_EQ(&amx.shrink_for(*amx.gemm_bf16.many), amx.lora_shrink_tiles);
+  EXPECT_EQ(&amx.shrink_for(*amx.gemm_int8.many), amx.lora_shrink_tiles);
+  EXPECT_EQ(&amx.shrink_for(*amx.gemm_bf16.few), amx.lora_shrink);
+  for (const Isa level : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
+    const KernelTable table = select_kernels(level, kAll);
+    EXPECT_FALSE(table.gemm_bf16.many->tile_order || table.gemm_int8.many->tile_order);
+  }
+}
+
+TEST(GemmKernel, TilesAreFewAndEvenlyFilled) {
+  const GemmKernel tiles{"", nullptr, 0, true};
+  for (int rows = 1; rows <= 512; ++rows) {
+    const int count = (rows + 15) / 16;
+    const int in_tile = tiles.tile_rows(rows);
+    ASSERT_LE(in_tile, 16);
+    ASSERT_EQ((rows + in_tile - 1) / in_tile, count) << rows;
+    ASSERT_LT(in_tile * count, rows + count) << rows;
+    ASSERT_EQ(GemmKernel{}.tile_rows(rows), 1);
+  }
+}
+
 // A variant's name says what it needs.
 bool allowed(const std::string& name, Isa level, const CpuFeatures& f) {
   if (name == "portable") return true;
@@ -69,7 +97,8 @@ TEST(SelectKernels, NeverAboveTheLevelOrTheFeatures) {
     for (unsigned mask = 0; mask < testing::kFeatureMasks; ++mask) {
       const CpuFeatures features = testing::features_of(mask);
       const KernelTable table = select_kernels(level, features);
-      std::vector<const char*> chosen = {table.lora_shrink->name, table.elementwise->name};
+      std::vector<const char*> chosen = {table.elementwise->name};
+      for (const ShrinkKernel* shrink : testing::shrinks(table)) chosen.push_back(shrink->name);
       for (const GemmKernel* gemm : testing::bf16_gemms(table)) chosen.push_back(gemm->name);
       for (const GemmKernel* gemm : testing::int8_gemms(table)) chosen.push_back(gemm->name);
       for (const char* name : chosen) {
@@ -83,7 +112,7 @@ TEST(SelectKernels, NeverAboveTheLevelOrTheFeatures) {
 TEST(Variants, AreAllFound) {
   EXPECT_EQ(testing::all_gemms(WeightFormat::kBf16).size(), 6u);
   EXPECT_EQ(testing::all_gemms(WeightFormat::kInt8).size(), 6u);
-  EXPECT_EQ(testing::variants_of(testing::shrinks).size(), 3u);
+  EXPECT_EQ(testing::all_shrinks().size(), 5u);
   EXPECT_EQ(testing::variants_of(testing::elementwises).size(), 3u);
 }
 

@@ -15,6 +15,7 @@
 namespace ktrt {
 extern const GemmKernel gemm_bf16_amx_emulated;
 extern const GemmKernel gemm_int8_amx_emulated;
+extern const ShrinkKernel lora_shrink_amx_emulated;
 }  // namespace ktrt
 
 namespace ktrt::testing {
@@ -50,7 +51,8 @@ inline std::vector<const GemmKernel*> int8_gemms(const KernelTable& table) {
   return {table.gemm_int8.few, table.gemm_int8.many};
 }
 inline std::vector<const ShrinkKernel*> shrinks(const KernelTable& table) {
-  return {table.lora_shrink};
+  if (table.lora_shrink_tiles == nullptr) return {table.lora_shrink};
+  return {table.lora_shrink, table.lora_shrink_tiles};
 }
 inline std::vector<const ElementwiseKernels*> elementwises(const KernelTable& table) {
   return {table.elementwise};
@@ -83,6 +85,16 @@ inline std::vector<Variant<GemmKernel>> all_gemms(WeightFormat format) {
   variants.push_back({bf16 ? &gemm_bf16_amx_emulated : &gemm_int8_amx_emulated,
                       cpu_features().avx512_bf16 && cpu_features().avx512_vnni});
   return variants;
+}
+
+inline std::vector<Variant<ShrinkKernel>> all_shrinks() {
+  auto variants = variants_of(shrinks);
+  variants.push_back({&lora_shrink_amx_emulated, cpu_features().avx512_bf16});
+  return variants;
+}
+
+inline bool is_amx(const ShrinkKernel& kernel) {
+  return std::string(kernel.name).starts_with("amx");
 }
 
 // A test of one variant, skipped where the machine cannot run it.

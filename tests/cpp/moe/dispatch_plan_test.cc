@@ -68,6 +68,7 @@ TEST(DispatchPlan, LongJobsAreSplitEvenly) {
     const DispatchPlan plan = plan_of(ids, weights, 1, 3, 128);
     ASSERT_EQ(plan.jobs().size(), static_cast<std::size_t>((count + 127) / 128));
     int next = 0;
+    int scratch = 0;
     const int even = count / static_cast<int>(plan.jobs().size());
     for (const Job& job : plan.jobs()) {
       EXPECT_EQ(job.expert, 1);
@@ -75,8 +76,12 @@ TEST(DispatchPlan, LongJobsAreSplitEvenly) {
       EXPECT_GE(job.rows, even);
       EXPECT_LE(job.rows, std::min(even + 1, 128));
       next += job.rows;
+      EXPECT_EQ(job.scratch_row, scratch);
+      const int tile_rows = GemmKernel{"", nullptr, 0, true}.tile_rows(job.rows);
+      scratch += (job.rows + tile_rows - 1) / tile_rows * tile_rows;
     }
     EXPECT_EQ(next, count);
+    EXPECT_LE(scratch, max_scratch_rows(count));
   }
 }
 

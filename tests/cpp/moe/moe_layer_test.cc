@@ -234,7 +234,15 @@ TEST_P(MoeLayerTest, SaysWhichKernelsRan) {
   test.add_lora(4, 4, 4);
   test.set_lora(*layer);
   forward(*layer, random_batch(kSmall, 2));
-  EXPECT_STREQ(layer->last_kernels().lora_shrink, table.lora_shrink->name);
+  const KernelsUsed used = layer->last_kernels();
+  const GemmChoice& gemm = format_ == WeightFormat::kInt8 ? table.gemm_int8 : table.gemm_bf16;
+  EXPECT_TRUE(used.lora_shrink != nullptr || used.lora_shrink_few_rows != nullptr);
+  if (used.gemm != nullptr) {
+    EXPECT_STREQ(used.lora_shrink, table.shrink_for(*gemm.many).name);
+  }
+  if (used.gemm_few_rows != nullptr) {
+    EXPECT_STREQ(used.lora_shrink_few_rows, table.lora_shrink->name);
+  }
 }
 
 // What follows does not depend on the kernels.

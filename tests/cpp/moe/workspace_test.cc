@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "moe/dispatch_plan.h"
 #include "moe/expert_lora.h"
 
 namespace ktrt {
@@ -18,6 +19,7 @@ using Part = std::pair<std::uintptr_t, std::size_t>;  // address, bytes
 
 // What a layer of this shape may write, and that it can be written.
 std::vector<Part> parts_of(const Workspace& workspace, int threads, const MoeShape& shape) {
+  const auto job_rows = static_cast<std::size_t>(max_scratch_rows(workspace.max_job_rows()));
   std::vector<Part> parts;
   const auto add = [&](void* data, std::size_t bytes) {
     EXPECT_NE(data, nullptr);
@@ -31,21 +33,31 @@ std::vector<Part> parts_of(const Workspace& workspace, int threads, const MoeSha
   const std::size_t rank = ExpertLora::kMaxRank;
   for (int i = 0; i < threads; ++i) {
     const Workspace::Thread& thread = workspace.thread(i);
-    add(thread.x, kMaxJobRows * stride(shape.hidden_size, 2));
-    add(thread.codes, kMaxJobRows * stride(shape.hidden_size, 1));
-    add(thread.scales, kMaxJobRows * sizeof(float));
-    add(thread.t, kMaxJobRows * 2 * rank * sizeof(std::uint16_t));
-    add(thread.c, kMaxJobRows * kStripRows * sizeof(float));
-    add(thread.c_up, kMaxJobRows * kStripRows * sizeof(float));
-    add(thread.out, std::max(kOutputBlockBytes,
-                             static_cast<std::size_t>(workspace.max_qlen()) * kStripRows * 4));
+    add(thread.x, job_rows * stride(shape.hidden_size, 2));
+    add(thread.codes, job_rows * stride(shape.hidden_size, 1));
+    add(thread.scales, job_rows * sizeof(float));
+    add(thread.t, job_rows * (2 * rank + kShrunkPadding) * sizeof(std::uint16_t));
+    for (float* c : thread.c) add(c, job_rows * kStripRows * sizeof(float));
+    for (float* c : thread.c_up) add(c, job_rows * kStripRows * sizeof(float));
+    add(thread.tile_x, kMaxTileRows * stride(shape.hidden_size, 2));
+    add(thread.tile_codes,
+        kMaxTileRows * std::max(stride(shape.hidden_size, 1), stride(shape.intermediate_size, 1)));
+    EXPECT_GE(workspace.out_bytes(), kOutputBlockBytes);
+    const int strips = round_up(round_up(shape.hidden_size, kStripRows) / kStripRows, threads);
+    EXPECT_GE(workspace.out_bytes(),
+              static_cast<std::size_t>(workspace.max_qlen() * (strips / threads) * kStripRows * 4));
+    add(thread.out, workspace.out_bytes());
   }
-  const std::size_t rows = static_cast<std::size_t>(workspace.max_qlen() * shape.top_k);
+  const std::size_t rows =
+      static_cast<std::size_t>(max_scratch_rows(workspace.max_qlen() * shape.top_k));
   const Workspace::Shared& shared = workspace.shared();
   add(shared.act, rows * stride(shape.intermediate_size, 2));
   add(shared.codes, rows * stride(shape.intermediate_size, 1));
   add(shared.scales, rows * sizeof(float));
-  add(shared.t, rows * rank * sizeof(std::uint16_t));
+  add(shared.t, rows * (rank + kShrunkPadding) * sizeof(std::uint16_t));
+  const auto tokens = static_cast<std::size_t>(workspace.max_qlen());
+  add(shared.token_codes, tokens * stride(shape.hidden_size, 1));
+  add(shared.token_scales, tokens * sizeof(float));
   return parts;
 }
 
@@ -59,7 +71,8 @@ void expect_apart(std::vector<Part> parts) {
 TEST(Workspace, PartsHoldWhatAnyLayerWritesAndDoNotOverlap) {
   const std::vector<MoeShape> shapes = {
       {4, 2, 160, 96}, {4, 4, 64, 3000}, {2, 1, 2048, 64}, {8, 6, 2048, 1408}, {1, 1, 1, 1}};
-  Workspace workspace(3, 70);
+  Workspace workspace(3, 70, 256);
+  EXPECT_EQ(workspace.max_job_rows(), 256);
   EXPECT_EQ(workspace.max_qlen(), 70);
   for (const MoeShape& shape : shapes) workspace.reserve(shape);
   for (const MoeShape& shape : shapes) expect_apart(parts_of(workspace, 3, shape));

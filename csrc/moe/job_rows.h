@@ -1,0 +1,58 @@
+// The rows of jobs in scratch memory, in the order that their kernels read: gathered, rounded,
+// quantised and shrunk.
+#pragma once
+
+#include <cstdint>
+
+#include "moe/forward.h"
+
+namespace ktrt {
+
+// Row strides in the scratch memory of a layer.
+struct RowStrides {
+  std::int64_t x;          // elements
+  std::int64_t x_codes;    // bytes
+  std::int64_t act;        // elements
+  std::int64_t act_codes;  // bytes
+  std::int64_t t_input;    // elements
+  std::int64_t t_down;     // elements
+};
+
+// What one thread does for them in one forward.
+class JobRows {
+ public:
+  JobRows(const ForwardTask& task, int thread);
+
+  // INT8, for kernels in tile order: every token once, however many experts read it.
+  void quantize_tokens(std::int64_t first, std::int64_t last) const;
+  // Input rows of a job, and what LoRA needs of them, into the thread's own memory.
+  void gather(const Job& job) const;
+  // The same for a job's intermediate activations, once all are there.
+  void quantize_and_shrink_activations(const Job& job) const;
+
+  // Make A and T of a GEMM the gathered rows, or the job's activations.
+  void use_input(GemmArgs& args) const;
+  void use_activations(GemmArgs& args, const Job& job) const;
+
+  const RowStrides& strides() const { return strides_; }
+  const GemmKernel& gemm_for(const Job& job) const { return task_.gemm.for_rows(job.rows); }
+  int tile_rows(const Job& job) const { return gemm_for(job).tile_rows(job.rows); }
+  // Of the BF16 activations: INT8 kernels read codes.
+  int act_tile_rows(const Job& job) const { return int8_ ? 1 : tile_rows(job); }
+
+ private:
+  const std::uint16_t* bf16_row(int token, std::uint16_t* converted) const;
+  void gather_rows(const Job& job) const;
+  void gather_tiles(const Job& job) const;
+  void quantize_activations(const Job& job) const;
+  void shrink(const Job& job, const ExpertLora::Shrink& shrink, ShrinkArgs args) const;
+
+  const ForwardTask& task_;
+  const RowStrides strides_;
+  const Workspace::Thread& scratch_;
+  const Workspace::Shared& shared_;
+  const ElementwiseKernels& elementwise_;
+  const bool int8_;
+};
+
+}  // namespace ktrt

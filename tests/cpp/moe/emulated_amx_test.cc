@@ -1,0 +1,157 @@
+// Whole layers on the AMX kernels' bodies, with emulated tiles: their order of rows, jobs of many
+// rows, and what they do beside the tiles, on machines without AMX.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <string>
+#include <tuple>
+
+#include "kernels/amx/tuning.h"
+#include "kernels/select.h"
+#include "moe/layer_case.h"
+
+namespace ktrt {
+
+extern const GemmKernel gemm_bf16_amx_emulated;
+extern const GemmKernel gemm_int8_amx_emulated;
+extern const ShrinkKernel lora_shrink_amx_emulated;
+
+namespace {
+
+using testing::Batch;
+using testing::forward;
+using testing::LayerCase;
+using testing::random_batch;
+
+constexpr int kMaxQlen = 700;
+
+// The tables of an AMX machine, but for the tiles; from `rows` rows of an expert on.
+KernelTable emulated_kernels(int rows) {
+  KernelTable table = select_kernels(Isa::kAvx512, cpu_features());
+  table.gemm_bf16 = {table.gemm_bf16.few, &gemm_bf16_amx_emulated, rows};
+  table.gemm_int8 = {table.gemm_int8.few, &gemm_int8_amx_emulated, rows};
+  table.lora_shrink_tiles = &lora_shrink_amx_emulated;
+  return table;
+}
+
+std::shared_ptr<Engine> emulated_engine(int threads, int parts = 1, int rows = 2) {
+  std::vector<int> home;
+  for (int thread = 0; thread < threads; ++thread) home.push_back(thread % parts);
+  return std::make_shared<Engine>(std::vector<int>(home.size(), -1), home, kMaxQlen, Isa::kAvx512,
+                                  emulated_kernels(rows));
+}
+
+class EmulatedAmxTest : public ::testing::TestWithParam<std::tuple<WeightFormat, bool>> {
+ protected:
+  void SetUp() override {
+    if (!cpu_features().avx512_bf16 || !cpu_features().avx512_vnni) {
+      GTEST_SKIP() << "around the tiles is AVX-512 code, not available here";
+    }
+  }
+  LayerCase make_case(const MoeShape& shape) const {
+    LayerCase test(shape, std::get<0>(GetParam()));
+    if (std::get<1>(GetParam())) test.add_lora(7, 33, 3);
+    return test;
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(Formats, EmulatedAmxTest,
+                         ::testing::Combine(::testing::Values(WeightFormat::kBf16,
+                                                              WeightFormat::kInt8),
+                                            ::testing::Bool()),
+                         [](const auto& test) {
+                           return std::string(name_of(std::get<0>(test.param))) +
+                                  (std::get<1>(test.param) ? "_lora" : "_base");
+                         });
+
+// All to one expert: 1 row and few, tiles that are not full, blocks of k, several jobs.
+TEST_P(EmulatedAmxTest, AnyNumberOfRows) {
+  const LayerCase test = make_case({2, 1, 160, 96});
+  const auto layer = test.make_layer(emulated_engine(2));
+  for (const int qlen : {1, 2, 16, 17, 33, 101, 600}) {
+    SCOPED_TRACE(qlen);
+    Batch batch = random_batch(test.shape, qlen);
+    std::fill(batch.ids.begin(), batch.ids.end(), 1);
+    testing::expect_matches_reference(test, *layer, batch);
+  }
+  EXPECT_STREQ(layer->last_kernels().gemm, "amx_emulated");
+}
+
+TEST_P(EmulatedAmxTest, ShapesWithTails) {
+  for (const MoeShape& shape : {MoeShape{3, 2, 37, 45}, MoeShape{3, 2, 160, 176},
+                                MoeShape{2, 2, 3616, 64}, MoeShape{2, 1, 1100, 1090}}) {
+    SCOPED_TRACE(shape.hidden_size);
+    const LayerCase test = make_case(shape);
+    const auto layer = test.make_layer(emulated_engine(2));
+    testing::expect_matches_reference(test, *layer, random_batch(shape, 70));
+  }
+}
+
+TEST_P(EmulatedAmxTest, FewRowsHaveTheirOwnKernel) {
+  const LayerCase test = make_case({16, 3, 96, 64});
+  const auto layer = test.make_layer(emulated_engine(2, 1, 12));
+  testing::expect_matches_reference(test, *layer, random_batch(test.shape, 60));
+  EXPECT_STREQ(layer->last_kernels().gemm, "amx_emulated");
+  EXPECT_NE(layer->last_kernels().gemm_few_rows, nullptr);
+}
+
+TEST_P(EmulatedAmxTest, ThreadsAndPartsChangeNoBit) {
+  const LayerCase test = make_case({4, 2, 160, 176});
+  const auto one = test.make_layer(emulated_engine(1));
+  for (const auto& [threads, parts] : {std::pair(3, 1), std::pair(4, 2)}) {
+    const auto several = test.make_layer(emulated_engine(threads, parts));
+    for (const int qlen : {1, 20, 300}) {
+      const Batch batch = random_batch(test.shape, qlen);
+      EXPECT_EQ(forward(*several, batch), forward(*one, batch)) << threads << " " << qlen;
+    }
+  }
+}
+
+TEST_P(EmulatedAmxTest, NanStaysInItsToken) {
+  const LayerCase test = make_case({3, 2, 96, 64});
+  const auto layer = test.make_layer(emulated_engine(2));
+  Batch batch = random_batch(test.shape, 50);
+  const std::vector<float> clean = forward(*layer, batch);
+  batch.hidden[20 * 96 + 5] = std::nanf("");
+  const std::vector<float> out = forward(*layer, batch);
+  for (std::size_t i = 0; i < out.size(); ++i) {
+    if (i / 96 == 20) {
+      ASSERT_FALSE(std::isfinite(out[i])) << i;
+    } else {
+      ASSERT_EQ(out[i], clean[i]) << i;
+    }
+  }
+}
+
+// Order of summation, and when things are done, are not what is tuned.
+TEST_P(EmulatedAmxTest, TuningChangesNoBit) {
+  const LayerCase test = make_case({3, 2, 1100, 176});
+  const Batch batch = random_batch(test.shape, 150);
+  const std::vector<float> expected = forward(*test.make_layer(emulated_engine(2)), batch);
+  const AmxTuning before = amx_tuning;
+  const auto expect_same = [&](const char* name, int AmxTuning::*field, int value) {
+    amx_tuning.*field = value;
+    EXPECT_EQ(forward(*test.make_layer(emulated_engine(2)), batch), expected) << name << value;
+    amx_tuning = before;
+  };
+  for (const int k_block : {1, 3, 8, 1000}) expect_same("k_block ", &AmxTuning::k_block, k_block);
+  for (const int rows : {5, 40, 512}) expect_same("job_rows ", &AmxTuning::job_rows, rows);
+  expect_same("a_ahead ", &AmxTuning::a_ahead, 0);
+  expect_same("stream_a ", &AmxTuning::stream_a, 1);
+  expect_same("overlap ", &AmxTuning::overlap, 0);
+  expect_same("wide_down ", &AmxTuning::wide_down, 0);
+  expect_same("quantize_once ", &AmxTuning::quantize_once, 0);
+  expect_same("next_a ", &AmxTuning::next_a, 0);
+  expect_same("whole_jobs ", &AmxTuning::whole_jobs, 0);
+}
+
+TEST(EmulatedAmx, Int8WithoutLoraHasTheBitsOfThePortableKernels) {
+  if (!cpu_features().avx512_bf16 || !cpu_features().avx512_vnni) GTEST_SKIP();
+  const LayerCase test({4, 2, 160, 176}, WeightFormat::kInt8);
+  const Batch batch = random_batch(test.shape, 333);
+  EXPECT_EQ(forward(*test.make_layer(emulated_engine(3)), batch),
+            forward(*test.make_layer(testing::make_engine(2, kMaxQlen, Isa::kPortable)), batch));
+}
+
+}  // namespace
+}  // namespace ktrt
