@@ -18,6 +18,7 @@ struct SiluRows {
   const ElementwiseKernels* kernels;
   const float* gate;
   const float* up;
+  int count;
   std::uint16_t* out;  // the strip's place in the job's first row
   std::int64_t row_stride;
   int tile_rows;
@@ -31,9 +32,6 @@ struct SiluRows {
                         out + first / tile_rows * tile_stride + in_tile * row_stride, row_stride);
       first += rows;
     }
-  }
-  static void run_one(void* self, int row) {
-    static_cast<const SiluRows*>(self)->run(row, row + 1);
   }
 };
 
@@ -57,8 +55,20 @@ struct SumRows {
       kernels->weighted_add(c + r * kStripRows, rows[r].weight, out + rows[r].token * columns);
     }
   }
-  static void run_one(void* self, int row) { static_cast<const SumRows*>(self)->run(row, row + 1); }
 };
+
+// An aside does two rows at a time: the vector units have work for about as long as one tile of W
+// takes to multiply.
+constexpr int kRowsPerPiece = 2;
+
+template <class Rows>
+void run_piece(void* self, int index) {
+  const Rows& rows = *static_cast<const Rows*>(self);
+  const int first = index * kRowsPerPiece;
+  rows.run(first, std::min(first + kRowsPerPiece, rows.count));
+}
+
+int pieces_of(int rows) { return round_up(rows, kRowsPerPiece) / kRowsPerPiece; }
 
 // What both phases of one thread need.
 class ThreadForward {
@@ -114,6 +124,7 @@ SiluRows ThreadForward::silu_rows(const Job& job, int strip, int buffer) const {
   return {.kernels = task_.kernels.elementwise,
           .gate = scratch_.c[buffer],
           .up = scratch_.c_up[buffer],
+          .count = job.rows,
           .out = shared_.act + job.scratch_row * rows_.strides().act + strip * kStripRows * rows,
           .row_stride = rows == 1 ? rows_.strides().act : kStripRows,
           .tile_rows = rows,
@@ -127,8 +138,9 @@ void ThreadForward::gate_up(const Piece& piece) {
   if (gathered_job_ != piece.job) rows_.gather(job);
   gathered_job_ = piece.job;
   SiluRows finished{};  // the strip before, where its SiLU is still to be done
-  const Aside beside_gate{&SiluRows::run_one, &finished, 0, job.rows / 2};
-  const Aside beside_up{&SiluRows::run_one, &finished, job.rows / 2, job.rows};
+  const int pieces = pieces_of(job.rows);
+  const Aside beside_gate{&run_piece<SiluRows>, &finished, 0, pieces / 2};
+  const Aside beside_up{&run_piece<SiluRows>, &finished, pieces / 2, pieces};
   int buffer = 0;
   for (int strip = piece.first_strip; strip < piece.end_strip; ++strip) {
     GemmArgs gate = gemm_args(job, Projection::kGate, strip, scratch_.c[buffer]);
@@ -173,7 +185,7 @@ void ThreadForward::down(const Piece& piece) const {
   std::memset(scratch_.out, 0, static_cast<std::size_t>(qlen * columns) * sizeof(float));
   const std::vector<Job>& jobs = task_.plan.jobs();
   SumRows finished{};  // the strip before, where its sums are still to be made
-  Aside aside{&SumRows::run_one, &finished, 0, 0};
+  Aside aside{&run_piece<SumRows>, &finished, 0, 0};
   int buffer = 0;
   for (std::size_t j = 0; j < jobs.size(); ++j) {
     const Job& job = jobs[j];
@@ -198,7 +210,7 @@ void ThreadForward::down(const Piece& piece) const {
       if (overlap) {
         args.aside = &aside;
       } else {
-        finished.run(0, aside.last);
+        if (aside.last > 0) finished.run(0, finished.count);
         aside.last = 0;
       }
       gemm.strip(args);
@@ -209,14 +221,14 @@ void ThreadForward::down(const Piece& piece) const {
                   .out = scratch_.out + s * kStripRows,
                   .columns = columns};
       if (overlap) {
-        aside.last = job.rows;
+        aside.last = pieces_of(job.rows);
         buffer ^= 1;
       } else {
         finished.run(0, job.rows);
       }
     }
   }
-  finished.run(0, aside.last);
+  if (aside.last > 0) finished.run(0, finished.count);
   store_group(first_strip, strips);
 }
 
