@@ -292,7 +292,10 @@ class TileStrip {
       load_c<Tiles, kTwoTiles>(c, g_.tile_rows);
     }
     const RowTiles a = row_tiles(g_, tile, block.byte);
-    const RowTiles after = row_tiles(g_, tile + 2 < tiles_ ? tile + 2 : 0, block.byte);
+    const int end_byte = block.byte + block.count * 64;
+    const RowTiles after = tile + 2 < tiles_
+                               ? row_tiles(g_, tile + 2, block.byte)
+                               : row_tiles(g_, 0, end_byte < row_bytes_ ? end_byte : 0);
     const int ahead = amx_tuning.a_ahead;
     const bool stream = amx_tuning.stream_a != 0;
     for (int i = 0; i < block.count; ++i) {
@@ -311,7 +314,7 @@ class TileStrip {
       gemm_.step(block.count);
       aside_.step();
     }
-    if (block.byte + block.count * 64 == row_bytes_) {
+    if (end_byte == row_bytes_) {
       gemm_.template finish<Tiles, kTwoTiles>(tile);
     } else {
       store_c<Tiles, kTwoTiles>(c, g_.tile_rows);
