@@ -106,6 +106,12 @@ class MoeLayer:
         gate's A (one shrink serves both). Ranks 1 … 256 and may differ per projection."""
 
     def clear_lora(self) -> None: ...
+    @property
+    def lora_enabled(self) -> bool:
+        """Settable. While it is false, ``forward`` computes the base model; the LoRA is kept."""
+
+    @lora_enabled.setter
+    def lora_enabled(self, enabled: bool) -> None: ...
     def forward(self, hidden_states: Any, expert_ids: Any, routing_weights: Any, out: Any) -> None:
         """hidden_states, out [qlen, hidden_size], one dtype of float32, float16, bfloat16;
         expert_ids [qlen, k ≤ top_k] int32 or int64; routing_weights [qlen, k] float32, float16 or

@@ -156,6 +156,7 @@ void register_layer(py::module_& module) {
            py::arg("up_b") = py::none(), py::arg("down_a") = py::none(),
            py::arg("down_b") = py::none())
       .def("clear_lora", &MoeLayer::clear_lora, py::call_guard<py::gil_scoped_release>())
+      .def_property("lora_enabled", &MoeLayer::lora_enabled, &MoeLayer::enable_lora)
       .def("forward", &forward, py::arg("hidden_states"), py::arg("expert_ids"),
            py::arg("routing_weights"), py::arg("out"))
       .def("last_kernels", &last_kernels)

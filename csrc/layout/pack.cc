@@ -12,12 +12,18 @@ namespace {
 
 constexpr std::size_t kWordsPerTileRow = kTileRowBytes / 4;
 
+// Bytes between the rows of a strip's row-major codes: one cache line more than a row, whose bytes
+// are often a multiple of 4096, so that the 16 rows of a half tile share no set of the L1 cache.
+std::size_t row_stride(const PackedLayout& layout) {
+  return static_cast<std::size_t>(layout.row_bytes()) + kTileRowBytes;
+}
+
 // Calls visit(byte offset in the packed codes, byte offset in the strip's row-major codes
-// [32][padded_k]) for every 4-byte word of a strip: each half tile is the transpose of a 16 × 16
+// [32][row_stride]) for every 4-byte word of a strip: each half tile is the transpose of a 16 × 16
 // block of words, whatever the element type.
 template <class Visit>
 void for_each_word(const PackedLayout& layout, int strip, Visit visit) {
-  const std::size_t row_bytes = static_cast<std::size_t>(layout.row_bytes());
+  const std::size_t stride = row_stride(layout);
   const int tiles = layout.padded_k() / layout.params().tile_k;
   for (int tile = 0; tile < tiles; ++tile) {
     std::size_t packed = layout.tile_offset(strip, tile * layout.params().tile_k);
@@ -26,7 +32,7 @@ void for_each_word(const PackedLayout& layout, int strip, Visit visit) {
       for (std::size_t group = 0; group < kWordsPerTileRow; ++group) {
         for (int row = 0; row < kHalfRows; ++row) {
           visit(packed,
-                static_cast<std::size_t>(half * kHalfRows + row) * row_bytes + column + group * 4);
+                static_cast<std::size_t>(half * kHalfRows + row) * stride + column + group * 4);
           packed += 4;
         }
       }
@@ -89,14 +95,14 @@ void row_to_bf16(const std::byte* row, DType dtype, int count, bf16_t* out) {
 
 bool pack_strip(const TensorView& w, const PackedMatrix& packed, int strip) {
   const PackedLayout& layout = packed.layout;
-  const std::size_t row_bytes = static_cast<std::size_t>(layout.row_bytes());
-  std::vector<std::uint8_t> rows(kStripRows * row_bytes, 0);
+  const std::size_t stride = row_stride(layout);
+  std::vector<std::uint8_t> rows(kStripRows * stride, 0);
   std::vector<bf16_t> converted(static_cast<std::size_t>(layout.k()));
   const bool int8 = layout.params().element_bytes == 1;
   bool finite = true;
   for (int r = 0; r < kStripRows; ++r) {
     const int n = strip * kStripRows + r;
-    std::uint8_t* row = rows.data() + static_cast<std::size_t>(r) * row_bytes;
+    std::uint8_t* row = rows.data() + static_cast<std::size_t>(r) * stride;
     QuantizedRow quantized;
     if (n < layout.n()) {
       row_to_bf16(w.row(n), w.dtype, layout.k(), converted.data());
@@ -122,15 +128,15 @@ bool pack_strip(const TensorView& w, const PackedMatrix& packed, int strip) {
 
 void unpack(const PackedMatrix& packed, float* out) {
   const PackedLayout& layout = packed.layout;
-  const std::size_t row_bytes = static_cast<std::size_t>(layout.row_bytes());
-  std::vector<std::uint8_t> rows(kStripRows * row_bytes);
+  const std::size_t stride = row_stride(layout);
+  std::vector<std::uint8_t> rows(kStripRows * stride);
   for (int strip = 0; strip < layout.strips(); ++strip) {
     for_each_word(layout, strip, [&](std::size_t from, std::size_t to) {
       std::memcpy(rows.data() + to, packed.codes + from, 4);
     });
     for (int r = 0; r < kStripRows && strip * kStripRows + r < layout.n(); ++r) {
       const int n = strip * kStripRows + r;
-      const std::uint8_t* row = rows.data() + static_cast<std::size_t>(r) * row_bytes;
+      const std::uint8_t* row = rows.data() + static_cast<std::size_t>(r) * stride;
       float* values = out + static_cast<std::size_t>(n) * static_cast<std::size_t>(layout.k());
       for (int k = 0; k < layout.k(); ++k) {
         if (layout.params().element_bytes == 1) {

@@ -53,6 +53,7 @@ class Engine {
   const int num_threads_;
   const std::vector<int> home_;
   const int parts_;
+  const int process_;  // threads do not survive a fork
   mutable std::mutex mutex_;
   std::optional<ThreadPool> pool_;
   Workspace workspace_;

@@ -73,6 +73,16 @@ void MoeLayer::clear_lora() {
   lora_.reset();
 }
 
+void MoeLayer::enable_lora(bool enabled) {
+  const auto lock = engine_->lock_open();
+  lora_enabled_ = enabled;
+}
+
+bool MoeLayer::lora_enabled() const {
+  const std::lock_guard lock(engine_->mutex_);
+  return lora_enabled_;
+}
+
 void MoeLayer::check_forward(const TensorView& hidden_states, const TensorView& expert_ids,
                              const TensorView& routing_weights, const TensorView& out) const {
   hidden_states.expect_float();
@@ -108,7 +118,7 @@ void MoeLayer::forward(const TensorView& hidden_states, const TensorView& expert
   const KernelTable& kernels = engine_->kernels();
   const bool int8 = format_ == WeightFormat::kInt8;
   ForwardTask task{.weights = *weights_,
-                   .lora = lora_ ? &*lora_ : nullptr,
+                   .lora = lora_ && lora_enabled_ ? &*lora_ : nullptr,
                    .plan = plan_,
                    .kernels = kernels,
                    .gemm = int8 ? kernels.gemm_int8 : kernels.gemm_bf16,
@@ -124,7 +134,9 @@ void MoeLayer::forward(const TensorView& hidden_states, const TensorView& expert
     const bool many = job.rows >= task.gemm.many_from;
     (many ? used_.gemm : used_.gemm_few_rows) = task.gemm.for_rows(job.rows).name;
   }
-  used_.lora_shrink = lora_ ? kernels.lora_shrink->name : nullptr;
+  const bool shrinks = task.lora != nullptr && (task.lora->input_shrink().blocks > 0 ||
+                                                task.lora->down_shrink().blocks > 0);
+  used_.lora_shrink = shrinks ? kernels.lora_shrink->name : nullptr;
   used_.elementwise = kernels.elementwise->name;
 }
 

@@ -40,6 +40,9 @@ class MoeLayer {
 
   void set_lora(const LoraPair& gate, const LoraPair& up, const LoraPair& down);
   void clear_lora();
+  // Forwards ignore the LoRA while it is disabled; it stays in memory.
+  void enable_lora(bool enabled);
+  bool lora_enabled() const;
 
   // hidden_states, out [qlen, hidden] of one float dtype; expert_ids [qlen, k ≤ top_k] int32 or
   // int64; routing_weights [qlen, k] float. `out` must not overlap `hidden_states`.
@@ -68,6 +71,7 @@ class MoeLayer {
   const WeightFormat format_;
   std::optional<ExpertWeights> weights_;
   std::optional<ExpertLora> lora_;
+  bool lora_enabled_ = true;
   DispatchPlan plan_;
   std::vector<PartQueues> queues_;
   KernelsUsed used_;

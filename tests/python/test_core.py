@@ -198,6 +198,11 @@ def test_lora_arguments(layer: _core.MoeLayer) -> None:
     a, b = torch.randn(E, 4, H) / 12, torch.randn(E, INTERMEDIATE, 4)
     layer.set_lora(gate_a=a, gate_b=b, up_b=b)
     assert not torch.equal(run(layer), base)
+    assert layer.lora_enabled
+    layer.lora_enabled = False
+    assert torch.equal(run(layer), base)
+    layer.lora_enabled = True
+    assert not torch.equal(run(layer), base)
     layer.clear_lora()
     assert torch.equal(run(layer), base)
     layer.set_lora()
@@ -208,6 +213,22 @@ def test_lora_arguments(layer: _core.MoeLayer) -> None:
         layer.set_lora(gate_a=a, gate_b=b.bfloat16())
     with pytest.raises(TypeError):
         layer.set_lora(a, b)  # type: ignore[call-arg]
+
+
+def test_a_forked_process_is_told_that_the_threads_are_gone(layer: _core.MoeLayer) -> None:
+    """It would wait for them forever."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            run(layer)
+        except RuntimeError as error:
+            os.write(writer, str(error).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        assert "threads do not exist in this fork" in pipe.read()
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_constructors_check_their_arguments() -> None:

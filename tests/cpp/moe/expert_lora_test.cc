@@ -145,12 +145,19 @@ TEST_P(ExpertLoraTest, CanBeReplacedAndTakenAway) {
   test.lora[2].rank = 0;
   test.set_lora(*layer);
   testing::expect_matches_reference(test, *layer, batch);
-  EXPECT_NE(forward(*layer, batch), first);
+  const std::vector<float> second = forward(*layer, batch);
+  EXPECT_NE(second, first);
+  layer->enable_lora(false);
+  EXPECT_EQ(forward(*layer, batch), base);
+  EXPECT_EQ(layer->last_kernels().lora_shrink, nullptr);
+  layer->enable_lora(true);
+  EXPECT_EQ(forward(*layer, batch), second);
   layer->clear_lora();
   EXPECT_EQ(forward(*layer, batch), base);
   layer->clear_lora();
   layer->set_lora({}, {}, {});
   EXPECT_EQ(forward(*layer, batch), base);
+  EXPECT_EQ(layer->last_kernels().lora_shrink, nullptr);
 }
 
 // What set_lora() says to one wrong array; the LoRA that was there stays.
