@@ -10,7 +10,7 @@ CPP_FILES = $(shell find csrc tests/cpp bench -name '*.h' -o -name '*.cc')
 APT_PACKAGES = build-essential libgtest-dev libbenchmark-dev
 
 .PHONY: help ci install-test-deps develop check format format-check lint types test test-cpp test-asan \
-        test-tsan test-python bench bench-smoke clean
+        test-tsan test-python test-isa bench bench-smoke clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -28,7 +28,7 @@ install-test-deps: ## System packages (Debian, Ubuntu) and `pip install '.[test]
 develop: ## Rebuild and install ktrt alone, incrementally (needs scikit-build-core, pybind11, cmake, ninja)
 	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -C build-dir=build/python .
 
-check: format-check lint types test-cpp test-asan test-tsan test-python bench-smoke ## Run every check
+check: format-check lint types test-cpp test-asan test-tsan test-python test-isa bench-smoke ## Run every check
 
 format: ## Rewrite C++ and Python sources in the project's format
 	clang-format -i $(CPP_FILES)
@@ -58,6 +58,11 @@ test-tsan: ## Tests of the thread pool and of the layer under ThreadSanitizer
 
 test-python: ## Python tests (of the checkout's Python and the installed module)
 	$(PYTHON) -m pytest
+
+test-isa: ## End-to-end Python tests on each instruction set below the machine's own
+	@for isa in $$($(PYTHON) -c 'from ktrt import _core as c; \
+	    order = ["portable", "avx2", "avx512", "amx"]; print(*order[:order.index(c.detected_isa())])'); do \
+	  echo "KTRT_ISA=$$isa"; KTRT_ISA=$$isa $(PYTHON) -m pytest -q -m end_to_end || exit 1; done
 
 bench: ## All micro-benchmarks (the comparison with kt_kernel: python bench/compare_kt_kernel.py)
 	cmake --preset release && cmake --build --preset release -j $(JOBS)

@@ -48,6 +48,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--rounds", type=int, default=0, help="default: 15 to 31 by size, 5 with --quick"
     )
+    parser.add_argument(
+        "--zipf", action="store_true", help="skewed routing: the n-th expert with weight 1/n"
+    )
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.ranks = args.ranks or ",".join(map(str, QUICK_RANKS if args.quick else RANKS))
@@ -76,7 +79,7 @@ def run_child(args: argparse.Namespace, dtype: str, ranks: str) -> Iterator[dict
     command = [sys.executable, str(Path(__file__).resolve()), "--child", dtype]
     command += ["--ranks", ranks, "--qlens", args.qlens, "--layers", str(args.layers)]
     command += ["--threads", str(args.threads), "--rounds", str(args.rounds)]
-    command += ["--quick"] if args.quick else []
+    command += [flag for flag in ("--quick", "--zipf") if getattr(args, flag[2:])]
     # OpenMP's idle threads would spin on the cores that the engines are measured on.
     environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as child:
@@ -125,6 +128,7 @@ def main() -> int:
             layers=args.layers,
             threads=args.threads,
             rounds=args.rounds or (5 if args.quick else 0),
+            zipf=args.zipf,
         )
         with os.fdopen(answer_fd, "w") as out:
             for answer in answers:

@@ -180,20 +180,28 @@ def load_kt_kernel() -> Any:
     return module
 
 
+def route(qlen: int, generator: torch.Generator, *, zipf: bool) -> torch.Tensor:
+    """Distinct experts of each token [qlen, TOP_K]: drawn evenly, or expert of rank n with weight
+    1/n, the ranks shuffled."""
+    weights = torch.ones(EXPERTS)
+    if zipf:
+        weights = 1.0 / (1.0 + torch.randperm(EXPERTS, generator=generator))
+    # Efraimidis and Spirakis: the largest u^(1/w) are a weighted draw without replacement.
+    keys = torch.rand(qlen, EXPERTS, generator=generator).pow(1.0 / weights)
+    return keys.topk(TOP_K, -1).indices.contiguous()
+
+
 class Batch:
     """Inputs of one forward size; every layer has its own routing."""
 
-    def __init__(self, qlen: int, layers: int):
+    def __init__(self, qlen: int, layers: int, *, zipf: bool):
         generator = torch.Generator().manual_seed(qlen)
         self.qlen = qlen
         self.count = torch.tensor([qlen], dtype=torch.int32)
         self.x = torch.randn(qlen, HIDDEN, generator=generator).to(torch.bfloat16)
         self.out = torch.empty_like(self.x)
         self.routing = torch.softmax(torch.randn(qlen, TOP_K, generator=generator), -1)
-        self.ids = [
-            torch.rand(qlen, EXPERTS, generator=generator).topk(TOP_K, -1).indices.contiguous()
-            for _ in range(layers)
-        ]
+        self.ids = [route(qlen, generator, zipf=zipf) for _ in range(layers)]
 
     def part(self, first: int, qlen: int) -> Batch:
         """Some of its tokens, in the same memory."""
@@ -234,7 +242,7 @@ def relative_errors(engines: tuple[Ktrt, KtKernel], weights: Weights, qlen: int)
     """‖y − y_float32‖ / ‖y_float32‖ of both over ERROR_TOKENS tokens, in forwards of at most
     ``qlen``: one token alone would say little of an error that is mostly rounding of activations.
     """
-    batch = Batch(max(qlen, ERROR_TOKENS), 1)
+    batch = Batch(max(qlen, ERROR_TOKENS), 1, zipf=False)
     expected = reference(weights, batch, ERROR_TOKENS)
     parts = [batch.part(first, qlen) for first in range(0, ERROR_TOKENS, qlen)]
     errors = []
@@ -320,11 +328,10 @@ def sample_rounds(
 
 
 def measure_qlen(
-    engines: tuple[Ktrt, KtKernel], weights: Weights, qlen: int, dtype: str, rounds: int
+    engines: tuple[Ktrt, KtKernel], weights: Weights, batch: Batch, dtype: str, rounds: int
 ) -> dict[str, Any]:
     ktrt, kt = engines
-    rank = weights.rank
-    batch = Batch(qlen, len(ktrt.layers))
+    rank, qlen = weights.rank, batch.qlen
     errors = relative_errors(engines, weights, qlen)
     onednn = onednn_party(weights, qlen) if qlen >= 64 else None
     experts = batch.distinct_experts()
@@ -360,7 +367,14 @@ def measure_qlen(
 
 
 def measure(
-    dtype: str, ranks: list[int], qlens: list[int], *, layers: int, threads: int, rounds: int
+    dtype: str,
+    ranks: list[int],
+    qlens: list[int],
+    *,
+    layers: int,
+    threads: int,
+    rounds: int,
+    zipf: bool,
 ) -> Iterator[dict[str, Any]]:
     """The rows of one dtype, and the machine with each of them."""
     threads = threads or len({_core_of(cpu) for cpu in os.sched_getaffinity(0)})
@@ -375,7 +389,8 @@ def measure(
         keep.append(kt)
         machine = describe_machine(kt, threads, layers)
         for qlen in qlens:
-            row = measure_qlen((ktrt, kt), weights, qlen, dtype, rounds)
+            batch = Batch(qlen, layers, zipf=zipf)
+            row = measure_qlen((ktrt, kt), weights, batch, dtype, rounds)
             yield {"machine": machine, "row": row}
 
 

@@ -36,6 +36,8 @@ from ktrt.moe import KTExperts
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.end_to_end
+
 Backend = Literal["AMXBF16", "AMXInt8"]
 Dtype = Literal["auto", "float32"]
 
