@@ -24,7 +24,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-DTYPES = ("bf16", "int8")
+DTYPES = ("bf16", "int8", "int4")
 RANKS = (0, 8, 64)
 QLENS = (1, 4, 16, 64, 256, 1024)
 QUICK_RANKS = (0, 8)
