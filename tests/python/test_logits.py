@@ -136,6 +136,18 @@ def check_against_reference(case: Case) -> None:
     assert median(found) <= 1.15 * (median(bf16) ** 2 + exact["AMXInt8"] ** 2) ** 0.5
 
 
+def check_int4(case: Case, folder: Path) -> None:
+    """INT4 weights are so coarse that float32 is no measure of the engine's own errors, which are
+    those of INT8 activations: the base's experts are rounded in the reference too."""
+    rounded = merged_logits(
+        folder, case.model, case.adapter, case.ids, torch.float32, int4_experts=True
+    )
+    found = run(case, "AMXInt4", "float32")
+    assert median(errors(found, rounded)) <= 0.025
+    # The rounding is the engine's too.
+    assert 0.05 <= median(errors(found, case.reference)) <= 0.3
+
+
 def allowed_thrown_off(bf16: torch.Tensor) -> float:
     """As many as in transformers' BF16 run: both are counts of rare random events, so two standard
     deviations of their difference more."""
@@ -189,21 +201,13 @@ def test_tiny_model_equals_merge(tiny: Tiny, family: str, size: int, layout: Lay
     check_against_reference(tiny.case(family, size, layout))
 
 
-# INT4 weights are so coarse that float32 is no measure of the engine's own errors.
 @pytest.mark.parametrize("layout", [None, "a", "b"])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_int4_equals_merge_into_rounded_experts(
     tiny: Tiny, family: str, size: int, layout: Layout | None
 ) -> None:
-    case = tiny.case(family, size, layout)
-    rounded = merged_logits(
-        tiny.folder / "merged", case.model, case.adapter, case.ids, torch.float32, int4_experts=True
-    )
-    found = run(case, "AMXInt4", "float32")
-    assert median(errors(found, rounded)) <= 0.03
-    # The rounding itself, which the reference would hide.
-    assert 0.1 <= median(errors(found, case.reference)) <= 0.6
+    check_int4(tiny.case(family, size, layout), tiny.folder / "rounded")
 
 
 @pytest.mark.parametrize("layout", ["a", "b"])
@@ -391,5 +395,6 @@ def test_demo_equals_merge(tmp_path: Path, model: str, adapter: str | None) -> N
     path = DEMO / model
     case = make_case(tmp_path, path, DEMO / adapter if adapter else None, demo_ids(path))
     check_against_reference(case)
+    check_int4(case, tmp_path / "rounded")
     if adapter is not None:
         assert median(errors_without_expert_lora(case)) >= 0.5

@@ -118,6 +118,7 @@ constexpr RowBlock kRowBlocks[kMaxRows + 1] = {nullptr, row_block<1>, row_block<
                                                row_block<4>};
 
 void strip(const GemmArgs& g) {
+  prefetch_scales(g);
   prefetch_expand(g);
   for_each_row_block<kMaxRows>(
       g.rows, [&](int first, int rows) { kRowBlocks[rows](g, first, first == 0); });

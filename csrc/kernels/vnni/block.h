@@ -1,7 +1,7 @@
 // What the INT8 and INT4 GEMMs on AVX-512 VNNI share: a register block of up to 14 rows × one
 // strip. VPDPBUSD multiplies unsigned by signed bytes, so activations come with an offset of 128
-// and every int32 accumulator starts at -128 · w_sum: the sum is exactly the signed one (|acc| ≤
-// 255 · 127 · k < 2^31 for k ≤ 65536). Included by the families' bodies only.
+// and 128 · w_sum is taken from every int32 accumulator in the end, which leaves exactly the signed
+// sum (|acc| ≤ 255 · 127 · k < 2^31 for k ≤ 65536). Included by the families' bodies only.
 #pragma once
 
 #include <immintrin.h>
@@ -67,26 +67,22 @@ inline void expand_lora(const GemmArgs& g, const uint16_t* t, float* c) {
 template <class Weights, class Expand, int kRows>
 void row_block(const GemmArgs& g, int first_row, bool first) {
   __m512i acc[kRows][2];
-  const __m512i sum0 = _mm512_loadu_si512(g.w_sum);
-  const __m512i sum1 = _mm512_loadu_si512(g.w_sum + 16);
-  const __m512i start0 = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sum0, 7));
-  const __m512i start1 = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sum1, 7));
 #pragma GCC unroll 14
-  for (int i = 0; i < kRows; ++i) {
-    acc[i][0] = start0;
-    acc[i][1] = start1;
-  }
+  for (int i = 0; i < kRows; ++i) acc[i][0] = acc[i][1] = _mm512_setzero_si512();
   Weights::template multiply<kRows>(g, g.a + first_row * g.a_stride, first, acc);
+  const __m512i offset0 = _mm512_slli_epi32(_mm512_loadu_si512(g.w_sum), 7);
+  const __m512i offset1 = _mm512_slli_epi32(_mm512_loadu_si512(g.w_sum + 16), 7);
   const __m512 scale0 = _mm512_loadu_ps(g.w_scale);
   const __m512 scale1 = _mm512_loadu_ps(g.w_scale + 16);
   float* c = g.c + static_cast<int64_t>(first_row) * kStripColumns;
 #pragma GCC unroll 14
   for (int i = 0; i < kRows; ++i) {
     const __m512 scale = _mm512_set1_ps(g.a_scale[first_row + i]);
-    _mm512_storeu_ps(c + i * kStripColumns,
-                     _mm512_mul_ps(_mm512_mul_ps(scale, scale0), _mm512_cvtepi32_ps(acc[i][0])));
+    const __m512 signed0 = _mm512_cvtepi32_ps(_mm512_sub_epi32(acc[i][0], offset0));
+    const __m512 signed1 = _mm512_cvtepi32_ps(_mm512_sub_epi32(acc[i][1], offset1));
+    _mm512_storeu_ps(c + i * kStripColumns, _mm512_mul_ps(_mm512_mul_ps(scale, scale0), signed0));
     _mm512_storeu_ps(c + i * kStripColumns + 16,
-                     _mm512_mul_ps(_mm512_mul_ps(scale, scale1), _mm512_cvtepi32_ps(acc[i][1])));
+                     _mm512_mul_ps(_mm512_mul_ps(scale, scale1), signed1));
   }
   if (g.lora_b != nullptr) expand_lora<Expand, kRows>(g, g.t + first_row * g.t_stride, c);
 }
@@ -111,6 +107,7 @@ constexpr RowBlock kRowBlocks[kMaxRows + 1] = {nullptr,
 
 template <class Weights, class Expand>
 void vnni_strip(const GemmArgs& g) {
+  prefetch_scales(g);
   prefetch_expand(g);
   for_each_row_block<kMaxRows>(g.rows, [&](int first, int rows) {
     kRowBlocks<Weights, Expand>[rows](g, first, first == 0);
