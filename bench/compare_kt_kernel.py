@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-DTYPES = ("bf16", "int8")
+DTYPES = ("bf16", "int8", "int4")
 RANKS = (0, 8, 64)
 QLENS = (1, 4, 16, 64, 256, 1024)
 QUICK_RANKS = (0, 8)

@@ -11,7 +11,7 @@ import statistics
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 # DeepSeek-V2-Lite.
 EXPERTS, TOP_K, HIDDEN, INTER = 64, 6, 2048, 1408
 LORA_SCALE = 2.0
-ELEMENT_BYTES = {"bf16": 2.0, "int8": 1.0}
-KT_CLASS = {"bf16": "AMXBF16", "int8": "AMXInt8"}
+FORMATS: tuple[Literal["bf16", "int8", "int4"], ...] = ("bf16", "int8", "int4")
+ELEMENT_BYTES = {"bf16": 2.0, "int8": 1.0, "int4": 0.5}
+KT_CLASS = {"bf16": "AMXBF16", "int8": "AMXInt8", "int4": "AMXInt4"}
 PROBE_BYTES = 256 << 20
 SETTLE_SECONDS = 0.06
 ERROR_TOKENS = 64
@@ -85,7 +86,7 @@ class Ktrt:
             top_k=TOP_K,
             hidden_size=HIDDEN,
             intermediate_size=INTER,
-            weight_format="bf16" if dtype == "bf16" else "int8",
+            weight_format=next(each for each in FORMATS if each == dtype),
         )
         for expert in range(EXPERTS):
             layer.load_expert(

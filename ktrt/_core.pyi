@@ -69,7 +69,7 @@ class MoeLayer:
         top_k: int,
         hidden_size: int,
         intermediate_size: int,
-        weight_format: Literal["bf16", "int8"],
+        weight_format: Literal["bf16", "int8", "int4"],
     ) -> None: ...
     @property
     def num_experts(self) -> int: ...
@@ -86,9 +86,9 @@ class MoeLayer:
         """Bytes of packed weights and scales held for all experts, LoRA excluded."""
 
     def load_expert(self, expert: int, gate: Any, up: Any, down: Any) -> None:
-        """Packs (and for int8 quantises) one expert. gate, up [intermediate_size, hidden_size],
-        down [hidden_size, intermediate_size]; float32, float16 or bfloat16, rounded to bfloat16
-        first. The arrays are not kept. Runs without the GIL, on the pool."""
+        """Packs (and for int8, int4 quantises) one expert. gate, up [intermediate_size,
+        hidden_size], down [hidden_size, intermediate_size]; float32, float16 or bfloat16, rounded
+        to bfloat16 first. The arrays are not kept. Runs without the GIL, on the pool."""
 
     def set_lora(
         self,

@@ -42,10 +42,10 @@ std::shared_ptr<Engine> make_engine(int num_threads, int max_qlen,
 }
 
 WeightFormat parse_format(const std::string& name) {
-  for (const WeightFormat format : {WeightFormat::kBf16, WeightFormat::kInt8}) {
+  for (const WeightFormat format : kWeightFormats) {
     if (name == name_of(format)) return format;
   }
-  KTRT_CHECK(false, "weight_format is '" << name << "', expected 'bf16' or 'int8'");
+  KTRT_CHECK(false, "weight_format is '" << name << "', expected 'bf16', 'int8' or 'int4'");
   return WeightFormat::kBf16;
 }
 

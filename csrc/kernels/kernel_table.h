@@ -23,8 +23,8 @@ struct GemmArgs {
   int row_in_block;        // first row of the strip in it
   int k;                   // padded
   const float* w_scale;    // [32] of this strip; null for BF16
-  const int32_t* w_sum;    // [32] of this strip; null for BF16
-  const uint8_t* next;     // what is read after this strip, to prefetch; may be null
+  const int32_t* w_sum;  // [32] of this strip: Σ_k of its codes (INT4: of 16 · code); null for BF16
+  const uint8_t* next;  // what is read after this strip, to prefetch; may be null
 
   // BF16 [rank_pairs][2 halves][16 rows][2]; null without LoRA.
   const uint16_t* lora_b;
@@ -86,6 +86,7 @@ struct GemmChoice {
 struct KernelTable {
   GemmChoice gemm_bf16;
   GemmChoice gemm_int8;
+  GemmChoice gemm_int4;
   const ShrinkKernel* lora_shrink;
   const ElementwiseKernels* elementwise;
 };

@@ -70,7 +70,7 @@ ExpertWeights::Part ExpertWeights::make_part(int part) const {
   }
   const auto experts = static_cast<std::size_t>(shape_.num_experts);
   result.codes = AlignedBuffer(experts * result.expert_code_bytes);
-  if (format_ == WeightFormat::kInt8) {
+  if (is_quantized(format_)) {
     result.scales = AlignedBuffer(experts * result.expert_rows * sizeof(float));
     result.sums = AlignedBuffer(experts * result.expert_rows * sizeof(std::int32_t));
   }

@@ -42,7 +42,7 @@ class ThreadForward {
         strides_(strides_of(task)),
         scratch_(task.workspace.thread(thread)),
         shared_(task.workspace.shared()),
-        int8_(task.weights.format() == WeightFormat::kInt8) {}
+        int8_(is_quantized(task.weights.format())) {}
 
   void gate_up(const Piece& piece);
   void down(const Piece& piece) const;
@@ -59,7 +59,7 @@ class ThreadForward {
   const Strides strides_;
   const Workspace::Thread& scratch_;
   const Workspace::Shared& shared_;
-  const bool int8_;
+  const bool int8_;        // the activations'
   int gathered_job_ = -1;  // whose rows are in scratch_
 };
 

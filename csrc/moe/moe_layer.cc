@@ -8,6 +8,22 @@
 
 namespace ktrt {
 
+namespace {
+
+const GemmChoice& gemm_of(const KernelTable& kernels, WeightFormat format) {
+  switch (format) {
+    case WeightFormat::kInt8:
+      return kernels.gemm_int8;
+    case WeightFormat::kInt4:
+      return kernels.gemm_int4;
+    case WeightFormat::kBf16:
+      break;
+  }
+  return kernels.gemm_bf16;
+}
+
+}  // namespace
+
 MoeLayer::MoeLayer(std::shared_ptr<Engine> engine, const MoeShape& shape, WeightFormat format)
     : engine_(std::move(engine)), shape_(shape), format_(format) {
   const auto lock = engine_->lock_open();
@@ -116,12 +132,11 @@ void MoeLayer::forward(const TensorView& hidden_states, const TensorView& expert
   plan_.build(expert_ids, routing_weights, shape_.num_experts, kMaxJobRows);
 
   const KernelTable& kernels = engine_->kernels();
-  const bool int8 = format_ == WeightFormat::kInt8;
   ForwardTask task{.weights = *weights_,
                    .lora = lora_ && lora_enabled_ ? &*lora_ : nullptr,
                    .plan = plan_,
                    .kernels = kernels,
-                   .gemm = int8 ? kernels.gemm_int8 : kernels.gemm_bf16,
+                   .gemm = gemm_of(kernels, format_),
                    .workspace = engine_->workspace_,
                    .finished_strips = engine_->workspace_.job_counters(plan_.jobs().size()),
                    .queues = queues_,

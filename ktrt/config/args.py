@@ -9,7 +9,7 @@ from ktrt.config.check import check_value, nearest
 from ktrt.errors import ConfigError
 
 InferDtype = Literal["auto", "bfloat16", "float16", "float32"]
-KtBackend = Literal["AMXBF16", "AMXInt8"]
+KtBackend = Literal["AMXBF16", "AMXInt8", "AMXInt4"]
 
 
 @dataclass(frozen=True)
