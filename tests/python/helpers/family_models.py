@@ -1,0 +1,146 @@
+"""Tiny random models of every MoE model type of the installed transformers, found by scanning it.
+
+A family is a modelling file whose experts go through ``use_experts_implementation``. Its config
+class is made small by rules on the names of its numbers; ``FIXUPS`` holds what the rules cannot
+know.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.models.auto import modeling_auto
+
+if TYPE_CHECKING:
+    from torch import nn
+
+VOCAB_SIZE = 128
+# Ids of image, audio and other special tokens; texts use smaller ones.
+FIRST_SPECIAL = 100
+NUM_EXPERTS = 8
+MODELS = Path(transformers.__file__).parent / "models"
+_DECORATED = re.compile(r"^@use_experts_implementation", re.MULTILINE)
+# Where classes that generate text are registered, in the order in which ktrt asks.
+_AUTO_CLASSES = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model class that generates text: ``folder`` holds its code, ``model_type`` is the first
+    config registered for it."""
+
+    folder: str
+    model_type: str
+    class_name: str
+
+    def __str__(self) -> str:
+        return f"{self.model_type}-{self.class_name}"
+
+
+def moe_folders() -> list[str]:
+    """The modelling folders whose experts go through the interface."""
+    return sorted(
+        file.parent.name
+        for file in MODELS.glob("*/modeling_*.py")
+        if _DECORATED.search(file.read_text("utf-8"))
+    )
+
+
+def families() -> list[Family]:
+    """Every class of these folders that generates text, by folder."""
+    classes = {
+        name: folder
+        for folder in moe_folders()
+        for file in (MODELS / folder).glob("modeling_*.py")
+        for name in re.findall(r"^class (\w+)\(", file.read_text("utf-8"), re.MULTILINE)
+    }
+    found: dict[str, Family] = {}
+    for auto_class in _AUTO_CLASSES:
+        names = getattr(modeling_auto, f"MODEL_FOR_{auto_class}_MAPPING_NAMES")
+        for model_type, class_names in names.items():
+            for name in [class_names] if isinstance(class_names, str) else class_names:
+                if name in classes:
+                    found.setdefault(name, Family(classes[name], model_type, name))
+    return sorted(found.values(), key=str)
+
+
+# Numbers by name, wherever they are in a config. Sizes fill neither strips of 32 nor tiles of 64.
+_SIZES: dict[str, Any] = {
+    "hidden_size": 112, "intermediate_size": 72, "moe_intermediate_size": 56,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24,
+    "vocab_size": VOCAB_SIZE, "max_position_embeddings": 256, "num_experts_per_tok": 3,
+    "num_experts_per_token": 3, "moe_k": 3, "moe_topk": 3, "n_group": 2, "topk_group": 1,
+    "num_expert_group": 2,
+    "kv_lora_rank": 24, "q_lora_rank": 40, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+    "qk_head_dim": 24, "v_head_dim": 16, "o_lora_rank": 16, "o_groups": 2,
+    "index_head_dim": 16, "index_n_heads": 2, "index_topk": 8,
+    "linear_head_dim": 16, "linear_num_heads": 2, "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "mamba_chunk_size": 16, "mamba_d_head": 56, "mamba_d_state": 8, "mamba_n_heads": 4,
+    "mamba_dt_rank": 8, "mamba_head_dim": 56, "mamba_num_heads": 4, "ssm_state_size": 8,
+    "n_groups": 2, "chunk_size": 16, "sliding_window": 16, "sliding_window_size": 16,
+    "swa_head_dim": 24, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2,
+    "shared_expert_intermediate_size": 40, "shared_experts_intermediate_size": 40,
+    "shared_intermediate_size": 40, "moe_shared_expert_intermediate_size": 40,
+    "dense_intermediate_size": 88, "d_rel": 8, "rel_extent": 16, "router_hidden_size": 24,
+    "rotary_dim": 8, "block_size": 16, "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCAB_SIZE, "unpadded_vocab_size": VOCAB_SIZE,
+    "n_shared_experts": 1, "num_shared_experts": 1, "moe_num_shared_experts": 1,
+    # Vision and sound, which tests do not run.
+    "depth": 1, "num_heads": 2, "out_hidden_size": 112, "image_size": 32, "patch_size": 8,
+    "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "d_model": 16,
+    "n_layers": 1, "num_position_embeddings": 16, "output_dim": 112, "downsample_hidden_size": 8,
+    "projector_hidden_size": 16, "merged_hidden_size": 64, "text_hidden_size": 112,
+    "position_embedding_size": 16,
+}  # fmt: skip
+_AT_MOST = {"first_k_dense_replace": 1, "num_dense_layers": 1, "num_nextn_predict_layers": 0}
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_TOKEN_ID = re.compile(r".*_(token_id|token_index|id)$")
+_ORDINARY_IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
+
+# model type → {dotted key: value}, beyond the rules.
+FIXUPS: dict[str, dict[str, Any]] = {}
+
+
+def small_config(model_type: str) -> PreTrainedConfig:
+    """A config of the type with tiny sizes, two layers, of which the last has routed experts."""
+    config_class = CONFIG_MAPPING[model_type]
+    ids = iter(range(FIRST_SPECIAL, VOCAB_SIZE))
+    changes = _smaller(config_class(), ids)
+    for key, value in FIXUPS.get(model_type, {}).items():
+        *path, name = key.split(".")
+        part = changes
+        for step in path:
+            part = part.setdefault(step, {})
+        part[name] = value
+    return config_class(**changes)
+
+
+def _smaller(config: PreTrainedConfig, ids: Any) -> dict[str, Any]:
+    changes: dict[str, Any] = {}
+    layers = getattr(config, "num_hidden_layers", None)
+    for key, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            changes[key] = _smaller(value, ids)
+        elif isinstance(value, list) and len(value) == layers:
+            changes[key] = [value[0], value[-1]]
+        elif isinstance(value, bool) or not isinstance(value, int):
+            continue
+        elif key in _ORDINARY_IDS:
+            changes[key] = _ORDINARY_IDS[key]
+        elif _TOKEN_ID.fullmatch(key):
+            changes[key] = next(ids)
+        elif key in _EXPERT_COUNTS:
+            changes[key] = NUM_EXPERTS
+        elif key in _AT_MOST:
+            changes[key] = min(value, _AT_MOST[key])
+        elif key in _SIZES and value:
+            changes[key] = _SIZES[key]
+    return changes
