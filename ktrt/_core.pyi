@@ -59,10 +59,12 @@ class MoeLayer:
     """The routed experts of one MoE layer: ``y = Σ_slots w · down(f(gate x) · up x)``, with biases
     where they are set; ``down(f(up x))`` without gate.
 
-    ``f(min(g, gate_limit)) · (clamp(u, ± up_limit) + up_offset)`` makes an intermediate activation of
-    the outputs g and u of gate and up; ``activation`` names f: ``silu`` is g · sigmoid(alpha · g),
-    ``gelu``, ``gelu_tanh``, ``relu``, ``relu2`` its square. ``softcap_silu`` bends instead:
-    gate_limit · tanh(g / gate_limit) · sigmoid(g), and up likewise. Weights live in kt_kernel's packed layout; sizes it refuses are zero-padded.
+    ``f(min(g, gate_limit)) · (clamp(u, ± up_limit) + up_offset)`` makes an intermediate activation
+    of the outputs g and u of gate and up; ``activation`` names f: ``silu`` is g · sigmoid(alpha ·
+    g), ``gelu``, ``gelu_tanh``, ``relu``, ``relu2`` its square. ``softcap_silu`` bends instead:
+    gate_limit · tanh(g / gate_limit) · sigmoid(g), and up likewise.
+
+    Weights live in kt_kernel's packed layout; sizes it refuses are zero-padded.
     """
 
     def __init__(
@@ -81,8 +83,8 @@ class MoeLayer:
         up_limit: float = ...,
         up_offset: float = 0.0,
     ) -> None:
-        """``ValueError``: sizes below 1, a limit that is not above 0, an unknown name. The limits are
-        infinite by default."""
+        """``ValueError``: sizes below 1, a limit that is not above 0, an unknown name. The limits
+        are infinite by default."""
 
     @property
     def num_experts(self) -> int: ...
@@ -100,15 +102,16 @@ class MoeLayer:
 
     def load_expert(self, expert: int, gate: Any, up: Any, down: Any) -> None:
         """Packs (and for int8 quantises) one expert. gate (None where the experts have none), up
-        [intermediate_size, hidden_size], down [hidden_size, intermediate_size]; float32, float16 or bfloat16, rounded to bfloat16
-        first. The arrays are not kept. Runs without the GIL, on the pool."""
+        [intermediate_size, hidden_size], down [hidden_size, intermediate_size]; float32, float16
+        or bfloat16, rounded to bfloat16 first. The arrays are not kept. Runs without the GIL, on
+        the pool."""
 
     def set_biases(
         self, *, gate: Any | None = None, up: Any | None = None, down: Any | None = None
     ) -> None:
         """Replaces the biases of all experts: gate, up [num_experts, intermediate_size], down
-        [num_experts, hidden_size], float32; None: no bias on that projection. Added in float32, gate's
-        and up's before the activation, down's before the routing weight."""
+        [num_experts, hidden_size], float32; None: no bias on that projection. Added in float32,
+        gate's and up's before the activation, down's before the routing weight."""
 
     def set_lora(
         self,

@@ -7,19 +7,14 @@ know.
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto import modeling_auto
-
-if TYPE_CHECKING:
-    from torch import nn
 
 VOCAB_SIZE = 128
 # Ids of image, audio and other special tokens; texts use smaller ones.
@@ -33,8 +28,8 @@ _AUTO_CLASSES = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
 
 @dataclass(frozen=True)
 class Family:
-    """One model class that generates text: ``folder`` holds its code, ``model_type`` is the first
-    config registered for it."""
+    """One model class that generates text: ``folder`` holds its code, ``model_type`` is that of its
+    config."""
 
     folder: str
     model_type: str
@@ -64,9 +59,10 @@ def families() -> list[Family]:
     found: dict[str, Family] = {}
     for auto_class in _AUTO_CLASSES:
         names = getattr(modeling_auto, f"MODEL_FOR_{auto_class}_MAPPING_NAMES")
-        for model_type, class_names in names.items():
+        for class_names in names.values():
             for name in [class_names] if isinstance(class_names, str) else class_names:
                 if name in classes:
+                    model_type = getattr(transformers, name).config_class.model_type
                     found.setdefault(name, Family(classes[name], model_type, name))
     return sorted(found.values(), key=str)
 
@@ -106,7 +102,46 @@ _TOKEN_ID = re.compile(r".*_(token_id|token_index|id)$")
 _ORDINARY_IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
 
 # model type → {dotted key: value}, beyond the rules.
-FIXUPS: dict[str, dict[str, Any]] = {}
+_QWEN4: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"], "indexer_n_heads": 2,
+    "indexer_kv_heads": 1, "indexer_head_dim": 24, "indexer_budget": 32,
+    "indexer_compress_ratio": 4,
+}  # fmt: skip
+_GEMMA4: dict[str, Any] = {
+    "enable_moe_block": True, "num_experts": NUM_EXPERTS, "top_k_experts": 3,
+    "moe_intermediate_size": 56, "global_head_dim": 24,
+}  # fmt: skip
+_SPARSE = ["sparse", "sparse"]
+_TEXT = "text_config."
+FIXUPS: dict[str, dict[str, Any]] = {
+    "deepseek_ocr2": {f"{_TEXT}mlp_layer_types": _SPARSE, f"{_TEXT}num_experts_per_tok": 3},
+    "deepseek_v2": {"topk_method": "greedy", "num_experts_per_tok": 3},
+    "diffusion_gemma": {f"{_TEXT}{key}": value for key, value in _GEMMA4.items()},
+    "dots1": {"n_routed_experts": NUM_EXPERTS, "n_shared_experts": 1, "num_experts_per_tok": 3,
+              "first_k_dense_replace": 0, "n_group": 2, "topk_group": 1},
+    "flint": {"mlp_only_layers": [0]},
+    "gemma4": {f"{_TEXT}{key}": value for key, value in _GEMMA4.items()},
+    "gemma4_text": _GEMMA4,
+    "glm4v_moe": {f"{_TEXT}rope_parameters": {
+        "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 2]}},
+    "glm5_next": {f"{_TEXT}index_topk": 16,
+                  f"{_TEXT}layer_types": ["linear_attention", "full_attention"]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"],
+                         "num_local_experts": NUM_EXPERTS},
+    "hunyuan_v1_moe": {"head_dim": 24},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 0},
+    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mistral_large4": {f"{_TEXT}kv_source_layers": [0, 1]},
+    "muse_spark": {"audio_config.num_hidden_layers": 4, "audio_config.hidden_sizes": [8, 8, 8, 8],
+                   "audio_config.depths": [1, 1, 1, 1], f"{_TEXT}moe_hidden_size": 72},
+    "nemotron_h": {"num_hidden_layers": 3,
+                   "layer_types": ["linear_attention", "moe", "full_attention"]},
+    "qwen3_omni_moe": {"talker_config.text_config.shared_expert_intermediate_size": 40},
+    "qwen4_exp": {f"{_TEXT}{key}": value for key, value in _QWEN4.items()},
+    "qwen4_exp_text": _QWEN4,
+    "zaya": {"num_experts_per_tok": 1},
+}  # fmt: skip
 
 
 def small_config(model_type: str) -> PreTrainedConfig:
@@ -125,7 +160,7 @@ def small_config(model_type: str) -> PreTrainedConfig:
 
 def _smaller(config: PreTrainedConfig, ids: Any) -> dict[str, Any]:
     changes: dict[str, Any] = {}
-    layers = getattr(config, "num_hidden_layers", None)
+    layers = vars(config).get("num_hidden_layers")
     for key, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
             changes[key] = _smaller(value, ids)
@@ -142,5 +177,14 @@ def _smaller(config: PreTrainedConfig, ids: Any) -> dict[str, Any]:
         elif key in _AT_MOST:
             changes[key] = min(value, _AT_MOST[key])
         elif key in _SIZES and value:
-            changes[key] = _SIZES[key]
+            changes[key] = _SIZES[_same_size(config, key, value)]
     return changes
+
+
+def _same_size(config: PreTrainedConfig, key: str, value: int) -> str:
+    """Sizes that are one and the same in the family stay so."""
+    twins = {
+        "num_key_value_heads": ("num_attention_heads",),
+        "head_dim": ("qk_rope_head_dim", "qk_head_dim"),
+    }
+    return next((t for t in twins.get(key, ()) if vars(config).get(t) == value), key)
