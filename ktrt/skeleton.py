@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Where transformers registers classes that generate text; the first that knows a config builds it,
-# so that a multimodal model with a class for its text alone is loaded as that.
+# Where transformers registers classes that generate text. The first that fits is taken, so that a
+# multimodal model with a class for its text alone is loaded as that.
 _AUTO_CLASSES = ("CausalLM", "ImageTextToText", "MultimodalLM")
 # quantization_config.quant_method of the formats that ktrt dequantises while reading.
 _QUANT_METHODS = ("fp8", "mxfp4")
@@ -88,12 +88,24 @@ def _auto_class(file: Path, config: Any, trust: bool) -> Any:
     for name in _AUTO_CLASSES:
         # MultimodalLM is younger than the oldest transformers that ktrt works with.
         auto_class: Any = getattr(transformers, f"AutoModelFor{name}", None)
-        if auto_class is not None and (trust or type(config) in auto_class._model_mapping):
+        if auto_class is None or not (trust or type(config) in auto_class._model_mapping):
+            continue
+        if trust or _takes_whole_folder(config, auto_class._model_mapping[type(config)]):
             return auto_class
     raise CheckpointError(
         f"{file}: transformers has no class that generates text for model type "
         f"{config.model_type}; ktrt is for language models."
     )
+
+
+def _takes_whole_folder(config: Any, model_class: Any) -> bool:
+    """Whether the class knows all tensors of a folder with this config: not so one for the text of
+    a multimodal model that does not say which names belong to the rest."""
+    if config.get_text_config() is config:
+        return True
+    ignored = getattr(model_class, "_keys_to_ignore_on_load_unexpected", None) or []
+    architectures = getattr(config, "architectures", None) or [model_class.__name__]
+    return model_class.__name__ in architectures or any("vis" in pattern for pattern in ignored)
 
 
 def _check_continues_text(file: Path, model: nn.Module) -> None:

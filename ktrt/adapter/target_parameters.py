@@ -1,8 +1,9 @@
 """Layout b: LoRA on the stacked expert parameters, as PEFT writes for ``target_parameters``.
 
 gate_up_proj (up_proj where experts have no gate): ``…experts.base_layer.lora_{A,B}.weight``;
-down_proj: ``…experts.lora_{A,B}.weight``; with a single target the unprefixed name belongs to that one. A [E·r, in] is expert-major, B
-[out, r·E] rank-major: A_e = A[e·r:(e+1)·r], B_e = B[:, e::E] (peft.tuners.lora, ``ParamWrapper``).
+down_proj: ``…experts.lora_{A,B}.weight``; with a single target the unprefixed name belongs to that
+one. A [E·r, in] is expert-major, B [out, r·E] rank-major: A_e = A[e·r:(e+1)·r], B_e = B[:, e::E]
+(peft.tuners.lora, ``ParamWrapper``).
 
 PEFT before 0.19.1 read [E, d1, d2] as in = d1, out = d2, so that A is [E·r, d1], B [d2, r·E] and
 ΔW_e = A_eᵀ B_eᵀ. The shapes tell the two apart unless d1 = d2; then peft_version does. Parameters

@@ -40,8 +40,10 @@ class KTExperts(nn.Module):
                 plain = self.replaced(*args, **kwargs)
             if getattr(plain, "has_post_expert_norm", False):
                 self.post_expert_norm = plain.get_submodule("post_expert_norm")
-        # transformers' own initialisation would look for the parameters of the replaced class.
+        # transformers' own initialisation would look for the parameters of the replaced class; that
+        # of some families reaches for them from the block around.
         self._is_hf_initialized = True
+        self.gate_up_proj = self.down_proj = torch.empty(0)
         self._layer: MoeLayer | None = None
         self._max_qlen = 0
 

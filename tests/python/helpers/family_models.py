@@ -7,12 +7,15 @@ know.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
+from helpers.rounded_experts import experts_of
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
@@ -119,6 +122,10 @@ FIXUPS: dict[str, dict[str, Any]] = {
     "diffusion_gemma": {f"{_TEXT}{key}": value for key, value in _GEMMA4.items()},
     "dots1": {"n_routed_experts": NUM_EXPERTS, "n_shared_experts": 1, "num_experts_per_tok": 3,
               "first_k_dense_replace": 0, "n_group": 2, "topk_group": 1},
+    "dots3_note": {"vision_config.adapter_in_dim": 112, "vision_config.adapter_out_dim": 112,
+                   "audio_config.adapter_input_size": 112, "audio_config.adapter_out_dim": 112},
+    "ernie4_5_vl_moe": {f"{_TEXT}rope_parameters": {
+        "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 4, 6]}},
     "flint": {"mlp_only_layers": [0]},
     "gemma4": {f"{_TEXT}{key}": value for key, value in _GEMMA4.items()},
     "gemma4_text": _GEMMA4,
@@ -137,7 +144,8 @@ FIXUPS: dict[str, dict[str, Any]] = {
                    "audio_config.depths": [1, 1, 1, 1], f"{_TEXT}moe_hidden_size": 72},
     "nemotron_h": {"num_hidden_layers": 3,
                    "layer_types": ["linear_attention", "moe", "full_attention"]},
-    "qwen3_omni_moe": {"talker_config.text_config.shared_expert_intermediate_size": 40},
+    "qwen3_omni_moe": {"talker_config.text_config.shared_expert_intermediate_size": 40,
+                       "talker_config.spatial_merge_size": 2},
     "qwen4_exp": {f"{_TEXT}{key}": value for key, value in _QWEN4.items()},
     "qwen4_exp_text": _QWEN4,
     "zaya": {"num_experts_per_tok": 1},
@@ -188,3 +196,52 @@ def _same_size(config: PreTrainedConfig, key: str, value: int) -> str:
         "head_dim": ("qk_rope_head_dim", "qk_head_dim"),
     }
     return next((t for t in twins.get(key, ()) if vars(config).get(t) == value), key)
+
+
+def random_model(family: Family, seed: int = 0) -> Any:
+    """The family's class in float32 with random weights that bfloat16 holds exactly.
+
+    The library initialises it; matrices are then made to keep the size of what they are given, so
+    that experts and routing matter, and everything that starts as a constant gets noise.
+    """
+    torch.manual_seed(seed)
+    model_class = getattr(transformers, family.class_name)
+    model = model_class(small_config(family.model_type)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    routed = {id(p) for m in experts_of(model).values() for p in m.parameters(recurse=False)}
+    linear = {
+        id(m.weight)
+        for m in model.modules()
+        if isinstance(m, (torch.nn.Linear, torch.nn.Embedding))
+    }
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if id(parameter) in routed and parameter.ndim == 3:
+                size_in = parameter.shape[-2 if _is_transposed(model, name) else -1]
+                parameter.copy_(1.2 * noise / math.sqrt(size_in))
+            elif id(parameter) in routed:
+                parameter.copy_(0.5 * noise)
+            elif id(parameter) in linear or name.endswith(("gate.weight", "router.weight")):
+                gain = math.sqrt(parameter.shape[-1]) if "embed" in name else 1.0
+                parameter.copy_(gain * noise / math.sqrt(parameter.shape[-1]))
+            elif parameter.ndim == 1:
+                parameter.add_(0.1 * noise)
+        for tensor in (*model.parameters(), *_saved_buffers(model)):
+            if tensor.is_floating_point():
+                tensor.copy_(tensor.to(torch.bfloat16))
+    return model
+
+
+def _is_transposed(model: torch.nn.Module, name: str) -> bool:
+    return bool(getattr(model.get_submodule(name.rpartition(".")[0]), "is_transposed", False))
+
+
+def _saved_buffers(model: torch.nn.Module) -> list[torch.Tensor]:
+    saved = set(model.state_dict())
+    return [buffer for name, buffer in model.named_buffers() if name in saved]
+
+
+def folders_without_class() -> list[str]:
+    """The modelling folders none of whose classes generates text."""
+    return sorted(set(moe_folders()) - {family.folder for family in families()})
