@@ -9,8 +9,8 @@ export PATH := $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path(
 CPP_FILES = $(shell find csrc tests/cpp bench -name '*.h' -o -name '*.cc')
 APT_PACKAGES = build-essential libgtest-dev libbenchmark-dev
 
-.PHONY: help ci install-test-deps develop check format format-check lint types test test-cpp test-asan \
-        test-tsan test-python test-isa bench bench-smoke clean
+.PHONY: help ci install-test-deps develop check families format format-check lint types test test-cpp \
+        test-asan test-tsan test-python test-isa bench bench-smoke clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -34,6 +34,9 @@ format: ## Rewrite C++ and Python sources in the project's format
 	clang-format -i $(CPP_FILES)
 	ruff format .
 	ruff check --fix-only -q .
+
+families: ## Write README's table of model families, for the installed transformers
+	$(PYTHON) tests/python/helpers/families_table.py
 
 format-check:
 	clang-format --dry-run -Werror $(CPP_FILES)

@@ -56,7 +56,13 @@ class ReadProbe:
         """Wall time of reading everything once on the engine's threads, without the GIL."""
 
 class MoeLayer:
-    """The routed experts of one MoE layer: ``y = Σ_slots w · down(act(gate x) · (up x))``.
+    """The routed experts of one MoE layer: ``y = Σ_slots w · down(f(gate x) · up x)``, with biases
+    where they are set; ``down(f(up x))`` without gate.
+
+    ``f(min(g, gate_limit)) · (clamp(u, ± up_limit) + up_offset)`` makes an intermediate activation
+    of the outputs g and u of gate and up; ``activation`` names f: ``silu`` is g · sigmoid(alpha ·
+    g), ``gelu``, ``gelu_tanh``, ``relu``, ``relu2`` its square. ``softcap_silu`` bends instead:
+    gate_limit · tanh(g / gate_limit) · sigmoid(g), and up likewise.
 
     Weights live in kt_kernel's packed layout; sizes it refuses are zero-padded.
     """
@@ -70,7 +76,16 @@ class MoeLayer:
         hidden_size: int,
         intermediate_size: int,
         weight_format: Literal["bf16", "int8", "int4"],
-    ) -> None: ...
+        has_gate: bool = True,
+        activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "softcap_silu"] = "silu",
+        alpha: float = 1.0,
+        gate_limit: float = ...,
+        up_limit: float = ...,
+        up_offset: float = 0.0,
+    ) -> None:
+        """``ValueError``: sizes below 1, a limit that is not above 0, an unknown name. The limits
+        are infinite by default."""
+
     @property
     def num_experts(self) -> int: ...
     @property
@@ -86,9 +101,17 @@ class MoeLayer:
         """Bytes of packed weights and scales held for all experts, LoRA excluded."""
 
     def load_expert(self, expert: int, gate: Any, up: Any, down: Any) -> None:
-        """Packs (and for int8, int4 quantises) one expert. gate, up [intermediate_size,
-        hidden_size], down [hidden_size, intermediate_size]; float32, float16 or bfloat16, rounded
-        to bfloat16 first. The arrays are not kept. Runs without the GIL, on the pool."""
+        """Packs (and for int8, int4 quantises) one expert. gate (None where the experts have none)
+        and up [intermediate_size, hidden_size], down [hidden_size, intermediate_size]; float32,
+        float16 or bfloat16, rounded to bfloat16 first. The arrays are not kept. Runs without the
+        GIL, on the pool."""
+
+    def set_biases(
+        self, *, gate: Any | None = None, up: Any | None = None, down: Any | None = None
+    ) -> None:
+        """Replaces the biases of all experts: gate, up [num_experts, intermediate_size], down
+        [num_experts, hidden_size], float32; None: no bias on that projection. Added in float32,
+        gate's and up's before the activation, down's before the routing weight."""
 
     def set_lora(
         self,

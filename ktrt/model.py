@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
@@ -13,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ktrt.adapter import Audit, BaseModel, plan_adapter
-from ktrt.checkpoint import Checkpoint, WeightNames, find_expert_weights
+from ktrt.checkpoint import Checkpoint, find_expert_weights
+from ktrt.checkpoint_names import WeightNames
+from ktrt.dequantized import dequantized_source
 from ktrt.errors import CheckpointError
 from ktrt.moe import KTExperts, build_engine, experts_replaced, find_experts, new_layer
+from ktrt.skeleton import build_skeleton
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from torch import nn
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from ktrt.checkpoint import ExpertWeights
     from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
     from ktrt.moe import Engine, ExpertsSpec
+    from ktrt.skeleton import Skeleton
 
 logger = logging.getLogger(__name__)
 # The block that users of LLaMA-Factory with KTransformers look for.
@@ -56,17 +58,18 @@ def load_model(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> L
     """
     folder = model.model_name_or_path
     logger.info("Loading model with KTransformers MoE backend")
-    skeleton, trust = _skeleton(folder, model.trust_remote_code)
+    built = build_skeleton(folder, model.trust_remote_code)
+    skeleton = built.model
     specs = find_experts(skeleton)
     if not specs:
         raise CheckpointError(
             f"{folder}: {type(skeleton).__name__} has no routed experts that transformers runs "
             "through its experts interface; ktrt is for Mixture-of-Experts models."
         )
-    checkpoint, names = Checkpoint(folder), WeightNames(skeleton)
+    checkpoint, names = Checkpoint(folder, built.weight_block_size), WeightNames(skeleton)
     weights = find_expert_weights(checkpoint, names, specs)
     plan = _plan_adapter(adapter, skeleton, specs, names, weights)
-    loaded = _load_without_experts(skeleton, specs, checkpoint, names, model.infer_dtype, trust)
+    loaded = _load_without_experts(built, specs, checkpoint, names, model.infer_dtype)
     engine = build_engine(experts)
     try:
         _load_experts(engine, loaded, specs, weights, experts.kt_backend)
@@ -77,43 +80,6 @@ def load_model(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> L
     loaded.eval().requires_grad_(False)
     _log_result(loaded, specs, plan)
     return LoadedModel(loaded, audit, engine)
-
-
-def _skeleton(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, bool]:
-    """The plain model on the meta device, and whether the checkpoint's own code may run."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
-
-    file = folder / "config.json"
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        model_type = raw["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{file} cannot be read or names no model_type ({error!r}): not a model folder."
-        ) from error
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method")
-        raise CheckpointError(
-            f"{file}: the weights are quantised (quant_method {method}); ktrt cannot read that "
-            "yet. Use the BF16 checkpoint."
-        )
-    trust = trust_remote_code and model_type not in CONFIG_MAPPING
-    if trust_remote_code and not trust:
-        logger.info(
-            "trust_remote_code is ignored: transformers has its own code for %s", model_type
-        )
-    # The library checks configurations with exceptions of its own, derived from nothing else.
-    refusals = (StrictDataclassError, OSError, ValueError, ImportError, KeyError, TypeError)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-    except refusals as error:
-        raise CheckpointError(
-            f"{folder}: transformers cannot build a model of type {model_type}: {error}"
-        ) from error
-    return model, trust
 
 
 def _plan_adapter(
@@ -139,25 +105,29 @@ def _plan_adapter(
 
 
 def _load_without_experts(
-    skeleton: nn.Module,
+    built: Skeleton,
     specs: Sequence[ExpertsSpec],
     checkpoint: Checkpoint,
     names: WeightNames,
     infer_dtype: str,
-    trust: bool,
 ) -> nn.Module:
     """All weights but the routed experts', which are never materialised in torch."""
+    skeleton = built.model
     model_class: Any = type(skeleton)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = "auto" if infer_dtype == "auto" else getattr(torch, infer_dtype)
-    experts = [rf"^{path}\.(gate_up_proj|down_proj)$" for path in _escaped(specs)]
+    parameters = r"(gate_up_proj|up_proj|down_proj)(_bias)?"
+    experts = [rf"^{path}\.{parameters}$" for path in _escaped(specs)]
+    if checkpoint.is_quantized():
+        source = dequantized_source(skeleton, specs, checkpoint, names, infer_dtype)
+    else:
+        dtype = "auto" if infer_dtype == "auto" else getattr(torch, infer_dtype)
+        source = {"pretrained_model_name_or_path": checkpoint.folder, "dtype": dtype}
     try:
         with experts_replaced({s.class_name for s in specs}), _unexpected(model_class, experts):
             model, info = model_class.from_pretrained(
-                checkpoint.folder,
-                dtype=dtype,
+                **source,
                 device_map={"": device} if device != "cpu" else None,
-                trust_remote_code=trust,
+                trust_remote_code=built.trust,
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
@@ -230,6 +200,8 @@ def _load_experts(
         layer = new_layer(engine, spec, kt_backend)
         for expert in range(spec.num_experts):
             layer.load_expert(expert, *weights[spec.path].read(expert))
+        if biases := weights[spec.path].biases():
+            layer.set_biases(**biases)
         module = model.get_submodule(spec.path)
         assert isinstance(module, KTExperts), f"{spec.path} was not replaced"
         module.attach(layer, engine.max_qlen)

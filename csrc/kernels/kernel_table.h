@@ -6,6 +6,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "kernels/activation.h"
+
 namespace ktrt {
 
 // C [rows][32] = A [rows][k] · Wᵀ for one strip of 32 rows of a packed W (layout/packed_layout.h),
@@ -71,6 +73,11 @@ struct ElementwiseKernels {
   void (*silu_mul)(const float* gate, const float* up, int rows, uint16_t* out, int64_t out_stride);
   // acc[0..31] += weight · c[0..31].
   void (*weighted_add)(const float* c, float weight, float* acc);
+  // silu_mul with any activation; gate null: experts without gate.
+  void (*activate)(const Activation& activation, const float* gate, const float* up, int rows,
+                   uint16_t* out, int64_t out_stride);
+  // c[r][0..31] += bias[0..31]; c [rows][32].
+  void (*add_bias)(const float* bias, int rows, float* c);
 };
 
 // AMX tiles pay off from some number of rows on; below it, and without AMX, `few` runs.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 
 #include "base/check.h"
@@ -22,10 +23,24 @@ const GemmChoice& gemm_of(const KernelTable& kernels, WeightFormat format) {
   return kernels.gemm_bf16;
 }
 
+void check_activation(const Activation& a) {
+  KTRT_CHECK(a.gate_limit > 0.0f && a.up_limit > 0.0f && std::isfinite(a.alpha) &&
+                 std::isfinite(a.up_offset),
+             "the activation has gate_limit " << a.gate_limit << ", up_limit " << a.up_limit
+                                              << ", alpha " << a.alpha << ", up_offset "
+                                              << a.up_offset << "; expected limits above 0 and "
+                                              << "finite numbers");
+  KTRT_CHECK(a.kind != ActivationKind::kSoftcapSilu ||
+                 (std::isfinite(a.gate_limit) && std::isfinite(a.up_limit)),
+             "the softcaps of the activation are infinite, expected finite ones");
+}
+
 }  // namespace
 
-MoeLayer::MoeLayer(std::shared_ptr<Engine> engine, const MoeShape& shape, WeightFormat format)
-    : engine_(std::move(engine)), shape_(shape), format_(format) {
+MoeLayer::MoeLayer(std::shared_ptr<Engine> engine, const MoeShape& shape, WeightFormat format,
+                   const Activation& activation)
+    : engine_(std::move(engine)), shape_(shape), format_(format), activation_(activation) {
+  check_activation(activation);
   const auto lock = engine_->lock_open();
   weights_.emplace(shape, format, engine_->parts());
   queues_ = std::vector<PartQueues>(static_cast<std::size_t>(engine_->parts()));
@@ -40,21 +55,28 @@ MoeLayer::~MoeLayer() {
 
 void MoeLayer::release() {
   weights_.reset();
+  biases_.reset();
   lora_.reset();
 }
 
-void MoeLayer::load_expert(int expert, const TensorView& gate, const TensorView& up,
+void MoeLayer::load_expert(int expert, const std::optional<TensorView>& gate, const TensorView& up,
                            const TensorView& down) {
   KTRT_CHECK(expert >= 0 && expert < shape_.num_experts,
              "expert is " << expert << ", expected 0 to " << shape_.num_experts - 1);
-  for (const TensorView* view : {&gate, &up, &down}) view->expect_float();
-  gate.expect_shape({shape_.intermediate_size, shape_.hidden_size});
+  KTRT_CHECK(gate.has_value() == shape_.has_gate, "gate is " << (gate ? "given" : "missing")
+                                                             << ", but the experts have "
+                                                             << (shape_.has_gate ? "one" : "none"));
+  if (gate) {
+    gate->expect_float();
+    gate->expect_shape({shape_.intermediate_size, shape_.hidden_size});
+  }
+  for (const TensorView* view : {&up, &down}) view->expect_float();
   up.expect_shape({shape_.intermediate_size, shape_.hidden_size});
   down.expect_shape({shape_.hidden_size, shape_.intermediate_size});
 
   const auto lock = engine_->lock_open();
   weights_->set_loaded(expert, false);
-  pack(expert, Projection::kGate, gate);
+  if (gate) pack(expert, Projection::kGate, *gate);
   pack(expert, Projection::kUp, up);
   pack(expert, Projection::kDown, down);
   weights_->set_loaded(expert, true);
@@ -82,6 +104,14 @@ void MoeLayer::set_lora(const LoraPair& gate, const LoraPair& up, const LoraPair
   ExpertLora lora(shape_, gate, up, down);
   const auto lock = engine_->lock_open();
   lora_.emplace(std::move(lora));
+}
+
+void MoeLayer::set_biases(const std::optional<TensorView>& gate,
+                          const std::optional<TensorView>& up,
+                          const std::optional<TensorView>& down) {
+  ExpertBiases biases(shape_, gate, up, down);
+  const auto lock = engine_->lock_open();
+  biases_.emplace(std::move(biases));
 }
 
 void MoeLayer::clear_lora() {
@@ -133,6 +163,8 @@ void MoeLayer::forward(const TensorView& hidden_states, const TensorView& expert
 
   const KernelTable& kernels = engine_->kernels();
   ForwardTask task{.weights = *weights_,
+                   .activation = activation_,
+                   .biases = biases_ ? &*biases_ : nullptr,
                    .lora = lora_ && lora_enabled_ ? &*lora_ : nullptr,
                    .plan = plan_,
                    .kernels = kernels,

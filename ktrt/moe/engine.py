@@ -52,6 +52,8 @@ def new_layer(engine: Engine, spec: ExpertsSpec, kt_backend: str) -> MoeLayer:
         hidden_size=spec.hidden_size,
         intermediate_size=spec.intermediate_size,
         weight_format=_BACKENDS[kt_backend][0],
+        has_gate=spec.has_gate,
+        **spec.activation.arguments(),
     )
 
 

@@ -12,13 +12,8 @@ from helpers.tiny_models import NUM_EXPERTS, base_of, save_model, weight_shapes
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from ktrt.checkpoint import (
-    Checkpoint,
-    ExpertWeights,
-    WeightNames,
-    WeightTarget,
-    find_expert_weights,
-)
+from ktrt.checkpoint import Checkpoint, ExpertWeights, find_expert_weights
+from ktrt.checkpoint_names import WeightNames, WeightTarget
 from ktrt.errors import CheckpointError
 from ktrt.moe import find_experts
 
@@ -89,6 +84,8 @@ def test_shards_give_the_same_experts(original: Path, model: Path) -> None:
         for a, b, part in zip(
             whole.read(expert), parts.read(expert), ("gate", "up", "down"), strict=True
         ):
+            assert a is not None
+            assert b is not None
             assert torch.equal(a, b)
             assert torch.equal(a, tensors[f"{LAYER}.{expert}.{part}_proj.weight"])
 
@@ -99,6 +96,7 @@ def test_stacked_experts_are_read_one_by_one(tmp_path: Path) -> None:
     (name,) = (n for n in tensors if "layers.1." in n and "input_linear" in n)
     path = next(p for p in find(model) if ".1." in p)
     gate, up, down = find(model)[path].read(5)
+    assert gate is not None
     assert torch.equal(torch.cat([gate, up]), tensors[name][5])
     assert torch.equal(down, tensors[name.replace("input", "output")][5])
 

@@ -46,7 +46,7 @@ def load(layer: _core.MoeLayer) -> None:
 
 
 def make_layer(
-    engine: _core.Engine | None = None, weight_format: WeightFormat = "bf16", **sizes: int
+    engine: _core.Engine | None = None, weight_format: WeightFormat = "bf16", **sizes: Any
 ) -> _core.MoeLayer:
     layer = _core.MoeLayer(
         engine or _core.Engine(num_threads=1, max_qlen=64),
