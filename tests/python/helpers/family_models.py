@@ -99,6 +99,8 @@ _SIZES: dict[str, Any] = {
     "projector_hidden_size": 16, "merged_hidden_size": 64, "text_hidden_size": 112,
     "position_embedding_size": 16,
 }  # fmt: skip
+# Bounds of activations that the numbers of a tiny model reach.
+_BOUNDS = {"swiglu_limit": 1.0, "mlp_gate_softcap": 1.5, "mlp_up_softcap": 2.0}
 _AT_MOST = {"first_k_dense_replace": 1, "num_dense_layers": 1, "num_nextn_predict_layers": 0}
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOKEN_ID = re.compile(r".*_(token_id|token_index|id)$")
@@ -152,8 +154,9 @@ FIXUPS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def small_config(model_type: str) -> PreTrainedConfig:
-    """A config of the type with tiny sizes, two layers, of which the last has routed experts."""
+def small_config(model_type: str, **sizes: Any) -> PreTrainedConfig:
+    """A config of the type with tiny sizes, two layers, of which the last has routed experts;
+    ``sizes`` override its numbers."""
     config_class = CONFIG_MAPPING[model_type]
     ids = iter(range(FIRST_SPECIAL, VOCAB_SIZE))
     changes = _smaller(config_class(), ids)
@@ -163,7 +166,7 @@ def small_config(model_type: str) -> PreTrainedConfig:
         for step in path:
             part = part.setdefault(step, {})
         part[name] = value
-    return config_class(**changes)
+    return config_class(**{**changes, **sizes})
 
 
 def _smaller(config: PreTrainedConfig, ids: Any) -> dict[str, Any]:
@@ -174,6 +177,8 @@ def _smaller(config: PreTrainedConfig, ids: Any) -> dict[str, Any]:
             changes[key] = _smaller(value, ids)
         elif isinstance(value, list) and len(value) == layers:
             changes[key] = [value[0], value[-1]]
+        elif key in _BOUNDS:
+            changes[key] = _BOUNDS[key]
         elif isinstance(value, bool) or not isinstance(value, int):
             continue
         elif key in _ORDINARY_IDS:
@@ -198,7 +203,7 @@ def _same_size(config: PreTrainedConfig, key: str, value: int) -> str:
     return next((t for t in twins.get(key, ()) if vars(config).get(t) == value), key)
 
 
-def random_model(family: Family, seed: int = 0) -> Any:
+def random_model(family: Family, seed: int = 0, changes: dict[str, Any] | None = None) -> Any:
     """The family's class in float32 with random weights that bfloat16 holds exactly.
 
     The library initialises it; matrices are then made to keep the size of what they are given, so
@@ -206,7 +211,7 @@ def random_model(family: Family, seed: int = 0) -> Any:
     """
     torch.manual_seed(seed)
     model_class = getattr(transformers, family.class_name)
-    model = model_class(small_config(family.model_type)).eval()
+    model = model_class(small_config(family.model_type, **(changes or {}))).eval()
     generator = torch.Generator().manual_seed(seed)
     routed = {id(p) for m in experts_of(model).values() for p in m.parameters(recurse=False)}
     linear = {
