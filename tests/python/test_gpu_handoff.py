@@ -203,7 +203,7 @@ def test_a_failed_forward_is_raised_by_synchronize(cuda: FakeCuda, mechanism: st
 
 def test_a_stream_that_does_not_move_raises_timeout_error(cuda: FakeCuda) -> None:
     case = Case(cuda, timeout=0.02)
-    cuda.set_delay(100_000)
+    cuda.set_delay(300_000)
     case.enqueue()
     with pytest.raises(TimeoutError, match=r"no slot has moved for 0\.02 s"):
         case.synchronize()
