@@ -78,13 +78,13 @@ ActivationKind parse_activation(const std::string& name) {
   return ActivationKind::kSilu;
 }
 
-std::unique_ptr<MoeLayer> make_layer(std::shared_ptr<Engine> engine, int num_experts, int top_k,
+std::shared_ptr<MoeLayer> make_layer(std::shared_ptr<Engine> engine, int num_experts, int top_k,
                                      int hidden_size, int intermediate_size,
                                      const std::string& weight_format, bool has_gate,
                                      const std::string& activation, float alpha, float gate_limit,
                                      float up_limit, float up_offset) {
   const MoeShape shape{num_experts, top_k, hidden_size, intermediate_size, has_gate};
-  return std::make_unique<MoeLayer>(
+  return std::make_shared<MoeLayer>(
       std::move(engine), shape, parse_format(weight_format),
       Activation{parse_activation(activation), alpha, gate_limit, up_limit, up_offset});
 }
@@ -169,7 +169,7 @@ void register_engine(py::module_& module) {
 }
 
 void register_layer(py::module_& module) {
-  py::class_<MoeLayer>(module, "MoeLayer")
+  py::class_<MoeLayer, std::shared_ptr<MoeLayer>>(module, "MoeLayer")
       .def(py::init(&make_layer), py::arg("engine"), py::kw_only(), py::arg("num_experts"),
            py::arg("top_k"), py::arg("hidden_size"), py::arg("intermediate_size"),
            py::arg("weight_format"), py::arg("has_gate") = true, py::arg("activation") = "silu",
