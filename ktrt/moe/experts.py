@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from ktrt._core import MoeLayer
+    from ktrt.moe.handoff import HandOff
 
 # Classes are replaced in transformers' modules, which the whole process shares.
 _PATCH_LOCK = threading.Lock()
@@ -35,11 +36,14 @@ class KTExperts(nn.Module):
         self._is_hf_initialized = True
         self._layer: MoeLayer | None = None
         self._max_qlen = 0
+        self._hand_off: HandOff | None = None
 
-    def attach(self, layer: MoeLayer, max_qlen: int) -> None:
-        """Binds the packed experts; ``max_qlen`` is the most tokens of one engine call."""
+    def attach(self, layer: MoeLayer, max_qlen: int, hand_off: HandOff | None = None) -> None:
+        """Binds the packed experts; ``max_qlen`` is the most tokens of one engine call. With
+        ``hand_off`` the module takes tensors of that device only."""
         self._layer = layer
         self._max_qlen = max_qlen
+        self._hand_off = hand_off
 
     @property
     def layer(self) -> MoeLayer:
@@ -54,8 +58,10 @@ class KTExperts(nn.Module):
     ) -> torch.Tensor:
         """hidden_states [tokens, hidden_size] in float32, float16 or bfloat16 on any device;
         top_k_index (integers) and top_k_weights [tokens, k]. Returns the shape, dtype and device
-        of hidden_states."""
+        of hidden_states; through a hand-off, a tensor that the engine still writes."""
         layer = self.layer
+        if self._hand_off is not None:
+            return self._hand_off.run(layer, hidden_states, top_k_index, top_k_weights)
         states = hidden_states.to("cpu").contiguous()
         index = top_k_index.to("cpu").contiguous()
         weights = top_k_weights.to("cpu").contiguous()
