@@ -124,6 +124,81 @@ class MoeLayer:
     def packed_scales(self, expert: int, projection: Literal["gate", "up", "down"]) -> bytes:
         """A copy of the float32 scales, one per padded output row; empty for bf16."""
 
+class GpuHandoff:
+    """Pinned slots through which a CUDA stream starts the engine and waits for it, without the host
+    in between; the stream's part can be captured into a graph and replayed.
+
+    All slots of one hand-off run one after the other: on one stream, or on streams ordered by
+    events. They share memory. Calls release the GIL.
+
+    After a failure (a ``forward`` that raised or took longer than ``timeout``, a slot that started
+    though nothing or another one was expected, Ctrl-C in ``synchronize``, ``close``) nothing keeps
+    a stream waiting: slots that start later are skipped, what they copy to the device is stale.
+    ``submit``, ``expect`` and ``synchronize`` raise it until a ``synchronize`` has seen the stream
+    drained; the next use starts clean.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        timeout: float = 30.0,
+        driver: str = "libcuda.so.1",
+        mechanism: Literal["auto", "stream_memory_ops", "host_functions"] = "auto",
+    ) -> None:
+        """Uses the CUDA context that is current; not during a capture. ``timeout``: seconds.
+        ``auto``: host functions where driver or device cannot run and capture stream memory
+        operations. ``RuntimeError``: library or entry point missing, driver too old, no current
+        context, not the mechanism asked for."""
+
+    @property
+    def mechanism(self) -> str:
+        """How streams start and await slots: ``stream_memory_ops`` or ``host_functions``."""
+
+    @property
+    def closed(self) -> bool: ...
+    @property
+    def pinned_bytes(self) -> int:
+        """Page-locked memory held: of the largest slot, and a cache line per slot. Slots added
+        in ascending order of size need memory each."""
+
+    def add_slot(
+        self,
+        layer: MoeLayer,
+        *,
+        tokens: int,
+        top_k: int,
+        dtype: Literal["float32", "float16", "bfloat16"],
+        name: str = "",
+    ) -> int:
+        """A slot for ``tokens`` rows: hidden_states and out [tokens, hidden_size] of ``dtype``,
+        expert_ids int64 and routing_weights float32 [tokens, top_k]. Keeps the layer. ``name``
+        stands for the layer in error messages. Not during a capture. ``ValueError``: a layer of
+        another engine, tokens > max_qlen, top_k > the layer's."""
+
+    def submit(
+        self, slot: int, stream: int, hidden_states: int, expert_ids: int, routing_weights: int
+    ) -> None:
+        """Enqueues the copies of three contiguous arrays (device addresses) and the start on a
+        stream (``torch.cuda.Stream.cuda_stream``). Outside a capture it also expects the slot.
+        ``RuntimeError``: the last submitted slot has no ``wait`` yet, an earlier failure."""
+
+    def wait(self, slot: int, stream: int, out: int) -> None:
+        """Enqueues the wait for the slot submitted last and the copy of its result to ``out``."""
+
+    def expect(self, slots: Sequence[int]) -> None:
+        """A graph is about to be launched in which these slots start in this order."""
+
+    def synchronize(self, stream: int) -> None:
+        """Returns once the stream has drained. ``RuntimeError`` with what went wrong since the last
+        call, naming slot and layer; ``TimeoutError``: a forward took longer than ``timeout``, or
+        the stream is busy though no slot has moved for that long. Ctrl-C interrupts it."""
+
+    def close(self) -> None:
+        """Releases and awaits the device, ends the threads, frees the pinned memory. Graphs that
+        captured a slot must not be launched afterwards. Idempotent; the end of the interpreter
+        does it too."""
+
 def isa() -> str:
     """The ISA level in use: ``portable``, ``avx2``, ``avx512`` or ``amx`` (after ``KTRT_ISA``)."""
 

@@ -132,10 +132,10 @@ void register_engine(py::module_& module) {
 }
 
 void register_layer(py::module_& module) {
-  py::class_<MoeLayer>(module, "MoeLayer")
+  py::class_<MoeLayer, std::shared_ptr<MoeLayer>>(module, "MoeLayer")
       .def(py::init([](std::shared_ptr<Engine> engine, int num_experts, int top_k, int hidden_size,
                        int intermediate_size, const std::string& weight_format) {
-             return std::make_unique<MoeLayer>(
+             return std::make_shared<MoeLayer>(
                  std::move(engine), MoeShape{num_experts, top_k, hidden_size, intermediate_size},
                  parse_format(weight_format));
            }),

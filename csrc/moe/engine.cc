@@ -31,6 +31,7 @@ Engine::Engine(const std::vector<int>& cpus, const std::vector<int>& home, int m
     : isa_(active_isa()),
       kernels_(select_kernels(isa_, cpu_features())),
       num_threads_(static_cast<int>(cpus.size())),
+      caller_cpu_(cpus.empty() ? -1 : cpus.front()),
       home_(home),
       parts_(count_parts(home, cpus.size())),
       workspace_(num_threads_, max_qlen) {

@@ -30,6 +30,7 @@ class MoeLayer {
   MoeLayer(const MoeLayer&) = delete;
   MoeLayer& operator=(const MoeLayer&) = delete;
 
+  const Engine& engine() const { return *engine_; }
   const MoeShape& shape() const { return shape_; }
   WeightFormat format() const { return format_; }
 
