@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from ktrt._core import Engine, GpuHandoff, MoeLayer  # type: ignore[attr-defined]
+    from ktrt._core import Engine, GpuHandoff, MoeLayer
 
 logger = logging.getLogger(__name__)
 
@@ -144,8 +144,6 @@ class HandOff:
         if key not in self._slots:
             if self._recorded is not None:
                 raise KtrtError(f"no hand-off of {rows} tokens was made before the capture")
-            # Memory that slots share may move; nothing may be under way then.
-            self._drain()
             self._slots[key] = self._core.add_slot(
                 layer, tokens=rows, top_k=top_k, dtype=_name(dtype)
             )
@@ -160,45 +158,40 @@ class HandOff:
         if self._pending is not None:
             self._join(self._pending[1])
 
-    def _drain(self) -> None:
-        self._join_pending()
-        if self._unfinished:
-            self._core.synchronize(self._cuda.current_stream(self._device).cuda_stream)
-
     def begin(self) -> None:
         """Before a forward: what an interrupted one left behind is waited for and forgotten."""
-        if not self._unfinished or self._capturing():
-            return
         try:
-            self._drain()
+            self.finish()
         except (RuntimeError, TimeoutError) as error:
             logger.debug("An interrupted forward had failed: %s", error)
-        self._pending, self._unfinished = None, False
 
     def finish(self) -> None:
-        """After a forward: waits until the current stream has run dry; raises what the experts
-        raised (``RuntimeError``, ``ValueError``), ``TimeoutError`` if they never came."""
-        if self._capturing():
+        """After a forward: waits until the current stream has run dry. ``RuntimeError`` with what
+        the experts raised, ``TimeoutError`` if they never came. Nothing during a capture."""
+        if not self._unfinished or self._recorded is not None:
             return
         try:
-            self._drain()
+            self._join_pending()
+            self._core.synchronize(self._cuda.current_stream(self._device).cuda_stream)
         finally:
             self._pending, self._unfinished = None, False
-
-    def _capturing(self) -> bool:
-        return self._recorded is not None
 
     @contextmanager
     def recording(self) -> Iterator[list[int]]:
         """Within the block, which a graph captures, the list receives the slots in order."""
-        self._join_pending()
         unfinished, self._recorded = self._unfinished, []
         try:
             yield self._recorded
+        except BaseException:
+            # A slot may have been submitted and not waited for.
+            unfinished = True
+            raise
         finally:
-            # A capture ends only where every stream has joined.
-            self._join_pending()
             self._recorded, self._unfinished = None, unfinished
+            pending, self._pending = self._pending, None
+            if pending is not None:
+                # A capture ends only where every stream has joined.
+                self._cuda.current_stream(self._device).wait_event(pending[1])
 
     @contextmanager
     def launching(self, slots: Sequence[int]) -> Iterator[None]:
@@ -222,7 +215,7 @@ def new_hand_off(engine: Engine, device: torch.device) -> HandOff | None:
     if device.type != "cuda":
         return None
     try:
-        core = _core.GpuHandoff(engine)  # type: ignore[attr-defined]
+        core = _core.GpuHandoff(engine)
     except RuntimeError as error:
         logger.warning("The host copies at every layer, which is slower: %s", error)
         return None

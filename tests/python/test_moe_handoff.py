@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
-from helpers.fake_cuda import FakeCore, FakeGraphs, fake_hand_off
+from helpers.fake_cuda import (
+    DriverCore,
+    FakeCore,
+    FakeCuda,
+    FakeGraphs,
+    build_driver,
+    fake_hand_off,
+)
 from helpers.tiny_models import save_adapter, save_model, token_ids
 from torch import nn
 
@@ -16,7 +23,7 @@ from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import KtrtError
 from ktrt.generation import KvCache
 from ktrt.model import LoadedModel, load_model
-from ktrt.moe import KTExperts
+from ktrt.moe import HandOff, KTExperts
 from ktrt.moe.handoff import Deferred
 
 if TYPE_CHECKING:
@@ -290,6 +297,43 @@ def test_ctrl_c_in_a_launch(fake: Loaded) -> None:
     with pytest.raises(KeyboardInterrupt), fake.loaded.hand_off.launching([0, 1]):
         raise KeyboardInterrupt
     assert torch.isfinite(cache.forward([6])).all()
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> str:
+    library = build_driver(tmp_path_factory.mktemp("driver"))
+    if library is None:
+        pytest.skip("no C++ compiler")
+    return library
+
+
+def test_over_the_compiled_hand_off(
+    folder: Path, driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real slots, streams and threads: prefill, decode, and an error in between."""
+    plain = load(folder, "deepseek_v2")
+    cores: list[DriverCore] = []
+
+    def new_hand_off(engine: Engine, device: torch.device) -> HandOff:
+        cuda = FakeCuda()
+        cores.append(DriverCore(engine, driver, cuda))
+        return HandOff(cast("Any", cores[0]), device, engine.max_qlen, cuda)
+
+    monkeypatch.setattr(ktrt.model, "new_hand_off", new_hand_off)
+    loaded = load(folder, "deepseek_v2")
+    ids = token_ids(1, 40)[0].tolist()
+    ours, reference = KvCache(loaded.model), KvCache(plain.model)
+    for part in (ids[:21], *([each] for each in ids[21:])):
+        assert torch.equal(ours.forward(part), reference.forward(part))
+    loaded.engine.close()
+    with pytest.raises(RuntimeError, match=r"slot \d+ .*closed"):
+        ours.forward([3])
+    assert ours.reuse(ids) == 0
+    with pytest.raises(RuntimeError, match="closed"):
+        loaded.model(torch.tensor([ids]))
+    loaded.close()
+    plain.close()
+    assert cores[0].driver.fake_cuda_violations() == 0
 
 
 def test_graphs_can_be_switched_off(

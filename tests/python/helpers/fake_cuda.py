@@ -7,19 +7,23 @@ waits for it; a result that was not waited for reads as NaN. A graph replays the
 from __future__ import annotations
 
 import ctypes
+import shutil
+import subprocess
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from ktrt._core import GpuHandoff
 from ktrt.decode_graph import DecodeGraphs
 from ktrt.moe import HandOff
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from ktrt._core import GpuHandoff, MoeLayer  # type: ignore[attr-defined]
+    from ktrt._core import Engine, MoeLayer
     from ktrt.kv_cache import StaticKv
 
 
@@ -88,7 +92,6 @@ class FakeCore:
 
     def add_slot(self, layer: MoeLayer, *, tokens: int, top_k: int, dtype: str) -> int:
         assert not self.capturing
-        assert not self.results, "slots may move, and one is in flight"
         self.slots.append((layer, tokens, top_k, getattr(torch, dtype)))
         return len(self.slots) - 1
 
@@ -189,3 +192,71 @@ def fake_hand_off(max_qlen: int) -> tuple[HandOff, FakeCore]:
     cuda = FakeCuda()
     core = FakeCore(cuda)
     return HandOff(cast("GpuHandoff", core), torch.device("cpu"), max_qlen, cuda), core
+
+
+class DriverCore:
+    """The real ktrt._core.GpuHandoff over the stand-in driver of the C++ tests, for CPU tensors:
+    device arrays of its own lie between them and the driver."""
+
+    def __init__(self, engine: Engine, library: str, cuda: FakeCuda) -> None:
+        self.driver, self.cuda = ctypes.CDLL(library), cuda
+        self.driver.fake_cuda_make_current(1)
+        self.core = GpuHandoff(engine, driver=library, timeout=20)
+        self.expect, self.close = self.core.expect, self.core.close
+        self.stream = ctypes.c_void_p()
+        self._check("cuStreamCreate", ctypes.byref(self.stream), 0)
+        self.sizes: dict[int, tuple[int, int, int]] = {}
+        self.results: dict[int, int] = {}
+
+    def add_slot(self, layer: MoeLayer, *, tokens: int, top_k: int, dtype: Any) -> int:
+        slot = self.core.add_slot(layer, tokens=tokens, top_k=top_k, dtype=dtype)
+        states = tokens * layer.hidden_size * getattr(torch, dtype).itemsize
+        self.sizes[slot] = (states, tokens * top_k * 8, tokens * top_k * 4)
+        return slot
+
+    def _check(self, name: str, *arguments: Any) -> None:
+        assert getattr(self.driver, name)(*arguments) == 0, name
+
+    def _new(self, size: int) -> int:
+        address = ctypes.c_uint64()
+        self._check("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size))
+        return address.value
+
+    def submit(self, slot: int, _stream: int, *host: int) -> None:
+        device = [self._new(size) for size in self.sizes[slot]]
+        for to, at, size in zip(device, host, self.sizes[slot], strict=True):
+            self._check(
+                "cuMemcpyHtoD_v2", ctypes.c_uint64(to), ctypes.c_void_p(at), ctypes.c_size_t(size)
+            )
+        self.core.submit(slot, self.stream.value or 0, *device)
+
+    def wait(self, slot: int, stream: int, out: int) -> None:
+        size = self.sizes[slot][0]
+        device = self._new(size)
+        self.core.wait(slot, self.stream.value or 0, device)
+
+        def copy() -> None:
+            self._check("cuStreamSynchronize", self.stream)
+            self._check(
+                "cuMemcpyDtoH_v2",
+                ctypes.c_void_p(out),
+                ctypes.c_uint64(device),
+                ctypes.c_size_t(size),
+            )
+
+        self.cuda.streams[stream].work.append(copy)
+
+    def synchronize(self, _stream: int) -> None:
+        self.core.synchronize(self.stream.value or 0)
+
+
+def build_driver(folder: Path) -> str | None:
+    """The stand-in driver as a library; None without a C++ compiler."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        return None
+    source = Path(__file__).parents[2] / "cpp" / "gpu" / "fake_cuda.cc"
+    library = str(folder / "fake_cuda.so")
+    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread"]
+    subprocess.run([compiler, *flags, str(source), "-o", library], check=True)
+    return library
