@@ -39,11 +39,18 @@ class GraphMaker(Protocol):
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
         """Runs ``step`` once as a capture; returns what replays it on the current stream."""
 
+    def clear(self) -> None:
+        """The graphs so far are no longer needed."""
+
 
 class CudaGraphs:
     """Graphs that share one memory pool: they never run at once, and results are copied out."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        # A pool whose graphs are all gone cannot be used again.
         self._pool = torch.cuda.graph_pool_handle()
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
@@ -87,6 +94,7 @@ class DecodeGraphs:
     def clear(self) -> None:
         """Forgets the graphs, whose memory has moved."""
         self._graphs.clear()
+        self._maker.clear()
 
     @torch.inference_mode()
     def step(self, ids: Sequence[int], lengths: Sequence[int]) -> torch.Tensor | None:
@@ -131,7 +139,7 @@ class DecodeGraphs:
             self._check(self.step(ids, lengths), expected)
         except (RuntimeError, ValueError, TypeError, KtrtError) as error:
             self._usable = False
-            self._graphs.clear()
+            self.clear()
             logger.warning(
                 "No CUDA graph for decoding, every step is launched by the host: %s", error
             )

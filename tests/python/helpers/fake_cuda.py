@@ -167,6 +167,9 @@ class FakeGraphs:
 
         return replay
 
+    def clear(self) -> None:
+        pass
+
 
 class NoHandOff:
     """For models without experts."""
