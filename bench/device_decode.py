@@ -149,6 +149,8 @@ def one_setting(args: argparse.Namespace, bench: Bench, *, graph: bool) -> Resul
         next(steps)
         times.append(time.perf_counter() - start)
     times = sorted(times[WARM_UP:])
+    if graph and bench.hand_off is not None and not cache.has_graphs:
+        raise SystemExit("no graph was captured; see the warning above")
     return {
         "tokens_per_s": 1 / statistics.median(times),
         "ms_best": times[0] * 1e3,

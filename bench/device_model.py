@@ -89,10 +89,11 @@ def make_config(moe_layers: int, *, small: bool = False) -> Any:
 
 def make_torch_model(config: Any, device: torch.device) -> Any:
     """Everything but the routed experts, in bfloat16, random, created on ``device``."""
-    from transformers import AutoModelForCausalLM
+    # The class must be there to be replaced.
+    from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2ForCausalLM
 
     with torch.device("meta"), experts_replaced(["DeepseekV2Experts"]):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = DeepseekV2ForCausalLM._from_config(config, dtype=torch.bfloat16)
     model.to_empty(device=device)
     # Its buffers are computed in the constructor, and not kept in checkpoints.
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
@@ -161,6 +162,7 @@ class Bench:
                 layer.load_expert(expert, *experts.weights(index, expert))
             module.attach(layer, engine.max_qlen, hand_off)
             layers.append((index, layer))
+        assert len(layers) == config.num_hidden_layers - config.first_k_dense_replace
         if hand_off is not None:
             hand_off.guard(model)
         return cls(model, engine, hand_off, experts, layers)

@@ -18,7 +18,11 @@ def reference_model(bench: Bench, config: Any) -> Any:
     """The same model in transformers' own classes, float32 on the CPU, all LoRA merged."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    # Every parameter is copied below; drawing them first would take longest.
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.to_empty(device="cpu")
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             path, _, leaf = name.rpartition(".")

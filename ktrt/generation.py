@@ -79,6 +79,11 @@ class KvCache:
             self._graphs = graphs(self._cache)
         self._reset()
 
+    @property
+    def has_graphs(self) -> bool:
+        """Whether decode steps have been captured, and replays are used."""
+        return self._graphs is not None and self._graphs.count > 0
+
     def _reset(self) -> None:
         self._ids: list[int] = []
         if self._graphs is not None:
