@@ -125,6 +125,19 @@ def test_nan_of_another_conversation_is_gone(llama: Any) -> None:
     assert cache.reuse([*PROMPT[:5], 60, 61]) == 5
     cache.forward([60])
     assert close(cache.forward([61]), whole(llama, [*PROMPT[:5], 60, 61]))
+    assert cache.has_graphs
+
+
+def test_growth_ends_the_graphs_of_the_old_memory(llama: Any) -> None:
+    cache = KvCache(llama, dense_graphs(llama))
+    cache.forward(PROMPT)
+    assert not cache.has_graphs
+    cache.forward([3])
+    assert cache.has_graphs
+    cache.forward([4, 5])
+    assert cache.has_graphs
+    cache.forward([6, 7])
+    assert not cache.has_graphs
 
 
 def test_after_an_exception_nothing_is_trusted(llama: Any) -> None:

@@ -80,6 +80,13 @@ def test_the_same_bits_as_without(
     assert len(core.slots) <= 2
 
 
+def test_padding_costs_no_expert(modules: tuple[KTExperts, KTExperts, FakeCore]) -> None:
+    _, handed, core = modules
+    states, index, weights = inputs(3)
+    handed(states, index, weights)
+    assert torch.equal(core.ids, torch.cat([index, torch.full((1, K), -1)]))
+
+
 def test_any_integer_and_float_type_and_stride(
     modules: tuple[KTExperts, KTExperts, FakeCore],
 ) -> None:

@@ -87,6 +87,7 @@ class FakeCore:
         self.expected: list[int] = []
         self.results: dict[int, torch.Tensor] = {}
         self.log: list[str] = []
+        self.ids = torch.empty(0)
         self.fail: Exception | None = None
         self.error: Exception | None = None
 
@@ -105,6 +106,7 @@ class FakeCore:
         if self.expected:
             assert slot == self.expected.pop(0), "a replay out of order"
         self.log.append("submit")
+        self.ids = array(ids, (tokens, top_k), torch.int64).clone()
         if self.fail is not None:
             self.error, self.fail = self.fail, None
         out = torch.zeros(tokens, layer.hidden_size, dtype=dtype)
