@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <thread>
 
-#include "base/aligned_buffer.h"
 #include "base/check.h"
 
 namespace ktrt {
@@ -21,36 +20,6 @@ constexpr nanoseconds kInterruptEvery = 50ms;  // a Ctrl-C waits no longer
 constexpr nanoseconds kPollHard = 2ms;         // the device's work after the last slot is short
 constexpr nanoseconds kNap = 50us;
 constexpr nanoseconds kLongestStep = 100ms;  // longer ones: the process was stopped meanwhile
-
-constexpr std::size_t kArrayAlignment = 256;
-
-TensorView rows(const char* name, DType dtype, std::int64_t count, std::int64_t columns) {
-  TensorView view;
-  view.name = name;
-  view.dtype = dtype;
-  view.ndim = 2;
-  view.shape = {count, columns};
-  view.stride = {columns, 1};
-  return view;
-}
-
-std::size_t bytes_of(const TensorView& view) {
-  return static_cast<std::size_t>(view.shape[0] * view.shape[1]) * size_of(view.dtype);
-}
-
-// One after the other, from `memory` on.
-void place(std::initializer_list<TensorView*> views, std::byte* memory) {
-  for (TensorView* view : views) {
-    view->data = memory;
-    memory += round_up(bytes_of(*view), kArrayAlignment);
-  }
-}
-
-std::size_t bytes_of(std::initializer_list<TensorView*> views) {
-  std::size_t sum = 0;
-  for (const TensorView* view : views) sum += round_up(bytes_of(*view), kArrayAlignment);
-  return sum;
-}
 
 }  // namespace
 
@@ -96,34 +65,21 @@ int GpuHandoff::add_slot(std::shared_ptr<MoeLayer> layer, int tokens, int top_k,
                          const std::string& name) {
   KTRT_CHECK(layer != nullptr && &layer->engine() == engine_.get(),
              "the layer belongs to another engine than the hand-off");
-  KTRT_CHECK(tokens >= 1 && tokens <= engine_->max_qlen(),
-             "tokens is " << tokens << ", expected 1 to max_qlen (" << engine_->max_qlen() << ")");
-  KTRT_CHECK(
-      top_k >= 1 && top_k <= layer->shape().top_k,
-      "top_k is " << top_k << ", expected 1 to the layer's (" << layer->shape().top_k << ")");
-  const int hidden = layer->shape().hidden_size;
-  TensorView hidden_states = rows("hidden_states", dtype, tokens, hidden);
-  hidden_states.expect_float();
-  TensorView expert_ids = rows("expert_ids", DType::kInt64, tokens, top_k);
-  TensorView routing_weights = rows("routing_weights", DType::kFloat32, tokens, top_k);
-  TensorView out = rows("out", dtype, tokens, hidden);
-
+  auto slot = std::make_unique<LayerSlot>(std::move(layer), tokens, top_k, dtype);
   const std::lock_guard lock(mutex_);
   check_open();
   const CurrentContext current(driver_);
-  const auto arrays = {&hidden_states, &expert_ids, &routing_weights, &out};
-  place(arrays, memory_.shared_buffer(bytes_of(arrays)));
+  slot->place(memory_.shared_buffer(slot->pinned_bytes()));
   const PinnedMemory::Word word = memory_.new_word();
   const std::size_t index = slots_.size();
-  const std::string text = "slot " + std::to_string(index) + " (" +
-                           (name.empty() ? "layer " + std::to_string(number_of(*layer)) : name) +
-                           ", " + std::to_string(tokens) + (tokens == 1 ? " token)" : " tokens)");
-  std::vector<std::int64_t> ids(static_cast<std::size_t>(tokens * top_k));
-  slots_.push_back(std::make_unique<SignalledSlot>(
-      SignalledSlot{Slot{text, std::move(layer), hidden_states, expert_ids, routing_weights, out,
-                         SlotWord(word.host), word.device, std::move(ids)},
-                    server_.get()}));
-  server_->add(slots_.back()->slot);
+  const std::string who = name.empty() ? "layer " + std::to_string(number_of(*slot->layer)) : name;
+  slot->signalled = {{"slot " + std::to_string(index) + " (" + who + ", " + std::to_string(tokens) +
+                          (tokens == 1 ? " token)" : " tokens)"),
+                      [slot = slot.get()] { slot->forward(); }, SlotWord(word.host)},
+                     word.device,
+                     server_.get()};
+  slots_.push_back(std::move(slot));
+  server_->add(slots_.back()->signalled.slot);
   return static_cast<int>(index);
 }
 
@@ -131,7 +87,7 @@ int GpuHandoff::add_slot(std::shared_ptr<MoeLayer> layer, int tokens, int top_k,
 std::size_t GpuHandoff::number_of(const MoeLayer& layer) const {
   std::vector<const MoeLayer*> layers;
   for (const auto& slot : slots_) {
-    const MoeLayer* other = slot->slot.layer.get();
+    const MoeLayer* other = slot->layer.get();
     if (std::find(layers.begin(), layers.end(), other) == layers.end()) layers.push_back(other);
   }
   return static_cast<std::size_t>(std::find(layers.begin(), layers.end(), &layer) - layers.begin());
@@ -143,15 +99,16 @@ void GpuHandoff::submit(int slot, CuStream stream, CuDevicePtr hidden_states,
              "hidden_states, expert_ids and routing_weights must be device addresses, found a null "
              "pointer");
   const std::lock_guard lock(mutex_);
-  SignalledSlot& found = find(slot);
+  LayerSlot& found = find(slot);
   if (submitted_ != nullptr) {
-    throw std::runtime_error(submitted_->slot.name + " was submitted and not waited for; " +
-                             found.slot.name + " shares its memory (synchronize forgets it)");
+    throw std::runtime_error(submitted_->signalled.slot.name +
+                             " was submitted and not waited for; " + found.signalled.slot.name +
+                             " shares its memory (synchronize forgets it)");
   }
   const CurrentContext current(driver_);
   const bool capturing = is_capturing(stream);
   server_->throw_failure();
-  Slot* const expected = &found.slot;
+  Slot* const expected = &found.signalled.slot;
   if (!capturing) server_->expect({&expected, 1});
   try {
     const CudaApi& api = driver_.api();
@@ -159,10 +116,10 @@ void GpuHandoff::submit(int slot, CuStream stream, CuDevicePtr hidden_states,
       driver_.check(api.memcpy_dtoh_async(to.data, from, bytes_of(to), stream),
                     "cuMemcpyDtoHAsync");
     };
-    copy(found.slot.hidden_states, hidden_states);
-    copy(found.slot.expert_ids, expert_ids);
-    copy(found.slot.routing_weights, routing_weights);
-    enqueue_start(driver_, mechanism_, found, stream);
+    copy(found.hidden_states, hidden_states);
+    copy(found.expert_ids, expert_ids);
+    copy(found.routing_weights, routing_weights);
+    enqueue_start(driver_, mechanism_, found.signalled, stream);
   } catch (...) {
     if (!capturing) server_->retract();
     throw;
@@ -174,29 +131,28 @@ void GpuHandoff::submit(int slot, CuStream stream, CuDevicePtr hidden_states,
 void GpuHandoff::wait(int slot, CuStream stream, CuDevicePtr out) {
   KTRT_CHECK(out != 0, "out must be a device address, found a null pointer");
   const std::lock_guard lock(mutex_);
-  SignalledSlot& found = find(slot);
+  LayerSlot& found = find(slot);
   if (submitted_ != &found) {
-    throw std::runtime_error(found.slot.name + " has not been submitted" +
-                             (submitted_ ? "; " + submitted_->slot.name + " has" : ""));
+    throw std::runtime_error(found.signalled.slot.name + " has not been submitted" +
+                             (submitted_ ? "; " + submitted_->signalled.slot.name + " has" : ""));
   }
   const CurrentContext current(driver_);
   if (is_capturing(stream) != submitted_in_capture_) {
-    throw std::runtime_error(found.slot.name + " was submitted " +
+    throw std::runtime_error(found.signalled.slot.name + " was submitted " +
                              (submitted_in_capture_ ? "in" : "outside") +
                              " a capture; the wait must be so too");
   }
-  enqueue_wait(driver_, mechanism_, found, stream);
+  enqueue_wait(driver_, mechanism_, found.signalled, stream);
   submitted_ = nullptr;
-  driver_.check(
-      driver_.api().memcpy_htod_async(out, found.slot.out.data, bytes_of(found.slot.out), stream),
-      "cuMemcpyHtoDAsync");
+  driver_.check(driver_.api().memcpy_htod_async(out, found.out.data, bytes_of(found.out), stream),
+                "cuMemcpyHtoDAsync");
 }
 
 void GpuHandoff::expect(const std::vector<int>& slots) {
   const std::lock_guard lock(mutex_);
   check_open();
   std::vector<Slot*> expected;
-  for (const int slot : slots) expected.push_back(&find(slot).slot);
+  for (const int slot : slots) expected.push_back(&find(slot).signalled.slot);
   server_->expect(expected);
 }
 
@@ -256,12 +212,13 @@ bool GpuHandoff::drain(CuStream stream, const std::function<void()>& interrupt) 
     } else {
       std::this_thread::sleep_for(kNap);
     }
-    idle = progress.steps == steps ? idle + std::min<nanoseconds>(now - last, kLongestStep)
-                                   : nanoseconds(0);
+    const bool still = progress.steps == steps && !progress.running;
+    idle = still ? idle + std::min<nanoseconds>(now - last, kLongestStep) : nanoseconds(0);
     steps = progress.steps;
     last = now;
     if (idle > timeout_) {
-      server_->fail("the stream has not drained and no slot has moved for the timeout", true);
+      server_->fail(
+          "the stream has not drained and no slot has moved for " + seconds_text(timeout_), true);
       if (idle > 2 * timeout_) return false;
     }
     if (interrupt && now > interrupt_at) {
@@ -292,10 +249,10 @@ void GpuHandoff::close() {
   slots_.clear();
 }
 
-SignalledSlot& GpuHandoff::find(int slot) {
+LayerSlot& GpuHandoff::find(int slot) {
   check_open();
   KTRT_CHECK(slot >= 0 && static_cast<std::size_t>(slot) < slots_.size(),
-             "slot is " << slot << ", expected 0 to " << slots_.size() << " - 1");
+             "slot is " << slot << ", expected 0 to " << static_cast<int>(slots_.size()) - 1);
   return *slots_[static_cast<std::size_t>(slot)];
 }
 

@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "gpu/cuda_driver.h"
+#include "gpu/layer_slot.h"
 #include "gpu/pinned_memory.h"
 #include "gpu/slot_server.h"
 #include "gpu/stream_signals.h"
@@ -68,7 +69,7 @@ class GpuHandoff {
   void close();
 
  private:
-  SignalledSlot& find(int slot);
+  LayerSlot& find(int slot);
   std::size_t number_of(const MoeLayer& layer) const;
   void check_open() const;
   bool is_capturing(CuStream stream) const;
@@ -85,8 +86,8 @@ class GpuHandoff {
   // Held by everything that changes slots or enqueues; never asked for by the server's threads,
   // which is why a call of the driver may block under it.
   std::mutex mutex_;
-  std::vector<std::unique_ptr<SignalledSlot>> slots_;
-  SignalledSlot* submitted_ = nullptr;  // and not waited for
+  std::vector<std::unique_ptr<LayerSlot>> slots_;
+  LayerSlot* submitted_ = nullptr;  // and not waited for
   bool submitted_in_capture_ = false;
   std::unique_ptr<SlotServer> server_;  // never replaced; stopped by close()
 };

@@ -1,14 +1,10 @@
-// A slot: what one MoE layer and a stream exchange, and the word by which they take turns.
+// A slot: a forward, and the word by which a stream and the host take turns.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
-#include <memory>
+#include <functional>
 #include <string>
-#include <vector>
-
-#include "base/tensor_view.h"
-#include "moe/moe_layer.h"
 
 namespace ktrt {
 
@@ -22,6 +18,7 @@ enum class SlotState : std::uint32_t { kDone = 0, kStarted = 1, kRunning = 2 };
 // host's accesses to the slot's arrays; the device's side is ordered by its stream.
 class SlotWord {
  public:
+  SlotWord() = default;
   explicit SlotWord(std::uint32_t* word) : word_(word) {}
 
   SlotState state() const noexcept {
@@ -40,22 +37,13 @@ class SlotWord {
   }
 
  private:
-  std::uint32_t* word_;
+  std::uint32_t* word_ = nullptr;
 };
 
 struct Slot {
   std::string name;  // for error messages
-  std::shared_ptr<MoeLayer> layer;
-  // In pinned memory, which other slots share.
-  TensorView hidden_states;    // [tokens, hidden_size]
-  TensorView expert_ids;       // [tokens, top_k], int64
-  TensorView routing_weights;  // [tokens, top_k], float32
-  TensorView out;              // [tokens, hidden_size]
+  std::function<void()> forward;
   SlotWord word;
-  std::uint64_t word_address;  // of the word, as the device sees it
-  // The ids that a forward works on: where it was given up, the stream goes on and may write the
-  // next layer's ids into the pinned ones, and a plan must not change while it is made.
-  std::vector<std::int64_t> ids;
 };
 
 }  // namespace ktrt

@@ -4,7 +4,7 @@
 #include <sched.h>
 
 #include <algorithm>
-#include <cstring>
+#include <sstream>
 
 #include "cpu/thread_setup.h"
 
@@ -45,13 +45,13 @@ bool is_at_work(const Slot& slot) {
   return state == SlotState::kStarted || state == SlotState::kRunning;
 }
 
+}  // namespace
+
 std::string seconds_text(nanoseconds duration) {
   std::ostringstream text;
   text << std::chrono::duration<double>(duration).count() << " s";
   return text.str();
 }
-
-}  // namespace
 
 SlotServer::SlotServer(int cpu, nanoseconds timeout, bool announce_all)
     : timeout_(timeout),
@@ -126,11 +126,10 @@ void SlotServer::fail(const std::string& what, bool timeout) {
 
 SlotServer::Progress SlotServer::wait(nanoseconds at_most) {
   Lock lock(mutex_);
-  const auto pending = [this] {
-    return !failure_ && (!expected_.empty() || (running_ != nullptr && !given_up_));
-  };
+  const auto running = [this] { return running_ != nullptr && !given_up_; };
+  const auto pending = [&] { return !failure_ && (!expected_.empty() || running()); };
   progress_.wait_for(lock, at_most, [&] { return !pending(); });
-  return {.pending = pending(), .failed = failure_.has_value(), .steps = steps_};
+  return {.pending = pending(), .running = running(), .steps = steps_};
 }
 
 void SlotServer::fail_if_not_started() {
@@ -193,11 +192,13 @@ void SlotServer::work(int cpu) noexcept {
     lock.unlock();
     const bool claimed = claim(slot, round);
     lock.lock();
-    if (claimed && round == round_) {
+    if (!claimed) continue;
+    // Meanwhile what was expected may have become void, and may have been expected again.
+    const bool expected = !failure_ && !expected_.empty() && expected_.front() == &slot;
+    if (expected && slot.word.state() == SlotState::kRunning) {
       serve(slot, lock);
       linger(lock);
-    } else if (claimed) {
-      // What was expected is void; the stream must go on all the same.
+    } else {
       slot.word.advance(SlotState::kRunning, SlotState::kDone);
       progress_.notify_all();
     }
@@ -224,10 +225,7 @@ void SlotServer::serve(Slot& slot, Lock& lock) noexcept {
   lock.unlock();
   std::string error;
   try {
-    std::memcpy(slot.ids.data(), slot.expert_ids.data, slot.ids.size() * sizeof(slot.ids[0]));
-    TensorView ids = slot.expert_ids;
-    ids.data = slot.ids.data();
-    slot.layer->forward(slot.hidden_states, ids, slot.routing_weights, slot.out);
+    slot.forward();
     slot.word.advance(SlotState::kRunning, SlotState::kDone);
   } catch (const std::exception& exception) {
     error = slot.name + ": " + exception.what();

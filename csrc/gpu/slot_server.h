@@ -19,6 +19,9 @@
 
 namespace ktrt {
 
+// "0.5 s"
+std::string seconds_text(std::chrono::nanoseconds duration);
+
 // Python: TimeoutError.
 class HandoffTimeout : public std::runtime_error {
  public:
@@ -55,8 +58,8 @@ class SlotServer {
   void fail(const std::string& what, bool timeout = false);
 
   struct Progress {
-    bool pending = false;     // slots are expected or a forward runs
-    bool failed = false;      // and nothing is pending
+    bool pending = false;     // slots are expected or a forward runs, and nothing has failed
+    bool running = false;     // a forward, which the watchdog limits
     std::uint64_t steps = 0;  // grows with every forward that begins or ends
   };
   // Waits until nothing is pending, at most for `at_most`.

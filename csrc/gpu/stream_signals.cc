@@ -94,9 +94,8 @@ void enqueue_start(const CudaDriver& driver, SignalMechanism mechanism, Signalle
   if (mechanism == SignalMechanism::kHostFunctions) {
     driver.check(api.launch_host_func(stream, &on_start, &slot), "cuLaunchHostFunc");
   } else {
-    driver.check(
-        api.stream_write_value32(stream, slot.slot.word_address, kStarted, kWriteAfterFence),
-        "cuStreamWriteValue32");
+    driver.check(api.stream_write_value32(stream, slot.word_address, kStarted, kWriteAfterFence),
+                 "cuStreamWriteValue32");
   }
 }
 
@@ -106,7 +105,7 @@ void enqueue_wait(const CudaDriver& driver, SignalMechanism mechanism, Signalled
   if (mechanism == SignalMechanism::kHostFunctions) {
     driver.check(api.launch_host_func(stream, &on_wait, &slot), "cuLaunchHostFunc");
   } else {
-    driver.check(api.stream_wait_value32(stream, slot.slot.word_address, kDone, kWaitEqual),
+    driver.check(api.stream_wait_value32(stream, slot.word_address, kDone, kWaitEqual),
                  "cuStreamWaitValue32");
   }
 }

@@ -29,6 +29,7 @@ bool stream_memory_ops_work(const CudaDriver& driver, const PinnedMemory::Word& 
 // long as anything enqueued, or a graph that captured it, may run.
 struct SignalledSlot {
   Slot slot;
+  CuDevicePtr word_address;
   SlotServer* server;
 };
 

@@ -300,6 +300,8 @@ EXPORT int fake_cuda_reset() {
     stream->drain();
   }
   const std::lock_guard lock(state().mutex);
+  for (const auto& block : state().pinned) std::free(block.first);
+  state().pinned.clear();
   state().faults.clear();
   state().settings.clear();
   state().device_used = 0;

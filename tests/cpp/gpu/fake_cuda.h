@@ -56,8 +56,7 @@ class FakeCuda {
   template <class T>
   CuDevicePtr upload(const std::vector<T>& values) {
     const CuDevicePtr device = allocate(values.size() * sizeof(T));
-    check(call<int, CuDevicePtr, const void*, std::size_t>("cuMemcpyHtoD_v2", device, values.data(),
-                                                           values.size() * sizeof(T)));
+    overwrite(device, values);
     return device;
   }
   CuDevicePtr allocate(std::size_t bytes) {
@@ -72,10 +71,10 @@ class FakeCuda {
                                                      count * sizeof(T)));
     return values;
   }
-  void clear(CuDevicePtr device, std::size_t bytes) {
-    const std::vector<std::byte> zeros(bytes);
-    check(call<int, CuDevicePtr, const void*, std::size_t>("cuMemcpyHtoD_v2", device, zeros.data(),
-                                                           bytes));
+  template <class T>
+  void overwrite(CuDevicePtr device, const std::vector<T>& values) {
+    check(call<int, CuDevicePtr, const void*, std::size_t>("cuMemcpyHtoD_v2", device, values.data(),
+                                                           values.size() * sizeof(T)));
   }
 
   void begin_capture(CuStream stream) {
