@@ -212,7 +212,7 @@ def _load_without_experts(
             model, info = model_class.from_pretrained(
                 checkpoint.folder,
                 dtype=dtype,
-                device_map={"": device} if device.type != "cpu" else None,
+                device_map={"": str(device)} if device.type != "cpu" else None,
                 trust_remote_code=trust,
                 local_files_only=True,
                 use_safetensors=True,
@@ -289,7 +289,7 @@ def _load_experts(
             layer.load_expert(expert, *weights[spec.path].read(expert))
         module = model.get_submodule(spec.path)
         assert isinstance(module, KTExperts), f"{spec.path} was not replaced"
-        module.attach(layer, engine.max_qlen, hand_off)
+        module.attach(layer, engine.max_qlen, hand_off, spec.path)
         packed += layer.packed_bytes
     seconds = time.perf_counter() - start
     logger.info(

@@ -37,13 +37,17 @@ class KTExperts(nn.Module):
         self._layer: MoeLayer | None = None
         self._max_qlen = 0
         self._hand_off: HandOff | None = None
+        self._path = ""
 
-    def attach(self, layer: MoeLayer, max_qlen: int, hand_off: HandOff | None = None) -> None:
+    def attach(
+        self, layer: MoeLayer, max_qlen: int, hand_off: HandOff | None = None, path: str = ""
+    ) -> None:
         """Binds the packed experts; ``max_qlen`` is the most tokens of one engine call. With
-        ``hand_off`` the module takes tensors of that device only."""
+        ``hand_off`` the module takes tensors of that device only, and errors name its ``path``."""
         self._layer = layer
         self._max_qlen = max_qlen
         self._hand_off = hand_off
+        self._path = path
 
     @property
     def layer(self) -> MoeLayer:
@@ -61,7 +65,7 @@ class KTExperts(nn.Module):
         of hidden_states; through a hand-off, a tensor that the engine still writes."""
         layer = self.layer
         if self._hand_off is not None:
-            return self._hand_off.run(layer, hidden_states, top_k_index, top_k_weights)
+            return self._hand_off.run(layer, hidden_states, top_k_index, top_k_weights, self._path)
         states = hidden_states.to("cpu").contiguous()
         index = top_k_index.to("cpu").contiguous()
         weights = top_k_weights.to("cpu").contiguous()

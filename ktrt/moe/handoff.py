@@ -92,35 +92,44 @@ class HandOff:
         self._core.close()
 
     def run(
-        self, layer: MoeLayer, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+        self,
+        layer: MoeLayer,
+        states: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+        path: str = "",
     ) -> torch.Tensor:
         """Enqueues the experts of ``layer`` on states [tokens, hidden_size]; index and weights
         [tokens, k]. Returns their weighted sum, ``Deferred``, of the shape and dtype of states.
 
-        Errors of the engine are raised by ``finish``.
+        Errors of the engine are raised by ``finish``, and name the module's ``path``.
         """
         if states.device != self._device:
             raise KtrtError(
                 f"the experts were given tensors on {states.device}, expected {self._device}: the "
                 "model cannot be moved after loading"
             )
-        parts = [
-            self._start(
-                layer, *(each[at : at + self._max_qlen] for each in (states, index, weights))
-            )
-            for at in range(0, states.shape[0], self._max_qlen)
-        ]
+        parts = []
+        for at in range(0, states.shape[0], self._max_qlen):
+            part = slice(at, at + self._max_qlen)
+            # Slots have fixed sizes, powers of two.
+            rows = min(1 << (len(states[part]) - 1).bit_length(), self._max_qlen)
+            slot = self._slot(layer, rows, index.shape[1], states.dtype, path)
+            parts.append(self._start(slot, rows, states[part], index[part], weights[part]))
         if not parts:
             return torch.empty_like(states)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _start(
-        self, layer: MoeLayer, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+        self,
+        slot: int,
+        rows: int,
+        states: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
     ) -> torch.Tensor:
         tokens = states.shape[0]
-        # Slots have fixed sizes, powers of two; an expert of -1 adds nothing and costs nothing.
-        rows = min(1 << (tokens - 1).bit_length(), self._max_qlen)
-        slot = self._slot(layer, rows, index.shape[1], states.dtype)
+        # An expert of -1 adds nothing and costs nothing.
         states = _padded(states, rows, 0)
         index = _padded(index.to(torch.int64), rows, -1)
         weights = _padded(weights.to(torch.float32), rows, 0)
@@ -139,13 +148,13 @@ class HandOff:
         self._pending = (out, done)
         return Deferred(out[:tokens], lambda: self._join(done))
 
-    def _slot(self, layer: MoeLayer, rows: int, top_k: int, dtype: torch.dtype) -> int:
+    def _slot(self, layer: MoeLayer, rows: int, top_k: int, dtype: torch.dtype, path: str) -> int:
         key = (id(layer), rows, top_k, dtype)
         if key not in self._slots:
             if self._recorded is not None:
                 raise KtrtError(f"no hand-off of {rows} tokens was made before the capture")
             self._slots[key] = self._core.add_slot(
-                layer, tokens=rows, top_k=top_k, dtype=_name(dtype)
+                layer, tokens=rows, top_k=top_k, dtype=_name(dtype), name=path
             )
         return self._slots[key]
 

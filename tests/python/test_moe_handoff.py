@@ -333,7 +333,9 @@ def test_over_the_compiled_hand_off(
     for part in (ids[:21], *([each] for each in ids[21:])):
         assert torch.equal(ours.forward(part), reference.forward(part))
     loaded.engine.close()
-    with pytest.raises(RuntimeError, match=r"slot \d+ .*closed"):
+    with pytest.raises(
+        RuntimeError, match=r"slot \d+ \(model\.layers\.1\.mlp\.experts, 1 token\).*closed"
+    ):
         ours.forward([3])
     assert ours.reuse(ids) == 0
     with pytest.raises(RuntimeError, match="closed"):

@@ -91,7 +91,7 @@ class FakeCore:
         self.fail: Exception | None = None
         self.error: Exception | None = None
 
-    def add_slot(self, layer: MoeLayer, *, tokens: int, top_k: int, dtype: str) -> int:
+    def add_slot(self, layer: MoeLayer, *, tokens: int, top_k: int, dtype: str, name: str) -> int:
         assert not self.capturing
         self.slots.append((layer, tokens, top_k, getattr(torch, dtype)))
         return len(self.slots) - 1
@@ -213,8 +213,8 @@ class DriverCore:
         self.sizes: dict[int, tuple[int, int, int]] = {}
         self.results: dict[int, int] = {}
 
-    def add_slot(self, layer: MoeLayer, *, tokens: int, top_k: int, dtype: Any) -> int:
-        slot = self.core.add_slot(layer, tokens=tokens, top_k=top_k, dtype=dtype)
+    def add_slot(self, layer: MoeLayer, *, tokens: int, top_k: int, dtype: Any, name: str) -> int:
+        slot = self.core.add_slot(layer, tokens=tokens, top_k=top_k, dtype=dtype, name=name)
         states = tokens * layer.hidden_size * getattr(torch, dtype).itemsize
         self.sizes[slot] = (states, tokens * top_k * 8, tokens * top_k * 4)
         return slot
