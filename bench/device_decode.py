@@ -5,7 +5,8 @@
     python bench/device_decode.py --small             # a trial of this script, without a GPU too
 
 Weights are random and made in place; nothing is read from or written to disk. ``bound`` is what the
-packed expert weights of one token allow at the read bandwidth measured in the same run.
+packed expert weights of one token allow at the read bandwidth measured in the same run; ``experts``
+is the time of the experts alone, the rest of a step is the GPU's and the hand-offs'.
 """
 
 from __future__ import annotations
@@ -123,6 +124,7 @@ def measure(args: argparse.Namespace, weight_format: str) -> list[Result]:
                 bench.add_lora()
             for graph in (False, True):
                 figures = one_setting(args, bench, graph=graph)
+                figures["experts_ms"] = experts_alone(bench)
                 results.append(
                     {"format": weight_format, "lora": lora, "graph": graph, **figures}
                     | {"bound_tokens_per_s": bound, "bandwidth_gb_s": bandwidth / 1e9}
@@ -157,6 +159,24 @@ def one_setting(args: argparse.Namespace, bench: Bench, *, graph: bool) -> Resul
         "ms_p90": times[int(0.9 * len(times))] * 1e3,
         "first_token_s": min(first[1:]),
     }
+
+
+def experts_alone(bench: Bench) -> float:
+    """Milliseconds of one token's routed experts, called by the host on CPU tensors."""
+    hidden, count = bench.experts.hidden, bench.experts.count
+    generator, times = torch.Generator().manual_seed(0), []
+    states = torch.randn(1, hidden, generator=generator).to(torch.bfloat16)
+    out, weights = torch.empty_like(states), torch.full((1, bench.layers[0][1].top_k), 0.2)
+    for _ in range(30):
+        ids = [
+            torch.randperm(count, generator=generator)[None, : weights.shape[1]].contiguous()
+            for _ in bench.layers
+        ]
+        start = time.perf_counter()
+        for index, (_, layer) in zip(ids, bench.layers, strict=True):
+            layer.forward(states, index, weights, out)
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times[5:])
 
 
 def memory_at(args: argparse.Namespace, bench: Bench) -> Result:
@@ -207,13 +227,15 @@ def print_tables(report: Result) -> None:
             f"{row['graph_vs_eager']:.4f}  eager/float32 {row['eager_vs_float32']:.4f}  "
             f"graph/float32 {row['graph_vs_float32']:.4f}"
         )
-    print("format lora  graph  tokens/s  of bound  median,best,p90 ms     first token s")
+    print(
+        "format lora  graph  tokens/s  of bound  median,best,p90 ms      experts ms  first token s"
+    )
     for row in report["results"]:
         median = 1e3 / row["tokens_per_s"]
         print(
             f"{row['format']:6} {row['lora']!s:5} {row['graph']!s:5} {row['tokens_per_s']:9.1f} "
             f"{row['of_bound']:9.1%}  {median:7.2f} {row['ms_best']:7.2f} {row['ms_p90']:7.2f} "
-            f"{row['first_token_s']:10.3f}"
+            f"{row['experts_ms']:10.2f} {row['first_token_s']:14.3f}"
         )
     for row in report["results"]:
         if memory := row.get("gpu_gb_at_context"):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.fake_cuda import dense_graphs
+from helpers.fake_streams import dense_graphs
 from helpers.tiny_chat import make_model, make_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
-from helpers.fake_cuda import (
+from helpers import fake_cuda
+from helpers.fake_cuda import FakeCuda
+from helpers.fake_streams import (
     DriverCore,
     FakeCore,
-    FakeCuda,
     FakeGraphs,
-    build_driver,
+    FakeTorchCuda,
     fake_hand_off,
 )
 from helpers.tiny_models import save_adapter, save_model, token_ids
@@ -306,23 +307,25 @@ def test_ctrl_c_in_a_launch(fake: Loaded) -> None:
     assert torch.isfinite(cache.forward([6])).all()
 
 
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> str:
-    library = build_driver(tmp_path_factory.mktemp("driver"))
+@pytest.fixture
+def driver(tmp_path: Path) -> Iterator[FakeCuda]:
+    library = fake_cuda.build(tmp_path)
     if library is None:
         pytest.skip("no C++ compiler")
-    return library
+    driver = FakeCuda(library)
+    yield driver
+    assert driver.reset() == 0, "a stream was left waiting"
 
 
 def test_over_the_compiled_hand_off(
-    folder: Path, driver: str, monkeypatch: pytest.MonkeyPatch
+    folder: Path, driver: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Real slots, streams and threads: prefill, decode, and an error in between."""
     plain = load(folder, "deepseek_v2")
     cores: list[DriverCore] = []
 
     def new_hand_off(engine: Engine, device: torch.device) -> HandOff:
-        cuda = FakeCuda()
+        cuda = FakeTorchCuda()
         cores.append(DriverCore(engine, driver, cuda))
         return HandOff(cast("Any", cores[0]), device, engine.max_qlen, cuda)
 
@@ -342,7 +345,6 @@ def test_over_the_compiled_hand_off(
         loaded.model(torch.tensor([ids]))
     loaded.close()
     plain.close()
-    assert cores[0].driver.fake_cuda_violations() == 0
 
 
 def test_graphs_can_be_switched_off(

@@ -1,267 +1,91 @@
-"""CPU stand-ins for torch.cuda's streams and graphs, and for the compiled hand-off.
-
-The main stream runs at once, as CPU tensors do. A side stream holds what it is given until somebody
-waits for it; a result that was not waited for reads as NaN. A graph replays the Python callable.
-"""
+"""The stand-in for the CUDA driver (tests/cpp/gpu/fake_cuda.cc) from Python."""
 
 from __future__ import annotations
 
 import ctypes
 import shutil
 import subprocess
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from ktrt._core import GpuHandoff
-from ktrt.decode_graph import DecodeGraphs
-from ktrt.moe import HandOff
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from ktrt._core import Engine, MoeLayer
-    from ktrt.kv_cache import StaticKv
+SOURCE = Path(__file__).resolve().parents[2] / "cpp" / "gpu" / "fake_cuda.cc"
 
 
-@dataclass
-class FakeEvent:
-    stream: FakeStream
-    position: int
-
-
-@dataclass
-class FakeStream:
-    cuda_stream: int
-    work: list[Callable[[], None]] = field(default_factory=list)
-    done: int = 0
-
-    def record_event(self) -> FakeEvent:
-        return FakeEvent(self, len(self.work))
-
-    def wait_event(self, event: FakeEvent) -> None:
-        event.stream.run(event.position)
-
-    def wait_stream(self, stream: FakeStream) -> None:
-        self.wait_event(stream.record_event())
-
-    def run(self, until: int) -> None:
-        while self.done < until:
-            self.done += 1
-            self.work[self.done - 1]()
+def build(folder: Path) -> Path | None:
+    """Compiles the stand-in into ``folder``; None without a C++ compiler."""
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        return None
+    library = folder / "fake_cuda.so"
+    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread"]
+    subprocess.run([compiler, *flags, str(SOURCE), "-o", str(library)], check=True, timeout=300)
+    return library
 
 
 class FakeCuda:
-    """torch.cuda's functions that the hand-off uses."""
+    """Streams, device arrays and graphs of the stand-in; handles and addresses are integers."""
 
-    def __init__(self) -> None:
-        self.streams: list[FakeStream] = []
-        self.main = self.Stream(None)
+    def __init__(self, library: Path) -> None:
+        self.path = str(library)
+        self._library = ctypes.CDLL(self.path)
+        self._library.fake_cuda_make_current(1)
 
-    def Stream(self, _device: object) -> FakeStream:  # noqa: N802
-        self.streams.append(FakeStream(len(self.streams)))
-        return self.streams[-1]
+    def reset(self) -> int:
+        """As new; how many streams had been left waiting."""
+        return int(self._library.fake_cuda_reset())
 
-    def current_stream(self, _device: object) -> FakeStream:
-        return self.main
+    def set(self, name: str, value: int) -> None:
+        self._library.fake_cuda_set(name.encode(), value)
 
+    def set_delay(self, microseconds: int) -> None:
+        self._library.fake_cuda_set_delay(microseconds)
 
-def array(pointer: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """The tensor at an address."""
-    count = torch.Size(shape).numel()
-    data = (ctypes.c_byte * (count * dtype.itemsize)).from_address(pointer)
-    return torch.frombuffer(data, dtype=dtype, count=count).view(shape)
+    def make_current(self, current: bool) -> None:
+        self._library.fake_cuda_make_current(int(current))
 
+    def pinned_blocks(self) -> int:
+        return int(self._library.fake_cuda_pinned_blocks())
 
-class FakeCore:
-    """ktrt._core.GpuHandoff on CPU memory: it checks the order of the calls and computes at once,
-    but shows a result only when the side stream gets to it."""
+    def _call(self, function: str, *arguments: object) -> int:
+        result = int(getattr(self._library, function)(*arguments))
+        if result not in (0, 600):
+            raise RuntimeError(f"{function}: {result}")
+        return result
 
-    def __init__(self, cuda: FakeCuda) -> None:
-        self.cuda = cuda
-        self.capturing = self.closed = False
-        self.slots: list[tuple[MoeLayer, int, int, torch.dtype]] = []
-        self.expected: list[int] = []
-        self.results: dict[int, torch.Tensor] = {}
-        self.log: list[str] = []
-        self.ids = torch.empty(0)
-        self.fail: Exception | None = None
-        self.error: Exception | None = None
+    def _new(self, function: str, *arguments: object) -> int:
+        handle = ctypes.c_void_p()
+        self._call(function, ctypes.byref(handle), *arguments)
+        return handle.value or 0
 
-    def add_slot(self, layer: MoeLayer, *, tokens: int, top_k: int, dtype: str, name: str) -> int:
-        assert not self.capturing
-        self.slots.append((layer, tokens, top_k, getattr(torch, dtype)))
-        return len(self.slots) - 1
+    def stream(self) -> int:
+        return self._new("cuStreamCreate", 0)
 
-    def expect(self, slots: Sequence[int]) -> None:
-        assert not self.expected
-        self.expected = list(slots)
+    def drained(self, stream: int) -> bool:
+        return self._call("cuStreamQuery", ctypes.c_void_p(stream)) == 0
 
-    def submit(self, slot: int, stream: int, states: int, ids: int, weights: int) -> None:
-        assert stream == self.cuda.main.cuda_stream
-        layer, tokens, top_k, dtype = self.slots[slot]
-        if self.expected:
-            assert slot == self.expected.pop(0), "a replay out of order"
-        self.log.append("submit")
-        self.ids = array(ids, (tokens, top_k), torch.int64).clone()
-        if self.fail is not None:
-            self.error, self.fail = self.fail, None
-        out = torch.zeros(tokens, layer.hidden_size, dtype=dtype)
-        if self.error is None:
-            layer.forward(
-                array(states, (tokens, layer.hidden_size), dtype),
-                array(ids, (tokens, top_k), torch.int64),
-                array(weights, (tokens, top_k), torch.float32),
-                out,
-            )
-        self.results[slot] = out
+    def upload(self, tensor: torch.Tensor) -> int:
+        """Device address of a copy."""
+        nbytes = ctypes.c_size_t(tensor.numel() * tensor.element_size())
+        address = self._new("cuMemAlloc_v2", nbytes)
+        source = ctypes.c_void_p(tensor.contiguous().data_ptr())
+        self._call("cuMemcpyHtoD_v2", ctypes.c_uint64(address), source, nbytes)
+        return address
 
-    def wait(self, slot: int, stream: int, out: int) -> None:
-        dtype = self.slots[slot][3]
-        result = self.results[slot]
-        target = array(out, tuple(result.shape), dtype).fill_(torch.nan)
+    def download(self, address: int, like: torch.Tensor) -> torch.Tensor:
+        result = torch.empty(like.shape, dtype=like.dtype)
+        nbytes = ctypes.c_size_t(result.numel() * result.element_size())
+        target = ctypes.c_void_p(result.data_ptr())
+        self._call("cuMemcpyDtoH_v2", target, ctypes.c_uint64(address), nbytes)
+        return result
 
-        def copy() -> None:
-            self.log.append("joined")
-            del self.results[slot]
-            target.copy_(result)
+    def begin_capture(self, stream: int) -> None:
+        self._call("cuStreamBeginCapture_v2", ctypes.c_void_p(stream), 0)
 
-        self.cuda.streams[stream].work.append(copy)
+    def end_capture(self, stream: int) -> int:
+        graph = ctypes.c_void_p()
+        self._call("cuStreamEndCapture", ctypes.c_void_p(stream), ctypes.byref(graph))
+        return self._new("cuGraphInstantiateWithFlags", graph, ctypes.c_ulonglong(0))
 
-    def synchronize(self, stream: int) -> None:
-        assert stream == self.cuda.main.cuda_stream
-        assert not self.capturing
-        self.expected = []
-        error, self.error = self.error, None
-        if error is not None:
-            raise error
-
-    def close(self) -> None:
-        self.closed = True
-
-
-class FakeGraphs:
-    """Replaying is calling again: the memory is the same, so the same inputs give the same."""
-
-    def __init__(self, core: FakeCore | None = None) -> None:
-        self.core = core
-        self.captures = self.replays = 0
-        self.fail: BaseException | None = None
-
-    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
-        if self.fail is not None:
-            raise self.fail
-        self.captures += 1
-        if self.core is not None:
-            self.core.capturing = True
-        try:
-            step()
-        finally:
-            if self.core is not None:
-                self.core.capturing = False
-
-        def replay() -> None:
-            self.replays += 1
-            step()
-
-        return replay
-
-    def clear(self) -> None:
-        pass
-
-
-class NoHandOff:
-    """For models without experts."""
-
-    @contextmanager
-    def recording(self) -> Iterator[list[int]]:
-        yield []
-
-    @contextmanager
-    def launching(self, slots: Sequence[int]) -> Iterator[None]:
-        assert not slots
-        yield
-
-
-def dense_graphs(model: Any, maker: FakeGraphs | None = None) -> Callable[[StaticKv], DecodeGraphs]:
-    """What a KvCache takes to decode a model without experts by (fake) graphs."""
-    maker = maker or FakeGraphs()
-    return lambda cache: DecodeGraphs(model, cache, NoHandOff(), maker)
-
-
-def fake_hand_off(max_qlen: int) -> tuple[HandOff, FakeCore]:
-    """A hand-off for CPU tensors."""
-    cuda = FakeCuda()
-    core = FakeCore(cuda)
-    return HandOff(cast("GpuHandoff", core), torch.device("cpu"), max_qlen, cuda), core
-
-
-class DriverCore:
-    """The real ktrt._core.GpuHandoff over the stand-in driver of the C++ tests, for CPU tensors:
-    device arrays of its own lie between them and the driver."""
-
-    def __init__(self, engine: Engine, library: str, cuda: FakeCuda) -> None:
-        self.driver, self.cuda = ctypes.CDLL(library), cuda
-        self.driver.fake_cuda_make_current(1)
-        self.core = GpuHandoff(engine, driver=library, timeout=20)
-        self.expect, self.close = self.core.expect, self.core.close
-        self.stream = ctypes.c_void_p()
-        self._check("cuStreamCreate", ctypes.byref(self.stream), 0)
-        self.sizes: dict[int, tuple[int, int, int]] = {}
-        self.results: dict[int, int] = {}
-
-    def add_slot(self, layer: MoeLayer, *, tokens: int, top_k: int, dtype: Any, name: str) -> int:
-        slot = self.core.add_slot(layer, tokens=tokens, top_k=top_k, dtype=dtype, name=name)
-        states = tokens * layer.hidden_size * getattr(torch, dtype).itemsize
-        self.sizes[slot] = (states, tokens * top_k * 8, tokens * top_k * 4)
-        return slot
-
-    def _check(self, name: str, *arguments: Any) -> None:
-        assert getattr(self.driver, name)(*arguments) == 0, name
-
-    def _new(self, size: int) -> int:
-        address = ctypes.c_uint64()
-        self._check("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size))
-        return address.value
-
-    def submit(self, slot: int, _stream: int, *host: int) -> None:
-        device = [self._new(size) for size in self.sizes[slot]]
-        for to, at, size in zip(device, host, self.sizes[slot], strict=True):
-            self._check(
-                "cuMemcpyHtoD_v2", ctypes.c_uint64(to), ctypes.c_void_p(at), ctypes.c_size_t(size)
-            )
-        self.core.submit(slot, self.stream.value or 0, *device)
-
-    def wait(self, slot: int, stream: int, out: int) -> None:
-        size = self.sizes[slot][0]
-        device = self._new(size)
-        self.core.wait(slot, self.stream.value or 0, device)
-
-        def copy() -> None:
-            self._check("cuStreamSynchronize", self.stream)
-            self._check(
-                "cuMemcpyDtoH_v2",
-                ctypes.c_void_p(out),
-                ctypes.c_uint64(device),
-                ctypes.c_size_t(size),
-            )
-
-        self.cuda.streams[stream].work.append(copy)
-
-    def synchronize(self, _stream: int) -> None:
-        self.core.synchronize(self.stream.value or 0)
-
-
-def build_driver(folder: Path) -> str | None:
-    """The stand-in driver as a library; None without a C++ compiler."""
-    compiler = shutil.which("c++")
-    if compiler is None:
-        return None
-    source = Path(__file__).parents[2] / "cpp" / "gpu" / "fake_cuda.cc"
-    library = str(folder / "fake_cuda.so")
-    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread"]
-    subprocess.run([compiler, *flags, str(source), "-o", library], check=True)
-    return library
+    def launch(self, graph: int, stream: int) -> None:
+        self._call("cuGraphLaunch", ctypes.c_void_p(graph), ctypes.c_void_p(stream))
