@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from helpers.tiny_chat import make_model, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, MistralConfig
 
 from ktrt import decode_graph, generation, kv_cache
-from ktrt.decode_graph import DecodeGraphs, window_of
+from ktrt.decode_graph import CudaGraphs, DecodeGraphs, window_of
 from ktrt.errors import KtrtError
 from ktrt.generation import KvCache
 from ktrt.kv_cache import StaticKv, unusual_layers
@@ -242,6 +243,45 @@ def test_ctrl_c_in_a_capture_is_no_failure(llama: Any) -> None:
     cache.forward(PROMPT)
     assert close(cache.forward([3]), whole(llama, [*PROMPT, 3]))
     assert maker.captures == 1
+
+
+class TorchGraph:
+    """torch.cuda.graph, whose end fails where something in it failed, and which then leaves its
+    stream current."""
+
+    stream = "main"
+
+    def __init__(self, _graph: Any, **options: Any) -> None:
+        assert options == {"pool": "pool", "capture_error_mode": "thread_local"}
+
+    def __enter__(self) -> None:
+        TorchGraph.stream = "capture"
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            raise RuntimeError("capture_end: the capture was invalidated")
+        TorchGraph.stream = "main"
+
+
+@pytest.mark.parametrize("failure", [None, KeyboardInterrupt(), ValueError("the reason")])
+def test_a_capture_by_torch(failure: BaseException | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "graph", TorchGraph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay="replay"))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: TorchGraph.stream)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda s: setattr(TorchGraph, "stream", s))
+
+    def step() -> None:
+        assert TorchGraph.stream == "capture"
+        if failure is not None:
+            raise failure
+
+    if failure is None:
+        assert CudaGraphs().capture(step) == "replay"  # type: ignore[comparison-overlap]
+    else:
+        with pytest.raises(type(failure)):
+            CudaGraphs().capture(step)
+    assert TorchGraph.stream == "main"
 
 
 def broken_mask(self: Any, positions: torch.Tensor, window: int) -> torch.Tensor:
