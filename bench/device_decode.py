@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import statistics
 import time
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,8 @@ Result = dict[str, Any]
 
 def main() -> None:
     args = parse_args()
+    # Which kernels run, and why a graph was not captured.
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     results: list[Result] = []
     checks = [check(args, weight_format) for weight_format in args.formats]
     for weight_format in args.formats:
