@@ -53,7 +53,7 @@ test-cpp: ## C++ tests, as users run the code
 test-asan: ## C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	cmake --preset asan && cmake --build --preset asan -j $(JOBS) && ctest --preset asan
 
-test-tsan: ## Tests of the thread pool and of the layer under ThreadSanitizer
+test-tsan: ## Tests of the thread pool, the layer and the hand-off under ThreadSanitizer
 	cmake --preset tsan && cmake --build --preset tsan -j $(JOBS) && ctest --preset tsan
 
 test-python: ## Python tests (of the checkout's Python and the installed module)

@@ -19,6 +19,7 @@ constexpr nanoseconds kWaitSlice = 5ms;        // for the server, between looks 
 constexpr nanoseconds kInterruptEvery = 50ms;  // a Ctrl-C waits no longer
 constexpr nanoseconds kPollHard = 2ms;         // the device's work after the last slot is short
 constexpr nanoseconds kNap = 50us;
+constexpr nanoseconds kDrainPatience = 1s;   // once nothing of ours keeps the stream waiting
 constexpr nanoseconds kLongestStep = 100ms;  // longer ones: the process was stopped meanwhile
 
 }  // namespace
@@ -186,14 +187,14 @@ void GpuHandoff::forget() {
   server_->forget_failure();
 }
 
-// False: the stream is still busy although nothing of ours has happened for the timeout; then there
-// is a failure.
+// False: the stream is still busy although nothing of ours has happened for long; then there is a
+// failure.
 bool GpuHandoff::drain(CuStream stream, const std::function<void()>& interrupt) {
-  std::uint64_t steps = 0;
+  SlotServer::Progress before;
   nanoseconds idle{0};
   auto last = steady_clock::now();
   auto interrupt_at = last + kInterruptEvery;
-  auto busy_until = last + kPollHard;
+  auto poll_until = last + kPollHard;
   for (;;) {
     const SlotServer::Progress progress = server_->wait(kWaitSlice);
     const CuResult result = driver_.api().stream_query(stream);
@@ -206,20 +207,21 @@ bool GpuHandoff::drain(CuStream stream, const std::function<void()>& interrupt) 
     }
     const auto now = steady_clock::now();
     if (progress.pending) {
-      busy_until = now + kPollHard;
-    } else if (now < busy_until) {
+      poll_until = now + kPollHard;
+    } else if (now < poll_until) {
       sched_yield();
     } else {
       std::this_thread::sleep_for(kNap);
     }
-    const bool still = progress.steps == steps && !progress.running;
+    const bool still =
+        !progress.running && progress.steps == before.steps && progress.failed == before.failed;
     idle = still ? idle + std::min<nanoseconds>(now - last, kLongestStep) : nanoseconds(0);
-    steps = progress.steps;
+    before = progress;
     last = now;
-    if (idle > timeout_) {
+    if (idle > (progress.failed ? kDrainPatience : timeout_)) {
+      if (progress.failed) return false;
       server_->fail(
           "the stream has not drained and no slot has moved for " + seconds_text(timeout_), true);
-      if (idle > 2 * timeout_) return false;
     }
     if (interrupt && now > interrupt_at) {
       interrupt();

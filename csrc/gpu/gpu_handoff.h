@@ -60,7 +60,7 @@ class GpuHandoff {
 
   // Returns once the stream has drained. Throws what went wrong since the last call: HandoffTimeout
   // or std::runtime_error; then the device waits for nothing any more, and the next use starts
-  // clean, unless other work keeps the stream busy beyond the timeout. `interrupt` is called now
+  // clean, unless other work keeps the stream busy for a second more. `interrupt` is called now
   // and then and may throw, with the same consequences.
   void synchronize(CuStream stream, const std::function<void()>& interrupt);
 

@@ -129,7 +129,8 @@ SlotServer::Progress SlotServer::wait(nanoseconds at_most) {
   const auto running = [this] { return running_ != nullptr && !given_up_; };
   const auto pending = [&] { return !failure_ && (!expected_.empty() || running()); };
   progress_.wait_for(lock, at_most, [&] { return !pending(); });
-  return {.pending = pending(), .running = running(), .steps = steps_};
+  return {
+      .pending = pending(), .running = running(), .failed = failure_.has_value(), .steps = steps_};
 }
 
 void SlotServer::fail_if_not_started() {

@@ -58,8 +58,9 @@ class SlotServer {
   void fail(const std::string& what, bool timeout = false);
 
   struct Progress {
-    bool pending = false;     // slots are expected or a forward runs, and nothing has failed
-    bool running = false;     // a forward, which the watchdog limits
+    bool pending = false;  // slots are expected or a forward runs, and nothing has failed
+    bool running = false;  // a forward, which the watchdog limits
+    bool failed = false;
     std::uint64_t steps = 0;  // grows with every forward that begins or ends
   };
   // Waits until nothing is pending, at most for `at_most`.

@@ -202,10 +202,10 @@ def test_a_failed_forward_is_raised_by_synchronize(cuda: FakeCuda, mechanism: st
 
 
 def test_a_stream_that_does_not_move_raises_timeout_error(cuda: FakeCuda) -> None:
-    case = Case(cuda, timeout=0.02)
-    cuda.set_delay(100_000)
+    case = Case(cuda, timeout=0.3)
+    cuda.set_delay(700_000)
     case.enqueue()
-    with pytest.raises(TimeoutError, match=r"no slot has moved for 0\.02 s"):
+    with pytest.raises(TimeoutError, match=r"no slot has moved for 0\.3 s"):
         case.synchronize()
     cuda.set_delay(0)
     while not cuda.drained(case.stream):
@@ -219,10 +219,10 @@ def test_a_stream_that_does_not_move_raises_timeout_error(cuda: FakeCuda) -> Non
 
 def test_ctrl_c_during_synchronize(cuda: FakeCuda) -> None:
     case = Case(cuda)
-    cuda.set_delay(50_000)
-    for _ in range(3):
+    cuda.set_delay(20_000)
+    for _ in range(2):
         case.enqueue()
-    timer = threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer = threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGINT))
     timer.start()
     with pytest.raises(KeyboardInterrupt):
         case.synchronize()
