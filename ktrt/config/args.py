@@ -39,11 +39,15 @@ class AdapterArgs:
 
 @dataclass(frozen=True)
 class ExpertArgs:
-    """The routed experts' engine. ``kt_num_threads`` None lets the engine choose the count."""
+    """The routed experts' engine. ``kt_num_threads`` None lets the engine choose the count.
+
+    ``kt_use_cuda_graph``: on a GPU, a decode step is one CUDA graph where the model allows it.
+    """
 
     kt_backend: KtBackend = "AMXBF16"
     kt_num_threads: int | None = None
     kt_tp_enabled: bool = False
+    kt_use_cuda_graph: bool = True
 
     def __post_init__(self) -> None:
         threads = self.kt_num_threads

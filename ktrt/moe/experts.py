@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from ktrt._core import MoeLayer
+    from ktrt.moe.handoff import HandOff
 
 # Classes are replaced in transformers' modules, which the whole process shares.
 _PATCH_LOCK = threading.Lock()
@@ -46,11 +47,18 @@ class KTExperts(nn.Module):
         self.gate_up_proj = self.down_proj = torch.empty(0)
         self._layer: MoeLayer | None = None
         self._max_qlen = 0
+        self._hand_off: HandOff | None = None
+        self._path = ""
 
-    def attach(self, layer: MoeLayer, max_qlen: int) -> None:
-        """Binds the packed experts; ``max_qlen`` is the most tokens of one engine call."""
+    def attach(
+        self, layer: MoeLayer, max_qlen: int, hand_off: HandOff | None = None, path: str = ""
+    ) -> None:
+        """Binds the packed experts; ``max_qlen`` is the most tokens of one engine call. With
+        ``hand_off`` the module takes tensors of that device only, and errors name its ``path``."""
         self._layer = layer
         self._max_qlen = max_qlen
+        self._hand_off = hand_off
+        self._path = path
 
     @property
     def layer(self) -> MoeLayer:
@@ -65,13 +73,13 @@ class KTExperts(nn.Module):
     ) -> torch.Tensor:
         """hidden_states [tokens, hidden_size] in float32, float16 or bfloat16 on any device;
         top_k_index (integers) and top_k_weights [tokens, k]. Returns the shape, dtype and device
-        of hidden_states."""
+        of hidden_states; through a hand-off, a tensor that the engine still writes."""
         if self.post_expert_norm is None:
             return self._run(hidden_states, top_k_index, top_k_weights)
         # The norm needs every expert's whole output: each (token, slot) goes as a token.
         tokens, slots = top_k_index.shape
         states = hidden_states.repeat_interleave(slots, dim=0)
-        ones = torch.ones(tokens * slots, 1)
+        ones = torch.ones(tokens * slots, 1, device=hidden_states.device)
         each = self.post_expert_norm(self._run(states, top_k_index.reshape(-1, 1), ones))
         weighted = each.view(tokens, slots, -1) * top_k_weights[..., None]
         summed: torch.Tensor = weighted.sum(dim=1)
@@ -81,6 +89,8 @@ class KTExperts(nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         layer = self.layer
+        if self._hand_off is not None:
+            return self._hand_off.run(layer, hidden_states, top_k_index, top_k_weights, self._path)
         states = hidden_states.to("cpu").contiguous()
         index = top_k_index.to("cpu").contiguous()
         weights = top_k_weights.to("cpu").contiguous()
