@@ -6,6 +6,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "kernels/activation.h"
+
 namespace ktrt {
 
 // Rows of one AMX tile, at most.
@@ -40,8 +42,8 @@ struct GemmArgs {
   int row_in_block;        // first row of the strip in it
   int k;                   // padded
   const float* w_scale;    // [32] of this strip; null for BF16
-  const int32_t* w_sum;    // [32] of this strip; null for BF16
-  const uint8_t* next;     // what is read after this strip, to prefetch; may be null
+  const int32_t* w_sum;  // [32] of this strip: Σ_k of its codes (INT4: of 16 · code); null for BF16
+  const uint8_t* next;  // what is read after this strip, to prefetch; may be null
 
   // BF16 [rank_pairs][2 halves][16 rows][2]; null without LoRA.
   const uint16_t* lora_b;
@@ -104,6 +106,11 @@ struct ElementwiseKernels {
   void (*silu_mul)(const float* gate, const float* up, int rows, uint16_t* out, int64_t out_stride);
   // acc[0..31] += weight · c[0..31].
   void (*weighted_add)(const float* c, float weight, float* acc);
+  // silu_mul with any activation; gate null: experts without gate.
+  void (*activate)(const Activation& activation, const float* gate, const float* up, int rows,
+                   uint16_t* out, int64_t out_stride);
+  // c[r][0..31] += bias[0..31]; c [rows][32].
+  void (*add_bias)(const float* bias, int rows, float* c);
   // Tile order: out[i][r][64] = bytes 64·i … 64·i + 63 of rows[r], for r < count and `tile_rows`
   // rows in out; zeros after `bytes`, up to `padded`, a multiple of 64.
   void (*to_tile)(const uint8_t* const* rows, int count, int tile_rows, int bytes, int padded,
@@ -123,6 +130,7 @@ struct GemmChoice {
 struct KernelTable {
   GemmChoice gemm_bf16;
   GemmChoice gemm_int8;
+  GemmChoice gemm_int4;
   const ShrinkKernel* lora_shrink;
   const ShrinkKernel* lora_shrink_tiles;  // beside a GEMM in tile order; null without AMX
   const ElementwiseKernels* elementwise;

@@ -7,68 +7,11 @@
 #include "base/bf16.h"
 #include "kernels/amx/tuning.h"
 #include "moe/job_rows.h"
+#include "moe/strip_rows.h"
 
 namespace ktrt {
 
 namespace {
-
-// SiLU · up of a strip, row by row: into the activations of a job, which are in tile order for a
-// BF16 kernel that asks for it.
-struct SiluRows {
-  const ElementwiseKernels* kernels;
-  const float* gate;
-  const float* up;
-  int count;
-  std::uint16_t* out;  // the strip's place in the job's first row
-  std::int64_t row_stride;
-  int tile_rows;
-  std::int64_t tile_stride;
-
-  void run(int first, int last) const {
-    while (first < last) {
-      const int in_tile = first % tile_rows;
-      const int rows = tile_rows == 1 ? last - first : std::min(tile_rows - in_tile, last - first);
-      kernels->silu_mul(gate + first * kStripRows, up + first * kStripRows, rows,
-                        out + first / tile_rows * tile_stride + in_tile * row_stride, row_stride);
-      first += rows;
-    }
-  }
-};
-
-// Weighted sums of a strip, row by row.
-struct SumRows {
-  const ElementwiseKernels* kernels;
-  const float* c;
-  const PlanRow* rows;
-  int count;
-  float* out;  // the strip's place in the first token's sums
-  std::int64_t columns;
-
-  void run(int first, int last) const {
-    constexpr int kAhead = 6;
-    for (int r = first; r < last; ++r) {
-      if (r + kAhead < count) {
-        const float* coming = out + rows[r + kAhead].token * columns;
-        __builtin_prefetch(coming, 1, 3);
-        __builtin_prefetch(coming + 16, 1, 3);
-      }
-      kernels->weighted_add(c + r * kStripRows, rows[r].weight, out + rows[r].token * columns);
-    }
-  }
-};
-
-// An aside does two rows at a time: the vector units have work for about as long as one tile of W
-// takes to multiply.
-constexpr int kRowsPerPiece = 2;
-
-template <class Rows>
-void run_piece(void* self, int index) {
-  const Rows& rows = *static_cast<const Rows*>(self);
-  const int first = index * kRowsPerPiece;
-  rows.run(first, std::min(first + kRowsPerPiece, rows.count));
-}
-
-int pieces_of(int rows) { return round_up(rows, kRowsPerPiece) / kRowsPerPiece; }
 
 // What both phases of one thread need.
 class ThreadForward {
@@ -77,7 +20,9 @@ class ThreadForward {
       : task_(task),
         rows_(task, thread),
         scratch_(task.workspace.thread(thread)),
-        shared_(task.workspace.shared()) {}
+        shared_(task.workspace.shared()),
+        has_gate_(task.weights.shape().has_gate),
+        silu_mul_(has_gate_ && task.activation.is_silu_mul()) {}
 
   const JobRows& rows() const { return rows_; }
   void gate_up(const Piece& piece);
@@ -85,13 +30,18 @@ class ThreadForward {
 
  private:
   GemmArgs gemm_args(const Job& job, Projection projection, int strip, float* c) const;
-  SiluRows silu_rows(const Job& job, int strip, int buffer) const;
+  const float* bias(const Job& job, Projection projection, int strip) const;
+  void project_input(const Job& job, Projection projection, int strip, float* c,
+                     const std::uint8_t* next, const Aside* aside) const;
+  ActivateRows activate_rows(const Job& job, int strip, int buffer) const;
   void store_group(int first_strip, int strips) const;
 
   const ForwardTask& task_;
   const JobRows rows_;
   const Workspace::Thread& scratch_;
   const Workspace::Shared& shared_;
+  const bool has_gate_;
+  const bool silu_mul_;    // the activation that has a kernel of its own
   int gathered_job_ = -1;  // whose rows are in scratch_
 };
 
@@ -119,11 +69,31 @@ GemmArgs ThreadForward::gemm_args(const Job& job, Projection projection, int str
   return args;
 }
 
-SiluRows ThreadForward::silu_rows(const Job& job, int strip, int buffer) const {
+const float* ThreadForward::bias(const Job& job, Projection projection, int strip) const {
+  if (task_.biases == nullptr) return nullptr;
+  return task_.biases->of(job.expert, projection, strip);
+}
+
+// C of one strip of gate or up. `next`: what is read afterwards.
+void ThreadForward::project_input(const Job& job, Projection projection, int strip, float* c,
+                                  const std::uint8_t* next, const Aside* aside) const {
+  GemmArgs args = gemm_args(job, projection, strip, c);
+  rows_.use_input(args);
+  if (task_.lora != nullptr) args.t = scratch_.t + task_.lora->expand(projection).t_offset;
+  args.next = next;
+  args.aside = aside;
+  rows_.gemm_for(job).strip(args);
+}
+
+// Of what project_input left in C.
+ActivateRows ThreadForward::activate_rows(const Job& job, int strip, int buffer) const {
   const int rows = rows_.act_tile_rows(job);
   return {.kernels = task_.kernels.elementwise,
-          .gate = scratch_.c[buffer],
+          .activation = silu_mul_ ? nullptr : &task_.activation,
+          .gate = has_gate_ ? scratch_.c[buffer] : nullptr,
           .up = scratch_.c_up[buffer],
+          .gate_bias = bias(job, Projection::kGate, strip),
+          .up_bias = bias(job, Projection::kUp, strip),
           .count = job.rows,
           .out = shared_.act + job.scratch_row * rows_.strides().act + strip * kStripRows * rows,
           .row_stride = rows == 1 ? rows_.strides().act : kStripRows,
@@ -133,35 +103,29 @@ SiluRows ThreadForward::silu_rows(const Job& job, int strip, int buffer) const {
 
 void ThreadForward::gate_up(const Piece& piece) {
   const Job& job = task_.plan.jobs()[static_cast<std::size_t>(piece.job)];
-  const GemmKernel& gemm = rows_.gemm_for(job);
-  const bool overlap = gemm.tile_order && amx_tuning.overlap != 0;
+  const bool overlap = rows_.gemm_for(job).tile_order && amx_tuning.overlap != 0;
   if (gathered_job_ != piece.job) rows_.gather(job);
   gathered_job_ = piece.job;
-  SiluRows finished{};  // the strip before, where its SiLU is still to be done
+  const auto first_tile = [&](Projection projection, int strip) {
+    return task_.weights.strip(job.expert, projection, strip).first_tile;
+  };
+  const Projection first = has_gate_ ? Projection::kGate : Projection::kUp;
+  ActivateRows finished{};  // the strip before, where its activations are still to be made
   const int pieces = pieces_of(job.rows);
-  const Aside beside_gate{&run_piece<SiluRows>, &finished, 0, pieces / 2};
-  const Aside beside_up{&run_piece<SiluRows>, &finished, pieces / 2, pieces};
+  const int beside_gate = has_gate_ ? pieces / 2 : 0;
+  const Aside asides[] = {{&run_piece<ActivateRows>, &finished, 0, beside_gate},
+                          {&run_piece<ActivateRows>, &finished, beside_gate, pieces}};
   int buffer = 0;
   for (int strip = piece.first_strip; strip < piece.end_strip; ++strip) {
-    GemmArgs gate = gemm_args(job, Projection::kGate, strip, scratch_.c[buffer]);
-    GemmArgs up = gemm_args(job, Projection::kUp, strip, scratch_.c_up[buffer]);
-    rows_.use_input(gate);
-    rows_.use_input(up);
-    if (task_.lora != nullptr) {
-      gate.t = scratch_.t + task_.lora->expand(Projection::kGate).t_offset;
-      up.t = scratch_.t + task_.lora->expand(Projection::kUp).t_offset;
+    const bool aside = overlap && strip > piece.first_strip;
+    if (has_gate_) {
+      project_input(job, Projection::kGate, strip, scratch_.c[buffer],
+                    first_tile(Projection::kUp, strip), aside ? &asides[0] : nullptr);
     }
-    gate.next = task_.weights.strip(job.expert, Projection::kUp, strip).first_tile;
-    if (strip + 1 < piece.end_strip) {
-      up.next = task_.weights.strip(job.expert, Projection::kGate, strip + 1).first_tile;
-    }
-    if (overlap && strip > piece.first_strip) {
-      gate.aside = &beside_gate;
-      up.aside = &beside_up;
-    }
-    gemm.strip(gate);
-    gemm.strip(up);
-    finished = silu_rows(job, strip, buffer);
+    const bool last = strip + 1 == piece.end_strip;
+    project_input(job, Projection::kUp, strip, scratch_.c_up[buffer],
+                  last ? nullptr : first_tile(first, strip + 1), aside ? &asides[1] : nullptr);
+    finished = activate_rows(job, strip, buffer);
     if (overlap) {
       buffer ^= 1;
     } else {
@@ -171,7 +135,7 @@ void ThreadForward::gate_up(const Piece& piece) {
   if (overlap) finished.run(0, job.rows);
   const int done = piece.end_strip - piece.first_strip;
   const int before = task_.finished_strips[piece.job].fetch_add(done, std::memory_order_acq_rel);
-  if (before + done == task_.weights.layout(Projection::kGate).strips()) {
+  if (before + done == task_.weights.layout(Projection::kUp).strips()) {
     rows_.quantize_and_shrink_activations(job);
   }
 }
@@ -200,7 +164,7 @@ void ThreadForward::down(const Piece& piece) const {
         const int next_strip = last ? first_strip : first_strip + s + 1;
         args.next = task_.weights.strip(next_expert, Projection::kDown, next_strip).first_tile;
       }
-      if (j + 1 < jobs.size() && amx_tuning.next_a != 0) {
+      if (overlap && j + 1 < jobs.size() && amx_tuning.next_a != 0) {
         GemmArgs next{};
         next.tile_rows = 1;
         rows_.use_activations(next, jobs[j + 1]);
@@ -216,6 +180,7 @@ void ThreadForward::down(const Piece& piece) const {
       gemm.strip(args);
       finished = {.kernels = task_.kernels.elementwise,
                   .c = scratch_.c[buffer],
+                  .bias = bias(job, Projection::kDown, first_strip + s),
                   .rows = task_.plan.rows().data() + job.first_row,
                   .count = job.rows,
                   .out = scratch_.out + s * kStripRows,
@@ -282,7 +247,7 @@ void run_forward(ForwardTask& task, ThreadPool& pool) {
   const Grain job_grain = many && amx_tuning.whole_jobs != 0 ? Grain::kCoarse : Grain::kFine;
   const Grain column_grain = many && amx_tuning.wide_down != 0 ? Grain::kCoarse : Grain::kFine;
   task.tokens_quantized =
-      many && task.weights.format() == WeightFormat::kInt8 && amx_tuning.quantize_once != 0;
+      many && is_quantized(task.weights.format()) && amx_tuning.quantize_once != 0;
   const int parts = task.weights.parts();
   const int threads_per_part = std::max(1, pool.size() / parts);
   for (int p = 0; p < parts; ++p) {
@@ -291,7 +256,7 @@ void run_forward(ForwardTask& task, ThreadPool& pool) {
                         task.weights.first_strip(projection, p + 1)};
     };
     PartQueues& queues = task.queues[static_cast<std::size_t>(p)];
-    schedule_jobs(task.plan.jobs(), strips(Projection::kGate), threads_per_part, job_grain,
+    schedule_jobs(task.plan.jobs(), strips(Projection::kUp), threads_per_part, job_grain,
                   queues.gate_up);
     schedule_columns(strips(Projection::kDown), max_output_strips(task, column_grain),
                      threads_per_part, column_grain, queues.down);

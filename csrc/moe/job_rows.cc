@@ -16,7 +16,7 @@ RowStrides strides_of(const ForwardTask& task) {
   const int x = round_up(task.weights.shape().hidden_size, kStripRows);
   const int act = round_up(task.weights.shape().intermediate_size, kStripRows);
   return {bytes(x, 2) / 2,
-          bytes(task.weights.layout(Projection::kGate).padded_k(), 1),
+          bytes(task.weights.layout(Projection::kUp).padded_k(), 1),
           bytes(act, 2) / 2,
           bytes(task.weights.layout(Projection::kDown).padded_k(), 1),
           task.lora != nullptr ? task.lora->input_shrink().width() + kShrunkPadding : 0,
@@ -31,7 +31,7 @@ JobRows::JobRows(const ForwardTask& task, int thread)
       scratch_(task.workspace.thread(thread)),
       shared_(task.workspace.shared()),
       elementwise_(*task.kernels.elementwise),
-      int8_(task.weights.format() == WeightFormat::kInt8) {}
+      int8_(is_quantized(task.weights.format())) {}
 
 // A token's hidden state as BF16: itself, or rounded into `converted`.
 const std::uint16_t* JobRows::bf16_row(int token, std::uint16_t* converted) const {
@@ -49,7 +49,7 @@ const std::uint16_t* JobRows::bf16_row(int token, std::uint16_t* converted) cons
 
 // For kernels in tile order, whose codes have no offset.
 void JobRows::quantize_tokens(std::int64_t first, std::int64_t last) const {
-  const int padded = task_.weights.layout(Projection::kGate).padded_k();
+  const int padded = task_.weights.layout(Projection::kUp).padded_k();
   for (std::int64_t token = first; token < last; ++token) {
     shared_.token_scales[token] = elementwise_.quantize_row(
         bf16_row(static_cast<int>(token), scratch_.tile_x), task_.weights.shape().hidden_size,
@@ -80,7 +80,7 @@ void JobRows::gather_rows(const Job& job) const {
   const TensorView& hidden = task_.hidden_states;
   const int count = task_.weights.shape().hidden_size;
   const int padded = round_up(count, kStripRows);
-  const PackedLayout& layout = task_.weights.layout(Projection::kGate);
+  const PackedLayout& layout = task_.weights.layout(Projection::kUp);
   for (int r = 0; r < job.rows; ++r) {
     const std::byte* source =
         hidden.row(task_.plan.rows()[static_cast<std::size_t>(job.first_row + r)].token);
@@ -101,7 +101,7 @@ void JobRows::gather_rows(const Job& job) const {
 
 void JobRows::gather_tiles(const Job& job) const {
   const int count = task_.weights.shape().hidden_size;
-  const int padded = task_.weights.layout(Projection::kGate).padded_k();
+  const int padded = task_.weights.layout(Projection::kUp).padded_k();
   const int rows_in_tile = tile_rows(job);
   const bool shrinks = task_.lora != nullptr && task_.lora->input_shrink().blocks > 0;
   for (int first = 0; first < job.rows; first += rows_in_tile) {

@@ -52,7 +52,7 @@ class JobRows {
   const Workspace::Thread& scratch_;
   const Workspace::Shared& shared_;
   const ElementwiseKernels& elementwise_;
-  const bool int8_;
+  const bool int8_;  // the activations
 };
 
 }  // namespace ktrt

@@ -16,7 +16,7 @@ struct Shares {
   std::int64_t smallest;
 };
 constexpr Shares shares_of(Grain grain) {
-  return grain == Grain::kFine ? Shares{4, 64} : Shares{1, 24};
+  return grain == Grain::kFine ? Shares{2, 64} : Shares{1, 24};
 }
 
 }  // namespace

@@ -9,7 +9,7 @@ from ktrt.config.check import check_value, nearest
 from ktrt.errors import ConfigError
 
 InferDtype = Literal["auto", "bfloat16", "float16", "float32"]
-KtBackend = Literal["AMXBF16", "AMXInt8"]
+KtBackend = Literal["AMXBF16", "AMXInt8", "AMXInt4"]
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,15 @@ class AdapterArgs:
 
 @dataclass(frozen=True)
 class ExpertArgs:
-    """The routed experts' engine. ``kt_num_threads`` None lets the engine choose the count."""
+    """The routed experts' engine. ``kt_num_threads`` None lets the engine choose the count.
+
+    ``kt_use_cuda_graph``: on a GPU, a decode step is one CUDA graph where the model allows it.
+    """
 
     kt_backend: KtBackend = "AMXBF16"
     kt_num_threads: int | None = None
     kt_tp_enabled: bool = False
+    kt_use_cuda_graph: bool = True
 
     def __post_init__(self) -> None:
         threads = self.kt_num_threads

@@ -23,13 +23,16 @@ if _core.__version__ != ktrt.__version__:
 
 from ktrt.moe.engine import build_engine, new_layer
 from ktrt.moe.experts import KTExperts, experts_replaced
+from ktrt.moe.handoff import HandOff, new_hand_off
 
 __all__ = [
     "Engine",
     "ExpertsSpec",
+    "HandOff",
     "KTExperts",
     "build_engine",
     "experts_replaced",
     "find_experts",
+    "new_hand_off",
     "new_layer",
 ]

@@ -1,4 +1,4 @@
-// What the BF16 and INT8 GEMMs on AMX tiles share: how a strip is cut into blocks that the caches
+// What the GEMMs on AMX tiles share: how a strip is cut into blocks that the caches
 // hold, and what is done beside the tiles. Included by their bodies only.
 //
 // A block of k (some tiles of W, 2 KB each) stays in the L1 cache while pairs of A tiles, in tile
@@ -19,6 +19,8 @@ namespace ktrt {
 namespace {
 
 constexpr int kTilePairs = 16;  // BF16 pairs of k in a tile
+// Tiles of W that a k-block may hold where they are made from packed ones.
+constexpr int kMaxBlockTiles = 16;
 constexpr int64_t kCStride = kStripColumns * sizeof(float);
 
 struct MultiplyBf16 {
@@ -78,7 +80,7 @@ inline RowTiles row_tiles(const GemmArgs& g, int first_tile, int byte) {
   return {first, first + g.a_stride, 64 * g.tile_rows};
 }
 
-// C in the tiles += A · W over one tile of W.
+// C in the tiles += A · W over one tile of W and 64 bytes of A's rows.
 template <class Tiles, class Multiply, bool kTwoTiles>
 inline void multiply_tile(const uint8_t* w, const uint8_t* a0, const uint8_t* a1, bool stream) {
   if (stream) {
@@ -196,7 +198,7 @@ class ExpandTiles {
 struct KBlock {
   const uint8_t* tiles;
   int count;
-  int byte;             // where it starts in a row of A
+  int byte;             // where it starts in a row of W
   const uint8_t* next;  // the block after it, of this strip or the next one
   int next_count;
 };
@@ -229,18 +231,36 @@ inline void for_each_k_block(const GemmArgs& g, int row_bytes, int max_tiles, Vi
   }
 }
 
-// One strip. Gemm has kLayoutBlock (bytes), Multiply, row_bytes(g), and for the rows of one or two
-// tiles: finish<Tiles, kTwoTiles>(first tile) when their sums are complete in the tiles, after
-// which step() is called beside the next multiplications and flush() before the next finish.
+// The tiles of a k-block as they are multiplied. BF16 and INT8: as they lie in memory.
+class TilesInPlace {
+ public:
+  static constexpr int kPerPacked = 1;  // tiles to multiply in one tile of memory
+  void start(const KBlock& block) { tiles_ = block.tiles; }
+  // Called before tile `index` is multiplied for the first time.
+  void prepare(int) {}
+  const uint8_t* tile(int index) const { return tiles_ + static_cast<int64_t>(index) * kTileSize; }
+
+ private:
+  const uint8_t* tiles_ = nullptr;
+};
+
+// One strip. Gemm has kLayoutBlock (bytes of W), WeightTiles, Multiply, row_bytes(g) of W, and for
+// the rows of one or two tiles: finish<Tiles, kTwoTiles>(first tile) when their sums are complete
+// in the tiles, after which step() is called beside the next multiplications and flush() before the
+// next finish.
 template <class Tiles, class Gemm>
 class TileStrip {
+  using WeightTiles = typename Gemm::WeightTiles;
+  using Multiply = typename Gemm::Multiply;
+  static constexpr int kPerPacked = WeightTiles::kPerPacked;
+
  public:
   explicit TileStrip(const GemmArgs& g)
       : g_(g),
         gemm_(g),
         row_bytes_(Gemm::row_bytes(g)),
         tiles_((g.rows + g.tile_rows - 1) / g.tile_rows),
-        aside_(g, static_cast<int64_t>(row_bytes_ / 64) * ((tiles_ + 1) / 2)) {}
+        aside_(g, steps()) {}
 
   void run() {
     prefetch_expand(g_);
@@ -258,28 +278,59 @@ class TileStrip {
   }
 
  private:
+  // Tiles of W times one or two tiles of A, in the whole strip.
+  int64_t steps() const {
+    return static_cast<int64_t>(row_bytes_ / 64) * kPerPacked * ((tiles_ + 1) / 2);
+  }
+
   // All rows in the tiles: W is read once and C needs no memory.
   template <bool kTwoTiles>
   void few_rows() {
     zero_c<Tiles, kTwoTiles>();
-    for_each_tile<Gemm::kLayoutBlock>(g_, row_bytes_, true, [&](const uint8_t* w, int byte) {
-      const RowTiles a = row_tiles(g_, 0, byte);
-      multiply_tile<Tiles, typename Gemm::Multiply, kTwoTiles>(w, a.first, a.second, false);
+    const auto multiply = [&](const uint8_t* w, int a_byte) {
+      const RowTiles a = row_tiles(g_, 0, a_byte);
+      multiply_tile<Tiles, Multiply, kTwoTiles>(w, a.first, a.second, false);
       aside_.step();
-    });
+    };
+    if constexpr (kPerPacked == 1) {
+      for_each_tile<Gemm::kLayoutBlock>(g_, row_bytes_, true, multiply);
+    } else {
+      for_each_block([&](const KBlock& block) {
+        for (int i = 0; i < block.count * kPerPacked; ++i) {
+          w_.prepare(i);
+          multiply(w_.tile(i), block.byte * kPerPacked + i * 64);
+          weights_.step();
+        }
+      });
+    }
     gemm_.template finish<Tiles, kTwoTiles>(0);
   }
 
   void all_rows() {
-    const int pairs = (tiles_ + 1) / 2;
-    soon_.start(g_.soon, g_.soon_bytes, static_cast<int64_t>(row_bytes_ / 64) * pairs);
+    soon_.start(g_.soon, g_.soon_bytes, steps());
+    for_each_block([&](const KBlock& block) {
+      int tile = 0;
+      for (; tile + 2 <= tiles_; tile += 2) multiply_block<true>(block, tile);
+      if (tile < tiles_) multiply_block<false>(block, tile);
+    });
+  }
+
+  static int max_packed_tiles() {
+    const int tiles = amx_tuning.k_block;
+    if (kPerPacked == 1) return tiles;
+    return (tiles < kMaxBlockTiles ? tiles + 1 : kMaxBlockTiles) / kPerPacked;
+  }
+
+  // Calls visit(block), whose tiles are ready to be prepared; the next block is asked for
+  // meanwhile.
+  template <class Visit>
+  void for_each_block(Visit visit) {
     for_each_k_block<Gemm::kLayoutBlock>(
-        g_, row_bytes_, amx_tuning.k_block, [&](const KBlock& block) {
+        g_, row_bytes_, max_packed_tiles(), [&](const KBlock& block) {
           weights_.start(block.next, static_cast<int64_t>(block.next_count) * kTileSize,
-                         static_cast<int64_t>(block.count) * pairs);
-          int tile = 0;
-          for (; tile + 2 <= tiles_; tile += 2) multiply_block<true>(block, tile);
-          if (tile < tiles_) multiply_block<false>(block, tile);
+                         static_cast<int64_t>(block.count) * kPerPacked * ((tiles_ + 1) / 2));
+          w_.start(block);
+          visit(block);
         });
   }
 
@@ -291,30 +342,31 @@ class TileStrip {
     } else {
       load_c<Tiles, kTwoTiles>(c, g_.tile_rows);
     }
-    const RowTiles a = row_tiles(g_, tile, block.byte);
-    const int end_byte = block.byte + block.count * 64;
-    const RowTiles after = tile + 2 < tiles_
-                               ? row_tiles(g_, tile + 2, block.byte)
-                               : row_tiles(g_, 0, end_byte < row_bytes_ ? end_byte : 0);
+    const int count = block.count * kPerPacked;
+    const int a_byte = block.byte * kPerPacked;
+    const bool last = block.byte + block.count * 64 == row_bytes_;
+    const RowTiles a = row_tiles(g_, tile, a_byte);
+    const RowTiles after = tile + 2 < tiles_ ? row_tiles(g_, tile + 2, a_byte)
+                                             : row_tiles(g_, 0, last ? 0 : a_byte + count * 64);
     const int ahead = amx_tuning.a_ahead;
     const bool stream = amx_tuning.stream_a != 0;
-    for (int i = 0; i < block.count; ++i) {
+    for (int i = 0; i < count; ++i) {
       if (ahead > 0) {
-        if (i + ahead < block.count) {
+        if (i + ahead < count) {
           prefetch_rows<kTwoTiles>(a, i + ahead);
         } else {
-          prefetch_rows<kTwoTiles>(after, i + ahead - block.count);
+          prefetch_rows<kTwoTiles>(after, i + ahead - count);
         }
       }
-      multiply_tile<Tiles, typename Gemm::Multiply, kTwoTiles>(
-          block.tiles + static_cast<int64_t>(i) * kTileSize, a.first + i * a.step,
-          a.second + i * a.step, stream);
+      if (tile == 0) w_.prepare(i);
+      multiply_tile<Tiles, Multiply, kTwoTiles>(w_.tile(i), a.first + i * a.step,
+                                                a.second + i * a.step, stream);
       weights_.step();
       soon_.step();
-      gemm_.step(block.count);
+      gemm_.step(count);
       aside_.step();
     }
-    if (end_byte == row_bytes_) {
+    if (last) {
       gemm_.template finish<Tiles, kTwoTiles>(tile);
     } else {
       store_c<Tiles, kTwoTiles>(c, g_.tile_rows);
@@ -334,6 +386,7 @@ class TileStrip {
   const int row_bytes_;
   const int tiles_;
   AsideRunner aside_;
+  WeightTiles w_;
   Prefetch weights_;
   Prefetch soon_;
 };

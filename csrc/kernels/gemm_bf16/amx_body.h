@@ -9,6 +9,7 @@ namespace {
 class AmxBf16Gemm {
  public:
   static constexpr int kLayoutBlock = 1792 * 2;
+  using WeightTiles = TilesInPlace;
   using Multiply = MultiplyBf16;
   static int row_bytes(const GemmArgs& g) { return g.k * 2; }
 

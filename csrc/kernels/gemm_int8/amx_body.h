@@ -10,10 +10,12 @@ namespace {
 class AmxInt8Gemm {
  public:
   static constexpr int kLayoutBlock = 3584;
+  using WeightTiles = TilesInPlace;
   using Multiply = MultiplyInt8;
   static int row_bytes(const GemmArgs& g) { return g.k; }
 
   explicit AmxInt8Gemm(const GemmArgs& g) : g_(g) {
+    prefetch_scales(g);
     if (g.lora_b != nullptr) expand_.build(g);
   }
 

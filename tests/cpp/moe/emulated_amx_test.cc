@@ -8,17 +8,20 @@
 
 #include "kernels/amx/tuning.h"
 #include "kernels/select.h"
-#include "moe/layer_case.h"
+#include "moe/form_case.h"
 
 namespace ktrt {
 
 extern const GemmKernel gemm_bf16_amx_emulated;
 extern const GemmKernel gemm_int8_amx_emulated;
+extern const GemmKernel gemm_int4_amx_emulated;
 extern const ShrinkKernel lora_shrink_amx_emulated;
 
 namespace {
 
 using testing::Batch;
+using testing::Form;
+using testing::FormCase;
 using testing::forward;
 using testing::LayerCase;
 using testing::random_batch;
@@ -30,6 +33,7 @@ KernelTable emulated_kernels(int rows) {
   KernelTable table = select_kernels(Isa::kAvx512, cpu_features());
   table.gemm_bf16 = {table.gemm_bf16.few, &gemm_bf16_amx_emulated, rows};
   table.gemm_int8 = {table.gemm_int8.few, &gemm_int8_amx_emulated, rows};
+  table.gemm_int4 = {table.gemm_int4.few, &gemm_int4_amx_emulated, rows};
   table.lora_shrink_tiles = &lora_shrink_amx_emulated;
   return table;
 }
@@ -56,9 +60,7 @@ class EmulatedAmxTest : public ::testing::TestWithParam<std::tuple<WeightFormat,
 };
 
 INSTANTIATE_TEST_SUITE_P(Formats, EmulatedAmxTest,
-                         ::testing::Combine(::testing::Values(WeightFormat::kBf16,
-                                                              WeightFormat::kInt8),
-                                            ::testing::Bool()),
+                         ::testing::Combine(::testing::ValuesIn(kWeightFormats), ::testing::Bool()),
                          [](const auto& test) {
                            return std::string(name_of(std::get<0>(test.param))) +
                                   (std::get<1>(test.param) ? "_lora" : "_base");
@@ -145,12 +147,41 @@ TEST_P(EmulatedAmxTest, TuningChangesNoBit) {
   expect_same("whole_jobs ", &AmxTuning::whole_jobs, 0);
 }
 
-TEST(EmulatedAmx, Int8WithoutLoraHasTheBitsOfThePortableKernels) {
+TEST(EmulatedAmx, IntegersWithoutLoraHaveTheBitsOfThePortableKernels) {
   if (!cpu_features().avx512_bf16 || !cpu_features().avx512_vnni) GTEST_SKIP();
-  const LayerCase test({4, 2, 160, 176}, WeightFormat::kInt8);
-  const Batch batch = random_batch(test.shape, 333);
-  EXPECT_EQ(forward(*test.make_layer(emulated_engine(3)), batch),
-            forward(*test.make_layer(testing::make_engine(2, kMaxQlen, Isa::kPortable)), batch));
+  for (const WeightFormat format : {WeightFormat::kInt8, WeightFormat::kInt4}) {
+    const LayerCase test({4, 2, 160, 176}, format);
+    const Batch batch = random_batch(test.shape, 333);
+    EXPECT_EQ(forward(*test.make_layer(emulated_engine(3)), batch),
+              forward(*test.make_layer(testing::make_engine(2, kMaxQlen, Isa::kPortable)), batch));
+  }
+}
+
+// Biases, other activations, no gate: where rows are in tile order, and where jobs end in the
+// middle of a tile.
+class EmulatedAmxFormsTest : public ::testing::TestWithParam<std::tuple<WeightFormat, Form>> {};
+
+INSTANTIATE_TEST_SUITE_P(Forms, EmulatedAmxFormsTest,
+                         ::testing::Combine(::testing::ValuesIn(kWeightFormats),
+                                            ::testing::ValuesIn(testing::kForms)),
+                         [](const auto& test) {
+                           return std::string(name_of(std::get<0>(test.param))) + "_" +
+                                  std::get<1>(test.param).name;
+                         });
+
+TEST_P(EmulatedAmxFormsTest, MatchesTheReference) {
+  if (!cpu_features().avx512_bf16 || !cpu_features().avx512_vnni) GTEST_SKIP();
+  for (const bool lora : {false, true}) {
+    const FormCase test(std::get<1>(GetParam()), std::get<0>(GetParam()), lora);
+    const auto layer = test.make(emulated_engine(2));
+    for (const int qlen : {1, 71}) {
+      const Batch batch = random_batch(test.layer.shape, qlen);
+      EXPECT_LT(testing::relative_error(forward(*layer, batch), test.expected(batch)),
+                lora ? 4e-3 : 2e-3)
+          << "qlen " << qlen << ", lora " << lora;
+    }
+    EXPECT_STREQ(layer->last_kernels().gemm, "amx_emulated");
+  }
 }
 
 }  // namespace
