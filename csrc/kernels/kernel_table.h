@@ -55,10 +55,8 @@ struct GemmArgs {
 
   float* c;  // [rows][32]
 
-  // Only kernels in tile order look at these two.
-  const Aside* aside;   // null: nothing
-  const uint8_t* soon;  // read after this strip, beside its weights: to be prefetched
-  int64_t soon_bytes;
+  // Only kernels in tile order look at it.
+  const Aside* aside;  // null: nothing
 };
 
 struct GemmKernel {

@@ -2,11 +2,7 @@
 
 #include <array>
 
-#include "kernels/amx/tuning.h"
-
 namespace ktrt {
-
-AmxTuning amx_tuning;
 
 // One constant table per ISA file.
 extern const GemmKernel gemm_bf16_portable;

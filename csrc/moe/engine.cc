@@ -7,18 +7,16 @@
 #include <string>
 
 #include "base/check.h"
-#include "kernels/amx/tuning.h"
 #include "kernels/select.h"
 #include "moe/moe_layer.h"
 
 namespace ktrt {
 
-// Weights stream from memory once per job: tiles want more rows for them.
-int max_job_rows(const KernelTable& kernels) {
-  return kernels.gemm_bf16.many->tile_order ? amx_tuning.job_rows : kMaxJobRows;
-}
-
 namespace {
+
+int max_job_rows(const KernelTable& kernels) {
+  return kernels.gemm_bf16.many->tile_order ? kMaxTileJobRows : kMaxJobRows;
+}
 
 int count_parts(const std::vector<int>& home, std::size_t threads) {
   KTRT_CHECK(home.size() == threads && threads > 0, "home names the parts of "

@@ -16,9 +16,6 @@ namespace ktrt {
 
 class MoeLayer;
 
-// Token rows of one job with these kernels, at most.
-int max_job_rows(const KernelTable& kernels);
-
 class Engine {
  public:
   // cpus[i]: where thread i runs; one thread each, the first being the caller of forward().

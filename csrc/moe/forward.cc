@@ -1,11 +1,9 @@
 #include "moe/forward.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cstring>
 
 #include "base/bf16.h"
-#include "kernels/amx/tuning.h"
 #include "moe/job_rows.h"
 #include "moe/strip_rows.h"
 
@@ -24,7 +22,6 @@ class ThreadForward {
         has_gate_(task.weights.shape().has_gate),
         silu_mul_(has_gate_ && task.activation.is_silu_mul()) {}
 
-  const JobRows& rows() const { return rows_; }
   void gate_up(const Piece& piece);
   void down(const Piece& piece) const;
 
@@ -103,7 +100,7 @@ ActivateRows ThreadForward::activate_rows(const Job& job, int strip, int buffer)
 
 void ThreadForward::gate_up(const Piece& piece) {
   const Job& job = task_.plan.jobs()[static_cast<std::size_t>(piece.job)];
-  const bool overlap = rows_.gemm_for(job).tile_order && amx_tuning.overlap != 0;
+  const bool overlap = rows_.gemm_for(job).tile_order;
   if (gathered_job_ != piece.job) rows_.gather(job);
   gathered_job_ = piece.job;
   const auto first_tile = [&](Projection projection, int strip) {
@@ -154,7 +151,7 @@ void ThreadForward::down(const Piece& piece) const {
   for (std::size_t j = 0; j < jobs.size(); ++j) {
     const Job& job = jobs[j];
     const GemmKernel& gemm = rows_.gemm_for(job);
-    const bool overlap = gemm.tile_order && amx_tuning.overlap != 0;
+    const bool overlap = gemm.tile_order;
     for (int s = 0; s < strips; ++s) {
       GemmArgs args = gemm_args(job, Projection::kDown, first_strip + s, scratch_.c[buffer]);
       rows_.use_activations(args, job);
@@ -163,13 +160,6 @@ void ThreadForward::down(const Piece& piece) const {
         const int next_expert = last ? jobs[j + 1].expert : job.expert;
         const int next_strip = last ? first_strip : first_strip + s + 1;
         args.next = task_.weights.strip(next_expert, Projection::kDown, next_strip).first_tile;
-      }
-      if (overlap && j + 1 < jobs.size() && amx_tuning.next_a != 0) {
-        GemmArgs next{};
-        next.tile_rows = 1;
-        rows_.use_activations(next, jobs[j + 1]);
-        args.soon_bytes = next.a_stride * jobs[j + 1].rows / strips;
-        args.soon = next.a + args.soon_bytes * s;
       }
       if (overlap) {
         args.aside = &aside;
@@ -219,35 +209,17 @@ void ThreadForward::store_group(int first_strip, int strips) const {
   }
 }
 
-// Strips of output columns whose sums fit one thread's cache or, coarse, its scratch memory.
-int max_output_strips(const ForwardTask& task, Grain grain) {
-  const std::size_t strip_bytes =
-      static_cast<std::size_t>(task.out.shape[0]) * kStripRows * sizeof(float);
-  const std::size_t bytes = grain == Grain::kFine ? kOutputBlockBytes : task.workspace.out_bytes();
-  return static_cast<int>(std::max<std::size_t>(1, bytes / strip_bytes));
-}
-
-double seconds_now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-// Tiles make arithmetic so cheap that copying rows counts, once there are many per expert.
-bool many_rows(const ForwardTask& task) {
-  constexpr std::size_t kRowsPerJob = 32;
-  return task.gemm.many->tile_order &&
-         task.plan.rows().size() >= kRowsPerJob * task.plan.jobs().size();
+// Strips of output columns whose sums fit one thread's scratch memory.
+int max_output_strips(std::int64_t qlen) {
+  const std::size_t strip_bytes = static_cast<std::size_t>(qlen) * kStripRows * sizeof(float);
+  return static_cast<int>(std::max<std::size_t>(1, kOutputBlockBytes / strip_bytes));
 }
 
 }  // namespace
 
-void run_forward(ForwardTask& task, ThreadPool& pool) {
+void run_forward(const ForwardTask& task, ThreadPool& pool) {
   const std::int64_t qlen = task.out.shape[0];
   if (qlen == 0) return;
-  const bool many = many_rows(task);
-  const Grain job_grain = many && amx_tuning.whole_jobs != 0 ? Grain::kCoarse : Grain::kFine;
-  const Grain column_grain = many && amx_tuning.wide_down != 0 ? Grain::kCoarse : Grain::kFine;
-  task.tokens_quantized =
-      many && is_quantized(task.weights.format()) && amx_tuning.quantize_once != 0;
   const int parts = task.weights.parts();
   const int threads_per_part = std::max(1, pool.size() / parts);
   for (int p = 0; p < parts; ++p) {
@@ -256,39 +228,23 @@ void run_forward(ForwardTask& task, ThreadPool& pool) {
                         task.weights.first_strip(projection, p + 1)};
     };
     PartQueues& queues = task.queues[static_cast<std::size_t>(p)];
-    schedule_jobs(task.plan.jobs(), strips(Projection::kUp), threads_per_part, job_grain,
-                  queues.gate_up);
-    schedule_columns(strips(Projection::kDown), max_output_strips(task, column_grain),
-                     threads_per_part, column_grain, queues.down);
+    schedule_jobs(task.plan.jobs(), strips(Projection::kUp), threads_per_part, queues.gate_up);
+    schedule_columns(strips(Projection::kDown), max_output_strips(qlen), threads_per_part,
+                     queues.down);
   }
-  double clock = seconds_now();
-  const auto end_phase = [&](int phase, int thread) {
-    if (thread != 0 || amx_tuning.phase_seconds == nullptr) return;
-    const double time = seconds_now();
-    amx_tuning.phase_seconds[phase] = time - clock;
-    clock = time;
-  };
   pool.run([&](int thread) {
     ThreadForward forward(task, thread);
     const int home = task.home[static_cast<std::size_t>(thread)];
-    if (task.tokens_quantized) {
-      forward.rows().quantize_tokens(qlen * thread / pool.size(),
-                                     qlen * (thread + 1) / pool.size());
-      pool.barrier();
-    }
-    end_phase(0, thread);
     for (int p = 0; p < parts; ++p) {
       PartQueues& queues = task.queues[static_cast<std::size_t>((home + p) % parts)];
       while (const Piece* piece = queues.gate_up.claim()) forward.gate_up(*piece);
     }
     pool.barrier();
-    end_phase(1, thread);
     for (int p = 0; p < parts; ++p) {
       PartQueues& queues = task.queues[static_cast<std::size_t>((home + p) % parts)];
       while (const Piece* piece = queues.down.claim()) forward.down(*piece);
     }
   });
-  end_phase(2, 0);
 }
 
 }  // namespace ktrt

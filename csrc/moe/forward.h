@@ -47,9 +47,8 @@ struct ForwardTask {
   const std::vector<int>& home;       // [threads]: the part on the thread's own NUMA node
   const TensorView& hidden_states;
   const TensorView& out;
-  bool tokens_quantized = false;  // before they are gathered; run_forward decides
 };
 
-void run_forward(ForwardTask& task, ThreadPool& pool);
+void run_forward(const ForwardTask& task, ThreadPool& pool);
 
 }  // namespace ktrt

@@ -47,16 +47,6 @@ const std::uint16_t* JobRows::bf16_row(int token, std::uint16_t* converted) cons
   return converted;
 }
 
-// For kernels in tile order, whose codes have no offset.
-void JobRows::quantize_tokens(std::int64_t first, std::int64_t last) const {
-  const int padded = task_.weights.layout(Projection::kUp).padded_k();
-  for (std::int64_t token = first; token < last; ++token) {
-    shared_.token_scales[token] = elementwise_.quantize_row(
-        bf16_row(static_cast<int>(token), scratch_.tile_x), task_.weights.shape().hidden_size,
-        padded, 0, shared_.token_codes + token * strides_.x_codes);
-  }
-}
-
 // Copies (and rounds) the job's rows, so that they lie together and padded; then what the GEMM and
 // the LoRA shrink read.
 void JobRows::gather(const Job& job) const {
@@ -110,14 +100,9 @@ void JobRows::gather_tiles(const Job& job) const {
     const std::uint8_t* x[kMaxTileRows];
     const std::uint8_t* codes[kMaxTileRows];
     for (int r = 0; r < rows; ++r) {
-      if (int8_ && task_.tokens_quantized) {
-        codes[r] = shared_.token_codes + plan[r].token * strides_.x_codes;
-        scratch_.scales[first + r] = shared_.token_scales[plan[r].token];
-        if (!shrinks) continue;
-      }
       const std::uint16_t* row = bf16_row(plan[r].token, scratch_.tile_x + r * strides_.x);
       x[r] = reinterpret_cast<const std::uint8_t*>(row);
-      if (int8_ && !task_.tokens_quantized) {
+      if (int8_) {
         std::uint8_t* quantized = scratch_.tile_codes + r * strides_.x_codes;
         scratch_.scales[first + r] = elementwise_.quantize_row(row, count, padded, 0, quantized);
         codes[r] = quantized;

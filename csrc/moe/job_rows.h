@@ -23,8 +23,6 @@ class JobRows {
  public:
   JobRows(const ForwardTask& task, int thread);
 
-  // INT8, for kernels in tile order: every token once, however many experts read it.
-  void quantize_tokens(std::int64_t first, std::int64_t last) const;
   // Input rows of a job, and what LoRA needs of them, into the thread's own memory.
   void gather(const Job& job) const;
   // The same for a job's intermediate activations, once all are there.

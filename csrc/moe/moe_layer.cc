@@ -159,8 +159,7 @@ void MoeLayer::forward(const TensorView& hidden_states, const TensorView& expert
   const auto lock = engine_->lock_open();
   KTRT_CHECK(weights_->all_loaded(),
              "expert " << weights_->first_missing() << " has not been loaded");
-  plan_.build(expert_ids, routing_weights, shape_.num_experts,
-              std::min(engine_->workspace_.max_job_rows(), max_job_rows(engine_->kernels())));
+  plan_.build(expert_ids, routing_weights, shape_.num_experts, engine_->workspace_.max_job_rows());
 
   const KernelTable& kernels = engine_->kernels();
   ForwardTask task{.weights = *weights_,

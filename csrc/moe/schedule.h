@@ -44,17 +44,10 @@ struct StripRange {
   int end = 0;
 };
 
-// How small pieces get: `fine` where threads only share the weights, `coarse` where every piece of
-// a job costs a copy of its many rows.
-enum class Grain { kFine, kCoarse };
-
 // Gate and up: the strips of every job, weighted by its cost.
-void schedule_jobs(const std::vector<Job>& jobs, StripRange strips, int threads, Grain grain,
-                   PieceQueue& queue);
+void schedule_jobs(const std::vector<Job>& jobs, StripRange strips, int threads, PieceQueue& queue);
 
-// Down: strips of output columns, at most `max_strips` a piece. Every piece reads the activations
-// of all jobs.
-void schedule_columns(StripRange strips, int max_strips, int threads, Grain grain,
-                      PieceQueue& queue);
+// Down: strips of output columns, at most `max_strips` a piece.
+void schedule_columns(StripRange strips, int max_strips, int threads, PieceQueue& queue);
 
 }  // namespace ktrt

@@ -51,16 +51,13 @@ Workspace::Thread carve(Carver& carver, const Sizes& size) {
   return thread;
 }
 
-Workspace::Shared carve_shared(Carver& carver, std::size_t rows, std::size_t act_row,
-                               std::size_t tokens, std::size_t x_row) {
+Workspace::Shared carve_shared(Carver& carver, std::size_t rows, std::size_t act_row) {
   Workspace::Shared shared;
   shared.act = carver.take<std::uint16_t>(rows * act_row);
   shared.codes = carver.take<std::uint8_t>(rows * act_row);
   shared.scales = carver.take<float>(rows * sizeof(float));
   shared.t = carver.take<std::uint16_t>(rows * (ExpertLora::kMaxRank + kShrunkPadding) *
                                         sizeof(std::uint16_t));
-  shared.token_codes = carver.take<std::uint8_t>(tokens * x_row);
-  shared.token_scales = carver.take<float>(tokens * sizeof(float));
   return shared;
 }
 
@@ -85,13 +82,9 @@ void Workspace::reserve(const MoeShape& shape) {
   const std::size_t act_row = std::max(act_row_, row_bytes(shape.intermediate_size));
   const std::size_t plan_rows = std::max(
       plan_rows_, static_cast<std::size_t>(max_qlen_) * static_cast<std::size_t>(shape.top_k));
-  const auto tokens = static_cast<std::size_t>(max_qlen_);
-  const int strips = round_up(shape.hidden_size, kStripRows) / kStripRows;
-  const int strips_per_thread = round_up(strips, num_threads()) / num_threads();
   const std::size_t out_bytes =
-      std::max({out_bytes_, kOutputBlockBytes,
-                tokens * static_cast<std::size_t>(strips_per_thread * kStripRows) * sizeof(float)});
-  if (x_row != x_row_ || act_row != act_row_ || out_bytes != out_bytes_) {
+      std::max(kOutputBlockBytes, static_cast<std::size_t>(max_qlen_) * kStripRows * sizeof(float));
+  if (x_row != x_row_ || act_row != act_row_) {
     const auto job_rows = static_cast<std::size_t>(max_scratch_rows(max_job_rows_));
     const Sizes sizes{job_rows, x_row, act_row, out_bytes};
     for (std::size_t i = 0; i < threads_.size(); ++i) {
@@ -102,15 +95,14 @@ void Workspace::reserve(const MoeShape& shape) {
       threads_[i] = carve(carver, sizes);
     }
   }
-  if (x_row != x_row_ || act_row != act_row_ || plan_rows != plan_rows_) {
+  if (act_row != act_row_ || plan_rows != plan_rows_) {
     const auto rows = static_cast<std::size_t>(max_scratch_rows(static_cast<int>(plan_rows)));
     Carver measure(nullptr);
-    carve_shared(measure, rows, act_row, tokens, x_row);
+    carve_shared(measure, rows, act_row);
     shared_memory_ = AlignedBuffer(measure.used());
     Carver carver(shared_memory_.as<std::byte>());
-    shared_ = carve_shared(carver, rows, act_row, tokens, x_row);
+    shared_ = carve_shared(carver, rows, act_row);
   }
-  out_bytes_ = out_bytes;
   x_row_ = x_row;
   act_row_ = act_row;
   plan_rows_ = plan_rows;
@@ -121,7 +113,7 @@ void Workspace::release() {
   shared_memory_.reset();
   std::fill(threads_.begin(), threads_.end(), Thread{});
   shared_ = Shared{};
-  x_row_ = act_row_ = plan_rows_ = out_bytes_ = 0;
+  x_row_ = act_row_ = plan_rows_ = 0;
 }
 
 std::atomic<int>* Workspace::job_counters(std::size_t count) {

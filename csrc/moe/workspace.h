@@ -14,6 +14,8 @@ namespace ktrt {
 // Token rows of one job. 128 rows of hidden size 2048 in BF16 are 0.5 MB, which stays in an L2
 // cache of 1 MB beside the strips of gate and up that are multiplied with it.
 inline constexpr int kMaxJobRows = 128;
+// The same for AMX, whose tiles want more rows for every byte of weights.
+inline constexpr int kMaxTileJobRows = 256;
 // Values after a shrunk row's ranks, which kernels in tile order read and which are finite.
 inline constexpr int kShrunkPadding = 32;
 // float32 sums of one thread's output columns in the down phase, for the same reason.
@@ -42,14 +44,12 @@ class Workspace {
     float* out = nullptr;                // [qlen][columns of a strip group]
   };
 
-  // Shared by all threads: one row per plan row, but for the tokens.
+  // Shared by all threads: one row per plan row.
   struct Shared {
     std::uint16_t* act = nullptr;  // BF16 intermediate activations
     std::uint8_t* codes = nullptr;
     float* scales = nullptr;
-    std::uint16_t* t = nullptr;           // shrunk rows for down
-    std::uint8_t* token_codes = nullptr;  // hidden states, INT8
-    float* token_scales = nullptr;
+    std::uint16_t* t = nullptr;  // shrunk rows for down
   };
 
   Workspace(int num_threads, int max_qlen, int max_job_rows = kMaxJobRows);
@@ -60,7 +60,6 @@ class Workspace {
 
   int max_qlen() const { return max_qlen_; }
   int max_job_rows() const { return max_job_rows_; }
-  std::size_t out_bytes() const { return out_bytes_; }  // of one thread's `out`
   const Thread& thread(int index) const { return threads_[static_cast<std::size_t>(index)]; }
   const Shared& shared() const { return shared_; }
 
@@ -68,14 +67,11 @@ class Workspace {
   std::atomic<int>* job_counters(std::size_t count);
 
  private:
-  int num_threads() const { return static_cast<int>(threads_.size()); }
-
   const int max_qlen_;
   const int max_job_rows_;
   std::size_t x_row_ = 0;    // bytes of the largest hidden row
   std::size_t act_row_ = 0;  // bytes of the largest intermediate row
   std::size_t plan_rows_ = 0;
-  std::size_t out_bytes_ = 0;
   std::vector<Thread> threads_;
   Shared shared_;
   std::vector<AlignedBuffer> thread_memory_;

@@ -12,14 +12,13 @@
 #include <string.h>
 
 #include "kernels/amx/tile_ops.h"
-#include "kernels/amx/tuning.h"
 #include "kernels/strip.h"
 
 namespace ktrt {
 namespace {
 
 constexpr int kTilePairs = 16;  // BF16 pairs of k in a tile
-// Tiles of W that a k-block may hold where they are made from packed ones.
+// Tiles of W in a k-block, at most: 32 KB.
 constexpr int kMaxBlockTiles = 16;
 constexpr int64_t kCStride = kStripColumns * sizeof(float);
 
@@ -80,24 +79,26 @@ inline RowTiles row_tiles(const GemmArgs& g, int first_tile, int byte) {
   return {first, first + g.a_stride, 64 * g.tile_rows};
 }
 
-// C in the tiles += A · W over one tile of W and 64 bytes of A's rows.
-template <class Tiles, class Multiply, bool kTwoTiles>
-inline void multiply_tile(const uint8_t* w, const uint8_t* a0, const uint8_t* a1, bool stream) {
-  if (stream) {
-    Tiles::template load_stream<4>(a0, 64);
+// A's rows come from the L2 cache: where a k-block of W is to stay in L1, past it.
+template <class Tiles, int kTile, bool kStream>
+inline void load_a(const uint8_t* a) {
+  if constexpr (kStream) {
+    Tiles::template load_stream<kTile>(a, 64);
   } else {
-    Tiles::template load<4>(a0, 64);
+    Tiles::template load<kTile>(a, 64);
   }
+}
+
+// C in the tiles += A · W over one tile of W and 64 bytes of A's rows.
+template <class Tiles, class Multiply, bool kTwoTiles, bool kStream>
+inline void multiply_tile(const uint8_t* w, const uint8_t* a0, const uint8_t* a1) {
+  load_a<Tiles, 4, kStream>(a0);
   Tiles::template load<6>(w, 64);
   Multiply::template run<Tiles, 0, 4, 6>();
   Tiles::template load<7>(w + kTileHalf, 64);
   Multiply::template run<Tiles, 1, 4, 7>();
   if constexpr (kTwoTiles) {
-    if (stream) {
-      Tiles::template load_stream<5>(a1, 64);
-    } else {
-      Tiles::template load<5>(a1, 64);
-    }
+    load_a<Tiles, 5, kStream>(a1);
     Multiply::template run<Tiles, 2, 5, 6>();
     Multiply::template run<Tiles, 3, 5, 7>();
   }
@@ -289,7 +290,7 @@ class TileStrip {
     zero_c<Tiles, kTwoTiles>();
     const auto multiply = [&](const uint8_t* w, int a_byte) {
       const RowTiles a = row_tiles(g_, 0, a_byte);
-      multiply_tile<Tiles, Multiply, kTwoTiles>(w, a.first, a.second, false);
+      multiply_tile<Tiles, Multiply, kTwoTiles, false>(w, a.first, a.second);
       aside_.step();
     };
     if constexpr (kPerPacked == 1) {
@@ -307,7 +308,6 @@ class TileStrip {
   }
 
   void all_rows() {
-    soon_.start(g_.soon, g_.soon_bytes, steps());
     for_each_block([&](const KBlock& block) {
       int tile = 0;
       for (; tile + 2 <= tiles_; tile += 2) multiply_block<true>(block, tile);
@@ -315,18 +315,12 @@ class TileStrip {
     });
   }
 
-  static int max_packed_tiles() {
-    const int tiles = amx_tuning.k_block;
-    if (kPerPacked == 1) return tiles;
-    return (tiles < kMaxBlockTiles ? tiles + 1 : kMaxBlockTiles) / kPerPacked;
-  }
-
   // Calls visit(block), whose tiles are ready to be prepared; the next block is asked for
   // meanwhile.
   template <class Visit>
   void for_each_block(Visit visit) {
     for_each_k_block<Gemm::kLayoutBlock>(
-        g_, row_bytes_, max_packed_tiles(), [&](const KBlock& block) {
+        g_, row_bytes_, kMaxBlockTiles / kPerPacked, [&](const KBlock& block) {
           weights_.start(block.next, static_cast<int64_t>(block.next_count) * kTileSize,
                          static_cast<int64_t>(block.count) * kPerPacked * ((tiles_ + 1) / 2));
           w_.start(block);
@@ -346,23 +340,11 @@ class TileStrip {
     const int a_byte = block.byte * kPerPacked;
     const bool last = block.byte + block.count * 64 == row_bytes_;
     const RowTiles a = row_tiles(g_, tile, a_byte);
-    const RowTiles after = tile + 2 < tiles_ ? row_tiles(g_, tile + 2, a_byte)
-                                             : row_tiles(g_, 0, last ? 0 : a_byte + count * 64);
-    const int ahead = amx_tuning.a_ahead;
-    const bool stream = amx_tuning.stream_a != 0;
     for (int i = 0; i < count; ++i) {
-      if (ahead > 0) {
-        if (i + ahead < count) {
-          prefetch_rows<kTwoTiles>(a, i + ahead);
-        } else {
-          prefetch_rows<kTwoTiles>(after, i + ahead - count);
-        }
-      }
       if (tile == 0) w_.prepare(i);
-      multiply_tile<Tiles, Multiply, kTwoTiles>(w_.tile(i), a.first + i * a.step,
-                                                a.second + i * a.step, stream);
+      multiply_tile<Tiles, Multiply, kTwoTiles, true>(w_.tile(i), a.first + i * a.step,
+                                                      a.second + i * a.step);
       weights_.step();
-      soon_.step();
       gemm_.step(count);
       aside_.step();
     }
@@ -373,14 +355,6 @@ class TileStrip {
     }
   }
 
-  template <bool kTwoTiles>
-  void prefetch_rows(const RowTiles& a, int index) const {
-    for (int r = 0; r < g_.tile_rows; ++r) {
-      __builtin_prefetch(a.first + index * a.step + r * 64, 0, 3);
-      if constexpr (kTwoTiles) __builtin_prefetch(a.second + index * a.step + r * 64, 0, 3);
-    }
-  }
-
   const GemmArgs& g_;
   Gemm gemm_;
   const int row_bytes_;
@@ -388,7 +362,6 @@ class TileStrip {
   AsideRunner aside_;
   WeightTiles w_;
   Prefetch weights_;
-  Prefetch soon_;
 };
 
 template <class Tiles, class Gemm>

@@ -6,7 +6,6 @@
 #include <string>
 #include <tuple>
 
-#include "kernels/amx/tuning.h"
 #include "kernels/select.h"
 #include "moe/form_case.h"
 
@@ -123,28 +122,6 @@ TEST_P(EmulatedAmxTest, NanStaysInItsToken) {
       ASSERT_EQ(out[i], clean[i]) << i;
     }
   }
-}
-
-// Order of summation, and when things are done, are not what is tuned.
-TEST_P(EmulatedAmxTest, TuningChangesNoBit) {
-  const LayerCase test = make_case({3, 2, 1100, 176});
-  const Batch batch = random_batch(test.shape, 150);
-  const std::vector<float> expected = forward(*test.make_layer(emulated_engine(2)), batch);
-  const AmxTuning before = amx_tuning;
-  const auto expect_same = [&](const char* name, int AmxTuning::*field, int value) {
-    amx_tuning.*field = value;
-    EXPECT_EQ(forward(*test.make_layer(emulated_engine(2)), batch), expected) << name << value;
-    amx_tuning = before;
-  };
-  for (const int k_block : {1, 3, 8, 1000}) expect_same("k_block ", &AmxTuning::k_block, k_block);
-  for (const int rows : {5, 40, 512}) expect_same("job_rows ", &AmxTuning::job_rows, rows);
-  expect_same("a_ahead ", &AmxTuning::a_ahead, 0);
-  expect_same("stream_a ", &AmxTuning::stream_a, 1);
-  expect_same("overlap ", &AmxTuning::overlap, 0);
-  expect_same("wide_down ", &AmxTuning::wide_down, 0);
-  expect_same("quantize_once ", &AmxTuning::quantize_once, 0);
-  expect_same("next_a ", &AmxTuning::next_a, 0);
-  expect_same("whole_jobs ", &AmxTuning::whole_jobs, 0);
 }
 
 TEST(EmulatedAmx, IntegersWithoutLoraHaveTheBitsOfThePortableKernels) {

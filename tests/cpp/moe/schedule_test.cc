@@ -32,8 +32,7 @@ TEST(ScheduleJobs, EveryStripOfEveryJobOnceAndInOrder) {
     for (const int count : {0, 1, 6, 64}) {
       for (const StripRange strips : kRanges) {
         PieceQueue queue;
-        schedule_jobs(random_jobs(count), strips, threads,
-                      count == 6 ? Grain::kCoarse : Grain::kFine, queue);
+        schedule_jobs(random_jobs(count), strips, threads, queue);
         int job = 0;
         int strip = strips.begin;
         for (const Piece& piece : queue.pieces) {
@@ -60,7 +59,7 @@ TEST(ScheduleJobs, ThreadsFinishTogether) {
   for (int i = 0; i < 6; ++i) jobs.push_back({i, i, 1});
   for (const int threads : {2, 4, 16}) {
     PieceQueue queue;
-    schedule_jobs(jobs, {0, 44}, threads, Grain::kFine, queue);
+    schedule_jobs(jobs, {0, 44}, threads, queue);
     std::vector<int> load(static_cast<std::size_t>(threads), 0);
     while (const Piece* piece = queue.claim()) {
       *std::min_element(load.begin(), load.end()) += piece->end_strip - piece->first_strip;
@@ -75,7 +74,7 @@ TEST(ScheduleColumns, EveryStripOnceAndNotTooManyAtATime) {
     for (const StripRange strips : kRanges) {
       for (const int most : {1, 4, 1000}) {
         PieceQueue queue;
-        schedule_columns(strips, most, threads, most == 4 ? Grain::kCoarse : Grain::kFine, queue);
+        schedule_columns(strips, most, threads, queue);
         int next = strips.begin;
         for (const Piece& piece : queue.pieces) {
           ASSERT_EQ(piece.first_strip, next);
@@ -87,28 +86,6 @@ TEST(ScheduleColumns, EveryStripOnceAndNotTooManyAtATime) {
       }
     }
   }
-}
-
-// 64 jobs of 256 rows for 16 threads: most stay whole, and no thread is left behind by much.
-TEST(ScheduleJobs, CoarsePiecesAreFewAndStillEven) {
-  std::vector<Job> jobs;
-  for (int i = 0; i < 64; ++i) jobs.push_back({i, 256 * i, 256});
-  PieceQueue queue;
-  schedule_jobs(jobs, {0, 44}, 16, Grain::kCoarse, queue);
-  EXPECT_LT(queue.pieces.size(), 120u);
-  std::vector<int> load(16, 0);
-  while (const Piece* piece = queue.claim()) {
-    *std::min_element(load.begin(), load.end()) += piece->end_strip - piece->first_strip;
-  }
-  const auto [least, most] = std::minmax_element(load.begin(), load.end());
-  EXPECT_LE(*most - *least, 44 * 64 / 16 / 16);
-}
-
-TEST(ScheduleColumns, CoarseGivesEveryThreadOnePiece) {
-  PieceQueue queue;
-  schedule_columns({0, 64}, 1000, 16, Grain::kCoarse, queue);
-  EXPECT_EQ(queue.pieces.size(), 16u);
-  for (const Piece& piece : queue.pieces) EXPECT_EQ(piece.end_strip - piece.first_strip, 4);
 }
 
 TEST(PieceQueue, EveryPieceIsClaimedOnce) {

@@ -42,11 +42,8 @@ std::vector<Part> parts_of(const Workspace& workspace, int threads, const MoeSha
     add(thread.tile_x, kMaxTileRows * stride(shape.hidden_size, 2));
     add(thread.tile_codes,
         kMaxTileRows * std::max(stride(shape.hidden_size, 1), stride(shape.intermediate_size, 1)));
-    EXPECT_GE(workspace.out_bytes(), kOutputBlockBytes);
-    const int strips = round_up(round_up(shape.hidden_size, kStripRows) / kStripRows, threads);
-    EXPECT_GE(workspace.out_bytes(),
-              static_cast<std::size_t>(workspace.max_qlen() * (strips / threads) * kStripRows * 4));
-    add(thread.out, workspace.out_bytes());
+    add(thread.out, std::max(kOutputBlockBytes,
+                             static_cast<std::size_t>(workspace.max_qlen()) * kStripRows * 4));
   }
   const std::size_t rows =
       static_cast<std::size_t>(max_scratch_rows(workspace.max_qlen() * shape.top_k));
@@ -55,9 +52,6 @@ std::vector<Part> parts_of(const Workspace& workspace, int threads, const MoeSha
   add(shared.codes, rows * stride(shape.intermediate_size, 1));
   add(shared.scales, rows * sizeof(float));
   add(shared.t, rows * (rank + kShrunkPadding) * sizeof(std::uint16_t));
-  const auto tokens = static_cast<std::size_t>(workspace.max_qlen());
-  add(shared.token_codes, tokens * stride(shape.hidden_size, 1));
-  add(shared.token_scales, tokens * sizeof(float));
   return parts;
 }
 
