@@ -13,14 +13,6 @@ namespace ktrt {
 // Rows of one AMX tile, at most.
 constexpr int kMaxTileRows = 16;
 
-// Work for the vector units while tiles multiply: run(context, i) for i in [first, last).
-struct Aside {
-  void (*run)(void* context, int index);
-  void* context;
-  int first;
-  int last;
-};
-
 // C [rows][32] = A [rows][k] · Wᵀ for one strip of 32 rows of a packed W (layout/packed_layout.h),
 // then += T [rows][rank] · Lᵀ, the LoRA expand, while C is in registers.
 struct GemmArgs {
@@ -54,9 +46,6 @@ struct GemmArgs {
   int rank_pairs;
 
   float* c;  // [rows][32]
-
-  // Only kernels in tile order look at it.
-  const Aside* aside;  // null: nothing
 };
 
 struct GemmKernel {

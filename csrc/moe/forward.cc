@@ -5,7 +5,6 @@
 
 #include "base/bf16.h"
 #include "moe/job_rows.h"
-#include "moe/strip_rows.h"
 
 namespace ktrt {
 
@@ -19,18 +18,18 @@ class ThreadForward {
         rows_(task, thread),
         scratch_(task.workspace.thread(thread)),
         shared_(task.workspace.shared()),
-        has_gate_(task.weights.shape().has_gate),
-        silu_mul_(has_gate_ && task.activation.is_silu_mul()) {}
+        has_gate_(task.weights.shape().has_gate) {}
 
   void gate_up(const Piece& piece);
   void down(const Piece& piece) const;
 
  private:
   GemmArgs gemm_args(const Job& job, Projection projection, int strip, float* c) const;
-  const float* bias(const Job& job, Projection projection, int strip) const;
   void project_input(const Job& job, Projection projection, int strip, float* c,
-                     const std::uint8_t* next, const Aside* aside) const;
-  ActivateRows activate_rows(const Job& job, int strip, int buffer) const;
+                     const std::uint8_t* next) const;
+  void add_bias(const Job& job, Projection projection, int strip, float* c) const;
+  void activate(const Job& job, int strip) const;
+  void add_weighted(const Job& job, float* out, std::int64_t columns) const;
   void store_group(int first_strip, int strips) const;
 
   const ForwardTask& task_;
@@ -38,7 +37,6 @@ class ThreadForward {
   const Workspace::Thread& scratch_;
   const Workspace::Shared& shared_;
   const bool has_gate_;
-  const bool silu_mul_;    // the activation that has a kernel of its own
   int gathered_job_ = -1;  // whose rows are in scratch_
 };
 
@@ -66,70 +64,62 @@ GemmArgs ThreadForward::gemm_args(const Job& job, Projection projection, int str
   return args;
 }
 
-const float* ThreadForward::bias(const Job& job, Projection projection, int strip) const {
-  if (task_.biases == nullptr) return nullptr;
-  return task_.biases->of(job.expert, projection, strip);
-}
-
-// C of one strip of gate or up. `next`: what is read afterwards.
+// C of one strip of gate or up, bias included. `next`: what is read afterwards.
 void ThreadForward::project_input(const Job& job, Projection projection, int strip, float* c,
-                                  const std::uint8_t* next, const Aside* aside) const {
+                                  const std::uint8_t* next) const {
   GemmArgs args = gemm_args(job, projection, strip, c);
   rows_.use_input(args);
   if (task_.lora != nullptr) args.t = scratch_.t + task_.lora->expand(projection).t_offset;
   args.next = next;
-  args.aside = aside;
   rows_.gemm_for(job).strip(args);
+  add_bias(job, projection, strip, c);
 }
 
-// Of what project_input left in C.
-ActivateRows ThreadForward::activate_rows(const Job& job, int strip, int buffer) const {
-  const int rows = rows_.act_tile_rows(job);
-  return {.kernels = task_.kernels.elementwise,
-          .activation = silu_mul_ ? nullptr : &task_.activation,
-          .gate = has_gate_ ? scratch_.c[buffer] : nullptr,
-          .up = scratch_.c_up[buffer],
-          .gate_bias = bias(job, Projection::kGate, strip),
-          .up_bias = bias(job, Projection::kUp, strip),
-          .count = job.rows,
-          .out = shared_.act + job.scratch_row * rows_.strides().act + strip * kStripRows * rows,
-          .row_stride = rows == 1 ? rows_.strides().act : kStripRows,
-          .tile_rows = rows,
-          .tile_stride = rows * rows_.strides().act};
+void ThreadForward::add_bias(const Job& job, Projection projection, int strip, float* c) const {
+  if (task_.biases == nullptr) return;
+  const float* bias = task_.biases->of(job.expert, projection, strip);
+  if (bias != nullptr) task_.kernels.elementwise->add_bias(bias, job.rows, c);
+}
+
+// Makes the intermediate activations of one strip of what project_input left in C: the strip is one
+// step of a tile where the job's activations are in tile order.
+void ThreadForward::activate(const Job& job, int strip) const {
+  const ElementwiseKernels& kernels = *task_.kernels.elementwise;
+  const bool silu_mul = has_gate_ && task_.activation.is_silu_mul();
+  const std::int64_t act = rows_.strides().act;
+  const int tile_rows = rows_.act_tile_rows(job);
+  const int step = tile_rows == 1 ? job.rows : tile_rows;
+  const std::int64_t stride = tile_rows == 1 ? act : kStripRows;
+  std::uint16_t* const out = shared_.act + job.scratch_row * act + strip * kStripRows * tile_rows;
+  for (int first = 0; first < job.rows; first += step) {
+    const int rows = std::min(step, job.rows - first);
+    const float* gate = has_gate_ ? scratch_.c + first * kStripRows : nullptr;
+    const float* up = scratch_.c_up + first * kStripRows;
+    if (silu_mul) {
+      kernels.silu_mul(gate, up, rows, out + first * act, stride);
+    } else {
+      kernels.activate(task_.activation, gate, up, rows, out + first * act, stride);
+    }
+  }
 }
 
 void ThreadForward::gate_up(const Piece& piece) {
   const Job& job = task_.plan.jobs()[static_cast<std::size_t>(piece.job)];
-  const bool overlap = rows_.gemm_for(job).tile_order;
   if (gathered_job_ != piece.job) rows_.gather(job);
   gathered_job_ = piece.job;
   const auto first_tile = [&](Projection projection, int strip) {
     return task_.weights.strip(job.expert, projection, strip).first_tile;
   };
   const Projection first = has_gate_ ? Projection::kGate : Projection::kUp;
-  ActivateRows finished{};  // the strip before, where its activations are still to be made
-  const int pieces = pieces_of(job.rows);
-  const int beside_gate = has_gate_ ? pieces / 2 : 0;
-  const Aside asides[] = {{&run_piece<ActivateRows>, &finished, 0, beside_gate},
-                          {&run_piece<ActivateRows>, &finished, beside_gate, pieces}};
-  int buffer = 0;
   for (int strip = piece.first_strip; strip < piece.end_strip; ++strip) {
-    const bool aside = overlap && strip > piece.first_strip;
     if (has_gate_) {
-      project_input(job, Projection::kGate, strip, scratch_.c[buffer],
-                    first_tile(Projection::kUp, strip), aside ? &asides[0] : nullptr);
+      project_input(job, Projection::kGate, strip, scratch_.c, first_tile(Projection::kUp, strip));
     }
     const bool last = strip + 1 == piece.end_strip;
-    project_input(job, Projection::kUp, strip, scratch_.c_up[buffer],
-                  last ? nullptr : first_tile(first, strip + 1), aside ? &asides[1] : nullptr);
-    finished = activate_rows(job, strip, buffer);
-    if (overlap) {
-      buffer ^= 1;
-    } else {
-      finished.run(0, job.rows);
-    }
+    project_input(job, Projection::kUp, strip, scratch_.c_up,
+                  last ? nullptr : first_tile(first, strip + 1));
+    activate(job, strip);
   }
-  if (overlap) finished.run(0, job.rows);
   const int done = piece.end_strip - piece.first_strip;
   const int before = task_.finished_strips[piece.job].fetch_add(done, std::memory_order_acq_rel);
   if (before + done == task_.weights.layout(Projection::kUp).strips()) {
@@ -145,15 +135,11 @@ void ThreadForward::down(const Piece& piece) const {
   const std::int64_t qlen = task_.out.shape[0];
   std::memset(scratch_.out, 0, static_cast<std::size_t>(qlen * columns) * sizeof(float));
   const std::vector<Job>& jobs = task_.plan.jobs();
-  SumRows finished{};  // the strip before, where its sums are still to be made
-  Aside aside{&run_piece<SumRows>, &finished, 0, 0};
-  int buffer = 0;
   for (std::size_t j = 0; j < jobs.size(); ++j) {
     const Job& job = jobs[j];
     const GemmKernel& gemm = rows_.gemm_for(job);
-    const bool overlap = gemm.tile_order;
     for (int s = 0; s < strips; ++s) {
-      GemmArgs args = gemm_args(job, Projection::kDown, first_strip + s, scratch_.c[buffer]);
+      GemmArgs args = gemm_args(job, Projection::kDown, first_strip + s, scratch_.c);
       rows_.use_activations(args, job);
       const bool last = s + 1 == strips;
       if (!last || j + 1 < jobs.size()) {
@@ -161,30 +147,28 @@ void ThreadForward::down(const Piece& piece) const {
         const int next_strip = last ? first_strip : first_strip + s + 1;
         args.next = task_.weights.strip(next_expert, Projection::kDown, next_strip).first_tile;
       }
-      if (overlap) {
-        args.aside = &aside;
-      } else {
-        if (aside.last > 0) finished.run(0, finished.count);
-        aside.last = 0;
-      }
       gemm.strip(args);
-      finished = {.kernels = task_.kernels.elementwise,
-                  .c = scratch_.c[buffer],
-                  .bias = bias(job, Projection::kDown, first_strip + s),
-                  .rows = task_.plan.rows().data() + job.first_row,
-                  .count = job.rows,
-                  .out = scratch_.out + s * kStripRows,
-                  .columns = columns};
-      if (overlap) {
-        aside.last = pieces_of(job.rows);
-        buffer ^= 1;
-      } else {
-        finished.run(0, job.rows);
-      }
+      add_bias(job, Projection::kDown, first_strip + s, scratch_.c);
+      add_weighted(job, scratch_.out + s * kStripRows, columns);
     }
   }
-  if (aside.last > 0) finished.run(0, finished.count);
   store_group(first_strip, strips);
+}
+
+// C times the routing weights, to the sums of the job's tokens. `out`: the strip's place in the
+// first token's.
+void ThreadForward::add_weighted(const Job& job, float* out, std::int64_t columns) const {
+  constexpr int kAhead = 6;
+  const PlanRow* rows = task_.plan.rows().data() + job.first_row;
+  for (int r = 0; r < job.rows; ++r) {
+    if (r + kAhead < job.rows) {
+      const float* coming = out + rows[r + kAhead].token * columns;
+      __builtin_prefetch(coming, 1, 3);
+      __builtin_prefetch(coming + 16, 1, 3);
+    }
+    task_.kernels.elementwise->weighted_add(scratch_.c + r * kStripRows, rows[r].weight,
+                                            out + rows[r].token * columns);
+  }
 }
 
 void ThreadForward::store_group(int first_strip, int strips) const {

@@ -43,8 +43,8 @@ Workspace::Thread carve(Carver& carver, const Sizes& size) {
   thread.scales = carver.take<float>(rows * sizeof(float));
   thread.t =
       carver.take<std::uint16_t>(rows * (kInputRanks + kShrunkPadding) * sizeof(std::uint16_t));
-  for (float*& c : thread.c) c = carver.take<float>(rows * kStripRows * sizeof(float));
-  for (float*& c : thread.c_up) c = carver.take<float>(rows * kStripRows * sizeof(float));
+  thread.c = carver.take<float>(rows * kStripRows * sizeof(float));
+  thread.c_up = carver.take<float>(rows * kStripRows * sizeof(float));
   thread.tile_x = carver.take<std::uint16_t>(kMaxTileRows * size.x_row);
   thread.tile_codes = carver.take<std::uint8_t>(kMaxTileRows * std::max(size.x_row, size.act_row));
   thread.out = carver.take<float>(size.out);

@@ -14,7 +14,8 @@ namespace ktrt {
 // Token rows of one job. 128 rows of hidden size 2048 in BF16 are 0.5 MB, which stays in an L2
 // cache of 1 MB beside the strips of gate and up that are multiplied with it.
 inline constexpr int kMaxJobRows = 128;
-// The same for AMX, whose tiles want more rows for every byte of weights.
+// The same for AMX, whose tiles want more rows for every byte of weights and whose machines have L2
+// caches of 2 MB.
 inline constexpr int kMaxTileJobRows = 256;
 // Values after a shrunk row's ranks, which kernels in tile order read and which are finite.
 inline constexpr int kShrunkPadding = 32;
@@ -32,13 +33,12 @@ class Workspace {
  public:
   // Private to one thread, for one job at a time.
   struct Thread {
-    std::uint16_t* x = nullptr;     // gathered rows, BF16
-    std::uint8_t* codes = nullptr;  // the same, INT8
-    float* scales = nullptr;        // [rows] of codes
-    std::uint16_t* t = nullptr;     // shrunk rows for gate and up
-    // [rows][32] of two strips: one that is multiplied, one whose results are taken further.
-    float* c[2] = {};
-    float* c_up[2] = {};
+    std::uint16_t* x = nullptr;          // gathered rows, BF16
+    std::uint8_t* codes = nullptr;       // the same, INT8
+    float* scales = nullptr;             // [rows] of codes
+    std::uint16_t* t = nullptr;          // shrunk rows for gate and up
+    float* c = nullptr;                  // [rows][32]
+    float* c_up = nullptr;               // [rows][32]
     std::uint16_t* tile_x = nullptr;     // [16] rows on their way into tile order, BF16
     std::uint8_t* tile_codes = nullptr;  // the same, INT8
     float* out = nullptr;                // [qlen][columns of a strip group]

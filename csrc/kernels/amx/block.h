@@ -1,10 +1,10 @@
-// What the GEMMs on AMX tiles share: how a strip is cut into blocks that the caches
-// hold, and what is done beside the tiles. Included by their bodies only.
+// What the GEMMs on AMX tiles share: how a strip is cut into blocks that the caches hold, and the
+// LoRA expand. Included by their bodies only.
 //
 // A block of k (some tiles of W, 2 KB each) stays in the L1 cache while pairs of A tiles, in tile
 // order and from the L2 cache, pass over it; C waits in memory from one block to the next. Sums run
-// in ascending k whatever the blocks. Two tiles multiply for 64 cycles on the 4 KB they are given,
-// which leaves the vector units and most loads free: for the coming weights, and for asides.
+// in ascending k whatever the blocks. Two tiles multiply for 64 cycles on the 4 KB they are given;
+// beside them the coming weights are asked for, INT4 is unpacked and integer sums are scaled.
 #pragma once
 
 #include <immintrin.h>
@@ -124,30 +124,6 @@ class Prefetch {
   int64_t per_step_ = 0;
 };
 
-// Runs an aside's pieces evenly over the strip's steps.
-class AsideRunner {
- public:
-  AsideRunner(const GemmArgs& g, int64_t steps) : aside_(g.aside), steps_(steps) {
-    if (aside_ == nullptr) return;
-    next_ = aside_->first;
-    pieces_ = aside_->last - aside_->first;
-  }
-  void step() {
-    for (due_ += pieces_; due_ >= steps_; due_ -= steps_) aside_->run(aside_->context, next_++);
-  }
-  void finish() {
-    if (aside_ == nullptr) return;
-    while (next_ < aside_->last) aside_->run(aside_->context, next_++);
-  }
-
- private:
-  const Aside* aside_;
-  int64_t steps_;
-  int64_t due_ = 0;
-  int64_t pieces_ = 0;
-  int next_ = 0;
-};
-
 // The strip's LoRA expand as W tiles. Ranks come packed to even counts; a tile takes 32, so the
 // missing ones are zeros here, in the L1 cache, rather than in memory, where they would triple what
 // decoding with rank 8 reads. Ranks above 128 are made into tiles again for every block of rows.
@@ -260,8 +236,7 @@ class TileStrip {
       : g_(g),
         gemm_(g),
         row_bytes_(Gemm::row_bytes(g)),
-        tiles_((g.rows + g.tile_rows - 1) / g.tile_rows),
-        aside_(g, steps()) {}
+        tiles_((g.rows + g.tile_rows - 1) / g.tile_rows) {}
 
   void run() {
     prefetch_expand(g_);
@@ -274,16 +249,10 @@ class TileStrip {
       few_rows<false>();
     }
     gemm_.flush();
-    aside_.finish();
     Tiles::release();
   }
 
  private:
-  // Tiles of W times one or two tiles of A, in the whole strip.
-  int64_t steps() const {
-    return static_cast<int64_t>(row_bytes_ / 64) * kPerPacked * ((tiles_ + 1) / 2);
-  }
-
   // All rows in the tiles: W is read once and C needs no memory.
   template <bool kTwoTiles>
   void few_rows() {
@@ -291,7 +260,6 @@ class TileStrip {
     const auto multiply = [&](const uint8_t* w, int a_byte) {
       const RowTiles a = row_tiles(g_, 0, a_byte);
       multiply_tile<Tiles, Multiply, kTwoTiles, false>(w, a.first, a.second);
-      aside_.step();
     };
     if constexpr (kPerPacked == 1) {
       for_each_tile<Gemm::kLayoutBlock>(g_, row_bytes_, true, multiply);
@@ -346,7 +314,6 @@ class TileStrip {
                                                       a.second + i * a.step);
       weights_.step();
       gemm_.step(count);
-      aside_.step();
     }
     if (last) {
       gemm_.template finish<Tiles, kTwoTiles>(tile);
@@ -359,7 +326,6 @@ class TileStrip {
   Gemm gemm_;
   const int row_bytes_;
   const int tiles_;
-  AsideRunner aside_;
   WeightTiles w_;
   Prefetch weights_;
 };

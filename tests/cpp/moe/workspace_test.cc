@@ -37,8 +37,8 @@ std::vector<Part> parts_of(const Workspace& workspace, int threads, const MoeSha
     add(thread.codes, job_rows * stride(shape.hidden_size, 1));
     add(thread.scales, job_rows * sizeof(float));
     add(thread.t, job_rows * (2 * rank + kShrunkPadding) * sizeof(std::uint16_t));
-    for (float* c : thread.c) add(c, job_rows * kStripRows * sizeof(float));
-    for (float* c : thread.c_up) add(c, job_rows * kStripRows * sizeof(float));
+    add(thread.c, job_rows * kStripRows * sizeof(float));
+    add(thread.c_up, job_rows * kStripRows * sizeof(float));
     add(thread.tile_x, kMaxTileRows * stride(shape.hidden_size, 2));
     add(thread.tile_codes,
         kMaxTileRows * std::max(stride(shape.hidden_size, 1), stride(shape.intermediate_size, 1)));
