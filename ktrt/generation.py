@@ -70,11 +70,17 @@ class KvCache:
         self._reset()
 
     def _reset(self) -> None:
-        self._cache = DynamicCache(config=self._model.config)
         self._ids: list[int] = []
-        # Only the plain layer can be cropped, and continued by several tokens at once: a sliding
-        # window forgets, and some linear-attention layers restart from nothing (transformers 5.23).
-        self.plain = all(type(layer) is DynamicLayer for layer in self._cache.layers)
+        # A few models (MiniMax-01) make a cache of their own in their first forward.
+        self._cache: Any = None
+        self.plain = False
+        if getattr(self._model, "_supports_default_dynamic_cache", lambda: True)():
+            cache = DynamicCache(config=self._model.config)
+            # Only the plain layer can be cropped, and continued by several tokens at once: a
+            # sliding window forgets, and some linear-attention layers restart from nothing
+            # (transformers 5.23).
+            self.plain = all(type(layer) is DynamicLayer for layer in cache.layers)
+            self._cache = cache
 
     def reuse(self, prompt_ids: Sequence[int]) -> int:
         """Crops to what it shares with the prompt's start; returns how many tokens that is.
@@ -99,6 +105,8 @@ class KvCache:
             output = self._model(
                 input_ids=inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1
             )
+        if self._cache is None:
+            self._cache = output.past_key_values
         # Only now: after an exception, Ctrl-C included, the layers may differ in length, and no ids
         # make the next `reuse` start anew.
         held.extend(ids)
