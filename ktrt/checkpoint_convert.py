@@ -80,9 +80,7 @@ class Conversions:
             if len(self._made) == _GROUPS_OF_A_LAYER:
                 self._made.clear()
             file = str(stored[group.sources[0][1]].file)
-            self._made[group.targets] = self._convert(
-                group, lambda name: stored[name].read(), file
-            )
+            self._made[group.targets] = self._convert(group, lambda name: stored[name].read(), file)
         return self._made[group.targets]
 
     def _convert(self, group: Group, load: Any, file: str) -> dict[str, torch.Tensor]:
