@@ -11,7 +11,7 @@ import transformers
 from helpers.family_models import Family, random_model
 from helpers.tiny_models import save_model, token_ids
 from safetensors.torch import load_file, save_file
-from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
+from transformers.integrations import finegrained_fp8
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from ktrt.checkpoint import Checkpoint
@@ -45,7 +45,9 @@ def scales_for(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(128, 128), (130, 300), (5, 7), (3, 200, 140)])
 def test_fp8_blocks_are_those_of_transformers(shape: tuple[int, ...]) -> None:
     codes, scales = random_fp8(*shape), scales_for(*shape)
-    expected = _dequantize_fp8_weight(codes, scales, list(BLOCK), torch.float32)
+    if not hasattr(finegrained_fp8, "_dequantize_fp8_weight"):
+        pytest.skip("this transformers cannot dequantise blocks that do not divide the matrix")
+    expected = finegrained_fp8._dequantize_fp8_weight(codes, scales, list(BLOCK), torch.float32)
     assert torch.equal(dequantize_fp8(codes, scales, BLOCK), expected)
 
 
@@ -161,9 +163,10 @@ def test_deepseek_style_fp8_loads_as_its_plain_twin(tmp_path: Path, infer_dtype:
         if not name.endswith(kept):
             scales = scales_for(*weight.shape) / 400
             rows, columns = (torch.arange(size) // 128 for size in weight.shape)
-            codes = (weight.float() / scales[rows][:, columns]).to(torch.float8_e4m3fn)
+            scale = scales[rows][:, columns]
+            codes = (weight.float() / scale).to(torch.float8_e4m3fn)
             stored[name], stored[f"{name}_scale_inv"] = codes, scales
-            plain[name] = _dequantize_fp8_weight(codes, scales, list(BLOCK), torch.float32)
+            plain[name] = codes.float() * scale
     quantization = {
         "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
         "weight_block_size": list(BLOCK),
