@@ -150,11 +150,15 @@ def rewrite(folder: Path, tensors: Tensors, quantization: dict[str, Any] | None)
     return copy
 
 
-@pytest.mark.parametrize("infer_dtype", ["float32", "auto"])
-def test_deepseek_style_fp8_loads_as_its_plain_twin(tmp_path: Path, infer_dtype: str) -> None:
-    """Everything but embeddings, norms, router and head in FP8: the experts, 96 × 160, and
-    attention, whose matrices the blocks do not divide."""
-    folder = save_model(tmp_path / "model", "deepseek_v2", 96)
+_DEEPSEEK_FP8 = {
+    "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
+    "weight_block_size": list(BLOCK),
+}  # fmt: skip
+
+
+def fp8_twins(folder: Path) -> tuple[Tensors, Tensors]:
+    """Everything but embeddings, norms, router and head in FP8 (the experts, 96 × 160, and
+    attention, whose matrices the blocks do not divide), and what it stands for."""
     stored: Tensors = {}
     plain: Tensors = {}
     for name, weight in load_file(folder / "model.safetensors").items():
@@ -167,11 +171,32 @@ def test_deepseek_style_fp8_loads_as_its_plain_twin(tmp_path: Path, infer_dtype:
             codes = (weight.float() / scale).to(torch.float8_e4m3fn)
             stored[name], stored[f"{name}_scale_inv"] = codes, scales
             plain[name] = codes.float() * scale
-    quantization = {
-        "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
-        "weight_block_size": list(BLOCK),
-    }  # fmt: skip
-    quantised = logits(rewrite(folder, stored, quantization), infer_dtype)
+    return stored, plain
+
+
+def test_tensors_beyond_the_model_are_not_read_but_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSeek-V3's folders hold one more layer, experts too, which transformers ignores."""
+    folder = save_model(tmp_path / "model", "deepseek_v2", 96)
+    stored, _ = fp8_twins(folder)
+    one = logits(rewrite(folder, stored, _DEEPSEEK_FP8))
+    extra = {name.replace("layers.2", "layers.9"): t.clone() for name, t in stored.items()}
+    (tmp_path / "more").mkdir()
+    more = folder.rename(tmp_path / "more" / "model")
+    folder = rewrite(more, {**stored, **extra}, _DEEPSEEK_FP8)
+    with pytest.raises(CheckpointError, match=r"unexpected keys .*model\.layers\.9\."):
+        logits(folder)
+    model_class = transformers.DeepseekV2ForCausalLM
+    monkeypatch.setattr(model_class, "_keys_to_ignore_on_load_unexpected", [r"layers\.9\."])
+    assert torch.equal(logits(folder), one)
+
+
+@pytest.mark.parametrize("infer_dtype", ["float32", "auto"])
+def test_deepseek_style_fp8_loads_as_its_plain_twin(tmp_path: Path, infer_dtype: str) -> None:
+    folder = save_model(tmp_path / "model", "deepseek_v2", 96)
+    stored, plain = fp8_twins(folder)
+    quantised = logits(rewrite(folder, stored, _DEEPSEEK_FP8), infer_dtype)
     assert quantised.dtype == (torch.float32 if infer_dtype == "float32" else torch.bfloat16)
     assert torch.equal(quantised, logits(rewrite(folder, plain, None), infer_dtype))
 
