@@ -39,6 +39,10 @@ class Engine:
     @property
     def max_qlen(self) -> int: ...
     @property
+    def workspace_bytes(self) -> int:
+        """Bytes of scratch memory that the layers made so far need."""
+
+    @property
     def closed(self) -> bool: ...
     def close(self) -> None:
         """Stops the threads and frees the scratch memory and all expert weights of its layers.
@@ -70,7 +74,12 @@ class MoeLayer:
         hidden_size: int,
         intermediate_size: int,
         weight_format: Literal["bf16", "int8"],
-    ) -> None: ...
+        down_slices: int = 1,
+    ) -> None:
+        """Takes no memory before experts are loaded. ``down_slices``: down's columns are kept in so
+        many slices with scales of their own (activations likewise), as kt_kernel does for several
+        NUMA nodes; quantised formats only. Results depend on it, unlike on the engine's parts."""
+
     @property
     def num_experts(self) -> int: ...
     @property
@@ -89,6 +98,38 @@ class MoeLayer:
         """Packs (and for int8 quantises) one expert. gate, up [intermediate_size, hidden_size],
         down [hidden_size, intermediate_size]; float32, float16 or bfloat16, rounded to bfloat16
         first. The arrays are not kept. Runs without the GIL, on the pool."""
+
+    def load_packed_expert(
+        self,
+        expert: int,
+        gate: Sequence[tuple[Any, Any]],
+        up: Sequence[tuple[Any, Any]],
+        down: Sequence[tuple[Any, Any]],
+    ) -> None:
+        """The same from kt_kernel's packed matrices, each as (codes uint8 [bytes], scales float32
+        [rows]): gate and up in shards of equally many rows, down in ``down_slices`` slices of
+        columns. Bytes are used as they are and not kept. Runs without the GIL, on the pool."""
+
+    @property
+    def image_bytes(self) -> list[int]:
+        """Bytes of each part's image: everything that packing makes. Empty once closed."""
+
+    def write_image(self, part: int, fd: int) -> int:
+        """Appends a part's image to the open file ``fd``; returns its digest (64 bits).
+        ``OSError``; ``ValueError`` if an expert is not loaded."""
+
+    def use_images(
+        self,
+        fds: Sequence[int],
+        digests: Sequence[int],
+        *,
+        use: Literal["auto", "map", "copy"] = "auto",
+    ) -> bool:
+        """Takes all experts from image files, one per part, after checking their digests on the
+        pool. Returns True if the files stay mapped (they must not be changed, only replaced),
+        False if they were copied. "auto" maps where the page cache holds the file in huge pages and
+        there is one part; pages of several parts are copied to their NUMA nodes. ``ValueError``: a
+        file of another size or digest; the layer is then as before. ``OSError``."""
 
     def set_lora(
         self,
@@ -123,6 +164,10 @@ class MoeLayer:
 
     def packed_scales(self, expert: int, projection: Literal["gate", "up", "down"]) -> bytes:
         """A copy of the float32 scales, one per padded output row; empty for bf16."""
+
+def release_file_pages(path: str) -> int:
+    """Gives back the memory of this process's mappings of a file that were never written to; they
+    stay valid, and are read again where they are used. Returns how many mappings that were."""
 
 def isa() -> str:
     """The ISA level in use: ``portable``, ``avx2``, ``avx512`` or ``amx`` (after ``KTRT_ISA``)."""

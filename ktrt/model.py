@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import sys
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,16 @@ import torch
 from ktrt.adapter import Audit, BaseModel, plan_adapter
 from ktrt.checkpoint import Checkpoint, WeightNames, find_expert_weights
 from ktrt.errors import CheckpointError
-from ktrt.moe import KTExperts, build_engine, experts_replaced, find_experts, new_layer
+from ktrt.expert_loading import ExpertSource, cache_folder, load_experts
+from ktrt.kt_weights import KtWeights
+from ktrt.moe import (
+    KTExperts,
+    build_engine,
+    experts_replaced,
+    find_experts,
+    new_layer,
+    weight_format_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,9 +32,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ktrt.adapter import AdapterPlan
-    from ktrt.checkpoint import ExpertWeights
     from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
-    from ktrt.moe import Engine, ExpertsSpec
+    from ktrt.moe import Engine, ExpertsSpec, MoeLayer
 
 logger = logging.getLogger(__name__)
 # The block that users of LLaMA-Factory with KTransformers look for.
@@ -47,15 +54,22 @@ class LoadedModel:
         self.engine.close()
 
 
-def load_model(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> LoadedModel:
-    """Loads base and adapter: attention, router, shared experts, embeddings and head on the GPU if
-    there is one, else on the CPU; routed experts in the engine.
+@dataclass(frozen=True)
+class BaseCheckpoint:
+    """A model folder whose headers and shapes have been checked; no weight has been read.
 
-    Everything that headers and shapes can tell is checked before the first weight is read. Raises
-    ``CheckpointError`` or ``AdapterError`` naming file and tensor, what was found and expected.
+    ``skeleton``: the plain model on the meta device; ``trust``: whether its own code may run.
     """
+
+    skeleton: nn.Module
+    trust: bool
+    names: WeightNames
+    experts: ExpertSource
+
+
+def open_base(model: ModelArgs) -> BaseCheckpoint:
+    """Looks at a model folder. ``CheckpointError`` if it is incomplete or has no routed experts."""
     folder = model.model_name_or_path
-    logger.info("Loading model with KTransformers MoE backend")
     skeleton, trust = _skeleton(folder, model.trust_remote_code)
     specs = find_experts(skeleton)
     if not specs:
@@ -65,11 +79,29 @@ def load_model(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> L
         )
     checkpoint, names = Checkpoint(folder), WeightNames(skeleton)
     weights = find_expert_weights(checkpoint, names, specs)
-    plan = _plan_adapter(adapter, skeleton, specs, names, weights)
-    loaded = _load_without_experts(skeleton, specs, checkpoint, names, model.infer_dtype, trust)
+    return BaseCheckpoint(skeleton, trust, names, ExpertSource(checkpoint, specs, weights))
+
+
+def load_model(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> LoadedModel:
+    """Loads base and adapter: attention, router, shared experts, embeddings and head on the GPU if
+    there is one, else on the CPU; routed experts in the engine.
+
+    Everything that headers and shapes can tell is checked before the first weight is read. Raises
+    ``CheckpointError`` or ``AdapterError`` naming file and tensor, what was found and expected.
+    """
+    logger.info("Loading model with KTransformers MoE backend")
+    base = open_base(model)
+    specs, checkpoint = base.experts.specs, base.experts.checkpoint
+    plan = _plan_adapter(adapter, base)
+    kt_weights = open_kt_weights(experts, specs)
     engine = build_engine(experts)
     try:
-        _load_experts(engine, loaded, specs, weights, experts.kt_backend)
+        layers = new_layers(engine, specs, experts, kt_weights)
+        loaded = _load_without_experts(
+            base.skeleton, specs, checkpoint, base.names, model.infer_dtype, base.trust
+        )
+        load_experts(base.experts, layers, cache_folder(experts), kt_weights)
+        _attach(loaded, layers, engine)
         audit = _apply_adapter(plan, loaded, specs) if plan else Audit()
     except BaseException:
         engine.close()
@@ -77,6 +109,24 @@ def load_model(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> L
     loaded.eval().requires_grad_(False)
     _log_result(loaded, specs, plan)
     return LoadedModel(loaded, audit, engine)
+
+
+def open_kt_weights(experts: ExpertArgs, specs: Sequence[ExpertsSpec]) -> KtWeights | None:
+    """kt_kernel's files, if kt_weight_path names them. ``CheckpointError`` if they do not fit."""
+    if experts.kt_weight_path is None:
+        return None
+    return KtWeights(experts.kt_weight_path, specs, weight_format_of(experts.kt_backend))
+
+
+def new_layers(
+    engine: Engine,
+    specs: Sequence[ExpertsSpec],
+    experts: ExpertArgs,
+    kt_weights: KtWeights | None = None,
+) -> dict[str, MoeLayer]:
+    """An empty layer for every experts module, by path."""
+    slices = kt_weights.parts if kt_weights else 1
+    return {spec.path: new_layer(engine, spec, experts.kt_backend, slices) for spec in specs}
 
 
 def _skeleton(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, bool]:
@@ -116,23 +166,17 @@ def _skeleton(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, bool]:
     return model, trust
 
 
-def _plan_adapter(
-    adapter: AdapterArgs,
-    skeleton: nn.Module,
-    specs: Sequence[ExpertsSpec],
-    names: WeightNames,
-    weights: Mapping[str, ExpertWeights],
-) -> AdapterPlan | None:
+def _plan_adapter(adapter: AdapterArgs, base: BaseCheckpoint) -> AdapterPlan | None:
     if adapter.adapter_name_or_path is None:
         return None
     modules = {
         (path, expert, projection): name
-        for path, layer in weights.items()
+        for path, layer in base.experts.weights.items()
         for (expert, projection), name in layer.modules().items()
     }
     return plan_adapter(
         adapter.adapter_name_or_path,
-        BaseModel(skeleton, specs, names, modules),
+        BaseModel(base.skeleton, base.experts.specs, base.names, modules),
         lora_rank=adapter.lora_rank,
         lora_alpha=adapter.lora_alpha,
     )
@@ -218,39 +262,11 @@ def _wrong_shapes(skeleton: nn.Module, checkpoint: Checkpoint, names: WeightName
     return "; ".join(wrong[:5])
 
 
-def _load_experts(
-    engine: Engine,
-    model: nn.Module,
-    specs: Sequence[ExpertsSpec],
-    weights: Mapping[str, ExpertWeights],
-    kt_backend: str,
-) -> None:
-    start, packed = time.perf_counter(), 0
-    for spec in _progress(specs):
-        layer = new_layer(engine, spec, kt_backend)
-        for expert in range(spec.num_experts):
-            layer.load_expert(expert, *weights[spec.path].read(expert))
-        module = model.get_submodule(spec.path)
-        assert isinstance(module, KTExperts), f"{spec.path} was not replaced"
+def _attach(model: nn.Module, layers: Mapping[str, MoeLayer], engine: Engine) -> None:
+    for path, layer in layers.items():
+        module = model.get_submodule(path)
+        assert isinstance(module, KTExperts), f"{path} was not replaced"
         module.attach(layer, engine.max_qlen)
-        packed += layer.packed_bytes
-    seconds = time.perf_counter() - start
-    logger.info(
-        "Packed %d experts of %d layers: %.2f GB in %.1f s (%.2f GB/s)",
-        sum(spec.num_experts for spec in specs), len(specs), packed / 1e9, seconds,
-        packed / 1e9 / seconds,
-    )  # fmt: skip
-
-
-def _progress(specs: Sequence[ExpertsSpec]) -> Iterable[ExpertsSpec]:
-    """The layers, with a progress bar where stderr is a terminal."""
-    if not sys.stderr.isatty():
-        return specs
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(specs, description="Packing experts", console=console, transient=True)
 
 
 def _apply_adapter(plan: AdapterPlan, model: nn.Module, specs: Sequence[ExpertsSpec]) -> Audit:

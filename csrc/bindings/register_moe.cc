@@ -41,14 +41,6 @@ std::shared_ptr<Engine> make_engine(int num_threads, int max_qlen,
   return std::make_shared<Engine>(cpus, home, max_qlen);
 }
 
-WeightFormat parse_format(const std::string& name) {
-  for (const WeightFormat format : {WeightFormat::kBf16, WeightFormat::kInt8}) {
-    if (name == name_of(format)) return format;
-  }
-  KTRT_CHECK(false, "weight_format is '" << name << "', expected 'bf16' or 'int8'");
-  return WeightFormat::kBf16;
-}
-
 Projection parse_projection(const std::string& name) {
   for (const Projection projection : {Projection::kGate, Projection::kUp, Projection::kDown}) {
     if (name == name_of(projection)) return projection;
@@ -122,6 +114,7 @@ void register_engine(py::module_& module) {
       .def_property_readonly("parts", &Engine::parts)
       .def_property_readonly("max_qlen", &Engine::max_qlen)
       .def_property_readonly("closed", &Engine::closed)
+      .def_property_readonly("workspace_bytes", &Engine::workspace_bytes)
       .def("close", &Engine::close, py::call_guard<py::gil_scoped_release>());
   py::class_<ReadProbe>(module, "ReadProbe")
       .def(py::init<std::size_t>(), py::arg("nbytes"))
@@ -132,15 +125,17 @@ void register_engine(py::module_& module) {
 }
 
 void register_layer(py::module_& module) {
-  py::class_<MoeLayer>(module, "MoeLayer")
+  py::class_<MoeLayer> layer(module, "MoeLayer");
+  layer
       .def(py::init([](std::shared_ptr<Engine> engine, int num_experts, int top_k, int hidden_size,
-                       int intermediate_size, const std::string& weight_format) {
+                       int intermediate_size, const std::string& weight_format, int down_slices) {
              return std::make_unique<MoeLayer>(
                  std::move(engine), MoeShape{num_experts, top_k, hidden_size, intermediate_size},
-                 parse_format(weight_format));
+                 parse_format(weight_format), down_slices);
            }),
            py::arg("engine"), py::kw_only(), py::arg("num_experts"), py::arg("top_k"),
-           py::arg("hidden_size"), py::arg("intermediate_size"), py::arg("weight_format"))
+           py::arg("hidden_size"), py::arg("intermediate_size"), py::arg("weight_format"),
+           py::arg("down_slices") = 1)
       .def_property_readonly("num_experts", [](const MoeLayer& l) { return l.shape().num_experts; })
       .def_property_readonly("top_k", [](const MoeLayer& l) { return l.shape().top_k; })
       .def_property_readonly("hidden_size", [](const MoeLayer& l) { return l.shape().hidden_size; })
@@ -161,9 +156,18 @@ void register_layer(py::module_& module) {
       .def("last_kernels", &last_kernels)
       .def("packed_codes", &packed_codes, py::arg("expert"), py::arg("projection"))
       .def("packed_scales", &packed_scales, py::arg("expert"), py::arg("projection"));
+  register_packed(module, layer);
 }
 
 }  // namespace
+
+WeightFormat parse_format(const std::string& name) {
+  for (const WeightFormat format : {WeightFormat::kBf16, WeightFormat::kInt8}) {
+    if (name == name_of(format)) return format;
+  }
+  KTRT_CHECK(false, "weight_format is '" << name << "', expected 'bf16' or 'int8'");
+  return WeightFormat::kBf16;
+}
 
 void register_moe(py::module_& module) {
   register_engine(module);

@@ -43,12 +43,14 @@ class PackedLayout {
  public:
   PackedLayout() = default;
   PackedLayout(WeightFormat format, int n, int k)
-      : params_(params_of(format)),
+      : format_(format),
+        params_(params_of(format)),
         n_(n),
         k_(k),
         padded_n_(round_up(n, kStripRows)),
         padded_k_(round_up(k, params_.tile_k)) {}
 
+  WeightFormat format() const { return format_; }
   int n() const { return n_; }
   int k() const { return k_; }
   int padded_n() const { return padded_n_; }
@@ -80,6 +82,7 @@ class PackedLayout {
     return strip * kStripRows / params_.block_rows * params_.block_rows;
   }
 
+  WeightFormat format_ = WeightFormat::kBf16;
   FormatParams params_ = params_of(WeightFormat::kBf16);
   int n_ = 0;
   int k_ = 0;

@@ -42,8 +42,16 @@ def build_engine(experts: ExpertArgs) -> Engine:
     return engine
 
 
-def new_layer(engine: Engine, spec: ExpertsSpec, kt_backend: str) -> MoeLayer:
-    """An empty engine layer of the sizes of ``spec``, in the weight format of ``kt_backend``."""
+def weight_format_of(kt_backend: str) -> str:
+    """The engine's weight format for a kt_backend."""
+    return _BACKENDS[kt_backend][0]
+
+
+def new_layer(
+    engine: Engine, spec: ExpertsSpec, kt_backend: str, down_slices: int = 1
+) -> MoeLayer:
+    """An empty engine layer of the sizes of ``spec``, in the weight format of ``kt_backend``; it
+    takes memory when experts are loaded."""
     return MoeLayer(
         engine,
         num_experts=spec.num_experts,
@@ -51,6 +59,7 @@ def new_layer(engine: Engine, spec: ExpertsSpec, kt_backend: str) -> MoeLayer:
         hidden_size=spec.hidden_size,
         intermediate_size=spec.intermediate_size,
         weight_format="int8" if _BACKENDS[kt_backend][0] == "int8" else "bf16",
+        down_slices=down_slices,
     )
 
 
