@@ -120,7 +120,7 @@ def pack_experts(
     source: ExpertSource,
     layers: Mapping[str, MoeLayer],
     writer: CacheWriter | None = None,
-    done: Callable[[str], None] = lambda _path: None,
+    done: Callable[[str], object] = lambda _path: None,
 ) -> None:
     """Packs the checkpoint's experts, layer by layer; ``done`` is called after each, by path."""
 

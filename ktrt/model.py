@@ -16,7 +16,9 @@ from ktrt.checkpoint import Checkpoint, WeightNames, find_expert_weights
 from ktrt.errors import CheckpointError
 from ktrt.expert_loading import ExpertSource, cache_folder, load_experts
 from ktrt.kt_weights import KtWeights
+from ktrt.memory_plan import MemoryPlan, make_plan
 from ktrt.moe import (
+    BACKENDS,
     KTExperts,
     build_engine,
     experts_replaced,
@@ -90,18 +92,16 @@ def load_model(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> L
     ``CheckpointError`` or ``AdapterError`` naming file and tensor, what was found and expected.
     """
     logger.info("Loading model with KTransformers MoE backend")
-    base = open_base(model)
-    specs, checkpoint = base.experts.specs, base.experts.checkpoint
-    plan = _plan_adapter(adapter, base)
-    kt_weights = open_kt_weights(experts, specs)
-    engine = build_engine(experts)
+    ready = _prepare(model, adapter, experts)
+    base, plan, engine = ready.base, ready.adapter, ready.engine
+    specs = base.experts.specs
     try:
-        layers = new_layers(engine, specs, experts, kt_weights)
+        ready.memory.check()
         loaded = _load_without_experts(
-            base.skeleton, specs, checkpoint, base.names, model.infer_dtype, base.trust
+            base.skeleton, specs, base.experts.checkpoint, base.names, model.infer_dtype, base.trust
         )
-        load_experts(base.experts, layers, cache_folder(experts), kt_weights)
-        _attach(loaded, layers, engine)
+        load_experts(base.experts, ready.layers, cache_folder(experts), ready.kt_weights)
+        _attach(loaded, ready.layers, engine)
         audit = _apply_adapter(plan, loaded, specs) if plan else Audit()
     except BaseException:
         engine.close()
@@ -109,6 +109,62 @@ def load_model(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> L
     loaded.eval().requires_grad_(False)
     _log_result(loaded, specs, plan)
     return LoadedModel(loaded, audit, engine)
+
+
+def plan_memory(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> MemoryPlan:
+    """What ``load_model`` with these arguments will take, without reading a weight of the base."""
+    ready = _prepare(model, adapter, experts)
+    ready.engine.close()
+    return ready.memory
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """All that is known before the first weight is read; the engine's threads run."""
+
+    base: BaseCheckpoint
+    adapter: AdapterPlan | None
+    kt_weights: KtWeights | None
+    engine: Engine
+    layers: dict[str, MoeLayer]
+    memory: MemoryPlan
+
+
+def _prepare(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> _Prepared:
+    base = open_base(model)
+    plan = _plan_adapter(adapter, base)
+    kt_weights = open_kt_weights(experts, base.experts.specs)
+    engine = build_engine(experts)
+    try:
+        layers = new_layers(engine, base.experts.specs, experts, kt_weights)
+        lora = plan.planned_numel() if plan else (0, 0)
+        memory = make_plan(
+            base.skeleton,
+            experts=_expert_bytes(engine, base.experts.specs, experts, layers),
+            kt_backend=experts.kt_backend,
+            expert_paths=[spec.path for spec in base.experts.specs],
+            workspace=engine.workspace_bytes,
+            lora=lora,
+            infer_dtype=model.infer_dtype,
+        )
+    except BaseException:
+        engine.close()
+        raise
+    return _Prepared(base, plan, kt_weights, engine, layers, memory)
+
+
+def _expert_bytes(
+    engine: Engine,
+    specs: Sequence[ExpertsSpec],
+    experts: ExpertArgs,
+    layers: Mapping[str, MoeLayer],
+) -> dict[str, int]:
+    """Bytes of the packed experts by kt_backend; layers without experts take no memory."""
+    sizes: dict[str, Mapping[str, MoeLayer]] = {experts.kt_backend: layers}
+    for backend in BACKENDS:
+        if backend not in sizes:
+            sizes[backend] = {spec.path: new_layer(engine, spec, backend) for spec in specs}
+    return {name: sum(sum(each.image_bytes) for each in of.values()) for name, of in sizes.items()}
 
 
 def open_kt_weights(experts: ExpertArgs, specs: Sequence[ExpertsSpec]) -> KtWeights | None:

@@ -112,7 +112,9 @@ class PackCache:
         try:
             manifest = read_manifest(self.folder)
             if reason := self._difference(manifest):
-                logger.info("The pack cache %s is outdated (%s): packing again", self.folder, reason)
+                logger.info(
+                    "The pack cache %s is outdated (%s): packing again", self.folder, reason
+                )
                 self.discard()
                 return None
             return self._use(layers, manifest)
@@ -124,6 +126,19 @@ class PackCache:
             )
             self.discard()
             return None
+
+    def mismatch(self) -> str | None:
+        """Why there is nothing to load; None if there is a cache. Its images are not read."""
+        if not self.folder.is_dir():
+            return "not there yet"
+        try:
+            manifest = read_manifest(self.folder)
+            for image in (i for images in manifest["images"].values() for i in images):
+                if (self.folder / image["file"]).stat().st_size != image["bytes"]:
+                    return f"{image['file']} is incomplete"
+            return self._difference(manifest)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return _words(error)
 
     def _difference(self, manifest: Mapping[str, Any]) -> str | None:
         """In what the manifest's key differs from this one."""

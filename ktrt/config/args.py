@@ -41,8 +41,9 @@ class AdapterArgs:
 class ExpertArgs:
     """The routed experts' engine. ``kt_num_threads`` None lets the engine choose the count.
 
-    ``kt_weight_path``: experts that kt_kernel has packed, instead of the model's own. ``ktrt_cache``
-    keeps packed experts on disk, in ``ktrt_cache_dir`` (None: the environment decides).
+    ``kt_weight_path``: experts that kt_kernel has packed, instead of the model's own.
+    ``ktrt_cache`` keeps packed experts on disk, in ``ktrt_cache_dir`` (None: the environment
+    decides).
     """
 
     kt_backend: KtBackend = "AMXBF16"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # kt_backend → the engine's weight format and the kernel family that reads it.
-_BACKENDS: dict[str, tuple[str, str]] = {
+BACKENDS: dict[str, tuple[str, str]] = {
     "AMXBF16": ("bf16", "gemm_bf16"),
     "AMXInt8": ("int8", "gemm_int8"),
 }
@@ -44,12 +44,10 @@ def build_engine(experts: ExpertArgs) -> Engine:
 
 def weight_format_of(kt_backend: str) -> str:
     """The engine's weight format for a kt_backend."""
-    return _BACKENDS[kt_backend][0]
+    return BACKENDS[kt_backend][0]
 
 
-def new_layer(
-    engine: Engine, spec: ExpertsSpec, kt_backend: str, down_slices: int = 1
-) -> MoeLayer:
+def new_layer(engine: Engine, spec: ExpertsSpec, kt_backend: str, down_slices: int = 1) -> MoeLayer:
     """An empty engine layer of the sizes of ``spec``, in the weight format of ``kt_backend``; it
     takes memory when experts are loaded."""
     return MoeLayer(
@@ -58,13 +56,13 @@ def new_layer(
         top_k=spec.top_k,
         hidden_size=spec.hidden_size,
         intermediate_size=spec.intermediate_size,
-        weight_format="int8" if _BACKENDS[kt_backend][0] == "int8" else "bf16",
+        weight_format="int8" if BACKENDS[kt_backend][0] == "int8" else "bf16",
         down_slices=down_slices,
     )
 
 
 def _kernel_line(kt_backend: str, num_threads: int) -> str:
-    weight_format, family = _BACKENDS[kt_backend]
+    weight_format, family = BACKENDS[kt_backend]
     kernel = _core.kernels()[family]
     what = f"{weight_format.upper()} experts run on {kernel} kernels, {num_threads} threads"
     if kernel.startswith("amx"):

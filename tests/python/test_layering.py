@@ -31,19 +31,24 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "pack_cache": {"fingerprint"},
     "kt_weights": {"checkpoint"},
     "expert_loading": {
-        "checkpoint", "fingerprint", "kt_weights", "moe", "pack_cache", "progress",
+        "checkpoint",
+        "fingerprint",
+        "kt_weights",
+        "moe",
+        "pack_cache",
+        "progress",
     },
     "memory_limits": set(),
     "memory_plan": {"memory_limits"},
     "model": {"adapter", "checkpoint", "expert_loading", "kt_weights", "memory_plan", "moe"},
-    "pack": {"expert_loading", "fingerprint", "model", "moe", "pack_cache", "terminal"},
+    "pack": {"expert_loading", "fingerprint", "model", "moe", "pack_cache"},
     "api": {"model", "session", "template"},
-    "chat": {"api", "session", "terminal"},
+    "chat": {"api", "model", "session", "terminal"},
     "__init__": {"api"},
 }
 LEAVES = {"errors", "config"}
 # The whole Config is for those who assemble; the others take their own part of it.
-ASSEMBLERS = {"config", "api", "chat"}
+ASSEMBLERS = {"config", "api", "chat", "pack"}
 WITHOUT_TORCH = {"errors", "config", "template", "terminal", "__init__"}
 
 # Layers of csrc/ and the layers below each.
