@@ -146,6 +146,7 @@ def make_plan(
     experts: Mapping[str, int],
     kt_backend: str,
     expert_paths: Iterable[str],
+    layer_source: int,
     workspace: int,
     lora: tuple[int, int],
     infer_dtype: str,
@@ -153,7 +154,8 @@ def make_plan(
 ) -> MemoryPlan:
     """The plan of a model on the meta device.
 
-    ``experts``: bytes of the packed experts by kt_backend; ``lora``: values of the adapter on
+    ``experts``: bytes of the packed experts by kt_backend; ``layer_source``: of the largest layer of
+    them in the checkpoint, which is mapped while it is packed; ``lora``: values of the adapter on
     experts and elsewhere; ``root`` stands for the file system's root in tests.
     """
     paths = tuple(f"{path}." for path in expert_paths)
@@ -175,6 +177,8 @@ def make_plan(
     items = [
         Item(f"routed experts, packed ({kt_backend})", ram=experts[kt_backend]),
         placed("other weights", others),
+        # The other weights are mapped too, and touched when the experts are packed.
+        Item("a layer's source while packing", ram=max(0, layer_source - (0 if gpu else others))),
         Item("workspace of the experts", ram=workspace),
         Item("LoRA of the experts", ram=expert_lora),
         placed("LoRA elsewhere", other_lora),

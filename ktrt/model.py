@@ -143,6 +143,7 @@ def _prepare(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> _Pr
             experts=_expert_bytes(engine, base.experts.specs, experts, layers),
             kt_backend=experts.kt_backend,
             expert_paths=[spec.path for spec in base.experts.specs],
+            layer_source=2 * max(spec.num_weights for spec in base.experts.specs),
             workspace=engine.workspace_bytes,
             lora=lora,
             infer_dtype=model.infer_dtype,

@@ -1,5 +1,6 @@
 #include "base/digest.h"
 
+#include <array>
 #include <bit>
 #include <cstring>
 
@@ -12,21 +13,31 @@ constexpr std::size_t kStripe = kLanes * sizeof(std::uint64_t);
 constexpr std::size_t kStripesPerRound = 16;
 constexpr std::uint64_t kPrime = 0x9E3779B185EBCA87u;
 constexpr std::uint64_t kRoundPrime = 0x9E3779B1u;
-// Any numbers whose bits look random: zeros in the data then still multiply to something.
-constexpr std::uint64_t kKeys[kLanes] = {
-    0xBE4BA423396CFEB8u, 0x1CAD21F72C81017Cu, 0xDB979083E96DD4DEu, 0x1F67B3B7A4A44072u,
-    0x78E5C0CC4EE679CBu, 0x2172FFCC7DD05A82u, 0x8E2443F7744608B8u, 0x4C263A81E69035E0u};
 
-void add_stripe(std::uint64_t* sums, const std::byte* stripe) {
+// Numbers whose bits look random (SplitMix64): zeros in the data then still multiply to something.
+// Stripes of a round start at different keys, or exchanged ones would have the same sums.
+constexpr auto kKeys = [] {
+  std::array<std::uint64_t, kLanes + kStripesPerRound> keys{};
+  std::uint64_t state = 0;
+  for (std::uint64_t& key : keys) {
+    state += kPrime;
+    key = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9u;
+    key = (key ^ (key >> 27)) * 0x94D049BB133111EBu;
+    key ^= key >> 31;
+  }
+  return keys;
+}();
+
+void add_stripe(std::uint64_t* sums, const std::byte* stripe, std::size_t index) {
   std::uint64_t words[kLanes];
   std::memcpy(words, stripe, kStripe);
   for (std::size_t lane = 0; lane < kLanes; ++lane) {
-    const std::uint64_t keyed = words[lane] ^ kKeys[lane];
+    const std::uint64_t keyed = words[lane] ^ kKeys[lane + index];
     sums[lane] += words[lane ^ 1] + (keyed & 0xFFFFFFFFu) * (keyed >> 32);
   }
 }
 
-// Keeps the order of rounds: sums alone would not notice exchanged blocks.
+// Keeps the order of rounds.
 void end_round(std::uint64_t* sums) {
   for (std::size_t lane = 0; lane < kLanes; ++lane) {
     sums[lane] = (sums[lane] ^ (sums[lane] >> 47) ^ kKeys[lane]) * kRoundPrime;
@@ -45,7 +56,7 @@ std::uint64_t digest(const std::byte* data, std::size_t bytes) noexcept {
   std::size_t rest = bytes;
   for (; rest >= kStripe * kStripesPerRound; rest -= kStripe * kStripesPerRound) {
     for (std::size_t stripe = 0; stripe < kStripesPerRound; ++stripe, data += kStripe) {
-      add_stripe(sums, data);
+      add_stripe(sums, data, stripe);
     }
     end_round(sums);
   }
@@ -53,7 +64,7 @@ std::uint64_t digest(const std::byte* data, std::size_t bytes) noexcept {
     const std::size_t size = rest < kStripe ? rest : kStripe;
     std::byte stripe[kStripe] = {};
     std::memcpy(stripe, data, size);
-    add_stripe(sums, stripe);
+    add_stripe(sums, stripe, 0);
     end_round(sums);
     data += size;
     rest -= size;
