@@ -154,9 +154,9 @@ def make_plan(
 ) -> MemoryPlan:
     """The plan of a model on the meta device.
 
-    ``experts``: bytes of the packed experts by kt_backend; ``layer_source``: of the largest layer of
-    them in the checkpoint, which is mapped while it is packed; ``lora``: values of the adapter on
-    experts and elsewhere; ``root`` stands for the file system's root in tests.
+    ``experts``: bytes of the packed experts by kt_backend; ``layer_source``: of the largest layer
+    of them in the checkpoint, which is mapped while it is packed; ``lora``: values of the adapter
+    on experts and elsewhere; ``root`` stands for the file system's root in tests.
     """
     paths = tuple(f"{path}." for path in expert_paths)
     dtype = None if infer_dtype == "auto" else getattr(torch, infer_dtype)

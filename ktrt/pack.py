@@ -30,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code: 0, 2 after a failure, 130 after Ctrl-C."""
     args = _parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("ktrt").setLevel(logging.WARNING if args.quiet else logging.INFO)
+    logger = logging.getLogger("ktrt")
+    before = logger.level
+    logger.setLevel(logging.WARNING if args.quiet else logging.INFO)
     try:
         if args.list:
             show(entries(_folder(args)), as_json=args.json)
@@ -44,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return _EXIT_INTERRUPTED
+    finally:
+        logger.setLevel(before)
     return 0
 
 
