@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 # A conversation shorter than this is no use; a plan with less room is refused.
 MIN_CONTEXT = 2048
 # Activations, allocator slack and what libraries import later; measured on CPU-only starts.
-_RUNTIME_BYTES = 150 << 20
+_RUNTIME_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Item:
 class MemoryPlan:
     """``items`` hold everything but the KV cache, which takes ``kv_token_bytes`` per token of up to
     ``max_context`` tokens, on the GPU if ``on_gpu``. ``already`` bytes of RAM are held now.
-    ``other_formats``: bytes of the experts by kt_backend."""
+    ``other_formats``: bytes of the experts by kt_backend. ``mapped_files``: addresses, not
+    memory, that transformers takes for the checkpoint's files."""
 
     items: tuple[Item, ...]
     kv_token_bytes: int
@@ -46,6 +47,7 @@ class MemoryPlan:
     on_gpu: bool
     already: int
     other_formats: Mapping[str, int]
+    mapped_files: int
     ram: Limit
     gpu: Limit | None
     addresses: Limit | None
@@ -66,7 +68,7 @@ class MemoryPlan:
         total = self.total(context)
         for what, need, limit in (
             ("RAM", total.ram - self.already, self.ram),
-            ("address space", total.ram - self.already, self.addresses),
+            ("address space", total.ram - self.already + self.mapped_files, self.addresses),
             ("GPU memory", total.gpu, self.gpu),
         ):
             if limit is not None and need > limit.free:
@@ -140,6 +142,20 @@ class MemoryPlan:
         return result
 
 
+def check_addresses(folder: Path) -> int:
+    """Addresses that one look at the weight files takes: safetensors maps each, and torch does.
+    ``ConfigError`` if ulimit -v leaves no room for them."""
+    size = 2 * sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    limit = address_limit()
+    if limit is not None and size > limit.free:
+        raise ConfigError(
+            f"This does not fit: {_gb(size)} more address space needed to map the weight files of "
+            f"{folder}, {_gb(limit.free)} free ({limit.what}). Raise or remove that limit: it "
+            "bounds addresses, not memory."
+        )
+    return size
+
+
 def make_plan(
     skeleton: nn.Module,
     *,
@@ -147,6 +163,7 @@ def make_plan(
     kt_backend: str,
     expert_paths: Iterable[str],
     layer_source: int,
+    mapped_files: int,
     workspace: int,
     lora: tuple[int, int],
     infer_dtype: str,
@@ -155,8 +172,9 @@ def make_plan(
     """The plan of a model on the meta device.
 
     ``experts``: bytes of the packed experts by kt_backend; ``layer_source``: of the largest layer
-    of them in the checkpoint, which is mapped while it is packed; ``lora``: values of the adapter
-    on experts and elsewhere; ``root`` stands for the file system's root in tests.
+    of them in the checkpoint, which is mapped while it is packed; ``mapped_files``: addresses of
+    the whole checkpoint; ``lora``: values of the adapter on experts and elsewhere; ``root`` stands
+    for the file system's root in tests.
     """
     paths = tuple(f"{path}." for path in expert_paths)
     dtype = None if infer_dtype == "auto" else getattr(torch, infer_dtype)
@@ -192,6 +210,7 @@ def make_plan(
         on_gpu=gpu is not None,
         already=already,
         other_formats=dict(experts),
+        mapped_files=mapped_files,
         ram=ram_limit(*roots),
         gpu=gpu,
         addresses=address_limit(*roots),

@@ -16,7 +16,7 @@ from ktrt.checkpoint import Checkpoint, WeightNames, find_expert_weights
 from ktrt.errors import CheckpointError
 from ktrt.expert_loading import ExpertSource, cache_folder, load_experts
 from ktrt.kt_weights import KtWeights
-from ktrt.memory_plan import MemoryPlan, make_plan
+from ktrt.memory_plan import MemoryPlan, check_addresses, make_plan
 from ktrt.moe import (
     BACKENDS,
     KTExperts,
@@ -79,6 +79,7 @@ def open_base(model: ModelArgs) -> BaseCheckpoint:
             f"{folder}: {type(skeleton).__name__} has no routed experts that transformers runs "
             "through its experts interface; ktrt is for Mixture-of-Experts models."
         )
+    check_addresses(folder)
     checkpoint, names = Checkpoint(folder), WeightNames(skeleton)
     weights = find_expert_weights(checkpoint, names, specs)
     return BaseCheckpoint(skeleton, trust, names, ExpertSource(checkpoint, specs, weights))
@@ -144,6 +145,7 @@ def _prepare(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> _Pr
             kt_backend=experts.kt_backend,
             expert_paths=[spec.path for spec in base.experts.specs],
             layer_source=2 * max(spec.num_weights for spec in base.experts.specs),
+            mapped_files=check_addresses(model.model_name_or_path),
             workspace=engine.workspace_bytes,
             lora=lora,
             infer_dtype=model.infer_dtype,

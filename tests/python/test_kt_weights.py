@@ -19,6 +19,7 @@ from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import CheckpointError
 from ktrt.kt_weights import PROJECTIONS, KtWeights
 from ktrt.model import load_model
+from ktrt.moe import new_layer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -109,12 +110,8 @@ def test_several_parts_are_our_packing_in_slices(
     found = logits(base, kt_weight_path=folder)
     assert not torch.equal(found, ours)
     assert (found - ours).norm() < 0.05 * ours.norm()
-    import ktrt.model
-
-    new_layer = ktrt.model.new_layer
     monkeypatch.setattr(
-        ktrt.model,
-        "new_layer",
+        "ktrt.model.new_layer",
         lambda e, s, b, *_: new_layer(e, s, b, parts if b == "AMXInt8" else 1),
     )
     assert torch.equal(found, logits(base))
@@ -131,7 +128,7 @@ def expected_integers(case: Case, parts: int) -> NDArray[np.float64]:
         inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
         return np.rint(values * inverse).astype(np.float64), scale.astype(np.float64)
 
-    def product(w: NDArray[Any], x: NDArray[Any]) -> NDArray[Any]:
+    def product(w: NDArray[Any], x: NDArray[Any]) -> Any:
         (cw, sw), (cx, sx) = quantized(w), quantized(x)
         return (cw @ cx) * sw[:, 0] * sx[0]
 

@@ -190,7 +190,7 @@ def test_too_little_room_is_known_beforehand(
     loader: Loader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(loader.base)._replace(free=1 << 20)
-    monkeypatch.setattr(ktrt.pack_cache.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     loader.logits()
     assert loader.said("0.00 GB free on the disk")
     assert loader.said(PACKED)
@@ -225,7 +225,7 @@ def test_no_space_left(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
             return real("/dev/full", os.O_WRONLY)
         return real(path, flags, *rest, **more)
 
-    monkeypatch.setattr(ktrt.pack_cache.os, "open", fake)
+    monkeypatch.setattr(os, "open", fake)
     loader.logits()
     assert calls
     assert loader.said("No space left on device")
