@@ -176,18 +176,11 @@ def make_plan(
     the whole checkpoint; ``lora``: values of the adapter on experts and elsewhere; ``root`` stands
     for the file system's root in tests.
     """
-    paths = tuple(f"{path}." for path in expert_paths)
     dtype = None if infer_dtype == "auto" else getattr(torch, infer_dtype)
-    others = sum(
-        parameter.numel() * (dtype or parameter.dtype).itemsize
-        for name, parameter in (*skeleton.named_parameters(), *skeleton.named_buffers())
-        if not name.startswith(paths)
-    )
+    others = _other_bytes(skeleton, expert_paths, dtype)
     roots = () if root is None else (root,)
     gpu = gpu_limit()
     already = resident_bytes(*roots)
-    # PEFT keeps its adapters in float32, the engine keeps the experts' in bfloat16.
-    expert_lora, other_lora = 2 * lora[0], 4 * lora[1]
 
     def placed(name: str, size: int) -> Item:
         return Item(name, ram=size) if gpu is None else Item(name, gpu=size)
@@ -198,8 +191,9 @@ def make_plan(
         # The other weights are mapped too, and touched when the experts are packed.
         Item("a layer's source while packing", ram=max(0, layer_source - (0 if gpu else others))),
         Item("workspace of the experts", ram=workspace),
-        Item("LoRA of the experts", ram=expert_lora),
-        placed("LoRA elsewhere", other_lora),
+        # PEFT keeps its adapters in float32, the engine keeps the experts' in bfloat16.
+        Item("LoRA of the experts", ram=2 * lora[0]),
+        placed("LoRA elsewhere", 4 * lora[1]),
         Item("Python and libraries", ram=already + _RUNTIME_BYTES),
     ]
     config = skeleton.config.get_text_config()  # type: ignore[operator, union-attr]
@@ -214,6 +208,18 @@ def make_plan(
         ram=ram_limit(*roots),
         gpu=gpu,
         addresses=address_limit(*roots),
+    )
+
+
+def _other_bytes(
+    skeleton: nn.Module, expert_paths: Iterable[str], dtype: torch.dtype | None
+) -> int:
+    """Of all weights but the routed experts', in ``dtype`` or (None) their own."""
+    paths = tuple(f"{path}." for path in expert_paths)
+    return sum(
+        tensor.numel() * (dtype or tensor.dtype).itemsize
+        for name, tensor in (*skeleton.named_parameters(), *skeleton.named_buffers())
+        if not name.startswith(paths)
     )
 
 
