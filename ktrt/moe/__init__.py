@@ -21,12 +21,11 @@ if _core.__version__ != ktrt.__version__:
         f"{_core.__version__}. Install both together: `pip install .` in the source folder of ktrt."
     )
 
-from ktrt.moe.engine import BACKENDS, MAX_QLEN, build_engine, new_layer, weight_format_of
+from ktrt.moe.engine import BACKENDS, build_engine, new_layer, weight_format_of
 from ktrt.moe.experts import KTExperts, experts_replaced
 
 __all__ = [
     "BACKENDS",
-    "MAX_QLEN",
     "Engine",
     "ExpertsSpec",
     "KTExperts",
