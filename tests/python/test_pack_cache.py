@@ -23,11 +23,12 @@ from helpers.tiny_models import save_adapter, save_model, token_ids
 from safetensors.torch import load_file, save_file
 
 import ktrt.pack_cache
-from ktrt import pack
+from ktrt import _core, pack
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.expert_loading import cache_folder
+from ktrt.kt_weights import PROJECTIONS
 from ktrt.model import load_model
-from ktrt.pack_cache import MANIFEST, default_folder
+from ktrt.pack_cache import MANIFEST, CacheKey, PackCache, default_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKED = "Packed 32 experts of 2 layers"
@@ -313,6 +314,41 @@ def test_a_writer_that_stopped_is_not_waited_for(
         assert time.monotonic() - begin < 60
     assert loader.said("does not get on")
     assert not [p for p in loader.root.iterdir() if p.is_dir()]
+
+
+def test_one_image_per_numa_part(tmp_path: Path) -> None:
+    """Images of several parts are copied, so that their pages lie on their nodes."""
+    cpus = sorted(os.sched_getaffinity(0))
+    engine = _core.Engine(num_threads=2, nodes=[[cpus[0]], [cpus[-1]]])
+
+    def layer() -> _core.MoeLayer:
+        return _core.MoeLayer(
+            engine, num_experts=2, top_k=1, hidden_size=96, intermediate_size=160,
+            weight_format="int8",
+        )  # fmt: skip
+
+    packed, w = layer(), torch.randn(160, 96, generator=torch.Generator().manual_seed(0))
+    for expert in range(2):
+        packed.load_expert(expert, w * (1 + expert), w, w.T.contiguous())
+    sizes = list(packed.image_bytes)
+    assert len(sizes) == 2
+    key = CacheKey("/models/x", "int8", {"experts": sizes}, [])
+    cache = PackCache(tmp_path, key)
+    with cache.lock() as may_write:
+        writer = cache.writer()
+        assert may_write
+        assert writer is not None
+        writer.add("experts", packed)
+        assert writer.finish()
+    assert cache.folder.name.startswith("x-int8-2parts-")
+    found = layer()
+    assert cache.load({"experts": found}) == "copied"
+    for projection in PROJECTIONS:
+        assert found.packed_codes(1, projection) == packed.packed_codes(1, projection)
+        assert found.packed_scales(1, projection) == packed.packed_scales(1, projection)
+    one = CacheKey("/models/x", "int8", {"experts": [sum(sizes)]}, [])
+    assert PackCache(tmp_path, one).folder != cache.folder
+    engine.close()
 
 
 def config(loader: Loader) -> str:
