@@ -29,7 +29,7 @@ Strides strides_of(const ForwardTask& task) {
   return {bytes(x, 2) / 2,
           bytes(task.weights.layout(Projection::kUp).padded_k(), 1),
           bytes(act, 2) / 2,
-          bytes(task.weights.layout(Projection::kDown).padded_k(), 1),
+          bytes(task.weights.layout(Projection::kDown).padded_k() * task.weights.down_slices(), 1),
           task.lora != nullptr ? task.lora->input_shrink().width() : 0,
           task.lora != nullptr ? task.lora->down_shrink().width() : 0};
 }
@@ -51,13 +51,18 @@ class ThreadForward {
  private:
   void gather(const Job& job) const;
   void quantize_and_shrink_activations(const Job& job) const;
-  GemmArgs gemm_args(const Job& job, Projection projection, int strip, float* c) const;
+  GemmArgs gemm_args(const Job& job, Projection projection, int strip, float* c,
+                     int slice = 0) const;
   void project_input(const Job& job, Projection projection, int strip, float* c,
                      const std::uint8_t* next) const;
   void add_bias(const Job& job, Projection projection, int strip, float* c) const;
   void activate(const Job& job, int strip) const;
   void use_input(GemmArgs& args) const;
-  void use_activations(GemmArgs& args, const Job& job) const;
+  void use_activations(GemmArgs& args, const Job& job, int slice) const;
+  const std::uint8_t* tile_after(std::size_t job, int strip, int slice, const Piece& piece) const;
+  float* activation_scales(int row, int slice) const {
+    return shared_.scales + static_cast<std::size_t>(slice) * task_.plan.rows().size() + row;
+  }
   void store_group(int first_strip, int strips) const;
 
   const ForwardTask& task_;
@@ -99,13 +104,14 @@ void ThreadForward::gather(const Job& job) const {
 }
 
 void ThreadForward::quantize_and_shrink_activations(const Job& job) const {
-  const int count = task_.weights.shape().intermediate_size;
   const PackedLayout& layout = task_.weights.layout(Projection::kDown);
-  if (int8_) {
+  const int slices = int8_ ? task_.weights.down_slices() : 0;
+  for (int slice = 0; slice < slices; ++slice) {
     for (int r = job.first_row; r < job.first_row + job.rows; ++r) {
-      shared_.scales[r] = task_.kernels.elementwise->quantize_row(
-          shared_.act + r * strides_.act, count, layout.padded_k(),
-          task_.gemm.for_rows(job.rows).activation_offset, shared_.codes + r * strides_.act_codes);
+      *activation_scales(r, slice) = task_.kernels.elementwise->quantize_row(
+          shared_.act + r * strides_.act + slice * layout.k(), layout.k(), layout.padded_k(),
+          task_.gemm.for_rows(job.rows).activation_offset,
+          shared_.codes + r * strides_.act_codes + slice * layout.padded_k());
     }
   }
   if (task_.lora == nullptr || task_.lora->down_shrink().blocks == 0) return;
@@ -115,10 +121,10 @@ void ThreadForward::quantize_and_shrink_activations(const Job& job) const {
                                   shared_.t + job.first_row * strides_.t_down, strides_.t_down});
 }
 
-// Everything but the activations: weights of one strip and its LoRA expand.
-GemmArgs ThreadForward::gemm_args(const Job& job, Projection projection, int strip,
-                                  float* c) const {
-  const StripRef w = task_.weights.strip(job.expert, projection, strip);
+// Everything but the activations: weights of one strip and, with the first slice, its LoRA expand.
+GemmArgs ThreadForward::gemm_args(const Job& job, Projection projection, int strip, float* c,
+                                  int slice) const {
+  const StripRef w = task_.weights.strip(job.expert, projection, strip, slice);
   GemmArgs args{};
   args.rows = job.rows;
   args.w_block = w.block;
@@ -127,7 +133,7 @@ GemmArgs ThreadForward::gemm_args(const Job& job, Projection projection, int str
   args.k = task_.weights.layout(projection).padded_k();
   args.w_scale = w.scales;
   args.w_sum = w.sums;
-  if (task_.lora != nullptr) {
+  if (task_.lora != nullptr && slice == 0) {
     const ExpertLora::Expand& expand = task_.lora->expand(projection);
     if (expand.rank_pairs > 0) {
       args.lora_b = expand.of(job.expert, strip);
@@ -145,12 +151,12 @@ void ThreadForward::use_input(GemmArgs& args) const {
   args.t_stride = strides_.t_input;
 }
 
-void ThreadForward::use_activations(GemmArgs& args, const Job& job) const {
+void ThreadForward::use_activations(GemmArgs& args, const Job& job, int slice) const {
   args.a = int8_
-               ? shared_.codes + job.first_row * strides_.act_codes
+               ? shared_.codes + job.first_row * strides_.act_codes + slice * args.k
                : reinterpret_cast<const std::uint8_t*>(shared_.act + job.first_row * strides_.act);
   args.a_stride = int8_ ? strides_.act_codes : strides_.act * 2;
-  args.a_scale = shared_.scales + job.first_row;
+  args.a_scale = activation_scales(job.first_row, slice);
   args.t = shared_.t + job.first_row * strides_.t_down;
   args.t_stride = strides_.t_down;
 }
@@ -208,37 +214,47 @@ void ThreadForward::gate_up(const Piece& piece) {
   }
 }
 
+// What is read after one slice of one strip of a job; null at the end of the piece.
+const std::uint8_t* ThreadForward::tile_after(std::size_t job, int strip, int slice,
+                                              const Piece& piece) const {
+  const std::vector<Job>& jobs = task_.plan.jobs();
+  if (++slice == task_.weights.down_slices()) {
+    slice = 0;
+    if (++strip == piece.end_strip) {
+      strip = piece.first_strip;
+      if (++job == jobs.size()) return nullptr;
+    }
+  }
+  return task_.weights.strip(jobs[job].expert, Projection::kDown, strip, slice).first_tile;
+}
+
 // Sums of all jobs for the piece's output columns, then their conversion.
 void ThreadForward::down(const Piece& piece) const {
-  const int first_strip = piece.first_strip;
   const int strips = piece.end_strip - piece.first_strip;
   const std::int64_t columns = static_cast<std::int64_t>(strips) * kStripRows;
   const std::int64_t qlen = task_.out.shape[0];
   std::memset(scratch_.out, 0, static_cast<std::size_t>(qlen * columns) * sizeof(float));
   const std::vector<Job>& jobs = task_.plan.jobs();
-  for (std::size_t j = 0; j < jobs.size(); ++j) {
+  const auto add_slice = [&](std::size_t j, int strip, int slice) {
     const Job& job = jobs[j];
-    const GemmKernel& gemm = task_.gemm.for_rows(job.rows);
-    for (int s = 0; s < strips; ++s) {
-      GemmArgs args = gemm_args(job, Projection::kDown, first_strip + s, scratch_.c);
-      use_activations(args, job);
-      const bool last = s + 1 == strips;
-      if (!last || j + 1 < jobs.size()) {
-        const int next_expert = last ? jobs[j + 1].expert : job.expert;
-        const int next_strip = last ? first_strip : first_strip + s + 1;
-        args.next = task_.weights.strip(next_expert, Projection::kDown, next_strip).first_tile;
-      }
-      gemm.strip(args);
-      add_bias(job, Projection::kDown, first_strip + s, scratch_.c);
-      for (int r = 0; r < job.rows; ++r) {
-        const PlanRow& row = task_.plan.rows()[static_cast<std::size_t>(job.first_row + r)];
-        task_.kernels.elementwise->weighted_add(
-            scratch_.c + r * kStripRows, row.weight,
-            scratch_.out + row.token * columns + s * kStripRows);
-      }
+    GemmArgs args = gemm_args(job, Projection::kDown, strip, scratch_.c, slice);
+    use_activations(args, job, slice);
+    args.next = tile_after(j, strip, slice, piece);
+    task_.gemm.for_rows(job.rows).strip(args);
+    if (slice == 0) add_bias(job, Projection::kDown, strip, scratch_.c);
+    for (int r = 0; r < job.rows; ++r) {
+      const PlanRow& row = task_.plan.rows()[static_cast<std::size_t>(job.first_row + r)];
+      task_.kernels.elementwise->weighted_add(
+          scratch_.c + r * kStripRows, row.weight,
+          scratch_.out + row.token * columns + (strip - piece.first_strip) * kStripRows);
+    }
+  };
+  for (std::size_t j = 0; j < jobs.size(); ++j) {
+    for (int strip = piece.first_strip; strip < piece.end_strip; ++strip) {
+      for (int slice = 0; slice < task_.weights.down_slices(); ++slice) add_slice(j, strip, slice);
     }
   }
-  store_group(first_strip, strips);
+  store_group(piece.first_strip, strips);
 }
 
 void ThreadForward::store_group(int first_strip, int strips) const {
