@@ -39,6 +39,10 @@ class Engine:
     @property
     def max_qlen(self) -> int: ...
     @property
+    def workspace_bytes(self) -> int:
+        """Bytes of scratch memory that the layers made so far need."""
+
+    @property
     def closed(self) -> bool: ...
     def close(self) -> None:
         """Stops the threads and frees the scratch memory and all expert weights of its layers.
@@ -82,9 +86,13 @@ class MoeLayer:
         gate_limit: float = ...,
         up_limit: float = ...,
         up_offset: float = 0.0,
+        down_slices: int = 1,
     ) -> None:
-        """``ValueError``: sizes below 1, a limit that is not above 0, an unknown name. The limits
-        are infinite by default."""
+        """Takes no memory before experts are loaded. The limits are infinite by default.
+        ``down_slices``: down's columns are kept in so many slices with scales of their own
+        (activations likewise), as kt_kernel does for several NUMA nodes; quantised formats only.
+        Results depend on it, unlike on the engine's parts. ``ValueError``: sizes below 1, a limit
+        that is not above 0, an unknown name."""
 
     @property
     def num_experts(self) -> int: ...
@@ -112,6 +120,38 @@ class MoeLayer:
         """Replaces the biases of all experts: gate, up [num_experts, intermediate_size], down
         [num_experts, hidden_size], float32; None: no bias on that projection. Added in float32,
         gate's and up's before the activation, down's before the routing weight."""
+
+    def load_packed_expert(
+        self,
+        expert: int,
+        gate: Sequence[tuple[Any, Any]],
+        up: Sequence[tuple[Any, Any]],
+        down: Sequence[tuple[Any, Any]],
+    ) -> None:
+        """The same from kt_kernel's packed matrices, each as (codes uint8 [bytes], scales float32
+        [rows]): gate and up in shards of equally many rows, down in ``down_slices`` slices of
+        columns. Bytes are used as they are and not kept. Runs without the GIL, on the pool."""
+
+    @property
+    def image_bytes(self) -> list[int]:
+        """Bytes of each part's image: everything that packing makes. Empty once closed."""
+
+    def write_image(self, part: int, fd: int) -> int:
+        """Appends a part's image to the open file ``fd``; returns its digest (64 bits).
+        ``OSError``; ``ValueError`` if an expert is not loaded."""
+
+    def use_images(
+        self,
+        fds: Sequence[int],
+        digests: Sequence[int],
+        *,
+        use: Literal["auto", "map", "copy"] = "auto",
+    ) -> bool:
+        """Takes all experts from image files, one per part, after checking their digests on the
+        pool. Returns True if the files stay mapped (they must not be changed, only replaced),
+        False if they were copied. "auto" maps where the page cache holds the file in huge pages and
+        there is one part; pages of several parts are copied to their NUMA nodes. ``ValueError``: a
+        file of another size or digest; the layer is then as before. ``OSError``."""
 
     def set_lora(
         self,
@@ -227,6 +267,10 @@ class GpuHandoff:
         """Releases and awaits the device, ends the threads, frees the pinned memory. Graphs that
         captured a slot must not be launched afterwards. Idempotent; the end of the interpreter
         does it too."""
+
+def release_file_pages(path: str) -> int:
+    """Gives back the memory of this process's mappings of a file that were never written to; they
+    stay valid, and are read again where they are used. Returns how many mappings that were."""
 
 def isa() -> str:
     """The ISA level in use: ``portable``, ``avx2``, ``avx512`` or ``amx`` (after ``KTRT_ISA``)."""

@@ -1,6 +1,7 @@
 """``python -m ktrt.chat config.yaml``: a conversation in the terminal."""
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -41,6 +42,8 @@ def main(
     with _logging_to(terminal.stderr, _log_level(args)):
         try:
             config = load_config(args.config, args.overrides)
+            if args.plan:
+                return _show_plan(config, terminal, as_json=args.json)
             with (open_session or _open_session)(config) as session:
                 return _converse(session, terminal, debug=args.debug)
         except BrokenPipeError:
@@ -67,6 +70,10 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="key=value",
         help="replaces a value of the file; adapter_name_or_path= chats with the base model",
     )
+    parser.add_argument(
+        "--plan", action="store_true", help="print what memory the model will take, and leave"
+    )
+    parser.add_argument("--json", action="store_true", help="with --plan: as JSON, in bytes")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     loudness = parser.add_mutually_exclusive_group()
     loudness.add_argument("-v", "--verbose", action="store_true", help="show speeds and details")
@@ -75,7 +82,24 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
+def _show_plan(config: Config, terminal: Terminal, *, as_json: bool) -> int:
+    """Prints the memory plan; 0 if the model fits, else 2."""
+    _set_environment()
+    from ktrt.prepare import plan_memory
+
+    plan = plan_memory(config.model, config.adapter, config.experts)
+    terminal.note(json.dumps(plan.as_dict(), indent=1) if as_json else plan.table())
+    return 0 if plan.fitting_context() else _EXIT_FAILURE
+
+
 def _open_session(config: Config) -> "Session":
+    _set_environment()
+    from ktrt.api import open_session
+
+    return open_session(config)
+
+
+def _set_environment() -> None:
     # Before the imports that read them once. OpenMP's threads spin after every operation of torch,
     # on cores that the engine's threads need: with both on 2 busy cores the demo made 3 tokens/s,
     # with sleeping ones 70.
@@ -86,9 +110,6 @@ def _open_session(config: Config) -> "Session":
     if not _log.isEnabledFor(logging.DEBUG):
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         warnings.simplefilter("ignore")
-    from ktrt.api import open_session
-
-    return open_session(config)
 
 
 def _converse(session: "Session", terminal: Terminal, *, debug: bool) -> int:

@@ -4,42 +4,29 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
-import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ktrt.adapter import Audit, BaseModel, plan_adapter
-from ktrt.checkpoint import Checkpoint, find_expert_weights
-from ktrt.checkpoint_names import WeightNames
+from ktrt.adapter import Audit
 from ktrt.decode_graph import CudaGraphs, DecodeGraphs
-from ktrt.dequantized import dequantized_source
-from ktrt.errors import CheckpointError
+from ktrt.expert_loading import cache_folder, load_experts
 from ktrt.kv_cache import unusual_layers
-from ktrt.moe import (
-    KTExperts,
-    build_engine,
-    experts_replaced,
-    find_experts,
-    new_hand_off,
-    new_layer,
-)
-from ktrt.skeleton import build_skeleton
+from ktrt.moe import KTExperts, new_hand_off
+from ktrt.prepare import prepare
+from ktrt.torch_weights import load_without_experts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import nn
 
     from ktrt.adapter import AdapterPlan
-    from ktrt.checkpoint import ExpertWeights
     from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
     from ktrt.kv_cache import StaticKv
     from ktrt.moe import Engine, ExpertsSpec, HandOff
-    from ktrt.skeleton import Skeleton
+    from ktrt.prepare import Prepared
 
 logger = logging.getLogger(__name__)
 # The block that users of LLaMA-Factory with KTransformers look for.
@@ -74,26 +61,17 @@ def load_model(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> L
     Everything that headers and shapes can tell is checked before the first weight is read. Raises
     ``CheckpointError`` or ``AdapterError`` naming file and tensor, what was found and expected.
     """
-    folder = model.model_name_or_path
     device = _device()
     logger.info("Loading model with KTransformers MoE backend")
-    built = build_skeleton(folder, model.trust_remote_code)
-    skeleton = built.model
-    specs = find_experts(skeleton)
-    if not specs:
-        raise CheckpointError(
-            f"{folder}: {type(skeleton).__name__} has no routed experts that transformers runs "
-            "through its experts interface; ktrt is for Mixture-of-Experts models."
-        )
-    checkpoint, names = Checkpoint(folder, built.weight_block_size), WeightNames(skeleton)
-    weights = find_expert_weights(checkpoint, names, specs)
-    plan = _plan_adapter(adapter, skeleton, specs, names, weights)
-    loaded = _load_without_experts(built, specs, checkpoint, names, model.infer_dtype, device)
-    engine = build_engine(experts)
+    ready = prepare(model, adapter, experts)
+    plan, engine, specs = ready.adapter, ready.engine, ready.base.experts.specs
     hand_off = None
     try:
+        ready.memory.check()
         hand_off = new_hand_off(engine, device)
-        _load_experts(engine, loaded, specs, weights, experts.kt_backend, hand_off)
+        loaded = load_without_experts(ready.base, model.infer_dtype, device)
+        load_experts(ready.base.experts, ready.layers, cache_folder(experts), ready.kt_weights)
+        _attach(loaded, ready, hand_off)
         audit = _apply_adapter(plan, loaded, specs) if plan else Audit()
     except BaseException:
         if hand_off is not None:
@@ -136,148 +114,15 @@ def _graphs(
     return None
 
 
-def _plan_adapter(
-    adapter: AdapterArgs,
-    skeleton: nn.Module,
-    specs: Sequence[ExpertsSpec],
-    names: WeightNames,
-    weights: Mapping[str, ExpertWeights],
-) -> AdapterPlan | None:
-    if adapter.adapter_name_or_path is None:
-        return None
-    modules = {
-        (path, expert, projection): name
-        for path, layer in weights.items()
-        for (expert, projection), name in layer.modules().items()
-    }
-    return plan_adapter(
-        adapter.adapter_name_or_path,
-        BaseModel(skeleton, specs, names, modules),
-        lora_rank=adapter.lora_rank,
-        lora_alpha=adapter.lora_alpha,
-    )
-
-
-def _load_without_experts(
-    built: Skeleton,
-    specs: Sequence[ExpertsSpec],
-    checkpoint: Checkpoint,
-    names: WeightNames,
-    infer_dtype: str,
-    device: torch.device,
-) -> nn.Module:
-    """All weights but the routed experts', which are never materialised in torch."""
-    skeleton = built.model
-    model_class: Any = type(skeleton)
-    parameters = r"(gate_up_proj|up_proj|down_proj)(_bias)?"
-    experts = [rf"^{path}\.{parameters}$" for path in _escaped(specs)]
-    if checkpoint.is_quantized():
-        source = dequantized_source(skeleton, specs, checkpoint, names, infer_dtype)
-    else:
-        dtype = "auto" if infer_dtype == "auto" else getattr(torch, infer_dtype)
-        source = {"pretrained_model_name_or_path": checkpoint.folder, "dtype": dtype}
-    try:
-        with experts_replaced({s.class_name for s in specs}), _unexpected(model_class, experts):
-            model, info = model_class.from_pretrained(
-                **source,
-                device_map={"": str(device)} if device.type != "cpu" else None,
-                trust_remote_code=built.trust,
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-    except (RuntimeError, ValueError, OSError) as error:
-        raise CheckpointError(
-            f"{checkpoint.folder}: {_wrong_shapes(skeleton, checkpoint, names) or error}"
-        ) from error
-    for what in ("missing_keys", "unexpected_keys"):
-        if keys := sorted(info[what]):
-            raise CheckpointError(
-                f"{checkpoint.folder}: {len(keys)} {what.replace('_', ' ')} for "
-                f"{model_class.__name__}: {', '.join(keys[:5])}{', …' if len(keys) > 5 else ''}. "
-                "The folder is incomplete or its config.json is of another model."
-            )
-    loaded: nn.Module = model
-    return loaded
-
-
-def _escaped(specs: Iterable[ExpertsSpec]) -> list[str]:
-    return [spec.path.replace(".", r"\.") for spec in specs]
-
-
-@contextmanager
-def _unexpected(model_class: Any, patterns: list[str]) -> Iterator[None]:
-    """transformers loads in silence: these keys are expected to find no parameter, and a report on
-    others would come before the error that says the same."""
-    from transformers.utils import logging as library
-
-    before, bars = model_class._keys_to_ignore_on_load_unexpected, library.is_progress_bar_enabled()
-    level = library.get_verbosity()
-    model_class._keys_to_ignore_on_load_unexpected = [*(before or []), *patterns]
-    library.set_verbosity_error()
-    if not sys.stderr.isatty():
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        model_class._keys_to_ignore_on_load_unexpected = before
-        library.set_verbosity(level)
-        if bars:
-            library.enable_progress_bar()
-
-
-def _wrong_shapes(skeleton: nn.Module, checkpoint: Checkpoint, names: WeightNames) -> str:
-    """The tensors whose shape is not their parameter's; empty if there are none."""
-    wrong = []
-    parameters = skeleton.state_dict()
-    for name in checkpoint.names():
-        target = names.target(name)
-        plain = target.expert is None and not target.changed
-        parameter = parameters.get(target.name) if plain else None
-        if parameter is not None and checkpoint.shape(name) != tuple(parameter.shape):
-            wrong.append(
-                f"{name} has shape {list(checkpoint.shape(name))}, expected "
-                f"{list(parameter.shape)} by config.json"
-            )
-    return "; ".join(wrong[:5])
-
-
-def _load_experts(
-    engine: Engine,
-    model: nn.Module,
-    specs: Sequence[ExpertsSpec],
-    weights: Mapping[str, ExpertWeights],
-    kt_backend: str,
-    hand_off: HandOff | None,
-) -> None:
-    start, packed = time.perf_counter(), 0
-    for spec in _progress(specs):
-        layer = new_layer(engine, spec, kt_backend)
-        for expert in range(spec.num_experts):
-            layer.load_expert(expert, *weights[spec.path].read(expert))
-        if biases := weights[spec.path].biases():
+def _attach(model: nn.Module, ready: Prepared, hand_off: HandOff | None) -> None:
+    """Gives every experts module its packed layer, and that layer the biases, which are in no pack
+    cache."""
+    for path, layer in ready.layers.items():
+        if biases := ready.base.experts.weights[path].biases():
             layer.set_biases(**biases)
-        module = model.get_submodule(spec.path)
-        assert isinstance(module, KTExperts), f"{spec.path} was not replaced"
-        module.attach(layer, engine.max_qlen, hand_off, spec.path)
-        packed += layer.packed_bytes
-    seconds = time.perf_counter() - start
-    logger.info(
-        "Packed %d experts of %d layers: %.2f GB in %.1f s (%.2f GB/s)",
-        sum(spec.num_experts for spec in specs), len(specs), packed / 1e9, seconds,
-        packed / 1e9 / seconds,
-    )  # fmt: skip
-
-
-def _progress(specs: Sequence[ExpertsSpec]) -> Iterable[ExpertsSpec]:
-    """The layers, with a progress bar where stderr is a terminal."""
-    if not sys.stderr.isatty():
-        return specs
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(specs, description="Packing experts", console=console, transient=True)
+        module = model.get_submodule(path)
+        assert isinstance(module, KTExperts), f"{path} was not replaced"
+        module.attach(layer, ready.engine.max_qlen, hand_off, path)
 
 
 def _apply_adapter(plan: AdapterPlan, model: nn.Module, specs: Sequence[ExpertsSpec]) -> Audit:

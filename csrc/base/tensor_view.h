@@ -10,7 +10,7 @@
 
 namespace ktrt {
 
-enum class DType { kFloat32, kFloat16, kBfloat16, kInt32, kInt64 };
+enum class DType { kFloat32, kFloat16, kBfloat16, kInt32, kInt64, kUint8 };
 
 inline std::size_t size_of(DType dtype) {
   switch (dtype) {
@@ -22,6 +22,8 @@ inline std::size_t size_of(DType dtype) {
       return 2;
     case DType::kInt64:
       return 8;
+    case DType::kUint8:
+      return 1;
   }
   return 0;
 }
@@ -38,6 +40,8 @@ inline const char* name_of(DType dtype) {
       return "int32";
     case DType::kInt64:
       return "int64";
+    case DType::kUint8:
+      return "uint8";
   }
   return "?";
 }

@@ -42,14 +42,6 @@ std::shared_ptr<Engine> make_engine(int num_threads, int max_qlen,
   return std::make_shared<Engine>(cpus, home, max_qlen);
 }
 
-WeightFormat parse_format(const std::string& name) {
-  for (const WeightFormat format : kWeightFormats) {
-    if (name == name_of(format)) return format;
-  }
-  KTRT_CHECK(false, "weight_format is '" << name << "', expected 'bf16', 'int8' or 'int4'");
-  return WeightFormat::kBf16;
-}
-
 Projection parse_projection(const std::string& name) {
   for (const Projection projection : {Projection::kGate, Projection::kUp, Projection::kDown}) {
     if (name == name_of(projection)) return projection;
@@ -82,11 +74,12 @@ std::shared_ptr<MoeLayer> make_layer(std::shared_ptr<Engine> engine, int num_exp
                                      int hidden_size, int intermediate_size,
                                      const std::string& weight_format, bool has_gate,
                                      const std::string& activation, float alpha, float gate_limit,
-                                     float up_limit, float up_offset) {
+                                     float up_limit, float up_offset, int down_slices) {
   const MoeShape shape{num_experts, top_k, hidden_size, intermediate_size, has_gate};
   return std::make_shared<MoeLayer>(
       std::move(engine), shape, parse_format(weight_format),
-      Activation{parse_activation(activation), alpha, gate_limit, up_limit, up_offset});
+      Activation{parse_activation(activation), alpha, gate_limit, up_limit, up_offset},
+      down_slices);
 }
 
 void load_expert(MoeLayer& layer, int expert, const py::object& gate, const py::object& up,
@@ -162,6 +155,7 @@ void register_engine(py::module_& module) {
       .def_property_readonly("parts", &Engine::parts)
       .def_property_readonly("max_qlen", &Engine::max_qlen)
       .def_property_readonly("closed", &Engine::closed)
+      .def_property_readonly("workspace_bytes", &Engine::workspace_bytes)
       .def("close", &Engine::close, py::call_guard<py::gil_scoped_release>());
   py::class_<ReadProbe>(module, "ReadProbe")
       .def(py::init<std::size_t>(), py::arg("nbytes"))
@@ -172,12 +166,14 @@ void register_engine(py::module_& module) {
 }
 
 void register_layer(py::module_& module) {
-  py::class_<MoeLayer, std::shared_ptr<MoeLayer>>(module, "MoeLayer")
+  py::class_<MoeLayer, std::shared_ptr<MoeLayer>> layer(module, "MoeLayer");
+  layer
       .def(py::init(&make_layer), py::arg("engine"), py::kw_only(), py::arg("num_experts"),
            py::arg("top_k"), py::arg("hidden_size"), py::arg("intermediate_size"),
            py::arg("weight_format"), py::arg("has_gate") = true, py::arg("activation") = "silu",
            py::arg("alpha") = 1.0f, py::arg("gate_limit") = Activation::kNoLimit,
-           py::arg("up_limit") = Activation::kNoLimit, py::arg("up_offset") = 0.0f)
+           py::arg("up_limit") = Activation::kNoLimit, py::arg("up_offset") = 0.0f,
+           py::arg("down_slices") = 1)
       .def_property_readonly("num_experts", [](const MoeLayer& l) { return l.shape().num_experts; })
       .def_property_readonly("top_k", [](const MoeLayer& l) { return l.shape().top_k; })
       .def_property_readonly("hidden_size", [](const MoeLayer& l) { return l.shape().hidden_size; })
@@ -201,9 +197,18 @@ void register_layer(py::module_& module) {
       .def("last_kernels", &last_kernels)
       .def("packed_codes", &packed_codes, py::arg("expert"), py::arg("projection"))
       .def("packed_scales", &packed_scales, py::arg("expert"), py::arg("projection"));
+  register_packed(module, layer);
 }
 
 }  // namespace
+
+WeightFormat parse_format(const std::string& name) {
+  for (const WeightFormat format : kWeightFormats) {
+    if (name == name_of(format)) return format;
+  }
+  KTRT_CHECK(false, "weight_format is '" << name << "', expected 'bf16', 'int8' or 'int4'");
+  return WeightFormat::kBf16;
+}
 
 void register_moe(py::module_& module) {
   register_engine(module);

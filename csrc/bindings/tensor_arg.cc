@@ -41,6 +41,7 @@ constexpr std::int32_t kCudaHost = 3;  // pinned host memory
 
 DType dtype_of(const DLDataType& type, const char* name) {
   constexpr std::uint8_t kInt = 0;
+  constexpr std::uint8_t kUint = 1;
   constexpr std::uint8_t kFloat = 2;
   constexpr std::uint8_t kBfloat = 4;
   if (type.lanes == 1) {
@@ -49,10 +50,12 @@ DType dtype_of(const DLDataType& type, const char* name) {
     if (type.code == kBfloat && type.bits == 16) return DType::kBfloat16;
     if (type.code == kInt && type.bits == 32) return DType::kInt32;
     if (type.code == kInt && type.bits == 64) return DType::kInt64;
+    if (type.code == kUint && type.bits == 8) return DType::kUint8;
   }
   KTRT_CHECK(false, name << " has an unsupported dtype (DLPack code " << int{type.code} << ", "
                          << int{type.bits}
-                         << " bits); expected float32, float16, bfloat16, int32 or int64");
+                         << " bits); expected float32, float16, bfloat16, int32, int64 or "
+                         << "uint8");
   return DType::kFloat32;
 }
 

@@ -55,6 +55,11 @@ bool Engine::closed() const {
   return !pool_.has_value();
 }
 
+std::size_t Engine::workspace_bytes() const {
+  const std::lock_guard lock(mutex_);
+  return workspace_.bytes();
+}
+
 double Engine::run_probe(const ReadProbe& probe) {
   const auto lock = lock_open();
   return probe.run(*pool_);

@@ -39,6 +39,8 @@ class Engine {
   Isa isa() const { return isa_; }
   const KernelTable& kernels() const { return kernels_; }
   bool closed() const;
+  // Scratch memory that the layers so far need.
+  std::size_t workspace_bytes() const;
 
   // Seconds that one pass of the probe takes on the engine's threads.
   double run_probe(const ReadProbe& probe);

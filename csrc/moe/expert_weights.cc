@@ -1,6 +1,7 @@
 #include "moe/expert_weights.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "base/check.h"
 
@@ -24,6 +25,18 @@ void check_shape(const MoeShape& shape) {
              "intermediate_size is " << shape.intermediate_size << ", expected 1 to " << kMaxSize);
 }
 
+void check_slices(const MoeShape& shape, WeightFormat format, int slices) {
+  KTRT_CHECK(slices >= 1 && slices <= ExpertWeights::kMaxDownSlices,
+             "down_slices is " << slices << ", expected 1 to " << ExpertWeights::kMaxDownSlices);
+  if (slices == 1) return;
+  KTRT_CHECK(is_quantized(format),
+             "down_slices is " << slices << ", but bf16 weights have no scales to keep apart");
+  const int tile = params_of(format).tile_k;
+  KTRT_CHECK(shape.intermediate_size % (slices * tile) == 0,
+             "intermediate_size " << shape.intermediate_size << " cannot be cut into " << slices
+                                  << " slices of whole tiles of " << tile << " columns");
+}
+
 }  // namespace
 
 const char* name_of(Projection projection) {
@@ -38,14 +51,15 @@ const char* name_of(Projection projection) {
   return "?";
 }
 
-ExpertWeights::ExpertWeights(const MoeShape& shape, WeightFormat format, int parts)
-    : shape_(shape), format_(format) {
+ExpertWeights::ExpertWeights(const MoeShape& shape, WeightFormat format, int parts, int down_slices)
+    : shape_(shape), format_(format), down_slices_(down_slices) {
   check_shape(shape);
+  check_slices(shape, format, down_slices);
   const int h = shape.hidden_size;
   const int i = shape.intermediate_size;
   if (shape.has_gate) layouts_[0] = PackedLayout(format, i, h);
   layouts_[1] = PackedLayout(format, i, h);
-  layouts_[2] = PackedLayout(format, h, i);
+  layouts_[2] = PackedLayout(format, h, i / down_slices);
   KTRT_CHECK(parts >= 1 && parts <= std::min(layouts_[1].strips(), layouts_[2].strips()),
              "the experts are to be cut into "
                  << parts << " parts, but intermediate_size " << i << " and hidden_size " << h
@@ -57,47 +71,62 @@ ExpertWeights::ExpertWeights(const MoeShape& shape, WeightFormat format, int par
 }
 
 ExpertWeights::Part ExpertWeights::make_part(int part) const {
+  constexpr std::size_t kPage = 4096;
   Part result;
   for (std::size_t p = 0; p < kProjections; ++p) {
     const auto projection = static_cast<Projection>(p);
     const int begin = first_strip(projection, part) * kStripRows;
     const int end = std::min(first_strip(projection, part + 1) * kStripRows, layouts_[p].n());
+    const auto count = static_cast<std::size_t>(slices(projection));
     result.layouts[p] = PackedLayout(format_, end - begin, layouts_[p].k());
     result.code_offset[p] = result.expert_code_bytes;
     result.row_offset[p] = result.expert_rows;
-    result.expert_code_bytes += result.layouts[p].code_bytes();  // 2 KB tiles: stays aligned
-    result.expert_rows += static_cast<std::size_t>(result.layouts[p].padded_n());
+    result.expert_code_bytes += count * result.layouts[p].code_bytes();  // 2 KB tiles: aligned
+    result.expert_rows += count * static_cast<std::size_t>(result.layouts[p].padded_n());
   }
   const auto experts = static_cast<std::size_t>(shape_.num_experts);
-  result.codes = AlignedBuffer(experts * result.expert_code_bytes);
+  result.bytes = round_up(experts * result.expert_code_bytes, kPage);
   if (is_quantized(format_)) {
-    result.scales = AlignedBuffer(experts * result.expert_rows * sizeof(float));
-    result.sums = AlignedBuffer(experts * result.expert_rows * sizeof(std::int32_t));
+    result.scales_offset = result.bytes;
+    result.bytes += round_up(experts * result.expert_rows * sizeof(float), kPage);
+    result.sums_offset = result.bytes;
+    result.bytes += round_up(experts * result.expert_rows * sizeof(std::int32_t), kPage);
   }
   return result;
 }
 
-PackedMatrix ExpertWeights::matrix(int expert, Projection projection, int part) const {
+void ExpertWeights::allocate() {
+  if (mapped()) loaded_.assign(loaded_.size(), false);
+  for (Part& part : parts_) {
+    part.file.reset();
+    if (part.memory.empty()) part.memory = AlignedBuffer(part.bytes);
+  }
+}
+
+PackedMatrix ExpertWeights::matrix(int expert, Projection projection, int part, int slice) const {
   const auto e = static_cast<std::size_t>(expert);
   const auto p = static_cast<std::size_t>(projection);
-  const Part& memory = parts_[static_cast<std::size_t>(part)];
+  const auto s = static_cast<std::size_t>(slice);
+  const Part& memory = part_at(part);
+  std::byte* base = memory.base();
   PackedMatrix matrix;
   matrix.layout = memory.layouts[p];
-  matrix.codes =
-      memory.codes.as<std::uint8_t>() + e * memory.expert_code_bytes + memory.code_offset[p];
-  if (!memory.scales.empty()) {
-    const std::size_t rows = e * memory.expert_rows + memory.row_offset[p];
-    matrix.scales = memory.scales.as<float>() + rows;
-    matrix.sums = memory.sums.as<std::int32_t>() + rows;
+  matrix.codes = reinterpret_cast<std::uint8_t*>(base) + e * memory.expert_code_bytes +
+                 memory.code_offset[p] + s * matrix.layout.code_bytes();
+  if (memory.scales_offset != 0) {
+    const std::size_t rows = e * memory.expert_rows + memory.row_offset[p] +
+                             s * static_cast<std::size_t>(matrix.layout.padded_n());
+    matrix.scales = reinterpret_cast<float*>(base + memory.scales_offset) + rows;
+    matrix.sums = reinterpret_cast<std::int32_t*>(base + memory.sums_offset) + rows;
   }
   return matrix;
 }
 
-StripRef ExpertWeights::strip(int expert, Projection projection, int strip) const {
+StripRef ExpertWeights::strip(int expert, Projection projection, int strip, int slice) const {
   int part = 0;
   while (strip >= first_strip(projection, part + 1)) ++part;
   const int local = strip - first_strip(projection, part);
-  const PackedMatrix w = matrix(expert, projection, part);
+  const PackedMatrix w = matrix(expert, projection, part, slice);
   StripRef ref;
   ref.block = w.codes + w.layout.block_offset(local);
   ref.block_rows = w.layout.block_rows(local);
@@ -116,8 +145,22 @@ int ExpertWeights::first_missing() const {
 
 std::size_t ExpertWeights::packed_bytes() const {
   std::size_t bytes = 0;
-  for (const Part& part : parts_) bytes += part.codes.bytes() + part.scales.bytes();
+  for (const Part& part : parts_) {
+    const std::size_t scales = part.scales_offset != 0 ? part.expert_rows * sizeof(float) : 0;
+    bytes += static_cast<std::size_t>(shape_.num_experts) * (part.expert_code_bytes + scales);
+  }
   return bytes;
+}
+
+std::span<std::byte> ExpertWeights::image(int part) const {
+  const Part& memory = part_at(part);
+  return {memory.base(), memory.base() == nullptr ? 0 : memory.bytes};
+}
+
+void ExpertWeights::use_file(int part, MappedFile file) {
+  Part& memory = parts_[static_cast<std::size_t>(part)];
+  memory.memory.reset();
+  memory.file = std::move(file);
 }
 
 }  // namespace ktrt

@@ -1,10 +1,12 @@
-// The packed weights of all routed experts of one layer, in one allocation.
+// The packed weights of all routed experts of one layer.
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "base/aligned_buffer.h"
+#include "base/mapped_file.h"
 #include "base/tensor_view.h"
 #include "layout/pack.h"
 #include "layout/packed_layout.h"
@@ -37,16 +39,31 @@ struct StripRef {
 // Every matrix is cut by output rows into `parts` shards of whole strips, each packed as a matrix
 // of its own in its part's memory, so that a NUMA node reads only what is its own. A row's dot
 // product is never cut: results do not depend on the number of parts.
+//
+// Files that kt_kernel made for several NUMA nodes cut down's columns instead, every slice with
+// scales of its own; `down_slices` says into how many. That is a property of the numbers, so it is
+// independent of the parts, and results depend on it.
+//
+// A part's memory is one image, codes, scales, sums, which can be written to a file and mapped.
 class ExpertWeights {
  public:
-  // Reserves the memory; pages are touched as experts are packed. Throws std::invalid_argument for
-  // sizes below 1 and std::bad_alloc.
-  ExpertWeights(const MoeShape& shape, WeightFormat format, int parts);
+  static constexpr int kMaxDownSlices = 8;
+
+  // Throws std::invalid_argument for sizes below 1 and slices that are not whole tiles.
+  ExpertWeights(const MoeShape& shape, WeightFormat format, int parts, int down_slices = 1);
+
+  // Reserves memory where there is none; pages are touched as experts are packed. A mapped file is
+  // given up, and all experts with it. Throws std::bad_alloc.
+  void allocate();
 
   const MoeShape& shape() const { return shape_; }
   WeightFormat format() const { return format_; }
   int parts() const { return static_cast<int>(parts_.size()); }
-  // Of the whole matrix.
+  int down_slices() const { return down_slices_; }
+  int slices(Projection projection) const {
+    return projection == Projection::kDown ? down_slices_ : 1;
+  }
+  // Of the whole matrix; of down, one slice.
   const PackedLayout& layout(Projection projection) const {
     return layouts_[static_cast<std::size_t>(projection)];
   }
@@ -54,8 +71,8 @@ class ExpertWeights {
   int first_strip(Projection projection, int part) const {
     return layout(projection).strips() * part / parts();
   }
-  PackedMatrix matrix(int expert, Projection projection, int part) const;
-  StripRef strip(int expert, Projection projection, int strip) const;
+  PackedMatrix matrix(int expert, Projection projection, int part, int slice = 0) const;
+  StripRef strip(int expert, Projection projection, int strip, int slice = 0) const;
 
   bool loaded(int expert) const { return loaded_[static_cast<std::size_t>(expert)]; }
   bool all_loaded() const { return first_missing() == shape_.num_experts; }
@@ -65,6 +82,14 @@ class ExpertWeights {
   // Codes and scales of all experts.
   std::size_t packed_bytes() const;
 
+  std::size_t image_bytes(int part) const { return part_at(part).bytes; }
+  // The part's memory; empty before allocate().
+  std::span<std::byte> image(int part) const;
+  // Puts a file in the place of the part's memory. The caller has checked its size and contents;
+  // it is never written to.
+  void use_file(int part, MappedFile file);
+  bool mapped() const { return !parts_.front().file.empty(); }
+
  private:
   struct Part {
     PackedLayout layouts[kProjections];
@@ -72,15 +97,21 @@ class ExpertWeights {
     std::size_t row_offset[kProjections] = {};   // inside one expert's scales, and sums
     std::size_t expert_code_bytes = 0;
     std::size_t expert_rows = 0;
-    AlignedBuffer codes;
-    AlignedBuffer scales;
-    AlignedBuffer sums;
+    std::size_t scales_offset = 0;  // inside the image; 0 for BF16
+    std::size_t sums_offset = 0;
+    std::size_t bytes = 0;
+    AlignedBuffer memory;
+    MappedFile file;  // instead of memory
+    std::byte* base() const { return file.empty() ? memory.as<std::byte>() : file.data(); }
   };
+
+  const Part& part_at(int part) const { return parts_[static_cast<std::size_t>(part)]; }
 
   Part make_part(int part) const;
 
   MoeShape shape_;
   WeightFormat format_;
+  int down_slices_;
   PackedLayout layouts_[kProjections];
   std::vector<Part> parts_;
   std::vector<bool> loaded_;

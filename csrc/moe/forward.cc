@@ -24,11 +24,13 @@ class ThreadForward {
   void down(const Piece& piece) const;
 
  private:
-  GemmArgs gemm_args(const Job& job, Projection projection, int strip, float* c) const;
+  GemmArgs gemm_args(const Job& job, Projection projection, int strip, float* c,
+                     int slice = 0) const;
   void project_input(const Job& job, Projection projection, int strip, float* c,
                      const std::uint8_t* next) const;
   void add_bias(const Job& job, Projection projection, int strip, float* c) const;
   void activate(const Job& job, int strip) const;
+  const std::uint8_t* tile_after(std::size_t job, int strip, int slice, const Piece& piece) const;
   void add_weighted(const Job& job, float* out, std::int64_t columns) const;
   void store_group(int first_strip, int strips) const;
 
@@ -40,10 +42,10 @@ class ThreadForward {
   int gathered_job_ = -1;  // whose rows are in scratch_
 };
 
-// Everything but the activations: weights of one strip and its LoRA expand.
-GemmArgs ThreadForward::gemm_args(const Job& job, Projection projection, int strip,
-                                  float* c) const {
-  const StripRef w = task_.weights.strip(job.expert, projection, strip);
+// Everything but the activations: weights of one strip and, with the first slice, its LoRA expand.
+GemmArgs ThreadForward::gemm_args(const Job& job, Projection projection, int strip, float* c,
+                                  int slice) const {
+  const StripRef w = task_.weights.strip(job.expert, projection, strip, slice);
   GemmArgs args{};
   args.rows = job.rows;
   args.tile_rows = rows_.tile_rows(job);
@@ -53,7 +55,7 @@ GemmArgs ThreadForward::gemm_args(const Job& job, Projection projection, int str
   args.k = task_.weights.layout(projection).padded_k();
   args.w_scale = w.scales;
   args.w_sum = w.sums;
-  if (task_.lora != nullptr) {
+  if (task_.lora != nullptr && slice == 0) {
     const ExpertLora::Expand& expand = task_.lora->expand(projection);
     if (expand.rank_pairs > 0) {
       args.lora_b = expand.of(job.expert, strip);
@@ -127,32 +129,42 @@ void ThreadForward::gate_up(const Piece& piece) {
   }
 }
 
+// What is read after one slice of one strip of a job; null at the end of the piece.
+const std::uint8_t* ThreadForward::tile_after(std::size_t job, int strip, int slice,
+                                              const Piece& piece) const {
+  const std::vector<Job>& jobs = task_.plan.jobs();
+  if (++slice == task_.weights.down_slices()) {
+    slice = 0;
+    if (++strip == piece.end_strip) {
+      strip = piece.first_strip;
+      if (++job == jobs.size()) return nullptr;
+    }
+  }
+  return task_.weights.strip(jobs[job].expert, Projection::kDown, strip, slice).first_tile;
+}
+
 // Sums of all jobs for the piece's output columns, then their conversion.
 void ThreadForward::down(const Piece& piece) const {
-  const int first_strip = piece.first_strip;
   const int strips = piece.end_strip - piece.first_strip;
   const std::int64_t columns = static_cast<std::int64_t>(strips) * kStripRows;
   const std::int64_t qlen = task_.out.shape[0];
   std::memset(scratch_.out, 0, static_cast<std::size_t>(qlen * columns) * sizeof(float));
   const std::vector<Job>& jobs = task_.plan.jobs();
-  for (std::size_t j = 0; j < jobs.size(); ++j) {
+  const auto add_slice = [&](std::size_t j, int strip, int slice) {
     const Job& job = jobs[j];
-    const GemmKernel& gemm = rows_.gemm_for(job);
-    for (int s = 0; s < strips; ++s) {
-      GemmArgs args = gemm_args(job, Projection::kDown, first_strip + s, scratch_.c);
-      rows_.use_activations(args, job);
-      const bool last = s + 1 == strips;
-      if (!last || j + 1 < jobs.size()) {
-        const int next_expert = last ? jobs[j + 1].expert : job.expert;
-        const int next_strip = last ? first_strip : first_strip + s + 1;
-        args.next = task_.weights.strip(next_expert, Projection::kDown, next_strip).first_tile;
-      }
-      gemm.strip(args);
-      add_bias(job, Projection::kDown, first_strip + s, scratch_.c);
-      add_weighted(job, scratch_.out + s * kStripRows, columns);
+    GemmArgs args = gemm_args(job, Projection::kDown, strip, scratch_.c, slice);
+    rows_.use_activations(args, job, slice);
+    args.next = tile_after(j, strip, slice, piece);
+    rows_.gemm_for(job).strip(args);
+    if (slice == 0) add_bias(job, Projection::kDown, strip, scratch_.c);
+    add_weighted(job, scratch_.out + (strip - piece.first_strip) * kStripRows, columns);
+  };
+  for (std::size_t j = 0; j < jobs.size(); ++j) {
+    for (int strip = piece.first_strip; strip < piece.end_strip; ++strip) {
+      for (int slice = 0; slice < task_.weights.down_slices(); ++slice) add_slice(j, strip, slice);
     }
   }
-  store_group(first_strip, strips);
+  store_group(piece.first_strip, strips);
 }
 
 // C times the routing weights, to the sums of the job's tokens. `out`: the strip's place in the

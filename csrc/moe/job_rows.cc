@@ -18,7 +18,7 @@ RowStrides strides_of(const ForwardTask& task) {
   return {bytes(x, 2) / 2,
           bytes(task.weights.layout(Projection::kUp).padded_k(), 1),
           bytes(act, 2) / 2,
-          bytes(task.weights.layout(Projection::kDown).padded_k(), 1),
+          bytes(task.weights.layout(Projection::kDown).padded_k() * task.weights.down_slices(), 1),
           task.lora != nullptr ? task.lora->input_shrink().width() + kShrunkPadding : 0,
           task.lora != nullptr ? task.lora->down_shrink().width() + kShrunkPadding : 0};
 }
@@ -119,10 +119,18 @@ void JobRows::gather_tiles(const Job& job) const {
   }
 }
 
-// INT8: the codes of the job's activations, in the order that its kernel reads.
+// Of row `row` of scratch memory.
+float* JobRows::activation_scales(int row, int slice) const {
+  const int rows = max_scratch_rows(static_cast<int>(task_.plan.rows().size()));
+  return shared_.scales + static_cast<std::int64_t>(slice) * rows + row;
+}
+
+// Where weights are quantised: the codes of the job's activations, in the order that its kernel
+// reads.
 void JobRows::quantize_activations(const Job& job) const {
-  const int count = task_.weights.shape().intermediate_size;
-  const int padded = task_.weights.layout(Projection::kDown).padded_k();
+  const PackedLayout& layout = task_.weights.layout(Projection::kDown);
+  const int slices = task_.weights.down_slices();
+  const int padded = slices * layout.padded_k();
   const GemmKernel& gemm = gemm_for(job);
   const int rows_in_tile = tile_rows(job);
   const std::uint8_t* codes[kMaxTileRows];
@@ -132,10 +140,13 @@ void JobRows::quantize_activations(const Job& job) const {
     std::uint8_t* out = shared_.codes + row * strides_.act_codes;
     std::uint8_t* quantized = gemm.tile_order ? scratch_.tile_codes : out;
     for (int r = 0; r < rows; ++r) {
-      codes[r] = quantized + r * strides_.act_codes;
-      shared_.scales[row + r] =
-          elementwise_.quantize_row(shared_.act + (row + r) * strides_.act, count, padded,
-                                    gemm.activation_offset, quantized + r * strides_.act_codes);
+      std::uint8_t* row_codes = quantized + r * strides_.act_codes;
+      codes[r] = row_codes;
+      for (int slice = 0; slice < slices; ++slice) {
+        *activation_scales(row + r, slice) = elementwise_.quantize_row(
+            shared_.act + (row + r) * strides_.act + slice * layout.k(), layout.k(),
+            layout.padded_k(), gemm.activation_offset, row_codes + slice * layout.padded_k());
+      }
     }
     if (gemm.tile_order) elementwise_.to_tile(codes, rows, rows_in_tile, padded, padded, out);
   }
@@ -176,12 +187,12 @@ void JobRows::use_input(GemmArgs& args) const {
   args.t_stride = strides_.t_input;
 }
 
-void JobRows::use_activations(GemmArgs& args, const Job& job) const {
+void JobRows::use_activations(GemmArgs& args, const Job& job, int slice) const {
   const std::int64_t row = job.scratch_row;
-  args.a = int8_ ? shared_.codes + row * strides_.act_codes
+  args.a = int8_ ? shared_.codes + row * strides_.act_codes + slice * args.k * args.tile_rows
                  : reinterpret_cast<const std::uint8_t*>(shared_.act + row * strides_.act);
   args.a_stride = args.tile_rows * (int8_ ? strides_.act_codes : strides_.act * 2);
-  args.a_scale = shared_.scales + row;
+  args.a_scale = activation_scales(job.scratch_row, slice);
   args.t = shared_.t + row * strides_.t_down;
   args.t_stride = strides_.t_down;
 }

@@ -30,7 +30,7 @@ class JobRows {
 
   // Make A and T of a GEMM the gathered rows, or the job's activations.
   void use_input(GemmArgs& args) const;
-  void use_activations(GemmArgs& args, const Job& job) const;
+  void use_activations(GemmArgs& args, const Job& job, int slice) const;
 
   const RowStrides& strides() const { return strides_; }
   const GemmKernel& gemm_for(const Job& job) const { return task_.gemm.for_rows(job.rows); }
@@ -43,6 +43,7 @@ class JobRows {
   void gather_rows(const Job& job) const;
   void gather_tiles(const Job& job) const;
   void quantize_activations(const Job& job) const;
+  float* activation_scales(int row, int slice) const;
   void shrink(const Job& job, const ExpertLora::Shrink& shrink, ShrinkArgs args) const;
 
   const ForwardTask& task_;

@@ -38,11 +38,11 @@ void check_activation(const Activation& a) {
 }  // namespace
 
 MoeLayer::MoeLayer(std::shared_ptr<Engine> engine, const MoeShape& shape, WeightFormat format,
-                   const Activation& activation)
+                   const Activation& activation, int down_slices)
     : engine_(std::move(engine)), shape_(shape), format_(format), activation_(activation) {
   check_activation(activation);
   const auto lock = engine_->lock_open();
-  weights_.emplace(shape, format, engine_->parts());
+  weights_.emplace(shape, format, engine_->parts(), down_slices);
   queues_ = std::vector<PartQueues>(static_cast<std::size_t>(engine_->parts()));
   engine_->workspace_.reserve(shape);
   engine_->layers_.insert(this);
@@ -61,8 +61,7 @@ void MoeLayer::release() {
 
 void MoeLayer::load_expert(int expert, const std::optional<TensorView>& gate, const TensorView& up,
                            const TensorView& down) {
-  KTRT_CHECK(expert >= 0 && expert < shape_.num_experts,
-             "expert is " << expert << ", expected 0 to " << shape_.num_experts - 1);
+  check_expert(expert);
   KTRT_CHECK(gate.has_value() == shape_.has_gate, "gate is " << (gate ? "given" : "missing")
                                                              << ", but the experts have "
                                                              << (shape_.has_gate ? "one" : "none"));
@@ -75,11 +74,17 @@ void MoeLayer::load_expert(int expert, const std::optional<TensorView>& gate, co
   down.expect_shape({shape_.hidden_size, shape_.intermediate_size});
 
   const auto lock = engine_->lock_open();
+  weights_->allocate();
   weights_->set_loaded(expert, false);
   if (gate) pack(expert, Projection::kGate, *gate);
   pack(expert, Projection::kUp, up);
   pack(expert, Projection::kDown, down);
   weights_->set_loaded(expert, true);
+}
+
+void MoeLayer::check_expert(int expert) const {
+  KTRT_CHECK(expert >= 0 && expert < shape_.num_experts,
+             "expert is " << expert << ", expected 0 to " << shape_.num_experts - 1);
 }
 
 // Every thread packs strips of its own part, so that their pages lie on its NUMA node.
@@ -88,12 +93,17 @@ void MoeLayer::pack(int expert, Projection projection, const TensorView& source)
   std::atomic<bool> finite{true};
   engine_->pool_->run([&](int thread) {
     const int part = engine_->home_[static_cast<std::size_t>(thread)];
-    const PackedMatrix matrix = weights_->matrix(expert, projection, part);
-    TensorView rows = source;
-    rows.data = source.mutable_row(weights_->first_strip(projection, part) * kStripRows);
+    const PackedLayout layout = weights_->matrix(expert, projection, part).layout;
+    const int first_row = weights_->first_strip(projection, part) * kStripRows;
     std::atomic<int>& claim = next[static_cast<std::size_t>(part)];
-    for (int s = claim++; s < matrix.layout.strips(); s = claim++) {
-      if (!pack_strip(rows, matrix, s)) finite.store(false, std::memory_order_relaxed);
+    for (int s = claim++; s < layout.strips(); s = claim++) {
+      for (int slice = 0; slice < weights_->slices(projection); ++slice) {
+        TensorView rows = source;
+        rows.data = source.mutable_row(first_row) +
+                    static_cast<std::size_t>(slice * layout.k()) * size_of(source.dtype);
+        const PackedMatrix matrix = weights_->matrix(expert, projection, part, slice);
+        if (!pack_strip(rows, matrix, s)) finite.store(false, std::memory_order_relaxed);
+      }
     }
   });
   KTRT_CHECK(finite.load(), source.name << " of expert " << expert
@@ -204,8 +214,10 @@ std::vector<std::uint8_t> MoeLayer::packed_codes(int expert, Projection projecti
   check_loaded(expert);
   std::vector<std::uint8_t> codes;
   for (int part = 0; part < weights_->parts(); ++part) {
-    const PackedMatrix matrix = weights_->matrix(expert, projection, part);
-    codes.insert(codes.end(), matrix.codes, matrix.codes + matrix.layout.code_bytes());
+    for (int slice = 0; slice < weights_->slices(projection); ++slice) {
+      const PackedMatrix matrix = weights_->matrix(expert, projection, part, slice);
+      codes.insert(codes.end(), matrix.codes, matrix.codes + matrix.layout.code_bytes());
+    }
   }
   return codes;
 }
@@ -215,9 +227,11 @@ std::vector<float> MoeLayer::packed_scales(int expert, Projection projection) {
   check_loaded(expert);
   std::vector<float> scales;
   for (int part = 0; part < weights_->parts(); ++part) {
-    const PackedMatrix matrix = weights_->matrix(expert, projection, part);
-    if (matrix.scales == nullptr) continue;
-    scales.insert(scales.end(), matrix.scales, matrix.scales + matrix.layout.padded_n());
+    for (int slice = 0; slice < weights_->slices(projection); ++slice) {
+      const PackedMatrix matrix = weights_->matrix(expert, projection, part, slice);
+      if (matrix.scales == nullptr) continue;
+      scales.insert(scales.end(), matrix.scales, matrix.scales + matrix.layout.padded_n());
+    }
   }
   return scales;
 }

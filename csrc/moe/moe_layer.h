@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "base/tensor_view.h"
@@ -25,10 +26,21 @@ struct KernelsUsed {
   const char* elementwise = nullptr;
 };
 
+// One packed matrix as kt_kernel keeps it in files: codes [bytes] uint8, scales [n] float32.
+struct PackedShard {
+  TensorView codes;
+  TensorView scales;
+};
+
+// How image files become the layer's memory. kAuto maps what lies in huge pages (decoding from
+// small ones is a third slower), and copies everything else and whatever has a NUMA node to lie on.
+enum class ImageUse { kAuto, kMap, kCopy };
+
 class MoeLayer {
  public:
+  // `down_slices`: see ExpertWeights.
   MoeLayer(std::shared_ptr<Engine> engine, const MoeShape& shape, WeightFormat format,
-           const Activation& activation = {});
+           const Activation& activation = {}, int down_slices = 1);
   ~MoeLayer();
   MoeLayer(const MoeLayer&) = delete;
   MoeLayer& operator=(const MoeLayer&) = delete;
@@ -47,6 +59,22 @@ class MoeLayer {
   void set_biases(const std::optional<TensorView>& gate, const std::optional<TensorView>& up,
                   const std::optional<TensorView>& down);
 
+  // The same from kt_kernel's packed matrices, used as they are: gate and up in shards of equally
+  // many rows, down in `down_slices` shards of columns. Throws std::invalid_argument: sizes, a
+  // scale that is not finite, a BF16 layer (kt_kernel has no such files).
+  void load_packed_expert(int expert, std::span<const PackedShard> gate,
+                          std::span<const PackedShard> up, std::span<const PackedShard> down);
+
+  // Image files: one per part, written by the layer that packed the experts, in a layer of the same
+  // engine parts, shape and format mapped or copied instead of packing. LoRA is not in them.
+  std::vector<std::size_t> image_bytes() const;
+  // Appends a part's image to an open file and returns its digest. Throws std::system_error.
+  std::uint64_t write_image(int part, int fd);
+  // Returns whether the files stay mapped (kMap), or were copied. Throws std::invalid_argument if a
+  // size or a digest is not as expected, std::system_error.
+  ImageUse use_images(std::span<const int> fds, std::span<const std::uint64_t> digests,
+                      ImageUse use);
+
   void set_lora(const LoraPair& gate, const LoraPair& up, const LoraPair& down);
   void clear_lora();
   // Forwards ignore the LoRA while it is disabled; it stays in memory.
@@ -61,7 +89,7 @@ class MoeLayer {
   KernelsUsed last_kernels() const;
   std::size_t packed_bytes() const;
 
-  // Copies of one packed matrix, in kt_kernel's byte order, part after part.
+  // Copies of one packed matrix, in kt_kernel's byte order, part after part, slice after slice.
   std::vector<std::uint8_t> packed_codes(int expert, Projection projection);
   std::vector<float> packed_scales(int expert, Projection projection);
 
@@ -73,6 +101,10 @@ class MoeLayer {
   void check_forward(const TensorView& hidden_states, const TensorView& expert_ids,
                      const TensorView& routing_weights, const TensorView& out) const;
   void pack(int expert, Projection projection, const TensorView& source);
+  void copy_shards(int expert, Projection projection, std::span<const PackedShard> shards);
+  void copy_images(const std::vector<MappedFile>& files);
+  std::uint64_t parallel_digest(const std::byte* data, std::size_t bytes);
+  void check_expert(int expert) const;
   void check_loaded(int expert) const;
 
   const std::shared_ptr<Engine> engine_;

@@ -55,7 +55,7 @@ Workspace::Shared carve_shared(Carver& carver, std::size_t rows, std::size_t act
   Workspace::Shared shared;
   shared.act = carver.take<std::uint16_t>(rows * act_row);
   shared.codes = carver.take<std::uint8_t>(rows * act_row);
-  shared.scales = carver.take<float>(rows * sizeof(float));
+  shared.scales = carver.take<float>(rows * ExpertWeights::kMaxDownSlices * sizeof(float));
   shared.t = carver.take<std::uint16_t>(rows * (ExpertLora::kMaxRank + kShrunkPadding) *
                                         sizeof(std::uint16_t));
   return shared;
@@ -114,6 +114,12 @@ void Workspace::release() {
   std::fill(threads_.begin(), threads_.end(), Thread{});
   shared_ = Shared{};
   x_row_ = act_row_ = plan_rows_ = 0;
+}
+
+std::size_t Workspace::bytes() const {
+  std::size_t bytes = shared_memory_.bytes();
+  for (const AlignedBuffer& memory : thread_memory_) bytes += memory.bytes();
+  return bytes;
 }
 
 std::atomic<int>* Workspace::job_counters(std::size_t count) {

@@ -48,7 +48,7 @@ class Workspace {
   struct Shared {
     std::uint16_t* act = nullptr;  // BF16 intermediate activations
     std::uint8_t* codes = nullptr;
-    float* scales = nullptr;
+    float* scales = nullptr;     // [slices of down][rows] of codes
     std::uint16_t* t = nullptr;  // shrunk rows for down
   };
 
@@ -60,6 +60,7 @@ class Workspace {
 
   int max_qlen() const { return max_qlen_; }
   int max_job_rows() const { return max_job_rows_; }
+  std::size_t bytes() const;
   const Thread& thread(int index) const { return threads_[static_cast<std::size_t>(index)]; }
   const Shared& shared() const { return shared_; }
 

@@ -57,6 +57,13 @@ class AdapterPlan:
         inside = {row.tensor for row in self.audit.rows if row.status == "experts"}
         return sum(t.value.numel() for t in self.files.tensors if t.key in inside)
 
+    def planned_numel(self) -> tuple[int, int]:
+        """Numbers in the tensors that the engine and PEFT will apply, before either does."""
+        paths = tuple(f"{path}." for path in self.experts)
+        inside = {row.tensor for row in self.audit.rows if row.acts_on.startswith(paths)}
+        sizes = [(t.key in inside, t.value.numel()) for t in self.files.tensors]
+        return sum(n for i, n in sizes if i), sum(n for i, n in sizes if not i)
+
     def apply_to_torch(self, model: nn.Module) -> None:
         """Puts the other tensors into the loaded ``model``, and records it in the audit."""
         self.audit.mark(apply_torch_side(self.side, model, self.settings), "peft")

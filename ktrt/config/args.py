@@ -42,12 +42,18 @@ class ExpertArgs:
     """The routed experts' engine. ``kt_num_threads`` None lets the engine choose the count.
 
     ``kt_use_cuda_graph``: on a GPU, a decode step is one CUDA graph where the model allows it.
+    ``kt_weight_path``: experts that kt_kernel has packed, instead of the model's own.
+    ``ktrt_cache`` keeps packed experts on disk, in ``ktrt_cache_dir`` (None: the environment
+    decides).
     """
 
     kt_backend: KtBackend = "AMXBF16"
     kt_num_threads: int | None = None
     kt_tp_enabled: bool = False
     kt_use_cuda_graph: bool = True
+    kt_weight_path: Path | None = None
+    ktrt_cache: bool = True
+    ktrt_cache_dir: Path | None = None
 
     def __post_init__(self) -> None:
         threads = self.kt_num_threads

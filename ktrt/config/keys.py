@@ -127,7 +127,6 @@ _PRE_PACKED = Refusal(
 _VOCABULARY = Refusal((None, False, ""), "the tokenizer must hold every token already")
 
 REFUSED = {
-    "kt_weight_path": _PRE_PACKED,
     "kt_non_expert_weight_path": _PRE_PACKED,
     "kt_expert_checkpoint_path": _PRE_PACKED,
     "kt_num_gpu_experts": Refusal((None, 0), "all routed experts run on the CPU"),

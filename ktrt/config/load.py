@@ -197,6 +197,10 @@ def _resolve_paths(values: dict[str, Any], where: str, folder: Path | None) -> N
         raise ConfigError(f"{where}: model_name_or_path is missing: the base model's directory")
     values["model_name_or_path"] = _directory("model_name_or_path", model, where, folder)
 
+    packed = values.pop("kt_weight_path", None)
+    if packed is not None and packed != Path():
+        values["kt_weight_path"] = _directory("kt_weight_path", packed, where, folder)
+
     adapter = values.pop("adapter_name_or_path", None)
     if adapter is None or adapter == Path():
         return

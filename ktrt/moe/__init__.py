@@ -9,7 +9,7 @@ from ktrt.moe.discovery import ExpertsSpec, find_experts
 
 try:
     from ktrt import _core
-    from ktrt._core import Engine
+    from ktrt._core import Engine, MoeLayer, release_file_pages
 except ImportError as error:
     raise KtrtError(
         f"the compiled engine ktrt._core cannot be imported ({error}). Build and install it with "
@@ -21,18 +21,22 @@ if _core.__version__ != ktrt.__version__:
         f"{_core.__version__}. Install both together: `pip install .` in the source folder of ktrt."
     )
 
-from ktrt.moe.engine import build_engine, new_layer
+from ktrt.moe.engine import BACKENDS, build_engine, new_layer, weight_format_of
 from ktrt.moe.experts import KTExperts, experts_replaced
 from ktrt.moe.handoff import HandOff, new_hand_off
 
 __all__ = [
+    "BACKENDS",
     "Engine",
     "ExpertsSpec",
     "HandOff",
     "KTExperts",
+    "MoeLayer",
     "build_engine",
     "experts_replaced",
     "find_experts",
     "new_hand_off",
     "new_layer",
+    "release_file_pages",
+    "weight_format_of",
 ]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # kt_backend → the engine's weight format and the kernel family that reads it.
-_BACKENDS: dict[str, tuple[Literal["bf16", "int8", "int4"], str]] = {
+BACKENDS: dict[str, tuple[Literal["bf16", "int8", "int4"], str]] = {
     "AMXBF16": ("bf16", "gemm_bf16"),
     "AMXInt8": ("int8", "gemm_int8"),
     "AMXInt4": ("int4", "gemm_int4"),
@@ -43,22 +43,29 @@ def build_engine(experts: ExpertArgs) -> Engine:
     return engine
 
 
-def new_layer(engine: Engine, spec: ExpertsSpec, kt_backend: str) -> MoeLayer:
-    """An empty engine layer of the sizes of ``spec``, in the weight format of ``kt_backend``."""
+def weight_format_of(kt_backend: str) -> str:
+    """The engine's weight format for a kt_backend."""
+    return BACKENDS[kt_backend][0]
+
+
+def new_layer(engine: Engine, spec: ExpertsSpec, kt_backend: str, down_slices: int = 1) -> MoeLayer:
+    """An empty engine layer of the sizes of ``spec``, in the weight format of ``kt_backend``; it
+    takes memory when experts are loaded."""
     return MoeLayer(
         engine,
         num_experts=spec.num_experts,
         top_k=spec.top_k,
         hidden_size=spec.hidden_size,
         intermediate_size=spec.intermediate_size,
-        weight_format=_BACKENDS[kt_backend][0],
+        weight_format=BACKENDS[kt_backend][0],
+        down_slices=down_slices,
         has_gate=spec.has_gate,
         **spec.activation.arguments(),
     )
 
 
 def _kernel_line(kt_backend: str, num_threads: int) -> str:
-    weight_format, family = _BACKENDS[kt_backend]
+    weight_format, family = BACKENDS[kt_backend]
     kernel = _core.kernels()[family]
     what = f"{weight_format.upper()} experts run on {kernel} kernels, {num_threads} threads"
     if kernel.startswith("amx"):

@@ -12,3 +12,5 @@ if os.environ.get("KTRT_TEST_GPU") != "1":
 # Before anything imports huggingface_hub: a test that would download fails at once and everywhere.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Tests that are about the cache of packed experts name a folder for it.
+os.environ["KTRT_CACHE"] = "0"

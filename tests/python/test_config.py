@@ -240,8 +240,8 @@ class TestUnknownAndUnused:
     @pytest.mark.parametrize(
         "line",
         [
-            "kt_weight_path: /x",
-            "kt_config: {kt_weight_path: /x}",
+            "kt_non_expert_weight_path: /x",
+            "kt_config: {kt_expert_checkpoint_path: /x}",
             "kt_num_gpu_experts: 4",
             "kt_use_lora_experts: true",
             "quantization_bit: 4",

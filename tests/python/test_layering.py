@@ -33,23 +33,48 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "skeleton": set(),
     "adapter": {"checkpoint"},
     "moe": {"_core"},
-    "model": {
+    "progress": set(),
+    "fingerprint": set(),
+    "pack_cache": {"fingerprint"},
+    "kt_weights": {"checkpoint"},
+    "expert_loading": {
+        "checkpoint",
+        "fingerprint",
+        "kt_weights",
+        "moe",
+        "pack_cache",
+        "progress",
+    },
+    "memory_limits": set(),
+    "memory_plan": {"memory_limits"},
+    "prepare": {
         "adapter",
         "checkpoint",
         "checkpoint_names",
-        "decode_graph",
-        "dequantized",
-        "kv_cache",
+        "expert_loading",
+        "kt_weights",
+        "memory_plan",
         "moe",
         "skeleton",
     },
+    "torch_weights": {"checkpoint", "checkpoint_names", "dequantized", "moe", "prepare"},
+    "model": {
+        "adapter",
+        "decode_graph",
+        "expert_loading",
+        "kv_cache",
+        "moe",
+        "prepare",
+        "torch_weights",
+    },
+    "pack": {"expert_loading", "fingerprint", "prepare", "moe", "pack_cache"},
     "api": {"model", "session", "template"},
-    "chat": {"api", "session", "terminal"},
+    "chat": {"api", "prepare", "session", "terminal"},
     "__init__": {"api"},
 }
 LEAVES = {"errors", "config"}
 # The whole Config is for those who assemble; the others take their own part of it.
-ASSEMBLERS = {"config", "api", "chat"}
+ASSEMBLERS = {"config", "api", "chat", "pack"}
 WITHOUT_TORCH = {"errors", "config", "template", "terminal", "__init__"}
 
 # Layers of csrc/ and the layers below each.

@@ -284,7 +284,7 @@ def test_wrong_adapter_is_refused_before_weights_are_read(
     def never(*_args: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(ktrt.model, "_load_without_experts", never)
+    monkeypatch.setattr(ktrt.model, "load_without_experts", never)
     other = save_model(tmp_path / "other", "deepseek_v2", 112)
     adapter = save_adapter(tmp_path / "adapter", other, "a")
     with pytest.raises(AdapterError, match=r"shape \[8, 112\], expected \[rank, 96\]"):
@@ -304,7 +304,7 @@ def test_adapter_without_routed_experts(folder: Path, tmp_path: Path) -> None:
 
 def test_engine_is_closed_when_loading_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = build_engine(ExpertArgs(kt_num_threads=1))
-    monkeypatch.setattr(ktrt.model, "build_engine", lambda _: engine)
+    monkeypatch.setattr("ktrt.prepare.build_engine", lambda _: engine)
     monkeypatch.setattr(ktrt.model, "_apply_adapter", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         load(folder / "base", folder / "a")

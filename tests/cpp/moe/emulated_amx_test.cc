@@ -134,6 +134,23 @@ TEST(EmulatedAmx, IntegersWithoutLoraHaveTheBitsOfThePortableKernels) {
   }
 }
 
+TEST(EmulatedAmx, SlicesOfDownHaveTheBitsOfThePortableKernels) {
+  if (!cpu_features().avx512_bf16 || !cpu_features().avx512_vnni) GTEST_SKIP();
+  for (const WeightFormat format : {WeightFormat::kInt8, WeightFormat::kInt4}) {
+    const LayerCase test({4, 2, 96, 512}, format);
+    const Batch batch = random_batch(test.shape, 90);
+    const auto run = [&](std::shared_ptr<Engine> engine, int slices) {
+      MoeLayer layer(std::move(engine), test.shape, format, Activation{}, slices);
+      for (int e = 0; e < test.shape.num_experts; ++e) test.load(layer, e);
+      return forward(layer, batch);
+    };
+    const auto portable = testing::make_engine(2, kMaxQlen, Isa::kPortable);
+    EXPECT_EQ(run(emulated_engine(3), 2), run(portable, 2));
+    EXPECT_EQ(run(emulated_engine(3), 4), run(portable, 4));
+    EXPECT_NE(run(portable, 4), run(portable, 2));
+  }
+}
+
 // Biases, other activations, no gate: where rows are in tile order, and where jobs end in the
 // middle of a tile.
 class EmulatedAmxFormsTest : public ::testing::TestWithParam<std::tuple<WeightFormat, Form>> {};

@@ -18,7 +18,8 @@ class ExpertWeightsTest : public ::testing::TestWithParam<std::tuple<WeightForma
  protected:
   const WeightFormat format_ = std::get<0>(GetParam());
   const int parts_ = std::get<1>(GetParam());
-  const ExpertWeights weights_{kShape, format_, parts_};
+  ExpertWeights weights_{kShape, format_, parts_};
+  void SetUp() override { weights_.allocate(); }
 };
 
 INSTANTIATE_TEST_SUITE_P(Parts, ExpertWeightsTest,

@@ -48,16 +48,17 @@ def _variant() -> str | None:
     return next((name for name, flag in _VARIANTS.items() if flag in flags), None)
 
 
-def referee(folder: Path, weight_format: Format, arrays: Arrays) -> Arrays:
-    """What kt_kernel makes of ``arrays``, in a new process.
+def referee(folder: Path, weight_format: Format, arrays: Arrays, parts: int = 1) -> Arrays:
+    """What kt_kernel makes of ``arrays``, in a new process, as if for ``parts`` NUMA nodes.
 
     ``arrays``: gate, up [E, I, H] and down [E, H, I] as bfloat16 bit patterns (uint16); hidden
     [qlen, H] the same; ids [qlen, k] int64; weights [qlen, k] float32. Returned: ``out`` [qlen, H]
     bfloat16 bits and, per projection p and expert e, ``p_e`` the packed bytes (for BF16 one row per
-    candidate found in memory) and for INT8 and INT4 ``p_e_scale`` float32.
+    candidate found in memory) and for INT8 and INT4 ``p_e_scale`` float32; with several parts only
+    ``out``. The ``.kt`` files of INT8 and INT4 stay in ``folder``.
     """
     np.savez(folder / "in.npz", **arrays)  # type: ignore[arg-type]
-    command = [sys.executable, __file__, str(folder), weight_format]
+    command = [sys.executable, __file__, str(folder), weight_format, str(parts)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     if done.returncode != 0:
         raise AssertionError(f"kt_kernel ended with {done.returncode}:\n{done.stderr[-2000:]}")
@@ -86,12 +87,13 @@ def _pointer(array: NDArray[Any]) -> int:
 class _Layer:
     """One MoE layer in kt_kernel, with the arrays it points to."""
 
-    def __init__(self, folder: Path, weight_format: Format, arrays: Arrays) -> None:
+    def __init__(self, folder: Path, weight_format: Format, arrays: Arrays, parts: int) -> None:
         kt = _extension()
         self.arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         experts, intermediate, hidden = arrays["gate"].shape
         pool = kt.WorkerPoolConfig()
-        pool.subpool_count, pool.subpool_numa_map, pool.subpool_thread_count = 1, [0], [1]
+        pool.subpool_count, pool.subpool_numa_map = parts, [0] * parts
+        pool.subpool_thread_count = [1] * parts
         self.cpu = kt.CPUInfer(pool)
         config = kt.moe.MOEConfig(experts, arrays["ids"].shape[1], hidden, intermediate)
         config.pool, config.max_len, config.layer_idx = self.cpu.backend_, 64, 0
@@ -159,13 +161,13 @@ def _found_in_memory(matrix: NDArray[np.uint16]) -> NDArray[np.uint8]:
     return np.stack(found) if found else np.empty((0, matrix.nbytes), np.uint8)
 
 
-def main(folder: Path, weight_format: Format) -> None:
+def main(folder: Path, weight_format: Format, parts: int) -> None:
     os.dup2(2, 1)  # kt_kernel prints
     with np.load(folder / "in.npz") as loaded:
         arrays = dict(loaded)
-    layer = _Layer(folder, weight_format, arrays)
+    layer = _Layer(folder, weight_format, arrays, parts)
     result: Arrays = {"out": layer.forward()}
-    for projection in _PROJECTIONS:
+    for projection in _PROJECTIONS if parts == 1 else ():
         for expert, matrix in enumerate(arrays[projection]):
             name = f"{projection}_{expert}"
             if weight_format == "bf16":
@@ -180,4 +182,4 @@ def main(folder: Path, weight_format: Format) -> None:
 
 if __name__ == "__main__":
     (given,) = [each for each in get_args(Format) if each == sys.argv[2]]
-    main(Path(sys.argv[1]), given)
+    main(Path(sys.argv[1]), given, int(sys.argv[3]))

@@ -1,0 +1,170 @@
+"""Fills the engine's layers: from the pack cache, from kt_kernel's files, or by packing."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ktrt.fingerprint import fingerprint
+from ktrt.moe import release_file_pages
+from ktrt.pack_cache import CacheKey, PackCache, default_folder
+from ktrt.progress import byte_progress
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from ktrt.checkpoint import Checkpoint, ExpertWeights
+    from ktrt.config import ExpertArgs
+    from ktrt.kt_weights import KtWeights
+    from ktrt.moe import ExpertsSpec, MoeLayer
+    from ktrt.pack_cache import CacheWriter
+
+logger = logging.getLogger(__name__)
+
+_OFF = ("0", "off", "false", "no")
+
+
+@dataclass(frozen=True)
+class ExpertSource:
+    """The routed experts of a checkpoint: where each layer's lie (by module path)."""
+
+    checkpoint: Checkpoint
+    specs: Sequence[ExpertsSpec]
+    weights: Mapping[str, ExpertWeights]
+
+    def files(self) -> list[Path]:
+        """The weight files, without symbolic links."""
+        found = {self.checkpoint.file(name) for name in self.checkpoint.names()}
+        return sorted(path.resolve() for path in found)
+
+
+def cache_folder(args: ExpertArgs, environ: Mapping[str, str] = os.environ) -> Path | None:
+    """Where packed experts are kept: ``ktrt_cache_dir``, else KTRT_CACHE_DIR, else ~/.cache/ktrt;
+    None if ``ktrt_cache: false`` or KTRT_CACHE=0 switches the cache off."""
+    if not args.ktrt_cache or environ.get("KTRT_CACHE", "").lower() in _OFF:
+        return None
+    if args.ktrt_cache_dir is not None:
+        return args.ktrt_cache_dir.expanduser()
+    given = environ.get("KTRT_CACHE_DIR")
+    return Path(given).expanduser() if given else default_folder()
+
+
+def cache_of(root: Path, source: ExpertSource, layers: Mapping[str, MoeLayer]) -> PackCache:
+    """The cache in ``root`` for these layers. ``CheckpointError`` if a file cannot be read."""
+    folder = source.checkpoint.folder.resolve()
+    key = CacheKey(
+        source=str(folder),
+        weight_format=next(iter(layers.values())).weight_format,
+        layers={path: list(layer.image_bytes) for path, layer in layers.items()},
+        # config.json says what the tensors of the files mean.
+        files=fingerprint([*source.files(), folder / "config.json"]),
+    )
+    return PackCache(root, key)
+
+
+def load_experts(
+    source: ExpertSource,
+    layers: Mapping[str, MoeLayer],
+    root: Path | None,
+    kt_weights: KtWeights | None = None,
+) -> None:
+    """Loads all experts into ``layers`` (by module path). ``root``: the cache's folder, None for no
+    cache. ``kt_weights``: kt_kernel's files, used instead of the checkpoint's experts."""
+    if kt_weights is not None:
+        _load(source, layers, "Loaded", lambda spec, expert: layers[spec.path].load_packed_expert(
+            expert, *kt_weights.read(spec, expert)), kt_weights.files)  # fmt: skip
+        return
+    if root is None:
+        pack_experts(source, layers)
+        return
+    cache = cache_of(root, source, layers)
+    if _load_cached(cache, layers, source.specs):
+        return
+    with cache.lock() as may_write:
+        if _load_cached(cache, layers, source.specs):
+            return
+        writer = cache.writer() if may_write else None
+        if writer is None:
+            pack_experts(source, layers)
+            return
+        with writer:
+            pack_experts(source, layers, writer)
+            finish(writer, cache)
+
+
+def _load_cached(
+    cache: PackCache, layers: Mapping[str, MoeLayer], specs: Sequence[ExpertsSpec]
+) -> bool:
+    start = time.perf_counter()
+    how = cache.load(layers)
+    if how is None:
+        return False
+    size = sum(layer.packed_bytes for layer in layers.values())
+    _log_rate(f"Loaded {_count(specs)} from the pack cache", size, start, f", {how}")
+    return True
+
+
+def finish(writer: CacheWriter, cache: PackCache) -> None:
+    """Completes the cache and says where it is."""
+    start = time.perf_counter()
+    if writer.finish():
+        seconds = time.perf_counter() - start
+        logger.info("Wrote the pack cache %s (%.1f s on the disk)", cache.folder, seconds)
+
+
+def pack_experts(
+    source: ExpertSource,
+    layers: Mapping[str, MoeLayer],
+    writer: CacheWriter | None = None,
+    done: Callable[[str], object] = lambda _path: None,
+) -> None:
+    """Packs the checkpoint's experts, layer by layer; ``done`` is called after each, by path."""
+
+    def load(spec: ExpertsSpec, expert: int) -> None:
+        layers[spec.path].load_expert(expert, *source.weights[spec.path].read(expert))
+
+    def after(path: str) -> None:
+        if writer is not None:
+            writer.add(path, layers[path])
+        done(path)
+
+    _load(source, layers, "Packed", load, source.files(), after)
+
+
+def _load(
+    source: ExpertSource,
+    layers: Mapping[str, MoeLayer],
+    verb: str,
+    load: Callable[[ExpertsSpec, int], None],
+    files: Iterable[Path],
+    after: Callable[[str], None] = lambda _path: None,
+) -> None:
+    """Loads expert by expert; the pages of ``files`` are given back after every layer, so that
+    never more than one layer of them counts as this process's memory."""
+    start = time.perf_counter()
+    sizes = {path: layer.packed_bytes for path, layer in layers.items()}
+    with byte_progress(f"{verb.removesuffix('ed')}ing experts", sum(sizes.values())) as advance:
+        for spec in source.specs:
+            for expert in range(spec.num_experts):
+                load(spec, expert)
+                advance(sizes[spec.path] / spec.num_experts)
+            for file in files:
+                release_file_pages(str(file))
+            after(spec.path)
+    _log_rate(f"{verb} {_count(source.specs)}", sum(sizes.values()), start)
+
+
+def _count(specs: Sequence[ExpertsSpec]) -> str:
+    return f"{sum(spec.num_experts for spec in specs)} experts of {len(specs)} layers"
+
+
+def _log_rate(what: str, size: int, start: float, more: str = "") -> None:
+    seconds = time.perf_counter() - start
+    gigabytes = size / 1e9
+    logger.info(
+        "%s: %.2f GB in %.1f s (%.2f GB/s)%s", what, gigabytes, seconds, gigabytes / seconds, more
+    )

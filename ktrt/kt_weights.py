@@ -1,0 +1,211 @@
+"""Expert weights that kt_kernel 0.7.2 has packed: ``.kt`` trees and converted safetensors folders.
+
+Codes and scales are used as they are; only tiles find their places in the engine's memory. A file
+set for several NUMA nodes holds, per node, that many rows of gate and up, and columns of down with
+scales of their own. The engine keeps down in as many slices, whatever the machine's nodes are, so
+that the numbers are those of the files.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+
+import numpy as np
+import torch
+
+from ktrt.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
+from ktrt.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
+
+Projection = Literal["gate", "up", "down"]
+PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
+# (codes uint8 [bytes], scales float32 [rows]) of every part.
+Shards = list[tuple[Any, Any]]
+
+# Bits of a code, by weight format.
+_BITS = {"int8": 8, "int4": 4}
+_TREE_FILE = re.compile(
+    r"_layer_(\d+)/_numa_(\d+)/(INT\d)_(gate|up|down)_(\d+)_(\d+)Byte_(quant|scale)_\.kt"
+)
+_TENSOR = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.(\d+)\.numa\.(\d+)\.(weight|scale)")
+
+
+class LayerShape(Protocol):
+    """What is used of an experts module's description."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def layer(self) -> int: ...
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class _Key:
+    layer: int
+    part: int
+    projection: str
+    expert: int
+    kind: str  # codes or scales
+
+
+@dataclass(frozen=True)
+class _Array:
+    where: str
+    file: Path
+    size: int  # bytes
+    read: Callable[[], Any]
+
+
+class KtWeights:
+    """The files of one folder, all sizes checked; ``parts`` is for how many NUMA nodes they are."""
+
+    def __init__(self, folder: Path, specs: Sequence[LayerShape], weight_format: str) -> None:
+        """Raises ``CheckpointError`` naming file and size: files that are absent, of another
+        format than ``weight_format``, or do not fit ``specs``."""
+        self._folder = folder
+        self._arrays = _find(folder)
+        self.parts = 1 + max(key.part for key in self._arrays)
+        self._weight_format = weight_format
+        if weight_format not in _BITS:
+            raise CheckpointError(
+                f"kt_weight_path {folder}: kt_kernel has files of {', '.join(_BITS)} experts only; "
+                f"expected kt_backend AMXInt8 or AMXInt4, found {weight_format} experts."
+            )
+        for spec in specs:
+            self._check(spec)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files whose pages may be given back, without symbolic links."""
+        found = {array.file for array in self._arrays.values()}
+        return sorted(path.resolve() for path in found) if len(found) < len(self._arrays) else []
+
+    def read(self, spec: LayerShape, expert: int) -> tuple[Shards, Shards, Shards]:
+        """gate, up and down of one expert, part after part."""
+        gate, up, down = (
+            [
+                (self._array(spec, part, p, expert, "codes").read(),
+                 self._array(spec, part, p, expert, "scales").read())
+                for part in range(self.parts)
+            ]
+            for p in PROJECTIONS
+        )  # fmt: skip
+        return gate, up, down
+
+    def _array(
+        self, spec: LayerShape, part: int, projection: str, expert: int, kind: str
+    ) -> _Array:
+        array = self._arrays.get(_Key(spec.layer, part, projection, expert, kind))
+        if array is None:
+            raise CheckpointError(
+                f"kt_weight_path {self._folder}: no {kind} of layer {spec.layer}, part {part}, "
+                f"{projection} of expert {expert}; expected all of {spec.num_experts} experts in "
+                f"{self.parts} parts. The files are incomplete or of another model."
+            )
+        return array
+
+    def _check(self, spec: LayerShape) -> None:
+        if spec.intermediate_size % (32 * self.parts):
+            raise CheckpointError(
+                f"kt_weight_path {self._folder}: files for {self.parts} NUMA nodes do not fit the "
+                f"intermediate size {spec.intermediate_size} of {spec.path}."
+            )
+        local = spec.intermediate_size // self.parts
+        for projection in PROJECTIONS:
+            rows = spec.hidden_size if projection == "down" else local
+            codes = spec.hidden_size * local * _BITS[self._weight_format] // 8
+            for part in range(self.parts):
+                for expert in range(spec.num_experts):
+                    for kind, size in (("codes", codes), ("scales", 4 * rows)):
+                        array = self._array(spec, part, projection, expert, kind)
+                        if array.size != size:
+                            raise CheckpointError(self._wrong_size(spec, array, kind, size))
+
+    def _wrong_size(self, spec: LayerShape, array: _Array, kind: str, expected: int) -> str:
+        weights = spec.hidden_size * spec.intermediate_size // self.parts
+        other = [name for name, bits in _BITS.items() if array.size == weights * bits // 8]
+        hint = "The files are of another model, or damaged."
+        if kind == "codes" and other:
+            hint = f"The files hold {other[0]} experts: set kt_backend: AMX{other[0].title()}."
+        return (
+            f"kt_weight_path: {array.where} has {array.size} bytes, expected {expected} for "
+            f"{self._weight_format} {kind} of {spec.path}. {hint}"
+        )
+
+
+def _find(folder: Path) -> dict[_Key, _Array]:
+    if any(folder.glob("_layer_*")):
+        arrays = dict(_tree(folder))
+    elif (folder / INDEX_NAME).is_file() or (folder / SINGLE_NAME).is_file():
+        arrays = dict(_converted(folder))
+    else:
+        arrays = {}
+    if not arrays:
+        raise CheckpointError(
+            f"kt_weight_path {folder} holds neither kt_kernel's .kt tree (_layer_0/_numa_0/…) nor "
+            f"its converted safetensors ({INDEX_NAME} with blk.0.ffn_gate_exps.…)."
+        )
+    return arrays
+
+
+def _tree(folder: Path) -> Iterable[tuple[_Key, _Array]]:
+    for path in folder.glob("_layer_*/_numa_*/*.kt"):
+        match = _TREE_FILE.fullmatch(path.relative_to(folder).as_posix())
+        if match is None:
+            continue
+        layer, part, _, projection, expert, size, what = match.groups()
+        found = path.stat().st_size
+        if found != int(size):
+            raise CheckpointError(
+                f"{path} has {found} bytes, expected {size} by its name: it is incomplete."
+            )
+        codes = what == "quant"
+        key = _Key(int(layer), int(part), projection, int(expert), "codes" if codes else "scales")
+        yield key, _Array(str(path), path, found, _file_reader(path, codes=codes))
+
+
+def _file_reader(path: Path, *, codes: bool) -> Callable[[], Any]:
+    dtype = np.uint8 if codes else np.float32
+    # Copy on write, since a read-only array cannot be handed over; nobody writes.
+    return lambda: np.memmap(path, dtype, mode="c")
+
+
+def _converted(folder: Path) -> Iterable[tuple[_Key, _Array]]:
+    checkpoint = Checkpoint(folder)
+    for name in checkpoint.names():
+        match = _TENSOR.fullmatch(name)
+        if match is None:
+            continue
+        layer, projection, expert, part, what = match.groups()
+        codes, dtype = what == "weight", checkpoint.dtype(name)
+        if dtype not in (("I8", "U8") if codes else ("F32",)):
+            raise CheckpointError(
+                f"{checkpoint.file(name)}: {name} has dtype {dtype}, expected "
+                f"{'I8' if codes else 'F32'} as kt_kernel's converter writes it."
+            )
+        count = int(np.prod(checkpoint.shape(name)))
+        key = _Key(int(layer), int(part), projection, int(expert), "codes" if codes else "scales")
+        where = f"{checkpoint.file(name)}: {name}"
+        yield key, _Array(
+            where, checkpoint.file(name), count * (1 if codes else 4),
+            _tensor_reader(checkpoint, name, codes=codes),
+        )  # fmt: skip
+
+
+def _tensor_reader(checkpoint: Checkpoint, name: str, *, codes: bool) -> Callable[[], Any]:
+    def read() -> torch.Tensor:
+        tensor = checkpoint.read(name).flatten()
+        return tensor.view(torch.uint8) if codes else tensor
+
+    return read

@@ -1,0 +1,258 @@
+"""What a model will take of RAM and GPU memory, known before its first weight is read."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ktrt.errors import ConfigError
+from ktrt.memory_limits import Limit, address_limit, gpu_limit, ram_limit, resident_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    from torch import nn
+
+logger = logging.getLogger(__name__)
+
+# A conversation shorter than this is no use; a plan with less room is refused.
+MIN_CONTEXT = 2048
+# Activations, allocator slack and what libraries import later; measured on CPU-only starts.
+_RUNTIME_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class Item:
+    """One consumer: bytes of RAM and of GPU memory."""
+
+    name: str
+    ram: int = 0
+    gpu: int = 0
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """``items`` hold everything but the KV cache, which takes ``kv_token_bytes`` per token of up to
+    ``max_context`` tokens, on the GPU if ``on_gpu``. ``already`` bytes of RAM are held now.
+    ``other_formats``: bytes of the experts by kt_backend. ``mapped_files``: addresses, not
+    memory, that transformers takes for the checkpoint's files."""
+
+    items: tuple[Item, ...]
+    kv_token_bytes: int
+    max_context: int
+    on_gpu: bool
+    already: int
+    other_formats: Mapping[str, int]
+    mapped_files: int
+    ram: Limit
+    gpu: Limit | None
+    addresses: Limit | None
+
+    def kv(self, context: int) -> Item:
+        """The KV cache of ``context`` tokens."""
+        size = context * self.kv_token_bytes
+        name = f"KV cache, {context} tokens"
+        return Item(name, gpu=size) if self.on_gpu else Item(name, ram=size)
+
+    def total(self, context: int) -> Item:
+        """All of it, with a KV cache of ``context`` tokens."""
+        rows = [*self.items, self.kv(context)]
+        return Item("total", sum(r.ram for r in rows), sum(r.gpu for r in rows))
+
+    def excess(self, context: int) -> str | None:
+        """What does not fit with a KV cache of ``context`` tokens, in words; None if all does."""
+        total = self.total(context)
+        for what, need, limit in (
+            ("RAM", total.ram - self.already, self.ram),
+            ("address space", total.ram - self.already + self.mapped_files, self.addresses),
+            ("GPU memory", total.gpu, self.gpu),
+        ):
+            if limit is not None and need > limit.free:
+                return f"{_gb(need)} more {what} needed, {_gb(limit.free)} free ({limit.what})"
+        return None
+
+    def fitting_context(self) -> int:
+        """The longest context that fits, up to ``max_context``; 0 if not even MIN_CONTEXT."""
+        low, high = 0, self.max_context
+        if self.excess(min(MIN_CONTEXT, high)) is not None:
+            return 0
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (low, middle - 1) if self.excess(middle) else (middle, high)
+        return low
+
+    def check(self) -> None:
+        """``ConfigError`` with the numbers, and what would fit, if this cannot run; a warning if
+        the model's whole context does not fit."""
+        context = self.fitting_context()
+        if context == 0:
+            reason = self.excess(min(MIN_CONTEXT, self.max_context))
+            raise ConfigError(f"This does not fit: {reason}.\n{self.table()}\n{self._advice()}")
+        if context < self.max_context:
+            logger.warning(
+                "Memory: %s. Conversations of up to %d tokens fit, the model's context is %d",
+                self.excess(self.max_context), context, self.max_context,
+            )  # fmt: skip
+
+    def _advice(self) -> str:
+        experts = self.items[0].ram
+        fitting = []
+        for backend, size in self.other_formats.items():
+            smaller = (Item("", size), *self.items[1:])
+            plan = MemoryPlan(**{**vars(self), "items": smaller})
+            if size < experts and (context := plan.fitting_context()):
+                fitting.append(f"kt_backend: {backend} (experts {_gb(size)}, {context} tokens)")
+        if fitting:
+            return f"It would fit with {' or '.join(fitting)}."
+        return "No weight format of ktrt makes it fit: take a smaller model or a larger machine."
+
+    def table(self) -> str:
+        """Names and gigabytes in columns."""
+        rows = [*self.items, self.kv(self.max_context), self.total(self.max_context)]
+        width = max(len(row.name) for row in rows)
+        lines = [f"{'':<{width}}  {'RAM':>9}  {'GPU':>9}"]
+        lines += [f"{r.name:<{width}}  {_gb(r.ram):>9}  {_gb(r.gpu):>9}" for r in rows]
+        gpu = _gb(self.gpu.free) if self.gpu else "none"
+        free = _gb(self.ram.free + self.already)
+        lines.append(f"{'free, with what is held now':<{width}}  {free:>9}  {gpu:>9}")
+        lines.append(f"RAM is bounded by {self.ram.what}.")
+        if self.addresses is not None:
+            lines.append(
+                f"{_gb(self.addresses.free)} of address space free: {self.addresses.what}."
+            )
+        context = self.fitting_context()
+        if context == self.max_context:
+            lines.append(f"It fits, with the model's whole context of {context} tokens.")
+        elif context:
+            lines.append(f"It fits for conversations of up to {context} tokens.")
+        else:
+            lines.append("It does not fit.")
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; bytes."""
+        result = asdict(self)
+        context = self.fitting_context()
+        result |= {"fitting_context": context, "fits": context > 0}
+        result["total"] = asdict(self.total(self.max_context))
+        return result
+
+
+def check_addresses(folder: Path) -> int:
+    """Addresses that one look at the weight files takes: safetensors maps each, and torch does.
+    ``ConfigError`` if ulimit -v leaves no room for them."""
+    size = 2 * sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    limit = address_limit()
+    if limit is not None and size > limit.free:
+        raise ConfigError(
+            f"This does not fit: {_gb(size)} more address space needed to map the weight files of "
+            f"{folder}, {_gb(limit.free)} free ({limit.what}). Raise or remove that limit: it "
+            "bounds addresses, not memory."
+        )
+    return size
+
+
+def make_plan(
+    skeleton: nn.Module,
+    *,
+    experts: Mapping[str, int],
+    kt_backend: str,
+    expert_paths: Iterable[str],
+    layer_source: int,
+    mapped_files: int,
+    workspace: int,
+    lora: tuple[int, int],
+    infer_dtype: str,
+    root: Path | None = None,
+) -> MemoryPlan:
+    """The plan of a model on the meta device.
+
+    ``experts``: bytes of the packed experts by kt_backend; ``layer_source``: of the largest layer
+    of them in the checkpoint, which is mapped while it is packed; ``mapped_files``: addresses of
+    the whole checkpoint; ``lora``: values of the adapter on experts and elsewhere; ``root`` stands
+    for the file system's root in tests.
+    """
+    dtype = None if infer_dtype == "auto" else getattr(torch, infer_dtype)
+    others = _other_bytes(skeleton, expert_paths, dtype)
+    roots = () if root is None else (root,)
+    gpu = gpu_limit()
+    already = resident_bytes(*roots)
+
+    def placed(name: str, size: int) -> Item:
+        return Item(name, ram=size) if gpu is None else Item(name, gpu=size)
+
+    items = [
+        Item(f"routed experts, packed ({kt_backend})", ram=experts[kt_backend]),
+        placed("other weights", others),
+        # The other weights are mapped too, and touched when the experts are packed.
+        Item("a layer's source while packing", ram=max(0, layer_source - (0 if gpu else others))),
+        Item("workspace of the experts", ram=workspace),
+        # PEFT keeps its adapters in float32, the engine keeps the experts' in bfloat16.
+        Item("LoRA of the experts", ram=2 * lora[0]),
+        placed("LoRA elsewhere", 4 * lora[1]),
+        Item("Python and libraries", ram=already + _RUNTIME_BYTES),
+    ]
+    config = skeleton.config.get_text_config()  # type: ignore[operator, union-attr]
+    return MemoryPlan(
+        items=tuple(item for item in items if item.ram or item.gpu),
+        kv_token_bytes=kv_bytes_per_token(skeleton, expert_paths, dtype),
+        max_context=int(getattr(config, "max_position_embeddings", None) or MIN_CONTEXT),
+        on_gpu=gpu is not None,
+        already=already,
+        other_formats=dict(experts),
+        mapped_files=mapped_files,
+        ram=ram_limit(*roots),
+        gpu=gpu,
+        addresses=address_limit(*roots),
+    )
+
+
+def _other_bytes(
+    skeleton: nn.Module, expert_paths: Iterable[str], dtype: torch.dtype | None
+) -> int:
+    """Of all weights but the routed experts', in ``dtype`` or (None) their own."""
+    paths = tuple(f"{path}." for path in expert_paths)
+    return sum(
+        tensor.numel() * (dtype or tensor.dtype).itemsize
+        for name, tensor in (*skeleton.named_parameters(), *skeleton.named_buffers())
+        if not name.startswith(paths)
+    )
+
+
+def kv_bytes_per_token(
+    skeleton: nn.Module, expert_paths: Iterable[str], dtype: torch.dtype | None
+) -> int:
+    """Bytes of KV cache per token, found by running two tokens through the model on the meta
+    device; 0, with a log line, for a model that cannot run there."""
+    from transformers import DynamicCache
+
+    modules: list[Any] = [skeleton.get_submodule(path) for path in expert_paths]
+    for module in modules:
+        module.forward = lambda hidden_states, *_args, **_kwargs: torch.empty_like(hidden_states)
+    cache = DynamicCache(config=skeleton.config)
+    tokens = 2
+    try:
+        ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+        with torch.no_grad():
+            skeleton(input_ids=ids, past_key_values=cache, use_cache=True)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+        logger.info("The size of the KV cache is not known beforehand (%s)", error)
+        return 0
+    finally:
+        for module in modules:
+            del module.forward
+    tensors = [
+        value
+        for layer in cache.layers
+        for value in vars(layer).values()
+        if isinstance(value, torch.Tensor)
+    ]
+    return sum(t.numel() * (dtype or t.dtype).itemsize for t in tensors) // tokens
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

@@ -1,0 +1,193 @@
+"""``python -m ktrt.pack config.yaml``: packs a model's experts ahead, and looks after the cache."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ktrt import __version__
+from ktrt.config import load_config
+from ktrt.errors import ConfigError, KtrtError
+from ktrt.fingerprint import fingerprint
+from ktrt.pack_cache import LAYOUT, cache_folders, default_folder, read_manifest, unfinished
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ktrt.config import Config
+
+_EXIT_FAILURE = 2
+_EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code: 0, 2 after a failure, 130 after Ctrl-C."""
+    args = _parse_arguments(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logger = logging.getLogger("ktrt")
+    before = logger.level
+    logger.setLevel(logging.WARNING if args.quiet else logging.INFO)
+    try:
+        if args.list:
+            show(entries(_folder(args)), as_json=args.json)
+        elif args.prune:
+            prune(_folder(args), everything=args.all)
+        else:
+            pack(load_config(args.config, args.overrides))
+    except KtrtError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return _EXIT_FAILURE
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return _EXIT_INTERRUPTED
+    finally:
+        logger.setLevel(before)
+    return 0
+
+
+def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m ktrt.pack",
+        description="Packs a model's routed experts into the cache, so that the chat starts fast.",
+    )
+    parser.add_argument("config", nargs="?", help="YAML file, as for ktrt.chat")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--list", action="store_true", help="show what is in the cache")
+    parser.add_argument("--json", action="store_true", help="with --list: as JSON")
+    parser.add_argument(
+        "--prune", action="store_true", help="remove what is outdated, damaged or incomplete"
+    )
+    parser.add_argument("--all", action="store_true", help="with --prune: remove everything")
+    parser.add_argument("--dir", type=Path, help="with --list and --prune: the cache's folder")
+    parser.add_argument("-q", "--quiet", action="store_true", help="show warnings only")
+    parser.add_argument("--version", action="version", version=f"ktrt {__version__}")
+    args = parser.parse_intermixed_args(argv)
+    if (args.config is None) != (args.list or args.prune):
+        parser.error("expected a config file, or --list, or --prune")
+    return args
+
+
+def _folder(args: argparse.Namespace) -> Path:
+    given = args.dir or os.environ.get("KTRT_CACHE_DIR")
+    return Path(given).expanduser() if given else default_folder()
+
+
+def pack(config: Config) -> None:
+    """Packs the experts of a model, holding one layer of them at a time.
+
+    ``ConfigError``: the cache is switched off or could not be written, or kt_weight_path is set.
+    """
+    from ktrt.expert_loading import cache_folder, cache_of, finish, pack_experts
+    from ktrt.moe import build_engine
+    from ktrt.prepare import new_layers, open_base
+
+    args = config.experts
+    if args.kt_weight_path is not None:
+        raise ConfigError("kt_weight_path: these experts are packed already, there is no cache")
+    if (root := cache_folder(args)) is None:
+        raise ConfigError("the pack cache is switched off (ktrt_cache or KTRT_CACHE)")
+    source = open_base(config.model).experts
+    engine = build_engine(args)
+    try:
+        layers = new_layers(engine, source.specs, args)
+        cache = cache_of(root, source, layers)
+        with cache.lock() as may_write:
+            if reason := cache.mismatch():
+                print(f"{cache.folder}: {reason}")
+            else:
+                print(f"{cache.folder} is there already")
+                return
+            writer = cache.writer() if may_write else None
+            if writer is None:
+                raise ConfigError(f"no pack cache can be written to {root}")
+            with writer:
+                # A layer gives its memory back once it is written.
+                pack_experts(source, layers, writer, done=layers.pop)
+                finish(writer, cache)
+            if cache.mismatch():
+                raise ConfigError(f"the pack cache could not be written to {root}")
+    finally:
+        engine.close()
+
+
+def entries(root: Path) -> list[dict[str, Any]]:
+    """What lies in the cache folder: sizes, sources, and whether each entry is of use."""
+    found = []
+    for folder in cache_folders(root):
+        entry: dict[str, Any] = {"folder": str(folder), "bytes": _size(folder)}
+        try:
+            manifest = read_manifest(folder)
+            key = manifest["key"]
+            entry |= {
+                "source": key["source"],
+                "weight_format": key["weight_format"],
+                "layers": len(key["layers"]),
+                "parts": len(next(iter(key["layers"].values()))),
+                "created": manifest["created"],
+                "state": _state(manifest),
+            }
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            entry["state"] = f"damaged: {error}"
+        found.append(entry)
+    found += [
+        {"folder": str(folder), "bytes": _size(folder), "state": "incomplete"}
+        for folder in unfinished(root)
+    ]
+    return found
+
+
+def _state(manifest: dict[str, Any]) -> str:
+    key = manifest["key"]
+    source = Path(key["source"])
+    if manifest["layout"] != LAYOUT:
+        return f"outdated: layout {manifest['layout']}"
+    if not source.is_dir():
+        return "the model is gone"
+    try:
+        same = fingerprint(source / each["name"] for each in key["files"]) == key["files"]
+    except KtrtError:
+        same = False
+    return "current" if same else "outdated: the model's files have changed"
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def show(found: list[dict[str, Any]], *, as_json: bool) -> None:
+    """Prints entries."""
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    for entry in found:
+        print(f"{entry['bytes'] / 1e9:8.2f} GB  {entry['state']:<10}  {entry['folder']}")
+        if "source" in entry:
+            parts = f", {entry['parts']} NUMA parts" if entry["parts"] > 1 else ""
+            print(
+                f"{'':13}{entry['weight_format']} experts of {entry['layers']} layers{parts} of "
+                f"{entry['source']}, {entry['created']}"
+            )
+    total = sum(entry["bytes"] for entry in found)
+    print(f"{total / 1e9:8.2f} GB in {len(found)} entries")
+
+
+def prune(root: Path, *, everything: bool) -> None:
+    """Removes the entries that no start would use, or all."""
+    kept = 0
+    for entry in entries(root):
+        if entry["state"] == "current" and not everything:
+            kept += 1
+            continue
+        shutil.rmtree(entry["folder"])
+        print(f"removed {entry['folder']} ({entry['bytes'] / 1e9:.2f} GB, {entry['state']})")
+    print(f"{kept} entries kept")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

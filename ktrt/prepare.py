@@ -1,0 +1,147 @@
+"""All that can be known of a load before the first weight is read: sizes, adapter, memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ktrt.adapter import BaseModel, plan_adapter
+from ktrt.checkpoint import Checkpoint, find_expert_weights
+from ktrt.checkpoint_names import WeightNames
+from ktrt.errors import CheckpointError
+from ktrt.expert_loading import ExpertSource
+from ktrt.kt_weights import KtWeights
+from ktrt.memory_plan import MemoryPlan, check_addresses, make_plan
+from ktrt.moe import BACKENDS, build_engine, find_experts, new_layer, weight_format_of
+from ktrt.skeleton import build_skeleton
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ktrt.adapter import AdapterPlan
+    from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
+    from ktrt.moe import Engine, ExpertsSpec, MoeLayer
+    from ktrt.skeleton import Skeleton
+
+
+@dataclass(frozen=True)
+class BaseCheckpoint:
+    """A model folder whose headers and shapes have been checked; no weight has been read.
+
+    ``built``: the plain model on the meta device, and how its folder is read.
+    """
+
+    built: Skeleton
+    names: WeightNames
+    experts: ExpertSource
+
+
+def open_base(model: ModelArgs) -> BaseCheckpoint:
+    """Looks at a model folder. ``CheckpointError`` if it is incomplete or has no routed experts."""
+    folder = model.model_name_or_path
+    built = build_skeleton(folder, model.trust_remote_code)
+    skeleton = built.model
+    specs = find_experts(skeleton)
+    if not specs:
+        raise CheckpointError(
+            f"{folder}: {type(skeleton).__name__} has no routed experts that transformers runs "
+            "through its experts interface; ktrt is for Mixture-of-Experts models."
+        )
+    check_addresses(folder)
+    checkpoint, names = Checkpoint(folder, built.weight_block_size), WeightNames(skeleton)
+    weights = find_expert_weights(checkpoint, names, specs)
+    return BaseCheckpoint(built, names, ExpertSource(checkpoint, specs, weights))
+
+
+def plan_memory(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> MemoryPlan:
+    """What ``load_model`` with these arguments will take, without reading a weight of the base."""
+    ready = prepare(model, adapter, experts)
+    ready.engine.close()
+    return ready.memory
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that is known before the first weight is read; the engine's threads run."""
+
+    base: BaseCheckpoint
+    adapter: AdapterPlan | None
+    kt_weights: KtWeights | None
+    engine: Engine
+    layers: dict[str, MoeLayer]
+    memory: MemoryPlan
+
+
+def prepare(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> Prepared:
+    """Checks folder, adapter and kt_kernel's files by headers and shapes, starts the engine and
+    plans memory. ``CheckpointError``, ``AdapterError``."""
+    base = open_base(model)
+    plan = _plan_adapter(adapter, base)
+    kt_weights = open_kt_weights(experts, base.experts.specs)
+    engine = build_engine(experts)
+    try:
+        layers = new_layers(engine, base.experts.specs, experts, kt_weights)
+        lora = plan.planned_numel() if plan else (0, 0)
+        memory = make_plan(
+            base.built.model,
+            experts=_expert_bytes(engine, base.experts.specs, experts, layers),
+            kt_backend=experts.kt_backend,
+            expert_paths=[spec.path for spec in base.experts.specs],
+            layer_source=2 * max(spec.num_weights for spec in base.experts.specs),
+            mapped_files=check_addresses(model.model_name_or_path),
+            workspace=engine.workspace_bytes,
+            lora=lora,
+            infer_dtype=model.infer_dtype,
+        )
+    except BaseException:
+        engine.close()
+        raise
+    return Prepared(base, plan, kt_weights, engine, layers, memory)
+
+
+def _expert_bytes(
+    engine: Engine,
+    specs: Sequence[ExpertsSpec],
+    experts: ExpertArgs,
+    layers: Mapping[str, MoeLayer],
+) -> dict[str, int]:
+    """Bytes of the packed experts by kt_backend; layers without experts take no memory."""
+    sizes: dict[str, Mapping[str, MoeLayer]] = {experts.kt_backend: layers}
+    for backend in BACKENDS:
+        if backend not in sizes:
+            sizes[backend] = {spec.path: new_layer(engine, spec, backend) for spec in specs}
+    return {name: sum(sum(each.image_bytes) for each in of.values()) for name, of in sizes.items()}
+
+
+def open_kt_weights(experts: ExpertArgs, specs: Sequence[ExpertsSpec]) -> KtWeights | None:
+    """kt_kernel's files, if kt_weight_path names them. ``CheckpointError`` if they do not fit."""
+    if experts.kt_weight_path is None:
+        return None
+    return KtWeights(experts.kt_weight_path, specs, weight_format_of(experts.kt_backend))
+
+
+def new_layers(
+    engine: Engine,
+    specs: Sequence[ExpertsSpec],
+    experts: ExpertArgs,
+    kt_weights: KtWeights | None = None,
+) -> dict[str, MoeLayer]:
+    """An empty layer for every experts module, by path."""
+    slices = kt_weights.parts if kt_weights else 1
+    return {spec.path: new_layer(engine, spec, experts.kt_backend, slices) for spec in specs}
+
+
+def _plan_adapter(adapter: AdapterArgs, base: BaseCheckpoint) -> AdapterPlan | None:
+    if adapter.adapter_name_or_path is None:
+        return None
+    modules = {
+        (path, expert, projection): name
+        for path, layer in base.experts.weights.items()
+        for (expert, projection), name in layer.modules().items()
+    }
+    return plan_adapter(
+        adapter.adapter_name_or_path,
+        BaseModel(base.built.model, base.experts.specs, base.names, modules),
+        lora_rank=adapter.lora_rank,
+        lora_alpha=adapter.lora_alpha,
+    )
