@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "base/check.h"
+#include "bindings/packed_views.h"
 #include "bindings/register.h"
 #include "bindings/tensor_arg.h"
 #include "cpu/topology.h"
@@ -160,13 +161,17 @@ void register_layer(py::module_& module) {
            py::arg("routing_weights"), py::arg("out"))
       .def("last_kernels", &last_kernels)
       .def("packed_codes", &packed_codes, py::arg("expert"), py::arg("projection"))
-      .def("packed_scales", &packed_scales, py::arg("expert"), py::arg("projection"));
+      .def("packed_scales", &packed_scales, py::arg("expert"), py::arg("projection"))
+      .def("packed_parts", &packed_parts)
+      .def("packed_lora", &packed_lora)
+      .def_property_readonly("lora_version", &MoeLayer::lora_version);
 }
 
 }  // namespace
 
 void register_moe(py::module_& module) {
   register_engine(module);
+  register_packed_views(module);
   register_layer(module);
 }
 

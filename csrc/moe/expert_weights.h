@@ -61,10 +61,7 @@ class ExpertWeights {
   int first_missing() const;
   void set_loaded(int expert, bool loaded) { loaded_[static_cast<std::size_t>(expert)] = loaded; }
 
-  // Codes and scales of all experts.
-  std::size_t packed_bytes() const;
-
- private:
+  // One shard of all matrices; an expert's three matrices lie one after the other.
   struct Part {
     PackedLayout layouts[kProjections];
     std::size_t code_offset[kProjections] = {};  // inside one expert's codes
@@ -75,7 +72,12 @@ class ExpertWeights {
     AlignedBuffer scales;
     AlignedBuffer sums;
   };
+  const Part& part(int part) const { return parts_[static_cast<std::size_t>(part)]; }
 
+  // Codes and scales of all experts.
+  std::size_t packed_bytes() const;
+
+ private:
   Part make_part(int part) const;
 
   MoeShape shape_;

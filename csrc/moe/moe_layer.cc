@@ -11,7 +11,7 @@ namespace ktrt {
 MoeLayer::MoeLayer(std::shared_ptr<Engine> engine, const MoeShape& shape, WeightFormat format)
     : engine_(std::move(engine)), shape_(shape), format_(format) {
   const auto lock = engine_->lock_open();
-  weights_.emplace(shape, format, engine_->parts());
+  weights_ = std::make_shared<ExpertWeights>(shape, format, engine_->parts());
   queues_ = std::vector<PartQueues>(static_cast<std::size_t>(engine_->parts()));
   engine_->workspace_.reserve(shape);
   engine_->layers_.insert(this);
@@ -63,14 +63,16 @@ void MoeLayer::pack(int expert, Projection projection, const TensorView& source)
 }
 
 void MoeLayer::set_lora(const LoraPair& gate, const LoraPair& up, const LoraPair& down) {
-  ExpertLora lora(shape_, gate, up, down);
+  auto lora = std::make_shared<const ExpertLora>(shape_, gate, up, down);
   const auto lock = engine_->lock_open();
-  lora_.emplace(std::move(lora));
+  lora_ = std::move(lora);
+  ++lora_version_;
 }
 
 void MoeLayer::clear_lora() {
   const auto lock = engine_->lock_open();
   lora_.reset();
+  ++lora_version_;
 }
 
 void MoeLayer::check_forward(const TensorView& hidden_states, const TensorView& expert_ids,
@@ -101,14 +103,13 @@ void MoeLayer::forward(const TensorView& hidden_states, const TensorView& expert
                        const TensorView& routing_weights, const TensorView& out) {
   check_forward(hidden_states, expert_ids, routing_weights, out);
   const auto lock = engine_->lock_open();
-  KTRT_CHECK(weights_->all_loaded(),
-             "expert " << weights_->first_missing() << " has not been loaded");
+  check_all_loaded();
   plan_.build(expert_ids, routing_weights, shape_.num_experts, kMaxJobRows);
 
   const KernelTable& kernels = engine_->kernels();
   const bool int8 = format_ == WeightFormat::kInt8;
   ForwardTask task{.weights = *weights_,
-                   .lora = lora_ ? &*lora_ : nullptr,
+                   .lora = lora_.get(),
                    .plan = plan_,
                    .kernels = kernels,
                    .gemm = int8 ? kernels.gemm_int8 : kernels.gemm_bf16,
@@ -159,6 +160,22 @@ std::vector<float> MoeLayer::packed_scales(int expert, Projection projection) {
     scales.insert(scales.end(), matrix.scales, matrix.scales + matrix.layout.padded_n());
   }
   return scales;
+}
+
+std::shared_ptr<const ExpertWeights> MoeLayer::share_weights() {
+  const auto lock = engine_->lock_open();
+  check_all_loaded();
+  return weights_;
+}
+
+std::shared_ptr<const ExpertLora> MoeLayer::share_lora() {
+  const auto lock = engine_->lock_open();
+  return lora_;
+}
+
+void MoeLayer::check_all_loaded() const {
+  KTRT_CHECK(weights_->all_loaded(),
+             "expert " << weights_->first_missing() << " has not been loaded");
 }
 
 void MoeLayer::check_loaded(int expert) const {

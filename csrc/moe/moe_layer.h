@@ -1,9 +1,9 @@
 // The routed experts of one MoE layer: the interface that the bindings expose.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
-#include <optional>
 #include <vector>
 
 #include "base/tensor_view.h"
@@ -53,6 +53,13 @@ class MoeLayer {
   std::vector<std::uint8_t> packed_codes(int expert, Projection projection);
   std::vector<float> packed_scales(int expert, Projection projection);
 
+  // The packed memory itself: whoever holds it keeps it alive, also after the engine is closed.
+  // Throws std::invalid_argument while an expert is missing. Null if there is no LoRA.
+  std::shared_ptr<const ExpertWeights> share_weights();
+  std::shared_ptr<const ExpertLora> share_lora();
+  // Changes with every set_lora and clear_lora.
+  int lora_version() const { return lora_version_.load(std::memory_order_relaxed); }
+
  private:
   friend class Engine;
 
@@ -62,12 +69,14 @@ class MoeLayer {
                      const TensorView& routing_weights, const TensorView& out) const;
   void pack(int expert, Projection projection, const TensorView& source);
   void check_loaded(int expert) const;
+  void check_all_loaded() const;
 
   const std::shared_ptr<Engine> engine_;
   const MoeShape shape_;
   const WeightFormat format_;
-  std::optional<ExpertWeights> weights_;
-  std::optional<ExpertLora> lora_;
+  std::shared_ptr<ExpertWeights> weights_;  // null once the engine is closed
+  std::shared_ptr<const ExpertLora> lora_;  // null: base
+  std::atomic<int> lora_version_{0};
   DispatchPlan plan_;
   std::vector<PartQueues> queues_;
   KernelsUsed used_;
