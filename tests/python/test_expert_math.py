@@ -46,7 +46,7 @@ SHAPES = [(1, 1, 160, 96), (9, 9, 160, 176), (4, 2, 64, 96), (5, 3, 96, 160)]
 RANKS = [(0, 0, 0), (1, 1, 1), (8, 8, 8), (64, 64, 64), (3, 0, 5), (0, 17, 0)]
 
 
-@pytest.mark.parametrize(("shape", "ranks"), product(SHAPES, RANKS), ids=str)
+@pytest.mark.parametrize(("shape", "ranks"), list(product(SHAPES, RANKS)), ids=str)
 @pytest.mark.parametrize("weight_format", FORMATS)
 def test_equals_engine_and_float32(
     engine: Engine,
@@ -74,7 +74,7 @@ def test_up_shares_gates_a(engine: Engine, weight_format: str) -> None:
 
 def test_long_int8_sums_are_exact(engine: Engine) -> None:
     """More than 1,024 terms, all of the largest codes: float32 alone could not hold the sums."""
-    case = LayerCase(1, 1, 2048 + 64, 32)
+    case = LayerCase(1, 1, 2048 + 64, 64)
     case.weights = {name: torch.ones_like(w) for name, w in case.weights.items()}
     case.weights["gate"][0, :, 1] = -120 / 127  # sums differ from multiples of 2
     layer = case.build(engine, "int8")
@@ -182,9 +182,7 @@ def test_an_incomplete_layer_is_refused() -> None:
     case = LayerCase(2, 1, 64, 64)
     layer = case.build(engine, "bf16")
     with pytest.raises(ValueError, match="NaN or infinity"):
-        layer.load_expert(
-            1, torch.full((64, 64), torch.nan), torch.ones(64, 64), torch.ones(64, 64)
-        )
+        layer.load_expert(1, *torch.full((3, 64, 64), torch.nan))
     with pytest.raises(ValueError, match="expert 1 has not been loaded"):
         LayerSource(layer)
     engine.close()
