@@ -135,11 +135,11 @@ def expert_outputs(rows: Rows, bank: ExpertBank) -> torch.Tensor:
 def _multiply(rows: Rows, weights: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     if scale is None or rows.codes is None or rows.scale is None:
         return _product(rows.values, weights)
-    sums = _integer_product(rows.codes, weights.to(torch.bfloat16))
+    sums = integer_product(rows.codes, weights.to(torch.bfloat16))
     return (rows.scale * scale.unsqueeze(-2)) * sums
 
 
-def _integer_product(codes: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def integer_product(codes: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Exact sums of products of integers up to 127 in magnitude, then one rounding to float32."""
     size = codes.shape[-1]
     if size <= _EXACT_TERMS:

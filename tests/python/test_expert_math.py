@@ -10,7 +10,7 @@ import torch
 from helpers.expert_layers import LayerCase, error, run_engine
 
 from ktrt._core import Engine
-from ktrt.moe.expert_math import Grouping, expert_outputs, make_rows
+from ktrt.moe.expert_math import Grouping, expert_outputs, integer_product, make_rows
 from ktrt.moe.expert_source import LayerSource
 
 if TYPE_CHECKING:
@@ -72,15 +72,13 @@ def test_up_shares_gates_a(engine: Engine, weight_format: str) -> None:
     assert error(found, case.reference(*arguments)) < TOLERANCE[weight_format]
 
 
-def test_long_int8_sums_are_exact(engine: Engine) -> None:
-    """More than 1,024 terms, all of the largest codes: float32 alone could not hold the sums."""
-    case = LayerCase(1, 1, 2048 + 64, 64)
-    case.weights = {name: torch.ones_like(w) for name, w in case.weights.items()}
-    case.weights["gate"][0, :, 1] = -120 / 127  # sums differ from multiples of 2
-    layer = case.build(engine, "int8")
-    states = torch.ones(1, case.hidden) * 1e-4
-    arguments = (states, torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))
-    assert torch.equal(on_torch(layer, *arguments), run_engine(layer, *arguments))
+@pytest.mark.parametrize("terms", [96, 1024, 1025, 4096])
+def test_long_int8_sums_are_exact(terms: int) -> None:
+    """Large codes of one sign: from 1,041 terms on, float32 cannot hold the sums on the way."""
+    generator = torch.Generator().manual_seed(terms)
+    left, right = (torch.randint(100, 128, (n, terms), generator=generator) for n in (3, 50))
+    found = integer_product(left.bfloat16(), right.bfloat16())
+    assert torch.equal(found, (left @ right.T).float())
 
 
 def test_int8_without_lora_gives_the_engines_bits(engine: Engine) -> None:
