@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from ktrt._core import MoeLayer
+    from ktrt.moe.gpu_experts import GpuLayer
 
 # Classes are replaced in transformers' modules, which the whole process shares.
 _PATCH_LOCK = threading.Lock()
@@ -35,6 +36,8 @@ class KTExperts(nn.Module):
         self._is_hf_initialized = True
         self._layer: MoeLayer | None = None
         self._max_qlen = 0
+        # What the GPU does of this layer, if anything.
+        self.gpu: GpuLayer | None = None
 
     def attach(self, layer: MoeLayer, max_qlen: int) -> None:
         """Binds the packed experts; ``max_qlen`` is the most tokens of one engine call."""
@@ -55,6 +58,29 @@ class KTExperts(nn.Module):
         """hidden_states [tokens, hidden_size] in float32, float16 or bfloat16 on any device;
         top_k_index (integers) and top_k_weights [tokens, k]. Returns the shape, dtype and device
         of hidden_states."""
+        if self.gpu is not None and self.gpu.streams(hidden_states.shape[0]):
+            return self.gpu.forward_streamed(hidden_states, top_k_index, top_k_weights)
+        if self.gpu is not None and self.gpu.resident:
+            return self._forward_shared(self.gpu, hidden_states, top_k_index, top_k_weights)
+        return self._forward_engine(hidden_states, top_k_index, top_k_weights)
+
+    def _forward_shared(
+        self,
+        gpu: GpuLayer,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """The GPU works on its experts while the engine does the others; one rounding."""
+        ids = gpu.cpu_ids(top_k_index)
+        total = gpu.forward_resident(hidden_states, top_k_index, top_k_weights)
+        if not gpu.complete:
+            total += self._forward_engine(hidden_states.float(), ids, top_k_weights)
+        return total.to(hidden_states.dtype)
+
+    def _forward_engine(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
         layer = self.layer
         states = hidden_states.to("cpu").contiguous()
         index = top_k_index.to("cpu").contiguous()

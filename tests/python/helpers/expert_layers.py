@@ -41,7 +41,8 @@ class LayerCase:
 
     def _normal(self, out: int, size: int) -> torch.Tensor:
         shape = (self.num_experts, out, size)
-        return torch.randn(shape, generator=self._generator) / size**0.5
+        values: torch.Tensor = torch.randn(shape, generator=self._generator) / size**0.5
+        return values
 
     def make_lora(self, ranks: Ranks) -> dict[str, torch.Tensor]:
         """Arguments of ``set_lora``: an effect of the size of the weights' own."""
