@@ -91,6 +91,11 @@ class KvCache:
             del self._ids[shared:]
         return shared
 
+    def prefill_chunk(self, remaining: int) -> int:
+        """Tokens of a prompt's next forward: the model may want more than ``PREFILL_CHUNK``."""
+        wanted = getattr(self._model, "kt_prefill_chunk", None)
+        return (wanted(remaining) if wanted is not None else None) or PREFILL_CHUNK
+
     def forward(self, ids: Sequence[int]) -> torch.Tensor:
         """Runs the model on the next ``ids``; returns the last position's logits [vocab_size]."""
         held, self._ids = self._ids, []
@@ -150,9 +155,9 @@ class TextStream:
 def generate_step(cache: KvCache, ids: Sequence[int], sampler: Sampler) -> Iterator[int]:
     """Token ids without end. ``ids``: the part of the prompt that ``cache`` does not hold yet."""
     pending = list(ids)
-    while cache.plain and len(pending) > PREFILL_CHUNK:
-        cache.forward(pending[:PREFILL_CHUNK])
-        del pending[:PREFILL_CHUNK]
+    while cache.plain and len(pending) > (chunk := cache.prefill_chunk(len(pending))):
+        cache.forward(pending[:chunk])
+        del pending[:chunk]
     while True:
         token = sampler(cache.forward(pending))
         yield token

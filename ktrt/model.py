@@ -15,7 +15,14 @@ import torch
 from ktrt.adapter import Audit, BaseModel, plan_adapter
 from ktrt.checkpoint import Checkpoint, WeightNames, find_expert_weights
 from ktrt.errors import CheckpointError
-from ktrt.moe import KTExperts, build_engine, experts_replaced, find_experts, new_layer
+from ktrt.moe import (
+    KTExperts,
+    build_engine,
+    build_gpu_experts,
+    experts_replaced,
+    find_experts,
+    new_layer,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,7 +33,7 @@ if TYPE_CHECKING:
     from ktrt.adapter import AdapterPlan
     from ktrt.checkpoint import ExpertWeights
     from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
-    from ktrt.moe import Engine, ExpertsSpec
+    from ktrt.moe import Engine, ExpertsSpec, GpuExperts
 
 logger = logging.getLogger(__name__)
 # The block that users of LLaMA-Factory with KTransformers look for.
@@ -36,14 +43,18 @@ debug_logger = logging.getLogger("ktrt.debug")
 @dataclass
 class LoadedModel:
     """``model`` is transformers' own class with the experts replaced and PEFT's layers injected, in
-    eval mode, without gradients; ``audit`` says what each tensor of the adapter acts on."""
+    eval mode, without gradients; ``audit`` says what each tensor of the adapter acts on; ``gpu`` is
+    the GPU's share of the routed experts, if it has one."""
 
     model: nn.Module
     audit: Audit
     engine: Engine
+    gpu: GpuExperts | None = None
 
     def close(self) -> None:
         """Stops the engine's threads and frees the experts; the model cannot run afterwards."""
+        if self.gpu is not None:
+            self.gpu.close()
         self.engine.close()
 
 
@@ -71,12 +82,13 @@ def load_model(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> L
     try:
         _load_experts(engine, loaded, specs, weights, experts.kt_backend)
         audit = _apply_adapter(plan, loaded, specs) if plan else Audit()
+        gpu = _share_with_gpu(engine, loaded, specs, experts)
     except BaseException:
         engine.close()
         raise
     loaded.eval().requires_grad_(False)
     _log_result(loaded, specs, plan)
-    return LoadedModel(loaded, audit, engine)
+    return LoadedModel(loaded, audit, engine, gpu)
 
 
 def _skeleton(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, bool]:
@@ -276,6 +288,21 @@ def _apply_adapter(plan: AdapterPlan, model: nn.Module, specs: Sequence[ExpertsS
     logger.info("Loaded adapter(s): %s", plan.files.folder)
     logger.info("Adapter audit\n%s", plan.audit.table())
     return plan.audit
+
+
+def _share_with_gpu(
+    engine: Engine, model: nn.Module, specs: Sequence[ExpertsSpec], args: ExpertArgs
+) -> GpuExperts | None:
+    """Gives the GPU its share of the routed experts."""
+    modules: dict[str, Any] = {spec.path: model.get_submodule(spec.path) for spec in specs}
+    layers = {path: module.layer for path, module in modules.items()}
+    device = next(model.parameters()).device
+    gpu = build_gpu_experts(layers, device, args, engine.max_qlen)
+    if gpu is not None:
+        for path, module in modules.items():
+            module.gpu = gpu.layers[path]
+        model.kt_prefill_chunk = gpu.prefill_chunk  # type: ignore[assignment]
+    return gpu
 
 
 def _log_result(model: nn.Module, specs: Sequence[ExpertsSpec], plan: AdapterPlan | None) -> None:

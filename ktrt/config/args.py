@@ -39,15 +39,24 @@ class AdapterArgs:
 
 @dataclass(frozen=True)
 class ExpertArgs:
-    """The routed experts' engine. ``kt_num_threads`` None lets the engine choose the count."""
+    """The routed experts' engine. ``kt_num_threads`` None lets the engine choose the count.
+
+    With a GPU: ``kt_num_gpu_experts`` of every layer live there, and forwards of at least
+    ``kt_gpu_prefill_token_threshold`` tokens (0: none) get all experts streamed there.
+    """
 
     kt_backend: KtBackend = "AMXBF16"
     kt_num_threads: int | None = None
     kt_tp_enabled: bool = False
+    kt_num_gpu_experts: int | Literal["auto"] = 0
+    kt_gpu_prefill_token_threshold: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         threads = self.kt_num_threads
         _require(self, "kt_num_threads", threads is None or threads >= 1, "at least 1")
+        for name in ("kt_num_gpu_experts", "kt_gpu_prefill_token_threshold"):
+            value = getattr(self, name)
+            _require(self, name, value == "auto" or value >= 0, "0 or more, or auto")
 
 
 @dataclass(frozen=True)

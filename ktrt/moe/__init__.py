@@ -23,12 +23,16 @@ if _core.__version__ != ktrt.__version__:
 
 from ktrt.moe.engine import build_engine, new_layer
 from ktrt.moe.experts import KTExperts, experts_replaced
+from ktrt.moe.gpu_experts import GpuExperts
+from ktrt.moe.gpu_setup import build_gpu_experts
 
 __all__ = [
     "Engine",
     "ExpertsSpec",
+    "GpuExperts",
     "KTExperts",
     "build_engine",
+    "build_gpu_experts",
     "experts_replaced",
     "find_experts",
     "new_layer",

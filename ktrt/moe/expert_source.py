@@ -68,6 +68,10 @@ class LayerSource:
         """Bytes of one expert with its LoRA, as they are copied."""
         return sum(array.shape[1] for array in self.arrays.values())
 
+    def resident_bytes(self) -> int:
+        """Bytes of one expert as ``bank`` unpacks it."""
+        return self.bank({name: array[:1] for name, array in self.arrays.items()}).nbytes()
+
     def _lora_memories(self) -> dict[str, PackedMemory]:
         if (lora := self._lora) is None:
             return {}

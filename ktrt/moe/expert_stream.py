@@ -267,13 +267,17 @@ class ExpertStream:
             self._free.append(filled.slot)
             self._fill(layer)
 
-    def close(self) -> None:
-        """Waits for copies and frees the ring; views of host memory are dropped."""
+    def close_ring(self) -> None:
+        """Waits for copies and frees the buffers, until the next forward needs them."""
         self._lane.close()
         self._filled.clear()
         self._coming.clear()
         self._free.clear()
         self._ring.clear()
+
+    def close(self) -> None:
+        """Waits for copies and frees the ring; views of host memory are dropped."""
+        self.close_ring()
         self._sources = []
 
     def _fill(self, layer: int) -> None:

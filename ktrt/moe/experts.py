@@ -71,11 +71,14 @@ class KTExperts(nn.Module):
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
-        """The GPU works on its experts while the engine does the others; one rounding."""
+        """The engine's experts and the GPU's, in float32: rounded once."""
         ids = gpu.cpu_ids(top_k_index)
-        total = gpu.forward_resident(hidden_states, top_k_index, top_k_weights)
-        if not gpu.complete:
-            total += self._forward_engine(hidden_states.float(), ids, top_k_weights)
+        if gpu.complete:
+            total = gpu.forward_resident(hidden_states, top_k_index, top_k_weights)
+            return total.to(hidden_states.dtype)
+        # The engine first: where it answers later, the GPU computes meanwhile.
+        others = self._forward_engine(hidden_states.float(), ids, top_k_weights)
+        total = gpu.forward_resident(hidden_states, top_k_index, top_k_weights) + others
         return total.to(hidden_states.dtype)
 
     def _forward_engine(

@@ -51,6 +51,11 @@ class GpuLayer:
         """All experts of this layer live on the GPU: the engine has nothing to do."""
         return len(self.experts) == self._source.num_experts
 
+    @property
+    def nbytes(self) -> int:
+        """GPU memory of this layer's resident experts."""
+        return self._bank.nbytes() if self._bank is not None else 0
+
     def streams(self, tokens: int) -> bool:
         """Whether a forward of so many tokens belongs to ``forward_streamed``."""
         return 0 < self._owner.threshold <= tokens
@@ -176,12 +181,37 @@ class GpuExperts:
         # Changes when memory that a captured graph knows has been replaced: capture it again.
         self.version = 0
         self._sources = [LayerSource(layer) for layer in layers.values()]
+        self._by_path = dict(zip(layers, self._sources, strict=True))
         self._pinning = pinning or make_pinning(device)
         self.stream = ExpertStream(self._sources, lane or make_lane(device))
         self.layers = {
             path: GpuLayer(self, index, source)
             for index, (path, source) in enumerate(zip(layers, self._sources, strict=True))
         }
+
+    def source(self, path: str) -> LayerSource:
+        """The engine's memory of one layer."""
+        return self._by_path[path]
+
+    def layer_bytes(self, path: str) -> int:
+        """What streaming this layer copies when none of its experts is resident."""
+        source = self._by_path[path]
+        return source.num_experts * source.expert_bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        """GPU memory of the resident experts."""
+        return sum(layer.nbytes for layer in self.layers.values())
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Memory of the engine that the GPU reads directly."""
+        return self._pinning.nbytes
+
+    @property
+    def unpinned_bytes(self) -> int:
+        """Memory that was to be pinned and could not be."""
+        return self._pinning.failed_bytes
 
     def counts(self) -> dict[str, list[int]]:
         """How often the router chose each expert, by experts path."""

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 # Streaming must win by this much: measurements of one layer are not exact.
 _MARGIN = 1.1
 _STEP = 32
+_GPU_TOKENS = (256, 4096)
 
 
 @dataclass(frozen=True)
@@ -71,15 +72,19 @@ def measure_gpu(experts: GpuExperts, gpu: GpuLayer, layer: MoeLayer) -> Line:
 
         def forget() -> None:
             experts.stream.reset()
-            torch.cuda.synchronize(device)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
 
         def run() -> None:
             gpu.forward_streamed(states, ids, weights)
-            torch.cuda.current_stream(device).synchronize()
+            # Not for what is copied ahead.
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
 
         return _best(run, forget)
 
-    return Line((256, seconds(256)), (4096, seconds(4096)))
+    few, many = _GPU_TOKENS
+    return Line((few, seconds(few)), (many, seconds(many)))
 
 
 def _sample(
