@@ -318,6 +318,7 @@ class ExpertStream:
             sizes.append(sum(_aligned(count * a.shape[1]) for a in source.arrays.values()))
         return max(sizes)
 
+    @torch.inference_mode(mode=False)  # later forwards may run without it
     def _make_ring(self) -> None:
         for _ in range(self._slots):
             memory = torch.empty(self._slot_bytes(), dtype=torch.uint8, device=self._lane.device)

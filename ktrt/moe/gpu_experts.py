@@ -96,7 +96,7 @@ class GpuLayer:
             grouping.add(range(len(self.experts)), self._bank, rows)
             return grouping.total()
         # Absent slots read the first resident expert, which costs bandwidth but keeps shapes.
-        of_token = torch.arange(tokens, device=slots.device).repeat_interleave(width)
+        of_token = torch.arange(tokens, device=slots.device)[:, None].expand(-1, width).flatten()
         bank = self._bank.take(slots.clamp_min(0).flatten())
         out = expert_outputs(rows.take(of_token[:, None]), bank)[:, 0, :hidden]
         weighted = out.unflatten(0, (tokens, width)) * top_k_weights.float().unsqueeze(-1)
@@ -120,6 +120,7 @@ class GpuLayer:
             grouping.add(experts, source.bank(arrays), rows)
         return grouping.total().to(hidden_states.dtype)
 
+    @torch.inference_mode(mode=False)
     def load(self, experts: Sequence[int]) -> bool:
         """Makes these experts (ascending ids) the resident ones, with the LoRA of now. Returns
         whether memory that a captured graph knows has been replaced."""
@@ -174,16 +175,16 @@ class GpuExperts:
     ) -> None:
         """``layers``: the engine's layers by experts path, in the order of a forward, all experts
         loaded. Nothing is on the GPU at first: ``select`` and ``threshold`` change that."""
-        self.device = device
-        warm_up(device)
+        self.device = torch.empty(0, device=device).device  # with its index
+        warm_up(self.device)
         # Forwards of at least so many tokens are streamed; 0: none.
         self.threshold = 0
         # Changes when memory that a captured graph knows has been replaced: capture it again.
         self.version = 0
         self._sources = [LayerSource(layer) for layer in layers.values()]
         self._by_path = dict(zip(layers, self._sources, strict=True))
-        self._pinning = pinning or make_pinning(device)
-        self.stream = ExpertStream(self._sources, lane or make_lane(device))
+        self._pinning = pinning or make_pinning(self.device)
+        self.stream = ExpertStream(self._sources, lane or make_lane(self.device))
         self.layers = {
             path: GpuLayer(self, index, source)
             for index, (path, source) in enumerate(zip(layers, self._sources, strict=True))
@@ -214,7 +215,8 @@ class GpuExperts:
         return self._pinning.failed_bytes
 
     def counts(self) -> dict[str, list[int]]:
-        """How often the router chose each expert, by experts path."""
+        """How often the router chose each expert, by experts path; ``select`` takes them. Plain
+        numbers, to be kept as JSON say."""
         return {path: layer.counts() for path, layer in self.layers.items()}
 
     def select(self, number: int, counts: Mapping[str, Sequence[int]] | None = None) -> None:

@@ -218,6 +218,23 @@ def test_a_changed_lora_is_taken(
         assert (model.gpu.version == version) == (ranks == case.ranks)
 
 
+def test_inference_mode_comes_and_goes(engine: Engine, device: torch.device) -> None:
+    """What is allocated within it must be usable outside."""
+    model = make(engine, device)
+    model.gpu.select(2)
+    case, layer, module = model.cases[0], model.layers[0], model.modules[0]
+    arguments = case.inputs(9)
+    for seed, inference in enumerate((True, False, True, False)):
+        case.seed = seed
+        layer.set_lora(**case.make_lora((8, 8, 8)))
+        expected = run_engine(layer, *arguments)
+        for threshold in (0, 1):
+            model.gpu.threshold = threshold
+            with torch.inference_mode(inference):
+                assert error(module(*to(device, *arguments)), expected) < SAME
+        model.gpu.select(2)
+
+
 def test_prefill_chunk(engine: Engine, device: torch.device) -> None:
     gpu = make(engine, device, count=1).gpu
     assert gpu.prefill_chunk(10**6) is None
