@@ -41,8 +41,8 @@ class Engine:
     @property
     def closed(self) -> bool: ...
     def close(self) -> None:
-        """Stops the threads and frees the scratch memory and all expert weights of its layers.
-        Idempotent. A later ``forward`` or ``load_expert`` raises ``RuntimeError``."""
+        """Stops the threads and frees the scratch memory and all expert weights of its layers, but
+        for those that a ``PackedMemory`` still shows. Idempotent. A later ``forward`` or ``load_expert`` raises ``RuntimeError``."""
 
 class ReadProbe:
     """A block of memory to be read: measures the bandwidth that bounds decoding."""
