@@ -42,7 +42,8 @@ class Engine:
     def closed(self) -> bool: ...
     def close(self) -> None:
         """Stops the threads and frees the scratch memory and all expert weights of its layers, but
-        for those that a ``PackedMemory`` still shows. Idempotent. A later ``forward`` or ``load_expert`` raises ``RuntimeError``."""
+        for those that a ``PackedMemory`` still shows. Idempotent. A later ``forward`` or
+        ``load_expert`` raises ``RuntimeError``."""
 
 class ReadProbe:
     """A block of memory to be read: measures the bandwidth that bounds decoding."""

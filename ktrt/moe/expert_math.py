@@ -5,19 +5,23 @@ Float32 sums may be made in another order than the engine's; INT8 sums are exact
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
 # Products of two INT8 codes stay below 127² in magnitude, so sums of this many are integers below
 # 2^24: float32 holds all of them, in whatever order they are added.
 _EXACT_TERMS = 1024
+# Rows of a grouped computation, to bound its memory: a dozen arrays of so many rows.
+_MOST_ROWS = 8192
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,6 @@ class ExpertBank:
         """The tensors that are there, by field name."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
-
-    def at(self, index: int) -> ExpertBank:
-        """One expert, as views without the leading dimension."""
-        return self._map(lambda tensor: tensor[index])
 
     def take(self, index: torch.Tensor) -> ExpertBank:
         """Copies of the experts at ``index`` (integers [m] on the device, repetitions allowed)."""
@@ -112,51 +112,86 @@ def _reciprocal(value: int) -> float:
     return float(torch.tensor(1.0) / torch.tensor(float(value)))
 
 
-def expert_outputs(rows: Rows, bank: ExpertBank) -> torch.Tensor:
-    """down(silu(gate x) · up x), float32 [..., m, h].
+# Rows of two dimensions by expert: (index in the bank, where its rows are).
+Groups = Sequence[tuple[int, slice]]
 
-    ``rows`` [m, hidden_size] with one expert (``ExpertBank.at``), or [n, m, hidden_size] with n.
+
+def expert_outputs(rows: Rows, bank: ExpertBank, groups: Groups | None = None) -> torch.Tensor:
+    """down(silu(gate x) · up x) in float32.
+
+    ``groups`` cut ``rows`` [m, hidden_size] in order, without gaps: [m, h]. Without them ``rows``
+    are [n, m, hidden_size], as many as there are experts: [n, m, h].
     """
     half = bank.gate_up.shape[-2] // 2
-    both = _multiply(rows, bank.gate_up, bank.gate_up_scale)
+    both = _multiply(rows, bank.gate_up, bank.gate_up_scale, groups)
     gate, up = both[..., :half], both[..., half:]
     if bank.input_a is not None:
-        shrunk = _product(rows.values, bank.input_a).to(torch.bfloat16)
-        _expand(gate, shrunk, bank.gate_b, bank.gate_first)
-        _expand(up, shrunk, bank.up_b, bank.up_first)
+        shrunk = _product(rows.values, bank.input_a, groups).to(torch.bfloat16)
+        _expand(gate, shrunk, bank.gate_b, bank.gate_first, groups)
+        _expand(up, shrunk, bank.up_b, bank.up_first, groups)
     inner = make_rows(functional.silu(gate) * up, bank.down_scale is not None)
-    out = _multiply(inner, bank.down, bank.down_scale)
+    out = _multiply(inner, bank.down, bank.down_scale, groups)
     if bank.down_a is not None:
-        shrunk = _product(inner.values, bank.down_a).to(torch.bfloat16)
-        _expand(out, shrunk, bank.down_b, 0)
+        shrunk = _product(inner.values, bank.down_a, groups).to(torch.bfloat16)
+        _expand(out, shrunk, bank.down_b, 0, groups)
     return out
 
 
-def _multiply(rows: Rows, weights: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+def _multiply(
+    rows: Rows, weights: torch.Tensor, scale: torch.Tensor | None, groups: Groups | None
+) -> torch.Tensor:
     if scale is None or rows.codes is None or rows.scale is None:
-        return _product(rows.values, weights)
-    sums = integer_product(rows.codes, weights.to(torch.bfloat16))
-    return (rows.scale * scale.unsqueeze(-2)) * sums
+        return _product(rows.values, weights, groups)
+    if groups is None:
+        return (rows.scale * scale[:, None]) * integer_product(rows.codes, weights)
+    # Elementwise work on all groups at once would need the scales spread over the rows.
+    return torch.cat(
+        [
+            (rows.scale[at] * scale[index]) * integer_product(rows.codes[at], weights[index])
+            for index, at in groups
+        ]
+    )
+
+
+def _product(a: torch.Tensor, w: torch.Tensor, groups: Groups | None) -> torch.Tensor:
+    if groups is None:
+        return _dot(a, w)
+    return torch.cat([_dot(a[at], w[index]) for index, at in groups])
+
+
+def _expand(
+    target: torch.Tensor,
+    shrunk: torch.Tensor,
+    b: torch.Tensor | None,
+    first: int,
+    groups: Groups | None,
+) -> None:
+    if b is not None:
+        target += _product(shrunk[..., first : first + b.shape[-1]], b, groups)
 
 
 def integer_product(codes: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Exact sums of products of integers up to 127 in magnitude, then one rounding to float32."""
-    size = codes.shape[-1]
-    if size <= _EXACT_TERMS:
-        return _product(codes, weights)
-    pieces = zip(codes.split(_EXACT_TERMS, -1), weights.split(_EXACT_TERMS, -1), strict=True)
-    total = torch.zeros((), dtype=torch.int32, device=codes.device)
-    for left, right in pieces:
-        total = total + _product(left, right).to(torch.int32)
+    """Sums of products of integers up to 127 in magnitude, rounded to float32 once: codes
+    [..., m, k] in bfloat16, weights [..., n, k] in int8 or bfloat16."""
+    pieces = [
+        _dot(left, right)
+        for left, right in zip(
+            codes.split(_EXACT_TERMS, -1),
+            weights.to(torch.bfloat16).split(_EXACT_TERMS, -1),
+            strict=True,
+        )
+    ]
+    if len(pieces) == 1:
+        return pieces[0]
+    if len(pieces) == 2:
+        return pieces[0] + pieces[1]  # both are exact: this is the one rounding
+    total = pieces[0].to(torch.int32)
+    for piece in pieces[1:]:
+        total += piece.to(torch.int32)
     return total.float()
 
 
-def _expand(target: torch.Tensor, shrunk: torch.Tensor, b: torch.Tensor | None, first: int) -> None:
-    if b is not None:
-        target += _product(shrunk[..., first : first + b.shape[-1]], b)
-
-
-def _product(a: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+def _dot(a: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """a · wᵀ with float32 sums of exact products: [..., m, k] and [..., n, k], both bfloat16."""
     if a.is_cuda and _keeps_float32(a.device):
         multiply = torch.mm if a.dim() == 2 else torch.bmm
@@ -213,15 +248,34 @@ class Grouping:
 
         ``rows``: all tokens.
         """
-        slots, hidden = self._shape[1:]
+        pieces: list[tuple[int, int, int]] = []
         for index, expert in enumerate(experts):
             begin, end = self._bounds[expert], self._bounds[expert + 1]
-            if begin == end:
-                continue
-            positions = self._positions[begin:end]
-            mine = rows.take(positions.div(slots, rounding_mode="floor"))
-            out = expert_outputs(mine, bank.at(index))
-            self._outputs.index_copy_(0, positions, out[:, :hidden])
+            # Even pieces: a few rows at the end would cost a GEMM of their own.
+            count = -(-(end - begin) // _MOST_ROWS)
+            cuts = [begin + (end - begin) * cut // max(count, 1) for cut in range(count + 1)]
+            pieces += [(index, *limits) for limits in pairwise(cuts)]
+        while pieces:
+            taken, size = 0, 0
+            while taken < len(pieces) and size + pieces[taken][2] - pieces[taken][1] <= _MOST_ROWS:
+                size += pieces[taken][2] - pieces[taken][1]
+                taken += 1
+            self._compute(pieces[:taken], bank, rows)
+            del pieces[:taken]
+
+    def _compute(
+        self, pieces: Sequence[tuple[int, int, int]], bank: ExpertBank, rows: Rows
+    ) -> None:
+        """(index in the bank, first row, end) of pieces whose rows fit into memory together."""
+        slots, hidden = self._shape[1:]
+        positions = torch.cat([self._positions[begin:end] for _, begin, end in pieces])
+        groups, at = [], 0
+        for index, begin, end in pieces:
+            groups.append((index, slice(at, at + end - begin)))
+            at += end - begin
+        mine = rows.take(positions.div(slots, rounding_mode="floor"))
+        out = expert_outputs(mine, bank, groups)
+        self._outputs.index_copy_(0, positions, out[:, :hidden])
 
     def total(self) -> torch.Tensor:
         """The weighted sums, float32 [tokens, hidden_size]."""

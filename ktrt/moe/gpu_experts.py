@@ -30,6 +30,7 @@ class GpuLayer:
     # Up to so many tokens ``forward_resident`` has static shapes and no synchronisation.
     CAPTURABLE_TOKENS = 1
 
+    @torch.inference_mode(mode=False)  # what is made here is written in and out of it
     def __init__(self, owner: GpuExperts, index: int, source: LayerSource) -> None:
         self._owner = owner
         self._index = index

@@ -10,6 +10,7 @@ import torch
 from helpers.expert_layers import LayerCase, error, run_engine
 
 from ktrt._core import Engine
+from ktrt.moe import expert_math
 from ktrt.moe.expert_math import Grouping, expert_outputs, integer_product, make_rows
 from ktrt.moe.expert_source import LayerSource
 
@@ -129,6 +130,18 @@ def test_weights_of_slots_without_expert_do_not_count(engine: Engine) -> None:
     )
 
 
+@pytest.mark.parametrize("most", [1, 2, 5, 1000])
+def test_rows_are_computed_in_pieces(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    case = LayerCase(4, 2, 64, 96, ranks=(8, 8, 8))
+    layer = case.build(engine, "int8")
+    arguments = case.inputs(11, outside=True)
+    expected = on_torch(layer, *arguments)
+    monkeypatch.setattr(expert_math, "_MOST_ROWS", most)
+    assert error(on_torch(layer, *arguments), expected) < SAME
+
+
 def test_no_tokens(engine: Engine) -> None:
     case = LayerCase(2, 2, 64, 64)
     layer = case.build(engine, "int8")
@@ -145,7 +158,8 @@ def test_several_experts_at_once_equal_each_alone(engine: Engine) -> None:
         chosen = torch.tensor([4, 1, 4])
         together = expert_outputs(rows.take(torch.tensor([[0], [1], [2]])), bank.take(chosen))
         for at, expert in enumerate(chosen.tolist()):
-            alone = expert_outputs(rows.take(torch.tensor([at])), bank.at(expert))
+            one = [(expert, slice(0, 1))]
+            alone = expert_outputs(rows.take(torch.tensor([at])), bank, one)
             assert error(together[at], alone) < SAME
 
 

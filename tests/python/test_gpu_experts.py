@@ -220,7 +220,8 @@ def test_a_changed_lora_is_taken(
 
 def test_inference_mode_comes_and_goes(engine: Engine, device: torch.device) -> None:
     """What is allocated within it must be usable outside."""
-    model = make(engine, device)
+    with torch.inference_mode():
+        model = make(engine, device)
     model.gpu.select(2)
     case, layer, module = model.cases[0], model.layers[0], model.modules[0]
     arguments = case.inputs(9)
