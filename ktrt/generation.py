@@ -93,8 +93,8 @@ class KvCache:
 
     def prefill_chunk(self, remaining: int) -> int:
         """Tokens of a prompt's next forward: the model may want more than ``PREFILL_CHUNK``."""
-        wanted = getattr(self._model, "kt_prefill_chunk", None)
-        return (wanted(remaining) if wanted is not None else None) or PREFILL_CHUNK
+        gpu = getattr(self._model, "kt_gpu_experts", None)
+        return (gpu.prefill_chunk(remaining) if gpu is not None else None) or PREFILL_CHUNK
 
     def forward(self, ids: Sequence[int]) -> torch.Tensor:
         """Runs the model on the next ``ids``; returns the last position's logits [vocab_size]."""

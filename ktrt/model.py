@@ -293,7 +293,7 @@ def _apply_adapter(plan: AdapterPlan, model: nn.Module, specs: Sequence[ExpertsS
 def _share_with_gpu(
     engine: Engine, model: nn.Module, specs: Sequence[ExpertsSpec], args: ExpertArgs
 ) -> GpuExperts | None:
-    """Gives the GPU its share of the routed experts."""
+    """Gives the GPU its share of the routed experts, ``kt_gpu_experts`` of the model."""
     modules: dict[str, Any] = {spec.path: model.get_submodule(spec.path) for spec in specs}
     layers = {path: module.layer for path, module in modules.items()}
     device = next(model.parameters()).device
@@ -301,7 +301,7 @@ def _share_with_gpu(
     if gpu is not None:
         for path, module in modules.items():
             module.gpu = gpu.layers[path]
-        model.kt_prefill_chunk = gpu.prefill_chunk  # type: ignore[assignment]
+        model.kt_gpu_experts = gpu  # type: ignore[assignment]
     return gpu
 
 

@@ -64,6 +64,16 @@ def test_equals_engine_and_float32(
 
 
 @pytest.mark.parametrize("weight_format", FORMATS)
+def test_sizes_beyond_one_block_of_the_layout(engine: Engine, weight_format: str) -> None:
+    case = LayerCase(2, 2, 3840, 352, ranks=(8, 8, 8))
+    layer = case.build(engine, weight_format)
+    arguments = case.inputs(5)
+    found = on_torch(layer, *arguments)
+    assert error(found, run_engine(layer, *arguments)) < SAME
+    assert error(found, case.reference(*arguments)) < TOLERANCE[weight_format]
+
+
+@pytest.mark.parametrize("weight_format", FORMATS)
 def test_up_shares_gates_a(engine: Engine, weight_format: str) -> None:
     case = LayerCase(3, 2, 64, 96, ranks=(8, 8, 4), share_a=True)
     layer = case.build(engine, weight_format)

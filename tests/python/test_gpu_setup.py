@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -204,7 +205,9 @@ def test_prompts_go_in_the_chunks_that_streaming_wants() -> None:
         lambda _module, _args, kwargs: sizes.append(kwargs["input_ids"].shape[1]),
         with_kwargs=True,
     )
-    model.kt_prefill_chunk = lambda remaining: 700 if remaining >= 600 else None
+    model.kt_gpu_experts = SimpleNamespace(
+        prefill_chunk=lambda remaining: 700 if remaining >= 600 else None
+    )
     from ktrt.generation import generate_step
 
     next(generate_step(KvCache(model), [5] * 1300, lambda _: 0))
