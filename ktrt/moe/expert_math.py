@@ -205,7 +205,7 @@ def _keeps_float32(device: torch.device) -> bool:
     """Whether GEMMs of bfloat16 can return their float32 sums (torch 2.8); asked for before any
     graph is captured."""
     # Eleven times a third rounded to bfloat16 does not fit into bfloat16.
-    sample = (torch.arange(16, device=device) < 11).to(torch.bfloat16).expand(16, 16)
+    sample = (torch.arange(16, device=device) < 11).to(torch.bfloat16).repeat(16, 1)
     third = torch.ones(16, 16, dtype=torch.bfloat16, device=device) / 3
     try:
         result = torch.mm(sample, third.mT, out_dtype=torch.float32)

@@ -85,10 +85,7 @@ class CudaLane:
 
     def _bounce(self, target: torch.Tensor, source: torch.Tensor) -> None:
         if not self._bounces:
-            self._bounces = [
-                (torch.empty(self._BOUNCE_BYTES, dtype=torch.uint8, pin_memory=True), _event())
-                for _ in range(2)
-            ]
+            self._make_bounces()
         pieces = zip(
             target.split(self._BOUNCE_BYTES), source.split(self._BOUNCE_BYTES), strict=True
         )
@@ -99,6 +96,12 @@ class CudaLane:
             buffer[: len(of)].copy_(of)
             to.copy_(buffer[: len(of)], non_blocking=True)
             left.record(self._stream)
+
+    @torch.inference_mode(mode=False)
+    def _make_bounces(self) -> None:
+        for _ in range(2):
+            buffer = torch.empty(self._BOUNCE_BYTES, dtype=torch.uint8, pin_memory=True)
+            self._bounces.append((buffer, _event()))
 
     def wait(self, event: Any) -> None:
         torch.cuda.current_stream(self.device).wait_event(event)

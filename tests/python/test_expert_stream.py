@@ -204,7 +204,8 @@ def test_pinning_registers_each_region_once_and_releases_all() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("pinned", [True, False])
-def test_cuda_lane(engine: Engine, *, pinned: bool) -> None:
+def test_cuda_lane(engine: Engine, monkeypatch: pytest.MonkeyPatch, *, pinned: bool) -> None:
+    monkeypatch.setattr(CudaLane, "_BOUNCE_BYTES", 1000)
     device = torch.device("cuda")
     sources = [LayerSource(layer) for layer in make_layers(engine)]
     pinning = make_pinning(device)
