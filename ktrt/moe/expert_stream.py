@@ -26,6 +26,7 @@ PIECE_BYTES = 160 << 20
 # One is computed, the others are on their way: they bridge the attention between two layers.
 RING_SLOTS = 4
 _ALIGNMENT = 256
+_PAGE = 4096
 
 Copy = tuple[torch.Tensor, torch.Tensor]  # target on the device, source on the host
 
@@ -129,25 +130,29 @@ class Pinning:
         self, register: Callable[[int, int], bool], unregister: Callable[[int], None]
     ) -> None:
         self._register, self._unregister = register, unregister
-        self._regions: dict[int, object] = {}
-        self.nbytes = 0
+        self._regions: dict[tuple[int, int], object] = {}
         self.failed_bytes = 0
 
     def update(self, memories: Sequence[Any]) -> None:
         """Registers exactly these (``PackedMemory``): others that were are released first."""
-        wanted = {memory.address: memory for memory in memories}
-        for address in [each for each in self._regions if each not in wanted]:
-            self._release(address)
+        wanted = _regions(memories)
+        for region in [each for each in self._regions if each not in wanted]:
+            self._unregister(region[0])
+            del self._regions[region]  # only now may its memory go
         self.failed_bytes = 0
-        for address, memory in wanted.items():
-            if address in self._regions:
+        for region, owners in wanted.items():
+            if region in self._regions:
                 continue
-            if self._register(address, memory.nbytes):
+            if self._register(*region):
                 # Held until released: the engine must not free registered memory.
-                self._regions[address] = memory
-                self.nbytes += memory.nbytes
+                self._regions[region] = owners
             else:
-                self.failed_bytes += memory.nbytes
+                self.failed_bytes += region[1]
+
+    @property
+    def nbytes(self) -> int:
+        """What is registered."""
+        return sum(size for _, size in self._regions)
 
     @property
     def active(self) -> bool:
@@ -158,10 +163,21 @@ class Pinning:
         """Releases everything."""
         self.update([])
 
-    def _release(self, address: int) -> None:
-        memory: Any = self._regions.pop(address)
-        self._unregister(address)
-        self.nbytes -= memory.nbytes
+
+def _regions(memories: Sequence[Any]) -> dict[tuple[int, int], list[Any]]:
+    """(address, bytes) of whole pages, each page once, and the memories inside."""
+    regions: dict[tuple[int, int], list[Any]] = {}
+    first, end, owners = 0, 0, []
+    for memory in sorted(memories, key=lambda each: each.address):
+        start = memory.address // _PAGE * _PAGE
+        stop = -(-(memory.address + memory.nbytes) // _PAGE) * _PAGE
+        if start >= end:
+            first, end, owners = start, stop, [memory]
+        else:  # it begins on a page of the one before
+            del regions[first, end - first]
+            end, owners = max(end, stop), [*owners, memory]
+        regions[first, end - first] = owners
+    return regions
 
 
 def make_pinning(device: torch.device) -> Pinning:

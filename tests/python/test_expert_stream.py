@@ -184,22 +184,39 @@ class Memory:
         self.address, self.nbytes = address, nbytes
 
 
+PAGE = 4096
+
+
 def test_pinning_registers_each_region_once_and_releases_all() -> None:
     log: list[tuple[str, int]] = []
 
     def register(address: int, _nbytes: int) -> bool:
-        log.append(("register", address))
-        return address != 3
+        log.append(("register", address // PAGE))
+        return address != 5 * PAGE
 
-    pinning = Pinning(register, lambda address: log.append(("release", address)))
-    pinning.update([Memory(1, 10), Memory(2, 20), Memory(3, 30)])
-    assert (pinning.nbytes, pinning.failed_bytes, pinning.active) == (30, 30, True)
-    pinning.update([Memory(1, 10), Memory(4, 40)])
-    assert log[3:] == [("release", 2), ("register", 4)]
-    assert (pinning.nbytes, pinning.failed_bytes) == (50, 0)
+    pinning = Pinning(register, lambda address: log.append(("release", address // PAGE)))
+    pinning.update([Memory(page * PAGE, PAGE) for page in (1, 3, 5)])
+    assert (pinning.nbytes, pinning.failed_bytes, pinning.active) == (2 * PAGE, PAGE, True)
+    pinning.update([Memory(PAGE, PAGE), Memory(7 * PAGE, 2 * PAGE)])
+    assert log[3:] == [("release", 3), ("register", 7)]
+    assert (pinning.nbytes, pinning.failed_bytes) == (3 * PAGE, 0)
     pinning.close()
-    assert log[5:] == [("release", 1), ("release", 4)]
+    assert log[5:] == [("release", 1), ("release", 7)]
     assert not pinning.active
+
+
+def test_a_page_is_registered_once() -> None:
+    log: list[tuple[int, int]] = []
+
+    def register(address: int, nbytes: int) -> bool:
+        log.append((address, nbytes))
+        return True
+
+    pinning = Pinning(register, lambda _: None)
+    pinning.update(
+        [Memory(PAGE + 100, 50), Memory(PAGE, 100), Memory(2 * PAGE - 1, 2), Memory(3 * PAGE, 1)]
+    )
+    assert log == [(PAGE, 2 * PAGE), (3 * PAGE, PAGE)]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
