@@ -9,8 +9,8 @@ export PATH := $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path(
 CPP_FILES = $(shell find csrc tests/cpp bench -name '*.h' -o -name '*.cc')
 APT_PACKAGES = build-essential libgtest-dev libbenchmark-dev
 
-.PHONY: help ci install-test-deps develop check format format-check lint types test test-cpp test-asan \
-        test-tsan test-python bench bench-smoke clean
+.PHONY: help ci install-test-deps develop check families format format-check lint types test test-cpp \
+        test-asan test-tsan test-python test-isa bench bench-smoke clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -28,12 +28,15 @@ install-test-deps: ## System packages (Debian, Ubuntu) and `pip install '.[test]
 develop: ## Rebuild and install ktrt alone, incrementally (needs scikit-build-core, pybind11, cmake, ninja)
 	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -C build-dir=build/python .
 
-check: format-check lint types test-cpp test-asan test-tsan test-python bench-smoke ## Run every check
+check: format-check lint types test-cpp test-asan test-tsan test-python test-isa bench-smoke ## Run every check
 
 format: ## Rewrite C++ and Python sources in the project's format
 	clang-format -i $(CPP_FILES)
 	ruff format .
 	ruff check --fix-only -q .
+
+families: ## Write README's table of model families, for the installed transformers
+	$(PYTHON) tests/python/helpers/families_table.py
 
 format-check:
 	clang-format --dry-run -Werror $(CPP_FILES)
@@ -53,11 +56,16 @@ test-cpp: ## C++ tests, as users run the code
 test-asan: ## C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	cmake --preset asan && cmake --build --preset asan -j $(JOBS) && ctest --preset asan
 
-test-tsan: ## Tests of the thread pool and of the layer under ThreadSanitizer
+test-tsan: ## Tests of the thread pool, the layer and the hand-off under ThreadSanitizer
 	cmake --preset tsan && cmake --build --preset tsan -j $(JOBS) && ctest --preset tsan
 
 test-python: ## Python tests (of the checkout's Python and the installed module)
 	$(PYTHON) -m pytest
+
+test-isa: ## End-to-end Python tests on each instruction set below the machine's own
+	@for isa in $$($(PYTHON) -c 'from ktrt import _core as c; \
+	    order = ["portable", "avx2", "avx512", "amx"]; print(*order[:order.index(c.detected_isa())])'); do \
+	  echo "KTRT_ISA=$$isa"; KTRT_ISA=$$isa $(PYTHON) -m pytest -q -m end_to_end || exit 1; done
 
 bench: ## All micro-benchmarks (the comparison with kt_kernel: python bench/compare_kt_kernel.py)
 	cmake --preset release && cmake --build --preset release -j $(JOBS)

@@ -36,7 +36,8 @@ void gemm(benchmark::State& state, const GemmKernel* kernel, WeightFormat format
   const int rows = static_cast<int>(state.range(0));
   const int rank = static_cast<int>(state.range(1));
   const PackedLayout layout(format, kN, kK);
-  const std::int64_t stride = layout.row_bytes() + 64;
+  const int value_bytes = is_quantized(format) ? 1 : 2;
+  const std::int64_t stride = layout.padded_k() * value_bytes + 64;
   const auto count = static_cast<std::size_t>(rows);
   const Array<std::uint8_t> w(layout.code_bytes());
   const Array<std::uint8_t> a(count * static_cast<std::size_t>(stride));
@@ -191,6 +192,9 @@ int register_all() {
     }
     for (const GemmKernel* kernel : {table.gemm_int8.few, table.gemm_int8.many}) {
       if (is_new(kernel)) add_gemm("gemm_int8", kernel, WeightFormat::kInt8);
+    }
+    for (const GemmKernel* kernel : {table.gemm_int4.few, table.gemm_int4.many}) {
+      if (is_new(kernel)) add_gemm("gemm_int4", kernel, WeightFormat::kInt4);
     }
     if (is_new(table.lora_shrink)) add_shrink(table.lora_shrink);
     if (is_new(table.elementwise)) add_elementwise(table.elementwise);

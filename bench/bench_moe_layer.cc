@@ -1,4 +1,4 @@
-// Whole layers of DeepSeek-V2-Lite's shape (fewer experts, so that it starts quickly), two of them
+// Whole layers of DeepSeek-V2-Lite's shape (fewer experts, so that it starts quickly), some of them
 // in turn. GB/s counts the distinct experts' weights; read_GB/s is a plain read of memory, measured
 // in the same run: their ratio is what decoding reaches of the limit.
 
@@ -18,7 +18,8 @@ namespace {
 
 constexpr MoeShape kShape = {
     .num_experts = 16, .top_k = 6, .hidden_size = 2048, .intermediate_size = 1408};
-constexpr int kLayers = 2;  // 0.55 GB in BF16, far beyond any L3 cache
+// A token reads 26 MB of INT4 experts in each layer; all layers together are beyond any L3 cache.
+constexpr int layers_of(WeightFormat format) { return format == WeightFormat::kInt4 ? 4 : 2; }
 constexpr std::size_t kProbeBytes = std::size_t{256} << 20;
 
 template <class Value>
@@ -54,7 +55,7 @@ Model make_model(WeightFormat format, int rank) {
   std::vector<bf16_t> w(static_cast<std::size_t>(h * i), f32_to_bf16(0.02f));
   const auto lora_size = static_cast<std::size_t>(kShape.num_experts * rank * h);
   std::vector<float> lora(lora_size, 0.01f);
-  for (int l = 0; l < kLayers; ++l) {
+  for (int l = 0; l < layers_of(format); ++l) {
     auto layer = std::make_unique<MoeLayer>(model.engine, kShape, format);
     const TensorView rows = view(w, DType::kBfloat16, {i, h});
     for (int e = 0; e < kShape.num_experts; ++e) {
@@ -95,7 +96,7 @@ void layer(benchmark::State& state, WeightFormat format) {
   std::vector<std::int64_t> ids = random_ids(qlen, random);
   std::size_t next = 0;
   for (auto _ : state) {
-    model.layers[next++ % kLayers]->forward(
+    model.layers[next++ % model.layers.size()]->forward(
         view(x, DType::kBfloat16, {qlen, kShape.hidden_size}),
         view(ids, DType::kInt64, {qlen, kShape.top_k}),
         view(weights, DType::kFloat32, {qlen, kShape.top_k}),
@@ -104,7 +105,7 @@ void layer(benchmark::State& state, WeightFormat format) {
   const ReadProbe probe(kProbeBytes);
   const double matrix = 1.0 * kShape.hidden_size * kShape.intermediate_size;
   const double experts = qlen == 1 ? kShape.top_k : kShape.num_experts;
-  const double bytes = experts * 3 * matrix * params_of(format).element_bytes;
+  const double bytes = experts * 3 * matrix * params_of(format).element_bits / 8;
   using benchmark::Counter;
   state.counters["GB/s"] = Counter(bytes / 1e9, Counter::kIsIterationInvariantRate);
   state.counters["read_GB/s"] =
@@ -115,12 +116,17 @@ void layer(benchmark::State& state, WeightFormat format) {
 
 BENCHMARK_CAPTURE(layer, bf16, WeightFormat::kBf16)
     ->ArgNames({"qlen", "rank"})
-    ->ArgsProduct({{1, 16, 256}, {0, 8, 64}})
+    ->ArgsProduct({{1, 16, 256, 1024}, {0, 8, 64}})
     ->UseRealTime()
     ->Unit(benchmark::kMillisecond);
 BENCHMARK_CAPTURE(layer, int8, WeightFormat::kInt8)
     ->ArgNames({"qlen", "rank"})
-    ->ArgsProduct({{1, 16, 256}, {0, 8, 64}})
+    ->ArgsProduct({{1, 16, 256, 1024}, {0, 8, 64}})
+    ->UseRealTime()
+    ->Unit(benchmark::kMillisecond);
+BENCHMARK_CAPTURE(layer, int4, WeightFormat::kInt4)
+    ->ArgNames({"qlen", "rank"})
+    ->ArgsProduct({{1, 16, 256, 1024}, {0, 8, 64}})
     ->UseRealTime()
     ->Unit(benchmark::kMillisecond);
 

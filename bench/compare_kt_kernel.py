@@ -7,24 +7,29 @@ Both get the same random weights, the same routing and the same number of thread
 the parties alternate: a plain read of memory (the limit of decoding), ktrt, kt_kernel, and
 PyTorch's BF16 linear on the same shapes (oneDNN: a limit of prefilling). Every ratio is the median
 of the ratios of neighbouring measurements: a shared machine's bandwidth swings within seconds.
-Several layers are cycled so that caches do not help. kt_kernel leaks packed weights, so every
-(dtype, rank) runs in a process of its own.
+Several layers are cycled so that caches do not help. Every dtype (without --quick, every
+rank too) runs in a process of its own, because kt_kernel leaks packed weights.
 
 ms are per layer; GB/s counts the distinct experts' weights plus their LoRA; relerr is
-‖y − y_float32‖ / ‖y_float32‖ on up to 64 tokens.
+‖y − y_float32‖ / ‖y_float32‖ over 64 tokens; LoRA cost is ktrt's time over that of its own
+base, measured beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-DTYPES = ("bf16", "int8")
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DTYPES = ("bf16", "int8", "int4")
 RANKS = (0, 8, 64)
 QLENS = (1, 4, 16, 64, 256, 1024)
 QUICK_RANKS = (0, 8)
@@ -40,7 +45,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtypes", default=",".join(DTYPES))
     parser.add_argument("--ranks", default="")
     parser.add_argument("--qlens", default="")
-    parser.add_argument("--rounds", type=int, default=0, help="default: 15 to 31 by size")
+    parser.add_argument(
+        "--rounds", type=int, default=0, help="default: 15 to 31 by size, 5 with --quick"
+    )
+    parser.add_argument(
+        "--zipf", action="store_true", help="skewed routing: the n-th expert with weight 1/n"
+    )
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.ranks = args.ranks or ",".join(map(str, QUICK_RANKS if args.quick else RANKS))
@@ -51,46 +61,55 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def run_children(args: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     machine: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
-    for dtype in args.dtypes.split(","):
-        for rank in args.ranks.split(","):
-            command = [sys.executable, str(Path(__file__).resolve()), "--child", f"{dtype}:{rank}"]
-            command += ["--qlens", args.qlens, "--layers", str(args.layers)]
-            command += ["--threads", str(args.threads), "--rounds", str(args.rounds)]
-            command += ["--quick"] if args.quick else []
-            # OpenMP's idle threads would spin on the cores that the engines are measured on.
-            environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
-            child = subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=False)
-            if child.returncode != 0:
-                raise SystemExit(f"{dtype} rank {rank}: exit code {child.returncode}")
-            answer = json.loads(child.stdout)
+    # With all ranks at once kt_kernel's leaked copies take 20 GB in BF16.
+    groups = [args.ranks] if args.quick else args.ranks.split(",")
+    for dtype, ranks in itertools.product(args.dtypes.split(","), groups):
+        for answer in run_child(args, dtype, ranks):
+            if not machine and not args.json:
+                print_head(answer["machine"])
             machine = machine or answer["machine"]
-            rows += answer["rows"]
+            rows.append(answer["row"])
             if not args.json:
-                if len(rows) == len(answer["rows"]):
-                    print_head(machine)
-                print_rows(answer["rows"])
+                print_row(answer["row"])
     return machine, rows
+
+
+def run_child(args: argparse.Namespace, dtype: str, ranks: str) -> Iterator[dict[str, Any]]:
+    """The rows of one process, as they are measured."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--child", dtype]
+    command += ["--ranks", ranks, "--qlens", args.qlens, "--layers", str(args.layers)]
+    command += ["--threads", str(args.threads), "--rounds", str(args.rounds)]
+    command += [flag for flag in ("--quick", "--zipf") if getattr(args, flag[2:])]
+    # OpenMP's idle threads would spin on the cores that the engines are measured on.
+    environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            yield json.loads(line)
+    if child.returncode != 0:
+        raise SystemExit(f"{dtype}: exit code {child.returncode}")
 
 
 def print_head(machine: dict[str, Any]) -> None:
     print("  ".join(f"{key}: {value}" for key, value in machine.items()))
     print(
         f"{'':>12}{'qlen':>6}{'ktrt ms':>10}{'kt ms':>10}{'ratio':>7}{'GB/s':>7}"
-        f"{'GFLOP/s':>9}{'of read':>9}{'of oneDNN':>11}{'ktrt err':>10}{'kt err':>9}"
+        f"{'GFLOP/s':>9}{'of read':>9}{'of oneDNN':>11}{'LoRA cost':>11}{'ktrt err':>10}"
+        f"{'kt err':>9}"
     )
 
 
-def print_rows(rows: list[dict[str, Any]]) -> None:
-    for row in rows:
-        onednn = row["onednn_fraction"]
-        print(
-            f"{row['method']:>12}{row['qlen']:>6}{row['ktrt_ms']:>10.2f}{row['kt_ms']:>10.2f}"
-            f"{row['ratio']:>7.2f}{row['ktrt_gbs']:>7.1f}{row['ktrt_gflops']:>9.0f}"
-            f"{row['bandwidth_fraction']:>9.2f}"
-            f"{f'{onednn:.2f}' if onednn is not None else '-':>11}"
-            f"{row['ktrt_relerr']:>10.5f}{row['kt_relerr']:>9.5f}",
-            flush=True,
-        )
+def print_row(row: dict[str, Any]) -> None:
+    onednn = f"{row['onednn_fraction']:.2f}" if row["onednn_fraction"] is not None else "-"
+    lora_cost = f"{row['lora_cost']:+.1%}" if row["rank"] else "-"
+    print(
+        f"{row['method']:>12}{row['qlen']:>6}{row['ktrt_ms']:>10.2f}{row['kt_ms']:>10.2f}"
+        f"{row['ratio']:>7.2f}{row['ktrt_gbs']:>7.1f}{row['ktrt_gflops']:>9.0f}"
+        f"{row['bandwidth_fraction']:>9.2f}"
+        f"{onednn:>11}{lora_cost:>11}"
+        f"{row['ktrt_relerr']:>10.5f}{row['kt_relerr']:>9.5f}",
+        flush=True,
+    )
 
 
 def main() -> int:
@@ -102,17 +121,18 @@ def main() -> int:
         sys.path.insert(0, str(Path(__file__).resolve().parent))
         from compare_layers import measure  # torch and both engines: only in the child
 
-        dtype, rank = args.child.split(":")
-        answer = measure(
-            dtype,
-            int(rank),
-            [int(q) for q in args.qlens.split(",")],
+        answers = measure(
+            args.child,
+            [int(rank) for rank in args.ranks.split(",")],
+            [int(qlen) for qlen in args.qlens.split(",")],
             layers=args.layers,
             threads=args.threads,
-            rounds=args.rounds or (9 if args.quick else 0),
+            rounds=args.rounds or (5 if args.quick else 0),
+            zipf=args.zipf,
         )
         with os.fdopen(answer_fd, "w") as out:
-            json.dump(answer, out)
+            for answer in answers:
+                print(json.dumps(answer), file=out, flush=True)
         sys.stderr.flush()
         os._exit(0)  # kt_kernel's destructors are slow and noisy
     machine, rows = run_children(args)

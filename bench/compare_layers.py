@@ -1,184 +1,39 @@
-"""The measuring half of compare_kt_kernel.py: layers of both engines, alternating measurements."""
+"""The measuring half of compare_kt_kernel.py: alternating measurements of both engines."""
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import math
 import os
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from compare_engines import (
+    EXPERTS,
+    HIDDEN,
+    INTER,
+    LORA_SCALE,
+    TOP_K,
+    Batch,
+    KtKernel,
+    Ktrt,
+    Weights,
+    make_lora,
+    make_weights,
+)
 
 from ktrt import _core
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
-# DeepSeek-V2-Lite.
-EXPERTS, TOP_K, HIDDEN, INTER = 64, 6, 2048, 1408
-LORA_SCALE = 2.0
-ELEMENT_BYTES = {"bf16": 2.0, "int8": 1.0}
-KT_CLASS = {"bf16": "AMXBF16", "int8": "AMXInt8"}
+ELEMENT_BYTES = {"bf16": 2.0, "int8": 1.0, "int4": 0.5}
 PROBE_BYTES = 256 << 20
 SETTLE_SECONDS = 0.06
-
-
-@dataclass
-class Weights:
-    gate: torch.Tensor  # [E, I, H] bfloat16
-    up: torch.Tensor
-    down: torch.Tensor  # [E, H, I]
-    lora: dict[str, torch.Tensor]  # bfloat16 A and B, unscaled; empty without LoRA
-
-
-def make_weights(rank: int) -> Weights:
-    """Gaussian values. Experts are different windows of one random pool: drawing 550 million
-    numbers would take longer than the measurement."""
-    generator = torch.Generator().manual_seed(0)
-    pool = torch.randn(24_000_000, generator=generator).to(torch.bfloat16)
-
-    def window(index: int, rows: int, columns: int) -> torch.Tensor:
-        start = index * 7919 * 32 % (pool.numel() - rows * columns)
-        return pool[start : start + rows * columns].view(rows, columns) / math.sqrt(columns)
-
-    def stack(first: int, rows: int, columns: int) -> torch.Tensor:
-        return torch.stack([window(first + e, rows, columns) for e in range(EXPERTS)])
-
-    lora: dict[str, torch.Tensor] = {}
-    for name, out, inp in (("gate", INTER, HIDDEN), ("up", INTER, HIDDEN), ("down", HIDDEN, INTER)):
-        if rank:
-            a = torch.randn(EXPERTS, rank, inp, generator=generator) * inp**-0.5
-            b = torch.randn(EXPERTS, out, rank, generator=generator)
-            lora[f"{name}_a"] = a.to(torch.bfloat16)
-            lora[f"{name}_b"] = (b * (0.3 / LORA_SCALE * rank**-0.5)).to(torch.bfloat16)
-    return Weights(
-        stack(0, INTER, HIDDEN), stack(100, INTER, HIDDEN), stack(200, HIDDEN, INTER), lora
-    )
-
-
-class Ktrt:
-    def __init__(self, weights: Weights, dtype: str, layers: int, threads: int, max_qlen: int):
-        self.engine = _core.Engine(num_threads=threads, max_qlen=max_qlen)
-        self.layers = [self._layer(weights, dtype) for _ in range(layers)]
-
-    def _layer(self, weights: Weights, dtype: str) -> _core.MoeLayer:
-        layer = _core.MoeLayer(
-            self.engine,
-            num_experts=EXPERTS,
-            top_k=TOP_K,
-            hidden_size=HIDDEN,
-            intermediate_size=INTER,
-            weight_format="bf16" if dtype == "bf16" else "int8",
-        )
-        for expert in range(EXPERTS):
-            layer.load_expert(
-                expert, weights.gate[expert], weights.up[expert], weights.down[expert]
-            )
-        if weights.lora:
-            layer.set_lora(
-                **{
-                    name: value.float() * (LORA_SCALE if name.endswith("_b") else 1.0)
-                    for name, value in weights.lora.items()
-                }
-            )
-        return layer
-
-    def forward(self, layer: int, batch: Batch) -> None:
-        self.layers[layer].forward(batch.x, batch.ids[layer], batch.routing, batch.out)
-
-
-class KtKernel:
-    """kt_kernel's raw binding; its Python layer needs a CUDA driver."""
-
-    def __init__(self, weights: Weights, dtype: str, layers: int, threads: int, max_qlen: int):
-        self.kt = load_kt_kernel()
-        pool = self.kt.WorkerPoolConfig()
-        pool.subpool_count, pool.subpool_numa_map = 1, [0]
-        pool.subpool_thread_count = [threads]
-        self.cpu = self.kt.CPUInfer(pool)
-        self.weights = weights
-        self.identity = torch.arange(EXPERTS, dtype=torch.int64)
-        self.max_len = max(32, (max_qlen + 31) // 32 * 32)  # anything else crashes
-        self.tasks: dict[tuple[int, int], Any] = {}
-        self.layers = [self._layer(dtype, index) for index in range(layers)]
-
-    def _layer(self, dtype: str, index: int) -> Any:
-        w = self.weights
-        make = self.kt.moe.MOESFTConfig if w.lora else self.kt.moe.MOEConfig
-        config = make(EXPERTS, TOP_K, HIDDEN, INTER)
-        config.layer_idx, config.pool, config.max_len = index, self.cpu.backend_, self.max_len
-        config.physical_to_logical_map = self.identity.data_ptr()
-        config.gate_proj, config.up_proj = w.gate.data_ptr(), w.up.data_ptr()
-        config.down_proj = w.down.data_ptr()
-        if not w.lora:
-            layer = getattr(self.kt.moe, f"{KT_CLASS[dtype]}_MOE")(config)
-            self.cpu.submit(layer.load_weights_task(self.identity.data_ptr()))
-            self.cpu.sync()
-            return layer
-        rank = w.lora["gate_a"].shape[1]
-        config.lora_rank, config.lora_alpha = rank, LORA_SCALE * rank
-        config.lora_dropout = 0.0  # else it is applied at inference
-        config.share_backward_bb = config.share_cache_pool = True  # else weights double
-        layer = getattr(self.kt.moe, f"{KT_CLASS[dtype]}_SFT_MOE")(config)
-        self.cpu.submit(layer.load_weights_task())
-        self.cpu.sync()
-        names = ("gate_a", "gate_b", "up_a", "up_b", "down_a", "down_b")
-        layer.update_lora_weights(*(w.lora[name].data_ptr() for name in names))
-        return layer
-
-    def forward(self, layer: int, batch: Batch) -> None:
-        key = (layer, id(batch))
-        if key not in self.tasks:  # building a task leaks 80 bytes: once each
-            moe = self.layers[layer]
-            build = moe.forward_sft_task if self.weights.lora else moe.forward_task
-            self.tasks[key] = build(
-                batch.count.data_ptr(), TOP_K, batch.ids[layer].data_ptr(),
-                batch.routing.data_ptr(), batch.x.data_ptr(), batch.out.data_ptr(), False,
-            )  # fmt: skip
-        self.cpu.submit(self.tasks[key])
-        self.cpu.sync()
-
-
-def load_kt_kernel() -> Any:
-    spec = importlib.util.find_spec("kt_kernel")
-    if spec is None or spec.origin is None:
-        raise SystemExit("kt_kernel not found: pip install kt-kernel (Python 3.11 or 3.12)")
-    flags = Path("/proc/cpuinfo").read_text()
-    order = {"amx": "amx_tile", "avx512_bf16": "avx512_bf16", "avx512_vnni": "avx512_vnni"}
-    order |= {"avx512_base": "avx512f", "avx2": "avx2"}
-    variant = next(name for name, flag in order.items() if f" {flag}" in flags)
-    variant = os.environ.get("KT_KERNEL_CPU_VARIANT", variant)
-    path = next(Path(spec.origin).parent.glob(f"_kt_kernel_ext_{variant}.*.so"))
-    module_spec = importlib.util.spec_from_file_location("kt_kernel_ext", path)
-    assert module_spec is not None
-    assert module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    return module
-
-
-class Batch:
-    """Inputs of one forward size; every layer has its own routing."""
-
-    def __init__(self, qlen: int, layers: int):
-        generator = torch.Generator().manual_seed(qlen)
-        self.qlen = qlen
-        self.count = torch.tensor([qlen], dtype=torch.int32)
-        self.x = torch.randn(qlen, HIDDEN, generator=generator).to(torch.bfloat16)
-        self.out = torch.empty_like(self.x)
-        self.routing = torch.softmax(torch.randn(qlen, TOP_K, generator=generator), -1)
-        self.ids = [
-            torch.rand(qlen, EXPERTS, generator=generator).topk(TOP_K, -1).indices.contiguous()
-            for _ in range(layers)
-        ]
-
-    def distinct_experts(self) -> float:
-        return statistics.mean(len(ids.unique()) for ids in self.ids)
+ERROR_TOKENS = 64
 
 
 def reference(weights: Weights, batch: Batch, tokens: int) -> torch.Tensor:
@@ -202,9 +57,20 @@ def reference(weights: Weights, batch: Batch, tokens: int) -> torch.Tensor:
     return y
 
 
-def relative_error(batch: Batch, expected: torch.Tensor) -> float:
-    got = batch.out[: len(expected)].float()
-    return float((got - expected).norm() / expected.norm())
+def relative_errors(engines: tuple[Ktrt, KtKernel], weights: Weights, qlen: int) -> list[float]:
+    """‖y − y_float32‖ / ‖y_float32‖ of both over ERROR_TOKENS tokens, in forwards of at most
+    ``qlen``: one token alone would say little of an error that is mostly rounding of activations.
+    """
+    batch = Batch(max(qlen, ERROR_TOKENS), 1, zipf=False)
+    expected = reference(weights, batch, ERROR_TOKENS)
+    parts = [batch.part(first, qlen) for first in range(0, ERROR_TOKENS, qlen)]
+    errors = []
+    for forward in (engines[0].forward, engines[1].forward):
+        for part in parts:
+            forward(0, part)
+        difference = batch.out[:ERROR_TOKENS].float() - expected
+        errors.append(float(difference.norm() / expected.norm()))
+    return errors
 
 
 def onednn_party(weights: Weights, qlen: int) -> Callable[[], float]:
@@ -236,76 +102,118 @@ def settle() -> None:
 
 def timed(forward: Callable[[int, Batch], None], batch: Batch, layers: int) -> float:
     """Seconds per layer, the party's own threads awake."""
-    settle()
-    forward(layers - 1, batch)
+    if batch.qlen < 64:  # beside more tokens, waking threads takes no time
+        forward(layers - 1, batch)
     start = time.perf_counter()
     for layer in range(layers):
         forward(layer, batch)
     return (time.perf_counter() - start) / layers
 
 
+@dataclass
+class Sample:
+    """One round: neighbouring measurements, in seconds per layer."""
+
+    read_rate: float  # bytes per second
+    base: float  # ktrt without its LoRA
+    ktrt: float
+    kt: float
+    onednn: float | None  # GFLOP/s
+
+
+def sample_rounds(
+    ktrt: Ktrt, kt: KtKernel, batch: Batch, onednn: Callable[[], float] | None, rounds: int
+) -> list[Sample]:
+    probe = _core.ReadProbe(PROBE_BYTES)
+    layers, has_lora = len(ktrt.layers), bool(kt.weights.lora)
+    samples = []
+    for index in range(rounds):
+        settle()
+        read_rate = PROBE_BYTES / probe.seconds(ktrt.engine)
+        # Each comes first half of the time: whatever drifts meets both alike.
+        first, second = ktrt.forward, ktrt.base_forward
+        if index % 2:
+            first, second = second, first
+        one = timed(first, batch, layers)
+        two = timed(second, batch, layers) if has_lora else one
+        ours, base = (two, one) if index % 2 else (one, two)
+        theirs = timed(kt.forward, batch, layers)
+        gflops = None
+        if onednn is not None:
+            settle()
+            gflops = onednn()
+        samples.append(Sample(read_rate, base, ours, theirs, gflops))
+    return samples
+
+
 def measure_qlen(
-    engines: tuple[Ktrt, KtKernel], weights: Weights, qlen: int, dtype: str, rank: int, rounds: int
+    engines: tuple[Ktrt, KtKernel], weights: Weights, batch: Batch, dtype: str, rounds: int
 ) -> dict[str, Any]:
     ktrt, kt = engines
-    layers = len(ktrt.layers)
-    batch = Batch(qlen, layers)
-    expected = reference(weights, batch, min(qlen, 64))
-    errors = []
-    for engine in (ktrt, kt):
-        engine.forward(0, batch)
-        errors.append(relative_error(batch, expected))
+    rank, qlen = weights.rank, batch.qlen
+    errors = relative_errors(engines, weights, qlen)
     onednn = onednn_party(weights, qlen) if qlen >= 64 else None
     experts = batch.distinct_experts()
     lora_bytes = 2 * rank * 3 * (HIDDEN + INTER)
     nbytes = experts * (3 * HIDDEN * INTER * ELEMENT_BYTES[dtype] + lora_bytes)
     flops = 2.0 * qlen * TOP_K * 3 * (HIDDEN * INTER + rank * (HIDDEN + INTER))
-    probe = _core.ReadProbe(PROBE_BYTES)
-    samples = []
-    for _ in range(rounds or (31 if qlen <= 16 else 15)):
-        settle()
-        bandwidth = PROBE_BYTES / probe.seconds(ktrt.engine)
-        ours = timed(ktrt.forward, batch, layers)
-        theirs = timed(kt.forward, batch, layers)
-        settle()
-        gflops = onednn() if onednn is not None else None
-        samples.append((bandwidth, ours, theirs, gflops))
+    samples = sample_rounds(ktrt, kt, batch, onednn, rounds or (31 if qlen <= 16 else 15))
 
-    def median(value: Callable[[Any], float]) -> float:
+    def median(value: Callable[[Sample], float]) -> float:
         return statistics.median(value(sample) for sample in samples)
 
-    ours = median(lambda s: s[1])
+    ours = median(lambda s: s.ktrt)
     return {
         "method": f"{dtype}{f'+lora{rank}' if rank else ''}",
         "dtype": dtype,
         "rank": rank,
         "qlen": qlen,
         "ktrt_ms": ours * 1e3,
-        "kt_ms": median(lambda s: s[2]) * 1e3,
-        "ratio": median(lambda s: s[2] / s[1]),
-        "bandwidth_fraction": median(lambda s: nbytes / s[1] / s[0]),
-        "onednn_fraction": median(lambda s: flops / 1e9 / s[1] / s[3]) if onednn else None,
+        "kt_ms": median(lambda s: s.kt) * 1e3,
+        "ratio": median(lambda s: s.kt / s.ktrt),
+        "bandwidth_fraction": median(lambda s: nbytes / s.ktrt / s.read_rate),
+        "onednn_fraction": median(lambda s: flops / 1e9 / s.ktrt / (s.onednn or 1.0))
+        if onednn
+        else None,
         "ktrt_relerr": errors[0],
         "kt_relerr": errors[1],
+        "lora_cost": median(lambda s: s.ktrt / s.base) - 1.0,
         "ktrt_gbs": nbytes / ours / 1e9,
         "ktrt_gflops": flops / ours / 1e9,
-        "read_gbs": median(lambda s: s[0]) / 1e9,
+        "read_gbs": median(lambda s: s.read_rate) / 1e9,
         "experts": experts,
     }
 
 
 def measure(
-    dtype: str, rank: int, qlens: list[int], *, layers: int, threads: int, rounds: int
-) -> dict[str, Any]:
-    """All rows of one (dtype, rank), and what the machine is."""
+    dtype: str,
+    ranks: list[int],
+    qlens: list[int],
+    *,
+    layers: int,
+    threads: int,
+    rounds: int,
+    zipf: bool,
+) -> Iterator[dict[str, Any]]:
+    """The rows of one dtype, and the machine with each of them."""
     threads = threads or len({_core_of(cpu) for cpu in os.sched_getaffinity(0)})
     torch.set_num_threads(threads)
-    weights = make_weights(rank)
-    engines = (
-        Ktrt(weights, dtype, layers, threads, max(qlens)),
-        KtKernel(weights, dtype, layers, threads, max(qlens)),
-    )
-    rows = [measure_qlen(engines, weights, qlen, dtype, rank, rounds) for qlen in qlens]
+    base = make_weights()
+    ktrt = Ktrt(base, dtype, layers, threads, max(qlens))
+    keep = []  # kt_kernel's destructors are slow and noisy
+    for rank in ranks:
+        weights = replace(base, lora=make_lora(rank))
+        ktrt.set_lora(weights.lora)
+        kt = KtKernel(weights, dtype, layers, threads, max(qlens))
+        keep.append(kt)
+        machine = describe_machine(kt, threads, layers)
+        for qlen in qlens:
+            batch = Batch(qlen, layers, zipf=zipf)
+            row = measure_qlen((ktrt, kt), weights, batch, dtype, rounds)
+            yield {"machine": machine, "row": row}
+
+
+def describe_machine(kt: KtKernel, threads: int, layers: int) -> dict[str, Any]:
     cpu = next(
         (
             line.split(":", 1)[1].strip()
@@ -314,17 +222,16 @@ def measure(
         ),
         "?",
     )
-    machine = {
+    return {
         "cpu": cpu,
         "threads": threads,
         "isa": _core.isa(),
         "kernels": _core.kernels(),
-        "kt_variant": engines[1].kt.__cpu_variant__,
+        "kt_variant": kt.kt.__cpu_variant__,
         "torch": torch.__version__,
         "shape": f"{EXPERTS} experts top-{TOP_K}, hidden {HIDDEN}, intermediate {INTER}",
         "layers": layers,
     }
-    return {"machine": machine, "rows": rows}
 
 
 def _core_of(cpu: int) -> str:

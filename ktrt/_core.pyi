@@ -147,7 +147,13 @@ class PackedLora:
     def down(self) -> PackedExpand: ...
 
 class MoeLayer:
-    """The routed experts of one MoE layer: ``y = Σ_slots w · down(act(gate x) · (up x))``.
+    """The routed experts of one MoE layer: ``y = Σ_slots w · down(f(gate x) · up x)``, with biases
+    where they are set; ``down(f(up x))`` without gate.
+
+    ``f(min(g, gate_limit)) · (clamp(u, ± up_limit) + up_offset)`` makes an intermediate activation
+    of the outputs g and u of gate and up; ``activation`` names f: ``silu`` is g · sigmoid(alpha ·
+    g), ``gelu``, ``gelu_tanh``, ``relu``, ``relu2`` its square. ``softcap_silu`` bends instead:
+    gate_limit · tanh(g / gate_limit) · sigmoid(g), and up likewise.
 
     Weights live in kt_kernel's packed layout; sizes it refuses are zero-padded.
     """
@@ -160,8 +166,17 @@ class MoeLayer:
         top_k: int,
         hidden_size: int,
         intermediate_size: int,
-        weight_format: Literal["bf16", "int8"],
-    ) -> None: ...
+        weight_format: Literal["bf16", "int8", "int4"],
+        has_gate: bool = True,
+        activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "softcap_silu"] = "silu",
+        alpha: float = 1.0,
+        gate_limit: float = ...,
+        up_limit: float = ...,
+        up_offset: float = 0.0,
+    ) -> None:
+        """``ValueError``: sizes below 1, a limit that is not above 0, an unknown name. The limits
+        are infinite by default."""
+
     @property
     def num_experts(self) -> int: ...
     @property
@@ -176,10 +191,22 @@ class MoeLayer:
     def packed_bytes(self) -> int:
         """Bytes of packed weights and scales held for all experts, LoRA excluded."""
 
+    @property
+    def unusual_form(self) -> list[str]:
+        """What the experts compute otherwise than ``down(silu(gate x) · up x)``, in words."""
+
     def load_expert(self, expert: int, gate: Any, up: Any, down: Any) -> None:
-        """Packs (and for int8 quantises) one expert. gate, up [intermediate_size, hidden_size],
-        down [hidden_size, intermediate_size]; float32, float16 or bfloat16, rounded to bfloat16
-        first. The arrays are not kept. Runs without the GIL, on the pool."""
+        """Packs (and for int8, int4 quantises) one expert. gate (None where the experts have none)
+        and up [intermediate_size, hidden_size], down [hidden_size, intermediate_size]; float32,
+        float16 or bfloat16, rounded to bfloat16 first. The arrays are not kept. Runs without the
+        GIL, on the pool."""
+
+    def set_biases(
+        self, *, gate: Any | None = None, up: Any | None = None, down: Any | None = None
+    ) -> None:
+        """Replaces the biases of all experts: gate, up [num_experts, intermediate_size], down
+        [num_experts, hidden_size], float32; None: no bias on that projection. Added in float32,
+        gate's and up's before the activation, down's before the routing weight."""
 
     def set_lora(
         self,
@@ -197,6 +224,12 @@ class MoeLayer:
         gate's A (one shrink serves both). Ranks 1 … 256 and may differ per projection."""
 
     def clear_lora(self) -> None: ...
+    @property
+    def lora_enabled(self) -> bool:
+        """Settable. While it is false, ``forward`` computes the base model; the LoRA is kept."""
+
+    @lora_enabled.setter
+    def lora_enabled(self, enabled: bool) -> None: ...
     def forward(self, hidden_states: Any, expert_ids: Any, routing_weights: Any, out: Any) -> None:
         """hidden_states, out [qlen, hidden_size], one dtype of float32, float16, bfloat16;
         expert_ids [qlen, k ≤ top_k] int32 or int64; routing_weights [qlen, k] float32, float16 or
@@ -220,12 +253,88 @@ class MoeLayer:
         into it. ``ValueError`` while an expert is missing, ``RuntimeError`` once closed."""
 
     def packed_lora(self) -> PackedLora | None:
-        """The LoRA's memory; None without LoRA. A later ``set_lora`` makes new memory and leaves
-        this as it is."""
+        """The LoRA's memory; None without LoRA, or while it is disabled. A later ``set_lora`` makes
+        new memory and leaves this as it is."""
 
     @property
     def lora_version(self) -> int:
-        """Changes with every ``set_lora`` and ``clear_lora``. Never waits for a forward."""
+        """Changes with every ``set_lora`` and ``clear_lora``, and with ``lora_enabled``. Never
+        waits for a forward."""
+
+class GpuHandoff:
+    """Pinned slots through which a CUDA stream starts the engine and waits for it, without the host
+    in between; the stream's part can be captured into a graph and replayed.
+
+    All slots of one hand-off run one after the other: on one stream, or on streams ordered by
+    events. They share memory. Calls release the GIL.
+
+    After a failure (a ``forward`` that raised or took longer than ``timeout``, a slot that started
+    though nothing or another one was expected, Ctrl-C in ``synchronize``, ``close``) nothing keeps
+    a stream waiting: slots that start later are skipped, what they copy to the device is stale.
+    ``submit``, ``expect`` and ``synchronize`` raise it until a ``synchronize`` has seen the stream
+    drained; the next use starts clean.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        timeout: float = 30.0,
+        driver: str = "libcuda.so.1",
+        mechanism: Literal["auto", "stream_memory_ops", "host_functions"] = "auto",
+    ) -> None:
+        """Uses the CUDA context that is current; not during a capture. ``timeout``: seconds.
+        ``auto``: host functions where driver or device cannot run and capture stream memory
+        operations. ``RuntimeError``: library or entry point missing, driver too old, no current
+        context, not the mechanism asked for."""
+
+    @property
+    def mechanism(self) -> str:
+        """How streams start and await slots: ``stream_memory_ops`` or ``host_functions``."""
+
+    @property
+    def closed(self) -> bool: ...
+    @property
+    def pinned_bytes(self) -> int:
+        """Page-locked memory held: of the largest slot, and a cache line per slot. Slots added
+        in ascending order of size need memory each."""
+
+    def add_slot(
+        self,
+        layer: MoeLayer,
+        *,
+        tokens: int,
+        top_k: int,
+        dtype: Literal["float32", "float16", "bfloat16"],
+        name: str = "",
+    ) -> int:
+        """A slot for ``tokens`` rows: hidden_states and out [tokens, hidden_size] of ``dtype``,
+        expert_ids int64 and routing_weights float32 [tokens, top_k]. Keeps the layer. ``name``
+        stands for the layer in error messages. Not during a capture. ``ValueError``: a layer of
+        another engine, tokens > max_qlen, top_k > the layer's."""
+
+    def submit(
+        self, slot: int, stream: int, hidden_states: int, expert_ids: int, routing_weights: int
+    ) -> None:
+        """Enqueues the copies of three contiguous arrays (device addresses) and the start on a
+        stream (``torch.cuda.Stream.cuda_stream``). Outside a capture it also expects the slot.
+        ``RuntimeError``: the last submitted slot has no ``wait`` yet, an earlier failure."""
+
+    def wait(self, slot: int, stream: int, out: int) -> None:
+        """Enqueues the wait for the slot submitted last and the copy of its result to ``out``."""
+
+    def expect(self, slots: Sequence[int]) -> None:
+        """A graph is about to be launched in which these slots start in this order."""
+
+    def synchronize(self, stream: int) -> None:
+        """Returns once the stream has drained. ``RuntimeError`` with what went wrong since the last
+        call, naming slot and layer; ``TimeoutError``: a forward took longer than ``timeout``, or
+        the stream is busy though no slot has moved for that long. Ctrl-C interrupts it."""
+
+    def close(self) -> None:
+        """Releases and awaits the device, ends the threads, frees the pinned memory. Graphs that
+        captured a slot must not be launched afterwards. Idempotent; the end of the interpreter
+        does it too."""
 
 def isa() -> str:
     """The ISA level in use: ``portable``, ``avx2``, ``avx512`` or ``amx`` (after ``KTRT_ISA``)."""

@@ -35,6 +35,7 @@ def open_session(config: Config) -> Session:
         sampling=config.sampling,
         audit=loaded.audit,
         close=loaded.close,
+        graphs=loaded.graphs,
     )
 
 

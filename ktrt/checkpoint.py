@@ -1,19 +1,20 @@
 """Reads a Hugging Face model folder lazily: names, shapes, and one tensor at a time.
 
 File format: safetensors (https://github.com/huggingface/safetensors), one file or shards with
-``model.safetensors.index.json``. Which tensor is which parameter is asked of transformers' own
-conversion mapping, forward from each name on disk, so that no model family is listed here.
+``model.safetensors.index.json``; quantised tensors are read as plain ones. Which
+tensor is which parameter is asked of ``ktrt.checkpoint_names``.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from safetensors import SafetensorError, safe_open
 
+from ktrt.checkpoint_convert import Conversions
+from ktrt.checkpoint_formats import FLOAT_DTYPES, PlainTensor, StoredTensor, decoded, is_dequantized
+from ktrt.checkpoint_names import WeightNames, WeightTarget
 from ktrt.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -21,22 +22,21 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
-    from torch import nn
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 Projection = Literal["gate", "up", "down"]
-_FLOAT_DTYPES = ("F32", "F16", "BF16")
 
 
 class Checkpoint:
     """The tensors of one model folder, memory-mapped; nothing is read before it is asked for.
 
-    Raises ``CheckpointError`` for a folder without safetensors, a missing or damaged shard, and an
-    index that names a tensor its shard lacks.
+    A quantised tensor and its scales are one tensor here, in float32; ``weight_block_size`` is that
+    of FP8. Raises ``CheckpointError`` for a folder without safetensors, a missing or damaged shard,
+    an index that names a tensor its shard lacks, and scales that do not fit.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, weight_block_size: tuple[int, int] = (128, 128)) -> None:
         self.folder = folder
         self._handles: dict[Path, Any] = {}
         self._files: dict[str, Path] = {}
@@ -49,6 +49,10 @@ class Checkpoint:
             )
         else:
             raise CheckpointError(_no_safetensors(folder))
+        stored: dict[str, StoredTensor] = {
+            name: PlainTensor(path, self._open(path), name) for name, path in self._files.items()
+        }
+        self._tensors = decoded(stored, weight_block_size)
 
     def _open_shards(self, index: Path) -> None:
         for name, file_name in _weight_map(index).items():
@@ -80,32 +84,42 @@ class Checkpoint:
 
     def names(self) -> Iterable[str]:
         """The names of all tensors."""
-        return self._files.keys()
+        return self._tensors.keys()
 
     def file(self, name: str) -> Path:
         """The file that holds the tensor."""
-        return self._files[name]
+        return self._tensors[name].file
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape, from the file's header."""
-        return tuple(self._slice(name).get_shape())
+        return self._tensors[name].shape
 
     def dtype(self, name: str) -> str:
-        """The dtype in safetensors' words, e.g. ``BF16``."""
-        return str(self._slice(name).get_dtype())
+        """The dtype in safetensors' words, e.g. ``BF16``; ``F32`` for what is dequantised."""
+        return self._tensors[name].dtype
 
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor, a view of the mapped file where possible."""
-        tensor: torch.Tensor = self._handles[self._files[name]].get_tensor(name)
-        return tensor
+        return self._tensors[name].read()
 
     def read_row(self, name: str, row: int) -> torch.Tensor:
         """``tensor[row]``, without reading the other rows."""
-        tensor: torch.Tensor = self._slice(name)[row]
-        return tensor
+        return self._tensors[name].read_row(row)
 
-    def _slice(self, name: str) -> Any:
-        return self._handles[self._files[name]].get_slice(name)
+    def is_quantized(self, name: str | None = None) -> bool:
+        """Whether this tensor (any tensor) is dequantised on reading."""
+        if name is not None:
+            return is_dequantized(self._tensors[name])
+        return any(map(is_dequantized, self._tensors.values()))
+
+    def convert(self, conversions: Conversions) -> dict[str, list[str]]:
+        """Adds the parameters that transformers' conversions make of tensors of this folder, under
+        their names in the model; returns the names that each is made of."""
+        made = {}
+        for parameter, tensor, sources in conversions.tensors(self._tensors.copy()):
+            self._tensors[parameter] = tensor
+            made[parameter] = sources
+        return made
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -129,80 +143,6 @@ def _no_safetensors(folder: Path) -> str:
     )
 
 
-@dataclass(frozen=True)
-class WeightTarget:
-    """What one tensor on disk becomes: all of parameter ``name``, or one expert's slice of it.
-
-    With ``expert``, the tensor is piece ``piece`` of ``pieces`` along the output rows of that
-    expert (gate_up_proj from gate and up: two pieces). ``changed``: the library also changes the
-    numbers' order (transposes, splits, …), so that the tensor is not the parameter as it stands.
-    """
-
-    name: str
-    expert: int | None = None
-    piece: int = 0
-    pieces: int = 1
-    changed: bool = False
-
-
-class WeightNames:
-    """transformers' renamings and conversions for one model, applied forward to single names.
-
-    ``model`` is the plain model on the meta device, experts not replaced.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-        mapping = get_model_conversion_mapping(model)
-        self._parameters: Mapping[str, Any] = model.state_dict()
-        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        self._prefix = str(getattr(model, "base_model_prefix", ""))
-
-    def target(self, name: str) -> WeightTarget:
-        """The parameter that a tensor of this name is loaded into; for a name that belongs nowhere
-        the renamed name."""
-        from transformers.core_model_loading import rename_source_key
-
-        renamed, pattern = rename_source_key(
-            name, self._renamings, self._converters, self._prefix, self._parameters
-        )
-        if renamed not in self._parameters and name in self._parameters:
-            return WeightTarget(name)
-        if pattern is None or renamed not in self._parameters:
-            return WeightTarget(renamed)
-        for renaming in self._renamings:
-            name, _ = renaming.rename_source_key(name)
-        expert = re.search(pattern.replace("*.", r"(?P<expert>\d+)\."), name)
-        converter = next(c for c in self._converters if pattern in c.source_patterns)
-        if not expert or "expert" not in expert.groupdict() or not _stacks_experts(converter):
-            return WeightTarget(renamed, changed=True)
-        return WeightTarget(
-            renamed,
-            expert=int(expert["expert"]),
-            piece=converter.source_patterns.index(pattern),
-            pieces=len(converter.source_patterns),
-        )
-
-
-def _stacks_experts(converter: Any) -> bool:
-    """Whether the conversion only stacks experts [E, …] and joins their rows, in source order."""
-    from transformers.core_model_loading import Concatenate, MergeModulelist
-
-    operations = list(converter.operations)
-    if len(converter.source_patterns) > 1:
-        join = operations.pop()
-        if not isinstance(join, Concatenate) or join.dim != 1:
-            return False
-    return (
-        len(operations) == 1
-        and isinstance(operations[0], MergeModulelist)
-        and not operations[0].dim
-    )
-
-
 class ExpertsShape(Protocol):
     """The part of an experts module's description that its weights must match."""
 
@@ -214,6 +154,16 @@ class ExpertsShape(Protocol):
     def hidden_size(self) -> int: ...
     @property
     def intermediate_size(self) -> int: ...
+    @property
+    def has_gate(self) -> bool: ...
+    @property
+    def has_bias(self) -> bool: ...
+    @property
+    def is_transposed(self) -> bool: ...
+    @property
+    def is_interleaved(self) -> bool: ...
+    @property
+    def first_parameter(self) -> str: ...
 
 
 class ExpertWeights:
@@ -226,10 +176,11 @@ class ExpertWeights:
         self._spec = spec
         self._sources = sources
         used = set()
+        wanted = {target: (sources.get(target), shape) for target, shape in self._biases().items()}
         for expert in range(spec.num_experts):
-            for target, (name, shape) in self._pieces(expert).items():
-                self._check(target, name, shape)
-                used.add(name)
+            wanted |= self._pieces(expert)
+        for target, (name, shape) in wanted.items():
+            used.add(self._check(target, name, shape))
         if surplus := sorted(set(sources.values()) - used):
             raise CheckpointError(
                 f"{checkpoint.file(surplus[0])}: {surplus[0]} ({len(surplus)} such) repeats "
@@ -238,14 +189,18 @@ class ExpertWeights:
 
     def _pieces(self, expert: int) -> dict[WeightTarget, tuple[str | None, tuple[int, ...]]]:
         """The tensors that make up one expert: target → (name on disk or None, expected shape)."""
-        rows, inner = 2 * self._spec.intermediate_size, self._spec.hidden_size
+        spec = self._spec
+        rows = spec.intermediate_size * (2 if spec.has_gate else 1)
         pieces: dict[WeightTarget, tuple[str | None, tuple[int, ...]]] = {}
-        for parameter, pieces_on_disk in (("gate_up_proj", (2, 1)), ("down_proj", (1,))):
-            path = f"{self._spec.path}.{parameter}"
-            shape = (rows, inner) if parameter == "gate_up_proj" else (inner, rows // 2)
+        for parameter, pieces_on_disk, shape in (
+            (spec.first_parameter, (2, 1) if spec.has_gate else (1,), (rows, spec.hidden_size)),
+            ("down_proj", (1,), (spec.hidden_size, spec.intermediate_size)),
+        ):
+            path = f"{spec.path}.{parameter}"
             fused = WeightTarget(path)
             if fused in self._sources:
-                pieces[fused] = (self._sources[fused], (self._spec.num_experts, *shape))
+                stored = shape[::-1] if spec.is_transposed else shape
+                pieces[fused] = (self._sources[fused], (spec.num_experts, *stored))
                 continue
             count = next(
                 (n for n in pieces_on_disk if WeightTarget(path, expert, 0, n) in self._sources),
@@ -256,13 +211,26 @@ class ExpertWeights:
                 pieces[target] = (self._sources.get(target), (shape[0] // count, shape[1]))
         return pieces
 
-    def _check(self, target: WeightTarget, name: str | None, shape: tuple[int, ...]) -> None:
+    def _biases(self) -> dict[WeightTarget, tuple[int, ...]]:
+        """The biases of all experts, with their shapes."""
+        spec = self._spec
+        if not spec.has_bias:
+            return {}
+        rows = spec.intermediate_size * (2 if spec.has_gate else 1)
+        path = spec.path
+        return {
+            WeightTarget(f"{path}.{spec.first_parameter}_bias"): (spec.num_experts, rows),
+            WeightTarget(f"{path}.down_proj_bias"): (spec.num_experts, spec.hidden_size),
+        }
+
+    def _check(self, target: WeightTarget, name: str | None, shape: tuple[int, ...]) -> str:
         if name is None:
             what = ("gate", "up")[target.piece] if target.pieces == 2 else "weights"
+            whose = "" if target.expert is None else f", expert {target.expert} ({what})"
             raise CheckpointError(
-                f"{self._checkpoint.folder}: no tensor for {target.name}, expert {target.expert} "
-                f"({what}); found {len(self._sources)} tensors of this layer's experts, expected "
-                f"all of {self._spec.num_experts} experts."
+                f"{self._checkpoint.folder}: no tensor for {target.name}{whose}; found "
+                f"{len(self._sources)} tensors of this layer's experts, expected all of "
+                f"{self._spec.num_experts} experts."
             )
         found, dtype = self._checkpoint.shape(name), self._checkpoint.dtype(name)
         file = self._checkpoint.file(name)
@@ -270,11 +238,12 @@ class ExpertWeights:
             raise CheckpointError(
                 f"{file}: {name} has shape {list(found)}, expected {list(shape)} by config.json."
             )
-        if dtype not in _FLOAT_DTYPES:
+        if dtype not in FLOAT_DTYPES:
             raise CheckpointError(
-                f"{file}: {name} has dtype {dtype}, expected one of {', '.join(_FLOAT_DTYPES)}. "
-                "Quantised checkpoints cannot be loaded yet; use the BF16 one."
+                f"{file}: {name} has dtype {dtype}, expected one of {', '.join(FLOAT_DTYPES)}, or "
+                "FP8 (F8_E4M3) or MXFP4 with scales beside it. Use the BF16 checkpoint."
             )
+        return name
 
     def modules(self) -> dict[tuple[int, Projection], str]:
         """(expert, projection) → the module's name on disk, where one tensor is one projection."""
@@ -282,23 +251,45 @@ class ExpertWeights:
         rows: tuple[Projection, Projection] = ("gate", "up")
         for target, name in self._sources.items():
             down = target.name.endswith(".down_proj")
-            if target.expert is not None and (down or target.pieces == 2):
-                found[target.expert, "down" if down else rows[target.piece]] = name.removesuffix(
-                    ".weight"
-                )
+            if target.expert is None or (self._spec.has_gate and not down and target.pieces != 2):
+                continue
+            projection = rows[target.piece] if self._spec.has_gate else "up"
+            found[target.expert, "down" if down else projection] = name.removesuffix(".weight")
         return found
 
-    def read(self, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """gate, up [intermediate_size, hidden_size] and down [hidden_size, intermediate_size]."""
+    def biases(self) -> dict[str, torch.Tensor]:
+        """Of all experts, in float32: gate (where there is one), up [num_experts,
+        intermediate_size], down [num_experts, hidden_size]; empty if the experts have none."""
+        if not self._spec.has_bias:
+            return {}
+        first, down = (self._checkpoint.read(self._sources[target]) for target in self._biases())
+        gate, up = self._halves(first, dim=1)
+        biases = {"gate": gate, "up": up, "down": down}
+        return {p: bias.float().contiguous() for p, bias in biases.items() if bias is not None}
+
+    def _halves(self, rows: torch.Tensor, dim: int = 0) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Gate (None where there is none) and up of a parameter that holds both."""
+        if not self._spec.has_gate:
+            return None, rows
+        if self._spec.is_interleaved:
+            pairs = rows.unflatten(dim, (-1, 2))
+            return pairs.select(dim + 1, 0), pairs.select(dim + 1, 1)
+        gate, up = rows.chunk(2, dim)
+        return gate, up
+
+    def read(self, expert: int) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """gate (None where there is none), up [intermediate_size, hidden_size] and down
+        [hidden_size, intermediate_size], each with contiguous rows."""
         tensors = []
         for target, (name, _) in self._pieces(expert).items():
             assert name is not None  # checked on construction
-            if target.expert is None:
-                tensors.append(self._checkpoint.read_row(name, expert))
-            else:
+            if target.expert is not None:
                 tensors.append(self._checkpoint.read(name))
+                continue
+            matrix = self._checkpoint.read_row(name, expert)
+            tensors.append((matrix.T if self._spec.is_transposed else matrix).contiguous())
         down = tensors.pop()
-        gate, up = tensors if len(tensors) == 2 else tensors[0].chunk(2)
+        gate, up = tensors if len(tensors) == 2 else self._halves(tensors[0])
         return gate, up, down
 
 
@@ -313,16 +304,24 @@ def find_expert_weights(
     by_path: dict[str, tuple[ExpertsShape, dict[WeightTarget, str]]] = {
         spec.path: (spec, {}) for spec in specs
     }
-    for name in checkpoint.names():
-        target = names.target(name)
+    parameters = {
+        spec.path: {spec.first_parameter, "down_proj"}
+        | ({f"{spec.first_parameter}_bias", "down_proj_bias"} if spec.has_bias else set())
+        for spec, _ in by_path.values()
+    }
+    targets = [(name, names.target(name)) for name in checkpoint.names()]
+    conversions = Conversions(names.model)
+    for name, target in targets:
         path, _, parameter = target.name.rpartition(".")
-        if path not in by_path or parameter not in ("gate_up_proj", "down_proj"):
+        if target.changed and parameter in parameters.get(path, ()):
+            conversions.add(*names.conversion(name), name)
+    targets += [
+        (parameter, WeightTarget(parameter)) for parameter in checkpoint.convert(conversions)
+    ]
+    for name, target in targets:
+        path, _, parameter = target.name.rpartition(".")
+        if target.changed or parameter not in parameters.get(path, ()):
             continue
-        if target.changed:
-            raise CheckpointError(
-                f"{checkpoint.file(name)}: {name} is stored in an order that transformers changes "
-                f"to make {target.name}; ktrt can only read experts stored one by one or stacked."
-            )
         spec, sources = by_path[path]
         if target in sources:
             raise CheckpointError(

@@ -6,24 +6,29 @@ timings; sessions build conversations on it.
 
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Literal, Protocol
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from ktrt.config import SamplingArgs
+from ktrt.decode_graph import DecodeGraphs
 from ktrt.errors import ConfigError
+from ktrt.kv_cache import StaticKv, unusual_layers
 from ktrt.sampling import Sampler, make_sampler
 
 # Tokens per forward of the prompt: enough for GEMMs to be at their best, and few enough that
 # Ctrl-C and the attention's memory stay small.
 PREFILL_CHUNK = 512
+# With a GPU: what one call of the engine takes, since every forward reads all experts' weights.
+GPU_PREFILL_CHUNK = 1024
 
 FinishReason = Literal["stop", "length"]
+# Makes the CUDA graphs that decode on a cache.
+GraphsFor = Callable[[StaticKv], DecodeGraphs]
 
 
 class Decoder(Protocol):
@@ -65,16 +70,32 @@ class Response:
 class KvCache:
     """A model's KV cache together with the token ids it holds."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, graphs: GraphsFor | None = None) -> None:
+        """Without ``graphs``, and where the cache is not ``plain``, the host launches each step."""
         self._model = model
+        self._device = model.get_input_embeddings().weight.device
+        # The GPU's share of the routed experts, and what graphs know of its memory.
+        self._gpu: Any = getattr(model, "kt_gpu_experts", None)
+        self._gpu_version = -1
+        self.plain = not unusual_layers(model.config)
+        self._graphs: DecodeGraphs | None = None
+        self._cache: Any = None
+        if graphs is not None and self.plain:
+            self._cache = StaticKv(model.config)
+            self._graphs = graphs(self._cache)
         self._reset()
 
+    @property
+    def has_graphs(self) -> bool:
+        """Whether decode steps have been captured, and replays are used."""
+        return self._graphs is not None and self._graphs.count > 0
+
     def _reset(self) -> None:
-        self._cache = DynamicCache(config=self._model.config)
         self._ids: list[int] = []
-        # Only the plain layer can be cropped, and continued by several tokens at once: a sliding
-        # window forgets, and some linear-attention layers restart from nothing (transformers 5.23).
-        self.plain = all(type(layer) is DynamicLayer for layer in self._cache.layers)
+        if self._graphs is not None:
+            self._cache.reset()
+        else:
+            self._cache = DynamicCache(config=self._model.config)
 
     def reuse(self, prompt_ids: Sequence[int]) -> int:
         """Crops to what it shares with the prompt's start; returns how many tokens that is.
@@ -92,22 +113,56 @@ class KvCache:
         return shared
 
     def prefill_chunk(self, remaining: int) -> int:
-        """Tokens of a prompt's next forward: the model may want more than ``PREFILL_CHUNK``."""
-        gpu = getattr(self._model, "kt_gpu_experts", None)
-        return (gpu.prefill_chunk(remaining) if gpu is not None else None) or PREFILL_CHUNK
+        """Tokens of a prompt's next forward."""
+        streamed: int | None = None
+        if self._gpu is not None:
+            streamed = self._gpu.prefill_chunk(remaining)
+        return streamed or (GPU_PREFILL_CHUNK if self._device.type == "cuda" else PREFILL_CHUNK)
 
     def forward(self, ids: Sequence[int]) -> torch.Tensor:
         """Runs the model on the next ``ids``; returns the last position's logits [vocab_size]."""
         held, self._ids = self._ids, []
-        inputs = torch.tensor([list(ids)], device=self._model.get_input_embeddings().weight.device)
-        with torch.inference_mode():
-            output = self._model(
-                input_ids=inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1
-            )
+        if self._graphs is None:
+            logits = self._plain_forward(ids)
+        else:
+            logits = self._graph_forward(self._graphs, held, ids)
         # Only now: after an exception, Ctrl-C included, the layers may differ in length, and no ids
         # make the next `reuse` start anew.
         held.extend(ids)
         self._ids = held
+        return logits
+
+    def _graph_forward(
+        self, graphs: DecodeGraphs, held: Sequence[int], ids: Sequence[int]
+    ) -> torch.Tensor:
+        moved = self._cache.reserve(len(held) + len(ids))
+        if self._gpu is not None:
+            self._gpu.refresh()
+            moved |= self._gpu.version != self._gpu_version
+            self._gpu_version = self._gpu.version
+        if moved:
+            graphs.clear()
+        if len(ids) > 1:
+            return self._plain_forward(ids)
+        found = graphs.step(ids, [len(held)])
+        if found is not None:
+            self._cache.set_length(len(held) + 1)
+            return found[0]
+        logits = self._plain_forward(ids)
+        if not graphs.prepare(ids, [len(held)], logits.unsqueeze(0)):
+            # It may have stored anything anywhere.
+            self._cache.reset()
+            everything = [*held, *ids]
+            for start in range(0, len(everything), PREFILL_CHUNK):
+                logits = self._plain_forward(everything[start : start + PREFILL_CHUNK])
+        return logits
+
+    def _plain_forward(self, ids: Sequence[int]) -> torch.Tensor:
+        inputs = torch.tensor([list(ids)], device=self._device)
+        with torch.inference_mode():
+            output = self._model(
+                input_ids=inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1
+            )
         logits: torch.Tensor = output.logits[0, -1]
         return logits
 

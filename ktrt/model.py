@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 import sys
 import time
 from contextlib import contextmanager
@@ -13,27 +13,34 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ktrt.adapter import Audit, BaseModel, plan_adapter
-from ktrt.checkpoint import Checkpoint, WeightNames, find_expert_weights
+from ktrt.checkpoint import Checkpoint, find_expert_weights
+from ktrt.checkpoint_names import WeightNames
+from ktrt.decode_graph import CudaGraphs, DecodeGraphs
+from ktrt.dequantized import dequantized_source
 from ktrt.errors import CheckpointError
+from ktrt.kv_cache import unusual_layers
 from ktrt.moe import (
     KTExperts,
     build_engine,
     build_gpu_experts,
     experts_replaced,
     find_experts,
+    new_hand_off,
     new_layer,
 )
+from ktrt.skeleton import build_skeleton
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import nn
 
     from ktrt.adapter import AdapterPlan
     from ktrt.checkpoint import ExpertWeights
     from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
-    from ktrt.moe import Engine, ExpertsSpec, GpuExperts
+    from ktrt.kv_cache import StaticKv
+    from ktrt.moe import Engine, ExpertsSpec, GpuExperts, HandOff
+    from ktrt.skeleton import Skeleton
 
 logger = logging.getLogger(__name__)
 # The block that users of LLaMA-Factory with KTransformers look for.
@@ -43,16 +50,23 @@ debug_logger = logging.getLogger("ktrt.debug")
 @dataclass
 class LoadedModel:
     """``model`` is transformers' own class with the experts replaced and PEFT's layers injected, in
-    eval mode, without gradients; ``audit`` says what each tensor of the adapter acts on; ``gpu`` is
-    the GPU's share of the routed experts, if it has one."""
+    eval mode, without gradients; ``audit`` says what each tensor of the adapter acts on.
+
+    On a GPU ``hand_off`` connects the experts with it, ``graphs`` makes the CUDA graphs that decode
+    on a cache (None: each step is launched by the host), and ``gpu`` is the GPU's share of the
+    routed experts, if it has one."""
 
     model: nn.Module
     audit: Audit
     engine: Engine
+    hand_off: HandOff | None = None
+    graphs: Callable[[StaticKv], DecodeGraphs] | None = None
     gpu: GpuExperts | None = None
 
     def close(self) -> None:
         """Stops the engine's threads and frees the experts; the model cannot run afterwards."""
+        if self.hand_off is not None:
+            self.hand_off.close()
         if self.gpu is not None:
             self.gpu.close()
         self.engine.close()
@@ -66,66 +80,66 @@ def load_model(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> L
     ``CheckpointError`` or ``AdapterError`` naming file and tensor, what was found and expected.
     """
     folder = model.model_name_or_path
+    device = _device()
     logger.info("Loading model with KTransformers MoE backend")
-    skeleton, trust = _skeleton(folder, model.trust_remote_code)
+    built = build_skeleton(folder, model.trust_remote_code)
+    skeleton = built.model
     specs = find_experts(skeleton)
     if not specs:
         raise CheckpointError(
             f"{folder}: {type(skeleton).__name__} has no routed experts that transformers runs "
             "through its experts interface; ktrt is for Mixture-of-Experts models."
         )
-    checkpoint, names = Checkpoint(folder), WeightNames(skeleton)
+    checkpoint, names = Checkpoint(folder, built.weight_block_size), WeightNames(skeleton)
     weights = find_expert_weights(checkpoint, names, specs)
     plan = _plan_adapter(adapter, skeleton, specs, names, weights)
-    loaded = _load_without_experts(skeleton, specs, checkpoint, names, model.infer_dtype, trust)
+    loaded = _load_without_experts(built, specs, checkpoint, names, model.infer_dtype, device)
     engine = build_engine(experts)
+    hand_off = None
     try:
-        _load_experts(engine, loaded, specs, weights, experts.kt_backend)
+        hand_off = new_hand_off(engine, device)
+        _load_experts(engine, loaded, specs, weights, experts.kt_backend, hand_off)
         audit = _apply_adapter(plan, loaded, specs) if plan else Audit()
-        gpu = _share_with_gpu(engine, loaded, specs, experts)
+        gpu = _share_with_gpu(engine, loaded, specs, experts, device)
     except BaseException:
+        if hand_off is not None:
+            hand_off.close()
         engine.close()
         raise
     loaded.eval().requires_grad_(False)
     _log_result(loaded, specs, plan)
-    return LoadedModel(loaded, audit, engine, gpu)
+    graphs = None
+    if hand_off is not None:
+        hand_off.guard(loaded)
+        graphs = _graphs(loaded, hand_off, experts.kt_use_cuda_graph)
+    return LoadedModel(loaded, audit, engine, hand_off, graphs, gpu)
 
 
-def _skeleton(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, bool]:
-    """The plain model on the meta device, and whether the checkpoint's own code may run."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+def _device() -> torch.device:
+    """The first GPU that CUDA_VISIBLE_DEVICES leaves, for everything but the routed experts."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", torch.cuda.current_device())
+    logger.info(
+        "GPU: %s (CUDA_VISIBLE_DEVICES %s) runs everything but the routed experts",
+        torch.cuda.get_device_name(device), os.environ.get("CUDA_VISIBLE_DEVICES", "not set"),
+    )  # fmt: skip
+    return device
 
-    file = folder / "config.json"
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        model_type = raw["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{file} cannot be read or names no model_type ({error!r}): not a model folder."
-        ) from error
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method")
-        raise CheckpointError(
-            f"{file}: the weights are quantised (quant_method {method}); ktrt cannot read that "
-            "yet. Use the BF16 checkpoint."
-        )
-    trust = trust_remote_code and model_type not in CONFIG_MAPPING
-    if trust_remote_code and not trust:
-        logger.info(
-            "trust_remote_code is ignored: transformers has its own code for %s", model_type
-        )
-    # The library checks configurations with exceptions of its own, derived from nothing else.
-    refusals = (StrictDataclassError, OSError, ValueError, ImportError, KeyError, TypeError)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-    except refusals as error:
-        raise CheckpointError(
-            f"{folder}: transformers cannot build a model of type {model_type}: {error}"
-        ) from error
-    return model, trust
+
+def _graphs(
+    model: Any, hand_off: HandOff, wanted: bool
+) -> Callable[[StaticKv], DecodeGraphs] | None:
+    """What makes the CUDA graphs of decode steps; None, with a log line, where there are none."""
+    reason = "kt_use_cuda_graph is false"
+    if wanted:
+        unusual = unusual_layers(model.config)
+        reason = f"the model's KV cache has layers that are not plain ({', '.join(unusual)})"
+        if not unusual:
+            logger.info("Each decode step is one CUDA graph, hand-offs to the CPU included")
+            return lambda cache: DecodeGraphs(model, cache, hand_off, CudaGraphs())
+    logger.info("Every decode step is launched by the host, without a CUDA graph: %s", reason)
+    return None
 
 
 def _plan_adapter(
@@ -151,25 +165,29 @@ def _plan_adapter(
 
 
 def _load_without_experts(
-    skeleton: nn.Module,
+    built: Skeleton,
     specs: Sequence[ExpertsSpec],
     checkpoint: Checkpoint,
     names: WeightNames,
     infer_dtype: str,
-    trust: bool,
+    device: torch.device,
 ) -> nn.Module:
     """All weights but the routed experts', which are never materialised in torch."""
+    skeleton = built.model
     model_class: Any = type(skeleton)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = "auto" if infer_dtype == "auto" else getattr(torch, infer_dtype)
-    experts = [rf"^{path}\.(gate_up_proj|down_proj)$" for path in _escaped(specs)]
+    parameters = r"(gate_up_proj|up_proj|down_proj)(_bias)?"
+    experts = [rf"^{path}\.{parameters}$" for path in _escaped(specs)]
+    if checkpoint.is_quantized():
+        source = dequantized_source(skeleton, specs, checkpoint, names, infer_dtype)
+    else:
+        dtype = "auto" if infer_dtype == "auto" else getattr(torch, infer_dtype)
+        source = {"pretrained_model_name_or_path": checkpoint.folder, "dtype": dtype}
     try:
         with experts_replaced({s.class_name for s in specs}), _unexpected(model_class, experts):
             model, info = model_class.from_pretrained(
-                checkpoint.folder,
-                dtype=dtype,
-                device_map={"": device} if device != "cpu" else None,
-                trust_remote_code=trust,
+                **source,
+                device_map={"": str(device)} if device.type != "cpu" else None,
+                trust_remote_code=built.trust,
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
@@ -236,15 +254,18 @@ def _load_experts(
     specs: Sequence[ExpertsSpec],
     weights: Mapping[str, ExpertWeights],
     kt_backend: str,
+    hand_off: HandOff | None,
 ) -> None:
     start, packed = time.perf_counter(), 0
     for spec in _progress(specs):
         layer = new_layer(engine, spec, kt_backend)
         for expert in range(spec.num_experts):
             layer.load_expert(expert, *weights[spec.path].read(expert))
+        if biases := weights[spec.path].biases():
+            layer.set_biases(**biases)
         module = model.get_submodule(spec.path)
         assert isinstance(module, KTExperts), f"{spec.path} was not replaced"
-        module.attach(layer, engine.max_qlen)
+        module.attach(layer, engine.max_qlen, hand_off, spec.path)
         packed += layer.packed_bytes
     seconds = time.perf_counter() - start
     logger.info(
@@ -291,16 +312,16 @@ def _apply_adapter(plan: AdapterPlan, model: nn.Module, specs: Sequence[ExpertsS
 
 
 def _share_with_gpu(
-    engine: Engine, model: nn.Module, specs: Sequence[ExpertsSpec], args: ExpertArgs
+    engine: Engine,
+    model: nn.Module,
+    specs: Sequence[ExpertsSpec],
+    args: ExpertArgs,
+    device: torch.device,
 ) -> GpuExperts | None:
     """Gives the GPU its share of the routed experts, ``kt_gpu_experts`` of the model."""
     modules: dict[str, Any] = {spec.path: model.get_submodule(spec.path) for spec in specs}
-    layers = {path: module.layer for path, module in modules.items()}
-    device = next(model.parameters()).device
-    gpu = build_gpu_experts(layers, device, args, engine.max_qlen)
+    gpu = build_gpu_experts(modules, device, args, engine.max_qlen)
     if gpu is not None:
-        for path, module in modules.items():
-            module.gpu = gpu.layers[path]
         model.kt_gpu_experts = gpu  # type: ignore[assignment]
     return gpu
 

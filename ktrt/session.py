@@ -6,7 +6,7 @@ from typing import Any, Protocol, Self
 
 from ktrt.config import SamplingArgs, override_sampling
 from ktrt.errors import ConfigError, KtrtError
-from ktrt.generation import KvCache, Response, check_prompt, stream_generate
+from ktrt.generation import GraphsFor, KvCache, Response, check_prompt, stream_generate
 from ktrt.template import Template
 
 __all__ = ["AuditView", "Response", "Session", "check_messages"]
@@ -47,14 +47,16 @@ class Session:
         sampling: SamplingArgs,
         audit: AuditView,
         close: Callable[[], None],
+        graphs: GraphsFor | None = None,
     ) -> None:
-        """``close`` frees what the model holds; it is called once."""
+        """``close`` frees what the model holds; it is called once. ``graphs``: see ``KvCache``."""
         self.model = model
         self.tokenizer = tokenizer
         self.audit = audit
         self._template = template
         self._sampling = sampling
         self._close: Callable[[], None] | None = close
+        self._graphs = graphs
         self._idle_cache: KvCache | None = None
         self._stop_ids = template.stop_ids
         if template.name == "auto":
@@ -87,7 +89,8 @@ class Session:
         self, prompt_ids: Sequence[int], args: SamplingArgs, max_tokens: int
     ) -> Iterator[Response]:
         # Taken while in use, so that a second answer meanwhile gets a cache of its own.
-        cache, self._idle_cache = self._idle_cache or KvCache(self.model), None
+        cache, self._idle_cache = self._idle_cache, None
+        cache = cache or KvCache(self.model, self._graphs)
         responses = stream_generate(
             self.tokenizer, cache, prompt_ids, args, stop_ids=self._stop_ids, max_tokens=max_tokens
         )
@@ -102,7 +105,7 @@ class Session:
     def close(self) -> None:
         """Frees threads and memory; the session answers no more. Idempotent."""
         close, self._close = self._close, None
-        self._idle_cache = None
+        self._idle_cache = self._graphs = None
         if close is not None:
             close()
 

@@ -5,4 +5,5 @@ PYBIND11_MODULE(_core, module) {
   module.attr("__version__") = KTRT_VERSION;
   ktrt::register_cpu(module);
   ktrt::register_moe(module);
+  ktrt::register_gpu(module);
 }

@@ -6,5 +6,6 @@ namespace ktrt {
 
 void register_cpu(pybind11::module_& module);
 void register_moe(pybind11::module_& module);
+void register_gpu(pybind11::module_& module);
 
 }  // namespace ktrt

@@ -21,6 +21,8 @@ py::dict kernels() {
   names["gemm_bf16_few_rows"] = table.gemm_bf16.few->name;
   names["gemm_int8"] = table.gemm_int8.many->name;
   names["gemm_int8_few_rows"] = table.gemm_int8.few->name;
+  names["gemm_int4"] = table.gemm_int4.many->name;
+  names["gemm_int4_few_rows"] = table.gemm_int4.few->name;
   names["lora_shrink"] = table.lora_shrink->name;
   names["elementwise"] = table.elementwise->name;
   return names;

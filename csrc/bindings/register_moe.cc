@@ -3,6 +3,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/check.h"
@@ -43,10 +44,10 @@ std::shared_ptr<Engine> make_engine(int num_threads, int max_qlen,
 }
 
 WeightFormat parse_format(const std::string& name) {
-  for (const WeightFormat format : {WeightFormat::kBf16, WeightFormat::kInt8}) {
+  for (const WeightFormat format : kWeightFormats) {
     if (name == name_of(format)) return format;
   }
-  KTRT_CHECK(false, "weight_format is '" << name << "', expected 'bf16' or 'int8'");
+  KTRT_CHECK(false, "weight_format is '" << name << "', expected 'bf16', 'int8' or 'int4'");
   return WeightFormat::kBf16;
 }
 
@@ -58,17 +59,72 @@ Projection parse_projection(const std::string& name) {
   return Projection::kGate;
 }
 
+std::optional<TensorView> view_of(const std::optional<TensorArg>& arg) {
+  return arg ? std::optional<TensorView>(arg->view()) : std::nullopt;
+}
+
+constexpr std::pair<const char*, ActivationKind> kActivationNames[] = {
+    {"silu", ActivationKind::kSilu},          {"gelu", ActivationKind::kGelu},
+    {"gelu_tanh", ActivationKind::kGeluTanh}, {"relu", ActivationKind::kRelu},
+    {"relu2", ActivationKind::kRelu2},        {"softcap_silu", ActivationKind::kSoftcapSilu},
+};
+
+ActivationKind parse_activation(const std::string& name) {
+  std::string known;
+  for (const auto& [text, kind] : kActivationNames) {
+    if (name == text) return kind;
+    known += (known.empty() ? "'" : ", '") + std::string(text) + "'";
+  }
+  KTRT_CHECK(false, "activation is '" << name << "', expected one of " << known);
+  return ActivationKind::kSilu;
+}
+
+std::shared_ptr<MoeLayer> make_layer(std::shared_ptr<Engine> engine, int num_experts, int top_k,
+                                     int hidden_size, int intermediate_size,
+                                     const std::string& weight_format, bool has_gate,
+                                     const std::string& activation, float alpha, float gate_limit,
+                                     float up_limit, float up_offset) {
+  const MoeShape shape{num_experts, top_k, hidden_size, intermediate_size, has_gate};
+  return std::make_shared<MoeLayer>(
+      std::move(engine), shape, parse_format(weight_format),
+      Activation{parse_activation(activation), alpha, gate_limit, up_limit, up_offset});
+}
+
+// What the experts compute otherwise than down(silu(gate x) · up x), in words.
+std::vector<std::string> unusual_form(const MoeLayer& layer) {
+  std::vector<std::string> found;
+  const Activation& activation = layer.activation();
+  if (!layer.shape().has_gate) found.emplace_back("no gate");
+  if (layer.has_biases()) found.emplace_back("biases");
+  for (const auto& [name, kind] : kActivationNames) {
+    if (kind == activation.kind && kind != ActivationKind::kSilu) {
+      found.push_back("activation " + std::string(name));
+    }
+  }
+  if (activation.alpha != 1.0f) found.emplace_back("a slope of the activation");
+  if (activation.gate_limit != Activation::kNoLimit || activation.up_limit != Activation::kNoLimit) {
+    found.emplace_back("limits of gate or up");
+  }
+  if (activation.up_offset != 0.0f) found.emplace_back("an offset of up");
+  return found;
+}
+
 void load_expert(MoeLayer& layer, int expert, const py::object& gate, const py::object& up,
                  const py::object& down) {
-  const TensorArg g(gate, "gate");
+  const auto g = optional_tensor(gate, "gate");
   const TensorArg u(up, "up");
   const TensorArg d(down, "down");
   const py::gil_scoped_release release;
-  layer.load_expert(expert, g.view(), u.view(), d.view());
+  layer.load_expert(expert, view_of(g), u.view(), d.view());
 }
 
-std::optional<TensorView> view_of(const std::optional<TensorArg>& arg) {
-  return arg ? std::optional<TensorView>(arg->view()) : std::nullopt;
+void set_biases(MoeLayer& layer, const py::object& gate, const py::object& up,
+                const py::object& down) {
+  const auto g = optional_tensor(gate, "gate");
+  const auto u = optional_tensor(up, "up");
+  const auto d = optional_tensor(down, "down");
+  const py::gil_scoped_release release;
+  layer.set_biases(view_of(g), view_of(u), view_of(d));
 }
 
 void set_lora(MoeLayer& layer, const py::object& gate_a, const py::object& gate_b,
@@ -133,15 +189,12 @@ void register_engine(py::module_& module) {
 }
 
 void register_layer(py::module_& module) {
-  py::class_<MoeLayer>(module, "MoeLayer")
-      .def(py::init([](std::shared_ptr<Engine> engine, int num_experts, int top_k, int hidden_size,
-                       int intermediate_size, const std::string& weight_format) {
-             return std::make_unique<MoeLayer>(
-                 std::move(engine), MoeShape{num_experts, top_k, hidden_size, intermediate_size},
-                 parse_format(weight_format));
-           }),
-           py::arg("engine"), py::kw_only(), py::arg("num_experts"), py::arg("top_k"),
-           py::arg("hidden_size"), py::arg("intermediate_size"), py::arg("weight_format"))
+  py::class_<MoeLayer, std::shared_ptr<MoeLayer>>(module, "MoeLayer")
+      .def(py::init(&make_layer), py::arg("engine"), py::kw_only(), py::arg("num_experts"),
+           py::arg("top_k"), py::arg("hidden_size"), py::arg("intermediate_size"),
+           py::arg("weight_format"), py::arg("has_gate") = true, py::arg("activation") = "silu",
+           py::arg("alpha") = 1.0f, py::arg("gate_limit") = Activation::kNoLimit,
+           py::arg("up_limit") = Activation::kNoLimit, py::arg("up_offset") = 0.0f)
       .def_property_readonly("num_experts", [](const MoeLayer& l) { return l.shape().num_experts; })
       .def_property_readonly("top_k", [](const MoeLayer& l) { return l.shape().top_k; })
       .def_property_readonly("hidden_size", [](const MoeLayer& l) { return l.shape().hidden_size; })
@@ -150,13 +203,17 @@ void register_layer(py::module_& module) {
       .def_property_readonly("weight_format",
                              [](const MoeLayer& l) { return std::string(name_of(l.format())); })
       .def_property_readonly("packed_bytes", &MoeLayer::packed_bytes)
+      .def_property_readonly("unusual_form", &unusual_form)
       .def("load_expert", &load_expert, py::arg("expert"), py::arg("gate"), py::arg("up"),
            py::arg("down"))
+      .def("set_biases", &set_biases, py::kw_only(), py::arg("gate") = py::none(),
+           py::arg("up") = py::none(), py::arg("down") = py::none())
       .def("set_lora", &set_lora, py::kw_only(), py::arg("gate_a") = py::none(),
            py::arg("gate_b") = py::none(), py::arg("up_a") = py::none(),
            py::arg("up_b") = py::none(), py::arg("down_a") = py::none(),
            py::arg("down_b") = py::none())
       .def("clear_lora", &MoeLayer::clear_lora, py::call_guard<py::gil_scoped_release>())
+      .def_property("lora_enabled", &MoeLayer::lora_enabled, &MoeLayer::enable_lora)
       .def("forward", &forward, py::arg("hidden_states"), py::arg("expert_ids"),
            py::arg("routing_weights"), py::arg("out"))
       .def("last_kernels", &last_kernels)

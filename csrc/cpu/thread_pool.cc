@@ -2,16 +2,14 @@
 
 #include <linux/futex.h>
 #include <pthread.h>
-#include <sched.h>
-#include <signal.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <climits>
-#include <memory>
 #include <string>
 
 #include "base/check.h"
+#include "cpu/thread_setup.h"
 #include "cpu/topology.h"
 
 namespace ktrt {
@@ -32,35 +30,6 @@ constexpr int kPausesPerClockRead = 32;
 
 // A thread that spins while another of the pool waits for its core only delays it.
 bool all_can_run(int threads) { return static_cast<size_t>(threads) <= allowed_cpus().size(); }
-
-void pin_current_thread(int cpu) noexcept {
-  if (cpu < 0) return;
-  const auto release = [](cpu_set_t* set) { CPU_FREE(set); };
-  const std::unique_ptr<cpu_set_t, decltype(release)> mask(CPU_ALLOC(cpu + 1), release);
-  if (!mask) return;
-  const size_t bytes = CPU_ALLOC_SIZE(cpu + 1);
-  CPU_ZERO_S(bytes, mask.get());
-  CPU_SET_S(cpu, bytes, mask.get());
-  // Unpinned it is slower at worst.
-  (void)pthread_setaffinity_np(pthread_self(), bytes, mask.get());
-}
-
-// New threads inherit the mask: a worker must not run the process's signal handlers (Python's
-// Ctrl-C would otherwise interrupt a thread that cannot act on it).
-class BlockSignals {
- public:
-  BlockSignals() noexcept {
-    sigset_t all;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &saved_);
-  }
-  ~BlockSignals() { pthread_sigmask(SIG_SETMASK, &saved_, nullptr); }
-  BlockSignals(const BlockSignals&) = delete;
-  BlockSignals& operator=(const BlockSignals&) = delete;
-
- private:
-  sigset_t saved_;
-};
 
 }  // namespace
 

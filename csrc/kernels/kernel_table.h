@@ -6,6 +6,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "kernels/activation.h"
+
 namespace ktrt {
 
 // C [rows][32] = A [rows][k] · Wᵀ for one strip of 32 rows of a packed W (layout/packed_layout.h),
@@ -23,8 +25,8 @@ struct GemmArgs {
   int row_in_block;        // first row of the strip in it
   int k;                   // padded
   const float* w_scale;    // [32] of this strip; null for BF16
-  const int32_t* w_sum;    // [32] of this strip; null for BF16
-  const uint8_t* next;     // what is read after this strip, to prefetch; may be null
+  const int32_t* w_sum;  // [32] of this strip: Σ_k of its codes (INT4: of 16 · code); null for BF16
+  const uint8_t* next;  // what is read after this strip, to prefetch; may be null
 
   // BF16 [rank_pairs][2 halves][16 rows][2]; null without LoRA.
   const uint16_t* lora_b;
@@ -71,6 +73,11 @@ struct ElementwiseKernels {
   void (*silu_mul)(const float* gate, const float* up, int rows, uint16_t* out, int64_t out_stride);
   // acc[0..31] += weight · c[0..31].
   void (*weighted_add)(const float* c, float weight, float* acc);
+  // silu_mul with any activation; gate null: experts without gate.
+  void (*activate)(const Activation& activation, const float* gate, const float* up, int rows,
+                   uint16_t* out, int64_t out_stride);
+  // c[r][0..31] += bias[0..31]; c [rows][32].
+  void (*add_bias)(const float* bias, int rows, float* c);
 };
 
 // AMX tiles pay off from some number of rows on; below it, and without AMX, `few` runs.
@@ -86,6 +93,7 @@ struct GemmChoice {
 struct KernelTable {
   GemmChoice gemm_bf16;
   GemmChoice gemm_int8;
+  GemmChoice gemm_int4;
   const ShrinkKernel* lora_shrink;
   const ElementwiseKernels* elementwise;
 };

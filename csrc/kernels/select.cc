@@ -15,6 +15,11 @@ extern const GemmKernel gemm_int8_avx2;
 extern const GemmKernel gemm_int8_avx512_vnni;
 extern const GemmKernel gemm_int8_avx512_bf16;
 extern const GemmKernel gemm_int8_amx;
+extern const GemmKernel gemm_int4_portable;
+extern const GemmKernel gemm_int4_avx2;
+extern const GemmKernel gemm_int4_avx512_vnni;
+extern const GemmKernel gemm_int4_avx512_bf16;
+extern const GemmKernel gemm_int4_amx;
 extern const ShrinkKernel lora_shrink_portable;
 extern const ShrinkKernel lora_shrink_avx2;
 extern const ShrinkKernel lora_shrink_avx512_bf16;
@@ -45,6 +50,8 @@ const Kernel* first_that_runs(const std::array<Variant<Kernel>, count>& variants
 // at 4.
 constexpr int kBf16TilesFrom = 2;
 constexpr int kInt8TilesFrom = 4;
+// Not measured yet: the tiles of INT4 have to be unpacked first, whatever the number of rows.
+constexpr int kInt4TilesFrom = 8;
 
 GemmChoice choose(const GemmKernel* few, const GemmKernel* tiles, int tiles_from) {
   return tiles == nullptr ? GemmChoice{few, few, 0} : GemmChoice{few, tiles, tiles_from};
@@ -65,6 +72,12 @@ KernelTable select_kernels(Isa level, const CpuFeatures& f) {
       {&gemm_int8_avx2, Isa::kAvx2, f.avx2},
       {&gemm_int8_portable, Isa::kPortable, true},
   }};
+  const std::array<Variant<GemmKernel>, 4> gemm_int4 = {{
+      {&gemm_int4_avx512_bf16, Isa::kAvx512, f.avx512_vnni && f.avx512_bf16},
+      {&gemm_int4_avx512_vnni, Isa::kAvx512, f.avx512_vnni},
+      {&gemm_int4_avx2, Isa::kAvx2, f.avx2},
+      {&gemm_int4_portable, Isa::kPortable, true},
+  }};
   const std::array<Variant<ShrinkKernel>, 3> lora_shrink = {{
       {&lora_shrink_avx512_bf16, Isa::kAvx512, f.avx512_bf16},
       {&lora_shrink_avx2, Isa::kAvx2, f.avx2},
@@ -78,6 +91,7 @@ KernelTable select_kernels(Isa level, const CpuFeatures& f) {
   const bool amx = f.amx && level == Isa::kAmx;
   return {choose(first_that_runs(gemm_bf16, level), amx ? &gemm_bf16_amx : nullptr, kBf16TilesFrom),
           choose(first_that_runs(gemm_int8, level), amx ? &gemm_int8_amx : nullptr, kInt8TilesFrom),
+          choose(first_that_runs(gemm_int4, level), amx ? &gemm_int4_amx : nullptr, kInt4TilesFrom),
           first_that_runs(lora_shrink, level), first_that_runs(elementwise, level)};
 }
 

@@ -70,6 +70,15 @@ inline __attribute__((always_inline)) void for_each_tile(const GemmArgs& g, int 
   }
 }
 
+// Asks for what turns the strip's integer sums into C, which is read after its last tile, from
+// places of its own.
+inline void prefetch_scales(const GemmArgs& g) {
+  for (int i = 0; i < kStripColumns; i += 16) {
+    __builtin_prefetch(g.w_scale + i, 0, 3);
+    __builtin_prefetch(g.w_sum + i, 0, 3);
+  }
+}
+
 // Asks for the strip's LoRA expand, which is read after its last tile, from a place of its own.
 inline void prefetch_expand(const GemmArgs& g) {
   if (g.lora_b == nullptr) return;

@@ -4,7 +4,17 @@
 
 namespace ktrt {
 
-const char* name_of(WeightFormat format) { return format == WeightFormat::kBf16 ? "bf16" : "int8"; }
+const char* name_of(WeightFormat format) {
+  switch (format) {
+    case WeightFormat::kBf16:
+      return "bf16";
+    case WeightFormat::kInt8:
+      return "int8";
+    case WeightFormat::kInt4:
+      return "int4";
+  }
+  return "?";
+}
 
 std::size_t PackedLayout::tile_offset(int strip, int k0) const {
   const int k_block = k0 / params_.block_k * params_.block_k;
@@ -14,7 +24,7 @@ std::size_t PackedLayout::tile_offset(int strip, int k0) const {
       static_cast<std::size_t>(k_block) * rows +
       static_cast<std::size_t>(row_in_block(strip)) * static_cast<std::size_t>(k_block_size) +
       static_cast<std::size_t>(k0 - k_block) * kStripRows;
-  return block_offset(strip) + elements * static_cast<std::size_t>(params_.element_bytes);
+  return block_offset(strip) + elements * static_cast<std::size_t>(params_.element_bits) / 8;
 }
 
 }  // namespace ktrt

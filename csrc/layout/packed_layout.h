@@ -3,8 +3,9 @@
 // Order: n-block, k-block, strip of 32 rows, tile of `tile_k` columns, two halves of 16 rows,
 // groups of consecutive k that fill 4 bytes (2 BF16 or 4 INT8 values), 16 rows, the group's values.
 // A half tile is 16 × 16 words of 4 bytes = 1 KB: an AMX B tile and, equally, sixteen 64-byte
-// vectors that hold one k-group of 16 output rows each. Checked byte for byte against kt_kernel by
-// tests/python/test_golden_packing.py.
+// vectors that hold one k-group of 16 output rows each. An INT4 tile is two INT8 tiles in one: its
+// low nibbles are columns 0 … 63, its high nibbles columns 64 … 127, two's complement in [-7, 7].
+// Checked byte for byte against kt_kernel by tests/python/test_golden_packing.py.
 //
 // kt_kernel refuses sizes that do not fill its strips and tiles; here they are padded with zeros.
 #pragma once
@@ -16,9 +17,14 @@
 
 namespace ktrt {
 
-enum class WeightFormat { kBf16, kInt8 };
+enum class WeightFormat { kBf16, kInt8, kInt4 };
+inline constexpr WeightFormat kWeightFormats[] = {WeightFormat::kBf16, WeightFormat::kInt8,
+                                                  WeightFormat::kInt4};
 
 const char* name_of(WeightFormat format);
+
+// Weights with a scale per row, multiplied with activations that are quantised to INT8.
+constexpr bool is_quantized(WeightFormat format) { return format != WeightFormat::kBf16; }
 
 inline constexpr int kStripRows = 32;  // rows of W that one kernel call produces
 inline constexpr int kHalfRows = 16;   // rows of one 64-byte vector, and of one AMX tile
@@ -27,15 +33,22 @@ inline constexpr int kTileRowBytes = 64;  // bytes of k in a tile, per row
 
 // The fixed numbers of one format.
 struct FormatParams {
-  int element_bytes;
+  int element_bits;
   int block_rows;  // NB
   int block_k;     // KB
   int tile_k;      // KT
 };
 
 constexpr FormatParams params_of(WeightFormat format) {
-  return format == WeightFormat::kBf16 ? FormatParams{2, 256, 1792, 32}
-                                       : FormatParams{1, 64, 3584, 64};
+  switch (format) {
+    case WeightFormat::kBf16:
+      return {16, 256, 1792, 32};
+    case WeightFormat::kInt8:
+      return {8, 64, 3584, 64};
+    case WeightFormat::kInt4:
+      return {4, 128, 3584, 128};
+  }
+  return {};
 }
 
 // Sizes and addresses of one packed matrix.
@@ -43,12 +56,14 @@ class PackedLayout {
  public:
   PackedLayout() = default;
   PackedLayout(WeightFormat format, int n, int k)
-      : params_(params_of(format)),
+      : format_(format),
+        params_(params_of(format)),
         n_(n),
         k_(k),
         padded_n_(round_up(n, kStripRows)),
         padded_k_(round_up(k, params_.tile_k)) {}
 
+  WeightFormat format() const { return format_; }
   int n() const { return n_; }
   int k() const { return k_; }
   int padded_n() const { return padded_n_; }
@@ -58,7 +73,7 @@ class PackedLayout {
     return static_cast<std::size_t>(padded_n_) * static_cast<std::size_t>(row_bytes());
   }
   // Bytes of one row over the padded k.
-  int row_bytes() const { return padded_k_ * params_.element_bytes; }
+  int row_bytes() const { return padded_k_ * params_.element_bits / 8; }
   const FormatParams& params() const { return params_; }
 
   // Byte offset of the n-block that holds `strip`, and the rows of that block.
@@ -80,6 +95,7 @@ class PackedLayout {
     return strip * kStripRows / params_.block_rows * params_.block_rows;
   }
 
+  WeightFormat format_ = WeightFormat::kBf16;
   FormatParams params_ = params_of(WeightFormat::kBf16);
   int n_ = 0;
   int k_ = 0;

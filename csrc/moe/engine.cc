@@ -1,7 +1,10 @@
 #include "moe/engine.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <stdexcept>
+#include <string>
 
 #include "base/check.h"
 #include "kernels/select.h"
@@ -31,8 +34,10 @@ Engine::Engine(const std::vector<int>& cpus, const std::vector<int>& home, int m
     : isa_(active_isa()),
       kernels_(select_kernels(isa_, cpu_features())),
       num_threads_(static_cast<int>(cpus.size())),
+      caller_cpu_(cpus.empty() ? -1 : cpus.front()),
       home_(home),
       parts_(count_parts(home, cpus.size())),
+      process_(getpid()),
       workspace_(num_threads_, max_qlen) {
   pool_.emplace(cpus);
 }
@@ -55,6 +60,12 @@ void Engine::close() {
 }
 
 std::unique_lock<std::mutex> Engine::lock_open() {
+  if (getpid() != process_) {
+    throw std::runtime_error(
+        "the engine was created by process " + std::to_string(process_) +
+        " and its threads do not exist in this fork of it; create an engine here, or start "
+        "processes with the method \"spawn\"");
+  }
   std::unique_lock lock(mutex_);
   if (!pool_.has_value()) throw std::runtime_error("the engine is closed");
   return lock;

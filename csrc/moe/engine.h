@@ -31,6 +31,8 @@ class Engine {
   int num_threads() const { return num_threads_; }
   int parts() const { return parts_; }
   int max_qlen() const { return workspace_.max_qlen(); }
+  // Where the caller of forward() should run; nobody pins it.
+  int caller_cpu() const { return caller_cpu_; }
   Isa isa() const { return isa_; }
   const KernelTable& kernels() const { return kernels_; }
   bool closed() const;
@@ -51,8 +53,10 @@ class Engine {
   const Isa isa_;
   const KernelTable kernels_;
   const int num_threads_;
+  const int caller_cpu_;
   const std::vector<int> home_;
   const int parts_;
+  const int process_;  // threads do not survive a fork
   mutable std::mutex mutex_;
   std::optional<ThreadPool> pool_;
   Workspace workspace_;

@@ -98,6 +98,8 @@ ExpertLora::ExpertLora(const MoeShape& shape, const LoraPair& gate, const LoraPa
                        const LoraPair& down) {
   const int h = shape.hidden_size;
   const int i = shape.intermediate_size;
+  KTRT_CHECK(shape.has_gate || (!gate.a && !gate.b),
+             "LoRA of gate is given, but the experts have no gate");
   const int gate_rank = check_pair(shape, "gate", gate, std::nullopt, h, i);
   const int up_rank = check_pair(shape, "up", up, gate.a, h, i);
   const int down_rank = check_pair(shape, "down", down, std::nullopt, i, h);

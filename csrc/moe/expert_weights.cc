@@ -43,13 +43,13 @@ ExpertWeights::ExpertWeights(const MoeShape& shape, WeightFormat format, int par
   check_shape(shape);
   const int h = shape.hidden_size;
   const int i = shape.intermediate_size;
-  layouts_[0] = PackedLayout(format, i, h);
+  if (shape.has_gate) layouts_[0] = PackedLayout(format, i, h);
   layouts_[1] = PackedLayout(format, i, h);
   layouts_[2] = PackedLayout(format, h, i);
-  KTRT_CHECK(parts >= 1 && parts <= std::min(layouts_[0].strips(), layouts_[2].strips()),
+  KTRT_CHECK(parts >= 1 && parts <= std::min(layouts_[1].strips(), layouts_[2].strips()),
              "the experts are to be cut into "
                  << parts << " parts, but intermediate_size " << i << " and hidden_size " << h
-                 << " have " << std::min(layouts_[0].strips(), layouts_[2].strips())
+                 << " have " << std::min(layouts_[1].strips(), layouts_[2].strips())
                  << " strips of 32 rows");
   parts_.resize(static_cast<std::size_t>(parts));
   for (int p = 0; p < parts; ++p) parts_[static_cast<std::size_t>(p)] = make_part(p);
@@ -70,7 +70,7 @@ ExpertWeights::Part ExpertWeights::make_part(int part) const {
   }
   const auto experts = static_cast<std::size_t>(shape_.num_experts);
   result.codes = AlignedBuffer(experts * result.expert_code_bytes);
-  if (format_ == WeightFormat::kInt8) {
+  if (is_quantized(format_)) {
     result.scales = AlignedBuffer(experts * result.expert_rows * sizeof(float));
     result.sums = AlignedBuffer(experts * result.expert_rows * sizeof(std::int32_t));
   }

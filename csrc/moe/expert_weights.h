@@ -16,6 +16,7 @@ struct MoeShape {
   int top_k = 0;  // slots per token, at most
   int hidden_size = 0;
   int intermediate_size = 0;
+  bool has_gate = true;  // else an expert is down(f(up x))
 };
 
 enum class Projection { kGate = 0, kUp = 1, kDown = 2 };

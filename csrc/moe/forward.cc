@@ -27,7 +27,7 @@ Strides strides_of(const ForwardTask& task) {
   const int x = round_up(task.weights.shape().hidden_size, kStripRows);
   const int act = round_up(task.weights.shape().intermediate_size, kStripRows);
   return {bytes(x, 2) / 2,
-          bytes(task.weights.layout(Projection::kGate).padded_k(), 1),
+          bytes(task.weights.layout(Projection::kUp).padded_k(), 1),
           bytes(act, 2) / 2,
           bytes(task.weights.layout(Projection::kDown).padded_k(), 1),
           task.lora != nullptr ? task.lora->input_shrink().width() : 0,
@@ -42,7 +42,8 @@ class ThreadForward {
         strides_(strides_of(task)),
         scratch_(task.workspace.thread(thread)),
         shared_(task.workspace.shared()),
-        int8_(task.weights.format() == WeightFormat::kInt8) {}
+        int8_(is_quantized(task.weights.format())),
+        has_gate_(task.weights.shape().has_gate) {}
 
   void gate_up(const Piece& piece);
   void down(const Piece& piece) const;
@@ -51,6 +52,10 @@ class ThreadForward {
   void gather(const Job& job) const;
   void quantize_and_shrink_activations(const Job& job) const;
   GemmArgs gemm_args(const Job& job, Projection projection, int strip, float* c) const;
+  void project_input(const Job& job, Projection projection, int strip, float* c,
+                     const std::uint8_t* next) const;
+  void add_bias(const Job& job, Projection projection, int strip, float* c) const;
+  void activate(const Job& job, int strip) const;
   void use_input(GemmArgs& args) const;
   void use_activations(GemmArgs& args, const Job& job) const;
   void store_group(int first_strip, int strips) const;
@@ -59,7 +64,8 @@ class ThreadForward {
   const Strides strides_;
   const Workspace::Thread& scratch_;
   const Workspace::Shared& shared_;
-  const bool int8_;
+  const bool int8_;  // the activations'
+  const bool has_gate_;
   int gathered_job_ = -1;  // whose rows are in scratch_
 };
 
@@ -69,7 +75,7 @@ void ThreadForward::gather(const Job& job) const {
   const TensorView& hidden = task_.hidden_states;
   const int count = task_.weights.shape().hidden_size;
   const int padded = round_up(count, kStripRows);
-  const PackedLayout& layout = task_.weights.layout(Projection::kGate);
+  const PackedLayout& layout = task_.weights.layout(Projection::kUp);
   for (int r = 0; r < job.rows; ++r) {
     const std::byte* source =
         hidden.row(task_.plan.rows()[static_cast<std::size_t>(job.first_row + r)].token);
@@ -149,33 +155,55 @@ void ThreadForward::use_activations(GemmArgs& args, const Job& job) const {
   args.t_stride = strides_.t_down;
 }
 
+// C of one strip of gate or up, bias included. `next`: what is read afterwards.
+void ThreadForward::project_input(const Job& job, Projection projection, int strip, float* c,
+                                  const std::uint8_t* next) const {
+  GemmArgs args = gemm_args(job, projection, strip, c);
+  use_input(args);
+  if (task_.lora != nullptr) args.t = scratch_.t + task_.lora->expand(projection).t_offset;
+  args.next = next;
+  task_.gemm.for_rows(job.rows).strip(args);
+  add_bias(job, projection, strip, c);
+}
+
+void ThreadForward::add_bias(const Job& job, Projection projection, int strip, float* c) const {
+  if (task_.biases == nullptr) return;
+  const float* bias = task_.biases->of(job.expert, projection, strip);
+  if (bias != nullptr) task_.kernels.elementwise->add_bias(bias, job.rows, c);
+}
+
+// Makes the intermediate activations of one strip of what project_input left in C.
+void ThreadForward::activate(const Job& job, int strip) const {
+  const ElementwiseKernels& kernels = *task_.kernels.elementwise;
+  std::uint16_t* out = shared_.act + job.first_row * strides_.act + strip * kStripRows;
+  const float* gate = has_gate_ ? scratch_.c : nullptr;
+  if (has_gate_ && task_.activation.is_silu_mul()) {
+    kernels.silu_mul(gate, scratch_.c_up, job.rows, out, strides_.act);
+  } else {
+    kernels.activate(task_.activation, gate, scratch_.c_up, job.rows, out, strides_.act);
+  }
+}
+
 void ThreadForward::gate_up(const Piece& piece) {
   const Job& job = task_.plan.jobs()[static_cast<std::size_t>(piece.job)];
-  const GemmKernel& gemm = task_.gemm.for_rows(job.rows);
   if (gathered_job_ != piece.job) gather(job);
   gathered_job_ = piece.job;
+  const auto first_tile = [&](Projection projection, int strip) {
+    return task_.weights.strip(job.expert, projection, strip).first_tile;
+  };
+  const Projection first = has_gate_ ? Projection::kGate : Projection::kUp;
   for (int strip = piece.first_strip; strip < piece.end_strip; ++strip) {
-    GemmArgs gate = gemm_args(job, Projection::kGate, strip, scratch_.c);
-    GemmArgs up = gemm_args(job, Projection::kUp, strip, scratch_.c_up);
-    use_input(gate);
-    use_input(up);
-    if (task_.lora != nullptr) {
-      gate.t = scratch_.t + task_.lora->expand(Projection::kGate).t_offset;
-      up.t = scratch_.t + task_.lora->expand(Projection::kUp).t_offset;
+    if (has_gate_) {
+      project_input(job, Projection::kGate, strip, scratch_.c, first_tile(Projection::kUp, strip));
     }
-    gate.next = task_.weights.strip(job.expert, Projection::kUp, strip).first_tile;
-    if (strip + 1 < piece.end_strip) {
-      up.next = task_.weights.strip(job.expert, Projection::kGate, strip + 1).first_tile;
-    }
-    gemm.strip(gate);
-    gemm.strip(up);
-    task_.kernels.elementwise->silu_mul(
-        scratch_.c, scratch_.c_up, job.rows,
-        shared_.act + job.first_row * strides_.act + strip * kStripRows, strides_.act);
+    const bool last = strip + 1 == piece.end_strip;
+    project_input(job, Projection::kUp, strip, scratch_.c_up,
+                  last ? nullptr : first_tile(first, strip + 1));
+    activate(job, strip);
   }
   const int done = piece.end_strip - piece.first_strip;
   const int before = task_.finished_strips[piece.job].fetch_add(done, std::memory_order_acq_rel);
-  if (before + done == task_.weights.layout(Projection::kGate).strips()) {
+  if (before + done == task_.weights.layout(Projection::kUp).strips()) {
     quantize_and_shrink_activations(job);
   }
 }
@@ -201,6 +229,7 @@ void ThreadForward::down(const Piece& piece) const {
         args.next = task_.weights.strip(next_expert, Projection::kDown, next_strip).first_tile;
       }
       gemm.strip(args);
+      add_bias(job, Projection::kDown, first_strip + s, scratch_.c);
       for (int r = 0; r < job.rows; ++r) {
         const PlanRow& row = task_.plan.rows()[static_cast<std::size_t>(job.first_row + r)];
         task_.kernels.elementwise->weighted_add(
@@ -253,7 +282,7 @@ void run_forward(const ForwardTask& task, ThreadPool& pool) {
                         task.weights.first_strip(projection, p + 1)};
     };
     PartQueues& queues = task.queues[static_cast<std::size_t>(p)];
-    schedule_jobs(task.plan.jobs(), strips(Projection::kGate), threads_per_part, queues.gate_up);
+    schedule_jobs(task.plan.jobs(), strips(Projection::kUp), threads_per_part, queues.gate_up);
     schedule_columns(strips(Projection::kDown), max_output_strips(qlen), threads_per_part,
                      queues.down);
   }

@@ -2,8 +2,9 @@
 //
 // Gate and up: threads claim strips of 32 intermediate columns of jobs. For every job it touches, a
 // thread gathers the job's rows, quantises them and shrinks them for LoRA; then per strip: gate
-// GEMM, up GEMM, SiLU · up. Whoever finishes a job's last strip quantises and shrinks its
-// activations for the next phase, so that neither INT8 nor LoRA needs a barrier of its own.
+// GEMM, up GEMM, their biases, the activation. Whoever finishes a job's last strip quantises and
+// shrinks its activations for the next phase, so that neither INT8 nor LoRA needs a barrier of its
+// own.
 //
 // Down: threads claim ranges of output columns, each for all jobs, so that sums need no atomics and
 // are made in plan order; routing weights are applied as the strips are added up.
@@ -18,6 +19,7 @@
 #include "cpu/thread_pool.h"
 #include "kernels/kernel_table.h"
 #include "moe/dispatch_plan.h"
+#include "moe/expert_biases.h"
 #include "moe/expert_lora.h"
 #include "moe/expert_weights.h"
 #include "moe/schedule.h"
@@ -33,7 +35,9 @@ struct PartQueues {
 
 struct ForwardTask {
   const ExpertWeights& weights;
-  const ExpertLora* lora;  // null: base
+  const Activation& activation;
+  const ExpertBiases* biases;  // null: none
+  const ExpertLora* lora;      // null: base
   const DispatchPlan& plan;
   const KernelTable& kernels;
   const GemmChoice& gemm;

@@ -2,14 +2,45 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 
 #include "base/check.h"
 
 namespace ktrt {
 
-MoeLayer::MoeLayer(std::shared_ptr<Engine> engine, const MoeShape& shape, WeightFormat format)
-    : engine_(std::move(engine)), shape_(shape), format_(format) {
+namespace {
+
+const GemmChoice& gemm_of(const KernelTable& kernels, WeightFormat format) {
+  switch (format) {
+    case WeightFormat::kInt8:
+      return kernels.gemm_int8;
+    case WeightFormat::kInt4:
+      return kernels.gemm_int4;
+    case WeightFormat::kBf16:
+      break;
+  }
+  return kernels.gemm_bf16;
+}
+
+void check_activation(const Activation& a) {
+  KTRT_CHECK(a.gate_limit > 0.0f && a.up_limit > 0.0f && std::isfinite(a.alpha) &&
+                 std::isfinite(a.up_offset),
+             "the activation has gate_limit " << a.gate_limit << ", up_limit " << a.up_limit
+                                              << ", alpha " << a.alpha << ", up_offset "
+                                              << a.up_offset << "; expected limits above 0 and "
+                                              << "finite numbers");
+  KTRT_CHECK(a.kind != ActivationKind::kSoftcapSilu ||
+                 (std::isfinite(a.gate_limit) && std::isfinite(a.up_limit)),
+             "the softcaps of the activation are infinite, expected finite ones");
+}
+
+}  // namespace
+
+MoeLayer::MoeLayer(std::shared_ptr<Engine> engine, const MoeShape& shape, WeightFormat format,
+                   const Activation& activation)
+    : engine_(std::move(engine)), shape_(shape), format_(format), activation_(activation) {
+  check_activation(activation);
   const auto lock = engine_->lock_open();
   weights_ = std::make_shared<ExpertWeights>(shape, format, engine_->parts());
   queues_ = std::vector<PartQueues>(static_cast<std::size_t>(engine_->parts()));
@@ -24,21 +55,28 @@ MoeLayer::~MoeLayer() {
 
 void MoeLayer::release() {
   weights_.reset();
+  biases_.reset();
   lora_.reset();
 }
 
-void MoeLayer::load_expert(int expert, const TensorView& gate, const TensorView& up,
+void MoeLayer::load_expert(int expert, const std::optional<TensorView>& gate, const TensorView& up,
                            const TensorView& down) {
   KTRT_CHECK(expert >= 0 && expert < shape_.num_experts,
              "expert is " << expert << ", expected 0 to " << shape_.num_experts - 1);
-  for (const TensorView* view : {&gate, &up, &down}) view->expect_float();
-  gate.expect_shape({shape_.intermediate_size, shape_.hidden_size});
+  KTRT_CHECK(gate.has_value() == shape_.has_gate, "gate is " << (gate ? "given" : "missing")
+                                                             << ", but the experts have "
+                                                             << (shape_.has_gate ? "one" : "none"));
+  if (gate) {
+    gate->expect_float();
+    gate->expect_shape({shape_.intermediate_size, shape_.hidden_size});
+  }
+  for (const TensorView* view : {&up, &down}) view->expect_float();
   up.expect_shape({shape_.intermediate_size, shape_.hidden_size});
   down.expect_shape({shape_.hidden_size, shape_.intermediate_size});
 
   const auto lock = engine_->lock_open();
   weights_->set_loaded(expert, false);
-  pack(expert, Projection::kGate, gate);
+  if (gate) pack(expert, Projection::kGate, *gate);
   pack(expert, Projection::kUp, up);
   pack(expert, Projection::kDown, down);
   weights_->set_loaded(expert, true);
@@ -69,10 +107,29 @@ void MoeLayer::set_lora(const LoraPair& gate, const LoraPair& up, const LoraPair
   ++lora_version_;
 }
 
+void MoeLayer::set_biases(const std::optional<TensorView>& gate,
+                          const std::optional<TensorView>& up,
+                          const std::optional<TensorView>& down) {
+  ExpertBiases biases(shape_, gate, up, down);
+  const auto lock = engine_->lock_open();
+  biases_.emplace(std::move(biases));
+}
+
 void MoeLayer::clear_lora() {
   const auto lock = engine_->lock_open();
   lora_.reset();
   ++lora_version_;
+}
+
+void MoeLayer::enable_lora(bool enabled) {
+  const auto lock = engine_->lock_open();
+  if (enabled != lora_enabled_) ++lora_version_;
+  lora_enabled_ = enabled;
+}
+
+bool MoeLayer::lora_enabled() const {
+  const std::lock_guard lock(engine_->mutex_);
+  return lora_enabled_;
 }
 
 void MoeLayer::check_forward(const TensorView& hidden_states, const TensorView& expert_ids,
@@ -107,12 +164,13 @@ void MoeLayer::forward(const TensorView& hidden_states, const TensorView& expert
   plan_.build(expert_ids, routing_weights, shape_.num_experts, kMaxJobRows);
 
   const KernelTable& kernels = engine_->kernels();
-  const bool int8 = format_ == WeightFormat::kInt8;
   ForwardTask task{.weights = *weights_,
-                   .lora = lora_.get(),
+                   .activation = activation_,
+                   .biases = biases_ ? &*biases_ : nullptr,
+                   .lora = lora_ && lora_enabled_ ? lora_.get() : nullptr,
                    .plan = plan_,
                    .kernels = kernels,
-                   .gemm = int8 ? kernels.gemm_int8 : kernels.gemm_bf16,
+                   .gemm = gemm_of(kernels, format_),
                    .workspace = engine_->workspace_,
                    .finished_strips = engine_->workspace_.job_counters(plan_.jobs().size()),
                    .queues = queues_,
@@ -125,7 +183,9 @@ void MoeLayer::forward(const TensorView& hidden_states, const TensorView& expert
     const bool many = job.rows >= task.gemm.many_from;
     (many ? used_.gemm : used_.gemm_few_rows) = task.gemm.for_rows(job.rows).name;
   }
-  used_.lora_shrink = lora_ ? kernels.lora_shrink->name : nullptr;
+  const bool shrinks = task.lora != nullptr && (task.lora->input_shrink().blocks > 0 ||
+                                                task.lora->down_shrink().blocks > 0);
+  used_.lora_shrink = shrinks ? kernels.lora_shrink->name : nullptr;
   used_.elementwise = kernels.elementwise->name;
 }
 
@@ -170,7 +230,12 @@ std::shared_ptr<const ExpertWeights> MoeLayer::share_weights() {
 
 std::shared_ptr<const ExpertLora> MoeLayer::share_lora() {
   const auto lock = engine_->lock_open();
-  return lora_;
+  return lora_enabled_ ? lora_ : nullptr;
+}
+
+bool MoeLayer::has_biases() const {
+  const std::lock_guard lock(engine_->mutex_);
+  return biases_.has_value();
 }
 
 void MoeLayer::check_all_loaded() const {

@@ -9,6 +9,7 @@
 #include "base/tensor_view.h"
 #include "moe/dispatch_plan.h"
 #include "moe/engine.h"
+#include "moe/expert_biases.h"
 #include "moe/expert_lora.h"
 #include "moe/expert_weights.h"
 #include "moe/forward.h"
@@ -25,21 +26,33 @@ struct KernelsUsed {
 
 class MoeLayer {
  public:
-  MoeLayer(std::shared_ptr<Engine> engine, const MoeShape& shape, WeightFormat format);
+  MoeLayer(std::shared_ptr<Engine> engine, const MoeShape& shape, WeightFormat format,
+           const Activation& activation = {});
   ~MoeLayer();
   MoeLayer(const MoeLayer&) = delete;
   MoeLayer& operator=(const MoeLayer&) = delete;
 
+  const Engine& engine() const { return *engine_; }
   const MoeShape& shape() const { return shape_; }
   WeightFormat format() const { return format_; }
+  const Activation& activation() const { return activation_; }
+  bool has_biases() const;
 
-  // gate, up [intermediate, hidden], down [hidden, intermediate]; float32, float16 or bfloat16.
-  // Throws std::invalid_argument: shapes, dtypes, expert out of range, a weight that is not finite.
-  void load_expert(int expert, const TensorView& gate, const TensorView& up,
+  // gate (only where the experts have one), up [intermediate, hidden], down [hidden, intermediate];
+  // float32, float16 or bfloat16. Throws std::invalid_argument: shapes, dtypes, expert out of
+  // range, a weight that is not finite.
+  void load_expert(int expert, const std::optional<TensorView>& gate, const TensorView& up,
                    const TensorView& down);
+
+  // Of all experts, see ExpertBiases; what was set before is dropped.
+  void set_biases(const std::optional<TensorView>& gate, const std::optional<TensorView>& up,
+                  const std::optional<TensorView>& down);
 
   void set_lora(const LoraPair& gate, const LoraPair& up, const LoraPair& down);
   void clear_lora();
+  // Forwards ignore the LoRA while it is disabled; it stays in memory.
+  void enable_lora(bool enabled);
+  bool lora_enabled() const;
 
   // hidden_states, out [qlen, hidden] of one float dtype; expert_ids [qlen, k ≤ top_k] int32 or
   // int64; routing_weights [qlen, k] float. `out` must not overlap `hidden_states`.
@@ -54,10 +67,10 @@ class MoeLayer {
   std::vector<float> packed_scales(int expert, Projection projection);
 
   // The packed memory itself: whoever holds it keeps it alive, also after the engine is closed.
-  // Throws std::invalid_argument while an expert is missing. Null if there is no LoRA.
+  // Throws std::invalid_argument while an expert is missing. Null if there is no LoRA, or disabled.
   std::shared_ptr<const ExpertWeights> share_weights();
   std::shared_ptr<const ExpertLora> share_lora();
-  // Changes with every set_lora and clear_lora.
+  // Changes with every set_lora and clear_lora, and when enable_lora changes something.
   int lora_version() const { return lora_version_.load(std::memory_order_relaxed); }
 
  private:
@@ -74,8 +87,11 @@ class MoeLayer {
   const std::shared_ptr<Engine> engine_;
   const MoeShape shape_;
   const WeightFormat format_;
+  const Activation activation_;
   std::shared_ptr<ExpertWeights> weights_;  // null once the engine is closed
+  std::optional<ExpertBiases> biases_;
   std::shared_ptr<const ExpertLora> lora_;  // null: base
+  bool lora_enabled_ = true;
   std::atomic<int> lora_version_{0};
   DispatchPlan plan_;
   std::vector<PartQueues> queues_;

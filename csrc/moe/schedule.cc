@@ -11,7 +11,7 @@ namespace {
 // that of about 12 rows on the machines measured (16 GB/s and 490 GFLOP/s per core in BF16).
 constexpr std::int64_t kRowsPerStripRead = 12;
 // A piece is at most this share of what is left per thread, and at least that share of the whole.
-constexpr std::int64_t kRemainingShare = 4;
+constexpr std::int64_t kRemainingShare = 2;
 constexpr std::int64_t kSmallestShare = 64;
 
 }  // namespace

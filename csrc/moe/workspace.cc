@@ -51,10 +51,10 @@ Workspace::Shared carve_shared(Carver& carver, std::size_t rows, std::size_t act
   return shared;
 }
 
-// Bytes of a BF16 scratch row of `values`, padded for either weight format; more than enough for
-// the INT8 codes of the same row.
+// Bytes of a BF16 scratch row of `values`, padded for any weight format; more than enough for the
+// INT8 codes of the same row.
 std::size_t row_bytes(int values) {
-  constexpr std::size_t kWidestTile = 64;
+  constexpr std::size_t kWidestTile = 128;
   return scratch_stride(round_up(static_cast<std::size_t>(values), kWidestTile) * 2);
 }
 

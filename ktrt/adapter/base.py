@@ -78,6 +78,14 @@ class ExpertsSite(Protocol):
     def hidden_size(self) -> int: ...
     @property
     def intermediate_size(self) -> int: ...
+    @property
+    def has_gate(self) -> bool: ...
+    @property
+    def is_transposed(self) -> bool: ...
+    @property
+    def is_interleaved(self) -> bool: ...
+    @property
+    def first_parameter(self) -> str: ...
 
 
 class Target(Protocol):
@@ -126,6 +134,11 @@ class BaseModel:
             f"experts, hidden_size {site.hidden_size}, expert intermediate_size "
             f"{site.intermediate_size}"
         )
+
+
+def projections(site: ExpertsSite) -> tuple[Projection, ...]:
+    """The projections that an expert has."""
+    return ("gate", "up", "down") if site.has_gate else ("up", "down")
 
 
 def features(site: ExpertsSite, projection: Projection) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from ktrt.adapter.base import projections
 from ktrt.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from ktrt.adapter.torch_side import TorchSide
 
 logger = logging.getLogger(__name__)
-
-_PROJECTIONS: tuple[Projection, ...] = ("gate", "up", "down")
 
 
 def check_coverage(
@@ -58,7 +57,9 @@ def _missing_parameters(
     for name, _ in base.model.named_parameters():
         if settings.targets_parameter(name):
             module, _, parameter = name.rpartition(".")
-            projection: Projection = "down" if parameter == "down_proj" else "gate"
+            site = base.site(module)
+            first: Projection = "gate" if site is None or site.has_gate else "up"
+            projection = "down" if parameter == "down_proj" else first
             # An ordinary Linear may be named by its weight; its LoRA is then like any other.
             on_torch_side = module in side.routers or module in side.loras
             if not on_torch_side and projection not in experts.get(module, {}):
@@ -79,7 +80,7 @@ def _expected_per_expert(
     expected = []
     for site in base.experts:
         for expert in range(site.num_experts):
-            for projection in _PROJECTIONS:
+            for projection in projections(site):
                 name = base.expert_modules.get(
                     (site.path, expert, projection), f"{site.path}.{expert}.{projection}_proj"
                 )

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
 from ktrt.adapter.audit import AuditRow
-from ktrt.adapter.base import ExpertLora, ExpertsSite, Projection, features, stack_experts
+from ktrt.adapter.base import (
+    ExpertLora,
+    ExpertsSite,
+    Projection,
+    features,
+    projections,
+    stack_experts,
+)
 from ktrt.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -38,11 +45,13 @@ def claim(tensor: AdapterTensor, base: BaseModel) -> Slot | None:
     """The expert and projection that the tensor is for, None if it is for none."""
     target = base.names.target(f"{tensor.module}.weight")
     path, _, parameter = target.name.rpartition(".")
-    if target.expert is not None and base.site(path) is not None:
+    site = base.site(path)
+    if target.expert is not None and site is not None:
         if parameter == "down_proj":
             return Slot(path, target.expert, "down")
-        if target.pieces == 2:
-            return Slot(path, target.expert, "up" if target.piece else "gate")
+        if target.pieces == 2 or not site.has_gate:
+            first = target.pieces == 2 and target.piece == 0
+            return Slot(path, target.expert, "gate" if first else "up")
     match = _NEUTRAL_NAME.fullmatch(tensor.module)
     if match and base.site(match["path"]) is not None:
         projection = next(p for p in get_args(Projection) if p == match["projection"])
@@ -89,6 +98,12 @@ def _check_tensor(file: Path, tensor: AdapterTensor, slot: Slot, base: BaseModel
         raise AdapterError(
             f"{file}: {tensor.key} is for expert {slot.expert}, but {base.summary()}. The adapter "
             "was trained on another base model."
+        )
+    if slot.projection not in projections(site):
+        raise AdapterError(
+            f"{file}: {tensor.key} adapts {slot.projection}, but the experts of {site.path} have "
+            f"only {' and '.join(projections(site))}. The adapter was trained on another base "
+            "model."
         )
     if tensor.part not in ("lora_A", "lora_B"):
         raise AdapterError(

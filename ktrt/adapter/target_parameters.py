@@ -1,17 +1,19 @@
 """Layout b: LoRA on the stacked expert parameters, as PEFT writes for ``target_parameters``.
 
-gate_up_proj: ``…experts.base_layer.lora_{A,B}.weight``; down_proj: ``…experts.lora_{A,B}.weight``;
-with a single target the unprefixed name belongs to that one. A [E·r, in] is expert-major, B
-[out, r·E] rank-major: A_e = A[e·r:(e+1)·r], B_e = B[:, e::E] (peft.tuners.lora, ``ParamWrapper``).
+gate_up_proj (up_proj where experts have no gate): ``…experts.base_layer.lora_{A,B}.weight``;
+down_proj: ``…experts.lora_{A,B}.weight``; with a single target the unprefixed name belongs to that
+one. A [E·r, in] is expert-major, B [out, r·E] rank-major: A_e = A[e·r:(e+1)·r], B_e = B[:, e::E]
+(peft.tuners.lora, ``ParamWrapper``).
 
 PEFT before 0.19.1 read [E, d1, d2] as in = d1, out = d2, so that A is [E·r, d1], B [d2, r·E] and
-ΔW_e = A_eᵀ B_eᵀ. The shapes tell the two apart unless d1 = d2; then peft_version does.
+ΔW_e = A_eᵀ B_eᵀ. The shapes tell the two apart unless d1 = d2; then peft_version does. Parameters
+that are stored transposed, [E, in, out], every PEFT read as they are.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from packaging.version import InvalidVersion, Version
@@ -27,8 +29,6 @@ if TYPE_CHECKING:
     from ktrt.adapter.base import BaseModel, ExpertLoras, ExpertsSite
     from ktrt.adapter.read import AdapterTensor
     from ktrt.adapter.settings import LoraScale, LoraSettings
-
-Parameter = Literal["gate_up_proj", "down_proj"]
 
 # 0.19.0 has the test for swapping in and out inverted, so it counts with the older ones.
 _FIRST_SWAPPED = Version("0.19.1.dev0")
@@ -69,9 +69,9 @@ def collect(
             key = next(iter(parts.values())).key
             raise AdapterError(f"{file}: {key} is only half of a LoRA pair; incomplete file.")
         both = (path, not inner) in found
-        parameter = _parameter(file, path, inner, both, parts["lora_A"], settings)
         site = base.site(path)
         assert site is not None  # claim() looked it up
+        parameter = _parameter(file, site, inner, both, parts["lora_A"], settings)
         scale = settings.scale(f"{_plain_path(parts['lora_A'])}.{parameter}")
         lora = _unstack(file, site, parameter, parts, scale, settings)
         for tensor in parts.values():
@@ -81,10 +81,15 @@ def collect(
             )
         if parameter == "down_proj":
             loras[path]["down"] = lora
+        elif not site.has_gate:
+            loras[path]["up"] = lora
         else:
             half = site.intermediate_size
-            loras[path]["gate"] = ExpertLora(lora.a, lora.b[:, :half], lora.scaling)
-            loras[path]["up"] = ExpertLora(lora.a, lora.b[:, half:], lora.scaling)
+            gate, up = slice(half), slice(half, None)
+            if site.is_interleaved:
+                gate, up = slice(0, None, 2), slice(1, None, 2)
+            loras[path]["gate"] = ExpertLora(lora.a, lora.b[:, gate].contiguous(), lora.scaling)
+            loras[path]["up"] = ExpertLora(lora.a, lora.b[:, up].contiguous(), lora.scaling)
     return dict(loras), rows
 
 
@@ -95,22 +100,22 @@ def _plain_path(tensor: AdapterTensor) -> str:
 
 def _parameter(
     file: Path,
-    path: str,
+    site: ExpertsSite,
     inner: bool,
     both: bool,
     lora_a: AdapterTensor,
     settings: LoraSettings,
-) -> Parameter:
+) -> str:
     """Which stacked parameter a key stands for: PEFT nests the wrappers in the parameters' order,
     gate_up_proj first (innermost), and gives a single one the unprefixed name."""
     if both:
-        return "gate_up_proj" if inner else "down_proj"
-    names: tuple[Parameter, Parameter] = ("gate_up_proj", "down_proj")
-    targets = [name for name in names if settings.targets_parameter(f"{path}.{name}")]
+        return site.first_parameter if inner else "down_proj"
+    names = (site.first_parameter, "down_proj")
+    targets = [name for name in names if settings.targets_parameter(f"{site.path}.{name}")]
     if inner or len(targets) != 1:
         raise AdapterError(
-            f"{file}: {lora_a.key} is the only LoRA of {path}, but target_parameters "
-            f"{settings.target_parameters} in {settings.file} names {len(targets)} of gate_up_proj "
+            f"{file}: {lora_a.key} is the only LoRA of {site.path}, but target_parameters "
+            f"{settings.target_parameters} in {settings.file} names {len(targets)} of {names[0]} "
             "and down_proj there; expected one. The file is incomplete or the config is not its."
         )
     return targets[0]
@@ -119,18 +124,21 @@ def _parameter(
 def _unstack(
     file: Path,
     site: ExpertsSite,
-    parameter: Parameter,
+    parameter: str,
     parts: dict[str, AdapterTensor],
     scale: LoraScale,
     settings: LoraSettings,
 ) -> ExpertLora:
     a, b = parts["lora_A"].value.float(), parts["lora_B"].value.float()
     num_experts, rank = site.num_experts, scale.rank
-    rows, inner = 2 * site.intermediate_size, site.hidden_size
-    size_out, size_in = (rows, inner) if parameter == "gate_up_proj" else (inner, rows // 2)
+    size_out = site.intermediate_size * (2 if site.has_gate else 1)
+    size_in = site.hidden_size
+    if parameter == "down_proj":
+        size_out, size_in = site.hidden_size, site.intermediate_size
     stacked = num_experts * rank
     new = a.shape == (stacked, size_in) and b.shape == (size_out, stacked)
     old = a.shape == (stacked, size_out) and b.shape == (size_in, stacked)
+    old = old and not site.is_transposed
     if not new and not old:
         raise AdapterError(
             f"{file}: {parts['lora_A'].key} has shape {list(a.shape)} and {parts['lora_B'].key} "

@@ -9,7 +9,7 @@ from ktrt.config.check import check_value, nearest
 from ktrt.errors import ConfigError
 
 InferDtype = Literal["auto", "bfloat16", "float16", "float32"]
-KtBackend = Literal["AMXBF16", "AMXInt8"]
+KtBackend = Literal["AMXBF16", "AMXInt8", "AMXInt4"]
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,13 @@ class ExpertArgs:
 
     With a GPU: ``kt_num_gpu_experts`` of every layer live there, and forwards of at least
     ``kt_gpu_prefill_token_threshold`` tokens (0: none) get all experts streamed there.
+    ``kt_use_cuda_graph``: on a GPU, a decode step is one CUDA graph where the model allows it.
     """
 
     kt_backend: KtBackend = "AMXBF16"
     kt_num_threads: int | None = None
     kt_tp_enabled: bool = False
+    kt_use_cuda_graph: bool = True
     kt_num_gpu_experts: int | Literal["auto"] = 0
     kt_gpu_prefill_token_threshold: int | Literal["auto"] = "auto"
 

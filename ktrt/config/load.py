@@ -41,8 +41,14 @@ _TEXT_KEYS = [key for key, hint in _TYPES.items() if hint in (Path, str, Path | 
 _ALIASES = {"kt_lora_rank": "lora_rank", "kt_lora_alpha": "lora_alpha"}
 # Two keys of kt_kernel say the same thing; the values of both, in lower case, as kt_backend.
 _BACKENDS = {
-    "kt_backend": {"amxbf16": "AMXBF16", "amxint8": "AMXInt8", "int8": "AMXInt8"},
-    "kt_expert_weight_format": {"bf16": "AMXBF16", "int8": "AMXInt8"},
+    "kt_backend": {
+        "amxbf16": "AMXBF16",
+        "amxint8": "AMXInt8",
+        "int8": "AMXInt8",
+        "amxint4": "AMXInt4",
+        "int4": "AMXInt4",
+    },
+    "kt_expert_weight_format": {"bf16": "AMXBF16", "int8": "AMXInt8", "int4": "AMXInt4"},
 }
 _KNOWN = {*_TYPES, *_ALIASES, *_BACKENDS, *IGNORED, *NOTED, *REFUSED, "kt_config"}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -147,9 +153,7 @@ def _backend(spelling: str, raw: object, names: Mapping[str, str], where: str) -
         return None
     if isinstance(name, str) and name in names:
         return names[name]
-    expected = "AMXBF16 or AMXInt8" if "amxbf16" in names else "bf16 or int8"
-    if isinstance(name, str) and "int4" in name:
-        raise ConfigError(f"{where}: {spelling}: {raw} is not supported yet, use {expected}")
+    expected = "AMXBF16, AMXInt8 or AMXInt4" if "amxbf16" in names else "bf16, int8 or int4"
     raise ConfigError(f"{where}: {spelling}: expected {expected}, found {describe(raw)}")
 
 

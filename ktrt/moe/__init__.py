@@ -25,15 +25,18 @@ from ktrt.moe.engine import build_engine, new_layer
 from ktrt.moe.experts import KTExperts, experts_replaced
 from ktrt.moe.gpu_experts import GpuExperts
 from ktrt.moe.gpu_setup import build_gpu_experts
+from ktrt.moe.handoff import HandOff, new_hand_off
 
 __all__ = [
     "Engine",
     "ExpertsSpec",
     "GpuExperts",
+    "HandOff",
     "KTExperts",
     "build_engine",
     "build_gpu_experts",
     "experts_replaced",
     "find_experts",
+    "new_hand_off",
     "new_layer",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ktrt import _core
 from ktrt._core import Engine, MoeLayer
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # kt_backend → the engine's weight format and the kernel family that reads it.
-_BACKENDS: dict[str, tuple[str, str]] = {
+_BACKENDS: dict[str, tuple[Literal["bf16", "int8", "int4"], str]] = {
     "AMXBF16": ("bf16", "gemm_bf16"),
     "AMXInt8": ("int8", "gemm_int8"),
+    "AMXInt4": ("int4", "gemm_int4"),
 }
 # Tokens of one engine call; longer inputs go in slices. It sizes the scratch memory.
 MAX_QLEN = 1024
@@ -50,7 +51,9 @@ def new_layer(engine: Engine, spec: ExpertsSpec, kt_backend: str) -> MoeLayer:
         top_k=spec.top_k,
         hidden_size=spec.hidden_size,
         intermediate_size=spec.intermediate_size,
-        weight_format="int8" if _BACKENDS[kt_backend][0] == "int8" else "bf16",
+        weight_format=_BACKENDS[kt_backend][0],
+        has_gate=spec.has_gate,
+        **spec.activation.arguments(),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -106,10 +106,24 @@ class LayerSource:
             down=down[:, :, :inner],
             gate_up_scale=gate_up_scale.flatten(1) if self.quantized else None,
             down_scale=down_scale if self.quantized else None,
-            gate_first=self._lora.gate.first_rank if self._lora else 0,
-            up_first=self._lora.up.first_rank if self._lora else 0,
-            **self._lora_tensors(arrays),
+            **self._lora_fields(arrays),
         )
+
+    def with_lora(self, bank: ExpertBank, arrays: Mapping[str, torch.Tensor]) -> ExpertBank:
+        """``bank``'s weights with the LoRA of now; ``arrays``: at least those of ``lora_arrays``,
+        of the bank's experts."""
+        return ExpertBank(
+            gate_up=bank.gate_up,
+            down=bank.down,
+            gate_up_scale=bank.gate_up_scale,
+            down_scale=bank.down_scale,
+            **self._lora_fields(arrays),
+        )
+
+    @property
+    def lora_arrays(self) -> dict[str, torch.Tensor]:
+        """Those of ``arrays`` that are LoRA."""
+        return {n: array for n, array in self.arrays.items() if n not in self._weight_memories}
 
     def _unpack(self, codes: torch.Tensor, matrix: PackedMatrix, out: torch.Tensor) -> None:
         size = out[0].nbytes // (2 if self.weight_format == "int4" else 1)
@@ -117,7 +131,7 @@ class LayerSource:
             codes[:, matrix.code_offset : matrix.code_offset + size], self.weight_format, out
         )
 
-    def _lora_tensors(self, arrays: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _lora_fields(self, arrays: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         if (lora := self._lora) is None:
             return {}
         shrinks = {"input_a": lora.input, "down_a": lora.intermediate}
@@ -128,11 +142,12 @@ class LayerSource:
             for name, shrink in shrinks.items()
             if name in arrays
         }
-        return tensors | {
+        tensors |= {
             name: unpack_expand(arrays[name], expand.rows, expand.ranks)
             for name, expand in expands.items()
             if name in arrays
         }
+        return {**tensors, "gate_first": lora.gate.first_rank, "up_first": lora.up.first_rank}
 
 
 def _padded_rows(matrix: PackedMatrix) -> int:

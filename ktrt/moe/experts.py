@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import threading
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
 from ktrt.errors import KtrtError
+from ktrt.moe.handoff import Deferred
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -18,31 +19,50 @@ if TYPE_CHECKING:
 
     from ktrt._core import MoeLayer
     from ktrt.moe.gpu_experts import GpuLayer
+    from ktrt.moe.handoff import HandOff
 
 # Classes are replaced in transformers' modules, which the whole process shares.
 _PATCH_LOCK = threading.Lock()
 
 
 class KTExperts(nn.Module):
-    """Routed experts without parameters: ``forward`` runs them in the C++ engine.
+    """Routed experts without weights of their own: ``forward`` runs them in the C++ engine.
 
-    Takes the arguments of the class it replaces and keeps none of them; ``attach`` supplies the
-    packed layer once the weights are loaded.
+    Takes the arguments of the class it replaces and keeps of that only a norm that follows each
+    expert; ``attach`` supplies the packed layer once the weights are loaded.
     """
 
-    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+    # The class that a subclass of this one stands for.
+    replaced: ClassVar[type[nn.Module] | None] = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
-        # transformers' own initialisation would look for the parameters of the replaced class.
+        self.post_expert_norm: nn.Module | None = None
+        if self.replaced is not None:
+            with torch.device("meta"):
+                plain = self.replaced(*args, **kwargs)
+            if getattr(plain, "has_post_expert_norm", False):
+                self.post_expert_norm = plain.get_submodule("post_expert_norm")
+        # transformers' own initialisation would look for the parameters of the replaced class; that
+        # of some families reaches for them from the block around.
         self._is_hf_initialized = True
+        self.gate_up_proj = self.down_proj = torch.empty(0)
         self._layer: MoeLayer | None = None
         self._max_qlen = 0
+        self._hand_off: HandOff | None = None
+        self._path = ""
         # What the GPU does of this layer, if anything.
         self.gpu: GpuLayer | None = None
 
-    def attach(self, layer: MoeLayer, max_qlen: int) -> None:
-        """Binds the packed experts; ``max_qlen`` is the most tokens of one engine call."""
+    def attach(
+        self, layer: MoeLayer, max_qlen: int, hand_off: HandOff | None = None, path: str = ""
+    ) -> None:
+        """Binds the packed experts; ``max_qlen`` is the most tokens of one engine call. With
+        ``hand_off`` the module takes tensors of that device only, and errors name its ``path``."""
         self._layer = layer
         self._max_qlen = max_qlen
+        self._hand_off = hand_off
+        self._path = path
 
     @property
     def layer(self) -> MoeLayer:
@@ -51,40 +71,55 @@ class KTExperts(nn.Module):
             raise KtrtError("the experts of this layer were never loaded into the engine")
         return self._layer
 
+    @property
+    def unusual_form(self) -> list[str]:
+        """What the module computes otherwise than SiLU-gated experts, in words."""
+        norm = [] if self.post_expert_norm is None else ["a norm after each expert"]
+        return [*self.layer.unusual_form, *norm]
+
     @torch.no_grad()
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """hidden_states [tokens, hidden_size] in float32, float16 or bfloat16 on any device;
         top_k_index (integers) and top_k_weights [tokens, k]. Returns the shape, dtype and device
-        of hidden_states."""
-        if self.gpu is not None and self.gpu.streams(hidden_states.shape[0]):
-            return self.gpu.forward_streamed(hidden_states, top_k_index, top_k_weights)
-        if self.gpu is not None and self.gpu.resident:
-            return self._forward_shared(self.gpu, hidden_states, top_k_index, top_k_weights)
-        return self._forward_engine(hidden_states, top_k_index, top_k_weights)
+        of hidden_states; through a hand-off, a tensor that the engine may still write."""
+        if self.post_expert_norm is None:
+            return self._forward(hidden_states, top_k_index, top_k_weights)
+        # The norm needs every expert's whole output: each (token, slot) goes as a token.
+        tokens, slots = top_k_index.shape
+        states = hidden_states.repeat_interleave(slots, dim=0)
+        ones = torch.ones(tokens * slots, 1, device=hidden_states.device)
+        each = self.post_expert_norm(self._run_engine(states, top_k_index.reshape(-1, 1), ones))
+        weighted = each.view(tokens, slots, -1) * top_k_weights[..., None]
+        summed: torch.Tensor = weighted.sum(dim=1)
+        return summed.to(hidden_states.dtype)
 
-    def _forward_shared(
-        self,
-        gpu: GpuLayer,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
+    def _forward(
+        self, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """The engine's experts and the GPU's, in float32: rounded once."""
-        ids = gpu.cpu_ids(top_k_index)
+        gpu = self.gpu
+        if gpu is not None and gpu.streams(states.shape[0]):
+            return gpu.forward_streamed(states, index, weights)
+        if gpu is None or not gpu.resident:
+            return self._run_engine(states, index, weights)
+        ids = gpu.cpu_ids(index)
         if gpu.complete:
-            total = gpu.forward_resident(hidden_states, top_k_index, top_k_weights)
-            return total.to(hidden_states.dtype)
-        # The engine first: where it answers later, the GPU computes meanwhile.
-        others = self._forward_engine(hidden_states.float(), ids, top_k_weights)
-        total = gpu.forward_resident(hidden_states, top_k_index, top_k_weights) + others
-        return total.to(hidden_states.dtype)
+            return gpu.forward_resident(states, index, weights).to(states.dtype)
+        # The engine first: through a hand-off, the GPU computes its share meanwhile. The sum is
+        # made in float32 and rounded once.
+        others = self._run_engine(states.float(), ids, weights)
+        share = gpu.forward_resident(states, index, weights)
+        if isinstance(others, Deferred):
+            return others.plus(share, states.dtype)
+        return (share + others).to(states.dtype)
 
-    def _forward_engine(
+    def _run_engine(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         layer = self.layer
+        if self._hand_off is not None:
+            return self._hand_off.run(layer, hidden_states, top_k_index, top_k_weights, self._path)
         states = hidden_states.to("cpu").contiguous()
         index = top_k_index.to("cpu").contiguous()
         weights = top_k_weights.to("cpu").contiguous()
@@ -117,8 +152,8 @@ def experts_replaced(class_names: Iterable[str]) -> Iterator[None]:
     """
     with _PATCH_LOCK:
         originals = list(_library_classes(sorted(set(class_names))))
-        for module, name, _ in originals:
-            setattr(module, name, KTExperts)
+        for module, name, original in originals:
+            setattr(module, name, type(name, (KTExperts,), {"replaced": original}))
         try:
             yield
         finally:

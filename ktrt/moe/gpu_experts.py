@@ -58,8 +58,9 @@ class GpuLayer:
         return self._bank.nbytes() if self._bank is not None else 0
 
     def streams(self, tokens: int) -> bool:
-        """Whether a forward of so many tokens belongs to ``forward_streamed``."""
-        return 0 < self._owner.threshold <= tokens
+        """Whether a forward of so many tokens belongs to ``forward_streamed``. Never what may be a
+        decode step, which a graph captures."""
+        return tokens > self.CAPTURABLE_TOKENS and 0 < self._owner.threshold <= tokens
 
     def counts(self) -> list[int]:
         """Routed (token, slot) pairs of every expert so far."""
@@ -132,16 +133,29 @@ class GpuLayer:
         old, self._bank = self._bank, None
         if not experts:
             return old is not None
-        index = torch.tensor(experts)
-        arrays = {
-            name: array[index].to(self._slots.device) for name, array in self._source.arrays.items()
-        }
-        bank = self._source.bank(arrays)
+        return self._keep(old, self._source.bank(self._fetch(self._source.arrays)))
+
+    @torch.inference_mode(mode=False)
+    def reload_lora(self) -> bool:
+        """Takes the LoRA of now for the resident experts; returns what ``load`` returns."""
+        if self._bank is None:
+            return False
+        arrays = self._fetch(self._source.lora_arrays)
+        return self._keep(self._bank, self._source.with_lora(self._bank, arrays))
+
+    def _fetch(self, arrays: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        index = torch.tensor(self.experts)
+        return {name: array[index].to(self._slots.device) for name, array in arrays.items()}
+
+    def _keep(self, old: ExpertBank | None, bank: ExpertBank) -> bool:
+        """Copies ``bank`` into the memory of ``old`` where it fits; else ``bank`` takes over."""
+        self._bank = bank
         if old is None or not old.accepts(bank):
-            self._bank = bank
             return True
+        kept = old.tensors()
         for name, tensor in bank.tensors().items():
-            old.tensors()[name].copy_(tensor)
+            if tensor is not kept[name]:
+                kept[name].copy_(tensor)
         self._bank = old
         return False
 
@@ -249,8 +263,8 @@ class GpuExperts:
         if self._pinning.active:
             self.pin()
         for index, layer in enumerate(self.layers.values()):
-            if index in stale and layer.resident:
-                self._load(index, layer, layer.experts)
+            if index in stale and layer.reload_lora():
+                self.version += 1
 
     def prefill_chunk(self, remaining: int) -> int | None:
         """Tokens of a prompt that the next forward should take, where streaming decides it."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ktrt._core import MoeLayer
     from ktrt.config import ExpertArgs
     from ktrt.moe.expert_source import LayerSource
+    from ktrt.moe.experts import KTExperts
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +32,13 @@ _SAME = 0.02
 
 
 def build_gpu_experts(
-    layers: Mapping[str, MoeLayer], device: torch.device, args: ExpertArgs, max_qlen: int
+    modules: Mapping[str, KTExperts], device: torch.device, args: ExpertArgs, max_qlen: int
 ) -> GpuExperts | None:
-    """The GPU's share by ``kt_num_gpu_experts`` and ``kt_gpu_prefill_token_threshold``; None if it
-    has none. Logs what was decided and why.
+    """Gives the modules the GPU's share by ``kt_num_gpu_experts`` and
+    ``kt_gpu_prefill_token_threshold``; None if it has none. Logs what was decided and why.
 
-    ``layers``: by experts path in the order of a forward, weights and LoRA loaded. ``KtrtError``: a
-    number of experts that was asked for does not fit.
+    ``modules``: by path in the order of a forward, weights and LoRA loaded. ``KtrtError``: a number
+    of experts that was asked for does not fit.
     """
     number, threshold = args.kt_num_gpu_experts, args.kt_gpu_prefill_token_threshold
     if device.type != "cuda":
@@ -49,6 +50,14 @@ def build_gpu_experts(
         return None
     if (number, threshold) == (0, 0):
         return None
+    for path, module in modules.items():
+        if form := module.unusual_form:
+            logger.info(
+                "All routed experts run on the CPU: %s has %s, which ktrt computes only there",
+                path, ", ".join(form),
+            )  # fmt: skip
+            return None
+    layers = {path: module.layer for path, module in modules.items()}
     experts = GpuExperts(layers, device)
     try:
         used = _settle(experts, layers, number, threshold, max_qlen)
@@ -57,7 +66,10 @@ def build_gpu_experts(
         raise
     if not used:
         experts.close()
-    return experts if used else None
+        return None
+    for path, module in modules.items():
+        module.gpu = experts.layers[path]
+    return experts
 
 
 def _settle(

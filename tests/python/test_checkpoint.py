@@ -12,13 +12,8 @@ from helpers.tiny_models import NUM_EXPERTS, base_of, save_model, weight_shapes
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from ktrt.checkpoint import (
-    Checkpoint,
-    ExpertWeights,
-    WeightNames,
-    WeightTarget,
-    find_expert_weights,
-)
+from ktrt.checkpoint import Checkpoint, ExpertWeights, find_expert_weights
+from ktrt.checkpoint_names import WeightNames, WeightTarget
 from ktrt.errors import CheckpointError
 from ktrt.moe import find_experts
 
@@ -89,6 +84,8 @@ def test_shards_give_the_same_experts(original: Path, model: Path) -> None:
         for a, b, part in zip(
             whole.read(expert), parts.read(expert), ("gate", "up", "down"), strict=True
         ):
+            assert a is not None
+            assert b is not None
             assert torch.equal(a, b)
             assert torch.equal(a, tensors[f"{LAYER}.{expert}.{part}_proj.weight"])
 
@@ -99,6 +96,7 @@ def test_stacked_experts_are_read_one_by_one(tmp_path: Path) -> None:
     (name,) = (n for n in tensors if "layers.1." in n and "input_linear" in n)
     path = next(p for p in find(model) if ".1." in p)
     gate, up, down = find(model)[path].read(5)
+    assert gate is not None
     assert torch.equal(torch.cat([gate, up]), tensors[name][5])
     assert torch.equal(down, tensors[name.replace("input", "output")][5])
 
@@ -220,10 +218,11 @@ def test_quantised_experts_are_refused(model: Path) -> None:
         find(model)
 
 
-def test_experts_that_the_library_transposes_are_refused(tmp_path: Path) -> None:
+def transposing(tmp_path: Path) -> tuple[torch.nn.Module, str, dict[str, torch.Tensor]]:
+    """A model whose experts transformers transposes while loading, and such a folder."""
     text = {
         "hidden_size": 32,
-        "moe_intermediate_size": 16,
+        "moe_intermediate_size": 24,
         "num_experts": 4,
         "num_hidden_layers": 1,
     }
@@ -231,8 +230,33 @@ def test_experts_that_the_library_transposes_are_refused(tmp_path: Path) -> None
         skeleton = AutoModelForImageTextToText.from_config(
             AutoConfig.for_model("qwen3_vl_moe", text_config=text)
         )
-    specs = find_experts(skeleton)
-    name = f"{specs[0].path}.gate_up_proj"
-    save_file({name: torch.zeros(4, 32, 32)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"gate_up_proj is stored in an order"):
-        find_expert_weights(Checkpoint(tmp_path), WeightNames(skeleton), specs)
+    path = find_experts(skeleton)[0].path
+    tensors = {
+        f"{path}.gate_up_proj": torch.randn(4, 32, 48),
+        f"{path}.down_proj": torch.randn(4, 24, 32),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    return skeleton, path, tensors
+
+
+def test_experts_that_the_library_transposes(tmp_path: Path) -> None:
+    skeleton, path, tensors = transposing(tmp_path)
+    found = find_expert_weights(Checkpoint(tmp_path), WeightNames(skeleton), find_experts(skeleton))
+    for expert in (2, 0):
+        gate, up, down = found[path].read(expert)
+        assert gate is not None
+        both = tensors[f"{path}.gate_up_proj"][expert].T
+        assert torch.equal(torch.cat([gate, up]), both)
+        assert torch.equal(down, tensors[f"{path}.down_proj"][expert].T)
+
+
+def test_tensors_that_the_library_cannot_convert(tmp_path: Path) -> None:
+    skeleton, path, tensors = transposing(tmp_path)
+    tensors[f"{path}.gate_up_proj"] = torch.zeros(4, 32, 40)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"shape \[4, 40, 32\], expected \[4, 48, 32\]"):
+        find_expert_weights(Checkpoint(tmp_path), WeightNames(skeleton), find_experts(skeleton))
+    tensors[f"{path}.gate_up_proj"] = torch.zeros(4, 32, 48, dtype=torch.int8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="has dtype I8, expected one of F32, F16, BF16"):
+        find_expert_weights(Checkpoint(tmp_path), WeightNames(skeleton), find_experts(skeleton))

@@ -117,6 +117,9 @@ class TestKtConfig:
             ("kt_config: {enabled: true}\nkt_backend: AMXBF16", "AMXBF16"),
             ("kt_backend: amxbf16\nkt_config: {kt_backend: AMXBF16}", "AMXBF16"),
             ("kt_config:", "AMXBF16"),
+            ("kt_backend: AMXInt4", "AMXInt4"),
+            ("kt_config: {kt_backend: amxint4}", "AMXInt4"),
+            ("kt_config: {kt_expert_weight_format: int4}", "AMXInt4"),
         ],
     )
     def test_both_spellings(self, write: Callable[[str], Path], lines: str, backend: str) -> None:
@@ -151,12 +154,6 @@ class TestKtConfig:
     def test_other_keys_do_not_belong_there(self, write: Callable[[str], Path]) -> None:
         assert "kt_config.temperature" in refused(write("kt_config: {temperature: 1}"))
         assert "mapping" in refused(write("kt_config: AMXBF16"))
-
-    @pytest.mark.parametrize("lines", ["kt_backend: AMXInt4", "kt_config: {kt_backend: amxint4}"])
-    def test_int4_is_not_there_yet(self, write: Callable[[str], Path], lines: str) -> None:
-        message = refused(write(lines))
-        assert "AMXInt8 or AMXBF16" in message or "AMXBF16 or AMXInt8" in message
-        assert "not supported yet" in message
 
 
 class TestOverrides:
@@ -306,7 +303,7 @@ class TestValues:
             ("template: 3", "template: expected text, found 3 (int)"),
             ("do_sample: 1", "do_sample: expected true or false, found 1"),
             ("infer_dtype: int8", "infer_dtype: expected auto or bfloat16 or float16 or float32"),
-            ("kt_backend: CUDA", "kt_backend: expected AMXBF16 or AMXInt8, found 'CUDA'"),
+            ("kt_backend: FP8", "kt_backend: expected AMXBF16, AMXInt8 or AMXInt4, found 'FP8'"),
             ("adapter_name_or_path: [a]", "adapter_name_or_path: expected a path, found ['a']"),
         ],
     )

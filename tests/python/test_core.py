@@ -22,6 +22,7 @@ from ktrt import _core
 
 ROOT = Path(__file__).resolve().parents[2]
 E, K, H, INTERMEDIATE = 6, 2, 160, 96
+WeightFormat = Literal["bf16", "int8", "int4"]
 LEVELS = ["portable", "avx2", "avx512", "amx"]
 
 
@@ -45,7 +46,7 @@ def load(layer: _core.MoeLayer) -> None:
 
 
 def make_layer(
-    engine: _core.Engine | None = None, weight_format: str = "bf16", **sizes: int
+    engine: _core.Engine | None = None, weight_format: WeightFormat = "bf16", **sizes: Any
 ) -> _core.MoeLayer:
     layer = _core.MoeLayer(
         engine or _core.Engine(num_threads=1, max_qlen=64),
@@ -56,7 +57,7 @@ def make_layer(
             "intermediate_size": INTERMEDIATE,
             **sizes,
         },
-        weight_format="int8" if weight_format == "int8" else "bf16",
+        weight_format=weight_format,
     )
     load(layer)
     return layer
@@ -198,6 +199,11 @@ def test_lora_arguments(layer: _core.MoeLayer) -> None:
     a, b = torch.randn(E, 4, H) / 12, torch.randn(E, INTERMEDIATE, 4)
     layer.set_lora(gate_a=a, gate_b=b, up_b=b)
     assert not torch.equal(run(layer), base)
+    assert layer.lora_enabled
+    layer.lora_enabled = False
+    assert torch.equal(run(layer), base)
+    layer.lora_enabled = True
+    assert not torch.equal(run(layer), base)
     layer.clear_lora()
     assert torch.equal(run(layer), base)
     layer.set_lora()
@@ -210,6 +216,22 @@ def test_lora_arguments(layer: _core.MoeLayer) -> None:
         layer.set_lora(a, b)  # type: ignore[call-arg]
 
 
+def test_a_forked_process_is_told_that_the_threads_are_gone(layer: _core.MoeLayer) -> None:
+    """It would wait for them forever."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            run(layer)
+        except RuntimeError as error:
+            os.write(writer, str(error).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        assert "threads do not exist in this fork" in pipe.read()
+    assert os.waitpid(child, 0)[1] == 0
+
+
 def test_constructors_check_their_arguments() -> None:
     with pytest.raises(ValueError, match="num_threads is 0"):
         _core.Engine(num_threads=0)
@@ -217,14 +239,14 @@ def test_constructors_check_their_arguments() -> None:
         _core.Engine(num_threads=1, max_qlen=0)
     with pytest.raises(ValueError, match="100000 threads"):
         _core.Engine(num_threads=100_000)
-    with pytest.raises(ValueError, match="weight_format is 'int4'"):
+    with pytest.raises(ValueError, match="weight_format is 'fp8'"):
         _core.MoeLayer(
             _core.Engine(num_threads=1),
             num_experts=1,
             top_k=1,
             hidden_size=32,
             intermediate_size=32,
-            weight_format="int4",  # type: ignore[arg-type]
+            weight_format="fp8",  # type: ignore[arg-type]
         )
     with pytest.raises(ValueError, match=r"top_k is 7, expected 1 to num_experts \(6\)"):
         make_layer(top_k=7)
@@ -241,13 +263,15 @@ def test_properties() -> None:
     assert (engine.num_threads, engine.max_qlen, engine.parts) == (1, 33, 1)
     # Codes [96, 192 (padded)] twice and [160, 128], and a float32 scale per row.
     assert layer.packed_bytes == E * (2 * 96 * 192 + 160 * 128 + 4 * (2 * 96 + 160))
+    # INT4: the same, half a byte each and padded to 256 and 128.
+    assert make_layer(engine, "int4").packed_bytes == E * (96 * 256 + 80 * 128 + 4 * (192 + 160))
 
 
 # Threads, processes, closing
 
 
-@pytest.mark.parametrize("weight_format", ["bf16", "int8"])
-def test_bits_do_not_depend_on_threads_or_nodes(weight_format: str) -> None:
+@pytest.mark.parametrize("weight_format", ["bf16", "int8", "int4"])
+def test_bits_do_not_depend_on_threads_or_nodes(weight_format: WeightFormat) -> None:
     cpus = [cpu for node in _core.numa_cpus() for cpu in node]
     expected = run(make_layer(_core.Engine(num_threads=1), weight_format), 64)
     engines = [_core.Engine(num_threads=2, nodes=[cpus[:1] * 2])]  # one CPU is enough for the test
@@ -366,7 +390,7 @@ IN_A_PROCESS = """
 import json, numpy as np
 from ktrt import _core
 outs = []
-for weight_format in ("bf16", "int8"):
+for weight_format in ("bf16", "int8", "int4"):
     rng = np.random.default_rng(0)
     normal = lambda *shape: rng.standard_normal(shape, np.float32)
     layer = _core.MoeLayer(_core.Engine(num_threads=1), num_experts=1, top_k=1, hidden_size=160,
@@ -519,7 +543,8 @@ def test_the_stub_has_the_signatures_of_the_module() -> None:
             actual = inspect.getattr_static(owner, function.name)
             name = f"{owner.__name__}.{function.name}"
             seen.add(name)
-            is_property = any(ast.unparse(d) == "property" for d in function.decorator_list)
+            decorators = [ast.unparse(d) for d in function.decorator_list]
+            is_property = "property" in decorators or f"{function.name}.setter" in decorators
             assert isinstance(actual, property) == is_property, name
             if not is_property:
                 assert parameters_of_stub(function) == parameters_of_module(actual), name

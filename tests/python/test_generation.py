@@ -1,17 +1,18 @@
 """Tests of ktrt.generation: the loop against transformers' generate, text, the KV cache."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from helpers.fake_streams import dense_graphs
 from helpers.tiny_chat import make_model, make_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from ktrt import generation
+from ktrt import decode_graph, generation, kv_cache
 from ktrt.config import SamplingArgs
 from ktrt.errors import ConfigError
 from ktrt.generation import KvCache, Response, TextStream, check_prompt, stream_generate
@@ -130,11 +131,24 @@ def test_length_ends_the_answer(model: Any, tokenizer: Any) -> None:
     assert "interrupted" in responses[0].summary()
 
 
+MakeCache = Callable[[Any], KvCache]
+
+
+@pytest.fixture(params=["dynamic", "graphs"])
+def make_cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> MakeCache:
+    """Both kinds of cache; the one for graphs crosses windows and growths within 100 tokens."""
+    if request.param == "dynamic":
+        return KvCache
+    monkeypatch.setattr(kv_cache, "MIN_CAPACITY", 16)
+    monkeypatch.setattr(decode_graph, "MIN_WINDOW", 8)
+    return lambda model: KvCache(model, dense_graphs(model))
+
+
 class TestKvCache:
     def test_a_continued_conversation_computes_only_new_tokens(
-        self, model: Any, tokenizer: Any
+        self, model: Any, tokenizer: Any, make_cache: MakeCache
     ) -> None:
-        cache = KvCache(model)
+        cache = make_cache(model)
         answer = tokens(run(tokenizer, cache, PROMPT))
         longer = [*PROMPT, *answer, 50, 51, 52]
         continued = run(tokenizer, cache, longer)
@@ -144,24 +158,26 @@ class TestKvCache:
 
     @pytest.mark.parametrize("shared", [0, 1, 5, 11, 12])
     def test_a_changed_conversation_is_cropped(
-        self, model: Any, tokenizer: Any, shared: int
+        self, model: Any, tokenizer: Any, make_cache: MakeCache, shared: int
     ) -> None:
-        cache = KvCache(model)
+        cache = make_cache(model)
         run(tokenizer, cache, PROMPT)
         changed = [*PROMPT[:shared], 60, 61, 62]
         responses = run(tokenizer, cache, changed)
         assert responses[-1].reused_tokens == shared
         assert tokens(responses) == reference(model, changed, 25)
 
-    def test_the_same_prompt_again(self, model: Any, tokenizer: Any) -> None:
-        cache = KvCache(model)
+    def test_the_same_prompt_again(self, model: Any, tokenizer: Any, make_cache: MakeCache) -> None:
+        cache = make_cache(model)
         first = tokens(run(tokenizer, cache, PROMPT))
         again = run(tokenizer, cache, PROMPT)
         assert again[-1].reused_tokens == len(PROMPT) - 1
         assert tokens(again) == first
 
-    def test_an_abandoned_answer_leaves_it_usable(self, model: Any, tokenizer: Any) -> None:
-        cache = KvCache(model)
+    def test_an_abandoned_answer_leaves_it_usable(
+        self, model: Any, tokenizer: Any, make_cache: MakeCache
+    ) -> None:
+        cache = make_cache(model)
         answer = stream_generate(tokenizer, cache, PROMPT, GREEDY, stop_ids=(), max_tokens=25)
         for _ in range(3):
             next(answer)
@@ -169,9 +185,11 @@ class TestKvCache:
         del answer
         assert tokens(run(tokenizer, cache, PROMPT)) == reference(model, PROMPT, 25)
 
-    def test_an_interrupted_forward_is_not_trusted(self, tokenizer: Any) -> None:
+    def test_an_interrupted_forward_is_not_trusted(
+        self, tokenizer: Any, make_cache: MakeCache
+    ) -> None:
         model = make_model(tokenizer)
-        cache = KvCache(model)
+        cache = make_cache(model)
         run(tokenizer, cache, PROMPT, count=2)
 
         def interrupt(*_: Any) -> None:
@@ -187,7 +205,7 @@ class TestKvCache:
         assert tokens(responses) == reference(model, PROMPT, 25)
 
     def test_a_sliding_window_is_prefilled_whole(
-        self, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+        self, tokenizer: Any, make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         from transformers import MistralConfig, MistralForCausalLM
 
@@ -199,7 +217,7 @@ class TestKvCache:
             bos_token_id=None, eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
         model = MistralForCausalLM(config).eval()
-        cache = KvCache(model)
+        cache = make_cache(model)
         assert not cache.plain
         run(tokenizer, cache, PROMPT)
         longer = [*PROMPT, 50, 51]

@@ -12,7 +12,7 @@ import torch
 from helpers.expert_layers import LayerCase
 from helpers.merge import save_merged
 
-from ktrt._core import Engine
+from ktrt._core import Engine, MoeLayer
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import KtrtError
 from ktrt.generation import KvCache
@@ -24,8 +24,6 @@ from ktrt.moe.stream_costs import Line, streaming_threshold
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from ktrt._core import MoeLayer
 
 CPU = torch.device("cpu")
 DEMO = Path(__file__).parents[2] / "examples" / "demo"
@@ -150,11 +148,68 @@ def test_a_layer_that_torch_computes_otherwise_stays_on_the_cpu(
     assert any("layers.0 on the GPU differs" in message for message in caplog.messages)
 
 
+def attached(layers: dict[str, MoeLayer]) -> dict[str, KTExperts]:
+    modules = {path: KTExperts() for path in layers}
+    for path, layer in layers.items():
+        modules[path].attach(layer, 64)
+    return modules
+
+
+@pytest.mark.parametrize(
+    ("options", "biases", "reason"),
+    [
+        ({"has_gate": False, "activation": "relu2"}, False, "no gate, activation relu2"),
+        ({}, True, "biases"),
+        ({"alpha": 1.702, "up_offset": 1.0}, False, "a slope of the activation, an offset of up"),
+        ({"gate_limit": 7.0}, False, "limits of gate or up"),
+        ({"up_limit": 7.0}, False, "limits of gate or up"),
+        ({"activation": "gelu_tanh"}, False, "activation gelu_tanh"),
+    ],
+)
+def test_forms_that_only_the_engine_computes(
+    engine: Engine,
+    options: dict[str, Any],
+    biases: bool,
+    reason: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    layer = MoeLayer(
+        engine,
+        num_experts=2,
+        top_k=1,
+        hidden_size=64,
+        intermediate_size=32,
+        weight_format="bf16",
+        **options,
+    )
+    if biases:
+        layer.set_biases(up=torch.ones(2, 32))
+    asked = ExpertArgs(kt_num_gpu_experts=1)
+    assert build_gpu_experts(attached({"a.b": layer}), torch.device("cuda"), asked, 64) is None
+    assert caplog.messages == [
+        f"All routed experts run on the CPU: a.b has {reason}, which ktrt computes only there"
+    ]
+
+
+def test_a_norm_after_each_expert_stays_on_the_cpu(
+    layers: dict[str, MoeLayer], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    modules = attached(layers)
+    assert [module.unusual_form for module in modules.values()] == [[], []]
+    modules["layers.1"].post_expert_norm = torch.nn.LayerNorm(64)
+    asked = ExpertArgs(kt_num_gpu_experts=1)
+    assert build_gpu_experts(modules, torch.device("cuda"), asked, 64) is None
+    assert "layers.1 has a norm after each expert" in caplog.messages[0]
+
+
 def test_without_a_gpu(layers: dict[str, MoeLayer], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    assert build_gpu_experts(layers, CPU, ExpertArgs(), 64) is None
+    modules = attached(layers)
+    assert build_gpu_experts(modules, CPU, ExpertArgs(), 64) is None
     assert caplog.messages == []
-    assert build_gpu_experts(layers, CPU, ExpertArgs(kt_num_gpu_experts=3), 64) is None
+    assert build_gpu_experts(modules, CPU, ExpertArgs(kt_num_gpu_experts=3), 64) is None
     assert "there is no GPU" in caplog.messages[0]
 
 
@@ -166,7 +221,7 @@ def load_demo(backend: Any) -> LoadedModel:
     )
 
 
-@pytest.mark.parametrize("backend", ["AMXBF16", "AMXInt8"])
+@pytest.mark.parametrize("backend", ["AMXBF16", "AMXInt8", "AMXInt4"])
 def test_logits_of_a_model(tmp_path: Path, backend: str) -> None:
     """Streamed, shared and resident experts beside the engine and a float32 merge."""
     from transformers import AutoModelForCausalLM
@@ -189,7 +244,7 @@ def test_logits_of_a_model(tmp_path: Path, backend: str) -> None:
             found[name] = loaded.model(ids).logits
     gpu.close()
     loaded.close()
-    limit = {"AMXBF16": 0.01, "AMXInt8": 0.05}[backend]
+    limit = {"AMXBF16": 0.01, "AMXInt8": 0.05, "AMXInt4": 0.3}[backend]
     for name, logits in found.items():
         errors = (logits - reference).norm(dim=-1) / reference.norm(dim=-1)
         assert float(errors.median()) < limit, name

@@ -36,7 +36,9 @@ from ktrt.moe import KTExperts
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-Backend = Literal["AMXBF16", "AMXInt8"]
+pytestmark = pytest.mark.end_to_end
+
+Backend = Literal["AMXBF16", "AMXInt8", "AMXInt4"]
 Dtype = Literal["auto", "float32"]
 
 FAMILIES = ("deepseek_v2", "qwen3_moe", "mixtral")
@@ -78,11 +80,17 @@ def thrown_off(values: torch.Tensor) -> int:
 
 
 def merged_logits(
-    folder: Path, model: Path, adapter: Path | None, ids: torch.Tensor, dtype: torch.dtype
+    folder: Path,
+    model: Path,
+    adapter: Path | None,
+    ids: torch.Tensor,
+    dtype: torch.dtype,
+    *,
+    int4_experts: bool = False,
 ) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
-    merged = save_merged(folder, model, adapter, dtype)
+    merged = save_merged(folder, model, adapter, dtype, int4_experts=int4_experts)
     loaded = AutoModelForCausalLM.from_pretrained(merged, dtype=dtype)
     return logits(loaded.eval(), ids)
 
@@ -112,7 +120,7 @@ def run(case: Case, backend: Backend, dtype: Dtype, threads: int | None = None) 
 
 
 def check_against_reference(case: Case) -> None:
-    """The acceptance of both backends, everything but the experts in float32 and by default."""
+    """The acceptance of BF16 and INT8, everything but the experts in float32 and by default."""
     bf16 = case.bf16_errors
     exact: dict[Backend, float] = {}
     limits: dict[Backend, float] = {"AMXBF16": 0.01, "AMXInt8": 0.05}
@@ -128,6 +136,18 @@ def check_against_reference(case: Case) -> None:
     # INT8 adds its own error (that of the float32 run) to that of BF16, independently.
     found = errors(run(case, "AMXInt8", "auto"), case.reference)
     assert median(found) <= 1.15 * (median(bf16) ** 2 + exact["AMXInt8"] ** 2) ** 0.5
+
+
+def check_int4(case: Case, folder: Path) -> None:
+    """INT4 weights are so coarse that float32 is no measure of the engine's own errors, which are
+    those of INT8 activations: the base's experts are rounded in the reference too."""
+    rounded = merged_logits(
+        folder, case.model, case.adapter, case.ids, torch.float32, int4_experts=True
+    )
+    found = run(case, "AMXInt4", "float32")
+    assert median(errors(found, rounded)) <= 0.025
+    # The rounding is the engine's too.
+    assert 0.05 <= median(errors(found, case.reference)) <= 0.3
 
 
 def allowed_thrown_off(bf16: torch.Tensor) -> float:
@@ -183,6 +203,15 @@ def test_tiny_model_equals_merge(tiny: Tiny, family: str, size: int, layout: Lay
     check_against_reference(tiny.case(family, size, layout))
 
 
+@pytest.mark.parametrize("layout", [None, "a", "b"])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_int4_equals_merge_into_rounded_experts(
+    tiny: Tiny, family: str, size: int, layout: Layout | None
+) -> None:
+    check_int4(tiny.case(family, size, layout), tiny.folder / "rounded")
+
+
 @pytest.mark.parametrize("layout", ["a", "b"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_left_out_expert_lora_would_be_seen(tiny: Tiny, family: str, layout: Layout) -> None:
@@ -200,7 +229,7 @@ def errors_without_expert_lora(case: Case) -> torch.Tensor:
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
-@pytest.mark.parametrize("backend", ["AMXBF16", "AMXInt8"])
+@pytest.mark.parametrize("backend", ["AMXBF16", "AMXInt8", "AMXInt4"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_thread_count_changes_no_bit(tiny: Tiny, family: str, backend: Backend) -> None:
     case = tiny.case(family, SIZES[1], "a")
@@ -209,7 +238,7 @@ def test_thread_count_changes_no_bit(tiny: Tiny, family: str, backend: Backend) 
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
-@pytest.mark.parametrize("backend", ["AMXBF16", "AMXInt8"])
+@pytest.mark.parametrize("backend", ["AMXBF16", "AMXInt8", "AMXInt4"])
 def test_numa_shards_change_no_bit(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, backend: Backend
 ) -> None:
@@ -368,5 +397,6 @@ def test_demo_equals_merge(tmp_path: Path, model: str, adapter: str | None) -> N
     path = DEMO / model
     case = make_case(tmp_path, path, DEMO / adapter if adapter else None, demo_ids(path))
     check_against_reference(case)
+    check_int4(case, tmp_path / "rounded")
     if adapter is not None:
         assert median(errors_without_expert_lora(case)) >= 0.5

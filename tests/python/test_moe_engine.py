@@ -111,7 +111,9 @@ def test_experts_are_sharded_over_numa_nodes(
     assert any(m.startswith("kt_tp_enabled") and words in m for m in caplog.messages)
 
 
-@pytest.mark.parametrize(("backend", "family"), [("AMXBF16", "bf16"), ("AMXInt8", "int8")])
+@pytest.mark.parametrize(
+    ("backend", "family"), [("AMXBF16", "bf16"), ("AMXInt8", "int8"), ("AMXInt4", "int4")]
+)
 def test_one_line_says_which_kernels_run(
     caplog: pytest.LogCaptureFixture, backend: str, family: str
 ) -> None:

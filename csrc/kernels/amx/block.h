@@ -1,4 +1,4 @@
-// What the BF16 and INT8 GEMMs on AMX tiles share: walking a strip over one register block, and the
+// What the GEMMs on AMX tiles share: walking a strip over one register block, and the
 // LoRA expand. Included by their bodies only.
 #pragma once
 
@@ -14,23 +14,28 @@ namespace {
 
 constexpr int kTilePairs = 16;  // BF16 pairs of k in a tile
 
+// Adds one tile of W times 64 bytes of k of A's rows to tmm0 … tmm3.
+template <class Tiles, class Multiply, bool kTwoTiles>
+inline void multiply_tile(const uint8_t* w, const uint8_t* x, int64_t a_stride) {
+  Tiles::template load<6>(w, 64);
+  Tiles::template load<4>(x, a_stride);
+  Multiply::template run<Tiles, 0, 4, 6>();
+  Tiles::template load<7>(w + kTileHalf, 64);
+  Multiply::template run<Tiles, 1, 4, 7>();
+  if constexpr (kTwoTiles) {
+    Tiles::template load<5>(x + kTileRows * a_stride, a_stride);
+    Multiply::template run<Tiles, 2, 5, 6>();
+    Multiply::template run<Tiles, 3, 5, 7>();
+  }
+}
+
 // Multiplies all tiles of a strip with rows [first_row, first_row + 16 or 32) of A into tmm0 …
 // tmm3, which the caller has zeroed. Tiles::configure has been called.
 template <class Tiles, class Multiply, int kBlockBytes, bool kTwoTiles>
 inline void multiply_strip(const GemmArgs& g, int first_row, int row_bytes) {
   const uint8_t* a = g.a + first_row * g.a_stride;
   for_each_tile<kBlockBytes>(g, row_bytes, first_row == 0, [&](const uint8_t* w, int byte) {
-    const uint8_t* x = a + byte;
-    Tiles::template load<6>(w, 64);
-    Tiles::template load<4>(x, g.a_stride);
-    Multiply::template run<Tiles, 0, 4, 6>();
-    Tiles::template load<7>(w + kTileHalf, 64);
-    Multiply::template run<Tiles, 1, 4, 7>();
-    if constexpr (kTwoTiles) {
-      Tiles::template load<5>(x + kTileRows * g.a_stride, g.a_stride);
-      Multiply::template run<Tiles, 2, 5, 6>();
-      Multiply::template run<Tiles, 3, 5, 7>();
-    }
+    multiply_tile<Tiles, Multiply, kTwoTiles>(w, a + byte, g.a_stride);
   });
 }
 

@@ -3,7 +3,7 @@
 namespace ktrt {
 
 extern const ElementwiseKernels elementwise_avx2;
-const ElementwiseKernels elementwise_avx2 = {"avx2", quantize_row, f32_to_bf16, silu_mul,
-                                             weighted_add};
+const ElementwiseKernels elementwise_avx2 = {"avx2",       quantize_row, f32_to_bf16, silu_mul,
+                                             weighted_add, activate,     add_bias};
 
 }  // namespace ktrt

@@ -69,11 +69,13 @@ inline float exp_of_negative(float x) {
   return p * as_float(static_cast<uint32_t>(n + 127) << 23);
 }
 
-// x · sigmoid(x), from e^-|x| so that nothing overflows.
-inline float silu(float x) {
+// From e^-|x|, so that nothing overflows.
+inline float sigmoid(float x) {
   const float decay = exp_of_negative(-fabsf(x));
-  return x * ((x < 0.0f ? decay : 1.0f) / (1.0f + decay));
+  return (x < 0.0f ? decay : 1.0f) / (1.0f + decay);
 }
+
+inline float silu(float x) { return x * sigmoid(x); }
 
 void silu_mul(const float* gate, const float* up, int rows, uint16_t* out, int64_t out_stride) {
   for (int r = 0; r < rows; ++r) {
@@ -86,6 +88,107 @@ void silu_mul(const float* gate, const float* up, int rows, uint16_t* out, int64
 
 void weighted_add(const float* c, float weight, float* acc) {
   for (int n = 0; n < 32; ++n) acc[n] += weight * c[n];
+}
+
+void add_bias(const float* bias, int rows, float* c) {
+  for (int r = 0; r < rows; ++r) {
+    for (int n = 0; n < 32; ++n) c[static_cast<int64_t>(r) * 32 + n] += bias[n];
+  }
+}
+
+// Comparisons that leave NaN as it is.
+inline float at_most(float x, float limit) { return x > limit ? limit : x; }
+inline float clamp(float x, float limit) { return at_most(x < -limit ? -limit : x, limit); }
+
+// x · Φ(x); erfc by Numerical Recipes' erfcc, fractional error below 1.2e-7 everywhere.
+inline float gelu(float x) {
+  const float z = fabsf(x) * 0.70710678118654752f;
+  const float t = 1.0f / (1.0f + 0.5f * z);
+  float p = 0.17087277f;
+  p = p * t - 0.82215223f;
+  p = p * t + 1.48851587f;
+  p = p * t - 1.13520398f;
+  p = p * t + 0.27886807f;
+  p = p * t - 0.18628806f;
+  p = p * t + 0.09678418f;
+  p = p * t + 0.37409196f;
+  p = p * t + 1.00002368f;
+  p = p * t - 1.26551223f;
+  const float half = 0.5f * t * exp_of_negative(p - z * z);
+  return x * (x < 0.0f ? half : 1.0f - half);
+}
+
+// (1 + tanh(y)) / 2 is sigmoid(2 y).
+inline float gelu_tanh(float x) {
+  return x * sigmoid(1.5957691216057308f * (x + 0.044715f * x * x * x));
+}
+
+// tanh(x); near 0, where the exponentials cancel, its series.
+inline float soft(float x) {
+  const float magnitude = fabsf(x);
+  const float decay = exp_of_negative(-2.0f * magnitude);
+  const float far = (1.0f - decay) / (1.0f + decay);
+  const float square = magnitude * magnitude;
+  const float near = magnitude * (1.0f - square * (0.33333333f - square * 0.13333333f));
+  const float result = magnitude < 0.05f ? near : far;
+  return x < 0.0f ? -result : result;
+}
+
+template <class Function>
+inline __attribute__((always_inline)) void for_strip_rows(int rows, uint16_t* out,
+                                                          int64_t out_stride, Function value) {
+  for (int r = 0; r < rows; ++r) {
+    const int64_t first = static_cast<int64_t>(r) * 32;
+    uint16_t* y = out + r * out_stride;
+    for (int n = 0; n < 32; ++n) y[n] = bf16_bits(value(first + n));
+  }
+}
+
+// `f` is the kind's function.
+template <class Function>
+inline __attribute__((always_inline)) void activate_by(Activation a, const float* gate,
+                                                       const float* up, int rows, uint16_t* out,
+                                                       int64_t out_stride, Function f) {
+  if (gate == nullptr) {
+    for_strip_rows(rows, out, out_stride, [=](int64_t i) { return f(up[i]); });
+  } else {
+    for_strip_rows(rows, out, out_stride, [=](int64_t i) {
+      return f(at_most(gate[i], a.gate_limit)) * (clamp(up[i], a.up_limit) + a.up_offset);
+    });
+  }
+}
+
+void activate_softcap(Activation a, const float* gate, const float* up, int rows, uint16_t* out,
+                      int64_t out_stride) {
+  const auto bend = [=](float x) { return a.gate_limit * soft(x / a.gate_limit) * sigmoid(x); };
+  if (gate == nullptr) {
+    for_strip_rows(rows, out, out_stride, [=](int64_t i) { return bend(up[i]); });
+  } else {
+    for_strip_rows(rows, out, out_stride, [=](int64_t i) {
+      return bend(gate[i]) * (a.up_limit * soft(up[i] / a.up_limit) + a.up_offset);
+    });
+  }
+}
+
+void activate(const Activation& a, const float* gate, const float* up, int rows, uint16_t* out,
+              int64_t out_stride) {
+  const auto by = [&](auto f) { activate_by(a, gate, up, rows, out, out_stride, f); };
+  switch (a.kind) {
+    case ActivationKind::kSilu: {
+      const float alpha = a.alpha;
+      return by([=](float x) { return x * sigmoid(alpha * x); });
+    }
+    case ActivationKind::kGelu:
+      return by([](float x) { return gelu(x); });
+    case ActivationKind::kGeluTanh:
+      return by([](float x) { return gelu_tanh(x); });
+    case ActivationKind::kRelu:
+      return by([](float x) { return x < 0.0f ? 0.0f : x; });
+    case ActivationKind::kRelu2:
+      return by([](float x) { return x < 0.0f ? 0.0f : x * x; });
+    case ActivationKind::kSoftcapSilu:
+      return activate_softcap(a, gate, up, rows, out, out_stride);
+  }
 }
 
 }  // namespace

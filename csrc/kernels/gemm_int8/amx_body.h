@@ -27,9 +27,15 @@ struct AmxInt8Gemm {
 
   template <bool kTwoTiles>
   static void block(const GemmArgs& g, int first_row, int rows) {
-    float* c = g.c + static_cast<int64_t>(first_row) * kStripColumns;
     zero_c<Tiles, kTwoTiles>();
     multiply_strip<Tiles, MultiplyInt8, kBlockBytes, kTwoTiles>(g, first_row, g.k);
+    finish<kTwoTiles>(g, first_row, rows);
+  }
+
+  // From the sums in the tiles to C, with LoRA.
+  template <bool kTwoTiles>
+  static void finish(const GemmArgs& g, int first_row, int rows) {
+    float* c = g.c + static_cast<int64_t>(first_row) * kStripColumns;
     store_c<Tiles, kTwoTiles>(c);
     scale(g, first_row, rows);
     if (g.lora_b == nullptr) return;

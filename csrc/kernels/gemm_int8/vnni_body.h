@@ -1,118 +1,27 @@
-// INT8 GEMM on AVX-512 VNNI, for two ways to add LoRA. VPDPBUSD multiplies unsigned by signed
-// bytes, so activations come with an offset of 128 and every int32 accumulator starts at -128 · Σ_k
-// w[n][k]: the sum is exactly the signed one (|acc| ≤ 255 · 127 · k < 2^31 for k ≤ 65536). Register
-// block as in gemm_bf16.
+// INT8 GEMM on AVX-512 VNNI, for two ways to add LoRA.
 #pragma once
 
-#include <immintrin.h>
-#include <string.h>
-
-#include "kernels/strip.h"
+#include "kernels/vnni/block.h"
 
 namespace ktrt {
 namespace {
 
-constexpr int kMaxRows = 14;
-constexpr int kBlockBytes = 3584;
+struct Int8Weights {
+  static constexpr int kBlockBytes = 3584;
 
-inline __m512i broadcast_word(const uint8_t* p) {
-  int word;
-  memcpy(&word, p, 4);
-  return _mm512_set1_epi32(word);
-}
-
-// c [kRows][32] in the L1 cache, just written, += the LoRA expand; Expand::multiply adds one k pair
-// of 16 outputs.
-template <class Expand, int kRows>
-inline void expand_lora(const GemmArgs& g, const uint16_t* t, float* c) {
-  __m512 acc[kRows][2];
-#pragma GCC unroll 14
-  for (int i = 0; i < kRows; ++i) {
-    acc[i][0] = _mm512_loadu_ps(c + i * kStripColumns);
-    acc[i][1] = _mm512_loadu_ps(c + i * kStripColumns + 16);
-  }
-  for (int pair = 0; pair < g.rank_pairs; ++pair) {
-    const __m512i b0 = _mm512_loadu_si512(g.lora_b + pair * 64);
-    const __m512i b1 = _mm512_loadu_si512(g.lora_b + pair * 64 + 32);
-    const uint8_t* x = reinterpret_cast<const uint8_t*>(t + 2 * pair);
-#pragma GCC unroll 14
-    for (int i = 0; i < kRows; ++i) {
-      const __m512i a = broadcast_word(x + i * g.t_stride * 2);
-      acc[i][0] = Expand::multiply(acc[i][0], b0, a);
-      acc[i][1] = Expand::multiply(acc[i][1], b1, a);
-    }
-  }
-#pragma GCC unroll 14
-  for (int i = 0; i < kRows; ++i) {
-    _mm512_storeu_ps(c + i * kStripColumns, acc[i][0]);
-    _mm512_storeu_ps(c + i * kStripColumns + 16, acc[i][1]);
-  }
-}
-
-template <class Expand, int kRows>
-void row_block(const GemmArgs& g, int first_row, bool first) {
-  __m512i acc[kRows][2];
-  const __m512i sum0 = _mm512_loadu_si512(g.w_sum);
-  const __m512i sum1 = _mm512_loadu_si512(g.w_sum + 16);
-  const __m512i start0 = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sum0, 7));
-  const __m512i start1 = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sum1, 7));
-#pragma GCC unroll 14
-  for (int i = 0; i < kRows; ++i) {
-    acc[i][0] = start0;
-    acc[i][1] = start1;
-  }
-  const uint8_t* a = g.a + first_row * g.a_stride;
-  for_each_tile<kBlockBytes>(g, g.k, first, [&](const uint8_t* w, int byte) {
-    const uint8_t* x = a + byte;
-    for (int group = 0; group < 16; ++group) {
-      const __m512i w0 = _mm512_loadu_si512(w + group * 64);
-      const __m512i w1 = _mm512_loadu_si512(w + kTileHalf + group * 64);
-#pragma GCC unroll 14
-      for (int i = 0; i < kRows; ++i) {
-        const __m512i xi = broadcast_word(x + i * g.a_stride + group * 4);
-        acc[i][0] = _mm512_dpbusd_epi32(acc[i][0], xi, w0);
-        acc[i][1] = _mm512_dpbusd_epi32(acc[i][1], xi, w1);
+  template <int kRows>
+  static inline __attribute__((always_inline)) void multiply(const GemmArgs& g, const uint8_t* a,
+                                                             bool first, __m512i (&acc)[kRows][2]) {
+    for_each_tile<kBlockBytes>(g, g.k, first, [&](const uint8_t* w, int byte) {
+      const uint8_t* x = a + byte;
+      for (int group = 0; group < 16; ++group) {
+        const __m512i w0 = _mm512_loadu_si512(w + group * 64);
+        const __m512i w1 = _mm512_loadu_si512(w + kTileHalf + group * 64);
+        multiply_group<kRows>(x + group * 4, g.a_stride, w0, w1, acc);
       }
-    }
-  });
-  const __m512 scale0 = _mm512_loadu_ps(g.w_scale);
-  const __m512 scale1 = _mm512_loadu_ps(g.w_scale + 16);
-  float* c = g.c + static_cast<int64_t>(first_row) * kStripColumns;
-#pragma GCC unroll 14
-  for (int i = 0; i < kRows; ++i) {
-    const __m512 scale = _mm512_set1_ps(g.a_scale[first_row + i]);
-    _mm512_storeu_ps(c + i * kStripColumns,
-                     _mm512_mul_ps(_mm512_mul_ps(scale, scale0), _mm512_cvtepi32_ps(acc[i][0])));
-    _mm512_storeu_ps(c + i * kStripColumns + 16,
-                     _mm512_mul_ps(_mm512_mul_ps(scale, scale1), _mm512_cvtepi32_ps(acc[i][1])));
+    });
   }
-  if (g.lora_b != nullptr) expand_lora<Expand, kRows>(g, g.t + first_row * g.t_stride, c);
-}
-
-using RowBlock = void (*)(const GemmArgs&, int, bool);
-template <class Expand>
-constexpr RowBlock kRowBlocks[kMaxRows + 1] = {nullptr,
-                                               row_block<Expand, 1>,
-                                               row_block<Expand, 2>,
-                                               row_block<Expand, 3>,
-                                               row_block<Expand, 4>,
-                                               row_block<Expand, 5>,
-                                               row_block<Expand, 6>,
-                                               row_block<Expand, 7>,
-                                               row_block<Expand, 8>,
-                                               row_block<Expand, 9>,
-                                               row_block<Expand, 10>,
-                                               row_block<Expand, 11>,
-                                               row_block<Expand, 12>,
-                                               row_block<Expand, 13>,
-                                               row_block<Expand, 14>};
-
-template <class Expand>
-void strip(const GemmArgs& g) {
-  prefetch_expand(g);
-  for_each_row_block<kMaxRows>(
-      g.rows, [&](int first, int rows) { kRowBlocks<Expand>[rows](g, first, first == 0); });
-}
+};
 
 }  // namespace
 }  // namespace ktrt

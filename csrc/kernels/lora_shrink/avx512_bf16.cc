@@ -11,6 +11,8 @@ namespace {
 
 constexpr int kMaxRows = 6;
 constexpr int kChains = 4;
+// Elements of A between what is used and what is asked for: 4 KB.
+constexpr int kAhead = 2048;
 
 inline __m512bh load_pairs(const void* p) {
   return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p));
@@ -34,7 +36,9 @@ void row_block(const ShrinkArgs& s, const uint16_t* a, int block, int first_row)
   for (int k = 0; k < s.k; k += 2 * kChains) {
 #pragma GCC unroll 4
     for (int chain = 0; chain < kChains; ++chain) {
-      const __m512bh pairs = load_pairs(a + (k + 2 * chain) * 16);
+      const uint16_t* line = a + (k + 2 * chain) * 16;
+      const __m512bh pairs = load_pairs(line);
+      if (kRows <= 2) __builtin_prefetch(line + kAhead, 0, 3);
 #pragma GCC unroll 6
       for (int i = 0; i < kRows; ++i) {
         const __m512bh xi = broadcast_pair(x + i * s.x_stride + k + 2 * chain);

@@ -32,7 +32,7 @@ inline OwnedMatrix allocate(WeightFormat format, int n, int k) {
   OwnedMatrix matrix;
   matrix.layout = PackedLayout(format, n, k);
   matrix.codes.assign(matrix.layout.code_bytes(), 0xee);
-  if (format == WeightFormat::kInt8) {
+  if (is_quantized(format)) {
     matrix.scales.assign(static_cast<std::size_t>(matrix.layout.padded_n()), -1.0f);
     matrix.sums.assign(static_cast<std::size_t>(matrix.layout.padded_n()), -1);
   }

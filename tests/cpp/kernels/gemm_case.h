@@ -18,21 +18,24 @@
 
 namespace ktrt::testing {
 
-// C [rows][n] = scales · A Wᵀ + T Bᵀ. A and W hold BF16 values, or integers in [-127, 127] for
-// INT8.
+// C [rows][n] = scales · A Wᵀ + T Bᵀ. A and W hold BF16 values; or integers in [-127, 127], of
+// which an INT4 W holds the multiples of 16.
 class GemmCase {
  public:
   GemmCase(WeightFormat format, int n, int k, int rows, std::uint64_t seed = 1)
       : format_(format), n_(n), k_(k), rows_(rows), random_(seed) {
-    w_ = random_values(n * k);
-    a_ = random_values(rows * k);
-    // A row with a 127 has scale 1, so that its integers are its codes.
-    if (int8()) {
-      for (int row = 0; row < n; ++row) w_[at(row, k, 0)] = 127.0f;
+    w_ = random_values(n * k, largest_w());
+    a_ = random_values(rows * k, 127);
+    if (format == WeightFormat::kInt4) {
+      for (float& value : w_) value = 16.0f * std::trunc(value / 16.0f);
+    }
+    // A row with the largest value has scale 1, so that its integers are its codes.
+    if (quantized()) {
+      for (int row = 0; row < n; ++row) w_[at(row, k, 0)] = static_cast<float>(largest_w());
     }
     a_scale_.assign(size(rows), 1.0f);
     pack_weights();
-    if (int8()) {
+    if (quantized()) {
       for (float& scale : a_scale_) scale = static_cast<float>(random_.uniform(0.01, 0.1));
       for (float& scale : packed_.scales) scale = static_cast<float>(random_.uniform(0.001, 0.01));
     }
@@ -44,10 +47,11 @@ class GemmCase {
     packed_.scales.assign(packed_.scales.size(), 1.0f);
   }
 
-  // Every |a| and |w| is 127: the largest sums, of alternating sign.
+  // Every |a| and |w| is as large as can be: the largest sums, of alternating sign.
   void use_extreme_codes() {
     for (int row = 0; row < n_; ++row) {
-      for (int k = 0; k < k_; ++k) w_[at(row, k_, k)] = row % 2 == 0 ? 127.0f : -127.0f;
+      const auto value = static_cast<float>(row % 2 == 0 ? largest_w() : -largest_w());
+      for (int k = 0; k < k_; ++k) w_[at(row, k_, k)] = value;
     }
     for (int row = 0; row < rows_; ++row) {
       for (int k = 0; k < k_; ++k) a_[at(row, k_, k)] = row % 3 == 0 ? -127.0f : 127.0f;
@@ -85,7 +89,7 @@ class GemmCase {
   int n() const { return n_; }
   int k() const { return k_; }
   int rows() const { return rows_; }
-  bool int8() const { return format_ == WeightFormat::kInt8; }
+  bool quantized() const { return is_quantized(format_); }
 
   // Rows [first, first + count) of C, [count][n].
   std::vector<float> run(const GemmKernel& kernel, int first, int count) {
@@ -100,8 +104,8 @@ class GemmCase {
       std::fill(block.end() - kStripRows, block.end(), kGuard);
       GemmArgs args = weights(strip);
       args.a = a.data();
-      args.a_stride = packed_.layout.row_bytes();
-      args.a_scale = int8() ? a_scale_.data() + first : nullptr;
+      args.a_stride = a_row_bytes();
+      args.a_scale = quantized() ? a_scale_.data() + first : nullptr;
       args.rows = count;
       if (rank_ > 0) {
         args.lora_b = b.data();
@@ -129,7 +133,7 @@ class GemmCase {
   };
 
   // The error of a float32 sum of m terms in any order grows like √m · 2^-24 · Σ|terms| (Higham and
-  // Mary 2019); twice that is allowed. INT8 sums are exact and count as one term with three
+  // Mary 2019); twice that is allowed. Integer sums are exact and count as one term with three
   // roundings.
   Exact exact(int row, int n) const {
     constexpr double kUnit = 0x1p-24;
@@ -141,7 +145,7 @@ class GemmCase {
       magnitude += std::fabs(product);
     }
     double terms = k_;
-    if (int8()) {
+    if (quantized()) {
       sum *= double{a_scale_[size(row)]} * packed_.scales[size(n)];
       magnitude = std::fabs(sum);
       terms = 3;
@@ -163,11 +167,15 @@ class GemmCase {
   int pairs() const { return (rank_ + 1) / 2; }
   int t_stride() const { return 2 * pairs() + 6; }
 
-  std::vector<float> random_values(int count) {
+  int largest_w() const { return format_ == WeightFormat::kInt4 ? 112 : 127; }
+  int a_row_bytes() const { return packed_.layout.padded_k() * (quantized() ? 1 : 2); }
+
+  // Normal BF16 values, or integers in [-largest, largest].
+  std::vector<float> random_values(int count, int largest) {
     std::vector<float> values(size(count));
     for (float& value : values) {
-      value =
-          int8() ? static_cast<float>(random_.integer(-127, 127)) : round_to_bf16(random_.normal());
+      value = quantized() ? static_cast<float>(random_.integer(-largest, largest))
+                          : round_to_bf16(random_.normal());
     }
     return values;
   }
@@ -176,11 +184,11 @@ class GemmCase {
 
   AlignedVector<std::uint8_t> activations(const GemmKernel& kernel, int first, int count) const {
     const int padded = packed_.layout.padded_k();
-    AlignedVector<std::uint8_t> bytes(size(count * packed_.layout.row_bytes()));
+    AlignedVector<std::uint8_t> bytes(size(count * a_row_bytes()));
     for (int row = 0; row < count; ++row) {
       for (int k = 0; k < padded; ++k) {
         const float value = k < k_ ? a_[at(first + row, k_, k)] : padding_;
-        if (int8()) {
+        if (quantized()) {
           bytes[at(row, padded, k)] =
               static_cast<std::uint8_t>(static_cast<int>(value) + kernel.activation_offset);
         } else {
@@ -199,7 +207,7 @@ class GemmCase {
     args.block_rows = w.layout.block_rows(strip);
     args.row_in_block = w.layout.row_in_block(strip);
     args.k = w.layout.padded_k();
-    if (int8()) {
+    if (quantized()) {
       args.w_scale = w.scales + strip * kStripRows;
       args.w_sum = w.sums + strip * kStripRows;
     }

@@ -1,4 +1,4 @@
-// What every GEMM variant of both formats must do; INT8's exact sums are in gemm_int8_test.cc.
+// What every GEMM variant of every format must do; exact sums are in gemm_integer_test.cc.
 #include <gtest/gtest.h>
 
 #include <ostream>
@@ -14,31 +14,10 @@
 namespace ktrt {
 namespace {
 
+using testing::all_variants;
+using testing::FormatVariant;
 using testing::GemmCase;
-using testing::Variant;
-
-struct FormatVariant {
-  WeightFormat format;
-  Variant<GemmKernel> variant;
-  friend std::ostream& operator<<(std::ostream& out, const FormatVariant& v) {
-    return out << name_of(v.format) << " " << v.variant;
-  }
-};
-
-std::vector<FormatVariant> all_variants() {
-  std::vector<FormatVariant> all;
-  for (const auto& variant : testing::all_gemms(WeightFormat::kBf16)) {
-    all.push_back({WeightFormat::kBf16, variant});
-  }
-  for (const auto& variant : testing::all_gemms(WeightFormat::kInt8)) {
-    all.push_back({WeightFormat::kInt8, variant});
-  }
-  return all;
-}
-
-std::string name_of_variant(const FormatVariant& v) {
-  return std::string(name_of(v.format)) + "_" + v.variant.kernel->name;
-}
+using testing::name_of_variant;
 
 void expect_exact(GemmCase& gemm, const GemmKernel& kernel) {
   const std::vector<float> c = gemm.run(kernel);
@@ -68,7 +47,8 @@ class GemmTestBase : public ::testing::TestWithParam<Param> {
   GemmCase make(int n, int k, int rows) const { return GemmCase(v().format, n, k, rows); }
 };
 
-// Sizes with tails in both formats' n-blocks (256, 64) and k-blocks (1792, 3584), and padded ones.
+// Sizes with tails in the formats' n-blocks (256, 64, 128) and k-blocks (1792, 3584), and padded
+// ones.
 using Shape = std::pair<int, int>;
 class GemmShapeTest : public GemmTestBase<std::tuple<FormatVariant, Shape>> {};
 INSTANTIATE_TEST_SUITE_P(Variants, GemmShapeTest,

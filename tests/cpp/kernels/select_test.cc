@@ -12,35 +12,38 @@ namespace {
 
 constexpr CpuFeatures kAll{true, true, true, true, true};
 
-// BF16 GEMM, INT8 GEMM, shrink, elementwise; a GEMM that differs for few rows as "many/few".
+// BF16, INT8 and INT4 GEMM, shrink, elementwise; a GEMM that differs for few rows as "many/few".
 std::string names(const KernelTable& table) {
   const auto gemm = [](const GemmChoice& choice) {
     const std::string many = choice.many->name;
     return choice.few == choice.many ? many : many + "/" + choice.few->name;
   };
-  return gemm(table.gemm_bf16) + " " + gemm(table.gemm_int8) + " " + table.lora_shrink->name + " " +
-         table.elementwise->name;
+  return gemm(table.gemm_bf16) + " " + gemm(table.gemm_int8) + " " + gemm(table.gemm_int4) + " " +
+         table.lora_shrink->name + " " + table.elementwise->name;
 }
 
 TEST(SelectKernels, ByLevel) {
-  EXPECT_EQ(names(select_kernels(Isa::kPortable, kAll)), "portable portable portable portable");
-  EXPECT_EQ(names(select_kernels(Isa::kAvx2, kAll)), "avx2 avx2 avx2 avx2");
+  EXPECT_EQ(names(select_kernels(Isa::kPortable, kAll)),
+            "portable portable portable portable portable");
+  EXPECT_EQ(names(select_kernels(Isa::kAvx2, kAll)), "avx2 avx2 avx2 avx2 avx2");
   EXPECT_EQ(names(select_kernels(Isa::kAvx512, kAll)),
-            "avx512_bf16 avx512_vnni_bf16 avx512_bf16 avx512");
+            "avx512_bf16 avx512_vnni_bf16 avx512_vnni_bf16 avx512_bf16 avx512");
   EXPECT_EQ(names(select_kernels(Isa::kAmx, kAll)),
-            "amx/avx512_bf16 amx/avx512_vnni_bf16 avx512_bf16 avx512");
+            "amx/avx512_bf16 amx/avx512_vnni_bf16 amx/avx512_vnni_bf16 avx512_bf16 avx512");
 }
 
 TEST(SelectKernels, FallsBackWhereAFeatureIsMissing) {
   CpuFeatures features = kAll;
   features.amx = false;
   EXPECT_EQ(names(select_kernels(Isa::kAmx, features)),
-            "avx512_bf16 avx512_vnni_bf16 avx512_bf16 avx512");
+            "avx512_bf16 avx512_vnni_bf16 avx512_vnni_bf16 avx512_bf16 avx512");
   features.avx512_bf16 = false;
-  EXPECT_EQ(names(select_kernels(Isa::kAvx512, features)), "avx512 avx512_vnni avx2 avx512");
+  EXPECT_EQ(names(select_kernels(Isa::kAvx512, features)),
+            "avx512 avx512_vnni avx512_vnni avx2 avx512");
   features.avx512_vnni = false;
-  EXPECT_EQ(names(select_kernels(Isa::kAvx512, features)), "avx512 avx2 avx2 avx512");
-  EXPECT_EQ(names(select_kernels(Isa::kAmx, CpuFeatures{})), "portable portable portable portable");
+  EXPECT_EQ(names(select_kernels(Isa::kAvx512, features)), "avx512 avx2 avx2 avx2 avx512");
+  EXPECT_EQ(names(select_kernels(Isa::kAmx, CpuFeatures{})),
+            "portable portable portable portable portable");
 }
 
 TEST(SelectKernels, TilesFromSomeNumberOfRowsOn) {
@@ -72,6 +75,7 @@ TEST(SelectKernels, NeverAboveTheLevelOrTheFeatures) {
       std::vector<const char*> chosen = {table.lora_shrink->name, table.elementwise->name};
       for (const GemmKernel* gemm : testing::bf16_gemms(table)) chosen.push_back(gemm->name);
       for (const GemmKernel* gemm : testing::int8_gemms(table)) chosen.push_back(gemm->name);
+      for (const GemmKernel* gemm : testing::int4_gemms(table)) chosen.push_back(gemm->name);
       for (const char* name : chosen) {
         EXPECT_TRUE(allowed(name, level, features)) << name << " " << name_of(level) << " " << mask;
       }
@@ -83,6 +87,7 @@ TEST(SelectKernels, NeverAboveTheLevelOrTheFeatures) {
 TEST(Variants, AreAllFound) {
   EXPECT_EQ(testing::all_gemms(WeightFormat::kBf16).size(), 6u);
   EXPECT_EQ(testing::all_gemms(WeightFormat::kInt8).size(), 6u);
+  EXPECT_EQ(testing::all_gemms(WeightFormat::kInt4).size(), 6u);
   EXPECT_EQ(testing::variants_of(testing::shrinks).size(), 3u);
   EXPECT_EQ(testing::variants_of(testing::elementwises).size(), 3u);
 }

@@ -15,6 +15,7 @@
 namespace ktrt {
 extern const GemmKernel gemm_bf16_amx_emulated;
 extern const GemmKernel gemm_int8_amx_emulated;
+extern const GemmKernel gemm_int4_amx_emulated;
 }  // namespace ktrt
 
 namespace ktrt::testing {
@@ -49,6 +50,9 @@ inline std::vector<const GemmKernel*> bf16_gemms(const KernelTable& table) {
 inline std::vector<const GemmKernel*> int8_gemms(const KernelTable& table) {
   return {table.gemm_int8.few, table.gemm_int8.many};
 }
+inline std::vector<const GemmKernel*> int4_gemms(const KernelTable& table) {
+  return {table.gemm_int4.few, table.gemm_int4.many};
+}
 inline std::vector<const ShrinkKernel*> shrinks(const KernelTable& table) {
   return {table.lora_shrink};
 }
@@ -77,12 +81,39 @@ std::vector<Variant<Kernel>> variants_of(
 
 // All GEMMs of a format, those on emulated AMX tiles too.
 inline std::vector<Variant<GemmKernel>> all_gemms(WeightFormat format) {
-  const bool bf16 = format == WeightFormat::kBf16;
-  auto variants = variants_of(bf16 ? bf16_gemms : int8_gemms);
+  struct Family {
+    std::vector<const GemmKernel*> (*kernels_in)(const KernelTable&);
+    const GemmKernel* emulated;
+  };
+  const Family families[] = {{bf16_gemms, &gemm_bf16_amx_emulated},
+                             {int8_gemms, &gemm_int8_amx_emulated},
+                             {int4_gemms, &gemm_int4_amx_emulated}};
+  const Family& family = families[static_cast<int>(format)];
+  auto variants = variants_of(family.kernels_in);
   // Around the tiles is AVX-512 code.
-  variants.push_back({bf16 ? &gemm_bf16_amx_emulated : &gemm_int8_amx_emulated,
-                      cpu_features().avx512_bf16 && cpu_features().avx512_vnni});
+  variants.push_back({family.emulated, cpu_features().avx512_bf16 && cpu_features().avx512_vnni});
   return variants;
+}
+
+struct FormatVariant {
+  WeightFormat format;
+  Variant<GemmKernel> variant;
+  friend std::ostream& operator<<(std::ostream& out, const FormatVariant& v) {
+    return out << name_of(v.format) << " " << v.variant;
+  }
+};
+
+// Every GEMM variant of every format.
+inline std::vector<FormatVariant> all_variants() {
+  std::vector<FormatVariant> all;
+  for (const WeightFormat format : kWeightFormats) {
+    for (const auto& variant : all_gemms(format)) all.push_back({format, variant});
+  }
+  return all;
+}
+
+inline std::string name_of_variant(const FormatVariant& v) {
+  return std::string(name_of(v.format)) + "_" + v.variant.kernel->name;
 }
 
 // A test of one variant, skipped where the machine cannot run it.

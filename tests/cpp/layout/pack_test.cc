@@ -20,6 +20,7 @@ namespace {
 
 using testing::OwnedMatrix;
 using testing::packed_index;
+using testing::packed_nibble;
 using testing::Random;
 using testing::round_to_bf16;
 using testing::view_of;
@@ -45,9 +46,30 @@ float max_abs(const float* row, int k) {
   return largest;
 }
 
-// The INT8 code of a value, from the scale of its row.
-int code_of(float value, float scale) {
-  return scale == 0.0f ? 0 : static_cast<int>(std::lrint(value * (1.0f / scale)));
+float scale_of(float amax, WeightFormat format) {
+  return format == WeightFormat::kInt8 ? amax * (1.0f / 127.0f)
+                                       : static_cast<float>(double{amax} * (1.0 / 112.0));
+}
+
+// What the kernels multiply: the INT8 code of a value from the scale of its row, for INT4 rounded
+// again, to a multiple of 16.
+int code_of(float value, float scale, WeightFormat format) {
+  if (scale == 0.0f) return 0;
+  const auto code = std::lrint(value * (1.0f / scale));
+  if (format == WeightFormat::kInt8) return static_cast<int>(code);
+  return static_cast<int>(std::lround(static_cast<double>(code) / 16.0)) * 16;
+}
+
+// The same as it was packed.
+int code_at(const OwnedMatrix& packed, int n, int k) {
+  const int N = packed.layout.padded_n();
+  const int K = packed.layout.padded_k();
+  if (packed.layout.format() == WeightFormat::kInt8) {
+    return static_cast<std::int8_t>(packed.codes[packed_index(WeightFormat::kInt8, N, K, n, k)]);
+  }
+  const auto [byte, high] = packed_nibble(N, K, n, k);
+  const int nibble = high ? packed.codes[byte] >> 4 : packed.codes[byte] & 15;
+  return (nibble < 8 ? nibble : nibble - 16) * 16;
 }
 
 class PackTest : public ::testing::TestWithParam<Shape> {
@@ -59,8 +81,7 @@ class PackTest : public ::testing::TestWithParam<Shape> {
 };
 
 INSTANTIATE_TEST_SUITE_P(Shapes, PackTest,
-                         ::testing::Combine(::testing::Values(WeightFormat::kBf16,
-                                                              WeightFormat::kInt8),
+                         ::testing::Combine(::testing::ValuesIn(kWeightFormats),
                                             ::testing::Values(32, 33, 96, 176, 288),
                                             ::testing::Values(64, 160, 1825, 3649)),
                          [](const auto& shape) {
@@ -75,18 +96,17 @@ TEST_P(PackTest, EveryElementLiesWhereTheFormulaSays) {
   const int K = testing::padded_columns(format_, k_);
   for (int n = 0; n < N; ++n) {
     const float* row = w_.data() + static_cast<std::ptrdiff_t>(n) * k_;
-    const float scale = n < n_ ? max_abs(row, k_) * (1.0f / 127.0f) : 0.0f;
+    const float scale = n < n_ ? scale_of(max_abs(row, k_), format_) : 0.0f;
     int sum = 0;
     for (int k = 0; k < K; ++k) {
       const float value = n < n_ && k < k_ ? row[k] : 0.0f;
-      const std::size_t index = packed_index(format_, N, K, n, k);
       if (format_ == WeightFormat::kBf16) {
         std::uint16_t bits;
-        std::memcpy(&bits, packed.codes.data() + 2 * index, 2);
+        std::memcpy(&bits, packed.codes.data() + 2 * packed_index(format_, N, K, n, k), 2);
         ASSERT_EQ(bits, f32_to_bf16(value)) << n << " " << k;
       } else {
-        const int code = static_cast<std::int8_t>(packed.codes[index]);
-        ASSERT_EQ(code, code_of(value, scale)) << n << " " << k;
+        const int code = code_at(packed, n, k);
+        ASSERT_EQ(code, code_of(value, scale, format_)) << n << " " << k;
         sum += code;
       }
     }
@@ -107,8 +127,10 @@ TEST_P(PackTest, UnpackGivesTheValuesBack) {
       continue;
     }
     const std::size_t n = i / static_cast<std::size_t>(k_);
-    // Half a step, and the rounding of w / scale, which is at most 127.
-    ASSERT_LE(std::fabs(back[i] - w_[i]), packed.scales[n] * (0.5f + 127.0f * 0x1p-22f)) << i;
+    // Half a step (of INT4 half an INT8 step and half of 16), and the rounding of w / scale, which
+    // is at most 127.
+    const float step = (format_ == WeightFormat::kInt8 ? 0.5f : 8.5f) + 127.0f * 0x1p-22f;
+    ASSERT_LE(std::fabs(back[i] - w_[i]), packed.scales[n] * step) << i;
   }
 }
 
@@ -182,28 +204,59 @@ TEST(Quantisation, HalvesGoToEven) {
   EXPECT_EQ(packed.sums[0], 4);
 }
 
-TEST(Quantisation, RowsOfZerosAndOfNearlyZeros) {
-  // 1 / (1e-37 / 127) is infinite.
-  for (const float amax : {0.0f, -0.0f, 1e-40f, 1e-37f}) {
-    const OwnedMatrix packed = pack_row(WeightFormat::kInt8, {amax, -amax, amax});
-    EXPECT_TRUE(packed.finite);
-    EXPECT_EQ(packed.scales[0], 0.0f) << amax;
-    EXPECT_EQ(packed.sums[0], 0) << amax;
-    EXPECT_TRUE(std::all_of(packed.codes.begin(), packed.codes.end(),
-                            [](std::uint8_t code) { return code == 0; }));
+TEST(Quantisation, Int4RoundsTwice) {
+  // amax = 112 gives scale and reciprocal exactly 1: first halves go to even, then away from zero.
+  const OwnedMatrix packed = pack_row(WeightFormat::kInt4, {112, 7, 7.5, 8, 8.5, 23.5, 23, 24, -7.5,
+                                                            -7, -24, -112, 104, 103.5, -103});
+  const std::vector<int> expected = {112, 0, 16,  16,   16,  32,  16, 32,
+                                     -16, 0, -32, -112, 112, 112, -96};
+  int sum = 0;
+  for (std::size_t k = 0; k < expected.size(); ++k) {
+    EXPECT_EQ(code_at(packed, 0, static_cast<int>(k)), expected[k]) << k;
+    sum += expected[k];
   }
-  const OwnedMatrix small = pack_row(WeightFormat::kInt8, {1e-36f, -1e-36f});
-  EXPECT_GT(small.scales[0], 0.0f);
-  EXPECT_EQ(static_cast<std::int8_t>(small.codes[0]), 127);
+  EXPECT_EQ(packed.scales[0], 1.0f);
+  EXPECT_EQ(packed.sums[0], sum);
 }
 
-TEST(Quantisation, CodesStayWithin127) {
+TEST(Quantisation, Int4ScaleIsADoubleProduct) {
+  int differences = 0;
+  for (int i = 0; i < 256; ++i) {
+    const float amax = round_to_bf16(1.0f + static_cast<float>(i) / 128.0f);
+    const OwnedMatrix packed = pack_row(WeightFormat::kInt4, {amax});
+    ASSERT_EQ(packed.scales[0], static_cast<float>(double{amax} * (1.0 / 112.0)));
+    differences += packed.scales[0] != amax * (1.0f / 112.0f);
+  }
+  EXPECT_GT(differences, 0);
+}
+
+TEST(Quantisation, RowsOfZerosAndOfNearlyZeros) {
+  for (const WeightFormat format : {WeightFormat::kInt8, WeightFormat::kInt4}) {
+    // 1 / (1e-37 / 127) is infinite.
+    for (const float amax : {0.0f, -0.0f, 1e-40f, 1e-37f}) {
+      const OwnedMatrix packed = pack_row(format, {amax, -amax, amax});
+      EXPECT_TRUE(packed.finite);
+      EXPECT_EQ(packed.scales[0], 0.0f) << amax;
+      EXPECT_EQ(packed.sums[0], 0) << amax;
+      EXPECT_TRUE(std::all_of(packed.codes.begin(), packed.codes.end(),
+                              [](std::uint8_t code) { return code == 0; }));
+    }
+    const OwnedMatrix small = pack_row(format, {1e-36f, -1e-36f});
+    EXPECT_GT(small.scales[0], 0.0f);
+    EXPECT_EQ(code_at(small, 0, 0), format == WeightFormat::kInt8 ? 127 : 112);
+  }
+}
+
+TEST(Quantisation, TheLargestValueHasTheLargestCode) {
   Random random(8);
   for (int i = 0; i < 20'000; ++i) {
     const float amax = round_to_bf16(static_cast<float>(std::exp(random.uniform(-80.0, 80.0))));
-    const OwnedMatrix packed = pack_row(WeightFormat::kInt8, {amax, -amax});
-    ASSERT_EQ(static_cast<std::int8_t>(packed.codes[0]), 127) << amax;
-    ASSERT_EQ(static_cast<std::int8_t>(packed.codes[1]), -127) << amax;
+    const OwnedMatrix int8 = pack_row(WeightFormat::kInt8, {amax, -amax});
+    ASSERT_EQ(code_at(int8, 0, 0), 127) << amax;
+    ASSERT_EQ(code_at(int8, 0, 1), -127) << amax;
+    const OwnedMatrix int4 = pack_row(WeightFormat::kInt4, {amax, -amax});
+    ASSERT_EQ(code_at(int4, 0, 0), 112) << amax;
+    ASSERT_EQ(code_at(int4, 0, 1), -112) << amax;
   }
 }
 
@@ -215,7 +268,7 @@ TEST(Finite, NanAndInfinityAreReported) {
       {DType::kFloat32, kInfinity},  {DType::kFloat32, -kInfinity}, {DType::kFloat32, kNan},
       {DType::kFloat32, 3.4e38f},    {DType::kFloat16, 1e6f},       {DType::kFloat16, kNan},
       {DType::kBfloat16, kInfinity}, {DType::kBfloat16, kNan}};
-  for (const WeightFormat format : {WeightFormat::kBf16, WeightFormat::kInt8}) {
+  for (const WeightFormat format : kWeightFormats) {
     for (const auto& [dtype, value] : bad) {
       for (const std::size_t position : {std::size_t{0}, std::size_t{40 * 70 - 1}}) {
         std::vector<float> w(40 * 70, 1.0f);

@@ -15,11 +15,18 @@ struct FormatNumbers {
 };
 
 constexpr FormatNumbers numbers_of(WeightFormat format) {
-  return format == WeightFormat::kBf16 ? FormatNumbers{256, 1792, 32, 2}
-                                       : FormatNumbers{64, 3584, 64, 4};
+  switch (format) {
+    case WeightFormat::kBf16:
+      return {256, 1792, 32, 2};
+    case WeightFormat::kInt8:
+      return {64, 3584, 64, 4};
+    case WeightFormat::kInt4:
+      return {128, 3584, 128, 4};
+  }
+  return {};
 }
 
-// Element index of W[n][k] of a matrix N × K that fills whole tiles.
+// Element index of W[n][k] of a matrix N × K that fills whole tiles; BF16 and INT8.
 inline std::size_t packed_index(WeightFormat format, int N, int K, int n, int k) {
   const auto [NB, KB, KT, V] = numbers_of(format);
   const int nb = n / NB * NB;
@@ -31,6 +38,27 @@ inline std::size_t packed_index(WeightFormat format, int N, int K, int n, int k)
   return static_cast<std::size_t>(nb * K + kb * nbs + n1 / 32 * 32 * kbs + k1 / KT * KT * 32 +
                                   n1 % 32 / 16 * 16 * KT + k1 % KT / V * 16 * V + n1 % 16 * V +
                                   k1 % KT % V);
+}
+
+// Where an INT4 code lies: the nibble of a byte.
+struct Nibble {
+  std::size_t byte;
+  bool high;
+};
+
+// The same for INT4, whose tile keeps its first 64 columns in the low nibbles.
+inline Nibble packed_nibble(int N, int K, int n, int k) {
+  const auto [NB, KB, KT, V] = numbers_of(WeightFormat::kInt4);
+  const int nb = n / NB * NB;
+  const int kb = k / KB * KB;
+  const int nbs = std::min(NB, N - nb);
+  const int kbs = std::min(KB, K - kb);
+  const int n1 = n - nb;
+  const int c = (k - kb) % KT;
+  const int kk = c % 64;
+  const int tile = (nb * K + kb * nbs + n1 / 32 * 32 * kbs + (k - kb) / KT * KT * 32) / 2;
+  const int byte = tile + n1 % 32 / 16 * 1024 + kk / V * 64 + n1 % 16 * V + kk % V;
+  return {static_cast<std::size_t>(byte), c >= 64};
 }
 
 // The next size that fills whole tiles.

@@ -30,10 +30,10 @@ class PackedLayoutTest : public ::testing::TestWithParam<Case> {
   const PackedLayout layout_{format_, n_, k_};
 };
 
-// Tails in N and in K of both formats, sizes below one tile, and sizes that need padding.
+// Tails in N and in K of every format, sizes below one tile, and sizes that need padding.
 INSTANTIATE_TEST_SUITE_P(
     Shapes, PackedLayoutTest,
-    ::testing::Combine(::testing::Values(WeightFormat::kBf16, WeightFormat::kInt8),
+    ::testing::Combine(::testing::ValuesIn(kWeightFormats),
                        ::testing::Values(std::pair(32, 64), std::pair(288, 2048),
                                          std::pair(1408, 3712), std::pair(96, 7296),
                                          std::pair(1, 1), std::pair(33, 65), std::pair(160, 96),
@@ -47,20 +47,23 @@ TEST_P(PackedLayoutTest, Sizes) {
   EXPECT_EQ(layout_.padded_n(), testing::padded_rows(n_));
   EXPECT_EQ(layout_.padded_k(), testing::padded_columns(format_, k_));
   EXPECT_EQ(layout_.strips(), layout_.padded_n() / 32);
-  const int element = format_ == WeightFormat::kBf16 ? 2 : 1;
-  EXPECT_EQ(layout_.row_bytes(), layout_.padded_k() * element);
+  const int bits = format_ == WeightFormat::kBf16 ? 16 : format_ == WeightFormat::kInt8 ? 8 : 4;
+  EXPECT_EQ(layout_.row_bytes(), layout_.padded_k() * bits / 8);
   EXPECT_EQ(layout_.code_bytes(), static_cast<std::size_t>(layout_.padded_n()) *
-                                      static_cast<std::size_t>(layout_.padded_k() * element));
+                                      static_cast<std::size_t>(layout_.padded_k() * bits / 8));
 }
 
 TEST_P(PackedLayoutTest, TilesLieWhereTheFormulaSays) {
+  const auto byte_of = [&](int n, int k) {
+    const int N = layout_.padded_n();
+    const int K = layout_.padded_k();
+    if (format_ == WeightFormat::kInt4) return testing::packed_nibble(N, K, n, k).byte;
+    return packed_index(format_, N, K, n, k) * (format_ == WeightFormat::kBf16 ? 2 : 1);
+  };
   const int tile_k = layout_.params().tile_k;
-  const auto element = static_cast<std::size_t>(layout_.params().element_bytes);
   for (int strip = 0; strip < layout_.strips(); ++strip) {
     for (int k0 = 0; k0 < layout_.padded_k(); k0 += tile_k) {
-      const std::size_t first =
-          packed_index(format_, layout_.padded_n(), layout_.padded_k(), strip * 32, k0);
-      ASSERT_EQ(layout_.tile_offset(strip, k0), first * element) << strip << " " << k0;
+      ASSERT_EQ(layout_.tile_offset(strip, k0), byte_of(strip * 32, k0)) << strip << " " << k0;
     }
   }
 }
@@ -76,7 +79,7 @@ TEST_P(PackedLayoutTest, BlocksLeadToTheTiles) {
       const std::size_t chunk = layout_.block_offset(strip) +
                                 static_cast<std::size_t>((kb * layout_.block_rows(strip) +
                                                           layout_.row_in_block(strip) * columns) *
-                                                         p.element_bytes);
+                                                         p.element_bits / 8);
       for (int tile = 0; tile < columns / p.tile_k; ++tile) {
         ASSERT_EQ(layout_.tile_offset(strip, kb + tile * p.tile_k),
                   chunk + static_cast<std::size_t>(tile * kTileBytes));
@@ -101,6 +104,7 @@ TEST_P(PackedLayoutTest, TilesCoverTheBufferOnce) {
 TEST(PackedLayout, FormatNames) {
   EXPECT_STREQ(name_of(WeightFormat::kBf16), "bf16");
   EXPECT_STREQ(name_of(WeightFormat::kInt8), "int8");
+  EXPECT_STREQ(name_of(WeightFormat::kInt4), "int4");
 }
 
 TEST(PackedLayout, LargeMatricesDoNotOverflow) {

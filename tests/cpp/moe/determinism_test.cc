@@ -31,9 +31,7 @@ class DeterminismTest : public ::testing::TestWithParam<std::tuple<WeightFormat,
 };
 
 INSTANTIATE_TEST_SUITE_P(Formats, DeterminismTest,
-                         ::testing::Combine(::testing::Values(WeightFormat::kBf16,
-                                                              WeightFormat::kInt8),
-                                            ::testing::Bool()),
+                         ::testing::Combine(::testing::ValuesIn(kWeightFormats), ::testing::Bool()),
                          [](const auto& test) {
                            return std::string(name_of(std::get<0>(test.param))) +
                                   (std::get<1>(test.param) ? "_lora" : "_base");
@@ -141,16 +139,18 @@ TEST_P(DeterminismTest, Chunks) {
   }
 }
 
-// INT8 sums are exact and the stages between them round alike everywhere.
-TEST(Determinism, Int8WithoutLoraIsTheSameOnEveryIsa) {
-  const LayerCase test(kShape, WeightFormat::kInt8);
-  const Batch batch = skewed_batch(200);
-  const std::vector<float> expected =
-      forward(*test.make_layer(make_engine(2, kMaxQlen, Isa::kPortable)), batch);
-  for (const Isa isa : {Isa::kAvx2, Isa::kAvx512, Isa::kAmx}) {
-    if (isa > detected_isa()) continue;
-    const auto layer = test.make_layer(make_engine(2, kMaxQlen, isa));
-    EXPECT_EQ(forward(*layer, batch), expected) << name_of(isa);
+// Integer sums are exact and the stages between them round alike everywhere.
+TEST(Determinism, IntegersWithoutLoraAreTheSameOnEveryIsa) {
+  for (const WeightFormat format : {WeightFormat::kInt8, WeightFormat::kInt4}) {
+    const LayerCase test(kShape, format);
+    const Batch batch = skewed_batch(200);
+    const std::vector<float> expected =
+        forward(*test.make_layer(make_engine(2, kMaxQlen, Isa::kPortable)), batch);
+    for (const Isa isa : {Isa::kAvx2, Isa::kAvx512, Isa::kAmx}) {
+      if (isa > detected_isa()) continue;
+      const auto layer = test.make_layer(make_engine(2, kMaxQlen, isa));
+      EXPECT_EQ(forward(*layer, batch), expected) << name_of(format) << " " << name_of(isa);
+    }
   }
 }
 

@@ -27,8 +27,7 @@ class ExpertLoraTest : public ::testing::TestWithParam<WeightFormat> {
   LayerCase make() const { return LayerCase(kShape, GetParam()); }
 };
 
-INSTANTIATE_TEST_SUITE_P(Formats, ExpertLoraTest,
-                         ::testing::Values(WeightFormat::kBf16, WeightFormat::kInt8),
+INSTANTIATE_TEST_SUITE_P(Formats, ExpertLoraTest, ::testing::ValuesIn(kWeightFormats),
                          [](const auto& format) { return name_of(format.param); });
 
 struct Ranks {
@@ -86,7 +85,8 @@ TEST_P(ExpertLoraTest, FusedEqualsMerged) {
   test.add_lora(8, 8, 8);
   const std::vector<float> fused = forward(*test.make_layer(make_engine()), batch);
   const double error = relative_error(fused, test.expected(batch, testing::Rounding::kNone));
-  EXPECT_LT(error, GetParam() == WeightFormat::kBf16 ? 0.01 : 0.03);
+  constexpr double kCosts[] = {0.01, 0.03, 0.2};
+  EXPECT_LT(error, kCosts[static_cast<int>(GetParam())]);
 }
 
 TEST_P(ExpertLoraTest, ZeroBChangesNoBit) {
@@ -145,12 +145,19 @@ TEST_P(ExpertLoraTest, CanBeReplacedAndTakenAway) {
   test.lora[2].rank = 0;
   test.set_lora(*layer);
   testing::expect_matches_reference(test, *layer, batch);
-  EXPECT_NE(forward(*layer, batch), first);
+  const std::vector<float> second = forward(*layer, batch);
+  EXPECT_NE(second, first);
+  layer->enable_lora(false);
+  EXPECT_EQ(forward(*layer, batch), base);
+  EXPECT_EQ(layer->last_kernels().lora_shrink, nullptr);
+  layer->enable_lora(true);
+  EXPECT_EQ(forward(*layer, batch), second);
   layer->clear_lora();
   EXPECT_EQ(forward(*layer, batch), base);
   layer->clear_lora();
   layer->set_lora({}, {}, {});
   EXPECT_EQ(forward(*layer, batch), base);
+  EXPECT_EQ(layer->last_kernels().lora_shrink, nullptr);
 }
 
 // What set_lora() says to one wrong array; the LoRA that was there stays.

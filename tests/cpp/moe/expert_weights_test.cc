@@ -22,8 +22,7 @@ class ExpertWeightsTest : public ::testing::TestWithParam<std::tuple<WeightForma
 };
 
 INSTANTIATE_TEST_SUITE_P(Parts, ExpertWeightsTest,
-                         ::testing::Combine(::testing::Values(WeightFormat::kBf16,
-                                                              WeightFormat::kInt8),
+                         ::testing::Combine(::testing::ValuesIn(kWeightFormats),
                                             ::testing::Values(1, 2, 3, 5)),
                          [](const auto& test) {
                            return std::string(name_of(std::get<0>(test.param))) + "_" +
@@ -63,8 +62,8 @@ TEST_P(ExpertWeightsTest, StripsAreFoundWhereTheirMatrixLies) {
         const PackedLayout& layout = matrix.layout;
         ASSERT_EQ(reinterpret_cast<std::uintptr_t>(matrix.codes) % kCacheLine, 0u);
         add(matrix.codes, layout.code_bytes());
-        ASSERT_EQ(matrix.scales != nullptr, format_ == WeightFormat::kInt8);
-        ASSERT_EQ(matrix.sums != nullptr, format_ == WeightFormat::kInt8);
+        ASSERT_EQ(matrix.scales != nullptr, is_quantized(format_));
+        ASSERT_EQ(matrix.sums != nullptr, is_quantized(format_));
         if (matrix.scales != nullptr) {
           add(matrix.scales, static_cast<std::size_t>(layout.padded_n()) * sizeof(float));
           add(matrix.sums, static_cast<std::size_t>(layout.padded_n()) * sizeof(std::int32_t));

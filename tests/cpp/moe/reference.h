@@ -16,13 +16,26 @@ namespace ktrt::testing {
 
 enum class Rounding { kAsTheEngine, kNone };
 
-// One row by kt_kernel's rule: scale = max · float32(1/127), code = round_half_even(x · (1/scale)).
-inline void quantize_and_back(float* row, int count) {
+inline float largest_of(const float* row, int count) {
   float largest = 0.0f;
   for (int i = 0; i < count; ++i) largest = std::max(largest, std::fabs(row[i]));
-  const float scale = largest * (1.0f / 127.0f);
+  return largest;
+}
+
+// One row by kt_kernel's rule: scale = max · float32(1/127), code = round_half_even(x · (1/scale)).
+inline void quantize_and_back(float* row, int count) {
+  const float scale = largest_of(row, count) * (1.0f / 127.0f);
   for (int i = 0; i < count; ++i) {
     row[i] = scale > 0.0f ? scale * std::nearbyintf(row[i] * (1.0f / scale)) : 0.0f;
+  }
+}
+
+// One row of INT4 weights: the same with 1/112, then to multiples of 16, halves away from zero.
+inline void quantize_and_back_int4(float* row, int count) {
+  const auto scale = static_cast<float>(double{largest_of(row, count)} * (1.0 / 112.0));
+  for (int i = 0; i < count; ++i) {
+    const float code = scale > 0.0f ? std::nearbyintf(row[i] * (1.0f / scale)) : 0.0f;
+    row[i] = scale * (16.0f * std::round(code / 16.0f));
   }
 }
 
@@ -52,6 +65,8 @@ inline Matrix dequantized(Matrix w, WeightFormat format) {
   for (float& value : w.values) value = round_to_bf16(value);
   if (format == WeightFormat::kInt8) {
     for (int i = 0; i < w.n; ++i) quantize_and_back(w.row(i), w.k);
+  } else if (format == WeightFormat::kInt4) {
+    for (int i = 0; i < w.n; ++i) quantize_and_back_int4(w.row(i), w.k);
   }
   return w;
 }
@@ -70,7 +85,7 @@ struct ReferenceExpert {
 class Reference {
  public:
   Reference(std::vector<ReferenceExpert> experts, WeightFormat format, Rounding rounding)
-      : experts_(std::move(experts)), int8_(format == WeightFormat::kInt8), rounding_(rounding) {
+      : experts_(std::move(experts)), int8_activations_(is_quantized(format)), rounding_(rounding) {
     for (ReferenceExpert& expert : experts_) {
       for (Linear& linear : expert.projections) {
         if (!rounds()) continue;
@@ -105,7 +120,7 @@ class Reference {
   }
 
   std::vector<float> quantized(std::vector<float> x) const {
-    if (int8_ && rounds()) quantize_and_back(x.data(), static_cast<int>(x.size()));
+    if (int8_activations_ && rounds()) quantize_and_back(x.data(), static_cast<int>(x.size()));
     return x;
   }
 
@@ -123,7 +138,7 @@ class Reference {
   }
 
   std::vector<ReferenceExpert> experts_;
-  const bool int8_;
+  const bool int8_activations_;
   const Rounding rounding_;
 };
 

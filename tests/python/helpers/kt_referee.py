@@ -1,9 +1,9 @@
 """Runs kt_kernel 0.7.2 as a referee: what it makes of the same weights and tokens.
 
-kt_kernel gives no access to its packed buffers. With ``save`` it writes those of INT8 to ``.kt``
-files; BF16 has no files, so the buffers are looked up in the memory of the process that packed
-them. Every run is a process of its own: kt_kernel leaks weights, shares scratch memory between its
-objects and ends the process on errors. Started as a program, this file is that process.
+kt_kernel gives no access to its packed buffers. With ``save`` it writes those of INT8 and INT4 to
+``.kt`` files; BF16 has no files, so the buffers are looked up in the memory of the process that
+packed them. Every run is a process of its own: kt_kernel leaks weights, shares scratch memory
+between its objects and ends the process on errors. Started as a program, this file is that process.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-Format = Literal["bf16", "int8"]
+Format = Literal["bf16", "int8", "int4"]
 Arrays = dict[str, NDArray[Any]]
 
 # Builds of kt_kernel that use the packed layout (its AVX2 build does not), best first.
@@ -54,7 +54,7 @@ def referee(folder: Path, weight_format: Format, arrays: Arrays) -> Arrays:
     ``arrays``: gate, up [E, I, H] and down [E, H, I] as bfloat16 bit patterns (uint16); hidden
     [qlen, H] the same; ids [qlen, k] int64; weights [qlen, k] float32. Returned: ``out`` [qlen, H]
     bfloat16 bits and, per projection p and expert e, ``p_e`` the packed bytes (for BF16 one row per
-    candidate found in memory) and for INT8 ``p_e_scale`` float32.
+    candidate found in memory) and for INT8 and INT4 ``p_e_scale`` float32.
     """
     np.savez(folder / "in.npz", **arrays)  # type: ignore[arg-type]
     command = [sys.executable, __file__, str(folder), weight_format]
@@ -95,11 +95,11 @@ class _Layer:
         self.cpu = kt.CPUInfer(pool)
         config = kt.moe.MOEConfig(experts, arrays["ids"].shape[1], hidden, intermediate)
         config.pool, config.max_len, config.layer_idx = self.cpu.backend_, 64, 0
-        config.path, config.save, config.load = str(folder), weight_format == "int8", False
+        config.path, config.save, config.load = str(folder), weight_format != "bf16", False
         config.gate_proj = _pointer(self.arrays["gate"])
         config.up_proj = _pointer(self.arrays["up"])
         config.down_proj = _pointer(self.arrays["down"])
-        kind = {"bf16": "AMXBF16_MOE", "int8": "AMXInt8_MOE"}[weight_format]
+        kind = {"bf16": "AMXBF16_MOE", "int8": "AMXInt8_MOE", "int4": "AMXInt4_MOE"}[weight_format]
         self.moe = getattr(kt.moe, kind)(config)
         self.identity = np.arange(experts, dtype=np.int64)
         self.cpu.submit(self.moe.load_weights_task(_pointer(self.identity)))
@@ -123,9 +123,9 @@ class _Layer:
         return out
 
 
-def _saved(folder: Path, projection: str, expert: int) -> tuple[NDArray[np.uint8], Any]:
-    (codes,) = folder.rglob(f"INT8_{projection}_{expert}_*Byte_quant_.kt")
-    (scale,) = folder.rglob(f"INT8_{projection}_{expert}_*Byte_scale_.kt")
+def _saved(folder: Path, name: str) -> tuple[NDArray[np.uint8], Any]:
+    (codes,) = folder.rglob(f"{name}_*Byte_quant_.kt")
+    (scale,) = folder.rglob(f"{name}_*Byte_scale_.kt")
     return np.fromfile(codes, np.uint8), np.fromfile(scale, np.float32)
 
 
@@ -168,14 +168,16 @@ def main(folder: Path, weight_format: Format) -> None:
     for projection in _PROJECTIONS:
         for expert, matrix in enumerate(arrays[projection]):
             name = f"{projection}_{expert}"
-            if weight_format == "int8":
-                result[name], result[f"{name}_scale"] = _saved(folder, projection, expert)
-            else:
+            if weight_format == "bf16":
                 result[name] = _found_in_memory(matrix)
+            else:
+                saved = _saved(folder, f"{weight_format.upper()}_{name}")
+                result[name], result[f"{name}_scale"] = saved
     np.savez(folder / "out.npz", **result)  # type: ignore[arg-type]
     print(json.dumps({"candidates": {k: len(v) for k, v in result.items()}}), file=sys.stderr)
     os._exit(0)  # its destructors do not always return
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), "int8" if sys.argv[2] == "int8" else "bf16")
+    (given,) = [each for each in get_args(Format) if each == sys.argv[2]]
+    main(Path(sys.argv[1]), given)

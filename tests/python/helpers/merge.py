@@ -20,13 +20,25 @@ if TYPE_CHECKING:
 
 # The names of one expert's gate, up and down on disk.
 _PARTS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+_ROUTED = re.compile(r"\.experts\.\d+\.")
 
 
 def save_merged(
-    folder: Path, model: Path, adapter: Path | None, dtype: torch.dtype = torch.float32
+    folder: Path,
+    model: Path,
+    adapter: Path | None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    int4_experts: bool = False,
 ) -> Path:
-    """Writes ``model`` with ``adapter`` merged in float32, rounded once to ``dtype``."""
+    """Writes ``model`` with ``adapter`` merged in float32, rounded once to ``dtype``.
+
+    ``int4_experts``: the base's routed experts are first rounded to what kt_kernel's INT4 holds.
+    """
     weights = load_weights(model)
+    if int4_experts:
+        for name in [name for name in weights if _ROUTED.search(name)]:
+            weights[name] = rounded_to_int4(weights[name])
     if adapter is not None:
         merge(weights, adapter)
     folder.mkdir(parents=True, exist_ok=True)
@@ -34,6 +46,14 @@ def save_merged(
     rounded = {name: weight.to(dtype).contiguous() for name, weight in weights.items()}
     save_file(rounded, folder / "model.safetensors")
     return folder
+
+
+def rounded_to_int4(w: torch.Tensor) -> torch.Tensor:
+    """The values of kt_kernel's INT4 codes, per row of w [out, in]: steps of max|w| / 7, reached by
+    way of steps of max|w| / 112. Halves of the first go to even, of the second away from zero."""
+    scale = (w.abs().amax(1, keepdim=True).double() / 112).float()
+    fine = torch.round(w / scale)
+    return scale * 16 * torch.sign(fine) * torch.floor(fine.abs() / 16 + 0.5)
 
 
 def load_weights(model: Path) -> dict[str, torch.Tensor]:

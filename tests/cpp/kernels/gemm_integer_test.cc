@@ -1,4 +1,4 @@
-// INT8 sums are exact integers, so all variants must agree to the last bit.
+// Sums of INT8 and INT4 are exact integers, so all variants must agree to the last bit.
 #include <gtest/gtest.h>
 
 #include <vector>
@@ -9,21 +9,33 @@
 namespace ktrt {
 namespace {
 
+using testing::FormatVariant;
 using testing::GemmCase;
 
-class GemmInt8Test : public testing::VariantTest<GemmKernel> {
+std::vector<FormatVariant> quantized_variants() {
+  std::vector<FormatVariant> all = testing::all_variants();
+  std::erase_if(all, [](const FormatVariant& v) { return !is_quantized(v.format); });
+  return all;
+}
+
+class GemmIntegerTest : public ::testing::TestWithParam<FormatVariant> {
  protected:
-  static const GemmKernel& portable() {
-    return *select_kernels(Isa::kPortable, CpuFeatures{}).gemm_int8.few;
+  void SetUp() override {
+    if (!GetParam().variant.runs) GTEST_SKIP() << GetParam().variant << " is not available here";
+  }
+  WeightFormat format() const { return GetParam().format; }
+  const GemmKernel& kernel() const { return *GetParam().variant.kernel; }
+  const GemmKernel& portable() const {
+    const KernelTable table = select_kernels(Isa::kPortable, CpuFeatures{});
+    return *(format() == WeightFormat::kInt8 ? table.gemm_int8 : table.gemm_int4).few;
   }
 };
-INSTANTIATE_TEST_SUITE_P(Variants, GemmInt8Test,
-                         ::testing::ValuesIn(testing::all_gemms(WeightFormat::kInt8)),
-                         testing::variant_name<GemmKernel>);
+INSTANTIATE_TEST_SUITE_P(Variants, GemmIntegerTest, ::testing::ValuesIn(quantized_variants()),
+                         [](const auto& test) { return testing::name_of_variant(test.param); });
 
-TEST_P(GemmInt8Test, UnitScalesGiveTheIntegerSum) {
+TEST_P(GemmIntegerTest, UnitScalesGiveTheIntegerSum) {
   for (const auto& [n, k] : {std::pair(96, 160), std::pair(33, 70), std::pair(64, 3648)}) {
-    GemmCase gemm(WeightFormat::kInt8, n, k, 35);
+    GemmCase gemm(format(), n, k, 35);
     gemm.use_unit_scales();
     const std::vector<float> c = gemm.run(kernel());
     for (int row = 0; row < gemm.rows(); ++row) {
@@ -36,17 +48,17 @@ TEST_P(GemmInt8Test, UnitScalesGiveTheIntegerSum) {
   }
 }
 
-TEST_P(GemmInt8Test, ScaledSumsHaveTheBitsOfThePortableKernel) {
+TEST_P(GemmIntegerTest, ScaledSumsHaveTheBitsOfThePortableKernel) {
   for (const auto& [n, k] : {std::pair(96, 160), std::pair(288, 2048), std::pair(64, 3648)}) {
-    GemmCase gemm(WeightFormat::kInt8, n, k, 15);
+    GemmCase gemm(format(), n, k, 15);
     EXPECT_EQ(gemm.run(kernel()), gemm.run(portable()));
   }
 }
 
 // With unsigned activations a partial sum reaches 255 · 127 · k, close to 2^31 at the largest k.
-TEST_P(GemmInt8Test, TheLargestSumsDoNotOverflow) {
+TEST_P(GemmIntegerTest, TheLargestSumsDoNotOverflow) {
   for (const int k : {1024, 65536}) {
-    GemmCase gemm(WeightFormat::kInt8, 32, k, 4);
+    GemmCase gemm(format(), 32, k, 4);
     gemm.use_extreme_codes();
     const std::vector<float> c = gemm.run(kernel());
     for (int row = 0; row < gemm.rows(); ++row) {

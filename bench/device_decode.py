@@ -1,0 +1,253 @@
+"""Decoding with everything but the routed experts on a GPU: speed against the bandwidth bound.
+
+    python bench/device_decode.py                     # V2-Lite's shape, BF16 and INT8, about 4 min
+    python bench/device_decode.py --moe-layers 4      # less memory and time
+    python bench/device_decode.py --small             # a trial of this script, without a GPU too
+
+Weights are random and made in place; nothing is read from or written to disk. ``bound`` is what the
+packed expert weights of one token allow at the read bandwidth measured in the same run; ``experts``
+is the time of the experts alone, the rest of a step is the GPU's and the hand-offs'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from device_model import Bench, make_config
+from device_reference import offloaded_seconds_per_token, reference_model
+
+from ktrt._core import ReadProbe
+from ktrt.generation import generate_step
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ktrt.config.args import KtBackend
+    from ktrt.generation import KvCache
+
+BACKENDS: dict[str, KtBackend] = {"bf16": "AMXBF16", "int8": "AMXInt8"}
+PROBE_BYTES = 1 << 30
+WARM_UP = 10
+Result = dict[str, Any]
+
+
+def main() -> None:
+    args = parse_args()
+    # Which kernels run, and why a graph was not captured.
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    results: list[Result] = []
+    checks = [check(args, weight_format) for weight_format in args.formats]
+    for weight_format in args.formats:
+        results += measure(args, weight_format)
+    report: Result = {"device": device_name(), "checks": checks, "results": results}
+    if args.reference:
+        report["offloaded_tokens_per_s"] = 1 / offloaded_seconds_per_token(
+            make_config(min(args.moe_layers, 2), small=args.small), args.moe_layers
+        )
+    print_tables(report)
+    if args.json:
+        print(json.dumps(report))
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--moe-layers", type=int, default=26)
+    parser.add_argument("--formats", default="bf16,int8", type=lambda text: text.split(","))
+    parser.add_argument("--threads", type=int, help="of the experts' engine; default: one per core")
+    parser.add_argument("--tokens", type=int, default=100, help="decoded per measurement")
+    parser.add_argument("--prompt", type=int, default=1024, help="tokens before the first token")
+    parser.add_argument("--context", type=int, default=8000, help="tokens for the GPU memory")
+    parser.add_argument("--reference", action="store_true", help="HF + PEFT, experts offloaded")
+    parser.add_argument("--small", action="store_true", help="tiny layers: does the script work?")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    if args.small:
+        args.moe_layers, args.prompt = min(args.moe_layers, 2), min(args.prompt, 64)
+        args.tokens, args.context = min(args.tokens, 20), min(args.context, 300)
+    return args
+
+
+def check(args: argparse.Namespace, weight_format: str) -> Result:
+    """Relative errors of the logits of a model of three layers, LoRA on: graph against eager in
+    bfloat16, then, everything but the experts in float32, both against float32 on the CPU with all
+    LoRA merged. (In bfloat16 a router near a tie may decide otherwise, which is no error.)"""
+    config = make_config(2, small=args.small)
+    bench = Bench.make(config, BACKENDS[weight_format], args.threads)
+    try:
+        bench.add_lora()
+        ids = tokens(48, config.vocab_size)
+        eager, graph = (teacher_forced(bench.cache(graph=graph), ids) for graph in (False, True))
+        result: Result = {"format": weight_format, "graph_vs_eager_bf16": error(graph, eager)}
+        bench.model.float()
+        eager, graph = (teacher_forced(bench.cache(graph=graph), ids) for graph in (False, True))
+        with torch.inference_mode():
+            expected = reference_model(bench, config)(torch.tensor([ids])).logits[0, 31:]
+    finally:
+        bench.close()
+    return result | {
+        "graph_vs_eager": error(graph, eager),
+        "eager_vs_float32": error(eager, expected),
+        "graph_vs_float32": error(graph, expected),
+    }
+
+
+def teacher_forced(cache: KvCache, ids: Sequence[int]) -> torch.Tensor:
+    """Logits after 32, 33, … tokens, the later ones one by one."""
+    steps = [ids[:32], *([each] for each in ids[32:])]
+    return torch.stack([cache.forward(step).float().cpu() for step in steps])
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The median over positions: one router near a tie, decided otherwise, is not the rule."""
+    errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    return float(errors.median())
+
+
+def measure(args: argparse.Namespace, weight_format: str) -> list[Result]:
+    """All figures of one format: LoRA off and on, host-launched and by graph."""
+    start = time.perf_counter()
+    bench = Bench.make(
+        make_config(args.moe_layers, small=args.small), BACKENDS[weight_format], args.threads
+    )
+    built = time.perf_counter() - start
+    probe = ReadProbe(PROBE_BYTES)
+    bandwidth = PROBE_BYTES / min(probe.seconds(bench.engine) for _ in range(7))
+    del probe
+    bound = bandwidth / bench.bytes_per_token
+    results = []
+    try:
+        for lora in (False, True):
+            if lora:
+                bench.add_lora()
+            for graph in (False, True):
+                figures = one_setting(args, bench, graph=graph)
+                figures["experts_ms"] = experts_alone(bench)
+                results.append(
+                    {"format": weight_format, "lora": lora, "graph": graph, **figures}
+                    | {"bound_tokens_per_s": bound, "bandwidth_gb_s": bandwidth / 1e9}
+                    | {"of_bound": figures["tokens_per_s"] / bound, "build_s": built}
+                )
+        results[-1]["gpu_gb_at_context"] = memory_at(args, bench)
+    finally:
+        bench.close()
+    return results
+
+
+def one_setting(args: argparse.Namespace, bench: Bench, *, graph: bool) -> Result:
+    vocabulary = bench.model.config.vocab_size
+    first = []
+    for attempt in range(3):
+        prompt = tokens(args.prompt, vocabulary, seed=attempt)
+        start = time.perf_counter()
+        next(generate_step(bench.cache(graph=graph), prompt, greedy))
+        first.append(time.perf_counter() - start)
+    cache, times = bench.cache(graph=graph), []
+    steps = generate_step(cache, tokens(128, vocabulary), greedy)
+    for _ in range(WARM_UP + args.tokens):
+        start = time.perf_counter()
+        next(steps)
+        times.append(time.perf_counter() - start)
+    times = sorted(times[WARM_UP:])
+    if graph and bench.hand_off is not None and not cache.has_graphs:
+        raise SystemExit("no graph was captured; see the warning above")
+    return {
+        "tokens_per_s": 1 / statistics.median(times),
+        "ms_best": times[0] * 1e3,
+        "ms_p90": times[int(0.9 * len(times))] * 1e3,
+        "first_token_s": min(first[1:]),
+    }
+
+
+def experts_alone(bench: Bench) -> float:
+    """Milliseconds of one token's routed experts, called by the host on CPU tensors."""
+    hidden, count = bench.experts.hidden, bench.experts.count
+    generator, times = torch.Generator().manual_seed(0), []
+    states = torch.randn(1, hidden, generator=generator).to(torch.bfloat16)
+    out, weights = torch.empty_like(states), torch.full((1, bench.layers[0][1].top_k), 0.2)
+    for _ in range(30):
+        ids = [
+            torch.randperm(count, generator=generator)[None, : weights.shape[1]].contiguous()
+            for _ in bench.layers
+        ]
+        start = time.perf_counter()
+        for index, (_, layer) in zip(ids, bench.layers, strict=True):
+            layer.forward(states, index, weights, out)
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times[5:])
+
+
+def memory_at(args: argparse.Namespace, bench: Bench) -> Result:
+    """Peak GPU memory of a conversation that long, of torch's allocator and all in all."""
+    if not torch.cuda.is_available():
+        return {}
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    weights = torch.cuda.memory_allocated()
+    free, total = torch.cuda.mem_get_info()
+    steps = generate_step(
+        bench.cache(graph=True), tokens(args.context, bench.model.config.vocab_size), greedy
+    )
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        next(steps)
+        times.append(time.perf_counter() - start)
+    return {
+        "context": args.context,
+        "weights": weights / 1e9,
+        "peak_allocated": torch.cuda.max_memory_allocated() / 1e9,
+        "peak_reserved": torch.cuda.max_memory_reserved() / 1e9,
+        "device_used": (total - min(free, torch.cuda.mem_get_info()[0])) / 1e9,
+        "tokens_per_s": 1 / statistics.median(times[5:]),
+    }
+
+
+def greedy(logits: torch.Tensor) -> int:
+    return int(logits.argmax())
+
+
+def tokens(count: int, vocabulary: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    found: list[int] = torch.randint(2, vocabulary, (count,), generator=generator).tolist()
+    return found
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU only"
+
+
+def print_tables(report: Result) -> None:
+    print(f"device: {report['device']}; relative errors of logits, three layers, LoRA on:")
+    for row in report["checks"]:
+        print(
+            f"  {row['format']:5} graph/eager {row['graph_vs_eager_bf16']:.4f} (bf16) "
+            f"{row['graph_vs_eager']:.4f}  eager/float32 {row['eager_vs_float32']:.4f}  "
+            f"graph/float32 {row['graph_vs_float32']:.4f}"
+        )
+    print(
+        "format lora  graph  tokens/s  of bound  median,best,p90 ms      experts ms  first token s"
+    )
+    for row in report["results"]:
+        median = 1e3 / row["tokens_per_s"]
+        print(
+            f"{row['format']:6} {row['lora']!s:5} {row['graph']!s:5} {row['tokens_per_s']:9.1f} "
+            f"{row['of_bound']:9.1%}  {median:7.2f} {row['ms_best']:7.2f} {row['ms_p90']:7.2f} "
+            f"{row['experts_ms']:10.2f} {row['first_token_s']:14.3f}"
+        )
+    for row in report["results"]:
+        if memory := row.get("gpu_gb_at_context"):
+            print(f"{row['format']}: bound {row['bound_tokens_per_s']:.1f} tokens/s at "
+                  f"{row['bandwidth_gb_s']:.1f} GB/s; built in {row['build_s']:.0f} s; GB at "
+                  f"{memory}")  # fmt: skip
+    if "offloaded_tokens_per_s" in report:
+        print(f"HF + PEFT, experts offloaded: {report['offloaded_tokens_per_s']:.2f} tokens/s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""DeepSeek-V2-Lite's shape with random weights, made in place: the model of device_decode.py."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ktrt.config import ExpertArgs
+from ktrt.decode_graph import CudaGraphs, DecodeGraphs
+from ktrt.generation import KvCache
+from ktrt.moe import KTExperts, build_engine, experts_replaced, new_hand_off
+from ktrt.moe.discovery import ExpertsSpec
+from ktrt.moe.engine import new_layer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ktrt._core import MoeLayer
+    from ktrt.config.args import KtBackend
+    from ktrt.moe import Engine, HandOff
+
+RANK, ALPHA = 8, 16
+V2_LITE: dict[str, Any] = {
+    "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408,
+    "num_hidden_layers": 27, "first_k_dense_replace": 1, "num_attention_heads": 16,
+    "num_key_value_heads": 16, "n_routed_experts": 64, "num_experts_per_tok": 6,
+    "n_shared_experts": 2, "kv_lora_rank": 512, "q_lora_rank": None, "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64, "v_head_dim": 128, "topk_method": "greedy", "vocab_size": 102400,
+    "max_position_embeddings": 163840, "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+SMALL: dict[str, Any] = {
+    "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 128,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 64, "vocab_size": 1024,
+    "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32,
+}  # fmt: skip
+
+
+class Experts:
+    """The routed experts' weights and LoRA: windows of one random pool, since drawing 14 billion
+    numbers would take longer than all measurements."""
+
+    def __init__(self, config: Any) -> None:
+        self.count = config.n_routed_experts
+        self.hidden, self.inner = config.hidden_size, config.moe_intermediate_size
+        generator = torch.Generator().manual_seed(0)
+        self._pool = torch.randn(24_000_000, generator=generator).to(torch.bfloat16)
+
+    def _window(self, index: int, rows: int, columns: int, scale: float) -> torch.Tensor:
+        start = index * 7919 * 32 % (self._pool.numel() - rows * columns)
+        return self._pool[start : start + rows * columns].view(rows, columns) * scale
+
+    def weights(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """gate, up [inner, hidden] and down [hidden, inner], bfloat16."""
+        at = 3 * (layer * self.count + expert)
+        into, out = (1.2 / math.sqrt(size) for size in (self.hidden, self.inner))
+        return (
+            self._window(at, self.inner, self.hidden, into),
+            self._window(at + 1, self.inner, self.hidden, into),
+            self._window(at + 2, self.hidden, self.inner, out),
+        )
+
+    def lora(self, layer: int) -> dict[str, torch.Tensor]:
+        """``MoeLayer.set_lora``'s arguments, float32, the scaling folded into B."""
+        arguments, at = {}, 100_000 + 6 * layer
+        sizes = {"gate": (self.hidden, self.inner), "up": (self.hidden, self.inner)}
+        for index, (name, (size_in, size_out)) in enumerate(
+            {**sizes, "down": (self.inner, self.hidden)}.items()
+        ):
+            rows, scale = self.count * RANK, 0.3 / math.sqrt(RANK)
+            a = self._window(at + 2 * index, rows, size_in, 1 / math.sqrt(size_in))
+            b = self._window(at + 2 * index + 1, self.count * size_out, RANK, scale)
+            arguments[f"{name}_a"] = a.reshape(self.count, RANK, size_in).float()
+            arguments[f"{name}_b"] = b.reshape(self.count, size_out, RANK).float()
+        return arguments
+
+
+def make_config(moe_layers: int, *, small: bool = False) -> Any:
+    """V2-Lite's configuration with fewer layers; ``small`` is for a trial without a GPU."""
+    from transformers import AutoConfig
+
+    sizes = {**V2_LITE, **(SMALL if small else {}), "num_hidden_layers": moe_layers + 1}
+    return AutoConfig.for_model("deepseek_v2", **sizes)
+
+
+def make_torch_model(config: Any, device: torch.device) -> Any:
+    """Everything but the routed experts, in bfloat16, random, created on ``device``."""
+    # The class must be there to be replaced.
+    from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2ForCausalLM
+
+    with torch.device("meta"), experts_replaced(["DeepseekV2Experts"]):
+        model = DeepseekV2ForCausalLM._from_config(config, dtype=torch.bfloat16)
+    model.to_empty(device=device)
+    # Its buffers are computed in the constructor, and not kept in checkpoints.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1)
+                continue
+            gain = 4.0 if name.endswith("mlp.gate.weight") else 1.0
+            gain = math.sqrt(parameter.shape[-1]) if "embed" in name else gain
+            parameter.normal_(0, gain / math.sqrt(parameter.shape[-1]), generator=generator)
+    return model.eval().requires_grad_(False)
+
+
+def experts_of(model: Any) -> Iterator[tuple[int, KTExperts]]:
+    """(layer, module) of every routed experts module."""
+    for index, layer in enumerate(model.model.layers):
+        if isinstance(module := getattr(layer.mlp, "experts", None), KTExperts):
+            yield index, module
+
+
+def add_torch_lora(model: Any) -> None:
+    """LoRA by PEFT on every Linear but the head: attention, dense MLP, shared experts."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+    state = {f"{name}.lora_{part}.weight": None for name in names for part in "AB"}
+    lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["none"], inference_mode=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        inject_adapter_in_model(lora, model, "default", state_dict=state)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_A." in name:
+                parameter.normal_(0, 1 / math.sqrt(parameter.shape[1]))
+            elif ".lora_B." in name:
+                parameter.normal_(0, 0.3 / (ALPHA / RANK * math.sqrt(RANK)))
+    model.eval().requires_grad_(False)
+
+
+@dataclass
+class Bench:
+    """One model with one format of its experts' weights."""
+
+    model: Any
+    engine: Engine
+    hand_off: HandOff | None
+    experts: Experts
+    layers: list[tuple[int, MoeLayer]]
+
+    @classmethod
+    def make(cls, config: Any, backend: KtBackend, threads: int | None) -> Bench:
+        device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        model = make_torch_model(config, device)
+        engine = build_engine(ExpertArgs(backend, threads))
+        hand_off = new_hand_off(engine, device)
+        experts, layers = Experts(config), []
+        for index, module in experts_of(model):
+            spec = ExpertsSpec(
+                f"model.layers.{index}.mlp.experts", index, "DeepseekV2Experts", experts.count,
+                experts.hidden, experts.inner, config.num_experts_per_tok,
+            )  # fmt: skip
+            layer = new_layer(engine, spec, backend)
+            for expert in range(experts.count):
+                layer.load_expert(expert, *experts.weights(index, expert))
+            module.attach(layer, engine.max_qlen, hand_off)
+            layers.append((index, layer))
+        assert len(layers) == config.num_hidden_layers - config.first_k_dense_replace
+        if hand_off is not None:
+            hand_off.guard(model)
+        return cls(model, engine, hand_off, experts, layers)
+
+    def add_lora(self) -> None:
+        """LoRA on everything."""
+        add_torch_lora(self.model)
+        for index, layer in self.layers:
+            layer.set_lora(**self.experts.lora(index))
+
+    def cache(self, *, graph: bool) -> KvCache:
+        """A new conversation, decoded by CUDA graphs or launched by the host."""
+        model, hand_off = self.model, self.hand_off
+        if not graph or hand_off is None:
+            return KvCache(model)
+        return KvCache(model, lambda kv: DecodeGraphs(model, kv, hand_off, CudaGraphs()))
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of packed expert weights that decoding one token reads."""
+        return sum(layer.packed_bytes / layer.num_experts * layer.top_k for _, layer in self.layers)
+
+    def close(self) -> None:
+        if self.hand_off is not None:
+            self.hand_off.close()
+        self.engine.close()

@@ -1,0 +1,10 @@
+// The AMX body on emulated tiles, for tests on machines without AMX.
+#include "kernels/gemm_int4/amx_body.h"
+
+namespace ktrt {
+
+extern const GemmKernel gemm_int4_amx_emulated;
+const GemmKernel gemm_int4_amx_emulated = {
+    "amx_emulated", tile_strip<EmulatedTiles, AmxInt4Gemm<EmulatedTiles>>, 0};
+
+}  // namespace ktrt

@@ -1,0 +1,57 @@
+// INT4 GEMM on AVX-512 VNNI, for two ways to add LoRA. A nibble becomes the signed byte 16 · code
+// by a shift and a mask, or by the mask alone: kt_kernel's scale is that of 16 · code.
+#pragma once
+
+#include "kernels/vnni/block.h"
+
+namespace ktrt {
+namespace {
+
+struct Int4Weights {
+  static constexpr int kBlockBytes = 3584 / 2;
+  // Up to so many rows the products of the high nibbles have accumulators of their own: one row's
+  // two would wait for the last product most of the time.
+  static constexpr int kSplitRows = 6;
+
+  template <int kRows>
+  static inline __attribute__((always_inline)) void multiply(const GemmArgs& g, const uint8_t* a,
+                                                             bool first, __m512i (&acc)[kRows][2]) {
+    if constexpr (kRows <= kSplitRows) {
+      __m512i high[kRows][2];
+#pragma GCC unroll 14
+      for (int i = 0; i < kRows; ++i) high[i][0] = high[i][1] = _mm512_setzero_si512();
+      add_products<kRows>(g, a, first, acc, high);
+#pragma GCC unroll 14
+      for (int i = 0; i < kRows; ++i) {
+        acc[i][0] = _mm512_add_epi32(acc[i][0], high[i][0]);
+        acc[i][1] = _mm512_add_epi32(acc[i][1], high[i][1]);
+      }
+    } else {
+      add_products<kRows>(g, a, first, acc, acc);
+    }
+  }
+
+ private:
+  template <int kRows>
+  static inline __attribute__((always_inline)) void add_products(const GemmArgs& g,
+                                                                 const uint8_t* a, bool first,
+                                                                 __m512i (&low)[kRows][2],
+                                                                 __m512i (&high)[kRows][2]) {
+    const __m512i mask = _mm512_set1_epi8(static_cast<char>(0xf0));
+    for_each_tile<kBlockBytes>(g, g.k / 2, first, [&](const uint8_t* w, int byte) {
+      const uint8_t* x = a + 2 * byte;
+      for (int group = 0; group < 16; ++group) {
+        const __m512i w0 = _mm512_loadu_si512(w + group * 64);
+        const __m512i w1 = _mm512_loadu_si512(w + kTileHalf + group * 64);
+        multiply_group<kRows>(x + group * 4, g.a_stride,
+                              _mm512_and_si512(_mm512_slli_epi16(w0, 4), mask),
+                              _mm512_and_si512(_mm512_slli_epi16(w1, 4), mask), low);
+        multiply_group<kRows>(x + 64 + group * 4, g.a_stride, _mm512_and_si512(w0, mask),
+                              _mm512_and_si512(w1, mask), high);
+      }
+    });
+  }
+};
+
+}  // namespace
+}  // namespace ktrt

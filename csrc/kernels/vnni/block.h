@@ -1,0 +1,118 @@
+// What the INT8 and INT4 GEMMs on AVX-512 VNNI share: a register block of up to 14 rows × one
+// strip. VPDPBUSD multiplies unsigned by signed bytes, so activations come with an offset of 128
+// and 128 · w_sum is taken from every int32 accumulator in the end, which leaves exactly the signed
+// sum (|acc| ≤ 255 · 127 · k < 2^31 for k ≤ 65536). Included by the families' bodies only.
+#pragma once
+
+#include <immintrin.h>
+#include <string.h>
+
+#include "kernels/strip.h"
+#include "kernels/vnni/expand.h"
+
+namespace ktrt {
+namespace {
+
+constexpr int kMaxRows = 14;
+constexpr uint8_t kActivationOffset = 128;
+
+inline __m512i broadcast_word(const uint8_t* p) {
+  int word;
+  memcpy(&word, p, 4);
+  return _mm512_set1_epi32(word);
+}
+
+// acc += four k of each row (x: row 0's) times those of 32 outputs.
+template <int kRows>
+inline __attribute__((always_inline)) void multiply_group(const uint8_t* x, int64_t x_stride,
+                                                          __m512i w0, __m512i w1,
+                                                          __m512i (&acc)[kRows][2]) {
+#pragma GCC unroll 14
+  for (int i = 0; i < kRows; ++i) {
+    const __m512i xi = broadcast_word(x + i * x_stride);
+    acc[i][0] = _mm512_dpbusd_epi32(acc[i][0], xi, w0);
+    acc[i][1] = _mm512_dpbusd_epi32(acc[i][1], xi, w1);
+  }
+}
+
+// c [kRows][32] in the L1 cache, just written, += the LoRA expand; Expand::multiply adds one k pair
+// of 16 outputs.
+template <class Expand, int kRows>
+inline void expand_lora(const GemmArgs& g, const uint16_t* t, float* c) {
+  __m512 acc[kRows][2];
+#pragma GCC unroll 14
+  for (int i = 0; i < kRows; ++i) {
+    acc[i][0] = _mm512_loadu_ps(c + i * kStripColumns);
+    acc[i][1] = _mm512_loadu_ps(c + i * kStripColumns + 16);
+  }
+  for (int pair = 0; pair < g.rank_pairs; ++pair) {
+    const __m512i b0 = _mm512_loadu_si512(g.lora_b + pair * 64);
+    const __m512i b1 = _mm512_loadu_si512(g.lora_b + pair * 64 + 32);
+    const uint8_t* x = reinterpret_cast<const uint8_t*>(t + 2 * pair);
+#pragma GCC unroll 14
+    for (int i = 0; i < kRows; ++i) {
+      const __m512i a = broadcast_word(x + i * g.t_stride * 2);
+      acc[i][0] = Expand::multiply(acc[i][0], b0, a);
+      acc[i][1] = Expand::multiply(acc[i][1], b1, a);
+    }
+  }
+#pragma GCC unroll 14
+  for (int i = 0; i < kRows; ++i) {
+    _mm512_storeu_ps(c + i * kStripColumns, acc[i][0]);
+    _mm512_storeu_ps(c + i * kStripColumns + 16, acc[i][1]);
+  }
+}
+
+// Weights::multiply<kRows>(g, a, first, acc) adds the products of a whole strip.
+template <class Weights, class Expand, int kRows>
+void row_block(const GemmArgs& g, int first_row, bool first) {
+  __m512i acc[kRows][2];
+#pragma GCC unroll 14
+  for (int i = 0; i < kRows; ++i) acc[i][0] = acc[i][1] = _mm512_setzero_si512();
+  Weights::template multiply<kRows>(g, g.a + first_row * g.a_stride, first, acc);
+  const __m512i offset0 = _mm512_slli_epi32(_mm512_loadu_si512(g.w_sum), 7);
+  const __m512i offset1 = _mm512_slli_epi32(_mm512_loadu_si512(g.w_sum + 16), 7);
+  const __m512 scale0 = _mm512_loadu_ps(g.w_scale);
+  const __m512 scale1 = _mm512_loadu_ps(g.w_scale + 16);
+  float* c = g.c + static_cast<int64_t>(first_row) * kStripColumns;
+#pragma GCC unroll 14
+  for (int i = 0; i < kRows; ++i) {
+    const __m512 scale = _mm512_set1_ps(g.a_scale[first_row + i]);
+    const __m512 signed0 = _mm512_cvtepi32_ps(_mm512_sub_epi32(acc[i][0], offset0));
+    const __m512 signed1 = _mm512_cvtepi32_ps(_mm512_sub_epi32(acc[i][1], offset1));
+    _mm512_storeu_ps(c + i * kStripColumns, _mm512_mul_ps(_mm512_mul_ps(scale, scale0), signed0));
+    _mm512_storeu_ps(c + i * kStripColumns + 16,
+                     _mm512_mul_ps(_mm512_mul_ps(scale, scale1), signed1));
+  }
+  if (g.lora_b != nullptr) expand_lora<Expand, kRows>(g, g.t + first_row * g.t_stride, c);
+}
+
+using RowBlock = void (*)(const GemmArgs&, int, bool);
+template <class W, class E>
+constexpr RowBlock kRowBlocks[kMaxRows + 1] = {nullptr,
+                                               row_block<W, E, 1>,
+                                               row_block<W, E, 2>,
+                                               row_block<W, E, 3>,
+                                               row_block<W, E, 4>,
+                                               row_block<W, E, 5>,
+                                               row_block<W, E, 6>,
+                                               row_block<W, E, 7>,
+                                               row_block<W, E, 8>,
+                                               row_block<W, E, 9>,
+                                               row_block<W, E, 10>,
+                                               row_block<W, E, 11>,
+                                               row_block<W, E, 12>,
+                                               row_block<W, E, 13>,
+                                               row_block<W, E, 14>};
+
+template <class Weights, class Expand>
+void vnni_strip(const GemmArgs& g) {
+  prefetch_scales(g);
+  prefetch_expand(g);
+  for_each_row_block<kMaxRows>(g.rows, [&](int first, int rows) {
+    kRowBlocks<Weights, Expand>[rows](g, first, first == 0);
+  });
+}
+
+}  // namespace
+}  // namespace ktrt

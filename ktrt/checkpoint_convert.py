@@ -1,0 +1,110 @@
+"""Expert parameters that are stored in another order than the model's: transformers' own
+conversion makes them, one parameter at a time."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ktrt.checkpoint_formats import ConvertedTensor, StoredTensor
+from ktrt.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+
+_TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass
+class Group:
+    """The tensors that one conversion turns into ``targets``: (pattern, name) each."""
+
+    converter: Any
+    targets: tuple[str, ...]
+    sources: list[tuple[str, str]] = field(default_factory=list)
+
+
+class Conversions:
+    """Groups of stored tensors and the parameters that transformers' code makes of them.
+
+    ``model`` is the plain model on the meta device: some conversions ask for its shapes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model: Any = model
+        self._groups: dict[tuple[str, ...], Group] = {}
+        # Stacked experts are large: only those read last are kept.
+        self._last: tuple[tuple[str, ...], dict[str, torch.Tensor]] | None = None
+
+    def add(self, converter: Any, pattern: str, targets: tuple[str, ...], name: str) -> None:
+        """Records that the stored tensor ``name`` takes part, by the pattern that it matches."""
+        group = self._groups.setdefault(targets, Group(converter, targets))
+        group.sources.append((pattern, name))
+
+    def tensors(
+        self, stored: dict[str, StoredTensor]
+    ) -> Iterator[tuple[str, StoredTensor, list[str]]]:
+        """(parameter, tensor, names of its sources) of every parameter that is made.
+
+        Raises ``CheckpointError`` if transformers cannot convert tensors of these shapes, or if
+        they are quantised in a way that is not known.
+        """
+        for targets, group in self._groups.items():
+            names = [name for _, name in group.sources]
+            first = stored[names[0]]
+            for name in names:
+                if stored[name].dtype not in _TORCH_DTYPES:
+                    raise CheckpointError(
+                        f"{stored[name].file}: {name} has dtype {stored[name].dtype}, expected one "
+                        f"of {', '.join(_TORCH_DTYPES)}."
+                    )
+            shapes = self._convert(group, lambda name: _on_meta(stored[name]), str(first.file))
+            for target in targets:
+
+                def read(target: str = target, group: Group = group) -> torch.Tensor:
+                    return self._read(group, stored)[target]
+
+                shape = shapes[target].shape
+                yield target, ConvertedTensor(first.file, first.dtype, shape, read), names
+
+    def _read(self, group: Group, stored: dict[str, StoredTensor]) -> dict[str, torch.Tensor]:
+        if self._last is None or self._last[0] != group.targets:
+            self._last = None
+            file = str(stored[group.sources[0][1]].file)
+            made = self._convert(group, lambda name: stored[name].read(), file)
+            self._last = (group.targets, made)
+        return self._last[1]
+
+    def _convert(self, group: Group, load: Any, file: str) -> dict[str, torch.Tensor]:
+        from transformers.core_model_loading import dot_natural_key
+
+        converter = copy.deepcopy(group.converter)
+        collected: dict[str, list[torch.Tensor]] = defaultdict(list)
+        for pattern, name in sorted(group.sources, key=lambda pair: dot_natural_key(pair[1])):
+            collected[pattern].append(load(name))
+        converter.collected_tensors = collected
+        try:
+            made = converter.convert(group.targets[0], model=self._model, config=self._model.config)
+        except (ValueError, RuntimeError, KeyError, IndexError) as error:
+            names = sorted(name for _, name in group.sources)
+            raise CheckpointError(
+                f"{file}: transformers cannot make {group.targets[0]} of {names[0]} "
+                f"({len(names)} such): {error}. The folder is incomplete, or its config.json is of "
+                "another model."
+            ) from error
+        result = {}
+        for target, value in made.items():
+            result[target] = value[0] if isinstance(value, list) else value
+        if missing := set(group.targets) - set(result):
+            raise CheckpointError(f"{file}: transformers' conversion did not make {missing}.")
+        return result
+
+
+def _on_meta(tensor: StoredTensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=_TORCH_DTYPES[tensor.dtype], device="meta")

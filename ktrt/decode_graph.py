@@ -1,0 +1,202 @@
+"""CUDA graphs of whole decode steps: embedding to logits, hand-offs to the CPU included.
+
+One graph per number of rows and per window (the positions attended to, a power of two), captured at
+the first token that needs it and replayed for the later ones.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+
+from ktrt.errors import KtrtError
+from ktrt.kv_cache import StaticKv
+
+logger = logging.getLogger(__name__)
+
+# The smallest window: a smaller one would save little attention and cost more captures.
+MIN_WINDOW = 512
+# Relative error of a graph's logits against the plain forward's, for gross defects only. Another
+# attention kernel rounds otherwise, and where that changes the experts of some layers, much of the
+# logits changes; a mask or position that is wrong gives unrelated logits, of an error past 1.
+_TOLERANCE = 0.7
+
+
+class HandOff(Protocol):
+    """What is needed of the experts' hand-off (``ktrt.moe``) around a graph."""
+
+    def recording(self) -> AbstractContextManager[list[int]]:
+        """Within the block, the list receives the slots whose hand-offs are captured."""
+
+    def launching(self, slots: Sequence[int]) -> AbstractContextManager[None]:
+        """The block launches a graph with these slots; its end waits for the result."""
+
+
+class GraphMaker(Protocol):
+    """``torch.cuda``'s graphs, or what stands in for them."""
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Runs ``step`` once as a capture; returns what replays it on the current stream."""
+
+    def clear(self) -> None:
+        """The graphs so far are no longer needed."""
+
+
+class CudaGraphs:
+    """Graphs that share one memory pool: they never run at once, and results are copied out."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        # A pool whose graphs are all gone cannot be used again.
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        failure: BaseException | None = None
+        try:
+            # Other threads, of other sessions say, may go on using the device meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                try:
+                    step()
+                except BaseException as error:
+                    failure = error
+                    raise
+        except RuntimeError as error:
+            # Ending a broken capture fails as well, which must hide neither reason nor Ctrl-C.
+            raise failure or error from None
+        finally:
+            # torch leaves its capture stream current where the end of the capture failed.
+            torch.cuda.set_stream(stream)
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+
+class DecodeGraphs:
+    """The graphs of one cache: a token for each of its rows, and their next logits.
+
+    ``model`` takes ``position_ids`` and a ready 4-D ``attention_mask``, as transformers' models do.
+    """
+
+    def __init__(
+        self, model: Any, cache: StaticKv, handoff: HandOff, maker: GraphMaker, *, rows: int = 1
+    ) -> None:
+        self._model, self._cache, self._handoff, self._maker = model, cache, handoff, maker
+        device = model.get_input_embeddings().weight.device
+        # Ids and positions, in the memory that the graphs read.
+        self._inputs = torch.zeros(2, rows, 1, dtype=torch.int64, device=device)
+        self._logits: torch.Tensor | None = None
+        self._graphs: dict[int, tuple[Callable[[], None], list[int]]] = {}
+        self._usable = True
+
+    @property
+    def count(self) -> int:
+        """Graphs that can be replayed."""
+        return len(self._graphs)
+
+    def clear(self) -> None:
+        """Forgets the graphs, whose memory has moved."""
+        self._graphs.clear()
+        self._maker.clear()
+
+    @torch.inference_mode()
+    def step(self, ids: Sequence[int], lengths: Sequence[int]) -> torch.Tensor | None:
+        """Stores the rows' tokens ``ids`` at positions ``lengths`` and returns their logits [rows,
+        vocab_size], a copy; None if there is no graph for these lengths yet.
+
+        Raises what the experts raised; the positions then hold nothing of use.
+        """
+        captured = self._graphs.get(window_of(lengths))
+        if captured is None:
+            return None
+        assert self._logits is not None
+        replay, slots = captured
+        self._set_inputs(ids, lengths)
+        with self._handoff.launching(slots):
+            replay()
+        return self._logits.clone()
+
+    @torch.inference_mode()
+    def prepare(self, ids: Sequence[int], lengths: Sequence[int], expected: torch.Tensor) -> bool:
+        """Makes the graph for ``lengths``, after a plain forward of the same step gave ``expected``
+        [rows, vocab_size].
+
+        False if that failed, which is logged as a warning: the cache must then be filled anew, and
+        there are no further attempts.
+        """
+        window = window_of(lengths)
+        if not self._usable:
+            return True
+        self._set_inputs(ids, lengths)
+        slots: list[int] = []
+
+        def captured() -> None:
+            with self._handoff.recording() as recorded:
+                self._run(window)
+            slots.extend(recorded)
+
+        try:
+            # Eagerly first: libraries allocate their workspaces, the hand-off its slots.
+            self._run(window)
+            self._graphs[window] = (self._maker.capture(captured), slots)
+            self._check(self.step(ids, lengths), expected)
+        except (RuntimeError, ValueError, TypeError, KtrtError) as error:
+            self._usable = False
+            self.clear()
+            logger.warning(
+                "No CUDA graph for decoding, every step is launched by the host: %s", error
+            )
+            return False
+        logger.debug("Captured the decode step of window %d, %d hand-offs", window, len(slots))
+        return True
+
+    def _set_inputs(self, ids: Sequence[int], lengths: Sequence[int]) -> None:
+        values = torch.tensor([list(ids), list(lengths)], dtype=torch.int64)
+        self._inputs.copy_(values.unsqueeze(-1))
+
+    def _run(self, window: int) -> None:
+        ids, positions = self._inputs
+        with self._cache.step(positions, window):
+            output = self._model(
+                input_ids=ids,
+                position_ids=positions,
+                attention_mask=self._mask(positions, window),
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        logits = output.logits[:, -1]
+        if self._logits is None:
+            self._logits = torch.empty_like(logits)
+        self._logits.copy_(logits)
+
+    def _mask(self, positions: torch.Tensor, window: int) -> torch.Tensor:
+        """[rows, 1, 1, window], in the form that the model's attention takes."""
+        seen = torch.arange(window, device=positions.device) <= positions
+        seen = seen[:, None, None, :]
+        implementation = self._model.config._attn_implementation
+        if implementation == "sdpa":
+            return seen
+        if implementation != "eager":
+            raise KtrtError(f"attention {implementation} takes no mask of a fixed length")
+        dtype = self._model.get_input_embeddings().weight.dtype
+        return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+
+    @staticmethod
+    def _check(logits: torch.Tensor | None, expected: torch.Tensor) -> None:
+        assert logits is not None
+        error = float((logits.float() - expected.float()).norm() / expected.float().norm())
+        if not error <= _TOLERANCE:  # NaN is no match either
+            raise KtrtError(
+                f"its logits differ from the plain forward's, relative error {error:.2f}, expected "
+                f"below {_TOLERANCE}"
+            )
+
+
+def window_of(lengths: Sequence[int]) -> int:
+    """The positions that a step at these positions attends to: the power of two, ``MIN_WINDOW`` at
+    least, that holds them all."""
+    return max(MIN_WINDOW, 1 << max(lengths).bit_length())

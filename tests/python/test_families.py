@@ -1,0 +1,159 @@
+"""Every MoE model type of the installed transformers: its logits with ktrt against transformers'.
+
+A tiny random model of each class is saved by transformers in the family's own names on disk,
+loaded by ktrt, and compared in float32: per position ‖Δ‖/‖reference‖ over the vocabulary. The limit
+is twice what float32 experts lose when rounded at the engine's places (helpers/rounded_experts.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import pytest
+import torch
+import transformers
+from helpers.families_table import REFUSED, current_block, table_block
+from helpers.family_adapters import (
+    RANK,
+    layer_of,
+    single_expert_modules,
+    write_per_expert,
+    write_stacked,
+)
+from helpers.family_models import (
+    FIRST_SPECIAL,
+    Family,
+    families,
+    folders_without_class,
+    random_model,
+    small_config,
+)
+from helpers.rounded_experts import Lora, experts_of, random_lora, use_rounded_experts
+
+from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
+from ktrt.errors import CheckpointError
+from ktrt.model import load_model
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+FAMILIES = families()
+SUPPORTED = [family for family in FAMILIES if family.class_name not in REFUSED]
+Backend = Literal["AMXBF16", "AMXInt8"]
+_ROUNDING: dict[Backend, Any] = {"AMXBF16": "bf16", "AMXInt8": "int8"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_torch_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def token_ids() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randint(2, FIRST_SPECIAL, (4, 24), generator=generator)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model(input_ids=token_ids()).logits.float()
+    return result
+
+
+def error(found: torch.Tensor, reference: torch.Tensor) -> float:
+    relative = (found - reference).norm(dim=-1) / reference.norm(dim=-1)
+    return float(relative.median())
+
+
+@dataclass
+class Case:
+    """A model in memory, its folder, and what it gives without rounding, by adapter."""
+
+    model: Any
+    folder: Path
+    references: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def check(
+        self, name: str, backend: Backend, loras: dict[str, Lora], adapter: Path | None
+    ) -> None:
+        use_rounded_experts(self.model, loras, "none")
+        reference = self.references[name] = logits(self.model)
+        use_rounded_experts(self.model, loras, _ROUNDING[backend])
+        allowed = 2 * error(logits(self.model), reference)
+        loaded = load_model(
+            ModelArgs(self.folder, infer_dtype="float32"),
+            AdapterArgs(adapter),
+            ExpertArgs(kt_backend=backend, kt_num_threads=1),
+        )
+        try:
+            assert error(logits(loaded.model), reference) <= allowed, (name, backend)
+            assert loaded.audit.not_applied == 0
+            assert (loaded.audit.applied_experts > 0) == bool(loras)
+        finally:
+            loaded.close()
+        assert 0 < allowed <= (0.03 if backend == "AMXBF16" else 0.2), (name, backend)
+
+
+def make_loras(model: Any, *, share_gate_a: bool) -> dict[str, Lora]:
+    generator = torch.Generator().manual_seed(2)
+    return {
+        path: random_lora(module, RANK, share_gate_a, generator)
+        for path, module in experts_of(model).items()
+    }
+
+
+@pytest.mark.parametrize("family", SUPPORTED, ids=str)
+def test_logits_equal_those_of_transformers(family: Family, tmp_path: Path) -> None:
+    if family.folder == "inkling" and family.model_type == "inkling_mm_model":
+        pytest.importorskip("scipy", reason="transformers' vision tower of Inkling needs scipy")
+    model = random_model(family)
+    case = Case(model, tmp_path / "model")
+    model.save_pretrained(case.folder)
+    plain = logits(model)
+    case.check("base", "AMXBF16", {}, None)
+    assert error(case.references["base"], plain) < 1e-4, "the reference is not the library"
+    case.check("base", "AMXInt8", {}, None)
+
+    loras = make_loras(model, share_gate_a=True)
+    adapter = write_stacked(tmp_path / "b", experts_of(model), loras)
+    case.check("b", "AMXBF16", loras, adapter)
+    case.check("b", "AMXInt8", loras, adapter)
+    # Where a layer has two experts modules (text, vision), names alone do not tell whose is whose.
+    layers = [layer_of(path) for path in loras]
+    if single_expert_modules(case.folder) and len(set(layers)) == len(layers):
+        loras = make_loras(model, share_gate_a=False)
+        adapter = write_per_expert(tmp_path / "a", case.folder, loras)
+        case.check("a", "AMXBF16", loras, adapter)
+    for name, reference in case.references.items():
+        if name != "base":
+            assert error(case.references["base"], reference) > 0.02, "the adapter must matter"
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.class_name in REFUSED], ids=str)
+def test_refused_families_say_why(family: Family, tmp_path: Path) -> None:
+    small_config(family.model_type).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=REFUSED[family.class_name]):
+        load_model(ModelArgs(tmp_path), AdapterArgs(None), ExpertArgs(kt_num_threads=1))
+
+
+@pytest.mark.parametrize("folder", folders_without_class())
+def test_types_that_generate_no_text_say_so(folder: str, tmp_path: Path) -> None:
+    transformers.CONFIG_MAPPING[folder]().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="no class that generates text"):
+        load_model(ModelArgs(tmp_path), AdapterArgs(None), ExpertArgs(kt_num_threads=1))
+
+
+def test_nothing_is_refused_that_is_not_there() -> None:
+    assert set(REFUSED) <= {family.class_name for family in FAMILIES}
+
+
+@pytest.mark.skipif(
+    not current_block().startswith(f"<!-- families: transformers {transformers.__version__} "),
+    reason="README's table is of another transformers",
+)
+def test_readme_table_is_current() -> None:
+    assert current_block() == table_block(), "run: make families"
