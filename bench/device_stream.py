@@ -10,12 +10,14 @@ after the other, so that copies overlap as they do in a model.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from device_sections import Sections
 
 from ktrt import _core
 from ktrt._core import Engine, MoeLayer
@@ -47,12 +49,13 @@ V2_LITE = Sizes(64, 6, 2048, 1408, 3, (256, 1024, 4096, 8192, 16384), (8, 32), 2
 SMALL = Sizes(8, 2, 160, 176, 2, (16, 64), (2, 8), 1 << 20)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--small", action="store_true", help="tiny sizes")
     parser.add_argument("--formats", nargs="+", default=["bf16", "int8"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[0, 8])
     args = parser.parse_args()
+    sections = Sections()
     sizes = SMALL if args.small else V2_LITE
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     engine = Engine(num_threads=_core.num_cores(), max_qlen=MAX_QLEN)
@@ -62,17 +65,22 @@ def main() -> None:
         f"{sizes.layers} layers of {sizes.experts} experts, top {sizes.top_k}, hidden "
         f"{sizes.hidden}, intermediate {sizes.inner}"
     )
-    copy_rates(sizes, device)
+    with sections.section("copy rates"):
+        copy_rates(sizes, device)
     pool = torch.randn(24_000_000, generator=torch.Generator().manual_seed(0))
     pool = (pool / sizes.hidden**0.5).to(torch.bfloat16)
     for weight_format in args.formats:
-        layers = make_layers(engine, sizes, weight_format, pool)
-        for rank in args.ranks:
-            for layer in layers.values():
-                set_lora(layer, rank, pool)
-            one_setting(engine, layers, sizes, device, rank)
-        del layers, layer
+        layers: dict[str, MoeLayer] = {}
+        with sections.section(f"{weight_format}: layers"):
+            layers = make_layers(engine, sizes, weight_format, pool)
+        for rank in args.ranks if layers else ():
+            with sections.section(f"{weight_format}, LoRA r {rank}"):
+                for layer in layers.values():
+                    set_lora(layer, rank, pool)
+                one_setting(sections, engine, layers, sizes, device, rank)
+        del layers
     engine.close()
+    return sections.status()
 
 
 def make_layers(
@@ -184,6 +192,7 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def one_setting(
+    sections: Sections,
     engine: Engine,
     layers: dict[str, MoeLayer],
     sizes: Sizes,
@@ -201,17 +210,20 @@ def one_setting(
         f"{experts.pinned_bytes / 1e9:.2f} GB in {pinning:.2f} s, not pinned "
         f"{experts.unpinned_bytes / 1e9:.2f} GB"
     )
+    name = f"{first.weight_format}, LoRA r {rank}"
     try:
-        check_numbers(layers, experts, sizes, device)
-        streaming_table(layers, experts, sizes, device, gigabytes)
-        cpu = measure_engine(first, engine.max_qlen)
-        gpu = measure_gpu(experts, experts.layers["layers.0"], first)
-        print(
-            f"threshold: {streaming_threshold(cpu, gpu, engine.max_qlen)} tokens (CPU {cpu}, GPU "
-            f"{gpu})"
-        )
+        with sections.section(f"{name}: streamed against the engine"):
+            check_numbers(layers, experts, sizes, device)
+        with sections.section(f"{name}: streaming"):
+            streaming_table(layers, experts, sizes, device, gigabytes)
+        with sections.section(f"{name}: threshold"):
+            cpu = measure_engine(first, engine.max_qlen)
+            gpu = measure_gpu(experts, experts.layers["layers.0"], first)
+            threshold = streaming_threshold(cpu, gpu, engine.max_qlen)
+            print(f"threshold: {threshold} tokens (CPU {cpu}, GPU {gpu})")
         for number in sizes.residents:
-            residents(layers, experts, sizes, device, number)
+            with sections.section(f"{name}: {number} resident experts"):
+                residents(layers, experts, sizes, device, number)
         memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
         print(f"most GPU memory so far: {memory / 1e9:.2f} GB")
     finally:
@@ -327,4 +339,4 @@ def captured(
 
 if __name__ == "__main__":
     with torch.inference_mode():
-        main()
+        sys.exit(main())

@@ -102,7 +102,8 @@ std::vector<std::string> unusual_form(const MoeLayer& layer) {
     }
   }
   if (activation.alpha != 1.0f) found.emplace_back("a slope of the activation");
-  if (activation.gate_limit != Activation::kNoLimit || activation.up_limit != Activation::kNoLimit) {
+  if (activation.gate_limit != Activation::kNoLimit ||
+      activation.up_limit != Activation::kNoLimit) {
     found.emplace_back("limits of gate or up");
   }
   if (activation.up_offset != 0.0f) found.emplace_back("an offset of up");
