@@ -96,7 +96,7 @@ def test_resident_experts(folder: Path, family: str, number: int, backend: Any) 
 
 @pytest.mark.parametrize("number", [0, 2])
 def test_streamed_prompts(folder: Path, number: int) -> None:
-    settings = {"kt_num_gpu_experts": number, "kt_gpu_prefill_token_threshold": 8}
+    settings: dict[str, Any] = {"kt_num_gpu_experts": number, "kt_gpu_prefill_token_threshold": 8}
     pair = Pair(
         load(folder, "deepseek_v2", **settings), load(folder, "deepseek_v2", cpu=True, **settings)
     )
@@ -106,7 +106,7 @@ def test_streamed_prompts(folder: Path, number: int) -> None:
 
 
 def test_lora_and_residents_change_between_tokens(folder: Path) -> None:
-    settings = {"kt_gpu_prefill_token_threshold": 0}
+    settings: dict[str, Any] = {"kt_gpu_prefill_token_threshold": 0}
     gpu = load(folder, "mixtral", kt_num_gpu_experts=2, **settings)
     pair = Pair(gpu, load(folder, "mixtral", cpu=True, **settings))
     assert gpu.gpu is not None
