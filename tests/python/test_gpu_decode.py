@@ -3,6 +3,7 @@ graphs. On the CPU device, over stand-in streams."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,12 +13,13 @@ from helpers.tiny_models import save_adapter, save_model, token_ids
 
 import ktrt.model
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
-from ktrt.generation import KvCache
+from ktrt.generation import PREFILL_CHUNK, KvCache
 from ktrt.model import LoadedModel, load_model
 from ktrt.moe import GpuExperts, KTExperts
+from ktrt.moe.engine import MAX_QLEN
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from ktrt._core import Engine
@@ -47,6 +49,7 @@ class Shared:
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         self.plain = load(folder)
+        self.in_graph = False
         self.core: FakeCore
         self.maker: FakeGraphs
         self.gpu: GpuExperts
@@ -54,11 +57,13 @@ class Shared:
         def new_hand_off(engine: Engine, _device: torch.device) -> Any:
             hand_off, self.core = fake_hand_off(engine.max_qlen)
             self.maker = FakeGraphs(self.core)
+            patch.setattr(self.maker, "capture", partial(self._capture, self.maker.capture))
             return hand_off
 
         def build(modules: Mapping[str, KTExperts], device: torch.device, *_: Any) -> GpuExperts:
             layers = {path: module.layer for path, module in modules.items()}
             self.gpu = GpuExperts(layers, device)
+            patch.setattr(self.gpu, "refresh", partial(self._refresh, self.gpu.refresh))
             for path, module in modules.items():
                 module.gpu = self.gpu.layers[path]
             return self.gpu
@@ -69,6 +74,20 @@ class Shared:
         self.loaded = load(folder)
         self.ours = KvCache(self.loaded.model, self.loaded.graphs)
         self.reference = KvCache(self.plain.model)
+
+    def _capture(self, capture: Any, step: Callable[[], None]) -> Any:
+        def marked() -> None:
+            self.in_graph = True
+            try:
+                step()
+            finally:
+                self.in_graph = False
+
+        return capture(marked)
+
+    def _refresh(self, refresh: Callable[[], None]) -> None:
+        assert not self.in_graph, "a graph cannot take another LoRA"
+        refresh()
 
     def compare(self, ids: list[int]) -> None:
         found, expected = self.ours.forward(ids), self.reference.forward(ids)
@@ -159,6 +178,15 @@ def test_long_prompts_stream_and_decoding_does_not(shared: Shared) -> None:
         shared.compare([each])
     assert shared.maker.replays == 10
     assert shared.core.log
+
+
+def test_a_gpu_gets_prompts_in_chunks_of_an_engine_call(shared: Shared) -> None:
+    assert shared.ours.prefill_chunk(3000) == PREFILL_CHUNK
+    shared.ours._device = torch.device("cuda")
+    assert shared.ours.prefill_chunk(3000) == MAX_QLEN
+    shared.gpu.threshold = 2000
+    assert shared.ours.prefill_chunk(1999) == MAX_QLEN
+    assert shared.ours.prefill_chunk(3000) == 3000
 
 
 def test_shared_experts_run_before_the_sum_is_awaited(shared: Shared) -> None:
