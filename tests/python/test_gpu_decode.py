@@ -102,6 +102,7 @@ class Shared:
 
 @pytest.fixture
 def shared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shared]:
+    monkeypatch.setattr(ktrt.model, "_device", lambda: torch.device("cpu"))
     shared = Shared(folder, monkeypatch)
     yield shared
     shared.loaded.close()

@@ -12,6 +12,7 @@ import torch
 from helpers.expert_layers import LayerCase
 from helpers.merge import save_merged
 
+import ktrt.model
 from ktrt._core import Engine, MoeLayer
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import KtrtError
@@ -214,11 +215,13 @@ def test_without_a_gpu(layers: dict[str, MoeLayer], caplog: pytest.LogCaptureFix
 
 
 def load_demo(backend: Any) -> LoadedModel:
-    return load_model(
-        ModelArgs(DEMO / "model", infer_dtype="float32"),
-        AdapterArgs(DEMO / "adapter_b"),
-        ExpertArgs(kt_backend=backend),
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ktrt.model, "_device", lambda: CPU)
+        return load_model(
+            ModelArgs(DEMO / "model", infer_dtype="float32"),
+            AdapterArgs(DEMO / "adapter_b"),
+            ExpertArgs(kt_backend=backend),
+        )
 
 
 @pytest.mark.parametrize("backend", ["AMXBF16", "AMXInt8", "AMXInt4"])
