@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/aligned_buffer.h"
@@ -124,6 +125,31 @@ void silu_mul(benchmark::State& state, const ElementwiseKernels* kernels) {
   state.SetItemsProcessed(state.iterations() * kRows * kStripRows);
 }
 
+// By kind; with the limits and the offset that gpt-oss has.
+void activate(benchmark::State& state, const ElementwiseKernels* kernels, ActivationKind kind) {
+  constexpr int kRows = 64;
+  const Activation activation{kind, 1.702f, 7.0f, 7.0f, 1.0f};
+  const Array<float> gate(kRows * kStripRows);
+  const Array<float> up(kRows * kStripRows);
+  const Array<std::uint16_t> out(kRows * kStripRows);
+  for (auto _ : state) {
+    kernels->activate(activation, gate.data(), up.data(), kRows, out.data(), kStripRows);
+    benchmark::ClobberMemory();
+  }
+  state.SetItemsProcessed(state.iterations() * kRows * kStripRows);
+}
+
+void add_bias(benchmark::State& state, const ElementwiseKernels* kernels) {
+  constexpr int kRows = 64;
+  const Array<float> bias(kStripRows);
+  const Array<float> c(kRows * kStripRows);
+  for (auto _ : state) {
+    kernels->add_bias(bias.data(), kRows, c.data());
+    benchmark::ClobberMemory();
+  }
+  state.SetItemsProcessed(state.iterations() * kRows * kStripRows);
+}
+
 void weighted_add(benchmark::State& state, const ElementwiseKernels* kernels) {
   const Array<float> c(kStripRows);
   const Array<float> acc(kStripRows);
@@ -169,6 +195,19 @@ void add_elementwise(const ElementwiseKernels* kernels) {
   add("f32_to_bf16", f32_to_bf16);
   add("silu_mul", silu_mul);
   add("weighted_add", weighted_add);
+  add("add_bias", add_bias);
+  constexpr std::pair<const char*, ActivationKind> kinds[] = {
+      {"activate_silu", ActivationKind::kSilu},
+      {"activate_gelu", ActivationKind::kGelu},
+      {"activate_gelu_tanh", ActivationKind::kGeluTanh},
+      {"activate_relu2", ActivationKind::kRelu2},
+      {"activate_softcap_silu", ActivationKind::kSoftcapSilu},
+  };
+  for (const auto& [name, kind] : kinds) {
+    add(name, [kind = kind](benchmark::State& state, const ElementwiseKernels* table) {
+      activate(state, table, kind);
+    });
+  }
 }
 
 void add_shrink(const ShrinkKernel* kernel) {

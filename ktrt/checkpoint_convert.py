@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+# The parameter that reads the hidden states, and down_proj.
+_GROUPS_OF_A_LAYER = 2
 _TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -39,8 +41,8 @@ class Conversions:
     def __init__(self, model: nn.Module) -> None:
         self._model: Any = model
         self._groups: dict[tuple[str, ...], Group] = {}
-        # Stacked experts are large: only those read last are kept.
-        self._last: tuple[tuple[str, ...], dict[str, torch.Tensor]] | None = None
+        # Stacked experts are large: only those of the layer that is read are kept.
+        self._made: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
 
     def add(self, converter: Any, pattern: str, targets: tuple[str, ...], name: str) -> None:
         """Records that the stored tensor ``name`` takes part, by the pattern that it matches."""
@@ -74,12 +76,12 @@ class Conversions:
                 yield target, ConvertedTensor(first.file, first.dtype, shape, read), names
 
     def _read(self, group: Group, stored: dict[str, StoredTensor]) -> dict[str, torch.Tensor]:
-        if self._last is None or self._last[0] != group.targets:
-            self._last = None
+        if group.targets not in self._made:
+            if len(self._made) == _GROUPS_OF_A_LAYER:
+                self._made.clear()
             file = str(stored[group.sources[0][1]].file)
-            made = self._convert(group, lambda name: stored[name].read(), file)
-            self._last = (group.targets, made)
-        return self._last[1]
+            self._made[group.targets] = self._convert(group, lambda name: stored[name].read(), file)
+        return self._made[group.targets]
 
     def _convert(self, group: Group, load: Any, file: str) -> dict[str, torch.Tensor]:
         from transformers.core_model_loading import dot_natural_key

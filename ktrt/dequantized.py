@@ -4,6 +4,7 @@ dequantised to the compute dtype."""
 from __future__ import annotations
 
 import copy
+import re
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -40,19 +41,30 @@ def dequantized_source(
     dtype = getattr(torch, infer_dtype) if infer_dtype != "auto" else _config_dtype(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    paths = {spec.path for spec in specs}
-    state = {}
-    for name in checkpoint.names():
-        if names.target(name).name.rpartition(".")[0] not in paths:
-            tensor = checkpoint.read(name)
-            state[name] = tensor.to(dtype) if checkpoint.is_quantized(name) else tensor
     return {
         "pretrained_model_name_or_path": None,
         "config": config,
-        "state_dict": state,
+        "state_dict": _tensors(model, {spec.path for spec in specs}, checkpoint, names, dtype),
         "dtype": dtype,
         "generation_config": _generation_config(checkpoint),
     }
+
+
+def _tensors(
+    model: Any, paths: set[str], checkpoint: Checkpoint, names: WeightNames, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    ignored = model._keys_to_ignore_on_load_unexpected or []
+    parameters = set(model.state_dict())
+    state = {}
+    for name in checkpoint.names():
+        target = names.target(name).name
+        if target in parameters and target.rpartition(".")[0] not in paths:
+            tensor = checkpoint.read(name)
+            state[name] = tensor.to(dtype) if checkpoint.is_quantized(name) else tensor
+        elif target not in parameters and not any(re.search(p, target) for p in ignored):
+            # For transformers to report, without reading it: it may be as large as the experts.
+            state[name] = torch.empty(0)
+    return state
 
 
 def _config_dtype(config: Any) -> torch.dtype:

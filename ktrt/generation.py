@@ -77,7 +77,9 @@ class KvCache:
         # The GPU's share of the routed experts, and what graphs know of its memory.
         self._gpu: Any = getattr(model, "kt_gpu_experts", None)
         self._gpu_version = -1
-        self.plain = not unusual_layers(model.config)
+        # A few models (MiniMax-01) make a cache of their own in their first forward.
+        self._own_cache = not getattr(model, "_supports_default_dynamic_cache", lambda: True)()
+        self.plain = not self._own_cache and not unusual_layers(model.config)
         self._graphs: DecodeGraphs | None = None
         self._cache: Any = None
         if graphs is not None and self.plain:
@@ -95,7 +97,7 @@ class KvCache:
         if self._graphs is not None:
             self._cache.reset()
         else:
-            self._cache = DynamicCache(config=self._model.config)
+            self._cache = None if self._own_cache else DynamicCache(config=self._model.config)
 
     def reuse(self, prompt_ids: Sequence[int]) -> int:
         """Crops to what it shares with the prompt's start; returns how many tokens that is.
@@ -163,6 +165,8 @@ class KvCache:
             output = self._model(
                 input_ids=inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1
             )
+        if self._cache is None:
+            self._cache = output.past_key_values
         logits: torch.Tensor = output.logits[0, -1]
         return logits
 

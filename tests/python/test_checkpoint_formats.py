@@ -11,7 +11,7 @@ import transformers
 from helpers.family_models import Family, random_model
 from helpers.tiny_models import save_model, token_ids
 from safetensors.torch import load_file, save_file
-from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
+from transformers.integrations import finegrained_fp8
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from ktrt.checkpoint import Checkpoint
@@ -45,7 +45,9 @@ def scales_for(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(128, 128), (130, 300), (5, 7), (3, 200, 140)])
 def test_fp8_blocks_are_those_of_transformers(shape: tuple[int, ...]) -> None:
     codes, scales = random_fp8(*shape), scales_for(*shape)
-    expected = _dequantize_fp8_weight(codes, scales, list(BLOCK), torch.float32)
+    if not hasattr(finegrained_fp8, "_dequantize_fp8_weight"):
+        pytest.skip("this transformers cannot dequantise blocks that do not divide the matrix")
+    expected = finegrained_fp8._dequantize_fp8_weight(codes, scales, list(BLOCK), torch.float32)
     assert torch.equal(dequantize_fp8(codes, scales, BLOCK), expected)
 
 
@@ -148,11 +150,15 @@ def rewrite(folder: Path, tensors: Tensors, quantization: dict[str, Any] | None)
     return copy
 
 
-@pytest.mark.parametrize("infer_dtype", ["float32", "auto"])
-def test_deepseek_style_fp8_loads_as_its_plain_twin(tmp_path: Path, infer_dtype: str) -> None:
-    """Everything but embeddings, norms, router and head in FP8: the experts, 96 × 160, and
-    attention, whose matrices the blocks do not divide."""
-    folder = save_model(tmp_path / "model", "deepseek_v2", 96)
+_DEEPSEEK_FP8 = {
+    "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
+    "weight_block_size": list(BLOCK),
+}  # fmt: skip
+
+
+def fp8_twins(folder: Path) -> tuple[Tensors, Tensors]:
+    """Everything but embeddings, norms, router and head in FP8 (the experts, 96 × 160, and
+    attention, whose matrices the blocks do not divide), and what it stands for."""
     stored: Tensors = {}
     plain: Tensors = {}
     for name, weight in load_file(folder / "model.safetensors").items():
@@ -161,14 +167,36 @@ def test_deepseek_style_fp8_loads_as_its_plain_twin(tmp_path: Path, infer_dtype:
         if not name.endswith(kept):
             scales = scales_for(*weight.shape) / 400
             rows, columns = (torch.arange(size) // 128 for size in weight.shape)
-            codes = (weight.float() / scales[rows][:, columns]).to(torch.float8_e4m3fn)
+            scale = scales[rows][:, columns]
+            codes = (weight.float() / scale).to(torch.float8_e4m3fn)
             stored[name], stored[f"{name}_scale_inv"] = codes, scales
-            plain[name] = _dequantize_fp8_weight(codes, scales, list(BLOCK), torch.float32)
-    quantization = {
-        "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
-        "weight_block_size": list(BLOCK),
-    }  # fmt: skip
-    quantised = logits(rewrite(folder, stored, quantization), infer_dtype)
+            plain[name] = codes.float() * scale
+    return stored, plain
+
+
+def test_tensors_beyond_the_model_are_not_read_but_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSeek-V3's folders hold one more layer, experts too, which transformers ignores."""
+    folder = save_model(tmp_path / "model", "deepseek_v2", 96)
+    stored, _ = fp8_twins(folder)
+    one = logits(rewrite(folder, stored, _DEEPSEEK_FP8))
+    extra = {name.replace("layers.2", "layers.9"): t.clone() for name, t in stored.items()}
+    (tmp_path / "more").mkdir()
+    more = folder.rename(tmp_path / "more" / "model")
+    folder = rewrite(more, {**stored, **extra}, _DEEPSEEK_FP8)
+    with pytest.raises(CheckpointError, match=r"unexpected keys .*model\.layers\.9\."):
+        logits(folder)
+    model_class = transformers.DeepseekV2ForCausalLM
+    monkeypatch.setattr(model_class, "_keys_to_ignore_on_load_unexpected", [r"layers\.9\."])
+    assert torch.equal(logits(folder), one)
+
+
+@pytest.mark.parametrize("infer_dtype", ["float32", "auto"])
+def test_deepseek_style_fp8_loads_as_its_plain_twin(tmp_path: Path, infer_dtype: str) -> None:
+    folder = save_model(tmp_path / "model", "deepseek_v2", 96)
+    stored, plain = fp8_twins(folder)
+    quantised = logits(rewrite(folder, stored, _DEEPSEEK_FP8), infer_dtype)
     assert quantised.dtype == (torch.float32 if infer_dtype == "float32" else torch.bfloat16)
     assert torch.equal(quantised, logits(rewrite(folder, plain, None), infer_dtype))
 

@@ -90,8 +90,8 @@ def test_logits_equal_the_cpus(folder: Path, family: str, lora: str) -> None:
     reference = KvCache(cpu.model)
     for part in (ids[:9], ids[9:12], *([each] for each in ids[12:])):
         expected = reference.forward(part)
-        assert error(eager.forward(part), expected) < 2e-3
-        assert error(by_graph.forward(part), expected) < 2e-3
+        assert error(eager.forward(part), expected) < 4e-3
+        assert error(by_graph.forward(part), expected) < 4e-3
     gpu.close()
     cpu.close()
 
@@ -132,7 +132,7 @@ def test_two_rows(folder: Path) -> None:
             assert graphs.prepare(*step, reference)
             found = graphs.step(*step)
         assert found is not None
-        assert error(found, reference) < 2e-3
+        assert error(found, reference) < 4e-3
     gpu.close()
 
 

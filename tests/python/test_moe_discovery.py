@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, __version__
 
 from ktrt import _core
 from ktrt.errors import CheckpointError
@@ -115,7 +115,10 @@ def test_dense_model_has_none() -> None:
 def test_other_forms_are_described(
     model_type: str, changes: dict[str, Any], form: dict[str, Any]
 ) -> None:
-    spec = find_experts(on_meta(model_type, **changes))[0]
+    specs = find_experts(on_meta(model_type, **changes)) if model_type in CONFIG_MAPPING else []
+    if not specs:
+        pytest.skip(f"transformers {__version__} has no {model_type} with the experts interface")
+    spec = specs[0]
     plain = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_interleaved": False}
     for name, value in ({**plain, "activation": Activation()} | form).items():
         assert getattr(spec, name) == value, name

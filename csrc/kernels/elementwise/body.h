@@ -100,9 +100,11 @@ void add_bias(const float* bias, int rows, float* c) {
 inline float at_most(float x, float limit) { return x > limit ? limit : x; }
 inline float clamp(float x, float limit) { return at_most(x < -limit ? -limit : x, limit); }
 
-// x · Φ(x); erfc by Numerical Recipes' erfcc, fractional error below 1.2e-7 everywhere.
+// x · Φ(x) = max(x, 0) - |x| · erfc(|x| / √2) / 2; erfc by Numerical Recipes' erfcc, fractional
+// error below 1.2e-7 everywhere. It is 0 long before 100, which keeps infinity out of the product.
 inline float gelu(float x) {
-  const float z = fabsf(x) * 0.70710678118654752f;
+  const float magnitude = at_most(fabsf(x), 100.0f);
+  const float z = magnitude * 0.70710678118654752f;
   const float t = 1.0f / (1.0f + 0.5f * z);
   float p = 0.17087277f;
   p = p * t - 0.82215223f;
@@ -115,12 +117,22 @@ inline float gelu(float x) {
   p = p * t + 1.00002368f;
   p = p * t - 1.26551223f;
   const float half = 0.5f * t * exp_of_negative(p - z * z);
-  return x * (x < 0.0f ? half : 1.0f - half);
+  return (x < 0.0f ? 0.0f : x) - magnitude * half;
 }
 
 // (1 + tanh(y)) / 2 is sigmoid(2 y).
 inline float gelu_tanh(float x) {
   return x * sigmoid(1.5957691216057308f * (x + 0.044715f * x * x * x));
+}
+
+// `yes` if `condition`, else `no`, by bits: compilers do not vectorise a choice of computations
+// that might trap.
+inline float choose(bool condition, float yes, float no) {
+  const uint32_t mask = condition ? 0xffffffffu : 0u;
+  uint32_t bits_yes, bits_no;
+  memcpy(&bits_yes, &yes, 4);
+  memcpy(&bits_no, &no, 4);
+  return as_float((bits_yes & mask) | (bits_no & ~mask));
 }
 
 // tanh(x); near 0, where the exponentials cancel, its series.
@@ -130,8 +142,7 @@ inline float soft(float x) {
   const float far = (1.0f - decay) / (1.0f + decay);
   const float square = magnitude * magnitude;
   const float near = magnitude * (1.0f - square * (0.33333333f - square * 0.13333333f));
-  const float result = magnitude < 0.05f ? near : far;
-  return x < 0.0f ? -result : result;
+  return copysignf(choose(magnitude < 0.05f, near, far), x);
 }
 
 template <class Function>

@@ -61,7 +61,7 @@ def families() -> list[Family]:
     }
     found: dict[str, Family] = {}
     for auto_class in _AUTO_CLASSES:
-        names = getattr(modeling_auto, f"MODEL_FOR_{auto_class}_MAPPING_NAMES")
+        names = getattr(modeling_auto, f"MODEL_FOR_{auto_class}_MAPPING_NAMES", {})
         for class_names in names.values():
             for name in [class_names] if isinstance(class_names, str) else class_names:
                 if name in classes:
@@ -79,7 +79,8 @@ _SIZES: dict[str, Any] = {
     "num_expert_group": 2,
     "kv_lora_rank": 24, "q_lora_rank": 40, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
     "qk_head_dim": 24, "v_head_dim": 16, "o_lora_rank": 16, "o_groups": 2,
-    "index_head_dim": 16, "index_n_heads": 2, "index_topk": 8,
+    # All positions: random scores tie at 0, and sparse attention then chooses arbitrarily.
+    "index_head_dim": 16, "index_n_heads": 2, "index_topk": 64,
     "linear_head_dim": 16, "linear_num_heads": 2, "linear_key_head_dim": 16,
     "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "mamba_chunk_size": 16, "mamba_d_head": 56, "mamba_d_state": 8, "mamba_n_heads": 4,
@@ -133,8 +134,7 @@ FIXUPS: dict[str, dict[str, Any]] = {
     "gemma4_text": _GEMMA4,
     "glm4v_moe": {f"{_TEXT}rope_parameters": {
         "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 2]}},
-    "glm5_next": {f"{_TEXT}index_topk": 16,
-                  f"{_TEXT}layer_types": ["linear_attention", "full_attention"]},
+    "glm5_next": {f"{_TEXT}layer_types": ["linear_attention", "full_attention"]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"],
                          "num_local_experts": NUM_EXPERTS},
     "hunyuan_v1_moe": {"head_dim": 24},

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from helpers.merge import rounded_to_int4
 from torch.nn import functional
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Projection = Literal["gate", "up", "down"]
-Rounding = Literal["none", "bf16", "int8"]
+Rounding = Literal["none", "bf16", "int8", "int4"]
 # projection → A [E, rank, in], B [E, out, rank], scaling folded into B.
 Lora = dict[Projection, tuple[torch.Tensor, torch.Tensor]]
 
@@ -93,7 +94,8 @@ def _project(module: Any, name: str, expert: int, x: torch.Tensor, state: _State
     x = _bf16(x, state)
     weight = getattr(module, name)[expert].float()
     weight = _bf16(weight.T if module.is_transposed else weight, state)
-    y = functional.linear(_int8(x, state), _int8(weight, state))
+    weight = rounded_to_int4(weight) if state.rounding == "int4" else _int8(weight, state)
+    y = functional.linear(_int8(x, state), weight)
     deltas = list(_deltas(name, expert, x, state))
     if len(deltas) == 2:  # gate and up
         y = y + torch.cat(deltas, -1) if module.is_concatenated else y + _take_turns(*deltas)
@@ -121,7 +123,7 @@ def _bf16(values: torch.Tensor, state: _State) -> torch.Tensor:
 
 def _int8(rows: torch.Tensor, state: _State) -> torch.Tensor:
     """Each row by kt_kernel's rule: scale = max / 127, half to even."""
-    if state.rounding != "int8":
+    if state.rounding not in ("int8", "int4"):
         return rows
     scale = rows.abs().amax(-1, keepdim=True) / 127
     return torch.where(scale > 0, (rows / scale).round() * scale, 0.0)
