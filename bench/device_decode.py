@@ -2,6 +2,7 @@
 
     python bench/device_decode.py                     # V2-Lite's shape, BF16 and INT8, about 4 min
     python bench/device_decode.py --moe-layers 4      # less memory and time
+    python bench/device_decode.py --gpu-experts 16 32 # then also with experts on the GPU
     python bench/device_decode.py --small             # a trial of this script, without a GPU too
 
 Weights are random and made in place; nothing is read from or written to disk. ``bound`` is what the
@@ -15,12 +16,14 @@ import argparse
 import json
 import logging
 import statistics
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 import torch
 from device_model import Bench, make_config
 from device_reference import offloaded_seconds_per_token, reference_model
+from device_sections import Sections
 
 from ktrt._core import ReadProbe
 from ktrt.generation import generate_step
@@ -37,22 +40,32 @@ WARM_UP = 10
 Result = dict[str, Any]
 
 
-def main() -> None:
+def main() -> int:
     args = parse_args()
     # Which kernels run, and why a graph was not captured.
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    sections = Sections()
+    checks: list[Result] = []
     results: list[Result] = []
-    checks = [check(args, weight_format) for weight_format in args.formats]
+    print(f"device: {device_name()}; relative errors of logits, three layers, LoRA on:")
     for weight_format in args.formats:
-        results += measure(args, weight_format)
+        with sections.section(f"{weight_format}: logits"):
+            checks.append(check(args, weight_format))
+            print_check(checks[-1])
+    for weight_format in args.formats:
+        with sections.section(f"{weight_format}: speed"):
+            measure(args, sections, weight_format, results)
     report: Result = {"device": device_name(), "checks": checks, "results": results}
     if args.reference:
-        report["offloaded_tokens_per_s"] = 1 / offloaded_seconds_per_token(
-            make_config(min(args.moe_layers, 2), small=args.small), args.moe_layers
-        )
-    print_tables(report)
+        with sections.section("HF + PEFT, experts offloaded"):
+            report["offloaded_tokens_per_s"] = 1 / offloaded_seconds_per_token(
+                make_config(min(args.moe_layers, 2), small=args.small), args.moe_layers
+            )
+            speed = report["offloaded_tokens_per_s"]
+            print(f"HF + PEFT, experts offloaded: {speed:.2f} tokens/s")
     if args.json:
         print(json.dumps(report))
+    return sections.status()
 
 
 def parse_args() -> argparse.Namespace:
@@ -63,6 +76,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=100, help="decoded per measurement")
     parser.add_argument("--prompt", type=int, default=1024, help="tokens before the first token")
     parser.add_argument("--context", type=int, default=8000, help="tokens for the GPU memory")
+    parser.add_argument(
+        "--gpu-experts", nargs="+", type=int, default=[], help="of each layer, in turn"
+    )
     parser.add_argument("--reference", action="store_true", help="HF + PEFT, experts offloaded")
     parser.add_argument("--small", action="store_true", help="tiny layers: does the script work?")
     parser.add_argument("--json", action="store_true")
@@ -109,8 +125,11 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float(errors.median())
 
 
-def measure(args: argparse.Namespace, weight_format: str) -> list[Result]:
-    """All figures of one format: LoRA off and on, host-launched and by graph."""
+def measure(
+    args: argparse.Namespace, sections: Sections, weight_format: str, results: list[Result]
+) -> None:
+    """All figures of one format: LoRA off and on, host-launched and by graph; then some experts on
+    the GPU. They are printed as they come."""
     start = time.perf_counter()
     bench = Bench.make(
         make_config(args.moe_layers, small=args.small), BACKENDS[weight_format], args.threads
@@ -120,23 +139,38 @@ def measure(args: argparse.Namespace, weight_format: str) -> list[Result]:
     bandwidth = PROBE_BYTES / min(probe.seconds(bench.engine) for _ in range(7))
     del probe
     bound = bandwidth / bench.bytes_per_token
-    results = []
+    print(
+        f"{weight_format}: bound {bound:.1f} tokens/s at {bandwidth / 1e9:.1f} GB/s; built in "
+        f"{built:.0f} s\n{HEADER}"
+    )
+
+    def setting(*, lora: bool, graph: bool, on_gpu: int) -> None:
+        name = f"{weight_format}: LoRA {lora}, graph {graph}, {on_gpu} experts on the GPU"
+        with sections.section(name):
+            figures = one_setting(args, bench, graph=graph)
+            figures["experts_ms"] = experts_alone(bench)
+            results.append(
+                {"format": weight_format, "lora": lora, "graph": graph, "on_gpu": on_gpu}
+                | {"bound_tokens_per_s": bound, "bandwidth_gb_s": bandwidth / 1e9, **figures}
+                | {"of_bound": figures["tokens_per_s"] / bound, "build_s": built}
+            )
+            print_result(results[-1])
+
     try:
         for lora in (False, True):
             if lora:
                 bench.add_lora()
             for graph in (False, True):
-                figures = one_setting(args, bench, graph=graph)
-                figures["experts_ms"] = experts_alone(bench)
-                results.append(
-                    {"format": weight_format, "lora": lora, "graph": graph, **figures}
-                    | {"bound_tokens_per_s": bound, "bandwidth_gb_s": bandwidth / 1e9}
-                    | {"of_bound": figures["tokens_per_s"] / bound, "build_s": built}
-                )
-        results[-1]["gpu_gb_at_context"] = memory_at(args, bench)
+                setting(lora=lora, graph=graph, on_gpu=0)
+        with sections.section(f"{weight_format}: GPU memory"):
+            memory = memory_at(args, bench)
+            print(f"{weight_format}: GB at {memory}")
+        for number in args.gpu_experts:
+            with sections.section(f"{weight_format}: {number} experts to the GPU"):
+                bench.share(number)
+                setting(lora=True, graph=True, on_gpu=number)
     finally:
         bench.close()
-    return results
 
 
 def one_setting(args: argparse.Namespace, bench: Bench, *, graph: bool) -> Result:
@@ -155,7 +189,7 @@ def one_setting(args: argparse.Namespace, bench: Bench, *, graph: bool) -> Resul
         times.append(time.perf_counter() - start)
     times = sorted(times[WARM_UP:])
     if graph and bench.hand_off is not None and not cache.has_graphs:
-        raise SystemExit("no graph was captured; see the warning above")
+        raise RuntimeError("no graph was captured; see the warning above")
     return {
         "tokens_per_s": 1 / statistics.median(times),
         "ms_best": times[0] * 1e3,
@@ -222,32 +256,28 @@ def device_name() -> str:
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU only"
 
 
-def print_tables(report: Result) -> None:
-    print(f"device: {report['device']}; relative errors of logits, three layers, LoRA on:")
-    for row in report["checks"]:
-        print(
-            f"  {row['format']:5} graph/eager {row['graph_vs_eager_bf16']:.4f} (bf16) "
-            f"{row['graph_vs_eager']:.4f}  eager/float32 {row['eager_vs_float32']:.4f}  "
-            f"graph/float32 {row['graph_vs_float32']:.4f}"
-        )
+HEADER = (
+    "format lora  graph on GPU  tokens/s  of bound  median,best,p90 ms      experts ms  "
+    "first token s"
+)
+
+
+def print_check(row: Result) -> None:
     print(
-        "format lora  graph  tokens/s  of bound  median,best,p90 ms      experts ms  first token s"
+        f"  {row['format']:5} graph/eager {row['graph_vs_eager_bf16']:.4f} (bf16) "
+        f"{row['graph_vs_eager']:.4f}  eager/float32 {row['eager_vs_float32']:.4f}  "
+        f"graph/float32 {row['graph_vs_float32']:.4f}"
     )
-    for row in report["results"]:
-        median = 1e3 / row["tokens_per_s"]
-        print(
-            f"{row['format']:6} {row['lora']!s:5} {row['graph']!s:5} {row['tokens_per_s']:9.1f} "
-            f"{row['of_bound']:9.1%}  {median:7.2f} {row['ms_best']:7.2f} {row['ms_p90']:7.2f} "
-            f"{row['experts_ms']:10.2f} {row['first_token_s']:14.3f}"
-        )
-    for row in report["results"]:
-        if memory := row.get("gpu_gb_at_context"):
-            print(f"{row['format']}: bound {row['bound_tokens_per_s']:.1f} tokens/s at "
-                  f"{row['bandwidth_gb_s']:.1f} GB/s; built in {row['build_s']:.0f} s; GB at "
-                  f"{memory}")  # fmt: skip
-    if "offloaded_tokens_per_s" in report:
-        print(f"HF + PEFT, experts offloaded: {report['offloaded_tokens_per_s']:.2f} tokens/s")
+
+
+def print_result(row: Result) -> None:
+    median = 1e3 / row["tokens_per_s"]
+    print(
+        f"{row['format']:6} {row['lora']!s:5} {row['graph']!s:5} {row['on_gpu']:6} "
+        f"{row['tokens_per_s']:9.1f} {row['of_bound']:9.1%}  {median:7.2f} {row['ms_best']:7.2f} "
+        f"{row['ms_p90']:7.2f} {row['experts_ms']:10.2f} {row['first_token_s']:14.3f}"
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from device_sections import Sections
 
 from ktrt import _core
 
@@ -276,21 +277,25 @@ def main() -> int:
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {engine.num_threads} threads"
     )
-    checks = Checks()
-    checks.that(_core.GpuHandoff(engine).mechanism == MECHANISMS[0], "auto: stream_memory_ops")
+    checks, sections = Checks(), Sections()
+    with sections.section("mechanism"):
+        checks.that(_core.GpuHandoff(engine).mechanism == MECHANISMS[0], "auto: stream_memory_ops")
     shapes = (Shape("small", 4, 8, 2, 256, 128), Shape("V2-Lite", args.layers, 8, 6, 2048, 1408))
     print("µs per layer, and what is more than a direct forward")
     for shape in shapes:
         layers = make_layers(engine, shape)
         for mechanism in MECHANISMS:
-            handoff = _core.GpuHandoff(engine, mechanism=mechanism)
-            measure(checks, handoff, shape, layers)
-            handoff.close()
+            with sections.section(f"{shape.name}, {mechanism}"):
+                handoff = _core.GpuHandoff(engine, mechanism=mechanism)
+                measure(checks, handoff, shape, layers)
+                handoff.close()
     for mechanism in MECHANISMS:
-        check_failures(checks, engine, layers, mechanism)
-        check_timeout(checks, engine, layers, mechanism)
+        with sections.section(f"failures, {mechanism}"):
+            check_failures(checks, engine, layers, mechanism)
+        with sections.section(f"timeout, {mechanism}"):
+            check_timeout(checks, engine, layers, mechanism)
     print(f"{checks.wrong} wrong, {time.perf_counter() - start:.0f} s")
-    return 1 if checks.wrong else 0
+    return 1 if sections.status() or checks.wrong else 0
 
 
 if __name__ == "__main__":

@@ -13,7 +13,13 @@ from torch import nn
 from ktrt.config import ExpertArgs
 from ktrt.decode_graph import CudaGraphs, DecodeGraphs
 from ktrt.generation import KvCache
-from ktrt.moe import KTExperts, build_engine, experts_replaced, new_hand_off
+from ktrt.moe import (
+    KTExperts,
+    build_engine,
+    build_gpu_experts,
+    experts_replaced,
+    new_hand_off,
+)
 from ktrt.moe.discovery import ExpertsSpec
 from ktrt.moe.engine import new_layer
 
@@ -22,7 +28,7 @@ if TYPE_CHECKING:
 
     from ktrt._core import MoeLayer
     from ktrt.config.args import KtBackend
-    from ktrt.moe import Engine, HandOff
+    from ktrt.moe import Engine, GpuExperts, HandOff
 
 RANK, ALPHA = 8, 16
 V2_LITE: dict[str, Any] = {
@@ -144,6 +150,7 @@ class Bench:
     hand_off: HandOff | None
     experts: Experts
     layers: list[tuple[int, MoeLayer]]
+    gpu: GpuExperts | None = None
 
     @classmethod
     def make(cls, config: Any, backend: KtBackend, threads: int | None) -> Bench:
@@ -180,6 +187,17 @@ class Bench:
             return KvCache(model)
         return KvCache(model, lambda kv: DecodeGraphs(model, kv, hand_off, CudaGraphs()))
 
+    def share(self, number: int) -> None:
+        """``number`` experts of each layer on the GPU, long prompts streamed where that wins. For
+        the caches made from now on."""
+        if self.gpu is not None:
+            self.gpu.close()
+        modules = {f"layers.{index}": module for index, module in experts_of(self.model)}
+        device = self.model.get_input_embeddings().weight.device
+        args = ExpertArgs(kt_num_gpu_experts=number)
+        self.gpu = build_gpu_experts(modules, device, args, self.engine.max_qlen)
+        self.model.kt_gpu_experts = self.gpu
+
     @property
     def bytes_per_token(self) -> float:
         """Of packed expert weights that decoding one token reads."""
@@ -188,4 +206,6 @@ class Bench:
     def close(self) -> None:
         if self.hand_off is not None:
             self.hand_off.close()
+        if self.gpu is not None:
+            self.gpu.close()
         self.engine.close()

@@ -45,8 +45,9 @@ class Engine:
     @property
     def closed(self) -> bool: ...
     def close(self) -> None:
-        """Stops the threads and frees the scratch memory and all expert weights of its layers.
-        Idempotent. A later ``forward`` or ``load_expert`` raises ``RuntimeError``."""
+        """Stops the threads and frees the scratch memory and all expert weights of its layers, but
+        for those that a ``PackedMemory`` still shows. Idempotent. A later ``forward`` or
+        ``load_expert`` raises ``RuntimeError``."""
 
 class ReadProbe:
     """A block of memory to be read: measures the bandwidth that bounds decoding."""
@@ -58,6 +59,96 @@ class ReadProbe:
     def nbytes(self) -> int: ...
     def seconds(self, engine: Engine) -> float:
         """Wall time of reading everything once on the engine's threads, without the GIL."""
+
+class PackedMemory:
+    """Bytes of the engine, read-only, by the buffer protocol and without a copy.
+
+    It keeps the memory alive, also after ``Engine.close``; page-aligned.
+    """
+
+    @property
+    def address(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+class PackedMatrix:
+    """Where one part of a projection lies inside every expert's memory of that part."""
+
+    @property
+    def rows(self) -> int:
+        """Output rows in this part, padding not counted."""
+
+    @property
+    def columns(self) -> int: ...
+    @property
+    def first_row(self) -> int:
+        """The whole matrix's row that is this part's first, a multiple of 32."""
+
+    @property
+    def code_offset(self) -> int:
+        """Bytes from the start of an expert's codes."""
+
+    @property
+    def row_offset(self) -> int:
+        """Numbers from the start of an expert's scales."""
+
+class PackedPart:
+    """One part of a layer's packed experts: ``codes`` is [num_experts, expert_code_bytes] bytes,
+    ``scales`` [num_experts, expert_rows] float32 (None for bf16)."""
+
+    @property
+    def expert_code_bytes(self) -> int: ...
+    @property
+    def expert_rows(self) -> int: ...
+    @property
+    def codes(self) -> PackedMemory: ...
+    @property
+    def scales(self) -> PackedMemory | None: ...
+    @property
+    def gate(self) -> PackedMatrix: ...
+    @property
+    def up(self) -> PackedMatrix: ...
+    @property
+    def down(self) -> PackedMatrix: ...
+
+class PackedShrink:
+    """A of a layer: bfloat16 [num_experts, ranks / 16, columns / 2, 16, 2], zero-padded; ``a`` is
+    None where there is nothing to shrink."""
+
+    @property
+    def ranks(self) -> int: ...
+    @property
+    def columns(self) -> int: ...
+    @property
+    def a(self) -> PackedMemory | None: ...
+
+class PackedExpand:
+    """B of a projection: bfloat16 [num_experts, rows / 32, ranks / 2, 2, 16, 2], zero-padded, for
+    ranks ``first_rank`` … of the shrunk rows; ``b`` is None where it has no LoRA."""
+
+    @property
+    def ranks(self) -> int: ...
+    @property
+    def first_rank(self) -> int: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def b(self) -> PackedMemory | None: ...
+
+class PackedLora:
+    """A layer's LoRA as the engine holds it. ``input`` shrinks what gate and up read,
+    ``intermediate`` what down reads."""
+
+    @property
+    def input(self) -> PackedShrink: ...
+    @property
+    def intermediate(self) -> PackedShrink: ...
+    @property
+    def gate(self) -> PackedExpand: ...
+    @property
+    def up(self) -> PackedExpand: ...
+    @property
+    def down(self) -> PackedExpand: ...
 
 class MoeLayer:
     """The routed experts of one MoE layer: ``y = Σ_slots w · down(f(gate x) · up x)``, with biases
@@ -107,6 +198,10 @@ class MoeLayer:
     @property
     def packed_bytes(self) -> int:
         """Bytes of packed weights and scales held for all experts, LoRA excluded."""
+
+    @property
+    def unusual_form(self) -> list[str]:
+        """What the experts compute otherwise than ``down(silu(gate x) · up x)``, in words."""
 
     def load_expert(self, expert: int, gate: Any, up: Any, down: Any) -> None:
         """Packs (and for int8, int4 quantises) one expert. gate (None where the experts have none)
@@ -192,6 +287,19 @@ class MoeLayer:
 
     def packed_scales(self, expert: int, projection: Literal["gate", "up", "down"]) -> bytes:
         """A copy of the float32 scales, one per padded output row; empty for bf16."""
+
+    def packed_parts(self) -> list[PackedPart]:
+        """The packed memory itself, one item per ``Engine.parts``. A later ``load_expert`` writes
+        into it. ``ValueError`` while an expert is missing, ``RuntimeError`` once closed."""
+
+    def packed_lora(self) -> PackedLora | None:
+        """The LoRA's memory; None without LoRA, or while it is disabled. A later ``set_lora`` makes
+        new memory and leaves this as it is."""
+
+    @property
+    def lora_version(self) -> int:
+        """Changes with every ``set_lora`` and ``clear_lora``, and with ``lora_enabled``. Never
+        waits for a forward."""
 
 class GpuHandoff:
     """Pinned slots through which a CUDA stream starts the engine and waits for it, without the host

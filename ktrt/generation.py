@@ -23,6 +23,8 @@ from ktrt.sampling import Sampler, make_sampler
 # Tokens per forward of the prompt: enough for GEMMs to be at their best, and few enough that
 # Ctrl-C and the attention's memory stay small.
 PREFILL_CHUNK = 512
+# With a GPU: what one call of the engine takes, since every forward reads all experts' weights.
+GPU_PREFILL_CHUNK = 1024
 
 FinishReason = Literal["stop", "length"]
 # Makes the CUDA graphs that decode on a cache.
@@ -71,6 +73,10 @@ class KvCache:
     def __init__(self, model: Any, graphs: GraphsFor | None = None) -> None:
         """Without ``graphs``, and where the cache is not ``plain``, the host launches each step."""
         self._model = model
+        self._device = model.get_input_embeddings().weight.device
+        # The GPU's share of the routed experts, and what graphs know of its memory.
+        self._gpu: Any = getattr(model, "kt_gpu_experts", None)
+        self._gpu_version = -1
         # A few models (MiniMax-01) make a cache of their own in their first forward.
         self._own_cache = not getattr(model, "_supports_default_dynamic_cache", lambda: True)()
         self.plain = not self._own_cache and not unusual_layers(model.config)
@@ -108,6 +114,13 @@ class KvCache:
             del self._ids[shared:]
         return shared
 
+    def prefill_chunk(self, remaining: int) -> int:
+        """Tokens of a prompt's next forward."""
+        streamed: int | None = None
+        if self._gpu is not None:
+            streamed = self._gpu.prefill_chunk(remaining)
+        return streamed or (GPU_PREFILL_CHUNK if self._device.type == "cuda" else PREFILL_CHUNK)
+
     def forward(self, ids: Sequence[int]) -> torch.Tensor:
         """Runs the model on the next ``ids``; returns the last position's logits [vocab_size]."""
         held, self._ids = self._ids, []
@@ -124,7 +137,12 @@ class KvCache:
     def _graph_forward(
         self, graphs: DecodeGraphs, held: Sequence[int], ids: Sequence[int]
     ) -> torch.Tensor:
-        if self._cache.reserve(len(held) + len(ids)):
+        moved = self._cache.reserve(len(held) + len(ids))
+        if self._gpu is not None:
+            self._gpu.refresh()
+            moved |= self._gpu.version != self._gpu_version
+            self._gpu_version = self._gpu.version
+        if moved:
             graphs.clear()
         if len(ids) > 1:
             return self._plain_forward(ids)
@@ -142,7 +160,7 @@ class KvCache:
         return logits
 
     def _plain_forward(self, ids: Sequence[int]) -> torch.Tensor:
-        inputs = torch.tensor([list(ids)], device=self._model.get_input_embeddings().weight.device)
+        inputs = torch.tensor([list(ids)], device=self._device)
         with torch.inference_mode():
             output = self._model(
                 input_ids=inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1
@@ -196,9 +214,9 @@ class TextStream:
 def generate_step(cache: KvCache, ids: Sequence[int], sampler: Sampler) -> Iterator[int]:
     """Token ids without end. ``ids``: the part of the prompt that ``cache`` does not hold yet."""
     pending = list(ids)
-    while cache.plain and len(pending) > PREFILL_CHUNK:
-        cache.forward(pending[:PREFILL_CHUNK])
-        del pending[:PREFILL_CHUNK]
+    while cache.plain and len(pending) > (chunk := cache.prefill_chunk(len(pending))):
+        cache.forward(pending[:chunk])
+        del pending[:chunk]
     while True:
         token = sampler(cache.forward(pending))
         yield token

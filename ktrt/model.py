@@ -13,7 +13,7 @@ from ktrt.adapter import Audit
 from ktrt.decode_graph import CudaGraphs, DecodeGraphs
 from ktrt.expert_loading import cache_folder, load_experts
 from ktrt.kv_cache import unusual_layers
-from ktrt.moe import KTExperts, new_hand_off
+from ktrt.moe import KTExperts, build_gpu_experts, new_hand_off
 from ktrt.prepare import prepare
 from ktrt.torch_weights import load_without_experts
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ktrt.adapter import AdapterPlan
     from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
     from ktrt.kv_cache import StaticKv
-    from ktrt.moe import Engine, ExpertsSpec, HandOff
+    from ktrt.moe import Engine, ExpertsSpec, GpuExperts, HandOff
     from ktrt.prepare import Prepared
 
 logger = logging.getLogger(__name__)
@@ -38,19 +38,23 @@ class LoadedModel:
     """``model`` is transformers' own class with the experts replaced and PEFT's layers injected, in
     eval mode, without gradients; ``audit`` says what each tensor of the adapter acts on.
 
-    On a GPU ``hand_off`` connects the experts with it, and ``graphs`` makes the CUDA graphs that
-    decode on a cache (None: each step is launched by the host)."""
+    On a GPU ``hand_off`` connects the experts with it, ``graphs`` makes the CUDA graphs that decode
+    on a cache (None: each step is launched by the host), and ``gpu`` is the GPU's share of the
+    routed experts, if it has one."""
 
     model: nn.Module
     audit: Audit
     engine: Engine
     hand_off: HandOff | None = None
     graphs: Callable[[StaticKv], DecodeGraphs] | None = None
+    gpu: GpuExperts | None = None
 
     def close(self) -> None:
         """Stops the engine's threads and frees the experts; the model cannot run afterwards."""
         if self.hand_off is not None:
             self.hand_off.close()
+        if self.gpu is not None:
+            self.gpu.close()
         self.engine.close()
 
 
@@ -73,6 +77,7 @@ def load_model(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> L
         load_experts(ready.base.experts, ready.layers, cache_folder(experts), ready.kt_weights)
         _attach(loaded, ready, hand_off)
         audit = _apply_adapter(plan, loaded, specs) if plan else Audit()
+        gpu = _share_with_gpu(engine, loaded, specs, experts, device)
     except BaseException:
         if hand_off is not None:
             hand_off.close()
@@ -84,7 +89,7 @@ def load_model(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> L
     if hand_off is not None:
         hand_off.guard(loaded)
         graphs = _graphs(loaded, hand_off, experts.kt_use_cuda_graph)
-    return LoadedModel(loaded, audit, engine, hand_off, graphs)
+    return LoadedModel(loaded, audit, engine, hand_off, graphs, gpu)
 
 
 def _device() -> torch.device:
@@ -148,6 +153,21 @@ def _apply_adapter(plan: AdapterPlan, model: nn.Module, specs: Sequence[ExpertsS
     logger.info("Loaded adapter(s): %s", plan.files.folder)
     logger.info("Adapter audit\n%s", plan.audit.table())
     return plan.audit
+
+
+def _share_with_gpu(
+    engine: Engine,
+    model: nn.Module,
+    specs: Sequence[ExpertsSpec],
+    args: ExpertArgs,
+    device: torch.device,
+) -> GpuExperts | None:
+    """Gives the GPU its share of the routed experts, ``kt_gpu_experts`` of the model."""
+    modules: dict[str, Any] = {spec.path: model.get_submodule(spec.path) for spec in specs}
+    gpu = build_gpu_experts(modules, device, args, engine.max_qlen)
+    if gpu is not None:
+        model.kt_gpu_experts = gpu  # type: ignore[assignment]
+    return gpu
 
 
 def _log_result(model: nn.Module, specs: Sequence[ExpertsSpec], plan: AdapterPlan | None) -> None:

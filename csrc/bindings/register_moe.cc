@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "base/check.h"
+#include "bindings/packed_views.h"
 #include "bindings/register.h"
 #include "bindings/tensor_arg.h"
 #include "cpu/topology.h"
@@ -80,6 +81,27 @@ std::shared_ptr<MoeLayer> make_layer(std::shared_ptr<Engine> engine, int num_exp
       std::move(engine), shape, parse_format(weight_format),
       Activation{parse_activation(activation), alpha, gate_limit, up_limit, up_offset},
       down_slices);
+}
+
+// What the experts compute otherwise than down(silu(gate x) · up x), in words.
+std::vector<std::string> unusual_form(const MoeLayer& layer) {
+  std::vector<std::string> found;
+  const Activation& activation = layer.activation();
+  if (!layer.shape().has_gate) found.emplace_back("no gate");
+  if (layer.down_slices() > 1) found.emplace_back("down in slices of columns");
+  if (layer.has_biases()) found.emplace_back("biases");
+  for (const auto& [name, kind] : kActivationNames) {
+    if (kind == activation.kind && kind != ActivationKind::kSilu) {
+      found.push_back("activation " + std::string(name));
+    }
+  }
+  if (activation.alpha != 1.0f) found.emplace_back("a slope of the activation");
+  if (activation.gate_limit != Activation::kNoLimit ||
+      activation.up_limit != Activation::kNoLimit) {
+    found.emplace_back("limits of gate or up");
+  }
+  if (activation.up_offset != 0.0f) found.emplace_back("an offset of up");
+  return found;
 }
 
 void load_expert(MoeLayer& layer, int expert, const py::object& gate, const py::object& up,
@@ -182,6 +204,7 @@ void register_layer(py::module_& module) {
       .def_property_readonly("weight_format",
                              [](const MoeLayer& l) { return std::string(name_of(l.format())); })
       .def_property_readonly("packed_bytes", &MoeLayer::packed_bytes)
+      .def_property_readonly("unusual_form", &unusual_form)
       .def("load_expert", &load_expert, py::arg("expert"), py::arg("gate"), py::arg("up"),
            py::arg("down"))
       .def("set_biases", &set_biases, py::kw_only(), py::arg("gate") = py::none(),
@@ -196,7 +219,10 @@ void register_layer(py::module_& module) {
            py::arg("routing_weights"), py::arg("out"))
       .def("last_kernels", &last_kernels)
       .def("packed_codes", &packed_codes, py::arg("expert"), py::arg("projection"))
-      .def("packed_scales", &packed_scales, py::arg("expert"), py::arg("projection"));
+      .def("packed_scales", &packed_scales, py::arg("expert"), py::arg("projection"))
+      .def("packed_parts", &packed_parts)
+      .def("packed_lora", &packed_lora)
+      .def_property_readonly("lora_version", &MoeLayer::lora_version);
   register_packed(module, layer);
 }
 
@@ -212,6 +238,7 @@ WeightFormat parse_format(const std::string& name) {
 
 void register_moe(py::module_& module) {
   register_engine(module);
+  register_packed_views(module);
   register_layer(module);
 }
 

@@ -107,7 +107,7 @@ PackedMatrix ExpertWeights::matrix(int expert, Projection projection, int part, 
   const auto e = static_cast<std::size_t>(expert);
   const auto p = static_cast<std::size_t>(projection);
   const auto s = static_cast<std::size_t>(slice);
-  const Part& memory = part_at(part);
+  const Part& memory = this->part(part);
   std::byte* base = memory.base();
   PackedMatrix matrix;
   matrix.layout = memory.layouts[p];
@@ -153,7 +153,7 @@ std::size_t ExpertWeights::packed_bytes() const {
 }
 
 std::span<std::byte> ExpertWeights::image(int part) const {
-  const Part& memory = part_at(part);
+  const Part& memory = this->part(part);
   return {memory.base(), memory.base() == nullptr ? 0 : memory.bytes};
 }
 

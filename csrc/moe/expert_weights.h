@@ -82,7 +82,7 @@ class ExpertWeights {
   // Codes and scales of all experts.
   std::size_t packed_bytes() const;
 
-  std::size_t image_bytes(int part) const { return part_at(part).bytes; }
+  std::size_t image_bytes(int part) const { return this->part(part).bytes; }
   // The part's memory; empty before allocate().
   std::span<std::byte> image(int part) const;
   // Puts a file in the place of the part's memory. The caller has checked its size and contents;
@@ -90,7 +90,7 @@ class ExpertWeights {
   void use_file(int part, MappedFile file);
   bool mapped() const { return !parts_.front().file.empty(); }
 
- private:
+  // One shard of all matrices; an expert's three matrices lie one after the other.
   struct Part {
     PackedLayout layouts[kProjections];
     std::size_t code_offset[kProjections] = {};  // inside one expert's codes
@@ -104,9 +104,9 @@ class ExpertWeights {
     MappedFile file;  // instead of memory
     std::byte* base() const { return file.empty() ? memory.as<std::byte>() : file.data(); }
   };
+  const Part& part(int index) const { return parts_[static_cast<std::size_t>(index)]; }
 
-  const Part& part_at(int part) const { return parts_[static_cast<std::size_t>(part)]; }
-
+ private:
   Part make_part(int part) const;
 
   MoeShape shape_;

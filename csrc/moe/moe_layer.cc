@@ -39,10 +39,14 @@ void check_activation(const Activation& a) {
 
 MoeLayer::MoeLayer(std::shared_ptr<Engine> engine, const MoeShape& shape, WeightFormat format,
                    const Activation& activation, int down_slices)
-    : engine_(std::move(engine)), shape_(shape), format_(format), activation_(activation) {
+    : engine_(std::move(engine)),
+      shape_(shape),
+      format_(format),
+      down_slices_(down_slices),
+      activation_(activation) {
   check_activation(activation);
   const auto lock = engine_->lock_open();
-  weights_.emplace(shape, format, engine_->parts(), down_slices);
+  weights_ = std::make_shared<ExpertWeights>(shape, format, engine_->parts(), down_slices);
   queues_ = std::vector<PartQueues>(static_cast<std::size_t>(engine_->parts()));
   engine_->workspace_.reserve(shape);
   engine_->layers_.insert(this);
@@ -111,9 +115,10 @@ void MoeLayer::pack(int expert, Projection projection, const TensorView& source)
 }
 
 void MoeLayer::set_lora(const LoraPair& gate, const LoraPair& up, const LoraPair& down) {
-  ExpertLora lora(shape_, gate, up, down);
+  auto lora = std::make_shared<const ExpertLora>(shape_, gate, up, down);
   const auto lock = engine_->lock_open();
-  lora_.emplace(std::move(lora));
+  lora_ = std::move(lora);
+  ++lora_version_;
 }
 
 void MoeLayer::set_biases(const std::optional<TensorView>& gate,
@@ -127,10 +132,12 @@ void MoeLayer::set_biases(const std::optional<TensorView>& gate,
 void MoeLayer::clear_lora() {
   const auto lock = engine_->lock_open();
   lora_.reset();
+  ++lora_version_;
 }
 
 void MoeLayer::enable_lora(bool enabled) {
   const auto lock = engine_->lock_open();
+  if (enabled != lora_enabled_) ++lora_version_;
   lora_enabled_ = enabled;
 }
 
@@ -167,15 +174,14 @@ void MoeLayer::forward(const TensorView& hidden_states, const TensorView& expert
                        const TensorView& routing_weights, const TensorView& out) {
   check_forward(hidden_states, expert_ids, routing_weights, out);
   const auto lock = engine_->lock_open();
-  KTRT_CHECK(weights_->all_loaded(),
-             "expert " << weights_->first_missing() << " has not been loaded");
+  check_all_loaded();
   plan_.build(expert_ids, routing_weights, shape_.num_experts, engine_->workspace_.max_job_rows());
 
   const KernelTable& kernels = engine_->kernels();
   ForwardTask task{.weights = *weights_,
                    .activation = activation_,
                    .biases = biases_ ? &*biases_ : nullptr,
-                   .lora = lora_ && lora_enabled_ ? &*lora_ : nullptr,
+                   .lora = lora_ && lora_enabled_ ? lora_.get() : nullptr,
                    .plan = plan_,
                    .kernels = kernels,
                    .gemm = gemm_of(kernels, format_),
@@ -234,6 +240,27 @@ std::vector<float> MoeLayer::packed_scales(int expert, Projection projection) {
     }
   }
   return scales;
+}
+
+std::shared_ptr<const ExpertWeights> MoeLayer::share_weights() {
+  const auto lock = engine_->lock_open();
+  check_all_loaded();
+  return weights_;
+}
+
+std::shared_ptr<const ExpertLora> MoeLayer::share_lora() {
+  const auto lock = engine_->lock_open();
+  return lora_enabled_ ? lora_ : nullptr;
+}
+
+bool MoeLayer::has_biases() const {
+  const std::lock_guard lock(engine_->mutex_);
+  return biases_.has_value();
+}
+
+void MoeLayer::check_all_loaded() const {
+  KTRT_CHECK(weights_->all_loaded(),
+             "expert " << weights_->first_missing() << " has not been loaded");
 }
 
 void MoeLayer::check_loaded(int expert) const {

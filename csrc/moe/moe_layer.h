@@ -1,6 +1,7 @@
 // The routed experts of one MoE layer: the interface that the bindings expose.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -48,6 +49,9 @@ class MoeLayer {
   const Engine& engine() const { return *engine_; }
   const MoeShape& shape() const { return shape_; }
   WeightFormat format() const { return format_; }
+  const Activation& activation() const { return activation_; }
+  int down_slices() const { return down_slices_; }
+  bool has_biases() const;
 
   // gate (only where the experts have one), up [intermediate, hidden], down [hidden, intermediate];
   // float32, float16 or bfloat16. Throws std::invalid_argument: shapes, dtypes, expert out of
@@ -93,6 +97,13 @@ class MoeLayer {
   std::vector<std::uint8_t> packed_codes(int expert, Projection projection);
   std::vector<float> packed_scales(int expert, Projection projection);
 
+  // The packed memory itself: whoever holds it keeps it alive, also after the engine is closed.
+  // Throws std::invalid_argument while an expert is missing. Null if there is no LoRA, or disabled.
+  std::shared_ptr<const ExpertWeights> share_weights();
+  std::shared_ptr<const ExpertLora> share_lora();
+  // Changes with every set_lora and clear_lora, and when enable_lora changes something.
+  int lora_version() const { return lora_version_.load(std::memory_order_relaxed); }
+
  private:
   friend class Engine;
 
@@ -106,15 +117,18 @@ class MoeLayer {
   std::uint64_t parallel_digest(const std::byte* data, std::size_t bytes);
   void check_expert(int expert) const;
   void check_loaded(int expert) const;
+  void check_all_loaded() const;
 
   const std::shared_ptr<Engine> engine_;
   const MoeShape shape_;
   const WeightFormat format_;
+  const int down_slices_;
   const Activation activation_;
-  std::optional<ExpertWeights> weights_;
+  std::shared_ptr<ExpertWeights> weights_;  // null once the engine is closed
   std::optional<ExpertBiases> biases_;
-  std::optional<ExpertLora> lora_;
+  std::shared_ptr<const ExpertLora> lora_;  // null: base
   bool lora_enabled_ = true;
+  std::atomic<int> lora_version_{0};
   DispatchPlan plan_;
   std::vector<PartQueues> queues_;
   KernelsUsed used_;

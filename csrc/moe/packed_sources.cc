@@ -128,6 +128,7 @@ ImageUse MoeLayer::use_images(std::span<const int> fds, std::span<const std::uin
   KTRT_CHECK(fds.size() == parts && digests.size() == parts,
              fds.size() << " image files with " << digests.size() << " digests, expected " << parts
                         << " of each, one per part");
+  KTRT_CHECK(weights_.use_count() == 1, "views of the layer's packed memory are in use");
   std::vector<MappedFile> files;
   bool huge = true;
   for (std::size_t part = 0; part < parts; ++part) {

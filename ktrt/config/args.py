@@ -41,6 +41,8 @@ class AdapterArgs:
 class ExpertArgs:
     """The routed experts' engine. ``kt_num_threads`` None lets the engine choose the count.
 
+    With a GPU: ``kt_num_gpu_experts`` of every layer live there, and forwards of at least
+    ``kt_gpu_prefill_token_threshold`` tokens (0: none) get all experts streamed there.
     ``kt_use_cuda_graph``: on a GPU, a decode step is one CUDA graph where the model allows it.
     ``kt_weight_path``: experts that kt_kernel has packed, instead of the model's own.
     ``ktrt_cache`` keeps packed experts on disk, in ``ktrt_cache_dir`` (None: the environment
@@ -51,6 +53,8 @@ class ExpertArgs:
     kt_num_threads: int | None = None
     kt_tp_enabled: bool = False
     kt_use_cuda_graph: bool = True
+    kt_num_gpu_experts: int | Literal["auto"] = 0
+    kt_gpu_prefill_token_threshold: int | Literal["auto"] = "auto"
     kt_weight_path: Path | None = None
     ktrt_cache: bool = True
     ktrt_cache_dir: Path | None = None
@@ -58,6 +62,9 @@ class ExpertArgs:
     def __post_init__(self) -> None:
         threads = self.kt_num_threads
         _require(self, "kt_num_threads", threads is None or threads >= 1, "at least 1")
+        for name in ("kt_num_gpu_experts", "kt_gpu_prefill_token_threshold"):
+            value = getattr(self, name)
+            _require(self, name, value == "auto" or value >= 0, "0 or more, or auto")
 
 
 @dataclass(frozen=True)

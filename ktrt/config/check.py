@@ -15,23 +15,28 @@ _NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "tex
 def check_value(key: str, value: object, hint: Any, where: str) -> Any:
     """``value`` as a dataclass field's type ``hint``; an integer is a fine float, text a fine path.
 
-    ``hint``: bool, int, float, str, Path, a Literal of texts (case-insensitive), or one of them
-    ``| None``. ``ConfigError`` names ``where``, the key, what was expected and what was found.
+    ``hint``: bool, int, float, str, Path, a Literal of texts (case-insensitive), or a union of them
+    and None. ``ConfigError`` names ``where``, the key, what was expected and what was found.
     """
     if get_origin(hint) in (Union, types.UnionType):
         if value is None:
             return None
-        (hint,) = (each for each in get_args(hint) if each is not type(None))
-    if get_origin(hint) is Literal:
-        for choice in get_args(hint):
-            if isinstance(value, str) and value.lower() == choice.lower():
-                return choice
-        expected = " or ".join(get_args(hint))
+        hints = [each for each in get_args(hint) if each is not type(None)]
     else:
-        if _fits(value, hint):
-            return hint(value)
-        expected = _NAMES[hint]
+        hints = [hint]
+    for each in hints:
+        if get_origin(each) is Literal:
+            for choice in get_args(each):
+                if isinstance(value, str) and value.lower() == choice.lower():
+                    return choice
+        elif _fits(value, each):
+            return each(value)
+    expected = " or ".join(_expected(each) for each in hints)
     raise ConfigError(f"{where}: {key}: expected {expected}, found {describe(value)}")
+
+
+def _expected(hint: Any) -> str:
+    return " or ".join(get_args(hint)) if get_origin(hint) is Literal else _NAMES[hint]
 
 
 def _fits(value: object, hint: type) -> bool:

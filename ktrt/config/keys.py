@@ -129,7 +129,6 @@ _VOCABULARY = Refusal((None, False, ""), "the tokenizer must hold every token al
 REFUSED = {
     "kt_non_expert_weight_path": _PRE_PACKED,
     "kt_expert_checkpoint_path": _PRE_PACKED,
-    "kt_num_gpu_experts": Refusal((None, 0), "all routed experts run on the CPU"),
     "kt_use_lora_experts": _LORA_EXPERTS,
     "kt_lora_expert_num": _LORA_EXPERTS,
     "kt_lora_expert_intermediate_size": _LORA_EXPERTS,

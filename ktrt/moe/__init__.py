@@ -23,16 +23,20 @@ if _core.__version__ != ktrt.__version__:
 
 from ktrt.moe.engine import BACKENDS, build_engine, new_layer, weight_format_of
 from ktrt.moe.experts import KTExperts, experts_replaced
+from ktrt.moe.gpu_experts import GpuExperts
+from ktrt.moe.gpu_setup import build_gpu_experts
 from ktrt.moe.handoff import HandOff, new_hand_off
 
 __all__ = [
     "BACKENDS",
     "Engine",
     "ExpertsSpec",
+    "GpuExperts",
     "HandOff",
     "KTExperts",
     "MoeLayer",
     "build_engine",
+    "build_gpu_experts",
     "experts_replaced",
     "find_experts",
     "new_hand_off",

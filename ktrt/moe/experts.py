@@ -11,12 +11,14 @@ import torch
 from torch import nn
 
 from ktrt.errors import KtrtError
+from ktrt.moe.handoff import Deferred
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from types import ModuleType
 
     from ktrt._core import MoeLayer
+    from ktrt.moe.gpu_experts import GpuLayer
     from ktrt.moe.handoff import HandOff
 
 # Classes are replaced in transformers' modules, which the whole process shares.
@@ -49,6 +51,8 @@ class KTExperts(nn.Module):
         self._max_qlen = 0
         self._hand_off: HandOff | None = None
         self._path = ""
+        # What the GPU does of this layer, if anything.
+        self.gpu: GpuLayer | None = None
 
     def attach(
         self, layer: MoeLayer, max_qlen: int, hand_off: HandOff | None = None, path: str = ""
@@ -67,25 +71,50 @@ class KTExperts(nn.Module):
             raise KtrtError("the experts of this layer were never loaded into the engine")
         return self._layer
 
+    @property
+    def unusual_form(self) -> list[str]:
+        """What the module computes otherwise than SiLU-gated experts, in words."""
+        norm = [] if self.post_expert_norm is None else ["a norm after each expert"]
+        return [*self.layer.unusual_form, *norm]
+
     @torch.no_grad()
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """hidden_states [tokens, hidden_size] in float32, float16 or bfloat16 on any device;
         top_k_index (integers) and top_k_weights [tokens, k]. Returns the shape, dtype and device
-        of hidden_states; through a hand-off, a tensor that the engine still writes."""
+        of hidden_states; through a hand-off, a tensor that the engine may still write."""
         if self.post_expert_norm is None:
-            return self._run(hidden_states, top_k_index, top_k_weights)
+            return self._forward(hidden_states, top_k_index, top_k_weights)
         # The norm needs every expert's whole output: each (token, slot) goes as a token.
         tokens, slots = top_k_index.shape
         states = hidden_states.repeat_interleave(slots, dim=0)
         ones = torch.ones(tokens * slots, 1, device=hidden_states.device)
-        each = self.post_expert_norm(self._run(states, top_k_index.reshape(-1, 1), ones))
+        each = self.post_expert_norm(self._run_engine(states, top_k_index.reshape(-1, 1), ones))
         weighted = each.view(tokens, slots, -1) * top_k_weights[..., None]
         summed: torch.Tensor = weighted.sum(dim=1)
         return summed.to(hidden_states.dtype)
 
-    def _run(
+    def _forward(
+        self, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        gpu = self.gpu
+        if gpu is not None and gpu.streams(states.shape[0]):
+            return gpu.forward_streamed(states, index, weights)
+        if gpu is None or not gpu.resident:
+            return self._run_engine(states, index, weights)
+        ids = gpu.cpu_ids(index)
+        if gpu.complete:
+            return gpu.forward_resident(states, index, weights).to(states.dtype)
+        # The engine first: through a hand-off, the GPU computes its share meanwhile. The sum is
+        # made in float32 and rounded once.
+        others = self._run_engine(states.float(), ids, weights)
+        share = gpu.forward_resident(states, index, weights)
+        if isinstance(others, Deferred):
+            return others.plus(share, states.dtype)
+        return (share + others).to(states.dtype)
+
+    def _run_engine(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         layer = self.layer

@@ -57,6 +57,20 @@ class Deferred(torch.Tensor):
         self._join()
         return self._value
 
+    def plus(self, share: torch.Tensor, dtype: torch.dtype) -> Deferred:
+        """The sum with ``share``, of this shape, in ``dtype``: made once the value is read, so that
+        nobody waits for it before. Rounded once."""
+        total = torch.empty_like(share, dtype=dtype)
+        made = False
+
+        def join() -> None:
+            nonlocal made
+            if not made:
+                total.copy_(share + self.ready())
+                made = True
+
+        return Deferred(total, join)
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, _types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

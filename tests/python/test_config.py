@@ -242,7 +242,6 @@ class TestUnknownAndUnused:
         [
             "kt_non_expert_weight_path: /x",
             "kt_config: {kt_expert_checkpoint_path: /x}",
-            "kt_num_gpu_experts: 4",
             "kt_use_lora_experts: true",
             "quantization_bit: 4",
             "num_beams: 2",
@@ -257,7 +256,7 @@ class TestUnknownAndUnused:
         assert key in message
         assert "remove the key" in message
 
-    @pytest.mark.parametrize("line", ["kt_num_gpu_experts: 0", "num_beams: 1", "kt_weight_path:"])
+    @pytest.mark.parametrize("line", ["num_beams: 1", "kt_weight_path:"])
     def test_their_neutral_values_are_fine(
         self, write: Callable[[str], Path], line: str, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -285,6 +284,15 @@ class TestValues:
         [
             ("kt_num_threads: many", "kt_num_threads: expected an integer, found 'many' (text)"),
             ("kt_num_threads: true", "kt_num_threads: expected an integer, found True (a boolean)"),
+            (
+                "kt_num_gpu_experts: many",
+                "kt_num_gpu_experts: expected an integer or auto, found 'many' (text)",
+            ),
+            ("kt_num_gpu_experts: -1", "kt_num_gpu_experts: expected 0 or more, or auto, found -1"),
+            (
+                "kt_gpu_prefill_token_threshold: 1.5",
+                "kt_gpu_prefill_token_threshold: expected an integer or auto, found 1.5",
+            ),
             ("kt_num_threads: 2.5", "kt_num_threads: expected an integer"),
             ("kt_num_threads: 0", "kt_num_threads: expected at least 1, found 0"),
             ("temperature: hot", "temperature: expected a number"),

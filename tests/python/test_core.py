@@ -450,6 +450,69 @@ def test_last_kernels() -> None:
     assert layer.last_kernels() == {**base, **{name: kernels[name] for name in shrinks}}
 
 
+# The packed memory
+
+
+def test_packed_memory_is_what_the_copies_say() -> None:
+    engine, layer = make_packed_layer()
+    (part,) = layer.packed_parts()
+    assert part.scales is not None
+    codes, scales = (memoryview(each) for each in (part.codes, part.scales))  # type: ignore[arg-type]
+    assert codes.readonly
+    assert (codes.nbytes, part.codes.address % 4096) == (part.codes.nbytes, 0)
+    assert codes.nbytes == 3 * part.expert_code_bytes
+    assert scales.nbytes == 3 * part.expert_rows * 4
+    for expert in range(3):
+        for name in PROJECTIONS:
+            matrix = getattr(part, name)
+            expected = layer.packed_codes(expert, name)
+            start = expert * part.expert_code_bytes + matrix.code_offset
+            assert codes[start : start + len(expected)] == expected
+            expected = layer.packed_scales(expert, name)
+            start = 4 * (expert * part.expert_rows + matrix.row_offset)
+            assert scales[start : start + len(expected)] == expected
+    before = bytes(codes)
+    engine.close()
+    assert bytes(codes) == before
+    with pytest.raises(RuntimeError, match="closed"):
+        layer.packed_parts()
+
+
+def test_packed_lora_and_its_version() -> None:
+    engine, layer = make_packed_layer()
+    assert (layer.packed_lora(), layer.lora_version) == (None, 0)
+    layer.set_lora(gate_a=torch.ones(3, 5, 96), gate_b=torch.ones(3, 40, 5))
+    lora = layer.packed_lora()
+    assert lora is not None
+    assert (lora.gate.ranks, lora.gate.rows, lora.gate.first_rank) == (6, 64, 0)
+    assert (lora.input.ranks, lora.input.columns) == (16, 96)
+    assert lora.input.a is not None
+    assert lora.input.a.nbytes == 3 * 16 * 96 * 2
+    assert (lora.up.b, lora.down.b, lora.intermediate.a) == (None, None, None)
+    layer.clear_lora()
+    assert (layer.packed_lora(), layer.lora_version) == (None, 2)
+    engine.close()
+
+
+PROJECTIONS: tuple[Literal["gate", "up", "down"], ...] = ("gate", "up", "down")
+
+
+def make_packed_layer() -> tuple[_core.Engine, _core.MoeLayer]:
+    engine = _core.Engine(num_threads=1)
+    layer = _core.MoeLayer(
+        engine,
+        num_experts=3,
+        top_k=1,
+        hidden_size=96,
+        intermediate_size=40,
+        weight_format="int8",
+    )
+    for expert in range(3):
+        up, down = torch.randn(40, 96), torch.randn(96, 40)
+        layer.load_expert(expert, up, 2 * up, down)
+    return engine, layer
+
+
 # The stub
 
 

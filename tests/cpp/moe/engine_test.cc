@@ -79,6 +79,34 @@ TEST(Engine, ClosedItRefusesEverything) {
   EXPECT_THROW(MoeLayer(engine, kShape, WeightFormat::kBf16), std::runtime_error);
 }
 
+TEST(Engine, SharedMemoryOutlivesIt) {
+  LayerCase test(kShape, WeightFormat::kInt8);
+  test.add_lora(4, 4, 4);
+  const auto engine = make_engine();
+  auto layer = test.make_layer(engine);
+  const auto expected = layer->packed_codes(3, Projection::kDown);
+  const auto weights = layer->share_weights();
+  const auto lora = layer->share_lora();
+  ASSERT_NE(lora, nullptr);
+  const int version = layer->lora_version();
+  layer->clear_lora();
+  EXPECT_NE(layer->lora_version(), version);
+  EXPECT_EQ(layer->share_lora(), nullptr);
+  engine->close();
+  EXPECT_THROW(layer->share_weights(), std::runtime_error);
+  EXPECT_THROW(layer->share_lora(), std::runtime_error);
+  layer.reset();
+  const PackedMatrix matrix = weights->matrix(3, Projection::kDown, 0);
+  EXPECT_EQ(std::vector<std::uint8_t>(matrix.codes, matrix.codes + expected.size()), expected);
+  EXPECT_EQ(lora->expand(Projection::kGate).rank_pairs, 2);
+}
+
+TEST(Engine, UnfinishedLayersAreNotShared) {
+  const auto engine = make_engine();
+  MoeLayer layer(engine, kShape, WeightFormat::kBf16);
+  EXPECT_THROW(layer.share_weights(), std::invalid_argument);
+}
+
 TEST(Engine, LivesAsLongAsItsLayers) {
   const LayerCase test(kShape, WeightFormat::kBf16);
   auto engine = make_engine();

@@ -1,0 +1,19 @@
+// Read-only views of a layer's packed memory for Python, without a copy.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "moe/moe_layer.h"
+
+namespace ktrt {
+
+// The classes that the functions below return.
+void register_packed_views(pybind11::module_& module);
+
+// One PackedPart per part of the weights.
+pybind11::list packed_parts(MoeLayer& layer);
+
+// PackedLora, or None.
+pybind11::object packed_lora(MoeLayer& layer);
+
+}  // namespace ktrt

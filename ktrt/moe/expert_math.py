@@ -1,0 +1,287 @@
+"""The routed experts' arithmetic in torch, rounding where the engine does (csrc/README.md).
+
+Float32 sums may be made in another order than the engine's; INT8 sums are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# Products of two INT8 codes stay below 127² in magnitude, so sums of this many are integers below
+# 2^24: float32 holds all of them, in whatever order they are added.
+_EXACT_TERMS = 1024
+# Rows of a grouped computation, to bound its memory: a dozen arrays of so many rows.
+_MOST_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class ExpertBank:
+    """Weights of n experts on one device, row-major. p, h: intermediate and hidden size, each
+    padded to 32 where it counts outputs.
+
+    gate_up [n, 2p, hidden_size] (gate's rows first) and down [n, h, p]: bfloat16 or INT8 codes, the
+    latter with scales [n, 2p] and [n, h], float32. LoRA, bfloat16: input_a [n, ranks, hidden_size]
+    for gate and up, down_a [n, ranks, p]; gate_b, up_b [n, p, rank], down_b [n, h, rank]; the ranks
+    of gate and up start at gate_first and up_first of input_a's.
+    """
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    gate_up_scale: torch.Tensor | None = None
+    down_scale: torch.Tensor | None = None
+    input_a: torch.Tensor | None = None
+    gate_b: torch.Tensor | None = None
+    up_b: torch.Tensor | None = None
+    down_a: torch.Tensor | None = None
+    down_b: torch.Tensor | None = None
+    gate_first: int = 0
+    up_first: int = 0
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors that are there, by field name."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+    def take(self, index: torch.Tensor) -> ExpertBank:
+        """Copies of the experts at ``index`` (integers [m] on the device, repetitions allowed)."""
+        return self._map(lambda tensor: tensor.index_select(0, index))
+
+    def accepts(self, other: ExpertBank) -> bool:
+        """Whether ``other``'s values can be copied into these tensors."""
+        mine, theirs = self.tensors(), other.tensors()
+        return {name: tensor.shape for name, tensor in mine.items()} == {
+            name: tensor.shape for name, tensor in theirs.items()
+        } and (self.gate_first, self.up_first) == (other.gate_first, other.up_first)
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> ExpertBank:
+        changed = {name: change(tensor) for name, tensor in self.tensors().items()}
+        return ExpertBank(**changed, gate_first=self.gate_first, up_first=self.up_first)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Inputs of a projection: values [..., m, k] in bfloat16; for quantised weights also their INT8
+    codes, held as bfloat16, and scale [..., m, 1] in float32."""
+
+    values: torch.Tensor
+    codes: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+
+    def take(self, index: torch.Tensor) -> Rows:
+        """The rows at ``index`` (integers of any shape) of two-dimensional rows."""
+        if self.codes is None or self.scale is None:
+            return Rows(self.values[index])
+        return Rows(self.values[index], self.codes[index], self.scale[index])
+
+
+def make_rows(values: torch.Tensor, quantized: bool) -> Rows:
+    """Rounds to bfloat16, the one rounding of inputs and of intermediate activations; quantises
+    those per row for quantised weights."""
+    rounded = values.to(torch.bfloat16)
+    return Rows(rounded, *_quantize(rounded)) if quantized else Rows(rounded)
+
+
+def _quantize(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """scale = max · float32(1/127), codes rounded half to even. A row of zeros, or so small that
+    1/scale overflows, has scale 0; NaN and infinity stay in the scale, with codes 0."""
+    values = rows.float()
+    scale = values.abs().amax(dim=-1, keepdim=True) * _reciprocal(127)
+    inverse = 1.0 / scale
+    usable = (inverse > 0) & (inverse < torch.inf)
+    codes = torch.where(usable, (values * inverse).round(), 0.0)
+    return codes.to(torch.bfloat16), torch.where(inverse == torch.inf, 0.0, scale)
+
+
+@cache
+def _reciprocal(value: int) -> float:
+    """1/value in float32: a Python float would be rounded only after the product."""
+    return float(torch.tensor(1.0) / torch.tensor(float(value)))
+
+
+# Rows of two dimensions by expert: (index in the bank, where its rows are).
+Groups = Sequence[tuple[int, slice]]
+
+
+def expert_outputs(rows: Rows, bank: ExpertBank, groups: Groups | None = None) -> torch.Tensor:
+    """down(silu(gate x) · up x) in float32.
+
+    ``groups`` cut ``rows`` [m, hidden_size] in order, without gaps: [m, h]. Without them ``rows``
+    are [n, m, hidden_size], as many as there are experts: [n, m, h].
+    """
+    half = bank.gate_up.shape[-2] // 2
+    both = _multiply(rows, bank.gate_up, bank.gate_up_scale, groups)
+    gate, up = both[..., :half], both[..., half:]
+    if bank.input_a is not None:
+        shrunk = _product(rows.values, bank.input_a, groups).to(torch.bfloat16)
+        _expand(gate, shrunk, bank.gate_b, bank.gate_first, groups)
+        _expand(up, shrunk, bank.up_b, bank.up_first, groups)
+    inner = make_rows(functional.silu(gate) * up, bank.down_scale is not None)
+    out = _multiply(inner, bank.down, bank.down_scale, groups)
+    if bank.down_a is not None:
+        shrunk = _product(inner.values, bank.down_a, groups).to(torch.bfloat16)
+        _expand(out, shrunk, bank.down_b, 0, groups)
+    return out
+
+
+def _multiply(
+    rows: Rows, weights: torch.Tensor, scale: torch.Tensor | None, groups: Groups | None
+) -> torch.Tensor:
+    if scale is None or rows.codes is None or rows.scale is None:
+        return _product(rows.values, weights, groups)
+    if groups is None:
+        return (rows.scale * scale[:, None]) * integer_product(rows.codes, weights)
+    # Elementwise work on all groups at once would need the scales spread over the rows.
+    return torch.cat(
+        [
+            (rows.scale[at] * scale[index]) * integer_product(rows.codes[at], weights[index])
+            for index, at in groups
+        ]
+    )
+
+
+def _product(a: torch.Tensor, w: torch.Tensor, groups: Groups | None) -> torch.Tensor:
+    if groups is None:
+        return _dot(a, w)
+    return torch.cat([_dot(a[at], w[index]) for index, at in groups])
+
+
+def _expand(
+    target: torch.Tensor,
+    shrunk: torch.Tensor,
+    b: torch.Tensor | None,
+    first: int,
+    groups: Groups | None,
+) -> None:
+    if b is not None:
+        target += _product(shrunk[..., first : first + b.shape[-1]], b, groups)
+
+
+def integer_product(codes: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Sums of products of integers up to 127 in magnitude, rounded to float32 once: codes
+    [..., m, k] in bfloat16, weights [..., n, k] in int8 or bfloat16."""
+    pieces = [
+        _dot(left, right)
+        for left, right in zip(
+            codes.split(_EXACT_TERMS, -1),
+            weights.to(torch.bfloat16).split(_EXACT_TERMS, -1),
+            strict=True,
+        )
+    ]
+    if len(pieces) == 1:
+        return pieces[0]
+    if len(pieces) == 2:
+        return pieces[0] + pieces[1]  # both are exact: this is the one rounding
+    total = pieces[0].to(torch.int32)
+    for piece in pieces[1:]:
+        total += piece.to(torch.int32)
+    return total.float()
+
+
+def _dot(a: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """a · wᵀ with float32 sums of exact products: [..., m, k] and [..., n, k], both bfloat16."""
+    if a.is_cuda and _keeps_float32(a.device):
+        multiply = torch.mm if a.dim() == 2 else torch.bmm
+        return multiply(a, w.mT, out_dtype=torch.float32)
+    # Products of bfloat16 values are exact in float32, and in TF32 too.
+    return a.float() @ w.float().mT
+
+
+@cache
+def _keeps_float32(device: torch.device) -> bool:
+    """Whether GEMMs of bfloat16 can return their float32 sums (torch 2.8); asked for before any
+    graph is captured."""
+    # Eleven times a third rounded to bfloat16 does not fit into bfloat16.
+    sample = (torch.arange(16, device=device) < 11).to(torch.bfloat16).repeat(16, 1)
+    third = torch.ones(16, 16, dtype=torch.bfloat16, device=device) / 3
+    try:
+        result = torch.mm(sample, third.mT, out_dtype=torch.float32)
+        batched = torch.bmm(sample[None], third.mT[None], out_dtype=torch.float32)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+    expected = torch.full_like(result, 11 * float(third[0, 0]))
+    return torch.equal(result, expected) and torch.equal(batched[0], expected)
+
+
+def warm_up(device: torch.device) -> None:
+    """Settles what must not be asked during a graph capture."""
+    if device.type == "cuda":
+        _keeps_float32(device)
+
+
+class Grouping:
+    """The (token, slot) pairs of one forward by expert, and their sum in the engine's order.
+
+    ids [tokens, k] integers, weights [tokens, k] float; ids outside [0, num_experts) contribute
+    nothing. One host synchronisation, to know how many rows every expert has.
+    """
+
+    def __init__(
+        self, ids: torch.Tensor, weights: torch.Tensor, num_experts: int, hidden_size: int
+    ) -> None:
+        tokens, slots = ids.shape
+        inside = (ids >= 0) & (ids < num_experts)
+        # A token's experts are summed in ascending order, equal ones by slot.
+        keys, order = torch.where(inside, ids, num_experts).sort(dim=1, stable=True)
+        self._weights = torch.where(keys < num_experts, weights.float().gather(1, order), 0.0)
+        grouped, self._positions = keys.flatten().sort(stable=True)
+        limits = torch.arange(num_experts + 1, device=ids.device, dtype=grouped.dtype)
+        self._bounds: list[int] = torch.searchsorted(grouped, limits).tolist()
+        self._outputs = torch.zeros(tokens * slots, hidden_size, device=ids.device)
+        self._shape = (tokens, slots, hidden_size)
+
+    def add(self, experts: Sequence[int], bank: ExpertBank, rows: Rows) -> None:
+        """Computes what the experts of ``bank`` owe; ``experts``: their ids, in its order.
+
+        ``rows``: all tokens.
+        """
+        pieces: list[tuple[int, int, int]] = []
+        for index, expert in enumerate(experts):
+            begin, end = self._bounds[expert], self._bounds[expert + 1]
+            # Even pieces: a few rows at the end would cost a GEMM of their own.
+            count = -(-(end - begin) // _MOST_ROWS)
+            cuts = [begin + (end - begin) * cut // max(count, 1) for cut in range(count + 1)]
+            pieces += [(index, *limits) for limits in pairwise(cuts)]
+        while pieces:
+            taken, size = 0, 0
+            while taken < len(pieces) and size + pieces[taken][2] - pieces[taken][1] <= _MOST_ROWS:
+                size += pieces[taken][2] - pieces[taken][1]
+                taken += 1
+            self._compute(pieces[:taken], bank, rows)
+            del pieces[:taken]
+
+    def _compute(
+        self, pieces: Sequence[tuple[int, int, int]], bank: ExpertBank, rows: Rows
+    ) -> None:
+        """(index in the bank, first row, end) of pieces whose rows fit into memory together."""
+        slots, hidden = self._shape[1:]
+        positions = torch.cat([self._positions[begin:end] for _, begin, end in pieces])
+        groups, at = [], 0
+        for index, begin, end in pieces:
+            groups.append((index, slice(at, at + end - begin)))
+            at += end - begin
+        mine = rows.take(positions.div(slots, rounding_mode="floor"))
+        out = expert_outputs(mine, bank, groups)
+        self._outputs.index_copy_(0, positions, out[:, :hidden])
+
+    def total(self) -> torch.Tensor:
+        """The weighted sums, float32 [tokens, hidden_size]."""
+        tokens, slots, hidden = self._shape
+        outputs = self._outputs.view(self._shape)
+        result = torch.zeros(tokens, hidden, device=outputs.device)
+        for slot in range(slots):
+            result += self._weights[:, slot, None] * outputs[:, slot]
+        return result

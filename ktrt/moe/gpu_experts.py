@@ -1,0 +1,295 @@
+"""The GPU's share of the routed experts: whole layers streamed for long prompts, often used experts
+resident."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ktrt.errors import KtrtError
+from ktrt.moe.expert_math import Grouping, expert_outputs, make_rows, warm_up
+from ktrt.moe.expert_source import LayerSource
+from ktrt.moe.expert_stream import ExpertStream, Pinning, make_lane, make_pinning
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ktrt._core import MoeLayer
+    from ktrt.moe.expert_math import ExpertBank
+    from ktrt.moe.expert_stream import Lane
+
+# Tokens of one streamed forward: the more, the fewer times all experts are copied; its sums take
+# tokens · top_k · hidden_size · 4 bytes of GPU memory.
+MAX_STREAMED_TOKENS = 8192
+
+
+class GpuLayer:
+    """The GPU's share of one layer. Tensors come and go on the GPU."""
+
+    # Up to so many tokens ``forward_resident`` has static shapes and no synchronisation.
+    CAPTURABLE_TOKENS = 1
+
+    @torch.inference_mode(mode=False)  # what is made here is written in and out of it
+    def __init__(self, owner: GpuExperts, index: int, source: LayerSource) -> None:
+        self._owner = owner
+        self._index = index
+        self._source = source
+        self._bank: ExpertBank | None = None
+        self.experts: tuple[int, ...] = ()  # resident, ascending
+        # One more entry than experts, for ids that are none.
+        size = source.num_experts + 1
+        self._slots = torch.full((size,), -1, dtype=torch.int64, device=owner.device)
+        self._counts = torch.zeros(size, dtype=torch.int64, device=owner.device)
+
+    @property
+    def resident(self) -> bool:
+        """Some experts of this layer live on the GPU."""
+        return bool(self.experts)
+
+    @property
+    def complete(self) -> bool:
+        """All experts of this layer live on the GPU: the engine has nothing to do."""
+        return len(self.experts) == self._source.num_experts
+
+    @property
+    def nbytes(self) -> int:
+        """GPU memory of this layer's resident experts."""
+        return self._bank.nbytes() if self._bank is not None else 0
+
+    def streams(self, tokens: int) -> bool:
+        """Whether a forward of so many tokens belongs to ``forward_streamed``. Never what may be a
+        decode step, which a graph captures."""
+        return tokens > self.CAPTURABLE_TOKENS and 0 < self._owner.threshold <= tokens
+
+    def counts(self) -> list[int]:
+        """Routed (token, slot) pairs of every expert so far."""
+        counts: list[int] = self._counts[:-1].tolist()
+        return counts
+
+    def forget_counts(self) -> None:
+        """Starts counting anew."""
+        self._counts.zero_()
+
+    def cpu_ids(self, top_k_index: torch.Tensor) -> torch.Tensor:
+        """The ids that are left to the engine: int64, -1 where the GPU computes the slot. Counts
+        the routed tokens: call it once per forward. Can be captured in a graph."""
+        self._refresh()
+        keys = self._keys(top_k_index)
+        self._count(keys)
+        return torch.where(self._slots[keys] >= 0, -1, top_k_index.to(torch.int64)).contiguous()
+
+    def forward_resident(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The weighted sums over the slots of resident experts, float32 [tokens, hidden_size].
+
+        hidden_states [tokens, hidden_size] float, top_k_index and top_k_weights [tokens, k].
+        Beyond ``CAPTURABLE_TOKENS`` it synchronises with the host once.
+        """
+        if self._bank is None:
+            raise KtrtError("no expert of this layer lives on the GPU")
+        slots = self._slots[self._keys(top_k_index)]
+        rows = make_rows(hidden_states, self._source.quantized)
+        hidden = self._source.hidden_size
+        tokens, width = slots.shape
+        if tokens > self.CAPTURABLE_TOKENS:
+            grouping = Grouping(slots, top_k_weights, len(self.experts), hidden)
+            grouping.add(range(len(self.experts)), self._bank, rows)
+            return grouping.total()
+        # Absent slots read the first resident expert, which costs bandwidth but keeps shapes.
+        of_token = torch.arange(tokens, device=slots.device)[:, None].expand(-1, width).flatten()
+        bank = self._bank.take(slots.clamp_min(0).flatten())
+        out = expert_outputs(rows.take(of_token[:, None]), bank)[:, 0, :hidden]
+        weighted = out.unflatten(0, (tokens, width)) * top_k_weights.float().unsqueeze(-1)
+        return torch.where((slots >= 0).unsqueeze(-1), weighted, 0.0).sum(1)
+
+    def forward_streamed(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """All experts on the GPU, those that are not resident streamed there: shape, dtype and
+        device of hidden_states."""
+        self._refresh()
+        stream = self._owner.stream
+        stream.start(self._index)
+        source = self._source
+        self._count(self._keys(top_k_index))
+        rows = make_rows(hidden_states, source.quantized)
+        grouping = Grouping(top_k_index, top_k_weights, source.num_experts, source.hidden_size)
+        if self._bank is not None:
+            grouping.add(self.experts, self._bank, rows)
+        for experts, arrays in stream.pieces(self._index):
+            grouping.add(experts, source.bank(arrays), rows)
+        return grouping.total().to(hidden_states.dtype)
+
+    @torch.inference_mode(mode=False)
+    def load(self, experts: Sequence[int]) -> bool:
+        """Makes these experts (ascending ids) the resident ones, with the LoRA of now. Returns
+        whether memory that a captured graph knows has been replaced."""
+        self.experts = tuple(experts)
+        slots = torch.full_like(self._slots, -1, device="cpu")
+        slots[list(experts)] = torch.arange(len(experts))
+        self._slots.copy_(slots)
+        old, self._bank = self._bank, None
+        if not experts:
+            return old is not None
+        return self._keep(old, self._source.bank(self._fetch(self._source.arrays)))
+
+    @torch.inference_mode(mode=False)
+    def reload_lora(self) -> bool:
+        """Takes the LoRA of now for the resident experts; returns what ``load`` returns."""
+        if self._bank is None:
+            return False
+        arrays = self._fetch(self._source.lora_arrays)
+        return self._keep(self._bank, self._source.with_lora(self._bank, arrays))
+
+    def _fetch(self, arrays: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        index = torch.tensor(self.experts)
+        return {name: array[index].to(self._slots.device) for name, array in arrays.items()}
+
+    def _keep(self, old: ExpertBank | None, bank: ExpertBank) -> bool:
+        """Copies ``bank`` into the memory of ``old`` where it fits; else ``bank`` takes over."""
+        self._bank = bank
+        if old is None or not old.accepts(bank):
+            return True
+        kept = old.tensors()
+        for name, tensor in bank.tensors().items():
+            if tensor is not kept[name]:
+                kept[name].copy_(tensor)
+        self._bank = old
+        return False
+
+    def release(self) -> None:
+        """Leaves everything to the engine and lets go of its memory."""
+        self.load(())
+        self._source.release()
+
+    def _refresh(self) -> None:
+        if self._source.stale:
+            self._owner.refresh()
+
+    def _keys(self, ids: torch.Tensor) -> torch.Tensor:
+        count = self._source.num_experts
+        return torch.where((ids >= 0) & (ids < count), ids, count).to(torch.int64)
+
+    def _count(self, keys: torch.Tensor) -> None:
+        flat = keys.flatten()
+        self._counts.index_add_(0, flat, torch.ones_like(flat))
+
+
+class GpuExperts:
+    """The GPU's share of all layers of a model."""
+
+    def __init__(
+        self,
+        layers: Mapping[str, MoeLayer],
+        device: torch.device,
+        *,
+        lane: Lane | None = None,
+        pinning: Pinning | None = None,
+    ) -> None:
+        """``layers``: the engine's layers by experts path, in the order of a forward, all experts
+        loaded. Nothing is on the GPU at first: ``select`` and ``threshold`` change that."""
+        self.device = torch.empty(0, device=device).device  # with its index
+        warm_up(self.device)
+        # Forwards of at least so many tokens are streamed; 0: none.
+        self.threshold = 0
+        # Changes when memory that a captured graph knows has been replaced: capture it again.
+        self.version = 0
+        self._sources = [LayerSource(layer) for layer in layers.values()]
+        self._by_path = dict(zip(layers, self._sources, strict=True))
+        self._pinning = pinning or make_pinning(self.device)
+        self.stream = ExpertStream(self._sources, lane or make_lane(self.device))
+        self.layers = {
+            path: GpuLayer(self, index, source)
+            for index, (path, source) in enumerate(zip(layers, self._sources, strict=True))
+        }
+
+    def source(self, path: str) -> LayerSource:
+        """The engine's memory of one layer."""
+        return self._by_path[path]
+
+    def layer_bytes(self, path: str) -> int:
+        """What streaming this layer copies when none of its experts is resident."""
+        source = self._by_path[path]
+        return source.num_experts * source.expert_bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        """GPU memory of the resident experts."""
+        return sum(layer.nbytes for layer in self.layers.values())
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Memory of the engine that the GPU reads directly."""
+        return self._pinning.nbytes
+
+    @property
+    def unpinned_bytes(self) -> int:
+        """Memory that was to be pinned and could not be."""
+        return self._pinning.failed_bytes
+
+    def counts(self) -> dict[str, list[int]]:
+        """How often the router chose each expert, by experts path; ``select`` takes them. Plain
+        numbers, to be kept as JSON say."""
+        return {path: layer.counts() for path, layer in self.layers.items()}
+
+    def select(self, number: int, counts: Mapping[str, Sequence[int]] | None = None) -> None:
+        """Puts ``number`` experts of every layer on the GPU, those with the largest ``counts``, the
+        first ones where counts are equal or missing. Call it between answers.
+
+        ``KtrtError``: a layer's counts are missing or of another length.
+        """
+        for index, (path, layer) in enumerate(self.layers.items()):
+            total = self._sources[index].num_experts
+            uses = list(counts.get(path, ())) if counts is not None else [0] * total
+            if len(uses) != total:
+                raise KtrtError(
+                    f"counts of {path}: found {len(uses)} numbers, expected one for each of its "
+                    f"{total} experts"
+                )
+            chosen = sorted(range(total), key=lambda expert: (-uses[expert], expert))[:number]
+            self._load(index, layer, sorted(chosen))
+
+    def refresh(self) -> None:
+        """Takes LoRA that the engine was given since. Cheap if there is none; never in a graph
+        capture with some."""
+        stale = [index for index, source in enumerate(self._sources) if source.stale]
+        if not stale:
+            return
+        for index in stale:
+            self._sources[index].refresh_lora()
+        self.stream.reset()
+        if self._pinning.active:
+            self.pin()
+        for index, layer in enumerate(self.layers.values()):
+            if index in stale and layer.reload_lora():
+                self.version += 1
+
+    def prefill_chunk(self, remaining: int) -> int | None:
+        """Tokens of a prompt that the next forward should take, where streaming decides it."""
+        if 0 < self.threshold <= remaining:
+            return min(remaining, MAX_STREAMED_TOKENS)
+        return None
+
+    def pin(self, layers: int | None = None) -> None:
+        """Lets the GPU copy from the engine's memory directly: of all layers, or the first."""
+        sources = self._sources[:layers]
+        self._pinning.update([m for source in sources for m in source.memories.values()])
+
+    def unpin(self) -> None:
+        """The engine's memory is ordinary memory again."""
+        self._pinning.update([])
+
+    def close(self) -> None:
+        """Frees the GPU's memory and lets go of the engine's; call it before ``Engine.close``."""
+        self.threshold = 0
+        self.stream.close()
+        self._pinning.close()
+        for layer in self.layers.values():
+            layer.release()
+
+    def _load(self, index: int, layer: GpuLayer, experts: Sequence[int]) -> None:
+        if layer.load(experts):
+            self.version += 1
+        self.stream.skip(index, experts)

@@ -1,0 +1,210 @@
+"""Models whose experts are shared between the engine, through a hand-off, and a GPU; decoded by
+graphs. On the CPU device, over stand-in streams."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from helpers.fake_streams import FakeCore, FakeGraphs, fake_hand_off
+from helpers.tiny_models import save_adapter, save_model, token_ids
+
+import ktrt.model
+from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
+from ktrt.generation import PREFILL_CHUNK, KvCache
+from ktrt.model import LoadedModel, load_model
+from ktrt.moe import GpuExperts, KTExperts
+from ktrt.moe.engine import MAX_QLEN
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
+
+    from ktrt._core import Engine
+
+IDS = token_ids(1, 40)[0].tolist()
+EXPERTS = 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    save_model(folder / "deepseek_v2", "deepseek_v2", 96)
+    save_adapter(folder / "lora", folder / "deepseek_v2", "a")
+    return folder
+
+
+def load(folder: Path) -> LoadedModel:
+    return load_model(
+        ModelArgs(folder / "deepseek_v2", infer_dtype="float32"),
+        AdapterArgs(folder / "lora"),
+        ExpertArgs(kt_num_threads=1),
+    )
+
+
+class Shared:
+    """The same model twice: ``plain``, and with a hand-off, graphs and a GPU's share."""
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.plain = load(folder)
+        self.in_graph = False
+        self.core: FakeCore
+        self.maker: FakeGraphs
+        self.gpu: GpuExperts
+
+        def new_hand_off(engine: Engine, _device: torch.device) -> Any:
+            hand_off, self.core = fake_hand_off(engine.max_qlen)
+            self.maker = FakeGraphs(self.core)
+            patch.setattr(self.maker, "capture", partial(self._capture, self.maker.capture))
+            return hand_off
+
+        def build(modules: Mapping[str, KTExperts], device: torch.device, *_: Any) -> GpuExperts:
+            layers = {path: module.layer for path, module in modules.items()}
+            self.gpu = GpuExperts(layers, device)
+            patch.setattr(self.gpu, "refresh", partial(self._refresh, self.gpu.refresh))
+            for path, module in modules.items():
+                module.gpu = self.gpu.layers[path]
+            return self.gpu
+
+        patch.setattr(ktrt.model, "new_hand_off", new_hand_off)
+        patch.setattr(ktrt.model, "CudaGraphs", lambda: self.maker)
+        patch.setattr(ktrt.model, "build_gpu_experts", build)
+        self.loaded = load(folder)
+        self.ours = KvCache(self.loaded.model, self.loaded.graphs)
+        self.reference = KvCache(self.plain.model)
+
+    def _capture(self, capture: Any, step: Callable[[], None]) -> Any:
+        def marked() -> None:
+            self.in_graph = True
+            try:
+                step()
+            finally:
+                self.in_graph = False
+
+        return capture(marked)
+
+    def _refresh(self, refresh: Callable[[], None]) -> None:
+        assert not self.in_graph, "a graph cannot take another LoRA"
+        refresh()
+
+    def compare(self, ids: list[int]) -> None:
+        found, expected = self.ours.forward(ids), self.reference.forward(ids)
+        assert (found - expected).norm() <= 2e-3 * expected.norm()
+
+    def set_lora(self, *, enabled: bool) -> None:
+        for loaded in (self.plain, self.loaded):
+            for module in loaded.model.modules():
+                if isinstance(module, KTExperts):
+                    module.layer.lora_enabled = enabled
+
+
+@pytest.fixture
+def shared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shared]:
+    monkeypatch.setattr(ktrt.model, "_device", lambda: torch.device("cpu"))
+    shared = Shared(folder, monkeypatch)
+    yield shared
+    shared.loaded.close()
+    shared.plain.close()
+
+
+@pytest.mark.parametrize("number", [1, 3, 100])
+def test_decoding_with_resident_experts(shared: Shared, number: int) -> None:
+    shared.gpu.select(number)
+    shared.compare(IDS[:21])
+    shared.core.log.clear()
+    for each in IDS[21:]:
+        shared.compare([each])
+    assert (shared.maker.captures, shared.maker.replays) == (1, 19)
+    complete = all(share.complete for share in shared.gpu.layers.values())
+    assert complete == (number == 100)
+    assert bool(shared.core.log) != complete
+    if not complete:
+        assert {slot[3] for slot in shared.core.slots} == {torch.float32}
+
+
+def test_a_graph_ends_with_the_memory_it_knows(shared: Shared) -> None:
+    shared.gpu.select(2)
+    shared.compare(IDS[:9])
+    shared.compare([5])
+    shared.gpu.select(2, {path: list(range(len(n))) for path, n in shared.gpu.counts().items()})
+    shared.compare([6])
+    assert shared.maker.captures == 1
+    shared.gpu.select(3)
+    shared.compare([7])
+    shared.compare([8])
+    assert shared.maker.captures == 2
+
+
+def test_replays_take_another_lora(shared: Shared) -> None:
+    shared.gpu.select(100)
+    shared.compare(IDS[:9])
+    for captures, enabled in enumerate((True, False, True), start=1):
+        shared.set_lora(enabled=enabled)
+        for each in (5, 6):
+            shared.compare([each])
+        assert shared.maker.captures == captures
+
+
+def test_a_lora_of_the_same_shape_is_taken_by_the_same_graph(shared: Shared) -> None:
+    shared.gpu.select(100)
+    shared.compare(IDS[:9])
+    shared.compare([5])
+    generator = torch.Generator().manual_seed(0)
+    for path in shared.gpu.layers:
+        models: list[Any] = [shared.plain.model, shared.loaded.model]
+        layers = [model.get_submodule(path).layer for model in models]
+        experts, hidden, inner = (
+            layers[0].num_experts, layers[0].hidden_size, layers[0].intermediate_size,
+        )  # fmt: skip
+        rank = shared.gpu.source(path)._lora.down.ranks  # type: ignore[union-attr]
+        sizes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+        lora = {}
+        for name, (out, into) in sizes.items():
+            lora[f"{name}_a"] = torch.randn(experts, rank, into, generator=generator) / into**0.5
+            lora[f"{name}_b"] = torch.randn(experts, out, rank, generator=generator) / rank**0.5
+        for layer in layers:
+            layer.set_lora(**lora)
+    shared.compare([6])
+    assert shared.maker.captures == 1
+
+
+def test_long_prompts_stream_and_decoding_does_not(shared: Shared) -> None:
+    shared.gpu.select(2)
+    shared.gpu.threshold = 2
+    shared.compare(IDS[:30])
+    assert shared.core.log == []
+    for each in IDS[30:]:
+        shared.compare([each])
+    assert shared.maker.replays == 10
+    assert shared.core.log
+
+
+def test_a_gpu_gets_prompts_in_chunks_of_an_engine_call(shared: Shared) -> None:
+    assert shared.ours.prefill_chunk(3000) == PREFILL_CHUNK
+    shared.ours._device = torch.device("cuda")
+    assert shared.ours.prefill_chunk(3000) == MAX_QLEN
+    shared.gpu.threshold = 2000
+    assert shared.ours.prefill_chunk(1999) == MAX_QLEN
+    assert shared.ours.prefill_chunk(3000) == 3000
+
+
+def test_shared_experts_run_before_the_sum_is_awaited(shared: Shared) -> None:
+    shared.gpu.select(2)
+    block: Any = shared.loaded.model.model.layers[1].mlp  # type: ignore[union-attr, index]
+    block.shared_experts.register_forward_hook(lambda *_: shared.core.log.append("shared experts"))
+    block.experts.gpu.forward_resident = logged(
+        shared.core.log, "resident", block.experts.gpu.forward_resident
+    )
+    with torch.no_grad():
+        block(torch.randn(1, 3, block.experts.layer.hidden_size))
+    assert shared.core.log == ["submit", "resident", "shared experts", "joined"]
+
+
+def logged(log: list[str], name: str, function: Any) -> Any:
+    def call(*arguments: Any) -> Any:
+        log.append(name)
+        return function(*arguments)
+
+    return call
