@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from ktrt._core import MoeLayer
 
 SAME = 5e-4  # as in test_expert_math
+# On a GPU the last bit of a BF16 activation may differ, and one INT8 code with it.
+ONE_CODE = 2e-3
 TOLERANCE = {"bf16": 0.01, "int8": 0.04, "int4": 0.3}
 FORMATS = ("bf16", "int8", "int4")
 E, K = 7, 3
@@ -215,7 +217,7 @@ def test_a_changed_lora_is_taken(
             model.gpu.threshold = threshold
             arguments = case.inputs(9)
             expected = run_engine(layer, *arguments)
-            assert error(module(*to(device, *arguments)), expected) < SAME
+            assert error(module(*to(device, *arguments)), expected) < ONE_CODE
         assert (model.gpu.version == version) == (ranks == case.ranks)
 
 
@@ -232,9 +234,9 @@ def test_lora_off_and_on_again(engine: Engine, device: torch.device, resident: i
                 layer.lora_enabled = enabled
                 model.gpu.threshold = 0
                 expected = run_engine(layer, *arguments)
-                assert error(module(*to(device, *arguments)), expected) < SAME
+                assert error(module(*to(device, *arguments)), expected) < ONE_CODE
                 model.gpu.threshold = 2
-                assert error(module(*to(device, *arguments)), expected) < SAME
+                assert error(module(*to(device, *arguments)), expected) < ONE_CODE
                 # Without LoRA there are fewer tensors: graphs are stale.
                 assert (model.gpu.version == version) == (not results)
                 results.append(expected)
@@ -256,7 +258,7 @@ def test_inference_mode_comes_and_goes(engine: Engine, device: torch.device) -> 
         for threshold in (0, 1):
             model.gpu.threshold = threshold
             with torch.inference_mode(inference):
-                assert error(module(*to(device, *arguments)), expected) < SAME
+                assert error(module(*to(device, *arguments)), expected) < ONE_CODE
         model.gpu.select(2)
 
 
@@ -325,4 +327,4 @@ def test_a_graph_of_the_resident_share(engine: Engine, weight_format: str) -> No
             graph.replay()
             expected = run_engine(model.layers[0], *one)
             rest = run_engine(model.layers[0], one[0], left.cpu(), one[2])
-            assert error(mine.cpu() + rest, expected) < SAME
+            assert error(mine.cpu() + rest, expected) < ONE_CODE
