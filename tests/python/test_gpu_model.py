@@ -67,13 +67,14 @@ def load(folder: Path, family: str, *, cpu: bool = False, **settings: Any) -> Lo
 class Pair:
     """A model on the GPU, by graphs, and on the CPU."""
 
-    def __init__(self, gpu: LoadedModel, cpu: LoadedModel) -> None:
+    def __init__(self, gpu: LoadedModel, cpu: LoadedModel, allowed: float = 8e-3) -> None:
         self.models = (gpu, cpu)
+        self.allowed = allowed
         self.ours, self.reference = KvCache(gpu.model, gpu.graphs), KvCache(cpu.model)
 
     def compare(self, ids: list[int]) -> None:
         found, expected = self.ours.forward(ids).cpu(), self.reference.forward(ids)
-        assert float((found - expected).norm() / expected.norm()) < 8e-3
+        assert float((found - expected).norm() / expected.norm()) < self.allowed
 
     def close(self) -> None:
         for model in self.models:
@@ -86,7 +87,10 @@ class Pair:
 def test_resident_experts(folder: Path, family: str, number: int, backend: Any) -> None:
     settings = {"kt_backend": backend, "kt_gpu_prefill_token_threshold": 0}
     gpu = load(folder, family, kt_num_gpu_experts=number, **settings)
-    pair = Pair(gpu, load(folder, family, cpu=True, **settings))
+    # The attention's last bits differ, so now and then an activation takes another INT8 code; that
+    # rounding itself costs 1.5 to 2.6 %.
+    allowed = 8e-3 if backend == "AMXBF16" else 2e-2
+    pair = Pair(gpu, load(folder, family, cpu=True, **settings), allowed)
     assert gpu.gpu is not None
     assert all(share.resident for share in gpu.gpu.layers.values())
     for part in (IDS[:9], IDS[9:12], *([each] for each in IDS[12:])):
