@@ -132,7 +132,12 @@ def test_the_stub_names_what_the_module_has() -> None:
         "classes = {k: public(v) for k, v in vars(c).items() if isinstance(v, type)}\n"
         "print(json.dumps({'': public(c), **classes}))"
     )
-    assert {name: set(names) for name, names in json.loads(out).items()} == stub
+    module = {name: set(names) for name, names in json.loads(out).items()}
+    # Classes that only functions return have pybind11's __init__, which refuses.
+    for name in module.keys() & stub.keys():
+        if name.startswith("Packed"):
+            module[name].discard("__init__")
+    assert module == stub
 
 
 def test_dependencies() -> None:
