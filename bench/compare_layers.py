@@ -7,6 +7,7 @@ import os
 import statistics
 import time
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 ELEMENT_BYTES = {"bf16": 2.0, "int8": 1.0, "int4": 0.5}
 PROBE_BYTES = 256 << 20
-SETTLE_SECONDS = 0.12
+SETTLE_SECONDS = 0.08
 ERROR_TOKENS = 64
 
 
@@ -121,15 +122,20 @@ class Sample:
     onednn: float | None  # GFLOP/s
 
 
+@cache
+def read_probe() -> _core.ReadProbe:
+    """One for all measurements: filling it takes half a second."""
+    return _core.ReadProbe(PROBE_BYTES)
+
+
 def sample_rounds(
     ktrt: Ktrt, kt: KtKernel, batch: Batch, onednn: Callable[[], float] | None, rounds: int
 ) -> list[Sample]:
-    probe = _core.ReadProbe(PROBE_BYTES)
     layers, has_lora = len(ktrt.layers), bool(kt.weights.lora)
     samples = []
     for index in range(rounds):
         settle()
-        read_rate = PROBE_BYTES / probe.seconds(ktrt.engine)
+        read_rate = PROBE_BYTES / read_probe().seconds(ktrt.engine)
         # Each comes first half of the time: whatever drifts meets both alike.
         first, second = ktrt.forward, ktrt.base_forward
         if index % 2:
@@ -157,7 +163,7 @@ def measure_qlen(
     lora_bytes = 2 * rank * 3 * (HIDDEN + INTER)
     nbytes = experts * (3 * HIDDEN * INTER * ELEMENT_BYTES[dtype] + lora_bytes)
     flops = 2.0 * qlen * TOP_K * 3 * (HIDDEN * INTER + rank * (HIDDEN + INTER))
-    samples = sample_rounds(ktrt, kt, batch, onednn, rounds or (31 if qlen <= 16 else 15))
+    samples = sample_rounds(ktrt, kt, batch, onednn, rounds)
 
     def median(value: Callable[[Sample], float]) -> float:
         return statistics.median(value(sample) for sample in samples)
@@ -193,6 +199,7 @@ def measure(
     layers: int,
     threads: int,
     rounds: int,
+    quick: bool,
     zipf: bool,
 ) -> Iterator[dict[str, Any]]:
     """The rows of one dtype, and the machine with each of them."""
@@ -209,7 +216,9 @@ def measure(
         machine = describe_machine(kt, threads, layers)
         for qlen in qlens:
             batch = Batch(qlen, layers, zipf=zipf)
-            row = measure_qlen((ktrt, kt), weights, batch, dtype, rounds)
+            few, many = (5, 3) if quick else (31, 15)
+            chosen = rounds or (few if qlen <= 16 else many)
+            row = measure_qlen((ktrt, kt), weights, batch, dtype, chosen)
             yield {"machine": machine, "row": row}
 
 

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from ktrt.config import SamplingArgs
 from ktrt.decode_graph import DecodeGraphs
 from ktrt.errors import ConfigError
-from ktrt.kv_cache import StaticKv, unusual_layers
+from ktrt.kv_cache import StaticKv, makes_own_cache, unusual_layers
 from ktrt.sampling import Sampler, make_sampler
 
 # Tokens per forward of the prompt: enough for GEMMs to be at their best, and few enough that
@@ -77,9 +77,8 @@ class KvCache:
         # The GPU's share of the routed experts, and what graphs know of its memory.
         self._gpu: Any = getattr(model, "kt_gpu_experts", None)
         self._gpu_version = -1
-        # A few models (MiniMax-01) make a cache of their own in their first forward.
-        self._own_cache = not getattr(model, "_supports_default_dynamic_cache", lambda: True)()
-        self.plain = not self._own_cache and not unusual_layers(model.config)
+        self._own_cache = makes_own_cache(model)
+        self.plain = not unusual_layers(model)
         self._graphs: DecodeGraphs | None = None
         self._cache: Any = None
         if graphs is not None and self.plain:

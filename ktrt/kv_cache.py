@@ -20,13 +20,20 @@ from ktrt.errors import KtrtError
 MIN_CAPACITY = 2048
 
 
-def unusual_layers(config: Any) -> list[str]:
+def makes_own_cache(model: Any) -> bool:
+    """Whether the model makes a cache of its own in its first forward, as a few do (MiniMax-01)."""
+    return not getattr(model, "_supports_default_dynamic_cache", lambda: True)()
+
+
+def unusual_layers(model: Any) -> list[str]:
     """The classes of the layers of a model's cache that are not plain.
 
     Only the plain layer can be cropped, and continued by several tokens at once: a sliding window
     forgets, and some linear-attention layers restart from nothing (transformers 5.23).
     """
-    layers = DynamicCache(config=config).layers
+    if makes_own_cache(model):
+        return [f"those of {type(model).__name__} itself"]
+    layers = DynamicCache(config=model.config).layers
     return sorted({type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer})
 
 

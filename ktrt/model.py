@@ -110,7 +110,7 @@ def _graphs(
     """What makes the CUDA graphs of decode steps; None, with a log line, where there are none."""
     reason = "kt_use_cuda_graph is false"
     if wanted:
-        unusual = unusual_layers(model.config)
+        unusual = unusual_layers(model)
         reason = f"the model's KV cache has layers that are not plain ({', '.join(unusual)})"
         if not unusual:
             logger.info("Each decode step is one CUDA graph, hand-offs to the CPU included")

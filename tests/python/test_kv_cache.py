@@ -323,7 +323,9 @@ def test_windows() -> None:
 
 
 def test_unusual_layers_are_named() -> None:
-    assert unusual_layers(make("deepseek_v2").config) == []
+    assert unusual_layers(make("deepseek_v2")) == []
     sliding = MistralConfig(num_hidden_layers=2, sliding_window=8)
-    assert unusual_layers(sliding) == ["DynamicSlidingWindowLayer"]
+    assert unusual_layers(SimpleNamespace(config=sliding)) == ["DynamicSlidingWindowLayer"]
+    own = SimpleNamespace(config=sliding, _supports_default_dynamic_cache=lambda: False)
+    assert unusual_layers(own) == ["those of SimpleNamespace itself"]
     assert len(DynamicCache(config=sliding).layers) == 2
