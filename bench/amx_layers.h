@@ -4,11 +4,11 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
-#include <initializer_list>
 #include <memory>
 #include <random>
 #include <vector>
 
+#include "array_view.h"
 #include "base/bf16.h"
 #include "cpu/read_probe.h"
 #include "moe/moe_layer.h"
@@ -34,21 +34,6 @@ struct Peaks {
   double one_of(WeightFormat format) const { return one[is_quantized(format)]; }
   double all_of(WeightFormat format) const { return all[is_quantized(format)]; }
 };
-
-inline TensorView view(const void* data, DType dtype, std::initializer_list<std::int64_t> shape) {
-  TensorView result;
-  result.name = "array";
-  result.data = const_cast<void*>(data);
-  result.dtype = dtype;
-  result.ndim = static_cast<int>(shape.size());
-  std::copy(shape.begin(), shape.end(), result.shape.begin());
-  std::int64_t stride = 1;
-  for (int d = result.ndim - 1; d >= 0; --d) {
-    result.stride[static_cast<std::size_t>(d)] = stride;
-    stride *= result.shape[static_cast<std::size_t>(d)];
-  }
-  return result;
-}
 
 class Layers {
  public:

@@ -9,6 +9,7 @@
 #include <random>
 #include <vector>
 
+#include "array_view.h"
 #include "base/bf16.h"
 #include "cpu/topology.h"
 #include "moe/moe_layer.h"
@@ -21,23 +22,6 @@ constexpr MoeShape kShape = {
 // A token reads 26 MB of INT4 experts in each layer; all layers together are beyond any L3 cache.
 constexpr int layers_of(WeightFormat format) { return format == WeightFormat::kInt4 ? 4 : 2; }
 constexpr std::size_t kProbeBytes = std::size_t{256} << 20;
-
-template <class Value>
-TensorView view(std::vector<Value>& values, DType dtype,
-                std::initializer_list<std::int64_t> shape) {
-  TensorView result;
-  result.name = "array";
-  result.data = values.data();
-  result.dtype = dtype;
-  result.ndim = static_cast<int>(shape.size());
-  std::copy(shape.begin(), shape.end(), result.shape.begin());
-  std::int64_t stride = 1;
-  for (int d = result.ndim - 1; d >= 0; --d) {
-    result.stride[static_cast<std::size_t>(d)] = stride;
-    stride *= result.shape[static_cast<std::size_t>(d)];
-  }
-  return result;
-}
 
 struct Model {
   std::shared_ptr<Engine> engine;
@@ -57,14 +41,14 @@ Model make_model(WeightFormat format, int rank) {
   std::vector<float> lora(lora_size, 0.01f);
   for (int l = 0; l < layers_of(format); ++l) {
     auto layer = std::make_unique<MoeLayer>(model.engine, kShape, format);
-    const TensorView rows = view(w, DType::kBfloat16, {i, h});
+    const TensorView rows = view(w.data(), DType::kBfloat16, {i, h});
     for (int e = 0; e < kShape.num_experts; ++e) {
-      layer->load_expert(e, rows, rows, view(w, DType::kBfloat16, {h, i}));
+      layer->load_expert(e, rows, rows, view(w.data(), DType::kBfloat16, {h, i}));
     }
     if (rank > 0) {
       const auto pair = [&](std::int64_t in, std::int64_t out) {
-        return LoraPair{view(lora, DType::kFloat32, {kShape.num_experts, rank, in}),
-                        view(lora, DType::kFloat32, {kShape.num_experts, out, rank})};
+        return LoraPair{view(lora.data(), DType::kFloat32, {kShape.num_experts, rank, in}),
+                        view(lora.data(), DType::kFloat32, {kShape.num_experts, out, rank})};
       };
       layer->set_lora(pair(h, i), pair(h, i), pair(i, h));
     }
@@ -97,10 +81,10 @@ void layer(benchmark::State& state, WeightFormat format) {
   std::size_t next = 0;
   for (auto _ : state) {
     model.layers[next++ % model.layers.size()]->forward(
-        view(x, DType::kBfloat16, {qlen, kShape.hidden_size}),
-        view(ids, DType::kInt64, {qlen, kShape.top_k}),
-        view(weights, DType::kFloat32, {qlen, kShape.top_k}),
-        view(out, DType::kBfloat16, {qlen, kShape.hidden_size}));
+        view(x.data(), DType::kBfloat16, {qlen, kShape.hidden_size}),
+        view(ids.data(), DType::kInt64, {qlen, kShape.top_k}),
+        view(weights.data(), DType::kFloat32, {qlen, kShape.top_k}),
+        view(out.data(), DType::kBfloat16, {qlen, kShape.hidden_size}));
   }
   const ReadProbe probe(kProbeBytes);
   const double matrix = 1.0 * kShape.hidden_size * kShape.intermediate_size;

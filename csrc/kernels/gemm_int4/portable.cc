@@ -1,22 +1,10 @@
-// INT4 GEMM in plain C++: exact int32 sums, scaled as kt_kernel does.
-#include <string.h>
-
-#include "kernels/scalar.h"
-#include "kernels/strip.h"
+// INT4 GEMM in plain C++.
+#include "kernels/scalar_integer.h"
 
 namespace ktrt {
 namespace {
 
 constexpr int kBlockBytes = 3584 / 2;
-
-// sums[n] += Σ_v x[v] · codes[4 n + v] of 16 outputs.
-void multiply_group(const int8_t* x, const int8_t* codes, int32_t* sums) {
-  for (int n = 0; n < 16; ++n) {
-    int32_t sum = 0;
-    for (int v = 0; v < 4; ++v) sum += x[v] * codes[n * 4 + v];
-    sums[n] += sum;
-  }
-}
 
 // A nibble becomes the signed byte 16 · code.
 void accumulate_row(const GemmArgs& g, const int8_t* a, int32_t* acc) {
@@ -38,21 +26,9 @@ void accumulate_row(const GemmArgs& g, const int8_t* a, int32_t* acc) {
   });
 }
 
-void strip(const GemmArgs& g) {
-  for (int r = 0; r < g.rows; ++r) {
-    int32_t acc[kStripColumns] = {};
-    accumulate_row(g, reinterpret_cast<const int8_t*>(g.a + r * g.a_stride), acc);
-    float* c = g.c + static_cast<int64_t>(r) * kStripColumns;
-    for (int n = 0; n < kStripColumns; ++n) {
-      c[n] = (g.a_scale[r] * g.w_scale[n]) * static_cast<float>(acc[n]);
-    }
-    if (g.lora_b != nullptr) expand_row(g, r, c);
-  }
-}
-
 }  // namespace
 
 extern const GemmKernel gemm_int4_portable;
-const GemmKernel gemm_int4_portable = {"portable", strip, 0};
+const GemmKernel gemm_int4_portable = {"portable", integer_strip<accumulate_row>, 0};
 
 }  // namespace ktrt

@@ -1,8 +1,7 @@
-// INT8 GEMM in plain C++: exact int32 sums, scaled as kt_kernel does.
+// INT8 GEMM in plain C++.
 #include <string.h>
 
-#include "kernels/scalar.h"
-#include "kernels/strip.h"
+#include "kernels/scalar_integer.h"
 
 namespace ktrt {
 namespace {
@@ -16,31 +15,15 @@ void accumulate_row(const GemmArgs& g, const int8_t* a, int32_t* acc) {
       for (int group = 0; group < 16; ++group) {
         int8_t codes[64];
         memcpy(codes, w + half * kTileHalf + group * 64, 64);
-        for (int n = 0; n < 16; ++n) {
-          int32_t sum = 0;
-          for (int v = 0; v < 4; ++v) sum += x[group * 4 + v] * codes[n * 4 + v];
-          acc[half * 16 + n] += sum;
-        }
+        multiply_group(x + group * 4, codes, acc + half * 16);
       }
     }
   });
 }
 
-void strip(const GemmArgs& g) {
-  for (int r = 0; r < g.rows; ++r) {
-    int32_t acc[kStripColumns] = {};
-    accumulate_row(g, reinterpret_cast<const int8_t*>(g.a + r * g.a_stride), acc);
-    float* c = g.c + static_cast<int64_t>(r) * kStripColumns;
-    for (int n = 0; n < kStripColumns; ++n) {
-      c[n] = (g.a_scale[r] * g.w_scale[n]) * static_cast<float>(acc[n]);
-    }
-    if (g.lora_b != nullptr) expand_row(g, r, c);
-  }
-}
-
 }  // namespace
 
 extern const GemmKernel gemm_int8_portable;
-const GemmKernel gemm_int8_portable = {"portable", strip, 0};
+const GemmKernel gemm_int8_portable = {"portable", integer_strip<accumulate_row>, 0};
 
 }  // namespace ktrt
