@@ -12,6 +12,7 @@ from torch import nn
 
 from ktrt.config import ExpertArgs
 from ktrt.decode_graph import CudaGraphs, DecodeGraphs
+from ktrt.fused_lora import FusedLora
 from ktrt.generation import KvCache
 from ktrt.moe import (
     KTExperts,
@@ -177,6 +178,7 @@ class Bench:
     def add_lora(self) -> None:
         """LoRA on everything."""
         add_torch_lora(self.model)
+        FusedLora(self.model)
         for index, layer in self.layers:
             layer.set_lora(**self.experts.lora(index))
 

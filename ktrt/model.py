@@ -12,6 +12,7 @@ import torch
 from ktrt.adapter import Audit
 from ktrt.decode_graph import CudaGraphs, DecodeGraphs
 from ktrt.expert_loading import cache_folder, load_experts
+from ktrt.fused_lora import FusedLora
 from ktrt.kv_cache import unusual_layers
 from ktrt.moe import KTExperts, build_gpu_experts, new_hand_off
 from ktrt.prepare import prepare
@@ -77,6 +78,8 @@ def load_model(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> L
         load_experts(ready.base.experts, ready.layers, cache_folder(experts), ready.kt_weights)
         _attach(loaded, ready, hand_off)
         audit = _apply_adapter(plan, loaded, specs) if plan else Audit()
+        if plan and device.type == "cuda":
+            FusedLora(loaded)
         gpu = _share_with_gpu(engine, loaded, specs, experts, device)
     except BaseException:
         if hand_off is not None:
