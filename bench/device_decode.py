@@ -101,6 +101,8 @@ def check(args: argparse.Namespace, weight_format: str) -> Result:
         eager, graph = (teacher_forced(bench.cache(graph=graph), ids) for graph in (False, True))
         result: Result = {"format": weight_format, "graph_vs_eager_bf16": error(graph, eager)}
         bench.model.float()
+        if bench.fused_lora is not None:
+            bench.fused_lora.refresh()
         eager, graph = (teacher_forced(bench.cache(graph=graph), ids) for graph in (False, True))
         with torch.inference_mode():
             expected = reference_model(bench, config)(torch.tensor([ids])).logits[0, 31:]

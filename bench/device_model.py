@@ -152,6 +152,7 @@ class Bench:
     experts: Experts
     layers: list[tuple[int, MoeLayer]]
     gpu: GpuExperts | None = None
+    fused_lora: FusedLora | None = None
 
     @classmethod
     def make(cls, config: Any, backend: KtBackend, threads: int | None) -> Bench:
@@ -178,7 +179,7 @@ class Bench:
     def add_lora(self) -> None:
         """LoRA on everything."""
         add_torch_lora(self.model)
-        FusedLora(self.model)
+        self.fused_lora = FusedLora(self.model)
         for index, layer in self.layers:
             layer.set_lora(**self.experts.lora(index))
 

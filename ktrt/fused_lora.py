@@ -84,13 +84,15 @@ class _FusedLinear:
         weight = self._base.weight
         size_out, size_in = weight.shape
         ranks = -(-a.shape[0] // _RANK_STEP) * _RANK_STEP
-        if self._joint is None or self._joint.shape[0] != size_out + ranks:
-            self._joint = weight.new_empty(size_out + ranks, size_in)
-            self._joint[:size_out] = weight
-            weight.data = self._joint[:size_out]
+        joint = self._joint
+        moved = joint is None or weight.data_ptr() != joint.data_ptr()
+        if joint is None or moved or joint.shape[0] != size_out + ranks:
+            self._joint = joint = weight.new_empty(size_out + ranks, size_in)
+            joint[:size_out] = weight
+            weight.data = joint[:size_out]
             self._expand = weight.new_empty(ranks, size_out)
         assert self._expand is not None
-        self._joint[size_out:].zero_()[: a.shape[0]] = a
+        joint[size_out:].zero_()[: a.shape[0]] = a
         self._expand.zero_()[: a.shape[0]] = scaled_b.T
         if self._base.bias is not None:
             self._joint_bias = F.pad(self._base.bias, (0, ranks))

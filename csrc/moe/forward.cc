@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <thread>
 
 #include "base/bf16.h"
 #include "moe/job_rows.h"
@@ -20,19 +21,25 @@ class ThreadForward {
         shared_(task.workspace.shared()),
         has_gate_(task.weights.shape().has_gate) {}
 
+  void shrink_input(const Piece& piece);
   void gate_up(const Piece& piece);
   void down(const Piece& piece) const;
 
  private:
   GemmArgs gemm_args(const Job& job, Projection projection, int strip, float* c,
                      int slice = 0) const;
-  void project_input(const Job& job, Projection projection, int strip, float* c,
+  void gather(int job);
+  void await_shrink(int job) const;
+  void project_input(int job, Projection projection, int strip, float* c,
                      const std::uint8_t* next) const;
   void add_bias(const Job& job, Projection projection, int strip, float* c) const;
   void activate(const Job& job, int strip) const;
   const std::uint8_t* tile_after(std::size_t job, int strip, int slice, const Piece& piece) const;
   void add_weighted(const Job& job, float* out, std::int64_t columns) const;
   void store_group(int first_strip, int strips) const;
+
+  const Job& job_at(int job) const { return task_.plan.jobs()[static_cast<std::size_t>(job)]; }
+  int shared_row(int job) const { return task_.shrinks.first_row[static_cast<std::size_t>(job)]; }
 
   const ForwardTask& task_;
   const JobRows rows_;
@@ -67,11 +74,11 @@ GemmArgs ThreadForward::gemm_args(const Job& job, Projection projection, int str
 }
 
 // C of one strip of gate or up, bias included. `next`: what is read afterwards.
-void ThreadForward::project_input(const Job& job, Projection projection, int strip, float* c,
+void ThreadForward::project_input(int index, Projection projection, int strip, float* c,
                                   const std::uint8_t* next) const {
+  const Job& job = job_at(index);
   GemmArgs args = gemm_args(job, projection, strip, c);
-  rows_.use_input(args);
-  if (task_.lora != nullptr) args.t = scratch_.t + task_.lora->expand(projection).t_offset;
+  rows_.use_input(args, projection, shared_row(index));
   args.next = next;
   rows_.gemm_for(job).strip(args);
   add_bias(job, projection, strip, c);
@@ -105,20 +112,54 @@ void ThreadForward::activate(const Job& job, int strip) const {
   }
 }
 
+// Into the thread's own memory, which holds one job at a time.
+void ThreadForward::gather(int job) {
+  if (gathered_job_ == job) return;
+  gathered_job_ = job;
+  rows_.gather(job_at(job));
+  if (shared_row(job) < 0) rows_.shrink_input(job_at(job));
+}
+
+void ThreadForward::shrink_input(const Piece& piece) {
+  gather(piece.job);
+  for (int block = piece.first_strip; block < piece.end_strip; ++block) {
+    rows_.shrink_input_block(job_at(piece.job), block, shared_row(piece.job));
+  }
+  task_.shrunk_blocks[piece.job].fetch_add(piece.end_strip - piece.first_strip,
+                                           std::memory_order_release);
+}
+
+// Every block was claimed before the first strip was, so this is microseconds, unless a thread lost
+// its core: then others may need this one.
+void ThreadForward::await_shrink(int job) const {
+  constexpr int kPausesPerYield = 256;
+  if (shared_row(job) < 0) return;
+  const int blocks = task_.lora->input_shrink().blocks;
+  for (int pauses = 1; task_.shrunk_blocks[job].load(std::memory_order_acquire) < blocks;
+       ++pauses) {
+    if (pauses % kPausesPerYield == 0) {
+      std::this_thread::yield();
+    } else {
+      __builtin_ia32_pause();
+    }
+  }
+}
+
 void ThreadForward::gate_up(const Piece& piece) {
-  const Job& job = task_.plan.jobs()[static_cast<std::size_t>(piece.job)];
-  if (gathered_job_ != piece.job) rows_.gather(job);
-  gathered_job_ = piece.job;
+  const Job& job = job_at(piece.job);
+  gather(piece.job);
+  await_shrink(piece.job);
   const auto first_tile = [&](Projection projection, int strip) {
     return task_.weights.strip(job.expert, projection, strip).first_tile;
   };
   const Projection first = has_gate_ ? Projection::kGate : Projection::kUp;
   for (int strip = piece.first_strip; strip < piece.end_strip; ++strip) {
     if (has_gate_) {
-      project_input(job, Projection::kGate, strip, scratch_.c, first_tile(Projection::kUp, strip));
+      project_input(piece.job, Projection::kGate, strip, scratch_.c,
+                    first_tile(Projection::kUp, strip));
     }
     const bool last = strip + 1 == piece.end_strip;
-    project_input(job, Projection::kUp, strip, scratch_.c_up,
+    project_input(piece.job, Projection::kUp, strip, scratch_.c_up,
                   last ? nullptr : first_tile(first, strip + 1));
     activate(job, strip);
   }
@@ -228,8 +269,11 @@ void run_forward(const ForwardTask& task, ThreadPool& pool) {
     schedule_columns(strips(Projection::kDown), max_output_strips(qlen), threads_per_part,
                      queues.down);
   }
+  schedule_shrinks(task.plan.jobs(), task.lora != nullptr ? task.lora->input_shrink().blocks : 0,
+                   kSharedInputRows, task.shrinks);
   pool.run([&](int thread) {
     ThreadForward forward(task, thread);
+    while (const Piece* piece = task.shrinks.blocks.claim()) forward.shrink_input(*piece);
     const int home = task.home[static_cast<std::size_t>(thread)];
     for (int p = 0; p < parts; ++p) {
       PartQueues& queues = task.queues[static_cast<std::size_t>((home + p) % parts)];

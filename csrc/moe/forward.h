@@ -1,10 +1,11 @@
 // One forward of one layer over the thread pool: two phases with one barrier between.
 //
-// Gate and up: threads claim strips of 32 intermediate columns of jobs. For every job it touches, a
-// thread gathers the job's rows, quantises them and shrinks them for LoRA; then per strip: gate
-// GEMM, up GEMM, their biases, the activation. Whoever finishes a job's last strip quantises and
-// shrinks its activations for the next phase, so that neither INT8 nor LoRA needs a barrier of its
-// own.
+// Gate and up: threads first claim the LoRA shrinks of jobs with few rows, then strips of 32
+// intermediate columns of jobs. For every job it touches, a thread gathers the job's rows,
+// quantises them and, where there are many, shrinks them for LoRA; then per strip: gate GEMM, up
+// GEMM, their biases, the activation. Whoever finishes a job's last strip quantises and shrinks its
+// activations for the next phase, so that neither INT8 nor LoRA needs a barrier of its own; a job
+// whose shared shrink another thread is still at is waited for.
 //
 // Down: threads claim ranges of output columns, each for all jobs, so that sums need no atomics and
 // are made in plan order; routing weights are applied as the strips are added up.
@@ -42,9 +43,11 @@ struct ForwardTask {
   const KernelTable& kernels;
   const GemmChoice& gemm;
   const Workspace& workspace;
-  std::atomic<int>* finished_strips;  // [jobs], zero
-  std::vector<PartQueues>& queues;    // [parts of the weights]
-  const std::vector<int>& home;       // [threads]: the part on the thread's own NUMA node
+  std::atomic<int>* finished_strips;  // [jobs], zero: of gate and up
+  std::atomic<int>* shrunk_blocks;    // [jobs], zero: of the shared shrinks
+  ShrinkQueue& shrinks;
+  std::vector<PartQueues>& queues;  // [parts of the weights]
+  const std::vector<int>& home;     // [threads]: the part on the thread's own NUMA node
   const TensorView& hidden_states;
   const TensorView& out;
 };

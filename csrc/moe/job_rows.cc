@@ -47,23 +47,44 @@ const std::uint16_t* JobRows::bf16_row(int token, std::uint16_t* converted) cons
   return converted;
 }
 
-// Copies (and rounds) the job's rows, so that they lie together and padded; then what the GEMM and
-// the LoRA shrink read.
+// Copies (and rounds) the job's rows, so that they lie together and padded: what the GEMM and the
+// LoRA shrink read.
 void JobRows::gather(const Job& job) const {
-  const int rows_in_tile = tile_rows(job);
   if (gemm_for(job).tile_order) {
     gather_tiles(job);
   } else {
     gather_rows(job);
   }
-  if (task_.lora == nullptr) return;
+}
+
+ShrinkArgs JobRows::input_shrink_args(const Job& job) const {
   ShrinkArgs args{};
   args.x = scratch_.x;
-  args.x_stride = rows_in_tile * strides_.x;
-  args.tile_rows = rows_in_tile;
-  args.t = scratch_.t;
+  args.x_stride = tile_rows(job) * strides_.x;
+  args.tile_rows = tile_rows(job);
   args.t_stride = strides_.t_input;
+  return args;
+}
+
+void JobRows::shrink_input(const Job& job) const {
+  if (task_.lora == nullptr) return;
+  ShrinkArgs args = input_shrink_args(job);
+  args.t = scratch_.t;
   shrink(job, task_.lora->input_shrink(), args);
+}
+
+void JobRows::shrink_input_block(const Job& job, int block, int first_row) const {
+  const ExpertLora::Shrink& shrink = task_.lora->input_shrink();
+  ShrinkArgs args = input_shrink_args(job);
+  args.t = shared_.t_input + first_row * strides_.t_input;
+  if (block + 1 == shrink.blocks) pad_shrunk(job, shrink, args);
+  const std::int64_t ranks = static_cast<std::int64_t>(block) * ExpertLora::kBlockRanks;
+  args.rows = job.rows;
+  args.a = shrink.of(job.expert) + ranks * shrink.k;
+  args.blocks = 1;
+  args.k = shrink.k;
+  args.t += ranks;
+  task_.kernels.shrink_for(gemm_for(job)).run(args);
 }
 
 void JobRows::gather_rows(const Job& job) const {
@@ -167,23 +188,31 @@ void JobRows::quantize_and_shrink_activations(const Job& job) const {
 // `args` says where X and T are.
 void JobRows::shrink(const Job& job, const ExpertLora::Shrink& shrink, ShrinkArgs args) const {
   if (shrink.blocks == 0) return;
-  const GemmKernel& gemm = gemm_for(job);
   args.rows = job.rows;
   args.a = shrink.of(job.expert);
   args.blocks = shrink.blocks;
   args.k = shrink.k;
-  task_.kernels.shrink_for(gemm).run(args);
-  if (!gemm.tile_order) return;
+  task_.kernels.shrink_for(gemm_for(job)).run(args);
+  pad_shrunk(job, shrink, args);
+}
+
+// What kernels in tile order read after the ranks.
+void JobRows::pad_shrunk(const Job& job, const ExpertLora::Shrink& shrink,
+                         const ShrinkArgs& args) const {
+  if (!gemm_for(job).tile_order) return;
   for (int r = 0; r < job.rows; ++r) {
     std::uint16_t* after = args.t + r * args.t_stride + shrink.width();
     std::fill(after, after + kShrunkPadding, std::uint16_t{0});
   }
 }
 
-void JobRows::use_input(GemmArgs& args) const {
+void JobRows::use_input(GemmArgs& args, Projection projection, int first_row) const {
   args.a = int8_ ? scratch_.codes : reinterpret_cast<const std::uint8_t*>(scratch_.x);
   args.a_stride = args.tile_rows * (int8_ ? strides_.x_codes : strides_.x * 2);
   args.a_scale = scratch_.scales;
+  if (task_.lora == nullptr) return;
+  args.t = first_row < 0 ? scratch_.t : shared_.t_input + first_row * strides_.t_input;
+  args.t += task_.lora->expand(projection).t_offset;
   args.t_stride = strides_.t_input;
 }
 

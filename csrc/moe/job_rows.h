@@ -23,13 +23,18 @@ class JobRows {
  public:
   JobRows(const ForwardTask& task, int thread);
 
-  // Input rows of a job, and what LoRA needs of them, into the thread's own memory.
+  // Input rows of a job into the thread's own memory.
   void gather(const Job& job) const;
+  // What LoRA needs of gathered rows: into the thread's own memory, or one block of 16 ranks of it
+  // into the rows from `first_row` on that all threads share.
+  void shrink_input(const Job& job) const;
+  void shrink_input_block(const Job& job, int block, int first_row) const;
   // The same for a job's intermediate activations, once all are there.
   void quantize_and_shrink_activations(const Job& job) const;
 
-  // Make A and T of a GEMM the gathered rows, or the job's activations.
-  void use_input(GemmArgs& args) const;
+  // Make A and T of a GEMM the gathered rows, or the job's activations. `first_row`: of the shared
+  // shrunk rows, or -1.
+  void use_input(GemmArgs& args, Projection projection, int first_row) const;
   void use_activations(GemmArgs& args, const Job& job, int slice) const;
 
   const RowStrides& strides() const { return strides_; }
@@ -44,7 +49,9 @@ class JobRows {
   void gather_tiles(const Job& job) const;
   void quantize_activations(const Job& job) const;
   float* activation_scales(int row, int slice) const;
+  ShrinkArgs input_shrink_args(const Job& job) const;
   void shrink(const Job& job, const ExpertLora::Shrink& shrink, ShrinkArgs args) const;
+  void pad_shrunk(const Job& job, const ExpertLora::Shrink& shrink, const ShrinkArgs& args) const;
 
   const ForwardTask& task_;
   const RowStrides strides_;

@@ -178,6 +178,7 @@ void MoeLayer::forward(const TensorView& hidden_states, const TensorView& expert
   plan_.build(expert_ids, routing_weights, shape_.num_experts, engine_->workspace_.max_job_rows());
 
   const KernelTable& kernels = engine_->kernels();
+  std::atomic<int>* counters = engine_->workspace_.job_counters(2 * plan_.jobs().size());
   ForwardTask task{.weights = *weights_,
                    .activation = activation_,
                    .biases = biases_ ? &*biases_ : nullptr,
@@ -186,7 +187,9 @@ void MoeLayer::forward(const TensorView& hidden_states, const TensorView& expert
                    .kernels = kernels,
                    .gemm = gemm_of(kernels, format_),
                    .workspace = engine_->workspace_,
-                   .finished_strips = engine_->workspace_.job_counters(plan_.jobs().size()),
+                   .finished_strips = counters,
+                   .shrunk_blocks = counters + plan_.jobs().size(),
+                   .shrinks = shrinks_,
                    .queues = queues_,
                    .home = engine_->home_,
                    .hidden_states = hidden_states,

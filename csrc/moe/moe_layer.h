@@ -130,6 +130,7 @@ class MoeLayer {
   bool lora_enabled_ = true;
   std::atomic<int> lora_version_{0};
   DispatchPlan plan_;
+  ShrinkQueue shrinks_;
   std::vector<PartQueues> queues_;
   KernelsUsed used_;
 };

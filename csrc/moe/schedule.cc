@@ -13,6 +13,8 @@ constexpr std::int64_t kRowsPerStripRead = 12;
 // A piece is at most this share of what is left per thread, and at least that share of the whole.
 constexpr std::int64_t kRemainingShare = 2;
 constexpr std::int64_t kSmallestShare = 64;
+// More rows than a tile's take longer to gather and multiply than A takes to read.
+constexpr int kSharedShrinkRows = kMaxTileRows;
 
 }  // namespace
 
@@ -33,6 +35,21 @@ void schedule_jobs(const std::vector<Job>& jobs, StripRange strips, int threads,
       queue.pieces.push_back({static_cast<int>(j), strip, end});
       strip = end;
       remaining -= count * strip_cost;
+    }
+  }
+}
+
+void schedule_shrinks(const std::vector<Job>& jobs, int blocks, int capacity, ShrinkQueue& queue) {
+  queue.blocks.reset();
+  queue.first_row.assign(jobs.size(), -1);
+  if (blocks == 0) return;
+  int row = 0;
+  for (std::size_t j = 0; j < jobs.size(); ++j) {
+    if (jobs[j].rows > kSharedShrinkRows || row + jobs[j].rows > capacity) continue;
+    queue.first_row[j] = row;
+    row += jobs[j].rows;
+    for (int block = 0; block < blocks; ++block) {
+      queue.blocks.pieces.push_back({static_cast<int>(j), block, block + 1});
     }
   }
 }

@@ -44,6 +44,17 @@ struct StripRange {
   int end = 0;
 };
 
+// The LoRA shrink of the input of jobs with few rows. Threads that share such a job would each read
+// all of A for their strips; instead blocks of 16 ranks are claimed one by one before the strips
+// are, and the shrunk rows are everybody's.
+struct ShrinkQueue {
+  PieceQueue blocks;           // strips are blocks of ranks here
+  std::vector<int> first_row;  // [jobs] in the shared shrunk rows; -1: every thread its own
+};
+
+// `capacity`: shared rows that there are.
+void schedule_shrinks(const std::vector<Job>& jobs, int blocks, int capacity, ShrinkQueue& queue);
+
 // Gate and up: the strips of every job, weighted by its cost.
 void schedule_jobs(const std::vector<Job>& jobs, StripRange strips, int threads, PieceQueue& queue);
 

@@ -58,6 +58,8 @@ Workspace::Shared carve_shared(Carver& carver, std::size_t rows, std::size_t act
   shared.scales = carver.take<float>(rows * ExpertWeights::kMaxDownSlices * sizeof(float));
   shared.t = carver.take<std::uint16_t>(rows * (ExpertLora::kMaxRank + kShrunkPadding) *
                                         sizeof(std::uint16_t));
+  shared.t_input = carver.take<std::uint16_t>(kSharedInputRows * (kInputRanks + kShrunkPadding) *
+                                              sizeof(std::uint16_t));
   return shared;
 }
 

@@ -17,6 +17,8 @@ inline constexpr int kMaxJobRows = 128;
 // The same for AMX, whose tiles want more rows for every byte of weights and whose machines have L2
 // caches of 2 MB.
 inline constexpr int kMaxTileJobRows = 256;
+// Rows of jobs with few rows whose shrunk inputs are shared by all threads in one forward.
+inline constexpr int kSharedInputRows = 1024;
 // Values after a shrunk row's ranks, which kernels in tile order read and which are finite.
 inline constexpr int kShrunkPadding = 32;
 // float32 sums of one thread's output columns in the down phase, for the same reason.
@@ -48,8 +50,9 @@ class Workspace {
   struct Shared {
     std::uint16_t* act = nullptr;  // BF16 intermediate activations
     std::uint8_t* codes = nullptr;
-    float* scales = nullptr;     // [slices of down][rows] of codes
-    std::uint16_t* t = nullptr;  // shrunk rows for down
+    float* scales = nullptr;           // [slices of down][rows] of codes
+    std::uint16_t* t = nullptr;        // shrunk rows for down
+    std::uint16_t* t_input = nullptr;  // [kSharedInputRows] for gate and up
   };
 
   Workspace(int num_threads, int max_qlen, int max_job_rows = kMaxJobRows);
@@ -64,7 +67,7 @@ class Workspace {
   const Thread& thread(int index) const { return threads_[static_cast<std::size_t>(index)]; }
   const Shared& shared() const { return shared_; }
 
-  // Finished strips of each job's gate and up phase; `count` zeroed counters.
+  // `count` zeroed counters.
   std::atomic<int>* job_counters(std::size_t count);
 
  private:

@@ -92,6 +92,15 @@ def test_the_weights_stay_peft_s_parameters() -> None:
         assert torch.equal(after[name], value), name
 
 
+def test_follows_weights_that_moved() -> None:
+    model = make_model(dtype=torch.bfloat16)
+    layer, x = model["proj"], torch.randn(2, SIZE_IN)
+    fused = FusedLora(model)
+    model.float()
+    fused.refresh()
+    assert_close(layer(x), x @ merged(layer, "one").T, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("config", [{"use_dora": True}, {"lora_bias": True}])
 def test_leaves_other_forms_to_peft(config: dict[str, Any]) -> None:
     model = make_model(dtype=torch.float32, **config)

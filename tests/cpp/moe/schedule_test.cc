@@ -69,6 +69,33 @@ TEST(ScheduleJobs, ThreadsFinishTogether) {
   }
 }
 
+TEST(ScheduleShrinks, EveryBlockOfJobsWithFewRowsWhileThereIsRoom) {
+  const std::vector<Job> jobs = random_jobs(64);
+  for (const int capacity : {0, 1, 50, 1000}) {
+    ShrinkQueue queue;
+    schedule_shrinks(jobs, 3, capacity, queue);
+    ASSERT_EQ(queue.first_row.size(), jobs.size());
+    int row = 0;
+    std::size_t piece = 0;
+    for (std::size_t j = 0; j < jobs.size(); ++j) {
+      const bool fits = jobs[j].rows <= 16 && row + jobs[j].rows <= capacity;
+      ASSERT_EQ(queue.first_row[j], fits ? row : -1) << "job " << j;
+      if (!fits) continue;
+      row += jobs[j].rows;
+      for (int block = 0; block < 3; ++block, ++piece) {
+        ASSERT_LT(piece, queue.blocks.pieces.size());
+        EXPECT_EQ(queue.blocks.pieces[piece].job, static_cast<int>(j));
+        EXPECT_EQ(queue.blocks.pieces[piece].first_strip, block);
+        EXPECT_EQ(queue.blocks.pieces[piece].end_strip, block + 1);
+      }
+    }
+    EXPECT_EQ(piece, queue.blocks.pieces.size());
+    schedule_shrinks(jobs, 0, capacity, queue);
+    EXPECT_TRUE(queue.blocks.pieces.empty());
+    EXPECT_EQ(queue.first_row, std::vector<int>(jobs.size(), -1));
+  }
+}
+
 TEST(ScheduleColumns, EveryStripOnceAndNotTooManyAtATime) {
   for (const int threads : {1, 2, 3, 16, 64}) {
     for (const StripRange strips : kRanges) {

@@ -52,6 +52,7 @@ std::vector<Part> parts_of(const Workspace& workspace, int threads, const MoeSha
   add(shared.codes, rows * stride(shape.intermediate_size, 1));
   add(shared.scales, rows * sizeof(float));
   add(shared.t, rows * (rank + kShrunkPadding) * sizeof(std::uint16_t));
+  add(shared.t_input, kSharedInputRows * (2 * rank + kShrunkPadding) * sizeof(std::uint16_t));
   return parts;
 }
 
