@@ -171,7 +171,7 @@ def test_what_peft_wrote_in_every_other_layout(models: Models, tmp_path: Path, n
             "mlp.gate_proj.weight",
             "mlp.up_proj.weight",
             "mlp.down_proj.weight",
-        ],  # fmt: skip
+        ],
     }
     expected = plan(save_peft_adapter(tmp_path / "peft", model, targets), base)
     tensors, config = read_folder(tmp_path / "peft")
