@@ -45,10 +45,16 @@ class WeightNames:
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self._prefix = str(getattr(model, "base_model_prefix", ""))
+        self._targets: dict[str, WeightTarget] = {}
 
     def target(self, name: str) -> WeightTarget:
         """The parameter that a tensor of this name is loaded into; for a name that belongs nowhere
         the renamed name."""
+        if name not in self._targets:
+            self._targets[name] = self._find_target(name)
+        return self._targets[name]
+
+    def _find_target(self, name: str) -> WeightTarget:
         from transformers.core_model_loading import rename_source_key
 
         renamed, pattern = rename_source_key(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import nn
 
@@ -20,7 +20,8 @@ Projection = Literal["gate", "up", "down"]
 class ExpertLora:
     """LoRA of one projection of all experts of one layer: ΔW_e = scaling_e · b_e · a_e.
 
-    a [num_experts, rank, in], b [num_experts, out, rank], scaling [num_experts], all float32.
+    a [num_experts, rank, in], b [num_experts, out, rank], scaling [num_experts], all float32. What
+    the experts share is stored once: an ``expand`` view, whose first stride is 0.
     """
 
     a: torch.Tensor
@@ -28,7 +29,9 @@ class ExpertLora:
     scaling: torch.Tensor
 
     def scaled_b(self) -> torch.Tensor:
-        """b with the scaling folded in, in float32."""
+        """b with the scaling folded in, in float32; still one copy if the experts share it."""
+        if is_shared(self.b) and bool((self.scaling == self.scaling[0]).all()):
+            return (self.b[:1] * self.scaling[0]).expand_as(self.b)
         return self.b * self.scaling[:, None, None]
 
 
@@ -36,33 +39,69 @@ class ExpertLora:
 ExpertLoras = dict[str, dict[Projection, ExpertLora]]
 
 
+def is_shared(stack: torch.Tensor) -> bool:
+    """Whether the experts of this stack [num_experts, …] are one and the same memory."""
+    return stack.shape[0] > 1 and stack.stride(0) == 0
+
+
 def stack_experts(
     pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], scaling: Sequence[float]
 ) -> ExpertLora:
     """One (A [r, in], B [out, r]) and scaling per expert → the stacked form.
 
-    Smaller ranks are zero-padded to the largest, which changes no product.
+    Smaller ranks are zero-padded to the largest, which changes no product. A tensor object that
+    stands for every expert is stored once.
     """
     rank = max(a.shape[0] for a, _ in pairs)
+
+    def stack(matrices: list[torch.Tensor], size: Callable[[torch.Tensor], list[int]]) -> Any:
+        shared = all(matrix is matrices[0] for matrix in matrices)
+        each = [F.pad(m.float(), size(m)) for m in matrices[: 1 if shared else None]]
+        return each[0].expand(len(matrices), -1, -1) if shared else torch.stack(each)
+
     return ExpertLora(
-        a=torch.stack([F.pad(a.float(), (0, 0, 0, rank - a.shape[0])) for a, _ in pairs]),
-        b=torch.stack([F.pad(b.float(), (0, rank - b.shape[1])) for _, b in pairs]),
+        a=stack([a for a, _ in pairs], lambda a: [0, 0, 0, rank - a.shape[0]]),
+        b=stack([b for _, b in pairs], lambda b: [0, rank - b.shape[1]]),
         scaling=torch.tensor(scaling, dtype=torch.float32),
     )
+
+
+def split_gate_up(site: ExpertsSite, lora: ExpertLora) -> dict[Projection, ExpertLora]:
+    """LoRA of gate_up_proj, b [num_experts, 2 · intermediate_size, rank] in the order of the
+    parameter's rows, as LoRA of gate and of up with one A."""
+    half = site.intermediate_size
+    gate, up = slice(half), slice(half, None)
+    if site.is_interleaved:
+        gate, up = slice(0, None, 2), slice(1, None, 2)
+    return {
+        "gate": ExpertLora(lora.a, lora.b[:, gate], lora.scaling),
+        "up": ExpertLora(lora.a, lora.b[:, up], lora.scaling),
+    }
+
+
+def _up_reads_gates_a(lora: Mapping[Projection, ExpertLora]) -> bool:
+    return "gate" in lora and "up" in lora and torch.equal(lora["gate"].a, lora["up"].a)
 
 
 def engine_arguments(lora: Mapping[Projection, ExpertLora]) -> dict[str, torch.Tensor | None]:
     """The keyword arguments of ``MoeLayer.set_lora``: A, and B with the scaling folded in.
 
-    Where up has the same A as gate, ``up_a`` is None: one shrink then serves both.
+    Where up has the same A as gate, ``up_a`` is None: one shrink then serves both. What experts
+    share goes in as one matrix with stride 0; the engine packs a copy for each expert.
     """
     arguments: dict[str, torch.Tensor | None] = {}
     for projection, part in lora.items():
         arguments[f"{projection}_a"] = part.a
         arguments[f"{projection}_b"] = part.scaled_b()
-    if "gate" in lora and "up" in lora and torch.equal(lora["gate"].a, lora["up"].a):
+    if _up_reads_gates_a(lora):
         arguments["up_a"] = None
     return arguments
+
+
+def engine_numel(lora: Mapping[Projection, ExpertLora]) -> int:
+    """Numbers that the engine keeps of a layer's LoRA, without its padding."""
+    shared = lora["up"].a.numel() if _up_reads_gates_a(lora) else 0
+    return sum(part.a.numel() + part.b.numel() for part in lora.values()) - shared
 
 
 class ExpertsSite(Protocol):
@@ -124,6 +163,12 @@ class BaseModel:
     def site(self, path: str) -> ExpertsSite | None:
         """The experts module of this path, if it is one."""
         return next((site for site in self.experts if site.path == path), None)
+
+    def require_site(self, path: str) -> ExpertsSite:
+        """The experts module of a path that came from ``site``."""
+        site = self.site(path)
+        assert site is not None, f"{path} is no experts module"
+        return site
 
     def summary(self) -> str:
         """The sizes that an adapter must fit, for error messages."""

@@ -26,6 +26,7 @@ def check_coverage(
     """``AdapterError`` if the configuration puts LoRA on modules of this base for which the file
     has none: a file cut short, or another base. An adapter without any LoRA on routed experts is a
     warning, since several writers leave them out although their names are targeted."""
+    _check_saved(file, base, settings, side)
     missing = _missing_modules(base, settings, side)
     missing += _missing_parameters(base, settings, experts, side)
     expected = _expected_per_expert(base, settings)
@@ -42,6 +43,24 @@ def check_coverage(
             f"{missing[-1]}), though {settings.file} targets it and {base.summary()}. The file is "
             "incomplete, or the adapter was trained on another base model."
         )
+
+
+def _check_saved(file: Path, base: BaseModel, settings: LoraSettings, side: TorchSide) -> None:
+    """``AdapterError`` if the configuration says that weights were saved which the file lacks:
+    ``modules_to_save``, and every bias with ``bias: all``."""
+    for name, module in base.model.named_modules():
+        for parameter, _ in module.named_parameters(recurse=False):
+            whole = settings.saves_module(name)
+            if not whole and not (settings.bias == "all" and parameter == "bias"):
+                continue
+            saved = [*side.whole.get(name, []), *side.base.get(name, [])]
+            if parameter not in (tensor.part for tensor in saved):
+                reason = f"modules_to_save {settings.modules_to_save}" if whole else "bias 'all'"
+                raise AdapterError(
+                    f"{file}: no tensor for {name}.{parameter}, though {settings.file} has {reason}"
+                    f" and {base.summary()}. The file is incomplete, or the adapter was trained on "
+                    "another base model."
+                )
 
 
 def _missing_modules(base: BaseModel, settings: LoraSettings, side: TorchSide) -> list[str]:

@@ -4,37 +4,43 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ktrt.adapter import per_expert, target_parameters
+from ktrt.adapter import extra_experts, fused, per_expert, target_parameters
 from ktrt.adapter.audit import Audit, AuditRow
-from ktrt.adapter.base import engine_arguments
+from ktrt.adapter.base import engine_arguments, engine_numel
 from ktrt.adapter.coverage import check_coverage
-from ktrt.adapter.other_layouts import refuse_other_files, refuse_other_keys
+from ktrt.adapter.extra_experts import apply_extra_experts
+from ktrt.adapter.layout import Layout, collect_layouts
 from ktrt.adapter.read import read_adapter
 from ktrt.adapter.settings import LoraSettings
 from ktrt.adapter.torch_side import apply_torch_side, plan_torch_side, short_targets
-from ktrt.errors import AdapterError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import torch
     from torch import nn
 
     from ktrt.adapter.base import BaseModel, ExpertLoras
+    from ktrt.adapter.layout import Mlp
     from ktrt.adapter.read import AdapterFiles, AdapterTensor
     from ktrt.adapter.torch_side import TorchSide
 
 logger = logging.getLogger(__name__)
+
+# Every way of writing tensors for routed experts; what none of them claims is for torch modules.
+LAYOUTS: tuple[Layout, ...] = (per_expert, target_parameters, fused, extra_experts)
 
 
 @dataclass
 class AdapterPlan:
     """A whole adapter, checked against the base; nothing of it is applied yet.
 
-    ``audit`` has one row per tensor; ``experts`` is the internal form by experts path.
+    ``audit`` has one row per tensor; ``experts`` is the internal form by experts path, ``extra``
+    the MLPs that are added to MoE blocks, by the block's path.
     """
 
     files: AdapterFiles
@@ -42,6 +48,7 @@ class AdapterPlan:
     experts: ExpertLoras
     side: TorchSide
     audit: Audit
+    extra: Mapping[str, Sequence[Mlp]] = field(default_factory=dict)
 
     def engine_arguments(self, path: str) -> dict[str, torch.Tensor | None]:
         """The arguments of ``MoeLayer.set_lora`` for one layer; empty if it has no LoRA."""
@@ -58,15 +65,19 @@ class AdapterPlan:
         return sum(t.value.numel() for t in self.files.tensors if t.key in inside)
 
     def planned_numel(self) -> tuple[int, int]:
-        """Numbers in the tensors that the engine and PEFT will apply, before either does."""
+        """Numbers that the engine and torch will hold of the adapter, before either does."""
         paths = tuple(f"{path}." for path in self.experts)
         inside = {row.tensor for row in self.audit.rows if row.acts_on.startswith(paths)}
-        sizes = [(t.key in inside, t.value.numel()) for t in self.files.tensors]
-        return sum(n for i, n in sizes if i), sum(n for i, n in sizes if not i)
+        others = (t.value.numel() for t in self.files.tensors if t.key not in inside)
+        return sum(engine_numel(lora) for lora in self.experts.values()), sum(others)
 
     def apply_to_torch(self, model: nn.Module) -> None:
         """Puts the other tensors into the loaded ``model``, and records it in the audit."""
-        self.audit.mark(apply_torch_side(self.side, model, self.settings), "peft")
+        applied = apply_torch_side(self.side, model, self.settings)
+        apply_extra_experts(self.extra, model)
+        paths = tuple(f"{path}.{extra_experts.MODULE_NAME}." for path in self.extra)
+        applied += [row.tensor for row in self.audit.rows if row.acts_on.startswith(paths)]
+        self.audit.mark(applied, "peft")
 
     def targets(self) -> tuple[list[str], list[str]]:
         """What the configuration targets, and what of it is PEFT's, as short names."""
@@ -85,33 +96,14 @@ def plan_adapter(
     ``lora_rank`` and ``lora_alpha`` are what the user's configuration repeats. Raises
     ``AdapterError`` naming file and tensor, what was found and expected.
     """
-    refuse_other_files(folder)
     files = read_adapter(folder)
-    refuse_other_keys(files)
     settings = LoraSettings(files)
     settings.check_against_yaml(lora_rank, lora_alpha)
-    single: list[tuple[AdapterTensor, per_expert.Slot]] = []
-    stacked: list[tuple[AdapterTensor, str]] = []
-    rest: list[AdapterTensor] = []
-    for tensor in files.tensors:
-        if slot := per_expert.claim(tensor, base):
-            single.append((tensor, slot))
-        elif path := target_parameters.claim(tensor, base):
-            stacked.append((tensor, path))
-        else:
-            rest.append(tensor)
-    if single and stacked:
-        raise AdapterError(
-            f"{files.file}: LoRA for single experts ({single[0][0].key}) and for stacked ones "
-            f"({stacked[0][0].key}); expected one layout."
-        )
-    experts, rows = per_expert.collect(files.file, single, base, settings)
-    if stacked:
-        experts, rows = target_parameters.collect(files.file, stacked, base, settings)
+    part, rest = collect_layouts(LAYOUTS, files.tensors, base, settings)
     side = plan_torch_side(files.file, rest, base, settings)
-    check_coverage(files.file, base, settings, experts, side)
-    rows += [_torch_row(tensor, name, side) for name, tensor in side.tensors()]
-    return AdapterPlan(files, settings, experts, side, Audit(files.file, rows))
+    check_coverage(files.file, base, settings, part.experts, side)
+    rows = [*part.rows, *(_torch_row(tensor, name, side) for name, tensor in side.tensors())]
+    return AdapterPlan(files, settings, part.experts, side, Audit(files.file, rows), part.extra)
 
 
 def _torch_row(tensor: AdapterTensor, name: str, side: TorchSide) -> AuditRow:

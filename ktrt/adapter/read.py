@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ktrt.adapter.layout import put_once
+from ktrt.adapter.manifest import check_manifest
 from ktrt.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -22,7 +24,10 @@ logger = logging.getLogger(__name__)
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
+# What KTransformers writes beside them: LoRA of routed experts, and extra experts.
+_FURTHER_NAMES = ("fused_expert_lora.safetensors", "lora_experts.safetensors")
 
+_INFIXES = ("original_moe", "orig_module")
 _LORA_KEY = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector)(?:\.(?P<leaf>weight|bias))?"
@@ -31,7 +36,7 @@ _LORA_KEY = re.compile(
 
 @dataclass(frozen=True)
 class AdapterTensor:
-    """One tensor of the file.
+    """One tensor of ``file``.
 
     ``key`` is its name there; ``module`` the adapted module's name as PEFT saw it; ``part`` is
     ``lora_A``, ``lora_B``, … or the parameter's own name for a weight saved whole.
@@ -41,11 +46,18 @@ class AdapterTensor:
     module: str
     part: str
     value: torch.Tensor
+    file: Path
+
+    @property
+    def where(self) -> str:
+        """File and name, for messages."""
+        return f"{self.file}: {self.key}"
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """An adapter folder as read: ``file`` holds ``tensors``, ``config`` is adapter_config.json."""
+    """An adapter folder as read: ``config`` is adapter_config.json; ``file`` holds ``tensors``, but
+    for those in KTransformers' files beside it."""
 
     folder: Path
     file: Path
@@ -54,27 +66,38 @@ class AdapterFiles:
 
 
 def read_adapter(folder: Path) -> AdapterFiles:
-    """Raises ``AdapterError`` for a missing or damaged file, and for NaN or infinite values."""
+    """Raises ``AdapterError`` for a missing or damaged file, for a folder that is not as its
+    manifest says, and for NaN or infinite values."""
     config = _read_config(folder / CONFIG_NAME)
+    files = [folder / name for name in _FURTHER_NAMES if (folder / name).is_file()]
     file = folder / WEIGHTS_NAME
     if not file.is_file() and (folder / PICKLE_NAME).is_file():
         file = folder / PICKLE_NAME
-    tensors = [parse_key(key, value) for key, value in _read_tensors(file).items()]
+    if file.is_file() or not files:
+        files.insert(0, file)
+    check_manifest(folder, config, files)
+    tensors = [
+        parse_key(key, value, file) for file in files for key, value in _read_tensors(file).items()
+    ]
+    if not tensors:
+        raise AdapterError(f"{files[0]} holds no tensors.")
     for tensor in tensors:
-        _check_values(file, tensor)
-    _warn_of_zeros(file, tensors)
-    return AdapterFiles(folder, file, config, _without_copies(file, tensors))
+        _check_values(tensor)
+    _warn_of_zeros(files[0], tensors)
+    return AdapterFiles(folder, files[0], config, _without_copies(tensors))
 
 
-def parse_key(key: str, value: torch.Tensor) -> AdapterTensor:
-    """Splits a key into module and part; PEFT's outer names and the original_moe infix that
-    LLaMA-Factory wrote around 2026-01 do not count."""
-    name = key.removeprefix("base_model.model.").replace(".original_moe.", ".")
+def parse_key(key: str, value: torch.Tensor, file: Path) -> AdapterTensor:
+    """Splits a key into module and part. What does not count: PEFT's outer names; the original_moe
+    infix that LLaMA-Factory wrote around 2026-01 (layout a'); orig_module, which KTransformers'
+    fine-tuning of 2025 put after any name (layout d)."""
+    words = key.removeprefix("base_model.model.").split(".")
+    name = ".".join(word for word in words if word not in _INFIXES)
     if match := _LORA_KEY.fullmatch(name):
         part = match["part"] + (".bias" if match["leaf"] == "bias" else "")
-        return AdapterTensor(key, match["module"], part, value)
+        return AdapterTensor(key, match["module"], part, value, file)
     module, _, part = name.rpartition(".")
-    return AdapterTensor(key, module, part, value)
+    return AdapterTensor(key, module, part, value, file)
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -85,7 +108,7 @@ def _read_config(file: Path) -> dict[str, Any]:
             f"{file} is missing: {file.parent} is not a PEFT adapter folder. "
             "adapter_name_or_path must name the folder that training saved."
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{file} cannot be read as JSON ({error}).") from error
     if not isinstance(config, dict):
         raise AdapterError(f"{file} holds {type(config).__name__}, expected an object.")
@@ -114,26 +137,29 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
         isinstance(value, torch.Tensor) for value in tensors.values()
     ):
         raise AdapterError(f"{file} does not hold a dictionary of tensors.")
-    if not tensors:
-        raise AdapterError(f"{file} holds no tensors.")
     return tensors
 
 
-def _check_values(file: Path, tensor: AdapterTensor) -> None:
+def _check_values(tensor: AdapterTensor) -> None:
     value = tensor.value
     if not value.is_floating_point():
-        raise AdapterError(f"{file}: {tensor.key} has dtype {value.dtype}, expected floats.")
-    bad = value.numel() - int(torch.isfinite(value).sum())
+        raise AdapterError(f"{tensor.where} has dtype {value.dtype}, expected floats.")
+    bad = value.numel() - int(torch.isfinite(value.float()).sum())
     if bad:
         raise AdapterError(
-            f"{file}: {tensor.key} holds {bad} NaN or infinite values of {value.numel()}. The "
+            f"{tensor.where} holds {bad} NaN or infinite values of {value.numel()}. The "
             "training diverged or the file is damaged; this adapter cannot be used."
         )
 
 
+def _is_second(tensor: AdapterTensor) -> bool:
+    fused = re.fullmatch(r"(gate|up|down)_lora_b", tensor.part)
+    return tensor.part == "lora_B" or fused is not None
+
+
 def _warn_of_zeros(file: Path, tensors: list[AdapterTensor]) -> None:
     """LoRA starts with B = 0: where it still is, training never reached it."""
-    second = [tensor for tensor in tensors if tensor.part == "lora_B"]
+    second = [tensor for tensor in tensors if _is_second(tensor)]
     zero = [tensor.key for tensor in second if not tensor.value.any()]
     if zero:
         logger.warning(
@@ -142,17 +168,9 @@ def _warn_of_zeros(file: Path, tensors: list[AdapterTensor]) -> None:
         )  # fmt: skip
 
 
-def _without_copies(file: Path, tensors: list[AdapterTensor]) -> list[AdapterTensor]:
+def _without_copies(tensors: list[AdapterTensor]) -> list[AdapterTensor]:
     """Refuses two tensors for one place; equal copies under two names are one tensor."""
     places: dict[tuple[str, str], AdapterTensor] = {}
     for tensor in tensors:
-        place = (tensor.module, tensor.part)
-        first = places.setdefault(place, tensor)
-        if first is not tensor and not torch.equal(first.value, tensor.value):
-            raise AdapterError(
-                f"{file}: {first.key} and {tensor.key} are both {tensor.part} of {tensor.module} "
-                "and differ; expected one of them."
-            )
-        if first is not tensor:
-            logger.info("%s: %s is a copy of %s", file, tensor.key, first.key)
+        put_once(places, (tensor.module, tensor.part), tensor)
     return list(places.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -59,14 +60,15 @@ class LoraSettings:
         _refuse_other_kinds(self.file, config)
         self.rank = _number(self.file, config, "r", int)
         self.alpha = _number(self.file, config, "lora_alpha", float)
-        self.rank_pattern: dict[str, int] = config.get("rank_pattern") or {}
-        self.alpha_pattern: dict[str, float] = config.get("alpha_pattern") or {}
+        self.rank_pattern: dict[str, int] = _pattern(self.file, config, "rank_pattern", int)
+        self.alpha_pattern: dict[str, float] = _pattern(self.file, config, "alpha_pattern", float)
         self.use_rslora = bool(config.get("use_rslora"))
         self.use_dora = bool(config.get("use_dora"))
         self.lora_bias = bool(config.get("lora_bias"))
-        self.modules_to_save: list[str] = list(config.get("modules_to_save") or [])
+        self.modules_to_save = _names(self.file, config, "modules_to_save")
+        self.bias: str = str(config.get("bias") or "none")
         self.target_modules: str | list[str] | None = config.get("target_modules")
-        self.target_parameters: list[str] = list(config.get("target_parameters") or [])
+        self.target_parameters = _names(self.file, config, "target_parameters")
         self.peft_version: str | None = config.get("peft_version")
         self._peft_config = self._targeting_config(config)
 
@@ -95,7 +97,17 @@ class LoraSettings:
             return False
         if self.targets_all_linear:
             return not module.endswith("lm_head")
-        return bool(check_target_module_exists(self._peft_config, module))
+        try:
+            return bool(check_target_module_exists(self._peft_config, module))
+        except (re.error, TypeError, ValueError, AttributeError) as error:
+            raise AdapterError(
+                f"{self.file}: PEFT cannot match target_modules {self.target_modules!r}, "
+                f"exclude_modules or layers_to_transform: {error}"
+            ) from error
+
+    def saves_module(self, module: str) -> bool:
+        """Whether ``modules_to_save`` names this module: by the end of its name, as PEFT does."""
+        return module.endswith(tuple(self.modules_to_save))
 
     @property
     def targets_all_linear(self) -> bool:
@@ -142,9 +154,37 @@ def _refuse_other_kinds(file: Path, config: dict[str, Any]) -> None:
 
 
 def _number(file: Path, config: dict[str, Any], key: str, kind: type) -> Any:
-    value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-        raise AdapterError(f"{file}: {key} is {value!r}, expected a positive number.")
+    return _checked(file, key, config.get(key), kind)
+
+
+def _checked(file: Path, name: str, value: Any, kind: type) -> Any:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= 0:
+        raise AdapterError(f"{file}: {name} is {value!r}, expected a positive number.")
     if kind is int and value != int(value):
-        raise AdapterError(f"{file}: {key} is {value!r}, expected a whole number.")
+        raise AdapterError(f"{file}: {name} is {value!r}, expected a whole number.")
     return kind(value)
+
+
+def _pattern(file: Path, config: dict[str, Any], key: str, kind: type) -> dict[str, Any]:
+    """Regular expression → number."""
+    pattern = config.get(key) or {}
+    if not isinstance(pattern, dict):
+        raise AdapterError(f"{file}: {key} is {pattern!r}, expected an object.")
+    for name in pattern:
+        try:
+            re.compile(name)
+        except re.error as error:
+            raise AdapterError(
+                f"{file}: {key} has {name!r}, which is no regular expression ({error})."
+            ) from error
+    return {
+        name: _checked(file, f"{key}[{name!r}]", value, kind) for name, value in pattern.items()
+    }
+
+
+def _names(file: Path, config: dict[str, Any], key: str) -> list[str]:
+    value = config.get(key) or []
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise AdapterError(f"{file}: {key} is {value!r}, expected a list of names.")
+    return value

@@ -19,16 +19,19 @@ import torch
 from packaging.version import InvalidVersion, Version
 
 from ktrt.adapter.audit import AuditRow
-from ktrt.adapter.base import ExpertLora
+from ktrt.adapter.base import ExpertLora, split_gate_up
+from ktrt.adapter.layout import Part, check_expert_part, check_magnitude, put_once
 from ktrt.errors import AdapterError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from pathlib import Path
+    from collections.abc import Sequence
 
     from ktrt.adapter.base import BaseModel, ExpertLoras, ExpertsSite
     from ktrt.adapter.read import AdapterTensor
     from ktrt.adapter.settings import LoraScale, LoraSettings
+
+TITLE = "LoRA on stacked parameters (target_parameters)"
+PROVIDES = "the LoRA of routed experts"
 
 # 0.19.0 has the test for swapping in and out inverted, so it counts with the older ones.
 _FIRST_SWAPPED = Version("0.19.1.dev0")
@@ -44,53 +47,41 @@ def claim(tensor: AdapterTensor, base: BaseModel) -> str | None:
 
 
 def collect(
-    file: Path,
-    tensors: Iterable[tuple[AdapterTensor, str]],
-    base: BaseModel,
-    settings: LoraSettings,
-) -> tuple[ExpertLoras, list[AuditRow]]:
+    claimed: Sequence[tuple[AdapterTensor, str]], base: BaseModel, settings: LoraSettings
+) -> Part:
     """Unstacks the tensors by layer and projection; an audit row for each tensor.
 
     Raises ``AdapterError`` naming the tensor, what was found and expected: shapes that do not fit
     the base, half a pair, ambiguity that only peft_version could resolve, DoRA.
     """
     found: dict[tuple[str, bool], dict[str, AdapterTensor]] = defaultdict(dict)
-    for tensor, path in tensors:
-        if tensor.part not in ("lora_A", "lora_B"):
-            raise AdapterError(
-                f"{file}: {tensor.key}: {tensor.part} on routed experts (DoRA or a LoRA bias) is "
-                "not computed by the engine."
-            )
-        found[path, tensor.module.endswith(".base_layer")][tensor.part] = tensor
+    for tensor, path in claimed:
+        check_expert_part(tensor, tensor.part, settings)
+        put_once(found[path, tensor.module.endswith(".base_layer")], tensor.part, tensor)
     loras: ExpertLoras = defaultdict(dict)
-    rows = []
+    named: dict[tuple[str, bool], tuple[str, LoraScale]] = {}
     for (path, inner), parts in found.items():
         if len(parts) != 2:
-            key = next(iter(parts.values())).key
-            raise AdapterError(f"{file}: {key} is only half of a LoRA pair; incomplete file.")
-        both = (path, not inner) in found
-        site = base.site(path)
-        assert site is not None  # claim() looked it up
-        parameter = _parameter(file, site, inner, both, parts["lora_A"], settings)
+            where = next(iter(parts.values())).where
+            raise AdapterError(f"{where} is only half of a LoRA pair; incomplete file.")
+        site = base.require_site(path)
+        parameter = _parameter(site, inner, (path, not inner) in found, parts["lora_A"], settings)
         scale = settings.scale(f"{_plain_path(parts['lora_A'])}.{parameter}")
-        lora = _unstack(file, site, parameter, parts, scale, settings)
-        for tensor in parts.values():
-            acts_on = f"{path}.{parameter}"
-            rows.append(
-                AuditRow(tensor.key, acts_on, tensor.part, site.layer, scale.rank, scale.scaling)
-            )
+        named[path, inner] = parameter, scale
+        lora = _unstack(site, parameter, parts, scale, settings)
         if parameter == "down_proj":
             loras[path]["down"] = lora
-        elif not site.has_gate:
-            loras[path]["up"] = lora
+        elif site.has_gate:
+            loras[path].update(split_gate_up(site, lora))
         else:
-            half = site.intermediate_size
-            gate, up = slice(half), slice(half, None)
-            if site.is_interleaved:
-                gate, up = slice(0, None, 2), slice(1, None, 2)
-            loras[path]["gate"] = ExpertLora(lora.a, lora.b[:, gate].contiguous(), lora.scaling)
-            loras[path]["up"] = ExpertLora(lora.a, lora.b[:, up].contiguous(), lora.scaling)
-    return dict(loras), rows
+            loras[path]["up"] = lora
+    rows = []
+    for tensor, path in claimed:
+        parameter, scale = named[path, tensor.module.endswith(".base_layer")]
+        layer = base.require_site(path).layer
+        acts_on = f"{path}.{parameter}"
+        rows.append(AuditRow(tensor.key, acts_on, tensor.part, layer, scale.rank, scale.scaling))
+    return Part(dict(loras), rows=rows)
 
 
 def _plain_path(tensor: AdapterTensor) -> str:
@@ -99,12 +90,7 @@ def _plain_path(tensor: AdapterTensor) -> str:
 
 
 def _parameter(
-    file: Path,
-    site: ExpertsSite,
-    inner: bool,
-    both: bool,
-    lora_a: AdapterTensor,
-    settings: LoraSettings,
+    site: ExpertsSite, inner: bool, both: bool, lora_a: AdapterTensor, settings: LoraSettings
 ) -> str:
     """Which stacked parameter a key stands for: PEFT nests the wrappers in the parameters' order,
     gate_up_proj first (innermost), and gives a single one the unprefixed name."""
@@ -114,7 +100,7 @@ def _parameter(
     targets = [name for name in names if settings.targets_parameter(f"{site.path}.{name}")]
     if inner or len(targets) != 1:
         raise AdapterError(
-            f"{file}: {lora_a.key} is the only LoRA of {site.path}, but target_parameters "
+            f"{lora_a.where} is the only LoRA of {site.path}, but target_parameters "
             f"{settings.target_parameters} in {settings.file} names {len(targets)} of {names[0]} "
             "and down_proj there; expected one. The file is incomplete or the config is not its."
         )
@@ -122,7 +108,6 @@ def _parameter(
 
 
 def _unstack(
-    file: Path,
     site: ExpertsSite,
     parameter: str,
     parts: dict[str, AdapterTensor],
@@ -141,13 +126,14 @@ def _unstack(
     old = old and not site.is_transposed
     if not new and not old:
         raise AdapterError(
-            f"{file}: {parts['lora_A'].key} has shape {list(a.shape)} and {parts['lora_B'].key} "
+            f"{parts['lora_A'].where} has shape {list(a.shape)} and {parts['lora_B'].key} "
             f"{list(b.shape)}; expected [{stacked}, {size_in}] and [{size_out}, {stacked}] for "
             f"{site.path}.{parameter} with {num_experts} experts and rank {rank}. The adapter was "
             "trained on another base model, or adapter_config.json is not its own."
         )
+    check_magnitude(parts["lora_A" if old and not new else "lora_B"], rank, scale.scaling)
     if new and old:
-        old = not _writes_swapped(file, parts["lora_A"].key, settings)
+        old = not _writes_swapped(parts["lora_A"], settings)
     stack_a = a.reshape(num_experts, rank, -1)
     stack_b = b.reshape(b.shape[0], rank, num_experts).permute(2, 0, 1)
     if old:
@@ -156,13 +142,13 @@ def _unstack(
     return ExpertLora(stack_a.contiguous(), stack_b.contiguous(), scaling)
 
 
-def _writes_swapped(file: Path, key: str, settings: LoraSettings) -> bool:
+def _writes_swapped(tensor: AdapterTensor, settings: LoraSettings) -> bool:
     """Whether the PEFT that wrote the adapter had A on the parameter's last dimension."""
     try:
         return Version(str(settings.peft_version).partition("@")[0]) >= _FIRST_SWAPPED
     except InvalidVersion:
         raise AdapterError(
-            f"{file}: {key} can be read in two ways, because the parameter is square, and "
+            f"{tensor.where} can be read in two ways, because the parameter is square, and "
             f"{settings.file} does not say which PEFT wrote it (peft_version is "
             f"{settings.peft_version!r}). Add peft_version to that file: PEFT before 0.19.1 reads "
             "the parameter transposed."

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from ktrt.adapter.per_expert import check_rank
+from ktrt.adapter.layout import put_once
 from ktrt.adapter.router import apply_router_lora
 from ktrt.errors import AdapterError
 
@@ -65,36 +65,36 @@ def plan_torch_side(
     base lacks, a wrong shape or rank, half a pair, and a tensor that is no part of an adapter.
     """
     side = TorchSide(file)
+    places: dict[tuple[str, str], AdapterTensor] = {}
     for tensor in tensors:
         weight = f"{tensor.module.removesuffix('.base_layer')}.weight"
         name = base.names.target(weight).name.removesuffix(".weight")
-        kind = _kind(file, tensor, name, base, settings)
+        kind = _kind(tensor, name, base, settings)
         group = {"router": side.routers, "whole": side.whole, "base": side.base}
         group.get(kind, side.loras).setdefault(name, []).append(tensor)
-        _check_shape(file, tensor, base.model.get_submodule(name), kind)
+        _check_shape(tensor, base.model.get_submodule(name), kind)
+        put_once(places, (name, tensor.part), tensor)
     for name, parts in [*side.loras.items(), *side.routers.items()]:
         side.scales[name] = _check_group(file, name, parts, settings)
     return side
 
 
-def _kind(
-    file: Path, tensor: AdapterTensor, name: str, base: BaseModel, settings: LoraSettings
-) -> _Kind:
+def _kind(tensor: AdapterTensor, name: str, base: BaseModel, settings: LoraSettings) -> _Kind:
     try:
         module = base.model.get_submodule(name)
     except AttributeError:
         raise AdapterError(
-            f"{file}: {tensor.key} adapts {tensor.module or 'nothing'}, which the base model does "
+            f"{tensor.where} adapts {tensor.module or 'nothing'}, which the base model does "
             f"not have; {base.summary()}. The adapter was trained on another base model."
         ) from None
     if not tensor.part.startswith("lora_"):
-        saved = any(re.fullmatch(rf"(.*\.)?{m}", tensor.module) for m in settings.modules_to_save)
-        if saved and tensor.part in dict(module.named_parameters(recurse=False)):
+        own = dict(module.named_parameters(recurse=False))
+        if settings.saves_module(tensor.module) and tensor.part in own:
             return "whole"
         if tensor.part == "bias" or (tensor.part == "weight" and module in _embeddings(base)):
             return "base"
         raise AdapterError(
-            f"{file}: {tensor.key} is neither LoRA nor one of modules_to_save "
+            f"{tensor.where} is neither LoRA nor one of modules_to_save "
             f"{settings.modules_to_save} in {settings.file}: an unknown tensor, found where none "
             "was expected."
         )
@@ -106,7 +106,7 @@ def _kind(
     if weight is not None and weight.ndim == 2 and not settings.use_dora:
         return "router"
     raise AdapterError(
-        f"{file}: {tensor.key}: LoRA on {name} ({type(module).__name__}) cannot be applied; "
+        f"{tensor.where}: LoRA on {name} ({type(module).__name__}) cannot be applied; "
         "expected a Linear, an Embedding or a router."
     )
 
@@ -117,7 +117,7 @@ def _embeddings(base: BaseModel) -> tuple[nn.Module, nn.Module]:
     return model.get_input_embeddings(), model.get_output_embeddings()
 
 
-def _check_shape(file: Path, tensor: AdapterTensor, module: nn.Module, kind: _Kind) -> None:
+def _check_shape(tensor: AdapterTensor, module: nn.Module, kind: _Kind) -> None:
     """The one or two sizes that the module fixes; the rank (None) is checked with the group."""
     expected: dict[str, tuple[int | None, ...]]
     if kind in ("whole", "base"):
@@ -137,7 +137,7 @@ def _check_shape(file: Path, tensor: AdapterTensor, module: nn.Module, kind: _Ki
     wanted = expected.get(tensor.part)
     if wanted is None:
         raise AdapterError(
-            f"{file}: {tensor.key} is an unknown tensor: {type(module).__name__} has no "
+            f"{tensor.where} is an unknown tensor: {type(module).__name__} has no "
             f"{tensor.part}, expected {sorted(expected)}."
         )
     if len(shape) != len(wanted) or any(
@@ -145,7 +145,7 @@ def _check_shape(file: Path, tensor: AdapterTensor, module: nn.Module, kind: _Ki
     ):
         words = ", ".join("rank" if want is None else str(want) for want in wanted)
         raise AdapterError(
-            f"{file}: {tensor.key} has shape {list(shape)}, expected [{words}]: the adapter was "
+            f"{tensor.where} has shape {list(shape)}, expected [{words}]: the adapter was "
             "trained on another base model."
         )
 
@@ -167,7 +167,12 @@ def _check_group(
     # PEFT resolves patterns by the parameter's name where it targeted the bare weight.
     weight = f"{parts[part_a].module}.weight"
     target = weight if settings.targets_parameter(weight) else parts[part_a].module
-    scale = check_rank(file, parts[part_a], target, settings)
+    scale = settings.scale(target)
+    if parts[part_a].value.shape[0] != scale.rank:
+        raise AdapterError(
+            f"{file}: {parts[part_a].key} has rank {parts[part_a].value.shape[0]}, but "
+            f"{settings.file} says {scale.rank} for it (r, rank_pattern)."
+        )
     if parts[part_b].value.shape[1] != scale.rank:
         raise AdapterError(
             f"{file}: {parts[part_b].key} has rank {parts[part_b].value.shape[1]}, expected "

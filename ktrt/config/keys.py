@@ -109,6 +109,9 @@ NOTED = {
     "mode": "there is no such switch here",
     "chunk_size": "there is no such switch here",
     "cpu_infer": "the thread count is kt_num_threads",
+    "kt_use_lora_experts": "the adapter's files decide",
+    "kt_lora_expert_num": "the adapter's files decide",
+    "kt_lora_expert_intermediate_size": "the adapter's files decide",
 }
 
 
@@ -120,7 +123,6 @@ class Refusal:
     advice: str
 
 
-_LORA_EXPERTS = Refusal((None, False, 0), "LoRA experts (kt_use_lora_experts) are not supported")
 _PRE_PACKED = Refusal(
     (None, ""), "pre-converted weights are not supported yet; the experts are packed at load"
 )
@@ -129,9 +131,6 @@ _VOCABULARY = Refusal((None, False, ""), "the tokenizer must hold every token al
 REFUSED = {
     "kt_non_expert_weight_path": _PRE_PACKED,
     "kt_expert_checkpoint_path": _PRE_PACKED,
-    "kt_use_lora_experts": _LORA_EXPERTS,
-    "kt_lora_expert_num": _LORA_EXPERTS,
-    "kt_lora_expert_intermediate_size": _LORA_EXPERTS,
     "kt_force_think": Refusal((None, False), "choose a reasoning template instead"),
     "num_beams": Refusal((None, 1), "beam search is not supported"),
     "quantization_bit": Refusal((None,), "only the experts are quantised: kt_backend: AMXInt8"),

@@ -126,9 +126,11 @@ DAMAGE: list[tuple[Layout, Callable[[Tensors], None], list[str]]] = [
     ("a", poison(f"{EXPERT}.lora_A.weight", float("nan")), [EXPERT, "1 NaN or infinite"]),
     ("b", poison(f"{STACKED}.lora_B.weight", float("-inf")), [STACKED, "NaN or infinite"]),
     ("a", poison(f"{P}.0.self_attn.q_proj.lora_A.weight", float("inf")), ["q_proj.lora_A"]),
-    # Layouts that come later.
-    ("a", put(f"{P}.0.mlp.down_proj.orig_module.lora_A.weight", 8, 208), [".orig_module"]),
-    ("a", put(f"{P}.1.mlp.lora_experts.0.gate_proj.weight", 8, 160), ["extra experts"]),
+    # Extra experts.
+    ("a", put(f"{P}.1.mlp.lora_experts.0.gate_proj.weight", 8, 160),
+     ["layers.1.mlp.lora_experts.0.up_proj is missing"]),
+    ("a", put(f"{P}.0.mlp.lora_experts.0.gate_proj.weight", 8, 160), ["which is no MoE block"]),
+    ("a", put(f"{P}.1.mlp.lora_experts.0.gate_proj.weight", 8, 128), ["[8, 128]", "[8, 160]"]),
 ]  # fmt: skip
 
 
@@ -222,7 +224,7 @@ def test_pickle_files(
     refuse(tmp_path, base, "holds no tensors")
 
 
-def test_files_of_later_layouts(
+def test_unknown_tensors_of_further_files(
     originals: dict[Layout, tuple[Tensors, dict[str, Any]]], base: BaseModel, tmp_path: Path
 ) -> None:
     write_adapter(tmp_path, *originals["a"])

@@ -242,7 +242,6 @@ class TestUnknownAndUnused:
         [
             "kt_non_expert_weight_path: /x",
             "kt_config: {kt_expert_checkpoint_path: /x}",
-            "kt_use_lora_experts: true",
             "quantization_bit: 4",
             "num_beams: 2",
             "rope_scaling: linear",

@@ -1,0 +1,160 @@
+"""Layout e: LoRA-Experts (``kt_use_lora_experts``), whole small MLPs beside the routed experts.
+
+Keys ``…mlp.lora_experts.i.{gate,up,down}_proj.weight`` or ``{le_gate,le_up,le_down}``, gate and up
+[I, H], down [H, I] with an I of their own, in adapter_model or in ``lora_experts.safetensors``. As
+in kt_kernel.sft, their mean over i of down(silu(gate x) * up x) is added to what the MoE block puts
+out, whatever the activation of the routed experts is. Every MoE layer has as many of one size.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ktrt.adapter.audit import AuditRow
+from ktrt.adapter.base import Projection
+from ktrt.adapter.layout import Mlp, Part, put_once
+from ktrt.errors import AdapterError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ktrt.adapter.base import BaseModel, ExpertsSite
+    from ktrt.adapter.read import AdapterTensor
+    from ktrt.adapter.settings import LoraSettings
+
+TITLE = "extra experts"
+PROVIDES = "extra experts"
+# The module that the MoE block gets.
+MODULE_NAME = "lora_experts"
+
+_MODULE = re.compile(
+    rf"(?P<block>.+)\.{MODULE_NAME}\.(?P<index>\d+)\.(?:le_)?(?P<projection>gate|up|down)(?:_proj)?"
+)
+
+
+@dataclass(frozen=True)
+class ExtraSlot:
+    """One matrix of extra expert ``index`` of the MoE block at ``block``."""
+
+    block: str
+    index: int
+    projection: Projection
+
+
+def claim(tensor: AdapterTensor, base: BaseModel) -> ExtraSlot | None:
+    """The matrix that the tensor is. ``AdapterError`` if the base has no MoE block there."""
+    match = _MODULE.fullmatch(tensor.module)
+    if match is None or tensor.part != "weight":
+        return None
+    projection = next(p for p in get_args(Projection) if p == match["projection"])
+    for block in (match["block"], _renamed(match["block"], base)):
+        if any(_block(site) == block for site in base.experts):
+            return ExtraSlot(block, int(match["index"]), projection)
+    raise AdapterError(
+        f"{tensor.where} is an extra expert of {match['block']}, which is no MoE block of the "
+        f"base; {base.summary()}. The adapter was trained on another base model."
+    )
+
+
+def _block(site: ExpertsSite) -> str:
+    return site.path.rpartition(".")[0]
+
+
+def _renamed(block: str, base: BaseModel) -> str:
+    experts = base.names.target(f"{block}.experts.down_proj").name.removesuffix(".down_proj")
+    return experts.rpartition(".")[0]
+
+
+def collect(
+    claimed: Sequence[tuple[AdapterTensor, ExtraSlot]], base: BaseModel, _settings: LoraSettings
+) -> Part:
+    """The MLPs of each block, in the order of their numbers.
+
+    Raises ``AdapterError`` naming the tensor, what was found and expected: a wrong shape, a matrix
+    or a number that is missing, MoE layers with fewer of them.
+    """
+    found: dict[ExtraSlot, AdapterTensor] = {}
+    rows = []
+    layers = {_block(site): site for site in base.experts}
+    first, slot = claimed[0]
+    size = first.value.shape[slot.projection == "down"] if first.value.ndim == 2 else 0
+    for tensor, slot in claimed:
+        hidden = layers[slot.block].hidden_size
+        expected = (hidden, size) if slot.projection == "down" else (size, hidden)
+        if tuple(tensor.value.shape) != expected:
+            raise AdapterError(
+                f"{tensor.where} has shape {list(tensor.value.shape)}, expected {list(expected)}: "
+                f"hidden_size {hidden}, and {size} as in {first.key}."
+            )
+        put_once(found, slot, tensor)
+        acts_on = f"{slot.block}.{MODULE_NAME}.{slot.index}.{slot.projection}_proj"
+        layer = layers[slot.block].layer
+        rows.append(AuditRow(tensor.key, acts_on, tensor.part, layer, None, None))
+    count = 1 + max(slot.index for slot in found)
+    return Part(extra={block: _mlps(found, block, count) for block in layers}, rows=rows)
+
+
+def _mlps(found: Mapping[ExtraSlot, AdapterTensor], block: str, count: int) -> list[Mlp]:
+    """The ``count`` MLPs of one block."""
+    mlps = []
+    for index in range(count):
+        parts = {}
+        for projection in get_args(Projection):
+            tensor = found.get(ExtraSlot(block, index, projection))
+            if tensor is None:
+                raise AdapterError(
+                    f"{next(iter(found.values())).file}: {block}.{MODULE_NAME}.{index}."
+                    f"{projection}_proj is missing; expected {count} whole extra experts in every "
+                    "MoE layer. The file is incomplete."
+                )
+            parts[projection] = tensor.value
+        mlps.append((parts["gate"], parts["up"], parts["down"]))
+    return mlps
+
+
+class ExtraExperts(nn.Module):
+    """Mean of SiLU-gated MLPs: x [..., hidden_size] → the same shape. ``scale`` multiplies it."""
+
+    def __init__(self, mlps: Sequence[Mlp], like: torch.Tensor) -> None:
+        """``like`` gives the dtype and the device."""
+        super().__init__()
+        self.scale = 1.0
+
+        def parameters(which: int) -> nn.ParameterList:
+            placed = (mlp[which].to(like.device, like.dtype) for mlp in mlps)
+            return nn.ParameterList(nn.Parameter(each, requires_grad=False) for each in placed)
+
+        self.gate, self.up, self.down = parameters(0), parameters(1), parameters(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(x)
+        for gate, up, down in zip(self.gate, self.up, self.down, strict=True):
+            out = out + F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+        return self.scale * out / len(self.gate)
+
+
+def apply_extra_experts(extra: Mapping[str, Sequence[Mlp]], model: nn.Module) -> None:
+    """Gives each MoE block of the loaded ``model`` its ``ExtraExperts``, added to its output."""
+    whole: Any = model
+    like = whole.get_input_embeddings().weight
+    for path, mlps in extra.items():
+        block = model.get_submodule(path)
+        block.add_module(MODULE_NAME, ExtraExperts(mlps, like))
+        block.register_forward_hook(_add_extra_experts, with_kwargs=True)
+
+
+def _add_extra_experts(
+    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
+    """A forward hook. Some blocks put out more than the hidden states, which come first."""
+    states = args[0] if args else kwargs["hidden_states"]
+    added = block.get_submodule(MODULE_NAME)(states)
+    if isinstance(output, tuple):
+        return (output[0] + added.view_as(output[0]), *output[1:])
+    return output + added.view_as(output)

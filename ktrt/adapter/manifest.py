@@ -1,0 +1,120 @@
+"""``kt_adapter_manifest.json``: what KTransformers vouches for in an adapter folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from ktrt.errors import AdapterError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MANIFEST_NAME = "kt_adapter_manifest.json"
+_VERSION, _STATUS = 1, "ready"
+
+
+def check_manifest(folder: Path, config: dict[str, Any], files: list[Path]) -> None:
+    """Checks the folder against its manifest, if it has one: version, status, rank and alpha, size
+    and SHA-256 of every artifact, names, shapes and dtypes of tensors where it lists them.
+
+    ``config`` is adapter_config.json, ``files`` what is going to be read. The base's path in the
+    manifest is only where the base lay in training. Raises ``AdapterError`` naming the file, what
+    was found and expected.
+    """
+    manifest = folder / MANIFEST_NAME
+    if not manifest.is_file():
+        return
+    content = _read(manifest)
+    for key, expected in (("version", _VERSION), ("status", _STATUS)):
+        if content.get(key) != expected:
+            raise AdapterError(
+                f"{manifest}: {key} is {content.get(key)!r}, expected {expected!r}. The adapter "
+                "was not saved to the end, or by a later version of KTransformers."
+            )
+    _check_lora(manifest, content.get("lora"), config)
+    artifacts = content.get("artifacts")
+    if not isinstance(artifacts, dict):
+        raise AdapterError(f"{manifest}: artifacts is {artifacts!r}, expected an object.")
+    for name, record in artifacts.items():
+        _check_artifact(manifest, name, record)
+    for file in files:
+        if file.name not in artifacts:
+            raise AdapterError(
+                f"{manifest} does not list {file.name}, but {folder} holds it; expected one of "
+                f"{sorted(artifacts)}. Remove the file if it is of another adapter."
+            )
+
+
+def _read(manifest: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{manifest} cannot be read as JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise AdapterError(f"{manifest} holds {type(content).__name__}, expected an object.")
+    return content
+
+
+def _check_lora(manifest: Path, lora: Any, config: dict[str, Any]) -> None:
+    if not isinstance(lora, dict):
+        raise AdapterError(f"{manifest}: lora is {lora!r}, expected rank and alpha.")
+    for key, name in (("rank", "r"), ("alpha", "lora_alpha")):
+        if lora.get(key) != config.get(name):
+            raise AdapterError(
+                f"{manifest}: lora.{key} is {lora.get(key)!r}, but adapter_config.json says {name} "
+                f"{config.get(name)!r}; expected the same."
+            )
+
+
+def _check_artifact(manifest: Path, name: str, record: Any) -> None:
+    file = manifest.parent / name
+    if not isinstance(record, dict) or PurePath(name).name != name:
+        raise AdapterError(f"{manifest}: the entry of {name!r} is no record of a file beside it.")
+    if not file.is_file():
+        raise AdapterError(f"{file} is missing; {manifest.name} lists it.")
+    size = file.stat().st_size
+    if record.get("size") != size:
+        raise AdapterError(
+            f"{file} has {size} bytes, expected {record.get('size')!r} by {manifest.name}. Copy it "
+            "again from where it was trained."
+        )
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    if record.get("sha256") != digest:
+        raise AdapterError(
+            f"{file} has SHA-256 {digest}, expected {record.get('sha256')!r} by {manifest.name}. "
+            "Copy it again from where it was trained."
+        )
+    if "tensors" in record or "tensor_count" in record:
+        _check_tensors(manifest, file, record)
+
+
+def _check_tensors(manifest: Path, file: Path, record: dict[str, Any]) -> None:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
+            found = {
+                key: {"shape": list(each.get_shape()), "dtype": each.get_dtype()}
+                for key, each in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{file} is damaged or incomplete ({error}).") from error
+    expected = record.get("tensors", found)
+    if not isinstance(expected, dict):
+        raise AdapterError(f"{manifest}: tensors of {file.name} is no object.")
+    for key in sorted(set(found) | set(expected)):
+        if found.get(key) != expected.get(key):
+            raise AdapterError(
+                f"{file}: {key} is {found.get(key, 'missing')}, expected "
+                f"{expected.get(key, 'none of that name')} by {manifest.name}."
+            )
+    if record.get("tensor_count", len(found)) != len(found):
+        raise AdapterError(
+            f"{file} holds {len(found)} tensors, expected {record['tensor_count']!r} by "
+            f"{manifest.name}."
+        )
