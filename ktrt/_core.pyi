@@ -262,17 +262,18 @@ class MoeLayer:
         down_a: Any | None = None,
         down_b: Any | None = None,
     ) -> None:
-        """Replaces all of the layer's LoRAs by this one, as number 0 and active: per projection A [num_experts, rank, in], B [num_experts, out,
-        rank], float32, the scaling already folded into B. Rounded to bfloat16 once. A projection
-        without both is left without LoRA. ``up_b`` with ``up_a=None`` and ``gate_a`` given: up uses
-        gate's A (one shrink serves both). Ranks 1 … 256 and may differ per projection."""
+        """Replaces all of the layer's LoRAs by this one, as number 0 and active: per projection A
+        [num_experts, rank, in], B [num_experts, out, rank], float32, the scaling already folded
+        into B. Rounded to bfloat16 once. A projection without both is left without LoRA. ``up_b``
+        with ``up_a=None`` and ``gate_a`` given: up uses gate's A (one shrink serves both). Ranks
+        1 … 256 and may differ per projection."""
 
     def clear_lora(self) -> None:
         """Drops all LoRAs."""
 
     def load_lora(
         self,
-        id: int,
+        number: int,
         *,
         gate_a: Any | None = None,
         gate_b: Any | None = None,
@@ -284,7 +285,7 @@ class MoeLayer:
         """Holds a LoRA, arrays as in ``set_lora``, under a number (0 or more; what has it is
         replaced). It acts once it is activated; without any array it acts on nothing."""
 
-    def unload_lora(self, id: int) -> None:
+    def unload_lora(self, number: int) -> None:
         """``ValueError``: there is none of this number, or it is active."""
 
     def activate_loras(self, ids: Sequence[int], weights: Sequence[float]) -> None:
