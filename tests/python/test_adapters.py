@@ -30,7 +30,7 @@ from ktrt.model import LoadedModel, load_model
 from ktrt.moe import KTExperts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
 IDS = token_ids(2, 30)
@@ -303,6 +303,19 @@ class TestLoading:
         assert adapters.active == {}
         loaded.close()
 
+    def test_two_that_replace_the_same_numbers(
+        self, several: LoadedModel, folder: Path, alone: dict[str, torch.Tensor]
+    ) -> None:
+        adapters = several.adapters
+        adapters.load("twin", folder / "saved")
+        for name in ("saved", "twin", "saved"):
+            adapters.activate(name)
+            assert torch.equal(logits(several), alone["saved"]), name
+        adapters.unload("twin")
+        assert torch.equal(logits(several), alone["saved"])
+        adapters.activate("b")
+        assert torch.equal(logits(several), alone["b"])
+
     def test_a_reloaded_adapter_has_a_key_of_its_own(
         self, several: LoadedModel, folder: Path
     ) -> None:
@@ -419,13 +432,14 @@ class TestKey:
     def test_tells_what_acts(self, several: LoadedModel) -> None:
         adapters = several.adapters
         keys = [adapters.key]
-        for change in (
+        changes: tuple[Callable[[], None], ...] = (
             lambda: adapters.activate("b"),
             lambda: adapters.scale(0.5),
             adapters.off,
             lambda: adapters.activate({"a": 1, "b": 1}),
             lambda: adapters.activate({"a": 1, "b": 2}),
-        ):
+        )
+        for change in changes:
             change()
             keys.append(adapters.key)
         with adapters.rows(["a", "b"]):
