@@ -28,17 +28,26 @@ class FusedLora:
 
     def __init__(self, model: nn.Module) -> None:
         """Takes over every Linear that PEFT has wrapped. Weights move, in memory, one by one."""
-        from peft.tuners.lora.layer import Linear
-
-        self._linears = [_FusedLinear(m) for m in model.modules() if isinstance(m, Linear)]
+        self._model = model
+        self._linears: dict[nn.Module, _FusedLinear] = {}
         self.refresh()
 
     def refresh(self) -> None:
-        """Follows a change of PEFT's adapters, active names or scaling. Captured CUDA graphs hold
-        the old numbers, and must be dropped."""
+        """Follows a change of PEFT's layers, adapters, active names or scaling. Captured CUDA
+        graphs hold the old numbers, and must be dropped."""
+        found = [module for module in self._model.modules() if _is_peft_linear(module)]
+        self._linears = {each: self._linears.get(each) or _FusedLinear(each) for each in found}
         with torch.no_grad():
-            for linear in self._linears:
+            for linear in self._linears.values():
                 linear.refresh()
+
+
+def _is_peft_linear(module: nn.Module) -> bool:
+    if not hasattr(module, "lora_A"):
+        return False
+    from peft.tuners.lora.layer import Linear
+
+    return isinstance(module, Linear)
 
 
 class _FusedLinear:

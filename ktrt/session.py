@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from ktrt.adapters import Adapters
 from ktrt.config import SamplingArgs, override_sampling
 from ktrt.errors import ConfigError, KtrtError
 from ktrt.generation import GraphsFor, KvCache, Response, check_prompt, stream_generate
@@ -48,9 +49,12 @@ class Session:
         audit: AuditView,
         close: Callable[[], None],
         graphs: GraphsFor | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
-        """``close`` frees what the model holds; it is called once. ``graphs``: see ``KvCache``."""
+        """``close`` frees what the model holds; it is called once. ``graphs``: see ``KvCache``;
+        ``adapters``: the model's."""
         self.model = model
+        self.adapters = adapters or Adapters()
         self.tokenizer = tokenizer
         self.audit = audit
         self._template = template
@@ -58,6 +62,7 @@ class Session:
         self._close: Callable[[], None] | None = close
         self._graphs = graphs
         self._idle_cache: KvCache | None = None
+        self._idle_key = self.adapters.key
         self._stop_ids = template.stop_ids
         if template.name == "auto":
             self._stop_ids |= _model_stop_ids(model)
@@ -90,7 +95,10 @@ class Session:
     ) -> Iterator[Response]:
         # Taken while in use, so that a second answer meanwhile gets a cache of its own.
         cache, self._idle_cache = self._idle_cache, None
-        cache = cache or KvCache(self.model, self._graphs)
+        # Keys and values, and captured graphs, belong to the adapters that they were made with.
+        key = self.adapters.key
+        if cache is None or self._idle_key != key:
+            cache = KvCache(self.model, self._graphs)
         responses = stream_generate(
             self.tokenizer, cache, prompt_ids, args, stop_ids=self._stop_ids, max_tokens=max_tokens
         )
@@ -98,9 +106,11 @@ class Session:
             for response in responses:
                 yield response
                 self._require_open()
+                if self.adapters.key != key:
+                    raise KtrtError("the adapters were changed during the answer; ask again")
         finally:
             if self._close is not None:
-                self._idle_cache = cache
+                self._idle_cache, self._idle_key = cache, key
 
     def close(self) -> None:
         """Frees threads and memory; the session answers no more. Idempotent."""

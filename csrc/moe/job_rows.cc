@@ -1,6 +1,7 @@
 #include "moe/job_rows.h"
 
 #include <algorithm>
+#include <span>
 
 #include "base/bf16.h"
 
@@ -21,6 +22,14 @@ RowStrides strides_of(const ForwardTask& task) {
           bytes(task.weights.layout(Projection::kDown).padded_k() * task.weights.down_slices(), 1),
           task.lora != nullptr ? task.lora->input_shrink().width() + kShrunkPadding : 0,
           task.lora != nullptr ? task.lora->down_shrink().width() + kShrunkPadding : 0};
+}
+
+// Rounds once more, where the factor is neither 1 nor 0.
+void scale_row(std::span<const float> factors, std::uint16_t* t) {
+  for (std::size_t i = 0; i < factors.size(); ++i) {
+    // Not a product with 0, which would keep NaN.
+    t[i] = factors[i] == 0.0f ? bf16_t{0} : f32_to_bf16(factors[i] * bf16_to_f32(t[i]));
+  }
 }
 
 }  // namespace
@@ -70,7 +79,7 @@ void JobRows::shrink_input(const Job& job) const {
   if (task_.lora == nullptr) return;
   ShrinkArgs args = input_shrink_args(job);
   args.t = scratch_.t;
-  shrink(job, task_.lora->input_shrink(), args);
+  shrink(job, task_.lora->input_shrink(), args, &LoraFactors::input);
 }
 
 void JobRows::shrink_input_block(const Job& job, int block, int first_row) const {
@@ -85,6 +94,7 @@ void JobRows::shrink_input_block(const Job& job, int block, int first_row) const
   args.k = shrink.k;
   args.t += ranks;
   task_.kernels.shrink_for(gemm_for(job)).run(args);
+  weigh(job, args, &LoraFactors::input, block * ExpertLora::kBlockRanks);
 }
 
 void JobRows::gather_rows(const Job& job) const {
@@ -182,18 +192,33 @@ void JobRows::quantize_and_shrink_activations(const Job& job) const {
   args.tile_rows = act_tile_rows(job);
   args.t = shared_.t + job.scratch_row * strides_.t_down;
   args.t_stride = strides_.t_down;
-  shrink(job, task_.lora->down_shrink(), args);
+  shrink(job, task_.lora->down_shrink(), args, &LoraFactors::down);
 }
 
 // `args` says where X and T are.
-void JobRows::shrink(const Job& job, const ExpertLora::Shrink& shrink, ShrinkArgs args) const {
+void JobRows::shrink(const Job& job, const ExpertLora::Shrink& shrink, ShrinkArgs args,
+                     std::vector<float> LoraFactors::*factors) const {
   if (shrink.blocks == 0) return;
   args.rows = job.rows;
   args.a = shrink.of(job.expert);
   args.blocks = shrink.blocks;
   args.k = shrink.k;
   task_.kernels.shrink_for(gemm_for(job)).run(args);
+  weigh(job, args, factors, 0);
   pad_shrunk(job, shrink, args);
+}
+
+// Multiplies shrunk ranks, `first_rank` and those after it, by what the rows' tokens chose.
+void JobRows::weigh(const Job& job, const ShrinkArgs& args,
+                    std::vector<float> LoraFactors::*factors, int first_rank) const {
+  if (task_.factors == nullptr) return;
+  const PlanRow* rows = task_.plan.rows().data() + job.first_row;
+  const auto ranks = static_cast<std::size_t>(args.blocks * ExpertLora::kBlockRanks);
+  for (int r = 0; r < job.rows; ++r) {
+    const int chosen = task_.chosen_factors ? task_.chosen_factors[rows[r].token] : 0;
+    const std::span<const float> all(task_.factors[chosen].*factors);
+    scale_row(all.subspan(static_cast<std::size_t>(first_rank), ranks), args.t + r * args.t_stride);
+  }
 }
 
 // What kernels in tile order read after the ranks.

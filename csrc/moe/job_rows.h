@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "moe/forward.h"
 
@@ -50,7 +51,10 @@ class JobRows {
   void quantize_activations(const Job& job) const;
   float* activation_scales(int row, int slice) const;
   ShrinkArgs input_shrink_args(const Job& job) const;
-  void shrink(const Job& job, const ExpertLora::Shrink& shrink, ShrinkArgs args) const;
+  void shrink(const Job& job, const ExpertLora::Shrink& shrink, ShrinkArgs args,
+              std::vector<float> LoraFactors::*factors) const;
+  void weigh(const Job& job, const ShrinkArgs& args, std::vector<float> LoraFactors::*factors,
+             int first_rank) const;
   void pad_shrunk(const Job& job, const ExpertLora::Shrink& shrink, const ShrinkArgs& args) const;
 
   const ForwardTask& task_;

@@ -8,6 +8,8 @@ out, whatever the activation of the routed experts is. Every MoE layer has as ma
 
 from __future__ import annotations
 
+import functools
+import itertools
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
@@ -119,7 +121,7 @@ def _mlps(found: Mapping[ExtraSlot, AdapterTensor], block: str, count: int) -> l
 
 
 class ExtraExperts(nn.Module):
-    """Mean of SiLU-gated MLPs: x [..., hidden_size] → the same shape. ``scale`` multiplies it."""
+    """``scale`` times the mean of SiLU-gated MLPs: x [..., hidden_size] → the same shape."""
 
     def __init__(self, mlps: Sequence[Mlp], like: torch.Tensor) -> None:
         """``like`` gives the dtype and the device."""
@@ -139,22 +141,53 @@ class ExtraExperts(nn.Module):
         return self.scale * out / len(self.gate)
 
 
-def apply_extra_experts(extra: Mapping[str, Sequence[Mlp]], model: nn.Module) -> None:
-    """Gives each MoE block of the loaded ``model`` its ``ExtraExperts``, added to its output."""
+class ExtraExpertsSwitch:
+    """One adapter's extra experts in one MoE block, added to its output; off until weighed."""
+
+    def __init__(self, block: nn.Module, experts: ExtraExperts) -> None:
+        numbers = itertools.count(1)
+        self._block, self._experts, self._name = block, experts, MODULE_NAME
+        while hasattr(block, self._name):
+            self._name = f"{MODULE_NAME}_{next(numbers)}"
+        experts.scale = 0.0
+        block.add_module(self._name, experts)
+        add = functools.partial(_add_extra_experts, experts)
+        self._hook = block.register_forward_hook(add, with_kwargs=True)
+
+    def weigh(self, weight: float) -> None:
+        """Acts ``weight`` times from the next forward on; 0 is off."""
+        self._experts.scale = weight
+
+    def remove(self) -> None:
+        """Takes them out of the block."""
+        self._hook.remove()
+        delattr(self._block, self._name)
+
+
+def apply_extra_experts(
+    extra: Mapping[str, Sequence[Mlp]], model: nn.Module
+) -> list[ExtraExpertsSwitch]:
+    """Gives each MoE block of the loaded ``model`` its ``ExtraExperts``."""
     whole: Any = model
     like = whole.get_input_embeddings().weight
-    for path, mlps in extra.items():
-        block = model.get_submodule(path)
-        block.add_module(MODULE_NAME, ExtraExperts(mlps, like))
-        block.register_forward_hook(_add_extra_experts, with_kwargs=True)
+    return [
+        ExtraExpertsSwitch(model.get_submodule(path), ExtraExperts(mlps, like))
+        for path, mlps in extra.items()
+    ]
 
 
 def _add_extra_experts(
-    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    experts: ExtraExperts,
+    _: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
 ) -> Any:
     """A forward hook. Some blocks put out more than the hidden states, which come first."""
+    if experts.scale == 0:
+        return output
     states = args[0] if args else kwargs["hidden_states"]
-    added = block.get_submodule(MODULE_NAME)(states)
+    added = experts(states)
     if isinstance(output, tuple):
         return (output[0] + added.view_as(output[0]), *output[1:])
     return output + added.view_as(output)

@@ -15,7 +15,12 @@ from ktrt.adapter.extra_experts import apply_extra_experts
 from ktrt.adapter.layout import Layout, collect_layouts
 from ktrt.adapter.read import read_adapter
 from ktrt.adapter.settings import LoraSettings
-from ktrt.adapter.torch_side import apply_torch_side, plan_torch_side, short_targets
+from ktrt.adapter.torch_side import (
+    ADAPTER_NAME,
+    apply_torch_side,
+    plan_torch_side,
+    short_targets,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -27,6 +32,7 @@ if TYPE_CHECKING:
     from ktrt.adapter.base import BaseModel, ExpertLoras
     from ktrt.adapter.layout import Mlp
     from ktrt.adapter.read import AdapterFiles, AdapterTensor
+    from ktrt.adapter.switches import Switch
     from ktrt.adapter.torch_side import TorchSide
 
 logger = logging.getLogger(__name__)
@@ -71,13 +77,18 @@ class AdapterPlan:
         others = (t.value.numel() for t in self.files.tensors if t.key not in inside)
         return sum(engine_numel(lora) for lora in self.experts.values()), sum(others)
 
-    def apply_to_torch(self, model: nn.Module) -> None:
-        """Puts the other tensors into the loaded ``model``, and records it in the audit."""
-        applied = apply_torch_side(self.side, model, self.settings)
-        apply_extra_experts(self.extra, model)
+    def apply_to_torch(self, model: nn.Module, adapter: str = ADAPTER_NAME) -> list[Switch]:
+        """Puts the other tensors into the loaded ``model``, as PEFT's ``adapter``, and records it
+        in the audit. Returns the switches of what is not PEFT's, which is off until then."""
+        switches = [
+            *apply_torch_side(self.side, model, self.settings, adapter),
+            *apply_extra_experts(self.extra, model),
+        ]
         paths = tuple(f"{path}.{extra_experts.MODULE_NAME}." for path in self.extra)
-        applied += [row.tensor for row in self.audit.rows if row.acts_on.startswith(paths)]
+        applied = [row.tensor for row in self.audit.rows if row.acts_on.startswith(paths)]
+        applied += [tensor.key for _, tensor in self.side.tensors()]
         self.audit.mark(applied, "peft")
+        return switches
 
     def targets(self) -> tuple[list[str], list[str]]:
         """What the configuration targets, and what of it is PEFT's, as short names."""

@@ -23,7 +23,8 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "kv_cache": set(),
     "decode_graph": {"kv_cache"},
     "generation": {"sampling", "kv_cache", "decode_graph"},
-    "session": {"template", "generation", "sampling"},
+    "adapters": {"adapter", "moe"},
+    "session": {"adapters", "template", "generation", "sampling"},
     "terminal": {"session"},
     "checkpoint_formats": set(),
     "checkpoint_convert": {"checkpoint_formats"},
@@ -61,6 +62,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "torch_weights": {"checkpoint", "checkpoint_names", "dequantized", "moe", "prepare"},
     "model": {
         "adapter",
+        "adapters",
         "decode_graph",
         "expert_loading",
         "fused_lora",
