@@ -27,7 +27,7 @@ def check_manifest(folder: Path, config: dict[str, Any], files: list[Path]) -> N
     was found and expected.
     """
     manifest = folder / MANIFEST_NAME
-    if not manifest.is_file():
+    if not manifest.is_symlink() and not manifest.exists():
         return
     content = _read(manifest)
     for key, expected in (("version", _VERSION), ("status", _STATUS)):

@@ -69,11 +69,11 @@ def read_adapter(folder: Path) -> AdapterFiles:
     """Raises ``AdapterError`` for a missing or damaged file, for a folder that is not as its
     manifest says, and for NaN or infinite values."""
     config = _read_config(folder / CONFIG_NAME)
-    files = [folder / name for name in _FURTHER_NAMES if (folder / name).is_file()]
+    files = [folder / name for name in _FURTHER_NAMES if _is_there(folder / name)]
     file = folder / WEIGHTS_NAME
-    if not file.is_file() and (folder / PICKLE_NAME).is_file():
+    if not _is_there(file) and _is_there(folder / PICKLE_NAME):
         file = folder / PICKLE_NAME
-    if file.is_file() or not files:
+    if _is_there(file) or not files:
         files.insert(0, file)
     check_manifest(folder, config, files)
     tensors = [
@@ -85,6 +85,11 @@ def read_adapter(folder: Path) -> AdapterFiles:
         _check_values(tensor)
     _warn_of_zeros(files[0], tensors)
     return AdapterFiles(folder, files[0], config, _without_copies(tensors))
+
+
+def _is_there(path: Path) -> bool:
+    """Also what then cannot be read: a broken link, a directory."""
+    return path.is_symlink() or path.exists()
 
 
 def parse_key(key: str, value: torch.Tensor, file: Path) -> AdapterTensor:
