@@ -18,7 +18,8 @@ CSRC = ROOT / "csrc"
 PYTHON_LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "config": set(),
-    "template": set(),
+    "template_table": set(),
+    "template": {"template_table"},
     "sampling": set(),
     "kv_cache": set(),
     "cache_layers": {"kv_cache"},
@@ -78,7 +79,16 @@ PYTHON_LAYERS: dict[str, set[str]] = {
 LEAVES = {"errors", "config"}
 # The whole Config is for those who assemble; the others take their own part of it.
 ASSEMBLERS = {"config", "api", "chat", "pack"}
-WITHOUT_TORCH = {"errors", "config", "template", "context", "text_stream", "terminal", "__init__"}
+WITHOUT_TORCH = {
+    "errors",
+    "config",
+    "template",
+    "template_table",
+    "context",
+    "text_stream",
+    "terminal",
+    "__init__",
+}
 
 # Layers of csrc/ and the layers below each.
 CPP_LAYERS: dict[str, set[str]] = {
