@@ -18,13 +18,17 @@ CSRC = ROOT / "csrc"
 PYTHON_LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "config": set(),
-    "template": set(),
+    "template_table": set(),
+    "template": {"template_table"},
     "sampling": set(),
     "kv_cache": set(),
+    "cache_layers": {"kv_cache"},
     "decode_graph": {"kv_cache"},
-    "generation": {"sampling", "kv_cache", "decode_graph"},
+    "text_stream": set(),
+    "generation": {"sampling", "text_stream", "kv_cache", "cache_layers", "decode_graph"},
+    "context": set(),
     "adapters": {"adapter", "moe"},
-    "session": {"adapters", "template", "generation", "sampling"},
+    "session": {"adapters", "template", "generation", "sampling", "context"},
     "terminal": {"session"},
     "checkpoint_formats": set(),
     "checkpoint_convert": {"checkpoint_formats"},
@@ -79,7 +83,16 @@ PYTHON_LAYERS: dict[str, set[str]] = {
 LEAVES = {"errors", "config"}
 # The whole Config is for those who assemble; the others take their own part of it.
 ASSEMBLERS = {"config", "api", "chat", "pack"}
-WITHOUT_TORCH = {"errors", "config", "template", "terminal", "__init__"}
+WITHOUT_TORCH = {
+    "errors",
+    "config",
+    "template",
+    "template_table",
+    "context",
+    "text_stream",
+    "terminal",
+    "__init__",
+}
 
 # Layers of csrc/ and the layers below each.
 CPP_LAYERS: dict[str, set[str]] = {
