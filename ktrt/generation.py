@@ -4,37 +4,37 @@ Three layers: ``generate_step`` yields token ids, ``stream_generate`` adds stop 
 timings; sessions build conversations on it.
 """
 
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from transformers import DynamicCache
 
+from ktrt.cache_layers import Mark, continues, crop, needs_marks
 from ktrt.config import SamplingArgs
 from ktrt.decode_graph import DecodeGraphs
 from ktrt.errors import ConfigError
 from ktrt.kv_cache import StaticKv, makes_own_cache, unusual_layers
-from ktrt.sampling import Sampler, make_sampler
+from ktrt.sampling import Sampler, log_probabilities, make_sampler
+from ktrt.text_stream import Decoder, StopStrings, TextStream
 
 # Tokens per forward of the prompt: enough for GEMMs to be at their best, and few enough that
 # Ctrl-C and the attention's memory stay small.
 PREFILL_CHUNK = 512
 # With a GPU: what one call of the engine takes, since every forward reads all experts' weights.
 GPU_PREFILL_CHUNK = 1024
+# Places to go back to that a cache with windows or states keeps: three for each of two turns.
+_MOST_MARKS = 6
 
 FinishReason = Literal["stop", "length"]
 # Makes the CUDA graphs that decode on a cache.
 GraphsFor = Callable[[StaticKv], DecodeGraphs]
-
-
-class Decoder(Protocol):
-    """What is used of a transformers tokenizer here."""
-
-    def decode(self, token_ids: list[int], **options: Any) -> str: ...
+# Told how many of how many new prompt tokens are done: 0 first, then after each forward.
+OnPrefill = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Response:
 
     ``text`` may be empty while a character is incomplete; ``finish_reason`` is set on the last one.
     ``prompt_tokens`` includes ``reused_tokens``, those found in the KV cache. ``prefill_seconds``
-    ends with the first token, ``decode_seconds`` counts from there.
+    ends with the first token, ``decode_seconds`` counts from there. With ``logprobs``, ``logprob``
+    is the token's, and ``top_logprobs`` are (token id, logprob) of the likeliest, best first.
     """
 
     text: str
@@ -54,6 +55,8 @@ class Response:
     generated_tokens: int
     prefill_seconds: float
     decode_seconds: float
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
 
     def summary(self) -> str:
         """Counts and speeds so far, for a log line."""
@@ -77,8 +80,11 @@ class KvCache:
         # The GPU's share of the routed experts, and what graphs know of its memory.
         self._gpu: Any = getattr(model, "kt_gpu_experts", None)
         self._gpu_version = -1
+        self._intact = True
         self._own_cache = makes_own_cache(model)
         self.plain = not unusual_layers(model)
+        # Whether several tokens at once can follow what is held.
+        self.continues = continues(model)
         self._graphs: DecodeGraphs | None = None
         self._cache: Any = None
         if graphs is not None and self.plain:
@@ -93,25 +99,49 @@ class KvCache:
 
     def _reset(self) -> None:
         self._ids: list[int] = []
+        self._marks: list[Mark] = []
         if self._graphs is not None:
             self._cache.reset()
         else:
             self._cache = None if self._own_cache else DynamicCache(config=self._model.config)
 
     def reuse(self, prompt_ids: Sequence[int]) -> int:
-        """Crops to what it shares with the prompt's start; returns how many tokens that is.
+        """Goes back to what it shares with the prompt's start, or as near as the cache's kind
+        allows; returns how many tokens it then holds.
 
         The last token of the prompt is never counted: its logits are needed.
         """
         pairs = zip(self._ids, prompt_ids[:-1], strict=False)
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        if shared == 0 or not self.plain:
+        if shared == 0 or not self.continues:
             self._reset()
-            return 0
-        if shared < len(self._ids):
-            self._cache.crop(shared - len(self._ids))
-            del self._ids[shared:]
-        return shared
+        elif shared < len(self._ids):
+            self._go_back(self._ids, shared)
+        self.mark()
+        return len(self._ids)
+
+    def mark(self, *, replace: bool = False) -> None:
+        """Makes what is held now a place to go back to, where cropping may not get there;
+        ``replace``: instead of the latest such place."""
+        if not self._ids or not self.continues or not needs_marks(self._cache):
+            return
+        if replace and self._marks:
+            self._marks.pop()
+        if all(mark.length != len(self._ids) for mark in self._marks):
+            self._marks = [*self._marks[1 - _MOST_MARKS :], Mark.of(self._cache, len(self._ids))]
+
+    def _go_back(self, ids: Sequence[int], length: int) -> None:
+        """Brings the cache, which held ``ids`` and perhaps the beginnings of more, to ``length`` of
+        them or fewer."""
+        self._ids = []  # an exception in here leaves nothing that is trusted
+        marks = [mark for mark in self._marks if mark.length <= length]
+        if not crop(self._cache, length):
+            length = marks[-1].length if marks else 0
+            if not marks or not marks[-1].restore(self._cache):
+                self._reset()
+                return
+        self._marks = marks
+        self._ids = list(ids[:length])
 
     def prefill_chunk(self, remaining: int) -> int:
         """Tokens of a prompt's next forward."""
@@ -123,12 +153,19 @@ class KvCache:
     def forward(self, ids: Sequence[int]) -> torch.Tensor:
         """Runs the model on the next ``ids``; returns the last position's logits [vocab_size]."""
         held, self._ids = self._ids, []
-        if self._graphs is None:
-            logits = self._plain_forward(ids)
-        else:
-            logits = self._graph_forward(self._graphs, held, ids)
-        # Only now: after an exception, Ctrl-C included, the layers may differ in length, and no ids
-        # make the next `reuse` start anew.
+        self._intact = True
+        try:
+            if self._graphs is None:
+                logits = self._plain_forward(ids)
+            else:
+                logits = self._graph_forward(self._graphs, held, ids)
+        except BaseException:
+            # Ctrl-C included: some layers hold the new tokens by now and others do not.
+            if self._intact and self._cache is not None:
+                with suppress(Exception):
+                    self._go_back(held, len(held))
+            raise
+        # Only now: no ids make the next `reuse` start anew.
         held.extend(ids)
         self._ids = held
         return logits
@@ -150,6 +187,7 @@ class KvCache:
             self._cache.set_length(len(held) + 1)
             return found[0]
         logits = self._plain_forward(ids)
+        self._intact = False
         if not graphs.prepare(ids, [len(held)], logits.unsqueeze(0)):
             # It may have stored anything anywhere.
             self._cache.reset()
@@ -170,63 +208,40 @@ class KvCache:
         return logits
 
 
-class TextStream:
-    """Token ids in, text out, never half a character.
+def generate_step(
+    cache: KvCache, ids: Sequence[int], sampler: Sampler, on_prefill: OnPrefill | None = None
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Token ids without end, each with the logits [vocab_size] it was chosen from.
 
-    Bytes of a character still incomplete decode to a trailing U+FFFD, which is held back. Only a
-    window of the last tokens is decoded, so a token's cost does not grow with the answer.
+    ``ids``: the part of the prompt that ``cache`` does not hold yet. An exception of ``on_prefill``
+    ends the prefill between two forwards; what is done by then stays in the cache.
     """
-
-    _WINDOW = 32
-    _CONTEXT = 8
-
-    def __init__(self, tokenizer: Decoder, *, skip_special_tokens: bool) -> None:
-        self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
-        self._ids: list[int] = []
-        self._shown = 0
-
-    def push(self, token: int) -> str:
-        """The text that is complete now and was not before."""
-        self._ids.append(token)
-        text = self._decode(self._ids)
-        held = text.endswith("\ufffd")
-        piece = text[self._shown : len(text) - held]
-        self._shown += len(piece)
-        if len(self._ids) > self._WINDOW:
-            # A character has four bytes at most: behind so many tokens, the next ones read as they
-            # do behind all. Special tokens that are skipped hold none, hence the condition.
-            context = self._decode(self._ids[-self._CONTEXT :])
-            if context:
-                del self._ids[: -self._CONTEXT]
-                self._shown = len(context) - held
-        return piece
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(
-            ids,
-            skip_special_tokens=self._skip_special_tokens,
-            clean_up_tokenization_spaces=False,
-        )
-
-
-def generate_step(cache: KvCache, ids: Sequence[int], sampler: Sampler) -> Iterator[int]:
-    """Token ids without end. ``ids``: the part of the prompt that ``cache`` does not hold yet."""
-    pending = list(ids)
-    while cache.plain and len(pending) > (chunk := cache.prefill_chunk(len(pending))):
-        cache.forward(pending[:chunk])
-        del pending[:chunk]
+    logits = _prefill(cache, ids, on_prefill or (lambda _done, _total: None))
     while True:
-        token = sampler(cache.forward(pending))
-        yield token
-        pending = [token]
+        token = sampler(logits)
+        yield token, logits
+        logits = cache.forward([token])
 
 
-def check_prompt(model: Any, prompt_ids: Sequence[int]) -> int:
-    """How many tokens can follow the prompt.
+def _prefill(cache: KvCache, ids: Sequence[int], on_prefill: OnPrefill) -> torch.Tensor:
+    done = 0
+    on_prefill(done, len(ids))
+    while True:
+        left = len(ids) - done
+        count = min(left, cache.prefill_chunk(left)) if cache.continues else left
+        logits = cache.forward(ids[done : done + count])
+        # Marks stay at the prompt's end, and before the last forward for the same prompt again.
+        cache.mark(replace=0 < done < len(ids) - count)
+        done += count
+        on_prefill(done, len(ids))
+        if done == len(ids):
+            return logits
 
-    ``ConfigError``: the prompt leaves no room in the model's context, or holds ids without an
-    embedding.
+
+def check_prompt(model: Any, prompt_ids: Sequence[int], limit: int) -> int:
+    """How many tokens can follow the prompt in a context of ``limit`` tokens.
+
+    ``ConfigError``: the prompt leaves no room there, or holds ids without an embedding.
     """
     rows = model.get_input_embeddings().weight.shape[0]
     if max(prompt_ids) >= rows:
@@ -234,15 +249,12 @@ def check_prompt(model: Any, prompt_ids: Sequence[int]) -> int:
             f"the prompt holds token id {max(prompt_ids)}, the model has {rows} embeddings: this "
             "tokenizer does not belong to this model"
         )
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is None:
-        return sys.maxsize
     if len(prompt_ids) >= limit:
         raise ConfigError(
             f"the conversation has {len(prompt_ids)} tokens, the model's context holds {limit}: "
             "shorten it, or start anew"
         )
-    return int(limit) - len(prompt_ids)
+    return limit - len(prompt_ids)
 
 
 def stream_generate(
@@ -253,22 +265,26 @@ def stream_generate(
     *,
     stop_ids: Collection[int],
     max_tokens: int,
+    on_prefill: OnPrefill | None = None,
 ) -> Iterator[Response]:
-    """The answer to ``prompt_ids``, a response per token; a stop id's text is not part of it."""
+    """The answer to ``prompt_ids``, a response per token; the text of a stop id or stop string is
+    not part of it. ``stop_ids`` and ``max_tokens`` count beside those of ``sampling``."""
     start = time.perf_counter()
     reused = cache.reuse(prompt_ids)
     sampler = make_sampler(sampling, prompt_ids)
-    text = TextStream(tokenizer, skip_special_tokens=sampling.skip_special_tokens)
+    text = _AnswerText(tokenizer, sampling, stop_ids, min(max_tokens, sampling.max_new_tokens))
     first = start
-    for count, token in enumerate(generate_step(cache, prompt_ids[reused:], sampler), start=1):
+    steps = generate_step(cache, prompt_ids[reused:], sampler, on_prefill)
+    for count, (token, logits) in enumerate(steps, start=1):
+        piece, reason = text.push(token, count)
+        scored = None
+        if sampling.logprobs:
+            scored = log_probabilities(logits, token, sampling.top_logprobs)
         now = time.perf_counter()
         if count == 1:
             first = now
-        reason: FinishReason | None = "length" if count == max_tokens else None
-        if token in stop_ids:
-            reason = "stop"
         yield Response(
-            text="" if reason == "stop" else text.push(token),
+            text=piece,
             token=token,
             finish_reason=reason,
             prompt_tokens=len(prompt_ids),
@@ -276,6 +292,32 @@ def stream_generate(
             generated_tokens=count,
             prefill_seconds=first - start,
             decode_seconds=now - first,
+            logprob=scored[0] if scored else None,
+            top_logprobs=scored[1] if scored else (),
         )
         if reason:
             return
+
+
+class _AnswerText:
+    """An answer's text as it may be shown, and its end."""
+
+    def __init__(
+        self, tokenizer: Decoder, args: SamplingArgs, stop_ids: Collection[int], max_tokens: int
+    ) -> None:
+        self._text = TextStream(tokenizer, skip_special_tokens=args.skip_special_tokens)
+        self._strings = StopStrings(args.stop_strings)
+        self._stop_ids = {*stop_ids, *args.stop_token_ids}
+        self._max_tokens = max_tokens
+
+    def push(self, token: int, count: int) -> tuple[str, FinishReason | None]:
+        """The text to show after the ``count``-th token, and why the answer ends with it, if it
+        does."""
+        if token in self._stop_ids:
+            return self._strings.flush(), "stop"
+        piece = self._strings.push(self._text.push(token))
+        if self._strings.found:
+            return piece, "stop"
+        if count == self._max_tokens:
+            return piece + self._strings.flush(), "length"
+        return piece, None

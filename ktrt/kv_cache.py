@@ -112,13 +112,14 @@ class StaticLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last positions, of which this is the negative count."""
-        self._truncate(self.length - abs(tokens_to_remove))
+        self.truncate(self.length - abs(tokens_to_remove))
 
     def reset(self) -> None:
         """Forgets everything."""
-        self._truncate(0)
+        self.truncate(0)
 
-    def _truncate(self, length: int) -> None:
+    def truncate(self, length: int) -> None:
+        """Forgets all but the first ``length`` positions."""
         self.length = length
         if self.is_initialized:
             # Not only what is counted: an interrupted forward may have stored more, perhaps NaN.

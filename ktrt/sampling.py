@@ -1,8 +1,10 @@
 """Choosing the next token from logits, as transformers' generate does.
 
 Order and semantics are those of transformers' processors (generation/logits_process.py, 5.23):
-repetition penalty, then, when sampling, temperature, top_k, top_p and a multinomial draw, all in
-float32. The same logits and seed give the same token.
+repetition penalty, then, when sampling, temperature, top_k, top_p, min_p and a multinomial draw,
+all in float32. OpenAI's presence and frequency penalties, which transformers lacks, come behind the
+repetition penalty, where its generate puts processors of the caller's. The same logits and seed
+give the same token.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,21 +25,18 @@ def make_sampler(args: SamplingArgs, prompt_ids: Sequence[int]) -> Sampler:
     """
     greedy = not args.do_sample or args.temperature == 0
     generator: torch.Generator | None = None
-    seen: torch.Tensor | None = None
+    penalties = [each for each in (_repetition(args, prompt_ids), _openai(args)) if each]
 
     def sample(logits: torch.Tensor) -> int:
-        nonlocal generator, seen
+        nonlocal generator
         scores = logits.to(torch.float32)
         if torch.isnan(scores).any():
             raise KtrtError(
                 "the model's logits hold NaN: weights or adapter are damaged, or infer_dtype "
                 "float16 overflowed (try bfloat16)"
             )
-        if args.repetition_penalty != 1.0:
-            if seen is None:
-                seen = torch.zeros_like(scores, dtype=torch.bool)
-                seen[list(prompt_ids)] = True
-            scores = _penalise(scores, seen, args.repetition_penalty)
+        for penalty in penalties:
+            scores = penalty.apply(scores)
         if greedy:
             token = int(scores.argmax())
         else:
@@ -45,11 +44,63 @@ def make_sampler(args: SamplingArgs, prompt_ids: Sequence[int]) -> Sampler:
                 generator = _generator(args.seed, scores.device)
             probabilities = _filter(scores / args.temperature, args).softmax(dim=-1)
             token = int(torch.multinomial(probabilities, 1, generator=generator))
-        if seen is not None:
-            seen[token] = True
+        for penalty in penalties:
+            penalty.count(token)
         return token
 
     return sample
+
+
+def log_probabilities(
+    logits: torch.Tensor, token: int, count: int
+) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """The logarithm of ``token``'s probability, and of the ``count`` likeliest as (id, value), best
+    first: those of the model's ``logits`` [vocab_size] before penalties, temperature and filters.
+    """
+    values = logits.to(torch.float32).log_softmax(dim=-1)
+    best = torch.topk(values, min(count, values.numel()))
+    top = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return float(values[token]), tuple(top)
+
+
+class _Penalty:
+    """Lowers the scores of tokens by how often they were there, in a tensor [vocab_size]."""
+
+    def __init__(self, rule: "_Rule", ids: Sequence[int] = ()) -> None:
+        self._rule, self._ids = rule, ids
+        self._counts: torch.Tensor | None = None
+
+    def apply(self, scores: torch.Tensor) -> torch.Tensor:
+        if self._counts is None:
+            self._counts = torch.zeros_like(scores)
+            self._counts[list(self._ids)] = 1
+        return self._rule(scores, self._counts)
+
+    def count(self, token: int) -> None:
+        assert self._counts is not None
+        self._counts[token] += 1
+
+
+_Rule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _repetition(args: SamplingArgs, prompt_ids: Sequence[int]) -> _Penalty | None:
+    factor = args.repetition_penalty
+
+    def rule(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        lowered = torch.where(scores < 0, scores * factor, scores / factor)
+        return torch.where(counts > 0, lowered, scores)
+
+    return None if factor == 1 else _Penalty(rule, prompt_ids)
+
+
+def _openai(args: SamplingArgs) -> _Penalty | None:
+    presence, frequency = args.presence_penalty, args.frequency_penalty
+
+    def rule(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        return scores - counts * frequency - (counts > 0).to(scores.dtype) * presence
+
+    return None if presence == frequency == 0 else _Penalty(rule)
 
 
 def _generator(seed: int | None, device: torch.device) -> torch.Generator:
@@ -61,24 +112,23 @@ def _generator(seed: int | None, device: torch.device) -> torch.Generator:
     return generator
 
 
-def _penalise(scores: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
-    penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
-    return torch.where(seen, penalised, scores)
-
-
 def _filter(scores: torch.Tensor, args: SamplingArgs) -> torch.Tensor:
-    """``scores`` with everything outside top_k and top_p at -inf."""
+    """``scores`` with everything outside top_k, top_p and min_p at -inf."""
     kept: torch.Tensor | None = None
     if 0 < args.top_k < scores.numel():
         # Ties with the k-th best stay, as in transformers.
         kept = torch.nonzero(scores >= torch.topk(scores, args.top_k).values[-1]).squeeze(-1)
     if args.top_p < 1:
         kept = _top_p(scores, kept, args.top_p)
-    if kept is None:
-        return scores
-    filtered = torch.full_like(scores, float("-inf"))
-    filtered[kept] = scores[kept]
-    return filtered
+    if kept is not None:
+        filtered = torch.full_like(scores, float("-inf"))
+        filtered[kept] = scores[kept]
+        scores = filtered
+    if args.min_p > 0:
+        probabilities = scores.softmax(dim=-1)
+        too_small = probabilities < args.min_p * probabilities.amax()
+        scores = scores.masked_fill(too_small, float("-inf"))
+    return scores
 
 
 def _top_p(scores: torch.Tensor, kept: torch.Tensor | None, top_p: float) -> torch.Tensor:

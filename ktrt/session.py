@@ -1,12 +1,20 @@
 """A session: a loaded model that answers conversations, and the KV cache between them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from ktrt.config import SamplingArgs, override_sampling
+from ktrt.context import context_limit, drop_turns
 from ktrt.errors import ConfigError, KtrtError
-from ktrt.generation import GraphsFor, KvCache, Response, check_prompt, stream_generate
+from ktrt.generation import (
+    GraphsFor,
+    KvCache,
+    OnPrefill,
+    Response,
+    check_prompt,
+    stream_generate,
+)
 from ktrt.template import Template
 
 __all__ = ["AuditView", "Response", "Session", "check_messages"]
@@ -35,7 +43,9 @@ class Session:
 
     ``model`` is the transformers model with its routed experts replaced, and works as one:
     ``model(input_ids).logits``. Answers may be streamed one after the other or interleaved; a
-    conversation that continues the last one computes only its new tokens.
+    conversation that continues the last one computes only its new tokens. ``template`` and
+    ``sampling`` are what is configured; ``context_limit`` is how many tokens a conversation with
+    its answer may have.
     """
 
     def __init__(
@@ -48,16 +58,19 @@ class Session:
         audit: AuditView,
         close: Callable[[], None],
         graphs: GraphsFor | None = None,
+        cutoff_len: int | None = None,
     ) -> None:
-        """``close`` frees what the model holds; it is called once. ``graphs``: see ``KvCache``."""
+        """``close`` frees what the model holds; it is called once. ``graphs``: see ``KvCache``.
+        ``cutoff_len`` lowers the context's limit."""
         self.model = model
         self.tokenizer = tokenizer
         self.audit = audit
-        self._template = template
-        self._sampling = sampling
+        self.template = template
+        self.sampling = sampling
+        self.context_limit = context_limit(model, cutoff_len)
         self._close: Callable[[], None] | None = close
         self._graphs = graphs
-        self._idle_cache: KvCache | None = None
+        self._idle_cache: tuple[Hashable, KvCache] | None = None
         self._stop_ids = template.stop_ids
         if template.name == "auto":
             self._stop_ids |= _model_stop_ids(model)
@@ -71,36 +84,76 @@ class Session:
         ``ConfigError``, before the first piece: malformed messages, an unknown sampling argument, a
         conversation longer than the model's context. ``KtrtError``: the session is closed.
         """
-        responses = self.stream_responses(messages, **sampling)
+        responses = self.stream_responses(messages, on_prefill=None, **sampling)
         return (response.text for response in responses if response.text)
 
     def stream_responses(
-        self, messages: Sequence[Mapping[str, str]], **sampling: object
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        on_prefill: OnPrefill | None = None,
+        **sampling: object,
     ) -> Iterator[Response]:
-        """Like ``stream``, with a response for every token: counts, timings, finish reason."""
+        """Like ``stream``, with a response for every token: counts, timings, finish reason.
+
+        ``on_prefill(done, total)`` is told of the prompt tokens that are not reused: 0 done first,
+        then after every forward. An exception of its own (Ctrl-C, say) ends the answer there, and
+        what is done by then need not be computed again.
+        """
         self._require_open()
-        args = override_sampling(self._sampling, sampling)
+        args = override_sampling(self.sampling, sampling)
         check_messages(messages)
-        prompt_ids = self._template.encode(messages)
-        max_tokens = min(args.max_new_tokens, check_prompt(self.model, prompt_ids))
-        return self._responses(prompt_ids, args, max_tokens)
+        prompt_ids = self.template.encode(messages)
+        max_tokens = check_prompt(self.model, prompt_ids, self.context_limit)
+        return self._responses(prompt_ids, args, max_tokens, on_prefill)
 
     def _responses(
-        self, prompt_ids: Sequence[int], args: SamplingArgs, max_tokens: int
+        self,
+        prompt_ids: Sequence[int],
+        args: SamplingArgs,
+        max_tokens: int,
+        on_prefill: OnPrefill | None,
     ) -> Iterator[Response]:
         # Taken while in use, so that a second answer meanwhile gets a cache of its own.
-        cache, self._idle_cache = self._idle_cache, None
-        cache = cache or KvCache(self.model, self._graphs)
+        key = self._cache_key()
+        idle, self._idle_cache = self._idle_cache, None
+        cache = idle[1] if idle and idle[0] == key else KvCache(self.model, self._graphs)
         responses = stream_generate(
-            self.tokenizer, cache, prompt_ids, args, stop_ids=self._stop_ids, max_tokens=max_tokens
-        )
+            self.tokenizer, cache, prompt_ids, args,
+            stop_ids=self._stop_ids, max_tokens=max_tokens, on_prefill=on_prefill,
+        )  # fmt: skip
         try:
             for response in responses:
                 yield response
                 self._require_open()
         finally:
             if self._close is not None:
-                self._idle_cache = cache
+                self._idle_cache = key, cache
+
+    def _cache_key(self) -> Hashable:
+        """What the keys and values of a token depend on besides the tokens up to it."""
+        return None
+
+    def count_tokens(self, messages: Sequence[Mapping[str, str]]) -> int:
+        """How many tokens the prompt for ``messages`` has; 0 for none."""
+        return len(self.template.encode(messages)) if messages else 0
+
+    def fit(
+        self, messages: Sequence[Mapping[str, str]], max_new_tokens: int | None = None
+    ) -> tuple[list[Mapping[str, str]], int]:
+        """``messages`` without the oldest turns for which the context has no room, and how many
+        turns (a user's message and its answer) those are.
+
+        Room is left for ``max_new_tokens`` (None: the configured number), but no more than half of
+        the context. The system message and the last message always stay.
+        """
+        answer = self.sampling.max_new_tokens if max_new_tokens is None else max_new_tokens
+        return drop_turns(messages, self.count_tokens, self.context_limit, answer)
+
+    def set_thinking(self, thinking: bool) -> None:
+        """Whether the model is to think before the answers from now on. ``ConfigError``: the
+        template has no such switch (``template.thinking`` is None)."""
+        self.template = self.template.with_thinking(thinking)
 
     def close(self) -> None:
         """Frees threads and memory; the session answers no more. Idempotent."""

@@ -8,6 +8,7 @@ tokenizer's own chat template. ``auto`` renders that one.
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -33,10 +34,20 @@ class Tokenizer(Protocol):
 
 
 class Template(Protocol):
-    """Renders checked messages that end with the user's, and knows which ids end the reply."""
+    """Renders checked messages that end with the user's, and knows which ids end the reply.
+
+    ``thinking``: whether the model is let think first; None where the template has no such switch.
+    """
 
     name: str
     stop_ids: frozenset[int]
+
+    @property
+    def thinking(self) -> bool | None: ...
+
+    def with_thinking(self, thinking: bool) -> "Template":
+        """The same template with the switch set. ``ConfigError``: it has none."""
+        ...
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """The prompt's token ids; the reply is what follows them."""
@@ -206,6 +217,17 @@ class NamedTemplate:
         self._thought = spec.thought
         self._skip_thought = args.enable_thinking is False
 
+    @property
+    def thinking(self) -> bool | None:
+        return None if self._thought is None else not self._skip_thought
+
+    def with_thinking(self, thinking: bool) -> "NamedTemplate":
+        if self._thought is None:
+            raise _no_switch(self.name)
+        changed = copy(self)
+        changed._skip_thought = not thinking
+        return changed
+
     def encode(self, messages: Sequence[Message]) -> list[int]:
         turns = list(messages)
         system = self._default_system
@@ -281,6 +303,12 @@ def _stop_ids(name: str, spec: TemplateSpec, tokenizer: Tokenizer) -> frozenset[
     return frozenset(stops if tokenizer.eos_token_id is None else stops | {tokenizer.eos_token_id})
 
 
+def _no_switch(name: str) -> ConfigError:
+    return ConfigError(
+        f"template {name!r} cannot switch thinking on or off: it is no reasoning template"
+    )
+
+
 class AutoTemplate:
     """The tokenizer's own chat template."""
 
@@ -294,22 +322,45 @@ class AutoTemplate:
             )
         self._tokenizer = tokenizer
         self._default_system = args.default_system
-        self._options: dict[str, Any] = {}
-        if args.enable_thinking is not None:
-            self._options["enable_thinking"] = args.enable_thinking
+        self._thinking = args.enable_thinking
         eos = tokenizer.eos_token_id
         self.stop_ids = frozenset[int](() if eos is None else (eos,))
-        self.encode([{"role": "user", "content": "?"}])
+        self._thinks_by_default = self._find_switch()
+        if self._thinking is not None and self._thinks_by_default is None:
+            _log.info("enable_thinking has no effect: the chat template has no such switch")
+
+    @property
+    def thinking(self) -> bool | None:
+        default = self._thinks_by_default
+        return default if default is None or self._thinking is None else self._thinking
+
+    def with_thinking(self, thinking: bool) -> "AutoTemplate":
+        if self._thinks_by_default is None:
+            raise _no_switch(self.name)
+        changed = copy(self)
+        changed._thinking = thinking
+        return changed
+
+    def _find_switch(self) -> bool | None:
+        """What the chat template does when nobody says; None if it does the same in any case."""
+        probe = [{"role": "user", "content": "?"}]
+        on, off, default = (self._render(probe, thinking) for thinking in (True, False, None))
+        return None if on == off else default != off
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
-        from jinja2 import TemplateError
-
         turns = [dict(message) for message in messages]
         if self._default_system and turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "content": self._default_system})
+        return self._render(turns, self._thinking)
+
+    def _render(self, turns: list[dict[str, str]], thinking: bool | None) -> list[int]:
+        from jinja2 import TemplateError
+
+        # DeepSeek's templates (V3.1 on) and some others have the second name.
+        options = {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}
         try:
             ids: list[int] = self._tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, tokenize=True, return_dict=False, **self._options
+                turns, add_generation_prompt=True, tokenize=True, return_dict=False, **options
             )
         except TemplateError as error:
             raise ConfigError(f"the tokenizer's chat template refuses this: {error}") from error

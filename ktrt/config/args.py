@@ -14,11 +14,18 @@ KtBackend = Literal["AMXBF16", "AMXInt8", "AMXInt4"]
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """The base model: its directory, and the dtype of everything but the routed experts."""
+    """The base model: its directory, and the dtype of everything but the routed experts.
+
+    ``cutoff_len``: the most tokens a conversation may have, where the model itself allows more.
+    """
 
     model_name_or_path: Path
     trust_remote_code: bool = False
     infer_dtype: InferDtype = "auto"
+    cutoff_len: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(self, "cutoff_len", self.cutoff_len is None or self.cutoff_len >= 2, "at least 2")
 
 
 @dataclass(frozen=True)
@@ -82,27 +89,52 @@ class TemplateArgs:
 
 @dataclass(frozen=True)
 class SamplingArgs:
-    """How tokens are chosen. ``temperature`` 0 or ``do_sample`` false is greedy; ``top_k`` 0 and
-    ``top_p`` 1 switch those filters off; ``seed`` None differs from run to run.
+    """How tokens are chosen, and when an answer ends.
+
+    ``temperature`` 0 or ``do_sample`` false is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0
+    switch those filters off; ``seed`` None differs from run to run. ``repetition_penalty`` counts
+    the prompt too, ``presence_penalty`` and ``frequency_penalty`` (OpenAI's) the answer alone.
+    ``stop_strings`` end an answer before their first character, ``stop_token_ids`` join the
+    template's. ``logprobs``: report each token's, and those of the ``top_logprobs`` likeliest.
     """
 
     do_sample: bool = True
     temperature: float = 0.95
     top_p: float = 0.7
     top_k: int = 50
+    min_p: float = 0.0
     max_new_tokens: int = 1024
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     skip_special_tokens: bool = True
     seed: int | None = None
+    stop_strings: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: bool = False
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         finite = float("inf")
         _require(self, "temperature", 0 <= self.temperature < finite, "0 or more")
         _require(self, "top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
         _require(self, "top_k", self.top_k >= 0, "0 (off) or more")
+        _require(self, "min_p", 0 <= self.min_p <= 1, "0 (off) … 1")
         _require(self, "max_new_tokens", self.max_new_tokens >= 1, "at least 1")
         _require(self, "repetition_penalty", 0 < self.repetition_penalty < finite, "above 0")
+        _require(self, "presence_penalty", -2 <= self.presence_penalty <= 2, "-2 … 2")
+        _require(self, "frequency_penalty", -2 <= self.frequency_penalty <= 2, "-2 … 2")
         _require(self, "seed", self.seed is None or 0 <= self.seed < 2**63, "0 … 2^63 - 1")
+        _require(self, "stop_strings", all(self.stop_strings), "texts that are not empty")
+        ids = self.stop_token_ids
+        _require(self, "stop_token_ids", all(each >= 0 for each in ids), "token ids, 0 or more")
+        _require(self, "top_logprobs", 0 <= self.top_logprobs <= 20, "0 … 20")
+        holds = self.logprobs or self.top_logprobs == 0
+        _require(self, "top_logprobs", holds, "0 while logprobs is false")
+
+
+# OpenAI's name, and the usual one at a prompt.
+SAMPLING_ALIASES = {"stop": "stop_strings"}
 
 
 @dataclass(frozen=True)
@@ -123,11 +155,12 @@ def override_sampling(defaults: SamplingArgs, overrides: Mapping[str, object]) -
     """
     types = {each.name: each.type for each in fields(SamplingArgs)}
     changes: dict[str, Any] = {}
-    for name, value in overrides.items():
+    for spelling, value in overrides.items():
+        name = SAMPLING_ALIASES.get(spelling, spelling)
         if name not in types:
             raise ConfigError(f"unknown sampling argument {name!r}{nearest(name, types)}")
         if value is not None:
-            changes[name] = check_value(name, value, types[name], "sampling")
+            changes[name] = check_value(spelling, value, types[name], "sampling")
     return replace(defaults, **changes)
 
 

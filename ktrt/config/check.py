@@ -16,8 +16,12 @@ def check_value(key: str, value: object, hint: Any, where: str) -> Any:
     """``value`` as a dataclass field's type ``hint``; an integer is a fine float, text a fine path.
 
     ``hint``: bool, int, float, str, Path, a Literal of texts (case-insensitive), or a union of them
-    and None. ``ConfigError`` names ``where``, the key, what was expected and what was found.
+    and None; or a tuple of one of them, for which a list and a single value are fine too.
+    ``ConfigError`` names ``where``, the key, what was expected and what was found.
     """
+    if get_origin(hint) is tuple:
+        values = value if isinstance(value, list | tuple) else [value]
+        return tuple(check_value(key, each, get_args(hint)[0], where) for each in values)
     if get_origin(hint) in (Union, types.UnionType):
         if value is None:
             return None

@@ -87,9 +87,8 @@ IGNORED = frozenset(_IGNORED_NAMES.split())
 NOTED = {
     "use_dora": "adapter_config.json decides",
     "use_rslora": "adapter_config.json decides",
-    "cutoff_len": "the context limit is the model's own",
-    "kt_model_max_length": "the context limit is the model's own",
-    "kt_maxlen": "the context limit is the model's own",
+    "kt_model_max_length": "the context limit is the model's own, or cutoff_len",
+    "kt_maxlen": "the context limit is the model's own, or cutoff_len",
     "max_length": "max_new_tokens bounds the answer",
     "length_penalty": "it concerns beam search only",
     "flash_attn": "transformers' default attention is used",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ktrt.config.args import (
+    SAMPLING_ALIASES,
     AdapterArgs,
     Config,
     ExpertArgs,
@@ -38,7 +39,7 @@ _TYPES: dict[str, Any] = {
     each.name: each.type for section in (*_SECTIONS, _Switches) for each in fields(section)
 }
 _TEXT_KEYS = [key for key, hint in _TYPES.items() if hint in (Path, str, Path | None, str | None)]
-_ALIASES = {"kt_lora_rank": "lora_rank", "kt_lora_alpha": "lora_alpha"}
+_ALIASES = {"kt_lora_rank": "lora_rank", "kt_lora_alpha": "lora_alpha", **SAMPLING_ALIASES}
 # Two keys of kt_kernel say the same thing; the values of both, in lower case, as kt_backend.
 _BACKENDS = {
     "kt_backend": {

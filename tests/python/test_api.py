@@ -78,7 +78,7 @@ def test_mapping_and_overrides(folder: Path) -> None:
 
 def test_greedy_equals_transformers_generate_over_turns(folder: Path) -> None:
     with ktrt.load(folder / "chat.yaml", max_new_tokens=25) as session:
-        prompt = session._template.encode(ASK)
+        prompt = session.template.encode(ASK)
         inputs = torch.tensor([prompt])
         expected = session.model.generate(
             inputs, attention_mask=torch.ones_like(inputs), do_sample=False, max_new_tokens=25

@@ -232,9 +232,9 @@ class TestUnknownAndUnused:
         self, write: Callable[[str], Path], caplog: pytest.LogCaptureFixture
     ) -> None:
         with caplog.at_level(logging.INFO):
-            load_config(write("cutoff_len: 99\nkt_config: {kt_threadpool_count: 2}\n"))
+            load_config(write("kt_maxlen: 99\nkt_config: {kt_threadpool_count: 2}\n"))
         assert len(caplog.messages) == 2
-        assert any("cutoff_len: 99" in message for message in caplog.messages)
+        assert any("kt_maxlen: 99" in message for message in caplog.messages)
         assert any("kt_threadpool_count: 2" in message for message in caplog.messages)
 
     @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from ktrt import decode_graph, generation, kv_cache
 from ktrt.config import SamplingArgs
 from ktrt.errors import ConfigError
-from ktrt.generation import KvCache, Response, TextStream, check_prompt, stream_generate
+from ktrt.generation import KvCache, Response, check_prompt, stream_generate
+from ktrt.text_stream import TextStream
 
 GREEDY = SamplingArgs(do_sample=False)
 PROMPT = [5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43]
@@ -185,12 +186,12 @@ class TestKvCache:
         del answer
         assert tokens(run(tokenizer, cache, PROMPT)) == reference(model, PROMPT, 25)
 
-    def test_an_interrupted_forward_is_not_trusted(
+    def test_an_interrupted_forward_costs_only_itself(
         self, tokenizer: Any, make_cache: MakeCache
     ) -> None:
         model = make_model(tokenizer)
         cache = make_cache(model)
-        run(tokenizer, cache, PROMPT, count=2)
+        answer = tokens(run(tokenizer, cache, PROMPT, count=2))
 
         def interrupt(*_: Any) -> None:
             raise KeyboardInterrupt
@@ -198,13 +199,14 @@ class TestKvCache:
         # Layer 0 has stored the new token by now, layer 1 has not.
         hook = model.model.layers[1].register_forward_pre_hook(interrupt)
         with pytest.raises(KeyboardInterrupt):
-            run(tokenizer, cache, [*PROMPT, 3, 4])
+            run(tokenizer, cache, [*PROMPT, answer[0], 3, 4])
         hook.remove()
-        responses = run(tokenizer, cache, PROMPT)
-        assert responses[-1].reused_tokens == 0
-        assert tokens(responses) == reference(model, PROMPT, 25)
+        longer = [*PROMPT, answer[0], 5]
+        responses = run(tokenizer, cache, longer)
+        assert responses[-1].reused_tokens == len(PROMPT) + 1
+        assert tokens(responses) == reference(model, longer, 25)
 
-    def test_a_sliding_window_is_prefilled_whole(
+    def test_a_sliding_window_goes_on_but_not_back(
         self, tokenizer: Any, make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         from transformers import MistralConfig, MistralForCausalLM
@@ -219,32 +221,36 @@ class TestKvCache:
         model = MistralForCausalLM(config).eval()
         cache = make_cache(model)
         assert not cache.plain
-        run(tokenizer, cache, PROMPT)
-        longer = [*PROMPT, 50, 51]
-        lengths = []
-
-        def spy(_: Any, __: Any, options: dict[str, Any]) -> None:
-            lengths.append(options["input_ids"].shape[1])
-
-        with model.register_forward_pre_hook(spy, with_kwargs=True):
-            responses = run(tokenizer, cache, longer)
-        assert lengths[:2] == [len(longer), 1]
-        assert responses[-1].reused_tokens == 0
+        answer = tokens(run(tokenizer, cache, PROMPT))
+        # On: everything but the last token, which was never fed back, is there.
+        longer = [*PROMPT, *answer, 50, 51]
+        responses = run(tokenizer, cache, longer)
+        assert responses[-1].reused_tokens == len(longer) - 3
         assert tokens(responses) == reference(model, longer, 25)
+        # Back to where that turn's new tokens began, and no further.
+        changed = [*longer[:-2], 60, 61, 62]
+        responses = run(tokenizer, cache, changed)
+        assert responses[-1].reused_tokens == len(longer) - 3
+        assert tokens(responses) == reference(model, changed, 25)
+        changed = [*PROMPT[:-1], 60, 61, 62]
+        responses = run(tokenizer, cache, changed)
+        assert responses[-1].reused_tokens == 10, "where the last chunk began"
+        assert tokens(responses) == reference(model, changed, 25)
+        assert run(tokenizer, cache, [3, 4, *PROMPT])[-1].reused_tokens == 0
 
 
 class TestCheckPrompt:
     def test_room_left(self, model: Any) -> None:
-        assert check_prompt(model, PROMPT) == 2048 - len(PROMPT)
+        assert check_prompt(model, PROMPT, 2048) == 2048 - len(PROMPT)
 
     def test_too_long(self, model: Any) -> None:
-        assert check_prompt(model, [1] * 2047) == 1
+        assert check_prompt(model, [1] * 2047, 2048) == 1
         with pytest.raises(ConfigError, match=r"has 2048 tokens.*holds 2048"):
-            check_prompt(model, [1] * 2048)
+            check_prompt(model, [1] * 2048, 2048)
 
     def test_foreign_tokenizer(self, model: Any) -> None:
         with pytest.raises(ConfigError, match="does not belong"):
-            check_prompt(model, [3, 10**6])
+            check_prompt(model, [3, 10**6], 2048)
 
 
 def pieces(tokenizer: Any, ids: list[int], *, skip: bool = True) -> list[str]:

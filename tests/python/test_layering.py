@@ -21,9 +21,12 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "template": set(),
     "sampling": set(),
     "kv_cache": set(),
+    "cache_layers": {"kv_cache"},
     "decode_graph": {"kv_cache"},
-    "generation": {"sampling", "kv_cache", "decode_graph"},
-    "session": {"template", "generation", "sampling"},
+    "text_stream": set(),
+    "generation": {"sampling", "text_stream", "kv_cache", "cache_layers", "decode_graph"},
+    "context": set(),
+    "session": {"template", "generation", "sampling", "context"},
     "terminal": {"session"},
     "checkpoint_formats": set(),
     "checkpoint_convert": {"checkpoint_formats"},
@@ -75,7 +78,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
 LEAVES = {"errors", "config"}
 # The whole Config is for those who assemble; the others take their own part of it.
 ASSEMBLERS = {"config", "api", "chat", "pack"}
-WITHOUT_TORCH = {"errors", "config", "template", "terminal", "__init__"}
+WITHOUT_TORCH = {"errors", "config", "template", "context", "text_stream", "terminal", "__init__"}
 
 # Layers of csrc/ and the layers below each.
 CPP_LAYERS: dict[str, set[str]] = {

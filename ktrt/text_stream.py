@@ -1,0 +1,96 @@
+"""From token ids to the text that may be shown: whole characters, and nothing of a stop string."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+
+class Decoder(Protocol):
+    """What is used of a transformers tokenizer here."""
+
+    def decode(self, token_ids: list[int], **options: Any) -> str: ...
+
+
+class TextStream:
+    """Token ids in, text out, never half a character.
+
+    Bytes of a character still incomplete decode to a trailing U+FFFD, which is held back. Only a
+    window of the last tokens is decoded, so a token's cost does not grow with the answer.
+    """
+
+    _WINDOW = 32
+    _CONTEXT = 8
+
+    def __init__(self, tokenizer: Decoder, *, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._ids: list[int] = []
+        self._shown = 0
+
+    def push(self, token: int) -> str:
+        """The text that is complete now and was not before."""
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        held = text.endswith("\ufffd")
+        piece = text[self._shown : len(text) - held]
+        self._shown += len(piece)
+        if len(self._ids) > self._WINDOW:
+            # A character has four bytes at most: behind so many tokens, the next ones read as they
+            # do behind all. Special tokens that are skipped hold none, hence the condition.
+            context = self._decode(self._ids[-self._CONTEXT :])
+            if context:
+                del self._ids[: -self._CONTEXT]
+                self._shown = len(context) - held
+        return piece
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(
+            ids,
+            skip_special_tokens=self._skip_special_tokens,
+            clean_up_tokenization_spaces=False,
+        )
+
+
+class StopStrings:
+    """Pieces of text in, what may be shown out: whatever may yet become a stop string is held back.
+
+    The text ends before the stop string that is complete first (the longest, where several are), so
+    the result does not depend on where the pieces' borders are.
+    """
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self._strings = tuple(strings)
+        self._held = ""
+        self.found = False
+
+    def push(self, piece: str) -> str:
+        """The text that can be shown now; once ``found``, nothing more."""
+        if self.found or not self._strings:
+            return "" if self.found else piece
+        text = self._held + piece
+        start = self._first_match(text)
+        if start is not None:
+            self.found, self._held = True, ""
+            return text[:start]
+        held = self._held_length(text)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def flush(self) -> str:
+        """What is still held, which the answer's end has made plain text."""
+        held, self._held = self._held, ""
+        return held
+
+    def _first_match(self, text: str) -> int | None:
+        """Where the stop string that is complete first begins."""
+        found = ((text.find(each), len(each)) for each in self._strings)
+        matches = [(start + length, start) for start, length in found if start >= 0]
+        return min(matches)[1] if matches else None
+
+    def _held_length(self, text: str) -> int:
+        """The longest end of ``text`` that begins a stop string."""
+        longest = min(len(text), max(len(each) for each in self._strings) - 1)
+        for length in range(longest, 0, -1):
+            end = text[len(text) - length :]
+            if any(each.startswith(end) for each in self._strings):
+                return length
+        return 0
