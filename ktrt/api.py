@@ -36,6 +36,7 @@ def open_session(config: Config) -> Session:
         audit=loaded.audit,
         close=loaded.close,
         graphs=loaded.graphs,
+        weight_bytes=loaded.bytes_per_token,
         cutoff_len=config.model.cutoff_len,
     )
 

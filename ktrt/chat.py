@@ -118,7 +118,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _with_bare_resume(argv: Sequence[str]) -> list[str]:
     """``--resume`` before the configuration or an override has no FILE; argparse would think so."""
-    following = [*argv[1:], ""]
+    following = [*argv, ""][1:]
     return [
         "--resume=" if each == "--resume" and (after.endswith((".yaml", ".yml")) or "=" in after)
         else each

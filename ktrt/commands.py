@@ -238,9 +238,7 @@ def _file(talk: Talk, argument: str) -> None:
 
 
 def _adapter(talk: Talk, argument: str) -> None:
-    adapters = talk.session.adapters
-    if not adapters.names:
-        raise KtrtError("/adapter: no adapter is loaded; name one in the configuration")
+    adapters = talk.adapters
     words = argument.split()
     if words[:1] == ["scale"]:
         if len(words) != 2:
@@ -309,7 +307,7 @@ def describe(conversation: Conversation) -> str:
 
 
 def _adapter_words(talk: Talk) -> list[str]:
-    return [*talk.session.adapters.names, "on", "off", "scale "]
+    return [*talk.adapters.names, "on", "off", "scale "]
 
 
 def _sampling_words(_talk: Talk) -> list[str]:

@@ -4,7 +4,6 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from ktrt.errors import KtrtError
 from ktrt.talk import Answer, Talk
 
 # Two columns of fewer characters each are harder to read than one after the other.
@@ -14,9 +13,7 @@ _MIN_WIDTH = 80
 def compare(talk: Talk, text: str) -> None:
     """Answers ``text`` after the conversation so far, without and with the adapter, from one seed;
     neither answer joins the conversation. ``KtrtError``: no adapter is loaded."""
-    adapters = talk.session.adapters
-    if not adapters.names:
-        raise KtrtError("/compare: no adapter is loaded, there is nothing to compare")
+    adapters = talk.adapters
     seed = talk.sampling.seed
     seed = secrets.randbelow(2**31) if seed is None else seed
     side_by_side = talk.terminal.interactive and talk.terminal.width >= _MIN_WIDTH
@@ -55,7 +52,7 @@ def _stopped(answer: Answer) -> bool:
 @contextmanager
 def _restored(talk: Talk) -> Iterator[None]:
     """The adapter as it was, whatever the block does."""
-    adapters = talk.session.adapters
+    adapters = talk.adapters
     was_on = bool(adapters.active)
     try:
         yield

@@ -30,9 +30,9 @@ class Conversation:
     """What was said, and what shapes the next answer.
 
     ``system`` None: the configured system prompt. ``turns``: messages of user and assistant in
-    turn, the assistant's last. ``unanswered``: a message of the user without an answer yet. ``settings``:
-    sampling arguments that replace the configured ones; ``thinking`` None: as configured. ``model``
-    and ``adapter`` say with whom it was held.
+    turn, the assistant's last. ``unanswered``: a message of the user without an answer yet.
+    ``settings``: sampling arguments that replace the configured ones; ``thinking`` None: as
+    configured. ``model`` and ``adapter`` say with whom it was held.
     """
 
     system: str | None = None

@@ -59,9 +59,10 @@ class Session:
         close: Callable[[], None],
         graphs: GraphsFor | None = None,
         cutoff_len: int | None = None,
+        weight_bytes: Callable[[], int | None] = lambda: None,
     ) -> None:
         """``close`` frees what the model holds; it is called once. ``graphs``: see ``KvCache``.
-        ``cutoff_len`` lowers the context's limit."""
+        ``cutoff_len`` lowers the context's limit; ``weight_bytes``: see ``bytes_per_token``."""
         self.model = model
         self.tokenizer = tokenizer
         self.audit = audit
@@ -70,6 +71,7 @@ class Session:
         self.context_limit = context_limit(model, cutoff_len)
         self._close: Callable[[], None] | None = close
         self._graphs = graphs
+        self._weight_bytes = weight_bytes
         self._idle_cache: tuple[Hashable, KvCache] | None = None
         self._stop_ids = template.stop_ids
         if template.name == "auto":
@@ -154,6 +156,12 @@ class Session:
         """Whether the model is to think before the answers from now on. ``ConfigError``: the
         template has no such switch (``template.thinking`` is None)."""
         self.template = self.template.with_thinking(thinking)
+
+    @property
+    def bytes_per_token(self) -> int | None:
+        """Bytes of weights that decoding a token reads from the CPU's memory, with the adapter as
+        it is now; None if that is not known."""
+        return self._weight_bytes()
 
     def close(self) -> None:
         """Frees threads and memory; the session answers no more. Idempotent."""

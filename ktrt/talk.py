@@ -87,6 +87,14 @@ class Talk:
         self.conversation = conversation
         self._left_out = 0
 
+    @property
+    def adapters(self) -> Any:
+        """The session's ``Adapters``. ``KtrtError``: none is loaded."""
+        adapters = getattr(self.session, "adapters", None)
+        if adapters is None or not adapters.names:
+            raise KtrtError("no adapter is loaded; name one in the configuration")
+        return adapters
+
     def attach(self, path: str) -> int:
         """Adds a file's text to the next message; returns its characters. ``KtrtError``."""
         text = read_text(Path(path), MAX_FILE_BYTES)

@@ -27,7 +27,14 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "generation": {"sampling", "text_stream", "kv_cache", "cache_layers", "decode_graph"},
     "context": set(),
     "session": {"template", "generation", "sampling", "context"},
-    "terminal": {"session"},
+    "editor": set(),
+    "terminal": {"editor"},
+    "conversation": set(),
+    "status": set(),
+    "talk": {"conversation", "session", "status", "terminal"},
+    "compare": {"talk"},
+    "commands": {"compare", "conversation", "status", "talk"},
+    "weight_traffic": {"moe"},
     "checkpoint_formats": set(),
     "checkpoint_convert": {"checkpoint_formats"},
     "checkpoint_names": set(),
@@ -69,16 +76,18 @@ PYTHON_LAYERS: dict[str, set[str]] = {
         "moe",
         "prepare",
         "torch_weights",
+        "weight_traffic",
     },
     "pack": {"expert_loading", "fingerprint", "prepare", "moe", "pack_cache"},
     "api": {"model", "session", "template"},
-    "chat": {"api", "prepare", "session", "terminal"},
+    "chat": {"api", "commands", "conversation", "prepare", "session", "talk", "terminal"},
     "__init__": {"api"},
 }
 LEAVES = {"errors", "config"}
 # The whole Config is for those who assemble; the others take their own part of it.
 ASSEMBLERS = {"config", "api", "chat", "pack"}
-WITHOUT_TORCH = {"errors", "config", "template", "context", "text_stream", "terminal", "__init__"}
+WITHOUT_TORCH = {"errors", "config", "template", "context", "text_stream", "__init__"}
+WITHOUT_TORCH |= {"terminal", "editor", "conversation", "status", "talk", "compare", "commands"}
 
 # Layers of csrc/ and the layers below each.
 CPP_LAYERS: dict[str, set[str]] = {

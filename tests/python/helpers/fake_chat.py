@@ -114,7 +114,7 @@ class EchoSession:
         logprob = -0.5 if args.logprobs else None
         top = ((65, -0.5), (66, -1.5)) if args.top_logprobs else ()
         count = 0
-        for count, text in enumerate(pieces, start=1):  # noqa: B007
+        for count, text in enumerate(pieces, start=1):
             yield FakeResponse(text, 65, None, count, logprob=logprob, top_logprobs=top)
         yield FakeResponse("", 66, "stop", count + 1, logprob=logprob)
 
