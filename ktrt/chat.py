@@ -197,6 +197,10 @@ def _same(path: Path, other: Path | None) -> bool:
     return other is not None and path.resolve() == other.resolve()
 
 
+def _full(path: Path | None) -> str:
+    return "" if path is None else str(path.resolve())
+
+
 def _talk(
     session: "Session",
     config: Config,
@@ -205,7 +209,7 @@ def _talk(
     args: argparse.Namespace,
 ) -> Talk:
     model, adapter = config.model.model_name_or_path, config.adapter.adapter_name_or_path
-    keeping = Keeping(str(model), str(adapter or ""), save=start.save)
+    keeping = Keeping(_full(model), _full(adapter), save=start.save)
     before = start.conversation
     if before.model and (before.model, before.adapter) != (keeping.model, keeping.adapter):
         start.notes.append(f"It was held with {before.model} {before.adapter or '(no adapter)'}.")
