@@ -189,6 +189,8 @@ def _prepare(args: argparse.Namespace, terminal: Terminal) -> _Start:
                 f"--save: {path} holds another conversation; go on with it by --resume {path}, or "
                 "name a new file"
             )
+        if not path.absolute().parent.is_dir():
+            raise KtrtError(f"--save: there is no directory {path.parent}")
         start.save = ConversationFile(path)
     return start
 

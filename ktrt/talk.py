@@ -211,7 +211,8 @@ class Talk:
         return fitted
 
     def save(self) -> None:
-        """Writes the conversation where it is kept; a failure is reported once."""
+        """Writes the conversation where it is kept. To a person a failure is reported, once;
+        elsewhere it is raised."""
         for file in (self.keeping.autosave, self.keeping.save):
             if file is None:
                 continue
@@ -221,6 +222,8 @@ class Talk:
                 else:
                     file.save(self.conversation)
             except KtrtError as error:
+                if not self.terminal.interactive:
+                    raise
                 if str(error) not in self._reported:
                     self._reported.add(str(error))
                     self.terminal.error(str(error))
