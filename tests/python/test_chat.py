@@ -1,9 +1,9 @@
-"""Tests of python -m ktrt.chat: in the process, piped, and in a real terminal (pty)."""
+"""Tests of python -m ktrt.chat, in the process and piped; those with a terminal are in
+test_chat_terminal."""
 
 import io
 import json
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pexpect
 import pytest
 from helpers import fake_chat
+from helpers.chat_process import environment
 
 from ktrt.chat import main
 from ktrt.config import Config
@@ -23,7 +23,6 @@ from ktrt.errors import AdapterError
 from ktrt.terminal import Terminal
 
 FAKE = Path(fake_chat.__file__)
-ROOT = FAKE.parents[3]
 
 
 @pytest.fixture
@@ -196,7 +195,7 @@ class TestOneShot:
                     signal.raise_signal(signal.SIGINT)
                     yield piece
 
-            session._pieces = interrupted  # type: ignore[method-assign]
+            session._pieces = interrupted  # type: ignore[method-assign, assignment]
             return session
 
         for arguments in (["-p", "a"], ["-p", "a", "--json"]):
@@ -338,13 +337,6 @@ class TestLog:
         assert logging.getLogger("ktrt").handlers == before
 
 
-def environment(**changes: str) -> dict[str, str]:
-    """For a chat process; buffered output, whatever this process has."""
-    inherited = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
-    return inherited | {"PYTHONPATH": path} | changes
-
-
 def process(*arguments: str, env: dict[str, str] | None = None, **options: Any) -> Any:
     """A finished chat process; ``env`` replaces variables."""
     return subprocess.run(
@@ -395,90 +387,3 @@ class TestProcess:
         modules = {line.split(b"|")[-1].strip() for line in done.stderr.splitlines()}
         assert not {b"torch", b"transformers", b"prompt_toolkit"} & modules
         assert seconds < 1
-
-
-class TestTerminal:
-    """A person at a terminal."""
-
-    @pytest.fixture
-    def chat(self, config: str) -> Iterator[Any]:
-        child = pexpect.spawn(
-            sys.executable,
-            [str(FAKE), config],
-            env=environment(TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1"),
-            encoding="utf-8",
-            timeout=20,
-            dimensions=(24, 80),
-        )
-        child.expect("User: ")
-        yield child
-        child.close(force=True)
-
-    @staticmethod
-    def say(chat: Any, text: str) -> None:
-        chat.send(text + "\r")
-
-    @staticmethod
-    def leaves(chat: Any) -> int:
-        chat.expect(pexpect.EOF)
-        chat.close()
-        return int(chat.exitstatus)
-
-    def test_a_conversation(self, chat: Any) -> None:
-        self.say(chat, "你好")
-        chat.expect("Assistant: 你好 你好\r\n")
-        chat.expect("User: ")
-        self.say(chat, "clear")
-        chat.expect("History has been removed.")
-        chat.expect("User: ")
-        self.say(chat, "exit")
-        assert self.leaves(chat) == 0
-
-    def test_ctrl_c_stops_the_answer_and_keeps_the_session(self, chat: Any) -> None:
-        self.say(chat, "slow")
-        chat.expect("Assistant: 0 1 2")
-        chat.sendintr()
-        chat.expect("User: ")
-        self.say(chat, "history")
-        chat.expect(r"Assistant: user: slow \| assistant: 0 1 2")
-        chat.expect("User: ")
-        chat.sendeof()
-        assert self.leaves(chat) == 0
-
-    def test_ctrl_c_at_the_prompt_hints_and_twice_leaves(self, chat: Any) -> None:
-        chat.sendintr()
-        chat.expect("Ctrl-C once more")
-        chat.expect("User: ")
-        self.say(chat, "a")
-        chat.expect("Assistant: a a")
-        chat.expect("User: ")
-        chat.sendintr()
-        chat.expect("Ctrl-C once more")
-        chat.expect("User: ")
-        chat.sendintr()
-        assert self.leaves(chat) == 0
-
-    def test_ctrl_d_leaves(self, chat: Any) -> None:
-        chat.sendeof()
-        assert self.leaves(chat) == 0
-
-    @pytest.mark.parametrize(
-        ("text", "message"),
-        [("fail", "error: the engine is out of order"), ("bug", "error: ZeroDivisionError")],
-    )
-    def test_a_failure_keeps_the_session(self, chat: Any, text: str, message: str) -> None:
-        self.say(chat, text)
-        chat.expect(message)
-        chat.expect("User: ")
-        self.say(chat, "history")
-        chat.expect("Assistant: \r\n")
-        chat.expect("User: ")
-        self.say(chat, "exit")
-        assert self.leaves(chat) == 0
-
-    def test_pasted_lines_are_one_message(self, chat: Any) -> None:
-        chat.send("\x1b[200~one\ntwo\x1b[201~\r")
-        chat.expect("Assistant: one\r\ntwo one\r\ntwo\r\n")
-        chat.expect("User: ")
-        chat.sendeof()
-        assert self.leaves(chat) == 0

@@ -14,7 +14,7 @@ LAST = FakeResponse(
 
 
 def changed(**values: object) -> FakeResponse:
-    return FakeResponse(**{**vars(LAST), **values})  # type: ignore[arg-type]
+    return FakeResponse(**{**vars(LAST), **values})
 
 
 @pytest.mark.parametrize(
