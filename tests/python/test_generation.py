@@ -8,15 +8,12 @@ import pytest
 import torch
 from helpers.fake_streams import dense_graphs
 from helpers.tiny_chat import make_model, make_tokenizer
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from ktrt import decode_graph, generation, kv_cache
 from ktrt.config import SamplingArgs
 from ktrt.errors import ConfigError
 from ktrt.generation import KvCache, Response, check_prompt, stream_generate
-from ktrt.text_stream import TextStream
 
 GREEDY = SamplingArgs(do_sample=False)
 PROMPT = [5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43]
@@ -251,63 +248,6 @@ class TestCheckPrompt:
     def test_foreign_tokenizer(self, model: Any) -> None:
         with pytest.raises(ConfigError, match="does not belong"):
             check_prompt(model, [3, 10**6], 2048)
-
-
-def pieces(tokenizer: Any, ids: list[int], *, skip: bool = True) -> list[str]:
-    stream = TextStream(tokenizer, skip_special_tokens=skip)
-    return [stream.push(token) for token in ids]
-
-
-class TestTextStream:
-    TOKENIZER = make_tokenizer()
-
-    @settings(max_examples=100, deadline=None)
-    @given(st.text(max_size=80))
-    @example("你好🙂🚀👨‍👩‍👧 mixed, 専門家 ñ")
-    @example("a" * 200 + "路由器" * 30)
-    def test_whole_text_never_half_a_character(self, text: str) -> None:
-        ids = self.TOKENIZER.encode(text, add_special_tokens=False)
-        found = pieces(self.TOKENIZER, ids)
-        whole = self.TOKENIZER.decode(ids, skip_special_tokens=True)
-        assert "".join(found) == whole.removesuffix("�")
-        if "�" not in whole:
-            assert not any("�" in piece for piece in found)
-
-    @settings(max_examples=100, deadline=None)
-    @given(st.lists(st.integers(0, len(TOKENIZER) - 1), max_size=150))
-    def test_any_ids_at_all(self, ids: list[int]) -> None:
-        whole = self.TOKENIZER.decode(ids, skip_special_tokens=True)
-        assert "".join(pieces(self.TOKENIZER, ids)) == whole.removesuffix("�")
-
-    def test_emoji_comes_whole_and_at_once(self) -> None:
-        ids = self.TOKENIZER.encode("🧭", add_special_tokens=False)
-        assert len(ids) > 1
-        assert pieces(self.TOKENIZER, ids) == [""] * (len(ids) - 1) + ["🧭"]
-
-    def test_special_tokens(self) -> None:
-        eos = self.TOKENIZER.eos_token_id
-        assert pieces(self.TOKENIZER, [eos]) == [""]
-        assert pieces(self.TOKENIZER, [eos], skip=False) == ["</s>"]
-
-    def test_a_character_around_skipped_tokens(self) -> None:
-        *head, last = self.TOKENIZER.encode("🧭", add_special_tokens=False)
-        ids = [*head, *[self.TOKENIZER.eos_token_id] * 50, last]
-        assert pieces(self.TOKENIZER, ids) == [""] * (len(ids) - 1) + ["🧭"]
-
-    def test_the_window_stays_small(self) -> None:
-        longest = 0
-        tokenizer = self.TOKENIZER
-
-        class Spy:
-            def decode(self, ids: list[int], **options: Any) -> str:
-                nonlocal longest
-                longest = max(longest, len(ids))
-                return str(tokenizer.decode(ids, **options))
-
-        ids = tokenizer.encode("专家混合模型很高兴 tiny 🙂 " * 150, add_special_tokens=False)
-        assert len(ids) > 1000
-        pieces(Spy(), ids)
-        assert longest < 64
 
 
 def test_response_is_immutable() -> None:

@@ -1,18 +1,18 @@
 """Tests of ktrt.sampling against transformers' logits processors."""
 
+from collections import Counter
+from itertools import product
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
-from transformers import (
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from helpers.tiny_chat import make_model, make_tokenizer
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ktrt.config import SamplingArgs
 from ktrt.errors import KtrtError
-from ktrt.sampling import make_sampler
+from ktrt.sampling import log_probabilities, make_sampler
 
 VOCAB = 500
 PROMPT = [3, 3, 7, 100, 499]
@@ -24,17 +24,38 @@ def logits(steps: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tor
     return (torch.randn(steps, VOCAB, generator=generator) * 3).to(dtype)
 
 
+class OpenAIPenalties(LogitsProcessor):  # type: ignore[misc]
+    """OpenAI's formula in NumPy, token by token: mu[j] - c[j] * frequency - [c[j] > 0] * presence,
+    c[j] being how often j was sampled."""
+
+    def __init__(self, presence: float, frequency: float) -> None:
+        self.presence, self.frequency = np.float32(presence), np.float32(frequency)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        found = scores.numpy().copy()
+        for token, count in Counter(input_ids[0, len(PROMPT) :].tolist()).items():
+            found[0, token] -= np.float32(count) * self.frequency
+            found[0, token] -= self.presence
+        return torch.from_numpy(found)
+
+
+GENERATES = make_model(make_tokenizer())
+
+
 def transformers_choice(args: SamplingArgs, rows: torch.Tensor) -> list[int]:
-    """What transformers' generate chooses (GenerationMixin._sample) on these logits."""
-    processors = LogitsProcessorList()
-    if args.repetition_penalty != 1.0:
-        processors.append(RepetitionPenaltyLogitsProcessor(args.repetition_penalty))
-    if args.do_sample:
-        processors.append(TemperatureLogitsWarper(args.temperature))
-        if args.top_k:
-            processors.append(TopKLogitsWarper(args.top_k))
-        if args.top_p < 1:
-            processors.append(TopPLogitsWarper(args.top_p))
+    """What transformers' generate chooses (GenerationMixin._sample) on these logits, with the
+    processors that it makes itself."""
+    own = LogitsProcessorList()
+    if args.presence_penalty or args.frequency_penalty:
+        own.append(OpenAIPenalties(args.presence_penalty, args.frequency_penalty))
+    options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    config = GenerationConfig(
+        do_sample=args.do_sample, repetition_penalty=args.repetition_penalty, num_beams=1,
+        **(options | {"min_p": args.min_p or None} if args.do_sample else {}),
+    )  # fmt: skip
+    processors = GENERATES._get_logits_processor(
+        config, input_ids_seq_length=len(PROMPT), logits_processor=own
+    )
     generator = torch.Generator().manual_seed(args.seed or 0)
     ids = torch.tensor([PROMPT])
     for row in rows:
@@ -45,6 +66,54 @@ def transformers_choice(args: SamplingArgs, rows: torch.Tensor) -> list[int]:
             token = scores.argmax(-1, keepdim=True)
         ids = torch.cat([ids, token], dim=-1)
     return [int(token) for token in ids[0, len(PROMPT) :]]
+
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "temperature": (1.0, 0.7),
+    "top_k": (0, 5),
+    "top_p": (1.0, 0.9),
+    "min_p": (0.0, 0.1),
+    "repetition_penalty": (1.0, 1.3),
+    "presence_penalty": (0.0, 1.75),
+    "frequency_penalty": (0.0, -0.5, 0.75),
+}
+
+
+@pytest.mark.parametrize("values", list(product(*CHOICES.values())), ids=str)
+def test_every_combination_chooses_like_transformers(values: tuple[Any, ...]) -> None:
+    args = SamplingArgs(seed=4, **dict(zip(CHOICES, values, strict=True)))
+    for dtype in (torch.float32, torch.bfloat16):
+        rows = peaked_logits(25, dtype)
+        sampler = make_sampler(args, PROMPT)
+        assert [sampler(row) for row in rows] == transformers_choice(args, rows)
+
+
+def peaked_logits(steps: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows that prefer the same few tokens, so that penalties matter."""
+    return logits(steps, seed=1, dtype=dtype) / 2 + 2 * logits(1, seed=2, dtype=dtype)
+
+
+@pytest.mark.parametrize("name", [name for name in CHOICES if name != "temperature"])
+@pytest.mark.parametrize("do_sample", [True, False])
+def test_every_choice_matters(name: str, do_sample: bool) -> None:
+    """The rows above would show a setting that is ignored."""
+    off = {key: values[0] for key, values in CHOICES.items()}
+    on = off | {name: CHOICES[name][-1]}
+    rows = peaked_logits(25, torch.float32)
+    found = []
+    for options in (off, on):
+        sampler = make_sampler(SamplingArgs(seed=4, do_sample=do_sample, **options), PROMPT)
+        found.append([sampler(row) for row in rows])
+    filters = name in ("top_k", "top_p", "min_p")
+    assert (found[0] == found[1]) is (filters and not do_sample)
+
+
+@pytest.mark.parametrize("name", ["repetition_penalty", "presence_penalty", "frequency_penalty"])
+def test_greedy_penalties(name: str) -> None:
+    args = SamplingArgs(do_sample=False, **{name: 1.5})
+    rows = peaked_logits(60, torch.float32)
+    sampler = make_sampler(args, PROMPT)
+    assert [sampler(row) for row in rows] == transformers_choice(args, rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -62,6 +131,7 @@ def transformers_choice(args: SamplingArgs, rows: torch.Tensor) -> list[int]:
         SamplingArgs(seed=6, temperature=1.2, top_p=0.9, top_k=10_000),
         SamplingArgs(seed=7, temperature=1.2, top_p=0.9, top_k=40, repetition_penalty=1.2),
         SamplingArgs(seed=8, temperature=1.2, top_p=0.9, top_k=1),
+        SamplingArgs(seed=9, temperature=1.2, top_p=0.9, top_k=40, min_p=1.0),
     ],
     ids=str,
 )
@@ -101,3 +171,14 @@ def test_nan_is_an_error() -> None:
     row[17] = float("nan")
     with pytest.raises(KtrtError, match="NaN"):
         make_sampler(SamplingArgs(), PROMPT)(row)
+
+
+def test_log_probabilities() -> None:
+    row = logits(1, dtype=torch.bfloat16)[0]
+    values = row.double().log_softmax(-1)
+    best = sorted(range(VOCAB), key=lambda token: -values[token])[:5]
+    found, top = log_probabilities(row, 17, 5)
+    assert found == pytest.approx(float(values[17]), abs=1e-5)
+    assert [value for _, value in top] == pytest.approx([float(values[b]) for b in best], abs=1e-5)
+    assert [float(row[token]) for token, _ in top] == [float(row[token]) for token in best]
+    assert log_probabilities(row, 17, 0)[1] == ()
