@@ -120,6 +120,10 @@ class PackedShrink:
     @property
     def columns(self) -> int: ...
     @property
+    def factors(self) -> list[float] | None:
+        """What each rank of a shrunk row is multiplied by, before it is rounded again; None: 1."""
+
+    @property
     def a(self) -> PackedMemory | None: ...
 
 class PackedExpand:
@@ -258,23 +262,64 @@ class MoeLayer:
         down_a: Any | None = None,
         down_b: Any | None = None,
     ) -> None:
-        """Replaces the layer's LoRA: per projection A [num_experts, rank, in], B [num_experts, out,
-        rank], float32, the scaling already folded into B. Rounded to bfloat16 once. A projection
-        without both is left without LoRA. ``up_b`` with ``up_a=None`` and ``gate_a`` given: up uses
-        gate's A (one shrink serves both). Ranks 1 … 256 and may differ per projection."""
+        """Replaces all of the layer's LoRAs by this one, as number 0 and active: per projection A
+        [num_experts, rank, in], B [num_experts, out, rank], float32, the scaling already folded
+        into B. Rounded to bfloat16 once. A projection without both is left without LoRA. ``up_b``
+        with ``up_a=None`` and ``gate_a`` given: up uses gate's A (one shrink serves both). Ranks
+        1 … 256 and may differ per projection."""
 
-    def clear_lora(self) -> None: ...
+    def clear_lora(self) -> None:
+        """Drops all LoRAs."""
+
+    def load_lora(
+        self,
+        number: int,
+        *,
+        gate_a: Any | None = None,
+        gate_b: Any | None = None,
+        up_a: Any | None = None,
+        up_b: Any | None = None,
+        down_a: Any | None = None,
+        down_b: Any | None = None,
+    ) -> None:
+        """Holds a LoRA, arrays as in ``set_lora``, under a number (0 or more; what has it is
+        replaced). It acts once it is activated; without any array it acts on nothing."""
+
+    def unload_lora(self, number: int) -> None:
+        """``ValueError``: there is none of this number, or it is active."""
+
+    def activate_loras(self, ids: Sequence[int], weights: Sequence[float]) -> None:
+        """From the next forward on, the sum of these LoRAs, each times its weight; none: the base.
+        One LoRA, or other weights of the same ones, cost nothing; several are laid side by side
+        first (their ranks may be 256 together), which is kept until other ones are. Weights act on
+        shrunk rows, which are then rounded to bfloat16 again; all 1 changes no bit. ``ValueError``:
+        a number that is not held or named twice, a weight that is not finite, too many ranks; all
+        is then as before."""
+
+    @property
+    def active_loras(self) -> list[tuple[int, float]]:
+        """Numbers and weights, in the order of ``activate_loras``."""
     @property
     def lora_enabled(self) -> bool:
         """Settable. While it is false, ``forward`` computes the base model; the LoRA is kept."""
 
     @lora_enabled.setter
     def lora_enabled(self, enabled: bool) -> None: ...
-    def forward(self, hidden_states: Any, expert_ids: Any, routing_weights: Any, out: Any) -> None:
+    def forward(
+        self,
+        hidden_states: Any,
+        expert_ids: Any,
+        routing_weights: Any,
+        out: Any,
+        adapter_ids: Any | None = None,
+    ) -> None:
         """hidden_states, out [qlen, hidden_size], one dtype of float32, float16, bfloat16;
         expert_ids [qlen, k ≤ top_k] int32 or int64; routing_weights [qlen, k] float32, float16 or
         bfloat16. A slot whose id lies outside [0, num_experts) contributes nothing. Writes ``out``.
-        Runs without the GIL. ``ValueError``: qlen > max_qlen, an expert not loaded, shapes, dtypes.
+        ``adapter_ids`` [qlen], int32 or int64: every token gets this one of the active LoRAs, at
+        its weight, or none (-1) instead of their sum; its bits are those of the LoRA alone.
+        Runs without the GIL. ``ValueError``: qlen > max_qlen, an expert not loaded, shapes, dtypes,
+        an adapter id that is not active.
         """
 
     def last_kernels(self) -> dict[str, str]:
@@ -293,12 +338,13 @@ class MoeLayer:
         into it. ``ValueError`` while an expert is missing, ``RuntimeError`` once closed."""
 
     def packed_lora(self) -> PackedLora | None:
-        """The LoRA's memory; None without LoRA, or while it is disabled. A later ``set_lora`` makes
+        """The memory of what acts; None without LoRA, or while it is disabled. A later change makes
         new memory and leaves this as it is."""
 
     @property
     def lora_version(self) -> int:
-        """Changes with every ``set_lora`` and ``clear_lora``, and with ``lora_enabled``. Never
+        """Changes with every ``set_lora`` and ``clear_lora``, and when ``load_lora``,
+        ``activate_loras`` or ``lora_enabled`` changes what acts. Never
         waits for a forward."""
 
 class GpuHandoff:

@@ -34,6 +34,7 @@ def open_session(config: Config) -> Session:
         template=template,
         sampling=config.sampling,
         audit=loaded.audit,
+        adapters=loaded.adapters,
         close=loaded.close,
         graphs=loaded.graphs,
         weight_bytes=loaded.bytes_per_token,

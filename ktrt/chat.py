@@ -199,8 +199,8 @@ def _same(path: Path, other: Path | None) -> bool:
     return other is not None and path.resolve() == other.resolve()
 
 
-def _full(path: Path | None) -> str:
-    return "" if path is None else str(path.resolve())
+def _full(path: Path) -> str:
+    return str(path.resolve())
 
 
 def _talk(
@@ -210,8 +210,8 @@ def _talk(
     start: _Start,
     args: argparse.Namespace,
 ) -> Talk:
-    model, adapter = config.model.model_name_or_path, config.adapter.adapter_name_or_path
-    keeping = Keeping(_full(model), _full(adapter), save=start.save)
+    folders = ", ".join(_full(folder) for folder in config.adapter.folders.values())
+    keeping = Keeping(_full(config.model.model_name_or_path), folders, save=start.save)
     before = start.conversation
     if before.model and (before.model, before.adapter) != (keeping.model, keeping.adapter):
         start.notes.append(f"It was held with {before.model} {before.adapter or '(no adapter)'}.")

@@ -4,6 +4,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+from ktrt.errors import KtrtError
 from ktrt.talk import Answer, Talk
 
 # Two columns of fewer characters each are harder to read than one after the other.
@@ -22,6 +23,8 @@ def compare(talk: Talk, text: str) -> None:
     with _restored(talk):
         for tuned in (False, True):
             (adapters.on if tuned else adapters.off)()
+            if tuned and not adapters.active:
+                raise KtrtError("/compare: no adapter is active; /adapter NAME activates one")
             name = " + ".join(adapters.active) if tuned else "base model"
             quiet = side_by_side or talk.as_json
             answer = talk.generate(messages, _show(talk, name, quiet=quiet), seed=seed)

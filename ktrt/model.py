@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ktrt.adapter import Audit
+from ktrt.adapters import Adapters
 from ktrt.decode_graph import CudaGraphs, DecodeGraphs
 from ktrt.expert_loading import cache_folder, load_experts
 from ktrt.kv_cache import unusual_layers
@@ -19,11 +19,11 @@ from ktrt.torch_weights import load_without_experts
 from ktrt.weight_traffic import bytes_per_token
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import nn
 
-    from ktrt.adapter import AdapterPlan
+    from ktrt.adapter import AdapterPlan, Audit
     from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
     from ktrt.kv_cache import StaticKv
     from ktrt.moe import Engine, ExpertsSpec, GpuExperts, HandOff
@@ -37,18 +37,24 @@ debug_logger = logging.getLogger("ktrt.debug")
 @dataclass
 class LoadedModel:
     """``model`` is transformers' own class with the experts replaced and PEFT's layers injected, in
-    eval mode, without gradients; ``audit`` says what each tensor of the adapter acts on.
+    eval mode, without gradients; ``adapters`` holds what is resident, and the configured ones are
+    active; ``audit`` says what each tensor of the first one acts on.
 
     On a GPU ``hand_off`` connects the experts with it, ``graphs`` makes the CUDA graphs that decode
     on a cache (None: each step is launched by the host), and ``gpu`` is the GPU's share of the
     routed experts, if it has one."""
 
     model: nn.Module
-    audit: Audit
+    adapters: Adapters
     engine: Engine
     hand_off: HandOff | None = None
     graphs: Callable[[StaticKv], DecodeGraphs] | None = None
     gpu: GpuExperts | None = None
+
+    @property
+    def audit(self) -> Audit:
+        """Of the first adapter; empty for the base model."""
+        return self.adapters.audit(next(iter(self.adapters.names), None))
 
     def bytes_per_token(self) -> int | None:
         """Bytes of weights that decoding a token reads from the CPU's memory, with the adapter as
@@ -65,7 +71,7 @@ class LoadedModel:
 
 
 def load_model(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> LoadedModel:
-    """Loads base and adapter: attention, router, shared experts, embeddings and head on the GPU if
+    """Loads base and adapters: attention, router, shared experts, embeddings and head on the GPU if
     there is one, else on the CPU; routed experts in the engine.
 
     Everything that headers and shapes can tell is checked before the first weight is read. Raises
@@ -74,7 +80,7 @@ def load_model(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> L
     device = _device()
     logger.info("Loading model with KTransformers MoE backend")
     ready = prepare(model, adapter, experts)
-    plan, engine, specs = ready.adapter, ready.engine, ready.base.experts.specs
+    engine, specs = ready.engine, ready.base.experts.specs
     hand_off = None
     try:
         ready.memory.check()
@@ -82,7 +88,7 @@ def load_model(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> L
         loaded = load_without_experts(ready.base, model.infer_dtype, device)
         load_experts(ready.base.experts, ready.layers, cache_folder(experts), ready.kt_weights)
         _attach(loaded, ready, hand_off)
-        audit = _apply_adapter(plan, loaded, specs) if plan else Audit()
+        adapters = _apply_adapters(ready, loaded, adapter.start_weights)
         gpu = _share_with_gpu(engine, loaded, specs, experts, device)
     except BaseException:
         if hand_off is not None:
@@ -90,12 +96,12 @@ def load_model(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> L
         engine.close()
         raise
     loaded.eval().requires_grad_(False)
-    _log_result(loaded, specs, plan)
+    _log_result(loaded, specs, ready.adapters)
     graphs = None
     if hand_off is not None:
         hand_off.guard(loaded)
         graphs = _graphs(loaded, hand_off, experts.kt_use_cuda_graph)
-    return LoadedModel(loaded, audit, engine, hand_off, graphs, gpu)
+    return LoadedModel(loaded, adapters, engine, hand_off, graphs, gpu)
 
 
 def _device() -> torch.device:
@@ -136,7 +142,26 @@ def _attach(model: nn.Module, ready: Prepared, hand_off: HandOff | None) -> None
         module.attach(layer, ready.engine.max_qlen, hand_off, path)
 
 
-def _apply_adapter(plan: AdapterPlan, model: nn.Module, specs: Sequence[ExpertsSpec]) -> Audit:
+def _apply_adapters(ready: Prepared, model: nn.Module, weights: Mapping[str, float]) -> Adapters:
+    """Makes the planned adapters resident and those of ``weights`` active."""
+    specs = ready.base.experts.specs
+    experts: dict[str, Any] = {spec.path: model.get_submodule(spec.path) for spec in specs}
+    adapters = Adapters(model, experts, ready.adapter_base)
+    for name, plan in ready.adapters.items():
+        _apply_adapter(adapters, name, plan, specs)
+    if weights:
+        adapters.activate(weights)
+    if len(ready.adapters) > 1:
+        logger.info(
+            "Adapters %s are resident; active: %s", ", ".join(adapters.names),
+            ", ".join(f"{name} ({weight:g})" for name, weight in adapters.active.items()),
+        )  # fmt: skip
+    return adapters
+
+
+def _apply_adapter(
+    adapters: Adapters, name: str, plan: AdapterPlan, specs: Sequence[ExpertsSpec]
+) -> None:
     """Gives the engine and PEFT their tensors. ``AdapterError`` if one is left over."""
     original, filtered = plan.targets()
     mlp = any("." in name for name in filtered)
@@ -144,21 +169,12 @@ def _apply_adapter(plan: AdapterPlan, model: nn.Module, specs: Sequence[ExpertsS
         "KT mode: Loading %s LoRA with PEFT, MoE LoRA in the engine. Original targets: %s, "
         "Filtered: %s", "Attention and dense MLP" if mlp else "only Attention", original, filtered,
     )  # fmt: skip
-    plan.apply_to_torch(model)
     logger.info("Loading MoE LoRA from %s", plan.files.file)
-    layers = 0
-    for spec in specs:
-        if arguments := plan.engine_arguments(spec.path):
-            module = model.get_submodule(spec.path)
-            assert isinstance(module, KTExperts), f"{spec.path} was not replaced"
-            module.layer.set_lora(**arguments)
-            plan.mark_experts(spec.path)
-            layers += 1
+    adapters.add(name, plan)
+    layers = sum(spec.path in plan.experts for spec in specs)
     logger.info("Loaded MoE LoRA into %d KT wrappers from %s", layers, plan.files.folder)
-    plan.audit.check()
     logger.info("Loaded adapter(s): %s", plan.files.folder)
     logger.info("Adapter audit\n%s", plan.audit.table())
-    return plan.audit
 
 
 def _share_with_gpu(
@@ -176,12 +192,15 @@ def _share_with_gpu(
     return gpu
 
 
-def _log_result(model: nn.Module, specs: Sequence[ExpertsSpec], plan: AdapterPlan | None) -> None:
+def _log_result(
+    model: nn.Module, specs: Sequence[ExpertsSpec], plans: Mapping[str, AdapterPlan]
+) -> None:
     lora = {n: p for n, p in model.named_parameters() if ".lora_" in n}
     count = sum(p.numel() for p in model.parameters()) + sum(spec.num_weights for spec in specs)
-    count += plan.expert_lora_numel() if plan else 0
+    count += sum(plan.expert_lora_numel() for plan in plans.values())
     logger.info("trainable params: 0 || all params: %s || trainable%%: 0.0000", f"{count:,}")
-    layers = [spec.layer for spec in specs if plan and plan.engine_arguments(spec.path)]
+    with_lora = {path for plan in plans.values() for path in plan.experts}
+    layers = [spec.layer for spec in specs if spec.path in with_lora]
     line = "=" * 60
     lines = [line, "DEBUG: Model structure after loading", line]
     lines += [f"KT wrappers count: {len(specs)}", f"KT MoE LoRA layers: {layers}", ""]

@@ -62,10 +62,14 @@ def plan_memory(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> 
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that is known before the first weight is read; the engine's threads run."""
+    """All that is known before the first weight is read; the engine's threads run.
+
+    ``adapters``: the plans by name; ``adapter_base``: what further ones are checked against.
+    """
 
     base: BaseCheckpoint
-    adapter: AdapterPlan | None
+    adapters: dict[str, AdapterPlan]
+    adapter_base: BaseModel
     kt_weights: KtWeights | None
     engine: Engine
     layers: dict[str, MoeLayer]
@@ -76,12 +80,14 @@ def prepare(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> Prep
     """Checks folder, adapter and kt_kernel's files by headers and shapes, starts the engine and
     plans memory. ``CheckpointError``, ``AdapterError``."""
     base = open_base(model)
-    plan = _plan_adapter(adapter, base)
+    adapter_base = base_of_adapters(base)
+    plans = _plan_adapters(adapter, adapter_base)
     kt_weights = open_kt_weights(experts, base.experts.specs)
     engine = build_engine(experts)
     try:
         layers = new_layers(engine, base.experts.specs, experts, kt_weights)
-        lora = plan.planned_numel() if plan else (0, 0)
+        sizes = [plan.planned_numel() for plan in plans.values()]
+        lora = (sum(inside for inside, _ in sizes), sum(outside for _, outside in sizes))
         memory = make_plan(
             base.built.model,
             experts=_expert_bytes(engine, base.experts.specs, experts, layers),
@@ -96,7 +102,7 @@ def prepare(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> Prep
     except BaseException:
         engine.close()
         raise
-    return Prepared(base, plan, kt_weights, engine, layers, memory)
+    return Prepared(base, plans, adapter_base, kt_weights, engine, layers, memory)
 
 
 def _expert_bytes(
@@ -131,17 +137,18 @@ def new_layers(
     return {spec.path: new_layer(engine, spec, experts.kt_backend, slices) for spec in specs}
 
 
-def _plan_adapter(adapter: AdapterArgs, base: BaseCheckpoint) -> AdapterPlan | None:
-    if adapter.adapter_name_or_path is None:
-        return None
+def base_of_adapters(base: BaseCheckpoint) -> BaseModel:
+    """What adapters are checked against."""
     modules = {
         (path, expert, projection): name
         for path, layer in base.experts.weights.items()
         for (expert, projection), name in layer.modules().items()
     }
-    return plan_adapter(
-        adapter.adapter_name_or_path,
-        BaseModel(base.built.model, base.experts.specs, base.names, modules),
-        lora_rank=adapter.lora_rank,
-        lora_alpha=adapter.lora_alpha,
-    )
+    return BaseModel(base.built.model, base.experts.specs, base.names, modules)
+
+
+def _plan_adapters(args: AdapterArgs, base: BaseModel) -> dict[str, AdapterPlan]:
+    return {
+        name: plan_adapter(folder, base, lora_rank=args.lora_rank, lora_alpha=args.lora_alpha)
+        for name, folder in args.folders.items()
+    }

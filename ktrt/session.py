@@ -4,6 +4,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from ktrt.adapters import Adapters
 from ktrt.config import SamplingArgs, override_sampling
 from ktrt.context import context_limit, drop_turns
 from ktrt.errors import ConfigError, KtrtError
@@ -17,7 +18,7 @@ from ktrt.generation import (
 )
 from ktrt.template import Template
 
-__all__ = ["AuditView", "Response", "Session", "check_messages"]
+__all__ = ["Adapters", "AuditView", "Response", "Session", "check_messages"]
 
 _ROLES = ("system", "user", "assistant")
 
@@ -58,12 +59,15 @@ class Session:
         audit: AuditView,
         close: Callable[[], None],
         graphs: GraphsFor | None = None,
+        adapters: Adapters | None = None,
         cutoff_len: int | None = None,
         weight_bytes: Callable[[], int | None] = lambda: None,
     ) -> None:
-        """``close`` frees what the model holds; it is called once. ``graphs``: see ``KvCache``.
-        ``cutoff_len`` lowers the context's limit; ``weight_bytes``: see ``bytes_per_token``."""
+        """``close`` frees what the model holds; it is called once. ``graphs``: see ``KvCache``;
+        ``adapters``: the model's. ``cutoff_len`` lowers the context's limit; ``weight_bytes``: see
+        ``bytes_per_token``."""
         self.model = model
+        self.adapters = adapters or Adapters()
         self.tokenizer = tokenizer
         self.audit = audit
         self.template = template
@@ -117,7 +121,8 @@ class Session:
         on_prefill: OnPrefill | None,
     ) -> Iterator[Response]:
         # Taken while in use, so that a second answer meanwhile gets a cache of its own.
-        key = self._cache_key()
+        # Keys and values, and captured graphs, belong to the adapters that they were made with.
+        key = self.adapters.key
         idle, self._idle_cache = self._idle_cache, None
         cache = idle[1] if idle and idle[0] == key else KvCache(self.model, self._graphs)
         responses = stream_generate(
@@ -128,13 +133,11 @@ class Session:
             for response in responses:
                 yield response
                 self._require_open()
+                if self.adapters.key != key:
+                    raise KtrtError("the adapters were changed during the answer; ask again")
         finally:
             if self._close is not None:
                 self._idle_cache = key, cache
-
-    def _cache_key(self) -> Hashable:
-        """What the keys and values of a token depend on besides the tokens up to it."""
-        return None
 
     def count_tokens(self, messages: Sequence[Mapping[str, str]]) -> int:
         """How many tokens the prompt for ``messages`` has; 0 for none."""

@@ -15,7 +15,7 @@ from ktrt.errors import KtrtError
 from ktrt.terminal import Terminal
 
 if TYPE_CHECKING:
-    from ktrt.session import Response, Session
+    from ktrt.session import Adapters, Response, Session
 
 _log = logging.getLogger(__name__)
 
@@ -88,12 +88,11 @@ class Talk:
         self._left_out = 0
 
     @property
-    def adapters(self) -> Any:
+    def adapters(self) -> "Adapters":
         """The session's ``Adapters``. ``KtrtError``: none is loaded."""
-        adapters = getattr(self.session, "adapters", None)
-        if adapters is None or not adapters.names:
+        if not self.session.adapters.names:
             raise KtrtError("no adapter is loaded; name one in the configuration")
-        return adapters
+        return self.session.adapters
 
     def attach(self, path: str) -> int:
         """Adds a file's text to the next message; returns its characters. ``KtrtError``."""

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.nn import Parameter
+
 from ktrt.moe import KTExperts
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import nn
 
     from ktrt.moe import MoeLayer
@@ -40,9 +45,22 @@ def _other_bytes(model: Any) -> int:
     table = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     tied = head is not None and head.weight is table
+    idle = set(_idle_parameters(model))
     total = 0
     for parameter in model.parameters():
-        if parameter.device.type == "cpu":
+        if parameter.device.type == "cpu" and id(parameter) not in idle:
             rows = parameter.shape[0] if parameter is table and not tied else 1
             total += parameter.numel() * parameter.element_size() // rows
     return total
+
+
+def _idle_parameters(model: nn.Module) -> Iterator[int]:
+    """The ids of PEFT's parameters that belong to adapters that do not act."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            active = [] if module.disable_adapters else module.active_adapters
+            for kind in module.adapter_layer_names:
+                for name, part in getattr(module, kind).items():
+                    if name not in active:
+                        parameters = [part] if isinstance(part, Parameter) else part.parameters()
+                        yield from map(id, parameters)

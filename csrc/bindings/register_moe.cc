@@ -122,9 +122,11 @@ void set_biases(MoeLayer& layer, const py::object& gate, const py::object& up,
   layer.set_biases(view_of(g), view_of(u), view_of(d));
 }
 
-void set_lora(MoeLayer& layer, const py::object& gate_a, const py::object& gate_b,
-              const py::object& up_a, const py::object& up_b, const py::object& down_a,
-              const py::object& down_b) {
+// `take` is given the arrays of one LoRA.
+template <class F>
+void with_lora(const F& take, const py::object& gate_a, const py::object& gate_b,
+               const py::object& up_a, const py::object& up_b, const py::object& down_a,
+               const py::object& down_b) {
   const auto ga = optional_tensor(gate_a, "gate_a");
   const auto gb = optional_tensor(gate_b, "gate_b");
   const auto ua = optional_tensor(up_a, "up_a");
@@ -132,18 +134,44 @@ void set_lora(MoeLayer& layer, const py::object& gate_a, const py::object& gate_
   const auto da = optional_tensor(down_a, "down_a");
   const auto db = optional_tensor(down_b, "down_b");
   const py::gil_scoped_release release;
-  layer.set_lora({view_of(ga), view_of(gb)}, {view_of(ua), view_of(ub)},
-                 {view_of(da), view_of(db)});
+  take(LoraPair{view_of(ga), view_of(gb)}, LoraPair{view_of(ua), view_of(ub)},
+       LoraPair{view_of(da), view_of(db)});
+}
+
+void set_lora(MoeLayer& layer, const py::object& gate_a, const py::object& gate_b,
+              const py::object& up_a, const py::object& up_b, const py::object& down_a,
+              const py::object& down_b) {
+  const auto take = [&](const LoraPair& gate, const LoraPair& up, const LoraPair& down) {
+    layer.set_lora(gate, up, down);
+  };
+  with_lora(take, gate_a, gate_b, up_a, up_b, down_a, down_b);
+}
+
+void load_lora(MoeLayer& layer, int id, const py::object& gate_a, const py::object& gate_b,
+               const py::object& up_a, const py::object& up_b, const py::object& down_a,
+               const py::object& down_b) {
+  const auto take = [&](const LoraPair& gate, const LoraPair& up, const LoraPair& down) {
+    layer.load_lora(id, gate, up, down);
+  };
+  with_lora(take, gate_a, gate_b, up_a, up_b, down_a, down_b);
+}
+
+void activate_loras(MoeLayer& layer, const std::vector<int>& ids,
+                    const std::vector<float>& weights) {
+  const py::gil_scoped_release release;
+  layer.activate_loras(ids, weights);
 }
 
 void forward(MoeLayer& layer, const py::object& hidden_states, const py::object& expert_ids,
-             const py::object& routing_weights, const py::object& out) {
+             const py::object& routing_weights, const py::object& out,
+             const py::object& adapter_ids) {
   const TensorArg hidden(hidden_states, "hidden_states");
   const TensorArg ids(expert_ids, "expert_ids");
   const TensorArg weights(routing_weights, "routing_weights");
   const TensorArg result(out, "out");
+  const auto adapters = optional_tensor(adapter_ids, "adapter_ids");
   const py::gil_scoped_release release;
-  layer.forward(hidden.view(), ids.view(), weights.view(), result.view());
+  layer.forward(hidden.view(), ids.view(), weights.view(), result.view(), view_of(adapters));
 }
 
 py::dict last_kernels(const MoeLayer& layer) {
@@ -213,10 +241,24 @@ void register_layer(py::module_& module) {
            py::arg("gate_b") = py::none(), py::arg("up_a") = py::none(),
            py::arg("up_b") = py::none(), py::arg("down_a") = py::none(),
            py::arg("down_b") = py::none())
+      .def("load_lora", &load_lora, py::arg("number"), py::kw_only(), py::arg("gate_a") = py::none(),
+           py::arg("gate_b") = py::none(), py::arg("up_a") = py::none(),
+           py::arg("up_b") = py::none(), py::arg("down_a") = py::none(),
+           py::arg("down_b") = py::none())
+      .def("unload_lora", &MoeLayer::unload_lora, py::arg("number"),
+           py::call_guard<py::gil_scoped_release>())
+      .def("activate_loras", &activate_loras, py::arg("ids"), py::arg("weights"))
+      .def_property_readonly("active_loras",
+                             [](MoeLayer& l) {
+                               return py::cast([&] {
+                                 const py::gil_scoped_release release;
+                                 return l.active_loras();
+                               }());
+                             })
       .def("clear_lora", &MoeLayer::clear_lora, py::call_guard<py::gil_scoped_release>())
       .def_property("lora_enabled", &MoeLayer::lora_enabled, &MoeLayer::enable_lora)
       .def("forward", &forward, py::arg("hidden_states"), py::arg("expert_ids"),
-           py::arg("routing_weights"), py::arg("out"))
+           py::arg("routing_weights"), py::arg("out"), py::arg("adapter_ids") = py::none())
       .def("last_kernels", &last_kernels)
       .def("packed_codes", &packed_codes, py::arg("expert"), py::arg("projection"))
       .def("packed_scales", &packed_scales, py::arg("expert"), py::arg("projection"))

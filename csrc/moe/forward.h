@@ -22,6 +22,7 @@
 #include "moe/expert_biases.h"
 #include "moe/expert_lora.h"
 #include "moe/expert_weights.h"
+#include "moe/lora_set.h"
 #include "moe/schedule.h"
 #include "moe/workspace.h"
 
@@ -38,6 +39,8 @@ struct ForwardTask {
   const Activation& activation;
   const ExpertBiases* biases;  // null: none
   const ExpertLora* lora;      // null: base
+  const LoraFactors* factors;  // of its shrunk rows; null: all 1
+  const int* chosen_factors;   // [qlen] which of them a token has; null: the first
   const DispatchPlan& plan;
   const KernelTable& kernels;
   const GemmChoice& gemm;

@@ -23,6 +23,14 @@ RowStrides strides_of(const ForwardTask& task) {
           task.lora != nullptr ? task.lora->down_shrink().width() + kShrunkPadding : 0};
 }
 
+// Rounds once more, where the factor is neither 1 nor 0.
+void scale_row(const std::vector<float>& factors, std::uint16_t* t) {
+  for (std::size_t i = 0; i < factors.size(); ++i) {
+    // Not a product with 0, which would keep NaN.
+    t[i] = factors[i] == 0.0f ? bf16_t{0} : f32_to_bf16(factors[i] * bf16_to_f32(t[i]));
+  }
+}
+
 }  // namespace
 
 JobRows::JobRows(const ForwardTask& task, int thread)
@@ -63,7 +71,7 @@ void JobRows::gather(const Job& job) const {
   args.tile_rows = rows_in_tile;
   args.t = scratch_.t;
   args.t_stride = strides_.t_input;
-  shrink(job, task_.lora->input_shrink(), args);
+  shrink(job, task_.lora->input_shrink(), args, &LoraFactors::input);
 }
 
 void JobRows::gather_rows(const Job& job) const {
@@ -161,11 +169,12 @@ void JobRows::quantize_and_shrink_activations(const Job& job) const {
   args.tile_rows = act_tile_rows(job);
   args.t = shared_.t + job.scratch_row * strides_.t_down;
   args.t_stride = strides_.t_down;
-  shrink(job, task_.lora->down_shrink(), args);
+  shrink(job, task_.lora->down_shrink(), args, &LoraFactors::down);
 }
 
 // `args` says where X and T are.
-void JobRows::shrink(const Job& job, const ExpertLora::Shrink& shrink, ShrinkArgs args) const {
+void JobRows::shrink(const Job& job, const ExpertLora::Shrink& shrink, ShrinkArgs args,
+                     std::vector<float> LoraFactors::*factors) const {
   if (shrink.blocks == 0) return;
   const GemmKernel& gemm = gemm_for(job);
   args.rows = job.rows;
@@ -173,6 +182,13 @@ void JobRows::shrink(const Job& job, const ExpertLora::Shrink& shrink, ShrinkArg
   args.blocks = shrink.blocks;
   args.k = shrink.k;
   task_.kernels.shrink_for(gemm).run(args);
+  if (task_.factors != nullptr) {
+    const PlanRow* rows = task_.plan.rows().data() + job.first_row;
+    for (int r = 0; r < job.rows; ++r) {
+      const int chosen = task_.chosen_factors ? task_.chosen_factors[rows[r].token] : 0;
+      scale_row(task_.factors[chosen].*factors, args.t + r * args.t_stride);
+    }
+  }
   if (!gemm.tile_order) return;
   for (int r = 0; r < job.rows; ++r) {
     std::uint16_t* after = args.t + r * args.t_stride + shrink.width();

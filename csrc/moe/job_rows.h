@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "moe/forward.h"
 
@@ -44,7 +45,8 @@ class JobRows {
   void gather_tiles(const Job& job) const;
   void quantize_activations(const Job& job) const;
   float* activation_scales(int row, int slice) const;
-  void shrink(const Job& job, const ExpertLora::Shrink& shrink, ShrinkArgs args) const;
+  void shrink(const Job& job, const ExpertLora::Shrink& shrink, ShrinkArgs args,
+              std::vector<float> LoraFactors::*factors) const;
 
   const ForwardTask& task_;
   const RowStrides strides_;

@@ -35,6 +35,12 @@ void check_activation(const Activation& a) {
              "the softcaps of the activation are infinite, expected finite ones");
 }
 
+void check_adapter_ids(const TensorView& ids, std::int64_t qlen) {
+  ids.expect_shape({qlen});
+  KTRT_CHECK(ids.dtype == DType::kInt32 || ids.dtype == DType::kInt64,
+             ids.name << " is " << name_of(ids.dtype) << ", expected int32 or int64");
+}
+
 }  // namespace
 
 MoeLayer::MoeLayer(std::shared_ptr<Engine> engine, const MoeShape& shape, WeightFormat format,
@@ -60,7 +66,7 @@ MoeLayer::~MoeLayer() {
 void MoeLayer::release() {
   weights_.reset();
   biases_.reset();
-  lora_.reset();
+  loras_.clear();
 }
 
 void MoeLayer::load_expert(int expert, const std::optional<TensorView>& gate, const TensorView& up,
@@ -117,8 +123,44 @@ void MoeLayer::pack(int expert, Projection projection, const TensorView& source)
 void MoeLayer::set_lora(const LoraPair& gate, const LoraPair& up, const LoraPair& down) {
   auto lora = std::make_shared<const ExpertLora>(shape_, gate, up, down);
   const auto lock = engine_->lock_open();
-  lora_ = std::move(lora);
+  loras_.clear();
+  loras_.put(shape_, 0, std::move(lora));
+  loras_.activate(shape_, std::vector<int>{0}, std::vector<float>{1.0f});
   ++lora_version_;
+}
+
+void MoeLayer::load_lora(int id, const LoraPair& gate, const LoraPair& up, const LoraPair& down) {
+  auto lora = std::make_shared<const ExpertLora>(shape_, gate, up, down);
+  const auto lock = engine_->lock_open();
+  const auto before = loras_.active();
+  loras_.put(shape_, id, std::move(lora));
+  if (loras_.active() != before) ++lora_version_;
+}
+
+void MoeLayer::unload_lora(int id) {
+  const auto lock = engine_->lock_open();
+  loras_.remove(id);
+}
+
+void MoeLayer::activate_loras(std::span<const int> ids, std::span<const float> weights) {
+  const auto lock = engine_->lock_open();
+  if (loras_.activate(shape_, ids, weights)) ++lora_version_;
+}
+
+std::vector<std::pair<int, float>> MoeLayer::active_loras() {
+  const auto lock = engine_->lock_open();
+  std::vector<std::pair<int, float>> found;
+  if (const ActiveLora* active = loras_.active().get()) {
+    for (std::size_t i = 0; i < active->ids.size(); ++i) {
+      found.emplace_back(active->ids[i], active->weights[i]);
+    }
+  }
+  return found;
+}
+
+const ActiveLora* MoeLayer::acting_lora() const {
+  const ActiveLora* active = loras_.active().get();
+  return active != nullptr && lora_enabled_ && !active->silent() ? active : nullptr;
 }
 
 void MoeLayer::set_biases(const std::optional<TensorView>& gate,
@@ -131,7 +173,7 @@ void MoeLayer::set_biases(const std::optional<TensorView>& gate,
 
 void MoeLayer::clear_lora() {
   const auto lock = engine_->lock_open();
-  lora_.reset();
+  loras_.clear();
   ++lora_version_;
 }
 
@@ -171,17 +213,24 @@ void MoeLayer::check_forward(const TensorView& hidden_states, const TensorView& 
 }
 
 void MoeLayer::forward(const TensorView& hidden_states, const TensorView& expert_ids,
-                       const TensorView& routing_weights, const TensorView& out) {
+                       const TensorView& routing_weights, const TensorView& out,
+                       const std::optional<TensorView>& adapter_ids) {
   check_forward(hidden_states, expert_ids, routing_weights, out);
+  if (adapter_ids) check_adapter_ids(*adapter_ids, hidden_states.shape[0]);
   const auto lock = engine_->lock_open();
   check_all_loaded();
+  const int* chosen = adapter_ids ? loras_.choose(*adapter_ids).data() : nullptr;
+  const ActiveLora* active = acting_lora();
+  const bool weighed = active != nullptr && (chosen != nullptr || !active->plain());
   plan_.build(expert_ids, routing_weights, shape_.num_experts, engine_->workspace_.max_job_rows());
 
   const KernelTable& kernels = engine_->kernels();
   ForwardTask task{.weights = *weights_,
                    .activation = activation_,
                    .biases = biases_ ? &*biases_ : nullptr,
-                   .lora = lora_ && lora_enabled_ ? lora_.get() : nullptr,
+                   .lora = active ? active->lora.get() : nullptr,
+                   .factors = weighed ? active->factors.data() : nullptr,
+                   .chosen_factors = chosen,
                    .plan = plan_,
                    .kernels = kernels,
                    .gemm = gemm_of(kernels, format_),
@@ -248,9 +297,9 @@ std::shared_ptr<const ExpertWeights> MoeLayer::share_weights() {
   return weights_;
 }
 
-std::shared_ptr<const ExpertLora> MoeLayer::share_lora() {
+std::shared_ptr<const ActiveLora> MoeLayer::share_lora() {
   const auto lock = engine_->lock_open();
-  return lora_enabled_ ? lora_ : nullptr;
+  return acting_lora() != nullptr ? loras_.active() : nullptr;
 }
 
 bool MoeLayer::has_biases() const {

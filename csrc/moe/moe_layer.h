@@ -6,6 +6,7 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "base/tensor_view.h"
@@ -15,6 +16,7 @@
 #include "moe/expert_lora.h"
 #include "moe/expert_weights.h"
 #include "moe/forward.h"
+#include "moe/lora_set.h"
 
 namespace ktrt {
 
@@ -79,6 +81,12 @@ class MoeLayer {
   ImageUse use_images(std::span<const int> fds, std::span<const std::uint64_t> digests,
                       ImageUse use);
 
+  // LoRAs by number, 0 or more; one without any pair acts on nothing. Throws std::invalid_argument.
+  void load_lora(int id, const LoraPair& gate, const LoraPair& up, const LoraPair& down);
+  void unload_lora(int id);
+  // What forwards apply from now on: see LoraSet. Waits for a forward under way.
+  void activate_loras(std::span<const int> ids, std::span<const float> weights);
+  // The only LoRA from now on, number 0 and active; or none.
   void set_lora(const LoraPair& gate, const LoraPair& up, const LoraPair& down);
   void clear_lora();
   // Forwards ignore the LoRA while it is disabled; it stays in memory.
@@ -86,9 +94,11 @@ class MoeLayer {
   bool lora_enabled() const;
 
   // hidden_states, out [qlen, hidden] of one float dtype; expert_ids [qlen, k ≤ top_k] int32 or
-  // int64; routing_weights [qlen, k] float. `out` must not overlap `hidden_states`.
+  // int64; routing_weights [qlen, k] float. `out` must not overlap `hidden_states`. `adapter_ids`
+  // [qlen] int32 or int64: each token's own of the active LoRAs, -1 for none; missing: their sum.
   void forward(const TensorView& hidden_states, const TensorView& expert_ids,
-               const TensorView& routing_weights, const TensorView& out);
+               const TensorView& routing_weights, const TensorView& out,
+               const std::optional<TensorView>& adapter_ids = std::nullopt);
 
   KernelsUsed last_kernels() const;
   std::size_t packed_bytes() const;
@@ -98,10 +108,12 @@ class MoeLayer {
   std::vector<float> packed_scales(int expert, Projection projection);
 
   // The packed memory itself: whoever holds it keeps it alive, also after the engine is closed.
-  // Throws std::invalid_argument while an expert is missing. Null if there is no LoRA, or disabled.
+  // Throws std::invalid_argument while an expert is missing. Null if no LoRA acts, or disabled.
   std::shared_ptr<const ExpertWeights> share_weights();
-  std::shared_ptr<const ExpertLora> share_lora();
-  // Changes with every set_lora and clear_lora, and when enable_lora changes something.
+  std::shared_ptr<const ActiveLora> share_lora();
+  // The numbers and weights of what is active, disabled or not.
+  std::vector<std::pair<int, float>> active_loras();
+  // Changes with every set_lora and clear_lora, and when the other calls change what acts.
   int lora_version() const { return lora_version_.load(std::memory_order_relaxed); }
 
  private:
@@ -111,6 +123,7 @@ class MoeLayer {
   void release();
   void check_forward(const TensorView& hidden_states, const TensorView& expert_ids,
                      const TensorView& routing_weights, const TensorView& out) const;
+  const ActiveLora* acting_lora() const;
   void pack(int expert, Projection projection, const TensorView& source);
   void copy_shards(int expert, Projection projection, std::span<const PackedShard> shards);
   void copy_images(const std::vector<MappedFile>& files);
@@ -126,7 +139,7 @@ class MoeLayer {
   const Activation activation_;
   std::shared_ptr<ExpertWeights> weights_;  // null once the engine is closed
   std::optional<ExpertBiases> biases_;
-  std::shared_ptr<const ExpertLora> lora_;  // null: base
+  LoraSet loras_;
   bool lora_enabled_ = true;
   std::atomic<int> lora_version_{0};
   DispatchPlan plan_;

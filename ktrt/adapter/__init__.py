@@ -3,6 +3,7 @@
 from ktrt.adapter.audit import Audit, AuditRow
 from ktrt.adapter.base import BaseModel, ExpertLora, Projection
 from ktrt.adapter.plan import AdapterPlan, plan_adapter
+from ktrt.adapter.switches import Switch, TorchAdapters
 
 __all__ = [
     "AdapterPlan",
@@ -11,5 +12,7 @@ __all__ = [
     "BaseModel",
     "ExpertLora",
     "Projection",
+    "Switch",
+    "TorchAdapters",
     "plan_adapter",
 ]

@@ -14,7 +14,12 @@ from ktrt.adapter.coverage import check_coverage
 from ktrt.adapter.other_layouts import refuse_other_files, refuse_other_keys
 from ktrt.adapter.read import read_adapter
 from ktrt.adapter.settings import LoraSettings
-from ktrt.adapter.torch_side import apply_torch_side, plan_torch_side, short_targets
+from ktrt.adapter.torch_side import (
+    ADAPTER_NAME,
+    apply_torch_side,
+    plan_torch_side,
+    short_targets,
+)
 from ktrt.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -25,6 +30,7 @@ if TYPE_CHECKING:
 
     from ktrt.adapter.base import BaseModel, ExpertLoras
     from ktrt.adapter.read import AdapterFiles, AdapterTensor
+    from ktrt.adapter.switches import Switch
     from ktrt.adapter.torch_side import TorchSide
 
 logger = logging.getLogger(__name__)
@@ -64,9 +70,12 @@ class AdapterPlan:
         sizes = [(t.key in inside, t.value.numel()) for t in self.files.tensors]
         return sum(n for i, n in sizes if i), sum(n for i, n in sizes if not i)
 
-    def apply_to_torch(self, model: nn.Module) -> None:
-        """Puts the other tensors into the loaded ``model``, and records it in the audit."""
-        self.audit.mark(apply_torch_side(self.side, model, self.settings), "peft")
+    def apply_to_torch(self, model: nn.Module, adapter: str = ADAPTER_NAME) -> list[Switch]:
+        """Puts the other tensors into the loaded ``model``, as PEFT's ``adapter``, and records it
+        in the audit. Returns the switches of what is not PEFT's, which is off until then."""
+        switches = apply_torch_side(self.side, model, self.settings, adapter)
+        self.audit.mark([tensor.key for _, tensor in self.side.tensors()], "peft")
+        return switches
 
     def targets(self) -> tuple[list[str], list[str]]:
         """What the configuration targets, and what of it is PEFT's, as short names."""

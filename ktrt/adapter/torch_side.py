@@ -7,7 +7,6 @@ up_proj or down_proj for routed experts and turn them into ``target_parameters``
 
 from __future__ import annotations
 
-import copy
 import re
 import warnings
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from torch import nn
 
 from ktrt.adapter.per_expert import check_rank
 from ktrt.adapter.router import apply_router_lora
+from ktrt.adapter.switches import swap_parameter
 from ktrt.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from ktrt.adapter.base import BaseModel
     from ktrt.adapter.read import AdapterTensor
     from ktrt.adapter.settings import LoraScale, LoraSettings
+    from ktrt.adapter.switches import Switch
 
-# What PEFT calls the adapter inside the model.
+# What PEFT calls a model's first adapter.
 ADAPTER_NAME = "default"
 _Kind = Literal["linear", "embedding", "router", "whole", "base"]
 
@@ -176,30 +177,37 @@ def _check_group(
     return scale
 
 
-def apply_torch_side(side: TorchSide, model: nn.Module, settings: LoraSettings) -> list[str]:
-    """Puts the tensors into ``model`` (weights loaded); returns the names in the file of all of
-    them. Raises ``AdapterError`` if PEFT did not make a place for one."""
-    for name, tensors in side.base.items():
-        for tensor in tensors:
-            _copy(model.get_submodule(name).get_parameter(tensor.part), tensor.value)
-    for name, group in side.whole.items():
-        _replace_weights(model, name, {tensor.part: tensor.value for tensor in group})
+def apply_torch_side(
+    side: TorchSide, model: nn.Module, settings: LoraSettings, adapter: str = ADAPTER_NAME
+) -> list[Switch]:
+    """Puts the tensors into ``model`` (weights loaded), as PEFT's ``adapter``. Returns the switches
+    of what is not PEFT's, off; PEFT's is its own affair. Raises ``AdapterError`` if PEFT did not
+    make a place for a tensor."""
+    switches: list[Switch] = []
+    # modules_to_save part with weights that the base ties (embeddings and output layer), as in
+    # PEFT; numbers of the base itself change wherever they are used.
+    for group, tied in ((side.base, True), (side.whole, False)):
+        for name, tensors in group.items():
+            for tensor in tensors:
+                switches += swap_parameter(model, name, tensor.part, tensor.value, tied=tied)
     if side.loras:
-        _inject(side, model, settings)
-    for name, group in side.routers.items():
-        parts = {tensor.part: tensor.value for tensor in group}
-        apply_router_lora(
-            model.get_submodule(name), parts["lora_A"], parts["lora_B"], side.scales[name].scaling
+        _inject(side, model, settings, adapter)
+    for name, tensors in side.routers.items():
+        parts = {tensor.part: tensor.value for tensor in tensors}
+        router, scaling = model.get_submodule(name), side.scales[name].scaling
+        switches.append(
+            apply_router_lora(router, parts["lora_A"], parts["lora_B"], scaling, adapter)
         )
-    return [tensor.key for _, tensor in side.tensors()]
+    return switches
 
 
-def _inject(side: TorchSide, model: nn.Module, settings: LoraSettings) -> None:
+def _inject(side: TorchSide, model: nn.Module, settings: LoraSettings, adapter: str) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     state: dict[str, torch.Tensor] = {}
     for name, group in side.loras.items():
-        state.update({f"{name}.{_in_model(tensor.part)}": tensor.value for tensor in group})
+        for tensor in group:
+            state[f"{name}.{_in_model(tensor.part, adapter)}"] = tensor.value
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -215,7 +223,9 @@ def _inject(side: TorchSide, model: nn.Module, settings: LoraSettings) -> None:
     with warnings.catch_warnings():
         # "an inconsistency between the PEFT config and the state_dict": intended here.
         warnings.simplefilter("ignore", RuntimeWarning)
-        inject_adapter_in_model(config, model, ADAPTER_NAME, state_dict=_names_only(side))
+        # "Already found a peft_config attribute": several adapters are intended.
+        warnings.simplefilter("ignore", UserWarning)
+        inject_adapter_in_model(config, model, adapter, state_dict=_names_only(side))
     config.target_modules = set(short_targets(side.loras))
     config.rank_pattern = _differing(config.rank_pattern, settings.rank)
     config.alpha_pattern = _differing(config.alpha_pattern, settings.alpha)
@@ -224,30 +234,21 @@ def _inject(side: TorchSide, model: nn.Module, settings: LoraSettings) -> None:
         if name not in parameters:
             raise AdapterError(f"{side.file}: PEFT made no place for {name}.")
         _copy(parameters[name], value)
-    if missing := sorted({name for name in parameters if ".lora_" in name} - set(state)):
+    mine = {name for name in parameters if re.search(rf"\.lora_\w+\.{adapter}(\.|$)", name)}
+    if missing := sorted(mine - set(state)):
         raise AdapterError(f"{side.file}: no tensor in the file for {missing[:5]}.")
-
-
-def _replace_weights(model: nn.Module, name: str, values: dict[str, torch.Tensor]) -> None:
-    """A copy of the module with these parameters takes its place: weights that the base ties
-    (embeddings and output layer) are untied by this, as by PEFT's modules_to_save."""
-    parent, _, leaf = name.rpartition(".")
-    module = copy.deepcopy(model.get_submodule(name))
-    for part, value in values.items():
-        _copy(module.get_parameter(part), value)
-    setattr(model.get_submodule(parent), leaf, module)
 
 
 def _names_only(side: TorchSide) -> dict[str, Any]:
     return {f"{name}.{tensor.part}": None for name, group in side.loras.items() for tensor in group}
 
 
-def _in_model(part: str) -> str:
+def _in_model(part: str, adapter: str) -> str:
     """The part's name inside PEFT's layer."""
     if part.startswith("lora_embedding"):
-        return f"{part}.{ADAPTER_NAME}"
+        return f"{part}.{adapter}"
     part, _, leaf = part.partition(".")
-    return f"{part}.{ADAPTER_NAME}.{leaf or 'weight'}"
+    return f"{part}.{adapter}.{leaf or 'weight'}"
 
 
 def _differing(pattern: dict[str, Any], default: float) -> dict[str, Any]:

@@ -30,18 +30,34 @@ class ModelArgs:
 
 @dataclass(frozen=True)
 class AdapterArgs:
-    """The LoRA adapter; no path means the base model.
+    """The LoRA adapters: a single one, or several ``adapters`` by name; none means the base model.
 
-    ``lora_rank`` and ``lora_alpha`` are what the YAML repeats; adapter_config.json decides, and a
-    contradiction is an error of whoever reads both.
+    ``adapter_weights``: those that start active, as a sum with these weights; without it the first
+    does, as trained. ``lora_rank`` and ``lora_alpha`` are what the YAML repeats;
+    adapter_config.json decides, and a contradiction is an error of whoever reads both.
     """
 
     adapter_name_or_path: Path | None = None
     lora_rank: int | None = None
     lora_alpha: float | None = None
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    adapter_weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _require(self, "lora_rank", self.lora_rank is None or self.lora_rank >= 1, "at least 1")
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """All adapters by name; a single one is called by its folder."""
+        if self.adapter_name_or_path is None:
+            return dict(self.adapters)
+        name = self.adapter_name_or_path.resolve().name
+        return {name: self.adapter_name_or_path, **self.adapters}
+
+    @property
+    def start_weights(self) -> dict[str, float]:
+        """The adapters that start active, with their weights."""
+        return dict(self.adapter_weights) or dict.fromkeys(list(self.folders)[:1], 1.0)
 
 
 @dataclass(frozen=True)

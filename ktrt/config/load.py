@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from ktrt.config.adapters import ADAPTER_KEYS, check_adapter_value, resolve_adapters
 from ktrt.config.args import (
     SAMPLING_ALIASES,
     AdapterArgs,
@@ -144,6 +145,8 @@ def _canonical(spelling: str, raw: object, where: str) -> tuple[str, Any]:
         return "kt_backend", _backend(spelling, raw, _BACKENDS[key], where)
     if raw is None or key not in _TYPES:
         return key, raw
+    if key in ADAPTER_KEYS:
+        return key, check_adapter_value(key, raw, where)
     return key, check_value(spelling, raw, _TYPES[key], where)
 
 
@@ -169,10 +172,11 @@ def _check_switches(values: Mapping[str, Any], where: str) -> None:
         raise ConfigError(
             f"{where}: infer_backend: expected huggingface, found {switches.infer_backend!r}"
         )
-    if switches.finetuning_type != "lora" and values.get("adapter_name_or_path"):
+    adapters = values.get("adapter_name_or_path") or values.get("adapters")
+    if switches.finetuning_type != "lora" and adapters:
         raise ConfigError(
             f"{where}: finetuning_type: expected lora with an adapter, found "
-            f"{switches.finetuning_type}; remove it, or adapter_name_or_path"
+            f"{switches.finetuning_type}; remove it, or the adapter"
         )
 
 
@@ -202,14 +206,7 @@ def _resolve_paths(values: dict[str, Any], where: str, folder: Path | None) -> N
     if packed is not None and packed != Path():
         values["kt_weight_path"] = _directory("kt_weight_path", packed, where, folder)
 
-    adapter = values.pop("adapter_name_or_path", None)
-    if adapter is None or adapter == Path():
-        return
-    path = _directory("adapter_name_or_path", adapter, where, folder)
-    subfolder = path / values.get("adapter_folder", "")
-    if not subfolder.resolve().is_relative_to(path.resolve()) or not subfolder.is_dir():
-        raise ConfigError(f"{where}: adapter_folder: no directory {subfolder} inside {path}")
-    values["adapter_name_or_path"] = subfolder
+    resolve_adapters(values, where, lambda key, path: _directory(key, path, where, folder))
 
 
 def _directory(key: str, given: Path, where: str, folder: Path | None) -> Path:
@@ -222,8 +219,6 @@ def _directory(key: str, given: Path, where: str, folder: Path | None) -> Path:
     found = f"{where}: {key}: no directory {' or '.join(str(each) for each in tried)}"
     if any(candidate.is_file() for candidate in tried):
         raise ConfigError(f"{found}: it is a file, expected the directory that holds it")
-    if "," in str(given):
-        raise ConfigError(f"{found}: one adapter only, several at once are not supported yet")
     if _HUB_ID.fullmatch(str(given)):
         name = given.name
         raise ConfigError(

@@ -51,6 +51,9 @@ class KTExperts(nn.Module):
         self._max_qlen = 0
         self._hand_off: HandOff | None = None
         self._path = ""
+        # The engine's number of each sequence's LoRA (-1: none) where sequences have their own: the
+        # tokens are then equal runs in this order, and go through the CPU's memory.
+        self.row_adapters: tuple[int, ...] | None = None
         # What the GPU does of this layer, if anything.
         self.gpu: GpuLayer | None = None
 
@@ -98,7 +101,7 @@ class KTExperts(nn.Module):
     def _forward(
         self, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        gpu = self.gpu
+        gpu = self.gpu if self.row_adapters is None else None
         if gpu is not None and gpu.streams(states.shape[0]):
             return gpu.forward_streamed(states, index, weights)
         if gpu is None or not gpu.resident:
@@ -117,16 +120,21 @@ class KTExperts(nn.Module):
     def _run_engine(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        layer = self.layer
-        if self._hand_off is not None:
+        layer, rows = self.layer, self.row_adapters
+        if self._hand_off is not None and rows is None:
             return self._hand_off.run(layer, hidden_states, top_k_index, top_k_weights, self._path)
         states = hidden_states.to("cpu").contiguous()
         index = top_k_index.to("cpu").contiguous()
         weights = top_k_weights.to("cpu").contiguous()
         out = torch.empty_like(states)
+        adapters = None
+        if rows is not None:
+            each = torch.tensor(rows, dtype=torch.int64)
+            adapters = each.repeat_interleave(len(states) // len(rows))
         for start in range(0, states.shape[0], self._max_qlen):
             part = slice(start, start + self._max_qlen)
-            layer.forward(states[part], index[part], weights[part], out[part])
+            chosen = None if adapters is None else adapters[part]
+            layer.forward(states[part], index[part], weights[part], out[part], chosen)
         return out.to(hidden_states.device)
 
     def extra_repr(self) -> str:

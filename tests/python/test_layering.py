@@ -26,7 +26,8 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "text_stream": set(),
     "generation": {"sampling", "text_stream", "kv_cache", "cache_layers", "decode_graph"},
     "context": set(),
-    "session": {"template", "generation", "sampling", "context"},
+    "adapters": {"adapter", "moe"},
+    "session": {"adapters", "template", "generation", "sampling", "context"},
     "editor": set(),
     "terminal": {"editor"},
     "conversation": set(),
@@ -70,6 +71,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "torch_weights": {"checkpoint", "checkpoint_names", "dequantized", "moe", "prepare"},
     "model": {
         "adapter",
+        "adapters",
         "decode_graph",
         "expert_loading",
         "kv_cache",

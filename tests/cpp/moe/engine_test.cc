@@ -98,7 +98,7 @@ TEST(Engine, SharedMemoryOutlivesIt) {
   layer.reset();
   const PackedMatrix matrix = weights->matrix(3, Projection::kDown, 0);
   EXPECT_EQ(std::vector<std::uint8_t>(matrix.codes, matrix.codes + expected.size()), expected);
-  EXPECT_EQ(lora->expand(Projection::kGate).rank_pairs, 2);
+  EXPECT_EQ(lora->lora->expand(Projection::kGate).rank_pairs, 2);
 }
 
 TEST(Engine, UnfinishedLayersAreNotShared) {

@@ -1,0 +1,494 @@
+"""Several adapters in one model: switching, weights, sums, rows, loading and unloading."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from helpers.merge import load_weights, merge
+from helpers.tiny_chat import make_session
+from helpers.tiny_models import (
+    HIDDEN_SIZE,
+    NUM_EXPERTS,
+    VOCAB_SIZE,
+    LoraPlan,
+    read_folder,
+    save_adapter,
+    save_model,
+    token_ids,
+    write_adapter,
+)
+from safetensors.torch import save_file
+
+from ktrt.adapters import Adapters
+from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
+from ktrt.errors import AdapterError, KtrtError
+from ktrt.model import LoadedModel, load_model
+from ktrt.moe import KTExperts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
+
+IDS = token_ids(2, 30)
+PREFIX = "base_model.model.model.layers"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and adapters: a (layout a), b (layout b), attention, router, saved (lm_head), dora."""
+    folder = tmp_path_factory.mktemp("adapters")
+    base = save_model(folder / "base", "deepseek_v2", 96)
+    save_adapter(folder / "a", base, "a", LoraPlan(seed=1, experts=0.5))
+    save_adapter(folder / "b", base, "b", LoraPlan(rank=6, alpha=9, seed=2, experts=0.5))
+    tensors, config = read_folder(folder / "a")
+    attention = {key: 2 * value for key, value in tensors.items() if "self_attn" in key}
+    targets = sorted({key.split(".lora_")[0].rpartition(".")[2] for key in attention})
+    config = config | {"target_modules": targets, "use_rslora": True}
+    write_adapter(folder / "attention", attention, config)
+    generator = torch.Generator().manual_seed(9)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    router = {}
+    for layer in (1, 2):
+        router[f"{PREFIX}.{layer}.mlp.gate.lora_A.weight"] = noise(8, HIDDEN_SIZE) * 0.08
+        router[f"{PREFIX}.{layer}.mlp.gate.lora_B.weight"] = noise(NUM_EXPERTS, 8)
+    only_router = {"target_modules": None, "target_parameters": ["gate.weight"]}
+    write_adapter(folder / "router", router, config | only_router | {"use_rslora": False})
+    saved = {"base_model.model.lm_head.weight": noise(VOCAB_SIZE, HIDDEN_SIZE) * 0.08}
+    write_adapter(folder / "saved", attention | saved, config | {"modules_to_save": ["lm_head"]})
+    dora = dict(attention)
+    for key, value in attention.items():
+        if "lora_B" in key:
+            name = key.replace("lora_B.weight", "lora_magnitude_vector")
+            dora[name] = 1 + 0.3 * noise(value.shape[0]).abs()
+    write_adapter(folder / "dora", dora, config | {"use_dora": True})
+    return folder
+
+
+def load(folder: Path, *names: str, **options: Any) -> LoadedModel:
+    adapters = AdapterArgs(adapters={name: folder / name for name in names}, **options)
+    base = ModelArgs(folder / "base", infer_dtype="float32")
+    return load_model(base, adapters, ExpertArgs(kt_num_threads=1))
+
+
+def logits(loaded: LoadedModel, ids: torch.Tensor = IDS) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = loaded.model(ids).logits
+    return found
+
+
+ALL = ("a", "b", "attention", "router", "saved", "dora")
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, torch.Tensor]:
+    """The logits of every adapter loaded by itself; "base" without any."""
+    found = {}
+    for name in ("base", *ALL):
+        loaded = load(folder, *([] if name == "base" else [name]))
+        found[name] = logits(loaded)
+        loaded.close()
+    return found
+
+
+@pytest.fixture(scope="module")
+def shared(folder: Path) -> Iterator[LoadedModel]:
+    loaded = load(folder, *ALL)
+    yield loaded
+    loaded.close()
+
+
+@pytest.fixture
+def several(shared: LoadedModel) -> Iterator[LoadedModel]:
+    """All adapters resident, "a" active."""
+    shared.adapters.activate("a")
+    yield shared
+    shared.adapters.activate({})
+
+
+def merged_logits(folder: Path, out: Path, weights: Mapping[str, float]) -> torch.Tensor:
+    """transformers in float32 on base + Σ weight · ΔW."""
+    from transformers import AutoModelForCausalLM
+
+    base = load_weights(folder / "base")
+    total = {name: value.clone() for name, value in base.items()}
+    for adapter, weight in weights.items():
+        tuned = {name: value.clone() for name, value in base.items()}
+        merge(tuned, folder / adapter)
+        for name, value in total.items():
+            value += weight * (tuned[name] - base[name])
+    out.mkdir(exist_ok=True)
+    shutil.copy(folder / "base" / "config.json", out)
+    save_file(total, out / "model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    with torch.no_grad():
+        found: torch.Tensor = model(IDS).logits
+    return found
+
+
+def error(found: torch.Tensor, reference: torch.Tensor) -> float:
+    return float(((found - reference).norm(dim=-1) / reference.norm(dim=-1)).median())
+
+
+class TestOneOfSeveral:
+    @pytest.mark.parametrize("name", ALL)
+    def test_is_that_one_alone(
+        self, several: LoadedModel, alone: dict[str, torch.Tensor], name: str
+    ) -> None:
+        assert error(alone[name], alone["base"]) > 0.05, "the adapter must matter"
+        several.adapters.activate(name)
+        assert several.adapters.active == {name: 1.0}
+        assert torch.equal(logits(several), alone[name])
+
+    def test_the_first_starts_active(self, folder: Path, alone: dict[str, torch.Tensor]) -> None:
+        loaded = load(folder, "b", "a")
+        assert loaded.adapters.names == ("b", "a")
+        assert torch.equal(logits(loaded), alone["b"])
+        loaded.close()
+
+    def test_off_is_the_base_and_on_what_it_was(
+        self, several: LoadedModel, alone: dict[str, torch.Tensor]
+    ) -> None:
+        adapters = several.adapters
+        for name in ALL:
+            adapters.activate(name)
+            adapters.off()
+            assert adapters.active == {}
+            assert torch.equal(logits(several), alone["base"])
+            adapters.on()
+            assert torch.equal(logits(several), alone[name])
+        adapters.activate({"a": 0.25, "b": 0.5})
+        adapters.scale(2)
+        before = logits(several)
+        adapters.off()
+        adapters.on()
+        assert adapters.active == {"a": 0.5, "b": 1.0}
+        assert torch.equal(logits(several), before)
+
+    def test_back_and_forth(self, several: LoadedModel, alone: dict[str, torch.Tensor]) -> None:
+        for name in ("a", "saved", "b", "saved", "router", "a"):
+            several.adapters.activate(name)
+            assert torch.equal(logits(several), alone[name]), name
+
+
+class TestWeights:
+    @pytest.mark.parametrize("weights", [{"a": 1, "b": 1}, {"a": 0.5}, {"a": -0.4, "b": 1.5}])
+    def test_equals_the_merge(
+        self, several: LoadedModel, folder: Path, tmp_path: Path, weights: dict[str, float]
+    ) -> None:
+        several.adapters.activate(weights)
+        assert error(logits(several), merged_logits(folder, tmp_path, weights)) <= 0.01
+
+    def test_of_router_and_attention(
+        self, several: LoadedModel, folder: Path, tmp_path: Path
+    ) -> None:
+        weights = {"attention": 0.5, "router": 0.5, "b": 1}
+        several.adapters.activate(weights)
+        assert error(logits(several), merged_logits(folder, tmp_path, weights)) <= 0.01
+
+    def test_scale_is_absolute(self, several: LoadedModel, alone: dict[str, torch.Tensor]) -> None:
+        adapters = several.adapters
+        adapters.scale(0)
+        assert adapters.active == {"a": 0.0}
+        assert torch.equal(logits(several), alone["base"])
+        adapters.scale(0.5)
+        half = logits(several)
+        adapters.activate({"a": 0.5})
+        assert torch.equal(logits(several), half)
+        adapters.activate("a")
+        adapters.scale(1)
+        assert torch.equal(logits(several), alone["a"])
+
+    def test_a_weight_of_zero_is_no_adapter(
+        self, several: LoadedModel, alone: dict[str, torch.Tensor]
+    ) -> None:
+        several.adapters.activate({"a": 0, "b": 1, "router": 0, "saved": 0})
+        assert torch.equal(logits(several), alone["b"])
+
+    def test_from_the_configuration(self, folder: Path, several: LoadedModel) -> None:
+        weights = {"b": 0.5, "a": 0.25}
+        loaded = load(folder, "a", "b", adapter_weights=weights)
+        assert loaded.adapters.active == weights
+        several.adapters.activate(weights)
+        assert torch.equal(logits(loaded), logits(several))
+        loaded.close()
+
+    def test_the_first_sum_is_announced(
+        self, several: LoadedModel, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with caplog.at_level(logging.INFO, logger="ktrt.adapters"):
+            several.adapters.activate({"a": 1, "attention": 1})
+            several.adapters.activate("b")
+            several.adapters.activate({"attention": 2, "a": 1})
+        assert [m for m in caplog.messages if m.startswith("Combin")][0::2] == [
+            "Combining adapters a, attention …"
+        ]
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("weights", "message"),
+        [
+            ("c", "there is no adapter 'c'; resident: a, b, attention, router, saved, dora"),
+            ({"a": 1, "c": 1}, "there is no adapter 'c'"),
+            ({"a": float("nan")}, "the weight of adapter 'a' is nan, expected a number"),
+            ({"saved": 0.5}, "'saved' replaces lm_head of the base model: its weight is 0.5"),
+            ({"saved": 1, "a": 1}, "'saved' replaces lm_head .* cannot be summed"),
+            ({"dora": 2}, "'dora' is a DoRA: its weight is 2, expected 1 or 0"),
+            ({"dora": 1, "a": 1}, "'dora' is a DoRA: it cannot be summed"),
+        ],
+    )
+    def test_change_nothing(
+        self, several: LoadedModel, alone: dict[str, torch.Tensor], weights: Any, message: str
+    ) -> None:
+        key = several.adapters.key
+        with pytest.raises(AdapterError, match=message):
+            several.adapters.activate(weights)
+        assert several.adapters.key == key
+        assert torch.equal(logits(several), alone["a"])
+
+    def test_too_many_ranks(self, several: LoadedModel, tmp_path: Path, folder: Path) -> None:
+        adapters = several.adapters
+        wide = save_adapter(tmp_path / "w", folder / "base", "a", LoraPlan(rank=250, seed=4))
+        adapters.load("wide", wide)
+        with pytest.raises(AdapterError, match="a, wide cannot be summed: .* expected at most 256"):
+            adapters.activate({"a": 1, "wide": 1})
+        assert adapters.active == {"a": 1.0}
+        adapters.unload("wide")
+
+    def test_scaling_the_base(self, several: LoadedModel) -> None:
+        several.adapters.off()
+        with pytest.raises(AdapterError, match="no adapter is active"):
+            several.adapters.scale(0.5)
+        several.adapters.activate("saved")
+        with pytest.raises(AdapterError, match="expected 1 or 0"):
+            several.adapters.scale(0.5)
+        assert several.adapters.active == {"saved": 1.0}
+
+
+class TestLoading:
+    def test_load_and_unload(self, folder: Path, alone: dict[str, torch.Tensor]) -> None:
+        loaded = load(folder)
+        adapters = loaded.adapters
+        base = {id(p) for p in loaded.model.parameters()}
+        for name in ALL:
+            adapters.load(name, folder / name)
+            assert torch.equal(logits(loaded), alone["base"]), "loaded is not active"
+            assert adapters.audit(name).not_applied == 0
+            assert adapters.audit(name).found > 0
+        for name in ALL:
+            adapters.activate(name)
+            assert torch.equal(logits(loaded), alone[name])
+        adapters.activate("b")
+        for name in ALL:
+            if name != "b":
+                adapters.unload(name)
+                assert torch.equal(logits(loaded), alone["b"]), name
+        assert adapters.names == ("b",)
+        adapters.load("again", folder / "saved")
+        adapters.activate("again")
+        assert torch.equal(logits(loaded), alone["saved"])
+        adapters.off()
+        adapters.unload("b")
+        adapters.unload("again")
+        assert torch.equal(logits(loaded), alone["base"])
+        assert {id(p) for p in loaded.model.parameters()} == base
+        adapters.on()
+        assert adapters.active == {}
+        loaded.close()
+
+    def test_two_that_replace_the_same_numbers(
+        self, several: LoadedModel, folder: Path, alone: dict[str, torch.Tensor]
+    ) -> None:
+        adapters = several.adapters
+        adapters.load("twin", folder / "saved")
+        for name in ("saved", "twin", "saved"):
+            adapters.activate(name)
+            assert torch.equal(logits(several), alone["saved"]), name
+        adapters.unload("twin")
+        assert torch.equal(logits(several), alone["saved"])
+        adapters.activate("b")
+        assert torch.equal(logits(several), alone["b"])
+
+    def test_a_reloaded_adapter_has_a_key_of_its_own(
+        self, several: LoadedModel, folder: Path
+    ) -> None:
+        adapters = several.adapters
+        adapters.load("x", folder / "attention")
+        adapters.activate("x")
+        key = adapters.key
+        adapters.activate("a")
+        adapters.unload("x")
+        adapters.load("x", folder / "b")
+        adapters.activate("x")
+        assert adapters.key != key
+        adapters.activate("a")
+        adapters.unload("x")
+
+    def test_refusals(self, several: LoadedModel, folder: Path) -> None:
+        adapters = several.adapters
+        with pytest.raises(AdapterError, match="there is an adapter 'b' already"):
+            adapters.load("b", folder / "b")
+        with pytest.raises(AdapterError, match="expected text"):
+            adapters.load(" ", folder / "b")
+        with pytest.raises(AdapterError, match="'a' is active; activate another one"):
+            adapters.unload("a")
+        with pytest.raises(AdapterError, match="no adapter 'x'"):
+            adapters.unload("x")
+
+    @pytest.mark.parametrize("damage", ["file", "apply", "engine"])
+    def test_a_failure_leaves_everything_as_it_was(
+        self,
+        several: LoadedModel,
+        folder: Path,
+        tmp_path: Path,
+        alone: dict[str, torch.Tensor],
+        damage: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        adapters = several.adapters
+        source = folder / "saved" if damage == "apply" else folder / "b"
+        tensors, config = read_folder(source)
+        if damage == "file":
+            tensors.pop(next(key for key in tensors if "lora_B" in key))
+        write_adapter(tmp_path, tensors, config)
+        modules = [m for m in several.model.modules() if isinstance(m, KTExperts)]
+        if damage == "engine":
+            plain = Adapters._load_experts
+
+            def fail(self: Adapters, number: int, plan: Any) -> None:
+                plain(self, number, plan)
+                raise MemoryError
+
+            monkeypatch.setattr(Adapters, "_load_experts", fail)
+        elif damage == "apply":
+            monkeypatch.setattr("ktrt.adapter.plan.Audit.check", lambda _: 1 / 0)
+        names = set(dict(several.model.named_parameters()))
+        with pytest.raises((AdapterError, MemoryError, ZeroDivisionError)):
+            adapters.load("x", tmp_path)
+        assert "x" not in adapters.names
+        assert set(dict(several.model.named_parameters())) == names
+        assert [m.layer.active_loras for m in modules] == [[(0, 1.0)]] * 2
+        assert torch.equal(logits(several), alone["a"])
+        adapters.activate("b")
+        assert torch.equal(logits(several), alone["b"])
+
+    def test_no_model(self) -> None:
+        adapters = Adapters()
+        assert (adapters.names, adapters.active, adapters.audit().found) == ((), {}, 0)
+        with pytest.raises(KtrtError, match="no model"):
+            adapters.load("x", "/nowhere")
+        adapters.off()
+        adapters.on()
+
+
+class TestRows:
+    def test_each_row_has_its_own(
+        self, several: LoadedModel, alone: dict[str, torch.Tensor]
+    ) -> None:
+        ids = torch.cat([IDS, IDS])
+        with several.adapters.rows(["a", None, "b", "attention"]):
+            found = logits(several, ids)
+        # On the CPU torch's products may depend on the number of rows beside.
+        for row, name in enumerate(["a", "base", "b", "attention"]):
+            assert error(found[row], alone[name][row % 2]) <= 1e-3, name
+        assert several.adapters.active == {"a": 1.0}
+        assert torch.equal(logits(several), alone["a"])
+
+    def test_one_adapter_and_the_base(
+        self, several: LoadedModel, alone: dict[str, torch.Tensor]
+    ) -> None:
+        several.adapters.off()
+        with several.adapters.rows([None, "b"]):
+            found = logits(several)
+        assert error(found[0], alone["base"][0]) <= 1e-3
+        assert error(found[1], alone["b"][1]) <= 1e-3
+        assert torch.equal(logits(several), alone["base"])
+
+    def test_refusals(self, several: LoadedModel, alone: dict[str, torch.Tensor]) -> None:
+        adapters = several.adapters
+        for name, message in (
+            ("router", "has LoRA on routers: it cannot be chosen row by row"),
+            ("saved", "replaces lm_head"),
+            ("c", "no adapter 'c'"),
+        ):
+            with pytest.raises(AdapterError, match=message), adapters.rows([name, None]):
+                pass
+        wrong_size = pytest.raises(AdapterError, match="chosen for 1 rows, the batch has 2")
+        with wrong_size, adapters.rows(["b"]):
+            logits(several)
+        with adapters.rows(["b"]), pytest.raises(AdapterError, match="rows of a batch"):
+            adapters.activate("b")
+        assert torch.equal(logits(several), alone["a"])
+
+
+class TestKey:
+    def test_tells_what_acts(self, several: LoadedModel) -> None:
+        adapters = several.adapters
+        keys = [adapters.key]
+        changes: tuple[Callable[[], None], ...] = (
+            lambda: adapters.activate("b"),
+            lambda: adapters.scale(0.5),
+            adapters.off,
+            lambda: adapters.activate({"a": 1, "b": 1}),
+            lambda: adapters.activate({"a": 1, "b": 2}),
+        )
+        for change in changes:
+            change()
+            keys.append(adapters.key)
+        with adapters.rows(["a", "b"]):
+            keys.append(adapters.key)
+        assert len(set(keys)) == len(keys)
+        adapters.activate({"b": 0})
+        off = adapters.key
+        adapters.off()
+        assert adapters.key == off
+        adapters.activate("a")
+        assert adapters.key == keys[0]
+
+    def test_callbacks(self, several: LoadedModel) -> None:
+        seen: list[dict[str, float]] = []
+        several.adapters.on_change.append(lambda: seen.append(several.adapters.active))
+        several.adapters.activate("b")
+        several.adapters.off()
+        several.adapters.on_change.clear()
+        assert seen == [{"b": 1.0}, {}]
+
+
+class _OtherKey(Adapters):
+    """Adapters whose key the test sets."""
+
+    current = 0
+
+    @property
+    def key(self) -> int:
+        return self.current
+
+
+class TestSessions:
+    MESSAGES = ({"role": "user", "content": "hello, who are you?"},)
+
+    def test_no_cache_across_adapters(self) -> None:
+        session = make_session()
+        session.adapters = adapters = _OtherKey()
+        list(session.stream_responses(self.MESSAGES))
+        assert list(session.stream_responses(self.MESSAGES))[-1].reused_tokens > 0
+        adapters.current = 1
+        assert list(session.stream_responses(self.MESSAGES))[-1].reused_tokens == 0
+        assert list(session.stream_responses(self.MESSAGES))[-1].reused_tokens > 0
+
+    def test_a_change_during_an_answer_ends_it(self) -> None:
+        session = make_session()
+        session.adapters = adapters = _OtherKey()
+        responses = session.stream_responses(self.MESSAGES)
+        next(responses)
+        adapters.current = 1
+        with pytest.raises(KtrtError, match="changed during the answer"):
+            list(responses)
+        assert list(session.stream_responses(self.MESSAGES))[-1].reused_tokens == 0
