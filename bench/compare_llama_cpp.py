@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A whole model in llama.cpp and in ktrt, side by side on this machine's CPU, with and without LoRA.
+"""A whole model in llama.cpp and in ktrt, side by side on this machine's CPU, LoRA off and on.
 
     pip install '.[llama-cpp]'      # compiles llama.cpp for this machine: minutes
     python bench/compare_llama_cpp.py --out /tmp/pair [--json] [--rounds N]
@@ -18,6 +18,7 @@ llama-cpp-python's own. --out takes 9 GB with 4 layers.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -115,7 +116,7 @@ class KtrtParty:
         self._vocab = self.session.model.config.vocab_size
 
     def measure(self, lora: bool, prompt: int, new: int, seed: int) -> Row:
-        """Seconds of a prompt of random ids and of each token after it."""
+        """Seconds of a prompt of random ids, and the median of the tokens after it."""
         from ktrt.generation import KvCache, generate_step
 
         self._switch(lora)
@@ -124,13 +125,12 @@ class KtrtParty:
         rest = iter(ids[prompt:])
         # What the sampler says comes next is what the other party is given too.
         steps = generate_step(KvCache(self.session.model), ids[:prompt], lambda _: next(rest, 2))
-        start = time.perf_counter()
-        next(steps)
-        first = time.perf_counter()
-        for _ in range(new):
+        times = [time.perf_counter()]
+        for _ in range(1 + new):
             next(steps)
-        end = time.perf_counter()
-        return {"prefill": first - start, "decode": (end - first) / new}
+            times.append(time.perf_counter())
+        prefill, *each = (end - start for start, end in itertools.pairwise(times))
+        return {"prefill": prefill, "decode": statistics.median(each)}
 
     def logits(self, lora: bool, ids: list[int]) -> Any:
         """[ids, vocabulary] float32, fed token by token."""
@@ -225,6 +225,7 @@ def alternate(
                 pair[party] = one or theirs.ask("measure", lora=lora, **size)
             if number >= 0:
                 samples[lora].append((pair[0], pair[1]))
+    note(args, f"measured {args.rounds} rounds")
     return samples
 
 
@@ -241,6 +242,8 @@ def rows_of(
                 "ktrt": 1 / statistics.median(ktrt_times),
                 "llama_cpp": 1 / statistics.median(their_times),
                 "ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios),
+                "ktrt_rounds": [1 / each for each in ktrt_times],
+                "llama_cpp_rounds": [1 / each for each in their_times],
             }  # fmt: skip
 
 

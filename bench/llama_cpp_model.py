@@ -1,5 +1,5 @@
-"""One random model for two programs: a Hugging Face folder with a PEFT adapter, and the same numbers
-as GGUF files. Qwen3-MoE's architecture with the experts of DeepSeek-V2-Lite's shape.
+"""One random model for two programs: a Hugging Face folder with a PEFT adapter, and the same
+numbers as GGUF files. Qwen3-MoE's architecture with the experts of DeepSeek-V2-Lite's shape.
 
 Nothing is converted: both sides ask ``Weights`` for the same tensors, so neither file is needed to
 write the other.
@@ -87,7 +87,8 @@ class Weights:
         """bfloat16 [rows, columns] that keeps ``gain`` times the size of what it multiplies."""
         start = zlib.crc32(name.encode()) % (self._pool.numel() - rows * columns)
         window = self._pool[start : start + rows * columns].view(rows, columns)
-        return (window.float() * gain * columns**-0.5).to(torch.bfloat16)
+        scaled: torch.Tensor = window.float() * (gain * columns**-0.5)
+        return scaled.to(torch.bfloat16)
 
     def linear(self, layer: int, name: str) -> torch.Tensor:
         return self.matrix(f"{layer}.{name}", *self.shape.linears()[name])
@@ -130,7 +131,8 @@ def make_pair(folder: Path, shape: Shape) -> Weights:
 
 
 def _write_model(folder: Path, weights: Weights) -> None:
-    shape, weight_map = weights.shape, {}
+    shape = weights.shape
+    weight_map: dict[str, str] = {}
     for name in TOKENIZER_FILES:
         shutil.copy(ROOT / "examples/demo/model" / name, folder)
     (folder / "config.json").write_text(json.dumps(shape.config(), indent=1), "utf-8")

@@ -9,8 +9,10 @@ is what it times: ``llama_decode`` of a prompt, then of one token at a time.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import random
+import statistics
 import sys
 import time
 from typing import Any
@@ -58,17 +60,16 @@ class LlamaCpp:
         api.llama_synchronize(self._context)
 
     def measure(self, prompt: int, new: int, seed: int) -> Reply:
-        """Seconds of a prompt of random ids and of each token after it."""
+        """Seconds of a prompt of random ids, and the median of the tokens after it."""
         draw = random.Random(seed)
         ids = [draw.randrange(2, self._vocab) for _ in range(prompt + new)]
         api.llama_memory_clear(self._memory, False)
-        start = time.perf_counter()
-        self.decode(ids[:prompt])
-        first = time.perf_counter()
-        for each in ids[prompt:]:
-            self.decode([each])
-        end = time.perf_counter()
-        return {"prefill": first - start, "decode": (end - first) / new}
+        times = [time.perf_counter()]
+        for part in (ids[:prompt], *([each] for each in ids[prompt:])):
+            self.decode(part)
+            times.append(time.perf_counter())
+        prefill, *steps = (end - start for start, end in itertools.pairwise(times))
+        return {"prefill": prefill, "decode": statistics.median(steps)}
 
     def logits(self, ids: list[int], file: str) -> Reply:
         """Logits [ids, vocabulary] of a sequence fed token by token, float32, into a .npy file."""
@@ -82,7 +83,7 @@ class LlamaCpp:
         return {"vocab": self._vocab}
 
 
-@api.llama_log_callback
+@api.llama_log_callback  # type: ignore[untyped-decorator]
 def _quiet(level: int, text: bytes, _user: object) -> None:
     if level == 4:  # GGML_LOG_LEVEL_ERROR
         sys.stderr.write(text.decode(errors="replace"))

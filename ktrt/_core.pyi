@@ -53,7 +53,8 @@ class ReadProbe:
     """A block of memory to be read: measures the bandwidth that bounds decoding."""
 
     def __init__(self, nbytes: int) -> None:
-        """Allocates and fills ``nbytes``; take several times the L3 cache. ``MemoryError``."""
+        """Reserves ``nbytes``, which the first ``seconds`` fills, each thread what it will read;
+        take several times the L3 cache. ``MemoryError``."""
 
     @property
     def nbytes(self) -> int: ...

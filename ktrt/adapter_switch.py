@@ -8,12 +8,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+def has_adapter(session: Any) -> bool:
+    """Whether any tensor of an adapter was applied."""
+    return session.audit is not None and bool(session.audit.rows)
+
+
 def adapter_switch(session: Any) -> Callable[[bool], None]:
-    """What switches LoRA on the experts and elsewhere off (False) and on; answers of the base model
-    come from a new ``KvCache`` only. Without an adapter it does nothing."""
+    """What switches LoRA on the experts and elsewhere off (False) and on. KV caches made before
+    hold the other model's keys and values. Without an adapter it does nothing."""
     adapters = getattr(session, "adapters", None)
     if adapters is not None:
         return lambda enabled: adapters.on() if enabled else adapters.off()
+    if not has_adapter(session):
+        return lambda _: None
     return lambda enabled: _switch(session.model, enabled)
 
 

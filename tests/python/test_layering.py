@@ -67,6 +67,23 @@ PYTHON_LAYERS: dict[str, set[str]] = {
         "prepare",
         "torch_weights",
     },
+    "machine_facts": {"memory_limits"},
+    "machine": {"_core", "machine_facts"},
+    "model_work": {"memory_plan", "moe"},
+    "advice": {"machine_facts"},
+    "doctor": {"advice", "machine", "machine_facts", "model_work", "prepare"},
+    "adapter_switch": {"moe"},
+    "bench_measure": {
+        "adapter_switch",
+        "generation",
+        "machine",
+        "memory_limits",
+        "model_work",
+        "moe",
+        "session",
+    },
+    "bench_report": set(),
+    "bench": {"api", "bench_measure", "bench_report", "model_work", "prepare"},
     "pack": {"expert_loading", "fingerprint", "prepare", "moe", "pack_cache"},
     "api": {"model", "session", "template"},
     "chat": {"api", "prepare", "session", "terminal"},
@@ -74,8 +91,17 @@ PYTHON_LAYERS: dict[str, set[str]] = {
 }
 LEAVES = {"errors", "config"}
 # The whole Config is for those who assemble; the others take their own part of it.
-ASSEMBLERS = {"config", "api", "chat", "pack"}
-WITHOUT_TORCH = {"errors", "config", "template", "terminal", "__init__"}
+ASSEMBLERS = {"config", "api", "bench", "chat", "doctor", "pack"}
+WITHOUT_TORCH = {
+    "errors",
+    "config",
+    "template",
+    "terminal",
+    "machine_facts",
+    "advice",
+    "bench_report",
+    "__init__",
+}
 
 # Layers of csrc/ and the layers below each.
 CPP_LAYERS: dict[str, set[str]] = {
