@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ktrt.session import Session
 
 Row = dict[str, Any]
+# Words of a conversation's first message, and of its second.
+_LONG, _SHORT = 256, 8
 # Steps that warm up and, on a GPU, capture the graph of a decode step.
 _WARM_UP = 3
 
@@ -156,13 +158,14 @@ class Bench:
 
     def first_token(self, rounds: int) -> Row:
         """Seconds to the first token of a conversation's first turn, nothing of it known, and of
-        its second turn, which reuses the first."""
+        its second, short turn, which reuses the first."""
         self._switch(True)
         turns: list[list[Any]] = [[], []]
         for number in range(rounds):
             messages: list[dict[str, str]] = []
             for turn, answers in enumerate(turns):
-                text = " ".join(_words(number, turn, min(256, self.context // 8)))
+                count = _SHORT if turn else min(_LONG, self.context // 8)
+                text = " ".join(_words(number, turn, count))
                 messages.append({"role": "user", "content": text})
                 responses = list(
                     self._session.stream_responses(messages, do_sample=False, max_new_tokens=4)
@@ -182,7 +185,9 @@ class Bench:
     def memory(self) -> Row:
         """Bytes: resident now and at most, and of the GPU."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        found: Row = {"resident": resident_bytes(), "peak_resident": peak, "gpu_peak": None}
+        resident = resident_bytes()
+        # The kernel updates the peak now and then only.
+        found: Row = {"resident": resident, "peak_resident": max(peak, resident), "gpu_peak": None}
         if self._gpu is not None:
             found["gpu_peak"] = torch.cuda.max_memory_reserved()
             free, total = torch.cuda.mem_get_info()
