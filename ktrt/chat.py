@@ -1,6 +1,7 @@
 """``python -m ktrt.chat config.yaml``: a conversation in the terminal."""
 
 import argparse
+import functools
 import json
 import logging
 import os
@@ -222,9 +223,30 @@ def _talk(
         keeping=keeping,
         stream=not args.no_stream,
         as_json=args.json,
+        limit=_limit(session) if terminal.interactive else lambda: None,
     )
     talk.attachments = start.files
     return talk
+
+
+def _limit(session: "Session") -> Callable[[], float | None]:
+    """Tokens per second at which the CPU's memory could be read; measured when first asked for."""
+
+    @functools.cache
+    def bandwidth() -> float | None:
+        from ktrt.machine import read_bandwidth
+
+        try:
+            return read_bandwidth(passes=3)
+        except MemoryError:
+            return None
+
+    def limit() -> float | None:
+        size = session.bytes_per_token
+        rate = bandwidth() if size else None
+        return rate / size if size and rate else None
+
+    return limit
 
 
 def _run(talk: Talk, start: _Start, args: argparse.Namespace) -> int:

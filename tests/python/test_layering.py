@@ -80,16 +80,43 @@ PYTHON_LAYERS: dict[str, set[str]] = {
         "torch_weights",
         "weight_traffic",
     },
+    "machine_facts": {"memory_limits"},
+    "machine": {"_core", "machine_facts"},
+    "model_work": {"memory_plan", "moe"},
+    "advice": {"machine_facts"},
+    "doctor": {"advice", "machine", "machine_facts", "model_work", "prepare"},
+    "adapter_switch": {"moe"},
+    "bench_measure": {
+        "adapter_switch",
+        "generation",
+        "machine",
+        "memory_limits",
+        "model_work",
+        "moe",
+        "session",
+    },
+    "bench_report": set(),
+    "bench": {"api", "bench_measure", "bench_report", "model_work", "prepare"},
     "pack": {"expert_loading", "fingerprint", "prepare", "moe", "pack_cache"},
     "api": {"model", "session", "template"},
-    "chat": {"api", "commands", "conversation", "prepare", "session", "talk", "terminal"},
+    "chat": {
+        "api",
+        "commands",
+        "conversation",
+        "machine",
+        "prepare",
+        "session",
+        "talk",
+        "terminal",
+    },
     "__init__": {"api"},
 }
 LEAVES = {"errors", "config"}
 # The whole Config is for those who assemble; the others take their own part of it.
-ASSEMBLERS = {"config", "api", "chat", "pack"}
+ASSEMBLERS = {"config", "api", "bench", "chat", "doctor", "pack"}
 WITHOUT_TORCH = {"errors", "config", "template", "context", "text_stream", "__init__"}
 WITHOUT_TORCH |= {"terminal", "editor", "conversation", "status", "talk", "compare", "commands"}
+WITHOUT_TORCH |= {"machine_facts", "advice", "bench_report"}
 
 # Layers of csrc/ and the layers below each.
 CPP_LAYERS: dict[str, set[str]] = {
