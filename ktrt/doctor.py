@@ -135,7 +135,8 @@ def _examine_model(
 
     ready = prepare(model, adapter, experts)
     ready.engine.close()
-    lora = ready.adapter.planned_numel() if ready.adapter else (0, 0)
+    first = next(iter(ready.adapters.values()), None)
+    lora = first.planned_numel() if first else (0, 0)
     skeleton, specs = ready.base.built.model, ready.base.experts.specs
     work = model_work(skeleton, specs, model.infer_dtype, lora)
     memory = ready.memory

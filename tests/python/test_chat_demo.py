@@ -53,6 +53,7 @@ def _talks_and_reuses(chat: ChatProcess) -> None:
     answer = chat.prompt()
     assert TUNED in answer
     assert prefill_counts(answer)[0] == 0
+    assert re.search(r"\d% of the memory's limit", answer)
     chat.child.setwinsize(12, 60)
     chat.say("什么是 MoE？")
     chat.sees("Assistant: ")

@@ -18,7 +18,7 @@ def counted(model: Any, expert: int, *, torch_lora: bool = False) -> int:
     """From the configuration and the names of the parameters. ``expert``: bytes of one."""
     config = model.config
     layers = config.num_hidden_layers - config.first_k_dense_replace
-    total = layers * config.num_experts_per_tok * expert
+    total: int = layers * config.num_experts_per_tok * expert
     for name, parameter in model.named_parameters():
         if "embed_tokens" in name:
             total += config.hidden_size * parameter.element_size()
