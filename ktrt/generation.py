@@ -5,10 +5,11 @@ timings; sessions build conversations on it.
 """
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -265,14 +266,19 @@ def stream_generate(
     *,
     stop_ids: Collection[int],
     max_tokens: int,
+    shown_tokens: Mapping[int, str] = MappingProxyType({}),
     on_prefill: OnPrefill | None = None,
 ) -> Iterator[Response]:
     """The answer to ``prompt_ids``, a response per token; the text of a stop id or stop string is
-    not part of it. ``stop_ids`` and ``max_tokens`` count beside those of ``sampling``."""
+    not part of it. ``stop_ids`` and ``max_tokens`` count beside those of ``sampling``, and
+    ``shown_tokens`` (see ``TextStream``) beside ``skip_special_tokens``."""
     start = time.perf_counter()
     reused = cache.reuse(prompt_ids)
     sampler = make_sampler(sampling, prompt_ids)
-    text = _AnswerText(tokenizer, sampling, stop_ids, min(max_tokens, sampling.max_new_tokens))
+    stream = TextStream(
+        tokenizer, skip_special_tokens=sampling.skip_special_tokens, shown=shown_tokens
+    )
+    text = _AnswerText(stream, sampling, stop_ids, min(max_tokens, sampling.max_new_tokens))
     first = start
     steps = generate_step(cache, prompt_ids[reused:], sampler, on_prefill)
     for count, (token, logits) in enumerate(steps, start=1):
@@ -303,9 +309,9 @@ class _AnswerText:
     """An answer's text as it may be shown, and its end."""
 
     def __init__(
-        self, tokenizer: Decoder, args: SamplingArgs, stop_ids: Collection[int], max_tokens: int
+        self, text: TextStream, args: SamplingArgs, stop_ids: Collection[int], max_tokens: int
     ) -> None:
-        self._text = TextStream(tokenizer, skip_special_tokens=args.skip_special_tokens)
+        self._text = text
         self._strings = StopStrings(args.stop_strings)
         self._stop_ids = {*stop_ids, *args.stop_token_ids}
         self._max_tokens = max_tokens

@@ -127,7 +127,8 @@ class Session:
         cache = idle[1] if idle and idle[0] == key else KvCache(self.model, self._graphs)
         responses = stream_generate(
             self.tokenizer, cache, prompt_ids, args,
-            stop_ids=self._stop_ids, max_tokens=max_tokens, on_prefill=on_prefill,
+            stop_ids=self._stop_ids, max_tokens=max_tokens,
+            shown_tokens=self.template.shown_tokens, on_prefill=on_prefill,
         )  # fmt: skip
         try:
             for response in responses:

@@ -1,20 +1,18 @@
 """Chat templates: from messages to token ids.
 
-A named template is data, one row of ``TEMPLATES``, with the strings LLaMA-Factory trains with
-(src/llamafactory/data/template.py): an adapter needs exactly those, which differ in places from the
-tokenizer's own chat template. ``auto`` renders that one.
+A named template is a row of ``TEMPLATES`` bound to a tokenizer, ``auto`` is the tokenizer's own.
 """
 
 import logging
 import re
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ktrt.config import TemplateArgs
 from ktrt.config.check import nearest
 from ktrt.errors import ConfigError
+from ktrt.template_table import TEMPLATES, TemplateSpec
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +28,7 @@ class Tokenizer(Protocol):
     chat_template: Any
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+    def decode(self, token_ids: list[int], **options: Any) -> str: ...
     def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> Any: ...
 
 
@@ -37,10 +36,13 @@ class Template(Protocol):
     """Renders checked messages that end with the user's, and knows which ids end the reply.
 
     ``thinking``: whether the model is let think first; None where the template has no such switch.
+    ``shown_tokens``: the special tokens, with their text, that mark thoughts. They are part of a
+    reply's text, where others may be skipped: without them thoughts could not be told apart.
     """
 
     name: str
     stop_ids: frozenset[int]
+    shown_tokens: Mapping[int, str]
 
     @property
     def thinking(self) -> bool | None: ...
@@ -52,131 +54,6 @@ class Template(Protocol):
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """The prompt's token ids; the reply is what follows them."""
         ...
-
-
-@dataclass(frozen=True)
-class Thought:
-    """How a reasoning template marks thoughts: they are dropped from earlier replies, and with
-    ``enable_thinking: false`` the prompt ends with ``empty``.
-    """
-
-    begin: str = "<think>\n"
-    end: str = "\n</think>\n\n"
-    empty: str = "<think>\n\n</think>\n\n"
-
-
-@dataclass(frozen=True)
-class TemplateSpec:
-    """The slots of a template. ``{c}`` is the content, ``{bos}`` and ``{eos}`` the tokenizer's ids.
-
-    The prompt is prefix, system (unless empty), then the turns; the texts between ``{bos}`` and
-    ``{eos}`` are encoded one by one, without special tokens added. ``tokens`` are the texts that
-    the tokenizer must know as one token each; ``stop_words`` are such tokens too and, like eos,
-    end the reply. ``system_in_user`` puts the system slot before the first user text.
-    """
-
-    user: str
-    assistant: str = "{c}{eos}"
-    system: str = "{c}"
-    prefix: str = ""
-    default_system: str = ""
-    stop_words: tuple[str, ...] = ()
-    tokens: tuple[str, ...] = ()
-    system_in_user: bool = False
-    thought: Thought | None = None
-
-
-def _deepseek3(thought: Thought | None = None) -> TemplateSpec:
-    return TemplateSpec(
-        prefix="{bos}",
-        user="<｜User｜>{c}<｜Assistant｜>",
-        tokens=("<｜User｜>", "<｜Assistant｜>"),
-        thought=thought,
-    )
-
-
-def _qwen(default_system: str = "", thought: Thought | None = None) -> TemplateSpec:
-    return TemplateSpec(
-        system="<|im_start|>system\n{c}<|im_end|>\n",
-        user="<|im_start|>user\n{c}<|im_end|>\n<|im_start|>assistant\n",
-        assistant="{c}<|im_end|>\n",
-        default_system=default_system,
-        stop_words=("<|im_end|>",),
-        tokens=("<|im_start|>",),
-        thought=thought,
-    )
-
-
-def _glm4(thought: Thought | None = None) -> TemplateSpec:
-    return TemplateSpec(
-        prefix="[gMASK]<sop>",
-        system="<|system|>\n{c}",
-        user="<|user|>\n{c}<|assistant|>",
-        assistant="\n{c}",
-        stop_words=("<|user|>", "<|observation|>"),
-        tokens=("[gMASK]", "<sop>", "<|system|>", "<|assistant|>"),
-        thought=thought,
-    )
-
-
-TEMPLATES: Mapping[str, TemplateSpec] = {
-    "default": TemplateSpec(
-        system="System: {c}{eos}\n",
-        user="Human: {c}{eos}\nAssistant:",
-        assistant="{c}{eos}\n",
-    ),
-    "deepseek": TemplateSpec(prefix="{bos}", system="{c}\n\n", user="User: {c}\n\nAssistant:"),
-    "deepseek3": _deepseek3(),
-    "deepseekr1": _deepseek3(Thought()),
-    "qwen": _qwen("You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
-    "qwen3": _qwen(thought=Thought()),
-    "qwen3_nothink": _qwen(),
-    "qwen3_5": _qwen(thought=Thought()),
-    "qwen3_5_nothink": _qwen(),
-    "mistral": TemplateSpec(
-        prefix="{bos}",
-        system="{c}\n\n",
-        user="[INST] {c}[/INST]",
-        assistant=" {c}{eos}",
-        system_in_user=True,
-    ),
-    "glm4": _glm4(),
-    "glm4_moe": _glm4(Thought()),
-    "glm4_7": _glm4(Thought("<think>", "</think>", empty="</think>")),
-    "gpt_oss": TemplateSpec(
-        system="<|start|>system<|message|>{c}<|end|>",
-        user="<|start|>user<|message|>{c}<|end|><|start|>assistant",
-        assistant="{c}",
-        default_system="You are ChatGPT, a large language model trained by OpenAI.",
-        tokens=("<|start|>", "<|message|>", "<|end|>", "<|channel|>"),
-        thought=Thought(
-            "<|channel|>analysis<|message|>",
-            "<|end|><|start|>assistant<|channel|>final<|message|>",
-            empty=(
-                "<|channel|>analysis<|message|><|end|><|start|>assistant<|channel|>final<|message|>"
-            ),
-        ),
-    ),
-    "minimax2": TemplateSpec(
-        system="]~!b[]~b]system\n{c}[e~[\n",
-        user="]~b]user\n{c}[e~[\n]~b]ai\n",
-        assistant="{c}[e~[\n",
-        default_system=(
-            "You are a helpful assistant. Your name is MiniMax-M2.1 and is built by MiniMax."
-        ),
-        stop_words=("[e~[",),
-        tokens=("]~!b[", "]~b]"),
-        thought=Thought(),
-    ),
-    "moonlight": TemplateSpec(
-        system="<|im_system|>system<|im_middle|>{c}<|im_end|>",
-        user=("<|im_user|>user<|im_middle|>{c}<|im_end|><|im_assistant|>assistant<|im_middle|>"),
-        assistant="{c}<|im_end|>",
-        default_system="You are a helpful assistant provided by Moonshot-AI.",
-        stop_words=("<|im_end|>",),
-        tokens=("<|im_system|>", "<|im_user|>", "<|im_assistant|>", "<|im_middle|>"),
-    ),
-}
 
 
 def load_template(args: TemplateArgs, tokenizer: Tokenizer) -> Template:
@@ -215,6 +92,7 @@ class NamedTemplate:
             spec.default_system if args.default_system is None else args.default_system
         )
         self._thought = spec.thought
+        self.shown_tokens: Mapping[int, str] = self._special_marks()
         self._skip_thought = args.enable_thinking is False
 
     @property
@@ -271,11 +149,20 @@ class NamedTemplate:
                 ids += self._tokenizer.encode(text, add_special_tokens=False)
         return ids
 
+    def _special_marks(self) -> dict[int, str]:
+        if self._thought is None:
+            return {}
+        ids = {*self._fill([self._thought.begin]), *self._fill([self._thought.end])}
+        decode = self._tokenizer.decode
+        special = [each for each in ids if not decode([each], skip_special_tokens=True)]
+        return {each: decode([each], skip_special_tokens=False) for each in special}
+
     def _without_thought(self, reply: str) -> str:
         thought = self._thought
         if thought is None:
             return reply
-        marked = f"{re.escape(thought.begin)}.*?{re.escape(thought.end)}"
+        begin, end = (re.escape(mark.strip()) for mark in (thought.begin, thought.end))
+        marked = f"{begin}.*?{end}"
         return re.sub(marked, "", reply, flags=re.DOTALL).lstrip("\n")
 
 
@@ -313,6 +200,7 @@ class AutoTemplate:
     """The tokenizer's own chat template."""
 
     name = "auto"
+    shown_tokens: Mapping[int, str] = {}
 
     def __init__(self, args: TemplateArgs, tokenizer: Tokenizer) -> None:
         if not tokenizer.chat_template:
@@ -326,6 +214,7 @@ class AutoTemplate:
         eos = tokenizer.eos_token_id
         self.stop_ids = frozenset[int](() if eos is None else (eos,))
         self._thinks_by_default = self._find_switch()
+        self._check_tokens()
         if self._thinking is not None and self._thinks_by_default is None:
             _log.info("enable_thinking has no effect: the chat template has no such switch")
 
@@ -346,6 +235,23 @@ class AutoTemplate:
         probe = [{"role": "user", "content": "?"}]
         on, off, default = (self._render(probe, thinking) for thinking in (True, False, None))
         return None if on == off else default != off
+
+    def _check_tokens(self) -> None:
+        """A warning that names what looks like special tokens and is none to the tokenizer."""
+        texts: str = self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": "?"}], add_generation_prompt=True, tokenize=False
+        )
+        encode = self._tokenizer.encode
+        unknown = [
+            text
+            for text in dict.fromkeys(re.findall(r"<[|｜][^<>|｜]+[|｜]>", texts))
+            if len(encode(text, add_special_tokens=False)) != 1
+        ]
+        if unknown:
+            _log.warning(
+                "The chat template uses %s, which the tokenizer does not know as one token: do its "
+                "files belong together?", ", ".join(unknown),
+            )  # fmt: skip
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         turns = [dict(message) for message in messages]

@@ -1,6 +1,7 @@
 """From token ids to the text that may be shown: whole characters, and nothing of a stop string."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol
 
 
@@ -15,19 +16,32 @@ class TextStream:
 
     Bytes of a character still incomplete decode to a trailing U+FFFD, which is held back. Only a
     window of the last tokens is decoded, so a token's cost does not grow with the answer.
+    ``shown``: special tokens, with their text, that are never skipped.
     """
 
     _WINDOW = 32
     _CONTEXT = 8
 
-    def __init__(self, tokenizer: Decoder, *, skip_special_tokens: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: Decoder,
+        *,
+        skip_special_tokens: bool,
+        shown: Mapping[int, str] = MappingProxyType({}),
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
+        self._always = shown
         self._ids: list[int] = []
         self._shown = 0
 
     def push(self, token: int) -> str:
         """The text that is complete now and was not before."""
+        if token in self._always:
+            # Nothing of what came before joins with it, or with what follows.
+            self._ids.clear()
+            self._shown = 0
+            return self._always[token]
         self._ids.append(token)
         text = self._decode(self._ids)
         held = text.endswith("\ufffd")

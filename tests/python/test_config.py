@@ -300,6 +300,15 @@ class TestValues:
             ("temperature: .nan", "temperature: expected 0 or more"),
             ("top_p: 0", "top_p: expected above 0 and at most 1"),
             ("max_new_tokens: 0", "max_new_tokens: expected at least 1"),
+            ("min_p: 1.5", "min_p: expected 0 (off) … 1, found 1.5"),
+            ("presence_penalty: 3", "presence_penalty: expected -2 … 2, found 3"),
+            ("frequency_penalty: -2.5", "frequency_penalty: expected -2 … 2, found -2.5"),
+            ("stop_strings: [a, 3]", "stop_strings: expected text, found 3 (int)"),
+            ("stop: ['']", "stop_strings: expected texts that are not empty, found ('',)"),
+            ("stop_token_ids: [-1]", "stop_token_ids: expected token ids, 0 or more"),
+            ("top_logprobs: 21\nlogprobs: true", "top_logprobs: expected 0 … 20, found 21"),
+            ("top_logprobs: 2", "top_logprobs: expected 0 while logprobs is false, found 2"),
+            ("cutoff_len: 1", "cutoff_len: expected at least 2, found 1"),
             ("template: 3", "template: expected text, found 3 (int)"),
             ("do_sample: 1", "do_sample: expected true or false, found 1"),
             ("infer_dtype: int8", "infer_dtype: expected auto or bfloat16 or float16 or float32"),
@@ -316,6 +325,22 @@ class TestValues:
 
     def test_an_integer_is_a_fine_number(self, write: Callable[[str], Path]) -> None:
         assert load_config(write("temperature: 1\nlora_alpha: 16\n")).adapter.lora_alpha == 16.0
+
+    @pytest.mark.parametrize(
+        ("line", "expected"),
+        [
+            ("stop_strings: '###'", ("###",)),
+            ("stop: ['###', b]", ("###", "b")),
+            ("stop_strings: []", ()),
+            ("stop_token_ids: 7", (7,)),
+            ("stop_token_ids: [7, 8]", (7, 8)),
+        ],
+    )
+    def test_one_value_or_a_list(
+        self, write: Callable[[str], Path], line: str, expected: tuple[object, ...]
+    ) -> None:
+        sampling = load_config(write(line + "\n")).sampling
+        assert (sampling.stop_strings or sampling.stop_token_ids) == expected
 
     def test_scientific_notation(self, write: Callable[[str], Path]) -> None:
         assert load_config(write("temperature: 5e-1\n")).sampling.temperature == 0.5
@@ -401,6 +426,7 @@ class TestOverrideSampling:
     def test_replaces_and_none_keeps(self) -> None:
         args = override_sampling(SamplingArgs(top_k=3), {"temperature": 0, "top_k": None})
         assert args == SamplingArgs(top_k=3, temperature=0.0)
+        assert override_sampling(args, {"stop": "###"}).stop_strings == ("###",)
 
     @pytest.mark.parametrize(
         ("overrides", "message"),
@@ -408,6 +434,7 @@ class TestOverrideSampling:
             ({"tempature": 1}, "unknown sampling argument 'tempature' .did you mean 'temperature'"),
             ({"temperature": "hot"}, "temperature: expected a number"),
             ({"top_p": 3.0}, "top_p: expected above 0"),
+            ({"stop": 3}, "stop: expected text, found 3"),
         ],
     )
     def test_refuses(self, overrides: dict[str, object], message: str) -> None:

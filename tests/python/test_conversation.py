@@ -1,233 +1,229 @@
-"""Tests of ktrt.conversation: what is kept, and that it is never half of it."""
+"""Conversations end to end, the demo model in the engine: the answers of transformers' generate
+over the same model, with and without reuse, for any chunk; and what a turn computes."""
 
-import json
-import os
-import signal
-import stat
-import subprocess
-import sys
-import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from helpers.tiny_chat import make_session
 
-from ktrt.conversation import (
-    FORMAT,
-    Conversation,
-    ConversationFile,
-    last_conversation,
-    new_autosave,
-    read_conversation,
-    read_text,
-    state_directory,
-    write_conversation,
-)
-from ktrt.errors import KtrtError
+import ktrt
+from ktrt import generation
+from ktrt.config import SamplingArgs
+from ktrt.generation import KvCache, Response, stream_generate
+from ktrt.session import Session
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(autouse=True)
-def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    return tmp_path / "state" / "ktrt"
+DEMO = Path(__file__).parents[2] / "examples" / "demo" / "chat.yaml"
+QUESTIONS = [
+    "你好，请介绍一下你自己。", "What is MoE?", "Thank you!", "什么是 LoRA？", "Who are you?",
+    "What is AMX?", "谢谢", "What is quantisation?", "你好", "Bye!",
+]  # fmt: skip
 
 
-def talked(*turns: tuple[str, str], **others: Any) -> Conversation:
-    conversation = Conversation(**others)
-    for text, answer in turns:
-        conversation.add(text, answer)
-    return conversation
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
-class TestMessages:
-    def test_system_turns_and_the_new_one(self) -> None:
-        conversation = talked(("a", "b"), ("c", "d"), system="s")
-        told = [(each["role"], each["content"]) for each in conversation.messages("e")]
-        assert told == [
-            ("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"),
-            ("user", "e"),
-        ]  # fmt: skip
-        left = [each["content"] for each in conversation.messages("e", left_out=1)]
-        assert left == ["s", "c", "d", "e"]
-
-    def test_without_a_system_prompt(self) -> None:
-        assert Conversation().messages("a") == [{"role": "user", "content": "a"}]
+@pytest.fixture(scope="module")
+def demo() -> Iterator[Session]:
+    with ktrt.load(DEMO, infer_dtype="float32", kt_num_threads=2) as session:
+        yield session
 
 
-class TestFiles:
-    def test_everything_comes_back(self, tmp_path: Path) -> None:
-        kept = talked(
-            ("你好\n🙂", "“b”"), system="s", unanswered="c", settings={"top_k": 3, "stop": ["x"]},
-            thinking=False, model="m", adapter="a",
-        )  # fmt: skip
-        write_conversation(tmp_path / "c.json", kept)
-        assert read_conversation(tmp_path / "c.json") == kept
-        assert stat.S_IMODE((tmp_path / "c.json").stat().st_mode) == 0o600
+def generate(model: Any, prompt: Sequence[int], count: int, eos: int | None = None) -> list[int]:
+    """What transformers' generate answers."""
+    inputs = torch.tensor([list(prompt)])
+    ids = model.generate(
+        inputs, attention_mask=torch.ones_like(inputs), do_sample=False, max_new_tokens=count,
+        eos_token_id=eos, pad_token_id=0,
+    )  # fmt: skip
+    answer: list[int] = ids[0, len(prompt) :].tolist()
+    return answer
 
-    def test_a_lone_surrogate_does_not_stop_saving(self, tmp_path: Path) -> None:
-        write_conversation(tmp_path / "c.json", talked(("a\udcff", "b")))
-        assert read_conversation(tmp_path / "c.json").turns[0]["content"] == "a?"
 
-    def test_a_failure_leaves_the_old_one(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        path = tmp_path / "c.json"
-        write_conversation(path, talked(("a", "b")))
+class Chunks:
+    """One conversation of token ids on a cache for each size of the prompt's chunks, and on new
+    caches."""
 
-        def full(_: int) -> None:
-            raise OSError(28, "No space left on device")
+    def __init__(self, session: Session, chunks: Sequence[int], stop_ids: Sequence[int]) -> None:
+        self.session, self.stop_ids = session, stop_ids
+        self.caches = {chunk: KvCache(session.model) for chunk in chunks}
+        self.prompt: list[int] = []
+        self.ties = 0
 
-        monkeypatch.setattr(os, "fsync", full)
-        with pytest.raises(KtrtError, match=r"c\.json: cannot save .*: No space left"):
-            write_conversation(path, talked(("a", "b"), ("c", "d")))
-        assert len(read_conversation(path).turns) == 2
-        assert [each.name for each in tmp_path.iterdir()] == ["c.json"]
+    def ask(self, question: str, count: int, patch: pytest.MonkeyPatch) -> int:
+        """Compares all answers with generate's; how many tokens it has."""
+        session, before = self.session, max(len(self.prompt) - 1, 0)
+        turn = session.template.encode([{"role": "user", "content": question}])
+        self.prompt += turn
+        eos = self.stop_ids[0] if self.stop_ids else None
+        expected = generate(session.model, self.prompt, count, eos)
+        for chunk, kept in self.caches.items():
+            patch.setattr(generation, "PREFILL_CHUNK", chunk)
+            for cache, reused in ((kept, before), (KvCache(session.model), 0)):
+                args = SamplingArgs(do_sample=False, logprobs=True, top_logprobs=2)
+                responses = list(
+                    stream_generate(
+                        session.tokenizer, cache, self.prompt, args,
+                        stop_ids=self.stop_ids, max_tokens=count,
+                    )
+                )  # fmt: skip
+                self._compare(responses, expected)
+                assert responses[-1].reused_tokens == reused, chunk
+        self.prompt += expected
+        return len(expected)
 
-    def test_no_such_folder(self, tmp_path: Path) -> None:
-        with pytest.raises(KtrtError, match="cannot save"):
-            write_conversation(tmp_path / "no" / "c.json", Conversation())
+    def _compare(self, responses: list[Response], expected: list[int]) -> None:
+        """The engine rounds to bfloat16 between its GEMMs, so another number of tokens in a forward
+        may decide between two tokens that are as good as equal."""
+        pairs = enumerate(zip(responses, expected, strict=False))
+        differs = next((at for at, (each, token) in pairs if each.token != token), None)
+        if differs is None:
+            assert len(responses) == len(expected)
+            return
+        (best, first), (second, next_best) = responses[differs].top_logprobs
+        assert {best, second} >= {expected[differs]}
+        assert first - next_best < 0.03
+        self.ties += 1
 
-    def test_killed_while_writing(self, tmp_path: Path) -> None:
-        path = tmp_path / "c.json"
-        code = (
-            "import sys; from pathlib import Path\n"
-            "from ktrt.conversation import Conversation, write_conversation\n"
-            "told = Conversation()\n"
-            "while True:\n"
-            "    told.add('x' * 5000, 'y')\n"
-            "    write_conversation(Path(sys.argv[1]), told)\n"
-            "    print(end='.', flush=True)\n"
-        )
-        for seconds in (0.01, 0.05):
-            child = subprocess.Popen(
-                [sys.executable, "-c", code, str(path)],
-                stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)},
-            )  # fmt: skip
-            assert child.stdout is not None
-            child.stdout.read(3)
-            time.sleep(seconds)
-            child.send_signal(signal.SIGKILL)
-            child.wait()
-            child.stdout.close()
-            assert len(read_conversation(path).turns) >= 6
 
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            ({"format": "other"}, "expected format 'ktrt conversation 1'"),
-            ({"turns": [{"role": "user", "content": "a"}]}, "turns: the last one is the user's"),
-            ({"turns": [{"role": "assistant", "content": "a"}] * 2}, "turns[0]: expected user"),
-            ({"turns": [{"role": "user", "content": " "}] * 2}, "turns[0].content: expected text"),
-            ({"turns": [{"role": "user"}, 3]}, "turns[0]: expected role and content"),
-            ({"turns": {}}, "turns: expected list, found {}"),
-            ({"settings": []}, "settings: expected dict, found []"),
-            ({"settings": None}, "settings: expected dict, found None"),
-            ({"thinking": "yes"}, "thinking: expected bool, found 'yes'"),
-            ({"system": 3}, "system: expected str, found 3"),
-            ({"sistem": "a"}, "sistem: no such key"),
-        ],
+def test_long_answers_equal_generate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """210 tokens in each of three turns of the tiny model."""
+    with make_session() as tiny:
+        talk = Chunks(tiny, (1, 7, 64, 512), ())
+        for question in QUESTIONS[:3]:
+            assert talk.ask(question, 210, monkeypatch) == 210
+    assert talk.ties == 0
+
+
+def test_the_demo_answers_as_generate_does(demo: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten turns on all kinds of chunks. Where the model has nothing to say, behind its stop id, any
+    other order of sums may decide: 210 tokens are compared for the same forwards only."""
+    talk = Chunks(demo, (1, 7, 64, 512), sorted(demo._stop_ids))
+    total = sum(talk.ask(question, 60, monkeypatch) for question in QUESTIONS)
+    assert total >= 200
+    assert talk.ties <= 2, "of 80 answers"
+    cache = KvCache(demo.model)
+    found = stream_generate(
+        demo.tokenizer, cache, talk.prompt, SamplingArgs(do_sample=False), stop_ids=(),
+        max_tokens=210,
+    )  # fmt: skip
+    assert [each.token for each in found] == generate(demo.model, talk.prompt, 210)
+
+
+class Talk:
+    """A conversation, and what the model's forwards were given."""
+
+    def __init__(self, session: Session) -> None:
+        self.session, self.computed = session, 0
+        self.messages: list[dict[str, str]] = []
+        self._hook = session.model.register_forward_pre_hook(self._spy, with_kwargs=True)
+
+    def _spy(self, _: Any, __: Any, options: dict[str, Any]) -> None:
+        self.computed += options["input_ids"].shape[1]
+
+    def close(self) -> None:
+        self._hook.remove()
+
+    def answer(self) -> Response:
+        """The last response to the messages so far; counts only the prompt's tokens."""
+        self.computed = 0
+        responses = list(self.session.stream_responses(self.messages))
+        last = responses[-1]
+        self.computed -= last.generated_tokens - 1
+        assert self.computed == last.prompt_tokens - last.reused_tokens
+        self.text = "".join(each.text for each in responses)
+        return last
+
+    def say(self, text: str) -> Response:
+        self.messages.append({"role": "user", "content": text})
+        last = self.answer()
+        self.messages.append({"role": "assistant", "content": self.text})
+        return last
+
+
+@pytest.fixture
+def talk(demo: Session, monkeypatch: pytest.MonkeyPatch) -> Iterator[Talk]:
+    monkeypatch.setattr(demo, "_idle_cache", None)
+    talk = Talk(demo)
+    yield talk
+    talk.close()
+
+
+def test_a_turn_computes_its_own_tokens(talk: Talk) -> None:
+    """All of ten turns: the question in the template, and the end of the answer before."""
+    count = talk.session.count_tokens
+    for turn, question in enumerate(QUESTIONS):
+        before = count(talk.messages)
+        last = talk.say(question)
+        assert last.finish_reason == "stop"
+        alone = count([{"role": "user", "content": question}]) - 1  # without bos
+        # The stop id that ended the answer before was never fed back.
+        assert talk.computed == alone + 1, turn
+        assert last.prompt_tokens >= before + talk.computed - 1
+
+
+def test_retry_edit_and_another_system_prompt(talk: Talk) -> None:
+    for question in QUESTIONS[:4]:
+        last = talk.say(question)
+    whole = last.prompt_tokens
+    # The same again: the last token of the prompt, whose logits are needed.
+    talk.messages.pop()
+    talk.answer()
+    assert talk.computed == 1
+    # Another last question.
+    talk.messages[-1] = {"role": "user", "content": QUESTIONS[5]}
+    talk.answer()
+    asked = talk.session.template.encode([talk.messages[-1]])
+    assert talk.computed < len(asked)
+    # Two turns back.
+    del talk.messages[-3:]
+    talk.messages.append({"role": "user", "content": QUESTIONS[6]})
+    talk.answer()
+    assert talk.computed < len(asked)
+    # A system prompt comes first: everything behind {bos} is new.
+    talk.messages.insert(0, {"role": "system", "content": "Be brief."})
+    last = talk.answer()
+    assert last.reused_tokens <= 2
+    assert last.prompt_tokens < whole
+
+
+def test_ctrl_c_between_chunks_keeps_what_is_done(
+    talk: Talk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "PREFILL_CHUNK", 16)
+    talk.messages = [{"role": "user", "content": "专家混合 " * 40}]
+    expected = list(talk.session.stream_responses(talk.messages))
+    talk.session._idle_cache = None
+    seen = []
+
+    def progress(done: int, total: int) -> None:
+        seen.append((done, total))
+        if done >= 48:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(talk.session.stream_responses(talk.messages, on_prefill=progress))
+    total = expected[-1].prompt_tokens
+    assert seen == [(0, total), (16, total), (32, total), (48, total)]
+    found = list(talk.session.stream_responses(talk.messages, on_prefill=lambda *_: None))
+    assert found[-1].reused_tokens == 48
+    assert [each.token for each in found] == [each.token for each in expected]
+
+
+def test_progress_counts_new_tokens(talk: Talk) -> None:
+    talk.say(QUESTIONS[0])
+    talk.messages.append({"role": "user", "content": QUESTIONS[1]})
+    seen: list[tuple[int, int]] = []
+    responses = talk.session.stream_responses(
+        talk.messages, on_prefill=lambda done, total: seen.append((done, total))
     )
-    def test_damage_is_named(self, tmp_path: Path, change: dict[str, Any], message: str) -> None:
-        path = tmp_path / "c.json"
-        path.write_text(json.dumps({"format": FORMAT, "turns": []} | change), "utf-8")
-        with pytest.raises(KtrtError) as caught:
-            read_conversation(path)
-        assert str(caught.value).startswith(f"{path}: ")
-        assert message in str(caught.value)
-
-    @pytest.mark.parametrize("text", ["", "{", "[1]", "null", "[" * 100_000])
-    def test_other_files_are_refused(self, tmp_path: Path, text: str) -> None:
-        (tmp_path / "c.json").write_text(text, "utf-8")
-        with pytest.raises(KtrtError, match=r"c\.json: not a saved conversation"):
-            read_conversation(tmp_path / "c.json")
-
-
-class TestReadText:
-    def test_limits(self, tmp_path: Path) -> None:
-        path = tmp_path / "a.txt"
-        path.write_bytes("\ufeff你好".encode())
-        assert read_text(path, 100) == "你好"
-        with pytest.raises(KtrtError, match="larger than the 8 bytes"):
-            read_text(path, 8)
-        assert read_text(path, 9) == "你好"
-
-    @pytest.mark.parametrize(
-        ("data", "message"),
-        [("你好".encode("gbk"), r"not UTF-8 text \(byte 1 is 0xc4\)"), (b"a\0b", "NUL bytes")],
-    )
-    def test_other_encodings(self, tmp_path: Path, data: bytes, message: str) -> None:
-        (tmp_path / "a").write_bytes(data)
-        with pytest.raises(KtrtError, match=message):
-            read_text(tmp_path / "a", 100)
-
-    def test_what_is_no_file(self, tmp_path: Path) -> None:
-        os.mkfifo(tmp_path / "pipe")  # would wait for a writer for ever
-        for path, message in (
-            (tmp_path / "none", "No such file"),
-            (tmp_path, "directory"),
-            (tmp_path / "pipe", "expected a file"),
-            (Path("/dev/zero"), "expected a file"),
-            (Path("a\0b"), "cannot read"),
-        ):
-            with pytest.raises(KtrtError, match=message):
-                read_text(path, 100)
-
-
-class TestSharing:
-    """Two chats and one file."""
-
-    def test_what_another_program_wrote_is_kept(self, tmp_path: Path) -> None:
-        path = tmp_path / "c.json"
-        mine, other = ConversationFile(path), ConversationFile(path)
-        mine.save(talked(("a", "b")))
-        mine.save(talked(("a", "b"), ("c", "d")))
-        with pytest.raises(KtrtError, match="another program has changed this file"):
-            other.save(talked(("x", "y")))
-        other.remove()
-        assert len(read_conversation(path).turns) == 4
-        mine.remove()
-        assert not path.exists()
-        mine.save(talked(("a", "b")))
-        assert len(read_conversation(path).turns) == 2
-
-    def test_chats_have_files_of_their_own(self, state: Path) -> None:
-        one, two = new_autosave(), new_autosave()
-        assert one.path != two.path
-        one.save(talked(("a", "b")))
-        os.utime(one.path, ns=(0, 0))
-        two.save(talked(("x", "y")))
-        assert last_conversation() == two.path
-        assert stat.S_IMODE(state.stat().st_mode) == 0o700
-
-    def test_the_oldest_go(self, state: Path) -> None:
-        new_autosave()
-        for number in range(205):
-            path = state / "conversations" / f"{number}.json"
-            path.touch()
-            os.utime(path, ns=(number, number))
-        new_autosave()
-        left = {int(each.stem) for each in (state / "conversations").iterdir()}
-        assert left == set(range(6, 205))
-
-    def test_nothing_to_resume(self) -> None:
-        with pytest.raises(KtrtError, match="no conversation was saved"):
-            last_conversation()
-
-
-class TestStateDirectory:
-    def test_a_relative_one_does_not_count(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setenv("HOME", str(tmp_path))
-        monkeypatch.setenv("XDG_STATE_HOME", "relative")
-        assert state_directory() == tmp_path / ".local" / "state" / "ktrt"
-        monkeypatch.delenv("XDG_STATE_HOME")
-        assert state_directory() == tmp_path / ".local" / "state" / "ktrt"
-
-    def test_no_place(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        (tmp_path / "file").touch()
-        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
-        with pytest.raises(KtrtError, match="no directory for histories"):
-            state_directory()
+    first = next(iter(responses))
+    new = first.prompt_tokens - first.reused_tokens
+    assert seen == [(0, new), (new, new)]

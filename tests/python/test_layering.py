@@ -18,7 +18,8 @@ CSRC = ROOT / "csrc"
 PYTHON_LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "config": set(),
-    "template": set(),
+    "template_table": set(),
+    "template": {"template_table"},
     "sampling": set(),
     "kv_cache": set(),
     "cache_layers": {"kv_cache"},
@@ -114,7 +115,15 @@ PYTHON_LAYERS: dict[str, set[str]] = {
 LEAVES = {"errors", "config"}
 # The whole Config is for those who assemble; the others take their own part of it.
 ASSEMBLERS = {"config", "api", "bench", "chat", "doctor", "pack"}
-WITHOUT_TORCH = {"errors", "config", "template", "context", "text_stream", "__init__"}
+WITHOUT_TORCH = {
+    "errors",
+    "config",
+    "template",
+    "template_table",
+    "context",
+    "text_stream",
+    "__init__",
+}
 WITHOUT_TORCH |= {"terminal", "editor", "conversation", "status", "talk", "compare", "commands"}
 WITHOUT_TORCH |= {"machine_facts", "advice", "bench_report"}
 

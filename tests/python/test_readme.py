@@ -18,7 +18,7 @@ from ktrt.config import (
     TemplateArgs,
     load_config,
 )
-from ktrt.template import TEMPLATES
+from ktrt.template_table import TEMPLATES
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text("utf-8")

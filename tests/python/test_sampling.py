@@ -48,10 +48,13 @@ def transformers_choice(args: SamplingArgs, rows: torch.Tensor) -> list[int]:
     own = LogitsProcessorList()
     if args.presence_penalty or args.frequency_penalty:
         own.append(OpenAIPenalties(args.presence_penalty, args.frequency_penalty))
-    options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    options: dict[str, Any] = {}
+    if args.do_sample:
+        options = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
+        options["min_p"] = args.min_p or None
     config = GenerationConfig(
         do_sample=args.do_sample, repetition_penalty=args.repetition_penalty, num_beams=1,
-        **(options | {"min_p": args.min_p or None} if args.do_sample else {}),
+        **options,
     )  # fmt: skip
     processors = GENERATES._get_logits_processor(
         config, input_ids_seq_length=len(PROMPT), logits_processor=own
@@ -110,7 +113,8 @@ def test_every_choice_matters(name: str, do_sample: bool) -> None:
 
 @pytest.mark.parametrize("name", ["repetition_penalty", "presence_penalty", "frequency_penalty"])
 def test_greedy_penalties(name: str) -> None:
-    args = SamplingArgs(do_sample=False, **{name: 1.5})
+    options: dict[str, Any] = {name: 1.5}
+    args = SamplingArgs(do_sample=False, **options)
     rows = peaked_logits(60, torch.float32)
     sampler = make_sampler(args, PROMPT)
     assert [sampler(row) for row in rows] == transformers_choice(args, rows)

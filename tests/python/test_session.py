@@ -212,3 +212,105 @@ def test_good_messages(messages: list[dict[str, str]]) -> None:
 def test_bad_messages(messages: list[dict[str, str]], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         check_messages(messages)
+
+
+LONG = [
+    {"role": "assistant" if index % 2 else "user", "content": f"{index} " + "你好" * 20}
+    for index in range(9)
+]
+
+
+class TestContext:
+    def test_fit_drops_whole_turns(self) -> None:
+        session = make_session(model_options={"max_position_embeddings": 192}, max_new_tokens=50)
+        count = session.count_tokens
+        assert count(LONG) > 192
+        system = {"role": "system", "content": "Be brief."}
+        kept, dropped = session.fit([system, *LONG])
+        assert dropped > 0
+        assert kept == [system, *LONG[2 * dropped :]]
+        assert count(kept) <= 192 - 50
+        assert session.fit(kept) == (kept, 0)
+        assert session.fit([system, *LONG], max_new_tokens=120)[1] > dropped
+        with pytest.raises(ConfigError, match="context holds 192"):
+            session.stream(LONG)
+        assert "".join(session.stream(kept))
+
+    def test_count_is_the_prompts(self, session: Session) -> None:
+        assert session.count_tokens([]) == 0
+        assert session.count_tokens(ASK) == next(session.stream_responses(ASK)).prompt_tokens
+
+    def test_an_answer_ends_with_the_context(self) -> None:
+        session = make_session(model_options={"max_position_embeddings": 64}, max_new_tokens=999)
+        session._stop_ids = frozenset()
+        responses = list(session.stream_responses([{"role": "user", "content": "你" * 12}]))
+        assert responses[-1].finish_reason == "length"
+        assert responses[-1].prompt_tokens + len(responses) == 64
+
+    def test_cutoff_len(self) -> None:
+        plain = make_session()
+        session = Session(
+            model=plain.model, tokenizer=plain.tokenizer, template=plain.template,
+            sampling=plain.sampling, audit=plain.audit, close=lambda: None, cutoff_len=64,
+        )  # fmt: skip
+        assert plain.context_limit == 2048
+        assert session.context_limit == 64
+        with pytest.raises(ConfigError, match="context holds 64"):
+            session.stream(LONG)
+
+
+class TestEnds:
+    def test_stop_strings_are_never_shown(self, session: Session) -> None:
+        """Wherever the answer is cut: inside tokens, across their borders."""
+        free = "".join(session.stream(ASK))
+        tokens = len(list(session.stream_responses(ASK)))
+        for start in range(len(free) - 3):
+            stop = free[start : start + 3]
+            first = free.index(stop)
+            responses = list(session.stream_responses(ASK, stop=[stop, "never there"]))
+            assert "".join(each.text for each in responses) == free[:first]
+            assert responses[-1].finish_reason == "stop"
+            assert len(responses) <= tokens
+        assert "".join(session.stream(ASK, stop_strings="never there")) == free
+
+    def test_stop_token_ids(self, session: Session) -> None:
+        free = [each.token for each in session.stream_responses(ASK)]
+        found = list(session.stream_responses(ASK, stop_token_ids=[free[4], 399]))
+        assert [each.token for each in found] == free[: free.index(free[4]) + 1]
+        assert found[-1].finish_reason == "stop"
+
+    def test_held_text_comes_with_the_last_token(self, session: Session) -> None:
+        free = "".join(session.stream(ASK, max_new_tokens=10))
+        assert "".join(session.stream(ASK, max_new_tokens=10, stop=free[-1] + "?!")) == free
+
+
+def test_logprobs(session: Session) -> None:
+    prompt = session.template.encode(ASK)
+    responses = list(session.stream_responses(ASK, logprobs=True, top_logprobs=3))
+    ids = torch.tensor([prompt + [each.token for each in responses]])
+    with torch.no_grad():
+        values = session.model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    for row, each in zip(values, responses, strict=True):
+        assert each.logprob == pytest.approx(float(row[each.token]), abs=1e-4)
+        assert [value for _, value in each.top_logprobs] == pytest.approx(
+            row.topk(3).values.tolist(), abs=1e-4
+        )
+        assert each.top_logprobs[0][0] == each.token, "greedy"
+    assert responses[0].logprob != responses[1].logprob
+    plain = next(session.stream_responses(ASK))
+    assert (plain.logprob, plain.top_logprobs) == (None, ())
+
+
+def test_thinking(session: Session) -> None:
+    assert session.template.thinking is None
+    with pytest.raises(ConfigError, match="'default' cannot switch thinking"):
+        session.set_thinking(True)
+
+
+def test_a_cache_of_another_key_is_not_reused(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    list(session.stream_responses(ASK))
+    assert next(session.stream_responses(ASK)).reused_tokens > 0
+    monkeypatch.setattr(session, "_cache_key", lambda: "another adapter")
+    assert next(session.stream_responses(ASK)).reused_tokens == 0

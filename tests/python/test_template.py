@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from ktrt.config import TemplateArgs
 from ktrt.errors import ConfigError
-from ktrt.template import TEMPLATES, NamedTemplate, load_template
+from ktrt.template import NamedTemplate, load_template
+from ktrt.template_table import TEMPLATES
+from ktrt.text_stream import TextStream
 
 SPECIAL = tuple(
     sorted({text for spec in TEMPLATES.values() for text in (*spec.tokens, *spec.stop_words)})
@@ -241,6 +243,41 @@ class TestReasoning:
         plain = template("qwen3_nothink")
         assert "嗯" in read(plain.encode([USER, THOUGHT, AGAIN]))
 
+    def test_marks_of_a_thought_need_no_line_breaks(self) -> None:
+        bare = THOUGHT | {"content": "<think>嗯…</think>我是 ktrt"}
+        chosen = template("qwen3")
+        assert chosen.encode([USER, bare, AGAIN]) == chosen.encode([USER, ASSISTANT, AGAIN])
+
+    def test_marks_that_are_special_tokens_are_shown(self) -> None:
+        """Else a thought would become part of the reply in the next prompt."""
+        chosen = template("gpt_oss")
+        marks = ["<|start|>", "<|message|>", "<|end|>", "<|channel|>"]
+        assert sorted(chosen.shown_tokens.values()) == sorted(marks)
+        reply = (
+            "<|channel|>analysis<|message|>嗯…<|end|><|start|>assistant<|channel|>final<|message|>"
+        )
+        stream = TextStream(TOKENIZER, skip_special_tokens=True, shown=chosen.shown_tokens)
+        ids = TOKENIZER.encode(reply + "我是 ktrt", add_special_tokens=False)
+        text = "".join(stream.push(each) for each in [*ids, TOKENIZER.eos_token_id])
+        assert text == reply + "我是 ktrt"
+        turns = [USER, {"role": "assistant", "content": text}, AGAIN]
+        assert chosen.encode(turns) == chosen.encode([USER, ASSISTANT, AGAIN])
+        assert template("qwen3").shown_tokens == template("qwen").shown_tokens == {}
+
+    @pytest.mark.parametrize("name", [n for n, spec in TEMPLATES.items() if spec.thought])
+    def test_the_switch(self, name: str) -> None:
+        on, off = template(name), template(name, enable_thinking=False)
+        assert (on.thinking, off.thinking) == (True, False)
+        for switched, expected in ((on.with_thinking(False), off), (off.with_thinking(True), on)):
+            assert switched.thinking is expected.thinking
+            assert switched.encode([USER]) == expected.encode([USER])
+        assert (on.thinking, off.thinking) == (True, False), "the template itself has changed"
+
+    def test_no_switch(self) -> None:
+        assert template("deepseek").thinking is None
+        with pytest.raises(ConfigError, match="'deepseek' cannot switch thinking"):
+            template("deepseek").with_thinking(False)
+
     @pytest.mark.parametrize(
         ("name", "empty"),
         [
@@ -290,6 +327,46 @@ class TestAuto:
         chosen = load_template(args, tokenizer)
         ids = chosen.encode([USER])
         assert tokenizer.decode(ids) == f"{BOS}[system] Sei kurz.\n[user] 你好\n[assistant]False"
+
+    @pytest.mark.parametrize(
+        ("jinja", "default"),
+        [
+            ("{% if enable_thinking is defined and not enable_thinking %}no{% endif %}", True),
+            ("{% if enable_thinking is defined and enable_thinking %}yes{% endif %}", False),
+            ("{% if thinking %}yes{% endif %}", False),
+            ("{{ messages[0].content }}", None),
+        ],
+    )
+    def test_the_switch(
+        self, jinja: str, default: bool | None, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        tokenizer = self.tokenizer("hi " + jinja)
+        chosen = load_template(TemplateArgs(), tokenizer)
+        assert chosen.thinking is default
+        if default is None:
+            with pytest.raises(ConfigError, match="cannot switch thinking"):
+                chosen.with_thinking(True)
+            with caplog.at_level(logging.INFO):
+                load_template(TemplateArgs(enable_thinking=False), tokenizer)
+            assert "enable_thinking has no effect" in caplog.text
+            return
+        for thinking in (True, False):
+            switched = chosen.with_thinking(thinking)
+            configured = load_template(TemplateArgs(enable_thinking=thinking), tokenizer)
+            assert switched.thinking is configured.thinking is thinking
+            same = switched.encode([USER]) == chosen.encode([USER])
+            assert same is (thinking is default)
+            assert switched.encode([USER]) == configured.encode([USER])
+
+    def test_missing_tokens_are_named(self, caplog: pytest.LogCaptureFixture) -> None:
+        jinja = "<|im_start|>{{ messages[0].content }}<|im_end|><｜Assistant｜>"
+        load_template(TemplateArgs(), self.tokenizer(jinja))
+        assert "<|im_start|>, <|im_end|>, <｜Assistant｜>, which the tokenizer" in caplog.text
+        caplog.clear()
+        whole = make_tokenizer(("<|im_start|>", "<|im_end|>", "<｜Assistant｜>"))
+        whole.chat_template = jinja
+        load_template(TemplateArgs(), whole)
+        assert not caplog.messages
 
     def test_none_there(self) -> None:
         with pytest.raises(ConfigError, match=r"has no chat template.*deepseek"):
