@@ -88,11 +88,16 @@ void copy_ranks(const ExpertLora::Shrink& from, int from_first, int count, int n
   for (int e = 0; e < num_experts; ++e) {
     const auto* source = reinterpret_cast<const KPair*>(from.of(e));
     auto* target = reinterpret_cast<KPair*>(const_cast<std::uint16_t*>(to.of(e)));
-    for (int r = 0; r < count; ++r) {
+    int run = 0;  // ranks that lie in one block of both
+    for (int r = 0; r < count; r += run) {
+      const auto left_in_block = [r](int first) {
+        return ExpertLora::kBlockRanks - (first + r) % ExpertLora::kBlockRanks;
+      };
+      run = std::min({count - r, left_in_block(from_first), left_in_block(to_first)});
       const KPair* in = source + rank_offset(from, from_first + r);
       KPair* out = target + rank_offset(to, to_first + r);
       for (int k = 0; k < from.k / 2; ++k) {
-        out[k * ExpertLora::kBlockRanks] = in[k * ExpertLora::kBlockRanks];
+        std::copy_n(in + k * ExpertLora::kBlockRanks, run, out + k * ExpertLora::kBlockRanks);
       }
     }
   }

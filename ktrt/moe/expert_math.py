@@ -32,7 +32,8 @@ class ExpertBank:
     gate_up [n, 2p, hidden_size] (gate's rows first) and down [n, h, p]: bfloat16 or INT8 codes, the
     latter with scales [n, 2p] and [n, h], float32. LoRA, bfloat16: input_a [n, ranks, hidden_size]
     for gate and up, down_a [n, ranks, p]; gate_b, up_b [n, p, rank], down_b [n, h, rank]; the ranks
-    of gate and up start at gate_first and up_first of input_a's.
+    of gate and up start at gate_first and up_first of input_a's. input_factor, down_factor
+    [n, 1, ranks], float32, the same for all experts: what shrunk rows are multiplied by.
     """
 
     gate_up: torch.Tensor
@@ -44,6 +45,8 @@ class ExpertBank:
     up_b: torch.Tensor | None = None
     down_a: torch.Tensor | None = None
     down_b: torch.Tensor | None = None
+    input_factor: torch.Tensor | None = None
+    down_factor: torch.Tensor | None = None
     gate_first: int = 0
     up_first: int = 0
 
@@ -126,13 +129,13 @@ def expert_outputs(rows: Rows, bank: ExpertBank, groups: Groups | None = None) -
     both = _multiply(rows, bank.gate_up, bank.gate_up_scale, groups)
     gate, up = both[..., :half], both[..., half:]
     if bank.input_a is not None:
-        shrunk = _product(rows.values, bank.input_a, groups).to(torch.bfloat16)
+        shrunk = _shrink(rows, bank.input_a, bank.input_factor, groups)
         _expand(gate, shrunk, bank.gate_b, bank.gate_first, groups)
         _expand(up, shrunk, bank.up_b, bank.up_first, groups)
     inner = make_rows(functional.silu(gate) * up, bank.down_scale is not None)
     out = _multiply(inner, bank.down, bank.down_scale, groups)
     if bank.down_a is not None:
-        shrunk = _product(inner.values, bank.down_a, groups).to(torch.bfloat16)
+        shrunk = _shrink(inner, bank.down_a, bank.down_factor, groups)
         _expand(out, shrunk, bank.down_b, 0, groups)
     return out
 
@@ -157,6 +160,17 @@ def _product(a: torch.Tensor, w: torch.Tensor, groups: Groups | None) -> torch.T
     if groups is None:
         return _dot(a, w)
     return torch.cat([_dot(a[at], w[index]) for index, at in groups])
+
+
+def _shrink(
+    rows: Rows, a: torch.Tensor, factor: torch.Tensor | None, groups: Groups | None
+) -> torch.Tensor:
+    shrunk = _product(rows.values, a, groups).to(torch.bfloat16)
+    if factor is None:
+        return shrunk
+    each = factor if groups is None else factor[0]
+    # Not a product with 0, which would keep NaN.
+    return torch.where(each == 0, 0.0, shrunk.float() * each).to(torch.bfloat16)
 
 
 def _expand(

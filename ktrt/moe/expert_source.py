@@ -147,6 +147,11 @@ class LayerSource:
             for name, expand in expands.items()
             if name in arrays
         }
+        for name, shrink in (("input", lora.input), ("down", lora.intermediate)):
+            if shrink.factors is not None and f"{name}_a" in tensors:
+                a = tensors[f"{name}_a"]
+                row = torch.tensor(shrink.factors, device=a.device)
+                tensors[f"{name}_factor"] = row.repeat(a.shape[0], 1, 1)
         return {**tensors, "gate_first": lora.gate.first_rank, "up_first": lora.up.first_rank}
 
 

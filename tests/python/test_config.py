@@ -313,7 +313,11 @@ class TestValues:
             ("do_sample: 1", "do_sample: expected true or false, found 1"),
             ("infer_dtype: int8", "infer_dtype: expected auto or bfloat16 or float16 or float32"),
             ("kt_backend: FP8", "kt_backend: expected AMXBF16, AMXInt8 or AMXInt4, found 'FP8'"),
-            ("adapter_name_or_path: [a]", "adapter_name_or_path: expected a path, found ['a']"),
+            ("adapter_name_or_path: [1]", "adapter_name_or_path: expected a path, found 1"),
+            ("adapters: a", "adapters: expected a mapping of names, found 'a'"),
+            ("adapters: {a: 1}", "adapters.a: expected a path, found 1"),
+            ("adapter_weights: {a: x}", "adapter_weights.a: expected a number, found 'x'"),
+            ("adapter_weights: {' a': 1}", "adapter_weights: expected names of adapters"),
         ],
     )
     def test_wrong_ones_name_key_found_and_expected(
@@ -411,8 +415,60 @@ class TestPaths:
         message = refused(write("adapter_name_or_path: weights.safetensors"))
         assert "expected the directory" in message
 
-    def test_several_adapters(self, write: Callable[[str], Path]) -> None:
-        assert "one adapter only" in refused(write("adapter_name_or_path: adapter,other"))
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "adapter_name_or_path: adapter,more/adapter",
+            "adapter_name_or_path: 'adapter, more/adapter,'",
+            "adapter_name_or_path: [adapter, more/adapter]",
+        ],
+    )
+    def test_several_adapters(self, write: Callable[[str], Path], folders: Path, text: str) -> None:
+        (folders / "more" / "adapter").mkdir(parents=True)
+        args = load_config(write(text)).adapter
+        assert args.adapter_name_or_path is None
+        names = [f"{folders.name}/adapter", "more/adapter"]
+        assert args.folders == {
+            names[0]: folders / "adapter", names[1]: folders / "more" / "adapter"
+        }  # fmt: skip
+        assert args.start_weights == {names[0]: 1.0}
+
+    def test_named_adapters(self, write: Callable[[str], Path], folders: Path) -> None:
+        (folders / "more").mkdir()
+        text = "adapters: {x: more, y: adapter}\nadapter_weights: {y: 0.5, x: 2}"
+        args = load_config(write(text)).adapter
+        assert args.folders == {"x": folders / "more", "y": folders / "adapter"}
+        assert args.start_weights == {"y": 0.5, "x": 2.0}
+
+    def test_one_adapter_is_called_by_its_folder(
+        self, write: Callable[[str], Path], folders: Path
+    ) -> None:
+        (folders / "with,comma").mkdir()
+        for name in ("adapter", "with,comma"):
+            args = load_config(write(f"adapter_name_or_path: {name}")).adapter
+            assert args.folders == {name: folders / name}
+            assert args.start_weights == {name: 1.0}
+        assert load_config(write("")).adapter.start_weights == {}
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("adapter_name_or_path: adapter,other", "adapter_name_or_path: no directory other"),
+            ("adapter_name_or_path: [adapter, adapter]", "adapter is given twice"),
+            ("adapter_name_or_path: adapter\nadapters: {x: adapter}", "keep one of them"),
+            ("adapters: {x: other}", "adapters.x: no directory other"),
+            (
+                "adapters: {xyz: adapter}\nadapter_weights: {xy: 1}",
+                "adapter_weights: unknown adapter 'xy' (did you mean 'xyz'?)",
+            ),
+            ("adapter_weights: {x: 1}", "adapter_weights: unknown adapter 'x'; there is none"),
+            ("finetuning_type: full\nadapters: {x: adapter}", "remove it, or the adapter"),
+        ],
+    )
+    def test_adapters_that_do_not_fit(
+        self, write: Callable[[str], Path], text: str, message: str
+    ) -> None:
+        assert message in refused(write(text))
 
     def test_adapter_folder(self, write: Callable[[str], Path], folders: Path) -> None:
         lines = "adapter_name_or_path: adapter\nadapter_folder: "

@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from helpers.fake_streams import FakeCore, FakeGraphs, fake_hand_off
+from helpers.tiny_chat import make_tokenizer
 from helpers.tiny_models import save_adapter, save_model, token_ids
 
 import ktrt.model
-from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
+from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs, SamplingArgs, TemplateArgs
 from ktrt.generation import PREFILL_CHUNK, KvCache
 from ktrt.model import LoadedModel, load_model
 from ktrt.moe import GpuExperts, KTExperts
 from ktrt.moe.engine import MAX_QLEN
+from ktrt.session import Session
+from ktrt.template import load_template
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -208,3 +211,41 @@ def logged(log: list[str], name: str, function: Any) -> Any:
         return function(*arguments)
 
     return call
+
+
+def test_a_session_captures_anew_for_other_adapters(shared: Shared) -> None:
+    tokenizer, adapters = make_tokenizer(vocab_size=380), shared.loaded.adapters
+    session = Session(
+        model=shared.loaded.model,
+        tokenizer=tokenizer,
+        template=load_template(TemplateArgs("default"), tokenizer),
+        sampling=SamplingArgs(do_sample=False, max_new_tokens=4),
+        audit=shared.loaded.audit,
+        close=lambda: None,
+        graphs=shared.loaded.graphs,
+        adapters=adapters,
+    )
+
+    def reused() -> int:
+        question = [{"role": "user", "content": "hello, who are you?"}]
+        return list(session.stream_responses(question))[-1].reused_tokens
+
+    assert (reused(), shared.maker.captures) == (0, 1)
+    assert reused() > 0
+    assert shared.maker.captures == 1
+    for captures, change in enumerate((adapters.off, adapters.on, lambda: adapters.scale(0.5)), 2):
+        change()
+        assert (reused(), shared.maker.captures) == (0, captures)
+        assert reused() > 0
+
+
+def test_rows_with_adapters_of_their_own_go_by_the_host(shared: Shared) -> None:
+    shared.gpu.select(3)
+    shared.core.log.clear()
+    results = []
+    for loaded in (shared.loaded, shared.plain):
+        with loaded.adapters.rows(["lora", None]), torch.no_grad():
+            results.append(loaded.model(torch.tensor([IDS[:9], IDS[:9]])).logits)
+    assert torch.equal(*results)
+    assert not torch.allclose(*results[0], atol=1e-2)
+    assert not shared.core.log

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
@@ -242,6 +243,35 @@ def test_lora_off_and_on_again(engine: Engine, device: torch.device, resident: i
                 results.append(expected)
             assert error(results[1], results[0]) > 0.1
             assert torch.equal(results[2], results[0])
+
+
+@pytest.mark.parametrize("weight_format", ["bf16", "int8"])
+@pytest.mark.parametrize("resident", [3, E])
+def test_switched_weighed_and_summed_loras(
+    engine: Engine, device: torch.device, weight_format: str, resident: int
+) -> None:
+    model = make(engine, device, weight_format)
+    model.gpu.select(resident)
+    case, layer, module = model.cases[0], model.layers[0], model.modules[0]
+    layer.load_lora(1, **case.make_lora((4, 6, 8)))
+    versions = []
+    results = []
+    for numbers, weights in (
+        ((0,), (1.0,)), ((1,), (1.0,)), ((1,), (0.3,)), ((1,), (-2.0,)), ((0, 1), (1.0, 0.5)),
+        ((0, 1), (0.0, 0.0)),
+    ):  # fmt: skip
+        layer.activate_loras(numbers, weights)
+        for tokens in (1, 9):
+            arguments = case.inputs(tokens)
+            expected = run_engine(layer, *arguments)
+            for threshold in (0, 2):
+                model.gpu.threshold = threshold
+                assert error(module(*to(device, *arguments)), expected) < ONE_CODE
+        versions.append(model.gpu.version)
+        results.append(expected)
+    assert all(error(other, results[0]) > 0.1 for other in results[1:])
+    # Only a change of the factors leaves the memory that a graph knows.
+    assert [a == b for a, b in pairwise(versions)] == [False, False, True, False, False]
 
 
 def test_inference_mode_comes_and_goes(engine: Engine, device: torch.device) -> None:

@@ -150,4 +150,4 @@ def run(*arguments: str, stdin: str = "") -> str:
 def test_the_python_example_runs(code: str) -> None:
     out = run("-c", code)
     assert re.search(r"[\u4e00-\u9fff]{5}", out)
-    assert "torch.Size([1, " in out
+    assert "torch.Size([" in out

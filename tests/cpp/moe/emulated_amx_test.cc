@@ -124,6 +124,41 @@ TEST_P(EmulatedAmxTest, NanStaysInItsToken) {
   }
 }
 
+// Weights and choices act on shrunk rows, which these kernels read in pieces of 32 values.
+TEST_P(EmulatedAmxTest, SeveralLoras) {
+  LayerCase test = make_case({4, 2, 160, 176});
+  for (testing::LoraArrays& lora : test.lora) lora = {};
+  const auto layer = test.make_layer(emulated_engine(2));
+  const Batch batch = random_batch(test.shape, 70);
+  std::vector<std::vector<float>> alone{forward(*layer, batch)};
+  for (const int rank : {8, 18}) {
+    test.add_lora(rank, rank + 2, rank - 4);
+    const auto pair = [&](int p) { return test.lora[p].pair(4, "lora"); };
+    layer->load_lora(rank, pair(0), pair(1), pair(2));
+    layer->activate_loras(std::vector<int>{rank}, std::vector<float>{1.0f});
+    alone.push_back(forward(*layer, batch));
+    layer->activate_loras(std::vector<int>{rank}, std::vector<float>{0.5f});
+    const std::vector<float> half = forward(*layer, batch);
+    for (testing::LoraArrays& lora : test.lora) {
+      for (float& value : lora.b) value *= 0.5f;
+    }
+    EXPECT_EQ(half, forward(*test.make_layer(emulated_engine(2)), batch));
+  }
+  layer->activate_loras(std::vector<int>{8, 18}, std::vector<float>{1.0f, 1.0f});
+  constexpr std::int32_t kIds[] = {-1, 8, 18};
+  std::vector<std::int32_t> ids;
+  for (int token = 0; token < 70; ++token) ids.push_back(kIds[token % 3]);
+  std::vector<float> mixed(batch.hidden.size());
+  layer->forward(testing::view_of(batch.hidden, {70, 160}, "hidden_states"),
+                 testing::view_of(batch.ids.data(), DType::kInt64, {70, 2}, "expert_ids"),
+                 testing::view_of(batch.weights, {70, 2}, "routing_weights"),
+                 testing::view_of(mixed, {70, 160}, "out"),
+                 testing::view_of(ids.data(), DType::kInt32, {70}, "adapter_ids"));
+  std::vector<double> expected;
+  for (std::size_t i = 0; i < mixed.size(); ++i) expected.push_back(alone[i / 160 % 3][i]);
+  EXPECT_LT(testing::relative_error(mixed, expected), 4e-3);
+}
+
 TEST(EmulatedAmx, IntegersWithoutLoraHaveTheBitsOfThePortableKernels) {
   if (!cpu_features().avx512_bf16 || !cpu_features().avx512_vnni) GTEST_SKIP();
   for (const WeightFormat format : {WeightFormat::kInt8, WeightFormat::kInt4}) {
