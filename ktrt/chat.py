@@ -183,6 +183,8 @@ def _prepare(args: argparse.Namespace, terminal: Terminal) -> _Start:
             start.files["standard input"] = decode_text(terminal.read_all(), "standard input")
         else:
             start.files[name] = read_text(Path(name), MAX_FILE_BYTES)
+    if start.files:
+        start.notes.append(f"Files for the next message: {', '.join(start.files)}")
     if args.save is not None:
         path = Path(args.save).expanduser()
         if path.exists() and not _same(path, resumed) and not read_conversation(path).empty:

@@ -10,6 +10,7 @@ import secrets
 import stat
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ class ConversationFile:
     def save(self, conversation: Conversation) -> None:
         """Replaces the file's content. ``KtrtError``: another program wrote the file meanwhile, or
         it cannot be written."""
-        if _identity(self.path) != self._seen:
+        if _identity(self.path) not in (self._seen, None):
             raise KtrtError(
                 f"{self.path}: not saved, another program has changed this file; "
                 "save under another name"
@@ -174,11 +175,13 @@ def write_conversation(path: Path, conversation: Conversation) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    # Some file systems refuse; the file itself is safe by now.
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def read_conversation(path: Path) -> Conversation:

@@ -69,6 +69,7 @@ class Talk:
         self.last: Response | None = None
         self.attachments: dict[str, str] = {}
         self._limit = limit
+        self._configured_thinking = session.template.thinking
         self._left_out = 0
         self._reported: set[str] = set()
         self.use(conversation)
@@ -81,11 +82,18 @@ class Talk:
     def use(self, conversation: Conversation) -> None:
         """Goes on with another conversation. ``ConfigError``: settings that do not suit."""
         override_sampling(self.session.sampling, conversation.settings)
-        if conversation.thinking is not None:
-            self.session.set_thinking(conversation.thinking)
+        self._use_thinking(conversation)
         conversation.model, conversation.adapter = self.keeping.model, self.keeping.adapter
         self.conversation = conversation
         self._left_out = 0
+
+    def _use_thinking(self, conversation: Conversation) -> None:
+        wanted = conversation.thinking
+        if self._configured_thinking is not None:
+            self.session.set_thinking(self._configured_thinking if wanted is None else wanted)
+        elif wanted is not None:
+            conversation.thinking = None
+            self.terminal.note("This model's template has no switch for thinking.")
 
     @property
     def adapters(self) -> "Adapters":
@@ -106,8 +114,9 @@ class Talk:
         Whatever happens, the conversation stays as it was: a message without an answer waits in
         ``unanswered``.
         """
-        self.resend(with_files(text, self.attachments))
+        text = with_files(text, self.attachments)
         self.attachments.clear()
+        self.resend(text)
 
     def resend(self, text: str) -> None:
         """``ask``, without files."""

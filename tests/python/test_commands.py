@@ -17,9 +17,14 @@ class Chat:
     """A person at a terminal, line by line."""
 
     def __init__(
-        self, *adapters: str, context_limit: int = 10_000, interactive: bool = True
+        self,
+        *adapters: str,
+        context_limit: int = 10_000,
+        interactive: bool = True,
+        thinking: bool | None = None,
     ) -> None:
         self.session = EchoSession(*adapters, context_limit=context_limit)
+        self.session.template.thinking = thinking
         self.stdout, self.stderr = io.StringIO(), io.StringIO()
         terminal = Terminal(io.BytesIO(), self.stdout, self.stderr, interactive=interactive)
         self.talk = Talk(self.session, terminal, Conversation())  # type: ignore[arg-type]
@@ -208,6 +213,16 @@ class TestSettings:
         assert chat.talk.conversation.thinking is False
         with pytest.raises(KtrtError, match="expected on or off, found 'maybe'"):
             chat.say("/think maybe")
+
+    def test_thinking_of_a_loaded_conversation(self, tmp_path: Path) -> None:
+        chat = Chat(thinking=True)
+        for thinking, expected in ((False, False), (None, True)):
+            chat.talk.use(Conversation(thinking=thinking))
+            assert chat.session.template.thinking is expected
+        chat = Chat()
+        chat.talk.use(Conversation(thinking=False))
+        assert "no switch for thinking" in chat.stdout.getvalue()
+        assert chat.talk.conversation.thinking is None
 
     def test_stats(self, chat: Chat) -> None:
         assert "answers           0" in chat.say("/stats")
