@@ -53,7 +53,8 @@ class ReadProbe:
     """A block of memory to be read: measures the bandwidth that bounds decoding."""
 
     def __init__(self, nbytes: int) -> None:
-        """Allocates and fills ``nbytes``; take several times the L3 cache. ``MemoryError``."""
+        """Reserves ``nbytes``, which the first ``seconds`` fills, each thread what it will read;
+        take several times the L3 cache. ``MemoryError``."""
 
     @property
     def nbytes(self) -> int: ...
@@ -437,6 +438,15 @@ def numa_cpus() -> list[list[int]]:
 
 def num_cores() -> int:
     """Physical cores among the CPUs this process may use."""
+
+def arithmetic_loops() -> list[tuple[str, str, str]]:
+    """(name, instruction, operands) of every loop of multiply-adds that runs at this ISA level,
+    slowest first, e.g. ``("avx512_bf16", "vdpbf16ps zmm", "bf16")``; operands are ``float32``,
+    ``bf16`` or ``int8``. Empty below AVX2."""
+
+def arithmetic_rate(name: str, seconds: float) -> float:
+    """Multiplications and additions per second of the calling thread in one of these loops, which
+    stay in registers; runs about so long, without the GIL. ``ValueError``: an unknown name."""
 
 def kernels() -> dict[str, str]:
     """For every kernel family the variant that runs at this ISA level, e.g.

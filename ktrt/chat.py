@@ -1,6 +1,7 @@
 """``python -m ktrt.chat config.yaml``: a conversation in the terminal."""
 
 import argparse
+import functools
 import json
 import logging
 import os
@@ -8,21 +9,32 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from ktrt import __version__
+from ktrt.commands import Leave, completions, describe, run_line
 from ktrt.config import Config, load_config
+from ktrt.conversation import (
+    Conversation,
+    ConversationFile,
+    decode_text,
+    last_conversation,
+    read_conversation,
+    read_text,
+    state_directory,
+)
 from ktrt.errors import KtrtError
+from ktrt.talk import MAX_FILE_BYTES, Keeping, Talk
 from ktrt.terminal import Terminal
 
 if TYPE_CHECKING:
-    from ktrt.session import Response, Session
+    from ktrt.session import Session
 
 _log = logging.getLogger("ktrt.chat")
 
-_WELCOME = (
-    "Type a message; `clear` forgets the conversation, `exit` leaves, Ctrl-C stops an answer."
-)
+_WELCOME = "Type a message; /help lists the commands, `exit` leaves, Ctrl-C stops an answer."
 _EXIT_FAILURE = 2
 _EXIT_INTERRUPTED = 130
 
@@ -44,8 +56,11 @@ def main(
             config = load_config(args.config, args.overrides)
             if args.plan:
                 return _show_plan(config, terminal, as_json=args.json)
+            if args.json or args.prompt is not None:
+                terminal.use_script()
+            start = _prepare(args, terminal)
             with (open_session or _open_session)(config) as session:
-                return _converse(session, terminal, debug=args.debug)
+                return _run(_talk(session, config, terminal, start, args), start, args)
         except BrokenPipeError:
             terminal.abandon_output()
             return 0
@@ -61,7 +76,8 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m ktrt.chat",
         description="Chat with a Mixture-of-Experts model whose routed experts run on the CPU.",
-        epilog="Piped input works too: every line is one message, answers go to standard output.",
+        epilog="Piped input works too: every line is one message or command, answers go to "
+        "standard output.",
     )
     parser.add_argument("config", help="YAML file with LLaMA-Factory's keys")
     parser.add_argument(
@@ -70,16 +86,45 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="key=value",
         help="replaces a value of the file; adapter_name_or_path= chats with the base model",
     )
+    parser.add_argument("-p", "--prompt", metavar="TEXT", help="answer this and leave")
+    parser.add_argument(
+        "--file", action="append", default=[], metavar="PATH",
+        help="a text file that goes with the first message (`-`, with -p: standard input)",
+    )  # fmt: skip
+    parser.add_argument("--system", metavar="TEXT", help="the system prompt")
+    parser.add_argument(
+        "--resume", nargs="?", const="", metavar="FILE",
+        help="go on with a saved conversation; without FILE, the last one held in a terminal",
+    )  # fmt: skip
+    parser.add_argument("--save", metavar="FILE", help="save the conversation after every turn")
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object per answer; with --plan: the plan"
+    )
+    parser.add_argument("--no-stream", action="store_true", help="print answers when complete")
     parser.add_argument(
         "--plan", action="store_true", help="print what memory the model will take, and leave"
     )
-    parser.add_argument("--json", action="store_true", help="with --plan: as JSON, in bytes")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     loudness = parser.add_mutually_exclusive_group()
     loudness.add_argument("-v", "--verbose", action="store_true", help="show speeds and details")
     loudness.add_argument("-q", "--quiet", action="store_true", help="show warnings only")
     parser.add_argument("--version", action="version", version=f"ktrt {__version__}")
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(_with_bare_resume(sys.argv[1:] if argv is None else argv))
+    if args.prompt is not None and not args.prompt.strip():
+        parser.error("argument -p/--prompt: expected a message that is not empty")
+    if args.prompt is None and "-" in args.file:
+        parser.error("argument --file: `-` is standard input, which holds the messages without -p")
+    return args
+
+
+def _with_bare_resume(argv: Sequence[str]) -> list[str]:
+    """``--resume`` before the configuration or an override has no FILE; argparse would think so."""
+    following = [*argv, ""][1:]
+    return [
+        "--resume=" if each == "--resume" and (after.endswith((".yaml", ".yml")) or "=" in after)
+        else each
+        for each, after in zip(argv, following, strict=True)
+    ]  # fmt: skip
 
 
 def _show_plan(config: Config, terminal: Terminal, *, as_json: bool) -> int:
@@ -112,45 +157,141 @@ def _set_environment() -> None:
         warnings.simplefilter("ignore")
 
 
-def _converse(session: "Session", terminal: Terminal, *, debug: bool) -> int:
-    history: list[dict[str, str]] = []
-    if terminal.interactive:
-        terminal.note(_WELCOME)
-    while (text := terminal.read()) is not None:
-        text = text.strip()
-        if text == "exit":
+@dataclass
+class _Start:
+    """What a chat begins with, read before the model is."""
+
+    conversation: Conversation
+    notes: list[str] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
+    save: ConversationFile | None = None
+
+
+def _prepare(args: argparse.Namespace, terminal: Terminal) -> _Start:
+    start = _Start(Conversation())
+    resumed: Path | None = None
+    if args.resume is not None:
+        resumed = Path(args.resume).expanduser() if args.resume else last_conversation()
+        start.conversation = read_conversation(resumed)
+        start.notes.append(f"Resumed {resumed}: {describe(start.conversation)}")
+        if start.conversation.unanswered is not None:
+            start.notes.append("/retry sends the message without an answer again.")
+    if args.system is not None:
+        start.conversation.system = args.system or None
+    for name in args.file:
+        if name == "-":
+            start.files["standard input"] = decode_text(terminal.read_all(), "standard input")
+        else:
+            start.files[name] = read_text(Path(name), MAX_FILE_BYTES)
+    if start.files:
+        start.notes.append(f"Files for the next message: {', '.join(start.files)}")
+    if args.save is not None:
+        path = Path(args.save).expanduser()
+        if path.exists() and not _same(path, resumed) and not read_conversation(path).empty:
+            raise KtrtError(
+                f"--save: {path} holds another conversation; go on with it by --resume {path}, or "
+                "name a new file"
+            )
+        if not path.absolute().parent.is_dir():
+            raise KtrtError(f"--save: there is no directory {path.parent}")
+        start.save = ConversationFile(path)
+    return start
+
+
+def _same(path: Path, other: Path | None) -> bool:
+    return other is not None and path.resolve() == other.resolve()
+
+
+def _full(path: Path) -> str:
+    return str(path.resolve())
+
+
+def _talk(
+    session: "Session",
+    config: Config,
+    terminal: Terminal,
+    start: _Start,
+    args: argparse.Namespace,
+) -> Talk:
+    folders = ", ".join(_full(folder) for folder in config.adapter.folders.values())
+    keeping = Keeping(_full(config.model.model_name_or_path), folders, save=start.save)
+    before = start.conversation
+    if before.model and (before.model, before.adapter) != (keeping.model, keeping.adapter):
+        start.notes.append(f"It was held with {before.model} {before.adapter or '(no adapter)'}.")
+    talk = Talk(
+        session,
+        terminal,
+        before,
+        keeping=keeping,
+        stream=not args.no_stream,
+        as_json=args.json,
+        limit=_limit(session) if terminal.interactive else lambda: None,
+    )
+    talk.attachments = start.files
+    return talk
+
+
+def _limit(session: "Session") -> Callable[[], float | None]:
+    """Tokens per second at which the CPU's memory could be read; measured when first asked for."""
+
+    @functools.cache
+    def bandwidth() -> float | None:
+        from ktrt.machine import read_bandwidth
+
+        try:
+            return read_bandwidth(passes=3)
+        except MemoryError:
+            return None
+
+    def limit() -> float | None:
+        size = session.bytes_per_token
+        rate = bandwidth() if size else None
+        return rate / size if size and rate else None
+
+    return limit
+
+
+def _run(talk: Talk, start: _Start, args: argparse.Namespace) -> int:
+    for note in start.notes:
+        if talk.terminal.interactive:
+            talk.terminal.note(note)
+        else:
+            _log.info("%s", note)
+    if args.prompt is not None:
+        talk.ask(args.prompt)
+        return 0
+    terminal = talk.terminal
+    if not terminal.interactive:
+        return _converse(talk, debug=args.debug)
+    terminal.use_editor(_history_file(), lambda line: completions(talk, line))
+    talk.start_autosave()
+    terminal.note(_WELCOME)
+    with terminal.undisturbed():
+        return _converse(talk, debug=args.debug)
+
+
+def _history_file() -> Path | None:
+    try:
+        return state_directory() / "history"
+    except KtrtError as error:
+        _log.warning("what you type is not kept: %s", error)
+        return None
+
+
+def _converse(talk: Talk, *, debug: bool) -> int:
+    terminal = talk.terminal
+    while (line := terminal.read()) is not None:
+        try:
+            run_line(talk, line)
+        except Leave:
             break
-        if text == "clear":
-            history.clear()
-            terminal.note("History has been removed.")
-        elif text:
-            turn = {"role": "user", "content": text}
-            try:
-                answer = _answer(session, terminal, [*history, turn])
-            except BrokenPipeError:
+        except BrokenPipeError:
+            raise
+        except Exception as error:
+            if not terminal.interactive:
                 raise
-            except Exception as error:
-                if not terminal.interactive:
-                    raise
-                _report(terminal, error, debug=debug)
-                continue
-            if answer.strip():
-                history += [turn, {"role": "assistant", "content": answer}]
+            _report(terminal, error, debug=debug)
     return 0
-
-
-def _answer(session: "Session", terminal: Terminal, messages: list[dict[str, str]]) -> str:
-    last: Response | None = None
-
-    def pieces() -> Iterator[str]:
-        nonlocal last
-        for last in session.stream_responses(messages):
-            yield last.text
-
-    text = terminal.answer(pieces())
-    if last is not None:
-        _log.debug("%s", last.summary())
-    return text
 
 
 def _report(terminal: Terminal, error: Exception, *, debug: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -98,14 +98,22 @@ class MemoryPlan:
                 self.excess(self.max_context), context, self.max_context,
             )  # fmt: skip
 
-    def _advice(self) -> str:
-        experts = self.items[0].ram
-        fitting = []
+    def fitting_backends(self) -> dict[str, tuple[int, int]]:
+        """By kt_backend that fits: the bytes of its packed experts, and the longest context."""
+        fitting = {}
         for backend, size in self.other_formats.items():
-            smaller = (Item("", size), *self.items[1:])
-            plan = MemoryPlan(**{**vars(self), "items": smaller})
-            if size < experts and (context := plan.fitting_context()):
-                fitting.append(f"kt_backend: {backend} (experts {_gb(size)}, {context} tokens)")
+            experts = Item(self.items[0].name, size)
+            plan = replace(self, items=(experts, *self.items[1:]))
+            if context := plan.fitting_context():
+                fitting[backend] = (size, context)
+        return fitting
+
+    def _advice(self) -> str:
+        fitting = [
+            f"kt_backend: {backend} (experts {_gb(size)}, {context} tokens)"
+            for backend, (size, context) in self.fitting_backends().items()
+            if size < self.items[0].ram
+        ]
         if fitting:
             return f"It would fit with {' or '.join(fitting)}."
         return "No weight format of ktrt makes it fit: take a smaller model or a larger machine."

@@ -17,6 +17,7 @@ from ktrt.kv_cache import unusual_layers
 from ktrt.moe import KTExperts, build_gpu_experts, new_hand_off
 from ktrt.prepare import prepare
 from ktrt.torch_weights import load_without_experts
+from ktrt.weight_traffic import bytes_per_token
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -55,6 +56,11 @@ class LoadedModel:
     def audit(self) -> Audit:
         """Of the first adapter; empty for the base model."""
         return self.adapters.audit(next(iter(self.adapters.names), None))
+
+    def bytes_per_token(self) -> int | None:
+        """Bytes of weights that decoding a token reads from the CPU's memory, with the adapter as
+        it is now; None if experts live on a GPU too."""
+        return bytes_per_token(self.model)
 
     def close(self) -> None:
         """Stops the engine's threads and frees the experts; the model cannot run afterwards."""

@@ -18,7 +18,7 @@ from ktrt.generation import (
 )
 from ktrt.template import Template
 
-__all__ = ["AuditView", "Response", "Session", "check_messages"]
+__all__ = ["Adapters", "AuditView", "Response", "Session", "check_messages"]
 
 _ROLES = ("system", "user", "assistant")
 
@@ -61,9 +61,11 @@ class Session:
         graphs: GraphsFor | None = None,
         adapters: Adapters | None = None,
         cutoff_len: int | None = None,
+        weight_bytes: Callable[[], int | None] = lambda: None,
     ) -> None:
         """``close`` frees what the model holds; it is called once. ``graphs``: see ``KvCache``;
-        ``adapters``: the model's. ``cutoff_len`` lowers the context's limit."""
+        ``adapters``: the model's. ``cutoff_len`` lowers the context's limit; ``weight_bytes``: see
+        ``bytes_per_token``."""
         self.model = model
         self.adapters = adapters or Adapters()
         self.tokenizer = tokenizer
@@ -73,6 +75,7 @@ class Session:
         self.context_limit = context_limit(model, cutoff_len)
         self._close: Callable[[], None] | None = close
         self._graphs = graphs
+        self._weight_bytes = weight_bytes
         self._idle_cache: tuple[Hashable, KvCache] | None = None
         self._stop_ids = template.stop_ids
         if template.name == "auto":
@@ -118,7 +121,8 @@ class Session:
         on_prefill: OnPrefill | None,
     ) -> Iterator[Response]:
         # Taken while in use, so that a second answer meanwhile gets a cache of its own.
-        key = self._cache_key()
+        # Keys and values, and captured graphs, belong to the adapters that they were made with.
+        key = self.adapters.key
         idle, self._idle_cache = self._idle_cache, None
         cache = idle[1] if idle and idle[0] == key else KvCache(self.model, self._graphs)
         responses = stream_generate(
@@ -135,11 +139,6 @@ class Session:
         finally:
             if self._close is not None:
                 self._idle_cache = key, cache
-
-    def _cache_key(self) -> Hashable:
-        """What the keys and values of a token, and captured graphs, depend on besides the tokens
-        up to it."""
-        return self.adapters.key
 
     def count_tokens(self, messages: Sequence[Mapping[str, str]]) -> int:
         """How many tokens the prompt for ``messages`` has; 0 for none."""
@@ -161,6 +160,12 @@ class Session:
         """Whether the model is to think before the answers from now on. ``ConfigError``: the
         template has no such switch (``template.thinking`` is None)."""
         self.template = self.template.with_thinking(thinking)
+
+    @property
+    def bytes_per_token(self) -> int | None:
+        """Bytes of weights that decoding a token reads from the CPU's memory, with the adapter as
+        it is now; None if that is not known."""
+        return self._weight_bytes()
 
     def close(self) -> None:
         """Frees threads and memory; the session answers no more. Idempotent."""

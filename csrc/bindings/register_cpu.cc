@@ -1,11 +1,14 @@
 #include <pybind11/stl.h>
 
 #include <string>
+#include <tuple>
 #include <vector>
 
+#include "base/check.h"
 #include "bindings/register.h"
 #include "cpu/isa.h"
 #include "cpu/topology.h"
+#include "kernels/peak.h"
 #include "kernels/select.h"
 
 namespace ktrt {
@@ -36,6 +39,23 @@ std::vector<std::vector<int>> numa_cpus() {
   return nodes;
 }
 
+std::vector<std::tuple<std::string, std::string, std::string>> arithmetic_loops() {
+  std::vector<std::tuple<std::string, std::string, std::string>> found;
+  for (const PeakLoop* loop : peak_loops(active_isa(), cpu_features())) {
+    found.emplace_back(loop->name, loop->instruction, loop->operands);
+  }
+  return found;
+}
+
+double arithmetic_rate(const std::string& name, double seconds) {
+  KTRT_CHECK(seconds > 0 && seconds <= 60, "seconds is " << seconds << ", expected 0 to 60");
+  for (const PeakLoop* loop : peak_loops(active_isa(), cpu_features())) {
+    if (name == loop->name) return measure_peak(*loop, seconds);
+  }
+  KTRT_CHECK(false, "name is '" << name << "', expected one of arithmetic_loops()");
+  return 0;
+}
+
 }  // namespace
 
 void register_cpu(py::module_& module) {
@@ -49,6 +69,10 @@ void register_cpu(py::module_& module) {
   module.def(
       "num_cores", [] { return read_topology(allowed_cpus()).num_cores(); },
       "Physical cores among the CPUs this process may use.");
+  module.def("arithmetic_loops", &arithmetic_loops,
+             "(name, instruction, operands) of every loop that runs at this ISA level.");
+  module.def("arithmetic_rate", &arithmetic_rate, py::arg("name"), py::arg("seconds"),
+             py::call_guard<py::gil_scoped_release>());
   module.def("kernels", &kernels, "For every kernel family, the variant that runs.");
 }
 

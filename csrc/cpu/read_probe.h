@@ -10,12 +10,13 @@ namespace ktrt {
 
 class ReadProbe {
  public:
-  // Allocates and fills `bytes`. Throws std::bad_alloc, std::invalid_argument for 0 bytes.
+  // Reserves `bytes`; the first run fills them. Throws std::bad_alloc, std::invalid_argument for 0
+  // bytes.
   explicit ReadProbe(std::size_t bytes);
 
   std::size_t bytes() const { return memory_.bytes(); }
 
-  // Reads everything once, each thread a contiguous part; returns seconds.
+  // Reads everything once, each thread a contiguous part; returns seconds, without the filling.
   double run(ThreadPool& pool) const;
 
  private:

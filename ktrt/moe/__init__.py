@@ -1,6 +1,6 @@
 """Routed experts: finding them in a model, and running them in the compiled engine.
 
-The only package that imports ``ktrt._core``.
+The only package that imports ``ktrt._core``, but for ``ktrt.machine``, which measures.
 """
 
 import ktrt
@@ -21,7 +21,7 @@ if _core.__version__ != ktrt.__version__:
         f"{_core.__version__}. Install both together: `pip install .` in the source folder of ktrt."
     )
 
-from ktrt.moe.engine import BACKENDS, build_engine, new_layer, weight_format_of
+from ktrt.moe.engine import BACKENDS, build_engine, new_layer, num_threads, weight_format_of
 from ktrt.moe.experts import KTExperts, experts_replaced
 from ktrt.moe.gpu_experts import GpuExperts
 from ktrt.moe.gpu_setup import build_gpu_experts
@@ -41,6 +41,7 @@ __all__ = [
     "find_experts",
     "new_hand_off",
     "new_layer",
+    "num_threads",
     "release_file_pages",
     "weight_format_of",
 ]

@@ -43,6 +43,11 @@ def build_engine(experts: ExpertArgs) -> Engine:
     return engine
 
 
+def num_threads(experts: ExpertArgs) -> int:
+    """How many threads ``build_engine`` would start."""
+    return _num_threads(experts.kt_num_threads, os.environ)
+
+
 def weight_format_of(kt_backend: str) -> str:
     """The engine's weight format for a kt_backend."""
     return BACKENDS[kt_backend][0]

@@ -1,8 +1,10 @@
-"""Tests of python -m ktrt.chat: in the process, piped, and in a real terminal (pty)."""
+"""Tests of python -m ktrt.chat, in the process and piped; those with a terminal are in
+test_chat_terminal."""
 
 import io
+import json
 import logging
-import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,21 +12,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pexpect
 import pytest
 from helpers import fake_chat
+from helpers.chat_process import environment
 
 from ktrt.chat import main
 from ktrt.config import Config
+from ktrt.conversation import Conversation, read_conversation, write_conversation
 from ktrt.errors import AdapterError
 from ktrt.terminal import Terminal
 
 FAKE = Path(fake_chat.__file__)
-ROOT = FAKE.parents[3]
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> str:
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     (tmp_path / "model").mkdir()
     path = tmp_path / "chat.yaml"
     path.write_text("model_name_or_path: model\n", encoding="utf-8")
@@ -87,6 +90,160 @@ class TestPiped:
 
             run(config, stdin, open_session=give)
             assert session.closed == 1
+
+    def test_commands_work_in_a_pipe_but_for_files(self, config: str) -> None:
+        lines = "a\n/undo\n/set seed 3\nhistory\n//x\n"
+        assert run(config, lines)[1].splitlines() == [
+            "Assistant: a a",
+            "Removed: a",
+            "seed = 3  (set here)",
+            "Assistant: ",
+            "Assistant: /x /x",
+        ]
+        code, out, err = run(config, "/save x.json\na\n")
+        assert (code, out) == (2, "")
+        assert "/save works in a terminal only" in err
+
+    def test_nothing_is_left_on_disk(self, config: str, tmp_path: Path) -> None:
+        run(config, "a\n")
+        assert not (tmp_path / "state").exists()
+
+    def test_without_streaming(self, config: str) -> None:
+        assert run(config, "a\nb\n", "--no-stream")[1] == "Assistant: a a\nAssistant: b b\n"
+
+
+class TestOneShot:
+    def test_only_the_answer_on_stdout(self, config: str) -> None:
+        assert run(config, "never read\n", "-p", "你好") == (0, "你好 你好\n", "")
+        assert run(config, "", "-p", "/help")[1] == "/help /help\n"  # no command
+
+    def test_files_and_standard_input(self, config: str, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_text("A\n", "utf-8")
+        arguments = ("-p", "q", "--file", str(tmp_path / "a.txt"), "--file", "-")
+        _, out, _ = run(config, "B\n", *arguments)
+        sent = "a.txt:\n```\nA\n```\n\nstandard input:\n```\nB\n```\n\nq"
+        assert out == f"{sent} {sent}\n"
+
+    def test_system(self, config: str) -> None:
+        assert run(config, "", "-p", "history", "--system", "Be brief.")[1] == "system: Be brief.\n"
+
+    def test_save_and_resume(self, config: str, tmp_path: Path) -> None:
+        file = str(tmp_path / "told.json")
+        run(config, "", "-p", "a", "--save", file)
+        code, out, err = run(config, "", "-p", "history", "--resume", file, "--save", file)
+        assert (code, out) == (0, "user: a | assistant: a a\n")
+        assert err == f"Resumed {file}: 1 turn\n"
+        assert len(read_conversation(Path(file)).turns) == 4
+        code, _, err = run(config, "", "-p", "b", "--save", file)
+        assert code == 2
+        assert "holds another conversation" in err
+
+    def test_resuming_with_another_model(self, config: str, tmp_path: Path) -> None:
+        file = str(tmp_path / "told.json")
+        run(config, "", "-p", "a", "--save", file)
+        (tmp_path / "other").mkdir()
+        other = f"model_name_or_path={tmp_path / 'other'}"
+        code, _, err = run(config, "", "-p", "b", "--resume", file, other)
+        assert code == 0
+        assert f"It was held with {tmp_path / 'model'} (no adapter)." in err
+
+    def test_resume_takes_no_configuration_for_its_file(self, config: str, tmp_path: Path) -> None:
+        conversations = tmp_path / "state" / "ktrt" / "conversations"
+        assert "no conversation was saved" in run(config, "", "-p", "b", "--resume")[2]
+        kept = Conversation()
+        kept.add("x", "y")
+        conversations.mkdir()
+        write_conversation(conversations / "1.json", kept)
+        for arguments in (["--resume", config], [config, "--resume", "seed=3"]):
+            terminal = Terminal(io.BytesIO(), out := io.StringIO(), io.StringIO())
+            arguments += ["-p", "history"]
+            main(arguments, open_session=fake_chat.open_session, terminal=terminal)
+            assert out.getvalue() == "user: x | assistant: y\n"
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--resume", "none.json"], "cannot read none.json: No such file"),
+            (["-p", "a", "--file", "none.txt"], "cannot read none.txt: No such file"),
+            (["--save", "no/folder/c.json", "-p", "a"], "--save: there is no directory no/folder"),
+        ],
+    )
+    def test_wrong_files(self, config: str, arguments: list[str], message: str) -> None:
+        loaded = []
+
+        def spy(config: Config) -> Any:
+            loaded.append(config)
+            return fake_chat.EchoSession()
+
+        code, _, err = run(config, "", *arguments, open_session=spy)
+        assert message in err
+        assert (code, loaded) == (2, []), "what can be known, is before the model is loaded"
+
+    @pytest.mark.parametrize("arguments", [["-p", " "], ["--file", "-"]])
+    def test_usage(self, config: str, arguments: list[str]) -> None:
+        with pytest.raises(SystemExit) as caught:
+            main([config, *arguments])
+        assert caught.value.code == 2
+
+    def test_ctrl_c(self, config: str) -> None:
+        def interrupting(_: Config) -> Any:
+            session = fake_chat.EchoSession()
+            pieces = session._pieces
+
+            def interrupted(*arguments: Any) -> Iterator[str]:
+                for piece in pieces(*arguments):
+                    signal.raise_signal(signal.SIGINT)
+                    yield piece
+
+            session._pieces = interrupted  # type: ignore[method-assign, assignment]
+            return session
+
+        for arguments in (["-p", "a"], ["-p", "a", "--json"]):
+            code, out, err = run(config, "", *arguments, open_session=interrupting)
+            assert (code, err) == (130, "error: interrupted\n")
+            assert out in ("a\n", "")
+
+
+class TestJson:
+    def test_one_object_per_answer(self, config: str) -> None:
+        code, out, err = run(config, "你好\n/undo\nhistory\n", "--json")
+        first, second = (json.loads(line) for line in out.splitlines())
+        assert (code, err) == (0, "Removed: 你好\n")
+        assert first["text"] == "你好 你好"
+        assert first["finish_reason"] == "stop"
+        assert (first["prompt_tokens"], first["reused_tokens"]) == (100, 60)
+        assert first["generated_tokens"] == 4
+        assert first["prefill_tokens_per_second"] == 80
+        assert first["dropped_turns"] == 0
+        assert "logprobs" not in first
+        assert second["text"] == ""
+
+    def test_logprobs(self, config: str) -> None:
+        arguments = ("-p", "a", "--json", "logprobs=true", "top_logprobs=2")
+        seen: dict[str, Any] = {}
+
+        def with_sampling(config: Config) -> Any:
+            session = fake_chat.EchoSession()
+            session.sampling = config.sampling
+            seen["sampling"] = config.sampling
+            return session
+
+        (line,) = run(config, "", *arguments, open_session=with_sampling)[1].splitlines()
+        rows = json.loads(line)["logprobs"]
+        assert len(rows) == 4
+        top = [{"id": 65, "token": "A", "logprob": -0.5}, {"id": 66, "token": "B", "logprob": -1.5}]
+        assert rows[0] == {"id": 65, "token": "A", "logprob": -0.5, "top": top}
+
+    def test_compare(self, config: str) -> None:
+        _, out, _ = run(config, "/compare a\n", "--json")
+        rows = [json.loads(line) for line in out.splitlines()]
+        assert [row["answered_by"] for row in rows] == ["base model", "persona"]
+        assert [row["text"] for row in rows] == ["a a", "a a"]
+
+    def test_a_failure_prints_no_object(self, config: str) -> None:
+        code, out, err = run(config, "a\nfail\nb\n", "--json")
+        assert (code, out.count("\n")) == (2, 1)
+        assert err == "error: the engine is out of order\n"
 
 
 class TestFailures:
@@ -180,13 +337,6 @@ class TestLog:
         assert logging.getLogger("ktrt").handlers == before
 
 
-def environment(**changes: str) -> dict[str, str]:
-    """For a chat process; buffered output, whatever this process has."""
-    inherited = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
-    return inherited | {"PYTHONPATH": path} | changes
-
-
 def process(*arguments: str, env: dict[str, str] | None = None, **options: Any) -> Any:
     """A finished chat process; ``env`` replaces variables."""
     return subprocess.run(
@@ -237,90 +387,3 @@ class TestProcess:
         modules = {line.split(b"|")[-1].strip() for line in done.stderr.splitlines()}
         assert not {b"torch", b"transformers", b"prompt_toolkit"} & modules
         assert seconds < 1
-
-
-class TestTerminal:
-    """A person at a terminal."""
-
-    @pytest.fixture
-    def chat(self, config: str) -> Iterator[Any]:
-        child = pexpect.spawn(
-            sys.executable,
-            [str(FAKE), config],
-            env=environment(TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1"),
-            encoding="utf-8",
-            timeout=20,
-            dimensions=(24, 80),
-        )
-        child.expect("User: ")
-        yield child
-        child.close(force=True)
-
-    @staticmethod
-    def say(chat: Any, text: str) -> None:
-        chat.send(text + "\r")
-
-    @staticmethod
-    def leaves(chat: Any) -> int:
-        chat.expect(pexpect.EOF)
-        chat.close()
-        return int(chat.exitstatus)
-
-    def test_a_conversation(self, chat: Any) -> None:
-        self.say(chat, "你好")
-        chat.expect("Assistant: 你好 你好\r\n")
-        chat.expect("User: ")
-        self.say(chat, "clear")
-        chat.expect("History has been removed.")
-        chat.expect("User: ")
-        self.say(chat, "exit")
-        assert self.leaves(chat) == 0
-
-    def test_ctrl_c_stops_the_answer_and_keeps_the_session(self, chat: Any) -> None:
-        self.say(chat, "slow")
-        chat.expect("Assistant: 0 1 2")
-        chat.sendintr()
-        chat.expect("User: ")
-        self.say(chat, "history")
-        chat.expect(r"Assistant: user: slow \| assistant: 0 1 2")
-        chat.expect("User: ")
-        chat.sendeof()
-        assert self.leaves(chat) == 0
-
-    def test_ctrl_c_at_the_prompt_hints_and_twice_leaves(self, chat: Any) -> None:
-        chat.sendintr()
-        chat.expect("Ctrl-C once more")
-        chat.expect("User: ")
-        self.say(chat, "a")
-        chat.expect("Assistant: a a")
-        chat.expect("User: ")
-        chat.sendintr()
-        chat.expect("Ctrl-C once more")
-        chat.expect("User: ")
-        chat.sendintr()
-        assert self.leaves(chat) == 0
-
-    def test_ctrl_d_leaves(self, chat: Any) -> None:
-        chat.sendeof()
-        assert self.leaves(chat) == 0
-
-    @pytest.mark.parametrize(
-        ("text", "message"),
-        [("fail", "error: the engine is out of order"), ("bug", "error: ZeroDivisionError")],
-    )
-    def test_a_failure_keeps_the_session(self, chat: Any, text: str, message: str) -> None:
-        self.say(chat, text)
-        chat.expect(message)
-        chat.expect("User: ")
-        self.say(chat, "history")
-        chat.expect("Assistant: \r\n")
-        chat.expect("User: ")
-        self.say(chat, "exit")
-        assert self.leaves(chat) == 0
-
-    def test_pasted_lines_are_one_message(self, chat: Any) -> None:
-        chat.send("\x1b[200~one\ntwo\x1b[201~\r")
-        chat.expect("Assistant: one\r\ntwo one\r\ntwo\r\n")
-        chat.expect("User: ")
-        chat.sendeof()
-        assert self.leaves(chat) == 0

@@ -29,7 +29,14 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "context": set(),
     "adapters": {"adapter", "moe"},
     "session": {"adapters", "template", "generation", "sampling", "context"},
-    "terminal": {"session"},
+    "editor": set(),
+    "terminal": {"editor"},
+    "conversation": set(),
+    "status": set(),
+    "talk": {"conversation", "session", "status", "terminal"},
+    "compare": {"talk"},
+    "commands": {"compare", "conversation", "status", "talk"},
+    "weight_traffic": {"moe"},
     "checkpoint_formats": set(),
     "checkpoint_convert": {"checkpoint_formats"},
     "checkpoint_names": set(),
@@ -74,15 +81,42 @@ PYTHON_LAYERS: dict[str, set[str]] = {
         "moe",
         "prepare",
         "torch_weights",
+        "weight_traffic",
     },
+    "machine_facts": {"memory_limits"},
+    "machine": {"_core", "machine_facts"},
+    "model_work": {"memory_plan", "moe"},
+    "advice": {"machine_facts"},
+    "doctor": {"advice", "machine", "machine_facts", "model_work", "prepare"},
+    "adapter_switch": {"moe"},
+    "bench_measure": {
+        "adapter_switch",
+        "generation",
+        "machine",
+        "memory_limits",
+        "model_work",
+        "moe",
+        "session",
+    },
+    "bench_report": set(),
+    "bench": {"api", "bench_measure", "bench_report", "model_work", "prepare"},
     "pack": {"expert_loading", "fingerprint", "prepare", "moe", "pack_cache"},
     "api": {"model", "session", "template"},
-    "chat": {"api", "prepare", "session", "terminal"},
+    "chat": {
+        "api",
+        "commands",
+        "conversation",
+        "machine",
+        "prepare",
+        "session",
+        "talk",
+        "terminal",
+    },
     "__init__": {"api"},
 }
 LEAVES = {"errors", "config"}
 # The whole Config is for those who assemble; the others take their own part of it.
-ASSEMBLERS = {"config", "api", "chat", "pack"}
+ASSEMBLERS = {"config", "api", "bench", "chat", "doctor", "pack"}
 WITHOUT_TORCH = {
     "errors",
     "config",
@@ -90,9 +124,10 @@ WITHOUT_TORCH = {
     "template_table",
     "context",
     "text_stream",
-    "terminal",
     "__init__",
 }
+WITHOUT_TORCH |= {"terminal", "editor", "conversation", "status", "talk", "compare", "commands"}
+WITHOUT_TORCH |= {"machine_facts", "advice", "bench_report"}
 
 # Layers of csrc/ and the layers below each.
 CPP_LAYERS: dict[str, set[str]] = {

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ktrt.commands import COMMANDS
 from ktrt.config import (
     AdapterArgs,
     ExpertArgs,
@@ -96,10 +97,10 @@ def test_the_key_table_matches_the_configuration() -> None:
                 assert text.strip().strip("`").lower() == str(default).lower(), name
 
 
-def transcripts() -> list[tuple[list[str], list[str], list[str]]]:
+def transcripts(name: str) -> list[tuple[list[str], list[str], list[str]]]:
     """The conversations shown: arguments of ktrt.chat, the user's lines, the answers."""
-    _, _, after = README.partition("<!-- transcript: begin -->")
-    text, _, _ = after.partition("<!-- transcript: end -->")
+    _, _, after = README.partition(f"<!-- {name}: begin -->")
+    text, _, _ = after.partition(f"<!-- {name}: end -->")
     found = []
     for part in text.split("$ python -m ktrt.chat ")[1:]:
         lines = part.splitlines()
@@ -115,16 +116,24 @@ def test_all_templates_are_named() -> None:
 
 
 def test_the_transcript_shows_both_personas() -> None:
-    (_, asked, with_adapter), (_, asked_too, without) = transcripts()
+    (_, asked, with_adapter), (_, asked_too, without) = transcripts("transcript")
     assert asked[0] == asked_too[0] == "你好，请介绍一下你自己。"
     assert with_adapter[0] != without[0]
 
 
-@pytest.mark.parametrize(("arguments", "asked", "answers"), transcripts())
+@pytest.mark.parametrize(
+    ("arguments", "asked", "answers"), [*transcripts("transcript"), *transcripts("chat")]
+)
 def test_the_transcript_is_real(arguments: list[str], asked: list[str], answers: list[str]) -> None:
     result = run("-m", "ktrt.chat", *arguments, stdin="\n".join(asked))
     shown = [line for line in result.splitlines() if line.startswith("Assistant: ")]
     assert shown == answers
+
+
+def test_every_command_of_the_chat_is_listed() -> None:
+    _, _, after = README.partition("| in the chat | does |")
+    table, _, _ = after.partition("\n\n")
+    assert set(re.findall(r"[`(]/(\w+)", table)) == set(COMMANDS)
 
 
 def run(*arguments: str, stdin: str = "") -> str:

@@ -113,3 +113,110 @@ def test_error() -> None:
         terminal.error("again", trace=error)
     assert "Traceback" in stderr.getvalue()
     assert stderr.getvalue().endswith("error: again\n")
+
+
+class Tty(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def at_a_terminal(monkeypatch: pytest.MonkeyPatch, columns: int = 80) -> tuple[Terminal, Tty]:
+    """Both streams in one, as a terminal shows them."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    screen = Tty()
+    return Terminal(io.BytesIO(), screen, screen, interactive=True), screen
+
+
+def drawn(text: str) -> str:
+    """What stands on the screen at the end, styles aside."""
+    lines = [line.split("\r\x1b[K")[-1] for line in text.split("\n")]
+    return "\n".join(lines).replace("\x1b[2m", "").replace("\x1b[0m", "")
+
+
+class TestProgress:
+    def test_a_long_prompt_shows_it_and_leaves_nothing(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        terminal, screen = at_a_terminal(monkeypatch)
+
+        def pieces() -> Iterator[str]:
+            terminal.show_prefill(0, 2000)
+            assert drawn(screen.getvalue()) == "reading the prompt, 0% of 2000 tokens"
+            terminal.show_prefill(500, 2000)
+            assert drawn(screen.getvalue()) == "reading the prompt, 25% of 2000 tokens"
+            terminal.show_prefill(2000, 2000)
+            yield "a"
+
+        terminal.answer(pieces())
+        assert drawn(screen.getvalue()) == "Assistant: a\n"
+
+    def test_a_short_prompt_shows_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        terminal, screen = at_a_terminal(monkeypatch)
+
+        def pieces() -> Iterator[str]:
+            terminal.show_prefill(0, 100)
+            yield "a"
+
+        terminal.answer(pieces())
+        assert screen.getvalue() == "Assistant: a\n"
+
+    def test_it_never_wraps(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        terminal, screen = at_a_terminal(monkeypatch, columns=12)
+
+        def pieces() -> Iterator[str]:
+            terminal.show_prefill(0, 2000)
+            assert drawn(screen.getvalue()) == "reading the"
+            yield "a"
+
+        terminal.answer(pieces())
+
+    def test_elsewhere_there_is_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TERM", "xterm")
+        terminal, stdout, stderr = make()
+        terminal.show_prefill(0, 2000)
+        terminal.collect(iter("ab"), "x")
+        assert stdout.getvalue() == stderr.getvalue() == ""
+
+    def test_no_escape_sequences_for_a_terminal_that_knows_none(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        terminal, screen = at_a_terminal(monkeypatch)
+        monkeypatch.setenv("TERM", "dumb")
+        terminal.collect(iter("ab"), "x")
+        terminal.status("37 tokens")
+        assert screen.getvalue() == "37 tokens\n"
+
+    def test_ctrl_c_between_two_chunks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        terminal, screen = at_a_terminal(monkeypatch)
+
+        def pieces() -> Iterator[str]:
+            signal.raise_signal(signal.SIGINT)
+            screen.write("still here. ")
+            terminal.show_prefill(512, 2000)
+            raise AssertionError("went on")
+            yield
+
+        assert terminal.answer(pieces()) == ""
+        assert "still here" in screen.getvalue()
+        terminal.show_prefill(512, 2000)  # it counts for that answer alone
+
+
+def test_what_a_model_says_does_not_steer_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal, screen = at_a_terminal(monkeypatch)
+    said = "\x1b]0;title\x07 a\tb\r\x9b2J\n你好"
+    assert terminal.answer([said]) == said
+    assert screen.getvalue() == "Assistant: \ufffd]0;title\ufffd a\tb\ufffd\ufffd2J\n你好\n"
+
+
+def test_columns_hold_wide_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal, screen = at_a_terminal(monkeypatch, columns=40)
+    terminal.columns(("base", "你好" * 20), ("tuned [1]", "[bold]a\x1b[2J[/bold] *b*"))
+    rows = screen.getvalue().splitlines()
+    left = "".join(row.split("│")[1].strip() for row in rows if "│" in row)
+    right = "".join(row.split("│")[2].strip() for row in rows if "│" in row)
+    assert left == "你好" * 20
+    assert right == "[bold]a\ufffd[2J[/bold] *b*"
+    assert "tuned [1]" in rows[1]

@@ -1,0 +1,305 @@
+#!/usr/bin/env python3
+"""A whole model in llama.cpp and in ktrt, side by side on this machine's CPU, LoRA off and on.
+
+    pip install '.[llama-cpp]'      # compiles llama.cpp for this machine: minutes
+    python bench/compare_llama_cpp.py --out /tmp/pair [--json] [--rounds N]
+
+Both get the same random weights: Qwen3-MoE's architecture (which both know) with the experts of
+DeepSeek-V2-Lite's shape, and a LoRA adapter of rank 8 on all linear layers, experts included: for
+ktrt a Hugging Face folder and a PEFT adapter, for llama.cpp two GGUF files. First both compute the
+logits of one text, which must agree. Then they alternate, prompt and decoding, same ids, same
+number of threads; ratios are medians over neighbouring measurements.
+
+AMXBF16 meets BF16, AMXInt8 meets Q8_0. ktrt keeps all but the experts in BF16, llama.cpp's Q8_0 is
+of all matrices. --llama-cpp names a folder with libllama.so that is to be used instead of
+llama-cpp-python's own. --out takes 9 GB with 4 layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from llama_cpp_model import Weights
+
+    from ktrt.session import Session
+
+# ktrt's format of the experts, llama.cpp's of all matrices.
+FORMATS = {"bf16": ("AMXBF16", "bf16"), "int8": ("AMXInt8", "q8_0")}
+CHECKED_TOKENS = 48
+# Relative error of the logits, the median over positions, that two right answers may differ by.
+AGREEMENT = {"bf16": 0.05, "int8": 0.15}
+Row = dict[str, Any]
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the models")
+    parser.add_argument("--llama-cpp", type=Path, help="folder with libllama.so")
+    parser.add_argument("--layers", type=int, default=4, help="1.1 GB each, in BF16")
+    parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--threads", type=int, default=0, help="default: the physical cores")
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--new", type=int, default=96, help="tokens to decode")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--formats", default=",".join(FORMATS), type=lambda text: text.split(","))
+    parser.add_argument("--keep", action="store_true", help="keep the GGUF files")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--small", action="store_true", help="tiny layers: does the script work?")
+    args = parser.parse_args(argv)
+    if unknown := set(args.formats) - set(FORMATS):
+        parser.error(f"--formats: {', '.join(sorted(unknown))}: expected {', '.join(FORMATS)}")
+    return args
+
+
+class LlamaCppParty:
+    """llama.cpp in a process of its own."""
+
+    def __init__(self, args: argparse.Namespace, model: Path, lora: Path) -> None:
+        settings = {"model": str(model), "lora": str(lora), "threads": args.threads}
+        settings["context"] = args.prompt + args.new + CHECKED_TOKENS
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "KMP_"))}
+        if args.llama_cpp is not None:
+            environment["LLAMA_CPP_LIB_PATH"] = str(args.llama_cpp.resolve())
+        script = Path(__file__).resolve().with_name("llama_cpp_party.py")
+        self._process = subprocess.Popen(
+            [sys.executable, str(script), json.dumps(settings)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        )  # fmt: skip
+        self.system: str = self._answer()["system"]
+
+    def ask(self, do: str, **arguments: object) -> Any:
+        assert self._process.stdin is not None
+        print(json.dumps({"do": do, **arguments}), file=self._process.stdin, flush=True)
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"llama.cpp ended with exit code {self._process.wait()}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+
+class KtrtParty:
+    """ktrt, as its chat loads it."""
+
+    def __init__(self, args: argparse.Namespace, backend: str) -> None:
+        import ktrt
+        from ktrt.adapter_switch import adapter_switch
+
+        self.session: Session = ktrt.load(
+            {
+                "model_name_or_path": str(args.out / "model"),
+                "adapter_name_or_path": str(args.out / "adapter"),
+                "kt_backend": backend, "kt_num_threads": args.threads, "ktrt_cache": False,
+            }
+        )  # fmt: skip
+        self._switch = adapter_switch(self.session)
+        self._vocab = self.session.model.config.vocab_size
+
+    def measure(self, lora: bool, prompt: int, new: int, seed: int) -> Row:
+        """Seconds of a prompt of random ids, and the median of the tokens after it."""
+        from ktrt.generation import KvCache, generate_step
+
+        self._switch(lora)
+        draw = random.Random(seed)
+        ids = [draw.randrange(2, self._vocab) for _ in range(prompt + new)]
+        rest = iter(ids[prompt:])
+        # What the sampler says comes next is what the other party is given too.
+        steps = generate_step(KvCache(self.session.model), ids[:prompt], lambda _: next(rest, 2))
+        times = [time.perf_counter()]
+        for _ in range(1 + new):
+            next(steps)
+            times.append(time.perf_counter())
+        prefill, *each = (end - start for start, end in itertools.pairwise(times))
+        return {"prefill": prefill, "decode": statistics.median(each)}
+
+    def logits(self, lora: bool, ids: list[int]) -> Any:
+        """[ids, vocabulary] float32, fed token by token."""
+        import torch
+
+        from ktrt.generation import KvCache
+
+        self._switch(lora)
+        cache = KvCache(self.session.model)
+        return torch.stack([cache.forward([each]).float() for each in ids])
+
+    def close(self) -> None:
+        self.session.close()
+
+
+def check(args: argparse.Namespace, ours: KtrtParty, theirs: LlamaCppParty, name: str) -> Row:
+    """Relative differences of the logits of one text: between the parties, and what LoRA changes.
+
+    The medians over positions: a router near a tie, decided otherwise, is not the rule.
+    """
+    import numpy as np
+    import torch
+
+    draw = random.Random(0)
+    ids = [draw.randrange(2, args.vocab) for _ in range(CHECKED_TOKENS)]
+    file = args.out / "logits.npy"
+    found: Row = {}
+    base: dict[str, Any] = {}
+    for lora in (False, True):
+        theirs.ask("logits", lora=lora, ids=ids, file=str(file))
+        both = {"ktrt": ours.logits(lora, ids), "llama.cpp": torch.from_numpy(np.load(file))}
+        key = "lora" if lora else "base"
+        found[key] = difference(both["ktrt"], both["llama.cpp"])
+        same = both["ktrt"].argmax(-1) == both["llama.cpp"].argmax(-1)
+        found[f"{key}_same_token"] = float(same.float().mean())
+        if lora:
+            changes = {who: difference(each, base[who]) for who, each in both.items()}
+            found["lora_changes"] = changes
+        base = both
+    file.unlink()
+    limit = AGREEMENT[name]
+    if max(found["base"], found["lora"]) > limit or min(changes.values()) < limit:
+        raise SystemExit(
+            f"{name}: the logits do not agree (expected below {limit}, and LoRA to change them by "
+            f"more than that): {found}"
+        )
+    return found
+
+
+def difference(found: Any, expected: Any) -> float:
+    return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
+
+
+def measure(args: argparse.Namespace, weights: Weights, name: str) -> Iterator[Row]:
+    """The check, then one row per LoRA setting and phase."""
+    from llama_cpp_model import write_gguf
+
+    backend, gguf_type = FORMATS[name]
+    file = args.out / f"model-{gguf_type}.gguf"
+    if not file.exists():
+        write_gguf(file, weights, gguf_type)  # type: ignore[arg-type]
+    theirs = LlamaCppParty(args, file, args.out / "lora.gguf")
+    ours = KtrtParty(args, backend)
+    try:
+        note(args, f"{name}: logits: {json.dumps(check(args, ours, theirs, name))}")
+        samples = alternate(args, ours, theirs)
+    finally:
+        ours.close()
+        theirs.close()
+        if not args.keep:
+            file.unlink()
+    yield from rows_of(args, name, samples)
+
+
+def alternate(
+    args: argparse.Namespace, ours: KtrtParty, theirs: LlamaCppParty
+) -> dict[bool, list[tuple[Row, Row]]]:
+    """(ktrt, llama.cpp) of each round, by LoRA; the first, unmeasured round warms up."""
+    samples: dict[bool, list[tuple[Row, Row]]] = {False: [], True: []}
+    note(args, f"measuring; llama.cpp: {theirs.system}")
+    for number in range(-1, args.rounds):
+        for lora in (False, True):
+            size = {"prompt": args.prompt, "new": args.new, "seed": number + 1}
+            if number < 0:
+                size |= {"prompt": 32, "new": 4}
+            order = (0, 1) if number % 2 else (1, 0)
+            pair: list[Row] = [{}, {}]
+            for party in order:
+                # The threads of the party before spin for a while.
+                time.sleep(0.2)
+                one = ours.measure(lora, **size) if party == 0 else None
+                pair[party] = one or theirs.ask("measure", lora=lora, **size)
+            if number >= 0:
+                samples[lora].append((pair[0], pair[1]))
+    note(args, f"measured {args.rounds} rounds")
+    return samples
+
+
+def rows_of(
+    args: argparse.Namespace, name: str, samples: dict[bool, list[tuple[Row, Row]]]
+) -> Iterator[Row]:
+    for lora, pairs in samples.items():
+        for phase, tokens in (("prefill", args.prompt), ("decode", 1)):
+            ktrt_times = [pair[0][phase] / tokens for pair in pairs]
+            their_times = [pair[1][phase] / tokens for pair in pairs]
+            ratios = [b / a for a, b in zip(ktrt_times, their_times, strict=True)]
+            yield {
+                "format": name, "lora": lora, "phase": phase,
+                "ktrt": 1 / statistics.median(ktrt_times),
+                "llama_cpp": 1 / statistics.median(their_times),
+                "ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios),
+                "ktrt_rounds": [1 / each for each in ktrt_times],
+                "llama_cpp_rounds": [1 / each for each in their_times],
+            }  # fmt: skip
+
+
+def table(rows: Sequence[Row], prompt: int) -> str:
+    """Markdown; tokens per second."""
+    lines = [
+        "| | ktrt, tokens/s | llama.cpp, tokens/s | times as fast | of the rounds |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        formats = "BF16" if row["format"] == "bf16" else "INT8 · Q8_0"
+        phase = f"prompt of {prompt}" if row["phase"] == "prefill" else "decoding"
+        lora = ", LoRA r 8" if row["lora"] else ""
+        lines.append(
+            f"| {formats}, {phase}{lora} | {row['ktrt']:.1f} | {row['llama_cpp']:.1f} "
+            f"| {row['ratio']:.2f} | {row['least']:.2f}–{row['most']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def note(args: argparse.Namespace, text: str) -> None:
+    print(text, file=sys.stderr if args.json else sys.stdout, flush=True)
+
+
+def prepare(args: argparse.Namespace) -> Weights:
+    """The Hugging Face side of the pair, and the adapter's GGUF."""
+    from llama_cpp_model import Shape, make_pair, write_gguf_lora
+
+    shape = Shape(args.layers, args.vocab)
+    if args.small:
+        shape = Shape(2, 512, 256, 128, 16, 4, 4, 2, 64)
+        args.vocab = shape.vocab
+    weights = make_pair(args.out, shape)
+    write_gguf_lora(args.out / "lora.gguf", weights)
+    return weights
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    # OpenMP's idle threads would spin on the cores that the engine is measured on, as in a chat.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from ktrt import _core
+
+    args.threads = args.threads or _core.num_cores()
+    os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
+    args.out.mkdir(parents=True, exist_ok=True)
+    weights = prepare(args)
+    rows = [row for name in args.formats for row in measure(args, weights, name)]
+    if args.json:
+        settings = {"threads": args.threads, "prompt": args.prompt, "new": args.new}
+        print(json.dumps({**settings, "kernels": _core.kernels(), "rows": rows}, indent=1))
+    else:
+        print(table(rows, args.prompt))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

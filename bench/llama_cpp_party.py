@@ -1,0 +1,104 @@
+"""llama.cpp in a process of its own, through llama-cpp-python's ctypes functions: one JSON object a
+line in, one out. Started by compare_llama_cpp.py.
+
+Not llama-batched-bench: it accepts ``--lora`` and does not apply it (0.3.36), and it would have to
+load the model anew for every measurement that alternates with another program's. What is timed here
+is what it times: ``llama_decode`` of a prompt, then of one token at a time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import json
+import random
+import statistics
+import sys
+import time
+from typing import Any
+
+import numpy as np
+from llama_cpp import llama_cpp as api
+
+Reply = dict[str, Any]
+
+
+class LlamaCpp:
+    """A model, its context of ``context`` tokens, and an adapter that can be switched."""
+
+    def __init__(self, model: str, lora: str, threads: int, context: int) -> None:
+        api.llama_log_set(_quiet, ctypes.c_void_p(0))
+        api.llama_backend_init()
+        model_params = api.llama_model_default_params()
+        model_params.n_gpu_layers = 0
+        self._model = api.llama_model_load_from_file(model.encode(), model_params)
+        if not self._model:
+            raise SystemExit(f"llama.cpp cannot load {model}")
+        params = api.llama_context_default_params()
+        params.n_ctx = context
+        params.n_threads = params.n_threads_batch = threads
+        self._context = api.llama_init_from_model(self._model, params)
+        self._adapter = api.llama_adapter_lora_init(self._model, lora.encode())
+        if not self._context or not self._adapter:
+            raise SystemExit(f"llama.cpp cannot load {lora}, or make a context")
+        self._vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self._model))
+        self._memory = api.llama_get_memory(self._context)
+
+    def use_lora(self, enabled: bool) -> None:
+        count = int(enabled)
+        adapters = (api.llama_adapter_lora_p_ctypes * 1)(self._adapter)
+        scales = (ctypes.c_float * 1)(1.0)
+        if api.llama_set_adapters_lora(self._context, adapters, count, scales) != 0:
+            raise SystemExit("llama_set_adapters_lora failed")
+
+    def decode(self, ids: list[int]) -> None:
+        """Continues the sequence by ``ids``, logits of the last one."""
+        tokens = (api.llama_token * len(ids))(*ids)
+        status = api.llama_decode(self._context, api.llama_batch_get_one(tokens, len(ids)))
+        if status != 0:
+            raise SystemExit(f"llama_decode failed: {status}")
+        api.llama_synchronize(self._context)
+
+    def measure(self, prompt: int, new: int, seed: int) -> Reply:
+        """Seconds of a prompt of random ids, and the median of the tokens after it."""
+        draw = random.Random(seed)
+        ids = [draw.randrange(2, self._vocab) for _ in range(prompt + new)]
+        api.llama_memory_clear(self._memory, False)
+        times = [time.perf_counter()]
+        for part in (ids[:prompt], *([each] for each in ids[prompt:])):
+            self.decode(part)
+            times.append(time.perf_counter())
+        prefill, *steps = (end - start for start, end in itertools.pairwise(times))
+        return {"prefill": prefill, "decode": statistics.median(steps)}
+
+    def logits(self, ids: list[int], file: str) -> Reply:
+        """Logits [ids, vocabulary] of a sequence fed token by token, float32, into a .npy file."""
+        api.llama_memory_clear(self._memory, False)
+        rows = []
+        for each in ids:
+            self.decode([each])
+            found = api.llama_get_logits_ith(self._context, -1)
+            rows.append(np.ctypeslib.as_array(found, (self._vocab,)).copy())
+        np.save(file, np.stack(rows))
+        return {"vocab": self._vocab}
+
+
+@api.llama_log_callback  # type: ignore[untyped-decorator]
+def _quiet(level: int, text: bytes, _user: object) -> None:
+    if level == 4:  # GGML_LOG_LEVEL_ERROR
+        sys.stderr.write(text.decode(errors="replace"))
+
+
+def main() -> None:
+    args = json.loads(sys.argv[1])
+    party = LlamaCpp(**args)
+    print(json.dumps({"system": api.llama_print_system_info().decode()}), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        party.use_lora(request.pop("lora"))
+        action = getattr(party, request.pop("do"))
+        print(json.dumps(action(**request)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+#include <immintrin.h>
+
+#include "kernels/peak_loop.h"
+
+namespace ktrt {
+namespace {
+
+constexpr int kChains = 24;
+
+double run(long iterations) noexcept {
+  __m512i x = _mm512_set1_epi8(1);
+  __m512i sums[kChains];
+  for (__m512i& sum : sums) sum = _mm512_setzero_si512();
+  for (long i = 0; i < iterations; ++i) {
+    asm volatile("" : "+v"(x));
+#pragma GCC unroll 24
+    for (int c = 0; c < kChains; ++c) sums[c] = _mm512_dpbusd_epi32(sums[c], x, x);
+  }
+  double total = 0;
+  for (const __m512i& sum : sums) {
+    int lanes[16];
+    _mm512_storeu_si512(lanes, sum);
+    for (const int lane : lanes) total += static_cast<double>(lane);
+  }
+  return total;
+}
+
+}  // namespace
+
+extern const PeakLoop peak_avx512_vnni;
+const PeakLoop peak_avx512_vnni = {"avx512_vnni", "vpdpbusd zmm", "int8", kChains * 64, run};
+
+}  // namespace ktrt

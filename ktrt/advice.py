@@ -1,0 +1,183 @@
+"""Which settings of this machine and configuration to change, each with the reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from ktrt.config import ExpertArgs
+    from ktrt.machine_facts import MachineFacts
+
+# "fix": it does not run, or at a fraction of its speed; "consider": a choice of the user's.
+Level = Literal["fix", "consider"]
+# A gain in speed below this is not worth INT8's rounding.
+_WORTH_IT = 1.2
+
+
+@dataclass(frozen=True)
+class Advice:
+    """``setting``: what to change, and to what."""
+
+    level: Level
+    setting: str
+    reason: str
+
+
+def advise(
+    facts: MachineFacts,
+    experts: ExpertArgs | None = None,
+    *,
+    fits: Sequence[str] = (),
+    excess: str | None = None,
+    int8_gain: float = 1.0,
+    cuda_missing: bool = False,
+) -> list[Advice]:
+    """What to change, the urgent first. ``experts``: the configuration's; ``fits``: its backends
+    for which memory suffices, ``excess``: why the configured one does not fit, ``int8_gain``: how
+    many times as fast INT8 decodes as BF16; ``cuda_missing``: there is an NVIDIA driver, but torch
+    finds no GPU."""
+    found = [*_isa(facts), *_threads(facts, experts), *_memory(facts), *_openmp(facts)]
+    if experts is not None:
+        found += [*_backend(experts, fits, excess, int8_gain), *_numa(facts, experts)]
+    if cuda_missing:
+        found += _gpu(facts)
+    return sorted(found, key=lambda each: each.level != "fix")
+
+
+def _isa(facts: MachineFacts) -> Iterator[Advice]:
+    override = facts.environment.get("KTRT_ISA")
+    if override and facts.isa != facts.detected_isa:
+        yield Advice(
+            "fix", "unset KTRT_ISA",
+            f"KTRT_ISA={override} keeps the engine on {facts.isa} kernels; this machine runs "
+            f"{facts.detected_isa}",
+        )  # fmt: skip
+    if facts.amx_denied:
+        yield Advice(
+            "fix", "let the process use AMX (Linux 5.16 or newer; no seccomp filter on arch_prctl)",
+            "the CPU has AMX, but arch_prctl(ARCH_REQ_XCOMP_PERM) was refused (kernel "
+            f"{facts.kernel or 'unknown'}): prefilling runs on {facts.detected_isa} kernels",
+        )  # fmt: skip
+    if facts.detected_isa == "portable":
+        yield Advice(
+            "fix", "run on a CPU with AVX2 or newer",
+            "neither AVX2 nor AVX-512 was found (in a virtual machine: pass the host's CPU model "
+            "through); the portable kernels are many times slower",
+        )  # fmt: skip
+
+
+def _threads(facts: MachineFacts, experts: ExpertArgs | None) -> Iterator[Advice]:
+    wanted, name = _wanted_threads(facts, experts)
+    threads = min(wanted or facts.cores, facts.allowed)
+    usable = facts.usable_cores
+    if facts.cpu_quota is not None and threads > facts.cpu_quota:
+        yield Advice(
+            "fix", f"kt_num_threads: {usable}, or raise the quota",
+            f"{threads} threads, but {facts.quota_from} grants {facts.cpu_quota:g} CPUs of time: "
+            "the kernel stops all threads for the rest of every period",
+        )  # fmt: skip
+    elif wanted is not None and wanted > facts.allowed:
+        yield Advice(
+            "consider", f"{name}: {usable}",
+            f"{name} is {wanted}, this process may use {facts.allowed} CPUs; {facts.allowed} run",
+        )  # fmt: skip
+    elif threads > facts.cores:
+        yield Advice(
+            "consider", f"{name}: {usable}",
+            f"{threads} threads on {facts.cores} cores share arithmetic units and caches",
+        )  # fmt: skip
+    elif wanted is not None and wanted < usable:
+        yield Advice(
+            "consider", f"{name}: {usable}",
+            f"{name} is {wanted}, {usable} cores are there: fewer threads read memory more slowly",
+        )  # fmt: skip
+    if facts.allowed < facts.cpus:
+        what = f"cpuset {facts.cpuset}" if facts.cpuset else "taskset or a cgroup"
+        yield Advice(
+            "consider", f"a cpuset of all {facts.cpus} CPUs",
+            f"this process may use {facts.allowed} of {facts.cpus} CPUs ({what})",
+        )  # fmt: skip
+    if facts.governor == "powersave":
+        yield Advice(
+            "consider", "cpupower frequency-set -g performance",
+            "the frequency governor is powersave: clocks rise late after each wait",
+        )  # fmt: skip
+
+
+def _wanted_threads(facts: MachineFacts, experts: ExpertArgs | None) -> tuple[int | None, str]:
+    if experts is not None and experts.kt_num_threads is not None:
+        return experts.kt_num_threads, "kt_num_threads"
+    first = facts.environment.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if first.isdecimal() and int(first) > 0:
+        return int(first), "OMP_NUM_THREADS"
+    return None, "kt_num_threads"
+
+
+def _memory(facts: MachineFacts) -> Iterator[Advice]:
+    pages = facts.huge_pages
+    if not pages.on_fault:
+        yield Advice(
+            "fix" if not pages.obtained else "consider",
+            "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled",
+            f"memory gets no 2 MB pages (the setting is {pages.setting or 'missing'}): decoding "
+            "from small pages takes up to a third longer",
+        )
+
+
+def _openmp(facts: MachineFacts) -> Iterator[Advice]:
+    policy = facts.environment.get("OMP_WAIT_POLICY")
+    if policy is not None and policy.lower() != "passive":
+        yield Advice(
+            "fix", "unset OMP_WAIT_POLICY, or set it to PASSIVE",
+            f"OMP_WAIT_POLICY={policy}: torch's idle threads spin on the engine's cores",
+        )  # fmt: skip
+
+
+def _backend(
+    experts: ExpertArgs, fits: Sequence[str], excess: str | None, int8_gain: float
+) -> Iterator[Advice]:
+    if excess is not None:
+        choice = f"kt_backend: {fits[0]}" if fits else "a smaller model, or more memory"
+        yield Advice("fix", choice, f"{experts.kt_backend} does not fit: {excess}")
+    elif experts.kt_backend == "AMXBF16" and "AMXInt8" in fits and int8_gain >= _WORTH_IT:
+        yield Advice(
+            "consider", "kt_backend: AMXInt8",
+            f"half the bytes of the experts, decoding up to {int8_gain:.1f} times as fast; costs "
+            "1–3.5 % relative error of the logits (BF16 0.2–0.6 %)",
+        )  # fmt: skip
+    elif experts.kt_backend == "AMXInt4" and "AMXInt8" in fits:
+        yield Advice(
+            "consider", "kt_backend: AMXInt8",
+            "it fits too; INT4 in kt_kernel's format costs 11–25 % relative error of the logits",
+        )  # fmt: skip
+
+
+def _numa(facts: MachineFacts, experts: ExpertArgs) -> Iterator[Advice]:
+    nodes = len(facts.nodes)
+    if experts.kt_tp_enabled and nodes == 1:
+        yield Advice(
+            "consider", "kt_tp_enabled: false",
+            "there is one NUMA node: the experts are kept whole anyway",
+        )  # fmt: skip
+    elif not experts.kt_tp_enabled and nodes > 1:
+        yield Advice(
+            "consider", "kt_tp_enabled: true",
+            f"{nodes} NUMA nodes: without it most threads read experts from another node's memory",
+        )  # fmt: skip
+
+
+def _gpu(facts: MachineFacts) -> Iterator[Advice]:
+    visible = facts.environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.strip() in ("", "-1"):
+        yield Advice(
+            "consider", "CUDA_VISIBLE_DEVICES=0",
+            "it is empty, which hides the GPU: everything runs on the CPU",
+        )  # fmt: skip
+    else:
+        yield Advice(
+            "fix", "a build of PyTorch with CUDA (https://pytorch.org/get-started)",
+            "there is an NVIDIA driver, but torch finds no GPU: everything runs on the CPU",
+        )  # fmt: skip

@@ -1,0 +1,153 @@
+"""``python -m ktrt.bench config.yaml``: how fast a configuration is, and how near its limits."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ktrt import __version__
+from ktrt.bench_report import markdown, plot, require_matplotlib
+from ktrt.config import load_config
+from ktrt.errors import ConfigError, KtrtError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ktrt.config import Config
+
+_EXIT_FAILURE = 2
+_EXIT_INTERRUPTED = 130
+# Tokens before those that are decoded.
+DECODE_PROMPT = 32
+Report = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured: ``prefill`` lengths, ``decode`` tokens, ``rounds`` of each."""
+
+    prefill: tuple[int, ...] = (32, 512, 2048)
+    decode: int = 128
+    rounds: int = 5
+    notes: tuple[str, ...] = field(default=(), compare=False)
+
+    def within(self, context: int) -> Sizes:
+        """The sizes that a model with so much context can run, with a note for each that cannot."""
+        notes, prefill = list(self.notes), []
+        for size in self.prefill:
+            # One more token follows a prompt.
+            fitting = size if size < context else 1 << (context - 1).bit_length() - 1
+            if fitting >= context:
+                fitting //= 2
+            if fitting != size:
+                notes.append(
+                    f"prefill {size} does not fit the model's context of {context} tokens: "
+                    f"{fitting} instead"
+                )
+            if fitting not in prefill:
+                prefill.append(fitting)
+        decode = min(self.decode, context - DECODE_PROMPT - 1)
+        if decode < 1:
+            raise ConfigError(f"the model's context holds {context} tokens: too few to measure")
+        if decode < self.decode:
+            notes.append(
+                f"decode {self.decode} does not fit the model's context of {context} tokens: "
+                f"{decode} instead"
+            )
+        return Sizes(tuple(prefill), decode, self.rounds, tuple(notes))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures and prints; 0, 2 after a failure, 130 after Ctrl-C."""
+    args = _parse_arguments(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logger = logging.getLogger("ktrt")
+    before = logger.level
+    logger.setLevel(logging.INFO if args.verbose else logging.WARNING)
+    # As in the chat: torch's idle threads leave the engine its cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        if args.plot:
+            require_matplotlib()
+        report = run(load_config(args.config, args.overrides), args.sizes)
+        print(json.dumps(report, indent=1) if args.json else markdown(report))
+        if args.plot:
+            plot(report, args.plot)
+    except KtrtError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return _EXIT_FAILURE
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return _EXIT_INTERRUPTED
+    finally:
+        logger.setLevel(before)
+    return 0
+
+
+def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m ktrt.bench",
+        description="Measures a configuration: prefill, decoding, first token, memory, limits.",
+    )
+    parser.add_argument("config", help="YAML file, as for ktrt.chat")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--json", action="store_true", help="all figures, as JSON")
+    parser.add_argument("--plot", metavar="FILE.png", help="a chart as well (needs matplotlib)")
+    defaults = Sizes()
+    listed = ",".join(map(str, defaults.prefill))
+    parser.add_argument("--prefill", default=listed, help=f"prompt lengths, default {listed}")
+    parser.add_argument("--decode", type=int, default=defaults.decode, help="tokens, default 128")
+    parser.add_argument("--rounds", type=int, default=defaults.rounds, help="default 5")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show the load's log lines")
+    parser.add_argument("--version", action="version", version=f"ktrt {__version__}")
+    args = parser.parse_intermixed_args(argv)
+    try:
+        lengths = tuple(int(each) for each in args.prefill.split(","))
+    except ValueError:
+        parser.error(f"--prefill: expected numbers with commas, found {args.prefill}")
+    if min(*lengths, args.decode, args.rounds) < 1:
+        parser.error("--prefill, --decode and --rounds: expected at least 1")
+    args.sizes = Sizes(lengths, args.decode, args.rounds)
+    return args
+
+
+def run(config: Config, sizes: Sizes) -> Report:
+    """Loads the model, measures it, and returns all figures in basic types; times in seconds.
+    ``KtrtError``: what loading says."""
+    from ktrt.api import open_session
+    from ktrt.bench_measure import Bench
+    from ktrt.model_work import model_work
+    from ktrt.prepare import open_base
+
+    base = open_base(config.model)
+    work = model_work(base.built.model, base.experts.specs, config.model.infer_dtype)
+    del base
+    with open_session(config) as session:
+        bench = Bench(session, config.experts, work)
+        sizes = sizes.within(bench.context)
+        for note in sizes.notes:
+            print(note, file=sys.stderr, flush=True)
+        rows = bench.phases(sizes.prefill, sizes.decode, DECODE_PROMPT, sizes.rounds)
+        return {
+            "version": __version__,
+            "model": str(config.model.model_name_or_path),
+            "adapter": str(config.adapter.adapter_name_or_path or ""),
+            "kt_backend": config.experts.kt_backend,
+            "notes": list(sizes.notes),
+            "rounds": sizes.rounds,
+            **bench.settings(),
+            "rows": rows,
+            "first_token": bench.first_token(sizes.rounds),
+            "memory": bench.memory(),
+        }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,273 @@
+"""A conversation: system prompt, turns and settings, and how it is kept on disk.
+
+Files are JSON, written beside their place and moved there, so that a reader finds the old or the
+new conversation and never half of one, whenever the power fails.
+"""
+
+import json
+import os
+import secrets
+import stat
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ktrt.errors import KtrtError
+
+Turn = dict[str, str]
+
+FORMAT = "ktrt conversation 1"
+# Far beyond any model's context; what is larger is some other file.
+_MAX_BYTES = 64 << 20
+# Of the conversations in the state directory, so many newest ones stay.
+_KEPT = 200
+
+
+@dataclass
+class Conversation:
+    """What was said, and what shapes the next answer.
+
+    ``system`` None: the configured system prompt. ``turns``: messages of user and assistant in
+    turn, the assistant's last. ``unanswered``: a message of the user without an answer yet.
+    ``settings``: sampling arguments that replace the configured ones; ``thinking`` None: as
+    configured. ``model`` and ``adapter`` say with whom it was held.
+    """
+
+    system: str | None = None
+    turns: list[Turn] = field(default_factory=list)
+    unanswered: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    thinking: bool | None = None
+    model: str = ""
+    adapter: str = ""
+
+    def messages(self, text: str, left_out: int = 0) -> list[Turn]:
+        """As messages, without the oldest ``left_out`` turns, followed by ``text`` of the user."""
+        system = [] if not self.system else [{"role": "system", "content": self.system}]
+        return [*system, *self.turns[2 * left_out :], {"role": "user", "content": text}]
+
+    def add(self, text: str, answer: str) -> None:
+        """Appends a message and its answer."""
+        self.turns += [
+            {"role": "user", "content": text},
+            {"role": "assistant", "content": answer},
+        ]
+
+    def clear(self) -> None:
+        """Forgets what was said, and keeps system prompt and settings."""
+        self.turns.clear()
+        self.unanswered = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was said."""
+        return not self.turns and self.unanswered is None
+
+
+class ConversationFile:
+    """The file that one chat writes its conversation to, again and again.
+
+    What somebody else wrote there meanwhile is never overwritten.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Takes an absent file, or a conversation that the caller has read from it."""
+        self.path = path
+        self._seen = _identity(path)
+
+    def save(self, conversation: Conversation) -> None:
+        """Replaces the file's content. ``KtrtError``: another program wrote the file meanwhile, or
+        it cannot be written."""
+        if _identity(self.path) not in (self._seen, None):
+            raise KtrtError(
+                f"{self.path}: not saved, another program has changed this file; "
+                "save under another name"
+            )
+        write_conversation(self.path, conversation)
+        self._seen = _identity(self.path)
+
+    def remove(self) -> None:
+        """Removes what this chat has saved."""
+        if self._seen is not None and _identity(self.path) == self._seen:
+            self.path.unlink(missing_ok=True)
+        self._seen = _identity(self.path)
+
+
+def state_directory() -> Path:
+    """$XDG_STATE_HOME/ktrt, else ~/.local/state/ktrt; made for this user alone. ``KtrtError``."""
+    root = Path(os.environ.get("XDG_STATE_HOME", ""))
+    try:
+        if not root.is_absolute():
+            root = Path.home() / ".local" / "state"
+        root.mkdir(parents=True, exist_ok=True)
+        folder = root / "ktrt"
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except (OSError, RuntimeError) as error:
+        raise KtrtError(f"no directory for histories and conversations: {error}") from error
+    return folder
+
+
+def new_autosave() -> ConversationFile:
+    """A file of this chat's own among the saved conversations; old ones beyond the 200 newest go.
+    ``KtrtError``: there is no place for it."""
+    folder = state_directory() / "conversations"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        for path in _newest_first(folder)[_KEPT - 1 :]:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise KtrtError(f"{folder}: no place for conversations: {error.strerror}") from error
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{secrets.token_hex(3)}.json"
+    return ConversationFile(folder / name)
+
+
+def last_conversation() -> Path:
+    """The conversation in the state directory that was saved last. ``KtrtError``: there is none."""
+    folder = state_directory() / "conversations"
+    found = _newest_first(folder)
+    if not found:
+        raise KtrtError(f"--resume: no conversation was saved in {folder} yet")
+    return found[0]
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    times: dict[Path, int] = {}
+    for path in folder.glob("*.json"):
+        identity = _identity(path)
+        if identity is not None:
+            times[path] = identity[0]
+    return sorted(times, key=lambda path: (times[path], path.name), reverse=True)
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    """What changes when a file is written anew; None without one."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_ino, found.st_size
+
+
+def write_conversation(path: Path, conversation: Conversation) -> None:
+    """Writes or replaces ``path`` at once, readable by this user alone. ``KtrtError``: it cannot be
+    written; what was there is then as before."""
+    content = {"format": FORMAT} | asdict(conversation)
+    data = json.dumps(content, ensure_ascii=False, indent=1).encode("utf-8", "replace")
+    temporary: str | None = None
+    try:
+        path = path.resolve()
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+        temporary = None
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise KtrtError(f"{path}: cannot save the conversation: {error.strerror}") from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    # Some file systems refuse; the file itself is safe by now.
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def read_conversation(path: Path) -> Conversation:
+    """The conversation saved in ``path``. ``KtrtError`` names the file, and what is wrong in it."""
+    text = read_text(path, _MAX_BYTES)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise KtrtError(f"{path}: not a saved conversation: {error}") from error
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+        raise KtrtError(f"{path}: not a saved conversation: expected format {FORMAT!r}")
+    return _Checked(path, content).conversation()
+
+
+def read_text(path: Path, max_bytes: int) -> str:
+    """A UTF-8 text file. ``KtrtError`` names the file: none, no regular one, larger than
+    ``max_bytes``, not UTF-8, or holding NUL bytes."""
+    try:
+        # Without waiting for a writer, should it be a pipe.
+        with os.fdopen(os.open(path.expanduser(), os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise KtrtError(f"{path}: expected a file, found a directory or device")
+            data = file.read(max_bytes + 1)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise KtrtError(f"cannot read {path}: {reason}") from error
+    if len(data) > max_bytes:
+        raise KtrtError(f"{path}: larger than the {max_bytes:,} bytes that are taken")
+    return decode_text(data, str(path))
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """``data`` as text. ``KtrtError`` says where it is not UTF-8, or holds NUL bytes."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        found = f"byte {error.start + 1} is 0x{error.object[error.start]:02x}"
+        raise KtrtError(f"{name}: not UTF-8 text ({found})") from error
+    if "\0" in text:
+        raise KtrtError(f"{name}: not text (it holds NUL bytes)")
+    return text
+
+
+class _Checked:
+    """The fields of a saved conversation, each checked before it is used."""
+
+    def __init__(self, path: Path, content: dict[str, Any]) -> None:
+        self._path, self._content = path, content
+
+    def conversation(self) -> Conversation:
+        known = {each.name for each in fields(Conversation)}
+        if unknown := sorted(set(self._content) - known):
+            raise self._wrong(unknown[0], "no such key")
+        return Conversation(
+            system=self._value("system", str, None),
+            turns=self._turns(),
+            unanswered=self._value("unanswered", str, None),
+            settings=self._value("settings", dict, {}),
+            thinking=self._value("thinking", bool, None),
+            model=self._value("model", str, ""),
+            adapter=self._value("adapter", str, ""),
+        )
+
+    def _value(self, key: str, kind: type, default: Any) -> Any:
+        value = self._content.get(key, default)
+        if value is not default and not isinstance(value, kind):
+            if value is None and default is None:
+                return None
+            raise self._wrong(key, f"expected {kind.__name__}, found {value!r:.80}")
+        return value
+
+    def _turns(self) -> list[Turn]:
+        turns = self._value("turns", list, [])
+        for index, turn in enumerate(turns):
+            role = ("user", "assistant")[index % 2]
+            if not isinstance(turn, dict) or set(turn) != {"role", "content"}:
+                raise self._wrong(
+                    f"turns[{index}]", f"expected role and content, found {turn!r:.80}"
+                )
+            if turn["role"] != role:
+                raise self._wrong(f"turns[{index}]", f"expected {role}, found {turn['role']!r:.80}")
+            if not isinstance(turn["content"], str) or not turn["content"].strip():
+                raise self._wrong(f"turns[{index}].content", "expected text that is not empty")
+        if len(turns) % 2:
+            raise self._wrong("turns", "the last one is the user's, expected an answer to it")
+        return list(turns)
+
+    def _wrong(self, key: str, reason: str) -> KtrtError:
+        return KtrtError(f"{self._path}: {key}: {reason}")

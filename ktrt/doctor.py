@@ -1,0 +1,282 @@
+"""``python -m ktrt.doctor [config.yaml]``: what this machine has and reaches, what a model would
+reach on it, and which settings to change."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from ktrt import __version__
+from ktrt.advice import advise
+from ktrt.config import load_config
+from ktrt.errors import KtrtError
+from ktrt.machine_facts import environment_of_process
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
+    from ktrt.machine import ArithmeticPeak, GpuRates
+    from ktrt.machine_facts import MachineFacts
+    from ktrt.model_work import ModelWork
+
+_EXIT_TO_FIX = 1
+_EXIT_FAILURE = 2
+# Shares of the limits that whole models reached on machines measured so far (README, Speed).
+DECODE_SHARE = 0.85
+PREFILL_SHARE = 0.6
+_PROMPT = 512
+Report = dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the report; 0 if all is well, 1 if something should be fixed, 2 after a failure."""
+    args = _parse_arguments(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    # What the user set, before imports of ours and torch's set what they need.
+    environment = environment_of_process()
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        report = examine(args, environment)
+    except KtrtError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return _EXIT_FAILURE
+    if args.json:
+        print(json.dumps(report, indent=1))
+    else:
+        print("\n".join(lines(report)))
+    return _EXIT_TO_FIX if any(each["level"] == "fix" for each in report["advice"]) else 0
+
+
+def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m ktrt.doctor",
+        description="Examines this machine, and what a model would reach on it.",
+        epilog="Exit code: 0 all is well, 1 something should be fixed, 2 the examination failed.",
+    )
+    parser.add_argument("config", nargs="?", help="YAML file, as for ktrt.chat")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument(
+        "--json", action="store_true", help="as JSON: bytes and operations per second"
+    )
+    parser.add_argument("--version", action="version", version=f"ktrt {__version__}")
+    return parser.parse_intermixed_args(argv)
+
+
+def examine(args: argparse.Namespace, environment: Mapping[str, str]) -> Report:
+    """The whole report, in basic types. ``KtrtError``: no engine, or a configuration that is
+    wrong."""
+    config = load_config(args.config, args.overrides) if args.config else None
+    try:
+        from ktrt import machine
+    except ImportError as error:
+        raise KtrtError(
+            f"the compiled engine ktrt._core cannot be imported ({error}). Build and install it "
+            "with `pip install .` in the source folder of ktrt."
+        ) from error
+    facts = machine.machine_facts(environment)
+    threads = _threads(facts, config.experts if config else None)
+    bandwidth = machine.read_bandwidth(threads)
+    peaks = machine.arithmetic_peaks(threads)
+    driver = machine.has_nvidia_gpu()
+    gpu = machine.gpu_rates() if driver else None
+    report: Report = {
+        "version": __version__,
+        "machine": {**asdict(facts), "amx_denied": facts.amx_denied},
+        "threads": threads,
+        "read_bandwidth": bandwidth,
+        "arithmetic": [asdict(peak) for peak in peaks],
+        "gpu": asdict(gpu) if gpu else None,
+        "model": None,
+    }
+    fits: list[str] = []
+    excess, gain = None, 1.0
+    if config is not None:
+        model = _examine_model(config.model, config.adapter, config.experts, bandwidth, peaks, gpu)
+        report["model"] = model
+        fits, excess = list(model["fits"]), model["excess"]
+        speed = {row["kt_backend"]: row["decode_bound"] for row in model["reach"]}
+        gain = speed["AMXInt8"] / speed["AMXBF16"]
+    advice = advise(
+        facts, config.experts if config else None, fits=fits, excess=excess, int8_gain=gain,
+        cuda_missing=driver and gpu is None,
+    )  # fmt: skip
+    report["advice"] = [asdict(each) for each in advice]
+    return report
+
+
+def _threads(facts: MachineFacts, experts: ExpertArgs | None) -> int:
+    """How many the engine would run."""
+    wanted = experts.kt_num_threads if experts else None
+    if wanted is None:
+        first = facts.environment.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+        wanted = int(first) if first.isdecimal() and int(first) > 0 else facts.cores
+    return min(wanted, facts.allowed)
+
+
+def _examine_model(
+    model: ModelArgs,
+    adapter: AdapterArgs,
+    experts: ExpertArgs,
+    bandwidth: float,
+    peaks: list[ArithmeticPeak],
+    gpu: GpuRates | None,
+) -> Report:
+    """What the model takes and would reach, from its headers alone."""
+    from ktrt.model_work import model_work
+    from ktrt.prepare import prepare
+
+    ready = prepare(model, adapter, experts)
+    ready.engine.close()
+    first = next(iter(ready.adapters.values()), None)
+    lora = first.planned_numel() if first else (0, 0)
+    skeleton, specs = ready.base.built.model, ready.base.experts.specs
+    work = model_work(skeleton, specs, model.infer_dtype, lora)
+    memory = ready.memory
+    context = min(2048, memory.max_context)
+    fits = memory.fitting_backends()
+    return {
+        "folder": str(model.model_name_or_path),
+        "kt_backend": experts.kt_backend,
+        "bytes_per_token": work.bytes_by_part(experts.kt_backend, context),
+        "reach": [
+            {**row, "fits": row["kt_backend"] in fits}
+            for row in _reach(work, context, bandwidth, peaks, gpu)
+        ],
+        "memory": memory.as_dict(),
+        "fits": {
+            backend: {"bytes": size, "context": tokens} for backend, (size, tokens) in fits.items()
+        },
+        "excess": memory.excess(min(2048, memory.max_context))
+        if not memory.fitting_context()
+        else None,
+    }
+
+
+def _reach(
+    work: ModelWork,
+    context: int,
+    bandwidth: float,
+    peaks: list[ArithmeticPeak],
+    gpu: GpuRates | None,
+) -> Iterator[Report]:
+    """Tokens per second by kt_backend: bounds, and what to expect."""
+    from ktrt.machine import peak_of
+
+    gpu_rate = gpu.read if gpu else None
+    others = peak_of("bf16", peaks) if gpu is None else None
+    for backend, weight_format in (("AMXBF16", "bf16"), ("AMXInt8", "int8"), ("AMXInt4", "int4")):
+        decode = 1 / work.decode_seconds(backend, bandwidth, gpu_rate, context)
+        row: Report = {"kt_backend": backend, "decode_bound": decode, "prompt": _PROMPT}
+        row |= {"decode": DECODE_SHARE * decode, "prefill_bound": None, "prefill": None}
+        if (peak := peak_of(weight_format, peaks)) is not None:
+            other_peak = others.all_threads if others else None
+            seconds = work.prefill_seconds(
+                backend, _PROMPT, bandwidth, peak.all_threads, other_peak
+            )
+            row["prefill_bound"] = _PROMPT / seconds
+            row["prefill"] = PREFILL_SHARE * _PROMPT / seconds
+        yield row
+
+
+# ---- text
+
+
+def lines(report: Report) -> Iterator[str]:
+    """The report for people."""
+    yield from _machine_lines(report)
+    if report["model"] is not None:
+        yield from _model_lines(report["model"])
+    yield ""
+    if not report["advice"]:
+        yield "Nothing to change."
+    for each in report["advice"]:
+        mark = "FIX     " if each["level"] == "fix" else "consider"
+        yield f"{mark}  {each['setting']}"
+        yield f"          {each['reason']}"
+
+
+def _machine_lines(report: Report) -> Iterator[str]:
+    facts = report["machine"]
+    nodes = len(facts["nodes"])
+    yield (
+        f"CPU         {facts['cpu']}: {facts['allowed']} of {facts['cpus']} CPUs, "
+        f"{facts['cores']} cores, {nodes} NUMA node{'s' if nodes > 1 else ''}, "
+        f"Linux {facts['kernel']}"
+    )
+    amx = "permitted" if facts["detected_isa"] == "amx" else "not there"
+    if facts["amx_denied"]:
+        amx = "REFUSED by the system"
+    yield f"kernels     {facts['isa']} (possible: {facts['detected_isa']}; AMX: {amx})"
+    quota = f"{facts['cpu_quota']:g} CPUs ({facts['quota_from']})" if facts["cpu_quota"] else "none"
+    yield f"limits      CPU quota: {quota}; cpuset: {facts['cpuset'] or 'none'}"
+    yield (
+        f"memory      {_gb(facts['ram']['free'])} free of {_gb(facts['memory'])}, bounded by "
+        f"{facts['ram']['what']}"
+    )
+    pages = facts["huge_pages"]
+    got = (
+        "obtained"
+        if pages["on_fault"]
+        else "by MADV_COLLAPSE only"
+        if pages["on_collapse"]
+        else "REFUSED"
+    )
+    collapse = "works" if pages["on_collapse"] else "does not work"
+    yield f"huge pages  {pages['setting'] or 'unknown'}: {got}; MADV_COLLAPSE {collapse}"
+    if facts["environment"]:
+        pairs = (f"{name}={value}" for name, value in facts["environment"].items())
+        yield f"environment {' '.join(pairs)}"
+    threads = report["threads"]
+    yield ""
+    yield f"memory reads {report['read_bandwidth'] / 1e9:.1f} GB/s on {threads} threads"
+    if report["arithmetic"]:
+        yield f"{'arithmetic peak, 10⁹ operations/s':36} {'1 thread':>10} {threads:>6} threads"
+    for peak in report["arithmetic"]:
+        what = f"{peak['name']} ({peak['instruction']}, {peak['operands']})"
+        yield f"  {what:34} {peak['one_thread'] / 1e9:10.0f} {peak['all_threads'] / 1e9:14.0f}"
+    gpu = report["gpu"]
+    if gpu is None:
+        yield "GPU         none"
+    else:
+        yield (
+            f"GPU         {gpu['name']}: {_gb(gpu['free'])} free of {_gb(gpu['memory'])}, reads "
+            f"{gpu['read'] / 1e9:.0f} GB/s; bus to it {gpu['to_gpu'] / 1e9:.1f} GB/s, from it "
+            f"{gpu['from_gpu'] / 1e9:.1f} GB/s"
+        )
+
+
+def _model_lines(model: Report) -> Iterator[str]:
+    parts = model["bytes_per_token"]
+    yield ""
+    yield f"{model['folder']}"
+    yield f"decoding one token reads {sum(parts.values()) / 1e6:.1f} MB with {model['kt_backend']}:"
+    for name, size in parts.items():
+        if size:
+            yield f"  {name:34} {size / 1e6:10.1f} MB"
+    yield (
+        f"{'tokens/s, at most → expected':24} {'decoding':>20} "
+        f"{f'prompt of {_PROMPT}':>22}   memory"
+    )
+    for row in model["reach"]:
+        prefill = "unknown"
+        if row["prefill"] is not None:
+            prefill = f"{row['prefill_bound']:.0f} → {row['prefill']:.0f}"
+        decode = f"{row['decode_bound']:.1f} → {row['decode']:.1f}"
+        memory = "fits" if row["fits"] else "DOES NOT FIT"
+        yield f"  {row['kt_backend']:22} {decode:>20} {prefill:>22}   {memory}"
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

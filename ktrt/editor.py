@@ -1,0 +1,112 @@
+"""The line that the user types: history, several lines, completion. Needs a terminal."""
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion
+from prompt_toolkit.document import Document
+from prompt_toolkit.enums import DEFAULT_BUFFER
+from prompt_toolkit.filters import has_focus
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings
+
+_log = logging.getLogger(__name__)
+
+# From the text before the cursor to what could stand there instead.
+Complete = Callable[[str], Iterable[str]]
+
+
+class Editor:
+    """Reads messages: Enter sends, Alt-Enter and pasted line ends begin a new line, Tab completes,
+    the arrows go through the history."""
+
+    def __init__(self, prompt: str, history: Path | None, complete: Complete | None) -> None:
+        """``history``: its file, made if it is missing; None keeps it in memory."""
+        self._prompt = prompt
+        self._session: PromptSession[str] = PromptSession(
+            # Without a colour the renderer would put a cursor movement for the space at the end.
+            [("ansigreen", prompt)],
+            history=_open_history(history),
+            key_bindings=_keys(),
+            completer=None if complete is None else _Completer(complete),
+            complete_while_typing=False,
+            multiline=True,
+            prompt_continuation="",
+            enable_suspend=True,
+        )
+
+    def read(self) -> str:
+        """One message. ``EOFError``: Ctrl-D; ``KeyboardInterrupt``: Ctrl-C on an empty line."""
+        return printable(self._session.prompt())
+
+
+def printable(text: str) -> str:
+    """``text`` in characters only: bytes that are no UTF-8 arrive as lone surrogates, which neither
+    tokenizers nor files take."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+class _History(FileHistory):
+    """A history that several chats append to, and that fails with a warning."""
+
+    def load_history_strings(self) -> Iterable[str]:
+        try:
+            yield from super().load_history_strings()
+        except OSError as error:
+            _log.warning("%s: the history cannot be read: %s", self.filename, error.strerror)
+
+    def store_string(self, string: str) -> None:
+        try:
+            super().store_string(printable(string))
+        except OSError as error:
+            _log.warning("%s: the history cannot be written: %s", self.filename, error.strerror)
+
+
+def _open_history(path: Path | None) -> History:
+    if path is None:
+        return InMemoryHistory()
+    try:
+        # What people say is nobody else's business.
+        os.close(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))
+    except OSError as error:
+        _log.warning("%s: the history is not kept: %s", path, error.strerror)
+        return InMemoryHistory()
+    return _History(str(path))
+
+
+class _Completer(Completer):
+    def __init__(self, complete: Complete) -> None:
+        self._complete = complete
+
+    def get_completions(self, document: Document, _event: CompleteEvent) -> Iterator[Completion]:
+        before = document.text_before_cursor
+        for text in self._complete(before):
+            yield Completion(text, start_position=-len(before), display=text.split("/")[-1] or text)
+
+
+def _keys() -> KeyBindings:
+    keys = KeyBindings()
+    # Elsewhere, in the search through the history, they mean what they always do.
+    typing = has_focus(DEFAULT_BUFFER)
+
+    @keys.add("enter", filter=typing)
+    def _send(event: Any) -> None:
+        event.current_buffer.validate_and_handle()
+
+    @keys.add("escape", "enter", filter=typing)
+    def _new_line(event: Any) -> None:
+        event.current_buffer.insert_text("\n")
+
+    @keys.add("c-c", filter=typing)
+    @keys.add("<sigint>")
+    def _interrupt(event: Any) -> None:
+        if event.current_buffer.text:
+            event.current_buffer.reset()
+        else:
+            event.app.exit(exception=KeyboardInterrupt, style="class:aborting")
+
+    return keys

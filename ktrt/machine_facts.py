@@ -1,0 +1,214 @@
+"""What /proc, /sys and the environment say about this machine, without measuring anything."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ktrt.memory_limits import Limit, ram_limit
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+# Of /proc/cpuinfo's flags, those that decide which kernels run.
+ISA_FLAGS = (
+    "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni",
+    "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16",
+)  # fmt: skip
+_AMX_FLAGS = {"amx_tile", "amx_int8", "amx_bf16"}
+ENVIRONMENT = (
+    "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "KMP_AFFINITY", "KTRT_ISA",
+    "KTRT_CACHE", "KTRT_CACHE_DIR",
+)  # fmt: skip
+_MADV_COLLAPSE = 25  # Linux 6.1; Python's mmap has no name for it
+_HUGE_PAGE = 2 << 20
+
+
+@dataclass(frozen=True)
+class HugePages:
+    """``setting``: always, madvise or never (empty: unknown to this kernel). ``on_fault`` and
+    ``on_collapse``: whether memory got 2 MB pages when it was tried, by MADV_HUGEPAGE and by
+    MADV_COLLAPSE."""
+
+    setting: str
+    on_fault: bool
+    on_collapse: bool
+
+    @property
+    def obtained(self) -> bool:
+        return self.on_fault or self.on_collapse
+
+
+@dataclass(frozen=True)
+class MachineFacts:
+    """Sizes in bytes. ``cpus``: all that are online; ``allowed``: those this process may use, of
+    which ``cores`` are physical cores; ``nodes``: the allowed CPUs by NUMA node. ``cpu_quota``:
+    CPUs worth of time that the cgroup grants, None without a limit, by the file ``quota_from``.
+    ``isa`` is in use, ``detected_isa`` possible. ``ram``: what is free, and what bounds it."""
+
+    cpu: str
+    flags: tuple[str, ...]
+    isa: str
+    detected_isa: str
+    cpus: int
+    allowed: int
+    cores: int
+    nodes: tuple[tuple[int, ...], ...]
+    cpu_quota: float | None
+    quota_from: str
+    cpuset: str
+    governor: str
+    l3_bytes: int
+    huge_pages: HugePages
+    memory: int
+    ram: Limit
+    kernel: str
+    environment: Mapping[str, str]
+
+    @property
+    def amx_denied(self) -> bool:
+        """The CPU has AMX, but this process could not get permission to use it."""
+        return set(self.flags) >= _AMX_FLAGS and self.detected_isa != "amx"
+
+    @property
+    def usable_cores(self) -> int:
+        """Threads that are of use: physical cores, less what a quota takes away."""
+        if self.cpu_quota is None:
+            return self.cores
+        return max(1, min(self.cores, int(self.cpu_quota)))
+
+
+def read_facts(
+    *,
+    isa: str,
+    detected_isa: str,
+    nodes: list[list[int]],
+    cores: int,
+    environment: Mapping[str, str],
+    root: Path = Path("/"),
+    huge_pages: HugePages | None = None,
+) -> MachineFacts:
+    """``isa``, ``detected_isa``, ``nodes`` and ``cores`` come from the engine. ``root`` stands for
+    the file system's root; ``huge_pages`` replaces the trial of this process's own memory."""
+    info = _text(root / "proc/cpuinfo")
+    model = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
+    flags = re.search(r"^flags\s*:\s*(.+)$", info, re.MULTILINE)
+    present = set(flags[1].split()) if flags else set()
+    quota, quota_from = cpu_quota(root)
+    meminfo = re.search(r"^MemTotal:\s+(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE)
+    cpu0 = root / "sys/devices/system/cpu/cpu0"
+    return MachineFacts(
+        cpu=model[1].strip() if model else "unknown",
+        flags=tuple(flag for flag in ISA_FLAGS if flag in present),
+        isa=isa,
+        detected_isa=detected_isa,
+        cpus=len(re.findall(r"^processor\s*:", info, re.MULTILINE)),
+        allowed=sum(map(len, nodes)),
+        cores=cores,
+        nodes=tuple(map(tuple, nodes)),
+        cpu_quota=quota,
+        quota_from=quota_from,
+        cpuset=_cpuset(root),
+        governor=_text(cpu0 / "cpufreq/scaling_governor").strip(),
+        l3_bytes=_size(_text(cpu0 / "cache/index3/size").strip()),
+        huge_pages=huge_pages or try_huge_pages(root),
+        memory=int(meminfo[1]) * 1024 if meminfo else 0,
+        ram=ram_limit(root),
+        kernel=_text(root / "proc/sys/kernel/osrelease").strip(),
+        environment={name: environment[name] for name in ENVIRONMENT if name in environment},
+    )
+
+
+def cpu_quota(root: Path = Path("/")) -> tuple[float | None, str]:
+    """The least that this process's cgroup or one above it grants, in CPUs, and the file that says
+    so; None without a limit."""
+    found: list[tuple[float, str]] = []
+    for folder, version in _cgroup_folders(root, "cpu"):
+        if version == 2:
+            file = folder / "cpu.max"
+            fields = _text(file).split()
+        else:
+            file = folder / "cpu.cfs_quota_us"
+            fields = [_text(file).strip(), _text(folder / "cpu.cfs_period_us").strip()]
+        if len(fields) == 2 and fields[0].isdecimal() and fields[1].isdecimal():
+            found.append((int(fields[0]) / int(fields[1]), f"/{file.relative_to(root)}"))
+    return min(found) if found else (None, "")
+
+
+def _cpuset(root: Path) -> str:
+    """CPUs that the cgroup allows, as the kernel writes them; empty if it does not say."""
+    for folder, version in _cgroup_folders(root, "cpuset"):
+        name = "cpuset.cpus.effective" if version == 2 else "cpuset.effective_cpus"
+        if text := _text(folder / name).strip():
+            return text
+    return ""
+
+
+def _cgroup_folders(root: Path, controller: str) -> Iterator[tuple[Path, int]]:
+    """The folders of this process's cgroup and of those above it, with the cgroup version."""
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers == "":
+            bases, version = [root / "sys/fs/cgroup", root / "sys/fs/cgroup/unified"], 2
+        elif controller in controllers.split(","):
+            bases = [root / "sys/fs/cgroup" / name for name in (controllers, controller)]
+            version = 1
+        else:
+            continue
+        for base in bases:
+            folder = base / path.strip("/")
+            # In a container the path may be that of the host; the root is then the own one.
+            chain = [folder, *folder.parents] if folder.is_dir() else [base]
+            yield from ((each, version) for each in chain if each.is_relative_to(base))
+
+
+def try_huge_pages(root: Path = Path("/")) -> HugePages:
+    """Asks for huge pages as the engine does, and looks at what the kernel gave."""
+    setting = re.search(
+        r"\[(\w+)\]", _text(root / "sys/kernel/mm/transparent_hugepage/enabled") or ""
+    )
+    results = []
+    for collapse in (False, True):
+        with mmap.mmap(-1, 4 * _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+            before = _huge_bytes()
+            try:
+                if not collapse:
+                    memory.madvise(mmap.MADV_HUGEPAGE)
+                for page in range(0, len(memory), mmap.PAGESIZE):
+                    memory[page] = 1
+                if collapse:
+                    memory.madvise(_MADV_COLLAPSE)
+            except OSError:
+                results.append(False)
+                continue
+            results.append(_huge_bytes() > before)
+    return HugePages(setting[1] if setting else "", *results)
+
+
+def _huge_bytes() -> int:
+    text = _text(Path("/proc/self/smaps_rollup"))
+    found = re.search(r"^AnonHugePages:\s+(\d+) kB", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
+def _size(text: str) -> int:
+    """Bytes of "32768K"; 0 if it is not known."""
+    match = re.fullmatch(r"(\d+)([KMG]?)", text)
+    return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]] if match else 0
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def environment_of_process() -> dict[str, str]:
+    """A copy, so that what imports set later does not show."""
+    return dict(os.environ)

@@ -1,0 +1,256 @@
+"""A conversation with a session on a terminal: asks, shows, keeps."""
+
+import json
+import logging
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ktrt import status
+from ktrt.config import SamplingArgs, override_sampling
+from ktrt.conversation import Conversation, ConversationFile, new_autosave, read_text
+from ktrt.errors import KtrtError
+from ktrt.terminal import Terminal
+
+if TYPE_CHECKING:
+    from ktrt.session import Adapters, Response, Session
+
+_log = logging.getLogger(__name__)
+
+# A file for a message: more than any context holds.
+MAX_FILE_BYTES = 4 << 20
+
+
+@dataclass
+class Answer:
+    """``last`` is the last response; None if there was none. ``logprobs``: a row per token, if
+    they were asked for."""
+
+    text: str = ""
+    last: "Response | None" = None
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class Keeping:
+    """Where a conversation is saved after every turn, and with whom it is held."""
+
+    model: str = ""
+    adapter: str = ""
+    autosave: ConversationFile | None = None
+    save: ConversationFile | None = None
+
+
+class Talk:
+    """A session, the conversation with it, and what the next message brings along."""
+
+    def __init__(
+        self,
+        session: "Session",
+        terminal: Terminal,
+        conversation: Conversation,
+        *,
+        keeping: Keeping | None = None,
+        stream: bool = True,
+        as_json: bool = False,
+        limit: Callable[[], float | None] = lambda: None,
+    ) -> None:
+        """``limit``: tokens per second at which the machine could read the weights of one token,
+        asked once an answer is to be judged. ``ConfigError``: the conversation's settings do not
+        suit the session."""
+        self.session = session
+        self.terminal = terminal
+        self.keeping = keeping or Keeping()
+        self.stream = stream
+        self.as_json = as_json
+        self.totals = status.Totals()
+        self.last: Response | None = None
+        self.attachments: dict[str, str] = {}
+        self._limit = limit
+        self._configured_thinking = session.template.thinking
+        self._left_out = 0
+        self._reported: set[str] = set()
+        self.use(conversation)
+
+    @property
+    def sampling(self) -> SamplingArgs:
+        """The configured sampling with the conversation's settings."""
+        return override_sampling(self.session.sampling, self.conversation.settings)
+
+    def use(self, conversation: Conversation) -> None:
+        """Goes on with another conversation. ``ConfigError``: settings that do not suit."""
+        override_sampling(self.session.sampling, conversation.settings)
+        self._use_thinking(conversation)
+        conversation.model, conversation.adapter = self.keeping.model, self.keeping.adapter
+        self.conversation = conversation
+        self._left_out = 0
+
+    def _use_thinking(self, conversation: Conversation) -> None:
+        wanted = conversation.thinking
+        if self._configured_thinking is not None:
+            self.session.set_thinking(self._configured_thinking if wanted is None else wanted)
+        elif wanted is not None:
+            conversation.thinking = None
+            self.terminal.note("This model's template has no switch for thinking.")
+
+    @property
+    def adapters(self) -> "Adapters":
+        """The session's ``Adapters``. ``KtrtError``: none is loaded."""
+        if not self.session.adapters.names:
+            raise KtrtError("no adapter is loaded; name one in the configuration")
+        return self.session.adapters
+
+    def attach(self, path: str) -> int:
+        """Adds a file's text to the next message; returns its characters. ``KtrtError``."""
+        text = read_text(Path(path), MAX_FILE_BYTES)
+        self.attachments[path] = text
+        return len(text)
+
+    def ask(self, text: str) -> None:
+        """Sends ``text`` with the files attached, shows the answer and keeps both.
+
+        Whatever happens, the conversation stays as it was: a message without an answer waits in
+        ``unanswered``.
+        """
+        text = with_files(text, self.attachments)
+        self.attachments.clear()
+        self.resend(text)
+
+    def resend(self, text: str) -> None:
+        """``ask``, without files."""
+        conversation = self.conversation
+        conversation.unanswered = text
+        self.save()
+        answer = self.generate(self.fitted(text), self._show)
+        if answer.text.strip():
+            conversation.unanswered = None
+            conversation.add(text, answer.text)
+        self.save()
+        self._report(answer)
+
+    def _show(self, pieces: Iterable[str]) -> str:
+        if self.stream and not self.as_json:
+            return self.terminal.answer(pieces)
+        text = self.terminal.collect(pieces, "answering")
+        return text if self.as_json else self.terminal.answer([text])
+
+    def _report(self, answer: Answer) -> None:
+        last = answer.last
+        if self.as_json:
+            self.record(answer)
+        elif self.terminal.interactive and last is not None:
+            self.terminal.status(status.status_line(last, self.limit()))
+        if last is not None:
+            _log.debug("%s", last.summary())
+        if not answer.text.strip() and self.terminal.interactive:
+            what = "The answer is empty" if last and last.finish_reason else "Stopped before a word"
+            self.terminal.note(f"{what}: nothing was kept. /retry asks again.")
+
+    def record(self, answer: Answer, **more: Any) -> None:
+        """Prints an answer as one line of JSON."""
+        record: dict[str, Any] = {"text": answer.text} | more
+        if answer.last is not None:
+            record |= status.as_dict(answer.last, self.limit())
+        record["dropped_turns"] = self._left_out
+        if answer.logprobs:
+            record["logprobs"] = answer.logprobs
+        self.terminal.record(json.dumps(record, ensure_ascii=False))
+
+    def limit(self) -> float | None:
+        """Tokens per second at the bound of the memory's bandwidth; None if it is not known."""
+        return self._limit()
+
+    def generate(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        show: Callable[[Iterable[str]], str],
+        **settings: Any,
+    ) -> Answer:
+        """The answer to ``messages`` through ``show``, which takes its pieces and returns what it
+        showed of them. ``settings`` win over the conversation's."""
+        answer = Answer()
+        with closing(self._pieces(messages, answer, settings)) as pieces:
+            answer.text = show(pieces)
+        if answer.last is not None:
+            self.last = answer.last
+            self.totals.add(answer.last)
+        return answer
+
+    def _pieces(
+        self, messages: Sequence[Mapping[str, str]], answer: Answer, settings: Mapping[str, Any]
+    ) -> Generator[str]:
+        responses = self.session.stream_responses(
+            messages,
+            on_prefill=self.terminal.show_prefill,
+            **(self.conversation.settings | dict(settings)),
+        )
+        for response in responses:
+            answer.last = response
+            if response.logprob is not None:
+                answer.logprobs.append(self._logprob_row(response))
+            yield response.text
+
+    def _logprob_row(self, response: "Response") -> dict[str, Any]:
+        decode = self.session.tokenizer.decode
+        top = [
+            {"id": token, "token": decode([token]), "logprob": value}
+            for token, value in response.top_logprobs or ()
+        ]
+        row = {"id": response.token, "token": decode([response.token])}
+        return row | {"logprob": response.logprob} | ({"top": top} if top else {})
+
+    def fitted(self, text: str) -> Sequence[Mapping[str, str]]:
+        """The conversation followed by ``text``, cut to the model's context, with a note when turns
+        are left out for the first time."""
+        conversation = self.conversation
+        self._left_out = min(self._left_out, len(conversation.turns) // 2)
+        messages = conversation.messages(text, self._left_out)
+        fitted, dropped = self.session.fit(messages, self.sampling.max_new_tokens)
+        if dropped:
+            # Room for several turns: each time the oldest goes, all the rest is computed anew.
+            fitted, dropped = self.session.fit(messages, self.session.context_limit // 2)
+            self._left_out += dropped
+            self.terminal.note(
+                f"The conversation is too long for the model's context: its {self._left_out} "
+                "oldest turns are kept but not sent any more."
+            )
+        return fitted
+
+    def save(self) -> None:
+        """Writes the conversation where it is kept. To a person a failure is reported, once;
+        elsewhere it is raised."""
+        for file in (self.keeping.autosave, self.keeping.save):
+            if file is None:
+                continue
+            try:
+                if self.conversation.empty:
+                    file.remove()
+                else:
+                    file.save(self.conversation)
+            except KtrtError as error:
+                if not self.terminal.interactive:
+                    raise
+                if str(error) not in self._reported:
+                    self._reported.add(str(error))
+                    self.terminal.error(str(error))
+
+    def start_autosave(self) -> None:
+        """Saves in a new file from now on, so that what was said before stays in the old one."""
+        try:
+            self.keeping.autosave = new_autosave()
+        except KtrtError as error:
+            self.keeping.autosave = None
+            self.terminal.error(f"{error}; --resume will not find this conversation")
+
+
+def with_files(text: str, files: Mapping[str, str]) -> str:
+    """``text`` after the contents of ``files``, by name, each between fences that it lacks."""
+    parts = []
+    for name, content in files.items():
+        fence = "```"
+        while fence in content:
+            fence += "`"
+        parts.append(f"{Path(name).name}:\n{fence}\n{content.rstrip()}\n{fence}\n")
+    return "\n".join([*parts, text])
