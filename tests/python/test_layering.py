@@ -58,8 +58,10 @@ PYTHON_LAYERS: dict[str, set[str]] = {
         "skeleton",
     },
     "torch_weights": {"checkpoint", "checkpoint_names", "dequantized", "moe", "prepare"},
+    "cpu_attention": set(),
     "model": {
         "adapter",
+        "cpu_attention",
         "decode_graph",
         "expert_loading",
         "kv_cache",
