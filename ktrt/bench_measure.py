@@ -97,7 +97,7 @@ class Bench:
         draw = random.Random(seed)
         length = size if phase == "prefill" else decode_prompt
         ids = [draw.randrange(self._vocab) for _ in range(length)]
-        cache = KvCache(self._model, getattr(self._session, "_graphs", None))
+        cache = KvCache(self._model, self._session._graphs)
         steps = generate_step(cache, ids, lambda _: draw.randrange(self._vocab))
         start = time.perf_counter()
         next(steps)

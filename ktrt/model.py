@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ktrt.adapters import Adapters
+from ktrt.cpu_attention import accelerate_attention
 from ktrt.decode_graph import CudaGraphs, DecodeGraphs
 from ktrt.expert_loading import cache_folder, load_experts
 from ktrt.fused_lora import FusedLora
@@ -87,6 +88,8 @@ def load_model(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> L
         ready.memory.check()
         hand_off = new_hand_off(engine, device)
         loaded = load_without_experts(ready.base, model.infer_dtype, device)
+        if device.type == "cpu":
+            accelerate_attention(loaded)
         load_experts(ready.base.experts, ready.layers, cache_folder(experts), ready.kt_weights)
         _attach(loaded, ready, hand_off)
         adapters = _apply_adapters(ready, loaded, adapter.start_weights)

@@ -71,9 +71,11 @@ PYTHON_LAYERS: dict[str, set[str]] = {
         "skeleton",
     },
     "torch_weights": {"checkpoint", "checkpoint_names", "dequantized", "moe", "prepare"},
+    "cpu_attention": set(),
     "model": {
         "adapter",
         "adapters",
+        "cpu_attention",
         "decode_graph",
         "expert_loading",
         "fused_lora",

@@ -1,0 +1,95 @@
+"""Attention of one token on the CPU: the numbers of torch's kernel, on our models' layers only."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from helpers.tiny_models import VOCAB_SIZE, save_model
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from ktrt import cpu_attention
+from ktrt.cpu_attention import accelerate_attention, one_token
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-3}
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(
+    ("rows", "heads", "groups", "size", "value_size", "tokens"),
+    [(1, 16, 4, 128, 128, 77), (1, 4, 4, 48, 32, 1), (2, 8, 2, 40, 40, 300), (3, 6, 1, 16, 8, 5)],
+)
+@pytest.mark.parametrize("masked", ["none", "bool", "added"])
+def test_numbers_of_torch(
+    dtype: torch.dtype, rows: int, heads: int, groups: int, size: int, value_size: int,
+    tokens: int, masked: str,
+) -> None:  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    q = 3 * torch.randn(rows, heads, 1, size, generator=generator).to(dtype)
+    k = torch.randn(rows, groups, tokens, size, generator=generator).to(dtype)
+    v = torch.randn(rows, groups, tokens, value_size, generator=generator).to(dtype)
+    mask = None
+    if masked != "none":
+        mask = torch.rand(rows, 1, 1, tokens, generator=generator) < 0.7
+        mask[..., 0] = True
+        if masked == "added":
+            mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    reference = mask.float() if masked == "added" and mask is not None else mask
+    expected = scaled_dot_product_attention(
+        q.float(), k.float(), v.float(), reference, scale=0.2, enable_gqa=True
+    )
+    found = one_token(q, k, v, mask, 0.2)
+    assert found.shape == (rows, 1, heads, value_size)
+    assert found.dtype == dtype
+    expected = expected.transpose(1, 2)
+    assert (found.float() - expected).norm() / expected.norm() < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v2", "mixtral", "granitemoe"])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_a_models_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, dtype: torch.dtype
+) -> None:
+    """Token by token after a prompt, marked layers against the same layers unmarked."""
+    folder = save_model(tmp_path / "model", model_type, 96)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    ids = torch.arange(3, 43)[None] * 7 % VOCAB_SIZE
+    calls = 0
+
+    def counted(*arguments: object) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return one_token(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cpu_attention, "one_token", counted)
+
+    def logits() -> torch.Tensor:
+        cache = DynamicCache(config=model.config)
+        steps = [ids[:, :20], *ids[:, 20:].split(1, dim=1)]
+        with torch.inference_mode():
+            found = [model(step, past_key_values=cache).logits[0, -1] for step in steps]
+        return torch.stack(found).float()
+
+    expected = logits()
+    assert calls == 0
+    layers = accelerate_attention(model)
+    assert layers == model.config.num_hidden_layers
+    found = logits()
+    assert calls == 20 * layers
+    errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    # In bfloat16 a router near a tie may decide otherwise.
+    assert errors.median() < (1e-4 if dtype == torch.float32 else 0.03)
+    with torch.enable_grad():
+        model(ids[:, :1])
+    assert calls == 20 * layers
+
+
+def test_models_with_other_attention_are_left_alone(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "qwen3_moe", 96)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    assert accelerate_attention(model) == 0
