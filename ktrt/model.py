@@ -11,6 +11,7 @@ import torch
 
 from ktrt.adapter import Audit
 from ktrt.decode_graph import CudaGraphs, DecodeGraphs
+from ktrt.dense import accelerate
 from ktrt.expert_loading import cache_folder, load_experts
 from ktrt.kv_cache import unusual_layers
 from ktrt.moe import KTExperts, build_gpu_experts, new_hand_off
@@ -84,6 +85,8 @@ def load_model(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> L
         engine.close()
         raise
     loaded.eval().requires_grad_(False)
+    if device.type == "cpu":
+        accelerate(loaded, engine)
     _log_result(loaded, specs, plan)
     graphs = None
     if hand_off is not None:

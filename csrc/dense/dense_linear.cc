@@ -26,6 +26,10 @@ constexpr std::int64_t kBlockSumBytes = kMaxBlockRows * kMaxPartColumns * kDense
 static_assert(kPanelBytes / (kPartOfK * 2) <= kMaxPartColumns);
 constexpr std::int64_t kLineValues = 32;
 constexpr std::int64_t kBlocksToAsk = 3;
+// Reading a value of W takes about as long as multiplying it with so many rows.
+constexpr std::int64_t kRowsPerRead = 12;
+// Below this the caller is done before another thread has woken up: 256 KB for one row.
+constexpr std::int64_t kAloneBelow = (128 << 10) * (kRowsPerRead + 1);
 
 void check_float(const TensorView& array, std::initializer_list<std::int64_t> shape) {
   KTRT_CHECK(array.dtype == DType::kFloat32,
@@ -268,6 +272,11 @@ void DenseLinear::forward(const std::uint16_t* x, std::int64_t x_count, std::uin
   if (lora_) {
     task.t_stride = 2 * lora_->rank_pairs;
     task.t = shrunk_rows(static_cast<std::size_t>(rows * task.t_stride));
+  }
+  if (out_ * in_ * (kRowsPerRead + rows) < kAloneBelow) {
+    if (lora_) shrink(task, {0, rows}, {0, lora_->rank});
+    compute(task, {0, out_});
+    return;
   }
   const auto units = static_cast<int>((out_ + kUnitColumns - 1) / kUnitColumns);
   schedule_columns({0, units}, units, pool.size(), queue_);

@@ -125,7 +125,7 @@ TEST_P(DenseLinearTest, EqualsTheReference) {
   const auto engine = engine_of(2, table());
   for (const int rank : {0, 1, 8, 17}) {
     for (const int rows : {1, 2, 7, 40}) {
-      for (const auto& [out, in] : {std::pair(1, 5), std::pair(77, 100), std::pair(576, 64)}) {
+      for (const auto& [out, in] : {std::pair(1, 5), std::pair(77, 100), std::pair(576, 300)}) {
         const LinearCase c(rows, out, in, rank, rank != 8);
         c.expect_near(c.run(*c.linear(engine)));
       }
@@ -142,7 +142,9 @@ TEST_P(DenseLinearTest, LongDotProductsInParts) {
 }
 
 TEST_P(DenseLinearTest, BitsDependNeitherOnThreadsNorOnRows) {
-  for (const auto& [out, in] : {std::pair(150, 96), std::pair(70, 2500)}) {
+  // Large enough for several threads: one row of the last, all rows of the others; the first is
+  // not.
+  for (const auto& [out, in] : {std::pair(30, 64), std::pair(150, 320), std::pair(70, 2500)}) {
     const LinearCase c(61, out, in, 9);
     const std::vector<std::uint16_t> expected = c.run(*c.linear(engine_of(1, table())));
     for (const int threads : {2, 3, 5}) {
