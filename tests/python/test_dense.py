@@ -58,9 +58,9 @@ def set_active(model: nn.Module, *names: str) -> None:
 
 def in_float32(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """What the same model gives in float32, without the engine."""
-    plain: Any = copy.deepcopy(model)
+    plain: Any = copy.deepcopy(model).float()
     assert not any(map(is_accelerated, plain.modules()))
-    out: torch.Tensor = plain.float()(x.float())
+    out: torch.Tensor = plain(x.float())
     return out
 
 

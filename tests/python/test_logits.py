@@ -151,8 +151,8 @@ def check_int4(case: Case, folder: Path) -> None:
 
 
 def allowed_thrown_off(bf16: torch.Tensor) -> float:
-    """As many as in transformers' BF16 run: both are counts of rare random events, so three standard
-    deviations of their difference more (of some sixty cases one or two are beyond two)."""
+    """As many as in transformers' BF16 run: both are counts of rare random events, so three
+    standard deviations of their difference more (of sixty cases one or two are beyond two)."""
     count = thrown_off(bf16)
     return count + 3 * math.sqrt(2 * max(count, 1))
 
