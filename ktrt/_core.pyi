@@ -86,6 +86,11 @@ class DenseLinear:
         longer than small layers do.) Runs without the GIL. ``RuntimeError``: the engine is
         closed."""
 
+    def forward_groups(self, groups: int, x: int, x_count: int, out: int, out_count: int) -> None:
+        """Like ``forward`` for the weight as ``groups`` blocks of rows, each with an input of its
+        own: ``x`` [groups, in_features], ``out`` [groups, out_features / groups]. Without LoRA and
+        bias."""
+
 class PackedMemory:
     """Bytes of the engine, read-only, by the buffer protocol and without a copy.
 

@@ -93,26 +93,33 @@ class DenseForward:
         bias = None if base.bias is None else base.bias.detach()
         self._linear = DenseLinear(engine, base.weight.detach(), bias)
         self._module = module
-        self._base = base
+        self.base = base
         self._plain = module.forward
         self._address = base.weight.data_ptr()
         self._rows = most_rows or sys.maxsize
         self._in, self._out = base.in_features, base.out_features
         self._is_lora = module is not base
+        # A [rank, in] and B [out, rank] of the active adapters in float32, the scaling in B.
+        self.lora: tuple[torch.Tensor, torch.Tensor] | None = None
         self._usual = True
         self._state: tuple[object, ...] | None = None
         self.refresh()
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self._is_lora and self._state != self._lora_state():
-            self.refresh()
-        if args or kwargs or not self._usual or not self._takes(x):
+        if args or kwargs or not self.usual or not self._takes(x):
             plain: torch.Tensor = self._plain(x, *args, **kwargs)
             return plain
         x = x.contiguous()
         out = x.new_empty((*x.shape[:-1], self._out))
         self._linear.forward(x.data_ptr(), x.numel(), out.data_ptr(), out.numel())
         return out
+
+    @property
+    def usual(self) -> bool:
+        """Whether ``lora`` is all that the active adapters do; looks at what PEFT has switched."""
+        if self._is_lora and self._state != self._lora_state():
+            self.refresh()
+        return self._usual
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy of the module has weights elsewhere: torch computes it."""
@@ -124,7 +131,7 @@ class DenseForward:
             and x.shape[-1] == self._in
             and x.device.type == "cpu"
             and x.numel() < self._rows * self._in
-            and self._base.weight.data_ptr() == self._address
+            and self.base.weight.data_ptr() == self._address
             and not (torch.is_grad_enabled() and (x.requires_grad or self._module.training))
         )
 
@@ -154,9 +161,11 @@ class DenseForward:
             for name in active
         ) and not getattr(module, "fan_in_fan_out", False)
         if not active or not self._usual:
+            self.lora = None
             self._linear.clear_lora()
             return
         with torch.no_grad():
             a = [module.lora_A[name].weight.float() for name in active]
             b = [module.lora_B[name].weight.float() * module.scaling[name] for name in active]
-            self._linear.set_lora(torch.cat(a), torch.cat(b, dim=1).contiguous())
+            self.lora = torch.cat(a), torch.cat(b, dim=1).contiguous()
+            self._linear.set_lora(*self.lora)

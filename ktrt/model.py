@@ -14,6 +14,7 @@ from ktrt.decode_graph import CudaGraphs, DecodeGraphs
 from ktrt.dense import accelerate
 from ktrt.expert_loading import cache_folder, load_experts
 from ktrt.kv_cache import unusual_layers
+from ktrt.latent_attention import use_latents
 from ktrt.moe import KTExperts, build_gpu_experts, new_hand_off
 from ktrt.prepare import prepare
 from ktrt.torch_weights import load_without_experts
@@ -87,6 +88,7 @@ def load_model(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> L
     loaded.eval().requires_grad_(False)
     if device.type == "cpu":
         accelerate(loaded, engine)
+        use_latents(loaded, engine)
     _log_result(loaded, specs, plan)
     graphs = None
     if hand_off is not None:

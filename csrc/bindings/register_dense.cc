@@ -48,6 +48,14 @@ void forward(HeldLinear& held, std::uintptr_t x, std::int64_t x_count, std::uint
   held.linear.forward(in, x_count, result, out_count);
 }
 
+void forward_groups(HeldLinear& held, int groups, std::uintptr_t x, std::int64_t x_count,
+                    std::uintptr_t out, std::int64_t out_count) {
+  const std::uint16_t* in = address(x, "x");
+  auto* result = const_cast<std::uint16_t*>(address(out, "out"));
+  const py::gil_scoped_release release;
+  held.linear.forward_groups(groups, in, x_count, result, out_count);
+}
+
 }  // namespace
 
 void register_dense(py::module_& module) {
@@ -63,7 +71,9 @@ void register_dense(py::module_& module) {
           "clear_lora", [](HeldLinear& held) { held.linear.clear_lora(); },
           py::call_guard<py::gil_scoped_release>())
       .def("forward", &forward, py::arg("x"), py::arg("x_count"), py::arg("out"),
-           py::arg("out_count"));
+           py::arg("out_count"))
+      .def("forward_groups", &forward_groups, py::arg("groups"), py::arg("x"), py::arg("x_count"),
+           py::arg("out"), py::arg("out_count"));
 }
 
 }  // namespace ktrt

@@ -50,6 +50,7 @@ def make(**lora: Any) -> Any:
 
 
 def set_active(model: nn.Module, *names: str) -> None:
+    module: Any
     for module in model.modules():
         if hasattr(module, "set_adapter"):
             module.set_adapter(list(names))
@@ -58,8 +59,9 @@ def set_active(model: nn.Module, *names: str) -> None:
 
 def in_float32(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """What the same model gives in float32, without the engine."""
-    plain: Any = copy.deepcopy(model).float()
+    plain: Any = copy.deepcopy(model)
     assert not any(map(is_accelerated, plain.modules()))
+    plain.float()
     out: torch.Tensor = plain(x.float())
     return out
 
