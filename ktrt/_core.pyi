@@ -61,6 +61,37 @@ class ReadProbe:
     def seconds(self, engine: Engine) -> float:
         """Wall time of reading everything once on the engine's threads, without the GIL."""
 
+class DenseLinear:
+    """A linear layer outside the routed experts on an engine's threads: y = x Wᵀ + bias + LoRA.
+
+    The weight is read where it lies; every output is summed in float32 in one order, so a row's
+    bits depend neither on the rows beside it nor on the number of threads.
+    """
+
+    def __init__(self, engine: Engine, weight: Any, bias: Any = None) -> None:
+        """``weight`` [out_features, in_features], bfloat16, contiguous: kept, not copied. ``bias``
+        [out_features], float32, float16 or bfloat16: copied."""
+
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def out_features(self) -> int: ...
+    def set_lora(self, a: Any, b: Any) -> None:
+        """``a`` [rank, in_features], ``b`` [out_features, rank], float32, the scaling folded into
+        ``b``; each is rounded to bfloat16 once. Replaces what was set before."""
+
+    def clear_lora(self) -> None: ...
+    def forward(self, x: int, x_count: int, out: int, out_count: int) -> None:
+        """Addresses and numbers of elements of two contiguous bfloat16 arrays in CPU memory: rows
+        of ``in_features``, and as many of ``out_features``, which are written. (DLPack would take
+        longer than small layers do.) Runs without the GIL. ``RuntimeError``: the engine is
+        closed."""
+
+    def forward_groups(self, groups: int, x: int, x_count: int, out: int, out_count: int) -> None:
+        """Like ``forward`` for the weight as ``groups`` blocks of rows, each with an input of its
+        own: ``x`` [groups, in_features], ``out`` [groups, out_features / groups]. Without LoRA and
+        bias."""
+
 class PackedMemory:
     """Bytes of the engine, read-only, by the buffer protocol and without a copy.
 

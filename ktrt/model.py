@@ -12,9 +12,11 @@ import torch
 from ktrt.adapters import Adapters
 from ktrt.cpu_attention import accelerate_attention
 from ktrt.decode_graph import CudaGraphs, DecodeGraphs
+from ktrt.dense import accelerate
 from ktrt.expert_loading import cache_folder, load_experts
 from ktrt.fused_lora import FusedLora
 from ktrt.kv_cache import unusual_layers
+from ktrt.latent_attention import use_latents
 from ktrt.moe import KTExperts, build_gpu_experts, new_hand_off
 from ktrt.prepare import prepare
 from ktrt.torch_weights import load_without_experts
@@ -102,6 +104,11 @@ def load_model(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> L
         engine.close()
         raise
     loaded.eval().requires_grad_(False)
+    if device.type == "cpu":
+        accelerate(loaded, engine)
+        # PEFT wraps further layers when another adapter is loaded.
+        adapters.on_change.append(lambda: accelerate(loaded, engine))
+        use_latents(loaded, engine)
     _log_result(loaded, specs, ready.adapters)
     graphs = None
     if hand_off is not None:

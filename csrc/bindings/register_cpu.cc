@@ -29,6 +29,7 @@ py::dict kernels() {
   names["lora_shrink"] = table.shrink_for(*table.gemm_bf16.many).name;
   names["lora_shrink_few_rows"] = table.lora_shrink->name;
   names["elementwise"] = table.elementwise->name;
+  names["dense_bf16"] = table.dense_bf16->name;
   return names;
 }
 

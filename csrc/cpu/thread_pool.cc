@@ -18,8 +18,9 @@ namespace {
 using std::chrono::nanoseconds;
 using std::chrono::steady_clock;
 
-// Between runs the cores belong to other threads (torch's, say), so workers park soon.
-constexpr nanoseconds kIdleSpin = std::chrono::microseconds(50);
+// Between runs the cores belong to other threads (torch's, say), so workers park soon; but not in
+// the gaps between the layers of a decode step, after which waking them takes as long as the layer.
+constexpr nanoseconds kIdleSpin = std::chrono::microseconds(200);
 
 // Within a run the others are at work and arrive soon, while a wake-up costs 50 µs on a virtual
 // machine: spin for longer than uneven work lasts.

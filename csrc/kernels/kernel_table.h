@@ -104,6 +104,56 @@ struct ElementwiseKernels {
                   uint8_t* out);
 };
 
+// C [rows][columns] = X [rows][k] · Wᵀ for some rows of a BF16 matrix W, row-major as torch holds
+// it. Every C element is one chain of vectors along k whose lanes are added in one order, so its
+// bits do not depend on what is computed beside it.
+struct DenseDotArgs {
+  const uint16_t* x;
+  int64_t x_stride;  // elements
+  int rows;          // at most DenseKernel::block_rows
+  const uint16_t* w;
+  int64_t w_stride;  // elements
+  int columns;
+  int k;
+  // W comes from memory: it is read once, in the order of its addresses.
+  bool cold;
+  // A part of k, a multiple of kDenseStep but for the last: partial sums of kDenseSumBytes for
+  // every C element are taken from `sums` if `resume`, and left there unless `last`. Not with
+  // `cold`.
+  uint8_t* sums;
+  bool resume;
+  bool last;
+  const uint8_t* next;  // what to ask for meanwhile, into the L2 cache
+  int64_t next_bytes;   // may be 0
+  float* c;
+  int64_t c_stride;
+};
+constexpr int kDenseStep = 32;
+constexpr int kDenseSumBytes = 64;
+
+// out [rows][columns] = bf16(C + bias + T · Bᵀ): the LoRA expand and the one rounding.
+struct DenseFinishArgs {
+  const float* c;
+  int64_t c_stride;
+  int rows;
+  int columns;
+  const float* bias;       // [columns]; may be null
+  const uint16_t* lora_b;  // BF16 [rank_pairs][b_stride][2]; null without LoRA
+  int64_t b_stride;        // outputs
+  const uint16_t* t;       // BF16 [rows][2·rank_pairs]
+  int64_t t_stride;
+  int rank_pairs;
+  uint16_t* out;
+  int64_t out_stride;
+};
+
+struct DenseKernel {
+  const char* name;
+  int block_rows;
+  void (*dot)(const DenseDotArgs& args);
+  void (*finish)(const DenseFinishArgs& args);
+};
+
 // AMX tiles pay off from some number of rows on; below it, and without AMX, `few` runs.
 struct GemmChoice {
   const GemmKernel* few;
@@ -121,6 +171,7 @@ struct KernelTable {
   const ShrinkKernel* lora_shrink;
   const ShrinkKernel* lora_shrink_tiles;  // beside a GEMM in tile order; null without AMX
   const ElementwiseKernels* elementwise;
+  const DenseKernel* dense_bf16;
 
   // The shrink that reads what `gemm` reads.
   const ShrinkKernel& shrink_for(const GemmKernel& gemm) const {

@@ -27,6 +27,10 @@ extern const ShrinkKernel lora_shrink_amx;
 extern const ElementwiseKernels elementwise_portable;
 extern const ElementwiseKernels elementwise_avx2;
 extern const ElementwiseKernels elementwise_avx512;
+extern const DenseKernel dense_bf16_portable;
+extern const DenseKernel dense_bf16_avx2;
+extern const DenseKernel dense_bf16_avx512;
+extern const DenseKernel dense_bf16_avx512_bf16;
 
 namespace {
 
@@ -89,13 +93,20 @@ KernelTable select_kernels(Isa level, const CpuFeatures& f) {
       {&elementwise_avx2, Isa::kAvx2, f.avx2},
       {&elementwise_portable, Isa::kPortable, true},
   }};
+  const std::array<Variant<DenseKernel>, 4> dense_bf16 = {{
+      {&dense_bf16_avx512_bf16, Isa::kAvx512, f.avx512_bf16},
+      {&dense_bf16_avx512, Isa::kAvx512, f.avx512},
+      {&dense_bf16_avx2, Isa::kAvx2, f.avx2},
+      {&dense_bf16_portable, Isa::kPortable, true},
+  }};
   const bool amx = f.amx && level == Isa::kAmx;
   return {choose(first_that_runs(gemm_bf16, level), amx ? &gemm_bf16_amx : nullptr, kBf16TilesFrom),
           choose(first_that_runs(gemm_int8, level), amx ? &gemm_int8_amx : nullptr, kInt8TilesFrom),
           choose(first_that_runs(gemm_int4, level), amx ? &gemm_int4_amx : nullptr, kInt4TilesFrom),
           first_that_runs(lora_shrink, level),
           amx ? &lora_shrink_amx : nullptr,
-          first_that_runs(elementwise, level)};
+          first_that_runs(elementwise, level),
+          first_that_runs(dense_bf16, level)};
 }
 
 }  // namespace ktrt

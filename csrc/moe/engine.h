@@ -14,6 +14,7 @@
 
 namespace ktrt {
 
+class DenseLinear;
 class MoeLayer;
 
 class Engine {
@@ -49,10 +50,11 @@ class Engine {
   void close();
 
  private:
+  friend class DenseLinear;
   friend class MoeLayer;
 
-  // Layers hold the lock while they use the pool, the workspace or their own weights. Throws
-  // std::runtime_error once closed.
+  // Layers, dense too, hold the lock while they use the pool, the workspace or their own weights.
+  // Throws std::runtime_error once closed.
   std::unique_lock<std::mutex> lock_open();
 
   const Isa isa_;

@@ -9,7 +9,8 @@ from ktrt.moe.discovery import ExpertsSpec, find_experts
 
 try:
     from ktrt import _core
-    from ktrt._core import Engine, MoeLayer, release_file_pages
+    from ktrt._core import DenseLinear, Engine, MoeLayer, release_file_pages
+    from ktrt._core import isa as active_isa
 except ImportError as error:
     raise KtrtError(
         f"the compiled engine ktrt._core cannot be imported ({error}). Build and install it with "
@@ -29,12 +30,14 @@ from ktrt.moe.handoff import HandOff, new_hand_off
 
 __all__ = [
     "BACKENDS",
+    "DenseLinear",
     "Engine",
     "ExpertsSpec",
     "GpuExperts",
     "HandOff",
     "KTExperts",
     "MoeLayer",
+    "active_isa",
     "build_engine",
     "build_gpu_experts",
     "experts_replaced",

@@ -151,10 +151,10 @@ def check_int4(case: Case, folder: Path) -> None:
 
 
 def allowed_thrown_off(bf16: torch.Tensor) -> float:
-    """As many as in transformers' BF16 run: both are counts of rare random events, so two standard
-    deviations of their difference more."""
+    """As many as in transformers' BF16 run: both are counts of rare random events, so three
+    standard deviations of their difference more (of sixty cases one or two are beyond two)."""
     count = thrown_off(bf16)
-    return count + 2 * math.sqrt(2 * max(count, 1))
+    return count + 3 * math.sqrt(2 * max(count, 1))
 
 
 @pytest.fixture(scope="module", autouse=True)

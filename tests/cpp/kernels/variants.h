@@ -62,6 +62,10 @@ inline std::vector<const ElementwiseKernels*> elementwises(const KernelTable& ta
   return {table.elementwise};
 }
 
+inline std::vector<const DenseKernel*> dense_kernels(const KernelTable& table) {
+  return {table.dense_bf16};
+}
+
 // A variant runs here if a machine with a part of our features would choose it.
 template <class Kernel>
 std::vector<Variant<Kernel>> variants_of(

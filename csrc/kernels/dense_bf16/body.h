@@ -1,0 +1,169 @@
+// Dot products of BF16 rows, over a vector type V: what the ISA files share. Included by them only.
+//
+// V::Sum is a vector of partial sums, V::Values the V::kWidth values along k that one step takes,
+// V::load and V::load_tail (zeros behind `count` values) make them, V::add adds their products, and
+// V::total and V::store_totals add the lanes of one Sum and of four, in the same order.
+#pragma once
+
+#include <stdint.h>
+
+#include "kernels/kernel_table.h"
+
+namespace ktrt {
+namespace {
+
+constexpr int kLine = 64;
+// Bytes of W between what is used and what is asked for, and how much is asked for at once.
+constexpr int kAheadBytes = 6144;
+constexpr int kBurstBytes = 2048;
+
+template <class V, int kColumns, int kRows>
+struct DotBlock {
+  typename V::Sum sums[kColumns][kRows];
+
+  inline __attribute__((always_inline)) void clear() {
+#pragma GCC unroll 8
+    for (int n = 0; n < kColumns; ++n) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) sums[n][r] = V::zero();
+    }
+  }
+
+  // kCold: W is prefetched; for one column, whose successor follows it in memory.
+  template <bool kCold>
+  inline __attribute__((always_inline)) void run(const DenseDotArgs& d, const uint16_t* w) {
+    const int whole = d.k - d.k % V::kWidth;
+    for (int k = 0; k < whole; k += V::kWidth) {
+      if (kCold && k % (kBurstBytes / 2) == 0) {
+        const uint8_t* ahead = reinterpret_cast<const uint8_t*>(w + k) + kAheadBytes;
+        for (int i = 0; i < kBurstBytes; i += kLine) __builtin_prefetch(ahead + i, 0, 3);
+      }
+      step(d, w + k, d.x + k, [](const uint16_t* p) { return V::load(p); });
+    }
+    if (whole < d.k) {
+      const int count = d.k - whole;
+      step(d, w + whole, d.x + whole,
+           [count](const uint16_t* p) { return V::load_tail(p, count); });
+    }
+  }
+
+  template <class Load>
+  inline __attribute__((always_inline)) void step(const DenseDotArgs& d, const uint16_t* w,
+                                                  const uint16_t* x, Load load) {
+    typename V::Values values[kColumns];
+#pragma GCC unroll 8
+    for (int n = 0; n < kColumns; ++n) values[n] = load(w + n * d.w_stride);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const typename V::Values row = load(x + r * d.x_stride);
+#pragma GCC unroll 8
+      for (int n = 0; n < kColumns; ++n) sums[n][r] = V::add(sums[n][r], values[n], row);
+    }
+  }
+
+  // To or from `kept`, kDenseSumBytes each.
+  template <class Move>
+  inline __attribute__((always_inline)) void move_sums(uint8_t* kept, Move move) {
+#pragma GCC unroll 8
+    for (int n = 0; n < kColumns; ++n) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        move(sums[n][r],
+             reinterpret_cast<typename V::Sum*>(kept + (n * kRows + r) * kDenseSumBytes));
+      }
+    }
+  }
+};
+
+template <class V, int kRows>
+void dot_cold(const DenseDotArgs& d) {
+  for (int n = 0; n < d.columns; ++n) {
+    DotBlock<V, 1, kRows> block;
+    block.clear();
+    block.template run<true>(d, d.w + n * d.w_stride);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) d.c[r * d.c_stride + n] = V::total(block.sums[0][r]);
+  }
+}
+
+// Columns [n, n + kColumns), W in the cache.
+template <class V, int kRows, int kColumns>
+inline __attribute__((always_inline)) void dot_columns(const DenseDotArgs& d, int n) {
+  using Sum = typename V::Sum;
+  DotBlock<V, kColumns, kRows> block;
+  uint8_t* const kept = d.sums + static_cast<int64_t>(n) * kRows * kDenseSumBytes;
+  if (d.resume) {
+    block.move_sums(kept, [](Sum& sum, const Sum* from) { sum = *from; });
+  } else {
+    block.clear();
+  }
+  block.template run<false>(d, d.w + n * d.w_stride);
+  if (!d.last) {
+    block.move_sums(kept, [](const Sum& sum, Sum* to) { *to = sum; });
+    return;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    float* c = d.c + r * d.c_stride + n;
+    if constexpr (kColumns == 4) {
+      V::store_totals(block.sums[0][r], block.sums[1][r], block.sums[2][r], block.sums[3][r], c);
+    } else {
+      *c = V::total(block.sums[0][r]);
+    }
+  }
+}
+
+template <class V, int kRows>
+void dot_warm(const DenseDotArgs& d) {
+  constexpr int kColumns = 4;
+  const int blocks = (d.columns + kColumns - 1) / kColumns;
+  const int64_t share = (d.next_bytes / blocks + kLine) / kLine * kLine;
+  const uint8_t* next = d.next;
+  const uint8_t* const next_end = next + d.next_bytes;
+  int n = 0;
+  for (; n + kColumns <= d.columns; n += kColumns) {
+    for (int64_t i = 0; i < share && next < next_end; i += kLine, next += kLine) {
+      __builtin_prefetch(next, 0, 2);
+    }
+    dot_columns<V, kRows, kColumns>(d, n);
+  }
+  for (; n < d.columns; ++n) dot_columns<V, kRows, 1>(d, n);
+}
+
+template <class V, int kRows>
+inline void dot_rows(const DenseDotArgs& d) {
+  if (d.rows == kRows) {
+    d.cold ? dot_cold<V, kRows>(d) : dot_warm<V, kRows>(d);
+  } else if constexpr (kRows > 1) {
+    dot_rows<V, kRows - 1>(d);
+  }
+}
+
+template <class V>
+void dot(const DenseDotArgs& d) {
+  dot_rows<V, V::kBlockRows>(d);
+}
+
+// The expand and the rounding, V::kOutputs outputs at a time: V::expand adds the products of one
+// rank pair, V::load_floats, V::add_floats and V::store_bf16 take how many of the outputs there
+// are.
+template <class V>
+void finish(const DenseFinishArgs& f) {
+  for (int r = 0; r < f.rows; ++r) {
+    const float* c = f.c + r * f.c_stride;
+    uint16_t* out = f.out + r * f.out_stride;
+    const uint16_t* t = f.t + r * f.t_stride;
+    for (int n = 0; n < f.columns; n += V::kOutputs) {
+      const int count = f.columns - n < V::kOutputs ? f.columns - n : V::kOutputs;
+      typename V::Outputs sum = V::load_floats(c + n, count);
+      if (f.bias != nullptr) sum = V::add_floats(sum, V::load_floats(f.bias + n, count));
+      for (int pair = 0; pair < (f.lora_b != nullptr ? f.rank_pairs : 0); ++pair) {
+        sum = V::expand(sum, f.lora_b + (pair * f.b_stride + n) * 2, t + 2 * pair, count);
+      }
+      V::store_bf16(sum, out + n, count);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace ktrt

@@ -1,0 +1,171 @@
+"""Linear layers on the CPU through the engine: their forward, never their parameters.
+
+For one token, torch's BF16 linear reaches about half of the memory's bandwidth on two cores, and on
+processors without BF16 instructions far less; PEFT adds two more linears in float32, with casts.
+The engine reads the same weights where they lie, and adds LoRA before the one rounding. BF16 is
+therefore the dtype on every processor: its bytes bound decoding, float32 has twice as many.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ktrt.moe import DenseLinear, active_isa
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ktrt.moe import Engine
+
+logger = logging.getLogger(__name__)
+
+# With AMX, torch computes from so many rows on: its tiles are ahead there, the engine has none for
+# these layers. Elsewhere one kernel takes all rows, so a row's bits do not depend on the chunks.
+_AMX_ROWS = 16
+
+
+def accelerate(model: nn.Module, engine: Engine) -> int:
+    """Lets the engine compute the ``nn.Linear`` layers of ``model`` whose weights are BF16 on the
+    CPU, and PEFT's LoRA layers on such; returns how many. Called again, it takes what is new.
+
+    Parameters, names and ``peft_config`` stay as they are. What the engine does not do (DoRA, LoRA
+    with a bias, dropout while training, gradients, other dtypes, per-sample adapters) takes the
+    ordinary path, call by call. Works until the engine is closed.
+    """
+    most = _AMX_ROWS if active_isa() == "amx" else None
+    lora_linear = _peft_linear()
+    count = 0
+    each: Any
+    for each in model.modules():
+        is_lora = type(each) is lora_linear
+        base = each.base_layer if is_lora else each
+        if _fits(base) and not isinstance(each.__dict__.get("forward"), DenseForward):
+            each.forward = DenseForward(each, base, engine, most)
+            count += not is_lora
+    if count:
+        logger.debug("%d BF16 linear layers run in the engine", count)
+    return count
+
+
+def refresh(model: nn.Module) -> None:
+    """Reads the LoRA of all layers again: after numbers of an adapter were changed in place.
+
+    A change of the active adapters or of their scaling is noticed without it.
+    """
+    for forward in _forwards(model):
+        forward.refresh()
+
+
+def _forwards(model: nn.Module) -> Iterator[DenseForward]:
+    for module in model.modules():
+        if isinstance(forward := module.__dict__.get("forward"), DenseForward):
+            yield forward
+
+
+def _peft_linear() -> type | None:
+    """PEFT's layer around a linear, if PEFT is in use at all (its import takes a while)."""
+    layer = sys.modules.get("peft.tuners.lora.layer")
+    found: type | None = getattr(layer, "Linear", None)
+    return found
+
+
+def _fits(module: Any) -> bool:
+    return (
+        type(module) is nn.Linear
+        and module.weight.dtype == torch.bfloat16
+        and module.weight.device.type == "cpu"
+        and module.weight.is_contiguous()
+        and module.weight.numel() > 0
+    )
+
+
+class DenseForward:
+    """What stands in for the forward of one linear, or of PEFT's layer around it."""
+
+    def __init__(self, module: Any, base: nn.Linear, engine: Engine, most_rows: int | None) -> None:
+        """``most_rows``: so many and more take the ordinary path."""
+        bias = None if base.bias is None else base.bias.detach()
+        self._linear = DenseLinear(engine, base.weight.detach(), bias)
+        self._module = module
+        self.base = base
+        self._plain = module.forward
+        self._address = base.weight.data_ptr()
+        self._rows = most_rows or sys.maxsize
+        self._in, self._out = base.in_features, base.out_features
+        self._is_lora = module is not base
+        # A [rank, in] and B [out, rank] of the active adapters in float32, the scaling in B.
+        self.lora: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._usual = True
+        self._state: tuple[object, ...] | None = None
+        self.refresh()
+
+    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args or kwargs or not self.usual or not self._takes(x):
+            plain: torch.Tensor = self._plain(x, *args, **kwargs)
+            return plain
+        x = x.contiguous()
+        out = x.new_empty((*x.shape[:-1], self._out))
+        self._linear.forward(x.data_ptr(), x.numel(), out.data_ptr(), out.numel())
+        return out
+
+    @property
+    def usual(self) -> bool:
+        """Whether ``lora`` is all that the active adapters do; looks at what PEFT has switched."""
+        if self._is_lora and self._state != self._lora_state():
+            self.refresh()
+        return self._usual
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the module has weights elsewhere: torch computes it."""
+        return copy.deepcopy(self._plain, memo)
+
+    def _takes(self, x: torch.Tensor) -> bool:
+        return (
+            x.dtype == torch.bfloat16
+            and x.shape[-1] == self._in
+            and x.device.type == "cpu"
+            and x.numel() < self._rows * self._in
+            and self.base.weight.data_ptr() == self._address
+            and not (torch.is_grad_enabled() and (x.requires_grad or self._module.training))
+        )
+
+    def _lora_state(self) -> tuple[object, ...]:
+        """What PEFT changes to switch adapters."""
+        module = self._module
+        return (
+            module.disable_adapters,
+            module.merged,
+            tuple(module.active_adapters),
+            tuple(module.scaling.values()),
+        )
+
+    def refresh(self) -> None:
+        """Takes A and B of the active adapters from PEFT's layer, the scaling folded into B."""
+        if not self._is_lora:
+            return
+        module = self._module
+        self._state = self._lora_state()
+        active = [name for name in module.active_adapters if name in module.lora_A]
+        if module.disable_adapters or module.merged:
+            active = []
+        self._usual = not any(
+            name in module.lora_variant
+            or module.lora_bias.get(name)
+            or not isinstance(module.lora_dropout[name], nn.Identity)
+            for name in active
+        ) and not getattr(module, "fan_in_fan_out", False)
+        if not active or not self._usual:
+            self.lora = None
+            self._linear.clear_lora()
+            return
+        with torch.no_grad():
+            a = [module.lora_A[name].weight.float() for name in active]
+            b = [module.lora_B[name].weight.float() * module.scaling[name] for name in active]
+            self.lora = torch.cat(a), torch.cat(b, dim=1).contiguous()
+            self._linear.set_lora(*self.lora)

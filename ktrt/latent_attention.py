@@ -1,0 +1,171 @@
+"""Multi-head latent attention on the CPU: a decode step that leaves the cached latents as they are.
+
+transformers keeps latents c [1, 1, L, kv_lora_rank] in the KV cache, and expands them by kv_b_proj
+into keys and values of all heads in every step: work that grows with the conversation. For one
+query, q · (U c) = (q U) · c and Σ p (V c) = V (Σ p c): U and V, the halves of kv_b_proj, are read
+once, and the latents are used as they are. Longer inputs are expanded as before, their values
+padded to the keys' width: torch computes attention of different widths in float32, with copies.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ktrt.dense import DenseForward
+from ktrt.moe import DenseLinear
+
+if TYPE_CHECKING:
+    from ktrt.moe import Engine
+
+# What transformers calls it. Arguments of an attention that only some models pass, and that change
+# what it computes.
+NAME = "ktrt_latent"
+_UNUSUAL = ("s_aux", "softcap", "sliding_window", "position_bias", "cache")
+
+
+def use_latents(model: nn.Module, engine: Engine) -> int:
+    """Gives every latent attention of ``model`` a decode step on its latents; returns how many.
+
+    After ``ktrt.dense.accelerate``: only layers whose kv_b_proj runs in the engine are taken, and
+    only where ``expand_kv`` does what is undone here. Others stay as they are.
+    """
+    config: Any = model.config
+    if getattr(config, "_attn_implementation", None) != "sdpa":
+        return 0
+    found = [module for module in model.modules() if _is_latent(module)]
+    for module in found:
+        latent = LatentAttention(module, engine)
+        module.kt_latent = latent  # type: ignore[assignment]
+        module.expand_kv = latent.keep  # type: ignore[assignment]
+    if found:
+        _register()
+        config._attn_implementation = NAME
+    return len(found)
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def _is_latent(module: Any) -> bool:
+    """Whether the module's ``expand_kv`` is kv_b_proj, halves split by head, positions appended."""
+    forward = getattr(getattr(module, "kv_b_proj", None), "forward", None)
+    if not isinstance(forward, DenseForward) or not hasattr(module, "expand_kv"):
+        return False
+    heads, nope, width = module.num_heads, module.qk_nope_head_dim, module.v_head_dim
+    if forward.base.weight.shape[0] != heads * (nope + width) or forward.base.bias is not None:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        latents, positions = (
+            torch.randn(1, 1, 2, size, generator=generator).to(torch.bfloat16)
+            for size in (forward.base.in_features, module.qk_rope_head_dim)
+        )
+        key, value = module.expand_kv(latents, positions)
+        both = module.kv_b_proj(latents)[0].view(2, heads, nope + width).transpose(0, 1)
+        expected = torch.cat([both[..., :nope], positions[0].expand(heads, -1, -1)], -1)
+        return torch.equal(key[0], expected) and torch.equal(value[0], both[..., nope:])
+
+
+class LatentAttention:
+    """One layer's kv_b_proj [heads · (nope + v), kv_lora_rank] as its halves."""
+
+    def __init__(self, module: Any, engine: Engine) -> None:
+        forward: DenseForward = module.kv_b_proj.forward
+        self.expand_kv = module.expand_kv
+        self._projection = forward
+        self.heads = int(module.num_heads)
+        self.nope, self.value = int(module.qk_nope_head_dim), int(module.v_head_dim)
+        self.rank = forward.base.in_features
+        weight = forward.base.weight.detach().view(self.heads, -1, self.rank)
+        self._address = forward.base.weight.data_ptr()
+        # U of every head, transposed: each of the products below is then one of rows of a weight.
+        keys = weight[:, : self.nope].transpose(1, 2).reshape(-1, self.nope).contiguous()
+        values = weight[:, self.nope :].reshape(-1, self.rank).contiguous()
+        self._keys, self._values = DenseLinear(engine, keys), DenseLinear(engine, values)
+
+    def keep(
+        self, latents: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stands in for ``expand_kv``: ``attention`` expands them, if it has to."""
+        return latents, positions
+
+    def takes(self, query: torch.Tensor, mask: torch.Tensor | None, options: Any) -> bool:
+        return (
+            query.shape[0] == 1
+            and query.shape[2] == 1
+            and mask is None
+            and query.dtype == torch.bfloat16
+            and self._projection.base.weight.data_ptr() == self._address
+            and self._projection.usual
+            and not torch.is_grad_enabled()
+            and not any(options.get(name) is not None for name in _UNUSUAL)
+        )
+
+    def decode(
+        self, query: torch.Tensor, latents: torch.Tensor, positions: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """query [1, heads, 1, nope + rope], latents [1, 1, L, rank], positions [1, 1, L, rope];
+        returns [1, 1, heads, v]."""
+        q = query.view(self.heads, -1)
+        nope = q[:, : self.nope].contiguous()
+        lora = self._projection.lora
+        if lora is not None:
+            a, b = lora
+            b = b.view(self.heads, self.nope + self.value, -1)
+        # In float32 but for the engine's products: scores are differences of large numbers.
+        absorbed = self._groups(self._keys, nope, self.rank).float()
+        if lora is not None:
+            shrunk = torch.bmm(nope.float().unsqueeze(1), b[:, : self.nope]).squeeze(1)
+            absorbed += shrunk @ a
+        c = latents[0, 0].float()
+        scores = absorbed @ c.T
+        scores += q[:, self.nope :].float() @ positions[0, 0].float().T
+        mixed = (scores * scaling).softmax(-1) @ c
+        out = self._groups(self._values, mixed.to(q.dtype), self.value)
+        if lora is not None:
+            shrunk = (mixed @ a.T).unsqueeze(2)
+            out = (out.float() + torch.bmm(b[:, self.nope :], shrunk).squeeze(2)).to(q.dtype)
+        return out.view(1, 1, self.heads, self.value)
+
+    def _groups(self, linear: DenseLinear, x: torch.Tensor, width: int) -> torch.Tensor:
+        out = x.new_empty(self.heads, width)
+        linear.forward_groups(self.heads, x.data_ptr(), x.numel(), out.data_ptr(), out.numel())
+        return out
+
+
+def attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: latents as ``LatentAttention.keep`` left them, or keys and
+    values as in ``sdpa``."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    latent: LatentAttention | None = getattr(module, "kt_latent", None)
+    if latent is not None:
+        if latent.takes(query, attention_mask, options):
+            factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+            return latent.decode(query, key, value, factor), None
+        key, value = latent.expand_kv(key, value)
+    width = value.shape[-1]
+    pad = key.shape[-1] - width if query.shape[2] > 1 else 0
+    if pad > 0:
+        value = nn.functional.pad(value, (0, pad))
+    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out, _ = sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=factor, **options
+    )
+    return (out[..., :width] if pad > 0 else out), None
