@@ -11,6 +11,7 @@ from ktrt.adapter import per_expert, target_parameters
 from ktrt.adapter.audit import Audit, AuditRow
 from ktrt.adapter.base import engine_arguments
 from ktrt.adapter.coverage import check_coverage
+from ktrt.adapter.norms import add_norms
 from ktrt.adapter.other_layouts import refuse_other_files, refuse_other_keys
 from ktrt.adapter.read import read_adapter
 from ktrt.adapter.settings import LoraSettings
@@ -111,6 +112,7 @@ def plan_adapter(
     side = plan_torch_side(files.file, rest, base, settings)
     check_coverage(files.file, base, settings, experts, side)
     rows += [_torch_row(tensor, name, side) for name, tensor in side.tensors()]
+    add_norms(rows, experts, side)
     return AdapterPlan(files, settings, experts, side, Audit(files.file, rows))
 
 

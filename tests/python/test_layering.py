@@ -67,6 +67,11 @@ PYTHON_LAYERS: dict[str, set[str]] = {
         "prepare",
         "torch_weights",
     },
+    # Reads and computes everything a second time: it must share nothing with what it verifies.
+    "reference": set(),
+    "verify_probes": {"reference"},
+    "verify_linears": {"reference", "verify_probes"},
+    "verify": {"model", "moe", "reference", "verify_linears", "verify_probes"},
     "pack": {"expert_loading", "fingerprint", "prepare", "moe", "pack_cache"},
     "api": {"model", "session", "template"},
     "chat": {"api", "prepare", "session", "terminal"},
@@ -75,7 +80,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
 LEAVES = {"errors", "config"}
 # The whole Config is for those who assemble; the others take their own part of it.
 ASSEMBLERS = {"config", "api", "chat", "pack"}
-WITHOUT_TORCH = {"errors", "config", "template", "terminal", "__init__"}
+WITHOUT_TORCH = {"errors", "config", "template", "terminal", "__init__", "reference"}
 
 # Layers of csrc/ and the layers below each.
 CPP_LAYERS: dict[str, set[str]] = {
