@@ -18,6 +18,8 @@ import torch
 
 from ktrt.model import load_model
 from ktrt.moe import KTExperts
+from ktrt.prepare import open_base, open_kt_weights
+from ktrt.progress import byte_progress
 from ktrt.reference import (
     CannotVerifyError,
     Expert,
@@ -74,26 +76,31 @@ def verify(
     layer: int | None = None,
     *,
     everything: bool = False,
-    down_slices: int = 1,
-    progress: Callable[[float], None] = lambda _bytes: None,
 ) -> list[LayerReport]:
     """Loads the model (of the experts only what is checked) and verifies ``layer``, all layers with
     LoRA, or the first with LoRA on routed experts.
 
-    ``down_slices``: of kt_kernel's files. ``progress`` is told the bytes of expert weights that
-    NumPy has read. Raises ``CannotVerifyError`` for what the independent reading does not cover.
+    Raises ``CannotVerifyError`` for what the independent reading does not cover.
     """
     assert adapter.adapter_name_or_path is not None
     lora = RawAdapter(adapter.adapter_name_or_path)
     base = RawCheckpoint(model.model_name_or_path)
     layers = _layers(lora, layer, everything)
     loaded = load_model(model, adapter, experts, None if everything else layers)
+    slices = _down_slices(model, experts)
     try:
-        return [
-            verify_layer(loaded, base, lora, number, down_slices, progress) for number in layers
-        ]
+        with byte_progress("Recomputing in NumPy", expert_bytes(base, layers)) as advance:
+            return [verify_layer(loaded, base, lora, number, slices, advance) for number in layers]
     finally:
         loaded.close()
+
+
+def _down_slices(model: ModelArgs, experts: ExpertArgs) -> int:
+    """The slices of down's columns that have scales of their own in kt_kernel's files."""
+    if experts.kt_weight_path is None:
+        return 1
+    files = open_kt_weights(experts, open_base(model).experts.specs)
+    return 1 if files is None else files.parts
 
 
 def _layers(lora: RawAdapter, layer: int | None, everything: bool) -> list[int]:
@@ -118,7 +125,8 @@ def verify_layer(
     down_slices: int = 1,
     progress: Callable[[float], None] = lambda _bytes: None,
 ) -> LayerReport:
-    """Holds one layer of a loaded model against the raw files; see ``verify``."""
+    """Holds one layer of a loaded model against the raw files; see ``verify``. ``down_slices``: of
+    kt_kernel's files. ``progress`` is told the bytes of expert weights as NumPy reads them."""
     module = _experts_module(loaded, layer)
     raw = base.experts(layer)
     if (module is None) != (raw is None):

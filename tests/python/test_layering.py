@@ -71,7 +71,18 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "reference": set(),
     "verify_probes": {"reference"},
     "verify_linears": {"reference", "verify_probes"},
-    "verify": {"model", "moe", "reference", "verify_linears", "verify_probes"},
+    "verify": {
+        "model",
+        "moe",
+        "prepare",
+        "progress",
+        "reference",
+        "verify_linears",
+        "verify_probes",
+    },
+    "adapter_changes": {"adapter", "moe", "prepare", "progress"},
+    "audit_report": {"adapter", "adapter_changes", "verify", "verify_probes"},
+    "audit": {"adapter_changes", "audit_report", "prepare", "verify"},
     "pack": {"expert_loading", "fingerprint", "prepare", "moe", "pack_cache"},
     "api": {"model", "session", "template"},
     "chat": {"api", "prepare", "session", "terminal"},
@@ -79,7 +90,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
 }
 LEAVES = {"errors", "config"}
 # The whole Config is for those who assemble; the others take their own part of it.
-ASSEMBLERS = {"config", "api", "chat", "pack"}
+ASSEMBLERS = {"config", "api", "audit", "chat", "pack"}
 WITHOUT_TORCH = {"errors", "config", "template", "terminal", "__init__", "reference"}
 
 # Layers of csrc/ and the layers below each.
