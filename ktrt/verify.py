@@ -46,9 +46,9 @@ logger = logging.getLogger(__name__)
 # The error against float32 is the format's: on Gaussian data 0.006, 0.03 and 0.3 (tests/cpp/moe),
 # with room for less even weights.
 LIMITS: dict[str, Limits] = {
-    "bf16": Limits(same=0.001, difference=0.03, float32=0.02),
-    "int8": Limits(same=0.002, difference=0.03, float32=0.1),
-    "int4": Limits(same=0.002, difference=0.03, float32=0.5),
+    "bf16": Limits(same=0.001, difference=0.03, noise=0.0003, float32=0.02),
+    "int8": Limits(same=0.002, difference=0.03, noise=0.001, float32=0.1),
+    "int4": Limits(same=0.002, difference=0.03, noise=0.001, float32=0.5),
 }
 
 

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from ktrt.reference import Lora, RawCheckpoint
     from ktrt.reference.tensors import Float32
 
-# The module's own parameters, rounded to the compute dtype when they were loaded, in float32.
-_LIMITS = Limits(same=0.005, difference=0.03, float32=0.01)
+# The module's own parameters, rounded to the compute dtype when they were loaded, in float32. A
+# router's weight is rounded with its LoRA in it.
+_LIMITS = Limits(same=0.01, difference=0.03, noise=0.00001, float32=0.01)
+_ROUTER = Limits(same=0.01, difference=0.03, noise=0.0005, float32=0.01)
 _TOKENS = 16
 # The MLP block's name differs between files and transformers' modules.
 _BLOCK = re.compile(r"(?<=\.)(mlp|block_sparse_moe|feed_forward)(?=\.)")
@@ -52,7 +54,13 @@ def check_linear(model: nn.Module, name: str, base: RawCheckpoint, lora: Lora, s
     ones = np.ones((len(x), 1), np.float32)
     probe = Probe(x, ones.astype(np.int64), ones, groups)
     wanted = Outputs((y, y + delta), (y, y + delta))
-    return compare(re.sub(r"^.*layers\.\d+\.", "", name), probe, wanted, found, _LIMITS)
+    return compare(
+        re.sub(r"^.*layers\.\d+\.", "", name),
+        probe,
+        wanted,
+        found,
+        _ROUTER if is_router else _LIMITS,
+    )
 
 
 def _find(model: nn.Module, name: str) -> Any:
