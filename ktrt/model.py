@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +23,7 @@ from ktrt.torch_weights import load_without_experts
 from ktrt.weight_traffic import bytes_per_token
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from torch import nn
 
@@ -74,9 +74,15 @@ class LoadedModel:
         self.engine.close()
 
 
-def load_model(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> LoadedModel:
+def load_model(
+    model: ModelArgs,
+    adapter: AdapterArgs,
+    experts: ExpertArgs,
+    only_layers: Collection[int] | None = None,
+) -> LoadedModel:
     """Loads base and adapters: attention, router, shared experts, embeddings and head on the GPU if
-    there is one, else on the CPU; routed experts in the engine.
+    there is one, else on the CPU; routed experts in the engine. ``only_layers``: the routed experts
+    of these layers alone, packed anew; the others get their LoRA, but cannot run.
 
     Everything that headers and shapes can tell is checked before the first weight is read. Raises
     ``CheckpointError`` or ``AdapterError`` naming file and tensor, what was found and expected.
@@ -87,34 +93,52 @@ def load_model(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> L
     engine, specs = ready.engine, ready.base.experts.specs
     hand_off = None
     try:
-        ready.memory.check()
+        if only_layers is None:
+            ready.memory.check()
         hand_off = new_hand_off(engine, device)
         loaded = load_without_experts(ready.base, model.infer_dtype, device)
-        if device.type == "cpu":
-            accelerate_attention(loaded)
-        load_experts(ready.base.experts, ready.layers, cache_folder(experts), ready.kt_weights)
+        _load_experts(ready, experts, only_layers)
         _attach(loaded, ready, hand_off)
         adapters = _apply_adapters(ready, loaded, adapter.start_weights)
-        if device.type == "cuda":
-            adapters.on_change.append(FusedLora(loaded).refresh)
-        gpu = _share_with_gpu(engine, loaded, specs, experts, device)
+        gpu = None
+        if only_layers is None:
+            gpu = _share_with_gpu(engine, loaded, specs, experts, device)
     except BaseException:
         if hand_off is not None:
             hand_off.close()
         engine.close()
         raise
     loaded.eval().requires_grad_(False)
-    if device.type == "cpu":
-        accelerate(loaded, engine)
-        # PEFT wraps further layers when another adapter is loaded.
-        adapters.on_change.append(lambda: accelerate(loaded, engine))
-        use_latents(loaded, engine)
+    _accelerate(loaded, engine, adapters, device)
     _log_result(loaded, specs, ready.adapters)
     graphs = None
     if hand_off is not None:
         hand_off.guard(loaded)
         graphs = _graphs(loaded, hand_off, experts.kt_use_cuda_graph)
     return LoadedModel(loaded, adapters, engine, hand_off, graphs, gpu)
+
+
+def _load_experts(ready: Prepared, args: ExpertArgs, only_layers: Collection[int] | None) -> None:
+    source, layers, root = ready.base.experts, ready.layers, cache_folder(args)
+    if only_layers is not None:
+        specs = [spec for spec in source.specs if spec.layer in only_layers]
+        source, root = replace(source, specs=specs), None
+        layers = {spec.path: layers[spec.path] for spec in specs}
+    load_experts(source, layers, root, ready.kt_weights)
+
+
+def _accelerate(
+    model: nn.Module, engine: Engine, adapters: Adapters, device: torch.device
+) -> None:
+    """Faster ways through the layers outside the experts, which stay transformers' and PEFT's."""
+    if device.type == "cuda":
+        adapters.on_change.append(FusedLora(model).refresh)
+    else:
+        accelerate_attention(model)
+        accelerate(model, engine)
+        # PEFT wraps further layers when another adapter is loaded.
+        adapters.on_change.append(lambda: accelerate(model, engine))
+        use_latents(model, engine)
 
 
 def _device() -> torch.device:

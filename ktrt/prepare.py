@@ -53,6 +53,15 @@ def open_base(model: ModelArgs) -> BaseCheckpoint:
     return BaseCheckpoint(built, names, ExpertSource(checkpoint, specs, weights))
 
 
+def open_adapter(
+    model: ModelArgs, adapter: AdapterArgs
+) -> tuple[BaseCheckpoint, AdapterPlan | None]:
+    """The base and the adapter checked against it, without an engine and without a weight of the
+    base. ``CheckpointError``, ``AdapterError``."""
+    base = open_base(model)
+    return base, _plan_adapter(adapter, base)
+
+
 def plan_memory(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> MemoryPlan:
     """What ``load_model`` with these arguments will take, without reading a weight of the base."""
     ready = prepare(model, adapter, experts)

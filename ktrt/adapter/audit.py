@@ -22,8 +22,10 @@ class AuditRow:
     """One tensor of the adapter.
 
     ``acts_on`` is the weight it changes, in the model's names; ``layer`` None outside the layers;
-    ``rank`` and ``scaling`` are None for weights saved whole. ``status`` is "not applied" until the
-    engine ("experts") or PEFT ("peft") has taken it.
+    ``rank`` and ``scaling`` are None for weights saved whole. ``delta_norm`` is the Frobenius norm
+    of the change that this tensor is part of, over all experts of a stacked one; None where that
+    takes more than A and B. ``status`` is "not applied" until the engine ("experts") or PEFT
+    ("peft") has taken it.
     """
 
     tensor: str
@@ -33,6 +35,7 @@ class AuditRow:
     rank: int | None
     scaling: float | None
     status: Applier | Literal["not applied"] = "not applied"
+    delta_norm: float | None = None
 
     @property
     def kind(self) -> str:
@@ -91,7 +94,7 @@ class Audit:
 
         if not self.rows:
             return "no adapter: base model"
-        table = Table("weights", "layers", "tensors", "rank", "scaling", "applied by")
+        table = Table("weights", "layers", "tensors", "rank", "scaling", "‖ΔW‖", "applied by")
         groups: dict[tuple[str, str], list[AuditRow]] = defaultdict(list)
         for row in self.rows:
             groups[row.kind, row.status].append(row)
@@ -99,6 +102,7 @@ class Audit:
             table.add_row(
                 kind, _ranges({row.layer for row in rows}), str(len(rows)),
                 _values({row.rank for row in rows}), _values({row.scaling for row in rows}),
+                _span({row.delta_norm for row in rows}),
                 {"experts": "ktrt engine", "peft": "PEFT"}.get(status, status),
             )  # fmt: skip
         console = Console(file=StringIO(), width=120)
@@ -126,3 +130,10 @@ def _values(values: set[int | None] | set[float | None]) -> str:
     known = sorted(value for value in values if value is not None)
     shown = [f"{value:g}" for value in known[:4]] + (["…"] if len(known) > 4 else [])
     return ", ".join(shown)
+
+
+def _span(values: set[float | None]) -> str:
+    """Smallest to largest; "0!" where nothing changes."""
+    known = sorted({f"{value:.2g}" if value else "0!" for value in values if value is not None})
+    known.sort(key=lambda text: float(text.rstrip("!")))
+    return "–".join(dict.fromkeys([*known[:1], *known[-1:]]))

@@ -13,6 +13,7 @@ from ktrt.adapter.base import engine_arguments, engine_numel
 from ktrt.adapter.coverage import check_coverage
 from ktrt.adapter.extra_experts import apply_extra_experts
 from ktrt.adapter.layout import Layout, collect_layouts
+from ktrt.adapter.norms import add_norms
 from ktrt.adapter.read import read_adapter
 from ktrt.adapter.settings import LoraSettings
 from ktrt.adapter.torch_side import (
@@ -114,6 +115,7 @@ def plan_adapter(
     side = plan_torch_side(files.file, rest, base, settings)
     check_coverage(files.file, base, settings, part.experts, side)
     rows = [*part.rows, *(_torch_row(tensor, name, side) for name, tensor in side.tensors())]
+    add_norms(rows, part.experts, side)
     return AdapterPlan(files, settings, part.experts, side, Audit(files.file, rows), part.extra)
 
 

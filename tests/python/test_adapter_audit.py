@@ -55,10 +55,22 @@ def test_kinds_leave_layer_and_expert_numbers_out(audit: Audit) -> None:
 def test_table_groups_and_counts(audit: Audit) -> None:
     audit.mark([r.tensor for r in audit.rows[:7]], "experts")
     audit.mark(["q", "head"], "peft")
+    for r, norm in zip(audit.rows, (3.14, 0.0, 1.0), strict=False):
+        r.delta_norm = norm
     table = audit.table()
     lines = [[cell.strip() for cell in line.split("│")] for line in table.splitlines()]
-    assert ["", "mlp.experts.gate_proj", "1-2, 5", "6", "8", "2", "ktrt engine", ""] in lines
-    assert ["", "lm_head", "", "1", "", "", "PEFT", ""] in lines
+    assert [
+        "",
+        "mlp.experts.gate_proj",
+        "1-2, 5",
+        "6",
+        "8",
+        "2",
+        "0!–3.1",
+        "ktrt engine",
+        "",
+    ] in lines
+    assert ["", "lm_head", "", "1", "", "", "", "PEFT", ""] in lines
     assert table.splitlines()[-1] == (
         "tensors found 9 = applied on experts 7 + applied by PEFT 2 + not applied 0"
     )

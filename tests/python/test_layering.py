@@ -106,6 +106,22 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     },
     "bench_report": set(),
     "bench": {"api", "bench_measure", "bench_report", "model_work", "prepare"},
+    # Reads and computes everything a second time: it must share nothing with what it verifies.
+    "reference": set(),
+    "verify_probes": {"reference"},
+    "verify_linears": {"reference", "verify_probes"},
+    "verify": {
+        "model",
+        "moe",
+        "prepare",
+        "progress",
+        "reference",
+        "verify_linears",
+        "verify_probes",
+    },
+    "adapter_changes": {"adapter", "moe", "prepare", "progress"},
+    "audit_report": {"adapter", "adapter_changes", "verify", "verify_probes"},
+    "audit": {"adapter_changes", "audit_report", "prepare", "verify"},
     "pack": {"expert_loading", "fingerprint", "prepare", "moe", "pack_cache"},
     "api": {"model", "session", "template"},
     "chat": {
@@ -122,7 +138,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
 }
 LEAVES = {"errors", "config"}
 # The whole Config is for those who assemble; the others take their own part of it.
-ASSEMBLERS = {"config", "api", "bench", "chat", "doctor", "pack"}
+ASSEMBLERS = {"config", "api", "audit", "bench", "chat", "doctor", "pack"}
 WITHOUT_TORCH = {
     "errors",
     "config",
@@ -130,6 +146,7 @@ WITHOUT_TORCH = {
     "template_table",
     "context",
     "text_stream",
+    "reference",
     "__init__",
 }
 WITHOUT_TORCH |= {"terminal", "editor", "conversation", "status", "talk", "compare", "commands"}

@@ -1,0 +1,168 @@
+"""``python -m ktrt.audit config.yaml``: what an adapter changes, and whether it is applied."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import warnings
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, TextIO
+
+from ktrt import __version__
+from ktrt.config import load_config
+from ktrt.errors import ConfigError, KtrtError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from rich.text import Text
+
+    from ktrt.config import Config
+
+_EXIT_NOT_VERIFIED = 1
+_EXIT_FAILURE = 2
+_EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code: 0, 1 if the adapter does not act as its
+    files say, 2 if that cannot be found out or the adapter does not fit, 130 after Ctrl-C."""
+    args = _parse_arguments(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logger = logging.getLogger("ktrt")
+    before = logger.level
+    logger.setLevel(logging.INFO if args.verbose else logging.WARNING)
+    _set_environment()
+    try:
+        config = load_config(args.config, args.overrides)
+        if config.adapter.adapter_name_or_path is None:
+            raise ConfigError(f"{args.config}: no adapter_name_or_path, so there is no adapter")
+        if args.verify is not None:
+            return _verify(config, args.verify, as_json=args.json)
+        _audit(config, as_json=args.json, norms=args.norms)
+    except KtrtError as error:
+        _write(sys.stderr, f"error: {error}")
+        return _EXIT_FAILURE
+    except KeyboardInterrupt:
+        _write(sys.stderr, "error: interrupted")
+        return _EXIT_INTERRUPTED
+    finally:
+        logger.setLevel(before)
+    return 0
+
+
+def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m ktrt.audit",
+        description="Shows what each tensor of an adapter acts on and how much it changes there.",
+        epilog="Exit code: 0; 1 if --verify finds a difference; 2 if something cannot be read.",
+    )
+    parser.add_argument("config", help="YAML file, as for ktrt.chat")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--json", action="store_true", help="all rows as JSON")
+    parser.add_argument(
+        "--no-norms",
+        dest="norms",
+        action="store_false",
+        help="do not read the base weights: ‖ΔW‖ without ‖W‖",
+    )
+    parser.add_argument(
+        "--verify",
+        nargs="?",
+        const="",
+        metavar="LAYER|all",
+        help="load the model and compare it with the raw files, recomputed in NumPy: the first "
+        "layer with LoRA on routed experts, this one, or all",
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="show what loading logs")
+    parser.add_argument("--version", action="version", version=f"ktrt {__version__}")
+    args = parser.parse_intermixed_args(argv)
+    if args.verify and "=" in args.verify:
+        args.overrides.append(args.verify)
+        args.verify = ""
+    if args.verify not in (None, "", "all") and not args.verify.isdecimal():
+        parser.error(f"--verify {args.verify}: expected the number of a layer, or all")
+    return args
+
+
+def _set_environment() -> None:
+    # Before the imports that read them once; as for the chat.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.simplefilter("ignore")
+
+
+def _audit(config: Config, *, as_json: bool, norms: bool) -> None:
+    from ktrt.adapter_changes import find_changes
+    from ktrt.audit_report import report
+    from ktrt.prepare import open_adapter
+
+    base, plan = open_adapter(config.model, config.adapter)
+    assert plan is not None
+    for path in plan.experts:
+        plan.mark_experts(path)
+    plan.audit.mark([tensor.key for _, tensor in plan.side.tensors()], "peft")
+    plan.audit.check()
+    changes = find_changes(base, plan, norms=norms)
+    if not as_json:
+        _print(report(config.model.model_name_or_path, plan.audit, changes))
+        return
+    _print_json(
+        {
+            "base": str(config.model.model_name_or_path),
+            "adapter": str(plan.audit.file),
+            "found": plan.audit.found,
+            "applied_experts": plan.audit.applied_experts,
+            "applied_peft": plan.audit.applied_peft,
+            "not_applied": plan.audit.not_applied,
+            "tensors": [asdict(row) for row in plan.audit.rows],
+            "changes": [
+                asdict(change) | {"ratio": change.ratio, "unchanged": change.unchanged}
+                for change in changes
+            ],
+        }
+    )
+
+
+def _verify(config: Config, which: str, *, as_json: bool) -> int:
+    from ktrt.audit_report import verification
+    from ktrt.verify import verify
+
+    reports = verify(
+        config.model,
+        config.adapter,
+        config.experts,
+        int(which) if which.isdecimal() else None,
+        everything=which == "all",
+    )
+    passed = all(report.passed for report in reports)
+    if as_json:
+        layers = [asdict(each) | {"passed": each.passed} for each in reports]
+        _print_json({"passed": passed, "layers": layers})
+    else:
+        _print(verification(reports))
+    return 0 if passed else _EXIT_NOT_VERIFIED
+
+
+def _print(lines: Iterable[Text]) -> None:
+    from rich.console import Console
+
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    for line in lines:
+        console.print(line)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    _write(sys.stdout, json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def _write(stream: TextIO, text: str) -> None:
+    stream.write(f"{text}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

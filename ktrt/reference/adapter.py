@@ -1,0 +1,221 @@
+"""A LoRA adapter's raw tensors, whichever of the common layouts they are in."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ktrt.reference.tensors import CannotVerifyError, RawFile, read_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+    from ktrt.reference.tensors import Float32
+
+_FILES = ("adapter_model.safetensors", "fused_expert_lora.safetensors")
+_PARTS = {
+    "gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up",
+    "w2": "down",
+}  # fmt: skip
+_LORA = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])(?:\.weight)?")
+_SINGLE = re.compile(r"(?P<path>.+\.experts)\.(?P<expert>\d+)\.(?P<part>\w+)")
+_STACKED = re.compile(r"(?P<path>.+\.experts)(?P<inner>\.base_layer)?")
+_FUSED = re.compile(r"(?:.*\.)?(?P<projection>gate|up|down)_lora_(?P<part>[ab])")
+_EXPERTS = re.compile(r"(?<!\w)experts(?:\.\d|\.base_layer|\.(?:gate|up|down)$|$)")
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """ΔW = scaling · b · a; a [rank, in], b [out, rank]."""
+
+    a: Float32
+    b: Float32
+    scaling: float
+
+
+class RawAdapter:
+    """An adapter folder. ``layers``: those with LoRA; ``expert_layers``: on routed experts.
+
+    ``CannotVerifyError`` for a file that is no safetensors and for tensors that are not LoRA.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = _config(folder)
+        files = [RawFile(folder / name) for name in _FILES if (folder / name).is_file()]
+        if not files:
+            raise CannotVerifyError(f"{folder} holds none of {', '.join(_FILES)}: cannot verify.")
+        self._pairs: dict[str, dict[str, Callable[[], Float32]]] = {}
+        self._others: list[str] = []
+        for file in files:
+            for key in file.shapes:
+                self._add(key, file)
+        self.layers = sorted({n for module in self._pairs if (n := _layer(module)) is not None})
+        self.expert_layers = sorted(
+            {n for m in self._pairs if _on_experts(m) and (n := _layer(m)) is not None}
+        )
+
+    def _add(self, key: str, file: RawFile) -> None:
+        name = key.removeprefix("base_model.model.")
+        name = name.replace(".original_moe.", ".").replace(".orig_module.", ".")
+        match = _LORA.fullmatch(name)
+        if match is None and (fused := _FUSED.fullmatch(name)):
+            module = f"{name.rpartition('.')[0]}.{fused['projection']}"
+            part = fused["part"].upper()
+        elif match is None:
+            self._others.append(key)
+            return
+        else:
+            module, part = match["module"], match["part"]
+        parts = self._pairs.setdefault(module, {})
+        if part in parts and not np.array_equal(parts[part](), file.read(key)):
+            raise CannotVerifyError(f"{file.file}: {key} is there twice, with other numbers.")
+        parts[part] = lambda: file.read(key)
+
+    def _lora(self, module: str, target: str | None = None) -> Lora:
+        parts = self._pairs[module]
+        if len(parts) != 2:
+            raise CannotVerifyError(f"{self.folder}: {module} has only lora_{next(iter(parts))}.")
+        return Lora(parts["A"](), parts["B"](), self.scaling(target or module))
+
+    def _pattern(self, name: str, module: str, default: str) -> float:
+        for pattern, value in (self.config.get(name) or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return float(value)
+        return float(self.config[default])
+
+    def scaling(self, module: str) -> float:
+        """alpha/r, or alpha/√r with rsLoRA, of a module or parameter."""
+        rank = self._pattern("rank_pattern", module, "r")
+        alpha = self._pattern("alpha_pattern", module, "lora_alpha")
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def linears(self, layer: int) -> dict[str, Lora]:
+        """LoRA outside the routed experts of this layer, by the module's name for PEFT."""
+        self._check_others(layer)
+        found = {}
+        for module in self._pairs:
+            if _layer(module) == layer and not _on_experts(module):
+                weight = f"{module}.weight"
+                named = self.config.get("target_parameters") or []
+                bare = any(weight == t or weight.endswith(f".{t}") for t in named)
+                plain = module.removesuffix(".base_layer")
+                found[plain] = self._lora(module, weight if bare else None)
+        return found
+
+    def _check_others(self, layer: int) -> None:
+        left = [k for k in self._others if _layer(k) == layer]
+        if left or self.config.get("use_dora"):
+            raise CannotVerifyError(
+                f"{self.folder}: layer {layer} has more than LoRA ({left[0] if left else 'DoRA'}), "
+                "which cannot be verified."
+            )
+
+    def experts(
+        self, layer: int, num_experts: int, hidden_size: int, intermediate_size: int
+    ) -> list[dict[str, Lora]]:
+        """For each routed expert of the layer: projection → LoRA; empty where there is none."""
+        self._check_others(layer)
+        found: list[dict[str, Lora]] = [{} for _ in range(num_experts)]
+        modules = [m for m in self._pairs if _layer(m) == layer and _on_experts(m)]
+        for module in modules:
+            tail = module.rpartition(".")[2]
+            if match := _SINGLE.fullmatch(module):
+                if int(match["expert"]) >= num_experts or match["part"] not in _PARTS:
+                    raise CannotVerifyError(f"{self.folder}: {module} is no expert of the base.")
+                found[int(match["expert"])][_PARTS[match["part"]]] = self._lora(module)
+            elif tail in ("gate", "up", "down"):
+                for each, lora in zip(found, self._fused(module, num_experts), strict=True):
+                    each[tail] = lora
+            else:
+                self._stacked(module, modules, (hidden_size, intermediate_size), found)
+        _check_sizes(self.folder, layer, found, hidden_size, intermediate_size)
+        return found
+
+    def _fused(self, module: str, num_experts: int) -> Iterable[Lora]:
+        """KTransformers' fused layout: a [E, r, in], b [E, out, r]; one for all where E is 1."""
+        lora = self._lora(module)
+        if lora.a.ndim != 3 or {lora.a.shape[0], lora.b.shape[0]} - {1, num_experts}:
+            raise CannotVerifyError(f"{self.folder}: {module} has shape {lora.a.shape}.")
+        for e in range(num_experts):
+            a, b = (x[e if x.shape[0] > 1 else 0] for x in (lora.a, lora.b))
+            yield Lora(a, b, lora.scaling)
+
+    def _stacked(
+        self, module: str, modules: list[str], sizes: tuple[int, int], found: list[dict[str, Lora]]
+    ) -> None:
+        """PEFT's target_parameters: A [E·r, in] expert-major, B [out, r·E] rank-major."""
+        match = _STACKED.fullmatch(module)
+        assert match is not None
+        hidden, inner = sizes
+        path = match["path"]
+        both = path in modules and f"{path}.base_layer" in modules
+        targets = {t.rpartition(".")[2] for t in self.config.get("target_parameters") or []}
+        is_first = match["inner"] is not None if both else "gate_up_proj" in targets
+        if not both and len(targets & {"gate_up_proj", "down_proj"}) != 1:
+            raise CannotVerifyError(f"{self.folder}: {module}: which parameter is it for?")
+        name = "gate_up_proj" if is_first else "down_proj"
+        size_in, size_out = (hidden, 2 * inner) if is_first else (inner, hidden)
+        lora = self._lora(module, f"{path}.{name}")
+        count = len(found)
+        rank = lora.a.shape[0] // count
+        swapped = lora.a.shape[1] == size_in and lora.b.shape[0] == size_out
+        if swapped and size_in == size_out:
+            swapped = _swaps(self.folder, module, self.config.get("peft_version"))
+        for e, each in enumerate(found):
+            a, b = lora.a[e * rank : (e + 1) * rank], lora.b[:, e::count]
+            if not swapped:  # (BA)ᵀ = Aᵀ Bᵀ
+                a, b = b.T, a.T
+            if is_first:
+                each["gate"] = Lora(a, b[:inner], lora.scaling)
+                each["up"] = Lora(a, b[inner:], lora.scaling)
+            else:
+                each["down"] = Lora(a, b, lora.scaling)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json, else rank and alpha of KTransformers' manifest."""
+    if (folder / "adapter_config.json").is_file():
+        return read_json(folder / "adapter_config.json")
+    lora = read_json(folder / "kt_adapter_manifest.json").get("lora") or {}
+    return {"r": lora.get("rank"), "lora_alpha": lora.get("alpha")}
+
+
+def _layer(name: str) -> int | None:
+    numbers = _LAYER.findall(name)
+    return int(numbers[-1]) if numbers else None
+
+
+def _on_experts(module: str) -> bool:
+    return _EXPERTS.search(module) is not None
+
+
+def _swaps(folder: Path, module: str, version: object) -> bool:
+    """Whether the PEFT that wrote a square parameter had A on its last dimension (≥ 0.19.1)."""
+    numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", str(version))
+    if numbers is None:
+        raise CannotVerifyError(
+            f"{folder}: {module} is square, and peft_version {version!r} does not say how to read "
+            "it."
+        )
+    return tuple(map(int, numbers.groups())) >= (0, 19, 1)
+
+
+def _check_sizes(
+    folder: Path, layer: int, found: list[dict[str, Lora]], hidden: int, inner: int
+) -> None:
+    for expert, loras in enumerate(found):
+        for projection, lora in loras.items():
+            size_in, size_out = (inner, hidden) if projection == "down" else (hidden, inner)
+            shapes = (lora.a.shape, lora.b.shape)
+            if shapes != ((lora.a.shape[0], size_in), (size_out, lora.a.shape[0])):
+                raise CannotVerifyError(
+                    f"{folder}: layer {layer}, expert {expert}, {projection}: LoRA of shapes "
+                    f"{shapes} does not fit in {size_in}, out {size_out}."
+                )

@@ -1,0 +1,113 @@
+"""One routed expert in NumPy: exactly, or with the roundings that the engine's formats call for.
+
+The roundings are the format's definition, not the engine's code: bfloat16 inputs and LoRA; INT8 by
+rows, scale max/127, half to even; INT4 in steps of max/7 by way of steps of max/112.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from ktrt.reference.adapter import Lora
+    from ktrt.reference.tensors import Float32
+
+WeightFormat = Literal["float32", "bf16", "int8", "int4"]
+
+
+@dataclass
+class Expert:
+    """gate, up [I, H] and down [H, I] as ``weight_format`` holds them; made once for all tokens.
+    ``down_slices``: slices of down's columns that are quantised each for itself."""
+
+    weights: Mapping[str, Float32]
+    weight_format: WeightFormat
+    down_slices: int = 1
+    _stored: dict[str, Float32] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._stored = {
+            name: _by_slices(weight, self.weight_format, self._slices(name), _stored)
+            for name, weight in self.weights.items()
+        }
+
+    def _slices(self, projection: str) -> int:
+        return self.down_slices if projection == "down" else 1
+
+    def project(self, projection: str, x: Float32, lora: Mapping[str, Lora]) -> Float32:
+        """y = Wx + s·B(Ax), rows of x being tokens."""
+        if self.weight_format != "float32":
+            x = to_bf16(x)
+        coded = _by_slices(x, self.weight_format, self._slices(projection), _activations)
+        y: Float32 = coded @ self._stored[projection].T
+        if part := lora.get(projection):
+            a, b = part.a, part.b * np.float32(part.scaling)
+            if self.weight_format == "float32":
+                return y + (x @ a.T) @ b.T
+            y = y + to_bf16(x @ to_bf16(a).T) @ to_bf16(b).T
+        return y
+
+
+def expert_output(expert: Expert, x: Float32, lora: Mapping[str, Lora]) -> Float32:
+    """down(silu(gate x) · up x) [tokens, H], without a routing weight; ``lora`` may be empty."""
+    gate = expert.project("gate", x, lora)
+    up = expert.project("up", x, lora)
+    with np.errstate(over="ignore"):
+        inner = gate / (1 + np.exp(-gate)) * up
+    return expert.project("down", inner, lora)
+
+
+def to_bf16(x: Float32) -> Float32:
+    """Rounded to bfloat16, half to even."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    odd = (bits >> 16) & 1
+    rounded = (bits + (0x7FFF + odd)) & np.uint32(0xFFFF0000)
+    return rounded.view(np.float32)
+
+
+def _by_slices(
+    x: Float32,
+    weight_format: WeightFormat,
+    slices: int,
+    rule: Callable[[Float32, WeightFormat], Float32],
+) -> Float32:
+    parts: list[Float32] = [rule(part, weight_format) for part in np.split(x, slices, axis=1)]
+    return np.concatenate(parts, axis=1) if slices > 1 else parts[0]
+
+
+def _stored(weight: Float32, weight_format: WeightFormat) -> Float32:
+    """A weight's values once it is packed."""
+    if weight_format == "float32":
+        return weight
+    weight = to_bf16(weight)
+    if weight_format == "int8":
+        return _int8(weight)
+    if weight_format == "int4":
+        step: Float32 = np.abs(weight).max(axis=1, keepdims=True) / np.float32(112)
+        fine = np.rint(_divided(weight, step))
+        coarse: Float32 = np.sign(fine) * np.floor(np.abs(fine) / 16 + np.float32(0.5))
+        rounded: Float32 = step * 16 * coarse
+        return rounded
+    return weight
+
+
+def _activations(x: Float32, weight_format: WeightFormat) -> Float32:
+    return _int8(x) if weight_format in ("int8", "int4") else x
+
+
+def _int8(rows: Float32) -> Float32:
+    scale = np.abs(rows).max(axis=1, keepdims=True) * np.float32(1 / 127)
+    rounded: Float32 = np.rint(_divided(rows, scale)) * scale
+    return rounded
+
+
+def _divided(rows: Float32, scale: Float32) -> Float32:
+    with np.errstate(divide="ignore"):
+        inverse = np.where(scale > 0, np.float32(1) / scale, np.float32(0))
+    quotient: Float32 = rows * inverse
+    return quotient

@@ -1,0 +1,205 @@
+"""What is fed to a layer that is verified, and how its outputs are judged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ktrt.reference.experts import to_bf16
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ktrt.reference import Lora
+    from ktrt.reference.tensors import Float32
+
+# Tokens of each kind for each expert.
+_TOKENS = 4
+KINDS = ("random", "read by gate and up", "read by down alone")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest relative errors that pass: ``same`` of tuned and base against NumPy with the same
+    roundings; of tuned − base against NumPy's ``difference``, to which ``noise`` of the tuned
+    output is added; ``float32`` of all tokens together against float32."""
+
+    same: float
+    difference: float
+    noise: float
+    float32: float
+
+
+@dataclass(frozen=True)
+class Probe:
+    """states [tokens, H] in float32 that are bfloat16 values, ids int64 and weights float32
+    [tokens, k]. ``groups``: slices of tokens that are judged by themselves, by name."""
+
+    states: Float32
+    ids: np.ndarray[tuple[int, int], np.dtype[np.int64]]
+    weights: Float32
+    groups: dict[str, slice]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """NumPy's outputs [tokens, H]: exact, and with the format's roundings; base and tuned."""
+
+    exact: tuple[Float32, Float32]
+    rounded: tuple[Float32, Float32]
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...]) -> Outputs:
+        """To be added to."""
+        exact, rounded = (
+            (np.zeros(shape, np.float32), np.zeros(shape, np.float32)) for _ in range(2)
+        )
+        return cls(exact, rounded)
+
+    def of(self, weight_format: str, tuned: bool) -> Float32:
+        """The outputs for ``float32`` or the layer's format."""
+        return (self.exact if weight_format == "float32" else self.rounded)[tuned]
+
+
+@dataclass
+class Check:
+    """One comparison. ``base`` and ``tuned``: error against NumPy in float32; ``apart``: how far
+    NumPy's tuned is from its base; ``difference``: error of tuned − base, of the group where it is
+    largest; ``same``: the largest error of base or tuned against NumPy with the format's roundings;
+    all relative. ``undecided`` of ``groups`` groups change too little to be judged."""
+
+    name: str
+    base: float
+    tuned: float
+    apart: float
+    difference: float = 0.0
+    same: float = 0.0
+    groups: int = 1
+    undecided: int = 0
+    failures: list[str] = field(default_factory=list)
+
+
+def single_probe(loras: Sequence[dict[str, Lora]], hidden_size: int, seed: int) -> Probe:
+    """Tokens of every kind for every expert, each token for that one expert with weight 1."""
+    rng = np.random.default_rng(seed)
+    states: list[Float32] = []
+    ids: list[int] = []
+    groups = {}
+    for expert, lora in enumerate(loras):
+        directions = [lora[name].a for name in ("gate", "up") if name in lora]
+        a = np.concatenate(directions) if directions else np.zeros((0, hidden_size), np.float32)
+        for kind, x in zip(KINDS, _states(a, hidden_size, rng), strict=True):
+            if x is not None:
+                groups[f"expert {expert}, input {kind}"] = slice(len(ids), len(ids) + len(x))
+                states.append(x)
+                ids += [expert] * len(x)
+    rows = np.concatenate(states)
+    return Probe(rows, np.array(ids)[:, None], np.ones((len(rows), 1), np.float32), groups)
+
+
+def _states(
+    a: Float32, hidden_size: int, rng: np.random.Generator
+) -> tuple[Float32, Float32 | None, Float32 | None]:
+    """Random states; some inside the rows of ``a``; some that ``a`` maps to 0."""
+    shape = (_TOKENS, hidden_size)
+    plain = _scaled(rng.standard_normal(shape, np.float32))
+    if not a.any():
+        return plain, None, None
+    along = _scaled(rng.standard_normal((_TOKENS, len(a)), np.float32) @ a)
+    if 2 * len(a) > hidden_size:
+        return plain, along, None
+    basis = np.linalg.qr(a.T.astype(np.float64))[0]
+    across = rng.standard_normal(shape)
+    across -= across @ basis @ basis.T
+    return plain, along, _scaled(across.astype(np.float32))
+
+
+def _scaled(x: Float32) -> Float32:
+    """Of the length of what a norm leaves, rounded to bfloat16."""
+    return to_bf16(x * (np.sqrt(x.shape[1]) / np.linalg.norm(x, axis=1, keepdims=True)))
+
+
+def mixed_probe(num_experts: int, top_k: int, hidden_size: int, seed: int) -> Probe:
+    """Random tokens for ``top_k`` experts each, every expert several times, with random weights."""
+    rng = np.random.default_rng(seed)
+    tokens = -(-_TOKENS * num_experts // top_k)
+    rounds = -(-tokens * top_k // num_experts)
+    ids = np.concatenate([rng.permutation(num_experts) for _ in range(rounds)])
+    states = to_bf16(rng.standard_normal((tokens, hidden_size), np.float32))
+    weights = rng.uniform(0.1, 1.0, (tokens, top_k)).astype(np.float32)
+    ids = ids[: tokens * top_k].reshape(tokens, top_k)
+    return Probe(states, ids, weights, {"": slice(None)})
+
+
+def compare(
+    name: str, probe: Probe, wanted: Outputs, found: tuple[Float32, Float32], limits: Limits
+) -> Check:
+    """Judges ``found``, base and tuned."""
+    exact = wanted.exact
+    check = Check(
+        name,
+        base=error(found[0], exact[0]),
+        tuned=error(found[1], exact[1]),
+        apart=error(exact[1], exact[0]),
+        groups=len(probe.groups),
+    )
+    for what, value in (("base", check.base), ("tuned", check.tuned)):
+        if not value <= limits.float32:
+            check.failures.append(f"{what} is {value:.1%} off NumPy's float32")
+    for group, rows in probe.groups.items():
+        base, tuned = (x[rows] for x in wanted.rounded)
+        _judge(check, group, (base, tuned), (found[0][rows], found[1][rows]), limits)
+    if check.undecided == check.groups:
+        check.failures.append(
+            f"the adapter changes too little to be verified ({check.apart:.1e} of the output)"
+        )
+    return check
+
+
+def _judge(
+    check: Check,
+    group: str,
+    wanted: tuple[Float32, Float32],
+    found: tuple[Float32, Float32],
+    limits: Limits,
+) -> None:
+    """One group of tokens, the one that fits worst left out of account: a number that lies between
+    two codes may fall to either side, which changes a whole token.
+
+    A change that is not well above the noise of base and tuned cannot be judged, but must not be
+    larger than that noise.
+    """
+    where = f" ({group})" if group else ""
+    for what, x, y in zip(("base", "tuned"), found, wanted, strict=True):
+        off, size = _without_worst(x - y, y)
+        check.same = max(check.same, off / size if size else off)
+        if not off <= limits.same * size:
+            check.failures.append(f"{what} is {_percent(off, size)} off NumPy's{where}")
+    expected = wanted[1] - wanted[0]
+    off, size = _without_worst(found[1] - found[0] - expected, expected)
+    noise = limits.noise * float(np.linalg.norm(wanted[1]))
+    if size < 4 * noise:
+        check.undecided += size > 0
+    else:
+        check.difference = max(check.difference, off / size)
+    if not off <= limits.difference * size + noise:
+        check.failures.append(f"tuned − base is {_percent(off, size)} off NumPy's{where}")
+
+
+def _without_worst(off: Float32, wanted: Float32) -> tuple[float, float]:
+    """‖off‖ and ‖wanted‖ of all tokens but the one with the largest ``off``; NaN counts as that,
+    and in the others makes both NaN."""
+    keep = np.argsort(np.linalg.norm(off, axis=1))[:-1] if len(off) > 1 else [0]
+    return float(np.linalg.norm(off[keep])), float(np.linalg.norm(wanted[keep]))
+
+
+def _percent(off: float, size: float) -> str:
+    return f"{off / size:.2%}" if size else "a change where NumPy has none,"
+
+
+def error(found: Float32, expected: Float32) -> float:
+    """‖found − expected‖ / ‖expected‖; 0 where both are zero."""
+    off, size = (float(np.linalg.norm(x.astype(np.float64))) for x in (found - expected, expected))
+    return off / size if size else (0.0 if off == 0 else float("inf"))
