@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ktrt.adapter import BaseModel, plan_adapter
-from ktrt.checkpoint import Checkpoint, find_expert_weights
+from ktrt.checkpoint import Checkpoint, find_expert_weights, holds_experts
 from ktrt.checkpoint_names import WeightNames
 from ktrt.errors import CheckpointError
 from ktrt.expert_loading import ExpertSource
@@ -17,6 +17,7 @@ from ktrt.skeleton import build_skeleton
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from ktrt.adapter import AdapterPlan
     from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
@@ -36,8 +37,9 @@ class BaseCheckpoint:
     experts: ExpertSource
 
 
-def open_base(model: ModelArgs) -> BaseCheckpoint:
-    """Looks at a model folder. ``CheckpointError`` if it is incomplete or has no routed experts."""
+def open_base(model: ModelArgs, kt_weight_path: Path | None = None) -> BaseCheckpoint:
+    """Looks at a model folder. ``CheckpointError`` if it is incomplete or has no routed experts;
+    with ``kt_weight_path`` their weights may all be absent."""
     folder = model.model_name_or_path
     built = build_skeleton(folder, model.trust_remote_code)
     skeleton = built.model
@@ -49,7 +51,9 @@ def open_base(model: ModelArgs) -> BaseCheckpoint:
         )
     check_addresses(folder)
     checkpoint, names = Checkpoint(folder, built.weight_block_size), WeightNames(skeleton)
-    weights = find_expert_weights(checkpoint, names, specs)
+    weights = {}
+    if kt_weight_path is None or holds_experts(checkpoint, names, specs):
+        weights = find_expert_weights(checkpoint, names, specs)
     return BaseCheckpoint(built, names, ExpertSource(checkpoint, specs, weights))
 
 
@@ -75,8 +79,8 @@ class Prepared:
 def prepare(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> Prepared:
     """Checks folder, adapter and kt_kernel's files by headers and shapes, starts the engine and
     plans memory. ``CheckpointError``, ``AdapterError``."""
-    base = open_base(model)
-    plan = _plan_adapter(adapter, base)
+    base = open_base(model, experts.kt_weight_path)
+    plan = open_adapter(adapter, base)
     kt_weights = open_kt_weights(experts, base.experts.specs)
     engine = build_engine(experts)
     try:
@@ -131,17 +135,23 @@ def new_layers(
     return {spec.path: new_layer(engine, spec, experts.kt_backend, slices) for spec in specs}
 
 
-def _plan_adapter(adapter: AdapterArgs, base: BaseCheckpoint) -> AdapterPlan | None:
+def open_adapter(adapter: AdapterArgs, base: BaseCheckpoint) -> AdapterPlan | None:
+    """The adapter that is named, checked against the base. ``AdapterError`` if it does not fit."""
     if adapter.adapter_name_or_path is None:
         return None
+    return plan_adapter(
+        adapter.adapter_name_or_path,
+        adapter_base(base),
+        lora_rank=adapter.lora_rank,
+        lora_alpha=adapter.lora_alpha,
+    )
+
+
+def adapter_base(base: BaseCheckpoint) -> BaseModel:
+    """The base as adapters see it."""
     modules = {
         (path, expert, projection): name
         for path, layer in base.experts.weights.items()
         for (expert, projection), name in layer.modules().items()
     }
-    return plan_adapter(
-        adapter.adapter_name_or_path,
-        BaseModel(base.built.model, base.experts.specs, base.names, modules),
-        lora_rank=adapter.lora_rank,
-        lora_alpha=adapter.lora_alpha,
-    )
+    return BaseModel(base.built.model, base.experts.specs, base.names, modules)

@@ -31,7 +31,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "checkpoint": {"checkpoint_formats", "checkpoint_convert", "checkpoint_names"},
     "dequantized": {"checkpoint", "checkpoint_names"},
     "skeleton": set(),
-    "adapter": {"checkpoint"},
+    "adapter": {"checkpoint", "staging"},
     "moe": {"_core"},
     "progress": set(),
     "fingerprint": set(),
@@ -67,6 +67,19 @@ PYTHON_LAYERS: dict[str, set[str]] = {
         "prepare",
         "torch_weights",
     },
+    "staging": set(),
+    "merge": {
+        "adapter",
+        "checkpoint",
+        "checkpoint_convert",
+        "checkpoint_names",
+        "kt_weights",
+        "moe",
+        "prepare",
+        "progress",
+        "staging",
+    },
+    "export": {"adapter", "merge", "prepare"},
     "pack": {"expert_loading", "fingerprint", "prepare", "moe", "pack_cache"},
     "api": {"model", "session", "template"},
     "chat": {"api", "prepare", "session", "terminal"},
@@ -74,7 +87,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
 }
 LEAVES = {"errors", "config"}
 # The whole Config is for those who assemble; the others take their own part of it.
-ASSEMBLERS = {"config", "api", "chat", "pack"}
+ASSEMBLERS = {"config", "api", "chat", "export", "pack"}
 WITHOUT_TORCH = {"errors", "config", "template", "terminal", "__init__"}
 
 # Layers of csrc/ and the layers below each.

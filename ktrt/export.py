@@ -1,0 +1,106 @@
+"""``python -m ktrt.export config.yaml --out DIR``: base and adapter as one model, or the adapter in
+another layout."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from ktrt import __version__
+from ktrt.adapter.write import LAYOUTS, write_adapter
+from ktrt.config import load_config
+from ktrt.errors import ConfigError, KtrtError
+from ktrt.merge import DtypeName, merge_checkpoint, merge_packed
+from ktrt.prepare import adapter_base, open_adapter, open_base
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ktrt.config import Config
+
+_EXIT_FAILURE = 2
+_EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code: 0, 2 after a failure, 130 after Ctrl-C."""
+    args = _parse_arguments(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logger = logging.getLogger("ktrt")
+    before = logger.level
+    logger.setLevel(logging.WARNING if args.quiet else logging.INFO)
+    try:
+        summary = export(load_config(args.config, args.overrides), args)
+        print(json.dumps(summary, indent=1) if args.json else _in_words(summary))
+    except KtrtError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return _EXIT_FAILURE
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written", file=sys.stderr)
+        return _EXIT_INTERRUPTED
+    finally:
+        logger.setLevel(before)
+    return 0
+
+
+def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m ktrt.export",
+        description="Writes a model with its adapter merged, or the adapter in another layout.",
+    )
+    parser.add_argument("config", help="YAML file, as for ktrt.chat")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write; a new one")
+    parser.add_argument(
+        "--format",
+        choices=("hf", "kt"),
+        help="hf (default): a Hugging Face checkpoint; kt: experts packed for kt_weight_path",
+    )
+    parser.add_argument(
+        "--dtype", choices=get_args(DtypeName), help="with hf: instead of the source's dtype"
+    )
+    parser.add_argument(
+        "--adapter-layout",
+        choices=LAYOUTS,
+        help="write the adapter alone: a: PEFT, each expert; b: PEFT target_parameters; "
+        "c: KTransformers fused; f: as a, names as in the model (sglang)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    parser.add_argument("-q", "--quiet", action="store_true", help="show warnings only")
+    parser.add_argument("--version", action="version", version=f"ktrt {__version__}")
+    args = parser.parse_intermixed_args(argv)
+    if args.adapter_layout and (args.format or args.dtype):
+        parser.error("--adapter-layout writes the adapter alone: no --format, no --dtype")
+    if args.format == "kt" and args.dtype:
+        parser.error("--dtype is for --format hf; the experts' format is kt_backend's")
+    return args
+
+
+def export(config: Config, args: argparse.Namespace) -> dict[str, object]:
+    """Does what the command line says and returns what was written, for JSON.
+
+    ``ConfigError``, ``CheckpointError`` and ``AdapterError`` say what cannot be.
+    """
+    base = open_base(config.model)
+    plan = open_adapter(config.adapter, base)
+    if args.adapter_layout:
+        if plan is None:
+            raise ConfigError("--adapter-layout: the configuration names no adapter_name_or_path")
+        return asdict(write_adapter(plan, adapter_base(base), args.out, args.adapter_layout))
+    if args.format == "kt":
+        return asdict(merge_packed(base, plan, args.out, config.experts))
+    return asdict(merge_checkpoint(base, plan, args.out, args.dtype))
+
+
+def _in_words(summary: dict[str, object]) -> str:
+    lines = [f"{key:>16}  {value}" for key, value in summary.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
