@@ -33,6 +33,8 @@ LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 FUSED_NAME = "fused_expert_lora.safetensors"
 MANIFEST_NAME = "kt_adapter_manifest.json"
 _PREFIX = "base_model.model."
+# peft.utils.transformers_weight_conversion
+_ROUTED_LEAVES = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
 @dataclass(frozen=True)
@@ -132,8 +134,7 @@ def _config(
     names, modules, parameters = [], [], []
     for module, tensors in [*side.loras.items(), *side.routers.items()]:
         name, scale = tensors[0].module, side.scales[module]
-        # PEFT on transformers 5 reaches a router as a parameter.
-        if layout == "b" and module in side.routers:
+        if layout == "b" and (module in side.routers or _looks_routed(tensors)):
             name = f"{name}.weight"
             parameters.append(name)
         else:
@@ -154,6 +155,13 @@ def _config(
     if layout == "b":
         config["peft_version"] = version("peft")
     return config
+
+
+def _looks_routed(tensors: list[AdapterTensor]) -> bool:
+    """Whether PEFT on transformers 5 would take the name for one of routed experts or of a router:
+    such a Linear is reached by its weight, as a router is."""
+    *_, leaf = tensors[0].module.split(".")
+    return leaf in _ROUTED_LEAVES and {t.part for t in tensors} == {"lora_A", "lora_B"}
 
 
 def _all_modules(base: BaseModel, layout: Layout) -> list[str]:
