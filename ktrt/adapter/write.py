@@ -154,6 +154,8 @@ def _config(
     )
     if layout == "b":
         config["peft_version"] = version("peft")
+        # PEFT refuses it on parameters; outside training it does nothing.
+        config["lora_dropout"] = 0.0
     return config
 
 
