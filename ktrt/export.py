@@ -15,7 +15,7 @@ from ktrt import __version__
 from ktrt.adapter.write import LAYOUTS, write_adapter
 from ktrt.config import load_config
 from ktrt.errors import ConfigError, KtrtError
-from ktrt.merge import DtypeName, merge_checkpoint, merge_packed
+from ktrt.merge import EXPERTS_FOLDER, DtypeName, merge_checkpoint, merge_packed
 from ktrt.prepare import adapter_base, open_adapter, open_base
 
 if TYPE_CHECKING:
@@ -98,8 +98,28 @@ def export(config: Config, args: argparse.Namespace) -> dict[str, object]:
 
 
 def _in_words(summary: dict[str, object]) -> str:
-    lines = [f"{key:>16}  {value}" for key, value in summary.items()]
-    return "\n".join(lines)
+    out = summary["out"]
+    if "layout" in summary:
+        return (
+            f"{out}: the adapter in layout {summary['layout']}, {summary['tensors']} tensors made "
+            f"of {summary['source_tensors']}"
+        )
+    text = (
+        f"{out}: {summary['tensors']} tensors in {summary['files']} files, "
+        f"{_gigabytes(summary['bytes'])}, in {summary['seconds']:.1f} s; {summary['merged']} "
+        f"changed by the adapter's {summary['adapter_tensors']}"
+    )
+    if summary["format"] == "kt":
+        text += (
+            "\nTo chat with it, without adapter:\n"
+            f"  model_name_or_path: {out}\n  kt_weight_path: {out}/{EXPERTS_FOLDER}"
+        )
+    return text
+
+
+def _gigabytes(size: object) -> str:
+    assert isinstance(size, int)
+    return f"{size / 1e9:.2f} GB"
 
 
 if __name__ == "__main__":
