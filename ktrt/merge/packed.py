@@ -125,7 +125,6 @@ class _Packer:
         self, folder: Path, files: dict[str, list[OutputTensor]], advance: Callable[[float], None]
     ) -> None:
         """Writes the files and their index."""
-        advance = releasing(advance, self._base.experts.files())
         for (file, tensors), spec in zip(files.items(), self._base.experts.specs, strict=True):
             self._layers[spec.path] = self._pack(spec)
             write_shard(folder / file, tensors, advance)
@@ -160,6 +159,8 @@ class _Packer:
 
     def _pack(self, spec: ExpertsSpec) -> MoeLayer:
         layer = new_layer(self._engine, spec, self._backend)
+        # What has been read counts as this process's memory until it is given back.
+        release = releasing(lambda _count: None, self._base.experts.files())
         weights, first = self._base.experts.weights[spec.path], spec.first_parameter
         for expert in range(spec.num_experts):
             gate, up, down = weights.read(expert)
@@ -170,4 +171,5 @@ class _Packer:
                 merged(up, self._changes.expert_delta(spec.path, first, expert, 1, 2)),
                 merged(down, self._changes.expert_delta(spec.path, "down_proj", expert)),
             )
+            release(gate.nbytes + up.nbytes + down.nbytes)
         return layer

@@ -435,6 +435,43 @@ def test_a_killed_process_leaves_no_folder(tmp_path: Path, how: signal.Signals) 
         assert not list(tmp_path.iterdir())
 
 
+PEAK = """
+import sys
+from pathlib import Path
+from ktrt.export import main
+import ktrt.merge.tensors, peft, transformers
+
+def peak():
+    lines = Path("/proc/self/status").read_text("utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+before = peak()
+assert main(sys.argv[1:]) == 0
+print((peak() - before) / 1024)
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    """One file of 400 MB, of which the largest tensor has 2 MB: at most what is read before pages
+    are given back."""
+    model = save_model(
+        tmp_path / "model", "mixtral", 1024,
+        hidden_size=1024, num_hidden_layers=8, num_local_experts=8, head_dim=64,
+    )  # fmt: skip
+    size = (model / "model.safetensors").stat().st_size / 2**20
+    assert size > 380
+    adapter = save_adapter(tmp_path / "adapter", model, "a", LoraPlan(rank=2))
+    config = tmp_path / "chat.yaml"
+    config.write_text(f"model_name_or_path: {model}\nadapter_name_or_path: {adapter}\n", "utf-8")
+    command = [sys.executable, "-c", PEAK, str(config), "-q", "--json", "--out"]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(tmp_path / "out")], capture_output=True, text=True, env=environ, check=True
+    )
+    assert float(done.stdout.splitlines()[-1]) < 0.6 * size
+
+
 def test_the_demo_from_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
