@@ -80,7 +80,7 @@ def prepare(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> Prep
     """Checks folder, adapter and kt_kernel's files by headers and shapes, starts the engine and
     plans memory. ``CheckpointError``, ``AdapterError``."""
     base = open_base(model, experts.kt_weight_path)
-    plan = open_adapter(adapter, base)
+    plan = _plan_adapter(adapter, base_of_adapters(base))
     kt_weights = open_kt_weights(experts, base.experts.specs)
     engine = build_engine(experts)
     try:
@@ -135,23 +135,22 @@ def new_layers(
     return {spec.path: new_layer(engine, spec, experts.kt_backend, slices) for spec in specs}
 
 
-def open_adapter(adapter: AdapterArgs, base: BaseCheckpoint) -> AdapterPlan | None:
-    """The adapter that is named, checked against the base. ``AdapterError`` if it does not fit."""
-    if adapter.adapter_name_or_path is None:
-        return None
-    return plan_adapter(
-        adapter.adapter_name_or_path,
-        adapter_base(base),
-        lora_rank=adapter.lora_rank,
-        lora_alpha=adapter.lora_alpha,
-    )
-
-
-def adapter_base(base: BaseCheckpoint) -> BaseModel:
-    """The base as adapters see it."""
+def base_of_adapters(base: BaseCheckpoint) -> BaseModel:
+    """What adapters are checked against."""
     modules = {
         (path, expert, projection): name
         for path, layer in base.experts.weights.items()
         for (expert, projection), name in layer.modules().items()
     }
     return BaseModel(base.built.model, base.experts.specs, base.names, modules)
+
+
+def _plan_adapter(adapter: AdapterArgs, base: BaseModel) -> AdapterPlan | None:
+    if adapter.adapter_name_or_path is None:
+        return None
+    return plan_adapter(
+        adapter.adapter_name_or_path,
+        base,
+        lora_rank=adapter.lora_rank,
+        lora_alpha=adapter.lora_alpha,
+    )

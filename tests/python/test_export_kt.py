@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import CheckpointError, ConfigError
-from ktrt.export import main
+from ktrt.export import main, open_adapter
 from ktrt.merge import merge_checkpoint, merge_packed
 from ktrt.model import LoadedModel, load_model
 from ktrt.moe import KTExperts
-from ktrt.prepare import open_adapter, open_base
+from ktrt.prepare import base_of_adapters, open_base
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,8 +59,10 @@ def test_equals_packing_the_merged_checkpoint(
     model: Path, adapter: Path, tmp_path: Path, backend: Any
 ) -> None:
     base = open_base(ModelArgs(model))
-    merge_checkpoint(base, open_adapter(AdapterArgs(adapter), base), tmp_path / "hf")
-    plan = open_adapter(AdapterArgs(adapter), base)
+    merge_checkpoint(
+        base, open_adapter(AdapterArgs(adapter), base_of_adapters(base)), tmp_path / "hf"
+    )
+    plan = open_adapter(AdapterArgs(adapter), base_of_adapters(base))
     args = ExpertArgs(backend, kt_num_threads=1)
     summary = merge_packed(base, plan, tmp_path / "kt", args)
     assert plan is not None
