@@ -73,8 +73,8 @@ class Changes:
         side = plan.side
         if extra := getattr(plan, "extra", None):
             raise AdapterError(
-                f"{side.file}: {next(iter(extra))} gets whole further experts (kt_use_lora_experts) "
-                "beside its own; no weight of the base can take them."
+                f"{side.file}: {next(iter(extra))} gets whole further experts "
+                "(kt_use_lora_experts) beside its own; no weight of the base can take them."
             )
         for path, loras in self._experts.items():
             for lora in loras.values():
