@@ -293,6 +293,14 @@ class ExpertWeights:
         return gate, up, down
 
 
+def holds_experts(
+    checkpoint: Checkpoint, names: WeightNames, specs: Iterable[ExpertsShape]
+) -> bool:
+    """Whether any tensor is one of the experts'."""
+    paths = {spec.path for spec in specs}
+    return any(names.target(name).name.rpartition(".")[0] in paths for name in checkpoint.names())
+
+
 def find_expert_weights(
     checkpoint: Checkpoint, names: WeightNames, specs: Iterable[ExpertsShape]
 ) -> dict[str, ExpertWeights]:

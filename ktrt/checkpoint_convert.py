@@ -14,7 +14,7 @@ from ktrt.checkpoint_formats import ConvertedTensor, StoredTensor
 from ktrt.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from torch import nn
 
@@ -74,6 +74,15 @@ class Conversions:
 
                 shape = shapes[target].shape
                 yield target, ConvertedTensor(first.file, first.dtype, shape, read), names
+
+    def rearrange(
+        self, targets: tuple[str, ...], values: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """What the conversion of ``targets`` makes of ``values``, given for each of its sources.
+
+        Raises ``CheckpointError`` if transformers cannot convert them.
+        """
+        return self._convert(self._groups[targets], lambda name: values[name], targets[0])
 
     def _read(self, group: Group, stored: dict[str, StoredTensor]) -> dict[str, torch.Tensor]:
         if group.targets not in self._made:

@@ -172,7 +172,8 @@ def _attach(model: nn.Module, ready: Prepared, hand_off: HandOff | None) -> None
     """Gives every experts module its packed layer, and that layer the biases, which are in no pack
     cache."""
     for path, layer in ready.layers.items():
-        if biases := ready.base.experts.weights[path].biases():
+        weights = ready.base.experts.weights.get(path)
+        if weights is not None and (biases := weights.biases()):
             layer.set_biases(**biases)
         module = model.get_submodule(path)
         assert isinstance(module, KTExperts), f"{path} was not replaced"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ktrt.adapter import BaseModel, plan_adapter
-from ktrt.checkpoint import Checkpoint, find_expert_weights
+from ktrt.checkpoint import Checkpoint, find_expert_weights, holds_experts
 from ktrt.checkpoint_names import WeightNames
 from ktrt.errors import CheckpointError
 from ktrt.expert_loading import ExpertSource
@@ -17,6 +17,7 @@ from ktrt.skeleton import build_skeleton
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from ktrt.adapter import AdapterPlan
     from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
@@ -36,8 +37,9 @@ class BaseCheckpoint:
     experts: ExpertSource
 
 
-def open_base(model: ModelArgs) -> BaseCheckpoint:
-    """Looks at a model folder. ``CheckpointError`` if it is incomplete or has no routed experts."""
+def open_base(model: ModelArgs, kt_weight_path: Path | None = None) -> BaseCheckpoint:
+    """Looks at a model folder. ``CheckpointError`` if it is incomplete or has no routed experts;
+    with ``kt_weight_path`` their weights may all be absent."""
     folder = model.model_name_or_path
     built = build_skeleton(folder, model.trust_remote_code)
     skeleton = built.model
@@ -49,7 +51,9 @@ def open_base(model: ModelArgs) -> BaseCheckpoint:
         )
     check_addresses(folder)
     checkpoint, names = Checkpoint(folder, built.weight_block_size), WeightNames(skeleton)
-    weights = find_expert_weights(checkpoint, names, specs)
+    weights = {}
+    if kt_weight_path is None or holds_experts(checkpoint, names, specs):
+        weights = find_expert_weights(checkpoint, names, specs)
     return BaseCheckpoint(built, names, ExpertSource(checkpoint, specs, weights))
 
 
@@ -88,7 +92,7 @@ class Prepared:
 def prepare(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> Prepared:
     """Checks folder, adapter and kt_kernel's files by headers and shapes, starts the engine and
     plans memory. ``CheckpointError``, ``AdapterError``."""
-    base = open_base(model)
+    base = open_base(model, experts.kt_weight_path)
     adapter_base = base_of_adapters(base)
     plans = _plan_adapters(adapter, adapter_base)
     kt_weights = open_kt_weights(experts, base.experts.specs)

@@ -43,7 +43,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "checkpoint": {"checkpoint_formats", "checkpoint_convert", "checkpoint_names"},
     "dequantized": {"checkpoint", "checkpoint_names"},
     "skeleton": set(),
-    "adapter": {"checkpoint"},
+    "adapter": {"checkpoint", "staging"},
     "fused_lora": set(),
     "moe": {"_core"},
     "dense": {"moe"},
@@ -122,6 +122,19 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "adapter_changes": {"adapter", "moe", "prepare", "progress"},
     "audit_report": {"adapter", "adapter_changes", "verify", "verify_probes"},
     "audit": {"adapter_changes", "audit_report", "prepare", "verify"},
+    "staging": set(),
+    "merge": {
+        "adapter",
+        "checkpoint",
+        "checkpoint_convert",
+        "checkpoint_names",
+        "kt_weights",
+        "moe",
+        "prepare",
+        "progress",
+        "staging",
+    },
+    "export": {"adapter", "merge", "prepare"},
     "pack": {"expert_loading", "fingerprint", "prepare", "moe", "pack_cache"},
     "api": {"model", "session", "template"},
     "chat": {
@@ -138,7 +151,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
 }
 LEAVES = {"errors", "config"}
 # The whole Config is for those who assemble; the others take their own part of it.
-ASSEMBLERS = {"config", "api", "audit", "bench", "chat", "doctor", "pack"}
+ASSEMBLERS = {"config", "api", "audit", "bench", "chat", "doctor", "export", "pack"}
 WITHOUT_TORCH = {
     "errors",
     "config",

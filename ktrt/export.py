@@ -1,0 +1,149 @@
+"""``python -m ktrt.export config.yaml --out DIR``: base and adapter as one model, or the adapter in
+another layout."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from ktrt import __version__
+from ktrt.adapter import plan_adapter
+from ktrt.adapter.write import LAYOUTS, write_adapter
+from ktrt.config import load_config
+from ktrt.errors import ConfigError, KtrtError
+from ktrt.merge import EXPERTS_FOLDER, DtypeName, merge_checkpoint, merge_packed
+from ktrt.prepare import base_of_adapters, open_base
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ktrt.adapter import AdapterPlan, BaseModel
+    from ktrt.config import AdapterArgs, Config
+
+_EXIT_FAILURE = 2
+_EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code: 0, 2 after a failure, 130 after Ctrl-C."""
+    args = _parse_arguments(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logger = logging.getLogger("ktrt")
+    before = logger.level
+    logger.setLevel(logging.WARNING if args.quiet else logging.INFO)
+    try:
+        summary = export(load_config(args.config, args.overrides), args)
+        print(json.dumps(summary, indent=1) if args.json else _in_words(summary))
+    except KtrtError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return _EXIT_FAILURE
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written", file=sys.stderr)
+        return _EXIT_INTERRUPTED
+    finally:
+        logger.setLevel(before)
+    return 0
+
+
+def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m ktrt.export",
+        description="Writes a model with its adapter merged, or the adapter in another layout.",
+    )
+    parser.add_argument("config", help="YAML file, as for ktrt.chat")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write; a new one")
+    parser.add_argument(
+        "--format",
+        choices=("hf", "kt"),
+        help="hf (default): a Hugging Face checkpoint; kt: experts packed for kt_weight_path",
+    )
+    parser.add_argument(
+        "--dtype", choices=get_args(DtypeName), help="with hf: instead of the source's dtype"
+    )
+    parser.add_argument(
+        "--adapter-layout",
+        choices=LAYOUTS,
+        help="write the adapter alone: a: PEFT, each expert; b: PEFT target_parameters; "
+        "c: KTransformers fused; f: as a, names as in the model (sglang)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    parser.add_argument("-q", "--quiet", action="store_true", help="show warnings only")
+    parser.add_argument("--version", action="version", version=f"ktrt {__version__}")
+    args = parser.parse_intermixed_args(argv)
+    if args.adapter_layout and (args.format or args.dtype):
+        parser.error("--adapter-layout writes the adapter alone: no --format, no --dtype")
+    if args.format == "kt" and args.dtype:
+        parser.error("--dtype is for --format hf; the experts' format is kt_backend's")
+    return args
+
+
+def export(config: Config, args: argparse.Namespace) -> dict[str, object]:
+    """Does what the command line says and returns what was written, for JSON.
+
+    ``ConfigError``, ``CheckpointError`` and ``AdapterError`` say what cannot be.
+    """
+    base = open_base(config.model)
+    adapter_base = base_of_adapters(base)
+    plan = open_adapter(config.adapter, adapter_base)
+    if args.adapter_layout:
+        if plan is None:
+            raise ConfigError("--adapter-layout: the configuration names no adapter_name_or_path")
+        return asdict(write_adapter(plan, adapter_base, args.out, args.adapter_layout))
+    if args.format == "kt":
+        return asdict(merge_packed(base, plan, args.out, config.experts))
+    return asdict(merge_checkpoint(base, plan, args.out, args.dtype))
+
+
+def open_adapter(args: AdapterArgs, base: BaseModel) -> AdapterPlan | None:
+    """The one adapter that is configured, checked against the base; None for the base alone.
+
+    ``ConfigError``: several adapters, or one that is to act with another weight than 1.
+    """
+    folders = list(getattr(args, "adapters", {}).values())
+    if args.adapter_name_or_path is not None:
+        folders.append(args.adapter_name_or_path)
+    weights = set(getattr(args, "adapter_weights", {}).values())
+    if len(folders) > 1 or not weights <= {1.0}:
+        raise ConfigError(
+            f"export takes one adapter, as it was trained; the configuration has {len(folders)}"
+            f"{' with adapter_weights' if weights else ''}. Give the one as adapter_name_or_path, "
+            "without adapters and adapter_weights"
+        )
+    if not folders:
+        return None
+    return plan_adapter(folders[0], base, lora_rank=args.lora_rank, lora_alpha=args.lora_alpha)
+
+
+def _in_words(summary: dict[str, object]) -> str:
+    out = summary["out"]
+    if "layout" in summary:
+        return (
+            f"{out}: the adapter in layout {summary['layout']}, {summary['tensors']} tensors made "
+            f"of {summary['source_tensors']}"
+        )
+    text = (
+        f"{out}: {summary['tensors']} tensors in {summary['files']} files, "
+        f"{_gigabytes(summary['bytes'])}, in {summary['seconds']:.1f} s; {summary['merged']} "
+        f"changed by the adapter's {summary['adapter_tensors']}"
+    )
+    if summary["format"] == "kt":
+        text += (
+            "\nTo chat with it, without adapter:\n"
+            f"  model_name_or_path: {out}\n  kt_weight_path: {out}/{EXPERTS_FOLDER}"
+        )
+    return text
+
+
+def _gigabytes(size: object) -> str:
+    assert isinstance(size, int)
+    return f"{size / 1e9:.2f} GB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

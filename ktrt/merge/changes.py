@@ -1,0 +1,238 @@
+"""What an adapter changes, by parameter of the model, in float32.
+
+``Changes`` counts what was taken from it, so that ``check_complete`` can prove that no tensor of
+the adapter was left out or added twice.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+import torch
+
+from ktrt.errors import AdapterError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+    from ktrt.adapter import AdapterPlan, Projection
+    from ktrt.adapter.base import ExpertLora
+    from ktrt.moe import ExpertsSpec
+
+# What is merged of an expert's LoRA; a field beyond these must not be lost in silence.
+_MERGED_FIELDS = {"a", "b", "scaling"}
+_ALL_EXPERTS = -1
+
+
+class Changes:
+    """The changes of one adapter; none without one.
+
+    Raises ``AdapterError`` naming module and reason for what no weight can express.
+    """
+
+    def __init__(
+        self, plan: AdapterPlan | None, model: nn.Module, specs: Sequence[ExpertsSpec]
+    ) -> None:
+        self._plan = plan
+        self._specs = {spec.path: spec for spec in specs}
+        self._experts = plan.experts if plan else {}
+        self._twins = _tied_parameters(model)
+        # module → part → tensor, of LoRA and of weights saved whole
+        self._modules: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+        # parameter → what replaces it in the base, and under which (module, part) of the file
+        self._base: dict[str, torch.Tensor] = {}
+        self._owners: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        self._used: Counter[tuple[str, str, int]] = Counter()
+        if plan:
+            self._sort(plan)
+            self._check(plan, model)
+
+    def _sort(self, plan: AdapterPlan) -> None:
+        side = plan.side
+        for group in (side.loras, side.routers, side.whole):
+            for module, tensors in group.items():
+                for tensor in tensors:
+                    self._modules[module][tensor.part] = tensor.value
+        for module, tensors in side.base.items():
+            for tensor in tensors:
+                # Tied parameters are one: what replaces one of them replaces all.
+                for name in self.twins(f"{module}.{tensor.part}"):
+                    earlier = self._base.setdefault(name, tensor.value)
+                    self._owners[name].append((module, tensor.part))
+                    if not torch.equal(earlier, tensor.value):
+                        raise AdapterError(
+                            f"{side.file}: {tensor.key} replaces {name}; so does another tensor, "
+                            "with other values, since the base model ties the two."
+                        )
+
+    def _check(self, plan: AdapterPlan, model: nn.Module) -> None:
+        side = plan.side
+        if extra := getattr(plan, "extra", None):
+            raise AdapterError(
+                f"{side.file}: {next(iter(extra))} gets whole further experts "
+                "(kt_use_lora_experts) beside its own; no weight of the base can take them."
+            )
+        for path, loras in self._experts.items():
+            for lora in loras.values():
+                for field in fields(lora):
+                    if field.name not in _MERGED_FIELDS and getattr(lora, field.name) is not None:
+                        raise AdapterError(
+                            f"{side.file}: {field.name} of the LoRA on {path} cannot be merged "
+                            "into the weights."
+                        )
+        for module, parts in self._modules.items():
+            if module in side.whole and (module in side.loras or module in side.routers):
+                raise AdapterError(
+                    f"{side.file}: {module} has LoRA and is in modules_to_save; expected one."
+                )
+            if "lora_B.bias" not in parts:
+                continue
+            if getattr(model.get_submodule(module), "bias", None) is None:
+                raise AdapterError(
+                    f"{side.file}: {module} has a LoRA bias (lora_bias), but the base model has no "
+                    "bias there that it could be added to: it cannot be merged."
+                )
+            if "lora_magnitude_vector" in parts:
+                raise AdapterError(
+                    f"{side.file}: {module} has a LoRA bias beside DoRA, which is not merged."
+                )
+
+    def twins(self, parameter: str) -> list[str]:
+        """The names of the parameters that the model ties to this one, itself included."""
+        return self._twins.get(parameter, [parameter])
+
+    def unties(self, parameter: str) -> bool:
+        """Whether a change concerns one of several tied parameters alone, so that they part."""
+        names = self.twins(parameter)
+        return len(names) > 1 and any(map(self._own_parts, names))
+
+    def _own_parts(self, parameter: str) -> list[str]:
+        """The parts that change this parameter, and none that is tied to it."""
+        module, _, leaf = parameter.rpartition(".")
+        parts = self._modules.get(module, {})
+        if leaf in parts:
+            return [leaf]
+        if leaf == "bias":
+            return [part for part in parts if part == "lora_B.bias"]
+        if leaf == "weight":
+            return [part for part in parts if part.startswith("lora_") and part != "lora_B.bias"]
+        return []
+
+    def touches(self, parameter: str) -> bool:
+        """Whether anything changes this parameter of the model."""
+        path, _, leaf = parameter.rpartition(".")
+        if path in self._specs and (projections := _projections(self._specs[path], leaf)):
+            return any(projection in self._experts.get(path, {}) for projection in projections)
+        return parameter in self._base or bool(self._own_parts(parameter))
+
+    def expert_delta(
+        self, path: str, leaf: str, expert: int, piece: int = 0, pieces: int = 1
+    ) -> torch.Tensor | None:
+        """ΔW of one expert, float32 [rows, in]: all rows of parameter ``leaf`` in its order, or
+        piece ``piece`` of ``pieces`` (gate, up). None if it has no LoRA."""
+        spec = self._specs[path]
+        projections = _projections(spec, leaf)
+        if pieces > 1:
+            projections = projections[piece : piece + 1]
+        loras = self._experts.get(path, {})
+        present = {p: loras[p] for p in projections if p in loras}
+        if not present:
+            return None
+        deltas = {p: _expert_delta(lora, expert) for p, lora in present.items()}
+        self._used.update((path, projection, expert) for projection in present)
+        if len(projections) == 1:
+            return deltas[projections[0]]
+        zeros = torch.zeros(spec.intermediate_size, spec.hidden_size)
+        halves = [deltas.get(projection, zeros) for projection in projections]
+        if spec.is_interleaved:
+            return torch.stack(halves, 1).flatten(0, 1)
+        return torch.cat(halves)
+
+    def apply(self, parameter: str, weight: torch.Tensor) -> torch.Tensor:
+        """A parameter outside the routed experts, in the model's orientation, with its changes;
+        float32."""
+        module, _, leaf = parameter.rpartition(".")
+        value = self._base.get(parameter, weight).float()
+        self._used.update((*owner, _ALL_EXPERTS) for owner in self._owners.get(parameter, ()))
+        own = self._own_parts(parameter)
+        self._used.update((module, part, _ALL_EXPERTS) for part in own)
+        parts = {part: self._modules[module][part].float() for part in own}
+        if not parts:
+            return value
+        if leaf in parts:
+            return parts[leaf]
+        assert self._plan is not None
+        scaling = self._plan.side.scales[module].scaling
+        if leaf == "bias":
+            return value + scaling * parts["lora_B.bias"]
+        return _with_lora(value, parts, scaling)
+
+    def check_complete(self) -> int:
+        """The number of the adapter's tensors, all of them used, also by the plan's audit.
+        ``AdapterError`` naming the first that was not used exactly once."""
+        if self._plan is None:
+            return 0
+        side, audit = self._plan.side, self._plan.audit
+        expected: set[tuple[str, str, int]] = {
+            (path, projection, expert)
+            for path, loras in self._experts.items()
+            for projection in loras
+            for expert in range(self._specs[path].num_experts)
+        }
+        expected |= {(module, tensor.part, _ALL_EXPERTS) for module, tensor in side.tensors()}
+        replacements = {
+            (*owner, _ALL_EXPERTS) for names in self._owners.values() for owner in names
+        }
+        for key in sorted(expected | set(self._used)):
+            count = self._used[key]
+            if count != 1 and not (key in replacements and count):
+                module, part, expert = key
+                whose = f"{module}, {part}" + (f" of expert {expert}" if expert >= 0 else "")
+                raise AdapterError(
+                    f"{side.file}: {whose} was merged into {count} tensors of the checkpoint, "
+                    "expected one: the base model keeps this weight in a form that cannot take it."
+                )
+        for path in self._experts:
+            self._plan.mark_experts(path)
+        audit.mark([tensor.key for _, tensor in side.tensors()], "peft")
+        audit.check()
+        return audit.found
+
+
+def _tied_parameters(model: nn.Module) -> dict[str, list[str]]:
+    """Name → all names, of parameters that have several."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    return {name: group for group in names.values() if len(group) > 1 for name in group}
+
+
+def _projections(spec: ExpertsSpec, leaf: str) -> tuple[Projection, ...]:
+    """What a parameter of an experts module holds, in order; nothing for its biases."""
+    if leaf == "down_proj":
+        return ("down",)
+    if leaf != spec.first_parameter:
+        return ()
+    return ("gate", "up") if spec.has_gate else ("up",)
+
+
+def _expert_delta(lora: ExpertLora, expert: int) -> torch.Tensor:
+    return lora.scaling[expert] * (lora.b[expert] @ lora.a[expert])
+
+
+def _with_lora(
+    weight: torch.Tensor, parts: dict[str, torch.Tensor], scaling: float
+) -> torch.Tensor:
+    """PEFT's formulas. DoRA: every row of W + ΔW gets the length that was learnt for it."""
+    if "lora_embedding_A" in parts:
+        return weight + scaling * (parts["lora_embedding_B"] @ parts["lora_embedding_A"]).T
+    merged = weight + scaling * (parts["lora_B"] @ parts["lora_A"])
+    if "lora_magnitude_vector" not in parts:
+        return merged
+    lengths = torch.linalg.vector_norm(merged, dim=1)
+    scaled: torch.Tensor = (parts["lora_magnitude_vector"] / lengths)[:, None] * merged
+    return scaled

@@ -1,0 +1,157 @@
+"""Writes base and adapter as one Hugging Face checkpoint, by the names the source has on disk."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from ktrt.checkpoint import INDEX_NAME, Checkpoint
+from ktrt.merge.changes import Changes
+from ktrt.merge.shards import write_index, write_shard
+from ktrt.merge.side_files import copy_side_files, side_files, write_config
+from ktrt.merge.tensors import Dtypes, TensorPlan, main_dtype
+from ktrt.moe import release_file_pages
+from ktrt.progress import byte_progress
+from ktrt.staging import check_target, staged_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from ktrt.adapter import AdapterPlan
+    from ktrt.merge.shards import OutputTensor
+    from ktrt.prepare import BaseCheckpoint
+
+DtypeName = Literal["float32", "float16", "bfloat16"]
+DTYPES: dict[DtypeName, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+# The pages of the files that are read count as this process's memory until they are given back.
+_RELEASE_BYTES = 128 << 20
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was written: ``tensors`` in ``files``, ``bytes`` of them in all, ``merged`` of them
+    changed by the adapter's ``adapter_tensors``."""
+
+    out: str
+    format: str
+    dtype: str
+    files: int
+    tensors: int
+    merged: int
+    adapter_tensors: int
+    bytes: int
+    seconds: float
+
+
+class Merge:
+    """One model folder and what an adapter changes in it, planned; nothing is read or written.
+
+    ``dtype``: of the merged weights instead of the source's. ``without_experts``: the routed
+    experts are left out.
+    """
+
+    def __init__(
+        self,
+        base: BaseCheckpoint,
+        plan: AdapterPlan | None,
+        dtype: DtypeName | None = None,
+        *,
+        without_experts: bool = False,
+    ) -> None:
+        specs, self.source = base.experts.specs, base.experts.checkpoint.folder
+        # Not the one of ``base``, which also has the parameters that are made of several tensors.
+        checkpoint = Checkpoint(self.source, base.built.weight_block_size)
+        main = main_dtype(checkpoint)
+        self.dtype = DTYPES[dtype] if dtype else main
+        self.changes = Changes(plan, base.built.model, specs)
+        tensors = TensorPlan(
+            checkpoint, base.names, specs, self.changes, Dtypes(main, self.dtype),
+            without_experts=without_experts,
+        )  # fmt: skip
+        self.files = tensors.by_file()
+        self._untied = tensors.unties()
+        self._new_dtype = self.dtype if dtype or checkpoint.is_quantized() else None
+        self._sharded = (self.source / INDEX_NAME).is_file()
+        self._inputs = base.experts.files()
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensors in self.files.values() for tensor in tensors)
+
+    @property
+    def side_bytes(self) -> int:
+        """Bytes of the other files."""
+        return sum((self.source / path).stat().st_size for path in side_files(self.source))
+
+    def write(self, folder: Path, advance: Callable[[float], None]) -> None:
+        """Writes everything into ``folder``."""
+        advance = releasing(advance, self._inputs)
+        for file, tensors in self.files.items():
+            write_shard(folder / file, tensors, advance)
+        if self._sharded:
+            write_index(folder / INDEX_NAME, self.files)
+        copy_side_files(self.source, folder)
+        write_config(self.source, folder, dtype=self._new_dtype, untied=self._untied)
+
+
+def merge_checkpoint(
+    base: BaseCheckpoint, plan: AdapterPlan | None, out: Path, dtype: DtypeName | None = None
+) -> Summary:
+    """Writes ``base`` with the adapter merged to the new folder ``out``, which appears when it is
+    complete. Sums are made in float32 and rounded once, to the dtype of the source or ``dtype``;
+    what the source quantises becomes BF16.
+
+    Raises ``AdapterError`` if a tensor of the adapter cannot be merged, ``ConfigError`` if ``out``
+    holds something or the disk is too small.
+    """
+    start = time.perf_counter()
+    check_target(out)
+    merge = Merge(base, plan, dtype)
+    size = merge.tensor_bytes
+    with staged_folder(out, size + merge.side_bytes) as folder:
+        with byte_progress("Merging", size) as advance:
+            merge.write(folder, advance)
+        used = merge.changes.check_complete()
+    return summarise(out, "hf", merge, merge.files, used, start)
+
+
+def summarise(
+    out: Path,
+    written: str,
+    merge: Merge,
+    files: Mapping[str, Sequence[OutputTensor]],
+    used: int,
+    start: float,
+) -> Summary:
+    """Counts what was written; ``written``: the format, ``used``: tensors of the adapter."""
+    tensors = [tensor for each in files.values() for tensor in each]
+    return Summary(
+        out=str(out),
+        format=written,
+        dtype=merge.dtype,
+        files=len(files),
+        tensors=len(tensors),
+        merged=sum(tensor.changed for tensor in tensors),
+        adapter_tensors=used,
+        bytes=sum(tensor.nbytes for tensor in tensors),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def releasing(advance: Callable[[float], None], files: Sequence[Path]) -> Callable[[float], None]:
+    """``advance`` that gives back the pages of ``files`` now and then."""
+    pending = 0.0
+
+    def advance_and_release(count: float) -> None:
+        nonlocal pending
+        pending += count
+        if pending >= _RELEASE_BYTES:
+            pending = 0.0
+            for file in files:
+                release_file_pages(str(file))
+        advance(count)
+
+    return advance_and_release

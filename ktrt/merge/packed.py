@@ -1,0 +1,175 @@
+"""Writes base and adapter for ``kt_weight_path``: routed experts packed in kt_kernel's format, the
+rest as a Hugging Face folder without them."""
+
+from __future__ import annotations
+
+import time
+from itertools import product
+from typing import TYPE_CHECKING
+
+import torch
+
+from ktrt.errors import ConfigError
+from ktrt.kt_weights import PROJECTIONS, KtWeights
+from ktrt.merge.checkpoint import Merge, Summary, releasing, summarise
+from ktrt.merge.shards import INDEX_NAME, OutputTensor, write_index, write_shard
+from ktrt.merge.tensors import merged
+from ktrt.moe import build_engine, new_layer, weight_format_of
+from ktrt.progress import byte_progress
+from ktrt.staging import check_target, staged_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from ktrt.adapter import AdapterPlan
+    from ktrt.config import ExpertArgs
+    from ktrt.kt_weights import Projection
+    from ktrt.merge.changes import Changes
+    from ktrt.moe import Engine, ExpertsSpec, MoeLayer
+    from ktrt.prepare import BaseCheckpoint
+
+EXPERTS_FOLDER = "experts"
+# Bits of a code, and the multiple that the sizes must be of, by weight format.
+_FORMATS = {"int8": (8, 64), "int4": (4, 128)}
+
+
+def merge_packed(
+    base: BaseCheckpoint, plan: AdapterPlan | None, out: Path, experts: ExpertArgs
+) -> Summary:
+    """Writes the new folder ``out``: the model without its routed experts, and in ``out/experts``
+    these, merged and packed as ``experts.kt_backend`` says, in one part.
+
+    ``ConfigError``: kt_kernel has no files of this format or these experts, or as for
+    ``merge_checkpoint``; ``AdapterError``.
+    """
+    start = time.perf_counter()
+    check_target(out)
+    weight_format = _check_format(experts, base)
+    merge = Merge(base, plan, without_experts=True)
+    engine = build_engine(experts)
+    try:
+        packer = _Packer(base, merge.changes, engine, experts, weight_format)
+        files = packer.files()
+        size = merge.tensor_bytes + sum(t.nbytes for each in files.values() for t in each)
+        with staged_folder(out, size + merge.side_bytes) as folder:
+            inner = folder / EXPERTS_FOLDER
+            inner.mkdir()
+            with byte_progress("Merging and packing", size) as advance:
+                merge.write(folder, advance)
+                packer.write(inner, files, advance)
+            used = merge.changes.check_complete()
+            KtWeights(inner, base.experts.specs, weight_format)
+    finally:
+        engine.close()
+    named = {f"{EXPERTS_FOLDER}/{file}": tensors for file, tensors in files.items()}
+    return summarise(out, "kt", merge, merge.files | named, used, start)
+
+
+def _check_format(experts: ExpertArgs, base: BaseCheckpoint) -> str:
+    weight_format = weight_format_of(experts.kt_backend)
+    if experts.kt_weight_path is not None:
+        raise ConfigError(
+            "--format kt: kt_weight_path is set; these experts are packed without the adapter. "
+            "Remove the key, so that they are packed anew from model_name_or_path."
+        )
+    if weight_format not in _FORMATS:
+        raise ConfigError(
+            f"--format kt: kt_kernel has no files of {weight_format.upper()} experts, only of "
+            f"{', '.join(_FORMATS)}; set kt_backend=AMXInt8 or AMXInt4, or use --format hf"
+        )
+    _, multiple = _FORMATS[weight_format]
+    for spec in base.experts.specs:
+        sizes = (spec.hidden_size, spec.intermediate_size)
+        if not spec.has_gate or spec.has_bias or any(size % multiple for size in sizes):
+            raise ConfigError(
+                f"--format kt: {spec.path} (hidden_size {sizes[0]}, intermediate_size {sizes[1]}, "
+                f"gate: {spec.has_gate}, biases: {spec.has_bias}) has no form in kt_kernel's "
+                f"{weight_format.upper()} files, which hold gate, up and down in multiples of "
+                f"{multiple}, without biases; use --format hf"
+            )
+    layers = [spec.layer for spec in base.experts.specs]
+    if len(set(layers)) != len(layers):
+        raise ConfigError(
+            "--format kt: a layer of this model has several experts modules, which kt_kernel's "
+            "names cannot tell apart; use --format hf"
+        )
+    return weight_format
+
+
+class _Packer:
+    """Merges and packs expert by expert, holding one layer at a time; a file for each layer."""
+
+    def __init__(
+        self,
+        base: BaseCheckpoint,
+        changes: Changes,
+        engine: Engine,
+        experts: ExpertArgs,
+        weight_format: str,
+    ) -> None:
+        self._base, self._changes = base, changes
+        self._engine, self._backend = engine, experts.kt_backend
+        self._bits = _FORMATS[weight_format][0]
+        self._layers: dict[str, MoeLayer] = {}
+
+    def files(self) -> dict[str, list[OutputTensor]]:
+        """The tensors to write, by file."""
+        specs = self._base.experts.specs
+        return {
+            f"model-{i + 1:05}-of-{len(specs):05}.safetensors": list(self._tensors(spec))
+            for i, spec in enumerate(specs)
+        }
+
+    def write(
+        self, folder: Path, files: dict[str, list[OutputTensor]], advance: Callable[[float], None]
+    ) -> None:
+        """Writes the files and their index."""
+        for (file, tensors), spec in zip(files.items(), self._base.experts.specs, strict=True):
+            self._layers[spec.path] = self._pack(spec)
+            write_shard(folder / file, tensors, advance)
+            del self._layers[spec.path]
+        write_index(folder / INDEX_NAME, files)
+
+    def _tensors(self, spec: ExpertsSpec) -> Iterator[OutputTensor]:
+        for expert, projection in product(range(spec.num_experts), PROJECTIONS):
+            rows, columns = spec.intermediate_size, spec.hidden_size
+            if projection == "down":
+                rows, columns = columns, rows
+            leaf = "down_proj" if projection == "down" else spec.first_parameter
+            changed = self._changes.touches(f"{spec.path}.{leaf}")
+            key = f"blk.{spec.layer}.ffn_{projection}_exps.{expert}.numa.0"
+            codes, scales = self._readers(spec.path, expert, projection)
+            size = rows * columns * self._bits // 8
+            yield OutputTensor(f"{key}.weight", "I8", (size,), codes, changed)
+            yield OutputTensor(f"{key}.scale", "F32", (rows,), scales, changed)
+
+    def _readers(
+        self, path: str, expert: int, projection: Projection
+    ) -> tuple[Callable[[], list[torch.Tensor]], Callable[[], list[torch.Tensor]]]:
+        def codes() -> list[torch.Tensor]:
+            data = self._layers[path].packed_codes(expert, projection)
+            return [torch.frombuffer(bytearray(data), dtype=torch.int8)]
+
+        def scales() -> list[torch.Tensor]:
+            data = self._layers[path].packed_scales(expert, projection)
+            return [torch.frombuffer(bytearray(data), dtype=torch.float32)]
+
+        return codes, scales
+
+    def _pack(self, spec: ExpertsSpec) -> MoeLayer:
+        layer = new_layer(self._engine, spec, self._backend)
+        # What has been read counts as this process's memory until it is given back.
+        release = releasing(lambda _count: None, self._base.experts.files())
+        weights, first = self._base.experts.weights[spec.path], spec.first_parameter
+        for expert in range(spec.num_experts):
+            gate, up, down = weights.read(expert)
+            assert gate is not None  # checked with the format
+            layer.load_expert(
+                expert,
+                merged(gate, self._changes.expert_delta(spec.path, first, expert, 0, 2)),
+                merged(up, self._changes.expert_delta(spec.path, first, expert, 1, 2)),
+                merged(down, self._changes.expert_delta(spec.path, "down_proj", expert)),
+            )
+            release(gate.nbytes + up.nbytes + down.nbytes)
+        return layer

@@ -1,0 +1,61 @@
+"""The files of a model folder beside its weights: copied, config.json brought up to date."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING, Any
+
+from ktrt.merge.shards import write_synced
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+_WEIGHTS = {
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx",
+    ".ot", ".npz",
+}  # fmt: skip
+# Describes the base model on the hub, not what is written.
+_NOT_COPIED = {"README.md", "config.json"}
+_TEMPLATES = "additional_chat_templates"
+_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def side_files(source: Path) -> Iterator[Path]:
+    """Tokenizer, chat templates, generation and other configs, licences, code: all small files at
+    the top of the folder that are no weights, with their places below it."""
+    for path in sorted(source.iterdir()):
+        weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
+        hidden = path.name.startswith(".")
+        if path.is_file() and not weights and not hidden and path.name not in _NOT_COPIED:
+            yield path.relative_to(source)
+    if (source / _TEMPLATES).is_dir():
+        yield from (p.relative_to(source) for p in sorted((source / _TEMPLATES).iterdir()))
+
+
+def copy_side_files(source: Path, folder: Path) -> None:
+    """Copies them, symbolic links followed."""
+    for relative in side_files(source):
+        (folder / relative).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / relative, folder / relative)
+
+
+def write_config(source: Path, folder: Path, *, dtype: str | None, untied: bool) -> None:
+    """config.json of the merged model: without quantisation, with ``dtype`` (in safetensors' words;
+    None: as in the source), and not tying what has parted."""
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    for part in _parts(config):
+        part.pop("quantization_config", None)
+        key = "torch_dtype" if "torch_dtype" in part else "dtype"
+        if dtype is not None and (part is config or key in part):
+            part[key] = _NAMES[dtype]
+        if untied and (part is config or "tie_word_embeddings" in part):
+            part["tie_word_embeddings"] = False
+    write_synced(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def _parts(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The config and those inside it, of a multimodal model's parts."""
+    inner = [value for key, value in config.items() if key.endswith("_config")]
+    return [config, *(part for part in inner if isinstance(part, dict))]

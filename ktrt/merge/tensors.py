@@ -1,0 +1,179 @@
+"""For every tensor of a checkpoint, what is to be written for it: the same bytes, or the merge."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+
+from ktrt.checkpoint_convert import Conversions
+from ktrt.errors import AdapterError
+from ktrt.merge.rearranged import RearrangedTensors
+from ktrt.merge.shards import OutputTensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from ktrt.checkpoint import Checkpoint
+    from ktrt.checkpoint_names import WeightNames, WeightTarget
+    from ktrt.merge.changes import Changes
+    from ktrt.moe import ExpertsSpec
+
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    """The dtypes of the tensors that are written. ``main`` is that of most numbers of the source
+    and becomes ``wanted``; the few tensors of other dtypes (routers' biases, say) keep theirs."""
+
+    main: str
+    wanted: str
+
+    def of(self, checkpoint: Checkpoint, name: str) -> str:
+        """The dtype to write the tensor in."""
+        dtype = checkpoint.dtype(name)
+        return self.wanted if checkpoint.is_quantized(name) or dtype == self.main else dtype
+
+
+def main_dtype(checkpoint: Checkpoint) -> str:
+    """The dtype of most of the numbers; BF16 where these are quantised."""
+    sizes: dict[str, int] = defaultdict(int)
+    for name in checkpoint.names():
+        dtype = "BF16" if checkpoint.is_quantized(name) else checkpoint.dtype(name)
+        sizes[dtype] += prod(checkpoint.shape(name))
+    return max(sizes, key=lambda dtype: (sizes[dtype], dtype))
+
+
+class TensorPlan:
+    """Goes through the tensors of ``checkpoint`` (as its files hold them, nothing converted).
+
+    ``without_experts`` leaves the routed experts out. ``AdapterError``: a change of a tensor whose
+    numbers are not floats.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        names: WeightNames,
+        specs: Sequence[ExpertsSpec],
+        changes: Changes,
+        dtypes: Dtypes,
+        *,
+        without_experts: bool = False,
+    ) -> None:
+        self._checkpoint, self._names = checkpoint, names
+        self._specs = {spec.path: spec for spec in specs}
+        self._changes, self._dtypes = changes, dtypes
+        self._without_experts = without_experts
+        self._targets = {name: names.target(name) for name in checkpoint.names()}
+        self._rearranged = self._find_rearranged()
+
+    def by_file(self) -> dict[str, list[OutputTensor]]:
+        """The tensors to write, by the name of the file that holds them in the source."""
+        found: dict[str, list[OutputTensor]] = {}
+        for name, target in self._targets.items():
+            if self._without_experts and self._spec(target) is not None:
+                continue
+            tensors = found.setdefault(self._checkpoint.file(name).name, [])
+            tensors.append(self._tensor(name, target))
+            tensors.extend(self._parted_twins(name, target))
+        return found
+
+    def unties(self) -> bool:
+        """Whether parameters that are tied in the source part."""
+        return any(self._changes.unties(target.name) for target in self._targets.values())
+
+    def _spec(self, target: WeightTarget) -> ExpertsSpec | None:
+        return self._specs.get(target.name.rpartition(".")[0])
+
+    def _find_rearranged(self) -> dict[str, RearrangedTensors]:
+        """Source name → its group, for tensors that transformers rearranges into parameters of
+        which one at least changes."""
+        conversions = Conversions(self._names.model)
+        members: dict[tuple[str, ...], list[str]] = defaultdict(list)
+        for name, target in self._targets.items():
+            if target.changed and not (self._without_experts and self._spec(target) is not None):
+                converter, pattern, parameters = self._names.conversion(name)
+                conversions.add(converter, pattern, parameters, name)
+                members[parameters].append(name)
+        found = {}
+        for parameters, names in members.items():
+            if any(map(self._changes.touches, parameters)):
+                dtypes = {name: self._dtypes.of(self._checkpoint, name) for name in names}
+                group = RearrangedTensors(
+                    self._checkpoint, conversions, parameters, dtypes, self._changes, self._specs
+                )
+                found.update(dict.fromkeys(names, group))
+        return found
+
+    def _tensor(self, name: str, target: WeightTarget) -> OutputTensor:
+        checkpoint = self._checkpoint
+        shape, dtype = checkpoint.shape(name), self._dtypes.of(checkpoint, name)
+        group = self._rearranged.get(name)
+        changed = group is not None or (not target.changed and self._changes.touches(target.name))
+        if changed and dtype not in FLOATS:
+            raise AdapterError(
+                f"{checkpoint.file(name)}: {name} has dtype {dtype}; the adapter changes it, which "
+                f"takes one of {', '.join(FLOATS)}."
+            )
+
+        def blocks() -> Iterator[torch.Tensor]:
+            if group is not None:
+                yield group.take(name)
+            elif changed:
+                yield from (block.to(FLOATS[dtype]) for block in self._merged(name, target))
+            elif dtype != checkpoint.dtype(name):
+                yield from (block.to(FLOATS[dtype]) for block in self._rows(name))
+            else:
+                yield checkpoint.read(name)
+
+        return OutputTensor(name, dtype, shape, blocks, changed)
+
+    def _rows(self, name: str) -> Iterator[torch.Tensor]:
+        """The tensor in pieces: of stacked experts one at a time."""
+        shape = self._checkpoint.shape(name)
+        if len(shape) < 3:
+            yield self._checkpoint.read(name)
+        else:
+            yield from (self._checkpoint.read_row(name, row) for row in range(shape[0]))
+
+    def _merged(self, name: str, target: WeightTarget) -> Iterator[torch.Tensor]:
+        changes, spec = self._changes, self._spec(target)
+        path, _, leaf = target.name.rpartition(".")
+        if spec is None:
+            yield changes.apply(target.name, self._checkpoint.read(name))
+        elif target.expert is not None:
+            delta = changes.expert_delta(path, leaf, target.expert, target.piece, target.pieces)
+            yield merged(self._checkpoint.read(name), delta)
+        else:
+            for expert, matrix in enumerate(self._rows(name)):
+                delta = changes.expert_delta(path, leaf, expert)
+                transposed = delta is not None and spec.is_transposed
+                yield merged(matrix, delta.T if transposed and delta is not None else delta)
+
+    def _parted_twins(self, name: str, target: WeightTarget) -> list[OutputTensor]:
+        """Tensors that the source does not have, since they were tied to this one."""
+        if target.changed or not self._changes.unties(target.name):
+            return []
+        stored = {each.name for each in self._targets.values()}
+        twins = self._changes.twins(target.name)
+        if target.name != next(twin for twin in twins if twin in stored):
+            return []
+        shape, dtype = self._checkpoint.shape(name), self._dtypes.of(self._checkpoint, name)
+
+        def tensor(twin: str) -> OutputTensor:
+            def blocks() -> Iterator[torch.Tensor]:
+                yield self._changes.apply(twin, self._checkpoint.read(name)).to(FLOATS[dtype])
+
+            return OutputTensor(twin, dtype, shape, blocks, changed=True)
+
+        return [tensor(twin) for twin in twins if twin not in stored]
+
+
+def merged(weight: torch.Tensor, delta: torch.Tensor | None) -> torch.Tensor:
+    """W + ΔW in float32."""
+    return weight.float() if delta is None else weight.float() + delta

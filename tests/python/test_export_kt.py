@@ -1,0 +1,132 @@
+"""--format kt: the packed experts are those of packing the merged checkpoint, bit for bit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from helpers.family_models import Family, random_model
+from helpers.tiny_models import save_adapter, save_model, token_ids
+from safetensors.torch import load_file
+
+from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
+from ktrt.errors import CheckpointError, ConfigError
+from ktrt.export import main, open_adapter
+from ktrt.merge import merge_checkpoint, merge_packed
+from ktrt.model import LoadedModel, load_model
+from ktrt.moe import KTExperts
+from ktrt.prepare import base_of_adapters, open_base
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+EXPERTS, LAYERS = 4, (1, 2)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(
+        tmp_path_factory.mktemp("model"), "deepseek_v2", 256,
+        hidden_size=128, n_routed_experts=EXPERTS, num_experts_per_tok=2,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_adapter(tmp_path_factory.mktemp("adapter"), model, "a")
+
+
+def load(folder: Path, backend: Any, packed: Path | None = None) -> LoadedModel:
+    args = ExpertArgs(backend, kt_num_threads=1, kt_weight_path=packed, ktrt_cache=False)
+    return load_model(ModelArgs(folder), AdapterArgs(), args)
+
+
+def packed(loaded: LoadedModel) -> list[bytes]:
+    found = []
+    for module in loaded.model.modules():
+        if isinstance(module, KTExperts):
+            for expert in range(EXPERTS):
+                for projection in ("gate", "up", "down"):
+                    found.append(module.layer.packed_codes(expert, projection))
+                    found.append(module.layer.packed_scales(expert, projection))
+    assert len(found) == len(LAYERS) * EXPERTS * 6
+    return found
+
+
+@pytest.mark.parametrize("backend", ["AMXInt8", "AMXInt4"])
+def test_equals_packing_the_merged_checkpoint(
+    model: Path, adapter: Path, tmp_path: Path, backend: Any
+) -> None:
+    base = open_base(ModelArgs(model))
+    merge_checkpoint(
+        base, open_adapter(AdapterArgs(adapter), base_of_adapters(base)), tmp_path / "hf"
+    )
+    plan = open_adapter(AdapterArgs(adapter), base_of_adapters(base))
+    args = ExpertArgs(backend, kt_num_threads=1)
+    summary = merge_packed(base, plan, tmp_path / "kt", args)
+    assert plan is not None
+    assert summary.adapter_tensors == plan.audit.found
+    assert summary.format == "kt"
+
+    results, codes = [], []
+    inner = tmp_path / "kt" / "experts"
+    for folder, path in ((tmp_path / "hf", None), (tmp_path / "kt", inner), (model, None)):
+        loaded = load(folder, backend, path)
+        codes.append(packed(loaded))
+        with torch.no_grad():
+            results.append(loaded.model(token_ids(1, 30)).logits)
+        loaded.close()
+    assert codes[0] == codes[1]
+    assert torch.equal(results[0], results[1])
+    assert not any(one == base for one, base in zip(codes[0], codes[2], strict=True))
+
+    rest = load_file(tmp_path / "kt" / "model.safetensors")
+    merged = load_file(tmp_path / "hf" / "model.safetensors")
+    assert {name for name in merged if ".experts." not in name} == set(rest)
+    assert all(torch.equal(rest[name], merged[name]) for name in rest)
+    with pytest.raises(CheckpointError, match="no tensor for model.layers.1.mlp.experts"):
+        load(tmp_path / "kt", backend)
+
+
+def test_a_damaged_rest_is_still_refused(model: Path, tmp_path: Path) -> None:
+    """Experts that are there in part are no folder without experts."""
+    base = open_base(ModelArgs(model))
+    merge_packed(base, None, tmp_path / "kt", ExpertArgs("AMXInt8", kt_num_threads=1))
+    from safetensors.torch import save_file
+
+    file = tmp_path / "kt" / "model.safetensors"
+    name = "model.layers.1.mlp.experts.0.up_proj.weight"
+    save_file({**load_file(file), name: load_file(model / "model.safetensors")[name]}, file)
+    with pytest.raises(CheckpointError, match="expected all of 4 experts"):
+        load(tmp_path / "kt", "AMXInt8", tmp_path / "kt" / "experts")
+
+
+def test_refusals(model: Path, tmp_path: Path) -> None:
+    base, out = open_base(ModelArgs(model)), tmp_path / "out"
+    with pytest.raises(ConfigError, match="no files of BF16 experts, only of int8, int4"):
+        merge_packed(base, None, out, ExpertArgs())
+    with pytest.raises(ConfigError, match="kt_weight_path is set"):
+        merge_packed(base, None, out, ExpertArgs("AMXInt8", kt_weight_path=model))
+    odd = open_base(ModelArgs(save_model(tmp_path / "odd", "mixtral", 96)))
+    with pytest.raises(ConfigError, match="intermediate_size 96.* multiples of 128"):
+        merge_packed(odd, None, out, ExpertArgs("AMXInt4"))
+    sizes = {"hidden_size": 128, "intermediate_size": 64}
+    library: Any = random_model(Family("gpt_oss", "gpt_oss", "GptOssForCausalLM"), changes=sizes)
+    library.save_pretrained(tmp_path / "biased")
+    with pytest.raises(ConfigError, match="biases: True"):
+        merge_packed(open_base(ModelArgs(tmp_path / "biased")), None, out, ExpertArgs("AMXInt8"))
+    assert not out.exists()
+
+
+def test_from_the_command_line(
+    model: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "chat.yaml"
+    config.write_text(f"model_name_or_path: {model}\nadapter_name_or_path: {adapter}\n", "utf-8")
+    out = str(tmp_path / "out")
+    assert main([str(config), "--format", "kt", "--out", out, "-q"]) == 2
+    assert "no files of BF16 experts" in capsys.readouterr().err
+    arguments = [str(config), "kt_backend=AMXInt8", "kt_num_threads=1", "--format", "kt"]
+    assert main([*arguments, "--out", out, "-q"]) == 0
+    assert f"kt_weight_path: {out}/experts" in capsys.readouterr().out
