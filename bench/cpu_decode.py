@@ -1,0 +1,195 @@
+#!/usr/bin/env python3
+"""Decoding of a whole model on the CPU beside the memory's read bandwidth, with and without LoRA.
+
+    python bench/make_v2lite.py /tmp/v2lite --layers 7       # 1 dense and 6 MoE layers, 8 GB
+    python bench/cpu_decode.py /tmp/v2lite [--backends AMXBF16 AMXInt8] [--rank 8] [--json]
+    python bench/cpu_decode.py --quick                       # the demo model, for a smoke test
+
+The limit of a token is the bytes of all weights that it reads (every weight but the embeddings, and
+top_k of each layer's experts) at the bandwidth of a plain read on the engine's threads. Probe, base
+and adapter take turns in one process; ratios are medians over neighbouring runs. The adapter is
+random, on every linear layer, routed experts included, and its own bytes count as overhead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+from safetensors.torch import save_file
+
+from ktrt import _core
+from ktrt.checkpoint import Checkpoint
+from ktrt.config import load_config
+from ktrt.generation import KvCache
+from ktrt.model import LoadedModel, load_model
+from ktrt.moe import KTExperts
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+DEMO = Path(__file__).resolve().parents[1] / "examples/demo/model"
+PROBE_BYTES = 512 << 20
+
+
+def write_adapter(model: Path, folder: Path, rank: int) -> Path:
+    """Random LoRA on every linear layer of the checkpoint but the head and the routers."""
+    checkpoint = Checkpoint(model, (128, 128))
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, torch.Tensor] = {}
+    targets = set()
+    for name in checkpoint.names():
+        module = name.removesuffix(".weight")
+        if not module.endswith("_proj") and not module.endswith("_proj_with_mqa"):
+            continue
+        targets.add(module.rpartition(".")[2])
+        rows, columns = checkpoint.shape(name)
+        key = f"base_model.model.{module}"
+        for part, shape in (("A", (rank, columns)), ("B", (rows, rank))):
+            values = torch.randn(shape, generator=generator) * columns**-0.5 * 0.3
+            tensors[f"{key}.lora_{part}.weight"] = values.to(torch.bfloat16)
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": sorted(targets),
+        "bias": "none",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(model),
+    }
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def bytes_per_token(model: Any) -> tuple[int, int]:
+    """(other weights, experts) that one token reads, without LoRA."""
+    embeddings = model.get_input_embeddings().weight
+    tied = any(parameter is embeddings for parameter in model.get_output_embeddings().parameters())
+    others = sum(
+        parameter.nbytes
+        for name, parameter in model.named_parameters()
+        if ".lora_" not in name and (tied or parameter is not embeddings)
+    )
+    layers = [module.layer for module in model.modules() if isinstance(module, KTExperts)]
+    return others, sum(each.packed_bytes * each.top_k // each.num_experts for each in layers)
+
+
+class Party:
+    """A loaded model that decodes behind a prompt."""
+
+    def __init__(self, model: Path, adapter: Path | None, backend: str, cache: str | None) -> None:
+        values: dict[str, object] = {"model_name_or_path": str(model), "kt_backend": backend}
+        if cache:
+            values["ktrt_cache_dir"] = cache
+        if adapter is not None:
+            values["adapter_name_or_path"] = str(adapter)
+        config = load_config(values)
+        self.loaded: LoadedModel = load_model(config.model, config.adapter, config.experts)
+        self._cache: Any = None
+
+    def prompt(self, length: int) -> None:
+        self._cache = KvCache(self.loaded.model)
+        self._cache.forward([10 + i % 50 for i in range(length)])
+
+    def seconds(self, tokens: int) -> float:
+        """Per token."""
+        begin = time.perf_counter()
+        for token in range(tokens):
+            self._cache.forward([20 + token])
+        return (time.perf_counter() - begin) / tokens
+
+
+def measure(base: Party, lora: Party, args: argparse.Namespace) -> dict[str, float]:
+    others, experts = bytes_per_token(base.loaded.model)
+    engine, probe = base.loaded.engine, _core.ReadProbe(PROBE_BYTES)
+    for party in (base, lora):
+        party.prompt(args.context)
+        party.seconds(2)
+
+    def limit() -> float:
+        return probe.seconds(engine) / probe.nbytes * (others + experts)
+
+    rounds = []
+    for _ in range(args.rounds):
+        first = limit()
+        plain = base.seconds(args.tokens)
+        second = limit()
+        adapted = lora.seconds(args.tokens)
+        rounds.append((plain, adapted, (first + second) / 2))
+    median = statistics.median
+    return {
+        "gb_per_token": (others + experts) / 1e9,
+        "experts_gb": experts / 1e9,
+        "read_gb_per_s": median((others + experts) / 1e9 / t for _, _, t in rounds),
+        "ms": median(plain * 1e3 for plain, _, _ in rounds),
+        "limit_ms": median(t * 1e3 for _, _, t in rounds),
+        "times_limit": median(plain / t for plain, _, t in rounds),
+        "lora_ms": median(adapted * 1e3 for _, adapted, _ in rounds),
+        "lora_slowdown": median(_neighbours(rounds)) - 1,
+    }
+
+
+def _neighbours(rounds: Sequence[tuple[float, float, float]]) -> list[float]:
+    """Adapter over base of the same round, and over base of the next one."""
+    same = [adapted / plain for plain, adapted, _ in rounds]
+    return same + [a[1] / b[0] for a, b in itertools.pairwise(rounds)]
+
+
+def show(results: dict[str, dict[str, float]], threads: int) -> None:
+    print(f"{threads} threads, {_core.kernels()['dense_bf16']} dense kernels")
+    print("| experts | GB a token | read GB/s | limit ms | decode ms | × limit | LoRA ms | LoRA |")
+    print("|---|---|---|---|---|---|---|---|")
+    for backend, r in results.items():
+        print(
+            f"| {backend} | {r['gb_per_token']:.2f} | {r['read_gb_per_s']:.1f} | "
+            f"{r['limit_ms']:.1f} | {r['ms']:.1f} | {r['times_limit']:.2f} | {r['lora_ms']:.1f} | "
+            f"{r['lora_slowdown']:+.1%} |"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="CPU decoding beside the read bandwidth.")
+    parser.add_argument("folder", type=Path, nargs="?", default=DEMO)
+    parser.add_argument("--backends", nargs="+", default=["AMXBF16", "AMXInt8"])
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--context", type=int, default=64, help="tokens of the prompt")
+    parser.add_argument("--tokens", type=int, default=4, help="decoded per turn")
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--cache", help="folder of the pack cache; default: ktrt's own")
+    parser.add_argument("--quick", action="store_true", help="few rounds, one format")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.backends, args.rounds, args.tokens = args.backends[:1], 3, 1
+    results = {}
+    threads = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        adapter = write_adapter(args.folder, Path(temporary) / "adapter", args.rank)
+        for backend in args.backends:
+            base = Party(args.folder, None, backend, args.cache)
+            lora = Party(args.folder, adapter, backend, args.cache)
+            threads = base.loaded.engine.num_threads
+            results[backend] = measure(base, lora, args)
+            base.loaded.close()
+            lora.loaded.close()
+    if args.json:
+        print(json.dumps({"threads": threads, "context": args.context, "results": results}))
+    else:
+        show(results, threads)
+
+
+if __name__ == "__main__":
+    main()
