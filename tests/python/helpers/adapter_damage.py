@@ -150,14 +150,19 @@ def damage_config(draw: Any, folder: Path) -> Damage:
     """Changes one entry of adapter_config.json to another rank, another kind or plain nonsense."""
     file = folder / CONFIG
     config = json.loads(file.read_text("utf-8"))
-    key = draw(st.sampled_from(sorted(_CONFIG_VALUES)))
+    # Ranks and alphas are what this is about most.
+    numbers = ["r", "rank_pattern", "alpha_pattern"]
+    key = draw(st.sampled_from([*sorted(_CONFIG_VALUES), *5 * numbers]))
     config[key] = draw(st.sampled_from(_CONFIG_VALUES[key]))
     file.write_text(json.dumps(config), encoding="utf-8")
     return Damage(f"{key} = {config[key]!r}", [[key], [CONFIG], ["incomplete"]])
 
 
 _NONSENSE: list[Any] = ["x", "(", 7, -1, 0.5, True, [], ["x"], {"x": "y"}, [[1, 2]], None]
-_PATTERN_KEYS = ["q_proj", r"experts\.1\.gate_proj", "experts", r".*\.w1", "(", r"layers.0.*"]
+_PATTERN_KEYS = [
+    "q_proj", r"experts\.1\.(gate_proj|w1)", r".*\.experts\..*", r".*\.experts.(up_proj|w3)",
+    r"layers.0.*", "experts", "(",
+]  # fmt: skip
 _CONFIG_VALUES: dict[str, list[Any]] = {
     "r": [1, 3, 5, 8, 16, 257, 1 << 40, 0, -4, 4.5, "4", None, float("nan"), float("inf"), [4]],
     "rank_pattern": [
