@@ -103,10 +103,10 @@ def _audit(config: Config, *, as_json: bool, norms: bool) -> None:
 
     base, plan = open_adapter(config.model, config.adapter)
     assert plan is not None
-    for path in plan.experts:
-        plan.mark_experts(path)
-    plan.audit.mark([tensor.key for _, tensor in plan.side.tensors()], "peft")
-    plan.audit.check()
+    # Nothing is loaded: this is who will apply each tensor, all of which have been claimed.
+    inside = tuple(f"{path}." for path in plan.experts)
+    for row in plan.audit.rows:
+        row.status = "experts" if row.acts_on.startswith(inside) else "peft"
     changes = find_changes(base, plan, norms=norms)
     if not as_json:
         _print(report(config.model.model_name_or_path, plan.audit, changes))

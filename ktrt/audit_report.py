@@ -35,6 +35,9 @@ def report(base: object, audit: Audit, changes: Sequence[Change]) -> Iterator[Te
     yield from _summary(changes)
     yield from _map(changes)
     yield from _unchanged(changes)
+    whole = dict.fromkeys(row.kind for row in audit.rows if not row.part.startswith("lora_"))
+    for kind in whole:
+        yield Text(f"saved whole: {kind}")
 
 
 def _by_kind(changes: Iterable[Change]) -> dict[str, list[Change]]:

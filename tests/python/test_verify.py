@@ -279,18 +279,22 @@ def test_sabotaged_base_weights_fail(
             assert all("(expert 3," in text or "(expert 5," in text for text in named)
 
 
-def test_sabotaged_scaling_of_the_torch_modules_fails(
-    made: Made, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def double_scaling(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     original = LoraSettings.scale
 
     def spoiled(self: LoraSettings, module: str) -> LoraScale:
         scale = original(self, module)
-        if "self_attn.q_proj" in module:
+        if where in module:
             return LoraScale(scale.rank, 2 * scale.alpha, 2 * scale.scaling)
         return scale
 
     monkeypatch.setattr(LoraSettings, "scale", spoiled)
+
+
+def test_sabotaged_scaling_of_the_torch_modules_fails(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    double_scaling(monkeypatch, "self_attn.q_proj")
     (report,) = check(made("deepseek_v2", "a"))
     assert {text.partition(":")[0] for text in report.failures} == {"self_attn.q_proj"}
 
@@ -474,7 +478,7 @@ def test_lora_on_the_router(made: Made, tmp_path: Path, monkeypatch: pytest.Monk
     assert report.passed, report.failures
     assert report.checks[-1].name == "mlp.gate"
     assert report.checks[-1].apart > 0.2
-    monkeypatch.setattr("ktrt.adapter.torch_side.apply_router_lora", lambda *_arguments: None)
+    double_scaling(monkeypatch, "mlp.gate")
     (report,) = check((model, adapter))
     assert {text.partition(":")[0] for text in report.failures} == {"mlp.gate"}
 
