@@ -20,9 +20,10 @@ _SPARE_BYTES = 64 << 20
 
 def check_target(target: Path) -> None:
     """``ConfigError`` if something is at ``target`` that would be overwritten."""
+    target = target.resolve()
     if target.is_dir() and not any(target.iterdir()):
         return
-    if target.exists() or target.is_symlink():
+    if target.exists():
         what = "a folder that is not empty" if target.is_dir() else "no folder"
         raise ConfigError(f"--out {target} exists and is {what}; name a new one, or empty it")
 
@@ -35,7 +36,7 @@ def staged_folder(target: Path, size: int) -> Iterator[Path]:
     ``ConfigError``: ``target`` holds something, its parent cannot be written to, the disk is full.
     """
     check_target(target)
-    target = target.absolute()
+    target = target.resolve()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(

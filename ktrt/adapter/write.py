@@ -57,6 +57,11 @@ def write_adapter(plan: AdapterPlan, base: BaseModel, out: Path, layout: Layout)
     ``out`` holds something or the disk is full.
     """
     check_target(out)
+    if layout == "c" and not plan.experts:
+        raise AdapterError(
+            f"{plan.files.file} has no LoRA on routed experts, which is what layout c is for. Use "
+            "layout a."
+        )
     experts = expert_tensors(layout, plan.experts, base, plan.settings.use_rslora)
     if experts.folded and not experts.exact:
         logger.warning(

@@ -12,8 +12,8 @@ import torch
 from ktrt.errors import ConfigError
 from ktrt.kt_weights import PROJECTIONS, KtWeights
 from ktrt.merge.checkpoint import Merge, Summary, releasing, summarise
+from ktrt.merge.rounding import merged
 from ktrt.merge.shards import INDEX_NAME, OutputTensor, write_index, write_shard
-from ktrt.merge.tensors import merged
 from ktrt.moe import build_engine, new_layer, weight_format_of
 from ktrt.progress import byte_progress
 from ktrt.staging import check_target, staged_folder

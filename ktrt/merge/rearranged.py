@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ktrt.errors import CheckpointError
+from ktrt.merge.rounding import rounded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from ktrt.checkpoint_convert import Conversions
     from ktrt.merge.changes import Changes
     from ktrt.moe import ExpertsSpec
-
-_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class RearrangedTensors:
@@ -47,7 +46,7 @@ class RearrangedTensors:
         """The merged tensor, rounded once; each can be taken once."""
         if self._merged is None:
             self._merged = self._merge()
-        return self._merged.pop(name).to(_FLOATS[self._dtypes[name]])
+        return rounded(name, self._merged.pop(name), self._dtypes[name])
 
     def _merge(self) -> dict[str, torch.Tensor]:
         shapes = {name: self._checkpoint.shape(name) for name in self._dtypes}

@@ -7,22 +7,21 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-import torch
-
 from ktrt.checkpoint_convert import Conversions
 from ktrt.errors import AdapterError
 from ktrt.merge.rearranged import RearrangedTensors
+from ktrt.merge.rounding import FLOATS, merged, rounded
 from ktrt.merge.shards import OutputTensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    import torch
+
     from ktrt.checkpoint import Checkpoint
     from ktrt.checkpoint_names import WeightNames, WeightTarget
     from ktrt.merge.changes import Changes
     from ktrt.moe import ExpertsSpec
-
-FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -125,9 +124,9 @@ class TensorPlan:
             if group is not None:
                 yield group.take(name)
             elif changed:
-                yield from (block.to(FLOATS[dtype]) for block in self._merged(name, target))
+                yield from (rounded(name, block, dtype) for block in self._merged(name, target))
             elif dtype != checkpoint.dtype(name):
-                yield from (block.to(FLOATS[dtype]) for block in self._rows(name))
+                yield from (rounded(name, block, dtype) for block in self._rows(name))
             else:
                 yield checkpoint.read(name)
 
@@ -167,13 +166,8 @@ class TensorPlan:
 
         def tensor(twin: str) -> OutputTensor:
             def blocks() -> Iterator[torch.Tensor]:
-                yield self._changes.apply(twin, self._checkpoint.read(name)).to(FLOATS[dtype])
+                yield rounded(twin, self._changes.apply(twin, self._checkpoint.read(name)), dtype)
 
             return OutputTensor(twin, dtype, shape, blocks, changed=True)
 
         return [tensor(twin) for twin in twins if twin not in stored]
-
-
-def merged(weight: torch.Tensor, delta: torch.Tensor | None) -> torch.Tensor:
-    """W + ΔW in float32."""
-    return weight.float() if delta is None else weight.float() + delta

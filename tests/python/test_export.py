@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM
 
 from ktrt.checkpoint import Checkpoint
 from ktrt.config import AdapterArgs, ModelArgs
-from ktrt.errors import AdapterError, ConfigError
+from ktrt.errors import AdapterError, CheckpointError, ConfigError
 from ktrt.export import main, open_adapter
 from ktrt.merge import merge_checkpoint
 from ktrt.merge.changes import Changes
@@ -367,6 +367,20 @@ def test_a_tensor_merged_twice_stops_the_export(
         export(model, adapter, tmp_path / "out")
 
 
+def test_float16_must_hold_the_values(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", "mixtral", 96)
+    export(model, None, tmp_path / "fine", "float16")
+    assert {w.dtype for w in load_file(tmp_path / "fine/model.safetensors").values()} == {
+        torch.float16
+    }
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][3] = 70000
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model.norm.weight has values up to 70144, which"):
+        export(model, None, tmp_path / "out", "float16")
+    assert not (tmp_path / "out").exists()
+
+
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", "mixtral", 96)
     (tmp_path / "full").mkdir()
@@ -377,7 +391,8 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="exists and is no folder"):
         export(model, None, tmp_path / "file")
     (tmp_path / "empty").mkdir()
-    export(model, None, tmp_path / "empty")
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    export(model, None, tmp_path / "link")
     assert (tmp_path / "empty" / "config.json").is_file()
 
 

@@ -382,6 +382,12 @@ def refused(words: str, folder: Path, base: BaseModel, out: Path, layout: Layout
     assert not out.exists()
 
 
+def save_trained_attention(folder: Path, model: Path) -> Path:
+    tensors, config = read_folder(save_adapter(folder, model, "a"))
+    kept = {key: value for key, value in tensors.items() if "q_proj" in key}
+    return write_adapter(folder, kept, config | {"target_modules": ["q_proj"]})
+
+
 def test_what_a_layout_cannot_hold(models: Models, tmp_path: Path) -> None:
     folder, base = models["deepseek_v2"]
     wide = save_adapter(tmp_path / "wide", folder, "a", LoraPlan(rank=130))
@@ -391,6 +397,8 @@ def test_what_a_layout_cannot_hold(models: Models, tmp_path: Path) -> None:
     experts = experts_of(model)
     loras = {p: random_lora(m, RANK, True, torch.Generator()) for p, m in experts.items()}
     adapter = write_stacked(tmp_path / "x", experts, loras)
+    plain = save_trained_attention(tmp_path / "attention", folder)
+    refused("no LoRA on routed experts", plain, base, tmp_path / "c", "c")
     refused("experts without gate. Use layout b", adapter, base_of(tmp_path / "plain"),
             tmp_path / "c", "c")  # fmt: skip
 
