@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _set_environment()
     try:
         config = load_config(args.config, args.overrides)
-        if config.adapter.adapter_name_or_path is None:
+        if config.adapter.single() is None:
             raise ConfigError(f"{args.config}: no adapter_name_or_path, so there is no adapter")
         if args.verify is not None:
             return _verify(config, args.verify, as_json=args.json)
@@ -99,9 +99,10 @@ def _set_environment() -> None:
 def _audit(config: Config, *, as_json: bool, norms: bool) -> None:
     from ktrt.adapter_changes import find_changes
     from ktrt.audit_report import report
-    from ktrt.prepare import open_adapter
+    from ktrt.prepare import base_of_adapters, open_adapter, open_base
 
-    base, plan = open_adapter(config.model, config.adapter)
+    base = open_base(config.model)
+    plan = open_adapter(config.adapter, base_of_adapters(base))
     assert plan is not None
     # Nothing is loaded: this is who will apply each tensor, all of which have been claimed.
     inside = tuple(f"{path}." for path in plan.experts)

@@ -12,18 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from ktrt import __version__
-from ktrt.adapter import plan_adapter
 from ktrt.adapter.write import LAYOUTS, write_adapter
 from ktrt.config import load_config
 from ktrt.errors import ConfigError, KtrtError
 from ktrt.merge import EXPERTS_FOLDER, DtypeName, merge_checkpoint, merge_packed
-from ktrt.prepare import base_of_adapters, open_base
+from ktrt.prepare import base_of_adapters, open_adapter, open_base
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ktrt.adapter import AdapterPlan, BaseModel
-    from ktrt.config import AdapterArgs, Config
+    from ktrt.config import Config
 
 _EXIT_FAILURE = 2
 _EXIT_INTERRUPTED = 130
@@ -98,26 +96,6 @@ def export(config: Config, args: argparse.Namespace) -> dict[str, object]:
     if args.format == "kt":
         return asdict(merge_packed(base, plan, args.out, config.experts))
     return asdict(merge_checkpoint(base, plan, args.out, args.dtype))
-
-
-def open_adapter(args: AdapterArgs, base: BaseModel) -> AdapterPlan | None:
-    """The one adapter that is configured, checked against the base; None for the base alone.
-
-    ``ConfigError``: several adapters, or one that is to act with another weight than 1.
-    """
-    folders = list(getattr(args, "adapters", {}).values())
-    if args.adapter_name_or_path is not None:
-        folders.append(args.adapter_name_or_path)
-    weights = set(getattr(args, "adapter_weights", {}).values())
-    if len(folders) > 1 or not weights <= {1.0}:
-        raise ConfigError(
-            f"export takes one adapter, as it was trained; the configuration has {len(folders)}"
-            f"{' with adapter_weights' if weights else ''}. Give the one as adapter_name_or_path, "
-            "without adapters and adapter_weights"
-        )
-    if not folders:
-        return None
-    return plan_adapter(folders[0], base, lora_rank=args.lora_rank, lora_alpha=args.lora_alpha)
 
 
 def _in_words(summary: dict[str, object]) -> str:

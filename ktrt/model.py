@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -127,9 +128,7 @@ def _load_experts(ready: Prepared, args: ExpertArgs, only_layers: Collection[int
     load_experts(source, layers, root, ready.kt_weights)
 
 
-def _accelerate(
-    model: nn.Module, engine: Engine, adapters: Adapters, device: torch.device
-) -> None:
+def _accelerate(model: nn.Module, engine: Engine, adapters: Adapters, device: torch.device) -> None:
     """Faster ways through the layers outside the experts, which stay transformers' and PEFT's."""
     if device.type == "cuda":
         adapters.on_change.append(FusedLora(model).refresh)
@@ -137,7 +136,7 @@ def _accelerate(
         accelerate_attention(model)
         accelerate(model, engine)
         # PEFT wraps further layers when another adapter is loaded.
-        adapters.on_change.append(lambda: accelerate(model, engine))
+        adapters.on_change.append(partial(accelerate, model, engine))
         use_latents(model, engine)
 
 

@@ -57,13 +57,13 @@ def open_base(model: ModelArgs, kt_weight_path: Path | None = None) -> BaseCheck
     return BaseCheckpoint(built, names, ExpertSource(checkpoint, specs, weights))
 
 
-def open_adapter(
-    model: ModelArgs, adapter: AdapterArgs
-) -> tuple[BaseCheckpoint, AdapterPlan | None]:
-    """The base and the adapter checked against it, without an engine and without a weight of the
-    base. ``CheckpointError``, ``AdapterError``."""
-    base = open_base(model)
-    return base, _plan_adapter(adapter, base)
+def open_adapter(args: AdapterArgs, base: BaseModel) -> AdapterPlan | None:
+    """The one adapter that is configured, checked against the base; None for the base alone.
+    ``ConfigError``: several, or one with a weight. ``AdapterError``."""
+    folder = args.single()
+    if folder is None:
+        return None
+    return plan_adapter(folder, base, lora_rank=args.lora_rank, lora_alpha=args.lora_alpha)
 
 
 def plan_memory(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> MemoryPlan:

@@ -82,8 +82,9 @@ def verify(
 
     Raises ``CannotVerifyError`` for what the independent reading does not cover.
     """
-    assert adapter.adapter_name_or_path is not None
-    lora = RawAdapter(adapter.adapter_name_or_path)
+    folder = adapter.single()
+    assert folder is not None
+    lora = RawAdapter(folder)
     base = RawCheckpoint(model.model_name_or_path)
     layers = _layers(lora, layer, everything)
     loaded = load_model(model, adapter, experts, None if everything else layers)

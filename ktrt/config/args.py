@@ -54,6 +54,18 @@ class AdapterArgs:
         name = self.adapter_name_or_path.resolve().name
         return {name: self.adapter_name_or_path, **self.adapters}
 
+    def single(self) -> Path | None:
+        """The folder of the only adapter; None for the base alone. ``ConfigError``: several, or one
+        that is to act with another weight than 1."""
+        folders = list(self.folders.values())
+        if len(folders) > 1 or any(weight != 1 for weight in self.adapter_weights.values()):
+            raise ConfigError(
+                f"one adapter, as it was trained, can be taken here; found {list(self.folders)}, "
+                f"adapter_weights {dict(self.adapter_weights)}. Give the one as "
+                "adapter_name_or_path, without adapters and adapter_weights"
+            )
+        return folders[0] if folders else None
+
     @property
     def start_weights(self) -> dict[str, float]:
         """The adapters that start active, with their weights."""

@@ -36,11 +36,11 @@ from transformers import AutoModelForCausalLM
 from ktrt.checkpoint import Checkpoint
 from ktrt.config import AdapterArgs, ModelArgs
 from ktrt.errors import AdapterError, CheckpointError, ConfigError
-from ktrt.export import main, open_adapter
+from ktrt.export import main
 from ktrt.merge import merge_checkpoint
 from ktrt.merge.changes import Changes
 from ktrt.merge.shards import write_shard
-from ktrt.prepare import base_of_adapters, open_base
+from ktrt.prepare import base_of_adapters, open_adapter, open_base
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -421,7 +421,7 @@ def test_an_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 SLOW_EXPORT = """
 import sys, time
 import ktrt.merge.checkpoint as checkpoint
-from ktrt.export import main, open_adapter
+from ktrt.export import main
 write = checkpoint.write_shard
 def slow(path, tensors, advance):
     write(path, tensors, advance)
@@ -451,7 +451,7 @@ def test_a_killed_process_leaves_no_folder(tmp_path: Path, how: signal.Signals) 
 PEAK = """
 import sys
 from pathlib import Path
-from ktrt.export import main, open_adapter
+from ktrt.export import main
 import ktrt.merge.tensors, peft, transformers
 
 def peak():

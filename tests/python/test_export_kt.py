@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import CheckpointError, ConfigError
-from ktrt.export import main, open_adapter
+from ktrt.export import main
 from ktrt.merge import merge_checkpoint, merge_packed
 from ktrt.model import LoadedModel, load_model
 from ktrt.moe import KTExperts
-from ktrt.prepare import base_of_adapters, open_base
+from ktrt.prepare import base_of_adapters, open_adapter, open_base
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -25,7 +25,7 @@ from ktrt.checkpoint import ExpertWeights
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.model import load_model
 from ktrt.moe import KTExperts
-from ktrt.prepare import open_adapter
+from ktrt.prepare import base_of_adapters, open_adapter, open_base
 from ktrt.reference import CannotVerifyError, RawAdapter, RawCheckpoint
 from ktrt.reference.experts import Expert, expert_output, to_bf16
 from ktrt.verify import LayerReport, verify, verify_layer
@@ -205,7 +205,7 @@ class Loaded:
         self.layer = self.lora.expert_layers[0]
         args = (ModelArgs(model), AdapterArgs(adapter))
         self.model = load_model(*args, ExpertArgs(kt_backend=backend, kt_num_threads=1))
-        _, plan = open_adapter(*args)
+        plan = open_adapter(args[1], base_of_adapters(open_base(args[0])))
         assert plan is not None
         modules = self.model.model.named_modules()
         path, self.experts = next(
