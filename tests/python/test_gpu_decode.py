@@ -233,7 +233,12 @@ def test_a_session_captures_anew_for_other_adapters(shared: Shared) -> None:
     assert (reused(), shared.maker.captures) == (0, 1)
     assert reused() > 0
     assert shared.maker.captures == 1
-    for captures, change in enumerate((adapters.off, adapters.on, lambda: adapters.scale(0.5)), 2):
+    changes: tuple[Callable[[], None], ...] = (
+        adapters.off,
+        adapters.on,
+        lambda: adapters.scale(0.5),
+    )
+    for captures, change in enumerate(changes, start=2):
         change()
         assert (reused(), shared.maker.captures) == (0, captures)
         assert reused() > 0
@@ -247,5 +252,6 @@ def test_rows_with_adapters_of_their_own_go_by_the_host(shared: Shared) -> None:
         with loaded.adapters.rows(["lora", None]), torch.no_grad():
             results.append(loaded.model(torch.tensor([IDS[:9], IDS[:9]])).logits)
     assert torch.equal(*results)
-    assert not torch.allclose(*results[0], atol=1e-2)
+    first, second = results[0]
+    assert not torch.allclose(first, second, atol=1e-2)
     assert not shared.core.log
