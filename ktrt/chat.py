@@ -295,6 +295,9 @@ def _converse(talk: Talk, *, debug: bool) -> int:
             break
         except BrokenPipeError:
             raise
+        except KeyboardInterrupt:
+            if not terminal.interactive:
+                raise
         except Exception as error:
             if not terminal.interactive:
                 raise

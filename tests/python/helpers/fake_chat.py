@@ -72,7 +72,7 @@ class EchoSession:
         self.template = SimpleNamespace(name="fake", thinking=None)
         self.adapters = FakeAdapters(*adapters)
         self.tokenizer = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
-        self.bytes_per_token = 1_000_000
+        self.bytes_per_token = None
 
     def __enter__(self) -> Self:
         return self
