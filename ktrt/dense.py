@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 # With AMX, torch computes from so many rows on: its tiles are ahead there, the engine has none for
 # these layers. Elsewhere one kernel takes all rows, so a row's bits do not depend on the chunks.
 _AMX_ROWS = 16
+# Tokens in the KV cache up to which a decode step leaves torch one thread.
+_SHORT_CONTEXT = 2048
 
 
 def accelerate(model: nn.Module, engine: Engine) -> int:
@@ -50,7 +52,33 @@ def accelerate(model: nn.Module, engine: Engine) -> int:
             count += not is_lora
     if count:
         logger.debug("%d BF16 linear layers run in the engine", count)
+        _decode_on_one_thread(model)
     return count
+
+
+def _decode_on_one_thread(model: nn.Module) -> None:
+    """What is left to torch in a decode step is so small that waking its threads takes longer, and
+    they would get in the way of the engine's. Long conversations have attention to share out."""
+    weights = [
+        m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.numel() > 1 << 20
+    ]
+    if not all(isinstance(m.__dict__.get("forward"), DenseForward) for m in weights):
+        return
+    threads: list[int] = []
+
+    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        past = kwargs.get("past_key_values")
+        threads.append(torch.get_num_threads())
+        short = past is not None and past.get_seq_length() < _SHORT_CONTEXT
+        if ids is not None and ids.numel() == 1 and short:
+            torch.set_num_threads(1)
+
+    def after(*_: object) -> None:
+        torch.set_num_threads(threads.pop())
+
+    model.register_forward_pre_hook(before, with_kwargs=True)
+    model.register_forward_hook(after, always_call=True)
 
 
 def refresh(model: nn.Module) -> None:

@@ -123,3 +123,19 @@ def test_other_models_stay(engine: Engine) -> None:
     layer.expand_kv = lambda *states: type(layer).expand_kv(layer, *(2 * s for s in states))
     assert use_latents(model, engine) == 1, "one expands otherwise, by factors of its own"
     assert model.model.layers[0].self_attn.__dict__.get("kt_latent") is None
+
+
+def test_decode_steps_leave_torch_one_thread(engine: Engine) -> None:
+    model, used = make("deepseek_v2", lora=False), []
+    model.model.norm.register_forward_hook(lambda *_: used.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        accelerate(model, engine)
+        step_by_step(model, torch.arange(PROMPT + 2)[None])
+        assert used == [2, 1, 1]
+        with pytest.raises(IndexError):
+            step_by_step(model, torch.full((1, PROMPT + 1), 60))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
