@@ -160,13 +160,14 @@ class KvCache:
                 logits = self._plain_forward(ids)
             else:
                 logits = self._graph_forward(self._graphs, held, ids)
-        except BaseException:
-            # Ctrl-C included: some layers hold the new tokens by now and others do not.
+        except KeyboardInterrupt:
+            # Some layers hold the new tokens by now and others do not.
             if self._intact and self._cache is not None:
                 with suppress(Exception):
                     self._go_back(held, len(held))
             raise
-        # Only now: no ids make the next `reuse` start anew.
+        # Only now: after any other exception nothing is trusted, and no ids make the next `reuse`
+        # start anew.
         held.extend(ids)
         self._ids = held
         return logits

@@ -67,15 +67,16 @@ class StaticLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = self._new(key_states), self._new(value_states)
+        capacity = self._shared.capacity
+        self.keys, self.values = self._new(key_states, capacity), self._new(value_states, capacity)
         self.is_initialized = True
 
-    def _new(self, like: torch.Tensor) -> torch.Tensor:
+    def _new(self, like: torch.Tensor, capacity: int) -> torch.Tensor:
         # Zeros: what is masked is still multiplied by 0, which makes NaN of an arbitrary value. No
         # inference tensors, which could not be changed outside of inference mode.
         rows, heads, _, size = like.shape
         with torch.inference_mode(False):
-            return like.new_zeros(rows, heads, self._shared.capacity, size)
+            return like.new_zeros(rows, heads, capacity, size)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
@@ -99,14 +100,14 @@ class StaticLayer(CacheLayerMixin):  # type: ignore[misc]
             self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def grow(self) -> None:
-        """Moves what is held into memory of the shared capacity."""
+    def grow(self, capacity: int) -> None:
+        """Moves what is held into memory of so many positions."""
         if not self.is_initialized:
             return
         # One after the other: only one of them is ever held twice.
         for name in ("keys", "values"):
             old = getattr(self, name)
-            new = self._new(old)
+            new = self._new(old, capacity)
             new[:, :, : self.length] = old[:, :, : self.length]
             setattr(self, name, new)
 
@@ -164,10 +165,13 @@ class StaticKv(Cache):  # type: ignore[misc]
         were captured on it."""
         if length <= self.capacity:
             return False
-        while self._shared.capacity < length:
-            self._shared.capacity *= 2
+        capacity = self.capacity
+        while capacity < length:
+            capacity *= 2
         for layer in self.layers:
-            layer.grow()
+            layer.grow(capacity)
+        # Last: where Ctrl-C came in between, the next call begins anew.
+        self._shared.capacity = capacity
         return any(layer.is_initialized for layer in self.layers)
 
     def set_length(self, length: int) -> None:

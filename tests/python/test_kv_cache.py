@@ -184,6 +184,25 @@ def test_reserve_doubles_and_keeps(llama: Any) -> None:
     assert not cache.layers[1].values[:, :, 12:].any()
 
 
+def test_an_interrupted_growth_is_repeated(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = KvCache(llama, dense_graphs(llama))
+    cache.forward(PROMPT)
+    grow, left = kv_cache.StaticLayer.grow, [1]
+
+    def interrupted(layer: Any, capacity: int) -> None:
+        grow(layer, capacity)
+        if left:
+            left.pop()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(kv_cache.StaticLayer, "grow", interrupted)
+    more = tokens(llama, 9)
+    with pytest.raises(KeyboardInterrupt):
+        cache.forward(more)
+    assert cache.reuse(PROMPT + more) == len(PROMPT)
+    assert close(cache.forward(more), whole(llama, PROMPT + more))
+
+
 def test_rows_of_different_lengths() -> None:
     """Row 1 holds 8 tokens, and the rubbish of 4 others behind them."""
     model = make("deepseek_v2")
