@@ -12,7 +12,7 @@ import numpy as np
 from ktrt.reference.tensors import CannotVerifyError, RawFile, read_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
     from pathlib import Path
 
     from ktrt.reference.tensors import Float32
@@ -20,13 +20,16 @@ if TYPE_CHECKING:
 _FILES = ("adapter_model.safetensors", "fused_expert_lora.safetensors")
 _PARTS = {
     "gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up",
-    "w2": "down",
+    "w2": "down", "gate_up_proj": "gate_up", "gate": "gate", "up": "up", "down": "down",
 }  # fmt: skip
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])(?:\.weight)?")
-_SINGLE = re.compile(r"(?P<path>.+\.experts)\.(?P<expert>\d+)\.(?P<part>\w+)")
+_NAMED = re.compile(r".+\.experts(?:\.(?P<expert>\d+))?\.(?P<part>\w+)")
 _STACKED = re.compile(r"(?P<path>.+\.experts)(?P<inner>\.base_layer)?")
+_FUSED_MODULE = re.compile(r"\.experts\.(?:gate|up|down)$")
 _FUSED = re.compile(r"(?:.*\.)?(?P<projection>gate|up|down)_lora_(?P<part>[ab])")
-_EXPERTS = re.compile(r"(?<!\w)experts(?:\.\d|\.base_layer|\.(?:gate|up|down)$|$)")
+_EXPERTS = re.compile(
+    r"(?<!\w)experts(?:\.\d.*|\.base_layer|\.(?:gate|up|down|gate_up|w[123])(?:_proj)?)?$"
+)
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -91,7 +94,10 @@ class RawAdapter:
         return float(self.config[default])
 
     def scaling(self, module: str) -> float:
-        """alpha/r, or alpha/√r with rsLoRA, of a module or parameter."""
+        """alpha/r, or alpha/√r with rsLoRA, of a module or parameter. KTransformers' fused experts
+        know neither patterns nor rsLoRA."""
+        if _FUSED_MODULE.search(module):
+            return float(self.config["lora_alpha"] / self.config["r"])
         rank = self._pattern("rank_pattern", module, "r")
         alpha = self._pattern("alpha_pattern", module, "lora_alpha")
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
@@ -124,28 +130,52 @@ class RawAdapter:
         self._check_others(layer)
         found: list[dict[str, Lora]] = [{} for _ in range(num_experts)]
         modules = [m for m in self._pairs if _layer(m) == layer and _on_experts(m)]
+        # projection → A or B → expert (None: all) → the module that it stands under.
+        named: dict[str, dict[str, dict[int | None, str]]] = {}
         for module in modules:
-            tail = module.rpartition(".")[2]
-            if match := _SINGLE.fullmatch(module):
-                if int(match["expert"]) >= num_experts or match["part"] not in _PARTS:
-                    raise CannotVerifyError(f"{self.folder}: {module} is no expert of the base.")
-                found[int(match["expert"])][_PARTS[match["part"]]] = self._lora(module)
-            elif tail in ("gate", "up", "down"):
-                for each, lora in zip(found, self._fused(module, num_experts), strict=True):
-                    each[tail] = lora
-            else:
+            if _STACKED.fullmatch(module):
                 self._stacked(module, modules, (hidden_size, intermediate_size), found)
+                continue
+            match = _NAMED.fullmatch(module)
+            number = None if match is None or match["expert"] is None else int(match["expert"])
+            if match is None or match["part"] not in _PARTS or (number or 0) >= num_experts:
+                raise CannotVerifyError(f"{self.folder}: {module} is no expert of the base.")
+            halves = named.setdefault(_PARTS[match["part"]], {"A": {}, "B": {}})
+            for half in self._pairs[module]:
+                halves[half][number] = module
+        for projection, halves in named.items():
+            self._named(projection, halves, intermediate_size, found)
         _check_sizes(self.folder, layer, found, hidden_size, intermediate_size)
         return found
 
-    def _fused(self, module: str, num_experts: int) -> Iterable[Lora]:
-        """KTransformers' fused layout: a [E, r, in], b [E, out, r]; one for all where E is 1."""
-        lora = self._lora(module)
-        if lora.a.ndim != 3 or {lora.a.shape[0], lora.b.shape[0]} - {1, num_experts}:
-            raise CannotVerifyError(f"{self.folder}: {module} has shape {lora.a.shape}.")
-        for e in range(num_experts):
-            a, b = (x[e if x.shape[0] > 1 else 0] for x in (lora.a, lora.b))
-            yield Lora(a, b, lora.scaling)
+    def _named(
+        self,
+        projection: str,
+        halves: dict[str, dict[int | None, str]],
+        inner: int,
+        found: list[dict[str, Lora]],
+    ) -> None:
+        """One projection (gate_up: gate's rows, then up's). A half is a matrix for each expert, or
+        one tensor for all: [E, …], [1, …] or the matrix that they share."""
+        whole = {half: self._pairs[m[None]][half]() for half, m in halves.items() if None in m}
+
+        def matrix(half: str, expert: int) -> Float32:
+            if expert in halves[half]:
+                return self._pairs[halves[half][expert]][half]()
+            stack = whole.get(half)
+            if stack is None or (stack.ndim == 3 and len(stack) not in (1, len(found))):
+                raise CannotVerifyError(
+                    f"{self.folder}: no lora_{half} for {projection} of expert {expert}."
+                )
+            return stack if stack.ndim == 2 else stack[expert if len(stack) > 1 else 0]
+
+        for expert, each in enumerate(found):
+            module = halves["A"].get(expert) or halves["A"].get(None, "")
+            a, b, scaling = matrix("A", expert), matrix("B", expert), self.scaling(module)
+            if projection == "gate_up":
+                each["gate"], each["up"] = Lora(a, b[:inner], scaling), Lora(a, b[inner:], scaling)
+            else:
+                each[projection] = Lora(a, b, scaling)
 
     def _stacked(
         self, module: str, modules: list[str], sizes: tuple[int, int], found: list[dict[str, Lora]]

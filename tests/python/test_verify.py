@@ -408,6 +408,18 @@ def as_c(tensors: Tensors, config: dict[str, Any]) -> Tensors:
     return fused
 
 
+def as_stacks(tensors: Tensors, config: dict[str, Any]) -> None:
+    """[E, …] under the projections' names; gate_up in one."""
+    for layer in (1, 2):
+        path = f"base_model.model.model.layers.{layer}.mlp.experts"
+        for inner, part in ((".base_layer", "gate_up_proj"), ("", "down_proj")):
+            a, b = (tensors.pop(f"{path}{inner}.lora_{x}.weight") for x in "AB")
+            tensors[f"{path}.{part}.lora_A.weight"] = a.view(NUM_EXPERTS, 8, -1).contiguous()
+            stack = b.view(-1, 8, NUM_EXPERTS).permute(2, 0, 1)
+            tensors[f"{path}.{part}.lora_B.weight"] = stack.contiguous()
+    config.pop("target_parameters")
+
+
 def older_peft(tensors: Tensors, config: dict[str, Any]) -> None:
     """A [E·r, d1], B [d2, r·E] of the transposed change."""
     for key in [key for key in tensors if ".experts." in key and ".lora_A." in key]:
@@ -422,8 +434,29 @@ def older_peft(tensors: Tensors, config: dict[str, Any]) -> None:
 
 REWRITES: dict[str, Callable[[Tensors, dict[str, Any]], Tensors | None]] = {
     "a": per_expert, "a prime": as_a_prime, "c": as_c, "d": with_infix, "f": as_f,
-    "b of PEFT 0.18": older_peft,
+    "b of PEFT 0.18": older_peft, "stacks": as_stacks,
 }  # fmt: skip
+
+
+def test_matrices_that_experts_share(made: Made, tmp_path: Path) -> None:
+    """A of gate for all experts, once as a matrix and once as [1, …]; B for each."""
+    _, adapter = made("deepseek_v2", "a")
+    tensors, settings = read_folder(adapter)
+    prefix = "base_model.model.model.layers.1.mlp.experts"
+    key = f"{prefix}.3.gate_proj.lora_A.weight"
+    shared = tensors[key]
+    for e in range(NUM_EXPERTS):
+        del tensors[f"{prefix}.{e}.gate_proj.lora_A.weight"]
+    for value in (shared, shared[None]):
+        tensors[f"{prefix}.gate_proj.lora_A.weight"] = value.clone()
+        found = RawAdapter(write_adapter(tmp_path, tensors, settings)).experts(1, 16, 160, 96)
+        for e, each in enumerate(found):
+            np.testing.assert_array_equal(each["gate"].a, shared.numpy())
+            b = tensors[f"{prefix}.{e}.gate_proj.lora_B.weight"]
+            np.testing.assert_array_equal(each["gate"].b, b.numpy())
+    del tensors[f"{prefix}.gate_proj.lora_A.weight"]
+    with pytest.raises(CannotVerifyError, match="no lora_A for gate of expert 0"):
+        RawAdapter(write_adapter(tmp_path, tensors, settings)).experts(1, 16, 160, 96)
 
 
 def test_rslora_and_patterns(made: Made, tmp_path: Path) -> None:
