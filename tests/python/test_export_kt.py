@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.family_models import Family, random_model
 from helpers.tiny_models import save_adapter, save_model, token_ids
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import CheckpointError, ConfigError
@@ -93,8 +97,6 @@ def test_a_damaged_rest_is_still_refused(model: Path, tmp_path: Path) -> None:
     """Experts that are there in part are no folder without experts."""
     base = open_base(ModelArgs(model))
     merge_packed(base, None, tmp_path / "kt", ExpertArgs("AMXInt8", kt_num_threads=1))
-    from safetensors.torch import save_file
-
     file = tmp_path / "kt" / "model.safetensors"
     name = "model.layers.1.mlp.experts.0.up_proj.weight"
     save_file({**load_file(file), name: load_file(model / "model.safetensors")[name]}, file)
@@ -130,3 +132,45 @@ def test_from_the_command_line(
     arguments = [str(config), "kt_backend=AMXInt8", "kt_num_threads=1", "--format", "kt"]
     assert main([*arguments, "--out", out, "-q"]) == 0
     assert f"kt_weight_path: {out}/experts" in capsys.readouterr().out
+
+
+KT_LOADER = """
+import sys
+import numpy as np
+from kt_kernel.utils.loader import SafeTensorLoader
+
+loader = SafeTensorLoader(sys.argv[1])
+found = {}
+for layer in sys.argv[2:]:
+    for name, parts in loader.load_experts(f"blk.{layer}").items():
+        (experts,) = parts
+        for number, array in enumerate(experts):
+            found[f"{layer}.{name}.{number}"] = array
+np.savez(sys.argv[1] + "/found.npz", **found)
+"""
+
+
+@pytest.mark.golden
+@pytest.mark.skipif(
+    importlib.util.find_spec("kt_kernel") is None,
+    reason="kt_kernel is not installed (it has wheels for Python 3.11 and 3.12)",
+)
+def test_kt_kernels_loader_reads_the_folder(model: Path, adapter: Path, tmp_path: Path) -> None:
+    base = open_base(ModelArgs(model))
+    plan = open_adapter(AdapterArgs(adapter), base_of_adapters(base))
+    merge_packed(base, plan, tmp_path / "kt", ExpertArgs("AMXInt8", kt_num_threads=1))
+    inner = tmp_path / "kt" / "experts"
+    command = [sys.executable, "-c", KT_LOADER, str(inner), *map(str, LAYERS)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    loaded = load(tmp_path / "kt", "AMXInt8", inner)
+    with np.load(inner / "found.npz") as found:
+        theirs = [
+            found[f"{layer}.{projection}{what}.{expert}"].tobytes()
+            for layer in LAYERS
+            for expert in range(EXPERTS)
+            for projection in ("gate", "up", "down")
+            for what in ("", "_scale")
+        ]
+    assert theirs == packed(loaded)
+    loaded.close()
