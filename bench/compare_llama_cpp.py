@@ -32,12 +32,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from llama_cpp_model import Weights
+    from llama_cpp_model import Shape, Weights
 
     from ktrt.session import Session
 
 # ktrt's format of the experts, llama.cpp's of all matrices.
 FORMATS = {"bf16": ("AMXBF16", "bf16"), "int8": ("AMXInt8", "q8_0")}
+# Bytes of a weight of the experts and of the rest: ktrt's, llama.cpp's.
+BYTES = {"bf16": ((2.0, 2.0), (2.0, 2.0)), "int8": ((1.0, 2.0), (34 / 32, 34 / 32))}
 CHECKED_TOKENS = 48
 # Relative error of the logits, the median over positions, that two right answers may differ by.
 AGREEMENT = {"bf16": 0.05, "int8": 0.15}
@@ -202,14 +204,17 @@ def measure(args: argparse.Namespace, weights: Weights, name: str) -> Iterator[R
         theirs.close()
         if not args.keep:
             file.unlink()
-    yield from rows_of(args, name, samples)
+    yield from rows_of(args, name, samples, weights.shape)
 
 
 def alternate(
     args: argparse.Namespace, ours: KtrtParty, theirs: LlamaCppParty
 ) -> dict[bool, list[tuple[Row, Row]]]:
     """(ktrt, llama.cpp) of each round, by LoRA; the first, unmeasured round warms up."""
+    from ktrt.machine import BandwidthProbe
+
     samples: dict[bool, list[tuple[Row, Row]]] = {False: [], True: []}
+    probe = BandwidthProbe(args.threads)
     note(args, f"measuring; llama.cpp: {theirs.system}")
     for number in range(-1, args.rounds):
         for lora in (False, True):
@@ -223,25 +228,39 @@ def alternate(
                 time.sleep(0.2)
                 one = ours.measure(lora, **size) if party == 0 else None
                 pair[party] = one or theirs.ask("measure", lora=lora, **size)
+                pair[party]["read"] = probe.rate()
             if number >= 0:
                 samples[lora].append((pair[0], pair[1]))
+    probe.close()
     note(args, f"measured {args.rounds} rounds")
     return samples
 
 
 def rows_of(
-    args: argparse.Namespace, name: str, samples: dict[bool, list[tuple[Row, Row]]]
+    args: argparse.Namespace,
+    name: str,
+    samples: dict[bool, list[tuple[Row, Row]]],
+    shape: Shape,
 ) -> Iterator[Row]:
+    sizes = [shape.token_bytes(*each) for each in BYTES[name]]
     for lora, pairs in samples.items():
         for phase, tokens in (("prefill", args.prompt), ("decode", 1)):
             ktrt_times = [pair[0][phase] / tokens for pair in pairs]
             their_times = [pair[1][phase] / tokens for pair in pairs]
             ratios = [b / a for a, b in zip(ktrt_times, their_times, strict=True)]
+            # Of decoding: the weights' bytes over the time, against the read beside it.
+            shares = [
+                statistics.median(
+                    sizes[party] / pair[party][phase] / pair[party]["read"] for pair in pairs
+                )
+                for party in (0, 1)
+            ]
             yield {
                 "format": name, "lora": lora, "phase": phase,
                 "ktrt": 1 / statistics.median(ktrt_times),
                 "llama_cpp": 1 / statistics.median(their_times),
                 "ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios),
+                "of_read": shares if phase == "decode" else None,
                 "ktrt_rounds": [1 / each for each in ktrt_times],
                 "llama_cpp_rounds": [1 / each for each in their_times],
             }  # fmt: skip
@@ -250,16 +269,19 @@ def rows_of(
 def table(rows: Sequence[Row], prompt: int) -> str:
     """Markdown; tokens per second."""
     lines = [
-        "| | ktrt, tokens/s | llama.cpp, tokens/s | times as fast | of the rounds |",
-        "|---|---|---|---|---|",
+        "| | ktrt, tokens/s | llama.cpp, tokens/s | times as fast | of the rounds "
+        "| share of the read bandwidth |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
         formats = "BF16" if row["format"] == "bf16" else "INT8 · Q8_0"
         phase = f"prompt of {prompt}" if row["phase"] == "prefill" else "decoding"
         lora = ", LoRA r 8" if row["lora"] else ""
+        shares = row["of_read"]
+        read = f"{shares[0]:.0%} · {shares[1]:.0%}" if shares else "–"
         lines.append(
             f"| {formats}, {phase}{lora} | {row['ktrt']:.1f} | {row['llama_cpp']:.1f} "
-            f"| {row['ratio']:.2f} | {row['least']:.2f}–{row['most']:.2f} |"
+            f"| {row['ratio']:.2f} | {row['least']:.2f}–{row['most']:.2f} | {read} |"
         )
     return "\n".join(lines)
 

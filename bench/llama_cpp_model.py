@@ -58,6 +58,14 @@ class Shape:
     def expert(self, projection: str) -> tuple[int, int]:
         return (self.hidden, self.inner) if projection == "down" else (self.inner, self.hidden)
 
+    def token_bytes(self, experts: float, others: float) -> float:
+        """Bytes of weights that decoding one token reads, given those of one weight of the experts
+        and of one of attention and head; LoRA, router and norms are left out."""
+        expert = 3 * self.hidden * self.inner
+        attention = sum(rows * columns for rows, columns in self.linears().values())
+        layer = self.top_k * expert * experts + attention * others
+        return self.layers * layer + self.vocab * self.hidden * others
+
     def config(self) -> dict[str, object]:
         """config.json. llama.cpp always normalises the routing weights of this architecture."""
         return {

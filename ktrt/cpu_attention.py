@@ -7,16 +7,21 @@ values. What stands here computes the same sums, in float32 where that does, in 
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import nn
 
 _MARK = "kt_one_token_attention"
 _SDPA = "sdpa"
+# Keys and values together; two threads of a machine with 40 GB/s are no faster below.
+_NUMBERS_OF_ONE_THREAD = 2 << 20
 
 
 def accelerate_attention(model: nn.Module) -> int:
@@ -86,6 +91,31 @@ def one_token(
     """query [rows, heads, 1, d]; key [rows, groups, tokens, d], value [rows, groups, tokens, dv],
     ``groups`` a divisor of ``heads``; mask None, or bool (True: seen) or to be added, [rows, 1, 1,
     tokens]. Returns [rows, 1, heads, dv] in the query's dtype."""
+    with _threads_for(key.numel() + value.numel()):
+        return _products(query, key, value, mask, scaling)
+
+
+@contextmanager
+def _threads_for(numbers: int) -> Iterator[None]:
+    """Little work is done by one thread of torch: to wake others takes longer (0.1 ms)."""
+    threads = torch.get_num_threads()
+    if threads == 1 or numbers > _NUMBERS_OF_ONE_THREAD:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _products(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+) -> torch.Tensor:
     rows, heads, _, size = query.shape
     scaling = size**-0.5 if scaling is None else scaling
     # The heads of a group share keys: they are the rows of one product.

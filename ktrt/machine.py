@@ -6,7 +6,6 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,13 +14,14 @@ from ktrt import _core
 from ktrt.machine_facts import MachineFacts, read_facts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
 _LEAST_PROBE = 256 << 20
 # A machine's caches, several times over, but not all of its memory.
 _L3_TIMES = 4
 _MOST_PROBE = 4 << 30
 _GPU_BYTES = 256 << 20
+_GPU_REPEATS = 8
 _SLICES = 5
 
 
@@ -161,34 +161,26 @@ def gpu_rates() -> GpuRates | None:
     host = torch.empty(_GPU_BYTES, dtype=torch.uint8, pin_memory=True)
     device = torch.empty(_GPU_BYTES, dtype=torch.uint8, device="cuda")
     words = device.view(torch.int32)
-    with _synchronized():
-        return GpuRates(
-            torch.cuda.get_device_name(),
-            total,
-            free,
-            read=_gpu_rate(lambda: words.amax()),
-            to_gpu=_gpu_rate(lambda: device.copy_(host, non_blocking=True)),
-            from_gpu=_gpu_rate(lambda: host.copy_(device, non_blocking=True)),
-        )
+    return GpuRates(
+        torch.cuda.get_device_name(),
+        total,
+        free,
+        read=_gpu_rate(lambda: words.amax()),
+        to_gpu=_gpu_rate(lambda: device.copy_(host, non_blocking=True)),
+        from_gpu=_gpu_rate(lambda: host.copy_(device, non_blocking=True)),
+    )
 
 
-@contextmanager
-def _synchronized() -> Iterator[None]:
+def _gpu_rate(action: Callable[[], object]) -> float:
+    """Bytes per second of an action on _GPU_BYTES bytes: several in a row, the best try."""
     import torch
 
-    torch.cuda.synchronize()
-    yield
-    torch.cuda.synchronize()
-
-
-def _gpu_rate(action: object) -> float:
-    import torch
-
-    assert callable(action)
     best = float("inf")
-    for _ in range(5):
+    for _ in range(4):
+        torch.cuda.synchronize()
         start = time.perf_counter()
-        action()
+        for _ in range(_GPU_REPEATS):
+            action()
         torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
-    return _GPU_BYTES / best
+    return _GPU_BYTES * _GPU_REPEATS / best

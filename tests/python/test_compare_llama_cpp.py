@@ -98,7 +98,10 @@ def test_the_lora_file_holds_the_same_numbers(tmp_path: Path) -> None:
 
 def samples(ktrt_times: list[float], their_times: list[float]) -> list[tuple[Any, Any]]:
     return [
-        ({"prefill": 10 * a, "decode": a}, {"prefill": 40 * b, "decode": b})
+        (
+            {"prefill": 10 * a, "decode": a, "read": 1e6},
+            {"prefill": 40 * b, "decode": b, "read": 1e6},
+        )
         for a, b in zip(ktrt_times, their_times, strict=True)
     ]
 
@@ -106,7 +109,7 @@ def samples(ktrt_times: list[float], their_times: list[float]) -> list[tuple[Any
 def test_ratios_are_medians_of_neighbours() -> None:
     args = compare.parse(["--out", "x", "--prompt", "10"])
     both = {False: samples([1, 2, 4], [2, 3, 4]), True: samples([1, 1, 1], [1, 1, 1])}
-    rows = list(compare.rows_of(args, "bf16", both))
+    rows = list(compare.rows_of(args, "bf16", both, SHAPE))
     assert [(each["lora"], each["phase"]) for each in rows] == [
         (False, "prefill"), (False, "decode"), (True, "prefill"), (True, "decode"),
     ]  # fmt: skip
@@ -115,8 +118,12 @@ def test_ratios_are_medians_of_neighbours() -> None:
     assert rows[1]["ktrt"] == 0.5
     assert rows[0]["ratio"] == 6
     text = compare.table(rows, 10)
-    assert "| BF16, decoding | 0.5 | 0.3 | 1.50 | 1.00–2.00 |" in text
-    assert "| BF16, prompt of 10, LoRA r 8 | 1.0 | 0.2 | 4.00 | 4.00–4.00 |" in text
+    size = SHAPE.token_bytes(2, 2)
+    attention = 2 * 256 * 256 + 2 * 128 * 256
+    assert size == 2 * (2 * (4 * 3 * 256 * 128 + attention) + 512 * 256)
+    share = f"{size / 2 / 1e6:.0%} · {size / 3 / 1e6:.0%}"
+    assert f"| BF16, decoding | 0.5 | 0.3 | 1.50 | 1.00–2.00 | {share} |" in text
+    assert "| BF16, prompt of 10, LoRA r 8 | 1.0 | 0.2 | 4.00 | 4.00–4.00 | – |" in text
 
 
 def test_an_unknown_format() -> None:

@@ -93,3 +93,12 @@ def test_models_with_other_attention_are_left_alone(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", "qwen3_moe", 96)
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     assert accelerate_attention(model) == 0
+
+
+def test_torchs_threads_are_given_back() -> None:
+    threads = torch.get_num_threads()
+    q, k = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 5, 8)
+    one_token(q, k, k, None, None)
+    with pytest.raises(RuntimeError):
+        one_token(q, k[..., :4], k, None, None)
+    assert torch.get_num_threads() == threads
