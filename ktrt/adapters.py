@@ -63,7 +63,7 @@ class Adapters:
         self._off = False
         self._rows: tuple[str | None, ...] | None = None
         self._combined: tuple[str, ...] = ()
-        self.on_change: list[Callable[[], None]] = []
+        self.on_change: list[Callable[[], object]] = []
         self.on_load: list[Callable[[], object]] = []
 
     @property
