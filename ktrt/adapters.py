@@ -41,7 +41,8 @@ class Adapters:
     sum; without any the model is the base, bit for bit. Weights are factors of the trained scaling.
 
     A change takes effect with the next forward; none may be under way. ``on_change`` holds what is
-    called after every change.
+    called after every change, and must not take long; ``on_load`` what is called before that where
+    a load may have put new modules into the model.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Adapters:
         self._rows: tuple[str | None, ...] | None = None
         self._combined: tuple[str, ...] = ()
         self.on_change: list[Callable[[], object]] = []
+        self.on_load: list[Callable[[], object]] = []
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -163,6 +165,8 @@ class Adapters:
         common = "has LoRA on routers" if plan.side.routers else None
         common = "has extra experts" if plan.extra else common
         self._residents[name] = _Resident(number, torch_name, plan.audit, whole, whole or common)
+        for call in self.on_load:
+            call()
         self._changed()
 
     def unload(self, name: str) -> None:

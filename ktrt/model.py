@@ -136,7 +136,7 @@ def _accelerate(model: nn.Module, engine: Engine, adapters: Adapters, device: to
         accelerate_attention(model)
         accelerate(model, engine)
         # PEFT wraps further layers when another adapter is loaded.
-        adapters.on_change.append(partial(accelerate, model, engine))
+        adapters.on_load.append(partial(accelerate, model, engine))
         use_latents(model, engine)
 
 

@@ -460,6 +460,18 @@ class TestKey:
         several.adapters.on_change.clear()
         assert seen == [{"b": 1.0}, {}]
 
+    def test_loads_are_told_apart(self, several: LoadedModel, folder: Path) -> None:
+        seen: list[str] = []
+        several.adapters.on_load.append(lambda: seen.append("load"))
+        several.adapters.on_change.append(lambda: seen.append("change"))
+        several.adapters.load("x", folder / "attention")
+        several.adapters.activate("x")
+        several.adapters.activate("a")
+        several.adapters.unload("x")
+        several.adapters.on_load.clear()
+        several.adapters.on_change.clear()
+        assert seen == ["load", "change", "change", "change", "change"]
+
 
 class _OtherKey(Adapters):
     """Adapters whose key the test sets."""
