@@ -37,8 +37,8 @@ def child(folder: str, backend: str, cache: str) -> None:
     start = time.perf_counter()
     import logging
 
-    import ktrt
-    from ktrt.chat import main as _chat  # noqa: F401 - what a user's start imports
+    from ktrt.chat import _open_session  # a user's start
+    from ktrt.config import load_config
 
     lines: list[str] = []
     handler = logging.Handler()
@@ -47,7 +47,7 @@ def child(folder: str, backend: str, cache: str) -> None:
     logging.getLogger("ktrt").setLevel(logging.INFO)
     imported = time.perf_counter()
     config = {"model_name_or_path": folder, "kt_backend": backend, "ktrt_cache_dir": cache}
-    with ktrt.load(config) as session:
+    with _open_session(load_config(config)) as session:
         loaded = time.perf_counter()
         messages = [{"role": "user", "content": "你好"}]
         list(session.stream(messages, do_sample=False, max_new_tokens=1))
