@@ -115,8 +115,9 @@ def check_talk(chat: Talk, *, whole: bool) -> None:
     # A turn is taken back, and the conversation goes on from the first answer.
     _, computed = chat.answer(longer[: -len(second)] + third)
     assert computed <= (len(longer) + 2 if whole else len(third) + 1 + ANSWER)
-    # A changed system prompt.
-    chat.answer([*ids(7, 6), *longer[7:]])
+    # Changed in the middle of an answer; soon after the start, within a window; at the start.
+    for edited in (longer[: -len(second) - 4] + third, longer[:9] + third, ids(7, 6) + longer[7:]):
+        chat.answer(edited)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
