@@ -220,6 +220,12 @@ def test_pickle_files(
     refuse(tmp_path, base, str(file))
     torch.save([1, 2], file)
     refuse(tmp_path, base, "does not hold a dictionary of tensors")
+    torch.save({1: torch.ones(1)}, file)
+    refuse(tmp_path, base, "does not hold a dictionary of tensors")
+    torch.save({"x": torch.eye(3).to_sparse()}, file)
+    refuse(tmp_path, base, "x is no plain dense tensor")
+    torch.save({"x": torch.ones(2, device="meta")}, file)
+    refuse(tmp_path, base, "x is no plain dense tensor")
     torch.save({}, file)
     refuse(tmp_path, base, "holds no tensors")
 
