@@ -216,6 +216,10 @@ def test_pickle_files(
     torch.save(tensors, file)
     plan = plan_adapter(tmp_path, base, lora_rank=None, lora_alpha=None)
     assert plan.audit.found == len(tensors)
+    whole = file.read_bytes()
+    for keep in (0, 1, 100, len(whole) // 2, len(whole) - 30, len(whole) - 1):
+        file.write_bytes(whole[:keep])
+        refuse(tmp_path, base, str(file))
     torch.save({"x": Path("code that a pickle may run")}, file)
     refuse(tmp_path, base, str(file))
     torch.save([1, 2], file)
