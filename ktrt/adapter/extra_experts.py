@@ -35,9 +35,11 @@ PROVIDES = "extra experts"
 # The module that the MoE block gets.
 MODULE_NAME = "lora_experts"
 
-_MODULE = re.compile(
-    rf"(?P<block>.+)\.{MODULE_NAME}\.(?P<index>\d+)\.(?:le_)?(?P<projection>gate|up|down)(?:_proj)?"
-)
+_MODULE = re.compile(rf"(?P<block>.+)\.{MODULE_NAME}\.(?P<index>\d+)\.(?P<leaf>\w+)")
+_LEAVES: dict[str, Projection] = {
+    "gate_proj": "gate", "up_proj": "up", "down_proj": "down",
+    "le_gate": "gate", "le_up": "up", "le_down": "down",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,9 @@ class ExtraSlot:
 def claim(tensor: AdapterTensor, base: BaseModel) -> ExtraSlot | None:
     """The matrix that the tensor is. ``AdapterError`` if the base has no MoE block there."""
     match = _MODULE.fullmatch(tensor.module)
-    if match is None or tensor.part != "weight":
+    projection = _LEAVES.get(match["leaf"]) if match else None
+    if match is None or projection is None or tensor.part != "weight":
         return None
-    projection = next(p for p in get_args(Projection) if p == match["projection"])
     for block in (match["block"], _renamed(match["block"], base)):
         if any(_block(site) == block for site in base.experts):
             return ExtraSlot(block, int(match["index"]), projection)

@@ -139,18 +139,26 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
         # pickle.UnpicklingError and whatever else a hostile or foreign pickle raises.
         raise AdapterError(f"{file} is not a plain file of tensors ({error}).") from error
     if not isinstance(tensors, dict) or not all(
-        isinstance(value, torch.Tensor) for value in tensors.values()
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in tensors.items()
     ):
         raise AdapterError(f"{file} does not hold a dictionary of tensors.")
-    return tensors
+    for key, value in tensors.items():
+        if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+            raise AdapterError(f"{file}: {key} is no plain dense tensor ({value.layout}).")
+    # torch computes hardly anything with floats of one byte.
+    return {
+        key: value.float() if value.is_floating_point() and value.dtype.itemsize == 1 else value
+        for key, value in tensors.items()
+    }
 
 
 def _check_values(tensor: AdapterTensor) -> None:
     value = tensor.value
     if not value.is_floating_point():
         raise AdapterError(f"{tensor.where} has dtype {value.dtype}, expected floats.")
-    bad = value.numel() - int(torch.isfinite(value.float()).sum())
-    if bad:
+    # NaN and infinity show at the ends, which are found faster.
+    if value.numel() and not torch.stack(torch.aminmax(value)).isfinite().all():
+        bad = value.numel() - int(torch.isfinite(value).sum())
         raise AdapterError(
             f"{tensor.where} holds {bad} NaN or infinite values of {value.numel()}. The "
             "training diverged or the file is damaged; this adapter cannot be used."

@@ -22,7 +22,7 @@ from helpers.tiny_models import base_of, read_folder, save_model, write_adapter
 from safetensors.torch import load_file, save_file
 from test_adapter_every_layout import assert_same, plan
 
-from ktrt.adapter.layout import MAX_RANK, check_magnitude
+from ktrt.adapter.layout import MAX_RANK, Part, check_magnitude, collect_layouts
 from ktrt.adapter.read import AdapterTensor
 from ktrt.config import ExpertArgs
 from ktrt.errors import AdapterError
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ktrt.adapter import BaseModel
+    from ktrt.adapter.settings import LoraSettings
 
 PATH = "model.layers.0.block_sparse_moe.experts"
 
@@ -189,6 +190,41 @@ def test_targets_of_single_layers_and_experts(
         found = plan(write_adapter(tmp_path, kept, config | change), base)
         assert set(found.experts) == {"model.layers.1.mlp.experts"}
     refuse(write_adapter(tmp_path, kept, config), base, "layers.0.*incomplete")
+
+
+class Greedy:
+    """A layout that claims every tensor."""
+
+    PROVIDES = "anything"
+
+    def __init__(self, title: str) -> None:
+        self.TITLE = title
+
+    def claim(self, tensor: AdapterTensor, base: BaseModel) -> str | None:
+        return tensor.key
+
+    def collect(self, claimed: Any, base: BaseModel, settings: LoraSettings) -> Part:
+        return Part()
+
+
+def test_a_tensor_that_two_layouts_claim(adapter: Adapter, base: BaseModel, tmp_path: Path) -> None:
+    found = plan(write_a(tmp_path, adapter), base)
+    tensors = found.files.tensors
+    part, rest = collect_layouts([Greedy("one")], tensors, base, found.settings)
+    assert part == Part(rows=[])
+    assert not rest
+    with pytest.raises(AdapterError, match="lora_A.* can be read as one or two"):
+        collect_layouts([Greedy("one"), Greedy("two")], tensors, base, found.settings)
+
+
+def test_single_byte_floats(adapter: Adapter, base: BaseModel, tmp_path: Path) -> None:
+    """Adapters stored in FP8 are read, and their NaNs found."""
+    tensors, config = read_folder(write_a(tmp_path, adapter))
+    small = {key: value.to(torch.float8_e4m3fn) for key, value in tensors.items()}
+    assert plan(write_adapter(tmp_path, small, config), base).experts
+    key = f"{P}{PATH}.3.w1.lora_B.weight"
+    small[key] = torch.full_like(tensors[key], float("nan")).to(torch.float8_e4m3fn)
+    refuse(write_adapter(tmp_path, small, config), base, f"{key} holds .* NaN")
 
 
 def test_largest_rank_is_that_of_the_engine(base: BaseModel) -> None:
