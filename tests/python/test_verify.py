@@ -18,6 +18,7 @@ from helpers.tiny_models import (
     write_adapter,
 )
 from safetensors.torch import load_file, save_file
+from test_kt_weights import write_tree
 
 from ktrt.adapter.plan import AdapterPlan
 from ktrt.adapter.settings import LoraScale, LoraSettings
@@ -323,6 +324,19 @@ def test_too_small_to_be_judged_is_no_pass(made: Made, tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path, model, "a", LoraPlan(experts=1e-7))
     (report,) = check((model, adapter))
     assert any("too little to be verified" in text for text in report.failures)
+
+
+def test_kt_kernels_files_for_two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their down projection is quantised in slices, which NumPy must do too."""
+    model = save_model(tmp_path / "model", "deepseek_v2", 512, hidden_size=256, n_routed_experts=4)
+    adapter = save_adapter(tmp_path / "adapter", model, "a")
+    experts = ExpertArgs("AMXInt8", kt_num_threads=1, kt_weight_path=write_tree(tmp_path, model, 2))
+    arguments = (ModelArgs(model), AdapterArgs(adapter), experts)
+    (report,) = verify(*arguments)
+    assert report.passed, report.failures
+    monkeypatch.setattr("ktrt.verify._down_slices", lambda *_arguments: 1)
+    (report,) = verify(*arguments)
+    assert not report.passed
 
 
 # The independent reading itself.
