@@ -39,11 +39,12 @@ class Dtypes:
 
 
 def main_dtype(checkpoint: Checkpoint) -> str:
-    """The dtype of most of the numbers; BF16 where these are quantised."""
-    sizes: dict[str, int] = defaultdict(int)
+    """The float dtype of most of the numbers; BF16 where these are quantised."""
+    sizes = dict.fromkeys(FLOATS, 0)
     for name in checkpoint.names():
         dtype = "BF16" if checkpoint.is_quantized(name) else checkpoint.dtype(name)
-        sizes[dtype] += prod(checkpoint.shape(name))
+        if dtype in sizes:
+            sizes[dtype] += prod(checkpoint.shape(name))
     return max(sizes, key=lambda dtype: (sizes[dtype], dtype))
 
 
@@ -151,8 +152,9 @@ class TensorPlan:
         else:
             for expert, matrix in enumerate(self._rows(name)):
                 delta = changes.expert_delta(path, leaf, expert)
-                transposed = delta is not None and spec.is_transposed
-                yield merged(matrix, delta.T if transposed and delta is not None else delta)
+                if delta is not None and spec.is_transposed:
+                    delta = delta.T
+                yield merged(matrix, delta)
 
     def _parted_twins(self, name: str, target: WeightTarget) -> list[OutputTensor]:
         """Tensors that the source does not have, since they were tied to this one."""
