@@ -41,6 +41,8 @@ FORMATS = {"bf16": ("AMXBF16", "bf16"), "int8": ("AMXInt8", "q8_0")}
 # Bytes of a weight of the experts and of the rest: ktrt's, llama.cpp's.
 BYTES = {"bf16": ((2.0, 2.0), (2.0, 2.0)), "int8": ((1.0, 2.0), (34 / 32, 34 / 32))}
 CHECKED_TOKENS = 48
+# The threads of the party before spin for a while, on the cores that the next one needs.
+SETTLE_SECONDS = 0.2
 # Relative error of the logits, the median over positions, that two right answers may differ by.
 AGREEMENT = {"bf16": 0.05, "int8": 0.15}
 Row = dict[str, Any]
@@ -224,11 +226,11 @@ def alternate(
             order = (0, 1) if number % 2 else (1, 0)
             pair: list[Row] = [{}, {}]
             for party in order:
-                # The threads of the party before spin for a while.
-                time.sleep(0.2)
+                time.sleep(SETTLE_SECONDS)
                 one = ours.measure(lora, **size) if party == 0 else None
                 pair[party] = one or theirs.ask("measure", lora=lora, **size)
-                pair[party]["read"] = probe.rate()
+                time.sleep(SETTLE_SECONDS)
+                pair[party]["read"] = statistics.median(probe.rate() for _ in range(3))
             if number >= 0:
                 samples[lora].append((pair[0], pair[1]))
     probe.close()

@@ -22,7 +22,13 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-3}
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(
     ("rows", "heads", "groups", "size", "value_size", "tokens"),
-    [(1, 16, 4, 128, 128, 77), (1, 4, 4, 48, 32, 1), (2, 8, 2, 40, 40, 300), (3, 6, 1, 16, 8, 5)],
+    [
+        (1, 16, 4, 128, 128, 77),
+        (2, 4, 2, 128, 64, 1500),
+        (1, 4, 4, 48, 32, 1),
+        (2, 8, 2, 40, 40, 300),
+        (3, 6, 1, 16, 8, 5),
+    ],
 )
 @pytest.mark.parametrize("masked", ["none", "bool", "added"])
 def test_numbers_of_torch(
