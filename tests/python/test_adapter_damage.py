@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 MODEL = "adapter_model.safetensors"
 RANK, ALPHA = 4, 8
 TOTAL = 2200

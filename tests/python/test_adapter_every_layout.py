@@ -35,8 +35,6 @@ from ktrt.adapter.base import engine_arguments, engine_numel, is_shared
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = pytest.mark.end_to_end
-
 DEMO = Path(__file__).parents[2] / "examples" / "demo"
 MODELS = ("deepseek_v2", "qwen3_moe", "mixtral", "demo")
 # All but those that cannot say that experts share.
@@ -137,6 +135,7 @@ def test_same_engine_inputs_and_logits(
     assert torch.equal(run(replace(case, adapter=folder), "AMXBF16", "auto"), expected)
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("shared", [False, True], ids=["by expert", "shared outer"])
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_the_merge(models: Models, name: str, shared: bool) -> None:
