@@ -13,26 +13,21 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import DynamicCache
-from transformers.cache_utils import (
-    DummyLayer,
-    DynamicIndexedLayer,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer,
-    LinearAttentionLayer,
-)
+from transformers import DynamicCache, cache_utils
 
 from ktrt.kv_cache import StaticLayer, makes_own_cache
 
-_FULL = (DynamicLayer, DynamicIndexedLayer, StaticLayer)
-_WINDOW = (DynamicSlidingWindowLayer,)
-_STATES = (
-    LinearAttentionLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer,
-)
+
+def _classes(*names: str) -> tuple[type, ...]:
+    """Those that this version of transformers has."""
+    return tuple(getattr(cache_utils, name) for name in names if hasattr(cache_utils, name))
+
+
+_FULL = (*_classes("DynamicLayer", "DynamicIndexedLayer"), StaticLayer)
+_WINDOW = _classes("DynamicSlidingWindowLayer")
+_BOTH = _classes("LinearAttentionAndFullAttentionLayer")
+_STATES = _classes("LinearAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer") + _BOTH
+_NOTHING = _classes("DummyLayer")
 # Layers and caches of single models that behave as windows and states do.
 _OF_MODELS = {"DeepseekV4HCACache", "DeepseekV4CSACache"}
 _MODELS_WITH_OWN_CACHE = {"minimax"}
@@ -62,7 +57,7 @@ def continues(model: Any) -> bool:
     if names & _RESTARTING_MODELS:
         return False
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
-    known = {*_FULL, *_WINDOW, *_STATES, DummyLayer}
+    known = {*_FULL, *_WINDOW, *_STATES, *_NOTHING}
     if any(kind not in known and kind.__name__ not in _OF_MODELS for kind in kinds):
         return False
     return not kinds & {*_STATES} or _version() >= _CHECKED_VERSION
@@ -133,12 +128,12 @@ def _is_window(layer: Any) -> bool:
 
 
 def _is_croppable(layer: Any) -> bool:
-    return type(layer) in (*_FULL, *_WINDOW, DummyLayer)
+    return type(layer) in (*_FULL, *_WINDOW, *_NOTHING)
 
 
 def _holds_all(part: Any) -> bool:
     """Whether it has keys and values of all positions, states beside them or not."""
-    return type(part) in (*_FULL, LinearAttentionAndFullAttentionLayer)
+    return type(part) in (*_FULL, *_BOTH)
 
 
 def _crop_all(layers: Iterable[Any], length: int) -> bool:
