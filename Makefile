@@ -74,6 +74,7 @@ bench: ## All micro-benchmarks (the comparison with kt_kernel: python bench/comp
 bench-smoke: ## Each micro-benchmark once, briefly, so that none rots
 	cmake --preset release && cmake --build --preset release -j $(JOBS)
 	for b in build/release/bench/bench_*; do [ ! -x $$b ] || $$b --benchmark_min_time=0.001 || exit 1; done
+	$(PYTHON) bench/cpu_decode.py --quick --cache build/bench-cache
 	@if $(PYTHON) -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("kt_kernel") is None)'; then \
 	  $(PYTHON) bench/compare_kt_kernel.py --dtypes int8 --ranks 8 --qlens 1 --layers 1 --rounds 1; \
 	else echo "kt_kernel is not installed: no comparison with it"; fi

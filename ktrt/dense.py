@@ -70,8 +70,7 @@ def _decode_on_one_thread(model: nn.Module) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
         past = kwargs.get("past_key_values")
         threads.append(torch.get_num_threads())
-        short = past is not None and past.get_seq_length() < _SHORT_CONTEXT
-        if ids is not None and ids.numel() == 1 and short:
+        if ids is not None and ids.numel() == 1 and _length(past) < _SHORT_CONTEXT:
             torch.set_num_threads(1)
 
     def after(*_: object) -> None:
@@ -79,6 +78,14 @@ def _decode_on_one_thread(model: nn.Module) -> None:
 
     model.register_forward_pre_hook(before, with_kwargs=True)
     model.register_forward_hook(after, always_call=True)
+
+
+def _length(cache: Any) -> int:
+    """Tokens in a KV cache; of one that cannot tell (hybrids), as many as there could be."""
+    try:
+        return int(cache.get_seq_length())
+    except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError):
+        return sys.maxsize
 
 
 def refresh(model: nn.Module) -> None:
