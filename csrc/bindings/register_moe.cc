@@ -241,10 +241,10 @@ void register_layer(py::module_& module) {
            py::arg("gate_b") = py::none(), py::arg("up_a") = py::none(),
            py::arg("up_b") = py::none(), py::arg("down_a") = py::none(),
            py::arg("down_b") = py::none())
-      .def("load_lora", &load_lora, py::arg("number"), py::kw_only(), py::arg("gate_a") = py::none(),
-           py::arg("gate_b") = py::none(), py::arg("up_a") = py::none(),
-           py::arg("up_b") = py::none(), py::arg("down_a") = py::none(),
-           py::arg("down_b") = py::none())
+      .def("load_lora", &load_lora, py::arg("number"), py::kw_only(),
+           py::arg("gate_a") = py::none(), py::arg("gate_b") = py::none(),
+           py::arg("up_a") = py::none(), py::arg("up_b") = py::none(),
+           py::arg("down_a") = py::none(), py::arg("down_b") = py::none())
       .def("unload_lora", &MoeLayer::unload_lora, py::arg("number"),
            py::call_guard<py::gil_scoped_release>())
       .def("activate_loras", &activate_loras, py::arg("ids"), py::arg("weights"))
