@@ -120,27 +120,47 @@ def _fits(module: Any) -> bool:
     )
 
 
+# A [rank, in] and B [out, rank].
+Lora = tuple[torch.Tensor, torch.Tensor]
+# Sets of adapters, with their scaling, that each layer remembers.
+_REMEMBERED = 4
+
+
 class DenseForward:
     """What stands in for the forward of one linear, or of PEFT's layer around it."""
 
     def __init__(self, module: Any, base: nn.Linear, engine: Engine, most_rows: int | None) -> None:
         """``most_rows``: so many and more take the ordinary path."""
-        bias = None if base.bias is None else base.bias.detach()
-        self._linear = DenseLinear(engine, base.weight.detach(), bias)
+        self._engine = engine
         self._module = module
         self.base = base
         self._plain = module.forward
-        self._address = base.weight.data_ptr()
         self._rows = most_rows or sys.maxsize
         self._in, self._out = base.in_features, base.out_features
         self._is_lora = module is not base
         # A [rank, in] and B [out, rank] of the active adapters in float32, the scaling in B.
-        self.lora: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.lora: Lora | None = None
         self._usual = True
         self._state: tuple[object, ...] | None = None
+        # Made before, by what was active: a switch back costs nothing.
+        self._made: dict[object, tuple[DenseLinear, Lora | None, bool]] = {}
+        self._bind()
+
+    def _bind(self) -> None:
+        """Takes the base's parameters of now: adapters may put others in their place."""
+        weight, bias = self.base.weight, self.base.bias
+        self._weight, self._bias, self._address = weight, bias, weight.data_ptr()
+        self._linear = self._new_linear()
         self.refresh()
 
+    def _new_linear(self) -> DenseLinear:
+        bias = None if self._bias is None else self._bias.detach()
+        return DenseLinear(self._engine, self._weight.detach(), bias)
+
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        held = self.base._parameters
+        if held["weight"] is not self._weight or held["bias"] is not self._bias:
+            self._bind()
         if args or kwargs or not self.usual or not self._takes(x):
             plain: torch.Tensor = self._plain(x, *args, **kwargs)
             return plain
@@ -153,7 +173,7 @@ class DenseForward:
     def usual(self) -> bool:
         """Whether ``lora`` is all that the active adapters do; looks at what PEFT has switched."""
         if self._is_lora and self._state != self._lora_state():
-            self.refresh()
+            self._follow()
         return self._usual
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -181,26 +201,38 @@ class DenseForward:
         )
 
     def refresh(self) -> None:
-        """Takes A and B of the active adapters from PEFT's layer, the scaling folded into B."""
-        if not self._is_lora:
-            return
+        """Takes what PEFT's layer holds, anew."""
+        if self._is_lora:
+            self._made.clear()
+            self._follow()
+
+    def _follow(self) -> None:
+        """Takes A and B of the active adapters, the scaling folded into B."""
         module = self._module
         self._state = self._lora_state()
         active = [name for name in module.active_adapters if name in module.lora_A]
         if module.disable_adapters or module.merged:
             active = []
-        self._usual = not any(
+        key = tuple((name, module.scaling[name]) for name in active)
+        if key not in self._made:
+            if len(self._made) == _REMEMBERED:
+                del self._made[next(iter(self._made))]
+            self._made[key] = self._make(active)
+        self._linear, self.lora, self._usual = self._made[key]
+
+    def _make(self, active: list[str]) -> tuple[DenseLinear, Lora | None, bool]:
+        module, linear = self._module, self._new_linear()
+        usual = not any(
             name in module.lora_variant
             or module.lora_bias.get(name)
             or not isinstance(module.lora_dropout[name], nn.Identity)
             for name in active
         ) and not getattr(module, "fan_in_fan_out", False)
-        if not active or not self._usual:
-            self.lora = None
-            self._linear.clear_lora()
-            return
+        if not active or not usual:
+            return linear, None, usual
         with torch.no_grad():
             a = [module.lora_A[name].weight.float() for name in active]
             b = [module.lora_B[name].weight.float() * module.scaling[name] for name in active]
-            self.lora = torch.cat(a), torch.cat(b, dim=1).contiguous()
-            self._linear.set_lora(*self.lora)
+            lora = torch.cat(a), torch.cat(b, dim=1).contiguous()
+        linear.set_lora(*lora)
+        return linear, lora, usual

@@ -10,6 +10,7 @@ PEFT stays the owner of the adapters: ``FusedLora.refresh`` reads what it has ac
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 # Rows of the joint matrix are padded to this, so that every output row keeps 16-byte alignment.
 _RANK_STEP = 8
+# LoRA states of each layer whose matrices are kept ready.
+_KNOWN_STATES = 4
 
 
 class FusedLora:
@@ -50,6 +53,15 @@ def _is_peft_linear(module: nn.Module) -> bool:
     return isinstance(module, Linear)
 
 
+@dataclass(frozen=True)
+class _Lora:
+    """Active adapters side by side: ``a`` [ranks, in]; ``expand`` [ranks, out], the scaling in it,
+    rounded once. Ranks are padded with zeros."""
+
+    a: torch.Tensor
+    expand: torch.Tensor
+
+
 class _FusedLinear:
     def __init__(self, layer: Any) -> None:
         """``layer``: a ``peft.tuners.lora.layer.Linear``."""
@@ -59,20 +71,28 @@ class _FusedLinear:
         # [out + ranks, in] and, if the base has one, its bias with zeros behind.
         self._joint: torch.Tensor | None = None
         self._joint_bias: torch.Tensor | None = None
-        self._expand: torch.Tensor | None = None  # [ranks, out]
+        self._expand: torch.Tensor | None = None
+        self._state: tuple[object, ...] | None = None
+        # Of the last states, so that switching back and forth copies a few rows only.
+        self._known: dict[tuple[object, ...], _Lora] = {}
 
     def refresh(self) -> None:
         layer = self._layer
         active = [name for name in layer.active_adapters if name in layer.lora_A]
         if not active or not self._plain(active):
-            layer.forward = self._peft_forward
+            layer.forward, self._state = self._peft_forward, None
             return
-        self._take(
-            torch.cat([layer.lora_A[name].weight for name in active]),
-            torch.cat(
-                [layer.lora_B[name].weight.float() * layer.scaling[name] for name in active], dim=1
-            ),
+        weights = [part[name].weight for name in active for part in (layer.lora_A, layer.lora_B)]
+        memory = [self._base.weight, self._base.bias, *weights]
+        state = (
+            *((name, layer.scaling[name]) for name in active),
+            *((None if each is None else (each.data_ptr(), each._version)) for each in memory),
         )
+        if state != self._state:
+            self._take(self._lora(state, active))
+            # The weight may have moved meanwhile.
+            first = (self._base.weight.data_ptr(), self._base.weight._version)
+            self._state = (*state[: len(active)], first, *state[len(active) + 1 :])
         layer.forward = self._forward
 
     def _plain(self, active: Sequence[str]) -> bool:
@@ -88,23 +108,34 @@ class _FusedLinear:
             and all(layer.lora_B[name].bias is None for name in active)
         )
 
-    def _take(self, a: torch.Tensor, scaled_b: torch.Tensor) -> None:
-        """``a`` [rank, in] behind the weight, ``scaled_b`` [out, rank] (float32) rounded once."""
-        weight = self._base.weight
+    def _lora(self, state: tuple[object, ...], active: Sequence[str]) -> _Lora:
+        key = (*state[: len(active)], *state[len(active) + 2 :])  # the base's memory is no part
+        if key in self._known:
+            return self._known[key]
+        layer, dtype = self._layer, self._base.weight.dtype
+        a = torch.cat([layer.lora_A[name].weight for name in active])
+        scaled = [layer.lora_B[name].weight.float() * layer.scaling[name] for name in active]
+        pad = -a.shape[0] % _RANK_STEP
+        expand = F.pad(torch.cat(scaled, dim=1).T, (0, 0, 0, pad)).to(dtype).contiguous()
+        while len(self._known) >= _KNOWN_STATES:
+            del self._known[next(iter(self._known))]
+        lora = self._known[key] = _Lora(F.pad(a, (0, 0, 0, pad)), expand)
+        return lora
+
+    def _take(self, lora: _Lora) -> None:
+        """Puts A behind the weight."""
+        weight, ranks = self._base.weight, lora.a.shape[0]
         size_out, size_in = weight.shape
-        ranks = -(-a.shape[0] // _RANK_STEP) * _RANK_STEP
         joint = self._joint
         moved = joint is None or weight.data_ptr() != joint.data_ptr()
         if joint is None or moved or joint.shape[0] != size_out + ranks:
             self._joint = joint = weight.new_empty(size_out + ranks, size_in)
             joint[:size_out] = weight
             weight.data = joint[:size_out]
-            self._expand = weight.new_empty(ranks, size_out)
-        assert self._expand is not None
-        joint[size_out:].zero_()[: a.shape[0]] = a
-        self._expand.zero_()[: a.shape[0]] = scaled_b.T
-        if self._base.bias is not None:
-            self._joint_bias = F.pad(self._base.bias, (0, ranks))
+        joint[size_out:] = lora.a
+        self._expand = lora.expand
+        bias = self._base.bias
+        self._joint_bias = None if bias is None else F.pad(bias, (0, ranks))
 
     def _forward(self, x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         if args or options:

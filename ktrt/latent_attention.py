@@ -80,7 +80,7 @@ class LatentAttention:
     def __init__(self, module: Any, engine: Engine) -> None:
         forward: DenseForward = module.kv_b_proj.forward
         self.expand_kv = module.expand_kv
-        self._projection = forward
+        self._module = module
         self.heads = int(module.num_heads)
         self.nope, self.value = int(module.qk_nope_head_dim), int(module.v_head_dim)
         self.rank = forward.base.in_features
@@ -91,6 +91,12 @@ class LatentAttention:
         values = weight[:, self.nope :].reshape(-1, self.rank).contiguous()
         self._keys, self._values = DenseLinear(engine, keys), DenseLinear(engine, values)
 
+    @property
+    def _projection(self) -> DenseForward | None:
+        """That of now: adapters that are loaded later put PEFT's layer in its place."""
+        forward = self._module.kv_b_proj.__dict__.get("forward")
+        return forward if isinstance(forward, DenseForward) else None
+
     def keep(
         self, latents: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,13 +104,15 @@ class LatentAttention:
         return latents, positions
 
     def takes(self, query: torch.Tensor, mask: torch.Tensor | None, options: Any) -> bool:
+        projection = self._projection
         return (
             query.shape[0] == 1
             and query.shape[2] == 1
             and mask is None
             and query.dtype == torch.bfloat16
-            and self._projection.base.weight.data_ptr() == self._address
-            and self._projection.usual
+            and projection is not None
+            and projection.base.weight.data_ptr() == self._address
+            and projection.usual
             and not torch.is_grad_enabled()
             and not any(options.get(name) is not None for name in _UNUSUAL)
         )
@@ -116,7 +124,9 @@ class LatentAttention:
         returns [1, 1, heads, v]."""
         q = query.view(self.heads, -1)
         nope = q[:, : self.nope].contiguous()
-        lora = self._projection.lora
+        projection = self._projection
+        assert projection is not None  # `takes` has looked
+        lora = projection.lora
         if lora is not None:
             a, b = lora
             b = b.view(self.heads, self.nope + self.value, -1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -19,48 +18,60 @@ if TYPE_CHECKING:
     from ktrt.reference import Lora, RawCheckpoint
     from ktrt.reference.tensors import Float32
 
-# The module's own parameters, rounded to the compute dtype when they were loaded, in float32. A
-# router's weight is rounded with its LoRA in it.
-_LIMITS = Limits(same=0.01, difference=0.03, noise=0.00001, float32=0.01)
+# Of the module's parameters, computed in float32: they were rounded to the compute dtype when they
+# were loaded; a router's weight is rounded with its LoRA in it.
+_PARAMETERS = Limits(same=0.01, difference=0.03, noise=0.00001, float32=0.01)
 _ROUTER = Limits(same=0.01, difference=0.03, noise=0.0005, float32=0.01)
+# Of what the module itself computes, in its own dtype.
+_RUN = Limits(same=0.02, difference=0.03, noise=0.01, float32=0.02)
 _TOKENS = 16
 # The MLP block's name differs between files and transformers' modules.
 _BLOCK = re.compile(r"(?<=\.)(mlp|block_sparse_moe|feed_forward)(?=\.)")
 
 
 def check_linear(model: nn.Module, name: str, base: RawCheckpoint, lora: Lora, seed: int) -> Check:
-    """``name``: the module's for PEFT. ``CannotVerifyError`` if it is not found exactly once."""
+    """``name``: the module's for PEFT. ``CannotVerifyError`` if it is not found exactly once.
+
+    Its parameters are judged in float32, where the smallest adapter shows, and then what its
+    forward, whichever that is, makes of them.
+    """
     module = _find(model, name)
-    weight = base.read(base.weight_of(name))
+    weight, bias = base.linear(name)
     if lora.a.shape != (lora.a.shape[0], weight.shape[1]) or lora.b.shape[0] != weight.shape[0]:
         raise CannotVerifyError(f"{name}: LoRA {lora.a.shape}, {lora.b.shape} on {weight.shape}.")
-    rng = np.random.default_rng(seed)
-    states = [rng.standard_normal((_TOKENS, weight.shape[1]), np.float32)]
-    if lora.a.any():
-        along = rng.standard_normal((_TOKENS, len(lora.a)), np.float32) @ lora.a
-        length = np.float32(weight.shape[1] ** 0.5) / np.linalg.norm(along, axis=1)
-        states.append(along * length[:, None])
-    x = np.concatenate(states)
-    y = x @ weight.T
+    probe = _probe(lora, weight.shape[1], seed)
+    x = probe.states
+    y = x @ weight.T + bias
     delta = x @ lora.a.T @ (np.float32(lora.scaling) * lora.b).T
     is_router = not isinstance(module, torch.nn.Linear) and not hasattr(module, "base_layer")
     if is_router and module.weight.dtype == torch.bfloat16:
         merged = weight + np.float32(lora.scaling) * (lora.b @ lora.a)
-        delta = x @ to_bf16(merged).T - y
-    found = _router_outputs(module, x) if is_router else _outputs(module, x)
-    groups = {"": slice(0, _TOKENS)}
-    if len(states) > 1:
-        groups["input read by A"] = slice(_TOKENS, None)
-    ones = np.ones((len(x), 1), np.float32)
-    probe = Probe(x, ones.astype(np.int64), ones, groups)
+        delta = x @ to_bf16(merged).T + bias - y
     wanted = Outputs((y, y + delta), (y, y + delta))
-    return compare(
-        re.sub(r"^.*layers\.\d+\.", "", name),
-        probe,
-        wanted,
-        found,
-        _ROUTER if is_router else _LIMITS,
-    )
+    short = re.sub(r"^.*layers\.\d+\.", "", name)
+    if is_router:
+        return compare(short, probe, wanted, _router_outputs(module, x), _ROUTER)
+    check = compare(short, probe, wanted, _by_parameters(module, x), _PARAMETERS)
+    # With adapters switched off, a module that was made faster need not run at all.
+    run = compare(short, probe, wanted, (y, _run(module, x)), _RUN, may_be_small=True)
+    check.tuned = run.tuned
+    check.failures += [f"{text}, as it runs" for text in run.failures]
+    return check
+
+
+def _probe(lora: Lora, size_in: int, seed: int) -> Probe:
+    """Random states, and random states that A reads."""
+    rng = np.random.default_rng(seed)
+    states = [rng.standard_normal((_TOKENS, size_in), np.float32)]
+    groups = {"": slice(0, _TOKENS)}
+    if lora.a.any():
+        along = rng.standard_normal((_TOKENS, len(lora.a)), np.float32) @ lora.a
+        length = np.float32(size_in**0.5) / np.linalg.norm(along, axis=1)
+        states.append(along * length[:, None])
+        groups["input read by A"] = slice(_TOKENS, None)
+    x = to_bf16(np.concatenate(states))
+    ones = np.ones((len(x), 1), np.float32)
+    return Probe(x, ones.astype(np.int64), ones, groups)
 
 
 def _find(model: nn.Module, name: str) -> Any:
@@ -76,12 +87,30 @@ def _find(model: nn.Module, name: str) -> Any:
     return found[0]
 
 
-def _outputs(module: Any, x: Float32) -> tuple[Float32, Float32]:
-    """Base and tuned, by the module's own parameters in float32."""
-    module = copy.deepcopy(module).float().cpu()
+def _by_parameters(module: Any, x: Float32) -> tuple[Float32, Float32]:
+    """Base and tuned, from the module's parameters in float32."""
+    linear = getattr(module, "base_layer", module)
+    base = x @ _numbers(linear.weight).T
+    if linear.bias is not None:
+        base = base + _numbers(linear.bias)
+    tuned = base.copy()
+    active = [] if getattr(module, "disable_adapters", True) else module.active_adapters
+    for adapter in active:
+        if adapter in module.lora_A:
+            a, b = (_numbers(part[adapter].weight) for part in (module.lora_A, module.lora_B))
+            tuned += np.float32(module.scaling[adapter]) * (x @ a.T @ b.T)
+    return base, tuned
+
+
+def _numbers(parameter: torch.Tensor) -> Float32:
+    values: Float32 = parameter.detach().float().cpu().numpy()
+    return values
+
+
+def _run(module: Any, x: Float32) -> Float32:
+    weight = getattr(module, "base_layer", module).weight
     with torch.no_grad():
-        states = torch.from_numpy(x)
-        return getattr(module, "base_layer", module)(states).numpy(), module(states).numpy()
+        return _numbers(module(torch.from_numpy(x).to(weight.device, weight.dtype)))
 
 
 def _router_outputs(module: Any, x: Float32) -> tuple[Float32, Float32]:
@@ -89,6 +118,4 @@ def _router_outputs(module: Any, x: Float32) -> tuple[Float32, Float32]:
     tuned = module.weight
     parametrizations = getattr(module, "parametrizations", None)
     base = tuned if parametrizations is None else parametrizations.weight.original
-    with torch.no_grad():
-        weights = [weight.float().cpu().numpy() for weight in (base, tuned)]
-    return x @ weights[0].T, x @ weights[1].T
+    return x @ _numbers(base).T, x @ _numbers(tuned).T

@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ktrt.reference.tensors import CannotVerifyError, RawFile, read_json
 
 if TYPE_CHECKING:
@@ -68,8 +70,9 @@ class RawCheckpoint:
         """The whole tensor in float32."""
         return self._files[name].read(name)
 
-    def weight_of(self, module: str) -> str:
-        """The name on disk of a Linear's weight, ``module`` being its name for PEFT."""
+    def linear(self, module: str) -> tuple[Float32, Float32]:
+        """Weight [out, in] and bias [out] (zero where there is none) of a Linear, ``module`` being
+        its name for PEFT."""
         names = {module}
         for old in _BLOCKS:
             names |= {module.replace(old, new) for new in _BLOCKS if old in module}
@@ -80,7 +83,10 @@ class RawCheckpoint:
                 f"{self.folder}: found {len(found)} weights for {module}, expected one "
                 f"({module}.weight): the names of this family cannot be verified."
             )
-        return f"{found[0]}.weight"
+        weight, bias = self.read(f"{found[0]}.weight"), f"{found[0]}.bias"
+        if bias in self._files:
+            return weight, self.read(bias)
+        return weight, np.zeros(len(weight), np.float32)
 
     def experts(self, layer: int) -> RawExperts | None:
         """The routed experts of a layer; None for a layer without.

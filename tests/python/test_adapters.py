@@ -79,7 +79,8 @@ def load(folder: Path, *names: str, **options: Any) -> LoadedModel:
 
 def logits(loaded: LoadedModel, ids: torch.Tensor = IDS) -> torch.Tensor:
     with torch.no_grad():
-        found: torch.Tensor = loaded.model(ids).logits
+        device = next(loaded.model.parameters()).device
+        found: torch.Tensor = loaded.model(ids.to(device)).logits.cpu()
     return found
 
 

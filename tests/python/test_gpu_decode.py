@@ -94,7 +94,9 @@ class Shared:
 
     def compare(self, ids: list[int]) -> None:
         found, expected = self.ours.forward(ids), self.reference.forward(ids)
-        assert (found - expected).norm() <= 2e-3 * expected.norm()
+        # A real GPU's experts round otherwise, and what follows is in bfloat16.
+        limit = 2e-2 if torch.cuda.is_available() else 2e-3
+        assert (found - expected).norm() <= limit * expected.norm()
 
     def set_lora(self, *, enabled: bool) -> None:
         for loaded in (self.plain, self.loaded):

@@ -1,0 +1,39 @@
+"""Models and adapters for tests of ``--verify``, and how they are verified."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from helpers.tiny_models import save_adapter, save_model
+
+from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
+from ktrt.verify import LayerReport, verify
+
+Backend = Literal["AMXBF16", "AMXInt8", "AMXInt4"]
+Folders = tuple[Path, Path]
+
+DEMO = Path(__file__).parents[3] / "examples" / "demo"
+
+
+class Made:
+    """Tiny models with adapters, made once; the demo's as they are."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, family: str, layout: Literal["a", "b"]) -> Folders:
+        if family == "demo":
+            return DEMO / "model", DEMO / f"adapter_{layout}"
+        model, adapter = self.folder / family, self.folder / f"{family}-{layout}"
+        if not model.exists():
+            save_model(model, family, 96)
+        if not adapter.exists():
+            save_adapter(adapter, model, layout)
+        return model, adapter
+
+
+def check(folders: Folders, backend: Backend = "AMXBF16", **options: Any) -> list[LayerReport]:
+    model, adapter = folders
+    experts = ExpertArgs(kt_backend=backend, kt_num_threads=1)
+    return verify(ModelArgs(model), AdapterArgs(adapter), experts, **options)

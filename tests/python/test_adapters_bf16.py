@@ -1,0 +1,108 @@
+"""Switches where the engine computes the other linears too (BF16 on the CPU): the same bits as the
+adapter alone, biases and output layers of its own included."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from helpers.tiny_models import (
+    HIDDEN_SIZE,
+    VOCAB_SIZE,
+    LoraPlan,
+    read_folder,
+    save_adapter,
+    save_model,
+    token_ids,
+    write_adapter,
+)
+
+from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
+from ktrt.generation import KvCache
+from ktrt.model import LoadedModel, load_model
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+IDS = token_ids(2, 20)
+NAMES = ("a", "b", "bias", "head")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bf16")
+    base = save_model(folder / "base", "qwen3_moe", 96, attention_bias=True)
+    save_adapter(folder / "a", base, "a")
+    save_adapter(folder / "b", base, "b")
+    tensors, config = read_folder(folder / "a")
+    query = {key: value for key, value in tensors.items() if "q_proj" in key}
+    config = config | {"target_modules": ["q_proj"]}
+    generator = torch.Generator().manual_seed(1)
+    biases = {}
+    for layer in range(3):
+        for name, size in (("q", HIDDEN_SIZE), ("k", 80), ("v", 80), ("o", HIDDEN_SIZE)):
+            key = f"base_model.model.model.layers.{layer}.self_attn.{name}_proj.bias"
+            biases[key] = torch.randn(size, generator=generator)
+    write_adapter(folder / "bias", query | biases, config | {"bias": "all"})
+    head = torch.randn(VOCAB_SIZE, HIDDEN_SIZE, generator=generator)
+    saved = {"base_model.model.lm_head.weight": head}
+    write_adapter(folder / "head", query | saved, config | {"modules_to_save": ["lm_head"]})
+    return folder
+
+
+def load(folder: Path, *names: str) -> LoadedModel:
+    adapters = AdapterArgs(adapters={name: folder / name for name in names})
+    return load_model(ModelArgs(folder / "base"), adapters, ExpertArgs(kt_num_threads=1))
+
+
+def logits(loaded: LoadedModel) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = loaded.model(IDS).logits
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for name in ("base", *NAMES):
+        loaded = load(folder, *([] if name == "base" else [name]))
+        found[name] = logits(loaded)
+        loaded.close()
+    return found
+
+
+@pytest.mark.parametrize("first", NAMES)
+def test_a_switch_gives_the_bits_of_the_adapter_alone(
+    folder: Path, alone: dict[str, torch.Tensor], first: str
+) -> None:
+    loaded = load(folder, first, *(name for name in NAMES if name != first))
+    for name in (first, *NAMES, first):
+        loaded.adapters.activate(name)
+        assert torch.equal(logits(loaded), alone[name]), name
+        loaded.adapters.off()
+        assert torch.equal(logits(loaded), alone["base"]), f"off after {name}"
+    loaded.close()
+
+
+def test_decoding_over_latents_follows_an_adapter_that_came_later(tmp_path: Path) -> None:
+    """kv_b_proj is PEFT's only once the adapter is loaded."""
+
+    def decode(loaded: LoadedModel) -> torch.Tensor:
+        cache, ids = KvCache(loaded.model), IDS[0].tolist()
+        cache.forward(ids[:12])
+        return torch.stack([cache.forward([each]) for each in ids[12:]])
+
+    base = save_model(tmp_path / "base", "deepseek_v2", 96)
+    save_adapter(tmp_path / "a", base, "a", LoraPlan(others=2.0))
+    first, later = load(tmp_path, "a"), load(tmp_path)
+    expected, plain = decode(first), decode(later)
+    later.adapters.load("a", tmp_path / "a")
+    assert torch.equal(decode(later), plain)
+    later.adapters.activate("a")
+    assert torch.equal(decode(later), expected)
+    first.adapters.off()
+    assert torch.equal(decode(first), plain)
+    assert not torch.allclose(plain, expected, atol=0.1)
+    first.close()
+    later.close()
