@@ -91,15 +91,15 @@ template <class V, int kRows, int kColumns>
 inline __attribute__((always_inline)) void dot_columns(const DenseDotArgs& d, int n) {
   using Sum = typename V::Sum;
   DotBlock<V, kColumns, kRows> block;
-  uint8_t* const kept = d.sums + static_cast<int64_t>(n) * kRows * kDenseSumBytes;
+  const int64_t place = static_cast<int64_t>(n) * kRows * kDenseSumBytes;
   if (d.resume) {
-    block.move_sums(kept, [](Sum& sum, const Sum* from) { sum = *from; });
+    block.move_sums(d.sums + place, [](Sum& sum, const Sum* from) { sum = *from; });
   } else {
     block.clear();
   }
   block.template run<false>(d, d.w + n * d.w_stride);
   if (!d.last) {
-    block.move_sums(kept, [](const Sum& sum, Sum* to) { *to = sum; });
+    block.move_sums(d.sums + place, [](const Sum& sum, Sum* to) { *to = sum; });
     return;
   }
 #pragma GCC unroll 8
