@@ -8,13 +8,15 @@ namespace {
 constexpr int kChains = 24;
 
 double run(long iterations) noexcept {
-  __m512i x = _mm512_set1_epi8(1);
+  const __m512i x = _mm512_set1_epi8(1);
   __m512i sums[kChains];
   for (__m512i& sum : sums) sum = _mm512_setzero_si512();
   for (long i = 0; i < iterations; ++i) {
-    asm volatile("" : "+v"(x));
 #pragma GCC unroll 24
-    for (int c = 0; c < kChains; ++c) sums[c] = _mm512_dpbusd_epi32(sums[c], x, x);
+    for (int c = 0; c < kChains; ++c) {
+      // Of the intrinsic GCC 12 makes copies between registers and to the stack.
+      asm volatile("vpdpbusd %1, %1, %0" : "+v"(sums[c]) : "v"(x));
+    }
   }
   double total = 0;
   for (const __m512i& sum : sums) {
