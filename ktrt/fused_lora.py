@@ -33,20 +33,24 @@ class FusedLora:
         """Takes over every Linear that PEFT has wrapped. Weights move, in memory, one by one."""
         self._model = model
         self._linears: dict[nn.Module, _FusedLinear] = {}
+        self.find()
+
+    def find(self) -> None:
+        """Looks for layers that PEFT has wrapped since."""
+        found = [module for module in self._model.modules() if _is_peft_linear(module)]
+        self._linears = {each: self._linears.get(each) or _FusedLinear(each) for each in found}
         self.refresh()
 
     def refresh(self) -> None:
-        """Follows a change of PEFT's layers, adapters, active names or scaling. Captured CUDA
-        graphs hold the old numbers, and must be dropped."""
-        found = [module for module in self._model.modules() if _is_peft_linear(module)]
-        self._linears = {each: self._linears.get(each) or _FusedLinear(each) for each in found}
+        """Follows a change of PEFT's adapters, active names or scaling. Captured CUDA graphs hold
+        the old numbers, and must be dropped."""
         with torch.no_grad():
             for linear in self._linears.values():
                 linear.refresh()
 
 
 def _is_peft_linear(module: nn.Module) -> bool:
-    if not hasattr(module, "lora_A"):
+    if "lora_A" not in module._modules:
         return False
     from peft.tuners.lora.layer import Linear
 

@@ -131,7 +131,9 @@ def _load_experts(ready: Prepared, args: ExpertArgs, only_layers: Collection[int
 def _accelerate(model: nn.Module, engine: Engine, adapters: Adapters, device: torch.device) -> None:
     """Faster ways through the layers outside the experts, which stay transformers' and PEFT's."""
     if device.type == "cuda":
-        adapters.on_change.append(FusedLora(model).refresh)
+        fused = FusedLora(model)
+        adapters.on_load.append(fused.find)
+        adapters.on_change.append(fused.refresh)
     else:
         accelerate_attention(model)
         accelerate(model, engine)
