@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.tiny_chat import make_session
 
+from ktrt.adapters import Adapters
 from ktrt.config import SamplingArgs, TemplateArgs
 from ktrt.errors import ConfigError, KtrtError
 from ktrt.session import Session, check_messages
@@ -312,5 +313,5 @@ def test_a_cache_of_another_key_is_not_reused(
 ) -> None:
     list(session.stream_responses(ASK))
     assert next(session.stream_responses(ASK)).reused_tokens > 0
-    monkeypatch.setattr(session, "_cache_key", lambda: "another adapter")
+    monkeypatch.setattr(Adapters, "key", "another adapter")
     assert next(session.stream_responses(ASK)).reused_tokens == 0
