@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
 from dataclasses import dataclass
@@ -212,3 +213,8 @@ class Bench:
         if self.gpu is not None:
             self.gpu.close()
         self.engine.close()
+        # Modules refer to each other in circles, and the next model needs the memory.
+        self.model = self.fused_lora = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
-import warnings
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ktrt import __version__
+from ktrt.command_line import run_command, set_environment
 from ktrt.config import load_config
-from ktrt.errors import ConfigError, KtrtError
+from ktrt.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -23,35 +22,24 @@ if TYPE_CHECKING:
     from ktrt.config import Config
 
 _EXIT_NOT_VERIFIED = 1
-_EXIT_FAILURE = 2
-_EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code: 0, 1 if the adapter does not act as its
     files say, 2 if that cannot be found out or the adapter does not fit, 130 after Ctrl-C."""
     args = _parse_arguments(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logger = logging.getLogger("ktrt")
-    before = logger.level
-    logger.setLevel(logging.INFO if args.verbose else logging.WARNING)
-    _set_environment()
-    try:
+    set_environment()
+
+    def body() -> int:
         config = load_config(args.config, args.overrides)
         if config.adapter.single() is None:
             raise ConfigError(f"{args.config}: no adapter_name_or_path, so there is no adapter")
         if args.verify is not None:
             return _verify(config, args.verify, as_json=args.json)
         _audit(config, as_json=args.json, norms=args.norms)
-    except KtrtError as error:
-        _write(sys.stderr, f"error: {error}")
-        return _EXIT_FAILURE
-    except KeyboardInterrupt:
-        _write(sys.stderr, "error: interrupted")
-        return _EXIT_INTERRUPTED
-    finally:
-        logger.setLevel(before)
-    return 0
+        return 0
+
+    return run_command(body, level=logging.INFO if args.verbose else logging.WARNING)
 
 
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -86,14 +74,6 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.verify not in (None, "", "all") and not args.verify.isdecimal():
         parser.error(f"--verify {args.verify}: expected the number of a layer, or all")
     return args
-
-
-def _set_environment() -> None:
-    # Before the imports that read them once; as for the chat.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.simplefilter("ignore")
 
 
 def _audit(config: Config, *, as_json: bool, norms: bool) -> None:

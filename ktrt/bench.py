@@ -5,23 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ktrt import __version__
 from ktrt.bench_report import markdown, plot, require_matplotlib
+from ktrt.command_line import run_command, set_environment
 from ktrt.config import load_config
-from ktrt.errors import ConfigError, KtrtError
+from ktrt.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ktrt.config import Config
 
-_EXIT_FAILURE = 2
-_EXIT_INTERRUPTED = 130
 # Tokens before those that are decoded.
 DECODE_PROMPT = 32
 Report = dict[str, Any]
@@ -65,30 +63,18 @@ class Sizes:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures and prints; 0, 2 after a failure, 130 after Ctrl-C."""
     args = _parse_arguments(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logger = logging.getLogger("ktrt")
-    before = logger.level
-    logger.setLevel(logging.INFO if args.verbose else logging.WARNING)
-    # As in the chat: torch's idle threads leave the engine its cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
+    set_environment()
+
+    def body() -> int:
         if args.plot:
             require_matplotlib()
         report = run(load_config(args.config, args.overrides), args.sizes)
         print(json.dumps(report, indent=1) if args.json else markdown(report))
         if args.plot:
             plot(report, args.plot)
-    except KtrtError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return _EXIT_FAILURE
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return _EXIT_INTERRUPTED
-    finally:
-        logger.setLevel(before)
-    return 0
+        return 0
+
+    return run_command(body, level=logging.INFO if args.verbose else logging.WARNING)
 
 
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

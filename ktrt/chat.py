@@ -5,9 +5,7 @@ import functools
 import gc
 import json
 import logging
-import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from ktrt import __version__
+from ktrt.command_line import EXIT_FAILURE, EXIT_INTERRUPTED, set_environment
 from ktrt.commands import Leave, completions, describe, run_line
 from ktrt.config import Config, load_config
 from ktrt.conversation import (
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger("ktrt.chat")
 
 _WELCOME = "Type a message; /help lists the commands, `exit` leaves, Ctrl-C stops an answer."
-_EXIT_FAILURE = 2
-_EXIT_INTERRUPTED = 130
 
 
 def main(
@@ -67,10 +64,10 @@ def main(
             return 0
         except KeyboardInterrupt:
             terminal.error("interrupted")
-            return _EXIT_INTERRUPTED
+            return EXIT_INTERRUPTED
         except Exception as error:  # noqa: BLE001 - any failure is one message
             _report(terminal, error, debug=args.debug)
-            return _EXIT_FAILURE
+            return EXIT_FAILURE
 
 
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -130,16 +127,16 @@ def _with_bare_resume(argv: Sequence[str]) -> list[str]:
 
 def _show_plan(config: Config, terminal: Terminal, *, as_json: bool) -> int:
     """Prints the memory plan; 0 if the model fits, else 2."""
-    _set_environment()
+    set_environment(quiet=not _log.isEnabledFor(logging.DEBUG))
     from ktrt.prepare import plan_memory
 
     plan = plan_memory(config.model, config.adapter, config.experts)
     terminal.note(json.dumps(plan.as_dict(), indent=1) if as_json else plan.table())
-    return 0 if plan.fitting_context() else _EXIT_FAILURE
+    return 0 if plan.fitting_context() else EXIT_FAILURE
 
 
 def _open_session(config: Config) -> "Session":
-    _set_environment()
+    set_environment(quiet=not _log.isEnabledFor(logging.DEBUG))
     # Imports and loading make a million objects that stay: looking among them for garbage took 0.5
     # of 4 seconds, and would cost every later collection as much.
     gc.disable()
@@ -150,19 +147,6 @@ def _open_session(config: Config) -> "Session":
     finally:
         gc.freeze()
         gc.enable()
-
-
-def _set_environment() -> None:
-    # Before the imports that read them once. OpenMP's threads spin after every operation of torch,
-    # on cores that the engine's threads need: with both on 2 busy cores the demo made 3 tokens/s,
-    # with sleeping ones 70.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # Models are local, and the log is ours.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if not _log.isEnabledFor(logging.DEBUG):
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        warnings.simplefilter("ignore")
 
 
 @dataclass

@@ -6,13 +6,13 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ktrt import __version__
 from ktrt.advice import advise
+from ktrt.command_line import run_command, set_environment
 from ktrt.config import load_config
 from ktrt.errors import KtrtError
 from ktrt.machine_facts import environment_of_process
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from ktrt.model_work import ModelWork
 
 _EXIT_TO_FIX = 1
-_EXIT_FAILURE = 2
 # Shares of the limits that whole models reached on machines measured so far (README, Speed).
 DECODE_SHARE = 0.85
 PREFILL_SHARE = 0.6
@@ -37,22 +36,16 @@ Report = dict[str, Any]
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the report; 0 if all is well, 1 if something should be fixed, 2 after a failure."""
     args = _parse_arguments(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     # What the user set, before imports of ours and torch's set what they need.
     environment = environment_of_process()
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
+    set_environment()
+
+    def body() -> int:
         report = examine(args, environment)
-    except KtrtError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return _EXIT_FAILURE
-    if args.json:
-        print(json.dumps(report, indent=1))
-    else:
-        print("\n".join(lines(report)))
-    return _EXIT_TO_FIX if any(each["level"] == "fix" for each in report["advice"]) else 0
+        print(json.dumps(report, indent=1) if args.json else "\n".join(lines(report)))
+        return _EXIT_TO_FIX if any(each["level"] == "fix" for each in report["advice"]) else 0
+
+    return run_command(body, level=logging.WARNING)
 
 
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, get_args
 
 from ktrt import __version__
 from ktrt.adapter.write import LAYOUTS, write_adapter
+from ktrt.command_line import run_command
 from ktrt.config import load_config
-from ktrt.errors import ConfigError, KtrtError
+from ktrt.errors import ConfigError
 from ktrt.merge import EXPERTS_FOLDER, DtypeName, merge_checkpoint, merge_packed
 from ktrt.prepare import base_of_adapters, open_adapter, open_base
 
@@ -23,29 +24,18 @@ if TYPE_CHECKING:
 
     from ktrt.config import Config
 
-_EXIT_FAILURE = 2
-_EXIT_INTERRUPTED = 130
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code: 0, 2 after a failure, 130 after Ctrl-C."""
     args = _parse_arguments(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logger = logging.getLogger("ktrt")
-    before = logger.level
-    logger.setLevel(logging.WARNING if args.quiet else logging.INFO)
-    try:
+
+    def body() -> int:
         summary = export(load_config(args.config, args.overrides), args)
         print(json.dumps(summary, indent=1) if args.json else _in_words(summary))
-    except KtrtError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return _EXIT_FAILURE
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr)
-        return _EXIT_INTERRUPTED
-    finally:
-        logger.setLevel(before)
-    return 0
+        return 0
+
+    level = logging.WARNING if args.quiet else logging.INFO
+    return run_command(body, level=level, interrupted="interrupted; nothing was written")
 
 
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

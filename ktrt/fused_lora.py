@@ -40,6 +40,9 @@ class FusedLora:
         found = [module for module in self._model.modules() if _is_peft_linear(module)]
         self._linears = {each: self._linears.get(each) or _FusedLinear(each) for each in found}
         self.refresh()
+        if torch.cuda.is_available():
+            # The weights' first places, which the allocator would keep for itself.
+            torch.cuda.empty_cache()
 
     def refresh(self) -> None:
         """Follows a change of PEFT's adapters, active names or scaling. Captured CUDA graphs hold

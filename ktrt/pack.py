@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ktrt import __version__
+from ktrt.command_line import run_command
 from ktrt.config import load_config
 from ktrt.errors import ConfigError, KtrtError
 from ktrt.fingerprint import fingerprint
@@ -22,33 +23,21 @@ if TYPE_CHECKING:
 
     from ktrt.config import Config
 
-_EXIT_FAILURE = 2
-_EXIT_INTERRUPTED = 130
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code: 0, 2 after a failure, 130 after Ctrl-C."""
     args = _parse_arguments(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logger = logging.getLogger("ktrt")
-    before = logger.level
-    logger.setLevel(logging.WARNING if args.quiet else logging.INFO)
-    try:
+
+    def body() -> int:
         if args.list:
             show(entries(_folder(args)), as_json=args.json)
         elif args.prune:
             prune(_folder(args), everything=args.all)
         else:
             pack(load_config(args.config, args.overrides))
-    except KtrtError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return _EXIT_FAILURE
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return _EXIT_INTERRUPTED
-    finally:
-        logger.setLevel(before)
-    return 0
+        return 0
+
+    return run_command(body, level=logging.WARNING if args.quiet else logging.INFO)
 
 
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

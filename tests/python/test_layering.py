@@ -18,6 +18,7 @@ CSRC = ROOT / "csrc"
 PYTHON_LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "config": set(),
+    "command_line": {"errors"},
     "template_table": set(),
     "template": {"template_table"},
     "sampling": set(),
@@ -149,7 +150,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     },
     "__init__": {"api"},
 }
-LEAVES = {"errors", "config"}
+LEAVES = {"errors", "config", "command_line"}
 # The whole Config is for those who assemble; the others take their own part of it.
 ASSEMBLERS = {"config", "api", "audit", "bench", "chat", "doctor", "export", "pack"}
 WITHOUT_TORCH = {
@@ -160,6 +161,7 @@ WITHOUT_TORCH = {
     "context",
     "text_stream",
     "reference",
+    "command_line",
     "__init__",
 }
 WITHOUT_TORCH |= {"terminal", "editor", "conversation", "status", "talk", "compare", "commands"}
