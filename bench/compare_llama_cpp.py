@@ -107,7 +107,6 @@ class KtrtParty:
 
     def __init__(self, args: argparse.Namespace, backend: str) -> None:
         import ktrt
-        from ktrt.adapter_switch import adapter_switch
 
         self.session: Session = ktrt.load(
             {
@@ -116,14 +115,13 @@ class KtrtParty:
                 "kt_backend": backend, "kt_num_threads": args.threads, "ktrt_cache": False,
             }
         )  # fmt: skip
-        self._switch = adapter_switch(self.session)
         self._vocab = self.session.model.config.vocab_size
 
     def measure(self, lora: bool, prompt: int, new: int, seed: int) -> Row:
         """Seconds of a prompt of random ids, and the median of the tokens after it."""
         from ktrt.generation import KvCache, generate_step
 
-        self._switch(lora)
+        (self.session.adapters.on if lora else self.session.adapters.off)()
         draw = random.Random(seed)
         ids = [draw.randrange(2, self._vocab) for _ in range(prompt + new)]
         rest = iter(ids[prompt:])
@@ -142,7 +140,7 @@ class KtrtParty:
 
         from ktrt.generation import KvCache
 
-        self._switch(lora)
+        (self.session.adapters.on if lora else self.session.adapters.off)()
         cache = KvCache(self.session.model)
         return torch.stack([cache.forward([each]).float() for each in ids])
 

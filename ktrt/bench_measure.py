@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ktrt.adapter_switch import adapter_switch, has_adapter
 from ktrt.generation import KvCache, generate_step
 from ktrt.machine import BandwidthProbe, arithmetic_peaks, gpu_rates, peak_of
 from ktrt.memory_limits import resident_bytes
@@ -43,8 +42,7 @@ class Bench:
         self._model = model
         self._threads = num_threads(experts)
         self._probe = BandwidthProbe(self._threads)
-        self._switch = adapter_switch(session)
-        self._states = (True, False) if has_adapter(session) else (False,)
+        self._states = (True, False) if session.adapters.names else (False,)
         peaks = arithmetic_peaks(self._threads)
         self._expert_peak = peak_of(weight_format_of(experts.kt_backend), peaks)
         self._other_peak = peak_of("bf16", peaks)
@@ -76,19 +74,20 @@ class Bench:
         self, prefill: Sequence[int], decode: int, decode_prompt: int, rounds: int
     ) -> list[Row]:
         """A row per phase and adapter state: the medians over the rounds."""
+        adapters = self._session.adapters
         cases = [("prefill", size) for size in prefill] + [("decode", decode)]
         samples: dict[tuple[str, int, bool], list[tuple[float, float]]] = {}
         self._times("decode", _WARM_UP, decode_prompt, 0)
         for number in range(rounds):
             for phase, size in cases:
                 for adapter in self._states if number % 2 else self._states[::-1]:
-                    self._switch(adapter)
+                    (adapters.on if adapter else adapters.off)()
                     rates = [self._probe.rate()]
                     seconds = self._times(phase, size, decode_prompt, number)
                     rates.append(self._probe.rate())
                     pair = (seconds, statistics.mean(rates))
                     samples.setdefault((phase, size, adapter), []).append(pair)
-        self._switch(True)
+        adapters.on()
         return [self._row(phase, size, adapter, samples) for phase, size, adapter in samples]
 
     def _times(self, phase: str, size: int, decode_prompt: int, seed: int) -> float:
@@ -159,7 +158,7 @@ class Bench:
     def first_token(self, rounds: int) -> Row:
         """Seconds to the first token of a conversation's first turn, nothing of it known, and of
         its second, short turn, which reuses the first."""
-        self._switch(True)
+        self._session.adapters.on()
         turns: list[list[Any]] = [[], []]
         for number in range(rounds):
             messages: list[dict[str, str]] = []

@@ -86,8 +86,7 @@ def write_adapter(plan: AdapterPlan, base: BaseModel, out: Path, layout: Layout)
             save_file(owned, folder / name, metadata={"format": "pt"})
         if layout == "c":
             _write_manifest(folder, config, inner)
-        else:
-            _check_result(plan, base, folder)
+        _check_result(plan, base, folder)
     return Written(str(out), layout, len(side) + len(inner), plan.audit.found, size, experts.exact)
 
 

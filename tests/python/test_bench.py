@@ -12,7 +12,6 @@ import torch
 
 import ktrt
 from ktrt import bench
-from ktrt.adapter_switch import adapter_switch, has_adapter
 from ktrt.bench import Sizes
 from ktrt.bench_report import markdown, plot
 from ktrt.errors import ConfigError, KtrtError
@@ -125,17 +124,16 @@ def test_the_switch_is_the_base_model_and_back() -> None:
     with torch.inference_mode():
         with ktrt.load(DEMO, ktrt_cache=False, adapter_name_or_path="") as session:
             base = session.model(ids).logits
-            assert not has_adapter(session)
-            adapter_switch(session)(False)
+            assert not session.adapters.names
+            session.adapters.off()
             assert torch.equal(session.model(ids).logits, base)
         with ktrt.load(DEMO, ktrt_cache=False) as session:
-            assert has_adapter(session)
+            assert session.adapters.names
             adapted = session.model(ids).logits
             assert not torch.allclose(adapted, base, atol=0.1)
-            switch = adapter_switch(session)
-            switch(False)
+            session.adapters.off()
             assert torch.equal(session.model(ids).logits, base)
-            switch(True)
+            session.adapters.on()
             assert torch.equal(session.model(ids).logits, adapted)
             assert not any(p.requires_grad for p in session.model.parameters())
 

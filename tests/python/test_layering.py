@@ -95,9 +95,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "model_work": {"memory_plan", "moe"},
     "advice": {"machine_facts"},
     "doctor": {"advice", "machine", "machine_facts", "model_work", "prepare"},
-    "adapter_switch": {"moe"},
     "bench_measure": {
-        "adapter_switch",
         "generation",
         "machine",
         "memory_limits",
