@@ -186,6 +186,12 @@ class PackedLora:
     @property
     def down(self) -> PackedExpand: ...
 
+class BoundForward:
+    """A layer's forward between arrays that stay where they are (``MoeLayer.bind``)."""
+
+    def run(self) -> None:
+        """Runs without the GIL. Raises what ``MoeLayer.forward`` raises."""
+
 class MoeLayer:
     """The routed experts of one MoE layer: ``y = Σ_slots w · down(f(gate x) · up x)``, with biases
     where they are set; ``down(f(up x))`` without gate.
@@ -353,6 +359,12 @@ class MoeLayer:
         Runs without the GIL. ``ValueError``: qlen > max_qlen, an expert not loaded, shapes, dtypes,
         an adapter id that is not active.
         """
+
+    def bind(
+        self, hidden_states: Any, expert_ids: Any, routing_weights: Any, out: Any
+    ) -> BoundForward:
+        """``forward`` between these arrays, which the result keeps alive and which must stay where
+        they are; they are checked by every ``run``."""
 
     def last_kernels(self) -> dict[str, str]:
         """Which ISA variant ran in the last ``forward``, e.g. ``{"gemm": "amx", "gemm_few_rows":

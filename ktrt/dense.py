@@ -11,17 +11,20 @@ from __future__ import annotations
 import copy
 import logging
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ktrt.moe import DenseLinear, active_isa
+from ktrt.recording import active
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ktrt.moe import Engine
+    from ktrt.recording import Recorder
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +71,10 @@ def _decode_on_one_thread(model: nn.Module) -> None:
 
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
-        past = kwargs.get("past_key_values")
+        past = kwargs.get("cache", kwargs.get("past_key_values"))
         threads.append(torch.get_num_threads())
-        if ids is not None and ids.numel() == 1 and _length(past) < _SHORT_CONTEXT:
+        one = ids is not None and ids.numel() == 1
+        if active() is not None or (one and _length(past) < _SHORT_CONTEXT):
             torch.set_num_threads(1)
 
     def after(*_: object) -> None:
@@ -161,8 +165,17 @@ class DenseForward:
         if args or kwargs or not self._ready(x):
             plain: torch.Tensor = self._plain(x, *args, **kwargs)
             return plain
+        if (recorder := active()) is not None:
+            return self._record(recorder, x.contiguous())
         out = x.new_empty((*x.shape[:-1], self._out))
         self._run(x, out)
+        return out
+
+    def _record(self, recorder: Recorder, x: torch.Tensor) -> torch.Tensor:
+        with recorder.look_away():
+            out = x.new_empty((*x.shape[:-1], self._out))
+        places = x.data_ptr(), x.numel(), out.data_ptr(), out.numel()
+        recorder.call(partial(self._linear.forward, *places), (x,), (out,))
         return out
 
     def into(self, x: torch.Tensor, out: torch.Tensor) -> None:

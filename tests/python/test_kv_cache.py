@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.fake_streams import FakeGraphs, NoHandOff, dense_graphs
+from helpers.fake_streams import FakeGraphs, dense_graphs
 from helpers.tiny_chat import make_model, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, MistralConfig
 
 from ktrt import decode_graph, generation, kv_cache
-from ktrt.decode_graph import CudaGraphs, DecodeGraphs, window_of
+from ktrt.decode_graph import CudaGraphs, DecodeGraphs, NoHandOff, window_of
 from ktrt.errors import KtrtError
 from ktrt.generation import KvCache
 from ktrt.kv_cache import StaticKv, unusual_layers
