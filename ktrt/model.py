@@ -13,7 +13,7 @@ import torch
 from ktrt.adapters import Adapters
 from ktrt.cpu_attention import accelerate_attention
 from ktrt.decode_graph import CudaGraphs, DecodeGraphs, NoHandOff
-from ktrt.dense import accelerate
+from ktrt.dense import OneRowProducts, accelerate
 from ktrt.expert_loading import cache_folder, load_experts
 from ktrt.fused_lora import FusedLora
 from ktrt.kv_cache import unusual_layers
@@ -117,7 +117,7 @@ def load_model(
         hand_off.guard(loaded)
         graphs = _graphs(loaded, hand_off, experts.kt_use_cuda_graph)
     else:
-        maker = RecordedSteps()
+        maker = RecordedSteps(OneRowProducts(engine))
         graphs = partial(DecodeGraphs, loaded, handoff=NoHandOff(), maker=maker)
     return LoadedModel(loaded, adapters, engine, hand_off, graphs, gpu)
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ from torch.utils._pytree import tree_iter
 from ktrt.errors import KtrtError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator
 
 # The memory that one step's results may take: those of one token are far smaller.
 _MOST_BYTES = 1 << 30
@@ -48,6 +49,11 @@ def active() -> Recorder | None:
     return None if found is None or found.paused else found
 
 
+# Given an operation, its arguments and its results, which lie where they are to be written again:
+# what computes it, or None.
+Shortcut = Callable[[Any, tuple[Any, ...], Sequence[torch.Tensor]], Callable[[], object] | None]
+
+
 @dataclass(frozen=True)
 class _Call:
     """One operation; ``reads`` and ``writes`` name the memory that it touches."""
@@ -62,8 +68,10 @@ class _Call:
 class Recorder(TorchDispatchMode):
     """Within its ``recording`` block, every operation of this thread is recorded."""
 
-    def __init__(self) -> None:
+    def __init__(self, shortcut: Shortcut | None = None) -> None:
+        """``shortcut``: what computes an operation faster than torch."""
         super().__init__()  # type: ignore[no-untyped-call]
+        self._shortcut = shortcut
         self.paused = False
         self.length: Callable[[], int] | None = None
         self._mask = 0
@@ -131,7 +139,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.paused:
             return func(*args, **kwargs)
-        if not _REFUSED.isdisjoint(func.tags):
+        if not _REFUSED.isdisjoint(func.tags) and not _is_fixed(func, args, kwargs):
             raise KtrtError(f"the step cannot be recorded: {func} depends on the numbers")
         out = func(*args, **kwargs)
         reads, results = list(_tensors((args, kwargs))), list(_tensors(out))
@@ -142,7 +150,8 @@ class Recorder(TorchDispatchMode):
         if new and written:
             raise KtrtError(f"the step cannot be recorded: {func} both changes and makes tensors")
         if new:
-            self._add(_into(func, args, kwargs, results), reads, new)
+            run = self._shortcut(func, args, results) if self._shortcut is not None else None
+            self._add(run or _into(func, args, kwargs, results), reads, new)
         elif written:
             self._add(functools.partial(func, *args, **kwargs), reads, written)
         return out
@@ -197,6 +206,16 @@ def _needed(calls: Sequence[_Call], made: set[int]) -> list[_Call]:
             needed |= call.reads | call.writes
             found.append(call)
     return found[::-1]
+
+
+def _is_fixed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation that may depend on numbers does not, as it is called: integers index
+    without surprises, and attention without dropout draws nothing."""
+    if func is torch.ops.aten.index.Tensor:
+        return all(each.dtype not in (torch.bool, torch.uint8) for each in _tensors(args[1]))
+    names = [argument.name for argument in func._schema.arguments]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    return "attention" in func.name() and given.get("dropout_p", 0.0) == 0
 
 
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:
@@ -263,14 +282,15 @@ class RecordedSteps:
     what = "recorded step"
     captures_compute = True
 
-    def __init__(self) -> None:
+    def __init__(self, shortcut: Shortcut | None = None) -> None:
         self.usable = True
+        self._shortcut = shortcut
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
         """Runs ``step`` once, which describes itself to the recorder; returns what runs it again,
         for the memory outside of the step that it writes to. ``KtrtError``: it cannot be recorded.
         """
-        recorder = Recorder()
+        recorder = Recorder(self._shortcut)
         with recorder.recording():
             step()
         calls = recorder.calls()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from helpers.fake_cuda import FakeCuda
 
     from ktrt._core import Engine, MoeLayer
+    from ktrt.decode_graph import GraphMaker
     from ktrt.kv_cache import StaticKv
 
 
@@ -176,10 +177,10 @@ class FakeGraphs:
         pass
 
 
-def dense_graphs(model: Any, maker: FakeGraphs | None = None) -> Callable[[StaticKv], DecodeGraphs]:
-    """What a KvCache takes to decode a model without experts by (fake) graphs."""
-    maker = maker or FakeGraphs()
-    return lambda cache: DecodeGraphs(model, cache, NoHandOff(), maker)
+def dense_graphs(model: Any, maker: GraphMaker | None = None) -> Callable[[StaticKv], DecodeGraphs]:
+    """What a KvCache takes to decode a model without experts by graphs, fake ones by default."""
+    made: GraphMaker = maker or FakeGraphs()
+    return lambda cache: DecodeGraphs(model, cache, NoHandOff(), made)
 
 
 def fake_hand_off(max_qlen: int) -> tuple[HandOff, FakeCore]:
