@@ -135,7 +135,7 @@ def _accelerate(model: nn.Module, engine: Engine, adapters: Adapters, device: to
         adapters.on_load.append(fused.find)
         adapters.on_change.append(fused.refresh)
     else:
-        accelerate_attention(model)
+        accelerate_attention(model, engine)
         accelerate(model, engine)
         # PEFT wraps further layers when another adapter is loaded.
         adapters.on_load.append(partial(accelerate, model, engine))
