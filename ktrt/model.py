@@ -19,6 +19,7 @@ from ktrt.fused_lora import FusedLora
 from ktrt.kv_cache import unusual_layers
 from ktrt.latent_attention import use_latents
 from ktrt.moe import KTExperts, build_gpu_experts, new_hand_off
+from ktrt.norms import accelerate_norms
 from ktrt.prepare import prepare
 from ktrt.recording import RecordedSteps
 from ktrt.torch_weights import load_without_experts
@@ -138,7 +139,8 @@ def _accelerate(model: nn.Module, engine: Engine, adapters: Adapters, device: to
         adapters.on_load.append(fused.find)
         adapters.on_change.append(fused.refresh)
     else:
-        accelerate_attention(model)
+        accelerate_attention(model, engine)
+        accelerate_norms(model)
         accelerate(model, engine)
         # PEFT wraps further layers when another adapter is loaded.
         adapters.on_load.append(partial(accelerate, model, engine))

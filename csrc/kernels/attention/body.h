@@ -15,12 +15,10 @@
 #include "kernels/attention_args.h"
 #include "kernels/scalar_bf16.h"
 #include "kernels/scalar_math.h"
+#include "kernels/unrolled.h"
 
 namespace ktrt {
 namespace {
-
-constexpr int kStatLanes = 16;
-static_assert(kAttentionBlock % kStatLanes == 0);
 
 inline void ask_for(const AttentionComing& coming, int token) {
   if (token >= coming.tokens) return;
@@ -43,36 +41,33 @@ void pack(const uint16_t* bf16, const float* f32, int size, float* out) {
   }
 }
 
+#define KTRT_UNROLLED(...) [&](auto __VA_ARGS__) __attribute__((always_inline))
+
 // kTokens tokens from `token` on × kHeads heads from `head` on.
 template <class V, int kHeads, int kTokens>
-inline __attribute__((always_inline)) void score_block(const AttentionScoreArgs& a, int head,
-                                                       int token) {
-  typename V::Floats sums[kHeads * kTokens];
-#pragma GCC unroll 32
-  for (int i = 0; i < kHeads * kTokens; ++i) sums[i] = V::zero();
-  const uint16_t* keys = a.keys + token * a.key_stride;
-  const float* q = a.q + head * a.q_stride;
-  const auto multiply = [&](const float* from, const typename V::Floats(&widened)[kTokens]) {
-#pragma GCC unroll 8
-    for (int h = 0; h < kHeads; ++h) {
-      const typename V::Floats query = V::load_floats(from + h * a.q_stride);
-#pragma GCC unroll 8
-      for (int t = 0; t < kTokens; ++t) {
-        sums[h * kTokens + t] = V::multiply_add(query, widened[t], sums[h * kTokens + t]);
-      }
-    }
-  };
-  const auto step = [&](int i, auto load) {
+KTRT_INLINE void score_block(const AttentionScoreArgs& a, int head, int token) {
+  using Floats = typename V::Floats;
+  constexpr int kSums = kHeads * kTokens;  // [kHeads][kTokens]
+  Floats sums[kSums];
+  unrolled<kSums>(KTRT_UNROLLED(i) { sums[i] = V::zero(); });
+  const uint16_t* const keys = a.keys + token * a.key_stride;
+  const float* const q = a.q + head * a.q_stride;
+  const auto step = [&](int i, auto load) __attribute__((always_inline)) {
     typename V::Pairs pairs[kTokens];
-    typename V::Floats widened[kTokens];
-#pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t) pairs[t] = load(keys + t * a.key_stride + i);
-#pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t) widened[t] = V::even(pairs[t]);
-    multiply(q + i, widened);
-#pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t) widened[t] = V::odd(pairs[t]);
-    multiply(q + i + V::kLanes, widened);
+    Floats widened[kTokens];
+    const auto multiply = [&](const float* from) __attribute__((always_inline)) {
+      unrolled<kHeads>(KTRT_UNROLLED(h) {
+        const Floats query = V::load_floats(from + h * a.q_stride);
+        unrolled<kTokens>(KTRT_UNROLLED(t) {
+          sums[h * kTokens + t] = V::multiply_add(query, widened[t], sums[h * kTokens + t]);
+        });
+      });
+    };
+    unrolled<kTokens>(KTRT_UNROLLED(t) { pairs[t] = load(keys + t * a.key_stride + i); });
+    unrolled<kTokens>(KTRT_UNROLLED(t) { widened[t] = V::even(pairs[t]); });
+    multiply(q + i);
+    unrolled<kTokens>(KTRT_UNROLLED(t) { widened[t] = V::odd(pairs[t]); });
+    multiply(q + i + V::kLanes);
   };
   const int whole = a.size - a.size % V::kWidth;
   for (int i = 0; i < whole; i += V::kWidth) {
@@ -82,18 +77,14 @@ inline __attribute__((always_inline)) void score_block(const AttentionScoreArgs&
     const int count = a.size - whole;
     step(whole, [count](const uint16_t* p) { return V::load_tail(p, count); });
   }
-  float totals[kHeads * kTokens];
-  constexpr int kFours = kHeads * kTokens / 4 * 4;
-#pragma GCC unroll 8
-  for (int i = 0; i < kFours; i += 4) {
-    V::store_totals(sums[i], sums[i + 1], sums[i + 2], sums[i + 3], totals + i);
-  }
-#pragma GCC unroll 4
-  for (int i = kFours; i < kHeads * kTokens; ++i) totals[i] = V::total(sums[i]);
-#pragma GCC unroll 8
+  float totals[kSums];
+  constexpr int kFours = kSums / 4;
+  unrolled<kFours>(KTRT_UNROLLED(i) {
+    V::store_totals(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3], totals + 4 * i);
+  });
+  unrolled<kSums, 4 * kFours>(KTRT_UNROLLED(i) { totals[i] = V::total(sums[i]); });
   for (int h = 0; h < kHeads; ++h) {
     float* scores = a.scores + (head + h) * kAttentionBlock + token;
-#pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) {
       scores[t] = a.add ? scores[t] + totals[h * kTokens + t] : totals[h * kTokens + t];
     }
@@ -118,46 +109,42 @@ void score_heads(const AttentionScoreArgs& a, int head) {
 
 // kPairs pairs of vectors from number `first` on of the sums of kHeads heads.
 template <class V, int kHeads, int kPairs, class Load>
-inline __attribute__((always_inline)) void value_block(const AttentionValueArgs& a, int head,
-                                                       int first, Load load) {
-  typename V::Floats sums[kHeads][2 * kPairs];
-  float* kept = a.sums + head * a.sum_stride + first;
-#pragma GCC unroll 8
-  for (int h = 0; h < kHeads; ++h) {
-#pragma GCC unroll 8
-    for (int i = 0; i < 2 * kPairs; ++i) {
-      sums[h][i] = a.carry == nullptr
-                       ? V::zero()
-                       : V::multiply(V::broadcast(a.carry + head + h),
-                                     V::load_floats(kept + h * a.sum_stride + i * V::kLanes));
-    }
+KTRT_INLINE void value_block(const AttentionValueArgs& a, int head, int first, Load load) {
+  using Floats = typename V::Floats;
+  constexpr int kVectors = 2 * kPairs;
+  Floats sums[kHeads * kVectors];  // [kHeads][kVectors]
+  float* const kept = a.sums + head * a.sum_stride + first;
+  const auto each_sum = [&](auto f) __attribute__((always_inline)) {
+    unrolled<kHeads>(KTRT_UNROLLED(h) {
+      unrolled<kVectors>(KTRT_UNROLLED(i) {
+        f(h, sums[h * kVectors + i], kept + h * a.sum_stride + i * V::kLanes);
+      });
+    });
+  };
+  if (a.carry == nullptr) {
+    each_sum([](int, Floats& sum, const float*) { sum = V::zero(); });
+  } else {
+    each_sum([&](int h, Floats& sum, const float* from) {
+      sum = V::multiply(V::broadcast(a.carry + head + h), V::load_floats(from));
+    });
   }
-  const float* weights = a.weights + head * kAttentionBlock;
+  const float* const weights = a.weights + head * kAttentionBlock;
   for (int t = 0; t < a.tokens; ++t) {
-    const uint16_t* value = a.values + t * a.value_stride + first;
-    typename V::Floats widened[2 * kPairs];
-#pragma GCC unroll 4
-    for (int i = 0; i < kPairs; ++i) {
+    const uint16_t* const value = a.values + t * a.value_stride + first;
+    Floats widened[kVectors];
+    unrolled<kPairs>(KTRT_UNROLLED(i) {
       const typename V::Pairs pairs = load(value + i * V::kWidth);
       widened[2 * i] = V::even(pairs);
       widened[2 * i + 1] = V::odd(pairs);
-    }
-#pragma GCC unroll 8
-    for (int h = 0; h < kHeads; ++h) {
-      const typename V::Floats weight = V::broadcast(weights + h * kAttentionBlock + t);
-#pragma GCC unroll 8
-      for (int i = 0; i < 2 * kPairs; ++i) {
-        sums[h][i] = V::multiply_add(weight, widened[i], sums[h][i]);
-      }
-    }
+    });
+    unrolled<kHeads>(KTRT_UNROLLED(h) {
+      const Floats weight = V::broadcast(weights + h * kAttentionBlock + t);
+      unrolled<kVectors>(KTRT_UNROLLED(i) {
+        sums[h * kVectors + i] = V::multiply_add(weight, widened[i], sums[h * kVectors + i]);
+      });
+    });
   }
-#pragma GCC unroll 8
-  for (int h = 0; h < kHeads; ++h) {
-#pragma GCC unroll 8
-    for (int i = 0; i < 2 * kPairs; ++i) {
-      V::store_floats(kept + h * a.sum_stride + i * V::kLanes, sums[h][i]);
-    }
-  }
+  each_sum([](int, const Floats& sum, float* to) { V::store_floats(to, sum); });
 }
 
 template <class V, int kHeads>
@@ -227,38 +214,40 @@ void values(const AttentionValueArgs& a) {
 // e^x for x ≤ 0; 0 where a float's would be below e^-87, so that what is cut counts nothing.
 inline float weight_of(float x) { return choose(x < -87.0f, 0.0f, exp_of_negative(x)); }
 
-inline float scored(const AttentionSoftmaxArgs& a, float score) {
-  const float scaled = score * a.scaling;
-  return a.softcap == 0.0f ? scaled : a.softcap * soft(scaled / a.softcap);
+// Folds v[0 … 2 · kHalf - 1] into v[0], always in the same order.
+template <int kHalf, class Combine>
+inline __attribute__((always_inline)) void fold(float* v, Combine combine) {
+  for (int i = 0; i < kHalf; ++i) v[i] = combine(v[i], v[i + kHalf]);
+  if constexpr (kHalf > 1) fold<kHalf / 2>(v, combine);
 }
 
 void softmax_head(const AttentionSoftmaxArgs& a, int head) {
-  float* s = a.scores + head * kAttentionBlock;
-  for (int t = 0; t < kAttentionBlock; ++t) s[t] = scored(a, s[t]);
-  for (int t = 0; t < (a.mask != nullptr ? a.tokens : 0); ++t) s[t] += a.mask[t];
-  for (int t = a.tokens; t < kAttentionBlock; ++t) s[t] = -INFINITY;
-  float most[kStatLanes];
-  for (int i = 0; i < kStatLanes; ++i) most[i] = s[i];
-  for (int t = kStatLanes; t < kAttentionBlock; t += kStatLanes) {
-    for (int i = 0; i < kStatLanes; ++i) most[i] = s[t + i] > most[i] ? s[t + i] : most[i];
+  float* const s = a.scores + head * kAttentionBlock;
+  // Locals, which the stores below cannot change: otherwise nothing is vectorised.
+  const float scaling = a.scaling;
+  const float softcap = a.softcap;
+  for (int t = 0; t < kAttentionBlock; ++t) s[t] *= scaling;
+  if (softcap != 0.0f) {
+    for (int t = 0; t < kAttentionBlock; ++t) s[t] = softcap * soft(s[t] / softcap);
   }
-  float max = a.max[head];
-  for (int i = 0; i < kStatLanes; ++i) max = most[i] > max ? most[i] : max;
+  if (a.mask != nullptr) {
+    for (int t = 0; t < a.tokens; ++t) s[t] += a.mask[t];
+  }
+  for (int t = a.tokens; t < kAttentionBlock; ++t) s[t] = -INFINITY;
+  float folded[kAttentionBlock];
+  for (int t = 0; t < kAttentionBlock; ++t) folded[t] = s[t];
+  fold<kAttentionBlock / 2>(folded, [](float x, float y) { return x > y ? x : y; });
+  const float before = a.max[head];
+  const float max = folded[0] > before ? folded[0] : before;
   // Nothing seen yet: all weights are e^-infinity.
   const float shift = max == -INFINITY ? 0.0f : max;
-  a.carry[head] = weight_of(a.max[head] - shift);
+  for (int t = 0; t < kAttentionBlock; ++t) s[t] = weight_of(s[t] - shift);
+  for (int t = 0; t < kAttentionBlock; ++t) folded[t] = s[t];
+  fold<kAttentionBlock / 2>(folded, [](float x, float y) { return x + y; });
+  const float carry = weight_of(before - shift);
+  a.carry[head] = carry;
   a.max[head] = max;
-  float sums[kStatLanes] = {};
-  for (int t = 0; t < kAttentionBlock; t += kStatLanes) {
-    for (int i = 0; i < kStatLanes; ++i) {
-      s[t + i] = weight_of(s[t + i] - shift);
-      sums[i] += s[t + i];
-    }
-  }
-  for (int half = kStatLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
-  }
-  a.sum[head] = a.sum[head] * a.carry[head] + sums[0];
+  a.sum[head] = a.sum[head] * carry + folded[0];
 }
 
 void softmax(const AttentionSoftmaxArgs& a) {
