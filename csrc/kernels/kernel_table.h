@@ -49,11 +49,17 @@ struct GemmArgs {
   float* c;  // [rows][32]
 };
 
+// Strips of one row each that GemmKernel::one_row takes at most.
+constexpr int kOneRowStrips = 8;
+
 struct GemmKernel {
   const char* name;
   void (*strip)(const GemmArgs& args);
   uint8_t activation_offset;  // what quantize_rows adds to each code: 128 where A is unsigned
   bool tile_order = false;    // of A
+  // The same bits for `count` strips with a row each, all of one k, read side by side: a core gets
+  // more out of the memory from several streams than from one. Null: strip by strip.
+  void (*one_row)(const GemmArgs* strips, int count) = nullptr;
 
   // As few tiles as possible, evenly filled: a tile of r rows takes r cycles.
   int tile_rows(int rows) const {
