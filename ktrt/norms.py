@@ -1,7 +1,7 @@
 """RMSNorm of a few rows on the CPU through the engine: their forward, never their parameters.
 
-torch computes it in six operations, 34 µs for 2048 numbers where the engine's kernel takes 2; a decode
-step has 50 to 200 of them.
+torch computes it in six operations, 34 µs for 2048 numbers where the engine's kernel takes 2; a
+decode step has 50 to 200 of them.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 # Where the models keep eps.
 _EPS = ("variance_epsilon", "eps")
-# Beyond it torch's operations have threads to share out: with two, the kernel on one is still twice as
-# fast.
+# Beyond it torch's operations have threads to share out; with two of them, one of the kernel is
+# still twice as fast.
 _MOST_NUMBERS = 1 << 18
 # (rounds_twice, offset): Llama's, gpt_oss's, Gemma's.
 _CONVENTIONS = ((True, 0.0), (False, 0.0), (False, 1.0))
