@@ -1,12 +1,12 @@
 """RMSNorm of a few rows on the CPU through the engine: their forward, never their parameters.
 
-torch computes it in six operations, about 25 µs for one token; a decode step has 50 to 200 of them.
+torch computes it in six operations, 34 µs for 2048 numbers where the engine's kernel takes 2; a
+decode step has 50 to 200 of them.
 """
 
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 # Where the models keep eps.
 _EPS = ("variance_epsilon", "eps")
-# Numbers up to which one thread is ahead of torch's operations on all of them.
+# Beyond it torch's operations have threads to share out; with two of them, one of the kernel is
+# still twice as fast.
 _MOST_NUMBERS = 1 << 18
 # (rounds_twice, offset): Llama's, gpt_oss's, Gemma's.
 _CONVENTIONS = ((True, 0.0), (False, 0.0), (False, 1.0))
@@ -117,16 +118,20 @@ class NormForward:
         return copy.deepcopy(self._plain, memo)
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args or kwargs or not self._follows() or not self._takes(x):
+        stride = None if args or kwargs else self._stride(x)
+        if stride is None:
             plain: torch.Tensor = self._plain(x, *args, **kwargs)
             return plain
-        recorder = active()
-        with nullcontext() if recorder is None else recorder.look_away():
-            out = torch.empty(x.shape, dtype=torch.bfloat16)
-        if recorder is None:
-            self.into(x, out)
-        else:
+        if (recorder := active()) is not None:
+            with recorder.look_away():
+                out = torch.empty(x.shape, dtype=torch.bfloat16)
             recorder.call(self.bind(x, out), (x,), (out,))
+            return out
+        out = torch.empty(x.shape, dtype=torch.bfloat16)
+        count = x.numel()
+        rows = count // self.size
+        extent = (rows - 1) * stride + self.size
+        self._norm.forward(x.data_ptr(), extent, rows, stride, out.data_ptr(), count)
         return out
 
     def into(self, x: torch.Tensor, out: torch.Tensor) -> None:
@@ -166,15 +171,17 @@ class NormForward:
             self._bind()
         return bool(weight.data_ptr() == self._address)
 
-    def _takes(self, x: torch.Tensor) -> bool:
-        return (
+    def _stride(self, x: torch.Tensor) -> int | None:
+        """Elements between the rows of x; None: torch computes it."""
+        taken = (
             x.dtype == torch.bfloat16
             and x.device.type == "cpu"
             and x.shape[-1] == self.size
             and 0 < x.numel() <= _MOST_NUMBERS
+            and self._follows()
             and not (torch.is_grad_enabled() and (x.requires_grad or self._weight.requires_grad))
-            and _row_stride(x) is not None
         )
+        return _row_stride(x) if taken else None
 
 
 def _row_stride(x: torch.Tensor) -> int | None:

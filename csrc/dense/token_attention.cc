@@ -20,6 +20,8 @@ constexpr std::int64_t kMaxSpans = 32;
 constexpr std::int64_t kHeadsPerRead = 6;
 // Below this the caller is done before another thread has woken up.
 constexpr std::int64_t kAloneBelow = 128 << 10;
+// Keys are asked for so far ahead.
+constexpr std::int64_t kAheadBytes = 6144;
 constexpr std::int64_t kLineFloats = kCacheLine / sizeof(float);
 constexpr std::int64_t kScoreFloats = kHeadsTogether * kAttentionBlock;
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
@@ -64,6 +66,15 @@ const std::uint16_t* bf16_at(const HeadArray& array, std::int64_t head, std::int
 }
 
 }  // namespace
+
+// Tokens of a group, for some of its heads.
+struct TokenAttention::Block {
+  std::int64_t group;
+  std::int64_t head;
+  int heads;
+  std::int64_t token;
+  int tokens;
+};
 
 struct TokenAttention::Task {
   const Arrays& arrays;
@@ -113,6 +124,8 @@ TokenAttention::TokenAttention(std::shared_ptr<Engine> engine, const Form& form,
   first_width_ = round_up(form.key_size, width);
   query_width_ = first_width_ + round_up(form.second_key_size, width);
   value_width_ = round_up(form.value_size, width);
+  ahead_ = static_cast<int>(
+      std::clamp<std::int64_t>(kAheadBytes / (2 * form.key_size), 4, kAttentionBlock));
 }
 
 void TokenAttention::check(const Arrays& a, std::int64_t start, std::int64_t end) const {
@@ -177,70 +190,79 @@ void TokenAttention::pack_queries(const Task& task) const {
   }
 }
 
+// scores [heads][kAttentionBlock] of a block of tokens for heads of a group, from `head` on.
+void TokenAttention::score(const Task& task, const Block& block, float* scores) const {
+  const AttentionKernel& kernel = *engine_->kernels().attention;
+  const Arrays& a = task.arrays;
+  AttentionScoreArgs score{};
+  score.q = task.queries + block.head * query_width_;
+  score.q_stride = query_width_;
+  score.heads = block.heads;
+  score.keys = bf16_at(a.keys, block.group, block.token);
+  score.key_stride = a.keys.token_stride;
+  score.tokens = block.tokens;
+  score.size = static_cast<int>(form_.key_size);
+  score.ahead = ahead_;
+  if (a.values.data != a.keys.data) {
+    score.coming = {bf16_at(a.values, block.group, block.token), a.values.token_stride,
+                    block.tokens, static_cast<int>(form_.value_size)};
+  }
+  score.scores = scores;
+  kernel.scores(score);
+  if (form_.second_key_size == 0) return;
+  score.q += first_width_;
+  score.keys = bf16_at(a.second_keys, block.group, block.token);
+  score.key_stride = a.second_keys.token_stride;
+  score.size = static_cast<int>(form_.second_key_size);
+  score.add = true;
+  score.coming = {};
+  kernel.scores(score);
+}
+
 // One span of tokens for some heads of a group; `item` counts heads fastest, which read the same.
 void TokenAttention::compute(const Task& task, std::int64_t item, int thread) const {
   const AttentionKernel& kernel = *engine_->kernels().attention;
   const Arrays& a = task.arrays;
   const std::int64_t chunk = item % chunks_;
   const std::int64_t span = item / chunks_ % task.spans;
-  const std::int64_t group = item / chunks_ / task.spans;
+  Block block{};
+  block.group = item / chunks_ / task.spans;
   const std::int64_t first = group_heads_ * chunk / chunks_;
-  const auto heads = static_cast<int>(group_heads_ * (chunk + 1) / chunks_ - first);
-  const std::int64_t head = group * group_heads_ + first;
-  const std::int64_t stat = span * form_.heads + head;
+  block.heads = static_cast<int>(group_heads_ * (chunk + 1) / chunks_ - first);
+  block.head = block.group * group_heads_ + first;
+  const std::int64_t stat = span * form_.heads + block.head;
   float* scores = task.own + thread * task.own_floats;
 
-  AttentionScoreArgs score{};
-  score.q = task.queries + head * query_width_;
-  score.q_stride = query_width_;
-  score.heads = heads;
-  score.scores = scores;
-  AttentionSoftmaxArgs softmax{scores,          heads,           0,
+  AttentionSoftmaxArgs softmax{scores,          block.heads,     0,
                                form_.scaling,   form_.softcap,   nullptr,
                                task.max + stat, task.sum + stat, scores + kScoreFloats};
   AttentionValueArgs value{};
   value.weights = scores;
-  value.heads = heads;
+  value.heads = block.heads;
   value.size = static_cast<int>(form_.value_size);
   value.value_stride = a.values.token_stride;
   value.sums = task.sums + stat * value_width_;
   value.sum_stride = value_width_;
-  std::fill_n(softmax.max, heads, kNothing);
-  std::fill_n(softmax.sum, heads, 0.0f);
+  std::fill_n(softmax.max, block.heads, kNothing);
+  std::fill_n(softmax.sum, block.heads, 0.0f);
 
-  const bool apart = a.values.data != a.keys.data;
   const std::int64_t begin = task.start + span * task.span;
   const std::int64_t end = std::min(task.end, begin + task.span);
   for (std::int64_t token = begin; token < end; token += kAttentionBlock) {
-    const auto left = [&](std::int64_t from) {
-      return static_cast<int>(std::clamp<std::int64_t>(task.end - from, 0, kAttentionBlock));
-    };
-    const int tokens = score.tokens = softmax.tokens = value.tokens = left(token);
-    const auto key_size = static_cast<int>(form_.key_size);
-    value.values = bf16_at(a.values, group, token);
-    score.keys = bf16_at(a.keys, group, token);
-    score.key_stride = a.keys.token_stride;
-    score.size = key_size;
-    score.add = false;
-    if (apart) score.coming = {value.values, value.value_stride, tokens, value.size};
-    kernel.scores(score);
-    if (form_.second_key_size > 0) {
-      score.q += first_width_;
-      score.keys = bf16_at(a.second_keys, group, token);
-      score.key_stride = a.second_keys.token_stride;
-      score.size = static_cast<int>(form_.second_key_size);
-      score.add = true;
-      score.coming = {};
-      kernel.scores(score);
-      score.q -= first_width_;
-    }
+    block.token = token;
+    block.tokens = static_cast<int>(std::min<std::int64_t>(end - token, kAttentionBlock));
+    score(task, block, scores);
+    softmax.tokens = value.tokens = block.tokens;
     if (a.mask != nullptr) softmax.mask = a.mask + token;
     kernel.softmax(softmax);
+    value.values = bf16_at(a.values, block.group, token);
     value.carry = token == begin ? nullptr : softmax.carry;
     const std::int64_t next = token + kAttentionBlock;
     value.coming = {};
     if (next < task.end) {
-      value.coming = {bf16_at(a.keys, group, next), a.keys.token_stride, left(next), key_size};
+      value.coming = {bf16_at(a.keys, block.group, next), a.keys.token_stride,
+                      static_cast<int>(std::min<std::int64_t>(task.end - next, ahead_)),
+                      static_cast<int>(form_.key_size)};
     }
     kernel.values(value);
   }

@@ -65,10 +65,12 @@ class TokenAttention {
 
  private:
   struct Task;
+  struct Block;
 
   void check(const Arrays& arrays, std::int64_t start, std::int64_t end) const;
   Task make_task(const Arrays& arrays, std::int64_t start, std::int64_t end, int threads);
   void pack_queries(const Task& task) const;
+  void score(const Task& task, const Block& block, float* scores) const;
   void compute(const Task& task, std::int64_t item, int thread) const;
   void merge(const Task& task, std::int64_t head, int thread) const;
 
@@ -82,6 +84,7 @@ class TokenAttention {
   std::int64_t first_width_ = 0;
   std::int64_t query_width_ = 0;
   std::int64_t value_width_ = 0;
+  int ahead_ = 0;  // tokens whose keys are asked for
 };
 
 }  // namespace ktrt

@@ -29,8 +29,9 @@ struct AttentionScoreArgs {
   int tokens;            // at most kAttentionBlock
   int size;
   bool add;
-  AttentionComing coming;
-  float* scores;  // [heads][kAttentionBlock]
+  int ahead;               // keys so many tokens further on are asked for; 0: none
+  AttentionComing coming;  // what is read after the keys, token by token
+  float* scores;           // [heads][kAttentionBlock]
 };
 
 // s = cap(scaling · score) + mask, and e^(s - max) in its place, 0 behind `tokens`; max and sum

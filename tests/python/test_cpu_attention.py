@@ -69,7 +69,7 @@ def test_numbers_of_torch(
         room = [torch.full((rows, groups, tokens + 9, n), torch.nan, dtype=dtype)
                 for n in (size, value_size)]  # fmt: skip
         views = [each[:, :, :tokens].copy_(x) for each, x in zip(room, (k, v), strict=True)]
-        assert torch.equal(in_engine(q, *views, mask, 0.2), results[1])
+        assert torch.equal(in_engine(q, views[0], views[1], mask, 0.2), results[1])
     for found in results:
         assert found.shape == (rows, 1, heads, value_size)
         assert found.dtype == dtype

@@ -26,6 +26,15 @@ inline void ask_for(const AttentionComing& coming, int token) {
   for (int i = 0; i < coming.size; i += 32) __builtin_prefetch(row + i, 0, 2);
 }
 
+inline void ask_for(const AttentionScoreArgs& a, int token, int tokens) {
+  for (int t = token; t < token + tokens; ++t) {
+    ask_for(a.coming, t);
+    if (a.ahead == 0) continue;
+    const uint16_t* row = a.keys + (t + a.ahead) * a.key_stride;
+    for (int i = 0; i < a.size; i += 32) __builtin_prefetch(row + i, 0, 3);
+  }
+}
+
 template <class V>
 void pack(const uint16_t* bf16, const float* f32, int size, float* out) {
   for (int first = 0; first < size; first += V::kWidth, out += V::kWidth) {
@@ -96,13 +105,11 @@ void score_heads(const AttentionScoreArgs& a, int head) {
   constexpr int kTokens = V::tokens_beside(kHeads);
   int token = 0;
   for (; token + kTokens <= a.tokens; token += kTokens) {
-    if (head == 0) {
-      for (int t = 0; t < kTokens; ++t) ask_for(a.coming, token + t);
-    }
+    if (head == 0) ask_for(a, token, kTokens);
     score_block<V, kHeads, kTokens>(a, head, token);
   }
   for (; token < a.tokens; ++token) {
-    if (head == 0) ask_for(a.coming, token);
+    if (head == 0) ask_for(a, token, 1);
     score_block<V, kHeads, 1>(a, head, token);
   }
 }
