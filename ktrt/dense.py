@@ -158,16 +158,31 @@ class DenseForward:
         return DenseLinear(self._engine, self._weight.detach(), bias)
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args or kwargs or not self._ready(x):
+            plain: torch.Tensor = self._plain(x, *args, **kwargs)
+            return plain
+        out = x.new_empty((*x.shape[:-1], self._out))
+        self._run(x, out)
+        return out
+
+    def into(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Writes what calling it with ``x`` gives to ``out``: that shape, contiguous, BF16. Without
+        allocations where the engine computes it; elsewhere a copy."""
+        if self._ready(x) and out.dtype == torch.bfloat16 and out.is_contiguous():
+            self._run(x, out)
+        else:
+            out.copy_(self(x))
+
+    def _ready(self, x: torch.Tensor) -> bool:
+        """Whether the engine computes it; the layer as it is now."""
         held = self.base._parameters
         if held["weight"] is not self._weight or held["bias"] is not self._bias:
             self._bind()
-        if args or kwargs or not self.usual or not self._takes(x):
-            plain: torch.Tensor = self._plain(x, *args, **kwargs)
-            return plain
+        return self.usual and self._takes(x)
+
+    def _run(self, x: torch.Tensor, out: torch.Tensor) -> None:
         x = x.contiguous()
-        out = x.new_empty((*x.shape[:-1], self._out))
         self._linear.forward(x.data_ptr(), x.numel(), out.data_ptr(), out.numel())
-        return out
 
     @property
     def usual(self) -> bool:
