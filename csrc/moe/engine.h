@@ -16,6 +16,7 @@ namespace ktrt {
 
 class DenseLinear;
 class MoeLayer;
+class PackedLinear;
 
 class Engine {
  public:
@@ -52,6 +53,7 @@ class Engine {
  private:
   friend class DenseLinear;
   friend class MoeLayer;
+  friend class PackedLinear;
 
   // Layers, dense too, hold the lock while they use the pool, the workspace or their own weights.
   // Throws std::runtime_error once closed.

@@ -9,7 +9,7 @@ from ktrt.moe.discovery import ExpertsSpec, find_experts
 
 try:
     from ktrt import _core
-    from ktrt._core import DenseLinear, Engine, MoeLayer, release_file_pages
+    from ktrt._core import DenseLinear, Engine, MoeLayer, PackedLinear, release_file_pages
     from ktrt._core import isa as active_isa
 except ImportError as error:
     raise KtrtError(
@@ -37,6 +37,7 @@ __all__ = [
     "HandOff",
     "KTExperts",
     "MoeLayer",
+    "PackedLinear",
     "active_isa",
     "build_engine",
     "build_gpu_experts",
