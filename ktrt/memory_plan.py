@@ -191,11 +191,9 @@ def make_plan(
     dtype = None if infer_dtype == "auto" else getattr(torch, infer_dtype)
     others = _other_bytes(skeleton, expert_paths, dtype)
     roots = () if root is None else (root,)
-    gpu = gpu_limit()
-    already = resident_bytes(*roots)
-    packed, unread = (0, 0)
-    if int8 and gpu is None:
-        packed, unread = _int8_bytes(skeleton, expert_paths, dtype, mapped=mapped)
+    gpu, already = gpu_limit(), resident_bytes(*roots)
+    on_cpu = int8 and gpu is None
+    packed, unread = _int8_bytes(skeleton, expert_paths, dtype, mapped) if on_cpu else (0, 0)
 
     def placed(name: str, size: int) -> Item:
         return Item(name, ram=size) if gpu is None else Item(name, gpu=size)
@@ -240,7 +238,7 @@ def _other_bytes(
 
 
 def _int8_bytes(
-    skeleton: Any, expert_paths: Iterable[str], dtype: torch.dtype | None, *, mapped: bool
+    skeleton: Any, expert_paths: Iterable[str], dtype: torch.dtype | None, mapped: bool
 ) -> tuple[int, int]:
     """Of the packed layers, and of those of their parameters that nobody reads any more and that
     are the file's: pages that need no memory. A table of embeddings is still read."""
