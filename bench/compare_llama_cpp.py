@@ -11,8 +11,8 @@ logits of one text, which must agree. Then they alternate, prompt and decoding, 
 number of threads; ratios are medians over neighbouring measurements.
 
 AMXBF16 meets BF16, AMXInt8 meets Q8_0. llama.cpp's Q8_0 is of all matrices; so is ktrt's INT8 here,
-by quantization_bit: 8 beside the experts' kt_backend (--formats int8-experts: the experts alone, the
-rest in BF16). The embeddings' table and the router count in neither, LoRA is 16 bits in both.
+by quantization_bit: 8 beside the experts' kt_backend (--formats int8-experts: the experts alone,
+the rest in BF16). The embeddings' table and the router count in neither, LoRA is 16 bits in both.
 --llama-cpp names a folder with libllama.so that is to be used instead of llama-cpp-python's own.
 --out takes 9 GB with 4 layers.
 """
