@@ -10,9 +10,11 @@ ktrt a Hugging Face folder and a PEFT adapter, for llama.cpp two GGUF files. Fir
 logits of one text, which must agree. Then they alternate, prompt and decoding, same ids, same
 number of threads; ratios are medians over neighbouring measurements.
 
-AMXBF16 meets BF16, AMXInt8 meets Q8_0. ktrt keeps all but the experts in BF16, llama.cpp's Q8_0 is
-of all matrices. --llama-cpp names a folder with libllama.so that is to be used instead of
-llama-cpp-python's own. --out takes 9 GB with 4 layers.
+AMXBF16 meets BF16, AMXInt8 meets Q8_0. llama.cpp's Q8_0 is of all matrices; so is ktrt's INT8 here,
+by quantization_bit: 8 beside the experts' kt_backend (--formats int8-experts: the experts alone,
+the rest in BF16). The embeddings' table and the router count in neither, LoRA is 16 bits in both.
+--llama-cpp names a folder with libllama.so that is to be used instead of llama-cpp-python's own.
+--out takes 9 GB with 4 layers.
 """
 
 from __future__ import annotations
@@ -36,15 +38,26 @@ if TYPE_CHECKING:
 
     from ktrt.session import Session
 
-# ktrt's format of the experts, llama.cpp's of all matrices.
-FORMATS = {"bf16": ("AMXBF16", "bf16"), "int8": ("AMXInt8", "q8_0")}
-# Bytes of a weight of the experts and of the rest: ktrt's, llama.cpp's.
-BYTES = {"bf16": ((2.0, 2.0), (2.0, 2.0)), "int8": ((1.0, 2.0), (34 / 32, 34 / 32))}
+# ktrt's kt_backend and quantization_bit, llama.cpp's format of all matrices.
+FORMATS: dict[str, tuple[str, int | None, str]] = {
+    "bf16": ("AMXBF16", None, "bf16"),
+    "int8": ("AMXInt8", 8, "q8_0"),
+    "int8-experts": ("AMXInt8", None, "q8_0"),
+}
+# Bytes of a weight of the experts and of the rest: ktrt's, llama.cpp's. Of INT8 with a scale per
+# row of 512 and more the scales are below 1 %, and left out.
+Q8_0 = (34 / 32, 34 / 32)
+BYTES = {
+    "bf16": ((2.0, 2.0), (2.0, 2.0)),
+    "int8": ((1.0, 1.0), Q8_0),
+    "int8-experts": ((1.0, 2.0), Q8_0),
+}
 CHECKED_TOKENS = 48
 # The threads of the party before spin for a while, on the cores that the next one needs.
 SETTLE_SECONDS = 0.2
 # Relative error of the logits, the median over positions, that two right answers may differ by.
-AGREEMENT = {"bf16": 0.05, "int8": 0.15}
+AGREEMENT = {"bf16": 0.05, "int8": 0.15, "int8-experts": 0.15}
+NAMES = {"bf16": "BF16", "int8": "INT8 · Q8_0", "int8-experts": "INT8 experts · Q8_0"}
 Row = dict[str, Any]
 
 
@@ -58,7 +71,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=96, help="tokens to decode")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--formats", default=",".join(FORMATS), type=lambda text: text.split(","))
+    parser.add_argument("--formats", default="bf16,int8", type=lambda text: text.split(","))
     parser.add_argument("--keep", action="store_true", help="keep the GGUF files")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--small", action="store_true", help="tiny layers: does the script work?")
@@ -105,7 +118,7 @@ class LlamaCppParty:
 class KtrtParty:
     """ktrt, as its chat loads it."""
 
-    def __init__(self, args: argparse.Namespace, backend: str) -> None:
+    def __init__(self, args: argparse.Namespace, backend: str, bits: int | None) -> None:
         import ktrt
 
         self.session: Session = ktrt.load(
@@ -113,6 +126,7 @@ class KtrtParty:
                 "model_name_or_path": str(args.out / "model"),
                 "adapter_name_or_path": str(args.out / "adapter"),
                 "kt_backend": backend, "kt_num_threads": args.threads, "ktrt_cache": False,
+                "quantization_bit": bits,
             }
         )  # fmt: skip
         self._vocab = self.session.model.config.vocab_size
@@ -190,12 +204,12 @@ def measure(args: argparse.Namespace, weights: Weights, name: str) -> Iterator[R
     """The check, then one row per LoRA setting and phase."""
     from llama_cpp_model import write_gguf
 
-    backend, gguf_type = FORMATS[name]
+    backend, bits, gguf_type = FORMATS[name]
     file = args.out / f"model-{gguf_type}.gguf"
     if not file.exists():
         write_gguf(file, weights, gguf_type)  # type: ignore[arg-type]
     theirs = LlamaCppParty(args, file, args.out / "lora.gguf")
-    ours = KtrtParty(args, backend)
+    ours = KtrtParty(args, backend, bits)
     try:
         note(args, f"{name}: logits: {json.dumps(check(args, ours, theirs, name))}")
         samples = alternate(args, ours, theirs)
@@ -274,13 +288,12 @@ def table(rows: Sequence[Row], prompt: int) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        formats = "BF16" if row["format"] == "bf16" else "INT8 · Q8_0"
         phase = f"prompt of {prompt}" if row["phase"] == "prefill" else "decoding"
         lora = ", LoRA r 8" if row["lora"] else ""
         shares = row["of_read"]
         read = f"{shares[0]:.0%} · {shares[1]:.0%}" if shares else "–"
         lines.append(
-            f"| {formats}, {phase}{lora} | {row['ktrt']:.1f} | {row['llama_cpp']:.1f} "
+            f"| {NAMES[row['format']]}, {phase}{lora} | {row['ktrt']:.1f} | {row['llama_cpp']:.1f} "
             f"| {row['ratio']:.2f} | {row['least']:.2f}–{row['most']:.2f} | {read} |"
         )
     return "\n".join(lines)

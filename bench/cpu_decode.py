@@ -2,13 +2,14 @@
 """Decoding of a whole model on the CPU beside the memory's read bandwidth, with and without LoRA.
 
     python bench/make_v2lite.py /tmp/v2lite --layers 7       # 1 dense and 6 MoE layers, 8 GB
-    python bench/cpu_decode.py /tmp/v2lite [--backends AMXBF16 AMXInt8] [--rank 8] [--json]
+    python bench/cpu_decode.py /tmp/v2lite [--backends AMXBF16 AMXInt8 INT8] [--rank 8] [--json]
     python bench/cpu_decode.py --quick                       # the demo model, for a smoke test
 
 The limit of a token is the bytes of all weights that it reads (every weight but the embeddings, and
 top_k of each layer's experts) at the bandwidth of a plain read on the engine's threads. Probe, base
 and adapter take turns in one process; ratios are medians over neighbouring runs. The adapter is
-random, on every linear layer, routed experts included, and its own bytes count as overhead.
+random, on every linear layer, routed experts included, and its own bytes count as overhead. INT8 is
+AMXInt8 with quantization_bit: 8, the other linear layers in INT8 too.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from safetensors.torch import save_file
 from ktrt import _core
 from ktrt.checkpoint import Checkpoint
 from ktrt.config import load_config
+from ktrt.dense import int8_bytes
 from ktrt.generation import KvCache
 from ktrt.model import LoadedModel, load_model
 from ktrt.moe import KTExperts
@@ -78,8 +80,9 @@ def bytes_per_token(model: Any) -> tuple[int, int]:
     """(other weights, experts) that one token reads, without LoRA."""
     embeddings = model.get_input_embeddings().weight
     tied = any(parameter is embeddings for parameter in model.get_output_embeddings().parameters())
+    packed = int8_bytes(model)
     others = sum(
-        parameter.nbytes
+        packed.get(id(parameter), parameter.nbytes)
         for name, parameter in model.named_parameters()
         if ".lora_" not in name and (tied or parameter is not embeddings)
     )
@@ -92,6 +95,8 @@ class Party:
 
     def __init__(self, model: Path, adapter: Path | None, backend: str, cache: str | None) -> None:
         values: dict[str, object] = {"model_name_or_path": str(model), "kt_backend": backend}
+        if backend == "INT8":
+            values |= {"kt_backend": "AMXInt8", "quantization_bit": 8}
         if cache:
             values["ktrt_cache_dir"] = cache
         if adapter is not None:
@@ -163,7 +168,7 @@ def show(results: dict[str, dict[str, float]], threads: int) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="CPU decoding beside the read bandwidth.")
     parser.add_argument("folder", type=Path, nargs="?", default=DEMO)
-    parser.add_argument("--backends", nargs="+", default=["AMXBF16", "AMXInt8"])
+    parser.add_argument("--backends", nargs="+", default=["AMXBF16", "AMXInt8", "INT8"])
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--context", type=int, default=64, help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=2, help="decoded per turn")

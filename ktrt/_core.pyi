@@ -72,13 +72,15 @@ class DenseLinear:
         """``weight`` [out_features, in_features], bfloat16, contiguous: kept, not copied. ``bias``
         [out_features], float32, float16 or bfloat16: copied."""
 
+    max_rank: int
     @property
     def in_features(self) -> int: ...
     @property
     def out_features(self) -> int: ...
     def set_lora(self, a: Any, b: Any) -> None:
         """``a`` [rank, in_features], ``b`` [out_features, rank], float32, the scaling folded into
-        ``b``; each is rounded to bfloat16 once. Replaces what was set before."""
+        ``b``; each is rounded to bfloat16 once. Replaces what was set before. ``ValueError``: other
+        shapes, or a rank above ``max_rank``."""
 
     def clear_lora(self) -> None: ...
     def forward(self, x: int, x_count: int, out: int, out_count: int) -> None:
@@ -180,6 +182,41 @@ class RmsNorm:
         """``x``: address of ``rows`` rows of ``size`` bfloat16 numbers, ``row_stride`` elements
         apart, in ``x_count`` elements of CPU memory; ``out``: address of [rows, size], contiguous,
         which may be ``x``. On the calling thread. ``ValueError``: counts that do not fit."""
+
+class PackedLinear:
+    """``DenseLinear`` with the weight in INT8, a scale per output, and inputs that are quantised
+    row by row: the numbers and the packed layout of the INT8 experts; LoRA stays bfloat16.
+
+    A row's bits depend neither on the rows beside it nor on the number of threads; where the
+    processor has AMX, their number picks the kernel, and with LoRA the last bits.
+    """
+
+    def __init__(self, engine: Engine, weight: Any, bias: Any = None) -> None:
+        """``weight`` [out_features, in_features], bfloat16, contiguous, in_features at most 65536:
+        packed, without the GIL, and not kept. ``bias`` as of ``DenseLinear``. ``ValueError`` for
+        NaN and infinity too; ``RuntimeError``: the engine is closed."""
+
+    max_rank: int
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def packed_bytes(self) -> int:
+        """Of codes, scales and sums of codes: what a forward reads."""
+
+    def share(self) -> PackedLinear:
+        """Another one on the same packed weight and bias, without LoRA."""
+
+    def set_lora(self, a: Any, b: Any) -> None:
+        """As ``DenseLinear.set_lora``."""
+
+    def clear_lora(self) -> None: ...
+    def forward(self, x: int, x_count: int, out: int, out_count: int) -> None:
+        """As ``DenseLinear.forward``."""
+
+    def kernel_name(self, rows: int) -> str:
+        """The GEMM kernel that multiplies so many rows."""
 
 class PackedMemory:
     """Bytes of the engine, read-only, by the buffer protocol and without a copy.

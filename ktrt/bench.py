@@ -107,13 +107,16 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def run(config: Config, sizes: Sizes) -> Report:
     """Loads the model, measures it, and returns all figures in basic types; times in seconds.
     ``KtrtError``: what loading says."""
+    import torch
+
     from ktrt.api import open_session
     from ktrt.bench_measure import Bench
     from ktrt.model_work import model_work
     from ktrt.prepare import open_base
 
     base = open_base(config.model)
-    work = model_work(base.built.model, base.experts.specs, config.model.infer_dtype)
+    int8 = config.model.quantization_bit == 8 and not torch.cuda.is_available()
+    work = model_work(base.built.model, base.experts.specs, config.model.infer_dtype, int8=int8)
     del base
     with open_session(config) as session:
         bench = Bench(session, config.experts, work)

@@ -45,7 +45,7 @@ class Bench:
         self._states = (True, False) if session.adapters.names else (False,)
         peaks = arithmetic_peaks(self._threads)
         self._expert_peak = peak_of(weight_format_of(experts.kt_backend), peaks)
-        self._other_peak = peak_of("bf16", peaks)
+        self._other_peak = peak_of(work.other_format, peaks)
         self._gpu = gpu_rates()
         self._vocab = min(model.get_input_embeddings().weight.shape[0], len(session.tokenizer))
 

@@ -4,6 +4,10 @@ For one token, torch's BF16 linear reaches about half of the memory's bandwidth 
 processors without BF16 instructions far less; PEFT adds two more linears in float32, with casts.
 The engine reads the same weights where they lie, and adds LoRA before the one rounding. BF16 is
 therefore the dtype on every processor: its bytes bound decoding, float32 has twice as many.
+
+INT8 (``quantization_bit: 8``) halves them again. The engine then has a packed copy of its own, and
+the parameters in BF16 are what they were: where they are mapped from the checkpoint's files, pages
+that nobody reads, which the kernel takes back.
 """
 
 from __future__ import annotations
@@ -17,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ktrt.moe import DenseLinear, active_isa
+from ktrt.linears import is_int8
+from ktrt.moe import DenseLinear, PackedLinear, active_isa
 from ktrt.recording import active
 
 if TYPE_CHECKING:
@@ -35,24 +40,34 @@ _AMX_ROWS = 16
 _SHORT_CONTEXT = 2048
 
 
-def accelerate(model: nn.Module, engine: Engine) -> int:
+def accelerate(model: nn.Module, engine: Engine, *, int8: bool = False) -> int:
     """Lets the engine compute the ``nn.Linear`` layers of ``model`` whose weights are BF16 on the
     CPU, and PEFT's LoRA layers on such; returns how many. Called again, it takes what is new.
 
     Parameters, names and ``peft_config`` stay as they are. What the engine does not do (DoRA, LoRA
     with a bias, dropout while training, gradients, other dtypes, per-sample adapters) takes the
     ordinary path, call by call. Works until the engine is closed.
+
+    ``int8``: those of ``ktrt.linears`` are quantised, by the numbers that they have now; LoRA stays
+    exact, in PEFT's hands too. Gradients and other dtypes go through the parameters in BF16.
+    ``ValueError``: NaN or infinity in a weight.
     """
     most = _AMX_ROWS if active_isa() == "amx" else None
     lora_linear = _peft_linear()
     count = 0
     each: Any
-    for each in model.modules():
+    for path, each in model.named_modules():
         is_lora = type(each) is lora_linear
         base = each.base_layer if is_lora else each
-        if _fits(base) and not isinstance(each.__dict__.get("forward"), DenseForward):
-            each.forward = DenseForward(each, base, engine, most)
-            count += not is_lora
+        if not _fits(base):
+            continue
+        inner = _forward_of(base)
+        if inner is None:
+            inner = DenseForward(base, engine, most, int8=int8 and is_int8(path, base))
+            base.forward = inner
+            count += 1
+        if is_lora and _forward_of(each) is None:
+            each.forward = LoraForward(each, inner)
     if count:
         logger.debug("%d BF16 linear layers run in the engine", count)
         _decode_on_one_thread(model)
@@ -101,10 +116,24 @@ def refresh(model: nn.Module) -> None:
         forward.refresh()
 
 
+def int8_bytes(model: nn.Module) -> dict[int, int]:
+    """By the id of its parameter in BF16: bytes of every weight that the engine has in INT8."""
+    return {
+        id(forward.base.weight): forward.packed_bytes
+        for forward in _forwards(model)
+        if forward.packed_bytes
+    }
+
+
 def _forwards(model: nn.Module) -> Iterator[DenseForward]:
     for module in model.modules():
-        if isinstance(forward := module.__dict__.get("forward"), DenseForward):
+        if (forward := _forward_of(module)) is not None:
             yield forward
+
+
+def _forward_of(module: nn.Module) -> DenseForward | None:
+    forward = module.__dict__.get("forward")
+    return forward if isinstance(forward, DenseForward) else None
 
 
 def _peft_linear() -> type | None:
@@ -144,6 +173,7 @@ class OneRowProducts:
         return partial(linear.forward, x.data_ptr(), x.numel(), out.data_ptr(), out.numel())
 
 
+Linear = DenseLinear | PackedLinear
 # A [rank, in] and B [out, rank].
 Lora = tuple[torch.Tensor, torch.Tensor]
 # Sets of adapters, with their scaling, that each layer remembers.
@@ -151,35 +181,53 @@ _REMEMBERED = 4
 
 
 class DenseForward:
-    """What stands in for the forward of one linear, or of PEFT's layer around it."""
+    """What stands in for the forward of one linear."""
 
-    def __init__(self, module: Any, base: nn.Linear, engine: Engine, most_rows: int | None) -> None:
-        """``most_rows``: so many and more take the ordinary path."""
+    # A [rank, in] and B [out, rank] of the active adapters in float32, the scaling in B.
+    lora: Lora | None = None
+
+    def __init__(
+        self, base: nn.Linear, engine: Engine, most_rows: int | None, *, int8: bool = False
+    ) -> None:
+        """``most_rows``: so many and more take the ordinary path, but for INT8, whose kernels have
+        tiles of their own."""
         self._engine = engine
-        self._module = module
+        self._module: Any = base
         self.base = base
-        self._plain = module.forward
-        self._rows = most_rows or sys.maxsize
+        self._plain = base.forward
+        self._rows = sys.maxsize if int8 else most_rows or sys.maxsize
+        self._int8 = int8
         self._in, self._out = base.in_features, base.out_features
-        self._is_lora = module is not base
-        # A [rank, in] and B [out, rank] of the active adapters in float32, the scaling in B.
-        self.lora: Lora | None = None
-        self._usual = True
-        self._state: tuple[object, ...] | None = None
-        # Made before, by what was active: a switch back costs nothing.
-        self._made: dict[object, tuple[DenseLinear, Lora | None, bool]] = {}
         self._bind()
 
     def _bind(self) -> None:
         """Takes the base's parameters of now: adapters may put others in their place."""
-        weight, bias = self.base.weight, self.base.bias
-        self._weight, self._bias, self._address = weight, bias, weight.data_ptr()
-        self._linear = self._new_linear()
-        self.refresh()
+        self._take_parameters()
+        kind = PackedLinear if self._int8 else DenseLinear
+        bias = None if self._bias is None else self._bias.detach()
+        self._linear: Linear = kind(self._engine, self._weight.detach(), bias)
 
-    def _new_linear(self) -> DenseLinear:
+    def _take_parameters(self) -> None:
+        self._weight, self._bias = self.base.weight, self.base.bias
+        self._address = self._weight.data_ptr()
+
+    def new_linear(self) -> Linear:
+        """Another one with the base's parameters of now, without LoRA."""
+        self._update()
+        if isinstance(self._linear, PackedLinear):
+            return self._linear.share()
         bias = None if self._bias is None else self._bias.detach()
         return DenseLinear(self._engine, self._weight.detach(), bias)
+
+    @property
+    def weight_format(self) -> str:
+        """``bf16`` or ``int8``."""
+        return "int8" if self._int8 else "bf16"
+
+    @property
+    def packed_bytes(self) -> int:
+        """Of the INT8 weight; 0 for BF16, which has no copy."""
+        return self._linear.packed_bytes if isinstance(self._linear, PackedLinear) else 0
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args or kwargs or not self._ready(x):
@@ -208,10 +256,13 @@ class DenseForward:
 
     def _ready(self, x: torch.Tensor) -> bool:
         """Whether the engine computes it; the layer as it is now."""
+        self._update()
+        return self.usual and self._takes(x)
+
+    def _update(self) -> None:
         held = self.base._parameters
         if held["weight"] is not self._weight or held["bias"] is not self._bias:
             self._bind()
-        return self.usual and self._takes(x)
 
     def _run(self, x: torch.Tensor, out: torch.Tensor) -> None:
         x = x.contiguous()
@@ -220,9 +271,7 @@ class DenseForward:
     @property
     def usual(self) -> bool:
         """Whether ``lora`` is all that the active adapters do; looks at what PEFT has switched."""
-        if self._is_lora and self._state != self._lora_state():
-            self._follow()
-        return self._usual
+        return True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy of the module has weights elsewhere: torch computes it."""
@@ -238,26 +287,59 @@ class DenseForward:
             and not (torch.is_grad_enabled() and (x.requires_grad or self._module.training))
         )
 
+    def refresh(self) -> None:
+        """Takes what PEFT's layer holds, anew."""
+
+
+class LoraForward(DenseForward):
+    """The same for PEFT's layer around a linear."""
+
+    def __init__(self, module: Any, inner: DenseForward) -> None:
+        """``inner``: what stands in for the linear's own forward."""
+        self._inner = inner
+        self._module = module
+        self.base = inner.base
+        self._plain = module.forward
+        self._rows, self._int8 = inner._rows, inner._int8
+        self._in, self._out = inner._in, inner._out
+        self._usual = True
+        self._state: tuple[object, ...] | None = None
+        # Made before, by what was active: a switch back costs nothing.
+        self._made: dict[object, tuple[Linear, Lora | None, bool]] = {}
+        self._bind()
+
+    def _bind(self) -> None:
+        self._take_parameters()
+        self.refresh()
+
+    @property
+    def usual(self) -> bool:
+        if self._state != self._lora_state():
+            self._follow()
+        return self._usual
+
     def _lora_state(self) -> tuple[object, ...]:
         """What PEFT changes to switch adapters."""
         module = self._module
         return (
-            module.disable_adapters,
             module.merged,
+            module.disable_adapters,
             tuple(module.active_adapters),
             tuple(module.scaling.values()),
         )
 
     def refresh(self) -> None:
-        """Takes what PEFT's layer holds, anew."""
-        if self._is_lora:
-            self._made.clear()
-            self._follow()
+        self._made.clear()
+        self._follow()
 
     def _follow(self) -> None:
         """Takes A and B of the active adapters, the scaling folded into B."""
-        module = self._module
+        module, before = self._module, self._state
         self._state = self._lora_state()
+        if self._int8 and before is not None and before[0] != self._state[0]:
+            # PEFT has added B A to the parameters, or taken it out again.
+            self._inner._bind()
+            self._made.clear()
         active = [name for name in module.active_adapters if name in module.lora_A]
         if module.disable_adapters or module.merged:
             active = []
@@ -268,14 +350,19 @@ class DenseForward:
             self._made[key] = self._make(active)
         self._linear, self.lora, self._usual = self._made[key]
 
-    def _make(self, active: list[str]) -> tuple[DenseLinear, Lora | None, bool]:
-        module, linear = self._module, self._new_linear()
-        usual = not any(
-            name in module.lora_variant
-            or module.lora_bias.get(name)
-            or not isinstance(module.lora_dropout[name], nn.Identity)
-            for name in active
-        ) and not getattr(module, "fan_in_fan_out", False)
+    def _make(self, active: list[str]) -> tuple[Linear, Lora | None, bool]:
+        module, linear = self._module, self._inner.new_linear()
+        ranks = sum(module.lora_A[name].weight.shape[0] for name in active)
+        usual = (
+            not any(
+                name in module.lora_variant
+                or module.lora_bias.get(name)
+                or not isinstance(module.lora_dropout[name], nn.Identity)
+                for name in active
+            )
+            and not getattr(module, "fan_in_fan_out", False)
+            and ranks <= linear.max_rank
+        )
         if not active or not usual:
             return linear, None, usual
         with torch.no_grad():

@@ -131,7 +131,8 @@ def _examine_model(
     first = next(iter(ready.adapters.values()), None)
     lora = first.planned_numel() if first else (0, 0)
     skeleton, specs = ready.base.built.model, ready.base.experts.specs
-    work = model_work(skeleton, specs, model.infer_dtype, lora)
+    int8 = model.quantization_bit == 8 and gpu is None
+    work = model_work(skeleton, specs, model.infer_dtype, lora, int8=int8)
     memory = ready.memory
     context = min(2048, memory.max_context)
     fits = memory.fitting_backends()
@@ -164,7 +165,7 @@ def _reach(
     from ktrt.machine import peak_of
 
     gpu_rate = gpu.read if gpu else None
-    others = peak_of("bf16", peaks) if gpu is None else None
+    others = peak_of(work.other_format, peaks) if gpu is None else None
     for backend, weight_format in (("AMXBF16", "bf16"), ("AMXInt8", "int8"), ("AMXInt4", "int4")):
         decode = 1 / work.decode_seconds(backend, bandwidth, gpu_rate, context)
         row: Report = {"kt_backend": backend, "decode_bound": decode, "prompt": _PROMPT}

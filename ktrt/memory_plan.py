@@ -10,6 +10,7 @@ import torch
 
 from ktrt.errors import ConfigError
 from ktrt.kv_cache import cache_argument
+from ktrt.linears import int8_bytes, int8_layers
 from ktrt.memory_limits import Limit, address_limit, gpu_limit, ram_limit, resident_bytes
 
 if TYPE_CHECKING:
@@ -176,27 +177,32 @@ def make_plan(
     workspace: int,
     lora: tuple[int, int],
     infer_dtype: str,
+    int8: bool = False,
+    mapped: bool = True,
     root: Path | None = None,
 ) -> MemoryPlan:
     """The plan of a model on the meta device.
 
     ``experts``: bytes of the packed experts by kt_backend; ``layer_source``: of the largest layer
     of them in the checkpoint, which is mapped while it is packed; ``mapped_files``: addresses of
-    the whole checkpoint; ``lora``: values of the adapter on experts and elsewhere; ``root`` stands
-    for the file system's root in tests.
+    the whole checkpoint; ``lora``: values of the adapter on experts and elsewhere; ``int8``: the
+    linear layers are, without a GPU (``quantization_bit: 8``); ``mapped``: weights whose dtype is
+    not changed are the file's pages; ``root`` stands for the file system's root in tests.
     """
     dtype = None if infer_dtype == "auto" else getattr(torch, infer_dtype)
     others = _other_bytes(skeleton, expert_paths, dtype)
     roots = () if root is None else (root,)
-    gpu = gpu_limit()
-    already = resident_bytes(*roots)
+    gpu, already = gpu_limit(), resident_bytes(*roots)
+    on_cpu = int8 and gpu is None
+    packed, unread = _int8_bytes(skeleton, expert_paths, dtype, mapped) if on_cpu else (0, 0)
 
     def placed(name: str, size: int) -> Item:
         return Item(name, ram=size) if gpu is None else Item(name, gpu=size)
 
     items = [
         Item(f"routed experts, packed ({kt_backend})", ram=experts[kt_backend]),
-        placed("other weights", others),
+        placed("other weights", others - unread),
+        Item("linear layers in INT8", ram=packed),
         # The other weights are mapped too, and touched when the experts are packed.
         Item("a layer's source while packing", ram=max(0, layer_source - (0 if gpu else others))),
         Item("workspace of the experts", ram=workspace),
@@ -230,6 +236,21 @@ def _other_bytes(
         for name, tensor in (*skeleton.named_parameters(), *skeleton.named_buffers())
         if not name.startswith(paths)
     )
+
+
+def _int8_bytes(
+    skeleton: Any, expert_paths: Iterable[str], dtype: torch.dtype | None, mapped: bool
+) -> tuple[int, int]:
+    """Of the packed layers, and of those of their parameters that nobody reads any more and that
+    are the file's: pages that need no memory. A table of embeddings is still read."""
+    table = skeleton.get_input_embeddings().weight
+    packed = unread = 0
+    for linear in int8_layers(skeleton, expert_paths, dtype):
+        packed += int8_bytes(linear)
+        weight = linear.weight
+        if mapped and weight is not table and weight.dtype == (dtype or weight.dtype):
+            unread += weight.numel() * weight.element_size()
+    return packed, unread
 
 
 def kv_bytes_per_token(

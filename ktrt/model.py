@@ -13,12 +13,12 @@ import torch
 from ktrt.adapters import Adapters
 from ktrt.cpu_attention import accelerate_attention
 from ktrt.decode_graph import CudaGraphs, DecodeGraphs, NoHandOff
-from ktrt.dense import OneRowProducts, accelerate
+from ktrt.dense import OneRowProducts, accelerate, int8_bytes
 from ktrt.expert_loading import cache_folder, load_experts
 from ktrt.fused_lora import FusedLora
 from ktrt.kv_cache import unusual_layers
 from ktrt.latent_attention import use_latents
-from ktrt.moe import KTExperts, build_gpu_experts, new_hand_off
+from ktrt.moe import KTExperts, build_gpu_experts, new_hand_off, release_file_pages
 from ktrt.norms import accelerate_norms
 from ktrt.prepare import prepare
 from ktrt.recording import RecordedSteps
@@ -112,7 +112,9 @@ def load_model(
         engine.close()
         raise
     loaded.eval().requires_grad_(False)
-    _accelerate(loaded, engine, adapters, device)
+    _accelerate(loaded, engine, adapters, device, int8=model.quantization_bit == 8)
+    for file in ready.base.experts.files() if model.quantization_bit == 8 else ():
+        release_file_pages(str(file))  # what was packed is not read any more
     _log_result(loaded, specs, ready.adapters)
     if hand_off is not None:
         hand_off.guard(loaded)
@@ -132,19 +134,42 @@ def _load_experts(ready: Prepared, args: ExpertArgs, only_layers: Collection[int
     load_experts(source, layers, root, ready.kt_weights)
 
 
-def _accelerate(model: nn.Module, engine: Engine, adapters: Adapters, device: torch.device) -> None:
+def _accelerate(
+    model: nn.Module, engine: Engine, adapters: Adapters, device: torch.device, *, int8: bool
+) -> None:
     """Faster ways through the layers outside the experts, which stay transformers' and PEFT's."""
     if device.type == "cuda":
+        if int8:
+            logger.warning(
+                "quantization_bit: 8 has no effect with a GPU, where the layers outside the "
+                "experts stay %s: it makes those on the CPU INT8", model.dtype,
+            )  # fmt: skip
         fused = FusedLora(model)
         adapters.on_load.append(fused.find)
         adapters.on_change.append(fused.refresh)
     else:
         accelerate_attention(model, engine)
         accelerate_norms(model)
-        accelerate(model, engine)
+        accelerate(model, engine, int8=int8)
+        if int8:
+            _log_int8(model)
         # PEFT wraps further layers when another adapter is loaded.
-        adapters.on_load.append(partial(accelerate, model, engine))
+        adapters.on_load.append(partial(accelerate, model, engine, int8=int8))
         use_latents(model, engine)
+
+
+def _log_int8(model: nn.Module) -> None:
+    sizes = int8_bytes(model)
+    if not sizes:
+        logger.warning(
+            "quantization_bit: 8 has no effect: no linear layer is bfloat16 (the model is %s); set "
+            "infer_dtype: bfloat16", model.dtype,
+        )  # fmt: skip
+        return
+    logger.info(
+        "quantization_bit: 8: %d linear layers outside the experts in INT8, %.2f GB",
+        len(sizes), sum(sizes.values()) / 1e9,
+    )  # fmt: skip
 
 
 def _device() -> torch.device:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ktrt.linears import int8_bytes, int8_layers
 from ktrt.memory_plan import kv_bytes_per_token
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ class ModelWork:
     ``experts``: of the routed experts that a token meets, with ``expert_rows`` output rows;
     ``experts_held``: of all of them; ``expert_lora``: of the adapter on those experts, ``lora``: on
     the rest. ``attention``, ``head`` and ``other`` (dense and shared MLP, routers, norms) take
-    ``other_bytes`` bytes per weight. ``kv_token_bytes``: of the KV cache, read for every token
-    before.
+    ``other_bytes`` bytes per weight, on average; ``other_format``: what multiplies most of them.
+    ``kv_token_bytes``: of the KV cache, read for every token before.
     """
 
     experts: int
@@ -43,6 +44,7 @@ class ModelWork:
     other: int
     other_bytes: float
     kv_token_bytes: int
+    other_format: str = "bf16"
 
     def bytes_by_part(self, kt_backend: str, context: int = 0) -> dict[str, float]:
         """Bytes that decoding one token reads, after ``context`` others."""
@@ -101,9 +103,11 @@ def model_work(
     specs: Sequence[ExpertsSpec],
     infer_dtype: str,
     lora: tuple[int, int] = (0, 0),
+    *,
+    int8: bool = False,
 ) -> ModelWork:
     """Counted on the meta device. ``lora``: values of the adapter on routed experts (all of them)
-    and elsewhere."""
+    and elsewhere. ``int8``: the linear layers of ``ktrt.linears`` are."""
     dtype = None if infer_dtype == "auto" else getattr(torch, infer_dtype)
     experts = rows = held = 0
     for spec in specs:
@@ -111,7 +115,11 @@ def model_work(
         held += spec.num_weights
         inner = spec.intermediate_size * (2 if spec.has_gate else 1)
         rows += spec.top_k * (inner + spec.hidden_size)
-    counts, size = _other_weights(skeleton, [spec.path for spec in specs], dtype)
+    paths = [spec.path for spec in specs]
+    counts, size = _other_weights(skeleton, paths, dtype)
+    if int8:
+        for linear in int8_layers(skeleton, paths, dtype):
+            size += int8_bytes(linear) - linear.weight.numel() * torch.bfloat16.itemsize
     total = sum(counts.values())
     return ModelWork(
         experts=experts,
@@ -123,7 +131,8 @@ def model_work(
         head=counts["head"],
         other=counts["other"],
         other_bytes=size / total if total else 0.0,
-        kv_token_bytes=kv_bytes_per_token(skeleton, [spec.path for spec in specs], dtype),
+        kv_token_bytes=kv_bytes_per_token(skeleton, paths, dtype),
+        other_format="int8" if int8 else "bf16",
     )
 
 

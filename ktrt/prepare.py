@@ -111,6 +111,8 @@ def prepare(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> Prep
             workspace=engine.workspace_bytes,
             lora=lora,
             infer_dtype=model.infer_dtype,
+            int8=model.quantization_bit == 8,
+            mapped=not base.experts.checkpoint.is_quantized(),
         )
     except BaseException:
         engine.close()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ktrt.reference import CannotVerifyError
-from ktrt.reference.experts import to_bf16
+from ktrt.reference.experts import int8_rows, to_bf16
 from ktrt.verify_probes import Check, Limits, Outputs, Probe, compare
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ _PARAMETERS = Limits(same=0.01, difference=0.03, noise=0.00001, float32=0.01)
 _ROUTER = Limits(same=0.01, difference=0.03, noise=0.0005, float32=0.01)
 # Of what the module itself computes, in its own dtype.
 _RUN = Limits(same=0.02, difference=0.03, noise=0.01, float32=0.02)
+# The same of a layer in INT8, against NumPy with the format's roundings.
+_RUN_INT8 = Limits(same=0.02, difference=0.03, noise=0.01, float32=0.1)
 _TOKENS = 16
 # The MLP block's name differs between files and transformers' modules.
 _BLOCK = re.compile(r"(?<=\.)(mlp|block_sparse_moe|feed_forward)(?=\.)")
@@ -53,7 +55,11 @@ def check_linear(model: nn.Module, name: str, base: RawCheckpoint, lora: Lora, s
         return compare(short, probe, wanted, _router_outputs(module, x), _ROUTER)
     check = compare(short, probe, wanted, _by_parameters(module, x), _PARAMETERS)
     # With adapters switched off, a module that was made faster need not run at all.
-    run = compare(short, probe, wanted, (y, _run(module, x)), _RUN, may_be_small=True)
+    limits = _RUN
+    if getattr(module.__dict__.get("forward"), "weight_format", "bf16") == "int8":
+        y = int8_rows(x) @ int8_rows(to_bf16(weight)).T + bias
+        wanted, limits = Outputs(wanted.exact, (y, y + delta)), _RUN_INT8
+    run = compare(short, probe, wanted, (y, _run(module, x)), limits, may_be_small=True)
     check.tuned = run.tuned
     check.failures += [f"{text}, as it runs" for text in run.failures]
     return check

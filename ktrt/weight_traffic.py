@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn import Parameter
 
+from ktrt.dense import int8_bytes
 from ktrt.moe import KTExperts
 
 if TYPE_CHECKING:
@@ -41,16 +42,20 @@ def _expert_bytes(layer: MoeLayer) -> float:
 
 
 def _other_bytes(model: Any) -> int:
-    """Of the embedding table a row is read, unless it is the head too."""
+    """Of the embedding table a row is read, unless it is the head too; of a layer in INT8 what the
+    engine has packed."""
     table = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     tied = head is not None and head.weight is table
     idle = set(_idle_parameters(model))
-    total = 0
+    packed = int8_bytes(model)
+    total = sum(packed.values())
     for parameter in model.parameters():
         if parameter.device.type == "cpu" and id(parameter) not in idle:
-            rows = parameter.shape[0] if parameter is table and not tied else 1
-            total += parameter.numel() * parameter.element_size() // rows
+            one_row = parameter is table and (not tied or id(table) in packed)
+            if one_row or id(parameter) not in packed:
+                rows = parameter.shape[0] if one_row else 1
+                total += parameter.numel() * parameter.element_size() // rows
     return total
 
 

@@ -5,6 +5,7 @@
 
 #include "base/bf16.h"
 #include "base/check.h"
+#include "dense/linear_args.h"
 
 namespace ktrt {
 
@@ -30,23 +31,6 @@ constexpr std::int64_t kBlocksToAsk = 3;
 constexpr std::int64_t kRowsPerRead = 12;
 // Below this the caller is done before another thread has woken up: 256 KB for one row.
 constexpr std::int64_t kAloneBelow = (128 << 10) * (kRowsPerRead + 1);
-
-void check_float(const TensorView& array, std::initializer_list<std::int64_t> shape) {
-  KTRT_CHECK(array.dtype == DType::kFloat32,
-             array.name << " is " << name_of(array.dtype) << ", expected float32");
-  array.expect_shape(shape);
-}
-
-float value_at(const TensorView& array, std::int64_t i) {
-  switch (array.dtype) {
-    case DType::kFloat32:
-      return static_cast<const float*>(array.data)[i];
-    case DType::kBfloat16:
-      return bf16_to_f32(static_cast<const bf16_t*>(array.data)[i]);
-    default:
-      return fp16_to_f32(static_cast<const fp16_t*>(array.data)[i]);
-  }
-}
 
 // Parts of k: as few as possible, evenly filled.
 std::int64_t part_of_k(std::int64_t k) {
@@ -83,33 +67,16 @@ DenseLinear::DenseLinear(std::shared_ptr<Engine> engine, const TensorView& weigh
                          const std::optional<TensorView>& bias)
     : engine_(std::move(engine)) {
   KTRT_CHECK(engine_ != nullptr, "engine is missing");
-  KTRT_CHECK(weight.dtype == DType::kBfloat16,
-             weight.name << " is " << name_of(weight.dtype) << ", expected bfloat16");
-  weight.expect_shape({-1, -1});
+  check_weight(weight);
   out_ = weight.shape[0];
   in_ = weight.shape[1];
-  KTRT_CHECK(
-      out_ > 0 && in_ > 0 && in_ <= (1 << 30) && out_ <= (1 << 30),
-      weight.name << " has shape " << weight.shape_string() << ", expected sizes from 1 to 2^30");
-  KTRT_CHECK(out_ == 1 || weight.stride[0] == in_, weight.name << " has rows " << weight.stride[0]
-                                                               << " elements apart, expected "
-                                                               << in_ << " (contiguous)");
   weight_ = static_cast<const std::uint16_t*>(weight.data);
   part_of_k_ = part_of_k(in_);
-  if (bias) {
-    bias->expect_float();
-    bias->expect_shape({out_});
-    bias_ = AlignedBuffer(static_cast<std::size_t>(out_) * sizeof(float));
-    for (std::int64_t i = 0; i < out_; ++i) bias_.as<float>()[i] = value_at(*bias, i);
-  }
+  bias_ = copy_bias(bias, out_, out_);
 }
 
 void DenseLinear::set_lora(const TensorView& a, const TensorView& b) {
-  KTRT_CHECK(a.ndim == 2 && a.shape[0] >= 1 && a.shape[0] <= kMaxRank,
-             a.name << " has shape " << a.shape_string() << ", expected [rank, " << in_
-                    << "] with a rank from 1 to " << kMaxRank);
-  check_float(a, {a.shape[0], in_});
-  check_float(b, {out_, a.shape[0]});
+  check_lora(a, b, in_, out_, kMaxRank);
   Lora lora;
   lora.rank = static_cast<int>(a.shape[0]);
   lora.rank_pairs = (lora.rank + 1) / 2;
@@ -260,12 +227,8 @@ void DenseLinear::compute_blocks(const Task& task, const Panel& panel, Range blo
 
 void DenseLinear::forward(const std::uint16_t* x, std::int64_t x_count, std::uint16_t* out,
                           std::int64_t out_count) {
-  const std::int64_t rows = x_count / in_;
-  KTRT_CHECK(x_count >= 0 && rows * in_ == x_count && rows * out_ == out_count,
-             "x has " << x_count << " elements and out " << out_count << ", expected rows of "
-                      << in_ << " and as many of " << out_);
+  const std::int64_t rows = check_rows(x, x_count, out, out_count, in_, out_);
   if (rows == 0) return;
-  KTRT_CHECK(x != nullptr && out != nullptr, "x or out is a null pointer");
   const auto lock = engine_->lock_open();
   ThreadPool& pool = *engine_->pool_;
   Task task{x, rows, out, nullptr, 0};

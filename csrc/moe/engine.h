@@ -18,6 +18,7 @@ namespace ktrt {
 class DenseLinear;
 class MoeLayer;
 class TokenAttention;
+class PackedLinear;
 
 class Engine {
  public:
@@ -55,6 +56,7 @@ class Engine {
   friend class DenseLinear;
   friend class MoeLayer;
   friend class TokenAttention;
+  friend class PackedLinear;
 
   // Layers, dense too, hold the lock while they use the pool, the workspace or their own weights.
   // Throws std::runtime_error once closed.

@@ -17,14 +17,24 @@ class ModelArgs:
     """The base model: its directory, and the dtype of everything but the routed experts.
 
     ``cutoff_len``: the most tokens a conversation may have, where the model itself allows more.
+    ``quantization_bit`` 8: on the CPU the linear layers outside the routed experts are INT8, with a
+    scale per output row (``ktrt.linears`` says which); what a GPU computes stays as it is.
     """
 
     model_name_or_path: Path
     trust_remote_code: bool = False
     infer_dtype: InferDtype = "auto"
     cutoff_len: int | None = None
+    quantization_bit: int | None = None
 
     def __post_init__(self) -> None:
+        bits, dtype = self.quantization_bit, self.infer_dtype
+        _require(
+            self, "quantization_bit", bits in (None, 8),
+            "8 (INT8 for linear layers on the CPU) or null; the experts' format is kt_backend's",
+        )  # fmt: skip
+        fits = bits is None or dtype in ("auto", "bfloat16")
+        _require(self, "quantization_bit", fits, f"null with infer_dtype {dtype}, not bfloat16")
         _require(self, "cutoff_len", self.cutoff_len is None or self.cutoff_len >= 2, "at least 2")
 
 

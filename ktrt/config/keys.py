@@ -91,6 +91,8 @@ NOTED = {
     "kt_maxlen": "the context limit is the model's own, or cutoff_len",
     "max_length": "max_new_tokens bounds the answer",
     "length_penalty": "it concerns beam search only",
+    "quantization_type": "it concerns 4 bits, which ktrt has for experts only (kt_backend)",
+    "double_quantization": "it concerns 4 bits, which ktrt has for experts only (kt_backend)",
     "flash_attn": "transformers' default attention is used",
     "use_v1_kernels": "ktrt has its own kernels",
     "low_cpu_mem_usage": "the model is always loaded that way",
@@ -132,11 +134,10 @@ REFUSED = {
     "kt_expert_checkpoint_path": _PRE_PACKED,
     "kt_force_think": Refusal((None, False), "choose a reasoning template instead"),
     "num_beams": Refusal((None, 1), "beam search is not supported"),
-    "quantization_bit": Refusal((None,), "only the experts are quantised: kt_backend: AMXInt8"),
-    "quantization_method": Refusal((None, "bnb"), "load an unquantised checkpoint"),
-    "quantization_type": Refusal((None, "nf4"), "load an unquantised checkpoint"),
+    "quantization_method": Refusal(
+        (None, "bnb"), "quantization_bit: 8 is ktrt's own INT8, with a scale per output row"
+    ),
     "quantization_device_map": Refusal((None,), "load an unquantised checkpoint"),
-    "double_quantization": Refusal((None, True), "load an unquantised checkpoint"),
     "rope_scaling": Refusal((None,), "set it in the model's config.json"),
     "shift_attn": Refusal((None, False), "it is not supported"),
     "mixture_of_depths": Refusal((None,), "it is not supported"),

@@ -86,7 +86,7 @@ def _stored(weight: Float32, weight_format: WeightFormat) -> Float32:
         return weight
     weight = to_bf16(weight)
     if weight_format == "int8":
-        return _int8(weight)
+        return int8_rows(weight)
     if weight_format == "int4":
         step: Float32 = np.abs(weight).max(axis=1, keepdims=True) / np.float32(112)
         fine = np.rint(_divided(weight, step))
@@ -97,10 +97,11 @@ def _stored(weight: Float32, weight_format: WeightFormat) -> Float32:
 
 
 def _activations(x: Float32, weight_format: WeightFormat) -> Float32:
-    return _int8(x) if weight_format in ("int8", "int4") else x
+    return int8_rows(x) if weight_format in ("int8", "int4") else x
 
 
-def _int8(rows: Float32) -> Float32:
+def int8_rows(rows: Float32) -> Float32:
+    """The values of rows of INT8 codes with a scale each."""
     scale = np.abs(rows).max(axis=1, keepdims=True) * np.float32(1 / 127)
     rounded: Float32 = np.rint(_divided(rows, scale)) * scale
     return rounded

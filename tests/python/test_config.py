@@ -242,7 +242,7 @@ class TestUnknownAndUnused:
         [
             "kt_non_expert_weight_path: /x",
             "kt_config: {kt_expert_checkpoint_path: /x}",
-            "quantization_bit: 4",
+            "quantization_method: hqq",
             "num_beams: 2",
             "rope_scaling: linear",
         ],
@@ -310,6 +310,12 @@ class TestValues:
             ("cutoff_len: 1", "cutoff_len: expected at least 2, found 1"),
             ("template: 3", "template: expected text, found 3 (int)"),
             ("do_sample: 1", "do_sample: expected true or false, found 1"),
+            ("quantization_bit: 4", "quantization_bit: expected 8 (INT8 for linear layers on"),
+            ("quantization_bit: four", "quantization_bit: expected an integer, found 'four'"),
+            (
+                "quantization_bit: 8\ninfer_dtype: float32",
+                "quantization_bit: expected null with infer_dtype float32, not bfloat16, found 8",
+            ),
             ("infer_dtype: int8", "infer_dtype: expected auto or bfloat16 or float16 or float32"),
             ("kt_backend: FP8", "kt_backend: expected AMXBF16, AMXInt8 or AMXInt4, found 'FP8'"),
             ("adapter_name_or_path: [1]", "adapter_name_or_path: expected a path, found 1"),
@@ -325,6 +331,19 @@ class TestValues:
         message = refused(write(line))
         assert expected in message
         assert "chat.yaml" in message
+
+    def test_eight_bits(
+        self, write: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """With what LLaMA-Factory's users write beside it."""
+        assert load_config(write("")).model.quantization_bit is None
+        assert load_config(write("quantization_bit:")).model.quantization_bit is None
+        lines = "quantization_bit: 8\nquantization_method: bnb\ndouble_quantization: true\n"
+        with caplog.at_level(logging.INFO):
+            config = load_config(write(f"{lines}quantization_type: nf4\ninfer_dtype: bfloat16\n"))
+        assert config.model.quantization_bit == 8
+        assert len(caplog.messages) == 2
+        assert all("it concerns 4 bits" in message for message in caplog.messages)
 
     def test_an_integer_is_a_fine_number(self, write: Callable[[str], Path]) -> None:
         assert load_config(write("temperature: 1\nlora_alpha: 16\n")).adapter.lora_alpha == 16.0

@@ -76,6 +76,18 @@ def test_all_layers_dense_ones_too(made: Made) -> None:
     assert "mlp.shared_experts.down_proj" in {each.name for each in reports[1].checks}
 
 
+@pytest.mark.parametrize(("family", "layout"), CASES)
+def test_int8_outside_the_experts_too(made: Made, family: str, layout: Literal["a", "b"]) -> None:
+    reports = check(made(family, layout), "AMXInt8", 8, everything=True)
+    for report in reports:
+        assert report.passed, report.failures
+    linears = [each for report in reports for each in report.checks if "_proj" in each.name]
+    assert linears
+    for each in linears:
+        assert each.undecided == 0
+        assert each.difference < 0.02
+
+
 def test_only_the_verified_layer_is_packed(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     read: set[str] = set()
     original = ExpertWeights.read
@@ -174,11 +186,11 @@ SABOTAGE: dict[str, Callable[[Arguments], None]] = {
 class Loaded:
     """A loaded model whose first layer with LoRA can be given other LoRA."""
 
-    def __init__(self, folders: Folders, backend: Backend) -> None:
+    def __init__(self, folders: Folders, backend: Backend, bits: int | None = None) -> None:
         model, adapter = folders
         self.base, self.lora = RawCheckpoint(model), RawAdapter(adapter)
         self.layer = self.lora.expert_layers[0]
-        args = (ModelArgs(model), AdapterArgs(adapter))
+        args = (ModelArgs(model, quantization_bit=bits), AdapterArgs(adapter))
         self.model = load_model(*args, ExpertArgs(kt_backend=backend, kt_num_threads=1))
         plan = open_adapter(args[1], base_of_adapters(open_base(args[0])))
         assert plan is not None
@@ -313,9 +325,10 @@ def test_kt_kernels_files_for_two_nodes(tmp_path: Path, monkeypatch: pytest.Monk
     assert not report.passed
 
 
-def test_a_forward_that_leaves_lora_out_fails(made: Made) -> None:
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_forward_that_leaves_lora_out_fails(made: Made, bits: int | None) -> None:
     """The parameters are right, but what stands in for PEFT's forward does not use them."""
-    loaded = Loaded(made("deepseek_v2", "a"), "AMXBF16")
+    loaded = Loaded(made("deepseek_v2", "a"), "AMXBF16", bits)
     try:
         q: Any = loaded.model.model.get_submodule("model.layers.1.self_attn.q_proj")
         q.forward = q.base_layer.forward
@@ -324,6 +337,24 @@ def test_a_forward_that_leaves_lora_out_fails(made: Made) -> None:
         for text in report.failures:
             assert text.startswith("self_attn.q_proj: ")
             assert text.endswith(", as it runs")
+    finally:
+        loaded.model.close()
+
+
+def test_a_damaged_int8_weight_fails(made: Made) -> None:
+    """The parameters are right, but what was packed is another matrix."""
+    loaded = Loaded(made("deepseek_v2", "a"), "AMXBF16", 8)
+    try:
+        q: Any = loaded.model.model.get_submodule("model.layers.1.self_attn.q_proj")
+        weight = q.base_layer.weight.data
+        with torch.no_grad():
+            weight[:8] *= 2
+            q.forward._inner._bind()
+            q.forward.refresh()
+            weight[:8] /= 2
+        report = loaded.check(lambda _arguments: None)
+        assert {text.partition(":")[0] for text in report.failures} == {"self_attn.q_proj"}
+        assert all(text.endswith(", as it runs") for text in report.failures)
     finally:
         loaded.model.close()
 

@@ -17,6 +17,7 @@ struct Vector {
   using Outputs = __m256;
   static constexpr int kWidth = 16;
   static constexpr int kBlockRows = 2;
+  static constexpr int kStreams = 1;
   static constexpr int kOutputs = 8;
 
   static Sum zero() { return _mm256_setzero_ps(); }

@@ -16,6 +16,7 @@ struct Vector : Outputs512 {
   using Sum = __m512;
   static constexpr int kWidth = 32;
   static constexpr int kBlockRows = 4;
+  static constexpr int kStreams = 8;
 
   static Sum zero() { return _mm512_setzero_ps(); }
   static Values widen(__m512i pairs) { return {even_values(pairs), odd_values(pairs)}; }

@@ -15,6 +15,7 @@ struct Vector : Outputs512 {
   using Values = __m512bh;
   static constexpr int kWidth = 32;
   static constexpr int kBlockRows = 6;
+  static constexpr int kStreams = 8;
 
   static Sum zero() { return _mm512_setzero_ps(); }
   static Values load(const uint16_t* p) { return as_bf16(_mm512_loadu_si512(p)); }

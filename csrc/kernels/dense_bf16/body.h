@@ -1,13 +1,15 @@
 // Dot products of BF16 rows, over a vector type V: what the ISA files share. Included by them only.
 //
-// V::Sum is a vector of partial sums, V::Values the V::kWidth values along k that one step takes,
-// V::load and V::load_tail (zeros behind `count` values) make them, V::add adds their products, and
-// V::total and V::store_totals add the lanes of one Sum and of four, in the same order.
+// V::kStreams columns are read side by side for one row (1: none). V::Sum is a vector of partial
+// sums, V::Values the V::kWidth values along k that one step takes, V::load and V::load_tail (zeros
+// behind `count` values) make them, V::add adds their products, and V::total and V::store_totals
+// add the lanes of one Sum and of four, in the same order.
 #pragma once
 
 #include <stdint.h>
 
 #include "kernels/kernel_table.h"
+#include "kernels/unrolled.h"
 
 namespace ktrt {
 namespace {
@@ -75,9 +77,48 @@ struct DotBlock {
   }
 };
 
+// One row times kStreams columns side by side, which gets more out of the memory than one stream
+// does (kernels/one_row.h): kStreamSteps steps of a column, then of the next one. The sums of a
+// column are made in the same order as ever.
+template <class V, int kStreams>
+inline void dot_streams(const DenseDotArgs& d, int n) {
+  constexpr int kStreamSteps = 256 / (V::kWidth * 2);
+  constexpr int kStride = V::kWidth * kStreamSteps;
+  typename V::Sum sums[kStreams];
+  unrolled<kStreams>([&](auto s) { sums[s] = V::zero(); });
+  const uint16_t* w = d.w + n * d.w_stride;
+  const auto add = [&](int k, auto load) {
+    const typename V::Values x = load(d.x + k);
+    unrolled<kStreams>([&](auto s) { sums[s] = V::add(sums[s], load(w + s * d.w_stride + k), x); });
+  };
+  int k = 0;
+  for (; k + kStride <= d.k; k += kStride) {
+    typename V::Values x[kStreamSteps];
+    unrolled<kStreamSteps>([&](auto i) { x[i] = V::load(d.x + k + i * V::kWidth); });
+    unrolled<kStreams>([&](auto s) {
+      const uint16_t* column = w + s * d.w_stride + k;
+      unrolled<kStreamSteps>(
+          [&](auto i) { sums[s] = V::add(sums[s], V::load(column + i * V::kWidth), x[i]); });
+    });
+  }
+  for (; k + V::kWidth <= d.k; k += V::kWidth) {
+    add(k, [](const uint16_t* p) { return V::load(p); });
+  }
+  if (k < d.k) {
+    add(k, [count = d.k - k](const uint16_t* p) { return V::load_tail(p, count); });
+  }
+  unrolled<kStreams>([&](auto s) { d.c[n + s] = V::total(sums[s]); });
+}
+
 template <class V, int kRows>
 void dot_cold(const DenseDotArgs& d) {
-  for (int n = 0; n < d.columns; ++n) {
+  int first = 0;
+  if constexpr (kRows == 1 && V::kStreams > 1) {
+    for (; first + V::kStreams <= d.columns; first += V::kStreams) {
+      dot_streams<V, V::kStreams>(d, first);
+    }
+  }
+  for (int n = first; n < d.columns; ++n) {
     DotBlock<V, 1, kRows> block;
     block.clear();
     block.template run<true>(d, d.w + n * d.w_stride);

@@ -15,6 +15,7 @@ struct Vector {
   using Outputs = float;
   static constexpr int kWidth = kLanes;
   static constexpr int kBlockRows = 2;
+  static constexpr int kStreams = 1;
   static constexpr int kOutputs = 1;
 
   static Sum zero() { return {}; }

@@ -33,7 +33,11 @@ class Made:
         return model, adapter
 
 
-def check(folders: Folders, backend: Backend = "AMXBF16", **options: Any) -> list[LayerReport]:
+def check(
+    folders: Folders, backend: Backend = "AMXBF16", bits: int | None = None, **options: Any
+) -> list[LayerReport]:
+    """``bits``: quantization_bit."""
     model, adapter = folders
     experts = ExpertArgs(kt_backend=backend, kt_num_threads=1)
-    return verify(ModelArgs(model), AdapterArgs(adapter), experts, **options)
+    base = ModelArgs(model, quantization_bit=bits)
+    return verify(base, AdapterArgs(adapter), experts, **options)

@@ -1,0 +1,54 @@
+"""Which linear layers ``quantization_bit: 8`` makes INT8 on the CPU, and what they take.
+
+All BF16 ``nn.Linear`` of attention, shared experts, dense MLP and head. Routers and other gates
+stay as they are: a small change of theirs sends a token elsewhere, and they are small. So does the
+projection that latent attention takes apart by heads in a decode step
+(``ktrt.latent_attention``).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+# Parts of a module's path. PEFT's matrices are LoRA, which is exact.
+_EXEMPT = re.compile(r"(?:^|\.)(?:gate|router|\w+_gate|kv_b_proj|lora_\w+)(?:\.|$)")
+# csrc/layout: strips of 32 outputs, tiles of 64 inputs; beside the codes a scale and a sum of codes
+# for every output.
+_STRIP, _TILE, _ROW_BYTES = 32, 64, 8
+# Longer rows could overflow the engine's int32 sums.
+_MAX_IN = 65536
+
+
+def is_int8(path: str, module: nn.Module) -> bool:
+    """Whether the layer of this name is one of them; its dtype and device are not looked at."""
+    return (
+        type(module) is nn.Linear
+        and _EXEMPT.search(path) is None
+        and 0 < module.in_features <= _MAX_IN
+    )
+
+
+def int8_bytes(linear: nn.Linear) -> int:
+    """Memory that the layer takes in INT8, which is also what one token reads of it."""
+    rows = -(-linear.out_features // _STRIP) * _STRIP
+    return rows * (-(-linear.in_features // _TILE) * _TILE + _ROW_BYTES)
+
+
+def int8_layers(
+    skeleton: nn.Module, expert_paths: Iterable[str], dtype: torch.dtype | None
+) -> Iterator[nn.Linear]:
+    """Those of a model on the meta device that is to be loaded in ``dtype``, or (None) in the
+    parameters' own. ``expert_paths``: of the routed experts, which are none of them."""
+    inside = tuple(f"{path}." for path in expert_paths)
+    for path, module in skeleton.named_modules():
+        if not isinstance(module, nn.Linear) or path.startswith(inside):
+            continue
+        if is_int8(path, module) and (dtype or module.weight.dtype) == torch.bfloat16:
+            yield module
