@@ -133,14 +133,14 @@ class KtrtParty:
 
     def measure(self, lora: bool, prompt: int, new: int, seed: int) -> Row:
         """Seconds of a prompt of random ids, and the median of the tokens after it."""
-        from ktrt.generation import KvCache, generate_step
+        from ktrt.generation import generate_step
 
         (self.session.adapters.on if lora else self.session.adapters.off)()
         draw = random.Random(seed)
         ids = [draw.randrange(2, self._vocab) for _ in range(prompt + new)]
         rest = iter(ids[prompt:])
         # What the sampler says comes next is what the other party is given too.
-        steps = generate_step(KvCache(self.session.model), ids[:prompt], lambda _: next(rest, 2))
+        steps = generate_step(self.session.new_cache(), ids[:prompt], lambda _: next(rest, 2))
         times = [time.perf_counter()]
         for _ in range(1 + new):
             next(steps)
@@ -152,10 +152,8 @@ class KtrtParty:
         """[ids, vocabulary] float32, fed token by token."""
         import torch
 
-        from ktrt.generation import KvCache
-
         (self.session.adapters.on if lora else self.session.adapters.off)()
-        cache = KvCache(self.session.model)
+        cache = self.session.new_cache()
         return torch.stack([cache.forward([each]).float() for each in ids])
 
     def close(self) -> None:

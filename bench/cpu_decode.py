@@ -106,7 +106,7 @@ class Party:
         self._cache: Any = None
 
     def prompt(self, length: int) -> None:
-        self._cache = KvCache(self.loaded.model)
+        self._cache = KvCache(self.loaded.model, self.loaded.graphs)
         self._cache.forward([10 + i % 50 for i in range(length)])
 
     def seconds(self, tokens: int) -> float:

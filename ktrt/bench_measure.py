@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ktrt.generation import KvCache, generate_step
+from ktrt.generation import generate_step
 from ktrt.machine import BandwidthProbe, arithmetic_peaks, gpu_rates, peak_of
 from ktrt.memory_limits import resident_bytes
 from ktrt.moe import KTExperts, num_threads, weight_format_of
@@ -96,7 +96,7 @@ class Bench:
         draw = random.Random(seed)
         length = size if phase == "prefill" else decode_prompt
         ids = [draw.randrange(self._vocab) for _ in range(length)]
-        cache = KvCache(self._model, self._session._graphs)
+        cache = self._session.new_cache()
         steps = generate_step(cache, ids, lambda _: draw.randrange(self._vocab))
         start = time.perf_counter()
         next(steps)

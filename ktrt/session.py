@@ -124,7 +124,7 @@ class Session:
         # Keys and values, and captured graphs, belong to the adapters that they were made with.
         key = self.adapters.key
         idle, self._idle_cache = self._idle_cache, None
-        cache = idle[1] if idle and idle[0] == key else KvCache(self.model, self._graphs)
+        cache = idle[1] if idle and idle[0] == key else self.new_cache()
         responses = stream_generate(
             self.tokenizer, cache, prompt_ids, args,
             stop_ids=self._stop_ids, max_tokens=max_tokens,
@@ -139,6 +139,11 @@ class Session:
         finally:
             if self._close is not None:
                 self._idle_cache = key, cache
+
+    def new_cache(self) -> KvCache:
+        """An empty KV cache for the adapters that are active now, as answers use it: for those who
+        call ``ktrt.generation`` themselves."""
+        return KvCache(self.model, self._graphs)
 
     def count_tokens(self, messages: Sequence[Mapping[str, str]]) -> int:
         """How many tokens the prompt for ``messages`` has; 0 for none."""
