@@ -24,6 +24,7 @@ import itertools
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -73,6 +74,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--formats", default="bf16,int8", type=lambda text: text.split(","))
     parser.add_argument("--keep", action="store_true", help="keep the GGUF files")
+    parser.add_argument(
+        "--plain-buffers", action="store_true",
+        help="llama.cpp's weights as in the file, not repacked: its AMX kernels crash (0.3.36)",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--small", action="store_true", help="tiny layers: does the script work?")
     args = parser.parse_args(argv)
@@ -87,6 +92,7 @@ class LlamaCppParty:
     def __init__(self, args: argparse.Namespace, model: Path, lora: Path) -> None:
         settings = {"model": str(model), "lora": str(lora), "threads": args.threads}
         settings["context"] = args.prompt + args.new + CHECKED_TOKENS
+        settings["plain_buffers"] = args.plain_buffers
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "KMP_"))}
         if args.llama_cpp is not None:
             environment["LLAMA_CPP_LIB_PATH"] = str(args.llama_cpp.resolve())
@@ -106,7 +112,9 @@ class LlamaCppParty:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"llama.cpp ended with exit code {self._process.wait()}")
+            code = self._process.wait()
+            hint = "; with AMX, try --plain-buffers" if code == -signal.SIGILL else ""
+            raise SystemExit(f"llama.cpp ended with exit code {code}{hint}")
         return json.loads(line)
 
     def close(self) -> None:

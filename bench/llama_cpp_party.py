@@ -26,11 +26,15 @@ Reply = dict[str, Any]
 class LlamaCpp:
     """A model, its context of ``context`` tokens, and an adapter that can be switched."""
 
-    def __init__(self, model: str, lora: str, threads: int, context: int) -> None:
+    def __init__(
+        self, model: str, lora: str, threads: int, context: int, plain_buffers: bool = False
+    ) -> None:
+        """``plain_buffers``: weights as they lie in the file, not repacked for AMX, say."""
         api.llama_log_set(_quiet, ctypes.c_void_p(0))
         api.llama_backend_init()
         model_params = api.llama_model_default_params()
         model_params.n_gpu_layers = 0
+        model_params.use_extra_bufts = not plain_buffers
         self._model = api.llama_model_load_from_file(model.encode(), model_params)
         if not self._model:
             raise SystemExit(f"llama.cpp cannot load {model}")

@@ -55,6 +55,7 @@ class ThreadForward {
     }
   }
 
+  bool jobs_have_one_row() const { return task_.plan.jobs().size() == task_.plan.rows().size(); }
   const Job& job_at(int job) const { return task_.plan.jobs()[static_cast<std::size_t>(job)]; }
   int shared_row(int job) const { return task_.shrinks.first_row[static_cast<std::size_t>(job)]; }
 
@@ -248,8 +249,9 @@ void ThreadForward::down(const Piece& piece) const {
   const std::int64_t columns = static_cast<std::int64_t>(strips) * kStripRows;
   const std::int64_t qlen = task_.out.shape[0];
   std::memset(scratch_.out, 0, static_cast<std::size_t>(qlen * columns) * sizeof(float));
-  // One token: every job has its row.
-  if (qlen == 1 && task_.gemm.for_rows(1).one_row != nullptr) {
+  // One token, which may have an expert twice.
+  const bool one_row = qlen == 1 && jobs_have_one_row();
+  if (one_row && task_.gemm.for_rows(1).one_row != nullptr) {
     add_down_one_row(piece);
   } else {
     add_down_strips(piece);

@@ -109,12 +109,7 @@ class GemmCase {
       args.a_stride = args.tile_rows * a_row_bytes();
       args.a_scale = quantized() ? a_scale_.data() + first : nullptr;
       args.rows = count;
-      if (rank_ > 0) {
-        args.lora_b = b.data();
-        args.t = t.data();
-        args.t_stride = t_stride();
-        args.rank_pairs = pairs();
-      }
+      use_lora(args, b, t);
       args.c = block.data();
       kernel.strip(args);
       for (int column = 0; column < kStripRows; ++column) {
@@ -128,6 +123,33 @@ class GemmCase {
     return c;
   }
   std::vector<float> run(const GemmKernel& kernel) { return run(kernel, 0, rows_); }
+
+  // C of `strips` strips, [strips][32], by GemmKernel::one_row in a single call: strip i is that of
+  // W's strips, taken in turn, and its row that of A's.
+  std::vector<float> run_one_row(const GemmKernel& kernel, int strips) {
+    std::vector<AlignedVector<std::uint8_t>> a;
+    std::vector<AlignedVector<std::uint16_t>> t, b;
+    std::vector<GemmArgs> all;
+    std::vector<float> c(size(strips * kStripRows), std::numeric_limits<float>::quiet_NaN());
+    for (int i = 0; i < strips; ++i) {
+      const int row = i % rows_;
+      const int strip = i % packed_.layout.strips();
+      a.push_back(activations(kernel, row, 1));
+      t.push_back(shrunk(kernel, row, 1));
+      b.push_back(expand(strip));
+      GemmArgs args = weights(strip);
+      args.a = a.back().data();
+      args.tile_rows = 1;
+      args.a_stride = a_row_bytes();
+      args.a_scale = quantized() ? a_scale_.data() + row : nullptr;
+      args.rows = 1;
+      use_lora(args, b.back(), t.back());
+      args.c = c.data() + i * kStripRows;
+      all.push_back(args);
+    }
+    kernel.one_row(all.data(), strips);
+    return c;
+  }
 
   struct Exact {
     double value;
@@ -206,6 +228,15 @@ class GemmCase {
       }
     }
     return bytes;
+  }
+
+  void use_lora(GemmArgs& args, const AlignedVector<std::uint16_t>& b,
+                const AlignedVector<std::uint16_t>& t) const {
+    if (rank_ == 0) return;
+    args.lora_b = b.data();
+    args.t = t.data();
+    args.t_stride = t_stride();
+    args.rank_pairs = pairs();
   }
 
   GemmArgs weights(int strip) {

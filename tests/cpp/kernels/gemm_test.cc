@@ -127,6 +127,28 @@ TEST_P(GemmTest, ARowDoesNotDependOnTheRowsBesideIt) {
   }
 }
 
+// Of several rows, as the experts of a token have them, and over the ends of k-blocks.
+TEST_P(GemmTest, StripsSideBySideHaveTheBitsOfSingleOnes) {
+  if (kernel().one_row == nullptr) GTEST_SKIP() << "strip by strip";
+  for (const auto& [n, k] : {std::pair(96, 160), std::pair(288, 1856), std::pair(64, 3648)}) {
+    for (const int rank : {0, 7}) {
+      GemmCase gemm = make(n, k, 3);
+      if (rank > 0) gemm.add_lora(rank);
+      const std::vector<float> rows = gemm.run(kernel());
+      for (int strips = 1; strips <= kOneRowStrips; ++strips) {
+        const std::vector<float> c = gemm.run_one_row(kernel(), strips);
+        for (int i = 0; i < strips * kStripRows; ++i) {
+          const int column = i / kStripRows % (n / kStripRows) * kStripRows + i % kStripRows;
+          const int row = i / kStripRows % 3;
+          ASSERT_EQ(c[static_cast<std::size_t>(i)],
+                    rows[static_cast<std::size_t>(row * n + column)])
+              << n << " x " << k << ", rank " << rank << ", " << strips << " strips, value " << i;
+        }
+      }
+    }
+  }
+}
+
 TEST_P(GemmTest, ThePaddingOfAIsNotSeen) {
   GemmCase gemm = make(32, 33, 3);
   const std::vector<float> c = gemm.run(kernel());
