@@ -220,7 +220,7 @@ class DecodeGraphs:
         seen = torch.arange(window, device=positions.device) <= positions
         seen = seen[:, None, None, :]
         implementation = self._model.config._attn_implementation
-        if ALL_MASK_ATTENTION_FUNCTIONS.get(implementation) is sdpa_mask:
+        if implementation == "sdpa" or _takes_sdpa_mask(implementation):
             return seen
         if implementation != "eager":
             raise KtrtError(f"attention {implementation} takes no mask of a fixed length")
@@ -236,6 +236,11 @@ class DecodeGraphs:
                 f"its logits differ from the plain forward's, relative error {error:.2f}, expected "
                 f"below {_TOLERANCE}"
             )
+
+
+def _takes_sdpa_mask(implementation: str) -> bool:
+    known = implementation in ALL_MASK_ATTENTION_FUNCTIONS
+    return known and ALL_MASK_ATTENTION_FUNCTIONS[implementation] is sdpa_mask
 
 
 def window_of(lengths: Sequence[int]) -> int:

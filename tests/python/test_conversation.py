@@ -118,18 +118,18 @@ def test_the_demo_answers_as_generate_does(demo: Session, monkeypatch: pytest.Mo
 
 
 class Talk:
-    """A conversation, and what the model's forwards were given."""
+    """A conversation, and how many tokens were computed for it."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, patch: pytest.MonkeyPatch) -> None:
         self.session, self.computed = session, 0
         self.messages: list[dict[str, str]] = []
-        self._hook = session.model.register_forward_pre_hook(self._spy, with_kwargs=True)
+        forward = KvCache.forward
 
-    def _spy(self, _: Any, __: Any, options: dict[str, Any]) -> None:
-        self.computed += options["input_ids"].shape[1]
+        def spy(cache: KvCache, ids: Sequence[int]) -> torch.Tensor:
+            self.computed += len(ids)
+            return forward(cache, ids)
 
-    def close(self) -> None:
-        self._hook.remove()
+        patch.setattr(KvCache, "forward", spy)
 
     def answer(self) -> Response:
         """The last response to the messages so far; counts only the prompt's tokens."""
@@ -149,11 +149,9 @@ class Talk:
 
 
 @pytest.fixture
-def talk(demo: Session, monkeypatch: pytest.MonkeyPatch) -> Iterator[Talk]:
+def talk(demo: Session, monkeypatch: pytest.MonkeyPatch) -> Talk:
     monkeypatch.setattr(demo, "_idle_cache", None)
-    talk = Talk(demo)
-    yield talk
-    talk.close()
+    return Talk(demo, monkeypatch)
 
 
 def test_a_turn_computes_its_own_tokens(talk: Talk) -> None:

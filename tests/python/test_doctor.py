@@ -232,7 +232,8 @@ def test_work_counts_every_weight_once(tmp_path: Path, model_type: str) -> None:
     assert others + work.experts_held + (0 if tied else embeddings.numel()) == total
     assert work.head == embeddings.numel()
     assert work.experts * 16 == work.experts_held * 4  # top 4 of 16
-    assert work.other_bytes == 2
+    # transformers may keep routers in float32.
+    assert 2 <= work.other_bytes < 2.05
     assert work.attention > 0
     assert work.other > 0
 

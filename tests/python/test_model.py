@@ -93,7 +93,11 @@ def test_infer_dtype_is_that_of_everything_but_the_experts(
     folder: Path, infer_dtype: str, dtype: torch.dtype
 ) -> None:
     loaded = load(folder / "base", infer_dtype=infer_dtype)
-    assert {p.dtype for p in loaded.model.parameters()} == {dtype}
+    # But for what transformers keeps in float32 (from 5.24 on the routers).
+    kept: Any = getattr(loaded.model, "_keep_in_fp32_modules_strict", None) or ()
+    found = {n: p.dtype for n, p in loaded.model.named_parameters()}
+    assert {t for n, t in found.items() if not any(part in n for part in kept)} == {dtype}
+    assert set(found.values()) <= {dtype, torch.float32}
     assert not any(p.requires_grad for p in loaded.model.parameters())
     with torch.no_grad():
         assert loaded.model(token_ids(1, 4)).logits.isfinite().all()

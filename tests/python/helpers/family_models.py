@@ -134,6 +134,8 @@ FIXUPS: dict[str, dict[str, Any]] = {
     "gemma4_text": _GEMMA4,
     "glm4v_moe": {f"{_TEXT}rope_parameters": {
         "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 2]}},
+    "hy_v4_vl": {f"{_TEXT}rope_parameters": {
+        "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}},
     "glm5_next": {f"{_TEXT}layer_types": ["linear_attention", "full_attention"]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"],
                          "num_local_experts": NUM_EXPERTS},
