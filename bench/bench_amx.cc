@@ -5,7 +5,8 @@
 //   bench_amx [peak] [strip] [shrink] [layer] [emulated] [name=value …]
 //
 // Without a name of a part, all of them. Without AMX it says so and stops, but for `emulated`,
-// which shows that it works, not how fast. Values: threads, experts, layers, seconds (per line).
+// which shows that it works, not how fast. Values: threads, experts, layers, seconds (per
+// line); qlen, rank and bits (of the weights): only that one.
 
 #include <pthread.h>
 #include <sched.h>
@@ -36,9 +37,14 @@ namespace {
 
 struct Options {
   std::set<std::string> parts;
-  std::map<std::string, int> values = {{"threads", 0}, {"experts", 64}, {"layers", 3}};
+  std::map<std::string, int> values = {{"threads", 0}, {"experts", 64}, {"layers", 3},
+                                       {"qlen", -1},   {"rank", -1},    {"bits", -1}};
   double seconds = 0.25;
   bool wants(const char* part) const { return parts.empty() || parts.count(part) > 0; }
+  // -1: any.
+  bool wants_value(const char* name, int value) const {
+    return values.at(name) == -1 || values.at(name) == value;
+  }
   int value(const char* name) const { return values.at(name); }
 };
 
@@ -110,29 +116,31 @@ double tile_peak(bool int8, double start, double seconds) {
   return done * 4.0 * 2 * 16 * 16 * (int8 ? 64 : 32) / (end - start);
 }
 
+// All of `cpus` at once.
+double tile_peak_of(const std::vector<int>& cpus, bool int8, double seconds) {
+  std::vector<double> each(cpus.size());
+  std::vector<std::thread> threads;
+  const double start = now() + 0.003;
+  for (std::size_t i = 0; i < cpus.size(); ++i) {
+    threads.emplace_back([&, i] {
+      pin(cpus[i]);
+      each[i] = tile_peak(int8, start, seconds);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  return std::accumulate(each.begin(), each.end(), 0.0);
+}
+
 Peaks measure_peaks(const std::vector<int>& cpus) {
   Peaks peaks;
   if (!cpu_features().amx) return peaks;
   for (const int int8 : {0, 1}) {
-    const auto rate_of = [&](std::size_t count) {
-      std::vector<double> each(count);
-      std::vector<std::thread> threads;
-      const double start = now() + 0.02;
-      for (std::size_t i = 0; i < count; ++i) {
-        threads.emplace_back([&, i] {
-          pin(cpus[i]);
-          each[i] = tile_peak(int8 != 0, start, 0.1);
-        });
-      }
-      for (std::thread& thread : threads) thread.join();
-      return std::accumulate(each.begin(), each.end(), 0.0);
-    };
-    peaks.one[int8] = rate_of(1);
-    peaks.all[int8] = rate_of(cpus.size());
+    peaks.one[int8] = tile_peak_of({cpus.front()}, int8 != 0, 0.1);
+    const double all = tile_peak_of(cpus, int8 != 0, 0.1);
     std::printf("tile peak %s: one core %.0f, %zu threads %.0f GFLOP/s\n",
-                int8 != 0 ? "integers" : "bf16", peaks.one[int8] / 1e9, cpus.size(),
-                peaks.all[int8] / 1e9);
+                int8 != 0 ? "integers" : "bf16", peaks.one[int8] / 1e9, cpus.size(), all / 1e9);
   }
+  peaks.all_now = [&cpus](bool int8) { return tile_peak_of(cpus, int8, 0.01); };
   return peaks;
 }
 
@@ -299,12 +307,14 @@ void run(const Options& options) {
   }
   if (!options.wants("layer")) return;
   for (const WeightFormat format : kWeightFormats) {
+    if (!options.wants_value("bits", params_of(format).element_bits)) continue;
     Layers layers(format, cpus, options.value("experts"), options.value("layers"), options.seconds);
     layers.print_probe();
     for (const int rank : {0, 8, 64}) {
+      if (!options.wants_value("rank", rank)) continue;
       layers.set_lora(rank);
-      for (const int qlen : {1, 4, 16, 64, 256, 1024, 2731, 4096, 16384}) {
-        layers.measure(qlen, rank, peaks);
+      for (const int qlen : {1, 4, 16, 64, 256, 1024, 2731, 4096, 5461, 10923, 16384}) {
+        if (options.wants_value("qlen", qlen)) layers.measure(qlen, rank, peaks);
       }
     }
   }
