@@ -12,6 +12,7 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -88,7 +89,24 @@ void pin(int cpu) {
   name " %tmm6, %tmm4, %tmm0\n" name " %tmm7, %tmm4, %tmm1\n" name " %tmm6, %tmm5, %tmm2\n" name \
        " %tmm7, %tmm5, %tmm3\n"
 
-// FLOP/s over `seconds` from `start` on, so that threads on one core share it.
+// Normally distributed: BF16, or INT8 codes whose largest is about 127.
+void fill_operands(bool int8, unsigned char* operands, std::size_t bytes) {
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal(0.0f, int8 ? 36.0f : 0.02f);
+  for (std::size_t i = 0; i < bytes; i += int8 ? 1 : 2) {
+    const float value = normal(random);
+    if (int8) {
+      operands[i] = static_cast<unsigned char>(std::lround(std::clamp(value, -127.0f, 127.0f)));
+    } else {
+      const bf16_t rounded = f32_to_bf16(value);
+      std::memcpy(operands + i, &rounded, 2);
+    }
+  }
+}
+
+// FLOP/s over `seconds` from `start` on, so that threads on one core share it. The operands are
+// numbers as layers have them: with zeros in the tiles an Emerald Rapids core runs 20 to 30 %
+// faster.
 double tile_peak(bool int8, double start, double seconds) {
   alignas(64) unsigned char config[64] = {1};
   for (int i = 0; i < 8; ++i) {
@@ -96,6 +114,12 @@ double tile_peak(bool int8, double start, double seconds) {
     config[48 + i] = 16;
   }
   asm volatile("ldtilecfg %0" : : "m"(config));
+  alignas(64) unsigned char operands[4][1024];
+  fill_operands(int8, operands[0], sizeof(operands));
+  asm volatile("tileloadd (%0,%1,1), %%tmm4" : : "r"(operands[0]), "r"(64L) : "memory");
+  asm volatile("tileloadd (%0,%1,1), %%tmm5" : : "r"(operands[1]), "r"(64L) : "memory");
+  asm volatile("tileloadd (%0,%1,1), %%tmm6" : : "r"(operands[2]), "r"(64L) : "memory");
+  asm volatile("tileloadd (%0,%1,1), %%tmm7" : : "r"(operands[3]), "r"(64L) : "memory");
   constexpr int kRounds = 5000;
   double done = 0;
   double end = 0;
