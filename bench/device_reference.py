@@ -92,12 +92,14 @@ class _Nothing(nn.Module):
 def _decode_seconds(model: Any, device: torch.device) -> float:
     from transformers import DynamicCache
 
-    cache, times = DynamicCache(config=model.config), []
+    from ktrt.kv_cache import cache_argument
+
+    cache, times = {cache_argument(model): DynamicCache(config=model.config)}, []
     ids = torch.arange(2, 66, device=device).unsqueeze(0)
     with torch.inference_mode():
         for _ in range(8):
             start = time.perf_counter()
-            ids = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+            ids = model(ids, **cache).logits[:, -1:].argmax(-1)
             ids.tolist()
             times.append(time.perf_counter() - start)
     return statistics.median(times[2:])

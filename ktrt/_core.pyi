@@ -92,6 +92,95 @@ class DenseLinear:
         own: ``x`` [groups, in_features], ``out`` [groups, out_features / groups]. Without LoRA and
         bias."""
 
+class HeadArray:
+    """Where numbers [heads, tokens, size] lie in CPU memory: number (h, t, i) at ``address`` plus
+    h · ``head_stride`` + t · ``token_stride`` + i elements. Whoever makes it keeps the memory.
+
+    (DLPack would take longer than attention of a few tokens does.)
+    """
+
+    def __init__(
+        self,
+        address: int,
+        count: int,
+        head_stride: int,
+        token_stride: int = 0,
+        float32: bool = False,
+    ) -> None:
+        """``count``: elements from ``address`` on that may be touched, against which every use is
+        checked; strides in elements. float32, or else bfloat16. ``ValueError``: an address that
+        does not suit the dtype, a negative number."""
+
+class TokenAttention:
+    """Attention of one token over cached keys and values, on an engine's threads.
+
+    ``out[h] = Σ_t p[h, t] · values[g, t]``, p the softmax over t of ``cap(scaling · query[h] ·
+    keys[g, t]) + mask[t]``, g = h · groups / heads; ``cap(s) = softcap · tanh(s / softcap)`` where
+    softcap is not 0. All sums are float32, no input is rounded; the bits do not depend on the
+    number of threads.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        heads: int,
+        groups: int,
+        key_size: int,
+        value_size: int,
+        scaling: float,
+        second_key_size: int = 0,
+        softcap: float = 0.0,
+        sinks: Any | None = None,
+    ) -> None:
+        """``heads`` of the query, a multiple of the ``groups`` of keys and values. Keys may lie in
+        two arrays, the first ``key_size`` numbers of a key and the ``second_key_size`` behind them
+        (latents and positions). ``sinks`` [heads], float32, float16 or bfloat16: a logit more per
+        head, which only adds to the softmax's denominator; copied. ``ValueError``: sizes below 1 or
+        above 4096, heads that are no multiple of groups, a scaling that is not finite."""
+
+    def forward(
+        self,
+        query: HeadArray,
+        second_query: HeadArray | None,
+        keys: HeadArray,
+        second_keys: HeadArray | None,
+        values: HeadArray,
+        start: int,
+        end: int,
+        out: HeadArray,
+        mask: int = 0,
+        mask_count: int = 0,
+    ) -> None:
+        """Over the tokens ``start`` … ``end`` - 1 of keys [groups, tokens, key_size], second_keys
+        [groups, tokens, second_key_size] and values [groups, tokens, value_size], all bfloat16
+        (values may be the memory of keys); a sliding window is a ``start`` above 0. query
+        [heads, 1, key_size], second_query [heads, 1, second_key_size] and out [heads, 1,
+        value_size] are bfloat16 or float32 each. ``mask``: address of float32 [``mask_count``],
+        added to the scores of tokens 0 … of all heads; 0: none. Runs without the GIL.
+        ``ValueError``: an array too small for what is asked, ``end`` not above ``start``.
+        ``RuntimeError``: the engine is closed."""
+
+class RmsNorm:
+    """RMSNorm of rows of bfloat16: ``x / √(mean(x²) + eps)``, in float32, times a weight.
+
+    ``rounds_twice``: the normed x is rounded to bfloat16 before it is multiplied (Llama, Qwen,
+    DeepSeek); otherwise the product is rounded alone (Gemma, gpt_oss).
+    """
+
+    def __init__(self, weight: Any, eps: float, *, rounds_twice: bool, offset: float = 0.0) -> None:
+        """``weight`` [size], bfloat16 or float32, contiguous: kept, not copied. ``offset`` is added
+        to it in float32 (Gemma's 1 + w). ``ValueError``: eps below 0."""
+
+    @property
+    def size(self) -> int: ...
+    def forward(
+        self, x: int, x_count: int, rows: int, row_stride: int, out: int, out_count: int
+    ) -> None:
+        """``x``: address of ``rows`` rows of ``size`` bfloat16 numbers, ``row_stride`` elements
+        apart, in ``x_count`` elements of CPU memory; ``out``: address of [rows, size], contiguous,
+        which may be ``x``. On the calling thread. ``ValueError``: counts that do not fit."""
+
 class PackedMemory:
     """Bytes of the engine, read-only, by the buffer protocol and without a copy.
 
@@ -185,6 +274,12 @@ class PackedLora:
     def up(self) -> PackedExpand: ...
     @property
     def down(self) -> PackedExpand: ...
+
+class BoundForward:
+    """A layer's forward between arrays that stay where they are (``MoeLayer.bind``)."""
+
+    def run(self) -> None:
+        """Runs without the GIL. Raises what ``MoeLayer.forward`` raises."""
 
 class MoeLayer:
     """The routed experts of one MoE layer: ``y = Σ_slots w · down(f(gate x) · up x)``, with biases
@@ -353,6 +448,12 @@ class MoeLayer:
         Runs without the GIL. ``ValueError``: qlen > max_qlen, an expert not loaded, shapes, dtypes,
         an adapter id that is not active.
         """
+
+    def bind(
+        self, hidden_states: Any, expert_ids: Any, routing_weights: Any, out: Any
+    ) -> BoundForward:
+        """``forward`` between these arrays, which the result keeps alive and which must stay where
+        they are; they are checked by every ``run``."""
 
     def last_kernels(self) -> dict[str, str]:
         """Which ISA variant ran in the last ``forward``, e.g. ``{"gemm": "amx", "gemm_few_rows":

@@ -1,18 +1,21 @@
-"""CUDA graphs of whole decode steps: embedding to logits, hand-offs to the CPU included.
+"""Graphs of whole decode steps, embedding to logits: CUDA's, hand-offs to the CPU included, or on
+the CPU the recorded operations (``ktrt.recording``).
 
 One graph per number of rows and per window (the positions attended to, a power of two), captured at
 the first token that needs it and replayed for the later ones.
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from ktrt.errors import KtrtError
-from ktrt.kv_cache import StaticKv
+from ktrt.kv_cache import StaticKv, cache_argument
+from ktrt.recording import active
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +37,27 @@ class HandOff(Protocol):
         """The block launches a graph with these slots; its end waits for the result."""
 
 
+class NoHandOff:
+    """Of experts that run where the model runs."""
+
+    @contextmanager
+    def recording(self) -> Iterator[list[int]]:
+        yield []
+
+    @contextmanager
+    def launching(self, _slots: Sequence[int]) -> Iterator[None]:
+        yield
+
+
 class GraphMaker(Protocol):
     """``torch.cuda``'s graphs, or what stands in for them."""
+
+    what: str
+    # Whether a capture also computes the step, as the model does: nothing has to run before it, and
+    # one that fails leaves the cache as it was.
+    captures_compute: bool
+    # Cleared by a failure, after which nobody captures any more.
+    usable: bool
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
         """Runs ``step`` once as a capture; returns what replays it on the current stream."""
@@ -47,7 +69,11 @@ class GraphMaker(Protocol):
 class CudaGraphs:
     """Graphs that share one memory pool: they never run at once, and results are copied out."""
 
+    what = "CUDA graph"
+    captures_compute = False
+
     def __init__(self) -> None:
+        self.usable = True
         self.clear()
 
     def clear(self) -> None:
@@ -85,12 +111,13 @@ class DecodeGraphs:
         self, model: Any, cache: StaticKv, handoff: HandOff, maker: GraphMaker, *, rows: int = 1
     ) -> None:
         self._model, self._cache, self._handoff, self._maker = model, cache, handoff, maker
+        self._argument = cache_argument(model)
         device = model.get_input_embeddings().weight.device
         # Ids and positions, in the memory that the graphs read.
         self._inputs = torch.zeros(2, rows, 1, dtype=torch.int64, device=device)
         self._logits: torch.Tensor | None = None
         self._graphs: dict[int, tuple[Callable[[], None], list[int]]] = {}
-        self._usable = True
+        self._length = 0
 
     @property
     def count(self) -> int:
@@ -124,13 +151,18 @@ class DecodeGraphs:
         """Makes the graph for ``lengths``, after a plain forward of the same step gave ``expected``
         [rows, vocab_size].
 
-        False if that failed, which is logged as a warning: the cache must then be filled anew, and
-        there are no further attempts.
+        False if that failed, which is logged as a warning, and the cache must be filled anew; there
+        are no further attempts then.
         """
         window = window_of(lengths)
-        if not self._usable:
+        if not self._maker.usable:
             return True
         self._set_inputs(ids, lengths)
+        if self._logits is None:
+            # Memory from before the capture, and no inference tensor, which only inference mode
+            # could write to.
+            with torch.inference_mode(False):
+                self._logits = expected.new_empty(expected.shape)
         slots: list[int] = []
 
         def captured() -> None:
@@ -138,39 +170,49 @@ class DecodeGraphs:
                 self._run(window)
             slots.extend(recorded)
 
+        unharmed = self._maker.captures_compute
         try:
-            # Eagerly first: libraries allocate their workspaces, the hand-off its slots.
-            self._run(window)
+            if not self._maker.captures_compute:
+                # Eagerly first: libraries allocate their workspaces, the hand-off its slots.
+                self._run(window)
             self._graphs[window] = (self._maker.capture(captured), slots)
+            unharmed = False
+            # A replay that writes nothing must not pass by what the capture has written.
+            self._logits.fill_(torch.nan)
             self._check(self.step(ids, lengths), expected)
         except (RuntimeError, ValueError, TypeError, KtrtError) as error:
-            self._usable = False
+            self._maker.usable = False
             self.clear()
             logger.warning(
-                "No CUDA graph for decoding, every step is launched by the host: %s", error
+                "No %s for decoding, the model itself runs every step: %s", self._maker.what, error
             )
-            return False
+            return unharmed
         logger.debug("Captured the decode step of window %d, %d hand-offs", window, len(slots))
         return True
 
     def _set_inputs(self, ids: Sequence[int], lengths: Sequence[int]) -> None:
+        self._length = max(lengths) + 1
         values = torch.tensor([list(ids), list(lengths)], dtype=torch.int64)
         self._inputs.copy_(values.unsqueeze(-1))
 
     def _run(self, window: int) -> None:
         ids, positions = self._inputs
+        mask = self._mask(positions, window)
+        recorder = active()
+        if recorder is not None:
+            one = len(positions) == 1
+            recorder.describe([self._inputs], mask, (lambda: self._length) if one else None)
         with self._cache.step(positions, window):
             output = self._model(
                 input_ids=ids,
                 position_ids=positions,
-                attention_mask=self._mask(positions, window),
-                past_key_values=self._cache,
+                attention_mask=mask,
                 use_cache=True,
                 logits_to_keep=1,
+                **{self._argument: self._cache},
             )
         logits = output.logits[:, -1]
-        if self._logits is None:
-            self._logits = torch.empty_like(logits)
+        assert self._logits is not None
         self._logits.copy_(logits)
 
     def _mask(self, positions: torch.Tensor, window: int) -> torch.Tensor:
@@ -178,7 +220,7 @@ class DecodeGraphs:
         seen = torch.arange(window, device=positions.device) <= positions
         seen = seen[:, None, None, :]
         implementation = self._model.config._attn_implementation
-        if implementation == "sdpa":
+        if ALL_MASK_ATTENTION_FUNCTIONS.get(implementation) is sdpa_mask:
             return seen
         if implementation != "eager":
             raise KtrtError(f"attention {implementation} takes no mask of a fixed length")

@@ -19,7 +19,7 @@ from ktrt.cache_layers import Mark, continues, crop, needs_marks
 from ktrt.config import SamplingArgs
 from ktrt.decode_graph import DecodeGraphs
 from ktrt.errors import ConfigError
-from ktrt.kv_cache import StaticKv, makes_own_cache, unusual_layers
+from ktrt.kv_cache import StaticKv, cache_argument, makes_own_cache, unusual_layers
 from ktrt.sampling import Sampler, log_probabilities, make_sampler
 from ktrt.text_stream import Decoder, StopStrings, TextStream
 
@@ -83,6 +83,7 @@ class KvCache:
         self._gpu_version = -1
         self._intact = True
         self._own_cache = makes_own_cache(model)
+        self._argument = cache_argument(model)
         self.plain = not unusual_layers(model)
         # Whether several tokens at once can follow what is held.
         self.continues = continues(model)
@@ -201,11 +202,10 @@ class KvCache:
     def _plain_forward(self, ids: Sequence[int]) -> torch.Tensor:
         inputs = torch.tensor([list(ids)], device=self._device)
         with torch.inference_mode():
-            output = self._model(
-                input_ids=inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1
-            )
+            held = {self._argument: self._cache}
+            output = self._model(input_ids=inputs, use_cache=True, logits_to_keep=1, **held)
         if self._cache is None:
-            self._cache = output.past_key_values
+            self._cache = getattr(output, self._argument)
         logits: torch.Tensor = output.logits[0, -1]
         return logits
 

@@ -5,6 +5,7 @@ this one attends to a prefix: the exact length in a plain forward, a ``window`` 
 positions are read on the device.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,13 @@ MIN_CAPACITY = 2048
 def makes_own_cache(model: Any) -> bool:
     """Whether the model makes a cache of its own in its first forward, as a few do (MiniMax-01)."""
     return not getattr(model, "_supports_default_dynamic_cache", lambda: True)()
+
+
+def cache_argument(model: Any) -> str:
+    """What the model's forward and its output call the KV cache: ``cache`` from transformers 5.24
+    on, which warns of the older name."""
+    known = inspect.signature(type(model).forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
 
 
 def unusual_layers(model: Any) -> list[str]:
@@ -86,8 +94,8 @@ class StaticLayer(CacheLayerMixin):  # type: ignore[misc]
             self.lazy_initialization(key_states, value_states)
         if (step := self._shared.step) is not None:
             end = step.window
-            for held, new in ((self.keys, key_states), (self.values, value_states)):
-                held.scatter_(2, step.positions[:, :, None, None].expand_as(new), new)
+            self._store(self.keys, key_states, step.positions)
+            self._store(self.values, value_states, step.positions)
         else:
             end = self.length + key_states.shape[-2]
             if end > self._shared.capacity:
@@ -99,6 +107,14 @@ class StaticLayer(CacheLayerMixin):  # type: ignore[misc]
             self.values[:, :, self.length : end] = value_states
             self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
+
+    @staticmethod
+    def _store(held: torch.Tensor, new: torch.Tensor, positions: torch.Tensor) -> None:
+        if len(positions) == 1:
+            # On the CPU `scatter_` takes 0.9 ms with an index that was expanded, this 7 µs.
+            held.index_copy_(2, positions[0], new)
+        else:
+            held.scatter_(2, positions[:, :, None, None].expand_as(new), new)
 
     def grow(self, capacity: int) -> None:
         """Moves what is held into memory of so many positions."""

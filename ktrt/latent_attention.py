@@ -14,11 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ktrt.dense import DenseForward
-from ktrt.moe import DenseLinear
+from ktrt.cpu_attention import head_array
+from ktrt.dense import DenseForward, Lora
+from ktrt.moe import DenseLinear, TokenAttention
+from ktrt.recording import active
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ktrt.moe import Engine
+    from ktrt.recording import Recorder
 
 # What transformers calls it. Arguments of an attention that only some models pass, and that change
 # what it computes.
@@ -90,6 +95,7 @@ class LatentAttention:
         keys = weight[:, : self.nope].transpose(1, 2).reshape(-1, self.nope).contiguous()
         values = weight[:, self.nope :].reshape(-1, self.rank).contiguous()
         self._keys, self._values = DenseLinear(engine, keys), DenseLinear(engine, values)
+        self._engine, self._attentions = engine, dict[float, TokenAttention]()
 
     @property
     def _projection(self) -> DenseForward | None:
@@ -111,7 +117,7 @@ class LatentAttention:
             and mask is None
             and query.dtype == torch.bfloat16
             and projection is not None
-            and projection.base.weight.data_ptr() == self._address
+            and self._holds(projection)
             and projection.usual
             and not torch.is_grad_enabled()
             and not any(options.get(name) is not None for name in _UNUSUAL)
@@ -122,33 +128,105 @@ class LatentAttention:
     ) -> torch.Tensor:
         """query [1, heads, 1, nope + rope], latents [1, 1, L, rank], positions [1, 1, L, rope];
         returns [1, 1, heads, v]."""
-        q = query.view(self.heads, -1)
-        nope = q[:, : self.nope].contiguous()
-        projection = self._projection
-        assert projection is not None  # `takes` has looked
-        lora = projection.lora
-        if lora is not None:
-            a, b = lora
-            b = b.view(self.heads, self.nope + self.value, -1)
-        # In float32 but for the engine's products: scores are differences of large numbers.
-        absorbed = self._groups(self._keys, nope, self.rank).float()
-        if lora is not None:
-            shrunk = torch.bmm(nope.float().unsqueeze(1), b[:, : self.nope]).squeeze(1)
-            absorbed += shrunk @ a
-        c = latents[0, 0].float()
-        scores = absorbed @ c.T
-        scores += q[:, self.nope :].float() @ positions[0, 0].float().T
-        mixed = (scores * scaling).softmax(-1) @ c
-        out = self._groups(self._values, mixed.to(q.dtype), self.value)
-        if lora is not None:
-            shrunk = (mixed @ a.T).unsqueeze(2)
-            out = (out.float() + torch.bmm(b[:, self.nope :], shrunk).squeeze(2)).to(q.dtype)
-        return out.view(1, 1, self.heads, self.value)
-
-    def _groups(self, linear: DenseLinear, x: torch.Tensor, width: int) -> torch.Tensor:
-        out = x.new_empty(self.heads, width)
-        linear.forward_groups(self.heads, x.data_ptr(), x.numel(), out.data_ptr(), out.numel())
+        out = query.new_empty(1, 1, self.heads, self.value)
+        self.bind(query.view(self.heads, -1), latents[0, 0], positions[0, 0], out[0, 0], scaling)(
+            latents.shape[2]
+        )
         return out
+
+    def record(
+        self,
+        recorder: Recorder,
+        length: Callable[[], int],
+        query: torch.Tensor,
+        latents: torch.Tensor,
+        positions: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        """``decode`` over as many tokens as ``length`` says whenever the step runs."""
+        with recorder.look_away():
+            out = query.new_empty(1, 1, self.heads, self.value)
+            step = self.bind(
+                query.view(self.heads, -1), latents[0, 0], positions[0, 0], out[0, 0], scaling
+            )
+        recorder.call(lambda: step(length()), (query, latents, positions), (out,))
+        return out
+
+    def bind(
+        self,
+        query: torch.Tensor,
+        latents: torch.Tensor,
+        positions: torch.Tensor,
+        out: torch.Tensor,
+        scaling: float,
+    ) -> Callable[[int], None]:
+        """A function of ``length``, which fills ``out`` [heads, v], contiguous, with the attention
+        of ``query`` [heads, nope + rope] over the first ``length`` of latents [capacity, rank] and
+        positions [capacity, rope], all bfloat16, as they are when it is called.
+
+        The tensors are kept, and must stay where they are; kv_b_proj's LoRA is that of the call,
+        which raises ``RuntimeError`` where ``takes`` would say no. ``ValueError``: shapes, dtypes,
+        layouts.
+        """
+        if out.shape != (self.heads, self.value) or not out.is_contiguous():
+            raise ValueError(
+                f"out is {[*out.shape]}, expected [{self.heads}, {self.value}], contiguous"
+            )
+        rope = query.shape[1] - self.nope
+        attention = self._attention(scaling, rope)
+        parts = query[:, : self.nope], query[:, self.nope :]
+        nope, absorbed = query.new_empty(parts[0].shape), query.new_empty(self.heads, self.rank)
+        rotated = head_array(parts[1][:, None])
+        cache = head_array(latents[None]), head_array(positions[None])
+        tensors = latents, positions
+        mixed = torch.empty_like(absorbed)
+        first, last = head_array(absorbed[:, None]), head_array(mixed[:, None])
+
+        def attend(length: int, _kept: object = tensors) -> None:
+            nope.copy_(parts[0])
+            self._groups(self._keys, nope, absorbed)
+            lora = self._lora()
+            if lora is None:
+                attention.forward(first, rotated, *cache, cache[0], 0, length, last)
+                self._groups(self._values, mixed, out)
+                return
+            a, b = lora[0], lora[1].view(self.heads, self.nope + self.value, -1)
+            # In float32 but for the engine's products: scores are differences of large numbers.
+            shrunk = torch.bmm(nope.float().unsqueeze(1), b[:, : self.nope]).squeeze(1)
+            exact = absorbed.float() + shrunk @ a
+            seen = torch.empty_like(exact)
+            attention.forward(
+                head_array(exact[:, None]), rotated, *cache, cache[0], 0, length,
+                head_array(seen[:, None]),
+            )  # fmt: skip
+            self._groups(self._values, seen.to(out.dtype), out)
+            expanded = torch.bmm(b[:, self.nope :], (seen @ a.T).unsqueeze(2)).squeeze(2)
+            out.copy_(out.float() + expanded)
+
+        return attend
+
+    def _lora(self) -> Lora | None:
+        projection = self._projection
+        if projection is None or not projection.usual or not self._holds(projection):
+            raise RuntimeError(
+                "kv_b_proj has other weights, or an adapter that the engine does not compute: this "
+                "step was made for what it had before"
+            )
+        return projection.lora
+
+    def _holds(self, projection: DenseForward) -> bool:
+        return projection.base.weight.data_ptr() == self._address
+
+    def _attention(self, scaling: float, rope: int) -> TokenAttention:
+        if scaling not in self._attentions:
+            self._attentions[scaling] = TokenAttention(
+                self._engine, heads=self.heads, groups=1, key_size=self.rank,
+                second_key_size=rope, value_size=self.rank, scaling=scaling,
+            )  # fmt: skip
+        return self._attentions[scaling]
+
+    def _groups(self, linear: DenseLinear, x: torch.Tensor, out: torch.Tensor) -> None:
+        linear.forward_groups(self.heads, x.data_ptr(), x.numel(), out.data_ptr(), out.numel())
 
 
 def attention(
@@ -166,9 +244,13 @@ def attention(
 
     latent: LatentAttention | None = getattr(module, "kt_latent", None)
     if latent is not None:
-        if latent.takes(query, attention_mask, options):
-            factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+        factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+        recorder = active()
+        if recorder is None and latent.takes(query, attention_mask, options):
             return latent.decode(query, key, value, factor), None
+        length = None if recorder is None else recorder.length_behind(attention_mask)
+        if recorder is not None and length is not None and latent.takes(query, None, options):
+            return latent.record(recorder, length, query, key, value, factor), None
         key, value = latent.expand_kv(key, value)
     width = value.shape[-1]
     pad = key.shape[-1] - width if query.shape[2] > 1 else 0

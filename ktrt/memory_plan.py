@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ktrt.errors import ConfigError
+from ktrt.kv_cache import cache_argument
 from ktrt.memory_limits import Limit, address_limit, gpu_limit, ram_limit, resident_bytes
 
 if TYPE_CHECKING:
@@ -246,7 +247,7 @@ def kv_bytes_per_token(
     try:
         ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
         with torch.no_grad():
-            skeleton(input_ids=ids, past_key_values=cache, use_cache=True)
+            skeleton(input_ids=ids, use_cache=True, **{cache_argument(skeleton): cache})
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         logger.info("The size of the KV cache is not known beforehand (%s)", error)
         return 0

@@ -12,14 +12,16 @@ import torch
 
 from ktrt.adapters import Adapters
 from ktrt.cpu_attention import accelerate_attention
-from ktrt.decode_graph import CudaGraphs, DecodeGraphs
-from ktrt.dense import accelerate
+from ktrt.decode_graph import CudaGraphs, DecodeGraphs, NoHandOff
+from ktrt.dense import OneRowProducts, accelerate
 from ktrt.expert_loading import cache_folder, load_experts
 from ktrt.fused_lora import FusedLora
 from ktrt.kv_cache import unusual_layers
 from ktrt.latent_attention import use_latents
 from ktrt.moe import KTExperts, build_gpu_experts, new_hand_off
+from ktrt.norms import accelerate_norms
 from ktrt.prepare import prepare
+from ktrt.recording import RecordedSteps
 from ktrt.torch_weights import load_without_experts
 from ktrt.weight_traffic import bytes_per_token
 
@@ -45,9 +47,9 @@ class LoadedModel:
     eval mode, without gradients; ``adapters`` holds what is resident, and the configured ones are
     active; ``audit`` says what each tensor of the first one acts on.
 
-    On a GPU ``hand_off`` connects the experts with it, ``graphs`` makes the CUDA graphs that decode
-    on a cache (None: each step is launched by the host), and ``gpu`` is the GPU's share of the
-    routed experts, if it has one."""
+    ``graphs`` makes the graphs that decode on a cache (None: the model runs every step). On a GPU
+    ``hand_off`` connects the experts with it, and ``gpu`` is its share of the routed experts, if it
+    has one."""
 
     model: nn.Module
     adapters: Adapters
@@ -112,10 +114,12 @@ def load_model(
     loaded.eval().requires_grad_(False)
     _accelerate(loaded, engine, adapters, device)
     _log_result(loaded, specs, ready.adapters)
-    graphs = None
     if hand_off is not None:
         hand_off.guard(loaded)
         graphs = _graphs(loaded, hand_off, experts.kt_use_cuda_graph)
+    else:
+        maker = RecordedSteps(OneRowProducts(engine))
+        graphs = partial(DecodeGraphs, loaded, handoff=NoHandOff(), maker=maker)
     return LoadedModel(loaded, adapters, engine, hand_off, graphs, gpu)
 
 
@@ -135,7 +139,8 @@ def _accelerate(model: nn.Module, engine: Engine, adapters: Adapters, device: to
         adapters.on_load.append(fused.find)
         adapters.on_change.append(fused.refresh)
     else:
-        accelerate_attention(model)
+        accelerate_attention(model, engine)
+        accelerate_norms(model)
         accelerate(model, engine)
         # PEFT wraps further layers when another adapter is loaded.
         adapters.on_load.append(partial(accelerate, model, engine))

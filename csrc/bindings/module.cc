@@ -7,4 +7,5 @@ PYBIND11_MODULE(_core, module) {
   ktrt::register_moe(module);
   ktrt::register_gpu(module);
   ktrt::register_dense(module);
+  ktrt::register_attention(module);
 }

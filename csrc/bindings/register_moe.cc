@@ -174,6 +174,38 @@ void forward(MoeLayer& layer, const py::object& hidden_states, const py::object&
   layer.forward(hidden.view(), ids.view(), weights.view(), result.view(), view_of(adapters));
 }
 
+// A forward between arrays that stay where they are: what DLPack costs, four calls of Python, comes
+// once.
+class BoundForward {
+ public:
+  BoundForward(std::shared_ptr<MoeLayer> layer, const py::object& hidden_states,
+               const py::object& expert_ids, const py::object& routing_weights,
+               const py::object& out)
+      : layer_(std::move(layer)),
+        hidden_(hidden_states, "hidden_states"),
+        ids_(expert_ids, "expert_ids"),
+        weights_(routing_weights, "routing_weights"),
+        out_(out, "out") {}
+
+  void run() const {
+    layer_->forward(hidden_.view(), ids_.view(), weights_.view(), out_.view(), std::nullopt);
+  }
+
+ private:
+  const std::shared_ptr<MoeLayer> layer_;
+  const TensorArg hidden_;
+  const TensorArg ids_;
+  const TensorArg weights_;
+  const TensorArg out_;
+};
+
+std::unique_ptr<BoundForward> bind(std::shared_ptr<MoeLayer> layer, const py::object& hidden_states,
+                                   const py::object& expert_ids, const py::object& routing_weights,
+                                   const py::object& out) {
+  return std::make_unique<BoundForward>(std::move(layer), hidden_states, expert_ids,
+                                        routing_weights, out);
+}
+
 py::dict last_kernels(const MoeLayer& layer) {
   const KernelsUsed used = layer.last_kernels();
   py::dict names;
@@ -213,6 +245,11 @@ void register_engine(py::module_& module) {
       .def(
           "seconds", [](const ReadProbe& probe, Engine& engine) { return engine.run_probe(probe); },
           py::arg("engine"), py::call_guard<py::gil_scoped_release>());
+}
+
+void register_bound_forward(py::module_& module) {
+  py::class_<BoundForward>(module, "BoundForward")
+      .def("run", &BoundForward::run, py::call_guard<py::gil_scoped_release>());
 }
 
 void register_layer(py::module_& module) {
@@ -259,6 +296,8 @@ void register_layer(py::module_& module) {
       .def_property("lora_enabled", &MoeLayer::lora_enabled, &MoeLayer::enable_lora)
       .def("forward", &forward, py::arg("hidden_states"), py::arg("expert_ids"),
            py::arg("routing_weights"), py::arg("out"), py::arg("adapter_ids") = py::none())
+      .def("bind", &bind, py::arg("hidden_states"), py::arg("expert_ids"),
+           py::arg("routing_weights"), py::arg("out"))
       .def("last_kernels", &last_kernels)
       .def("packed_codes", &packed_codes, py::arg("expert"), py::arg("projection"))
       .def("packed_scales", &packed_scales, py::arg("expert"), py::arg("projection"))
@@ -281,6 +320,7 @@ WeightFormat parse_format(const std::string& name) {
 void register_moe(py::module_& module) {
   register_engine(module);
   register_packed_views(module);
+  register_bound_forward(module);
   register_layer(module);
 }
 

@@ -7,6 +7,7 @@
 #include <stdint.h>
 
 #include "kernels/activation.h"
+#include "kernels/attention_args.h"
 
 namespace ktrt {
 
@@ -48,11 +49,17 @@ struct GemmArgs {
   float* c;  // [rows][32]
 };
 
+// Strips of one row each that GemmKernel::one_row takes at most.
+constexpr int kOneRowStrips = 8;
+
 struct GemmKernel {
   const char* name;
   void (*strip)(const GemmArgs& args);
   uint8_t activation_offset;  // what quantize_rows adds to each code: 128 where A is unsigned
   bool tile_order = false;    // of A
+  // The same bits for `count` strips with a row each, all of one k, read side by side: a core gets
+  // more out of the memory from several streams than from one. Null: strip by strip.
+  void (*one_row)(const GemmArgs* strips, int count) = nullptr;
 
   // As few tiles as possible, evenly filled: a tile of r rows takes r cycles.
   int tile_rows(int rows) const {
@@ -81,6 +88,18 @@ struct ShrinkKernel {
   void (*run)(const ShrinkArgs& args);
 };
 
+// One row's RMSNorm: x · r · (weight + offset), r = 1 / √(mean of x² + eps).
+struct RmsNormArgs {
+  const uint16_t* x;  // BF16
+  int size;
+  const uint16_t* weight_bf16;  // one of the two
+  const float* weight_f32;
+  float offset;
+  float eps;
+  bool rounds_twice;  // x · r is rounded to BF16 before it is multiplied with the weight
+  uint16_t* out;      // BF16; may be x
+};
+
 // BF16 row to INT8 codes as kt_kernel does it: scale = max|x| · float32(1/127), code =
 // round_half_even(x / scale) + offset. `count` values are read, `padded` codes written (padding =
 // offset). Returns the scale.
@@ -102,6 +121,7 @@ struct ElementwiseKernels {
   // rows in out; zeros after `bytes`, up to `padded`, a multiple of 64.
   void (*to_tile)(const uint8_t* const* rows, int count, int tile_rows, int bytes, int padded,
                   uint8_t* out);
+  void (*rms_norm)(const RmsNormArgs& args);
 };
 
 // C [rows][columns] = X [rows][k] · Wᵀ for some rows of a BF16 matrix W, row-major as torch holds
@@ -172,6 +192,7 @@ struct KernelTable {
   const ShrinkKernel* lora_shrink_tiles;  // beside a GEMM in tile order; null without AMX
   const ElementwiseKernels* elementwise;
   const DenseKernel* dense_bf16;
+  const AttentionKernel* attention;
 
   // The shrink that reads what `gemm` reads.
   const ShrinkKernel& shrink_for(const GemmKernel& gemm) const {

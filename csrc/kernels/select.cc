@@ -31,6 +31,9 @@ extern const DenseKernel dense_bf16_portable;
 extern const DenseKernel dense_bf16_avx2;
 extern const DenseKernel dense_bf16_avx512;
 extern const DenseKernel dense_bf16_avx512_bf16;
+extern const AttentionKernel attention_portable;
+extern const AttentionKernel attention_avx2;
+extern const AttentionKernel attention_avx512;
 
 namespace {
 
@@ -99,6 +102,11 @@ KernelTable select_kernels(Isa level, const CpuFeatures& f) {
       {&dense_bf16_avx2, Isa::kAvx2, f.avx2},
       {&dense_bf16_portable, Isa::kPortable, true},
   }};
+  const std::array<Variant<AttentionKernel>, 3> attention = {{
+      {&attention_avx512, Isa::kAvx512, f.avx512},
+      {&attention_avx2, Isa::kAvx2, f.avx2},
+      {&attention_portable, Isa::kPortable, true},
+  }};
   const bool amx = f.amx && level == Isa::kAmx;
   return {choose(first_that_runs(gemm_bf16, level), amx ? &gemm_bf16_amx : nullptr, kBf16TilesFrom),
           choose(first_that_runs(gemm_int8, level), amx ? &gemm_int8_amx : nullptr, kInt8TilesFrom),
@@ -106,7 +114,8 @@ KernelTable select_kernels(Isa level, const CpuFeatures& f) {
           first_that_runs(lora_shrink, level),
           amx ? &lora_shrink_amx : nullptr,
           first_that_runs(elementwise, level),
-          first_that_runs(dense_bf16, level)};
+          first_that_runs(dense_bf16, level),
+          first_that_runs(attention, level)};
 }
 
 }  // namespace ktrt

@@ -57,7 +57,7 @@ bool Engine::closed() const {
 
 std::size_t Engine::workspace_bytes() const {
   const std::lock_guard lock(mutex_);
-  return workspace_.bytes();
+  return workspace_.bytes() + scratch_.bytes();
 }
 
 double Engine::run_probe(const ReadProbe& probe) {
@@ -69,6 +69,7 @@ void Engine::close() {
   const std::lock_guard lock(mutex_);
   pool_.reset();
   workspace_.release();
+  scratch_.reset();
   for (MoeLayer* layer : layers_) layer->release();
 }
 

@@ -6,6 +6,7 @@
 #include <set>
 #include <vector>
 
+#include "base/aligned_buffer.h"
 #include "cpu/isa.h"
 #include "cpu/read_probe.h"
 #include "cpu/thread_pool.h"
@@ -16,6 +17,7 @@ namespace ktrt {
 
 class DenseLinear;
 class MoeLayer;
+class TokenAttention;
 
 class Engine {
  public:
@@ -52,6 +54,7 @@ class Engine {
  private:
   friend class DenseLinear;
   friend class MoeLayer;
+  friend class TokenAttention;
 
   // Layers, dense too, hold the lock while they use the pool, the workspace or their own weights.
   // Throws std::runtime_error once closed.
@@ -67,6 +70,7 @@ class Engine {
   mutable std::mutex mutex_;
   std::optional<ThreadPool> pool_;
   Workspace workspace_;
+  AlignedBuffer scratch_;  // of TokenAttention: grows, its contents last for one call
   std::set<MoeLayer*> layers_;
 };
 

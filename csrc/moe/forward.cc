@@ -30,13 +30,30 @@ class ThreadForward {
                      int slice = 0) const;
   void gather(int job);
   void await_shrink(int job) const;
+  GemmArgs input_args(int job, Projection projection, int strip, float* c) const;
   void project_input(int job, Projection projection, int strip, float* c,
                      const std::uint8_t* next) const;
+  void gate_up_strips(const Piece& piece) const;
+  void gate_up_one_row(const Piece& piece) const;
+  void add_down_strips(const Piece& piece) const;
+  void add_down_one_row(const Piece& piece) const;
   void add_bias(const Job& job, Projection projection, int strip, float* c) const;
-  void activate(const Job& job, int strip) const;
+  void activate(const Job& job, int strip, const float* gate, const float* up) const;
   const std::uint8_t* tile_after(std::size_t job, int strip, int slice, const Piece& piece) const;
-  void add_weighted(const Job& job, float* out, std::int64_t columns) const;
+  GemmArgs down_args(const Job& job, int strip, int slice, float* c) const;
+  void finish_down(const Piece& piece, const Job& job, int strip, int slice, float* c) const;
+  void add_weighted(const Job& job, const float* c, float* out, std::int64_t columns) const;
   void store_group(int first_strip, int strips) const;
+
+  // Calls add(job, strip, slice of down) in the order of the sums.
+  template <class Add>
+  void for_each_slice(const Piece& piece, const Add& add) const {
+    for (std::size_t j = 0; j < task_.plan.jobs().size(); ++j) {
+      for (int strip = piece.first_strip; strip < piece.end_strip; ++strip) {
+        for (int slice = 0; slice < task_.weights.down_slices(); ++slice) add(j, strip, slice);
+      }
+    }
+  }
 
   const Job& job_at(int job) const { return task_.plan.jobs()[static_cast<std::size_t>(job)]; }
   int shared_row(int job) const { return task_.shrinks.first_row[static_cast<std::size_t>(job)]; }
@@ -73,12 +90,17 @@ GemmArgs ThreadForward::gemm_args(const Job& job, Projection projection, int str
   return args;
 }
 
+GemmArgs ThreadForward::input_args(int job, Projection projection, int strip, float* c) const {
+  GemmArgs args = gemm_args(job_at(job), projection, strip, c);
+  rows_.use_input(args, projection, shared_row(job));
+  return args;
+}
+
 // C of one strip of gate or up, bias included. `next`: what is read afterwards.
 void ThreadForward::project_input(int index, Projection projection, int strip, float* c,
                                   const std::uint8_t* next) const {
   const Job& job = job_at(index);
-  GemmArgs args = gemm_args(job, projection, strip, c);
-  rows_.use_input(args, projection, shared_row(index));
+  GemmArgs args = input_args(index, projection, strip, c);
   args.next = next;
   rows_.gemm_for(job).strip(args);
   add_bias(job, projection, strip, c);
@@ -90,9 +112,10 @@ void ThreadForward::add_bias(const Job& job, Projection projection, int strip, f
   if (bias != nullptr) task_.kernels.elementwise->add_bias(bias, job.rows, c);
 }
 
-// Makes the intermediate activations of one strip of what project_input left in C: the strip is one
-// step of a tile where the job's activations are in tile order.
-void ThreadForward::activate(const Job& job, int strip) const {
+// Makes the intermediate activations of one strip of its C, [rows][32] each: the strip is one step
+// of a tile where the job's activations are in tile order. Without a gate, `all_gate` is not read.
+void ThreadForward::activate(const Job& job, int strip, const float* all_gate,
+                             const float* all_up) const {
   const ElementwiseKernels& kernels = *task_.kernels.elementwise;
   const bool silu_mul = has_gate_ && task_.activation.is_silu_mul();
   const std::int64_t act = rows_.strides().act;
@@ -102,8 +125,8 @@ void ThreadForward::activate(const Job& job, int strip) const {
   std::uint16_t* const out = shared_.act + job.scratch_row * act + strip * kStripRows * tile_rows;
   for (int first = 0; first < job.rows; first += step) {
     const int rows = std::min(step, job.rows - first);
-    const float* gate = has_gate_ ? scratch_.c + first * kStripRows : nullptr;
-    const float* up = scratch_.c_up + first * kStripRows;
+    const float* gate = has_gate_ ? all_gate + first * kStripRows : nullptr;
+    const float* up = all_up + first * kStripRows;
     if (silu_mul) {
       kernels.silu_mul(gate, up, rows, out + first * act, stride);
     } else {
@@ -149,6 +172,20 @@ void ThreadForward::gate_up(const Piece& piece) {
   const Job& job = job_at(piece.job);
   gather(piece.job);
   await_shrink(piece.job);
+  if (job.rows == 1 && rows_.gemm_for(job).one_row != nullptr) {
+    gate_up_one_row(piece);
+  } else {
+    gate_up_strips(piece);
+  }
+  const int done = piece.end_strip - piece.first_strip;
+  const int before = task_.finished_strips[piece.job].fetch_add(done, std::memory_order_acq_rel);
+  if (before + done == task_.weights.layout(Projection::kUp).strips()) {
+    rows_.quantize_and_shrink_activations(job);
+  }
+}
+
+void ThreadForward::gate_up_strips(const Piece& piece) const {
+  const Job& job = job_at(piece.job);
   const auto first_tile = [&](Projection projection, int strip) {
     return task_.weights.strip(job.expert, projection, strip).first_tile;
   };
@@ -161,12 +198,33 @@ void ThreadForward::gate_up(const Piece& piece) {
     const bool last = strip + 1 == piece.end_strip;
     project_input(piece.job, Projection::kUp, strip, scratch_.c_up,
                   last ? nullptr : first_tile(first, strip + 1));
-    activate(job, strip);
+    activate(job, strip, scratch_.c, scratch_.c_up);
   }
-  const int done = piece.end_strip - piece.first_strip;
-  const int before = task_.finished_strips[piece.job].fetch_add(done, std::memory_order_acq_rel);
-  if (before + done == task_.weights.layout(Projection::kUp).strips()) {
-    rows_.quantize_and_shrink_activations(job);
+}
+
+// Several strips of gate and up side by side.
+void ThreadForward::gate_up_one_row(const Piece& piece) const {
+  const Job& job = job_at(piece.job);
+  const int step = kOneRowStrips / (has_gate_ ? 2 : 1);
+  GemmArgs args[kOneRowStrips];
+  for (int strip = piece.first_strip; strip < piece.end_strip; strip += step) {
+    const int strips = std::min(step, piece.end_strip - strip);
+    int count = 0;
+    for (int i = 0; i < strips; ++i) {
+      const auto add = [&](Projection projection, float* c) {
+        args[count++] = input_args(piece.job, projection, strip + i, c + i * kStripRows);
+      };
+      if (has_gate_) add(Projection::kGate, scratch_.c);
+      add(Projection::kUp, scratch_.c_up);
+    }
+    rows_.gemm_for(job).one_row(args, count);
+    for (int i = 0; i < strips; ++i) {
+      float* gate = scratch_.c + i * kStripRows;
+      float* up = scratch_.c_up + i * kStripRows;
+      if (has_gate_) add_bias(job, Projection::kGate, strip + i, gate);
+      add_bias(job, Projection::kUp, strip + i, up);
+      activate(job, strip + i, gate, up);
+    }
   }
 }
 
@@ -190,27 +248,68 @@ void ThreadForward::down(const Piece& piece) const {
   const std::int64_t columns = static_cast<std::int64_t>(strips) * kStripRows;
   const std::int64_t qlen = task_.out.shape[0];
   std::memset(scratch_.out, 0, static_cast<std::size_t>(qlen * columns) * sizeof(float));
-  const std::vector<Job>& jobs = task_.plan.jobs();
-  const auto add_slice = [&](std::size_t j, int strip, int slice) {
-    const Job& job = jobs[j];
-    GemmArgs args = gemm_args(job, Projection::kDown, strip, scratch_.c, slice);
-    rows_.use_activations(args, job, slice);
-    args.next = tile_after(j, strip, slice, piece);
-    rows_.gemm_for(job).strip(args);
-    if (slice == 0) add_bias(job, Projection::kDown, strip, scratch_.c);
-    add_weighted(job, scratch_.out + (strip - piece.first_strip) * kStripRows, columns);
-  };
-  for (std::size_t j = 0; j < jobs.size(); ++j) {
-    for (int strip = piece.first_strip; strip < piece.end_strip; ++strip) {
-      for (int slice = 0; slice < task_.weights.down_slices(); ++slice) add_slice(j, strip, slice);
-    }
+  // One token: every job has its row.
+  if (qlen == 1 && task_.gemm.for_rows(1).one_row != nullptr) {
+    add_down_one_row(piece);
+  } else {
+    add_down_strips(piece);
   }
   store_group(piece.first_strip, strips);
 }
 
+GemmArgs ThreadForward::down_args(const Job& job, int strip, int slice, float* c) const {
+  GemmArgs args = gemm_args(job, Projection::kDown, strip, c, slice);
+  rows_.use_activations(args, job, slice);
+  return args;
+}
+
+void ThreadForward::finish_down(const Piece& piece, const Job& job, int strip, int slice,
+                                float* c) const {
+  const std::int64_t columns =
+      static_cast<std::int64_t>(piece.end_strip - piece.first_strip) * kStripRows;
+  if (slice == 0) add_bias(job, Projection::kDown, strip, c);
+  add_weighted(job, c, scratch_.out + (strip - piece.first_strip) * kStripRows, columns);
+}
+
+void ThreadForward::add_down_strips(const Piece& piece) const {
+  const std::vector<Job>& jobs = task_.plan.jobs();
+  for_each_slice(piece, [&](std::size_t j, int strip, int slice) {
+    GemmArgs args = down_args(jobs[j], strip, slice, scratch_.c);
+    args.next = tile_after(j, strip, slice, piece);
+    rows_.gemm_for(jobs[j]).strip(args);
+    finish_down(piece, jobs[j], strip, slice, scratch_.c);
+  });
+}
+
+// Several strips side by side, of several jobs where the piece has few; added up in the same order.
+void ThreadForward::add_down_one_row(const Piece& piece) const {
+  struct Part {
+    const Job* job;
+    int strip, slice;
+  };
+  const std::vector<Job>& jobs = task_.plan.jobs();
+  GemmArgs args[kOneRowStrips];
+  Part parts[kOneRowStrips];
+  int count = 0;
+  const auto run = [&] {
+    task_.gemm.for_rows(1).one_row(args, count);
+    for (int i = 0; i < count; ++i) {
+      finish_down(piece, *parts[i].job, parts[i].strip, parts[i].slice, args[i].c);
+    }
+    count = 0;
+  };
+  for_each_slice(piece, [&](std::size_t j, int strip, int slice) {
+    args[count] = down_args(jobs[j], strip, slice, scratch_.c + count * kStripRows);
+    parts[count] = {&jobs[j], strip, slice};
+    if (++count == kOneRowStrips) run();
+  });
+  if (count > 0) run();
+}
+
 // C times the routing weights, to the sums of the job's tokens. `out`: the strip's place in the
 // first token's.
-void ThreadForward::add_weighted(const Job& job, float* out, std::int64_t columns) const {
+void ThreadForward::add_weighted(const Job& job, const float* c, float* out,
+                                 std::int64_t columns) const {
   constexpr int kAhead = 6;
   const PlanRow* rows = task_.plan.rows().data() + job.first_row;
   for (int r = 0; r < job.rows; ++r) {
@@ -219,7 +318,7 @@ void ThreadForward::add_weighted(const Job& job, float* out, std::int64_t column
       __builtin_prefetch(coming, 1, 3);
       __builtin_prefetch(coming + 16, 1, 3);
     }
-    task_.kernels.elementwise->weighted_add(scratch_.c + r * kStripRows, rows[r].weight,
+    task_.kernels.elementwise->weighted_add(c + r * kStripRows, rows[r].weight,
                                             out + rows[r].token * columns);
   }
 }

@@ -9,7 +9,15 @@ from ktrt.moe.discovery import ExpertsSpec, find_experts
 
 try:
     from ktrt import _core
-    from ktrt._core import DenseLinear, Engine, MoeLayer, release_file_pages
+    from ktrt._core import (
+        DenseLinear,
+        Engine,
+        HeadArray,
+        MoeLayer,
+        RmsNorm,
+        TokenAttention,
+        release_file_pages,
+    )
     from ktrt._core import isa as active_isa
 except ImportError as error:
     raise KtrtError(
@@ -35,8 +43,11 @@ __all__ = [
     "ExpertsSpec",
     "GpuExperts",
     "HandOff",
+    "HeadArray",
     "KTExperts",
     "MoeLayer",
+    "RmsNorm",
+    "TokenAttention",
     "active_isa",
     "build_engine",
     "build_gpu_experts",

@@ -12,6 +12,7 @@ from torch import nn
 
 from ktrt.errors import KtrtError
 from ktrt.moe.handoff import Deferred
+from ktrt.recording import active
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -126,6 +127,13 @@ class KTExperts(nn.Module):
         states = hidden_states.to("cpu").contiguous()
         index = top_k_index.to("cpu").contiguous()
         weights = top_k_weights.to("cpu").contiguous()
+        recorder = active()
+        if recorder is not None and rows is None and states.shape[0] <= self._max_qlen:
+            with recorder.look_away():
+                out = torch.empty_like(states)
+            bound = layer.bind(states, index, weights, out)
+            recorder.call(bound.run, (states, index, weights), (out,))
+            return out
         out = torch.empty_like(states)
         adapters = None
         if rows is not None:

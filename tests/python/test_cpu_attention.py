@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,12 +12,21 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from ktrt import cpu_attention
-from ktrt.cpu_attention import accelerate_attention, one_token
+from ktrt.cpu_attention import EngineAttention, accelerate_attention, head_array, one_token
+from ktrt.moe import Engine
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-3}
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    engine = Engine(num_threads=2)
+    yield engine
+    engine.close()
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -32,8 +42,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-3}
 )
 @pytest.mark.parametrize("masked", ["none", "bool", "added"])
 def test_numbers_of_torch(
-    dtype: torch.dtype, rows: int, heads: int, groups: int, size: int, value_size: int,
-    tokens: int, masked: str,
+    engine: Engine, dtype: torch.dtype, rows: int, heads: int, groups: int, size: int,
+    value_size: int, tokens: int, masked: str,
 ) -> None:  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     q = 3 * torch.randn(rows, heads, 1, size, generator=generator).to(dtype)
@@ -49,30 +59,45 @@ def test_numbers_of_torch(
     expected = scaled_dot_product_attention(
         q.float(), k.float(), v.float(), reference, scale=0.2, enable_gqa=True
     )
-    found = one_token(q, k, v, mask, 0.2)
-    assert found.shape == (rows, 1, heads, value_size)
-    assert found.dtype == dtype
     expected = expected.transpose(1, 2)
-    assert (found.float() - expected).norm() / expected.norm() < TOLERANCE[dtype]
+    results = [one_token(q, k, v, mask, 0.2)]
+    in_engine = EngineAttention(engine)
+    assert in_engine.takes(q, k, v, mask) == (dtype == torch.bfloat16)
+    if dtype == torch.bfloat16:
+        results.append(in_engine(q, k, v, mask, 0.2))
+        # Of a cache that has room for more, as a view.
+        room = [torch.full((rows, groups, tokens + 9, n), torch.nan, dtype=dtype)
+                for n in (size, value_size)]  # fmt: skip
+        views = [each[:, :, :tokens].copy_(x) for each, x in zip(room, (k, v), strict=True)]
+        assert torch.equal(in_engine(q, *views, mask, 0.2), results[1])
+    for found in results:
+        assert found.shape == (rows, 1, heads, value_size)
+        assert found.dtype == dtype
+        assert (found.float() - expected).norm() / expected.norm() < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v2", "mixtral", "granitemoe"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_a_models_logits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, dtype: torch.dtype
-) -> None:
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
     """Token by token after a prompt, marked layers against the same layers unmarked."""
     folder = save_model(tmp_path / "model", model_type, 96)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     ids = torch.arange(3, 43)[None] * 7 % VOCAB_SIZE
     calls = 0
 
+    in_engine = dtype == torch.bfloat16
+    ours = EngineAttention.__call__ if in_engine else one_token
+
     def counted(*arguments: object) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        return one_token(*arguments)  # type: ignore[arg-type]
+        return ours(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(cpu_attention, "one_token", counted)
+    place, name = (EngineAttention, "__call__") if in_engine else (cpu_attention, "one_token")
+    monkeypatch.setattr(place, name, counted)
 
     def logits() -> torch.Tensor:
         cache = DynamicCache(config=model.config)
@@ -83,7 +108,7 @@ def test_a_models_logits(
 
     expected = logits()
     assert calls == 0
-    layers = accelerate_attention(model)
+    layers = accelerate_attention(model, engine)
     assert layers == model.config.num_hidden_layers
     found = logits()
     assert calls == 20 * layers
@@ -92,13 +117,16 @@ def test_a_models_logits(
     assert errors.median() < (1e-4 if dtype == torch.float32 else 0.03)
     with torch.enable_grad():
         model(ids[:, :1])
+    with torch.inference_mode():
+        copy.deepcopy(model)(ids[:, :1])
+    # A copy has no engine: torch computes it.
     assert calls == 20 * layers
 
 
-def test_models_with_other_attention_are_left_alone(tmp_path: Path) -> None:
+def test_models_with_other_attention_are_left_alone(engine: Engine, tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", "qwen3_moe", 96)
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-    assert accelerate_attention(model) == 0
+    assert accelerate_attention(model, engine) == 0
 
 
 def test_torchs_threads_are_given_back() -> None:
@@ -108,3 +136,35 @@ def test_torchs_threads_are_given_back() -> None:
     with pytest.raises(RuntimeError):
         one_token(q, k[..., :4], k, None, None)
     assert torch.get_num_threads() == threads
+
+
+def test_a_bound_step_reads_what_the_arrays_hold(engine: Engine) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def states(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(torch.bfloat16)
+
+    q, k, v, sinks = states(8, 64), states(2, 500, 64), states(2, 500, 32), states(8)
+    mask = torch.randn(500, generator=generator)
+    out = torch.empty(8, 32)
+    step = EngineAttention(engine).bind(
+        q, k, v, out, scaling=0.5, softcap=4.0, sinks=sinks, mask=mask
+    )
+    for start, end in ((0, 1), (0, 77), (250, 500)):
+        q.copy_(states(8, 64))
+        step(end, start)
+        scores = torch.einsum("ghd,gtd->ght", q.view(2, 4, 64).float(), k.float()) * 0.5
+        scores = (4 * (scores / 4).tanh() + mask)[..., start:end].reshape(8, -1)
+        weights = torch.cat([scores, sinks.float()[:, None]], -1).softmax(-1)[:, :-1]
+        expected = torch.einsum("ght,gtd->ghd", weights.view(2, 4, -1), v[:, start:end].float())
+        assert (out - expected.reshape(8, 32)).norm() / expected.norm() < 1e-5
+    with pytest.raises(ValueError, match=r"keys has .* expected room for \[2, 501, 64\]"):
+        step(501)
+    with pytest.raises(ValueError, match=r"do not fit: expected \[heads, d\]"):
+        EngineAttention(engine).bind(q, k, v, out[:, :31])
+    with pytest.raises(ValueError, match=r"mask is torch.float64 \[500\], expected float32"):
+        EngineAttention(engine).bind(q, k, v, out, mask=mask.double())
+    with pytest.raises(ValueError, match=r"found torch.float16 on cpu, expected bfloat16 or"):
+        head_array(k.half())
+    with pytest.raises(ValueError, match=r"2 elements apart, expected 1"):
+        head_array(k[..., ::2])

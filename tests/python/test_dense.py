@@ -221,3 +221,28 @@ def test_amx_leaves_many_rows_to_torch(engine: Engine, monkeypatch: pytest.Monke
     with torch.inference_mode():
         assert torch.equal(model(x), ordinary)
         assert error(model(x[:1]), in_float32(model, x[:1])) < 0.02
+
+
+def test_into_writes_what_a_call_returns(engine: Engine) -> None:
+    """Whether the engine computes it, or torch: other dtypes of the output, PEFT's unusual LoRA."""
+    x = inputs(1, 1, IN)
+    for lora in ({}, {"r": 4}, {"r": 4, "use_dora": True}):
+        model = make(**lora)
+        accelerate(model, engine)
+        forward = model.first.forward
+        with torch.inference_mode():
+            expected = model.first(x)
+            for dtype in (torch.bfloat16, torch.float32):
+                out = torch.full((1, 1, HIDDEN), float("nan"), dtype=dtype)
+                forward.into(x, out)
+                assert torch.equal(out, expected.to(dtype))
+            gaps = torch.zeros(1, 1, 2 * HIDDEN, dtype=torch.bfloat16)[..., ::2]
+            forward.into(x, gaps)
+            assert torch.equal(gaps, expected)
+
+
+def test_into_refuses_another_shape(engine: Engine) -> None:
+    model, x = make(), inputs(1, 1, IN)
+    accelerate(model, engine)
+    with torch.inference_mode(), pytest.raises(ValueError, match="elements"):
+        model.first.forward.into(x, torch.empty(1, 1, HIDDEN + 1, dtype=torch.bfloat16))

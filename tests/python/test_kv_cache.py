@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.fake_streams import FakeGraphs, NoHandOff, dense_graphs
+from helpers.fake_streams import FakeGraphs, dense_graphs
 from helpers.tiny_chat import make_model, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, MistralConfig
 
 from ktrt import decode_graph, generation, kv_cache
-from ktrt.decode_graph import CudaGraphs, DecodeGraphs, window_of
+from ktrt.decode_graph import CudaGraphs, DecodeGraphs, NoHandOff, window_of
 from ktrt.errors import KtrtError
 from ktrt.generation import KvCache
 from ktrt.kv_cache import StaticKv, unusual_layers
+from ktrt.recording import RecordedSteps
 
 PROMPT = [5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43]
 SIZES: dict[str, Any] = {
@@ -34,6 +35,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+# Without experts, which transformers' own modules choose by looking at numbers.
+DENSE: dict[str, dict[str, Any]] = {
+    "llama": {}, "qwen3": {"head_dim": 24}, "olmo2": {}, "granite": {}, "cohere": {},
+    "deepseek_v2": FAMILIES["deepseek_v2"] | {"first_k_dense_replace": 2},
+}  # fmt: skip
+
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -46,9 +53,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def make(family: str, attention: str = "sdpa") -> Any:
+def make(family: str, attention: str = "sdpa", **sizes: Any) -> Any:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family]})
+    config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES.get(family, {}), **sizes})
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 
 
@@ -89,6 +96,46 @@ def test_families_decode_by_graphs(family: str, attention: str) -> None:
     # Growth from 16 to 32 and to 64 drops the graphs, so 32 and 64 are captured once each.
     assert maker.captures == 4
     assert maker.replays == 55
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", DENSE)
+def test_families_decode_by_recorded_steps(family: str, attention: str) -> None:
+    """The same on the operations themselves, which then run without the model."""
+    model, maker = make(family, attention, **DENSE[family]), RecordedSteps()
+    static, dynamic = KvCache(model, dense_graphs(model, maker)), KvCache(model)
+    ids = tokens(model, 60)
+    for part in [ids[:3], ids[3:5], *([each] for each in ids[5:])]:
+        found, expected = static.forward(part), dynamic.forward(part)
+        assert close(found, expected)
+        assert found.argmax() == expected.argmax()
+    assert static.has_graphs
+    hook = model.register_forward_pre_hook(lambda *_: pytest.fail("the model runs"))
+    static.forward([7])
+    hook.remove()
+
+
+def test_a_step_that_cannot_be_recorded_changes_nothing(llama: Any) -> None:
+    """The model goes on, on the cache as it is, and no later cache tries again."""
+    maker = RecordedSteps()
+    graphs = dense_graphs(llama, maker)
+    norm = llama.model.norm
+    hook = norm.register_forward_hook(lambda _m, _x, out: out * (1 + 0 * out.max().item()))
+    try:
+        cache = KvCache(llama, graphs)
+        cache.forward(PROMPT)
+        forwards = []
+        seen = llama.register_forward_hook(lambda *_: forwards.append(1))
+        for count in (1, 2):
+            found = cache.forward([3])
+            assert close(found, whole(llama, [*PROMPT, *[3] * count]))
+    finally:
+        hook.remove()
+        seen.remove()
+    assert not maker.usable
+    assert not cache.has_graphs
+    # The plain forward and the attempt, the next plain forward, and `whole` twice.
+    assert len(forwards) == 4, "the prompt is not computed again"
 
 
 def test_a_replay_is_a_replay(llama: Any) -> None:

@@ -139,3 +139,39 @@ def test_decode_steps_leave_torch_one_thread(engine: Engine) -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["base", "lora"])
+def test_a_bound_step_follows_its_arrays_and_adapters(engine: Engine, lora: bool) -> None:
+    model = make("deepseek_v2", lora=lora)
+    accelerate(model, engine)
+    use_latents(model, engine)
+    module = model.model.layers[0].self_attn
+    latent: LatentAttention = module.kt_latent
+    generator = torch.Generator().manual_seed(0)
+
+    def states(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(torch.bfloat16)
+
+    query, latents, positions = states(4, 24), states(200, 40), states(200, 8)
+    out = torch.empty(4, 12, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        step = latent.bind(query, latents, positions, out, 0.3)
+        for length in (1, 65, 200):
+            query.copy_(states(4, 24))
+            step(length)
+            key, value = latent.expand_kv(
+                latents[None, None, :length], positions[None, None, :length]
+            )
+            exact = torch.nn.functional.scaled_dot_product_attention(
+                query[None, :, None].float(), key.float(), value.float(), scale=0.3
+            )
+            assert float(errors(out.float(), exact[0, :, 0]).max()) < 0.02
+        with pytest.raises(ValueError, match=r"keys has 8000 elements"):
+            step(201)
+        with pytest.raises(ValueError, match=r"out is \[4, 11\], expected \[4, 12\], contiguous"):
+            latent.bind(query, latents, positions, out[:, :11], 0.3)
+        weight = latent._module.kv_b_proj.__dict__["forward"].base.weight
+        weight.data = weight.data.clone()
+        with pytest.raises(RuntimeError, match=r"kv_b_proj has other weights"):
+            step(1)

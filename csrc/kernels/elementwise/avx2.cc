@@ -3,7 +3,8 @@
 namespace ktrt {
 
 extern const ElementwiseKernels elementwise_avx2;
-const ElementwiseKernels elementwise_avx2 = {"avx2",       quantize_row, f32_to_bf16, silu_mul,
-                                             weighted_add, activate,     add_bias,    to_tile};
+const ElementwiseKernels elementwise_avx2 = {"avx2",   quantize_row, f32_to_bf16,
+                                             silu_mul, weighted_add, activate,
+                                             add_bias, to_tile,      rms_norm};
 
 }  // namespace ktrt

@@ -8,24 +8,10 @@
 
 #include "kernels/kernel_table.h"
 #include "kernels/scalar_bf16.h"
+#include "kernels/scalar_math.h"
 
 namespace ktrt {
 namespace {
-
-inline float as_float(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, 4);
-  return value;
-}
-
-// Round half to even for |value| < 2^22: adding 1.5 · 2^23 leaves the integer in the low mantissa
-// bits. Vectorises on every ISA, unlike rintf on SSE2.
-inline int32_t round_to_int(float value) {
-  const float shifted = value + 12582912.0f;
-  uint32_t bits;
-  memcpy(&bits, &shifted, 4);
-  return static_cast<int32_t>(bits) - 0x4b400000;
-}
 
 float quantize_row(const uint16_t* x, int count, int padded, uint8_t offset, uint8_t* codes) {
   uint32_t largest = 0;
@@ -51,22 +37,6 @@ float quantize_row(const uint16_t* x, int count, int padded, uint8_t offset, uin
 
 void f32_to_bf16(const float* in, int count, uint16_t* out) {
   for (int i = 0; i < count; ++i) out[i] = bf16_bits(in[i]);
-}
-
-// e^x for x ≤ 0 by 2^n · p(f), |f| ≤ 1/2; relative error below 2e-7 (Cephes' expf polynomial).
-inline float exp_of_negative(float x) {
-  const float clamped = x < -87.0f ? -87.0f : x;
-  const int32_t n = round_to_int(clamped * 1.44269504088896341f);
-  const float integer = static_cast<float>(n);
-  const float f = (clamped - integer * 0.693359375f) - integer * -2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * f + 1.3981999507e-3f;
-  p = p * f + 8.3334519073e-3f;
-  p = p * f + 4.1665795894e-2f;
-  p = p * f + 1.6666665459e-1f;
-  p = p * f + 5.0000001201e-1f;
-  p = p * (f * f) + f + 1.0f;
-  return p * as_float(static_cast<uint32_t>(n + 127) << 23);
 }
 
 // From e^-|x|, so that nothing overflows.
@@ -150,26 +120,6 @@ inline float gelu_tanh(float x) {
   return x * sigmoid(1.5957691216057308f * (x + 0.044715f * x * x * x));
 }
 
-// `yes` if `condition`, else `no`, by bits: compilers do not vectorise a choice of computations
-// that might trap.
-inline float choose(bool condition, float yes, float no) {
-  const uint32_t mask = condition ? 0xffffffffu : 0u;
-  uint32_t bits_yes, bits_no;
-  memcpy(&bits_yes, &yes, 4);
-  memcpy(&bits_no, &no, 4);
-  return as_float((bits_yes & mask) | (bits_no & ~mask));
-}
-
-// tanh(x); near 0, where the exponentials cancel, its series.
-inline float soft(float x) {
-  const float magnitude = fabsf(x);
-  const float decay = exp_of_negative(-2.0f * magnitude);
-  const float far = (1.0f - decay) / (1.0f + decay);
-  const float square = magnitude * magnitude;
-  const float near = magnitude * (1.0f - square * (0.33333333f - square * 0.13333333f));
-  return copysignf(choose(magnitude < 0.05f, near, far), x);
-}
-
 template <class Function>
 inline __attribute__((always_inline)) void for_strip_rows(int rows, uint16_t* out,
                                                           int64_t out_stride, Function value) {
@@ -177,6 +127,42 @@ inline __attribute__((always_inline)) void for_strip_rows(int rows, uint16_t* ou
     const int64_t first = static_cast<int64_t>(r) * 32;
     uint16_t* y = out + r * out_stride;
     for (int n = 0; n < 32; ++n) y[n] = bf16_bits(value(first + n));
+  }
+}
+
+// Squares are added in so many chains, on every ISA.
+constexpr int kNormLanes = 32;
+
+void rms_norm(const RmsNormArgs& a) {
+  float lanes[kNormLanes] = {};
+  const int whole = a.size - a.size % kNormLanes;
+  for (int i = 0; i < whole; i += kNormLanes) {
+    for (int l = 0; l < kNormLanes; ++l) {
+      const float value = bf16_value(a.x[i + l]);
+      lanes[l] += value * value;
+    }
+  }
+  for (int i = whole; i < a.size; ++i) {
+    lanes[i - whole] += bf16_value(a.x[i]) * bf16_value(a.x[i]);
+  }
+  for (int half = kNormLanes / 2; half > 0; half /= 2) {
+    for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+  }
+  const float r = 1.0f / __builtin_sqrtf(lanes[0] / static_cast<float>(a.size) + a.eps);
+  const auto multiply = [&](auto weight) {
+    if (a.rounds_twice) {
+      for (int i = 0; i < a.size; ++i) {
+        a.out[i] = bf16_bits(weight(i) * bf16_value(bf16_bits(bf16_value(a.x[i]) * r)));
+      }
+    } else {
+      for (int i = 0; i < a.size; ++i) a.out[i] = bf16_bits(bf16_value(a.x[i]) * r * weight(i));
+    }
+  };
+  const float offset = a.offset;
+  if (a.weight_f32 != nullptr) {
+    multiply([=](int i) { return a.weight_f32[i] + offset; });
+  } else {
+    multiply([=](int i) { return bf16_value(a.weight_bf16[i]) + offset; });
   }
 }
 

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 #include <string.h>
 
+#include "kernels/one_row.h"
 #include "kernels/strip.h"
 
 namespace ktrt {
@@ -79,9 +80,33 @@ void strip(const GemmArgs& g) {
       g.rows, [&](int first, int rows) { kRowBlocks[rows](g, first, first == 0); });
 }
 
+template <int kStrips>
+void strips_of_one_row(const GemmArgs* g) {
+  __m512 acc[kStrips][1][2];
+  unrolled<kStrips>([&](auto s) { acc[s][0][0] = acc[s][0][1] = _mm512_setzero_ps(); });
+  for_each_burst<kStrips, kBlockBytes>(
+      g, g->k * 2, [&](auto s, auto half, const uint8_t* w, int step) {
+        const uint8_t* x = g[s].a + step * 4;
+        unrolled<kBurstVectors>([&](auto i) {
+          acc[s][0][half] =
+              _mm512_dpbf16_ps(acc[s][0][half], load_pairs(w + i * 64), broadcast_pair(x + i * 4));
+        });
+      });
+  unrolled<kStrips>([&](auto s) {
+    if (g[s].lora_b != nullptr) expand_lora<1>(g[s], g[s].t, acc[s]);
+    _mm512_storeu_ps(g[s].c, acc[s][0][0]);
+    _mm512_storeu_ps(g[s].c + 16, acc[s][0][1]);
+  });
+}
+
+void one_row(const GemmArgs* strips, int count) {
+  for_each_strip_group(strips, count, strip,
+                       [](auto n, const GemmArgs* g) { strips_of_one_row<n>(g); });
+}
+
 }  // namespace
 
 extern const GemmKernel gemm_bf16_avx512_bf16;
-const GemmKernel gemm_bf16_avx512_bf16 = {"avx512_bf16", strip, 0};
+const GemmKernel gemm_bf16_avx512_bf16 = {"avx512_bf16", strip, 0, false, one_row};
 
 }  // namespace ktrt

@@ -23,5 +23,27 @@ struct Int8Weights {
   }
 };
 
+template <class Expand, int kStrips>
+void strips_of_one_row(const GemmArgs* g) {
+  __m512i acc[kStrips][1][2];
+  unrolled<kStrips>([&](auto s) { acc[s][0][0] = acc[s][0][1] = _mm512_setzero_si512(); });
+  for_each_burst<kStrips, Int8Weights::kBlockBytes>(
+      g, g->k, [&](auto s, auto half, const uint8_t* w, int step) {
+        const uint8_t* x = g[s].a + step * 4;
+        unrolled<kBurstVectors>([&](auto i) {
+          acc[s][0][half] = _mm512_dpbusd_epi32(acc[s][0][half], broadcast_word(x + i * 4),
+                                                _mm512_loadu_si512(w + i * 64));
+        });
+      });
+  unrolled<kStrips>([&](auto s) { finish<Expand, 1>(g[s], 0, acc[s]); });
+}
+
+template <class Expand>
+void int8_one_row(const GemmArgs* strips, int count) {
+  for (int i = 0; i < count; ++i) prefetch_scales(strips[i]);
+  for_each_strip_group(strips, count, vnni_strip<Int8Weights, Expand>,
+                       [](auto n, const GemmArgs* g) { strips_of_one_row<Expand, n>(g); });
+}
+
 }  // namespace
 }  // namespace ktrt

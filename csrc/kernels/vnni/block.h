@@ -7,6 +7,7 @@
 #include <immintrin.h>
 #include <string.h>
 
+#include "kernels/one_row.h"
 #include "kernels/strip.h"
 #include "kernels/vnni/expand.h"
 
@@ -63,13 +64,9 @@ inline void expand_lora(const GemmArgs& g, const uint16_t* t, float* c) {
   }
 }
 
-// Weights::multiply<kRows>(g, a, first, acc) adds the products of a whole strip.
-template <class Weights, class Expand, int kRows>
-void row_block(const GemmArgs& g, int first_row, bool first) {
-  __m512i acc[kRows][2];
-#pragma GCC unroll 14
-  for (int i = 0; i < kRows; ++i) acc[i][0] = acc[i][1] = _mm512_setzero_si512();
-  Weights::template multiply<kRows>(g, g.a + first_row * g.a_stride, first, acc);
+// C of kRows rows from the sums of their products, LoRA included.
+template <class Expand, int kRows>
+inline void finish(const GemmArgs& g, int first_row, const __m512i (&acc)[kRows][2]) {
   const __m512i offset0 = _mm512_slli_epi32(_mm512_loadu_si512(g.w_sum), 7);
   const __m512i offset1 = _mm512_slli_epi32(_mm512_loadu_si512(g.w_sum + 16), 7);
   const __m512 scale0 = _mm512_loadu_ps(g.w_scale);
@@ -85,6 +82,16 @@ void row_block(const GemmArgs& g, int first_row, bool first) {
                      _mm512_mul_ps(_mm512_mul_ps(scale, scale1), signed1));
   }
   if (g.lora_b != nullptr) expand_lora<Expand, kRows>(g, g.t + first_row * g.t_stride, c);
+}
+
+// Weights::multiply<kRows>(g, a, first, acc) adds the products of a whole strip.
+template <class Weights, class Expand, int kRows>
+void row_block(const GemmArgs& g, int first_row, bool first) {
+  __m512i acc[kRows][2];
+#pragma GCC unroll 14
+  for (int i = 0; i < kRows; ++i) acc[i][0] = acc[i][1] = _mm512_setzero_si512();
+  Weights::template multiply<kRows>(g, g.a + first_row * g.a_stride, first, acc);
+  finish<Expand, kRows>(g, first_row, acc);
 }
 
 using RowBlock = void (*)(const GemmArgs&, int, bool);

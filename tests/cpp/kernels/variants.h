@@ -62,6 +62,10 @@ inline std::vector<const ElementwiseKernels*> elementwises(const KernelTable& ta
   return {table.elementwise};
 }
 
+inline std::vector<const AttentionKernel*> attention_kernels(const KernelTable& table) {
+  return {table.attention};
+}
+
 inline std::vector<const DenseKernel*> dense_kernels(const KernelTable& table) {
   return {table.dense_bf16};
 }

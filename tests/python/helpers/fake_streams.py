@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import ctypes
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from ktrt._core import GpuHandoff
-from ktrt.decode_graph import DecodeGraphs
+from ktrt.decode_graph import DecodeGraphs, NoHandOff
 from ktrt.moe import HandOff
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from helpers.fake_cuda import FakeCuda
 
     from ktrt._core import Engine, MoeLayer
+    from ktrt.decode_graph import GraphMaker
     from ktrt.kv_cache import StaticKv
 
 
@@ -146,10 +146,14 @@ class FakeCore:
 class FakeGraphs:
     """Replaying is calling again: the memory is the same, so the same inputs give the same."""
 
+    what = "CUDA graph"
+    captures_compute = False
+
     def __init__(self, core: FakeCore | None = None) -> None:
         self.core = core
         self.captures = self.replays = 0
         self.fail: BaseException | None = None
+        self.usable = True
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
         if self.fail is not None:
@@ -173,23 +177,10 @@ class FakeGraphs:
         pass
 
 
-class NoHandOff:
-    """For models without experts."""
-
-    @contextmanager
-    def recording(self) -> Iterator[list[int]]:
-        yield []
-
-    @contextmanager
-    def launching(self, slots: Sequence[int]) -> Iterator[None]:
-        assert not slots
-        yield
-
-
-def dense_graphs(model: Any, maker: FakeGraphs | None = None) -> Callable[[StaticKv], DecodeGraphs]:
-    """What a KvCache takes to decode a model without experts by (fake) graphs."""
-    maker = maker or FakeGraphs()
-    return lambda cache: DecodeGraphs(model, cache, NoHandOff(), maker)
+def dense_graphs(model: Any, maker: GraphMaker | None = None) -> Callable[[StaticKv], DecodeGraphs]:
+    """What a KvCache takes to decode a model without experts by graphs, fake ones by default."""
+    made: GraphMaker = maker or FakeGraphs()
+    return lambda cache: DecodeGraphs(model, cache, NoHandOff(), made)
 
 
 def fake_hand_off(max_qlen: int) -> tuple[HandOff, FakeCore]:

@@ -1,0 +1,105 @@
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <utility>
+
+#include "base/check.h"
+#include "bindings/register.h"
+#include "bindings/tensor_arg.h"
+#include "dense/rms_norm.h"
+#include "dense/token_attention.h"
+#include "kernels/select.h"
+
+namespace ktrt {
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+T* address(std::uintptr_t value, const char* name) {
+  KTRT_CHECK(value % sizeof(T) == 0,
+             name << " is no multiple of " << sizeof(T) << ", expected an address of its numbers");
+  return reinterpret_cast<T*>(value);  // NOLINT: Python's data_ptr()
+}
+
+HeadArray head_array(std::uintptr_t at, std::int64_t count, std::int64_t head_stride,
+                     std::int64_t token_stride, bool float32) {
+  KTRT_CHECK(count >= 0 && head_stride >= 0 && token_stride >= 0,
+             "count, head_stride and token_stride are " << count << ", " << head_stride << " and "
+                                                        << token_stride
+                                                        << ", expected none below 0");
+  void* data = float32 ? static_cast<void*>(address<float>(at, "address"))
+                       : static_cast<void*>(address<std::uint16_t>(at, "address"));
+  return {data, count, head_stride, token_stride, float32};
+}
+
+std::unique_ptr<TokenAttention> token_attention(std::shared_ptr<Engine> engine, std::int64_t heads,
+                                                std::int64_t groups, std::int64_t key_size,
+                                                std::int64_t value_size, float scaling,
+                                                std::int64_t second_key_size, float softcap,
+                                                const py::object& sinks) {
+  const auto arg = optional_tensor(sinks, "sinks");
+  return std::make_unique<TokenAttention>(
+      std::move(engine),
+      TokenAttention::Form{heads, groups, key_size, second_key_size, value_size, scaling, softcap},
+      arg ? std::optional<TensorView>(arg->view()) : std::nullopt);
+}
+
+void attend(TokenAttention& attention, const HeadArray& query, const HeadArray* second_query,
+            const HeadArray& keys, const HeadArray* second_keys, const HeadArray& values,
+            std::int64_t start, std::int64_t end, const HeadArray& out, std::uintptr_t mask,
+            std::int64_t mask_count) {
+  const TokenAttention::Arrays arrays{query,
+                                      second_query != nullptr ? *second_query : HeadArray{},
+                                      keys,
+                                      second_keys != nullptr ? *second_keys : HeadArray{},
+                                      values,
+                                      out,
+                                      address<float>(mask, "mask"),
+                                      mask_count};
+  const py::gil_scoped_release release;
+  attention.forward(arrays, start, end);
+}
+
+// A norm and the array that holds its weight.
+struct HeldNorm {
+  HeldNorm(const py::object& array, float eps, bool rounds_twice, float offset)
+      : weight(array, "weight"),
+        table(select_kernels(active_isa(), cpu_features())),
+        norm(*table.elementwise, weight.view(), eps, offset, rounds_twice) {}
+
+  const TensorArg weight;
+  const KernelTable table;
+  const RmsNorm norm;
+};
+
+// Holds the GIL: a few rows take less time than to let it go.
+void norm_rows(const HeldNorm& held, std::uintptr_t x, std::int64_t x_count, std::int64_t rows,
+               std::int64_t row_stride, std::uintptr_t out, std::int64_t out_count) {
+  held.norm.forward(address<std::uint16_t>(x, "x"), x_count, rows, row_stride,
+                    address<std::uint16_t>(out, "out"), out_count);
+}
+
+}  // namespace
+
+void register_attention(py::module_& module) {
+  py::class_<HeadArray>(module, "HeadArray")
+      .def(py::init(&head_array), py::arg("address"), py::arg("count"), py::arg("head_stride"),
+           py::arg("token_stride") = 0, py::arg("float32") = false);
+  py::class_<TokenAttention>(module, "TokenAttention")
+      .def(py::init(&token_attention), py::arg("engine"), py::kw_only(), py::arg("heads"),
+           py::arg("groups"), py::arg("key_size"), py::arg("value_size"), py::arg("scaling"),
+           py::arg("second_key_size") = 0, py::arg("softcap") = 0.0f, py::arg("sinks") = py::none())
+      .def("forward", &attend, py::arg("query"), py::arg("second_query").none(true),
+           py::arg("keys"), py::arg("second_keys").none(true), py::arg("values"), py::arg("start"),
+           py::arg("end"), py::arg("out"), py::arg("mask") = 0, py::arg("mask_count") = 0);
+  py::class_<HeldNorm>(module, "RmsNorm")
+      .def(py::init<const py::object&, float, bool, float>(), py::arg("weight"), py::arg("eps"),
+           py::kw_only(), py::arg("rounds_twice"), py::arg("offset") = 0.0f)
+      .def_property_readonly("size", [](const HeldNorm& held) { return held.norm.size(); })
+      .def("forward", &norm_rows, py::arg("x"), py::arg("x_count"), py::arg("rows"),
+           py::arg("row_stride"), py::arg("out"), py::arg("out_count"));
+}
+
+}  // namespace ktrt

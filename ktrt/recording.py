@@ -1,0 +1,313 @@
+"""A decode step on the CPU as a flat list of operations: recorded once, then run without the model.
+
+What transformers' modules do between the large products of one token is a hundred small operations
+a layer, and the Python around them takes longer than they do. A recorder sees every operation of a
+step that runs once for real; all tensors of the step keep their memory, so that running the list
+again computes the step for whatever then lies in its inputs.
+
+- Operations of torch write into the memory that they returned the first time. Views of it need not
+  be made again; what depends on no input is computed once; what nobody reads is left out.
+- Work of the engine is recorded as a whole, by ``Recorder.call``: its modules ask for ``active``.
+- What looks at numbers (``item``, boolean indexing) or draws random ones cannot be recorded.
+
+Parameters, and everything else that is neither an input nor written to within the step, must stay
+as they are for as long as the list is used.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from ktrt.errors import KtrtError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+# The memory that one step's results may take: those of one token are far smaller.
+_MOST_BYTES = 1 << 30
+# What cannot be run again with other numbers.
+_REFUSED = {
+    torch.Tag.data_dependent_output,
+    torch.Tag.dynamic_output_shape,
+    torch.Tag.nondeterministic_seeded,
+}
+_local = threading.local()
+
+
+def active() -> Recorder | None:
+    """The recorder that watches this thread, unless it looks away."""
+    found: Recorder | None = getattr(_local, "recorder", None)
+    return None if found is None or found.paused else found
+
+
+# Given an operation, its arguments and its results, which lie where they are to be written again:
+# what computes it, or None.
+Shortcut = Callable[[Any, tuple[Any, ...], Sequence[torch.Tensor]], Callable[[], object] | None]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One operation; ``reads`` and ``writes`` name the memory that it touches."""
+
+    run: Callable[[], object]
+    reads: frozenset[int]
+    writes: frozenset[int]
+    # What ``run`` may know by address alone.
+    held: tuple[torch.Tensor, ...]
+
+
+class Recorder(TorchDispatchMode):
+    """Within its ``recording`` block, every operation of this thread is recorded."""
+
+    def __init__(self, shortcut: Shortcut | None = None) -> None:
+        """``shortcut``: what computes an operation faster than torch."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._shortcut = shortcut
+        self.paused = False
+        self.length: Callable[[], int] | None = None
+        self._mask = 0
+        self._inputs: frozenset[int] = frozenset()
+        self._calls: list[_Call] = []
+        self._made: set[int] = set()
+        # As long as they live, no other memory gets their name.
+        self._kept: list[torch.Tensor] = []
+        self._bytes = 0
+
+    def describe(
+        self,
+        inputs: Sequence[torch.Tensor],
+        mask: torch.Tensor,
+        length: Callable[[], int] | None,
+    ) -> None:
+        """What only the step's caller knows, before anything else. ``inputs``: the tensors whose
+        numbers differ from run to run; ``mask`` hides what lies behind the step's token from
+        attention, and nothing else; ``length()``: the tokens that are attended to, whenever the
+        step runs, if that is one number."""
+        self._inputs, self._mask, self.length = _memories(inputs), _memory(mask), length
+
+    def length_behind(self, mask: torch.Tensor | None) -> Callable[[], int] | None:
+        """Attention may take so many tokens instead of looking at ``mask``; None: it may not."""
+        known = mask is not None and _memory(mask) == self._mask
+        return self.length if known else None
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        if getattr(_local, "recorder", None) is not None:
+            raise KtrtError("a step is being recorded in this thread already")
+        _local.recorder = self
+        try:
+            # Not in inference mode, where some operations would arrive here as a whole.
+            with torch.inference_mode(False), torch.no_grad(), self:
+                yield
+        finally:
+            _local.recorder = None
+
+    def call(
+        self,
+        run: Callable[[], object],
+        reads: Sequence[torch.Tensor],
+        makes: Sequence[torch.Tensor],
+    ) -> None:
+        """Runs ``run`` now, and whenever the step runs: work between tensors that torch does not
+        see. It fills ``makes``, which nobody else has seen yet."""
+        self._keep(makes)
+        with self.look_away():
+            run()
+        self._add(run, reads, makes)
+
+    @contextmanager
+    def look_away(self) -> Iterator[None]:
+        """Nothing in the block is recorded."""
+        before, self.paused = self.paused, True
+        try:
+            yield
+        finally:
+            self.paused = before
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
+        if not _REFUSED.isdisjoint(func.tags) and not _is_fixed(func, args, kwargs):
+            raise KtrtError(f"the step cannot be recorded: {func} depends on the numbers")
+        out = func(*args, **kwargs)
+        reads, results = list(_tensors((args, kwargs))), list(_tensors(out))
+        known = {_memory(tensor) for tensor in reads}
+        new = [tensor for tensor in results if _memory(tensor) not in known]
+        written = _written(func, args, kwargs)
+        self._keep(new)
+        if new and written:
+            raise KtrtError(f"the step cannot be recorded: {func} both changes and makes tensors")
+        if new:
+            run = self._shortcut(func, args, results) if self._shortcut is not None else None
+            self._add(run or _into(func, args, kwargs, results), reads, new)
+        elif written:
+            self._add(functools.partial(func, *args, **kwargs), reads, written)
+        return out
+
+    def _add(
+        self,
+        run: Callable[[], object],
+        reads: Sequence[torch.Tensor],
+        writes: Sequence[torch.Tensor],
+    ) -> None:
+        held = (*reads, *writes)
+        self._calls.append(_Call(run, _memories(reads), _memories(writes), held))
+
+    def _keep(self, new: Sequence[torch.Tensor]) -> None:
+        self._made.update(map(_memory, new))
+        self._bytes += sum(tensor.untyped_storage().nbytes() for tensor in new)
+        self._kept.extend(new)
+        if self._bytes > _MOST_BYTES:
+            raise KtrtError(
+                f"the step cannot be recorded: its results take more than {_MOST_BYTES >> 20} MiB"
+            )
+
+    def calls(self) -> list[_Call]:
+        """What has to run, in order, to write again what was written to memory from outside."""
+        if not self._inputs:
+            raise KtrtError("the step has not been described: its inputs are not known")
+        return _needed(self._changing(), self._made)
+
+    def _changing(self) -> list[_Call]:
+        """The calls but for those whose results are the same in every run."""
+        counts: dict[int, int] = {}
+        for call in self._calls:
+            for memory in call.writes:
+                counts[memory] = counts.get(memory, 0) + 1
+        # Memory that is written to more than once, or that was there before.
+        changing = {m for m, count in counts.items() if count > 1 or m not in self._made}
+        changing |= self._inputs
+        found = []
+        for call in self._calls:
+            if call.reads & changing or call.writes & changing:
+                changing |= call.writes
+                found.append(call)
+        return found
+
+
+def _needed(calls: Sequence[_Call], made: set[int]) -> list[_Call]:
+    """The calls that memory from outside of the step depends on."""
+    needed: set[int] = set()
+    found = []
+    for call in reversed(calls):
+        if call.writes & needed or call.writes - made:
+            needed |= call.reads | call.writes
+            found.append(call)
+    return found[::-1]
+
+
+def _is_fixed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation that may depend on numbers does not, as it is called: integers index
+    without surprises, and attention without dropout draws nothing."""
+    if func is torch.ops.aten.index.Tensor:
+        return all(each.dtype not in (torch.bool, torch.uint8) for each in _tensors(args[1]))
+    names = [argument.name for argument in func._schema.arguments]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    return "attention" in func.name() and given.get("dropout_p", 0.0) == 0
+
+
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    return (each for each in tree_iter(tree) if isinstance(each, torch.Tensor))
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _memories(tensors: Iterable[torch.Tensor]) -> frozenset[int]:
+    return frozenset(_memory(tensor) for tensor in tensors)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The arguments that an operation changes in place."""
+    found: list[torch.Tensor] = []
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[index] if index < len(args) else kwargs.get(argument.name)
+            found.extend(_tensors(given))
+    return found
+
+
+def _into(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: Sequence[Any]
+) -> Callable[[], object]:
+    """The call that writes into the tensors that the first one returned."""
+    if func is torch.ops.aten._to_copy.default and not args[0].is_sparse:
+        return functools.partial(results[0].copy_, args[0])
+    variant = _out_variant(func)
+    if variant is not None:
+        call, names = variant
+        return functools.partial(call, *args, **kwargs, **dict(zip(names, results, strict=True)))
+
+    def again() -> None:
+        for held, new in zip(results, _tensors(func(*args, **kwargs)), strict=True):
+            held.copy_(new)
+
+    return again
+
+
+@functools.cache
+def _out_variant(func: Any) -> tuple[Any, tuple[str, ...]] | None:
+    """The overload of an operation that takes its results' memory, and the names of those."""
+    wanted = [(a.name, str(a.type)) for a in func._schema.arguments]
+    if any(str(each.type) != "Tensor" for each in func._schema.returns):
+        return None
+    packet = func.overloadpacket
+    for name in packet.overloads():
+        overload = getattr(packet, name)
+        arguments = overload._schema.arguments
+        outs = tuple(a.name for a in arguments if a.is_out)
+        if len(outs) != len(func._schema.returns):
+            continue
+        if [(a.name, str(a.type)) for a in arguments if not a.is_out] == wanted:
+            return overload, outs
+    return None
+
+
+class RecordedSteps:
+    """Makes of decode steps what runs them again: what ``torch.cuda`` has graphs for."""
+
+    what = "recorded step"
+    captures_compute = True
+
+    def __init__(self, shortcut: Shortcut | None = None) -> None:
+        self.usable = True
+        self._shortcut = shortcut
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Runs ``step`` once, which describes itself to the recorder; returns what runs it again,
+        for the memory outside of the step that it writes to. ``KtrtError``: it cannot be recorded.
+        """
+        recorder = Recorder(self._shortcut)
+        with recorder.recording():
+            step()
+        calls = recorder.calls()
+        steps = [call.run for call in calls]
+
+        def replay(_held: object = calls) -> None:
+            # What is left to torch is small: waking its threads would take longer, and they would
+            # get in the way of the engine's.
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            try:
+                for run in steps:
+                    run()
+            finally:
+                torch.set_num_threads(threads)
+
+        return replay
+
+    def clear(self) -> None:
+        """The steps so far are no longer needed."""
