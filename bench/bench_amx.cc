@@ -6,7 +6,8 @@
 //
 // Without a name of a part, all of them. Without AMX it says so and stops, but for `emulated`,
 // which shows that it works, not how fast. Values: threads, experts, layers, seconds (per
-// line), from (the fewest tokens of a layer's forward), rank and bits (of the weights): only those.
+// line), from and to (the fewest and most tokens of a layer's forward), rank and bits (of the
+// weights): only those.
 
 #include <pthread.h>
 #include <sched.h>
@@ -38,8 +39,8 @@ namespace {
 
 struct Options {
   std::set<std::string> parts;
-  std::map<std::string, int> values = {{"threads", 0}, {"experts", 64}, {"layers", 3},
-                                       {"from", 1},    {"rank", -1},    {"bits", -1}};
+  std::map<std::string, int> values = {{"threads", 0}, {"experts", 64}, {"layers", 3}, {"from", 1},
+                                       {"to", 16384},  {"rank", -1},    {"bits", -1}};
   double seconds = 0.25;
   bool wants(const char* part) const { return parts.empty() || parts.count(part) > 0; }
   // -1: any.
@@ -338,7 +339,8 @@ void run(const Options& options) {
       if (!options.wants_value("rank", rank)) continue;
       layers.set_lora(rank);
       for (const int qlen : {1, 4, 16, 64, 256, 1024, 2731, 4096, 5461, 10923, 16384}) {
-        if (qlen >= options.value("from")) layers.measure(qlen, rank, peaks);
+        if (qlen >= options.value("from") && qlen <= options.value("to"))
+          layers.measure(qlen, rank, peaks);
       }
     }
   }
