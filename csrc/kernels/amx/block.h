@@ -83,6 +83,14 @@ inline RowTiles row_tiles(const GemmArgs& g, int first_tile, int byte) {
   return {first, first + g.a_stride, 64 * g.tile_rows};
 }
 
+// Asks for 64 bytes of the rows of both tiles. Reading past the end of an allocation is harmless.
+inline void prefetch_rows(const RowTiles& a, int index) {
+  for (int64_t i = index * a.step; i < (index + 1) * a.step; i += 64) {
+    __builtin_prefetch(a.first + i, 0, 2);
+    __builtin_prefetch(a.second + i, 0, 2);
+  }
+}
+
 // A's rows come from the L2 cache: where a k-block of W is to stay in L1, past it.
 template <class Tiles, int kTile, bool kStream>
 inline void load_a(const uint8_t* a) {
@@ -353,8 +361,12 @@ class TileStrip {
     const Turn turn{pending_, block.byte == 0 ? nullptr : c};
     const int count = block.count * kPerPacked;
     const RowTiles a = row_tiles(g_, tile, block.byte * kPerPacked);
+    const RowTiles coming = tile + 2 < tiles_
+                                ? row_tiles(g_, tile + 2, block.byte * kPerPacked)
+                                : row_tiles(g_, 0, block.byte * kPerPacked + count * 64);
     const auto multiply = [&](int i, auto before) {
       if (tile == 0) w_.prepare(i);
+      if (g_.cold_rows) prefetch_rows(coming, i);
       multiply_tile<Tiles, Multiply, kTwoTiles, true>(w_.tile(i), a.first + i * a.step,
                                                       a.second + i * a.step, before);
       weights_.step();
