@@ -242,7 +242,7 @@ void DenseLinear::forward(const std::uint16_t* x, std::int64_t x_count, std::uin
     return;
   }
   const auto units = static_cast<int>((out_ + kUnitColumns - 1) / kUnitColumns);
-  schedule_columns({0, units}, units, pool.size(), queue_);
+  schedule_columns({0, units}, {.max_strips = units}, pool.size(), queue_);
   pool.run([&](int thread) {
     if (lora_) {
       const auto share = [&](std::int64_t count) {
@@ -271,7 +271,7 @@ void DenseLinear::forward_groups(int groups, const std::uint16_t* x, std::int64_
   const auto lock = engine_->lock_open();
   KTRT_CHECK(!lora_ && bias_.empty(), "groups are for a linear without LoRA and bias");
   const std::int64_t columns = out_ / groups;
-  schedule_columns({0, groups}, groups, engine_->pool_->size(), queue_);
+  schedule_columns({0, groups}, {.max_strips = groups}, engine_->pool_->size(), queue_);
   engine_->pool_->run([&](int) {
     while (const Piece* piece = queue_.claim()) {
       for (int group = piece->first_strip; group < piece->end_strip; ++group) {

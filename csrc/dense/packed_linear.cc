@@ -337,7 +337,7 @@ void PackedLinear::forward(const std::uint16_t* x, std::int64_t x_count, std::ui
   const std::int64_t units = task.blocks * task.block_tiles * (1 + task.rank_parts);
   const bool alone = out_features() * in * (kRowsPerRead + rows) < kAloneBelow;
   const int strips = base_->matrix.layout.strips();
-  schedule_columns({0, strips}, strips, alone ? 1 : pool.size(), queue_);
+  schedule_columns({0, strips}, {.max_strips = strips}, alone ? 1 : pool.size(), queue_);
   std::atomic<std::int64_t> next{0};
   const auto prepare_rows = [&] {
     for (std::int64_t unit = next++; unit < units; unit = next++) prepare(task, unit);

@@ -37,6 +37,7 @@ struct GemmArgs {
   const float* w_scale;    // [32] of this strip; null for BF16
   const int32_t* w_sum;  // [32] of this strip: Σ_k of its codes (INT4: of 16 · code); null for BF16
   const uint8_t* next;  // what is read after this strip, to prefetch; may be null
+  bool cold_rows;       // A may come from memory: worth asking for
 
   // BF16 [rank_pairs][2 halves][16 rows][2]; null without LoRA.
   const uint16_t* lora_b;

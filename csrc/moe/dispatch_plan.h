@@ -15,13 +15,15 @@ struct PlanRow {
   float weight = 0.0f;  // routing weight
 };
 
-// Consecutive plan rows of one expert: the unit whose activations stay in the L2 cache.
+// Consecutive plan rows of one expert, of tokens of one block: the unit whose activations stay in
+// the L2 cache.
 struct Job {
   int expert = 0;
   int first_row = 0;
   int rows = 0;
   // Its first row in scratch memory, where it has room for whole tiles of rows.
   int scratch_row = 0;
+  int token_block = 0;
 };
 
 // Rows that jobs of `rows` altogether may take in scratch memory.
@@ -31,18 +33,27 @@ constexpr int max_scratch_rows(int rows) { return rows + rows / kMaxTileRows; }
 // summed, whatever the number of threads. Ids outside [0, num_experts) get no row.
 class DispatchPlan {
  public:
+  // Tokens are cut into blocks for the down phase, so many that an expert has four fifths of
+  // max_job_rows rows in each, on the average: few have more than max_job_rows and so two jobs.
   // expert_ids [qlen, k] int32 or int64, routing_weights [qlen, k] float; checked by the caller.
   void build(const TensorView& expert_ids, const TensorView& routing_weights, int num_experts,
              int max_job_rows);
 
   const std::vector<PlanRow>& rows() const { return rows_; }
   const std::vector<Job>& jobs() const { return jobs_; }
+  // Tokens b · block_tokens() and on; the last block may have fewer.
+  int token_blocks() const { return token_blocks_; }
+  int block_tokens() const { return block_tokens_; }
 
  private:
-  std::vector<int> ids_;      // [qlen · k], -1 for a slot that is left out
-  std::vector<int> offsets_;  // [num_experts + 1]
+  void cut_tokens(std::int64_t qlen, std::int64_t slots, int num_experts, int max_job_rows);
+
+  std::vector<int> buckets_;  // [qlen · k]: expert · token blocks + block; -1: left out
+  std::vector<int> offsets_;  // [num_experts · token blocks + 1]
   std::vector<PlanRow> rows_;
   std::vector<Job> jobs_;
+  int token_blocks_ = 0;
+  int block_tokens_ = 0;
 };
 
 }  // namespace ktrt

@@ -42,13 +42,27 @@ class ThreadForward {
   const std::uint8_t* tile_after(std::size_t job, int strip, int slice, const Piece& piece) const;
   GemmArgs down_args(const Job& job, int strip, int slice, float* c) const;
   void finish_down(const Piece& piece, const Job& job, int strip, int slice, float* c) const;
-  void add_weighted(const Job& job, const float* c, float* out, std::int64_t columns) const;
-  void store_group(int first_strip, int strips) const;
+  void add_weighted(const Job& job, const float* c, float* out, int first_token,
+                    std::int64_t columns) const;
+  void store_group(const Piece& piece) const;
+
+  int first_token(const Piece& piece) const { return piece.job * task_.plan.block_tokens(); }
+  int tokens(const Piece& piece) const {
+    const int rest = static_cast<int>(task_.out.shape[0]) - first_token(piece);
+    return std::min(task_.plan.block_tokens(), rest);
+  }
+  // The first job from `job` on that belongs to the piece's tokens.
+  std::size_t job_of_block(std::size_t job, const Piece& piece) const {
+    const std::vector<Job>& jobs = task_.plan.jobs();
+    while (job < jobs.size() && jobs[job].token_block != piece.job) ++job;
+    return job;
+  }
 
   // Calls add(job, strip, slice of down) in the order of the sums.
   template <class Add>
   void for_each_slice(const Piece& piece, const Add& add) const {
-    for (std::size_t j = 0; j < task_.plan.jobs().size(); ++j) {
+    const std::size_t jobs = task_.plan.jobs().size();
+    for (std::size_t j = job_of_block(0, piece); j < jobs; j = job_of_block(j + 1, piece)) {
       for (int strip = piece.first_strip; strip < piece.end_strip; ++strip) {
         for (int slice = 0; slice < task_.weights.down_slices(); ++slice) add(j, strip, slice);
       }
@@ -237,26 +251,26 @@ const std::uint8_t* ThreadForward::tile_after(std::size_t job, int strip, int sl
     slice = 0;
     if (++strip == piece.end_strip) {
       strip = piece.first_strip;
-      if (++job == jobs.size()) return nullptr;
+      job = job_of_block(job + 1, piece);
+      if (job == jobs.size()) return nullptr;
     }
   }
   return task_.weights.strip(jobs[job].expert, Projection::kDown, strip, slice).first_tile;
 }
 
-// Sums of all jobs for the piece's output columns, then their conversion.
+// Sums of all jobs for the piece's tokens and output columns, then their conversion.
 void ThreadForward::down(const Piece& piece) const {
-  const int strips = piece.end_strip - piece.first_strip;
-  const std::int64_t columns = static_cast<std::int64_t>(strips) * kStripRows;
-  const std::int64_t qlen = task_.out.shape[0];
-  std::memset(scratch_.out, 0, static_cast<std::size_t>(qlen * columns) * sizeof(float));
-  // One token, which may have an expert twice.
-  const bool one_row = qlen == 1 && jobs_have_one_row();
-  if (one_row && task_.gemm.for_rows(1).one_row != nullptr) {
+  const std::int64_t columns =
+      static_cast<std::int64_t>(piece.end_strip - piece.first_strip) * kStripRows;
+  std::memset(scratch_.out, 0, static_cast<std::size_t>(tokens(piece) * columns) * sizeof(float));
+  // One token may name an expert twice: then that job has two rows.
+  const bool one_row_each = task_.plan.rows().size() == task_.plan.jobs().size();
+  if (one_row_each && task_.gemm.for_rows(1).one_row != nullptr) {
     add_down_one_row(piece);
   } else {
     add_down_strips(piece);
   }
-  store_group(piece.first_strip, strips);
+  store_group(piece);
 }
 
 GemmArgs ThreadForward::down_args(const Job& job, int strip, int slice, float* c) const {
@@ -270,7 +284,8 @@ void ThreadForward::finish_down(const Piece& piece, const Job& job, int strip, i
   const std::int64_t columns =
       static_cast<std::int64_t>(piece.end_strip - piece.first_strip) * kStripRows;
   if (slice == 0) add_bias(job, Projection::kDown, strip, c);
-  add_weighted(job, c, scratch_.out + (strip - piece.first_strip) * kStripRows, columns);
+  float* out = scratch_.out + (strip - piece.first_strip) * kStripRows;
+  add_weighted(job, c, out, first_token(piece), columns);
 }
 
 void ThreadForward::add_down_strips(const Piece& piece) const {
@@ -278,6 +293,7 @@ void ThreadForward::add_down_strips(const Piece& piece) const {
   for_each_slice(piece, [&](std::size_t j, int strip, int slice) {
     GemmArgs args = down_args(jobs[j], strip, slice, scratch_.c);
     args.next = tile_after(j, strip, slice, piece);
+    args.cold_rows = strip == piece.first_strip;
     rows_.gemm_for(jobs[j]).strip(args);
     finish_down(piece, jobs[j], strip, slice, scratch_.c);
   });
@@ -310,30 +326,31 @@ void ThreadForward::add_down_one_row(const Piece& piece) const {
 
 // C times the routing weights, to the sums of the job's tokens. `out`: the strip's place in the
 // first token's.
-void ThreadForward::add_weighted(const Job& job, const float* c, float* out,
+void ThreadForward::add_weighted(const Job& job, const float* c, float* out, int first_token,
                                  std::int64_t columns) const {
   constexpr int kAhead = 6;
   const PlanRow* rows = task_.plan.rows().data() + job.first_row;
   for (int r = 0; r < job.rows; ++r) {
     if (r + kAhead < job.rows) {
-      const float* coming = out + rows[r + kAhead].token * columns;
+      const float* coming = out + (rows[r + kAhead].token - first_token) * columns;
       __builtin_prefetch(coming, 1, 3);
       __builtin_prefetch(coming + 16, 1, 3);
     }
     task_.kernels.elementwise->weighted_add(c + r * kStripRows, rows[r].weight,
-                                            out + rows[r].token * columns);
+                                            out + (rows[r].token - first_token) * columns);
   }
 }
 
-void ThreadForward::store_group(int first_strip, int strips) const {
-  const int columns = strips * kStripRows;
-  const int first_column = first_strip * kStripRows;
+void ThreadForward::store_group(const Piece& piece) const {
+  const int columns = (piece.end_strip - piece.first_strip) * kStripRows;
+  const int first_column = piece.first_strip * kStripRows;
+  const int first = first_token(piece);
   const int valid = std::min(columns, task_.weights.shape().hidden_size - first_column);
   const TensorView& out = task_.out;
-  for (std::int64_t token = 0; token < out.shape[0]; ++token) {
+  for (std::int64_t token = 0; token < tokens(piece); ++token) {
     const float* sums = scratch_.out + token * columns;
-    std::byte* row =
-        out.mutable_row(token) + static_cast<std::size_t>(first_column) * size_of(out.dtype);
+    std::byte* row = out.mutable_row(first + token) +
+                     static_cast<std::size_t>(first_column) * size_of(out.dtype);
     switch (out.dtype) {
       case DType::kFloat32:
         std::memcpy(row, sums, static_cast<std::size_t>(valid) * sizeof(float));
@@ -347,10 +364,18 @@ void ThreadForward::store_group(int first_strip, int strips) const {
   }
 }
 
-// Strips of output columns whose sums fit one thread's scratch memory.
-int max_output_strips(std::int64_t qlen) {
-  const std::size_t strip_bytes = static_cast<std::size_t>(qlen) * kStripRows * sizeof(float);
-  return static_cast<int>(std::max<std::size_t>(1, kOutputBlockBytes / strip_bytes));
+// Every piece reads all activations of its tokens, for a job of r rows as many bytes as the weights
+// of r/32 strips: pieces of one strip spent half of a layer's time there (256 rows, 2 threads).
+ColumnCut cut_columns(const DispatchPlan& plan) {
+  // So that they are two thirds of what a piece reads, at most; more strips would leave nothing to
+  // share at the end, or threads without work.
+  constexpr int kRowsPerStrip = 64;
+  const std::size_t strip_bytes =
+      static_cast<std::size_t>(plan.block_tokens()) * kStripRows * sizeof(float);
+  const auto fitting = static_cast<int>(kOutputBlockBytes / strip_bytes);
+  const auto jobs = std::max<std::size_t>(1, plan.jobs().size());
+  const auto rows = static_cast<int>(plan.rows().size() / jobs);
+  return {plan.token_blocks(), std::max(1, fitting), std::max(1, rows / kRowsPerStrip)};
 }
 
 }  // namespace
@@ -358,6 +383,7 @@ int max_output_strips(std::int64_t qlen) {
 void run_forward(const ForwardTask& task, ThreadPool& pool) {
   const std::int64_t qlen = task.out.shape[0];
   if (qlen == 0) return;
+  const ColumnCut columns = cut_columns(task.plan);
   const int parts = task.weights.parts();
   const int threads_per_part = std::max(1, pool.size() / parts);
   for (int p = 0; p < parts; ++p) {
@@ -367,8 +393,7 @@ void run_forward(const ForwardTask& task, ThreadPool& pool) {
     };
     PartQueues& queues = task.queues[static_cast<std::size_t>(p)];
     schedule_jobs(task.plan.jobs(), strips(Projection::kUp), threads_per_part, queues.gate_up);
-    schedule_columns(strips(Projection::kDown), max_output_strips(qlen), threads_per_part,
-                     queues.down);
+    schedule_columns(strips(Projection::kDown), columns, threads_per_part, queues.down);
   }
   schedule_shrinks(task.plan.jobs(), task.lora != nullptr ? task.lora->input_shrink().blocks : 0,
                    kSharedInputRows, task.shrinks);

@@ -54,13 +54,18 @@ void schedule_shrinks(const std::vector<Job>& jobs, int blocks, int capacity, Sh
   }
 }
 
-void schedule_columns(StripRange strips, int max_strips, int threads, PieceQueue& queue) {
+void schedule_columns(StripRange strips, const ColumnCut& cut, int threads, PieceQueue& queue) {
   queue.reset();
-  for (int strip = strips.begin; strip < strips.end;) {
-    const int rest = strips.end - strip;
-    const int end = strip + std::clamp(rest / (threads * 2), 1, std::min(max_strips, rest));
-    queue.pieces.push_back({0, strip, end});
-    strip = end;
+  int rest = (strips.end - strips.begin) * cut.token_blocks;
+  const int smallest = std::clamp(rest / threads, 1, cut.min_strips);
+  for (int block = 0; block < cut.token_blocks; ++block) {
+    for (int strip = strips.begin; strip < strips.end;) {
+      const int target = std::max(smallest, rest / (threads * 2));
+      const int count = std::min({target, cut.max_strips, strips.end - strip});
+      queue.pieces.push_back({block, strip, strip + count});
+      strip += count;
+      rest -= count;
+    }
   }
 }
 

@@ -12,9 +12,10 @@
 
 namespace ktrt {
 
-// Strips [first_strip, end_strip) of one job, or of all jobs in the down phase.
+// Strips [first_strip, end_strip) of one job, or of all jobs of a block of tokens in the down
+// phase.
 struct Piece {
-  int job = 0;
+  int job = 0;  // or the block
   int first_strip = 0;
   int end_strip = 0;
 };
@@ -58,7 +59,12 @@ void schedule_shrinks(const std::vector<Job>& jobs, int blocks, int capacity, Sh
 // Gate and up: the strips of every job, weighted by its cost.
 void schedule_jobs(const std::vector<Job>& jobs, StripRange strips, int threads, PieceQueue& queue);
 
-// Down: strips of output columns, at most `max_strips` a piece.
-void schedule_columns(StripRange strips, int max_strips, int threads, PieceQueue& queue);
+// Down: strips of output columns for every block of tokens.
+struct ColumnCut {
+  int token_blocks = 1;
+  int max_strips = 1;  // of a piece
+  int min_strips = 1;  // where there are enough for all threads
+};
+void schedule_columns(StripRange strips, const ColumnCut& cut, int threads, PieceQueue& queue);
 
 }  // namespace ktrt

@@ -84,8 +84,9 @@ void Workspace::reserve(const MoeShape& shape) {
   const std::size_t act_row = std::max(act_row_, row_bytes(shape.intermediate_size));
   const std::size_t plan_rows = std::max(
       plan_rows_, static_cast<std::size_t>(max_qlen_) * static_cast<std::size_t>(shape.top_k));
+  const std::size_t out_column = static_cast<std::size_t>(max_qlen_) * sizeof(float);
   const std::size_t out_bytes =
-      std::max(kOutputBlockBytes, static_cast<std::size_t>(max_qlen_) * kStripRows * sizeof(float));
+      std::max(std::min(kOutputBlockBytes, out_column * x_row / 2), out_column * kStripRows);
   if (x_row != x_row_ || act_row != act_row_) {
     const auto job_rows = static_cast<std::size_t>(max_scratch_rows(max_job_rows_));
     const Sizes sizes{job_rows, x_row, act_row, out_bytes};

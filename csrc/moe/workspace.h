@@ -15,14 +15,14 @@ namespace ktrt {
 // cache of 1 MB beside the strips of gate and up that are multiplied with it.
 inline constexpr int kMaxJobRows = 128;
 // The same for AMX, whose tiles want more rows for every byte of weights and whose machines have L2
-// caches of 2 MB.
-inline constexpr int kMaxTileJobRows = 256;
+// caches of 2 MB: about 256, and what chance adds to that, or half of all jobs would be cut in two.
+inline constexpr int kMaxTileJobRows = 320;
 // Rows of jobs with few rows whose shrunk inputs are shared by all threads in one forward.
 inline constexpr int kSharedInputRows = 1024;
 // Values after a shrunk row's ranks, which kernels in tile order read and which are finite.
 inline constexpr int kShrunkPadding = 32;
-// float32 sums of one thread's output columns in the down phase, for the same reason.
-inline constexpr std::size_t kOutputBlockBytes = std::size_t{512} << 10;
+// float32 sums of one thread's output columns in the down phase.
+inline constexpr std::size_t kOutputBlockBytes = std::size_t{4} << 20;
 
 // Bytes of a scratch row of `bytes`: a multiple of 64 that is not a multiple of 4096, or the rows
 // of a register block would share one set of the L1 cache.

@@ -18,11 +18,12 @@ class AmxBf16Gemm {
   }
 
   template <class Tiles, bool kTwoTiles>
-  void finish(int first_tile) {
+  float* finish(int first_tile) {
     const int first_row = first_tile * g_.tile_rows;
-    if (g_.lora_b != nullptr) expand_.multiply<Tiles, kTwoTiles>(g_, first_row);
-    store_c<Tiles, kTwoTiles>(g_.c + static_cast<int64_t>(first_row) * kStripColumns, g_.tile_rows);
+    if (g_.lora_b != nullptr) expand_.multiply<Tiles, kTwoTiles>(g_, first_row, nullptr);
+    return g_.c + static_cast<int64_t>(first_row) * kStripColumns;
   }
+  void stored() {}
   void step(int) {}
   void flush() {}
 

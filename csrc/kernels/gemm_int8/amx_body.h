@@ -20,18 +20,23 @@ class AmxInt8Gemm {
   }
 
   template <class Tiles, bool kTwoTiles>
-  void finish(int first_tile) {
+  float* finish(int first_tile) {
     flush();
-    const int first = first_tile * g_.tile_rows;
-    store_c<Tiles, kTwoTiles>(g_.c + static_cast<int64_t>(first) * kStripColumns, g_.tile_rows);
-    if (g_.lora_b != nullptr) {
-      zero_c<Tiles, kTwoTiles>();
-      expand_.multiply<Tiles, kTwoTiles>(g_, first);
-      store_c<Tiles, kTwoTiles>(expanded_, g_.tile_rows);
-    }
-    const int end = first + (kTwoTiles ? 2 : 1) * g_.tile_rows;
-    first_ = next_ = first;
-    end_ = end < g_.rows ? end : g_.rows;
+    first_ = first_tile * g_.tile_rows;
+    const int end = first_ + (kTwoTiles ? 2 : 1) * g_.tile_rows;
+    coming_end_ = end < g_.rows ? end : g_.rows;
+    float* c = g_.c + static_cast<int64_t>(first_) * kStripColumns;
+    if (g_.lora_b == nullptr) return c;
+    const Turn turn{c, nullptr};
+    expand_.multiply<Tiles, kTwoTiles>(g_, first_, &turn);
+    return expanded_;
+  }
+  // What finish() said is stored: its rows may be scaled.
+  void stored() {
+    if (coming_end_ == 0) return;
+    next_ = first_;
+    end_ = coming_end_;
+    coming_end_ = 0;
   }
   // Scales as many rows as leave nothing to do after `steps` steps.
   void step(int steps) {
@@ -61,9 +66,10 @@ class AmxInt8Gemm {
   }
 
   const GemmArgs& g_;
-  int first_ = 0;  // the rows whose sums are complete,
-  int next_ = 0;   // the first of them that is not scaled yet,
-  int end_ = 0;    // and their end
+  int first_ = 0;       // the rows whose sums are complete,
+  int next_ = 0;        // the first of them that is not scaled yet,
+  int end_ = 0;         // and their end
+  int coming_end_ = 0;  // the same until they are stored, then 0
   ExpandTiles expand_;
   alignas(64) float expanded_[2 * kTileRows * kStripColumns];
 };

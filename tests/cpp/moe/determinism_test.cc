@@ -20,7 +20,7 @@ using testing::make_engine;
 using testing::random_batch;
 
 constexpr MoeShape kShape{8, 3, 160, 176};
-constexpr int kMaxQlen = 400;
+constexpr int kMaxQlen = 1100;
 
 class DeterminismTest : public ::testing::TestWithParam<std::tuple<WeightFormat, bool>> {
  protected:
@@ -55,7 +55,7 @@ TEST_P(DeterminismTest, NumberOfThreads) {
   const auto one = test_.make_layer(make_engine(1, kMaxQlen));
   for (const int threads : {2, 3}) {
     const auto several = test_.make_layer(make_engine(threads, kMaxQlen));
-    for (const int qlen : {1, 2, 17, 64, 300}) {
+    for (const int qlen : {1, 2, 17, 64, 300, kMaxQlen}) {
       EXPECT_EQ(forward(*several, random_batch(kShape, qlen)),
                 forward(*one, random_batch(kShape, qlen)))
           << threads << " threads, " << qlen << " tokens";
@@ -69,7 +69,7 @@ TEST_P(DeterminismTest, NumberOfParts) {
   const auto whole = test_.make_layer(make_engine(1, kMaxQlen));
   for (const auto& [threads, parts] : {std::pair(2, 2), std::pair(3, 2), std::pair(5, 5)}) {
     const auto sharded = test_.make_layer(make_engine(threads, kMaxQlen, detected_isa(), parts));
-    for (const int qlen : {1, 17, 300}) {
+    for (const int qlen : {1, 17, 300, kMaxQlen}) {
       EXPECT_EQ(forward(*sharded, skewed_batch(qlen)), forward(*whole, skewed_batch(qlen)))
           << threads << " threads, " << parts << " parts, " << qlen << " tokens";
     }

@@ -65,7 +65,8 @@ TEST(DispatchPlan, LongJobsAreSplitEvenly) {
   for (const int count : {1, 127, 128, 129, 256, 257, 1000}) {
     const std::vector<std::int64_t> ids(static_cast<std::size_t>(count), 1);
     const std::vector<float> weights(ids.size(), 1.0f);
-    const DispatchPlan plan = plan_of(ids, weights, 1, 3, 128);
+    const DispatchPlan plan = plan_of(ids, weights, 1, 30, 128);
+    EXPECT_EQ(plan.token_blocks(), 1);
     ASSERT_EQ(plan.jobs().size(), static_cast<std::size_t>((count + 127) / 128));
     int next = 0;
     int scratch = 0;
@@ -82,6 +83,29 @@ TEST(DispatchPlan, LongJobsAreSplitEvenly) {
     }
     EXPECT_EQ(next, count);
     EXPECT_LE(scratch, max_scratch_rows(count));
+  }
+}
+
+// 10 experts with 4 slots of a token each: 0.4 rows of an expert per token.
+TEST(DispatchPlan, TokensAreCutIntoBlocksThatGiveAnExpertAboutFourFifthsOfAJob) {
+  for (const int qlen : {1, 7, 256, 383, 385, 1000, 5000}) {
+    std::vector<std::int64_t> ids;
+    for (int t = 0; t < qlen; ++t) {
+      for (int s = 0; s < 4; ++s) ids.push_back((t + s) % 10);
+    }
+    const std::vector<float> weights(ids.size(), 1.0f);
+    const DispatchPlan plan = plan_of(ids, weights, 4, 10, 128);
+    // 103 rows of each of 10 experts are those of 257.5 tokens.
+    EXPECT_EQ(plan.token_blocks(), std::max(1, (qlen * 4 + 515) / 1030)) << qlen;
+    EXPECT_LT((plan.token_blocks() - 1) * plan.block_tokens(), qlen);
+    EXPECT_GE(plan.token_blocks() * plan.block_tokens(), qlen);
+    std::size_t row = 0;
+    for (const Job& job : plan.jobs()) {
+      for (int r = 0; r < job.rows; ++r, ++row) {
+        ASSERT_EQ(plan.rows()[row].token / plan.block_tokens(), job.token_block) << qlen;
+      }
+    }
+    EXPECT_EQ(row, ids.size());
   }
 }
 

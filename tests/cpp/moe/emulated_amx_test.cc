@@ -65,6 +65,13 @@ INSTANTIATE_TEST_SUITE_P(Formats, EmulatedAmxTest,
                                   (std::get<1>(test.param) ? "_lora" : "_base");
                          });
 
+// 512 rows of the two experts are a block.
+TEST_P(EmulatedAmxTest, SeveralBlocksOfTokens) {
+  const LayerCase test = make_case({2, 2, 64, 96});
+  const auto layer = test.make_layer(emulated_engine(2));
+  testing::expect_matches_reference(test, *layer, random_batch(test.shape, 601));
+}
+
 // All to one expert: 1 row and few, tiles that are not full, blocks of k, several jobs.
 TEST_P(EmulatedAmxTest, AnyNumberOfRows) {
   const LayerCase test = make_case({2, 1, 160, 96});

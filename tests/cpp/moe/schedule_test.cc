@@ -96,23 +96,41 @@ TEST(ScheduleShrinks, EveryBlockOfJobsWithFewRowsWhileThereIsRoom) {
   }
 }
 
-TEST(ScheduleColumns, EveryStripOnceAndNotTooManyAtATime) {
+TEST(ScheduleColumns, EveryStripOfEveryBlockOnceAndNotTooManyAtATime) {
   for (const int threads : {1, 2, 3, 16, 64}) {
     for (const StripRange strips : kRanges) {
-      for (const int most : {1, 4, 1000}) {
+      for (const ColumnCut cut : {ColumnCut{1, 1, 1}, {1, 4, 1}, {3, 4, 4}, {2, 1000, 6}}) {
         PieceQueue queue;
-        schedule_columns(strips, most, threads, queue);
+        schedule_columns(strips, cut, threads, queue);
+        int block = 0;
         int next = strips.begin;
         for (const Piece& piece : queue.pieces) {
+          ASSERT_EQ(piece.job, block);
           ASSERT_EQ(piece.first_strip, next);
           ASSERT_GT(piece.end_strip, next);
-          ASSERT_LE(piece.end_strip - next, most);
+          ASSERT_LE(piece.end_strip - next, cut.max_strips);
           next = piece.end_strip;
+          if (next == strips.end) {
+            next = strips.begin;
+            ++block;
+          }
         }
-        EXPECT_EQ(next, strips.end);
+        EXPECT_EQ(block, cut.token_blocks);
+        EXPECT_EQ(next, strips.begin);
       }
     }
   }
+}
+
+TEST(ScheduleColumns, PiecesAreWideIfThatLeavesOneForEveryThread) {
+  PieceQueue queue;
+  schedule_columns({0, 64}, {1, 16, 4}, 16, queue);
+  ASSERT_EQ(queue.pieces.size(), 16u);
+  for (const Piece& piece : queue.pieces) EXPECT_EQ(piece.end_strip - piece.first_strip, 4);
+  schedule_columns({0, 64}, {1, 16, 4}, 64, queue);
+  EXPECT_EQ(queue.pieces.size(), 64u);
+  schedule_columns({0, 64}, {1, 16, 4}, 2, queue);
+  EXPECT_EQ(queue.pieces.front().end_strip, 16);
 }
 
 TEST(PieceQueue, EveryPieceIsClaimedOnce) {

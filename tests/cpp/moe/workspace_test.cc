@@ -42,8 +42,9 @@ std::vector<Part> parts_of(const Workspace& workspace, int threads, const MoeSha
     add(thread.tile_x, kMaxTileRows * stride(shape.hidden_size, 2));
     add(thread.tile_codes,
         kMaxTileRows * std::max(stride(shape.hidden_size, 1), stride(shape.intermediate_size, 1)));
-    add(thread.out, std::max(kOutputBlockBytes,
-                             static_cast<std::size_t>(workspace.max_qlen()) * kStripRows * 4));
+    const std::size_t column = static_cast<std::size_t>(workspace.max_qlen()) * 4;
+    const auto columns = static_cast<std::size_t>(round_up(shape.hidden_size, kStripRows));
+    add(thread.out, std::max(std::min(kOutputBlockBytes, column * columns), column * kStripRows));
   }
   const std::size_t rows =
       static_cast<std::size_t>(max_scratch_rows(workspace.max_qlen() * shape.top_k));
