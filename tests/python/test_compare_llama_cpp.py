@@ -136,5 +136,7 @@ def test_both_programs_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     pytest.importorskip("llama_cpp")
     pytest.importorskip("gguf")
     arguments = ["--out", str(tmp_path), "--small", "--rounds", "1", "--prompt", "32", "--new", "4"]
+    # llama.cpp's AMX kernels crash on several threads (0.3.36).
+    arguments.append("--plain-buffers")
     assert compare.main(arguments) == 0
     assert "INT8 · Q8_0, decoding, LoRA r 8" in capsys.readouterr().out
