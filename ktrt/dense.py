@@ -110,7 +110,8 @@ def _length(cache: Any) -> int:
 def refresh(model: nn.Module) -> None:
     """Reads the LoRA of all layers again: after numbers of an adapter were changed in place.
 
-    A change of the active adapters or of their scaling is noticed without it.
+    A change of the active adapters or of their scaling is noticed without it. KV caches that have
+    recorded steps with the old numbers have to go.
     """
     for forward in _forwards(model):
         forward.refresh()
