@@ -181,6 +181,8 @@ class LatentAttention:
         tensors = latents, positions
         mixed = torch.empty_like(absorbed)
         first, last = head_array(absorbed[:, None]), head_array(mixed[:, None])
+        exact, seen = absorbed.float(), mixed.float()
+        arrays = head_array(exact[:, None]), head_array(seen[:, None])
 
         def attend(length: int, _kept: object = tensors) -> None:
             nope.copy_(parts[0])
@@ -193,15 +195,13 @@ class LatentAttention:
             a, b = lora[0], lora[1].view(self.heads, self.nope + self.value, -1)
             # In float32 but for the engine's products: scores are differences of large numbers.
             shrunk = torch.bmm(nope.float().unsqueeze(1), b[:, : self.nope]).squeeze(1)
-            exact = absorbed.float() + shrunk @ a
-            seen = torch.empty_like(exact)
-            attention.forward(
-                head_array(exact[:, None]), rotated, *cache, cache[0], 0, length,
-                head_array(seen[:, None]),
-            )  # fmt: skip
-            self._groups(self._values, seen.to(out.dtype), out)
-            expanded = torch.bmm(b[:, self.nope :], (seen @ a.T).unsqueeze(2)).squeeze(2)
-            out.copy_(out.float() + expanded)
+            torch.addmm(absorbed.float(), shrunk, a, out=exact)
+            attention.forward(arrays[0], rotated, *cache, cache[0], 0, length, arrays[1])
+            mixed.copy_(seen)
+            self._groups(self._values, mixed, out)
+            shrunk = (seen @ a.T).unsqueeze(2)
+            total = torch.baddbmm(out.float().unsqueeze(2), b[:, self.nope :], shrunk)
+            out.copy_(total.squeeze(2))
 
         return attend
 
