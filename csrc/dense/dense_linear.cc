@@ -72,7 +72,7 @@ DenseLinear::DenseLinear(std::shared_ptr<Engine> engine, const TensorView& weigh
   in_ = weight.shape[1];
   weight_ = static_cast<const std::uint16_t*>(weight.data);
   part_of_k_ = part_of_k(in_);
-  bias_ = copy_bias(bias, out_, out_);
+  bias_ = copy_floats(bias, out_, out_);
 }
 
 void DenseLinear::set_lora(const TensorView& a, const TensorView& b) {

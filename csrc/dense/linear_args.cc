@@ -40,13 +40,13 @@ void check_weight(const TensorView& weight) {
                                                              << " (contiguous)");
 }
 
-AlignedBuffer copy_bias(const std::optional<TensorView>& bias, std::int64_t out,
-                        std::int64_t padded) {
-  if (!bias) return {};
-  bias->expect_float();
-  bias->expect_shape({out});
+AlignedBuffer copy_floats(const std::optional<TensorView>& values, std::int64_t count,
+                          std::int64_t padded) {
+  if (!values) return {};
+  values->expect_float();
+  values->expect_shape({count});
   AlignedBuffer copy(static_cast<std::size_t>(padded) * sizeof(float));
-  for (std::int64_t i = 0; i < out; ++i) copy.as<float>()[i] = value_at(*bias, i);
+  for (std::int64_t i = 0; i < count; ++i) copy.as<float>()[i] = value_at(*values, i);
   return copy;
 }
 

@@ -1,4 +1,4 @@
-// What all linears check and convert of their arguments.
+// What the linears, and attention, check and convert of their arguments.
 #pragma once
 
 #include <cstdint>
@@ -9,13 +9,14 @@
 
 namespace ktrt {
 
-// Refuses what is no matrix of BF16 with sizes from 1 to 2^30 whose
-// rows lie one after the other. Throws std::invalid_argument naming found and expected.
+// Refuses what is no matrix of BF16 with sizes from 1 to 2^30 whose rows lie one after the other.
+// Throws std::invalid_argument naming found and expected.
 void check_weight(const TensorView& weight);
 
-// float32 [padded], zeros after `out`; empty without a bias. Throws std::invalid_argument.
-AlignedBuffer copy_bias(const std::optional<TensorView>& bias, std::int64_t out,
-                        std::int64_t padded);
+// float32 [padded] of `values` [count] in any float dtype, zeros after them; empty without values.
+// Throws std::invalid_argument.
+AlignedBuffer copy_floats(const std::optional<TensorView>& values, std::int64_t count,
+                          std::int64_t padded);
 
 // a [rank, in] and b [out, rank] in float32, rank at most `max_rank`. Throws std::invalid_argument.
 void check_lora(const TensorView& a, const TensorView& b, std::int64_t in, std::int64_t out,

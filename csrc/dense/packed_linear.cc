@@ -94,7 +94,7 @@ PackedLinear::PackedLinear(std::shared_ptr<Engine> engine, const TensorView& wei
                             static_cast<int>(weight.shape[1]));
   const auto rows = static_cast<std::size_t>(layout.padded_n());
   Base base;
-  base.bias = copy_bias(bias, layout.n(), layout.padded_n());
+  base.bias = copy_floats(bias, layout.n(), layout.padded_n());
   base.codes = AlignedBuffer(layout.code_bytes());
   base.scales = AlignedBuffer(rows * sizeof(float));
   base.sums = AlignedBuffer(rows * sizeof(std::int32_t));

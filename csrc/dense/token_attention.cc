@@ -5,8 +5,8 @@
 #include <cmath>
 #include <limits>
 
-#include "base/bf16.h"
 #include "base/check.h"
+#include "dense/linear_args.h"
 
 namespace ktrt {
 
@@ -47,17 +47,6 @@ void check_array(const char* name, const HeadArray& array, bool any_dtype, std::
              name << " has " << array.count << " elements, heads " << array.head_stride
                   << " and tokens " << array.token_stride << " apart, expected room for [" << heads
                   << ", " << tokens << ", " << size << "]");
-}
-
-float value_at(const TensorView& array, std::int64_t i) {
-  switch (array.dtype) {
-    case DType::kFloat32:
-      return static_cast<const float*>(array.data)[i];
-    case DType::kBfloat16:
-      return bf16_to_f32(static_cast<const bf16_t*>(array.data)[i]);
-    default:
-      return fp16_to_f32(static_cast<const fp16_t*>(array.data)[i]);
-  }
 }
 
 const std::uint16_t* bf16_at(const HeadArray& array, std::int64_t head, std::int64_t token) {
@@ -113,13 +102,8 @@ TokenAttention::TokenAttention(std::shared_ptr<Engine> engine, const Form& form,
   KTRT_CHECK(std::isfinite(form.softcap) && form.softcap >= 0.0f,
              "softcap is " << form.softcap << ", expected a number, 0 for none");
   sinks_.assign(static_cast<std::size_t>(form.heads), kNothing);
-  if (sinks) {
-    sinks->expect_float();
-    sinks->expect_shape({form.heads});
-    for (std::size_t h = 0; h < sinks_.size(); ++h) {
-      sinks_[h] = value_at(*sinks, static_cast<std::int64_t>(h));
-    }
-  }
+  const AlignedBuffer given = copy_floats(sinks, form.heads, form.heads);
+  if (!given.empty()) sinks_.assign(given.as<float>(), given.as<float>() + form.heads);
   const std::int64_t width = engine_->kernels().attention->width;
   first_width_ = round_up(form.key_size, width);
   query_width_ = first_width_ + round_up(form.second_key_size, width);
