@@ -89,11 +89,6 @@ class DenseLinear:
         longer than small layers do.) Runs without the GIL. ``RuntimeError``: the engine is
         closed."""
 
-    def forward_groups(self, groups: int, x: int, x_count: int, out: int, out_count: int) -> None:
-        """Like ``forward`` for the weight as ``groups`` blocks of rows, each with an input of its
-        own: ``x`` [groups, in_features], ``out`` [groups, out_features / groups]. Without LoRA and
-        bias."""
-
 class HeadArray:
     """Where numbers [heads, tokens, size] lie in CPU memory: number (h, t, i) at ``address`` plus
     h · ``head_stride`` + t · ``token_stride`` + i elements. Whoever makes it keeps the memory.
@@ -162,6 +157,40 @@ class TokenAttention:
         added to the scores of tokens 0 … of all heads; 0: none. Runs without the GIL.
         ``ValueError``: an array too small for what is asked, ``end`` not above ``start``.
         ``RuntimeError``: the engine is closed."""
+
+class LatentAttention:
+    """One token's multi-head latent attention over cached latents, on an engine's threads.
+
+    kv_b_proj makes keys U c and values V c of a head from a latent c. The same numbers without
+    them: ``out[h] = V Σ_t p[h, t] c_t``, p the softmax over t of ``scaling · ((query[h, : nope] U)
+    · c_t + query[h, nope :] · position_t)``. Sums are float32, Σ p c is rounded to bfloat16 before
+    V; the bits do not depend on the number of threads.
+    """
+
+    def __init__(
+        self, engine: Engine, keys: Any, values: Any, *, heads: int, rope: int, scaling: float
+    ) -> None:
+        """``keys`` [heads · kv_lora_rank, nope], Uᵀ of every head, and ``values`` [heads · v,
+        kv_lora_rank], V of every head: bfloat16, contiguous, kept, not copied. ``ValueError``:
+        shapes that do not fit, sizes above 4096."""
+
+    max_rank: int
+    def set_lora(self, a: Any, b: Any) -> None:
+        """kv_b_proj's: ``a`` [rank, kv_lora_rank], ``b`` [heads · (nope + v), rank], as
+        ``DenseLinear.set_lora``."""
+
+    def clear_lora(self) -> None: ...
+    def forward(
+        self,
+        query: HeadArray,
+        latents: HeadArray,
+        positions: HeadArray | None,
+        out: HeadArray,
+        tokens: int,
+    ) -> None:
+        """query [heads, 1, nope + rope]; the first ``tokens`` of latents [1, tokens, kv_lora_rank]
+        and positions [1, tokens, rope]; out [heads, 1, v]; all bfloat16. As
+        ``TokenAttention.forward`` otherwise."""
 
 class RmsNorm:
     """RMSNorm of rows of bfloat16: ``x / √(mean(x²) + eps)``, in float32, times a weight.

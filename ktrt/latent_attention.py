@@ -3,8 +3,9 @@
 transformers keeps latents c [1, 1, L, kv_lora_rank] in the KV cache, and expands them by kv_b_proj
 into keys and values of all heads in every step: work that grows with the conversation. For one
 query, q · (U c) = (q U) · c and Σ p (V c) = V (Σ p c): U and V, the halves of kv_b_proj, are read
-once, and the latents are used as they are. Longer inputs are expanded as before, their values
-padded to the keys' width: torch computes attention of different widths in float32, with copies.
+once, and the latents are used as they are, in the engine. Longer inputs are expanded as before,
+their values padded to the keys' width: torch computes attention of different widths in float32,
+with copies.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import nn
 
 from ktrt.cpu_attention import head_array
 from ktrt.dense import DenseForward, Lora
-from ktrt.moe import DenseLinear, TokenAttention
+from ktrt.moe import LatentAttention
 from ktrt.recording import active
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def use_latents(model: nn.Module, engine: Engine) -> int:
         return 0
     found = [module for module in model.modules() if _is_latent(module)]
     for module in found:
-        latent = LatentAttention(module, engine)
+        latent = LatentDecoder(module, engine)
         module.kt_latent = latent  # type: ignore[assignment]
         module.expand_kv = latent.keep  # type: ignore[assignment]
     if found:
@@ -79,7 +80,7 @@ def _is_latent(module: Any) -> bool:
         return torch.equal(key[0], expected) and torch.equal(value[0], both[..., nope:])
 
 
-class LatentAttention:
+class LatentDecoder:
     """One layer's kv_b_proj [heads · (nope + v), kv_lora_rank] as its halves."""
 
     def __init__(self, module: Any, engine: Engine) -> None:
@@ -92,10 +93,9 @@ class LatentAttention:
         weight = forward.base.weight.detach().view(self.heads, -1, self.rank)
         self._address = forward.base.weight.data_ptr()
         # U of every head, transposed: each of the products below is then one of rows of a weight.
-        keys = weight[:, : self.nope].transpose(1, 2).reshape(-1, self.nope).contiguous()
-        values = weight[:, self.nope :].reshape(-1, self.rank).contiguous()
-        self._keys, self._values = DenseLinear(engine, keys), DenseLinear(engine, values)
-        self._engine, self._attentions = engine, dict[float, TokenAttention]()
+        self._keys = weight[:, : self.nope].transpose(1, 2).reshape(-1, self.nope).contiguous()
+        self._values = weight[:, self.nope :].reshape(-1, self.rank).contiguous()
+        self._engine, self._steps = engine, dict[float, _Step]()
 
     @property
     def _projection(self) -> DenseForward | None:
@@ -172,36 +172,14 @@ class LatentAttention:
             raise ValueError(
                 f"out is {[*out.shape]}, expected [{self.heads}, {self.value}], contiguous"
             )
-        rope = query.shape[1] - self.nope
-        attention = self._attention(scaling, rope)
-        parts = query[:, : self.nope], query[:, self.nope :]
-        nope, absorbed = query.new_empty(parts[0].shape), query.new_empty(self.heads, self.rank)
-        rotated = head_array(parts[1][:, None])
-        cache = head_array(latents[None]), head_array(positions[None])
-        tensors = latents, positions
-        mixed = torch.empty_like(absorbed)
-        first, last = head_array(absorbed[:, None]), head_array(mixed[:, None])
-        exact, seen = absorbed.float(), mixed.float()
-        arrays = head_array(exact[:, None]), head_array(seen[:, None])
+        step = self._step(scaling, query.shape[1] - self.nope)
+        first, last = head_array(query[:, None]), head_array(out[:, None])
+        cached = head_array(latents[None]), head_array(positions[None])
+        tensors = query, latents, positions, out
 
         def attend(length: int, _kept: object = tensors) -> None:
-            nope.copy_(parts[0])
-            self._groups(self._keys, nope, absorbed)
-            lora = self._lora()
-            if lora is None:
-                attention.forward(first, rotated, *cache, cache[0], 0, length, last)
-                self._groups(self._values, mixed, out)
-                return
-            a, b = lora[0], lora[1].view(self.heads, self.nope + self.value, -1)
-            # In float32 but for the engine's products: scores are differences of large numbers.
-            shrunk = torch.bmm(nope.float().unsqueeze(1), b[:, : self.nope]).squeeze(1)
-            torch.addmm(absorbed.float(), shrunk, a, out=exact)
-            attention.forward(arrays[0], rotated, *cache, cache[0], 0, length, arrays[1])
-            mixed.copy_(seen)
-            self._groups(self._values, mixed, out)
-            shrunk = (seen @ a.T).unsqueeze(2)
-            total = torch.baddbmm(out.float().unsqueeze(2), b[:, self.nope :], shrunk)
-            out.copy_(total.squeeze(2))
+            step.follow(self._lora())
+            step.attention.forward(first, *cached, last, length)
 
         return attend
 
@@ -217,16 +195,32 @@ class LatentAttention:
     def _holds(self, projection: DenseForward) -> bool:
         return projection.base.weight.data_ptr() == self._address
 
-    def _attention(self, scaling: float, rope: int) -> TokenAttention:
-        if scaling not in self._attentions:
-            self._attentions[scaling] = TokenAttention(
-                self._engine, heads=self.heads, groups=1, key_size=self.rank,
-                second_key_size=rope, value_size=self.rank, scaling=scaling,
+    def _step(self, scaling: float, rope: int) -> _Step:
+        if scaling not in self._steps:
+            self._steps[scaling] = _Step(
+                LatentAttention(
+                    self._engine, self._keys, self._values, heads=self.heads, rope=rope,
+                    scaling=scaling,
+                )
             )  # fmt: skip
-        return self._attentions[scaling]
+        return self._steps[scaling]
 
-    def _groups(self, linear: DenseLinear, x: torch.Tensor, out: torch.Tensor) -> None:
-        linear.forward_groups(self.heads, x.data_ptr(), x.numel(), out.data_ptr(), out.numel())
+
+class _Step:
+    """The engine's attention, and the LoRA that it has been given."""
+
+    def __init__(self, attention: LatentAttention) -> None:
+        self.attention = attention
+        self._lora: Lora | None = None
+
+    def follow(self, lora: Lora | None) -> None:
+        if lora is self._lora:
+            return
+        if lora is None:
+            self.attention.clear_lora()
+        else:
+            self.attention.set_lora(*lora)
+        self._lora = lora
 
 
 def attention(
@@ -238,11 +232,11 @@ def attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: latents as ``LatentAttention.keep`` left them, or keys and
+    """transformers' attention interface: latents as ``LatentDecoder.keep`` left them, or keys and
     values as in ``sdpa``."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    latent: LatentAttention | None = getattr(module, "kt_latent", None)
+    latent: LatentDecoder | None = getattr(module, "kt_latent", None)
     if latent is not None:
         factor = query.shape[-1] ** -0.5 if scaling is None else scaling
         recorder = active()

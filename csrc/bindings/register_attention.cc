@@ -6,6 +6,7 @@
 #include "base/check.h"
 #include "bindings/register.h"
 #include "bindings/tensor_arg.h"
+#include "dense/latent_attention.h"
 #include "dense/rms_norm.h"
 #include "dense/token_attention.h"
 #include "kernels/select.h"
@@ -62,6 +63,42 @@ void attend(TokenAttention& attention, const HeadArray& query, const HeadArray* 
   attention.forward(arrays, start, end);
 }
 
+// Latent attention and the arrays that hold kv_b_proj's halves.
+struct HeldLatentAttention {
+  HeldLatentAttention(std::shared_ptr<Engine> engine, const py::object& key_array,
+                      const py::object& value_array, std::int64_t heads, std::int64_t rope,
+                      float scaling)
+      : keys(key_array, "keys"),
+        values(value_array, "values"),
+        attention(std::move(engine), form_of(heads, rope, scaling), keys.view(), values.view()) {}
+
+  LatentAttention::Form form_of(std::int64_t heads, std::int64_t rope, float scaling) const {
+    keys.view().expect_shape({-1, -1});
+    values.view().expect_shape({-1, -1});
+    KTRT_CHECK(heads >= 1, "heads is " << heads << ", expected at least 1");
+    const std::int64_t rank = values.view().shape[1];
+    return {heads, keys.view().shape[1], rope, rank, values.view().shape[0] / heads, scaling};
+  }
+
+  const TensorArg keys, values;
+  LatentAttention attention;
+};
+
+void set_latent_lora(HeldLatentAttention& held, const py::object& a, const py::object& b) {
+  const TensorArg lora_a(a, "a");
+  const TensorArg lora_b(b, "b");
+  const py::gil_scoped_release release;
+  held.attention.set_lora(lora_a.view(), lora_b.view());
+}
+
+void attend_to_latents(HeldLatentAttention& held, const HeadArray& query, const HeadArray& latents,
+                       const HeadArray* positions, const HeadArray& out, std::int64_t tokens) {
+  const LatentAttention::Arrays arrays{query, latents,
+                                       positions != nullptr ? *positions : HeadArray{}, out};
+  const py::gil_scoped_release release;
+  held.attention.forward(arrays, tokens);
+}
+
 // A norm and the array that holds its weight.
 struct HeldNorm {
   HeldNorm(const py::object& array, float eps, bool rounds_twice, float offset)
@@ -94,6 +131,19 @@ void register_attention(py::module_& module) {
       .def("forward", &attend, py::arg("query"), py::arg("second_query").none(true),
            py::arg("keys"), py::arg("second_keys").none(true), py::arg("values"), py::arg("start"),
            py::arg("end"), py::arg("out"), py::arg("mask") = 0, py::arg("mask_count") = 0);
+  py::class_<HeldLatentAttention>(module, "LatentAttention")
+      .def(py::init<std::shared_ptr<Engine>, const py::object&, const py::object&, std::int64_t,
+                    std::int64_t, float>(),
+           py::arg("engine"), py::arg("keys"), py::arg("values"), py::kw_only(), py::arg("heads"),
+           py::arg("rope"), py::arg("scaling"))
+      .def_property_readonly_static("max_rank",
+                                    [](const py::object&) { return LatentAttention::kMaxRank; })
+      .def("set_lora", &set_latent_lora, py::arg("a"), py::arg("b"))
+      .def(
+          "clear_lora", [](HeldLatentAttention& held) { held.attention.clear_lora(); },
+          py::call_guard<py::gil_scoped_release>())
+      .def("forward", &attend_to_latents, py::arg("query"), py::arg("latents"),
+           py::arg("positions").none(true), py::arg("out"), py::arg("tokens"));
   py::class_<HeldNorm>(module, "RmsNorm")
       .def(py::init<const py::object&, float, bool, float>(), py::arg("weight"), py::arg("eps"),
            py::kw_only(), py::arg("rounds_twice"), py::arg("offset") = 0.0f)

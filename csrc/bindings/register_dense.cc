@@ -81,14 +81,6 @@ void define_common(py::class_<Linear>& type) {
            py::arg("out_count"));
 }
 
-void forward_groups(HeldLinear& held, int groups, std::uintptr_t x, std::int64_t x_count,
-                    std::uintptr_t out, std::int64_t out_count) {
-  const std::uint16_t* in = address(x, "x");
-  auto* result = const_cast<std::uint16_t*>(address(out, "out"));
-  const py::gil_scoped_release release;
-  held.linear.forward_groups(groups, in, x_count, result, out_count);
-}
-
 }  // namespace
 
 void register_dense(py::module_& module) {
@@ -96,8 +88,6 @@ void register_dense(py::module_& module) {
   dense.def(py::init<std::shared_ptr<Engine>, const py::object&, const py::object&>(),
             py::arg("engine"), py::arg("weight"), py::arg("bias") = py::none());
   define_common(dense);
-  dense.def("forward_groups", &forward_groups, py::arg("groups"), py::arg("x"), py::arg("x_count"),
-            py::arg("out"), py::arg("out_count"));
 
   py::class_<PackedLinear> packed(module, "PackedLinear");
   packed.def(py::init(&pack_linear), py::arg("engine"), py::arg("weight"),

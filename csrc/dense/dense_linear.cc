@@ -260,26 +260,4 @@ void DenseLinear::forward(const std::uint16_t* x, std::int64_t x_count, std::uin
   });
 }
 
-void DenseLinear::forward_groups(int groups, const std::uint16_t* x, std::int64_t x_count,
-                                 std::uint16_t* out, std::int64_t out_count) {
-  KTRT_CHECK(groups >= 1 && out_ % groups == 0,
-             "groups is " << groups << ", expected a divisor of " << out_);
-  KTRT_CHECK(x_count == groups * in_ && out_count == out_,
-             "x has " << x_count << " elements and out " << out_count << ", expected "
-                      << groups * in_ << " and " << out_);
-  KTRT_CHECK(x != nullptr && out != nullptr, "x or out is a null pointer");
-  const auto lock = engine_->lock_open();
-  KTRT_CHECK(!lora_ && bias_.empty(), "groups are for a linear without LoRA and bias");
-  const std::int64_t columns = out_ / groups;
-  schedule_columns({0, groups}, {.max_strips = groups}, engine_->pool_->size(), queue_);
-  engine_->pool_->run([&](int) {
-    while (const Piece* piece = queue_.claim()) {
-      for (int group = piece->first_strip; group < piece->end_strip; ++group) {
-        const Task task{x + group * in_, 1, out, nullptr, 0};
-        compute(task, {group * columns, (group + 1) * columns});
-      }
-    }
-  });
-}
-
 }  // namespace ktrt

@@ -42,11 +42,6 @@ class DenseLinear {
   void forward(const std::uint16_t* x, std::int64_t x_count, std::uint16_t* out,
                std::int64_t out_count);
 
-  // The weight as `groups` blocks of as many rows, each with an input of its own:
-  // x [groups, in], out [groups, out / groups]. Without LoRA and bias. Throws as forward() does.
-  void forward_groups(int groups, const std::uint16_t* x, std::int64_t x_count, std::uint16_t* out,
-                      std::int64_t out_count);
-
  private:
   struct Lora {
     int rank = 0;

@@ -26,34 +26,6 @@ constexpr std::int64_t kLineFloats = kCacheLine / sizeof(float);
 constexpr std::int64_t kScoreFloats = kHeadsTogether * kAttentionBlock;
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
-// Whether [heads, tokens, size] lies within the array.
-bool holds(const HeadArray& array, std::int64_t heads, std::int64_t tokens, std::int64_t size) {
-  std::int64_t rest = array.count - size;
-  if (array.data == nullptr || rest < 0) return false;
-  if (heads > 1) {
-    if (array.head_stride > rest / (heads - 1)) return false;
-    rest -= array.head_stride * (heads - 1);
-  }
-  return tokens <= 1 || array.token_stride <= rest / (tokens - 1);
-}
-
-void check_array(const char* name, const HeadArray& array, bool any_dtype, std::int64_t heads,
-                 std::int64_t tokens, std::int64_t size) {
-  KTRT_CHECK(any_dtype || !array.float32, name << " is float32, expected bfloat16");
-  KTRT_CHECK(array.head_stride >= 0 && array.token_stride >= 0,
-             name << " has strides " << array.head_stride << " and " << array.token_stride
-                  << ", expected none below 0");
-  KTRT_CHECK(holds(array, heads, tokens, size),
-             name << " has " << array.count << " elements, heads " << array.head_stride
-                  << " and tokens " << array.token_stride << " apart, expected room for [" << heads
-                  << ", " << tokens << ", " << size << "]");
-}
-
-const std::uint16_t* bf16_at(const HeadArray& array, std::int64_t head, std::int64_t token) {
-  return static_cast<const std::uint16_t*>(array.data) + head * array.head_stride +
-         token * array.token_stride;
-}
-
 }  // namespace
 
 // Tokens of a group, for some of its heads.
@@ -63,21 +35,6 @@ struct TokenAttention::Block {
   int heads;
   std::int64_t token;
   int tokens;
-};
-
-struct TokenAttention::Task {
-  const Arrays& arrays;
-  std::int64_t start;
-  std::int64_t end;
-  std::int64_t span;   // tokens
-  std::int64_t spans;  // of a group
-  // Scratch memory.
-  float* queries;  // packed [heads][query_width_]
-  float* sums;     // packed [spans][heads][value_width_]
-  float* max;      // [spans][heads]
-  float* sum;      // [spans][heads]
-  float* own;      // [threads][own_floats]
-  std::int64_t own_floats;
 };
 
 TokenAttention::TokenAttention(std::shared_ptr<Engine> engine, const Form& form,
@@ -116,13 +73,13 @@ void TokenAttention::check(const Arrays& a, std::int64_t start, std::int64_t end
   KTRT_CHECK(start >= 0 && start < end, "tokens " << start << " to " << end
                                                   << ", expected a start of at least 0 and an end "
                                                   << "above it");
-  check_array("query", a.query, true, form_.heads, 1, form_.key_size);
-  check_array("keys", a.keys, false, form_.groups, end, form_.key_size);
-  check_array("values", a.values, false, form_.groups, end, form_.value_size);
-  check_array("out", a.out, true, form_.heads, 1, form_.value_size);
+  check_head_array("query", a.query, true, form_.heads, 1, form_.key_size);
+  check_head_array("keys", a.keys, false, form_.groups, end, form_.key_size);
+  check_head_array("values", a.values, false, form_.groups, end, form_.value_size);
+  check_head_array("out", a.out, true, form_.heads, 1, form_.value_size);
   if (form_.second_key_size > 0) {
-    check_array("second_query", a.second_query, true, form_.heads, 1, form_.second_key_size);
-    check_array("second_keys", a.second_keys, false, form_.groups, end, form_.second_key_size);
+    check_head_array("second_query", a.second_query, true, form_.heads, 1, form_.second_key_size);
+    check_head_array("second_keys", a.second_keys, false, form_.groups, end, form_.second_key_size);
   } else {
     KTRT_CHECK(a.second_query.data == nullptr && a.second_keys.data == nullptr,
                "second_query or second_keys is given, expected none: second_key_size is 0");
@@ -131,15 +88,17 @@ void TokenAttention::check(const Arrays& a, std::int64_t start, std::int64_t end
              "mask has " << a.mask_count << " elements, expected " << end);
 }
 
+// `extra`: floats of every thread for the caller, behind those of its own.
 TokenAttention::Task TokenAttention::make_task(const Arrays& arrays, std::int64_t start,
-                                               std::int64_t end, int threads) {
+                                               std::int64_t end, int threads, std::int64_t extra) {
   const std::int64_t blocks = (end - start + kAttentionBlock - 1) / kAttentionBlock;
   const std::int64_t span = (blocks + kMaxSpans - 1) / kMaxSpans * kAttentionBlock;
   const std::int64_t spans = (end - start + span - 1) / span;
   const std::int64_t queries = form_.heads * query_width_;
   const std::int64_t sums = spans * form_.heads * value_width_;
   const std::int64_t stats = round_up(spans * form_.heads, kLineFloats);
-  const std::int64_t own = round_up(kScoreFloats + kHeadsTogether + value_width_, kLineFloats);
+  const std::int64_t used = round_up(kScoreFloats + kHeadsTogether + value_width_, kLineFloats);
+  const std::int64_t own = used + round_up(extra, kLineFloats);
   const auto floats = static_cast<std::size_t>(
       round_up(queries, kLineFloats) + round_up(sums, kLineFloats) + 2 * stats + own * threads);
   AlignedBuffer& scratch = engine_->scratch_;
@@ -147,7 +106,7 @@ TokenAttention::Task TokenAttention::make_task(const Arrays& arrays, std::int64_
     scratch = AlignedBuffer(std::max(floats * sizeof(float), 2 * scratch.bytes()));
   }
   Task task{arrays,  start,   end,     span,    spans, scratch.as<float>(),
-            nullptr, nullptr, nullptr, nullptr, own};
+            nullptr, nullptr, nullptr, nullptr, own,   used};
   task.sums = task.queries + round_up(queries, kLineFloats);
   task.max = task.sums + round_up(sums, kLineFloats);
   task.sum = task.max + stats;
@@ -155,16 +114,18 @@ TokenAttention::Task TokenAttention::make_task(const Arrays& arrays, std::int64_
   return task;
 }
 
-void TokenAttention::pack_queries(const Task& task) const {
+void TokenAttention::pack(const HeadArray& from, std::int64_t head, std::int64_t size,
+                          float* to) const {
   const AttentionKernel& kernel = *engine_->kernels().attention;
-  const auto pack = [&](const HeadArray& from, std::int64_t head, std::int64_t size, float* to) {
-    if (from.float32) {
-      const float* row = static_cast<const float*>(from.data) + head * from.head_stride;
-      kernel.pack(nullptr, row, static_cast<int>(size), to);
-    } else {
-      kernel.pack(bf16_at(from, head, 0), nullptr, static_cast<int>(size), to);
-    }
-  };
+  if (from.float32) {
+    const float* row = static_cast<const float*>(from.data) + head * from.head_stride;
+    kernel.pack(nullptr, row, static_cast<int>(size), to);
+  } else {
+    kernel.pack(bf16_at(from, head, 0), nullptr, static_cast<int>(size), to);
+  }
+}
+
+void TokenAttention::pack_queries(const Task& task) const {
   for (std::int64_t head = 0; head < form_.heads; ++head) {
     float* to = task.queries + head * query_width_;
     pack(task.arrays.query, head, form_.key_size, to);
@@ -252,7 +213,19 @@ void TokenAttention::compute(const Task& task, std::int64_t item, int thread) co
   }
 }
 
-void TokenAttention::merge(const Task& task, std::int64_t head, int thread) const {
+void TokenAttention::compute_items(const Task& task, std::atomic<std::int64_t>& next,
+                                   int thread) const {
+  const std::int64_t items = form_.groups * task.spans * chunks_;
+  for (;;) {
+    const std::int64_t item = next.fetch_add(1, std::memory_order_relaxed);
+    if (item >= items) break;
+    compute(task, item, thread);
+  }
+}
+
+// Everything but where the output goes.
+AttentionMergeArgs TokenAttention::merge_args(const Task& task, std::int64_t head,
+                                              int thread) const {
   AttentionMergeArgs merge{};
   merge.sums = task.sums + head * value_width_;
   merge.part_stride = form_.heads * value_width_;
@@ -263,6 +236,11 @@ void TokenAttention::merge(const Task& task, std::int64_t head, int thread) cons
   merge.sink = sinks_[static_cast<std::size_t>(head)];
   merge.size = static_cast<int>(form_.value_size);
   merge.scratch = task.own + thread * task.own_floats;
+  return merge;
+}
+
+void TokenAttention::merge(const Task& task, std::int64_t head, int thread) const {
+  AttentionMergeArgs merge = merge_args(task, head, thread);
   const HeadArray& out = task.arrays.out;
   if (out.float32) {
     merge.out_f32 = static_cast<float*>(out.data) + head * out.head_stride;
@@ -272,26 +250,27 @@ void TokenAttention::merge(const Task& task, std::int64_t head, int thread) cons
   engine_->kernels().attention->merge(merge);
 }
 
+// Whether waking threads takes longer than the attention and `other_reads` more numbers.
+bool TokenAttention::is_small(std::int64_t tokens, std::int64_t other_reads) const {
+  const std::int64_t reads = tokens * form_.groups * (form_.key_size + form_.value_size);
+  return reads * (kHeadsPerRead + group_heads_) + other_reads * (kHeadsPerRead + 1) <
+         kAloneBelow * (kHeadsPerRead + 1);
+}
+
 void TokenAttention::forward(const Arrays& arrays, std::int64_t start, std::int64_t end) {
   check(arrays, start, end);
   const auto lock = engine_->lock_open();
   ThreadPool& pool = *engine_->pool_;
-  const Task task = make_task(arrays, start, end, pool.size());
+  const Task task = make_task(arrays, start, end, pool.size(), 0);
   pack_queries(task);
-  const std::int64_t items = form_.groups * task.spans * chunks_;
-  const std::int64_t reads = (end - start) * form_.groups * (form_.key_size + form_.value_size);
-  if (reads * (kHeadsPerRead + group_heads_) < kAloneBelow * (kHeadsPerRead + 1)) {
-    for (std::int64_t item = 0; item < items; ++item) compute(task, item, 0);
+  std::atomic<std::int64_t> next{0};
+  if (is_small(end - start, 0)) {
+    compute_items(task, next, 0);
     for (std::int64_t head = 0; head < form_.heads; ++head) merge(task, head, 0);
     return;
   }
-  std::atomic<std::int64_t> next{0};
   pool.run([&](int thread) {
-    for (;;) {
-      const std::int64_t item = next.fetch_add(1, std::memory_order_relaxed);
-      if (item >= items) break;
-      compute(task, item, thread);
-    }
+    compute_items(task, next, thread);
     pool.barrier();
     const std::int64_t last = form_.heads * (thread + 1) / pool.size();
     for (std::int64_t head = form_.heads * thread / pool.size(); head < last; ++head) {

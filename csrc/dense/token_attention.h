@@ -8,24 +8,17 @@
 // is small beside the keys that are read.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <optional>
 #include <vector>
 
 #include "base/tensor_view.h"
+#include "dense/head_array.h"
 #include "moe/engine.h"
 
 namespace ktrt {
-
-// Numbers [heads, tokens, size] that somebody else keeps, BF16 or float32.
-struct HeadArray {
-  void* data = nullptr;
-  std::int64_t count = 0;  // elements from data on that may be touched
-  std::int64_t head_stride = 0;
-  std::int64_t token_stride = 0;
-  bool float32 = false;
-};
 
 class TokenAttention {
  public:
@@ -64,14 +57,37 @@ class TokenAttention {
   void forward(const Arrays& arrays, std::int64_t start, std::int64_t end);
 
  private:
-  struct Task;
+  friend class LatentAttention;
   struct Block;
 
+  // One forward, and its scratch memory.
+  struct Task {
+    const Arrays& arrays;
+    std::int64_t start;
+    std::int64_t end;
+    std::int64_t span;   // tokens
+    std::int64_t spans;  // of a group
+    float* queries;      // packed [heads][query_width_]
+    float* sums;         // packed [spans][heads][value_width_]
+    float* max;          // [spans][heads]
+    float* sum;          // [spans][heads]
+    float* own;          // [threads][own_floats]
+    std::int64_t own_floats;
+    std::int64_t used_floats;  // of them, before the caller's
+
+    float* of_caller(int thread) const { return own + thread * own_floats + used_floats; }
+  };
+
   void check(const Arrays& arrays, std::int64_t start, std::int64_t end) const;
-  Task make_task(const Arrays& arrays, std::int64_t start, std::int64_t end, int threads);
+  Task make_task(const Arrays& arrays, std::int64_t start, std::int64_t end, int threads,
+                 std::int64_t extra);
+  bool is_small(std::int64_t tokens, std::int64_t other_reads) const;
+  void pack(const HeadArray& from, std::int64_t head, std::int64_t size, float* to) const;
   void pack_queries(const Task& task) const;
   void score(const Task& task, const Block& block, float* scores) const;
   void compute(const Task& task, std::int64_t item, int thread) const;
+  void compute_items(const Task& task, std::atomic<std::int64_t>& next, int thread) const;
+  AttentionMergeArgs merge_args(const Task& task, std::int64_t head, int thread) const;
   void merge(const Task& task, std::int64_t head, int thread) const;
 
   const std::shared_ptr<Engine> engine_;

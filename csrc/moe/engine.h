@@ -16,6 +16,7 @@
 namespace ktrt {
 
 class DenseLinear;
+class LatentAttention;
 class MoeLayer;
 class TokenAttention;
 class PackedLinear;
@@ -54,6 +55,7 @@ class Engine {
 
  private:
   friend class DenseLinear;
+  friend class LatentAttention;
   friend class MoeLayer;
   friend class TokenAttention;
   friend class PackedLinear;
@@ -72,7 +74,7 @@ class Engine {
   mutable std::mutex mutex_;
   std::optional<ThreadPool> pool_;
   Workspace workspace_;
-  AlignedBuffer scratch_;  // of TokenAttention: grows, its contents last for one call
+  AlignedBuffer scratch_;  // of attention: grows, its contents last for one call
   std::set<MoeLayer*> layers_;
 };
 

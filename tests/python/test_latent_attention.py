@@ -11,7 +11,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from ktrt.dense import accelerate
-from ktrt.latent_attention import NAME, LatentAttention, use_latents
+from ktrt.latent_attention import NAME, LatentDecoder, use_latents
 from ktrt.moe import Engine
 
 if TYPE_CHECKING:
@@ -70,14 +70,14 @@ def test_equals_transformers(
     ids = torch.randint(0, 60, (1, PROMPT + STEPS), generator=torch.Generator().manual_seed(1))
     exact = copy.deepcopy(model).float()(input_ids=ids).logits[0, PROMPT - 1 :]
     ordinary = errors(step_by_step(model, ids), exact)
-    decode, decoded = LatentAttention.decode, 0
+    decode, decoded = LatentDecoder.decode, 0
 
     def count(*args: Any) -> torch.Tensor:
         nonlocal decoded
         decoded += 1
         return decode(*args)
 
-    monkeypatch.setattr(LatentAttention, "decode", count)
+    monkeypatch.setattr(LatentDecoder, "decode", count)
     accelerate(model, engine)
     assert use_latents(model, engine) == 2
     assert model.config._attn_implementation == NAME
@@ -103,7 +103,7 @@ def test_several_sequences_and_masks_are_expanded(
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
     ordinary = model(input_ids=ids, attention_mask=mask).logits
-    monkeypatch.setattr(LatentAttention, "decode", None)
+    monkeypatch.setattr(LatentDecoder, "decode", None)
     accelerate(model, engine)
     use_latents(model, engine)
     with torch.inference_mode():
@@ -147,7 +147,7 @@ def test_a_bound_step_follows_its_arrays_and_adapters(engine: Engine, lora: bool
     accelerate(model, engine)
     use_latents(model, engine)
     module = model.model.layers[0].self_attn
-    latent: LatentAttention = module.kt_latent
+    latent: LatentDecoder = module.kt_latent
     generator = torch.Generator().manual_seed(0)
 
     def states(*shape: int) -> torch.Tensor:
@@ -167,7 +167,7 @@ def test_a_bound_step_follows_its_arrays_and_adapters(engine: Engine, lora: bool
                 query[None, :, None].float(), key.float(), value.float(), scale=0.3
             )
             assert float(errors(out.float(), exact[0, :, 0]).max()) < 0.02
-        with pytest.raises(ValueError, match=r"keys has 8000 elements"):
+        with pytest.raises(ValueError, match=r"latents has 8000 elements"):
             step(201)
         with pytest.raises(ValueError, match=r"out is \[4, 11\], expected \[4, 12\], contiguous"):
             latent.bind(query, latents, positions, out[:, :11], 0.3)

@@ -91,19 +91,6 @@ TEST_P(DenseLinearTest, BitsDependNeitherOnThreadsNorOnRows) {
   }
 }
 
-TEST_P(DenseLinearTest, GroupsHaveInputsOfTheirOwn) {
-  const LinearCase c(6, 60, 100, 0, false);
-  for (const int threads : {1, 3}) {
-    const auto linear = c.linear<DenseLinear>(engine_of(threads, table()));
-    const std::vector<std::uint16_t> all = c.run(*linear);
-    std::vector<std::uint16_t> y(60);
-    linear->forward_groups(6, c.x.data(), 600, y.data(), 60);
-    for (int n = 0; n < 60; ++n) {
-      ASSERT_EQ(y[static_cast<std::size_t>(n)], all[at(n / 10, 60, n)]) << n;
-    }
-  }
-}
-
 TEST(DenseLinear, LoraComesAndGoes) {
   const LinearCase with(3, 40, 64, 4);
   LinearCase without = with;
@@ -153,10 +140,6 @@ TEST(DenseLinear, RefusesWhatDoesNotFit) {
   std::uint16_t out[48];
   EXPECT_EQ(message_of([&] { linear.forward(c.x.data(), 64, out, 47); }),
             "x has 64 elements and out 47, expected rows of 32 and as many of 24");
-  EXPECT_EQ(message_of([&] { linear.forward_groups(5, c.x.data(), 64, out, 24); }),
-            "groups is 5, expected a divisor of 24");
-  EXPECT_EQ(message_of([&] { linear.forward_groups(3, c.x.data(), 64, out, 24); }),
-            "x has 64 elements and out 24, expected 96 and 24");
   engine->close();
   EXPECT_THROW(linear.forward(c.x.data(), 64, out, 48), std::runtime_error);
 }
