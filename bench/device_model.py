@@ -15,6 +15,7 @@ from ktrt.config import ExpertArgs
 from ktrt.decode_graph import CudaGraphs, DecodeGraphs
 from ktrt.fused_lora import FusedLora
 from ktrt.generation import KvCache
+from ktrt.host_tables import tables_to_host
 from ktrt.moe import (
     KTExperts,
     build_engine,
@@ -114,6 +115,7 @@ def make_torch_model(config: Any, device: torch.device) -> Any:
             gain = 4.0 if name.endswith("mlp.gate.weight") else 1.0
             gain = math.sqrt(parameter.shape[-1]) if "embed" in name else gain
             parameter.normal_(0, gain / math.sqrt(parameter.shape[-1]), generator=generator)
+    tables_to_host(model)
     return model.eval().requires_grad_(False)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ktrt.errors import ConfigError
+from ktrt.host_tables import table_bytes
 from ktrt.kv_cache import cache_argument
 from ktrt.linears import int8_bytes, int8_layers
 from ktrt.memory_limits import Limit, address_limit, gpu_limit, ram_limit, resident_bytes
@@ -183,39 +184,40 @@ def make_plan(
 ) -> MemoryPlan:
     """The plan of a model on the meta device.
 
-    ``experts``: bytes of the packed experts by kt_backend; ``layer_source``: of the largest layer
-    of them in the checkpoint, which is mapped while it is packed; ``mapped_files``: addresses of
-    the whole checkpoint; ``lora``: values of the adapter on experts and elsewhere; ``int8``: the
-    linear layers are, without a GPU (``quantization_bit: 8``); ``mapped``: weights whose dtype is
-    not changed are the file's pages; ``root`` stands for the file system's root in tests.
+    ``experts``: bytes of the packed experts by kt_backend; ``layer_source``: of their largest layer
+    in the checkpoint, mapped while it is packed; ``mapped_files``: addresses of the checkpoint;
+    ``lora``: values of the adapter on experts, bfloat16 in the engine, and elsewhere, float32 in
+    PEFT; ``int8``: the linear layers are, without a GPU (``quantization_bit: 8``); ``mapped``:
+    weights whose dtype is not changed are the file's pages; ``root`` stands for the file system's
+    root in tests.
     """
     dtype = None if infer_dtype == "auto" else getattr(torch, infer_dtype)
-    others = _other_bytes(skeleton, expert_paths, dtype)
-    roots = () if root is None else (root,)
+    which = skeleton, expert_paths, dtype
+    others = _other_bytes(*which)
+    roots = (root,) if root else ()
     gpu, already = gpu_limit(), resident_bytes(*roots)
-    on_cpu = int8 and gpu is None
-    packed, unread = _int8_bytes(skeleton, expert_paths, dtype, mapped) if on_cpu else (0, 0)
+    tables = table_bytes(skeleton, dtype) if gpu else 0
+    packed, unread = (0, 0) if gpu or not int8 else _int8_bytes(*which, mapped)
 
     def placed(name: str, size: int) -> Item:
-        return Item(name, ram=size) if gpu is None else Item(name, gpu=size)
+        return Item(name, gpu=size) if gpu else Item(name, ram=size)
 
     items = [
         Item(f"routed experts, packed ({kt_backend})", ram=experts[kt_backend]),
-        placed("other weights", others - unread),
+        placed("other weights", others - unread - tables),
+        Item("tables of embeddings, pinned", ram=tables),
         Item("linear layers in INT8", ram=packed),
         # The other weights are mapped too, and touched when the experts are packed.
         Item("a layer's source while packing", ram=max(0, layer_source - (0 if gpu else others))),
         Item("workspace of the experts", ram=workspace),
-        # PEFT keeps its adapters in float32, the engine keeps the experts' in bfloat16.
         Item("LoRA of the experts", ram=2 * lora[0]),
         placed("LoRA elsewhere", 4 * lora[1]),
         Item("Python and libraries", ram=already + _RUNTIME_BYTES),
     ]
-    config = skeleton.config.get_text_config()  # type: ignore[operator, union-attr]
     return MemoryPlan(
-        items=tuple(item for item in items if item.ram or item.gpu),
-        kv_token_bytes=kv_bytes_per_token(skeleton, expert_paths, dtype),
-        max_context=int(getattr(config, "max_position_embeddings", None) or MIN_CONTEXT),
+        items=tuple(each for each in items if each.ram or each.gpu),
+        kv_token_bytes=kv_bytes_per_token(*which),
+        max_context=_max_context(skeleton.config),
         on_gpu=gpu is not None,
         already=already,
         other_formats=dict(experts),
@@ -224,6 +226,11 @@ def make_plan(
         gpu=gpu,
         addresses=address_limit(*roots),
     )
+
+
+def _max_context(config: Any) -> int:
+    text = config.get_text_config()
+    return int(getattr(text, "max_position_embeddings", None) or MIN_CONTEXT)
 
 
 def _other_bytes(

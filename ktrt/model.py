@@ -16,6 +16,7 @@ from ktrt.decode_graph import CudaGraphs, DecodeGraphs, NoHandOff
 from ktrt.dense import OneRowProducts, accelerate, int8_bytes
 from ktrt.expert_loading import cache_folder, load_experts
 from ktrt.fused_lora import FusedLora
+from ktrt.host_tables import tables_to_host
 from ktrt.kv_cache import unusual_layers
 from ktrt.latent_attention import use_latents
 from ktrt.moe import KTExperts, build_gpu_experts, new_hand_off, release_file_pages
@@ -83,9 +84,10 @@ def load_model(
     experts: ExpertArgs,
     only_layers: Collection[int] | None = None,
 ) -> LoadedModel:
-    """Loads base and adapters: attention, router, shared experts, embeddings and head on the GPU if
-    there is one, else on the CPU; routed experts in the engine. ``only_layers``: the routed experts
-    of these layers alone, packed anew; the others get their LoRA, but cannot run.
+    """Loads base and adapters: attention, router, shared experts and head on the GPU if there is
+    one, else on the CPU, as the tables of embeddings; routed experts in the engine.
+    ``only_layers``: the routed experts of these layers alone, packed anew; the others get their
+    LoRA, but cannot run.
 
     Everything that headers and shapes can tell is checked before the first weight is read. Raises
     ``CheckpointError`` or ``AdapterError`` naming file and tensor, what was found and expected.
@@ -100,6 +102,7 @@ def load_model(
             ready.memory.check()
         hand_off = new_hand_off(engine, device)
         loaded = load_without_experts(ready.base, model.infer_dtype, device)
+        tables_to_host(loaded)
         _load_experts(ready, experts, only_layers)
         _attach(loaded, ready, hand_off)
         adapters = _apply_adapters(ready, loaded, adapter.start_weights)

@@ -16,7 +16,7 @@ from helpers.tiny_models import save_adapter, save_model, token_ids
 
 import ktrt
 import ktrt.model
-from ktrt import decode_graph, kv_cache
+from ktrt import decode_graph, host_tables, kv_cache
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.generation import KvCache
 from ktrt.model import LoadedModel, load_model
@@ -38,6 +38,7 @@ def small(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
     """Short conversations cross windows and growths; a capture that fails fails the test."""
     monkeypatch.setattr(kv_cache, "MIN_CAPACITY", 32)
     monkeypatch.setattr(decode_graph, "MIN_WINDOW", 16)
+    monkeypatch.setattr(host_tables, "_LEAST_BYTES", 1 << 10)
     caplog.set_level(logging.INFO)
     yield
     assert "No CUDA graph" not in caplog.text
@@ -62,6 +63,24 @@ def load(folder: Path, family: str, *, cpu: bool = False, **settings: Any) -> Lo
             AdapterArgs(folder / f"{family}_lora"),
             ExpertArgs(kt_num_threads=2, **settings),
         )
+
+
+def test_tables_of_embeddings_are_read_from_ram() -> None:
+    table = torch.nn.Embedding(5000, 64, device="cuda", dtype=torch.bfloat16)
+    ids = torch.randint(0, 5000, (3, 7), device="cuda")
+    with torch.inference_mode():
+        expected, held = table(ids), torch.cuda.memory_allocated()
+        assert host_tables.tables_to_host(table) == 5000 * 64 * 2
+        assert torch.cuda.memory_allocated() <= held - 5000 * 64 * 2
+        assert table.weight.device == ids.device
+        assert torch.equal(table(ids), expected)
+        # In a graph too, which reads what the table holds when it runs.
+        out, graph = torch.empty_like(expected), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out.copy_(table(ids))
+        table.weight.data.neg_()
+        graph.replay()
+        assert torch.equal(out, -expected)
 
 
 class Pair:

@@ -66,7 +66,8 @@ PYTHON_LAYERS: dict[str, set[str]] = {
         "progress",
     },
     "memory_limits": set(),
-    "memory_plan": {"kv_cache", "linears", "memory_limits"},
+    "host_tables": set(),
+    "memory_plan": {"host_tables", "kv_cache", "linears", "memory_limits"},
     "prepare": {
         "adapter",
         "checkpoint",
@@ -86,6 +87,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
         "dense",
         "expert_loading",
         "fused_lora",
+        "host_tables",
         "kv_cache",
         "latent_attention",
         "moe",
