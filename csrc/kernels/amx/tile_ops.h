@@ -10,9 +10,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__AMX_TILE__)
 #include <immintrin.h>
-#endif
 
 namespace ktrt {
 namespace {
@@ -78,7 +76,7 @@ struct HardwareTiles {
 
 #endif
 
-// What the instructions do, one element at a time: tests only.
+// What the instructions do, on AVX-512: tests only.
 struct EmulatedTiles {
   struct State {
     alignas(64) uint8_t data[8][kTileRows][64];
@@ -115,43 +113,47 @@ struct EmulatedTiles {
       memcpy(static_cast<uint8_t*>(data) + r * stride, state().data[kTile][r], 64);
     }
   }
+  // Products of BF16 are exact in float32: one rounding per addition, the lower k first.
   template <int kC, int kA, int kB>
   static void multiply_bf16() {
-    multiply<float, kC, kA, kB>([](float sum, const uint8_t* a, const uint8_t* b) {
-      for (int v = 0; v < 2; ++v) sum += bf16_at(a + 2 * v) * bf16_at(b + 2 * v);
-      return sum;
+    const auto widened = [](__m512i pairs, int v) {
+      const __m512i bits = v == 0 ? _mm512_slli_epi32(pairs, 16)
+                                  : _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff << 16));
+      return _mm512_castsi512_ps(bits);
+    };
+    multiply<kC, kA, kB>([&](__m512i sum, __m512i a, __m512i b) {
+      __m512 c = _mm512_castsi512_ps(sum);
+      for (int v = 0; v < 2; ++v) c = _mm512_fmadd_ps(widened(a, v), widened(b, v), c);
+      return _mm512_castps_si512(c);
     });
   }
   template <int kC, int kA, int kB>
   static void multiply_int8() {
-    multiply<int32_t, kC, kA, kB>([](int32_t sum, const uint8_t* a, const uint8_t* b) {
-      for (int v = 0; v < 4; ++v) sum += static_cast<int8_t>(a[v]) * static_cast<int8_t>(b[v]);
+    const auto widened = [](__m512i bytes, int v) {
+      const __m128i up = _mm_cvtsi32_si128(24 - 8 * v);
+      return _mm512_srai_epi32(_mm512_sll_epi32(bytes, up), 24);
+    };
+    multiply<kC, kA, kB>([&](__m512i sum, __m512i a, __m512i b) {
+      for (int v = 0; v < 4; ++v) {
+        sum = _mm512_add_epi32(sum, _mm512_mullo_epi32(widened(a, v), widened(b, v)));
+      }
       return sum;
     });
   }
 
  private:
-  static float bf16_at(const uint8_t* p) {
-    uint16_t bits;
-    memcpy(&bits, p, 2);
-    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-    float value;
-    memcpy(&value, &wide, 4);
-    return value;
-  }
-  // C[m][n] = dot(C[m][n], 4 bytes of A[m][k], 4 bytes of B[k][n]) for k = 0 … 15.
-  template <class Value, int kC, int kA, int kB, class Dot>
+  // C[m] = dot(C[m], 4 bytes of A[m][k] in every lane, the 16 times 4 bytes of B[k]), k = 0 … 15.
+  template <int kC, int kA, int kB, class Dot>
   static void multiply(Dot dot) {
     State& s = state();
     for (int m = 0; m < s.rows[kC]; ++m) {
+      __m512i sum = _mm512_load_si512(s.data[kC][m]);
       for (int k = 0; k < kTileRows; ++k) {
-        for (int n = 0; n < 16; ++n) {
-          Value sum;
-          memcpy(&sum, s.data[kC][m] + 4 * n, 4);
-          sum = dot(sum, s.data[kA][m] + 4 * k, s.data[kB][k] + 4 * n);
-          memcpy(s.data[kC][m] + 4 * n, &sum, 4);
-        }
+        int a;
+        memcpy(&a, s.data[kA][m] + 4 * k, 4);
+        sum = dot(sum, _mm512_set1_epi32(a), _mm512_load_si512(s.data[kB][k]));
       }
+      _mm512_store_si512(s.data[kC][m], sum);
     }
   }
 };
