@@ -1,6 +1,7 @@
-// LoRA shrink on AVX-512 BF16: one zmm of 16 ranks per row and chain. Four chains over alternating
-// k pairs hide the latency of VDPBF16PS for a single row; they are four for every row count, so
-// that a row's bits do not depend on the rows beside it. Up to 6 rows share each load of A.
+// LoRA shrink on AVX-512 BF16: one zmm of 16 ranks per row and chain. Four chains, each over a
+// quarter of k, hide the latency of VDPBF16PS for a single row, and read A as four streams, which
+// the memory serves faster than one (kernels/one_row.h). They are four for every row count, so that
+// a row's bits do not depend on the rows beside it. Up to 6 rows share each load of A.
 #include <immintrin.h>
 #include <string.h>
 
@@ -11,8 +12,8 @@ namespace {
 
 constexpr int kMaxRows = 6;
 constexpr int kChains = 4;
-// Elements of A between what is used and what is asked for: 4 KB.
-constexpr int kAhead = 2048;
+// Elements of A between what is used and what is asked for, per chain: 1 KB.
+constexpr int kAhead = 512;
 
 inline __m512bh load_pairs(const void* p) {
   return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p));
@@ -33,15 +34,16 @@ void row_block(const ShrinkArgs& s, const uint16_t* a, int block, int first_row)
     for (int chain = 0; chain < kChains; ++chain) acc[i][chain] = _mm512_setzero_ps();
   }
   const uint16_t* x = s.x + first_row * s.x_stride;
-  for (int k = 0; k < s.k; k += 2 * kChains) {
+  const int quarter = s.k / kChains;  // even: k is a multiple of 32
+  for (int k = 0; k < quarter; k += 2) {
 #pragma GCC unroll 4
     for (int chain = 0; chain < kChains; ++chain) {
-      const uint16_t* line = a + (k + 2 * chain) * 16;
+      const uint16_t* line = a + (chain * quarter + k) * 16;
       const __m512bh pairs = load_pairs(line);
       if (kRows <= 2) __builtin_prefetch(line + kAhead, 0, 3);
 #pragma GCC unroll 6
       for (int i = 0; i < kRows; ++i) {
-        const __m512bh xi = broadcast_pair(x + i * s.x_stride + k + 2 * chain);
+        const __m512bh xi = broadcast_pair(x + i * s.x_stride + chain * quarter + k);
         acc[i][chain] = _mm512_dpbf16_ps(acc[i][chain], pairs, xi);
       }
     }
