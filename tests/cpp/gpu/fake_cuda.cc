@@ -7,250 +7,13 @@
 
 #include <sys/mman.h>
 
-#include <atomic>
-#include <chrono>
-#include <condition_variable>
-#include <cstddef>
-#include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
-#include <functional>
-#include <map>
-#include <mutex>
-#include <set>
-#include <string>
-#include <thread>
 #include <utility>
-#include <vector>
 
-namespace {
+#include "fake_cuda_state.h"
 
-enum Result : int {
-  kSuccess = 0,
-  kInvalidValue = 1,
-  kOutOfMemory = 2,
-  kInvalidContext = 201,
-  kInvalidHandle = 400,
-  kNotReady = 600,
-  kNotSupported = 801,
-  kCaptureUnsupported = 900,
-  kCaptureInvalidated = 901,
-};
-
-using DevicePtr = std::uint64_t;
-using Operation = std::function<void()>;
-using HostFn = void (*)(void*);
-
-constexpr std::size_t kDeviceBytes = std::size_t{256} << 20;
-constexpr DevicePtr kPinnedOffset = DevicePtr{1} << 56;
-
-struct Graph {
-  std::vector<Operation> operations;
-};
-
-struct Stream {
-  std::mutex mutex;
-  std::condition_variable changed;
-  std::deque<Operation> queue;
-  bool busy = false;
-  bool stopping = false;
-  int capture = 0;  // 0 none, 1 active, 2 invalidated
-  bool capture_is_global = false;
-  Graph* graph = nullptr;
-  std::thread thread;
-
-  Stream() : thread([this] { work(); }) {}
-
-  void work() {
-    std::unique_lock lock(mutex);
-    for (;;) {
-      changed.wait(lock, [this] { return stopping || !queue.empty(); });
-      if (queue.empty()) return;
-      const Operation operation = std::move(queue.front());
-      queue.pop_front();
-      busy = true;
-      lock.unlock();
-      operation();
-      lock.lock();
-      busy = false;
-      changed.notify_all();
-    }
-  }
-  bool drained() {
-    const std::lock_guard lock(mutex);
-    return queue.empty() && !busy;
-  }
-  void drain() {
-    std::unique_lock lock(mutex);
-    changed.wait(lock, [this] { return queue.empty() && !busy; });
-  }
-};
-
-struct Fault {
-  int calls_left;
-  int code;
-};
-
-struct State {
-  std::mutex mutex;
-  std::set<Stream*> streams;
-  std::map<std::byte*, std::size_t> pinned;
-  std::map<std::string, Fault> faults;
-  std::map<std::string, int> settings;
-  std::byte* device_addresses = nullptr;  // not accessible
-  std::byte* device_memory = nullptr;
-  std::size_t device_used = 0;
-  Stream* legacy = nullptr;  // the stream with the handle 0
-  std::mutex host_functions;
-  std::atomic<bool> abandoned{false};
-  std::atomic<int> delay_us{0};
-  std::atomic<int> violations{0};
-};
-
-State& state() {
-  static auto* const instance = new State;
-  return *instance;
-}
-
-int context_token;
-thread_local std::vector<void*> contexts;
-
-int setting(const char* name, int otherwise) {
-  const auto found = state().settings.find(name);
-  return found == state().settings.end() ? otherwise : found->second;
-}
-
-// Counts a call; what it must return, if anything but success.
-int enter(const char* function, bool needs_context = true) {
-  const std::lock_guard lock(state().mutex);
-  const auto fault = state().faults.find(function);
-  if (fault != state().faults.end() && --fault->second.calls_left == 0) {
-    const int code = fault->second.code;
-    state().faults.erase(fault);
-    return code;
-  }
-  if (needs_context && (contexts.empty() || contexts.back() == nullptr)) return kInvalidContext;
-  return kSuccess;
-}
-
-Stream* stream_of(void* handle) {
-  const std::lock_guard lock(state().mutex);
-  if (handle == nullptr) {
-    if (state().legacy == nullptr) {
-      state().legacy = new Stream;
-      state().streams.insert(state().legacy);
-    }
-    return state().legacy;
-  }
-  auto* stream = static_cast<Stream*>(handle);
-  return state().streams.contains(stream) ? stream : nullptr;
-}
-
-// For what may not be called while anything is captured. Invalidates the captures.
-bool prohibited() {
-  const std::lock_guard lock(state().mutex);
-  bool any = false;
-  for (Stream* stream : state().streams) {
-    const std::lock_guard stream_lock(stream->mutex);
-    if (stream->capture != 1 || !stream->capture_is_global) continue;
-    stream->capture = 2;
-    any = true;
-  }
-  return any;
-}
-
-void invalidate(Stream& stream) {
-  const std::lock_guard lock(stream.mutex);
-  if (stream.capture == 1) stream.capture = 2;
-}
-
-int enqueue(void* handle, Operation operation) {
-  Stream* stream = stream_of(handle);
-  if (stream == nullptr) return kInvalidHandle;
-  const std::lock_guard lock(stream->mutex);
-  if (stream->capture == 2) return kCaptureInvalidated;
-  Operation slow = [operation = std::move(operation)] {
-    const int delay = state().delay_us;
-    if (delay > 0) std::this_thread::sleep_for(std::chrono::microseconds(delay));
-    operation();
-  };
-  if (stream->capture == 1) {
-    stream->graph->operations.push_back(std::move(slow));
-    return kSuccess;
-  }
-  stream->queue.push_back(std::move(slow));
-  stream->changed.notify_all();
-  return kSuccess;
-}
-
-// Where the bytes of device memory lie; null if the range is not allocated.
-std::byte* device_bytes(DevicePtr address, std::size_t bytes) {
-  const std::lock_guard lock(state().mutex);
-  const auto base = reinterpret_cast<DevicePtr>(state().device_addresses);
-  if (base == 0 || address < base || address + bytes > base + state().device_used) return nullptr;
-  return state().device_memory + (address - base);
-}
-
-bool is_pinned(const std::byte* memory, std::size_t bytes) {
-  const std::lock_guard lock(state().mutex);
-  auto block = state().pinned.upper_bound(const_cast<std::byte*>(memory));
-  if (block == state().pinned.begin()) return false;
-  --block;
-  return memory + bytes <= block->first + block->second;
-}
-
-std::uint32_t* word_of(DevicePtr address) {
-  if (address < kPinnedOffset || address % sizeof(std::uint32_t) != 0) return nullptr;
-  auto* word = reinterpret_cast<std::byte*>(address - kPinnedOffset);
-  return is_pinned(word, sizeof(std::uint32_t)) ? reinterpret_cast<std::uint32_t*>(word) : nullptr;
-}
-
-// A copy whose pinned side must still be there when it runs, as on a device.
-Operation copy(std::byte* to, const std::byte* from, const std::byte* pinned, std::size_t bytes) {
-  return [=] {
-    if (is_pinned(pinned, bytes)) {
-      std::memcpy(to, from, bytes);
-    } else {
-      ++state().violations;
-    }
-  };
-}
-
-// Stream memory operations, which may be missing in captures or altogether.
-[[maybe_unused]] int memory_operation(void* handle, DevicePtr address,
-                                      const std::function<void(std::uint32_t*)>& run) {
-  std::uint32_t* word = word_of(address);
-  if (word == nullptr) return kInvalidValue;
-  Stream* stream = stream_of(handle);
-  if (stream == nullptr) return kInvalidHandle;
-  bool capturing = false;
-  {
-    const std::lock_guard lock(stream->mutex);
-    capturing = stream->capture != 0;
-  }
-  bool supported = false;
-  bool in_capture = false;
-  {
-    const std::lock_guard lock(state().mutex);
-    supported = setting("memory_ops", 1) != 0;
-    in_capture = setting("memory_ops_in_capture", 1) != 0;
-  }
-  if (!supported) return kNotSupported;
-  if (capturing && !in_capture) {
-    invalidate(*stream);
-    return kCaptureUnsupported;
-  }
-  return enqueue(handle, [=] {
-    if (is_pinned(reinterpret_cast<std::byte*>(word), sizeof(*word))) {
-      run(word);
-    } else {
-      ++state().violations;
-    }
-  });
-}
-
-}  // namespace
+using namespace fake_cuda;
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -258,8 +21,8 @@ Operation copy(std::byte* to, const std::byte* from, const std::byte* pinned, st
 
 // Makes the one context current in the calling thread (0: none).
 EXPORT void fake_cuda_make_current(int current) {
-  contexts.clear();
-  if (current != 0) contexts.push_back(&context_token);
+  contexts().clear();
+  if (current != 0) contexts().push_back(&context_token);
 }
 
 // "version" (12080), "memory_ops" (1), "memory_ops_in_capture" (1), "memory_ops_attribute" (1)
@@ -332,21 +95,21 @@ EXPORT int cuGetErrorString(int, const char** text) {
 
 EXPORT int cuCtxGetCurrent(void** context) {
   if (const int error = enter("cuCtxGetCurrent", false)) return error;
-  *context = contexts.empty() ? nullptr : contexts.back();
+  *context = contexts().empty() ? nullptr : contexts().back();
   return kSuccess;
 }
 
 EXPORT int cuCtxPushCurrent_v2(void* context) {
   if (const int error = enter("cuCtxPushCurrent_v2", false)) return error;
   if (context != &context_token) return kInvalidContext;
-  contexts.push_back(context);
+  contexts().push_back(context);
   return kSuccess;
 }
 
 EXPORT int cuCtxPopCurrent_v2(void** context) {
-  if (contexts.empty()) return kInvalidContext;
-  *context = contexts.back();
-  contexts.pop_back();
+  if (contexts().empty()) return kInvalidContext;
+  *context = contexts().back();
+  contexts().pop_back();
   return kSuccess;
 }
 

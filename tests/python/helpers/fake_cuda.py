@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).resolve().parents[2] / "cpp" / "gpu" / "fake_cuda.cc"
+SOURCES = sorted((Path(__file__).resolve().parents[2] / "cpp" / "gpu").glob("fake_cuda*.cc"))
 
 
 def build(folder: Path) -> Path | None:
@@ -19,7 +19,8 @@ def build(folder: Path) -> Path | None:
         return None
     library = folder / "fake_cuda.so"
     flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread"]
-    subprocess.run([compiler, *flags, str(SOURCE), "-o", str(library)], check=True, timeout=300)
+    sources = [str(source) for source in SOURCES]
+    subprocess.run([compiler, *flags, *sources, "-o", str(library)], check=True, timeout=300)
     return library
 
 
