@@ -170,11 +170,13 @@ class EngineAttention:
         scaling: float | None,
     ) -> torch.Tensor:
         """The same for one row, over as many tokens as ``length`` says whenever the step runs."""
-        with recorder.look_away():
-            out = query.new_empty(1, 1, query.shape[1], value.shape[-1])
+
+        def bind(out: torch.Tensor) -> Callable[[], None]:
             step = self.bind(query[0, :, 0], key[0], value[0], out[0, 0], scaling=scaling)
-        recorder.call(lambda: step(length()), (query, key, value), (out,))
-        return out
+            return lambda: step(length())
+
+        shape = 1, 1, query.shape[1], value.shape[-1]
+        return recorder.call(shape, (query, key, value), bind)
 
     def bind(
         self,

@@ -241,11 +241,11 @@ class DenseForward:
         return out
 
     def _record(self, recorder: Recorder, x: torch.Tensor) -> torch.Tensor:
-        with recorder.look_away():
-            out = x.new_empty((*x.shape[:-1], self._out))
-        places = x.data_ptr(), x.numel(), out.data_ptr(), out.numel()
-        recorder.call(partial(self._linear.forward, *places), (x,), (out,))
-        return out
+        def bind(out: torch.Tensor) -> Callable[[], None]:
+            places = x.data_ptr(), x.numel(), out.data_ptr(), out.numel()
+            return partial(self._linear.forward, *places)
+
+        return recorder.call((*x.shape[:-1], self._out), (x,), bind)
 
     def into(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Writes what calling it with ``x`` gives to ``out``: that shape, contiguous, BF16. Without

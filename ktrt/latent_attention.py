@@ -144,13 +144,15 @@ class LatentDecoder:
         scaling: float,
     ) -> torch.Tensor:
         """``decode`` over as many tokens as ``length`` says whenever the step runs."""
-        with recorder.look_away():
-            out = query.new_empty(1, 1, self.heads, self.value)
+
+        def bind(out: torch.Tensor) -> Callable[[], None]:
             step = self.bind(
                 query.view(self.heads, -1), latents[0, 0], positions[0, 0], out[0, 0], scaling
             )
-        recorder.call(lambda: step(length()), (query, latents, positions), (out,))
-        return out
+            return lambda: step(length())
+
+        shape = 1, 1, self.heads, self.value
+        return recorder.call(shape, (query, latents, positions), bind)
 
     def bind(
         self,

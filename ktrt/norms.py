@@ -7,6 +7,7 @@ decode step has 50 to 200 of them.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -123,10 +124,7 @@ class NormForward:
             plain: torch.Tensor = self._plain(x, *args, **kwargs)
             return plain
         if (recorder := active()) is not None:
-            with recorder.look_away():
-                out = torch.empty(x.shape, dtype=torch.bfloat16)
-            recorder.call(self.bind(x, out), (x,), (out,))
-            return out
+            return recorder.call(x.shape, (x,), partial(self.bind, x))
         out = torch.empty(x.shape, dtype=torch.bfloat16)
         count = x.numel()
         rows = count // self.size

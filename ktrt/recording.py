@@ -113,25 +113,23 @@ class Recorder(TorchDispatchMode):
 
     def call(
         self,
-        run: Callable[[], object],
+        shape: Sequence[int],
         reads: Sequence[torch.Tensor],
-        makes: Sequence[torch.Tensor],
-    ) -> None:
-        """Runs ``run`` now, and whenever the step runs: work between tensors that torch does not
-        see. It fills ``makes``, which nobody else has seen yet."""
-        self._keep(makes)
-        with self.look_away():
-            run()
-        self._add(run, reads, makes)
-
-    @contextmanager
-    def look_away(self) -> Iterator[None]:
-        """Nothing in the block is recorded."""
+        bind: Callable[[torch.Tensor], Callable[[], object]],
+    ) -> torch.Tensor:
+        """A new tensor of ``shape``, in the dtype of the first of ``reads``, which
+        ``bind(tensor)()`` fills, now and whenever the step runs: work between tensors that torch
+        does not see."""
         before, self.paused = self.paused, True
         try:
-            yield
+            out = reads[0].new_empty(tuple(shape))
+            self._keep((out,))
+            run = bind(out)
+            run()
         finally:
             self.paused = before
+        self._add(run, reads, (out,))
+        return out
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

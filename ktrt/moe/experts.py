@@ -129,11 +129,8 @@ class KTExperts(nn.Module):
         weights = top_k_weights.to("cpu").contiguous()
         recorder = active()
         if recorder is not None and rows is None and states.shape[0] <= self._max_qlen:
-            with recorder.look_away():
-                out = torch.empty_like(states)
-            bound = layer.bind(states, index, weights, out)
-            recorder.call(bound.run, (states, index, weights), (out,))
-            return out
+            reads = states, index, weights
+            return recorder.call(states.shape, reads, lambda out: layer.bind(*reads, out).run)
         out = torch.empty_like(states)
         adapters = None
         if rows is not None:

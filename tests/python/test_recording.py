@@ -126,12 +126,13 @@ def test_work_that_torch_does_not_see() -> None:
         recorder = active()
         if recorder is None:
             return x * 2 * 3 + 1
-        with recorder.look_away():
-            assert active() is None
-            out = torch.empty(4)
         twice = x * 2
-        recorder.call(lambda: torch.mul(twice, 3, out=out), (twice,), (out,))
-        return out + 1
+
+        def bind(out: torch.Tensor) -> Callable[[], object]:
+            assert active() is None
+            return lambda: torch.mul(twice, 3, out=out)
+
+        return recorder.call((4,), (twice,), bind) + 1
 
     Step(function).check()
 
