@@ -38,7 +38,6 @@ TokenAttention::Form inner_form(const LatentAttention::Form& form) {
 
 // A thread's scratch memory: rows of width_ numbers.
 struct LatentAttention::Own {
-  float* scores;           // [kAttentionBlock]
   float* exact;            // in natural order
   float* packed;           // in the kernels'
   float* sums;             // in the kernels'
@@ -106,13 +105,8 @@ void LatentAttention::check(const Arrays& a, std::int64_t tokens) const {
 }
 
 LatentAttention::Own LatentAttention::own_of(const Task& task, int thread) const {
-  float* const first = task.of_caller(thread);
-  float* const rows = first + kAttentionBlock;
-  return {first,
-          rows,
-          rows + width_,
-          rows + 2 * width_,
-          rows + 3 * width_,
+  float* const rows = task.of_caller(thread);
+  return {rows, rows + width_, rows + 2 * width_, rows + 3 * width_,
           reinterpret_cast<std::uint16_t*>(rows + 4 * width_)};
 }
 
@@ -237,8 +231,7 @@ void LatentAttention::forward(const Arrays& arrays, std::int64_t tokens) {
   const auto lock = engine_->lock_open();
   ThreadPool& pool = *engine_->pool_;
   // Four rows of floats and one of BF16.
-  const std::int64_t extra = kAttentionBlock + 5 * width_;
-  const Task task = attention_.make_task(inner, 0, tokens, pool.size(), extra);
+  const Task task = attention_.make_task(inner, 0, tokens, pool.size(), 5 * width_);
   std::atomic<std::int64_t> queries{0};
   std::atomic<std::int64_t> items{0};
   std::atomic<std::int64_t> outputs{0};
