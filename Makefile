@@ -2,9 +2,9 @@
 
 PYTHON ?= python3
 JOBS ?= $(shell nproc)
-# Python tests at once: most of their time is one thread's. A file's tests stay together.
+# Python tests at once: most of their time is one thread's.
 WORKERS ?= 2
-PYTEST = $(PYTHON) -m pytest -n $(WORKERS) --dist loadfile
+PYTEST = $(PYTHON) -m pytest -n $(WORKERS)
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # What the environment holds (cmake, ninja, ruff, mypy, clang-format) comes before the system's.
 export PATH := $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$(PATH)
@@ -63,12 +63,12 @@ test-tsan: ## Tests of the thread pool, the layer and the hand-off under ThreadS
 	cmake --preset tsan && cmake --build --preset tsan -j $(JOBS) && ctest --preset tsan
 
 test-python: ## Python tests (of the checkout's Python and the installed module)
-	$(PYTEST)
+	$(PYTEST) --dist loadfile
 
 test-isa: ## End-to-end Python tests on each instruction set below the machine's own
 	@for isa in $$($(PYTHON) -c 'from ktrt import _core as c; \
 	    order = ["portable", "avx2", "avx512", "amx"]; print(*order[:order.index(c.detected_isa())])'); do \
-	  echo "KTRT_ISA=$$isa"; KTRT_ISA=$$isa $(PYTEST) -q -m end_to_end || exit 1; done
+	  echo "KTRT_ISA=$$isa"; KTRT_ISA=$$isa $(PYTEST) --dist worksteal -q -m end_to_end || exit 1; done
 
 bench: ## All micro-benchmarks (the comparison with kt_kernel: python bench/compare_kt_kernel.py)
 	cmake --preset release && cmake --build --preset release -j $(JOBS)
