@@ -174,7 +174,6 @@ class LatentAttention:
         kv_lora_rank], V of every head: bfloat16, contiguous, kept, not copied. ``ValueError``:
         shapes that do not fit, sizes above 4096."""
 
-    max_rank: int
     def set_lora(self, a: Any, b: Any) -> None:
         """kv_b_proj's: ``a`` [rank, kv_lora_rank], ``b`` [heads · (nope + v), rank], as
         ``DenseLinear.set_lora``."""

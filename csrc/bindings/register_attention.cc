@@ -136,8 +136,6 @@ void register_attention(py::module_& module) {
                     std::int64_t, float>(),
            py::arg("engine"), py::arg("keys"), py::arg("values"), py::kw_only(), py::arg("heads"),
            py::arg("rope"), py::arg("scaling"))
-      .def_property_readonly_static("max_rank",
-                                    [](const py::object&) { return LatentAttention::kMaxRank; })
       .def("set_lora", &set_latent_lora, py::arg("a"), py::arg("b"))
       .def(
           "clear_lora", [](HeldLatentAttention& held) { held.attention.clear_lora(); },

@@ -140,6 +140,23 @@ void LatentAttention::add_lora(const float* x, std::int64_t in, const std::uint1
   }
 }
 
+// out [columns] = x [k] · Wᵀ, W [columns][k] from memory.
+void LatentAttention::multiply(const std::uint16_t* x, const std::uint16_t* w, std::int64_t columns,
+                               std::int64_t k, float* out) const {
+  DenseDotArgs dot{};
+  dot.x = x;
+  dot.x_stride = dot.w_stride = k;
+  dot.rows = 1;
+  dot.w = w;
+  dot.columns = static_cast<int>(columns);
+  dot.k = static_cast<int>(k);
+  dot.cold = true;
+  dot.last = true;
+  dot.c = out;
+  dot.c_stride = columns;
+  engine_->kernels().dense_bf16->dot(dot);
+}
+
 // q U of a head, packed, and the rest of q behind it.
 void LatentAttention::make_query(const Task& task, const HeadArray& query, std::int64_t head,
                                  int thread) const {
@@ -151,18 +168,7 @@ void LatentAttention::make_query(const Task& task, const HeadArray& query, std::
     b = lora_->b_keys.as<std::uint16_t>() + head * lora_->rank * form_.nope;
     ask_for(b, lora_->rank * form_.nope);
   }
-  DenseDotArgs dot{};
-  dot.x = q;
-  dot.x_stride = dot.w_stride = form_.nope;
-  dot.rows = 1;
-  dot.w = keys_ + head * form_.rank * form_.nope;
-  dot.columns = static_cast<int>(form_.rank);
-  dot.k = static_cast<int>(form_.nope);
-  dot.cold = true;
-  dot.last = true;
-  dot.c = own.exact;
-  dot.c_stride = form_.rank;
-  kernels.dense_bf16->dot(dot);
+  multiply(q, keys_ + head * form_.rank * form_.nope, form_.rank, form_.nope, own.exact);
   float* const to = task.queries + head * attention_.query_width_;
   kernels.attention->pack(nullptr, own.exact, static_cast<int>(form_.rank), to);
   if (lora_) {
@@ -190,18 +196,8 @@ void LatentAttention::make_output(const Task& task, const HeadArray& out, std::i
   kernels.attention->merge(merge);
   kernels.elementwise->f32_to_bf16(own.exact, rank, own.rounded);
   if (lora_) kernels.attention->pack(nullptr, own.exact, rank, own.packed);
-  DenseDotArgs dot{};
-  dot.x = own.rounded;
-  dot.x_stride = dot.w_stride = form_.rank;
-  dot.rows = 1;
-  dot.w = values_ + head * form_.value * form_.rank;
-  dot.columns = value;
-  dot.k = rank;
-  dot.cold = true;
-  dot.last = true;
-  dot.c = own.exact;
-  dot.c_stride = form_.value;
-  kernels.dense_bf16->dot(dot);
+  multiply(own.rounded, values_ + head * form_.value * form_.rank, form_.value, form_.rank,
+           own.exact);
   auto* const to = const_cast<std::uint16_t*>(bf16_at(out, head, 0));
   if (!lora_) {
     kernels.elementwise->f32_to_bf16(own.exact, value, to);

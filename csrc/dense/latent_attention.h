@@ -67,6 +67,8 @@ class LatentAttention {
   Own own_of(const Task& task, int thread) const;
   void make_query(const Task& task, const HeadArray& query, std::int64_t head, int thread) const;
   void make_output(const Task& task, const HeadArray& out, std::int64_t head, int thread) const;
+  void multiply(const std::uint16_t* x, const std::uint16_t* w, std::int64_t columns,
+                std::int64_t k, float* out) const;
   void add_lora(const float* x, std::int64_t in, const std::uint16_t* shrink,
                 const std::uint16_t* expand, std::int64_t out, float* sums) const;
 

@@ -114,18 +114,16 @@ TokenAttention::Task TokenAttention::make_task(const Arrays& arrays, std::int64_
   return task;
 }
 
-void TokenAttention::pack(const HeadArray& from, std::int64_t head, std::int64_t size,
-                          float* to) const {
-  const AttentionKernel& kernel = *engine_->kernels().attention;
-  if (from.float32) {
-    const float* row = static_cast<const float*>(from.data) + head * from.head_stride;
-    kernel.pack(nullptr, row, static_cast<int>(size), to);
-  } else {
-    kernel.pack(bf16_at(from, head, 0), nullptr, static_cast<int>(size), to);
-  }
-}
-
 void TokenAttention::pack_queries(const Task& task) const {
+  const AttentionKernel& kernel = *engine_->kernels().attention;
+  const auto pack = [&](const HeadArray& from, std::int64_t head, std::int64_t size, float* to) {
+    if (from.float32) {
+      const float* row = static_cast<const float*>(from.data) + head * from.head_stride;
+      kernel.pack(nullptr, row, static_cast<int>(size), to);
+    } else {
+      kernel.pack(bf16_at(from, head, 0), nullptr, static_cast<int>(size), to);
+    }
+  };
   for (std::int64_t head = 0; head < form_.heads; ++head) {
     float* to = task.queries + head * query_width_;
     pack(task.arrays.query, head, form_.key_size, to);

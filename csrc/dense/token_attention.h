@@ -82,7 +82,6 @@ class TokenAttention {
   Task make_task(const Arrays& arrays, std::int64_t start, std::int64_t end, int threads,
                  std::int64_t extra);
   bool is_small(std::int64_t tokens, std::int64_t other_reads) const;
-  void pack(const HeadArray& from, std::int64_t head, std::int64_t size, float* to) const;
   void pack_queries(const Task& task) const;
   void score(const Task& task, const Block& block, float* scores) const;
   void compute(const Task& task, std::int64_t item, int thread) const;
