@@ -19,6 +19,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "config": set(),
     "command_line": {"errors"},
+    "json_files": {"errors"},
     "template_table": set(),
     "template": {"template_table"},
     "sampling": set(),
@@ -155,12 +156,13 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     },
     "__init__": {"api"},
 }
-LEAVES = {"errors", "config", "command_line"}
+LEAVES = {"errors", "config", "command_line", "json_files"}
 # The whole Config is for those who assemble; the others take their own part of it.
 ASSEMBLERS = {"config", "api", "audit", "bench", "chat", "doctor", "export", "pack"}
 WITHOUT_TORCH = {
     "errors",
     "config",
+    "json_files",
     "template",
     "template_table",
     "context",

@@ -1,0 +1,109 @@
+"""JSON files of others (models, adapters, manifests): read, parsed and typed in one place."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pydantic_core import ErrorDetails
+
+    from ktrt.errors import KtrtError
+
+T = TypeVar("T")
+
+_LFS_MARK = b"version https://git-lfs"
+_SHOWN = 80
+
+
+class JsonObject(BaseModel):
+    """Base of the objects that ktrt reads: unknown keys pass, values are not converted.
+
+    Strict (pydantic's sense): the text "false" is no boolean and 1.5 is no integer, but an integer
+    is a number. A key that may be null says so in its type.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True, protected_namespaces=())
+
+
+def read_json(file: Path, error: type[KtrtError], advice: str = "") -> Any:
+    """The content of a UTF-8 JSON file, with or without a byte order mark.
+
+    Raises ``error``, which names the file, what was found and ``advice``: a missing file, a link
+    that leads nowhere, a Git LFS pointer, bytes that are no UTF-8, no JSON, or JSON nested so
+    deeply that Python does not parse it.
+    """
+    try:
+        data = file.read_bytes()
+    except OSError as cause:
+        raise error(_text(f"{file}: {_why_unreadable(file, cause)}", advice)) from cause
+    if data.startswith(_LFS_MARK):
+        raise error(
+            f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull` in "
+            f"{file.parent}, or download the folder again."
+        )
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as cause:
+        raise error(_text(f"{file} is not UTF-8 text (byte {cause.start})", advice)) from cause
+    except RecursionError as cause:
+        raise error(_text(f"{file} is damaged: nested too deeply for JSON", advice)) from cause
+    except ValueError as cause:
+        reason = f"{file} is no valid JSON ({cause}; {len(data)} bytes)"
+        raise error(_text(reason, advice)) from cause
+
+
+def read_json_as(file: Path, shape: type[T], error: type[KtrtError], advice: str = "") -> T:
+    """``read_json`` and ``typed`` in one."""
+    return typed(read_json(file, error, advice), shape, str(file), error, advice)
+
+
+def typed(
+    content: object, shape: type[T], where: str, error: type[KtrtError], advice: str = ""
+) -> T:
+    """``content`` (parsed JSON) as ``shape``: a ``JsonObject`` class or any type that pydantic
+    knows (``dict[str, str]`` …).
+
+    Raises ``error``, which names ``where``, the key, what was found and what was expected.
+    """
+    try:
+        return TypeAdapter(shape).validate_python(content, strict=True)
+    except ValidationError as cause:
+        # One problem at a time: the first is the outermost, and often the cause of the others.
+        reason = f"{where}: {_describe(cause.errors(include_url=False)[0])}"
+        raise error(_text(reason, advice)) from cause
+
+
+def shown(value: object) -> str:
+    """``value`` for a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def _describe(problem: ErrorDetails) -> str:
+    key = ".".join(str(part) for part in problem["loc"] if not _is_union_branch(part))
+    if problem["type"] == "missing":
+        return f"the key {key!r} is missing"
+    expected = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    expected = "an object" if problem["type"] in ("model_type", "dict_type") else expected
+    found = f"found {shown(problem['input'])}, expected {expected}"
+    return f"{key}: {found}" if key else found
+
+
+def _is_union_branch(part: object) -> bool:
+    """Pydantic puts the branch of a union that it tried into the place of an error."""
+    return isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool"))
+
+
+def _why_unreadable(file: Path, cause: OSError) -> str:
+    if isinstance(cause, FileNotFoundError) and file.is_symlink():
+        return f"a link to {file.readlink()}, which is not there (an interrupted download?)"
+    return (cause.strerror or str(cause)).lower()
+
+
+def _text(reason: str, advice: str) -> str:
+    return f"{reason}. {advice}" if advice else f"{reason}."
