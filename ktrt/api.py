@@ -28,7 +28,7 @@ def open_session(config: Config) -> Session:
     tokenizer = _load_tokenizer(config.model)
     template = load_template(config.template, tokenizer)
     loaded = load_model(config.model, config.adapter, config.experts)
-    return Session(
+    session = Session(
         model=loaded.model,
         tokenizer=tokenizer,
         template=template,
@@ -40,6 +40,8 @@ def open_session(config: Config) -> Session:
         weight_bytes=loaded.bytes_per_token,
         cutoff_len=config.model.cutoff_len,
     )
+    session.warm_up()
+    return session
 
 
 def _load_tokenizer(args: ModelArgs) -> Any:

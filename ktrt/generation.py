@@ -76,8 +76,8 @@ class KvCache:
 
     def __init__(self, model: Any, graphs: GraphsFor | None = None) -> None:
         """Without ``graphs``, and where the cache is not ``plain``, the host launches each step."""
-        self._model = model
-        self._device = model.get_input_embeddings().weight.device
+        self.model = model
+        self.device = model.get_input_embeddings().weight.device
         # The GPU's share of the routed experts, and what graphs know of its memory.
         self._gpu: Any = getattr(model, "kt_gpu_experts", None)
         self._gpu_version = -1
@@ -88,6 +88,8 @@ class KvCache:
         # Whether several tokens at once can follow what is held.
         self.continues = continues(model)
         self._graphs: DecodeGraphs | None = None
+        # Of the last plain forward; the first tokens of a prompt always are one.
+        self._logits = torch.empty(0)
         self._cache: Any = None
         if graphs is not None and self.plain:
             self._cache = StaticKv(model.config)
@@ -99,13 +101,19 @@ class KvCache:
         """Whether decode steps have been captured, and replays are used."""
         return self._graphs is not None and self._graphs.count > 0
 
+    def capture_ahead(self, length: int) -> None:
+        """Captures the decode steps for up to ``length`` positions, after a decode step whose graph
+        was compared with the plain forward's; nothing where there are no graphs."""
+        if self._graphs is not None and self.has_graphs:
+            self._graphs.capture_up_to(min(length, self._cache.capacity))
+
     def _reset(self) -> None:
         self._ids: list[int] = []
         self._marks: list[Mark] = []
         if self._graphs is not None:
             self._cache.reset()
         else:
-            self._cache = None if self._own_cache else DynamicCache(config=self._model.config)
+            self._cache = None if self._own_cache else DynamicCache(config=self.model.config)
 
     def reuse(self, prompt_ids: Sequence[int]) -> int:
         """Goes back to what it shares with the prompt's start, or as near as the cache's kind
@@ -150,7 +158,7 @@ class KvCache:
         streamed: int | None = None
         if self._gpu is not None:
             streamed = self._gpu.prefill_chunk(remaining)
-        return streamed or (GPU_PREFILL_CHUNK if self._device.type == "cuda" else PREFILL_CHUNK)
+        return streamed or (GPU_PREFILL_CHUNK if self.device.type == "cuda" else PREFILL_CHUNK)
 
     def forward(self, ids: Sequence[int]) -> torch.Tensor:
         """Runs the model on the next ``ids``; returns the last position's logits [vocab_size]."""
@@ -186,6 +194,8 @@ class KvCache:
         if len(ids) > 1:
             return self._plain_forward(ids)
         found = graphs.step(ids, [len(held)])
+        if found is None:
+            found = graphs.capture(ids, [len(held)], self._logits)
         if found is not None:
             self._cache.set_length(len(held) + 1)
             return found[0]
@@ -200,14 +210,14 @@ class KvCache:
         return logits
 
     def _plain_forward(self, ids: Sequence[int]) -> torch.Tensor:
-        inputs = torch.tensor([list(ids)], device=self._device)
+        inputs = torch.tensor([list(ids)], device=self.device)
         with torch.inference_mode():
             held = {self._argument: self._cache}
-            output = self._model(input_ids=inputs, use_cache=True, logits_to_keep=1, **held)
+            output = self.model(input_ids=inputs, use_cache=True, logits_to_keep=1, **held)
         if self._cache is None:
             self._cache = getattr(output, self._argument)
-        logits: torch.Tensor = output.logits[0, -1]
-        return logits
+        self._logits = output.logits[0, -1]
+        return self._logits
 
 
 def generate_step(

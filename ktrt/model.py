@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ktrt.adapters import Adapters
+from ktrt.context import context_limit
 from ktrt.cpu_attention import accelerate_attention
 from ktrt.decode_graph import CudaGraphs, DecodeGraphs, NoHandOff
 from ktrt.dense import OneRowProducts, accelerate, int8_bytes
@@ -24,6 +25,7 @@ from ktrt.norms import accelerate_norms
 from ktrt.prepare import prepare
 from ktrt.recording import RecordedSteps
 from ktrt.torch_weights import load_without_experts
+from ktrt.warm_up import kernels_loaded_beside
 from ktrt.weight_traffic import bytes_per_token
 
 if TYPE_CHECKING:
@@ -103,7 +105,8 @@ def load_model(
         hand_off = new_hand_off(engine, device)
         loaded = load_without_experts(ready.base, model.infer_dtype, device)
         tables_to_host(loaded)
-        _load_experts(ready, experts, only_layers)
+        with kernels_loaded_beside(loaded, context_limit(loaded)):
+            _load_experts(ready, experts, only_layers)
         _attach(loaded, ready, hand_off)
         adapters = _apply_adapters(ready, loaded, adapter.start_weights)
         gpu = None
@@ -197,7 +200,7 @@ def _graphs(
         reason = f"the model's KV cache has layers that are not plain ({', '.join(unusual)})"
         if not unusual:
             logger.info("Each decode step is one CUDA graph, hand-offs to the CPU included")
-            return lambda cache: DecodeGraphs(model, cache, hand_off, CudaGraphs())
+            return partial(DecodeGraphs, model, handoff=hand_off, maker=CudaGraphs())
     logger.info("Every decode step is launched by the host, without a CUDA graph: %s", reason)
     return None
 

@@ -282,6 +282,7 @@ class RecordedSteps:
 
     def __init__(self, shortcut: Shortcut | None = None) -> None:
         self.usable = True
+        self.proven = False
         self._shortcut = shortcut
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:

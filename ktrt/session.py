@@ -17,6 +17,7 @@ from ktrt.generation import (
     stream_generate,
 )
 from ktrt.template import Template
+from ktrt.warm_up import warm_up
 
 __all__ = ["Adapters", "AuditView", "Response", "Session", "check_messages"]
 
@@ -144,6 +145,14 @@ class Session:
         """An empty KV cache for the adapters that are active now, as answers use it: for those who
         call ``ktrt.generation`` themselves."""
         return KvCache(self.model, self._graphs)
+
+    def warm_up(self) -> None:
+        """Makes what the first answer needs: kernels, memory, and the graph of a decode step. Takes
+        about a second; ``ktrt.load`` has done it."""
+        self._require_open()
+        cache = self.new_cache()
+        warm_up(cache, self.context_limit)
+        self._idle_cache = self.adapters.key, cache
 
     def count_tokens(self, messages: Sequence[Mapping[str, str]]) -> int:
         """How many tokens the prompt for ``messages`` has; 0 for none."""

@@ -33,7 +33,7 @@ if _core.__version__ != ktrt.__version__:
     )
 
 from ktrt.moe.engine import BACKENDS, build_engine, new_layer, num_threads, weight_format_of
-from ktrt.moe.experts import KTExperts, experts_replaced
+from ktrt.moe.experts import KTExperts, experts_muted, experts_replaced
 from ktrt.moe.gpu_experts import GpuExperts
 from ktrt.moe.gpu_setup import build_gpu_experts
 from ktrt.moe.handoff import HandOff, new_hand_off
@@ -55,6 +55,7 @@ __all__ = [
     "active_isa",
     "build_engine",
     "build_gpu_experts",
+    "experts_muted",
     "experts_replaced",
     "find_experts",
     "new_hand_off",

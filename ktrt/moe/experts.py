@@ -57,6 +57,8 @@ class KTExperts(nn.Module):
         self.row_adapters: tuple[int, ...] | None = None
         # What the GPU does of this layer, if anything.
         self.gpu: GpuLayer | None = None
+        # The engine gets no expert ids: everything around the experts runs, see ``experts_muted``.
+        self.muted = False
 
     def attach(
         self, layer: MoeLayer, max_qlen: int, hand_off: HandOff | None = None, path: str = ""
@@ -103,7 +105,7 @@ class KTExperts(nn.Module):
         self, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         gpu = self.gpu if self.row_adapters is None else None
-        if gpu is not None and gpu.streams(states.shape[0]):
+        if gpu is not None and gpu.streams(states.shape[0]) and not self.muted:
             return gpu.forward_streamed(states, index, weights)
         if gpu is None or not gpu.resident:
             return self._run_engine(states, index, weights)
@@ -121,7 +123,11 @@ class KTExperts(nn.Module):
     def _run_engine(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
+        if self.muted and self._layer is None:
+            return torch.zeros_like(hidden_states)
         layer, rows = self.layer, self.row_adapters
+        if self.muted:
+            top_k_index = torch.full_like(top_k_index, -1)  # adds nothing and costs nothing
         if self._hand_off is not None and rows is None:
             return self._hand_off.run(layer, hidden_states, top_k_index, top_k_weights, self._path)
         states = hidden_states.to("cpu").contiguous()
@@ -151,6 +157,23 @@ class KTExperts(nn.Module):
             f"hidden_size={layer.hidden_size}, intermediate_size={layer.intermediate_size}, "
             f"weight_format={layer.weight_format}"
         )
+
+
+@contextmanager
+def experts_muted(model: nn.Module) -> Iterator[None]:
+    """Within the block the routed experts of ``model`` add nothing to its results, and their
+    weights are not read, nor need they be loaded: for forwards whose results nobody wants. Nothing
+    is streamed to a GPU, and a GPU's counts of routed tokens are forgotten."""
+    modules = [module for module in model.modules() if isinstance(module, KTExperts)]
+    for module in modules:
+        module.muted = True
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.muted = False
+            if module.gpu is not None:
+                module.gpu.forget_counts()
 
 
 @contextmanager

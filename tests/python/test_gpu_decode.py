@@ -188,7 +188,7 @@ def test_long_prompts_stream_and_decoding_does_not(shared: Shared) -> None:
 
 def test_a_gpu_gets_prompts_in_chunks_of_an_engine_call(shared: Shared) -> None:
     assert shared.ours.prefill_chunk(3000) == PREFILL_CHUNK
-    shared.ours._device = torch.device("cuda")
+    shared.ours.device = torch.device("cuda")
     assert shared.ours.prefill_chunk(3000) == MAX_QLEN
     shared.gpu.threshold = 2000
     assert shared.ours.prefill_chunk(1999) == MAX_QLEN

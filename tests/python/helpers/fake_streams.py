@@ -154,6 +154,7 @@ class FakeGraphs:
         self.captures = self.replays = 0
         self.fail: BaseException | None = None
         self.usable = True
+        self.proven = False
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
         if self.fail is not None:
