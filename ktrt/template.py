@@ -5,8 +5,9 @@ A named template is a row of ``TEMPLATES`` bound to a tokenizer, ``auto`` is the
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from copy import copy
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy, deepcopy
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ktrt.config import TemplateArgs
@@ -81,18 +82,18 @@ class NamedTemplate:
     def __init__(self, name: str, args: TemplateArgs, tokenizer: Tokenizer) -> None:
         spec = TEMPLATES[name]
         self.name = name
-        self._tokenizer = tokenizer
-        self.stop_ids = _stop_ids(name, spec, tokenizer)
-        self._prefix = self._compile(spec.prefix)
-        self._system = self._compile(spec.system)
-        self._user = self._compile(spec.user)
-        self._assistant = self._compile(spec.assistant)
+        self._bound = _bind(name, spec, tokenizer)
+        self.stop_ids = self._bound.stop_ids
+        self._prefix = self._bound.compile(spec.prefix)
+        self._system = self._bound.compile(spec.system)
+        self._user = self._bound.compile(spec.user)
+        self._assistant = self._bound.compile(spec.assistant)
         self._first_user_system = spec.system if spec.system_in_user else None
         self._default_system = (
             spec.default_system if args.default_system is None else args.default_system
         )
         self._thought = spec.thought
-        self.shown_tokens: Mapping[int, str] = self._special_marks()
+        self.shown_tokens: Mapping[int, str] = self._special_marks(tokenizer)
         self._skip_thought = args.enable_thinking is False
 
     @property
@@ -110,7 +111,7 @@ class NamedTemplate:
         turns = list(messages)
         system = self._default_system
         if turns[0]["role"] == "system":
-            system = turns.pop(0)["content"]
+            system = turns.pop(0)["content"] or system
         before = ""
         ids = self._fill(self._prefix)
         if system and self._first_user_system is not None:
@@ -127,67 +128,143 @@ class NamedTemplate:
             ids += self._fill([self._thought.empty])
         return ids
 
-    def _compile(self, slot: str) -> list[str | int]:
-        """A slot's texts and, in place of ``{bos}`` and ``{eos}``, ids."""
-        ids = {"{bos}": self._tokenizer.bos_token_id, "{eos}": self._tokenizer.eos_token_id}
-        parts: list[str | int] = []
-        for part in re.split(r"(\{bos\}|\{eos\})", slot):
-            special = ids.get(part)
-            if special is not None:
-                parts.append(special)
-            elif part:
-                parts.append(part)
-        return parts
-
     def _fill(self, slot: Sequence[str | int], content: str = "") -> list[int]:
         ids: list[int] = []
         for part in slot:
             if isinstance(part, int):
                 ids.append(part)
-            else:
-                text = part.replace("{c}", content)
-                ids += self._tokenizer.encode(text, add_special_tokens=False)
+            elif text := part.replace("{c}", content):
+                ids += self._bound.tokenizer.encode(text, add_special_tokens=False)
         return ids
 
-    def _special_marks(self) -> dict[int, str]:
+    def _special_marks(self, tokenizer: Tokenizer) -> dict[int, str]:
         if self._thought is None:
             return {}
         ids = {*self._fill([self._thought.begin]), *self._fill([self._thought.end])}
-        decode = self._tokenizer.decode
+        decode = tokenizer.decode
         special = [each for each in ids if not decode([each], skip_special_tokens=True)]
         return {each: decode([each], skip_special_tokens=False) for each in special}
 
     def _without_thought(self, reply: str) -> str:
+        """Drops what stands between the marks as they are, then, between marks without their line
+        breaks: models write both."""
         thought = self._thought
         if thought is None:
             return reply
-        begin, end = (re.escape(mark.strip()) for mark in (thought.begin, thought.end))
-        marked = f"{begin}.*?{end}"
-        return re.sub(marked, "", reply, flags=re.DOTALL).lstrip("\n")
+        for begin, end in (
+            (thought.begin, thought.end),
+            (thought.begin.strip(), thought.end.strip()),
+        ):
+            marked = f"{re.escape(begin)}.*?{re.escape(end)}"
+            reply = re.sub(marked, "", reply, flags=re.DOTALL)
+        return reply.lstrip("\n")
 
 
-def _stop_ids(name: str, spec: TemplateSpec, tokenizer: Tokenizer) -> frozenset[int]:
-    """The ids that end a reply. ``ConfigError`` lists the tokens that the tokenizer lacks."""
-    missing = []
-    ids: dict[str, int] = {}
-    for text in (*spec.tokens, *spec.stop_words):
-        encoded = tokenizer.encode(text, add_special_tokens=False)
-        if len(encoded) == 1 and encoded[0] != tokenizer.unk_token_id:
-            ids[text] = encoded[0]
-        else:
-            missing.append(text)
-    if "{bos}" in spec.prefix and tokenizer.bos_token_id is None:
-        missing.append("bos")
-    if tokenizer.eos_token_id is None:
-        missing.append("eos")
+@dataclass(frozen=True)
+class _Bound:
+    """A tokenizer that encodes as in training, with the ids of the template's marks."""
+
+    tokenizer: Tokenizer
+    marks: Mapping[str, int | None]
+    stop_ids: frozenset[int]
+
+    def compile(self, slot: str) -> list[str | int]:
+        """A slot's texts and, in place of its marks, ids."""
+        parts: list[str | int] = []
+        for part in _MARK.split(slot):
+            if part not in self.marks:
+                parts += [part] if part else []
+            elif (token := self.marks[part]) is not None:
+                parts.append(token)
+        return parts
+
+
+_MARK = re.compile(r"(\{bos\??\}|\{eos\}|\{token [^}]+\}|\{\|\})")
+_DEFAULT_EOS = "<|endoftext|>"  # which LLaMA-Factory gives a tokenizer that has none
+
+
+def _bind(name: str, spec: TemplateSpec, tokenizer: Tokenizer) -> _Bound:
+    """``ConfigError`` lists the tokens that the tokenizer lacks."""
+    known = {text: _token_id(tokenizer, text) for text in spec.tokens}
+    known |= {text: _vocabulary_id(tokenizer, text) for text in spec.stop_words}
+    optional = [t for t in spec.optional_stop_words if _vocabulary_id(tokenizer, t) is not None]
+    eos, eos_text = tokenizer.eos_token_id, None
+    if spec.replaces_eos or eos is None:
+        eos_text = spec.stop_words[0] if spec.replaces_eos else _DEFAULT_EOS
+        eos = _vocabulary_id(tokenizer, eos_text)
+    marks: dict[str, int | None] = {
+        "{|}": None,
+        "{bos}": tokenizer.bos_token_id,
+        "{bos?}": tokenizer.bos_token_id,
+        "{eos}": eos,
+    }
+    slots = "".join((spec.prefix, spec.system, spec.user, spec.assistant))
+    for mark in dict.fromkeys(_MARK.findall(slots)):
+        if mark.startswith("{token "):
+            text = mark.removeprefix("{token ").removesuffix("}")
+            known[text] = marks[mark] = _vocabulary_id(tokenizer, text)
+    missing = [text for text, token in known.items() if token is None]
+    missing += ["bos"] if "{bos}" in slots and tokenizer.bos_token_id is None else []
+    missing += ["eos"] if eos is None and not spec.replaces_eos else []
     if missing:
-        raise ConfigError(
-            f"template {name!r} does not fit this model: its tokenizer has no token "
-            f"{', '.join(missing)}; set the template that the model (and adapter) was trained "
-            "with, or `template: auto`"
-        )
-    stops = {ids[text] for text in spec.stop_words}
-    return frozenset(stops if tokenizer.eos_token_id is None else stops | {tokenizer.eos_token_id})
+        raise _does_not_fit(name, missing)
+    words = [*spec.stop_words, *optional]
+    own_eos = getattr(tokenizer, "eos_token", None)
+    declared = [w for w in dict.fromkeys([*words, *([eos_text] if eos_text else [])])
+                if w != own_eos or w != eos_text]  # fmt: skip
+    encoding = _declare(name, declared, tokenizer)
+    stops = {eos, tokenizer.eos_token_id, *(_token_id(encoding, word) for word in words)}
+    return _Bound(encoding, marks, frozenset(each for each in stops if each is not None))
+
+
+def _token_id(tokenizer: Tokenizer, text: str) -> int | None:
+    """The id that the text is encoded to; None if these are several or it is unknown."""
+    encoded = tokenizer.encode(text, add_special_tokens=False)
+    return encoded[0] if len(encoded) == 1 and encoded[0] != tokenizer.unk_token_id else None
+
+
+def _vocabulary_id(tokenizer: Any, text: str) -> int | None:
+    """The id of a token that need not be what its text is encoded to."""
+    token: int | None = _token_id(tokenizer, text)
+    if token is None and hasattr(tokenizer, "convert_tokens_to_ids"):
+        token = tokenizer.convert_tokens_to_ids(text)
+    return None if token == tokenizer.unk_token_id else token
+
+
+def _declare(name: str, words: Iterable[str], tokenizer: Any) -> Any:
+    """The tokenizer, or a copy to which ``words`` are special tokens.
+
+    LLaMA-Factory adds stop words as special tokens before it encodes. That changes ids where the
+    tokenizer has a word in its vocabulary alone, or swallows the white space behind it: Phi-3's
+    ``<|end|>`` does, and the line break that follows it in the template gets lost.
+    """
+    added_tokens = getattr(tokenizer, "added_tokens_decoder", None)
+    if added_tokens is None:
+        return tokenizer
+    added = {each.content: each for each in added_tokens.values()}
+    changed = [word for word in words if word not in added or _is_loose(added[word])]
+    if not changed:
+        return tokenizer
+    from tokenizers import AddedToken
+
+    own = deepcopy(tokenizer)
+    own.add_tokens([AddedToken(w, normalized=False, special=True) for w in changed], True)
+    if len(own) != len(tokenizer):
+        raise _does_not_fit(name, changed)
+    return own
+
+
+def _is_loose(token: Any) -> bool:
+    """Whether the token takes white space with it, or is not found in any text as it is."""
+    return bool(token.lstrip or token.rstrip or token.single_word or token.normalized)
+
+
+def _does_not_fit(name: str, missing: Iterable[str]) -> ConfigError:
+    return ConfigError(
+        f"template {name!r} does not fit this model: its tokenizer has no token "
+        f"{', '.join(missing)}; set the template that the model (and adapter) was trained "
+        "with, or `template: auto`"
+    )
 
 
 def _no_switch(name: str) -> ConfigError:

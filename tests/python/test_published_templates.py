@@ -85,7 +85,13 @@ def test_earlier_thoughts_go_as_published(pair: Pair) -> None:
     assert published == plain
 
 
-def test_every_named_template_has_a_published_one() -> None:
-    same = {"default", "qwen3_5_nothink"}  # LLaMA-Factory's own, and qwen3_nothink's strings
-    assert {pair.named for pair in PAIRS} == {*TEMPLATES} - same
-    assert TEMPLATES["qwen3_5_nothink"] == TEMPLATES["qwen3_nothink"]
+def test_the_rows_that_most_people_use_have_a_published_one() -> None:
+    wanted = (
+        "deepseek deepseek3 deepseekr1 qwen qwen3 qwen3_nothink qwen3_5 mistral glm4 glm4_moe "
+        "glm4_7 gpt_oss minimax2 moonlight"
+    )
+    assert {pair.named for pair in PAIRS} == {*wanted.split()}
+    same = ("qwen3_nothink", "qwen3_5_nothink", "qwen3_vl_nothink", "qwen3_omni_nothink")
+    assert all(TEMPLATES[name] == TEMPLATES[same[0]] for name in same)
+    thinking = ("qwen3", "qwen3_5", "qwen3_6", "qwen3_vl", "qwen3_omni")
+    assert all(TEMPLATES[name] == TEMPLATES[thinking[0]] for name in thinking)

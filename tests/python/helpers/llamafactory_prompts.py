@@ -1,0 +1,187 @@
+"""Prompts that LLaMA-Factory makes of conversations, for every template that it has.
+
+`llamafactory_prompts.json` holds them; `python tests/python/helpers/llamafactory_prompts.py` writes
+it anew where llamafactory is installed (`pip install --no-deps llamafactory==0.9.5`, in an
+environment that has torch and transformers; what it imports for sound and data sets is replaced by
+empty modules). `… --real` does the same with tokenizers of real models, see real_tokenizers.py.
+"""
+
+import hashlib
+import importlib
+import importlib.machinery
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+EXPECTED = Path(__file__).with_suffix(".json")
+EXPECTED_REAL = EXPECTED.with_name("llamafactory_prompts_real.json")
+
+Turns = list[dict[str, str]]
+
+
+def conversations(begin: str, end: str) -> list[Turns]:
+    """``begin`` and ``end`` mark a thought. The first conversation is kept as text as well."""
+
+    def turns(*texts: str, system: str | None = None) -> Turns:
+        head = [] if system is None else [{"role": "system", "content": system}]
+        roles = ("user", "assistant")
+        return head + [{"role": roles[at % 2], "content": text} for at, text in enumerate(texts)]
+
+    thought = f"{begin}Hm, 嗯…{end}"
+    return [
+        turns("你好\n", f"{thought}Hello :)", "再见", system="Be brief."),
+        turns("Hello"),
+        turns("Hello", "我是 ktrt", "再见"),
+        turns("Hello", system="Sei kurz.\n"),
+        turns("你好", f"{thought}\n\nA {thought} B", "?", f"{thought}{thought}C", " again "),
+        turns("\n\n leading", "\n\n both \n\n", "\ttrailing \n"),
+        turns("<|im_end|> in </s> text <|end|>\n", "### <think> {c}", "{eos} {{content}} %s"),
+        turns("Hello", system=""),
+    ]
+
+
+def cases(begin: str, end: str) -> Iterator[tuple[Turns, bool | None]]:
+    """Conversations, and whether to think (None: not said)."""
+    for turns in conversations(begin, end):
+        for thinking in (None, True, False):
+            yield turns, thinking
+
+
+def digest(ids: list[int]) -> str:
+    return hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest()[:8]
+
+
+def byte_tokenizer(
+    special: list[str], *, hidden: str = "", loose: bool = False, bos: str | None = "<s>"
+) -> PreTrainedTokenizerFast:
+    """One token per byte but for a few pairs, which grow across the edges of a template's slots
+    unless these are encoded one by one.
+
+    ``loose``: special tokens swallow the white space behind them, as Phi-3's do, and ``hidden`` is
+    in the vocabulary without being one of them.
+    """
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    ends = ["Ċ", "Ġ", ":", ">", "]", "n", "t", "H"]
+    pairs = [(left, right) for left in ends for right in ends]
+    vocabulary = [*letters, *(left + right for left, right in pairs), *([hidden] if hidden else [])]
+    tokenizer = Tokenizer(
+        models.BPE(vocab={name: at for at, name in enumerate(vocabulary)}, merges=pairs)
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    added = ["<s>", "</s>", *(each for each in special if each != hidden)]
+    tokenizer.add_special_tokens(
+        [AddedToken(each, normalized=False, special=True, rstrip=loose) for each in added]
+    )
+    marks = {"eos_token": "</s>"} | ({} if bos is None else {"bos_token": bos})
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **marks)
+
+
+def tokenizers(special: list[str], stop_words: list[str]) -> dict[str, Callable[[], Any]]:
+    hidden = stop_words[-1] if stop_words else ""
+    return {
+        "plain": lambda: byte_tokenizer(special),
+        "loose": lambda: byte_tokenizer(special, hidden=hidden, loose=True),
+        "no bos": lambda: byte_tokenizer(special, bos=None),
+    }
+
+
+# What follows runs where llamafactory is installed.
+
+
+def import_templates() -> Any:
+    """llamafactory's module of templates, with empty modules for those that it finds missing."""
+    os.environ["DISABLE_VERSION_CHECK"] = "1"
+    while True:
+        try:
+            return importlib.import_module("llamafactory.data.template")
+        except ModuleNotFoundError as error:
+            name = str(error.name)
+            if name.startswith("llamafactory"):
+                raise
+            sys.modules[name] = _Empty(name)
+            for each in [each for each in sys.modules if each.startswith("llamafactory")]:
+                del sys.modules[each]
+
+
+class _Empty(ModuleType):
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        self.__path__: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+def prompt(module: Any, name: str, tokenizer: Any, turns: Turns, thinking: bool | None) -> Any:
+    """The prompt's ids, and the template."""
+    arguments = SimpleNamespace(
+        template=name,
+        train_on_prompt=False,
+        tool_format=None,
+        default_system=None,
+        enable_thinking=thinking is not False,
+        preserve_thinking=False,
+    )
+    template = module.get_template_and_fix_tokenizer(tokenizer, arguments)
+    system = turns[0]["content"] if turns[0]["role"] == "system" else None
+    messages = [*turns[system is not None :], {"role": "assistant", "content": ""}]
+    return template.encode_oneturn(tokenizer, messages, system)[0], template
+
+
+def describe(module: Any, name: str, makers: dict[str, Callable[[], Any]]) -> dict[str, Any]:
+    template = module.TEMPLATES[name]
+    begin, end = template.thought_words
+    reasoning = isinstance(template, module.ReasoningTemplate)
+    row: dict[str, Any] = {"thought": [begin, end] if reasoning else None}
+    row["stop words"] = template.stop_words
+    for maker, make in makers.items():
+        tokenizer = make()
+        size = len(tokenizer)
+        prompts = [prompt(module, name, tokenizer, *case)[0] for case in cases(begin, end)]
+        stops = template.get_stop_token_ids(tokenizer)
+        row.setdefault("stops", sorted(tokenizer.convert_ids_to_tokens(stops)))
+        if len(tokenizer) != size:
+            added = tokenizer.convert_ids_to_tokens(list(range(size, len(tokenizer))))
+            row.setdefault("adds", {})[maker] = added
+        row.setdefault("text", tokenizer.decode(prompts[0], skip_special_tokens=False))
+        digests = [digest(each) for each in prompts]
+        if not reasoning and digests[::3] == digests[1::3] == digests[2::3]:
+            digests = digests[::3]
+        row[maker] = " ".join(digests)
+    if row["no bos"] == row["plain"]:
+        del row["no bos"]
+    return row
+
+
+def special_tokens(module: Any) -> list[str]:
+    """What looks like a special token in some template, and the stop words."""
+    from ktrt.template_table import TEMPLATES
+
+    found = {word for row in module.TEMPLATES.values() for word in row.stop_words}
+    return sorted(found.union(*(spec.tokens for spec in TEMPLATES.values())))
+
+
+def main() -> None:
+    module = import_templates()
+    special = special_tokens(module)
+    rows = {
+        name: describe(module, name, tokenizers(special, template.stop_words))
+        for name, template in sorted(module.TEMPLATES.items())
+    }
+    data = {"special": special, "templates": rows}
+    EXPECTED.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
