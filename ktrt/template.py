@@ -5,15 +5,15 @@ A named template is a row of ``TEMPLATES`` bound to a tokenizer, ``auto`` is the
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from copy import copy, deepcopy
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any, Protocol
 
 from ktrt.config import TemplateArgs
 from ktrt.config.check import nearest
 from ktrt.errors import ConfigError
-from ktrt.template_table import TEMPLATES, TemplateSpec
+from ktrt.template_binding import bind
+from ktrt.template_table import TEMPLATES
 
 _log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class NamedTemplate:
     def __init__(self, name: str, args: TemplateArgs, tokenizer: Tokenizer) -> None:
         spec = TEMPLATES[name]
         self.name = name
-        self._bound = _bind(name, spec, tokenizer)
+        self._bound = bind(name, spec, tokenizer)
         self.stop_ids = self._bound.stop_ids
         self._prefix = self._bound.compile(spec.prefix)
         self._system = self._bound.compile(spec.system)
@@ -158,113 +158,6 @@ class NamedTemplate:
             marked = f"{re.escape(begin)}.*?{re.escape(end)}"
             reply = re.sub(marked, "", reply, flags=re.DOTALL)
         return reply.lstrip("\n")
-
-
-@dataclass(frozen=True)
-class _Bound:
-    """A tokenizer that encodes as in training, with the ids of the template's marks."""
-
-    tokenizer: Tokenizer
-    marks: Mapping[str, int | None]
-    stop_ids: frozenset[int]
-
-    def compile(self, slot: str) -> list[str | int]:
-        """A slot's texts and, in place of its marks, ids."""
-        parts: list[str | int] = []
-        for part in _MARK.split(slot):
-            if part not in self.marks:
-                parts += [part] if part else []
-            elif (token := self.marks[part]) is not None:
-                parts.append(token)
-        return parts
-
-
-_MARK = re.compile(r"(\{bos\??\}|\{eos\}|\{token [^}]+\}|\{\|\})")
-_DEFAULT_EOS = "<|endoftext|>"  # which LLaMA-Factory gives a tokenizer that has none
-
-
-def _bind(name: str, spec: TemplateSpec, tokenizer: Tokenizer) -> _Bound:
-    """``ConfigError`` lists the tokens that the tokenizer lacks."""
-    known = {text: _token_id(tokenizer, text) for text in spec.tokens}
-    known |= {text: _vocabulary_id(tokenizer, text) for text in spec.stop_words}
-    optional = [t for t in spec.optional_stop_words if _vocabulary_id(tokenizer, t) is not None]
-    eos, eos_text = tokenizer.eos_token_id, None
-    if spec.replaces_eos or eos is None:
-        eos_text = spec.stop_words[0] if spec.replaces_eos else _DEFAULT_EOS
-        eos = _vocabulary_id(tokenizer, eos_text)
-    marks: dict[str, int | None] = {
-        "{|}": None,
-        "{bos}": tokenizer.bos_token_id,
-        "{bos?}": tokenizer.bos_token_id,
-        "{eos}": eos,
-    }
-    slots = "".join((spec.prefix, spec.system, spec.user, spec.assistant))
-    for mark in dict.fromkeys(_MARK.findall(slots)):
-        if mark.startswith("{token "):
-            text = mark.removeprefix("{token ").removesuffix("}")
-            known[text] = marks[mark] = _vocabulary_id(tokenizer, text)
-    missing = [text for text, token in known.items() if token is None]
-    missing += ["bos"] if "{bos}" in slots and tokenizer.bos_token_id is None else []
-    missing += ["eos"] if eos is None and not spec.replaces_eos else []
-    if missing:
-        raise _does_not_fit(name, missing)
-    words = [*spec.stop_words, *optional]
-    own_eos = getattr(tokenizer, "eos_token", None)
-    declared = [w for w in dict.fromkeys([*words, *([eos_text] if eos_text else [])])
-                if w != own_eos or w != eos_text]  # fmt: skip
-    encoding = _declare(name, declared, tokenizer)
-    stops = {eos, tokenizer.eos_token_id, *(_token_id(encoding, word) for word in words)}
-    return _Bound(encoding, marks, frozenset(each for each in stops if each is not None))
-
-
-def _token_id(tokenizer: Tokenizer, text: str) -> int | None:
-    """The id that the text is encoded to; None if these are several or it is unknown."""
-    encoded = tokenizer.encode(text, add_special_tokens=False)
-    return encoded[0] if len(encoded) == 1 and encoded[0] != tokenizer.unk_token_id else None
-
-
-def _vocabulary_id(tokenizer: Any, text: str) -> int | None:
-    """The id of a token that need not be what its text is encoded to."""
-    token: int | None = _token_id(tokenizer, text)
-    if token is None and hasattr(tokenizer, "convert_tokens_to_ids"):
-        token = tokenizer.convert_tokens_to_ids(text)
-    return None if token == tokenizer.unk_token_id else token
-
-
-def _declare(name: str, words: Iterable[str], tokenizer: Any) -> Any:
-    """The tokenizer, or a copy to which ``words`` are special tokens.
-
-    LLaMA-Factory adds stop words as special tokens before it encodes. That changes ids where the
-    tokenizer has a word in its vocabulary alone, or swallows the white space behind it: Phi-3's
-    ``<|end|>`` does, and the line break that follows it in the template gets lost.
-    """
-    added_tokens = getattr(tokenizer, "added_tokens_decoder", None)
-    if added_tokens is None:
-        return tokenizer
-    added = {each.content: each for each in added_tokens.values()}
-    changed = [word for word in words if word not in added or _is_loose(added[word])]
-    if not changed:
-        return tokenizer
-    from tokenizers import AddedToken
-
-    own = deepcopy(tokenizer)
-    own.add_tokens([AddedToken(w, normalized=False, special=True) for w in changed], True)
-    if len(own) != len(tokenizer):
-        raise _does_not_fit(name, changed)
-    return own
-
-
-def _is_loose(token: Any) -> bool:
-    """Whether the token takes white space with it, or is not found in any text as it is."""
-    return bool(token.lstrip or token.rstrip or token.single_word or token.normalized)
-
-
-def _does_not_fit(name: str, missing: Iterable[str]) -> ConfigError:
-    return ConfigError(
-        f"template {name!r} does not fit this model: its tokenizer has no token "
-        f"{', '.join(missing)}; set the template that the model (and adapter) was trained "
-        "with, or `template: auto`"
-    )
 
 
 def _no_switch(name: str) -> ConfigError:

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 from helpers.llamafactory_prompts import EXPECTED, byte_tokenizer, cases, digest, tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from ktrt.config import TemplateArgs
 from ktrt.errors import ConfigError
@@ -78,6 +80,15 @@ class TestStopWordsAreSpecialTokens:
         tokenizer = byte_tokenizer([*self.SPECIAL[:3]])
         with pytest.raises(ConfigError, match=r"'phi' does not fit this model.*no token <\|end\|>"):
             load_template(TemplateArgs("phi"), tokenizer)
+
+    def test_one_that_only_looks_like_a_token_is_refused(self) -> None:
+        """SentencePiece's ``▁###`` is what ``###`` is encoded to, and another token."""
+        words = Tokenizer(models.WordLevel({"▁###": 0, "<unk>": 1}, unk_token="<unk>"))
+        words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
+        assert len(tokenizer.encode("###", add_special_tokens=False)) == 1
+        with pytest.raises(ConfigError, match="'yi_vl' does not fit this model.*no token ###"):
+            load_template(TemplateArgs("yi_vl"), tokenizer)
 
     def test_one_that_part_of_the_models_lack_is_not(self) -> None:
         glm = ["[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
