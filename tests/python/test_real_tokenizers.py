@@ -1,17 +1,21 @@
 """Templates with tokenizers of published models, token by token. The ids are written out as the
 models' own tokenizers give them."""
 
+import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import real_tokenizers
+from helpers.llamafactory_prompts import EXPECTED_REAL, cases, digest
 from transformers import AutoTokenizer
 
 from ktrt.config import TemplateArgs
 from ktrt.errors import ConfigError
 from ktrt.template import load_template
+from ktrt.template_table import TEMPLATES
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo" / "model"
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -93,6 +97,20 @@ class TestMixtral:
             "[INST] Be brief.\n\nHello[/INST]", add_special_tokens=False
         )
         assert found == [1, *whole]
+
+
+@pytest.mark.parametrize("folder", real_tokenizers.PUBLISHED)
+def test_prompts_are_llama_factorys(folder: str) -> None:
+    tokenizer = load(partial(real_tokenizers.published, folder))
+    expected = json.loads(EXPECTED_REAL.read_text(encoding="utf-8"))[folder]
+    assert [*expected] == real_tokenizers.PUBLISHED[folder].split()
+    for name, digests in expected.items():
+        thought = TEMPLATES[name].thought
+        marks = (thought.begin, thought.end) if thought else ("<think>\n", "\n</think>\n\n")
+        for (turns, thinking), wanted in zip(cases(*marks), digests.split(), strict=True):
+            args = TemplateArgs(name, enable_thinking=thinking)
+            ids = load_template(args, tokenizer).encode(turns)
+            assert digest(ids) == wanted, (name, turns, thinking)
 
 
 @pytest.mark.parametrize("turns", [[USER], [SYSTEM, USER], [SYSTEM, USER, REPLY, AGAIN]])

@@ -13,10 +13,12 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from helpers import real_tokenizers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -172,15 +174,37 @@ def special_tokens(module: Any) -> list[str]:
     return sorted(found.union(*(spec.tokens for spec in TEMPLATES.values())))
 
 
+def describe_real(module: Any, names: list[str], make: Callable[[], Any]) -> dict[str, str]:
+    rows = {}
+    for name in names:
+        tokenizer = make()
+        ids = [
+            prompt(module, name, tokenizer, *case)[0]
+            for case in cases(*module.TEMPLATES[name].thought_words)
+        ]
+        rows[name] = " ".join(map(digest, ids))
+    return rows
+
+
+def write(file: Path, data: dict[str, Any]) -> None:
+    file.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     module = import_templates()
+    if "--real" in sys.argv[1:]:
+        found = {
+            folder: describe_real(module, names.split(), partial(real_tokenizers.published, folder))
+            for folder, names in real_tokenizers.PUBLISHED.items()
+        }
+        write(EXPECTED_REAL, found)
+        return
     special = special_tokens(module)
     rows = {
         name: describe(module, name, tokenizers(special, template.stop_words))
         for name, template in sorted(module.TEMPLATES.items())
     }
-    data = {"special": special, "templates": rows}
-    EXPECTED.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    write(EXPECTED, {"special": special, "templates": rows})
 
 
 if __name__ == "__main__":

