@@ -68,12 +68,22 @@ def load_template(args: TemplateArgs, tokenizer: Tokenizer) -> Template:
     name = str(args.template)
     if name not in TEMPLATES:
         raise ConfigError(
-            f"template: unknown name {name!r}{nearest(name, TEMPLATES)}; "
+            f"template: unknown name {name!r}{_nearest_template(name)}; "
             f"known: auto, {', '.join(TEMPLATES)}"
         )
     if args.enable_thinking is False and TEMPLATES[name].thought is None:
         _log.info("enable_thinking has no effect: %s is not a reasoning template", name)
     return NamedTemplate(name, args, tokenizer)
+
+
+def _nearest_template(name: str) -> str:
+    """Finds it by the names of models too: `mixtral` means `mistral`."""
+    models = {
+        re.sub(r"[^a-z0-9.]+", "_", model.lower()): known
+        for known, spec in TEMPLATES.items()
+        for model in spec.models.split(", ")
+    }
+    return nearest(name, TEMPLATES, also=models)
 
 
 class NamedTemplate:

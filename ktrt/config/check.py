@@ -2,7 +2,7 @@
 
 import difflib
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -59,8 +59,12 @@ def describe(value: object) -> str:
     return f"{value!r} ({kind.get(type(value), type(value).__name__)})"
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`` (did you mean …?)`` for the known name nearest to ``name``; empty if none is near."""
-    by_lower = {each.lower(): each for each in known}
-    near = difflib.get_close_matches(name.lower().replace("-", "_"), by_lower, n=1)
-    return f" (did you mean {by_lower[near[0]]!r}?)" if near else ""
+def nearest(name: str, known: Iterable[str], also: Mapping[str, str] = {}) -> str:
+    """`` (did you mean …?)`` for the known name nearest to ``name``; empty if none is near.
+
+    ``also``: other words, and the known names that they stand for.
+    """
+    meant = {each.lower(): answer for each, answer in also.items()}
+    meant |= {each.lower(): each for each in known}
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), meant, n=1)
+    return f" (did you mean {meant[near[0]]!r}?)" if near else ""

@@ -12,8 +12,8 @@ _DEEPSEEK3 = TemplateSpec(
     tokens=("<｜User｜>", "<｜Assistant｜>"),
 )
 _DEEPSEEK = {
-    "deepseek3": replace(_DEEPSEEK3, models="DeepSeek-V2-0628, V2.5, V3"),
-    "deepseekr1": replace(_DEEPSEEK3, thought=Thought(), models="DeepSeek-R1, V3.1"),
+    "deepseek3": replace(_DEEPSEEK3, models="DeepSeek-V2-0628, DeepSeek-V2.5, DeepSeek-V3"),
+    "deepseekr1": replace(_DEEPSEEK3, thought=Thought(), models="DeepSeek-R1, DeepSeek-V3.1"),
 }
 
 _GLM4 = TemplateSpec(
@@ -98,7 +98,7 @@ _MINIMAX = {
         stop_words=("[e~[",),
         tokens=("]~!b[", "]~b]"),
         thought=Thought(),
-        models="MiniMax-M2, M2.1, M2.5",
+        models="MiniMax-M2, MiniMax-M2.1, MiniMax-M2.5",
     ),
 }
 
@@ -131,7 +131,7 @@ _LLAMA3 = TemplateSpec(
     tokens=("<|start_header_id|>", "<|end_header_id|>"),
 )
 _LLAMA = {
-    "llama3": replace(_LLAMA3, models="Llama 3 to 3.3"),
+    "llama3": replace(_LLAMA3, models="Llama 3, Llama 3.1, Llama 3.2, Llama 3.3"),
     "llama4": TemplateSpec(
         prefix="{bos}",
         system="<|header_start|>system<|header_end|>\n\n{c}<|eot|>",
@@ -188,7 +188,7 @@ _GEMMA = {
     "gemma3": replace(_GEMMA1, models="Gemma 3"),
     "gemma3n": replace(_GEMMA1, models="Gemma 3n"),
     "gemma4": replace(_GEMMA4, models="Gemma 4"),
-    "gemma4n": replace(_GEMMA4, models="Gemma 4 E2B, E4B"),
+    "gemma4n": replace(_GEMMA4, models="Gemma 4 E2B, Gemma 4 E4B"),
     "paligemma": TemplateSpec(
         prefix="{bos}", user="{c}\n", system_in_user=True, models="PaliGemma"
     ),

@@ -76,7 +76,7 @@ _OTHERS = {
         prefix="{bos}",
         system="{c}\n\n",
         user="User: {c}\n\nAssistant:",
-        models="DeepSeek-V2, V2-Lite, Coder-V2, MoE-16B",
+        models="DeepSeek-V2, DeepSeek-V2-Lite, DeepSeek-Coder-V2, DeepSeek-MoE",
     ),
     "deepseekcoder": TemplateSpec(
         prefix="{bos}",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import templates_table
 
 from ktrt.commands import COMMANDS
 from ktrt.config import (
@@ -110,9 +111,17 @@ def transcripts(name: str) -> list[tuple[list[str], list[str], list[str]]]:
     return found
 
 
-def test_all_templates_are_named() -> None:
+def test_templates_that_are_named_exist() -> None:
     (item,) = re.findall(r"^- \*\*Template\*\*: (.*?)\. ", README, re.MULTILINE | re.DOTALL)
-    assert set(re.findall(r"`(\w+)`", item)) == {*TEMPLATES, "auto"}
+    assert set(re.findall(r"`([a-z0-9_.-]+)`", item)) <= {*TEMPLATES, "auto"}
+
+
+def test_the_table_of_templates_is_whole() -> None:
+    block = templates_table.table_block()
+    assert {*TEMPLATES} == set(re.findall(r"`([^`]+)` \(", block))
+    if "<!-- templates: " not in README:
+        pytest.skip("README has no table of templates")
+    assert templates_table.current_block() == block, "run: helpers/templates_table.py"
 
 
 def test_the_transcript_shows_both_personas() -> None:

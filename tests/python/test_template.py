@@ -396,6 +396,11 @@ class TestAuto:
         ("openchat_3.6", "openchat-3.6"),
         ("glm4.7", "glm4_7"),
         ("hunyuan_moe", "hunyuan"),
+        ("mixtral", "mistral"),
+        ("Kimi-K2", "moonlight"),
+        ("olmoe", "olmo"),
+        ("ling2", "bailing_v2"),
+        ("phi3.5", "phi"),
     ],
 )
 def test_unknown_name_comes_with_the_nearest(name: str, near: str) -> None:
