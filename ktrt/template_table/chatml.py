@@ -28,7 +28,7 @@ _QWEN = {
     "qwen2_omni": replace(_EOS, default_system=_HELPFUL, models="Qwen2.5-Omni"),
     "qwen2_vl": replace(_EOS, default_system=_HELPFUL, models="Qwen2-VL, Qwen2.5-VL"),
     "qwen3": replace(_REASONING, models="Qwen3"),
-    "qwen3_nothink": replace(_EOS, models="Qwen3-Instruct-2507, Qwen3-Next-Instruct"),
+    "qwen3_nothink": replace(_EOS, models="Qwen3-Instruct-2507, Qwen3-Next, Qwen3-Coder"),
     "qwen3_omni": replace(_REASONING, models="Qwen3-Omni-Thinking"),
     "qwen3_omni_nothink": replace(_EOS, models="Qwen3-Omni-Instruct"),
     "qwen3_vl": replace(_REASONING, models="Qwen3-VL-Thinking"),

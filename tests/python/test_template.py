@@ -1,6 +1,7 @@
 """Tests of ktrt.template."""
 
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -421,6 +422,13 @@ def test_every_row_is_a_template() -> None:
         assert "{c}" in spec.user
         assert "{c}" in spec.assistant
         assert "{c}" in spec.system
+        assert spec.models
+        slots = (spec.prefix, spec.system, spec.user, spec.assistant)
+        marks = {*re.findall(r"\{.*?\}", "".join(slots))} - {"{c}", "{bos}", "{bos?}", "{eos}"}
+        assert all(mark == "{|}" or mark.startswith("{token ") for mark in marks), name
+        thought = () if spec.thought is None else (spec.thought.begin, spec.thought.end)
+        for token in spec.tokens:
+            assert any(token in text for text in (*slots, *thought)), (name, token)
 
 
 def test_imports_without_torch() -> None:
