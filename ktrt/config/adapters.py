@@ -1,11 +1,15 @@
 """The keys that name adapters (one folder, several, or a mapping), and which start active."""
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ktrt.config.check import check_value, describe, nearest
 from ktrt.errors import ConfigError
+from ktrt.folders import find_adapter_folder
+
+_log = logging.getLogger(__name__)
 
 # Their values are no scalars, or not always.
 ADAPTER_KEYS = ("adapter_name_or_path", "adapters", "adapter_weights")
@@ -72,7 +76,10 @@ def _inside(path: Path, subfolder: str, where: str) -> Path:
     inner = path / subfolder
     if not inner.resolve().is_relative_to(path.resolve()) or not inner.is_dir():
         raise ConfigError(f"{where}: adapter_folder: no directory {inner} inside {path}")
-    return inner
+    folder, note = find_adapter_folder(inner)
+    if note:
+        _log.info("%s", note)
+    return folder
 
 
 def _unique_names(folders: list[Path], where: str) -> list[str]:

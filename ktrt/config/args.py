@@ -19,6 +19,8 @@ class ModelArgs:
     ``cutoff_len``: the most tokens a conversation may have, where the model itself allows more.
     ``quantization_bit`` 8: on the CPU the linear layers outside the routed experts are INT8, with a
     scale per output row (``ktrt.linears`` says which); what a GPU computes stays as it is.
+    ``add_tokens`` and ``add_special_tokens`` were added to the tokenizer before training, in this
+    order; ``resize_vocab``: the embeddings were resized to the tokenizer.
     """
 
     model_name_or_path: Path
@@ -26,6 +28,9 @@ class ModelArgs:
     infer_dtype: InferDtype = "auto"
     cutoff_len: int | None = None
     quantization_bit: int | None = None
+    resize_vocab: bool = False
+    add_tokens: tuple[str, ...] = ()
+    add_special_tokens: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         bits, dtype = self.quantization_bit, self.infer_dtype

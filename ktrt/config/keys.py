@@ -127,7 +127,6 @@ class Refusal:
 _PRE_PACKED = Refusal(
     (None, ""), "pre-converted weights are not supported yet; the experts are packed at load"
 )
-_VOCABULARY = Refusal((None, False, ""), "the tokenizer must hold every token already")
 
 REFUSED = {
     "kt_non_expert_weight_path": _PRE_PACKED,
@@ -144,10 +143,6 @@ REFUSED = {
     "train_from_scratch": Refusal((None, False), "there is nothing to chat with"),
     "use_kv_cache": Refusal((None, True), "generation always uses the KV cache"),
     "split_special_tokens": Refusal((None, False), "templates need special tokens whole"),
-    "resize_vocab": _VOCABULARY,
-    "add_tokens": _VOCABULARY,
-    "add_special_tokens": _VOCABULARY,
-    "new_special_tokens_config": _VOCABULARY,
     "tool_format": Refusal((None,), "tool calls are not supported"),
     "preserve_thinking": Refusal((None, False), "thoughts of earlier turns are always dropped"),
 }

@@ -33,14 +33,23 @@ class _Switches:
     infer_backend: str = "huggingface"
     finetuning_type: Literal["lora", "full", "freeze", "oft"] = "lora"
     adapter_folder: str | None = None
+    new_special_tokens_config: Path | None = None
 
 
+# Several tokens in one text, with commas, as LLaMA-Factory takes them.
+_TOKEN_LISTS = ("add_tokens", "add_special_tokens")
 _SECTIONS = (ModelArgs, AdapterArgs, ExpertArgs, TemplateArgs, SamplingArgs)
 _TYPES: dict[str, Any] = {
     each.name: each.type for section in (*_SECTIONS, _Switches) for each in fields(section)
 }
 _TEXT_KEYS = [key for key, hint in _TYPES.items() if hint in (Path, str, Path | None, str | None)]
-_ALIASES = {"kt_lora_rank": "lora_rank", "kt_lora_alpha": "lora_alpha", **SAMPLING_ALIASES}
+_ALIASES = {
+    "kt_lora_rank": "lora_rank",
+    "kt_lora_alpha": "lora_alpha",
+    # LLaMA-Factory's name until 0.9.2.
+    "new_special_tokens": "add_special_tokens",
+    **SAMPLING_ALIASES,
+}
 # Two keys of kt_kernel say the same thing; the values of both, in lower case, as kt_backend.
 _BACKENDS = {
     "kt_backend": {
@@ -147,6 +156,8 @@ def _canonical(spelling: str, raw: object, where: str) -> tuple[str, Any]:
         return key, raw
     if key in ADAPTER_KEYS:
         return key, check_adapter_value(key, raw, where)
+    if key in _TOKEN_LISTS and isinstance(raw, str):
+        return key, tuple(part for each in raw.split(",") if (part := each.strip()))
     return key, check_value(spelling, raw, _TYPES[key], where)
 
 
@@ -206,7 +217,19 @@ def _resolve_paths(values: dict[str, Any], where: str, folder: Path | None) -> N
     if packed is not None and packed != Path():
         values["kt_weight_path"] = _directory("kt_weight_path", packed, where, folder)
 
+    described = values.pop("new_special_tokens_config", None)
+    if described is not None and described != Path():
+        values["add_special_tokens"] = _described_tokens(described, folder)
+
     resolve_adapters(values, where, lambda key, path: _directory(key, path, where, folder))
+
+
+def _described_tokens(given: Path, folder: Path | None) -> tuple[str, ...]:
+    """The tokens of a ``new_special_tokens_config``, which win over ``add_special_tokens`` as in
+    LLaMA-Factory; their descriptions only initialise the training."""
+    path = given.expanduser()
+    beside = folder / path if folder is not None else path
+    return tuple(read_yaml(path if path.is_file() or not beside.is_file() else beside))
 
 
 def _directory(key: str, given: Path, where: str, folder: Path | None) -> Path:

@@ -34,9 +34,16 @@ kt_tp_enabled: false
 
 @pytest.fixture
 def folders(tmp_path: Path) -> Path:
-    for name in ("model", "adapter", "adapter/checkpoint-3"):
-        (tmp_path / name).mkdir()
+    (tmp_path / "model").mkdir()
+    for name in ("adapter", "adapter/checkpoint-3"):
+        make_adapter(tmp_path / name)
     return tmp_path
+
+
+def make_adapter(folder: Path) -> None:
+    """As far as a configuration looks into it."""
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text("{}")
 
 
 @pytest.fixture
@@ -368,6 +375,31 @@ class TestValues:
         assert load_config(write("temperature: 5e-1\n")).sampling.temperature == 0.5
 
 
+class TestAddedTokens:
+    @pytest.mark.parametrize(
+        ("line", "expected"),
+        [
+            ("add_tokens: '<a>, <b>'", ((("<a>", "<b>")), ())),
+            ("add_tokens: [<a>, <b>]", ((("<a>", "<b>")), ())),
+            ("add_special_tokens: <a>", ((), ("<a>",))),
+            ("new_special_tokens: <a>,<b>", ((), ("<a>", "<b>"))),
+            ("add_tokens: ''", ((), ())),
+        ],
+    )
+    def test_one_text_or_a_list(
+        self, write: Callable[[str], Path], line: str, expected: tuple[object, object]
+    ) -> None:
+        model = load_config(write(f"{line}\nresize_vocab: true\n")).model
+        assert (model.add_tokens, model.add_special_tokens) == expected
+        assert model.resize_vocab
+
+    def test_a_file_of_descriptions_wins(self, write: Callable[[str], Path], folders: Path) -> None:
+        (folders / "tokens.yaml").write_text("<c>: an end\n<d>: a start\n")
+        lines = "new_special_tokens_config: tokens.yaml\nadd_special_tokens: <a>\n"
+        assert load_config(write(lines)).model.add_special_tokens == ("<c>", "<d>")
+        assert "tokens.yaml" in refused(write(lines.replace("tokens.yaml", "no/tokens.yaml")))
+
+
 class TestFiles:
     def test_missing(self, tmp_path: Path) -> None:
         assert "No such file" in refused(tmp_path / "none.yaml")
@@ -442,7 +474,7 @@ class TestPaths:
         ],
     )
     def test_several_adapters(self, write: Callable[[str], Path], folders: Path, text: str) -> None:
-        (folders / "more" / "adapter").mkdir(parents=True)
+        make_adapter(folders / "more" / "adapter")
         args = load_config(write(text)).adapter
         assert args.adapter_name_or_path is None
         names = [f"{folders.name}/adapter", "more/adapter"]
@@ -452,7 +484,7 @@ class TestPaths:
         assert args.start_weights == {names[0]: 1.0}
 
     def test_named_adapters(self, write: Callable[[str], Path], folders: Path) -> None:
-        (folders / "more").mkdir()
+        make_adapter(folders / "more")
         text = "adapters: {x: more, y: adapter}\nadapter_weights: {y: 0.5, x: 2}"
         args = load_config(write(text)).adapter
         assert args.folders == {"x": folders / "more", "y": folders / "adapter"}
@@ -461,7 +493,7 @@ class TestPaths:
     def test_one_adapter_is_called_by_its_folder(
         self, write: Callable[[str], Path], folders: Path
     ) -> None:
-        (folders / "with,comma").mkdir()
+        make_adapter(folders / "with,comma")
         for name in ("adapter", "with,comma"):
             args = load_config(write(f"adapter_name_or_path: {name}")).adapter
             assert args.folders == {name: folders / name}
@@ -494,6 +526,16 @@ class TestPaths:
         assert config.adapter.adapter_name_or_path == folders / "adapter/checkpoint-3"
         assert "adapter_folder" in refused(write(lines + "none"))
         assert "adapter_folder" in refused(write(lines + "../model"))
+
+    def test_the_newest_checkpoint_of_an_output_folder(
+        self, write: Callable[[str], Path], folders: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        for name in ("checkpoint-20", "checkpoint-100"):
+            make_adapter(folders / "out" / name)
+        with caplog.at_level(logging.INFO):
+            config = load_config(write("adapter_name_or_path: out"))
+        assert config.adapter.adapter_name_or_path == folders / "out/checkpoint-100"
+        assert "taking its newest checkpoint, checkpoint-100" in caplog.text
 
 
 class TestOverrideSampling:
