@@ -2,54 +2,56 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ktrt import __version__
-from ktrt.command_line import run_command, set_environment
+from ktrt.command_line import (
+    EXIT_NEGATIVE,
+    NO_CONFIG,
+    new_parser,
+    parse,
+    run_command,
+    set_environment,
+)
 from ktrt.config import load_config
 from ktrt.errors import ConfigError
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Iterable, Sequence
 
     from rich.text import Text
 
     from ktrt.config import Config
 
-_EXIT_NOT_VERIFIED = 1
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code: 0, 1 if the adapter does not act as its
     files say, 2 if that cannot be found out or the adapter does not fit, 130 after Ctrl-C."""
     args = _parse_arguments(argv)
-    set_environment()
 
     def body() -> int:
+        set_environment()
         config = load_config(args.config, args.overrides)
         if config.adapter.single() is None:
-            raise ConfigError(f"{args.config}: no adapter_name_or_path, so there is no adapter")
+            raise ConfigError("the configuration has no adapter_name_or_path: nothing to audit")
         if args.verify is not None:
             return _verify(config, args.verify, as_json=args.json)
         _audit(config, as_json=args.json, norms=args.norms)
         return 0
 
-    return run_command(body, level=logging.INFO if args.verbose else logging.WARNING)
+    return run_command(body, args, level=logging.INFO if args.verbose else logging.WARNING)
 
 
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m ktrt.audit",
-        description="Shows what each tensor of an adapter acts on and how much it changes there.",
-        epilog="Exit code: 0; 1 if --verify finds a difference; 2 if something cannot be read.",
+    parser = new_parser(
+        "audit",
+        "Shows what each tensor of an adapter acts on and how much it changes there.",
+        "Exit code: 0; 1 if --verify finds a difference; 2 if something cannot be read.",
     )
-    parser.add_argument("config", help="YAML file, as for ktrt.chat")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--json", action="store_true", help="all rows as JSON")
     parser.add_argument(
         "--no-norms",
@@ -66,11 +68,9 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "layer with LoRA on routed experts, this one, or all",
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="show what loading logs")
-    parser.add_argument("--version", action="version", version=f"ktrt {__version__}")
-    args = parser.parse_intermixed_args(argv)
-    if args.verify and "=" in args.verify:
-        args.overrides.append(args.verify)
-        args.verify = ""
+    args = parse(parser, argv)
+    if args.config is None:
+        parser.error(NO_CONFIG)
     if args.verify not in (None, "", "all") and not args.verify.isdecimal():
         parser.error(f"--verify {args.verify}: expected the number of a layer, or all")
     return args
@@ -126,7 +126,7 @@ def _verify(config: Config, which: str, *, as_json: bool) -> int:
         _print_json({"passed": passed, "layers": layers})
     else:
         _print(verification(reports))
-    return 0 if passed else _EXIT_NOT_VERIFIED
+    return 0 if passed else EXIT_NEGATIVE
 
 
 def _print(lines: Iterable[Text]) -> None:

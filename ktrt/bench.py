@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import sys
@@ -11,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from ktrt import __version__
 from ktrt.bench_report import markdown, plot, require_matplotlib
-from ktrt.command_line import run_command, set_environment
+from ktrt.command_line import NO_CONFIG, new_parser, parse, run_command, set_environment
 from ktrt.config import load_config
 from ktrt.errors import ConfigError
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
     from ktrt.config import Config
@@ -63,9 +63,9 @@ class Sizes:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures and prints; 0, 2 after a failure, 130 after Ctrl-C."""
     args = _parse_arguments(argv)
-    set_environment()
 
     def body() -> int:
+        set_environment()
         if args.plot:
             require_matplotlib()
         report = run(load_config(args.config, args.overrides), args.sizes)
@@ -74,16 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             plot(report, args.plot)
         return 0
 
-    return run_command(body, level=logging.INFO if args.verbose else logging.WARNING)
+    return run_command(body, args, level=logging.INFO if args.verbose else logging.WARNING)
 
 
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m ktrt.bench",
-        description="Measures a configuration: prefill, decoding, first token, memory, limits.",
+    parser = new_parser(
+        "bench", "Measures a configuration: prefill, decoding, first token, memory, limits."
     )
-    parser.add_argument("config", help="YAML file, as for ktrt.chat")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--json", action="store_true", help="all figures, as JSON")
     parser.add_argument("--plot", metavar="FILE.png", help="a chart as well (needs matplotlib)")
     defaults = Sizes()
@@ -92,8 +89,9 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--decode", type=int, default=defaults.decode, help="tokens, default 128")
     parser.add_argument("--rounds", type=int, default=defaults.rounds, help="default 5")
     parser.add_argument("-v", "--verbose", action="store_true", help="show the load's log lines")
-    parser.add_argument("--version", action="version", version=f"ktrt {__version__}")
-    args = parser.parse_intermixed_args(argv)
+    args = parse(parser, argv)
+    if args.config is None:
+        parser.error(NO_CONFIG)
     try:
         lengths = tuple(int(each) for each in args.prefill.split(","))
     except ValueError:

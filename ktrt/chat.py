@@ -12,8 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from ktrt import __version__
-from ktrt.command_line import EXIT_FAILURE, EXIT_INTERRUPTED, set_environment
+from ktrt.command_line import (
+    EXIT_NEGATIVE,
+    NO_CONFIG,
+    describe_failure,
+    guarded,
+    new_parser,
+    parse,
+    set_environment,
+)
 from ktrt.commands import Leave, completions, describe, run_line
 from ktrt.config import Config, load_config
 from ktrt.conversation import (
@@ -43,46 +50,33 @@ def main(
     open_session: Callable[[Config], "Session"] | None = None,
     terminal: Terminal | None = None,
 ) -> int:
-    """Runs a chat and returns the exit code: 0, 2 after a failure, 130 after Ctrl-C while loading.
+    """Runs a chat and returns the exit code, as ktrt.command_line says what each means.
 
     ``open_session`` and ``terminal`` stand in for ``ktrt.api.open_session`` and the real terminal.
     """
     args = _parse_arguments(argv)
     terminal = terminal or Terminal.standard()
+
+    def body() -> int:
+        config = load_config(args.config, args.overrides)
+        if args.plan:
+            return _show_plan(config, terminal, as_json=args.json)
+        if args.json or args.prompt is not None:
+            terminal.use_script()
+        start = _prepare(args, terminal)
+        with (open_session or _open_session)(config) as session:
+            return _run(_talk(session, config, terminal, start, args), start, args)
+
     with _logging_to(terminal.stderr, _log_level(args)):
-        try:
-            config = load_config(args.config, args.overrides)
-            if args.plan:
-                return _show_plan(config, terminal, as_json=args.json)
-            if args.json or args.prompt is not None:
-                terminal.use_script()
-            start = _prepare(args, terminal)
-            with (open_session or _open_session)(config) as session:
-                return _run(_talk(session, config, terminal, start, args), start, args)
-        except BrokenPipeError:
-            terminal.abandon_output()
-            return 0
-        except KeyboardInterrupt:
-            terminal.error("interrupted")
-            return EXIT_INTERRUPTED
-        except Exception as error:  # noqa: BLE001 - any failure is one message
-            _report(terminal, error, debug=args.debug)
-            return EXIT_FAILURE
+        return guarded(body, terminal.error, debug=args.debug)
 
 
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m ktrt.chat",
-        description="Chat with a Mixture-of-Experts model whose routed experts run on the CPU.",
-        epilog="Piped input works too: every line is one message or command, answers go to "
+    parser = new_parser(
+        "chat",
+        "Chat with a Mixture-of-Experts model whose routed experts run on the CPU.",
+        "Piped input works too: every line is one message or command, answers go to "
         "standard output.",
-    )
-    parser.add_argument("config", help="YAML file with LLaMA-Factory's keys")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="replaces a value of the file; adapter_name_or_path= chats with the base model",
     )
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="answer this and leave")
     parser.add_argument(
@@ -102,12 +96,12 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--plan", action="store_true", help="print what memory the model will take, and leave"
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     loudness = parser.add_mutually_exclusive_group()
     loudness.add_argument("-v", "--verbose", action="store_true", help="show speeds and details")
     loudness.add_argument("-q", "--quiet", action="store_true", help="show warnings only")
-    parser.add_argument("--version", action="version", version=f"ktrt {__version__}")
-    args = parser.parse_intermixed_args(_with_bare_resume(sys.argv[1:] if argv is None else argv))
+    args = parse(parser, argv)
+    if args.config is None:
+        parser.error(NO_CONFIG)
     if args.prompt is not None and not args.prompt.strip():
         parser.error("argument -p/--prompt: expected a message that is not empty")
     if args.prompt is None and "-" in args.file:
@@ -115,24 +109,14 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _with_bare_resume(argv: Sequence[str]) -> list[str]:
-    """``--resume`` before the configuration or an override has no FILE; argparse would think so."""
-    following = [*argv, ""][1:]
-    return [
-        "--resume=" if each == "--resume" and (after.endswith((".yaml", ".yml")) or "=" in after)
-        else each
-        for each, after in zip(argv, following, strict=True)
-    ]  # fmt: skip
-
-
 def _show_plan(config: Config, terminal: Terminal, *, as_json: bool) -> int:
-    """Prints the memory plan; 0 if the model fits, else 2."""
+    """Prints the memory plan; 0 if the model fits, else 1."""
     set_environment(quiet=not _log.isEnabledFor(logging.DEBUG))
     from ktrt.prepare import plan_memory
 
     plan = plan_memory(config.model, config.adapter, config.experts)
     terminal.note(json.dumps(plan.as_dict(), indent=1) if as_json else plan.table())
-    return 0 if plan.fitting_context() else EXIT_FAILURE
+    return 0 if plan.fitting_context() else EXIT_NEGATIVE
 
 
 def _open_session(config: Config) -> "Session":
@@ -290,11 +274,7 @@ def _converse(talk: Talk, *, debug: bool) -> int:
 
 
 def _report(terminal: Terminal, error: Exception, *, debug: bool) -> None:
-    message = str(error)
-    if not isinstance(error, KtrtError):
-        hint = "" if debug else " (--debug shows where)"
-        message = f"{type(error).__name__}: {error}{hint}"
-    terminal.error(message, trace=error if debug else None)
+    terminal.error(describe_failure(error, debug=debug), trace=error if debug else None)
 
 
 def _log_level(args: argparse.Namespace) -> int:

@@ -1,20 +1,44 @@
-"""What the commands ``python -m ktrt.…`` share: environment, log lines, failures, exit codes."""
+"""What the commands ``python -m ktrt.…`` share: arguments, environment, failures, exit codes.
+
+Exit codes mean the same in every command:
+
+0    it did what was asked, and found nothing wrong;
+1    it did what was asked, and what it found is bad: ``audit --verify`` (the model acts otherwise
+     than the adapter's files say), ``doctor`` (a setting to fix), ``chat --plan`` (the model does
+     not fit into memory);
+2    it could not do it, or could not tell: an argument, a file, the machine, a defect of ktrt;
+130  Ctrl-C;
+141  whoever read the output has gone (a closed pipe; nothing is printed).
+
+2 comes with one line on standard error, and with the traceback under ``--debug``.
+"""
 
 from __future__ import annotations
 
+import argparse
+import io
 import logging
 import os
 import sys
+import traceback
 import warnings
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ktrt.errors import KtrtError
+from ktrt.config import as_overrides
+from ktrt.errors import ConfigError, KtrtError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+EXIT_NEGATIVE = 1
 EXIT_FAILURE = 2
 EXIT_INTERRUPTED = 130
+EXIT_NO_READER = 141
+
+NO_CONFIG = "expected a configuration: a YAML file, or model_name_or_path=DIR and other keys"
+_CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
 
 def set_environment(*, quiet: bool = True) -> None:
@@ -31,21 +55,174 @@ def set_environment(*, quiet: bool = True) -> None:
         warnings.simplefilter("ignore")
 
 
-def run_command(body: Callable[[], int], *, level: int, interrupted: str = "interrupted") -> int:
-    """Runs ``body`` and returns its exit code, 2 after a ``KtrtError`` and 130 after Ctrl-C, both
-    with a line on standard error. ``level``: of ktrt's log lines, which go there too;
-    ``interrupted``: what Ctrl-C leaves behind."""
+def new_parser(name: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    """The parser of ``python -m ktrt.name`` with the arguments that all commands have."""
+    from ktrt import __version__
+
+    parser = argparse.ArgumentParser(
+        prog=f"python -m ktrt.{name}", description=description, epilog=epilog
+    )
+    parser.add_argument("config", nargs="?", help="YAML file with LLaMA-Factory's keys")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="replaces a value of the file (--key value does too); adapter_name_or_path= takes "
+        "the base model alone",
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    parser.add_argument("--version", action="version", version=f"ktrt {__version__}")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; ``--key value`` of a configuration's keys are overrides.
+
+    ``config`` is a path, an empty mapping where overrides come without a file, or None. What cannot
+    be read leaves with exit code 2 and a line, as argparse does.
+    """
+    _occupy_standard_files()
+    words = list(sys.argv[1:] if argv is None else argv)
+    for word in words:
+        # Bytes of the command line that are no UTF-8 arrive as halves of surrogate pairs.
+        if any(0xD800 <= ord(character) <= 0xDFFF for character in word):
+            raw = word.encode("utf-8", "surrogateescape")
+            parser.error(f"the argument {raw!r} is not UTF-8 text")
+    options = {
+        option: action.nargs is None
+        for action in parser._actions
+        for option in action.option_strings
+    }
+    try:
+        words, overrides = as_overrides(words, options)
+    except ConfigError as error:
+        parser.error(str(error))
+    args = parser.parse_intermixed_args(_with_bare_options(parser, words))
+    given = [each for each in (args.config, *args.overrides, *overrides) if each is not None]
+    files = [each for each in given if _is_file(each) and each not in overrides]
+    args.config = files[0] if files else {} if given else None
+    args.overrides = [each for each in given if each is not args.config]
+    return args
+
+
+def _with_bare_options(parser: argparse.ArgumentParser, words: list[str]) -> list[str]:
+    """An option whose value may be missing has none before the configuration or an override;
+    argparse would think so."""
+    bare = {
+        option
+        for action in parser._actions
+        if action.nargs == "?"
+        for option in action.option_strings
+    }
+    following = [*words, ""][1:]
+    return [
+        f"{word}=" if word in bare and (after.endswith((".yaml", ".yml")) or "=" in after) else word
+        for word, after in zip(words, following, strict=True)
+    ]
+
+
+def _is_file(argument: str) -> bool:
+    if "=" not in argument or argument.endswith(_CONFIG_SUFFIXES):
+        return True
+    try:
+        return Path(argument).is_file()
+    except OSError:
+        return False
+
+
+def run_command(
+    body: Callable[[], int], args: argparse.Namespace, *, level: int, interrupted: str = ""
+) -> int:
+    """Runs ``body`` and returns its exit code, or the one of what stopped it (``guarded``), with a
+    line on standard error. ``level``: of ktrt's log lines, which go there too."""
+    if sys.stdout is None:
+        _report("standard output is closed: there is nowhere to write to", None)
+        return EXIT_FAILURE
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A path or a sign that the terminal's encoding lacks is no reason to stop.
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logger = logging.getLogger("ktrt")
     before = logger.level
     logger.setLevel(level)
     try:
-        return body()
-    except KtrtError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return EXIT_FAILURE
-    except KeyboardInterrupt:
-        sys.stderr.write(f"error: {interrupted}\n")
-        return EXIT_INTERRUPTED
+        return guarded(body, _report, debug=args.debug, interrupted=interrupted)
     finally:
         logger.setLevel(before)
+
+
+def guarded(
+    body: Callable[[], int],
+    report: Callable[[str, BaseException | None], None],
+    *,
+    debug: bool,
+    interrupted: str = "",
+) -> int:
+    """The boundary of every command: ``body``'s exit code, or that of the exception that ended it.
+
+    ``report`` gets the line and, with ``debug``, the exception whose traceback is to be shown.
+    ``interrupted``: what Ctrl-C leaves behind.
+    """
+    try:
+        code = body()
+        if sys.stdout is not None:
+            # A full disk shows here, rather than in a complaint of the interpreter at its end.
+            sys.stdout.flush()
+    except SystemExit:
+        raise
+    except BrokenPipeError:
+        abandon_output()
+        return EXIT_NO_READER
+    except KeyboardInterrupt:
+        report(interrupted or "interrupted", None)
+        return EXIT_INTERRUPTED
+    except BaseException as error:  # noqa: BLE001 - panics of Rust's libraries are no Exception
+        report(describe_failure(error, debug=debug), error if debug else None)
+        _drop_output_that_cannot_be_written()
+        return EXIT_FAILURE
+    return code
+
+
+def describe_failure(error: BaseException, *, debug: bool) -> str:
+    """What ktrt says on purpose, as it is; anything else as one line with its type."""
+    if isinstance(error, KtrtError):
+        return str(error)
+    words = " ".join(str(error).split()) or "no message"
+    if isinstance(error, MemoryError):
+        words = "there is not enough memory" if words == "no message" else words
+    hint = "" if debug else " (--debug shows where)"
+    return f"{type(error).__name__}: {words}{hint}"
+
+
+def abandon_output() -> None:
+    """Keeps the interpreter from complaining when it flushes standard output at its end."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _drop_output_that_cannot_be_written() -> None:
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError):
+        abandon_output()
+
+
+def _report(message: str, error: BaseException | None) -> None:
+    # None with a closed standard error; OSError where nobody can be told either.
+    if sys.stderr is None:
+        return
+    with suppress(OSError):
+        if error is not None:
+            traceback.print_exception(error)
+        sys.stderr.write(f"error: {message}\n")
+
+
+def _occupy_standard_files() -> None:
+    """Without it the next file opened gets the number of a standard stream that the caller closed,
+    and what libraries print goes into that file."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)

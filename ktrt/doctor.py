@@ -3,7 +3,6 @@ reach on it, and which settings to change."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import sys
@@ -12,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from ktrt import __version__
 from ktrt.advice import advise
-from ktrt.command_line import run_command, set_environment
+from ktrt.command_line import EXIT_NEGATIVE, new_parser, parse, run_command, set_environment
 from ktrt.config import load_config
 from ktrt.errors import KtrtError
 from ktrt.machine_facts import environment_of_process
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Iterator, Mapping, Sequence
 
     from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from ktrt.machine_facts import MachineFacts
     from ktrt.model_work import ModelWork
 
-_EXIT_TO_FIX = 1
 # Shares of the limits that whole models reached on machines measured so far (README, Speed).
 DECODE_SHARE = 0.85
 PREFILL_SHARE = 0.6
@@ -38,35 +37,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse_arguments(argv)
     # What the user set, before imports of ours and torch's set what they need.
     environment = environment_of_process()
-    set_environment()
 
     def body() -> int:
+        set_environment()
         report = examine(args, environment)
         print(json.dumps(report, indent=1) if args.json else "\n".join(lines(report)))
-        return _EXIT_TO_FIX if any(each["level"] == "fix" for each in report["advice"]) else 0
+        return EXIT_NEGATIVE if any(each["level"] == "fix" for each in report["advice"]) else 0
 
-    return run_command(body, level=logging.WARNING)
+    return run_command(body, args, level=logging.WARNING)
 
 
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m ktrt.doctor",
-        description="Examines this machine, and what a model would reach on it.",
-        epilog="Exit code: 0 all is well, 1 something should be fixed, 2 the examination failed.",
+    parser = new_parser(
+        "doctor",
+        "Examines this machine, and what a model would reach on it.",
+        "Exit code: 0 all is well, 1 something should be fixed, 2 the examination failed.",
     )
-    parser.add_argument("config", nargs="?", help="YAML file, as for ktrt.chat")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument(
         "--json", action="store_true", help="as JSON: bytes and operations per second"
     )
-    parser.add_argument("--version", action="version", version=f"ktrt {__version__}")
-    return parser.parse_intermixed_args(argv)
+    return parse(parser, argv)
 
 
 def examine(args: argparse.Namespace, environment: Mapping[str, str]) -> Report:
     """The whole report, in basic types. ``KtrtError``: no engine, or a configuration that is
     wrong."""
-    config = load_config(args.config, args.overrides) if args.config else None
+    config = None if args.config is None else load_config(args.config, args.overrides)
     try:
         from ktrt import machine
     except ImportError as error:

@@ -3,26 +3,26 @@ another layout."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
-from ktrt import __version__
-from ktrt.adapter.write import LAYOUTS, write_adapter
-from ktrt.command_line import run_command
+from ktrt.command_line import NO_CONFIG, new_parser, parse, run_command, set_environment
 from ktrt.config import load_config
 from ktrt.errors import ConfigError
-from ktrt.merge import EXPERTS_FOLDER, DtypeName, merge_checkpoint, merge_packed
-from ktrt.prepare import base_of_adapters, open_adapter, open_base
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
     from ktrt.config import Config
+
+# Of ktrt.adapter.write and ktrt.merge, which import torch: after the arguments are understood.
+LAYOUTS = ("a", "b", "c", "f")
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,30 +30,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse_arguments(argv)
 
     def body() -> int:
+        set_environment()
         summary = export(load_config(args.config, args.overrides), args)
         print(json.dumps(summary, indent=1) if args.json else _in_words(summary))
         return 0
 
     level = logging.WARNING if args.quiet else logging.INFO
-    return run_command(body, level=level, interrupted="interrupted; nothing was written")
+    return run_command(body, args, level=level, interrupted="interrupted; nothing was written")
 
 
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m ktrt.export",
-        description="Writes a model with its adapter merged, or the adapter in another layout.",
+    parser = new_parser(
+        "export", "Writes a model with its adapter merged, or the adapter in another layout."
     )
-    parser.add_argument("config", help="YAML file, as for ktrt.chat")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write; a new one")
     parser.add_argument(
         "--format",
         choices=("hf", "kt"),
         help="hf (default): a Hugging Face checkpoint; kt: experts packed for kt_weight_path",
     )
-    parser.add_argument(
-        "--dtype", choices=get_args(DtypeName), help="with hf: instead of the source's dtype"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, help="with hf: instead of the source's dtype")
     parser.add_argument(
         "--adapter-layout",
         choices=LAYOUTS,
@@ -62,8 +58,9 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     parser.add_argument("-q", "--quiet", action="store_true", help="show warnings only")
-    parser.add_argument("--version", action="version", version=f"ktrt {__version__}")
-    args = parser.parse_intermixed_args(argv)
+    args = parse(parser, argv)
+    if args.config is None:
+        parser.error(NO_CONFIG)
     if args.adapter_layout and (args.format or args.dtype):
         parser.error("--adapter-layout writes the adapter alone: no --format, no --dtype")
     if args.format == "kt" and args.dtype:
@@ -76,6 +73,10 @@ def export(config: Config, args: argparse.Namespace) -> dict[str, object]:
 
     ``ConfigError``, ``CheckpointError`` and ``AdapterError`` say what cannot be.
     """
+    from ktrt.adapter.write import write_adapter
+    from ktrt.merge import merge_checkpoint, merge_packed
+    from ktrt.prepare import base_of_adapters, open_adapter, open_base
+
     base = open_base(config.model)
     adapter_base = base_of_adapters(base)
     plan = open_adapter(config.adapter, adapter_base)
@@ -101,6 +102,8 @@ def _in_words(summary: dict[str, object]) -> str:
         f"changed by the adapter's {summary['adapter_tensors']}"
     )
     if summary["format"] == "kt":
+        from ktrt.merge import EXPERTS_FOLDER
+
         text += (
             "\nTo chat with it, without adapter:\n"
             f"  model_name_or_path: {out}\n  kt_weight_path: {out}/{EXPERTS_FOLDER}"

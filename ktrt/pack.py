@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -11,14 +10,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ktrt import __version__
-from ktrt.command_line import run_command
+from ktrt.command_line import new_parser, parse, run_command, set_environment
 from ktrt.config import load_config
 from ktrt.errors import ConfigError, KtrtError
 from ktrt.fingerprint import fingerprint
 from ktrt.pack_cache import LAYOUT, cache_folders, default_folder, read_manifest, unfinished
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
     from ktrt.config import Config
@@ -29,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse_arguments(argv)
 
     def body() -> int:
+        set_environment()
         if args.list:
             show(entries(_folder(args)), as_json=args.json)
         elif args.prune:
@@ -37,16 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             pack(load_config(args.config, args.overrides))
         return 0
 
-    return run_command(body, level=logging.WARNING if args.quiet else logging.INFO)
+    return run_command(body, args, level=logging.WARNING if args.quiet else logging.INFO)
 
 
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m ktrt.pack",
-        description="Packs a model's routed experts into the cache, so that the chat starts fast.",
+    parser = new_parser(
+        "pack", "Packs a model's routed experts into the cache, so that the chat starts fast."
     )
-    parser.add_argument("config", nargs="?", help="YAML file, as for ktrt.chat")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--list", action="store_true", help="show what is in the cache")
     parser.add_argument("--json", action="store_true", help="with --list: as JSON")
     parser.add_argument(
@@ -55,8 +52,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="with --prune: remove everything")
     parser.add_argument("--dir", type=Path, help="with --list and --prune: the cache's folder")
     parser.add_argument("-q", "--quiet", action="store_true", help="show warnings only")
-    parser.add_argument("--version", action="version", version=f"ktrt {__version__}")
-    args = parser.parse_intermixed_args(argv)
+    args = parse(parser, argv)
     if (args.config is None) != (args.list or args.prune):
         parser.error("expected a config file, or --list, or --prune")
     return args

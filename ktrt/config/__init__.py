@@ -13,7 +13,7 @@ from ktrt.config.args import (
     TemplateArgs,
     override_sampling,
 )
-from ktrt.config.load import load_config
+from ktrt.config.load import as_overrides, load_config
 
 __all__ = [
     "AdapterArgs",
@@ -22,6 +22,7 @@ __all__ = [
     "ModelArgs",
     "SamplingArgs",
     "TemplateArgs",
+    "as_overrides",
     "load_config",
     "override_sampling",
 ]

@@ -17,6 +17,7 @@ from ktrt.config.args import (
     SamplingArgs,
     TemplateArgs,
 )
+from ktrt.config.arguments import Takes, convert_options
 from ktrt.config.check import check_value, describe, nearest
 from ktrt.config.keys import IGNORED, NOTED, REFUSED
 from ktrt.config.source import parse_overrides, read_yaml
@@ -95,6 +96,19 @@ def load_config(
     _check_unused(values, where)
     _resolve_paths(values, where, folder)
     return Config(*(_section(section, values, where) for section in _SECTIONS))
+
+
+def as_overrides(words: Sequence[str], options: Mapping[str, bool]) -> tuple[list[str], list[str]]:
+    """Takes ``--key value`` out of a command line; see ``convert_options``."""
+
+    def takes(key: str) -> Takes:
+        name = key.removeprefix("kt_config.")
+        hint = _TYPES.get(_ALIASES.get(name, name))
+        if hint in (bool, bool | None):
+            return "flag"
+        return "any" if hint is None and name not in _BACKENDS else "value"
+
+    return convert_options(words, options, _KNOWN, takes)
 
 
 def _section(section: type[Any], values: Mapping[str, Any], where: str) -> Any:

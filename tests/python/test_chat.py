@@ -374,7 +374,7 @@ class TestProcess:
         done = subprocess.run(
             ["bash", "-c", command], input=lines, env=environment(), capture_output=True, timeout=60
         )
-        assert done.stdout == b"Assistant: 0 0\n0\n"
+        assert done.stdout == b"Assistant: 0 0\n141\n"
         assert done.stderr == b""
 
     def test_help_is_fast_and_says_what_there_is(self) -> None:

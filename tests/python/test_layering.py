@@ -18,7 +18,7 @@ CSRC = ROOT / "csrc"
 PYTHON_LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "config": set(),
-    "command_line": {"errors"},
+    "command_line": {"config", "errors"},
     "json_files": {"errors"},
     "folders": {"errors", "json_files"},
     "template_table": set(),
