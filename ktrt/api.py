@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from ktrt.config import Config, ModelArgs, load_config
 from ktrt.errors import CheckpointError
+from ktrt.folders import check_model_folder
 from ktrt.model import load_model
 from ktrt.session import Session
 from ktrt.template import load_template
@@ -24,6 +25,10 @@ def load(source: str | Path | Mapping[str, object], **overrides: object) -> Sess
 
 def open_session(config: Config) -> Session:
     """Like ``load``, from a checked configuration."""
+    check_model_folder(
+        config.model.model_name_or_path,
+        experts_elsewhere=config.experts.kt_weight_path is not None,
+    )
     # Before the model: a tokenizer or template that does not fit is known after a second.
     tokenizer = _load_tokenizer(config.model)
     template = load_template(config.template, tokenizer)

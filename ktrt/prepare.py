@@ -10,6 +10,7 @@ from ktrt.checkpoint import Checkpoint, find_expert_weights, holds_experts
 from ktrt.checkpoint_names import WeightNames
 from ktrt.errors import CheckpointError
 from ktrt.expert_loading import ExpertSource
+from ktrt.folders import check_model_folder
 from ktrt.kt_weights import KtWeights
 from ktrt.memory_plan import MemoryPlan, check_addresses, make_plan
 from ktrt.moe import BACKENDS, build_engine, find_experts, new_layer, weight_format_of
@@ -41,6 +42,7 @@ def open_base(model: ModelArgs, kt_weight_path: Path | None = None) -> BaseCheck
     """Looks at a model folder. ``CheckpointError`` if it is incomplete or has no routed experts;
     with ``kt_weight_path`` their weights may all be absent."""
     folder = model.model_name_or_path
+    check_model_folder(folder, experts_elsewhere=kt_weight_path is not None)
     built = build_skeleton(folder, model.trust_remote_code)
     skeleton = built.model
     specs = find_experts(skeleton)

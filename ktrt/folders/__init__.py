@@ -3,7 +3,15 @@
 A leaf: imports neither torch nor transformers.
 """
 
-from ktrt.folders.adapters import find_adapter_folder, holds_adapter
-from ktrt.folders.kinds import describe_folder
+from ktrt.folders.adapters import find_adapter_folder
+from ktrt.folders.kinds import describe_folder, holds_adapter, holds_model
+from ktrt.folders.models import check_model_folder, tokenizer_advice
 
-__all__ = ["describe_folder", "find_adapter_folder", "holds_adapter"]
+__all__ = [
+    "check_model_folder",
+    "describe_folder",
+    "find_adapter_folder",
+    "holds_adapter",
+    "holds_model",
+    "tokenizer_advice",
+]

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 from ktrt.errors import AdapterError
-from ktrt.folders.kinds import describe_folder, names_in
+from ktrt.folders.kinds import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CHECKPOINT,
+    describe_folder,
+    holds_adapter,
+    listed,
+    names_in,
+    subfolders,
+)
+from ktrt.folders.models import check_pointers, missing_links
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-CONFIG_NAME = "adapter_config.json"
-# Everything that PEFT, KTransformers and LLaMA-Factory call an adapter's tensors.
-_WEIGHTS = re.compile(
-    r"adapter_model(-\d{5}-of-\d{5})?\.(safetensors|bin|pt)"
-    r"|fused_expert_lora\.safetensors|lora_experts\.safetensors"
-)
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # How deep an error looks for adapters to name.
 _DEPTH = 3
 _NAMED = 8
-
-
-def holds_adapter(folder: Path) -> bool:
-    """Whether the files of an adapter lie directly in ``folder``, complete or not."""
-    names = names_in(folder)
-    return CONFIG_NAME in names or any(map(_WEIGHTS.fullmatch, names))
 
 
 def find_adapter_folder(path: Path) -> tuple[Path, str | None]:
@@ -38,9 +34,20 @@ def find_adapter_folder(path: Path) -> tuple[Path, str | None]:
     ``AdapterError``: several adapters to choose from (all named), or none (what lies there instead,
     and where deeper adapters are).
     """
+    folder, note = _find(path)
+    check_pointers(folder, AdapterError)
+    if dangling := missing_links(folder, filter(ADAPTER_WEIGHTS.fullmatch, names_in(folder))):
+        raise AdapterError(
+            f"{folder}: {listed(dangling)}: a link to nothing or an empty file. A download or a "
+            "training's saving was interrupted; copy the adapter again from where it was trained."
+        )
+    return folder, note
+
+
+def _find(path: Path) -> tuple[Path, str | None]:
     if holds_adapter(path):
         return path, None
-    found = [folder for folder in _subfolders(path) if holds_adapter(folder)]
+    found = [folder for folder in subfolders(path) if holds_adapter(folder)]
     checkpoints = sorted((folder for folder in found if _step(folder) >= 0), key=_step)
     if found and len(checkpoints) == len(found):
         return _newest(path, checkpoints)
@@ -49,18 +56,17 @@ def find_adapter_folder(path: Path) -> tuple[Path, str | None]:
     if found:
         raise AdapterError(
             f"{path} holds no adapter itself, but {len(found)} folders with one: "
-            f"{_listed(found)}. Name one of them as adapter_name_or_path."
+            f"{listed(found, _NAMED)}. Name one of them as adapter_name_or_path."
         )
-    deeper = _deeper(path, _DEPTH)
-    if deeper:
+    if deeper := _deeper(path, _DEPTH):
         raise AdapterError(
-            f"{path} holds no {CONFIG_NAME} and no adapter_model.safetensors. Adapters lie in "
-            f"{_listed(deeper)}. Name one of them as adapter_name_or_path."
+            f"{path} holds no {ADAPTER_CONFIG} and no adapter_model.safetensors. Adapters lie in "
+            f"{listed(deeper, _NAMED)}. Name one of them as adapter_name_or_path."
         )
     raise AdapterError(
-        f"{path} is not a PEFT adapter folder: expected {CONFIG_NAME} and "
+        f"{path} is not a PEFT adapter folder: expected {ADAPTER_CONFIG} and "
         f"adapter_model.safetensors, found {describe_folder(path)}. adapter_name_or_path must name "
-        "the folder that training saved."
+        "the folder that training saved; a whole model is named as model_name_or_path."
     )
 
 
@@ -77,13 +83,13 @@ def _newest(path: Path, checkpoints: list[Path]) -> tuple[Path, str]:
 
 def _is_complete(folder: Path) -> bool:
     names = names_in(folder)
-    weights = [folder / name for name in names if _WEIGHTS.fullmatch(name)]
+    weights = [folder / name for name in names if ADAPTER_WEIGHTS.fullmatch(name)]
     sizes = [file.stat().st_size if file.is_file() else 0 for file in weights]
-    return CONFIG_NAME in names and bool(sizes) and all(sizes)
+    return ADAPTER_CONFIG in names and bool(sizes) and all(sizes)
 
 
 def _step(folder: Path) -> int:
-    match = _CHECKPOINT.fullmatch(folder.name)
+    match = CHECKPOINT.fullmatch(folder.name)
     return int(match[1]) if match else -1
 
 
@@ -92,15 +98,6 @@ def _deeper(path: Path, depth: int) -> list[Path]:
         return []
     return [
         found
-        for folder in _subfolders(path)
+        for folder in subfolders(path)
         for found in ([folder] if holds_adapter(folder) else _deeper(folder, depth - 1))
     ]
-
-
-def _subfolders(path: Path) -> list[Path]:
-    return [path / name for name in names_in(path) if (path / name).is_dir()]
-
-
-def _listed(folders: list[Path]) -> str:
-    more = f" and {len(folders) - _NAMED} more" if len(folders) > _NAMED else ""
-    return ", ".join(str(folder) for folder in folders[:_NAMED]) + more

@@ -106,8 +106,17 @@ def test_a_template_that_does_not_fit_is_found_before_the_model_is_loaded(
 @pytest.mark.parametrize("trust_remote_code", [False, True])
 def test_a_folder_without_tokenizer(tmp_path: Path, trust_remote_code: bool) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "deepseek_v2"}', encoding="utf-8")
+    (tmp_path / "model.safetensors").write_bytes(b"never read")
     with pytest.raises(CheckpointError, match=f"{tmp_path}: cannot load its tokenizer"):
         ktrt.load({"model_name_or_path": tmp_path, "trust_remote_code": trust_remote_code})
+
+
+@pytest.mark.parametrize("kind", ["an empty folder", "a LoRA adapter"])
+def test_what_the_folder_is_comes_before_its_tokenizer(tmp_path: Path, kind: str) -> None:
+    if kind == "a LoRA adapter":
+        (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=f"{tmp_path} is {kind}"):
+        ktrt.load({"model_name_or_path": tmp_path})
 
 
 def test_unknown_override(folder: Path) -> None:

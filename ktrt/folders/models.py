@@ -1,0 +1,193 @@
+"""Whether a folder given as model is one: what can be told by names and a few headers."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+from ktrt.errors import CheckpointError
+from ktrt.folders.kinds import (
+    CONFIG,
+    describe_folder,
+    glance,
+    holds_model,
+    kind_of,
+    listed,
+    model_weights,
+    names_in,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+_LFS_MARK = b"version https://git-lfs"
+# A pointer has three lines.
+_LFS_SIZE = 1024
+_LFS_FILES = re.compile(
+    r".*\.(safetensors|index\.json|model|tiktoken)|(config|tokenizer|vocab|special_tokens|added_"
+    r"|generation_config|chat_template|merges).*|adapter_(config|model).*"
+)
+# Names of unfinished files by who writes them: the hub, aria2, wget and browsers, ModelScope.
+_UNFINISHED = re.compile(r".*\.(incomplete|aria2|part|crdownload)|\.____temp|.*\.safetensors_.*")
+# Names that only tensors of one quantisation have; config.json may claim what the files are not.
+_SCHEMES = (
+    (re.compile(r".*\.weight_scale_2"), "NVFP4 or FP8 by NVIDIA's ModelOpt"),
+    (re.compile(r".*\.weight_packed"), "compressed-tensors"),
+    (re.compile(r".*(quant_state\.bitsandbytes__.*|\.weight\.absmax|\.SCB)"), "bitsandbytes"),
+    (re.compile(r".*\.qweight"), "GPTQ or AWQ"),
+    (re.compile(r".*\.W_q"), "HQQ"),
+    (re.compile(r".*_proj\.biases"), "MLX"),
+)
+_LARGEST_HEADER = 100 << 20
+
+
+def check_model_folder(folder: Path, *, experts_elsewhere: bool = False) -> None:
+    """Raises ``CheckpointError`` for what is certainly no model that ktrt reads: what was found,
+    and what to do. ``experts_elsewhere``: the folder's experts are not used (kt_weight_path)."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder: expected the model's directory.")
+    if not holds_model(folder):
+        kind = kind_of(folder)
+        if kind is None:
+            found = describe_folder(folder)
+            raise CheckpointError(
+                f"{folder} is not a model folder: it has no {CONFIG}; found {found}. "
+                "model_name_or_path must name the folder with config.json and *.safetensors."
+            )
+        raise CheckpointError(f"{folder} is {kind.what}. {_unfinished(folder)}{kind.advice}")
+    check_pointers(folder, CheckpointError)
+    _check_complete(folder)
+    _check_scheme(folder, experts_elsewhere=experts_elsewhere)
+
+
+def check_pointers(folder: Path, error: type[Exception]) -> None:
+    """Raises ``error`` for files that Git LFS has not replaced by their content."""
+    found = [
+        name
+        for name in names_in(folder)
+        if _LFS_FILES.fullmatch(name) and _is_pointer(folder / name)
+    ]
+    if found:
+        raise error(
+            f"{folder}: {listed(found)}: Git LFS pointers, not the files themselves. Run "
+            f"`git lfs install && git lfs pull` in {folder}, or download the folder again."
+        )
+
+
+def missing_links(folder: Path, names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that are links to nothing, or empty files."""
+    return [name for name in names if not _is_there(folder / name)]
+
+
+def tokenizer_advice(folder: Path) -> str:
+    """What to do about a tokenizer that cannot be loaded; empty if its files say nothing."""
+    names = names_in(folder)
+    if "tokenizer.json" in names:
+        return ""
+    if "tekken.json" in names:
+        return (
+            f"{folder} holds tekken.json, Mistral's own form, without tokenizer.json: copy that "
+            "from the model's Hugging Face repository."
+        )
+    pieces = [
+        name for name in names if name.endswith((".tiktoken", ".model")) or name == "vocab.json"
+    ]
+    if not pieces:
+        return f"{folder} holds no tokenizer: expected tokenizer.json or tokenizer.model."
+    package = "tiktoken" if any("tiktoken" in name for name in pieces) else "sentencepiece"
+    return (
+        f"{folder} holds {listed(pieces)} without a converted tokenizer.json: `pip install "
+        f"{package}` lets transformers convert it."
+    )
+
+
+def _is_pointer(file: Path) -> bool:
+    try:
+        if file.stat().st_size > _LFS_SIZE:
+            return False
+        return file.read_bytes().startswith(_LFS_MARK)
+    except OSError:
+        return False
+
+
+def _is_there(file: Path) -> bool:
+    try:
+        return file.stat().st_size > 0
+    except OSError:
+        return False
+
+
+def _unfinished(folder: Path) -> str:
+    """A sentence that names the unfinished files of a download, if there are any."""
+    places = [folder, folder / ".cache" / "huggingface" / "download"]
+    if folder.parent.name == "snapshots":
+        places.append(folder.parent.parent / "blobs")
+    found = [name for place in places for name in names_in(place) if _UNFINISHED.fullmatch(name)]
+    return f"A download did not end ({listed(found, 2)}). " if found else ""
+
+
+def _check_complete(folder: Path) -> None:
+    names = names_in(folder)
+    if _is_there(folder / SINGLE):
+        # What transformers takes, whatever an index beside it says.
+        return
+    missing = missing_links(folder, _expected(folder, names))
+    if not missing:
+        return
+    links = (name for name in missing if (folder / name).is_symlink())
+    if link := next(links, ""):
+        link = f" ({link} is a link to {(folder / link).readlink()}, which is not there)"
+    raise CheckpointError(
+        f"{folder}: {len(missing)} of the model's files are missing or empty: {listed(missing)}"
+        f"{link}. {_unfinished(folder)}Download the model again (`huggingface-"
+        "cli download` goes on where it stopped), or copy all of its files (`cp -L` for links)."
+    )
+
+
+def _expected(folder: Path, names: list[str]) -> list[str]:
+    """The files that the index names, or that the shards' own names imply."""
+    if INDEX in names:
+        weight_map = glance(folder / INDEX).get("weight_map")
+        files = weight_map.values() if isinstance(weight_map, dict) else ()
+        return [INDEX, *sorted({name for name in files if isinstance(name, str)})]
+    shards = [match for name in model_weights(names) if (match := _SHARD.fullmatch(name))]
+    if not shards:
+        return [SINGLE]
+    stem, total = shards[0][1], int(shards[0][3])
+    return [INDEX, *(f"{stem}-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1))]
+
+
+def _check_scheme(folder: Path, *, experts_elsewhere: bool) -> None:
+    for name in _tensor_names(folder):
+        if experts_elsewhere and ".experts." in name:
+            continue
+        for pattern, scheme in _SCHEMES:
+            if pattern.fullmatch(name):
+                raise CheckpointError(
+                    f"{folder}: the weights are quantised with {scheme} (the tensor {name}); ktrt "
+                    "reads BF16, FP16 and FP32, FP8 with scales of blocks, and MXFP4. Use the "
+                    "model's BF16 or FP8 checkpoint."
+                )
+
+
+def _tensor_names(folder: Path) -> Iterable[str]:
+    """By the index, or the header of the only file; none where they cannot be read."""
+    if _is_there(folder / SINGLE):
+        return _header(folder / SINGLE)
+    weight_map = glance(folder / INDEX).get("weight_map")
+    return weight_map if isinstance(weight_map, dict) else ()
+
+
+def _header(file: Path) -> dict[str, Any]:
+    try:
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            content = json.loads(stream.read(size)) if size <= _LARGEST_HEADER else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
