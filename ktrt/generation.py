@@ -250,8 +250,12 @@ def _prefill(cache: KvCache, ids: Sequence[int], on_prefill: OnPrefill) -> torch
             return logits
 
 
-def check_prompt(model: Any, prompt_ids: Sequence[int], limit: int) -> int:
-    """How many tokens can follow the prompt in a context of ``limit`` tokens.
+_CONTEXT_HOLDS = "the model's context holds"
+
+
+def check_prompt(model: Any, prompt_ids: Sequence[int], limit: int, bound: str = "") -> int:
+    """How many tokens can follow the prompt in a context of ``limit`` tokens; ``bound``: where the
+    limit comes from, for the message.
 
     ``ConfigError``: the prompt leaves no room there, or holds ids without an embedding.
     """
@@ -263,8 +267,8 @@ def check_prompt(model: Any, prompt_ids: Sequence[int], limit: int) -> int:
         )
     if len(prompt_ids) >= limit:
         raise ConfigError(
-            f"the conversation has {len(prompt_ids)} tokens, the model's context holds {limit}: "
-            "shorten it, or start anew"
+            f"the conversation has {len(prompt_ids)} tokens, "
+            f"{bound or _CONTEXT_HOLDS} {limit}: shorten it, or start anew"
         )
     return limit - len(prompt_ids)
 

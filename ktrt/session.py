@@ -74,6 +74,7 @@ class Session:
         self.template = template
         self.sampling = sampling
         self.context_limit = context_limit(model, cutoff_len)
+        self._bound = "cutoff_len allows" if self.context_limit == cutoff_len else ""
         self._close: Callable[[], None] | None = close
         self._graphs = graphs
         self._weight_bytes = weight_bytes
@@ -111,7 +112,7 @@ class Session:
         args = override_sampling(self.sampling, sampling)
         check_messages(messages)
         prompt_ids = self.template.encode(messages)
-        max_tokens = check_prompt(self.model, prompt_ids, self.context_limit)
+        max_tokens = check_prompt(self.model, prompt_ids, self.context_limit, self._bound)
         return self._responses(prompt_ids, args, max_tokens, on_prefill)
 
     def _responses(

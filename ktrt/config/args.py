@@ -2,14 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
-from ktrt.config.check import check_value, nearest
+from ktrt.config.check import check_value, nearest, shown
 from ktrt.errors import ConfigError
 
 InferDtype = Literal["auto", "bfloat16", "float16", "float32"]
 KtBackend = Literal["AMXBF16", "AMXInt8", "AMXInt4"]
+# Beyond any machine (Linux ends at 8192 CPUs) and any model; larger numbers are slips.
+_MAX_THREADS = 8192
+_MAX_COUNT = 2**31
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,9 @@ class AdapterArgs:
 
     def __post_init__(self) -> None:
         _require(self, "lora_rank", self.lora_rank is None or self.lora_rank >= 1, "at least 1")
+        _require(self, "lora_alpha", isfinite(self.lora_alpha or 0), "a finite number")
+        finite = all(map(isfinite, self.adapter_weights.values()))
+        _require(self, "adapter_weights", finite, "finite numbers")
 
     @property
     def folders(self) -> dict[str, Path]:
@@ -112,9 +119,11 @@ class ExpertArgs:
     def __post_init__(self) -> None:
         threads = self.kt_num_threads
         _require(self, "kt_num_threads", threads is None or threads >= 1, "at least 1")
+        _require(self, "kt_num_threads", (threads or 1) <= _MAX_THREADS, f"at most {_MAX_THREADS}")
         for name in ("kt_num_gpu_experts", "kt_gpu_prefill_token_threshold"):
             value = getattr(self, name)
-            _require(self, name, value == "auto" or value >= 0, "0 or more, or auto")
+            holds = value == "auto" or 0 <= value < _MAX_COUNT
+            _require(self, name, holds, "0 or more, or auto")
 
 
 @dataclass(frozen=True)
@@ -161,16 +170,23 @@ class SamplingArgs:
         finite = float("inf")
         _require(self, "temperature", 0 <= self.temperature < finite, "0 or more")
         _require(self, "top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
-        _require(self, "top_k", self.top_k >= 0, "0 (off) or more")
+        _require(self, "top_k", 0 <= self.top_k < _MAX_COUNT, "0 (off) or more")
         _require(self, "min_p", 0 <= self.min_p <= 1, "0 (off) … 1")
         _require(self, "max_new_tokens", self.max_new_tokens >= 1, "at least 1")
+        holds = self.max_new_tokens < _MAX_COUNT
+        _require(self, "max_new_tokens", holds, f"less than {_MAX_COUNT}")
         _require(self, "repetition_penalty", 0 < self.repetition_penalty < finite, "above 0")
         _require(self, "presence_penalty", -2 <= self.presence_penalty <= 2, "-2 … 2")
         _require(self, "frequency_penalty", -2 <= self.frequency_penalty <= 2, "-2 … 2")
         _require(self, "seed", self.seed is None or 0 <= self.seed < 2**63, "0 … 2^63 - 1")
         _require(self, "stop_strings", all(self.stop_strings), "texts that are not empty")
         ids = self.stop_token_ids
-        _require(self, "stop_token_ids", all(each >= 0 for each in ids), "token ids, 0 or more")
+        _require(
+            self,
+            "stop_token_ids",
+            all(0 <= each < _MAX_COUNT for each in ids),
+            "token ids, 0 or more",
+        )
         _require(self, "top_logprobs", 0 <= self.top_logprobs <= 20, "0 … 20")
         holds = self.logprobs or self.top_logprobs == 0
         _require(self, "top_logprobs", holds, "0 while logprobs is false")
@@ -209,4 +225,4 @@ def override_sampling(defaults: SamplingArgs, overrides: Mapping[str, object]) -
 
 def _require(args: object, name: str, holds: bool, expected: str) -> None:
     if not holds:
-        raise ConfigError(f"{name}: expected {expected}, found {getattr(args, name)}")
+        raise ConfigError(f"{name}: expected {expected}, found {shown(getattr(args, name), str)}")

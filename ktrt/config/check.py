@@ -1,19 +1,25 @@
 """Checks and conversions of single values, and the nearest known name for a wrong one."""
 
 import difflib
+import re
+import reprlib
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from ktrt.errors import ConfigError
 
+_SHOWN = 120
+_INTEGER = re.compile(r"[-+]?[0-9]{1,18}")
+_NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,3})?")
 _NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text", Path: "a path"}
 
 
 def check_value(key: str, value: object, hint: Any, where: str) -> Any:
-    """``value`` as a dataclass field's type ``hint``; an integer is a fine float, text a fine path.
+    """``value`` as a dataclass field's type ``hint``; an integer is a fine float, text a fine path,
+    and "8", "0.5" or "false" in quotes a fine number or boolean where no text is expected.
 
     ``hint``: bool, int, float, str, Path, a Literal of texts (case-insensitive), or a union of them
     and None; or a tuple of one of them, for which a list and a single value are fine too.
@@ -34,9 +40,36 @@ def check_value(key: str, value: object, hint: Any, where: str) -> Any:
                 if isinstance(value, str) and value.lower() == choice.lower():
                     return choice
         elif _fits(value, each):
-            return each(value)
+            return _converted(key, value, each, where)
+    if isinstance(value, str) and str not in hints and (plain := _unquoted(value)) is not None:
+        return check_value(key, plain, hint, where)
     expected = " or ".join(_expected(each) for each in hints)
     raise ConfigError(f"{where}: {key}: expected {expected}, found {describe(value)}")
+
+
+def _converted(key: str, value: Any, hint: Any, where: str) -> Any:
+    if hint is float:
+        try:
+            return float(value)
+        except OverflowError:
+            raise ConfigError(f"{where}: {key}: {shown(value)} is too large a number") from None
+    if hint in (str, Path):
+        text = str(value)
+        if any(0xD800 <= ord(character) <= 0xDFFF for character in text):
+            raise ConfigError(f"{where}: {key}: {shown(value)} holds half a character (U+D800 …)")
+        if "\0" in text and hint is Path:
+            raise ConfigError(f"{where}: {key}: {shown(value)} holds a NUL byte, which no path has")
+    return hint(value)
+
+
+def _unquoted(text: str) -> int | float | bool | None:
+    """The number or boolean that a quoted value means."""
+    word = text.strip()
+    if _INTEGER.fullmatch(word):
+        return int(word)
+    if _NUMBER.fullmatch(word):
+        return float(word)
+    return {"true": True, "false": False}.get(word.lower())
 
 
 def _expected(hint: Any) -> str:
@@ -56,15 +89,41 @@ def _fits(value: object, hint: type) -> bool:
 def describe(value: object) -> str:
     """A value for a message: how it reads, and what kind of thing it is."""
     kind = {bool: "a boolean", str: "text", list: "a list", dict: "a mapping", type(None): "null"}
-    return f"{value!r} ({kind.get(type(value), type(value).__name__)})"
+    return f"{shown(value)} ({kind.get(type(value), type(value).__name__)})"
 
 
-def nearest(name: str, known: Iterable[str], also: Mapping[str, str] = {}) -> str:
+def shown(value: object, text: Callable[[object], str] = repr) -> str:
+    """A value for a message, cut where it is long."""
+    if isinstance(value, str | float | bool | None):
+        full = text(value)
+        return full if len(full) <= _SHOWN else f"{full[:_SHOWN]}…"
+    return _LIMITED.repr(value)
+
+
+class _Limited(reprlib.Repr):
+    """YAML's aliases make a few lines into gigabytes, and 0xFFFF… an integer without digits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = self.maxfrozenset = 4
+        self.maxstring = self.maxother = _SHOWN
+        self.maxlevel = 3
+
+    def repr_int(self, x: int, _level: int) -> str:
+        return str(x) if x.bit_length() <= 128 else f"an integer of {x.bit_length()} bits"
+
+
+_LIMITED = _Limited()
+
+
+def nearest(
+    name: str, known: Iterable[str], cutoff: float = 0.6, *, also: Mapping[str, str] = {}
+) -> str:
     """`` (did you mean …?)`` for the known name nearest to ``name``; empty if none is near.
 
     ``also``: other words, and the known names that they stand for.
     """
     meant = {each.lower(): answer for each, answer in also.items()}
     meant |= {each.lower(): each for each in known}
-    near = difflib.get_close_matches(name.lower().replace("-", "_"), meant, n=1)
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), meant, 1, cutoff)
     return f" (did you mean {meant[near[0]]!r}?)" if near else ""

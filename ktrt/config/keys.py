@@ -1,6 +1,6 @@
 """What becomes of the keys that LLaMA-Factory accepts and ktrt does not act on.
 
-Names: the argument dataclasses of LLaMA-Factory (src/llamafactory/hparams, 2025-10 … 2026-08), of
+Names: the argument dataclasses of LLaMA-Factory (src/llamafactory/hparams, 0.8.0 … 2026-08), of
 transformers' Seq2SeqTrainingArguments (4.45 … 5.23) and kt_kernel's ``kt_sft`` config (0.7.2).
 """
 
@@ -78,8 +78,20 @@ torch_empty_cache_steps torchdynamo tpu_metrics_debug tpu_num_cores trackio_buck
 trackio_space_id trackio_static_space_id train_sampling_strategy use_cache use_cpu use_ipex
 use_legacy_prediction_loop use_liger_kernel use_mps_device warmup_ratio warmup_steps weight_decay
 
-kt_activation_policy kt_force_fused_expert_lora kt_full_weight_grad kt_lora_dropout
-kt_share_backward_bb kt_share_cache_pool kt_skip_expert_loading kt_train_mode
+split reserved_label_len visual_inputs vllm_dtype
+account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split apply_rope_fusion
+bias_activation_fusion block_diag_attn calculate_per_token_loss context_parallel_size
+cross_entropy_loss_fusion expert_model_parallel_size export_hf_on_finish extra_config
+masked_softmax_fusion megatron_bridge_args megatron_pretrained_checkpoint mixed_precision
+moe_grouped_gemm moe_token_dispatcher_type overlap_grad_reduce overlap_param_gather
+pipeline_model_parallel_size recompute_granularity recompute_method recompute_num_layers
+sequence_parallel tensor_model_parallel_size use_distributed_optimizer use_packed_sequences
+virtual_pipeline_model_parallel_size
+
+kt_activation_policy kt_checkpoint_files kt_force_fused_expert_lora kt_full_weight_grad
+kt_lora_dropout
+kt_share_backward_bb kt_share_cache_pool kt_sharded_metadata kt_skip_expert_loading kt_train_mode
+kt_wrap_fn kt_wrap_kwargs
 """
 IGNORED = frozenset(_IGNORED_NAMES.split())
 
@@ -93,6 +105,14 @@ NOTED = {
     "length_penalty": "it concerns beam search only",
     "quantization_type": "it concerns 4 bits, which ktrt has for experts only (kt_backend)",
     "double_quantization": "it concerns 4 bits, which ktrt has for experts only (kt_backend)",
+    "shift_attn": "it concerns training",
+    "use_kv_cache": "generation always uses the KV cache",
+    "tool_format": "a chat calls no tools",
+    "model_max_length": "the context limit is the model's own, or cutoff_len",
+    "device_map": "the memory plan decides what lies where",
+    "attn_implementation": "transformers' default attention is used",
+    "use_fast": "transformers chooses the tokenizer",
+    "padding_side": "a chat has one conversation at a time",
     "flash_attn": "transformers' default attention is used",
     "use_v1_kernels": "ktrt has its own kernels",
     "low_cpu_mem_usage": "the model is always loaded that way",
@@ -109,7 +129,6 @@ NOTED = {
     "kt_mode": "there is no such switch here",
     "mode": "there is no such switch here",
     "chunk_size": "there is no such switch here",
-    "cpu_infer": "the thread count is kt_num_threads",
     "kt_use_lora_experts": "the adapter's files decide",
     "kt_lora_expert_num": "the adapter's files decide",
     "kt_lora_expert_intermediate_size": "the adapter's files decide",
@@ -124,25 +143,105 @@ class Refusal:
     advice: str
 
 
-_PRE_PACKED = Refusal(
-    (None, ""), "pre-converted weights are not supported yet; the experts are packed at load"
-)
+# Of transformers' GenerationConfig, with the values that change nothing.
+_SAMPLERS: dict[str, tuple[object, ...]] = {
+    "assistant_early_exit": (None,),
+    "bad_words_ids": (None, []),
+    "begin_suppress_tokens": (None, []),
+    "diversity_penalty": (None, 0),
+    "dola_layers": (None,),
+    "early_stopping": (None, False),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "encoder_repetition_penalty": (None, 1),
+    "epsilon_cutoff": (None, 0),
+    "eta_cutoff": (None, 0),
+    "exponential_decay_length_penalty": (None,),
+    "force_words_ids": (None, []),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "guidance_scale": (None, 1),
+    "min_length": (None, 0),
+    "min_new_tokens": (None, 0),
+    "no_repeat_ngram_size": (None, 0),
+    "num_beam_groups": (None, 1),
+    "num_return_sequences": (None, 1),
+    "penalty_alpha": (None,),
+    "prompt_lookup_num_tokens": (None,),
+    "remove_invalid_values": (None, False),
+    "renormalize_logits": (None, False),
+    "sequence_bias": (None,),
+    "suppress_tokens": (None, []),
+    "token_healing": (None, False),
+    "top_h": (None,),
+    "typical_p": (None, 1),
+    "watermarking_config": (None,),
+}
 
 REFUSED = {
-    "kt_non_expert_weight_path": _PRE_PACKED,
-    "kt_expert_checkpoint_path": _PRE_PACKED,
+    "kt_expert_checkpoint_path": Refusal(
+        (None, ""),
+        "the experts are read from model_name_or_path, or as kt_kernel packed them from "
+        "kt_weight_path",
+    ),
     "kt_force_think": Refusal((None, False), "choose a reasoning template instead"),
     "num_beams": Refusal((None, 1), "beam search is not supported"),
     "quantization_method": Refusal(
         (None, "bnb"), "quantization_bit: 8 is ktrt's own INT8, with a scale per output row"
     ),
     "quantization_device_map": Refusal((None,), "load an unquantised checkpoint"),
+    "load_in_8bit": Refusal((None, False), "quantization_bit: 8 is ktrt's own INT8"),
+    "load_in_4bit": Refusal((None, False), "kt_backend: AMXInt4 has 4 bits for the experts"),
     "rope_scaling": Refusal((None,), "set it in the model's config.json"),
-    "shift_attn": Refusal((None, False), "it is not supported"),
     "mixture_of_depths": Refusal((None,), "it is not supported"),
     "train_from_scratch": Refusal((None, False), "there is nothing to chat with"),
-    "use_kv_cache": Refusal((None, True), "generation always uses the KV cache"),
     "split_special_tokens": Refusal((None, False), "templates need special tokens whole"),
-    "tool_format": Refusal((None,), "tool calls are not supported"),
     "preserve_thinking": Refusal((None, False), "thoughts of earlier turns are always dropped"),
+    **{
+        name: Refusal(neutral, "ktrt's sampling does not have it")
+        for name, neutral in _SAMPLERS.items()
+    },
 }
+
+# What people write who come from elsewhere, and the key that they mean.
+MEANT = {
+    "adapter": "adapter_name_or_path",
+    "adapter_path": "adapter_name_or_path",
+    "base_model": "model_name_or_path",
+    "base_model_name_or_path": "model_name_or_path",
+    "chat_template": "template",
+    "compute_dtype": "infer_dtype",
+    "context_length": "cutoff_len",
+    "dtype": "infer_dtype",
+    "eos_token_id": "stop_token_ids",
+    "lora_path": "adapter_name_or_path",
+    "max_model_len": "cutoff_len",
+    "max_seq_len": "cutoff_len",
+    "max_seq_length": "cutoff_len",
+    "max_tokens": "max_new_tokens",
+    "model": "model_name_or_path",
+    "model_path": "model_name_or_path",
+    "n_ctx": "cutoff_len",
+    "num_threads": "kt_num_threads",
+    "peft_path": "adapter_name_or_path",
+    "stop_sequences": "stop_strings",
+    "stop_words": "stop_strings",
+    "system": "default_system",
+    "system_prompt": "default_system",
+    "temp": "temperature",
+    "threads": "kt_num_threads",
+    "torch_dtype": "infer_dtype",
+}
+# Only a YAML that trains has them; its cutoff_len cuts the samples.
+TRAINING = frozenset(
+    {
+        "dataset",
+        "do_train",
+        "learning_rate",
+        "max_samples",
+        "max_steps",
+        "num_train_epochs",
+        "output_dir",
+        "per_device_train_batch_size",
+        "tokenized_path",
+    }
+)

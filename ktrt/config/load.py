@@ -18,10 +18,12 @@ from ktrt.config.args import (
     TemplateArgs,
 )
 from ktrt.config.arguments import Takes, convert_options
-from ktrt.config.check import check_value, describe, nearest
-from ktrt.config.keys import IGNORED, NOTED, REFUSED
+from ktrt.config.check import check_value, describe, nearest, shown
+from ktrt.config.keys import IGNORED, MEANT, NOTED, REFUSED, TRAINING
+from ktrt.config.kt_files import check_non_experts
 from ktrt.config.source import parse_overrides, read_yaml
 from ktrt.errors import ConfigError
+from ktrt.folders import holds_adapter
 
 _log = logging.getLogger(__name__)
 
@@ -32,11 +34,16 @@ class _Switches:
 
     use_kt: bool = True
     infer_backend: str = "huggingface"
+    cpu_infer: int | None = None
+    kt_non_expert_weight_path: Path | None = None
+    output_dir: Path | None = None
     finetuning_type: Literal["lora", "full", "freeze", "oft"] = "lora"
     adapter_folder: str | None = None
     new_special_tokens_config: Path | None = None
 
 
+# Both mean ktrt: LLaMA-Factory 0.9.4 had an engine of its own for KTransformers.
+_INFER_BACKENDS = ("huggingface", "ktransformers")
 # Several tokens in one text, with commas, as LLaMA-Factory takes them.
 _TOKEN_LISTS = ("add_tokens", "add_special_tokens")
 _SECTIONS = (ModelArgs, AdapterArgs, ExpertArgs, TemplateArgs, SamplingArgs)
@@ -62,7 +69,8 @@ _BACKENDS = {
     },
     "kt_expert_weight_format": {"bf16": "AMXBF16", "int8": "AMXInt8", "int4": "AMXInt4"},
 }
-_KNOWN = {*_TYPES, *_ALIASES, *_BACKENDS, *IGNORED, *NOTED, *REFUSED, "kt_config"}
+_ACTING = {*_TYPES, *_ALIASES, *_BACKENDS, "kt_config"}
+_KNOWN = {*_ACTING, *IGNORED, *NOTED, *REFUSED}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -85,6 +93,7 @@ def load_config(
     else:
         where, folder = str(source), Path(source).parent
         values = _normalise(read_yaml(Path(source)), where)
+    _drop_cutoff_of_training(values)
     if not isinstance(overrides, Mapping):
         overrides = parse_overrides(overrides, _TEXT_KEYS)
     if overrides:
@@ -93,8 +102,10 @@ def load_config(
     values = {key: value for key, value in values.items() if value is not None}
 
     _check_switches(values, where)
+    _map_threads(values)
     _check_unused(values, where)
     _resolve_paths(values, where, folder)
+    _mention_output(values, folder)
     return Config(*(_section(section, values, where) for section in _SECTIONS))
 
 
@@ -150,9 +161,16 @@ def _flatten(given: Mapping[str, object], where: str) -> list[tuple[str, object]
             )
     unknown = [spelling for spelling, _ in pairs if not _is_known(spelling)]
     if unknown:
-        hints = [f"{each!r}{nearest(each.removeprefix('kt_config.'), _KNOWN)}" for each in unknown]
+        hints = [f"{shown(each)}{_hint(each.removeprefix('kt_config.'))}" for each in unknown]
         raise ConfigError(f"{where}: unknown key {', '.join(hints)}")
     return pairs
+
+
+def _hint(key: str) -> str:
+    """What may be meant; a key without effect only where it is all but the same word."""
+    if meant := MEANT.get(key.lower().replace("-", "_")):
+        return f" (did you mean {meant!r}?)"
+    return nearest(key, _ACTING, 0.8) or nearest(key, _KNOWN, 0.85)
 
 
 def _is_known(spelling: str) -> bool:
@@ -193,9 +211,10 @@ def _check_switches(values: Mapping[str, Any], where: str) -> None:
             f"{where}: use_kt: expected true, found false: ktrt always runs the routed experts "
             "through its engine; without it use `llamafactory-cli chat`"
         )
-    if switches.infer_backend != "huggingface":
+    if switches.infer_backend not in _INFER_BACKENDS:
         raise ConfigError(
-            f"{where}: infer_backend: expected huggingface, found {switches.infer_backend!r}"
+            f"{where}: infer_backend: expected {' or '.join(_INFER_BACKENDS)}, found "
+            f"{switches.infer_backend!r}: ktrt runs the model itself; remove the key"
         )
     adapters = values.get("adapter_name_or_path") or values.get("adapters")
     if switches.finetuning_type != "lora" and adapters:
@@ -203,6 +222,45 @@ def _check_switches(values: Mapping[str, Any], where: str) -> None:
             f"{where}: finetuning_type: expected lora with an adapter, found "
             f"{switches.finetuning_type}; remove it, or the adapter"
         )
+
+
+def _drop_cutoff_of_training(values: dict[str, Any]) -> None:
+    """cutoff_len cuts the samples of a training; LLaMA-Factory's chat does not apply it, and in a
+    YAML that trains nobody means the conversation. In any other it bounds that."""
+    training = sorted(TRAINING.intersection(values))
+    if training and values.pop("cutoff_len", None) is not None:
+        _log.info(
+            "Ignored cutoff_len: this is a training's YAML (it has %s), whose samples it cuts; "
+            "cutoff_len=N on the command line bounds a conversation",
+            training[0],
+        )
+
+
+def _map_threads(values: dict[str, Any]) -> None:
+    """cpu_infer is LLaMA-Factory 0.9.4's name for the number of threads."""
+    threads = values.pop("cpu_infer", None)
+    if threads is None:
+        return
+    if "kt_num_threads" in values:
+        _log.info("Ignored cpu_infer: kt_num_threads %s decides", values["kt_num_threads"])
+        return
+    values["kt_num_threads"] = threads
+    _log.info("cpu_infer: %s is taken as kt_num_threads", threads)
+
+
+def _mention_output(values: dict[str, Any], folder: Path | None) -> None:
+    """A training's YAML names what it trained only as output_dir, which means nothing to a chat."""
+    output = values.get("output_dir")
+    if output is None or "adapter_name_or_path" in values or "adapters" in values:
+        return
+    for path in (output, folder / output if folder is not None else output):
+        if path.is_dir() and (holds_adapter(path) or any(map(holds_adapter, path.iterdir()))):
+            _log.warning(
+                "No adapter is configured, though output_dir %s holds one: "
+                "adapter_name_or_path=%s takes it",
+                path, path,
+            )  # fmt: skip
+            return
 
 
 def _check_unused(values: Mapping[str, Any], where: str) -> None:
@@ -230,6 +288,12 @@ def _resolve_paths(values: dict[str, Any], where: str, folder: Path | None) -> N
     packed = values.pop("kt_weight_path", None)
     if packed is not None and packed != Path():
         values["kt_weight_path"] = _directory("kt_weight_path", packed, where, folder)
+
+    copy = values.pop("kt_non_expert_weight_path", None)
+    if copy is not None and copy != Path():
+        copy = _directory("kt_non_expert_weight_path", copy, where, folder)
+        reason = check_non_experts(copy, values["model_name_or_path"], where)
+        _log.info("kt_non_expert_weight_path %s is not read: %s", copy, reason)
 
     described = values.pop("new_special_tokens_config", None)
     if described is not None and described != Path():

@@ -7,8 +7,10 @@ from typing import Any
 
 import yaml
 
+from ktrt.config.check import describe
 from ktrt.errors import ConfigError
 
+_SHOWN = 200
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 _FLOAT_TAG = "tag:yaml.org,2002:float"
 
@@ -22,6 +24,8 @@ class _StrictLoader(yaml.SafeLoader):
             if key_node.tag == _MERGE_TAG:
                 continue
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                break  # PyYAML says so, with the line
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} is given twice", key_node.start_mark
@@ -50,10 +54,12 @@ def read_yaml(path: Path) -> dict[str, object]:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from error
     content = _parse(text, str(path))
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys to values, found {content!r}")
+        raise ConfigError(
+            f"{path}: expected a mapping of keys to values, found {describe(content)}"
+        )
     for key in content:
         if not isinstance(key, str):
-            raise ConfigError(f"{path}: expected text keys, found the key {key!r}")
+            raise ConfigError(f"{path}: expected text keys, found the key {describe(key)}")
     return content
 
 
@@ -86,4 +92,12 @@ def _parse(text: str, where: str) -> object:
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise ConfigError(f"{where}{place}: not valid YAML: {error.problem}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not valid YAML: {error}") from error
+        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{where}: not valid YAML: nested too deeply") from error
+    except Exception as error:
+        # What PyYAML's constructors raise of a date, number or tag that is none; they name no line.
+        reason = " ".join(str(error).split())[:_SHOWN]
+        raise ConfigError(
+            f"{where}: not valid YAML: {type(error).__name__}: {reason}; put texts in quotes"
+        ) from error

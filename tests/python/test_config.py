@@ -247,11 +247,12 @@ class TestUnknownAndUnused:
     @pytest.mark.parametrize(
         "line",
         [
-            "kt_non_expert_weight_path: /x",
             "kt_config: {kt_expert_checkpoint_path: /x}",
             "quantization_method: hqq",
             "num_beams: 2",
             "rope_scaling: linear",
+            "no_repeat_ngram_size: 3",
+            "load_in_8bit: true",
         ],
     )
     def test_keys_that_would_change_answers_are_refused(
@@ -262,7 +263,7 @@ class TestUnknownAndUnused:
         assert key in message
         assert "remove the key" in message
 
-    @pytest.mark.parametrize("line", ["num_beams: 1", "kt_weight_path:"])
+    @pytest.mark.parametrize("line", ["num_beams: 1", "typical_p: 1.0", "kt_weight_path:"])
     def test_their_neutral_values_are_fine(
         self, write: Callable[[str], Path], line: str, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -274,7 +275,7 @@ class TestUnknownAndUnused:
         ("lines", "expected"),
         [
             ("use_kt: false", "use_kt: expected true"),
-            ("infer_backend: vllm", "infer_backend: expected huggingface"),
+            ("infer_backend: vllm", "infer_backend: expected huggingface or ktransformers"),
             ("finetuning_type: full\nadapter_name_or_path: adapter", "expected lora"),
         ],
     )
@@ -300,6 +301,19 @@ class TestValues:
                 "kt_gpu_prefill_token_threshold: expected an integer or auto, found 1.5",
             ),
             ("kt_num_threads: 2.5", "kt_num_threads: expected an integer"),
+            ("kt_num_threads: 1e30", "kt_num_threads: expected an integer, found 1e+30 (float)"),
+            ("kt_num_threads: 99999999999", "kt_num_threads: expected at most 8192"),
+            ("kt_num_threads: 0x" + "f" * 5000, "found an integer of 20000 bits"),
+            ("kt_num_threads: [2]", "kt_num_threads: expected an integer, found [2] (a list)"),
+            ("kt_num_threads: .inf", "kt_num_threads: expected an integer, found inf (float)"),
+            ("temperature: 0x" + "f" * 5000, "temperature: an integer of 20000 bits is too large"),
+            ("temperature: 2024-01-01", "found datetime.date(2024, 1, 1) (date)"),
+            ("top_k: 0xffffffffff", "top_k: expected 0 (off) or more, found 1099511627775"),
+            ("lora_alpha: .nan", "lora_alpha: expected a finite number, found nan"),
+            ("template: {a: b}", "template: expected text, found {'a': 'b'} (a mapping)"),
+            ("template: !!binary aGk=", "template: expected text, found b'hi' (bytes)"),
+            ('default_system: "\\ud800"', "default_system: '\\ud800' holds half a character"),
+            ('kt_weight_path: "a\\0b"', "kt_weight_path: 'a\\x00b' holds a NUL byte"),
             ("kt_num_threads: 0", "kt_num_threads: expected at least 1, found 0"),
             ("temperature: hot", "temperature: expected a number"),
             ("temperature: -1", "temperature: expected 0 or more, found -1"),
@@ -352,6 +366,15 @@ class TestValues:
         assert len(caplog.messages) == 2
         assert all("it concerns 4 bits" in message for message in caplog.messages)
 
+    def test_quoted_numbers_and_booleans(self, write: Callable[[str], Path]) -> None:
+        lines = "top_k: '3'\ntemperature: '1e-1'\ndo_sample: 'False'\ntemplate: '3'\n"
+        config = load_config(write(lines + "kt_num_gpu_experts: ' 4'\nlora_rank: '+8'\n"))
+        assert (config.sampling.top_k, config.sampling.temperature) == (3, 0.1)
+        assert config.sampling.do_sample is False
+        assert config.template.template == "3"
+        assert (config.experts.kt_num_gpu_experts, config.adapter.lora_rank) == (4, 8)
+        assert "top_k: expected an integer, found 2.5" in refused(write("top_k: '2.5'"))
+
     def test_an_integer_is_a_fine_number(self, write: Callable[[str], Path]) -> None:
         assert load_config(write("temperature: 1\nlora_alpha: 16\n")).adapter.lora_alpha == 16.0
 
@@ -373,31 +396,6 @@ class TestValues:
 
     def test_scientific_notation(self, write: Callable[[str], Path]) -> None:
         assert load_config(write("temperature: 5e-1\n")).sampling.temperature == 0.5
-
-
-class TestAddedTokens:
-    @pytest.mark.parametrize(
-        ("line", "expected"),
-        [
-            ("add_tokens: '<a>, <b>'", ((("<a>", "<b>")), ())),
-            ("add_tokens: [<a>, <b>]", ((("<a>", "<b>")), ())),
-            ("add_special_tokens: <a>", ((), ("<a>",))),
-            ("new_special_tokens: <a>,<b>", ((), ("<a>", "<b>"))),
-            ("add_tokens: ''", ((), ())),
-        ],
-    )
-    def test_one_text_or_a_list(
-        self, write: Callable[[str], Path], line: str, expected: tuple[object, object]
-    ) -> None:
-        model = load_config(write(f"{line}\nresize_vocab: true\n")).model
-        assert (model.add_tokens, model.add_special_tokens) == expected
-        assert model.resize_vocab
-
-    def test_a_file_of_descriptions_wins(self, write: Callable[[str], Path], folders: Path) -> None:
-        (folders / "tokens.yaml").write_text("<c>: an end\n<d>: a start\n")
-        lines = "new_special_tokens_config: tokens.yaml\nadd_special_tokens: <a>\n"
-        assert load_config(write(lines)).model.add_special_tokens == ("<c>", "<d>")
-        assert "tokens.yaml" in refused(write(lines.replace("tokens.yaml", "no/tokens.yaml")))
 
 
 class TestFiles:

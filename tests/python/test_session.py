@@ -256,7 +256,7 @@ class TestContext:
         )  # fmt: skip
         assert plain.context_limit == 2048
         assert session.context_limit == 64
-        with pytest.raises(ConfigError, match="context holds 64"):
+        with pytest.raises(ConfigError, match="tokens, cutoff_len allows 64"):
             session.stream(LONG)
 
 
