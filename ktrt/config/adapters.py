@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ktrt.config.check import check_value, describe, nearest
+from ktrt.config.check import check_value, describe, nearest, shown
 from ktrt.errors import ConfigError
 from ktrt.folders import find_adapter_folder
 
@@ -74,8 +74,12 @@ def _exists(path: Path, directory: Callable[[str, Path], Path]) -> bool:
 
 def _inside(path: Path, subfolder: str, where: str) -> Path:
     inner = path / subfolder
-    if not inner.resolve().is_relative_to(path.resolve()) or not inner.is_dir():
-        raise ConfigError(f"{where}: adapter_folder: no directory {inner} inside {path}")
+    try:
+        inside = inner.resolve().is_relative_to(path.resolve()) and inner.is_dir()
+    except (OSError, ValueError, RuntimeError):
+        inside = False
+    if not inside:
+        raise ConfigError(f"{where}: adapter_folder: no directory {shown(subfolder)} inside {path}")
     folder, note = find_adapter_folder(inner)
     if note:
         _log.info("%s", note)

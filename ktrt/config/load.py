@@ -21,7 +21,7 @@ from ktrt.config.arguments import Takes, convert_options
 from ktrt.config.check import check_value, describe, nearest, shown
 from ktrt.config.keys import IGNORED, MEANT, NOTED, REFUSED, TRAINING
 from ktrt.config.kt_files import check_non_experts
-from ktrt.config.source import parse_overrides, read_yaml
+from ktrt.config.source import find_path, parse_overrides, read_yaml
 from ktrt.errors import ConfigError
 from ktrt.folders import holds_adapter
 
@@ -105,7 +105,7 @@ def load_config(
     _map_threads(values)
     _check_unused(values, where)
     _resolve_paths(values, where, folder)
-    _mention_output(values, folder)
+    _mention_output(values, where, folder)
     return Config(*(_section(section, values, where) for section in _SECTIONS))
 
 
@@ -248,12 +248,12 @@ def _map_threads(values: dict[str, Any]) -> None:
     _log.info("cpu_infer: %s is taken as kt_num_threads", threads)
 
 
-def _mention_output(values: dict[str, Any], folder: Path | None) -> None:
+def _mention_output(values: dict[str, Any], where: str, folder: Path | None) -> None:
     """A training's YAML names what it trained only as output_dir, which means nothing to a chat."""
     output = values.get("output_dir")
     if output is None or "adapter_name_or_path" in values or "adapters" in values:
         return
-    for path in (output, folder / output if folder is not None else output):
+    for path in find_path("output_dir", output, where, folder):
         if path.is_dir() and (holds_adapter(path) or any(map(holds_adapter, path.iterdir()))):
             _log.warning(
                 "No adapter is configured, though output_dir %s holds one: "
@@ -297,23 +297,16 @@ def _resolve_paths(values: dict[str, Any], where: str, folder: Path | None) -> N
 
     described = values.pop("new_special_tokens_config", None)
     if described is not None and described != Path():
-        values["add_special_tokens"] = _described_tokens(described, folder)
+        # As in LLaMA-Factory it wins over add_special_tokens; the descriptions serve the training.
+        file = find_path("new_special_tokens_config", described, where, folder)[0]
+        values["add_special_tokens"] = tuple(read_yaml(file))
 
     resolve_adapters(values, where, lambda key, path: _directory(key, path, where, folder))
 
 
-def _described_tokens(given: Path, folder: Path | None) -> tuple[str, ...]:
-    """The tokens of a ``new_special_tokens_config``, which win over ``add_special_tokens`` as in
-    LLaMA-Factory; their descriptions only initialise the training."""
-    path = given.expanduser()
-    beside = folder / path if folder is not None else path
-    return tuple(read_yaml(path if path.is_file() or not beside.is_file() else beside))
-
-
 def _directory(key: str, given: Path, where: str, folder: Path | None) -> Path:
     """An existing directory: as given (from the current directory), else beside the YAML file."""
-    path = given.expanduser()
-    tried = [path] if folder is None or path.is_absolute() else [path, folder / path]
+    tried = find_path(key, given, where, folder)
     for candidate in tried:
         if candidate.is_dir():
             return candidate

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from ktrt.config.check import describe
+from ktrt.config.check import describe, shown
 from ktrt.errors import ConfigError
 
 _SHOWN = 200
@@ -52,6 +52,8 @@ def read_yaml(path: Path) -> dict[str, object]:
         raise ConfigError(f"cannot read the config file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    except ValueError as error:
+        raise ConfigError(f"cannot read the config file {str(path)!r}: {error}") from error
     content = _parse(text, str(path))
     if not isinstance(content, dict):
         raise ConfigError(
@@ -61,6 +63,18 @@ def read_yaml(path: Path) -> dict[str, object]:
         if not isinstance(key, str):
             raise ConfigError(f"{path}: expected text keys, found the key {describe(key)}")
     return content
+
+
+def find_path(key: str, given: Path, where: str, folder: Path | None) -> list[Path]:
+    """What a path of a configuration may mean, the first one that exists in front: as given (from
+    the current directory), else beside the YAML file. ``ConfigError``: no path at all."""
+    try:
+        path = given.expanduser()
+        tried = [path] if folder is None or path.is_absolute() else [path, folder / path]
+        return sorted(tried, key=lambda each: not each.exists())
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{where}: {key}: {shown(str(given))} is no path: {reason}") from error
 
 
 def parse_overrides(pairs: Sequence[str], text_keys: Iterable[str]) -> dict[str, object]:
@@ -74,13 +88,13 @@ def parse_overrides(pairs: Sequence[str], text_keys: Iterable[str]) -> dict[str,
         key, separator, text = pair.partition("=")
         key = key.strip()
         if not separator or not key:
-            raise ConfigError(f"override {pair!r}: expected key=value")
+            raise ConfigError(f"override {shown(pair)}: expected key=value")
         if key in overrides:
-            raise ConfigError(f"override {pair!r}: the key {key!r} is given twice")
+            raise ConfigError(f"override {shown(pair)}: the key {key!r} is given twice")
         if key in literal:
             overrides[key] = None if text in ("null", "~") else text
         else:
-            overrides[key] = _parse(text, f"override {pair!r}")
+            overrides[key] = _parse(text, f"override {shown(pair)}")
     return overrides
 
 
