@@ -23,7 +23,7 @@ from ktrt.config.keys import IGNORED, MEANT, NOTED, REFUSED, TRAINING
 from ktrt.config.kt_files import check_non_experts
 from ktrt.config.source import find_path, parse_overrides, read_yaml
 from ktrt.errors import ConfigError
-from ktrt.folders import holds_adapter
+from ktrt.folders import cached_snapshots, holds_adapter
 
 _log = logging.getLogger(__name__)
 
@@ -311,10 +311,15 @@ def _directory(key: str, given: Path, where: str, folder: Path | None) -> Path:
         if candidate.is_dir():
             return candidate
     found = f"{where}: {key}: no directory {' or '.join(str(each) for each in tried)}"
-    if any(candidate.is_file() for candidate in tried):
-        raise ConfigError(f"{found}: it is a file, expected the directory that holds it")
+    if files := [candidate for candidate in tried if candidate.is_file()]:
+        advice = f"it is a file, expected the directory that holds it, {files[0].parent}"
+        if given.suffix.lower() == ".gguf":
+            advice = "it is a GGUF file, expected a Hugging Face folder with safetensors"
+        raise ConfigError(f"{found}: {advice}")
     if _HUB_ID.fullmatch(str(given)):
         name = given.name
+        if cached := cached_snapshots(str(given)):
+            raise ConfigError(f"{found}. The hub's cache holds it: set {key} to {cached[-1]}")
         raise ConfigError(
             f"{found}. ktrt downloads nothing; if this is a Hugging Face id, run\n"
             f"  huggingface-cli download {given} --local-dir {name}\n"

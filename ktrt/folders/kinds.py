@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -117,9 +118,24 @@ def _hub(folder: Path, names: list[str]) -> Kind | None:
     return Kind("a cache folder of the Hugging Face hub", advice)
 
 
+def cached_snapshots(hub_id: str) -> list[Path]:
+    """Where the hub's cache of this user holds a model or an adapter, without looking further."""
+    cache = os.environ.get("HF_HUB_CACHE")
+    if not cache:
+        cache = f"{os.environ.get('HF_HOME') or '~/.cache/huggingface'}/hub"
+    try:
+        return _snapshots(Path(cache).expanduser() / f"models--{hub_id.replace('/', '--')}")
+    except (OSError, RuntimeError):
+        return []
+
+
 def _snapshots(repository: Path) -> list[Path]:
-    """Those with a model; only the one that the branch main points to, where that is known."""
-    found = [each for each in subfolders(repository / "snapshots") if (each / CONFIG).is_file()]
+    """Those with a model or adapter; only the one of the branch main, where that is known."""
+    found = [
+        each
+        for each in subfolders(repository / "snapshots")
+        if (each / CONFIG).is_file() or (each / ADAPTER_CONFIG).is_file()
+    ]
     try:
         main = (repository / "refs" / "main").read_text("utf-8").strip()
     except (OSError, ValueError):

@@ -143,7 +143,7 @@ def _check_complete(folder: Path) -> None:
     if link := next(links, ""):
         link = f" ({link} is a link to {(folder / link).readlink()}, which is not there)"
     raise CheckpointError(
-        f"{folder}: {len(missing)} of the model's files are missing or empty: {listed(missing)}"
+        f"{folder}: files of the model are missing or empty ({len(missing)}): {listed(missing)}"
         f"{link}. {_unfinished(folder)}Download the model again (`huggingface-"
         "cli download` goes on where it stopped), or copy all of its files (`cp -L` for links)."
     )

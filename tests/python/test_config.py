@@ -461,7 +461,21 @@ class TestPaths:
     def test_a_file(self, write: Callable[[str], Path], folders: Path) -> None:
         (folders / "weights.safetensors").touch()
         message = refused(write("adapter_name_or_path: weights.safetensors"))
-        assert "expected the directory" in message
+        assert f"expected the directory that holds it, {folders}" in message
+        (folders / "m.gguf").touch()
+        assert "it is a GGUF file" in refused(write(""), "model_name_or_path=m.gguf")
+
+    def test_a_hub_id_in_the_hubs_cache(
+        self, write: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HF_HOME", str(tmp_path))
+        monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+        snapshot = tmp_path / "hub/models--Qwen--Qwen3-30B-A3B/snapshots/12ab"
+        snapshot.mkdir(parents=True)
+        assert "cache" not in refused(write(""), "model_name_or_path=Qwen/Qwen3-30B-A3B")
+        (snapshot / "config.json").touch()
+        message = refused(write(""), "model_name_or_path=Qwen/Qwen3-30B-A3B")
+        assert message.endswith(f"set model_name_or_path to {snapshot}")
 
     @pytest.mark.parametrize(
         "text",

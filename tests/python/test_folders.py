@@ -174,7 +174,7 @@ class TestModels:
             (["config.json", "tokenizer.json"], ["without weights", "no *.safetensors"]),
             (["config.json", "model.safetensors.incomplete"], ["A download did not end (model.sa"]),
             (["model.safetensors", "tokenizer.json"], ["no config.json"]),
-            (["consolidated.safetensors", "config.json"], ["missing or empty: model.safetensors"]),
+            (["consolidated.safetensors", "config.json"], ["(1): model.safetensors"]),
         ],
     )  # fmt: skip
     def test_other_folders(self, make: Make, names: list[str], found: list[str]) -> None:
@@ -207,7 +207,7 @@ class TestModels:
         (root / names[1]).symlink_to("../../blobs/12ab")
         make(".cache/huggingface/download/x.incomplete", "y/snapshots/x", "y/blobs/1.incomplete")
         message = self.refused(root)
-        assert f"2 of the model's files are missing or empty: {names[1]}, {names[2]}" in message
+        assert f"files of the model are missing or empty (2): {names[1]}, {names[2]}" in message
         assert f"{names[1]} is a link to ../../blobs/12ab, which is not there" in message
         assert "A download did not end (x.incomplete)" in message
 
@@ -221,7 +221,7 @@ class TestModels:
         make("a/model.safetensors", content=b"")
         (root / "b/model.safetensors").unlink()
         (root / "b/model.safetensors").symlink_to("gone")
-        assert "missing or empty: model.safetensors" in self.refused(root / "a")
+        assert "missing or empty (1): model.safetensors" in self.refused(root / "a")
         assert "is a link to gone" in self.refused(root / "b")
 
     def test_an_index_beside_the_single_file_does_not_count(self, make: Make) -> None:
