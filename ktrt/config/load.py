@@ -99,13 +99,15 @@ def load_config(
     if overrides:
         values |= _normalise(overrides, "override")
         where = f"{where} with overrides"
+    chosen = {"adapter_name_or_path", "adapters"}.intersection(values)
     values = {key: value for key, value in values.items() if value is not None}
 
     _check_switches(values, where)
     _map_threads(values)
     _check_unused(values, where)
     _resolve_paths(values, where, folder)
-    _mention_output(values, where, folder)
+    if not chosen:
+        _mention_output(values.get("output_dir"), where, folder)
     return Config(*(_section(section, values, where) for section in _SECTIONS))
 
 
@@ -248,12 +250,9 @@ def _map_threads(values: dict[str, Any]) -> None:
     _log.info("cpu_infer: %s is taken as kt_num_threads", threads)
 
 
-def _mention_output(values: dict[str, Any], where: str, folder: Path | None) -> None:
+def _mention_output(output: Path | None, where: str, folder: Path | None) -> None:
     """A training's YAML names what it trained only as output_dir, which means nothing to a chat."""
-    output = values.get("output_dir")
-    if output is None or "adapter_name_or_path" in values or "adapters" in values:
-        return
-    for path in find_path("output_dir", output, where, folder):
+    for path in find_path("output_dir", output, where, folder) if output is not None else ():
         if path.is_dir() and (holds_adapter(path) or any(map(holds_adapter, path.iterdir()))):
             _log.warning(
                 "No adapter is configured, though output_dir %s holds one: "

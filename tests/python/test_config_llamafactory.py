@@ -254,6 +254,9 @@ class TestExamples:
         assert load(folder, text).adapter.adapter_name_or_path is None
         (message,) = caplog.messages
         assert f"adapter_name_or_path={folder}/saves takes it" in message
+        caplog.clear()
+        assert load(folder, text, "adapter_name_or_path=").adapter.adapter_name_or_path is None
+        assert not caplog.messages
 
 
 class TestCutoffLen:
