@@ -45,7 +45,11 @@ def open_session(config: Config) -> Session:
         weight_bytes=loaded.bytes_per_token,
         cutoff_len=config.model.cutoff_len,
     )
-    session.warm_up()
+    try:
+        session.warm_up()
+    except BaseException:
+        session.close()
+        raise
     return session
 
 
