@@ -16,7 +16,7 @@ from ktrt.generation import (
     check_prompt,
     stream_generate,
 )
-from ktrt.template import Template
+from ktrt.template_base import Template
 from ktrt.warm_up import warm_up
 
 __all__ = ["Adapters", "AuditView", "Response", "Session", "check_messages"]

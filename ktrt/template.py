@@ -7,54 +7,16 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from copy import copy
-from typing import Any, Protocol
 
+from ktrt.auto_template import AutoTemplate
 from ktrt.config import TemplateArgs
 from ktrt.config.check import nearest
 from ktrt.errors import ConfigError
+from ktrt.template_base import Message, Template, Tokenizer, no_switch
 from ktrt.template_binding import bind
 from ktrt.template_table import TEMPLATES
 
 _log = logging.getLogger(__name__)
-
-Message = Mapping[str, str]
-
-
-class Tokenizer(Protocol):
-    """What is used of a transformers tokenizer."""
-
-    bos_token_id: int | None
-    eos_token_id: int | None
-    unk_token_id: int | None
-    chat_template: Any
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
-    def decode(self, token_ids: list[int], **options: Any) -> str: ...
-    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> Any: ...
-
-
-class Template(Protocol):
-    """Renders checked messages that end with the user's, and knows which ids end the reply.
-
-    ``thinking``: whether the model is let think first; None where the template has no such switch.
-    ``shown_tokens``: the special tokens, with their text, that mark thoughts. They are part of a
-    reply's text, where others may be skipped: without them thoughts could not be told apart.
-    """
-
-    name: str
-    stop_ids: frozenset[int]
-    shown_tokens: Mapping[int, str]
-
-    @property
-    def thinking(self) -> bool | None: ...
-
-    def with_thinking(self, thinking: bool) -> "Template":
-        """The same template with the switch set. ``ConfigError``: it has none."""
-        ...
-
-    def encode(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt's token ids; the reply is what follows them."""
-        ...
 
 
 def load_template(args: TemplateArgs, tokenizer: Tokenizer) -> Template:
@@ -112,7 +74,7 @@ class NamedTemplate:
 
     def with_thinking(self, thinking: bool) -> "NamedTemplate":
         if self._thought is None:
-            raise _no_switch(self.name)
+            raise no_switch(self.name)
         changed = copy(self)
         changed._skip_thought = not thinking
         return changed
@@ -168,86 +130,3 @@ class NamedTemplate:
             marked = f"{re.escape(begin)}.*?{re.escape(end)}"
             reply = re.sub(marked, "", reply, flags=re.DOTALL)
         return reply.lstrip("\n")
-
-
-def _no_switch(name: str) -> ConfigError:
-    return ConfigError(
-        f"template {name!r} cannot switch thinking on or off: it is no reasoning template"
-    )
-
-
-class AutoTemplate:
-    """The tokenizer's own chat template."""
-
-    name = "auto"
-    shown_tokens: Mapping[int, str] = {}
-
-    def __init__(self, args: TemplateArgs, tokenizer: Tokenizer) -> None:
-        if not tokenizer.chat_template:
-            raise ConfigError(
-                "template: the model's tokenizer has no chat template of its own; set template to "
-                f"one of {', '.join(TEMPLATES)}"
-            )
-        self._tokenizer = tokenizer
-        self._default_system = args.default_system
-        self._thinking = args.enable_thinking
-        eos = tokenizer.eos_token_id
-        self.stop_ids = frozenset[int](() if eos is None else (eos,))
-        self._thinks_by_default = self._find_switch()
-        self._check_tokens()
-        if self._thinking is not None and self._thinks_by_default is None:
-            _log.info("enable_thinking has no effect: the chat template has no such switch")
-
-    @property
-    def thinking(self) -> bool | None:
-        default = self._thinks_by_default
-        return default if default is None or self._thinking is None else self._thinking
-
-    def with_thinking(self, thinking: bool) -> "AutoTemplate":
-        if self._thinks_by_default is None:
-            raise _no_switch(self.name)
-        changed = copy(self)
-        changed._thinking = thinking
-        return changed
-
-    def _find_switch(self) -> bool | None:
-        """What the chat template does when nobody says; None if it does the same in any case."""
-        probe = [{"role": "user", "content": "?"}]
-        on, off, default = (self._render(probe, thinking) for thinking in (True, False, None))
-        return None if on == off else default != off
-
-    def _check_tokens(self) -> None:
-        """A warning that names what looks like special tokens and is none to the tokenizer."""
-        texts: str = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": "?"}], add_generation_prompt=True, tokenize=False
-        )
-        encode = self._tokenizer.encode
-        unknown = [
-            text
-            for text in dict.fromkeys(re.findall(r"<[|｜][^<>|｜]+[|｜]>", texts))
-            if len(encode(text, add_special_tokens=False)) != 1
-        ]
-        if unknown:
-            _log.warning(
-                "The chat template uses %s, which the tokenizer does not know as one token: do its "
-                "files belong together?", ", ".join(unknown),
-            )  # fmt: skip
-
-    def encode(self, messages: Sequence[Message]) -> list[int]:
-        turns = [dict(message) for message in messages]
-        if self._default_system and turns[0]["role"] != "system":
-            turns.insert(0, {"role": "system", "content": self._default_system})
-        return self._render(turns, self._thinking)
-
-    def _render(self, turns: list[dict[str, str]], thinking: bool | None) -> list[int]:
-        from jinja2 import TemplateError
-
-        # DeepSeek's templates (V3.1 on) and some others have the second name.
-        options = {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}
-        try:
-            ids: list[int] = self._tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, tokenize=True, return_dict=False, **options
-            )
-        except TemplateError as error:
-            raise ConfigError(f"the tokenizer's chat template refuses this: {error}") from error
-        return ids
