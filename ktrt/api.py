@@ -2,16 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from transformers import AutoTokenizer
-
-from ktrt.config import Config, ModelArgs, load_config
-from ktrt.errors import CheckpointError
+from ktrt.config import Config, load_config
 from ktrt.folders import check_model_folder
 from ktrt.model import load_model
 from ktrt.session import Session
 from ktrt.template import load_template
+from ktrt.tokenizer import load_tokenizer
 
 
 def load(source: str | Path | Mapping[str, object], **overrides: object) -> Session:
@@ -30,7 +27,7 @@ def open_session(config: Config) -> Session:
         experts_elsewhere=config.experts.kt_weight_path is not None,
     )
     # Before the model: a tokenizer or template that does not fit is known after a second.
-    tokenizer = _load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model)
     template = load_template(config.template, tokenizer)
     loaded = load_model(config.model, config.adapter, config.experts)
     session = Session(
@@ -51,17 +48,3 @@ def open_session(config: Config) -> Session:
         session.close()
         raise
     return session
-
-
-def _load_tokenizer(args: ModelArgs) -> Any:
-    """The tokenizer beside the model, of the library's own classes where those can read it."""
-    path = args.model_name_or_path
-    trusts = [False, True] if args.trust_remote_code else [False]
-    for trust in trusts:
-        try:
-            return AutoTokenizer.from_pretrained(
-                path, trust_remote_code=trust, local_files_only=True
-            )
-        except (OSError, ValueError, ImportError, KeyError) as error:
-            failure = error
-    raise CheckpointError(f"{path}: cannot load its tokenizer: {failure}") from failure

@@ -10,6 +10,7 @@ import torch
 
 from ktrt.dequantized import dequantized_source
 from ktrt.errors import CheckpointError
+from ktrt.generation_file import check_generation_config
 from ktrt.moe import experts_replaced
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def load_without_experts(base: BaseCheckpoint, infer_dtype: str, device: torch.d
     """All weights but the routed experts', which are never materialised in torch, on ``device``.
     ``CheckpointError``: missing or left-over tensors, wrong shapes."""
     skeleton, checkpoint, specs = base.built.model, base.experts.checkpoint, base.experts.specs
+    check_generation_config(checkpoint.folder)
     model_class: Any = type(skeleton)
     parameters = r"(gate_up_proj|up_proj|down_proj)(_bias)?"
     experts = [rf"^{path}\.{parameters}$" for path in _escaped(specs)]

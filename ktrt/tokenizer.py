@@ -1,0 +1,199 @@
+"""Loading the tokenizer of a model folder: as data wherever data say all, as code where only code
+does and the user trusts it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ktrt.errors import CheckpointError
+from ktrt.tokenizer_files import JSON_NAME, TokenizerFiles
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from ktrt.config import ModelArgs
+
+logger = logging.getLogger(__name__)
+
+# Words, numbers, spaces, contractions and scripts at which the ways of splitting text differ.
+_PROBE = (
+    "Hello, world! It's 12345 + 678\n\n\tfoo_bar  = x;  你好，世界 привет naïve 🙂 I'LL they've"
+    " DON'T\r\n   end  "
+)
+# transformers splits the text of every tiktoken vocabulary as Llama 3 does.
+_LLAMA_3 = ("llama", "llama4", "llama4_text", "mllama")
+
+
+def load_tokenizer(args: ModelArgs) -> Any:
+    """The tokenizer of the model folder, with its chat template.
+
+    Python code of the folder runs only with ``trust_remote_code``, and only where the tokenizer
+    exists as nothing else: no tokenizer.json, and a vocabulary that transformers cannot read or
+    splits differently. ``CheckpointError``: damaged files, a package that is missing.
+    """
+    folder = args.model_name_or_path
+    files = TokenizerFiles(folder, CheckpointError)
+    files.check()
+    template = files.chat_template()
+    try:
+        tokenizer = _open(files, args.trust_remote_code)
+        _try_out(tokenizer)
+    except CheckpointError:
+        raise
+    except BaseException as error:
+        # The library and what it calls raise whatever a damaged file makes them raise; a panic of
+        # Rust code is not even an Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(_why_not(files, args.trust_remote_code, error)) from error
+    if template is not None and not getattr(tokenizer, "chat_template", None):
+        logger.info("%s: the chat template is that of chat_template.json", folder)
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+def _open(files: TokenizerFiles, trust: bool) -> Any:
+    foreign = files.foreign_vocabulary
+    splits_alike = _model_type(files.folder) in _LLAMA_3
+    if foreign and foreign[1] == "tiktoken" and not splits_alike:
+        if trust and files.remote_class:
+            return _run_remote(files)
+        tokenizer = _open_data(files)
+        _warn_of_pattern(foreign[0], files.remote_class)
+        return tokenizer
+    try:
+        return _open_data(files)
+    except Exception as error:  # see load_tokenizer
+        if not trust or not files.remote_class or files.pipeline is not None:
+            raise
+        logger.debug("%s: not readable as data: %s", files.folder, error)
+    return _run_remote(files)
+
+
+def _open_data(files: TokenizerFiles) -> Any:
+    """By transformers' own classes."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    folder = files.folder
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except Exception:  # a class that only remote code has
+        if files.pipeline is None or files.remote_class is None:
+            raise
+        return PreTrainedTokenizerFast.from_pretrained(folder, **options)
+    if type(tokenizer) is PreTrainedTokenizerFast or _keeps_steps(tokenizer, files):
+        return tokenizer
+    whole = PreTrainedTokenizerFast.from_pretrained(folder, **options)
+    if _encode(whole) != _encode(tokenizer):
+        logger.warning(
+            "%s: transformers' %s gives other token ids than %s describes (it splits text "
+            "differently); the ids of %s are used",
+            folder, type(tokenizer).__name__, JSON_NAME, JSON_NAME,
+        )  # fmt: skip
+        return whole
+    return tokenizer
+
+
+def _keeps_steps(tokenizer: Any, files: TokenizerFiles) -> bool:
+    """Whether normalizer and pre-tokenizer are as tokenizer.json has them. Some classes of
+    transformers take vocabulary and merges from it and make these anew."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or files.pipeline is None:
+        return True
+    for name in ("normalizer", "pre_tokenizer"):
+        step = getattr(backend, name)
+        made = None if step is None else json.loads(step.__getstate__())
+        if made != getattr(files.pipeline, name):
+            return False
+    return True
+
+
+def _encode(tokenizer: Any) -> list[int]:
+    ids: list[int] = tokenizer.encode(_PROBE, add_special_tokens=False)
+    return ids
+
+
+def _try_out(tokenizer: Any) -> None:
+    """Uses the tokenizer once: damaged files may load and fail later."""
+    ids = _encode(tokenizer)
+    tokenizer.decode(ids, skip_special_tokens=False)
+    _ = len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id
+    if not ids or not all(isinstance(each, int) for each in ids):
+        raise ValueError(f"it encodes a text of {len(_PROBE)} characters as {ids}")
+
+
+def _run_remote(files: TokenizerFiles) -> Any:
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    name, folder = str(files.remote_class), files.folder
+    logger.info(
+        "trust_remote_code: the tokenizer of %s exists only as Python code (%s), which runs",
+        folder, name,
+    )  # fmt: skip
+    with _old_imports():
+        remote: Any = get_class_from_dynamic_module(name, folder, local_files_only=True)
+        return remote.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+@contextmanager
+def _old_imports() -> Iterator[None]:
+    """Names of transformers 4 that published tokenizers import from where transformers 5 has
+    nothing any more: bytes_to_unicode (Moonlight, Kimi)."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    from transformers.models.gpt2 import tokenization_gpt2 as module
+
+    name = "bytes_to_unicode"
+    missing = not hasattr(module, name)
+    if missing:
+        setattr(module, name, bytes_to_unicode)
+    try:
+        yield
+    finally:
+        if missing:
+            delattr(module, name)
+
+
+def _warn_of_pattern(file: Path, remote_class: str | None) -> None:
+    code = f"the folder's own code ({remote_class}) splits text as the model was trained"
+    advice = f"{code}: set `trust_remote_code: true`" if remote_class else "expect poor answers"
+    logger.warning(
+        "%s: transformers splits text as Llama 3 does, which this vocabulary is not known to be "
+        "for: token ids may differ from those of the training; %s", file, advice,
+    )  # fmt: skip
+
+
+def _why_not(files: TokenizerFiles, trust: bool, error: BaseException) -> str:
+    folder, foreign = files.folder, files.foreign_vocabulary
+    missing = error.name if isinstance(error, ImportError) else None
+    if foreign and importlib.util.find_spec(foreign[1]) is None:
+        missing = foreign[1]
+    install = f"Install the package that reads it: pip install {missing}" if missing else ""
+    if files.remote_class and files.pipeline is None and not trust:
+        return (
+            f"{folder}: its tokenizer exists only as Python code ({files.remote_class}). If you "
+            f"trust that code, set `trust_remote_code: true`. {install}".rstrip()
+        )
+    if missing and foreign:
+        return f"{foreign[0]} is a {foreign[1]} vocabulary. {install}"
+    if missing:
+        return f"{folder}: its tokenizer needs the package {missing}: pip install {missing}"
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return (
+        f"{folder}: cannot load its tokenizer ({type(error).__name__}: {reason[:300]}). Are "
+        "tokenizer.json and tokenizer_config.json complete, and of this model?"
+    )
+
+
+def _model_type(folder: Path) -> str | None:
+    """``model_type`` of config.json, which others check; None if it has none."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))["model_type"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, str) else None
