@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from copy import copy
+from typing import Any
 
 from ktrt.config import TemplateArgs
 from ktrt.errors import ConfigError
@@ -12,9 +13,19 @@ from ktrt.template_table import TEMPLATES
 
 _log = logging.getLogger(__name__)
 
+# Of several templates by name, the ones for a conversation; the others are for tools, documents …
+_CONVERSATION = ("default", "chat")
+# A text that no template has of its own.
+_PROBE = "ktrt-7319"
+
 
 class AutoTemplate:
-    """The tokenizer's own chat template."""
+    """The tokenizer's own chat template.
+
+    Of several by name it is "default", else "chat", else the first that shows what the user says.
+    Templates of multimodal models may want a message's content as a list of parts: they get one
+    text part. ``ConfigError``: there is no template, or none that a conversation of texts fits.
+    """
 
     name = "auto"
     shown_tokens: Mapping[int, str] = {}
@@ -30,6 +41,10 @@ class AutoTemplate:
         self._thinking = args.enable_thinking
         eos = tokenizer.eos_token_id
         self.stop_ids = frozenset[int](() if eos is None else (eos,))
+        self._in_parts = False
+        # Only where there are several: not every tokenizer takes a template from outside.
+        self._source: dict[str, str] = {}
+        self._choose()
         self._thinks_by_default = self._find_switch()
         self._check_tokens()
         if self._thinking is not None and self._thinks_by_default is None:
@@ -47,6 +62,54 @@ class AutoTemplate:
         changed._thinking = thinking
         return changed
 
+    def _choose(self) -> None:
+        """Finds the template to use, and whether it wants parts."""
+        given = self._tokenizer.chat_template
+        named: dict[str, str] = dict(given) if isinstance(given, Mapping) else {"": given}
+        order = [name for name in _CONVERSATION if name in named]
+        silent: list[tuple[str, dict[str, str]]] = []
+        reasons = []
+        for name in [*order, *(name for name in named if name not in order)]:
+            self._source = {"chat_template": named[name]} if name else {}
+            try:
+                if self._shows(in_parts=False) or self._shows(in_parts=True):
+                    self._tell(name, list(named))
+                    return
+                silent.append((name, self._source))
+            except ConfigError as error:
+                reasons.append(f"{name}: {error}" if name else str(error))
+        self._in_parts = False
+        if not silent:
+            raise ConfigError(
+                f"template: no chat template of the tokenizer takes a conversation of texts "
+                f"({'; '.join(reasons)}). Set template to one of {', '.join(TEMPLATES)}"
+            )
+        name, self._source = silent[0]
+        _log.warning(
+            "The tokenizer's chat template%s does not show what the user says; set template to a "
+            "name that fits the model", f" {name!r}" if name else "",
+        )  # fmt: skip
+
+    def _shows(self, *, in_parts: bool) -> bool:
+        """Whether a message's text is in the prompt. ``ConfigError``: the template takes it in
+        neither form."""
+        self._in_parts = in_parts
+        try:
+            return _PROBE in self._text(_PROBE)
+        except ConfigError as error:
+            if in_parts:
+                raise
+            try:
+                return self._shows(in_parts=True)
+            except ConfigError:
+                raise error from None
+
+    def _tell(self, name: str, names: list[str]) -> None:
+        if len(names) > 1 and name != "default":
+            _log.info("Of the tokenizer's chat templates (%s) %r is used", ", ".join(names), name)
+        if self._in_parts:
+            _log.info("The chat template wants messages in parts; each gets one text part")
+
     def _find_switch(self) -> bool | None:
         """What the chat template does when nobody says; None if it does the same in any case."""
         probe = [{"role": "user", "content": "?"}]
@@ -55,13 +118,10 @@ class AutoTemplate:
 
     def _check_tokens(self) -> None:
         """A warning that names what looks like special tokens and is none to the tokenizer."""
-        texts: str = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": "?"}], add_generation_prompt=True, tokenize=False
-        )
         encode = self._tokenizer.encode
         unknown = [
             text
-            for text in dict.fromkeys(re.findall(r"<[|｜][^<>|｜]+[|｜]>", texts))
+            for text in dict.fromkeys(re.findall(r"<[|｜][^<>|｜]+[|｜]>", self._text("?")))
             if len(encode(text, add_special_tokens=False)) != 1
         ]
         if unknown:
@@ -76,15 +136,28 @@ class AutoTemplate:
             turns.insert(0, {"role": "system", "content": self._default_system})
         return self._render(turns, self._thinking)
 
-    def _render(self, turns: list[dict[str, str]], thinking: bool | None) -> list[int]:
-        from jinja2 import TemplateError
+    def _text(self, content: str) -> str:
+        """The prompt for one message of the user."""
+        text: str = self._apply([{"role": "user", "content": content}], tokenize=False)
+        return text
 
+    def _render(self, turns: list[dict[str, str]], thinking: bool | None) -> list[int]:
         # DeepSeek's templates (V3.1 on) and some others have the second name.
         options = {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}
-        try:
-            ids: list[int] = self._tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, tokenize=True, return_dict=False, **options
-            )
-        except TemplateError as error:
-            raise ConfigError(f"the tokenizer's chat template refuses this: {error}") from error
+        ids: list[int] = self._apply(turns, tokenize=True, return_dict=False, **options)
         return ids
+
+    def _apply(self, turns: list[dict[str, str]], **options: Any) -> Any:
+        messages: list[Any] = turns
+        if self._in_parts:
+            messages = [
+                {**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns
+            ]
+        try:
+            return self._tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, **self._source, **options
+            )
+        except Exception as error:
+            # Jinja's own errors, and whatever the template's expressions raise.
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(f"the tokenizer's chat template refuses this: {reason}") from error
