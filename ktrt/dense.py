@@ -210,6 +210,8 @@ class DenseForward:
 
     def _take_parameters(self) -> None:
         self._weight, self._bias = self.base.weight, self.base.bias
+        # An adapter's output layer may have more words.
+        self._out = len(self._weight)
         self._address = self._weight.data_ptr()
 
     def new_linear(self) -> Linear:

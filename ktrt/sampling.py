@@ -73,7 +73,8 @@ class _Penalty:
     def apply(self, scores: torch.Tensor) -> torch.Tensor:
         if self._counts is None:
             self._counts = torch.zeros_like(scores)
-            self._counts[list(self._ids)] = 1
+            # A prompt may have words of an adapter that is off: the base cannot answer them.
+            self._counts[[each for each in self._ids if each < len(scores)]] = 1
         return self._rule(scores, self._counts)
 
     def count(self, token: int) -> None:

@@ -22,6 +22,7 @@ from ktrt.adapter.torch_side import (
     plan_torch_side,
     short_targets,
 )
+from ktrt.adapter.words import copied_numel
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -76,7 +77,8 @@ class AdapterPlan:
         paths = tuple(f"{path}." for path in self.experts)
         inside = {row.tensor for row in self.audit.rows if row.acts_on.startswith(paths)}
         others = (t.value.numel() for t in self.files.tensors if t.key not in inside)
-        return sum(engine_numel(lora) for lora in self.experts.values()), sum(others)
+        outside = sum(others) + copied_numel(self.side)
+        return sum(engine_numel(lora) for lora in self.experts.values()), outside
 
     def apply_to_torch(self, model: nn.Module, adapter: str = ADAPTER_NAME) -> list[Switch]:
         """Puts the other tensors into the loaded ``model``, as PEFT's ``adapter``, and records it

@@ -23,10 +23,11 @@ _NEUTRAL = {
     "megatron_core", "qalora_group_size", "revision", "task_type",
 }  # fmt: skip
 _READ = {
-    "alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "layers_pattern",
+    "alpha_pattern", "bias", "ensure_weight_tying", "exclude_modules", "init_lora_weights",
+    "layers_pattern",
     "layers_to_transform", "lora_alpha", "lora_bias", "modules_to_save", "peft_type",
-    "peft_version", "r", "rank_pattern", "target_modules", "target_parameters", "use_dora",
-    "use_rslora",
+    "peft_version", "r", "rank_pattern", "target_modules", "target_parameters",
+    "trainable_token_indices", "use_dora", "use_rslora",
 }  # fmt: skip
 # Initialisations that leave the base weights as they are; the others (PiSSA, OLoRA, CorDA, LoftQ,
 # LoRA-GA, …) subtract the initial B·A from the base, so that the adapter alone is not enough.
@@ -69,6 +70,7 @@ class LoraSettings:
         self.bias: str = str(config.get("bias") or "none")
         self.target_modules: str | list[str] | None = config.get("target_modules")
         self.target_parameters = _names(self.file, config, "target_parameters")
+        self.token_indices: object = config.get("trainable_token_indices")
         self.peft_version: str | None = config.get("peft_version")
         self._peft_config = self._targeting_config(config)
 

@@ -54,7 +54,8 @@ def swap_parameter(
     module: Any = model.get_submodule(where)
     plain = module.get_base_layer() if hasattr(module, "get_base_layer") else module
     base: nn.Parameter = plain.get_parameter(name)
-    own = nn.Parameter(torch.empty_like(base).copy_(value), requires_grad=False)
+    # Embeddings of another vocabulary have a size of their own.
+    own = nn.Parameter(base.new_empty(value.shape).copy_(value), requires_grad=False)
     if torch.equal(own, base):
         return []
     places = [(plain, name)]

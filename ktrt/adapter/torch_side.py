@@ -18,6 +18,15 @@ from torch import nn
 from ktrt.adapter.layout import put_once
 from ktrt.adapter.router import apply_router_lora
 from ktrt.adapter.switches import swap_parameter
+from ktrt.adapter.words import (
+    ROWS_PART,
+    TokenRows,
+    check_sizes,
+    is_table,
+    plain_names,
+    plan_rows,
+    swap_tables,
+)
 from ktrt.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -39,7 +48,8 @@ class TorchSide:
 
     ``loras`` are PEFT's, ``routers`` go on bare weights, ``whole`` are modules_to_save, ``base``
     replaces numbers of the base itself: biases trained beside LoRA, and the embeddings that PEFT
-    saves along when they are a target.
+    saves along when they are a target or were resized. ``rows`` are of single tokens; ``tables``
+    has the sizes of the base's embeddings and output layer.
     """
 
     file: Path
@@ -47,14 +57,17 @@ class TorchSide:
     routers: dict[str, list[AdapterTensor]] = field(default_factory=dict)
     whole: dict[str, list[AdapterTensor]] = field(default_factory=dict)
     base: dict[str, list[AdapterTensor]] = field(default_factory=dict)
+    rows: dict[str, TokenRows] = field(default_factory=dict)
+    tables: dict[str, int] = field(default_factory=dict)
     scales: dict[str, LoraScale] = field(default_factory=dict)
 
     def tensors(self) -> list[tuple[str, AdapterTensor]]:
         """(module, tensor) of all of them."""
         groups = (self.loras, self.routers, self.whole, self.base)
-        return [
+        found = [
             (m, tensor) for group in groups for m, tensors in group.items() for tensor in tensors
         ]
+        return found + [(module, rows.tensor) for module, rows in self.rows.items()]
 
 
 def plan_torch_side(
@@ -66,17 +79,24 @@ def plan_torch_side(
     base lacks, a wrong shape or rank, half a pair, and a tensor that is no part of an adapter.
     """
     side = TorchSide(file)
+    side.tables = {
+        name: module.get_parameter("weight").numel()
+        for name, module in base.model.named_modules()
+        if is_table(base, module)
+    }
     places: dict[tuple[str, str], AdapterTensor] = {}
-    for tensor in tensors:
+    for tensor in plain_names(tensors):
         weight = f"{tensor.module.removesuffix('.base_layer')}.weight"
         name = base.names.target(weight).name.removesuffix(".weight")
         kind = _kind(tensor, name, base, settings)
         group = {"router": side.routers, "whole": side.whole, "base": side.base}
         group.get(kind, side.loras).setdefault(name, []).append(tensor)
-        _check_shape(tensor, base.model.get_submodule(name), kind)
+        _check_shape(tensor, base.model.get_submodule(name), kind, is_table=name in side.tables)
         put_once(places, (name, tensor.part), tensor)
     for name, parts in [*side.loras.items(), *side.routers.items()]:
         side.scales[name] = _check_group(file, name, parts, settings)
+    plan_rows(base, settings, side)
+    check_sizes(base, side)
     return side
 
 
@@ -92,7 +112,9 @@ def _kind(tensor: AdapterTensor, name: str, base: BaseModel, settings: LoraSetti
         own = dict(module.named_parameters(recurse=False))
         if settings.saves_module(tensor.module) and tensor.part in own:
             return "whole"
-        if tensor.part == "bias" or (tensor.part == "weight" and module in _embeddings(base)):
+        if tensor.part == "bias" or (
+            tensor.part in ("weight", ROWS_PART) and is_table(base, module)
+        ):
             return "base"
         raise AdapterError(
             f"{tensor.where} is neither LoRA nor one of modules_to_save "
@@ -112,17 +134,16 @@ def _kind(tensor: AdapterTensor, name: str, base: BaseModel, settings: LoraSetti
     )
 
 
-def _embeddings(base: BaseModel) -> tuple[nn.Module, nn.Module]:
-    """The input embeddings and the output layer."""
-    model: Any = base.model
-    return model.get_input_embeddings(), model.get_output_embeddings()
-
-
-def _check_shape(tensor: AdapterTensor, module: nn.Module, kind: _Kind) -> None:
-    """The one or two sizes that the module fixes; the rank (None) is checked with the group."""
+def _check_shape(tensor: AdapterTensor, module: nn.Module, kind: _Kind, *, is_table: bool) -> None:
+    """The one or two sizes that the module fixes; the rank (None) is checked with the group, the
+    rows (None) of embeddings and output layer are the adapter's."""
     expected: dict[str, tuple[int | None, ...]]
     if kind in ("whole", "base"):
-        own = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
+        parameters = module.named_parameters(recurse=False)
+        own: dict[str, tuple[int | None, ...]] = {name: tuple(p.shape) for name, p in parameters}
+        if is_table:
+            own = {part: (None, *shape[1:]) for part, shape in own.items()}
+            own[ROWS_PART] = own["weight"]
         expected = {tensor.part: own[tensor.part]} if tensor.part in own else {}
     else:
         rows, columns = module.get_parameter("weight").shape
@@ -144,7 +165,8 @@ def _check_shape(tensor: AdapterTensor, module: nn.Module, kind: _Kind) -> None:
     if len(shape) != len(wanted) or any(
         want not in (None, size) for want, size in zip(wanted, shape, strict=True)
     ):
-        words = ", ".join("rank" if want is None else str(want) for want in wanted)
+        free = "rows" if kind in ("whole", "base") else "rank"
+        words = ", ".join(free if want is None else str(want) for want in wanted)
         raise AdapterError(
             f"{tensor.where} has shape {list(shape)}, expected [{words}]: the adapter was "
             "trained on another base model."
@@ -188,13 +210,12 @@ def apply_torch_side(
     """Puts the tensors into ``model`` (weights loaded), as PEFT's ``adapter``. Returns the switches
     of what is not PEFT's, off; PEFT's is its own affair. Raises ``AdapterError`` if PEFT did not
     make a place for a tensor."""
-    switches: list[Switch] = []
-    # modules_to_save part with weights that the base ties (embeddings and output layer), as in
-    # PEFT; numbers of the base itself change wherever they are used.
+    switches = swap_tables(side, model)
     for group, tied in ((side.base, True), (side.whole, False)):
         for name, tensors in group.items():
             for tensor in tensors:
-                switches += swap_parameter(model, name, tensor.part, tensor.value, tied=tied)
+                if name not in side.tables or tensor.part != "weight":
+                    switches += swap_parameter(model, name, tensor.part, tensor.value, tied=tied)
     if side.loras:
         _inject(side, model, settings, adapter)
     for name, tensors in side.routers.items():
