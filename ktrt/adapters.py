@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ktrt.adapter import Audit, TorchAdapters, plan_adapter
+from ktrt.adapter import Audit, TorchAdapters, plan_adapter, words_of
 from ktrt.errors import AdapterError, KtrtError
 
 if TYPE_CHECKING:
@@ -65,6 +65,9 @@ class Adapters:
         self._combined: tuple[str, ...] = ()
         self.on_change: list[Callable[[], object]] = []
         self.on_load: list[Callable[[], object]] = []
+        # Given a name, a folder and the rows of embeddings that there will be, checks the words
+        # that the adapter brings; what it returns adds them.
+        self.take_words: Callable[[str, Path, int], Callable[[], object]] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -132,7 +135,14 @@ class Adapters:
         if self._base is None:
             raise KtrtError("this session has no model that an adapter could be loaded into")
         folder = Path(path).expanduser()
-        self.add(name, plan_adapter(folder, self._base, lora_rank=None, lora_alpha=None))
+        plan = plan_adapter(folder, self._base, lora_rank=None, lora_alpha=None)
+        if self.take_words is None or self._model is None:
+            self.add(name, plan)
+            return
+        rows = max(words_of(self._model), plan.vocabulary or 0)
+        add_words = self.take_words(name, folder, rows)
+        self.add(name, plan)
+        add_words()
 
     def check_name(self, name: str) -> None:
         """``AdapterError`` unless an adapter could be loaded under this name."""

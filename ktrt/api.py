@@ -1,7 +1,8 @@
 """``ktrt.load``: from a configuration to a session that answers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from ktrt.config import Config, load_config
 from ktrt.folders import check_model_folder
@@ -9,6 +10,7 @@ from ktrt.model import load_model
 from ktrt.session import Session
 from ktrt.template import load_template
 from ktrt.tokenizer import load_tokenizer
+from ktrt.tokenizer_words import add_configured, check_rows, read_words
 
 
 def load(source: str | Path | Mapping[str, object], **overrides: object) -> Session:
@@ -27,9 +29,13 @@ def open_session(config: Config) -> Session:
         experts_elsewhere=config.experts.kt_weight_path is not None,
     )
     # Before the model: a tokenizer or template that does not fit is known after a second.
-    tokenizer = load_tokenizer(config.model)
+    tokenizer, brought_by = _load_words(config)
     template = load_template(config.template, tokenizer)
-    loaded = load_model(config.model, config.adapter, config.experts)
+    loaded = load_model(
+        config.model, config.adapter, config.experts,
+        check_vocabulary=lambda rows: check_rows(tokenizer, rows, brought_by),
+    )  # fmt: skip
+    loaded.adapters.take_words = _WordsOfLoaded(tokenizer)
     session = Session(
         model=loaded.model,
         tokenizer=tokenizer,
@@ -48,3 +54,40 @@ def open_session(config: Config) -> Session:
         session.close()
         raise
     return session
+
+
+def _load_words(config: Config) -> tuple[Any, list[str]]:
+    """The base's tokenizer with the words of configuration and adapters, and the names of those
+    that brought some. The first adapter with a chat template gives it, if none is configured."""
+    args, brought_by = config.model, []
+    tokenizer = load_tokenizer(args)
+    if args.add_tokens or args.add_special_tokens:
+        add_configured(tokenizer, args.add_tokens, args.add_special_tokens)
+        brought_by.append("the configuration")
+    own_template = config.template.template in (None, "", "auto")
+    for name, folder in config.adapter.folders.items():
+        words = read_words(name, folder, tokenizer)
+        if words is None:
+            continue
+        if words.tokens:
+            words.add(tokenizer)
+            brought_by.append(f"adapter {name!r}")
+        if own_template and words.chat_template is not None:
+            words.use_template(tokenizer)
+            own_template = False
+    return tokenizer, brought_by
+
+
+class _WordsOfLoaded:
+    """Puts the words of adapters that are loaded later into the session's tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, name: str, folder: Path, rows: int) -> Callable[[], None]:
+        """Checks them against ``rows`` of embeddings; calling the result adds them."""
+        words = read_words(name, folder, self._tokenizer)
+        if words is None or not words.tokens:
+            return lambda: None
+        words.check_rows(rows)
+        return lambda: words.add(self._tokenizer)

@@ -259,7 +259,10 @@ def check_prompt(model: Any, prompt_ids: Sequence[int], limit: int, bound: str =
 
     ``ConfigError``: the prompt leaves no room there, or holds ids without an embedding.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    table = model.get_input_embeddings()
+    plain = table.get_base_layer() if hasattr(table, "get_base_layer") else table
+    # With an adapter that has more words, those can be read while it is off, too.
+    rows = getattr(plain, "num_embeddings", None) or table.weight.shape[0]
     if max(prompt_ids) >= rows:
         raise ConfigError(
             f"the prompt holds token id {max(prompt_ids)}, the model has {rows} embeddings: this "

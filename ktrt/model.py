@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ktrt.adapter import words_of
 from ktrt.adapters import Adapters
 from ktrt.context import context_limit
 from ktrt.cpu_attention import accelerate_attention
@@ -85,11 +86,14 @@ def load_model(
     adapter: AdapterArgs,
     experts: ExpertArgs,
     only_layers: Collection[int] | None = None,
+    *,
+    check_vocabulary: Callable[[int], object] | None = None,
 ) -> LoadedModel:
     """Loads base and adapters: attention, router, shared experts and head on the GPU if there is
     one, else on the CPU, as the tables of embeddings; routed experts in the engine.
     ``only_layers``: the routed experts of these layers alone, packed anew; the others get their
-    LoRA, but cannot run.
+    LoRA, but cannot run. ``check_vocabulary`` is called with the most rows of embeddings that base
+    and adapters have, and may raise.
 
     Everything that headers and shapes can tell is checked before the first weight is read. Raises
     ``CheckpointError`` or ``AdapterError`` naming file and tensor, what was found and expected.
@@ -100,6 +104,8 @@ def load_model(
     engine, specs = ready.engine, ready.base.experts.specs
     hand_off = None
     try:
+        if check_vocabulary is not None:
+            check_vocabulary(_vocabulary(ready))
         if only_layers is None:
             ready.memory.check()
         hand_off = new_hand_off(engine, device)
@@ -129,6 +135,12 @@ def load_model(
         maker = RecordedSteps(OneRowProducts(engine))
         graphs = partial(DecodeGraphs, loaded, handoff=NoHandOff(), maker=maker)
     return LoadedModel(loaded, adapters, engine, hand_off, graphs, gpu)
+
+
+def _vocabulary(ready: Prepared) -> int:
+    return max(
+        [words_of(ready.base.built.model), *(p.vocabulary or 0 for p in ready.adapters.values())]
+    )
 
 
 def _load_experts(ready: Prepared, args: ExpertArgs, only_layers: Collection[int] | None) -> None:

@@ -4,6 +4,7 @@ from ktrt.adapter.audit import Audit, AuditRow
 from ktrt.adapter.base import BaseModel, ExpertLora, Projection
 from ktrt.adapter.plan import AdapterPlan, plan_adapter
 from ktrt.adapter.switches import Switch, TorchAdapters
+from ktrt.adapter.words import words_of
 
 __all__ = [
     "AdapterPlan",
@@ -15,4 +16,5 @@ __all__ = [
     "Switch",
     "TorchAdapters",
     "plan_adapter",
+    "words_of",
 ]

@@ -22,7 +22,7 @@ from ktrt.adapter.torch_side import (
     plan_torch_side,
     short_targets,
 )
-from ktrt.adapter.words import copied_numel
+from ktrt.adapter.words import copied_numel, vocabulary
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -79,6 +79,11 @@ class AdapterPlan:
         others = (t.value.numel() for t in self.files.tensors if t.key not in inside)
         outside = sum(others) + copied_numel(self.side)
         return sum(engine_numel(lora) for lora in self.experts.values()), outside
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Rows of the input embeddings that the adapter brings; None if it brings none."""
+        return vocabulary(self.side)
 
     def apply_to_torch(self, model: nn.Module, adapter: str = ADAPTER_NAME) -> list[Switch]:
         """Puts the other tensors into the loaded ``model``, as PEFT's ``adapter``, and records it

@@ -22,6 +22,7 @@ from ktrt.adapter.words import (
     ROWS_PART,
     TokenRows,
     check_sizes,
+    find_tables,
     is_table,
     plain_names,
     plan_rows,
@@ -59,6 +60,7 @@ class TorchSide:
     base: dict[str, list[AdapterTensor]] = field(default_factory=dict)
     rows: dict[str, TokenRows] = field(default_factory=dict)
     tables: dict[str, int] = field(default_factory=dict)
+    input_table: str = ""
     scales: dict[str, LoraScale] = field(default_factory=dict)
 
     def tensors(self) -> list[tuple[str, AdapterTensor]]:
@@ -79,11 +81,7 @@ def plan_torch_side(
     base lacks, a wrong shape or rank, half a pair, and a tensor that is no part of an adapter.
     """
     side = TorchSide(file)
-    side.tables = {
-        name: module.get_parameter("weight").numel()
-        for name, module in base.model.named_modules()
-        if is_table(base, module)
-    }
+    find_tables(base, side)
     places: dict[tuple[str, str], AdapterTensor] = {}
     for tensor in plain_names(tensors):
         weight = f"{tensor.module.removesuffix('.base_layer')}.weight"

@@ -66,6 +66,15 @@ def is_table(base: BaseModel, module: nn.Module) -> bool:
     return module is input_table(base) or module is output_table(base)
 
 
+def find_tables(base: BaseModel, side: TorchSide) -> None:
+    """Notes the base's tables in ``side``."""
+    for name, module in base.model.named_modules():
+        if is_table(base, module):
+            side.tables[name] = module.get_parameter("weight").numel()
+        if module is input_table(base):
+            side.input_table = name
+
+
 def plain_names(tensors: Sequence[AdapterTensor]) -> list[AdapterTensor]:
     """The tensors with the wrapper taken out of their modules' names: a whole table inside it is
     the module's weight, the rows are its part ``ROWS_PART``."""
@@ -224,6 +233,12 @@ def check_sizes(base: BaseModel, side: TorchSide) -> None:
         )  # fmt: skip
 
 
+def vocabulary(side: TorchSide) -> int | None:
+    """Rows of the input embeddings that the adapter brings; None if it brings none."""
+    given = _given_table(side, side.input_table)
+    return None if given is None else len(given.value)
+
+
 def copied_numel(side: TorchSide) -> int:
     """Numbers of the tables that single rows are put into copies of."""
     return sum(size for name, size in side.tables.items() if name in side.rows)
@@ -260,9 +275,17 @@ def swap_tables(side: TorchSide, model: nn.Module) -> list[Switch]:
         if tied:
             shared[id(base)] = table
         switches += swap_parameter(model, name, "weight", table, tied=tied)
-        if isinstance(plain, nn.Embedding) and len(table) > len(base):
-            switches.append(UnknownWords(plain, base))
+        if isinstance(plain, nn.Embedding) and len(table) != len(base):
+            switches.append(UnknownWords(plain, base, len(table)))
     return switches
+
+
+def words_of(model: Any) -> int:
+    """The tokens that a model's embeddings read: with resident adapters, the largest vocabulary."""
+    table = model.get_input_embeddings()
+    plain = table.get_base_layer() if hasattr(table, "get_base_layer") else table
+    # Not every model's table is an nn.Embedding.
+    return getattr(plain, "num_embeddings", None) or len(table.weight)
 
 
 def _plain(model: nn.Module, name: str) -> nn.Module:
@@ -272,36 +295,43 @@ def _plain(model: nn.Module, name: str) -> nn.Module:
 
 
 class UnknownWords:
-    """Lets embeddings read tokens beyond their table as the mean of its rows: the base's, while an
-    adapter with more words is resident."""
+    """Lets embeddings read tokens beyond their table as the mean of its rows: of the base's table
+    while an adapter with more words is off, of the adapter's while one with fewer is on."""
 
-    def __init__(self, module: nn.Embedding, base: nn.Parameter) -> None:
-        self._module = module
+    def __init__(self, module: nn.Embedding, base: nn.Parameter, rows: int) -> None:
+        self._module, self._base, self._rows = module, base, rows
         scale: Any = getattr(module, "embed_scale", 1.0)
         mean = base.detach().mean(dim=0, dtype=torch.float32) * scale
         self._mean = mean.to(base.dtype)
-        self._on = True
+        self._grows = rows > len(base)
+        self._on = self._grows
         self._ids = torch.empty(0)
+        # What can be read; ``ktrt.generation`` refuses prompts with other ids.
+        module.num_embeddings = max(module.num_embeddings, rows)
         self._handles = [
-            module.register_forward_pre_hook(self._before),
-            module.register_forward_hook(self._after),
+            module.register_forward_pre_hook(self._clamp),
+            module.register_forward_hook(self._replace),
         ]
 
-    def _before(self, _: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
+    def _clamp(self, _: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
         if not self._on:
             return None
         self._ids, *others = args
         return self._ids.clamp(max=len(self._module.weight) - 1), *others
 
-    def _after(self, _module: nn.Module, _args: Any, out: torch.Tensor) -> Any:
+    def _replace(self, _module: nn.Module, _args: Any, out: torch.Tensor) -> Any:
         if not self._on:
             return None
         unknown = self._ids >= len(self._module.weight)
         return torch.where(unknown[..., None], self._mean, out)
 
     def weigh(self, weight: float) -> None:
-        self._on = not weight
+        self._on = self._grows != bool(weight)
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+        hooks = self._module._forward_pre_hooks.values()
+        others = [getattr(hook, "__self__", None) for hook in hooks]
+        sizes = [each._rows for each in others if isinstance(each, UnknownWords)]
+        self._module.num_embeddings = max([len(self._base), *sizes])

@@ -1,0 +1,154 @@
+"""Words and chat templates that the configuration and the adapters bring, put into the base's
+tokenizer: as data, so that no library reads an adapter's folder in another way than the base's."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import AddedToken
+
+from ktrt.errors import AdapterError, ConfigError
+from ktrt.tokenizer_files import TokenizerFiles
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from ktrt.tokenizer_files import TokenText
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 4
+
+
+def add_configured(
+    tokenizer: Any, add_tokens: Sequence[str], add_special_tokens: Sequence[str]
+) -> None:
+    """Adds the tokens of the configuration as LLaMA-Factory does: in this order, each with the next
+    free id, those that exist skipped."""
+    for key, texts, special in (
+        ("add_tokens", add_tokens, False),
+        ("add_special_tokens", add_special_tokens, True),
+    ):
+        before = vocabulary_size(tokenizer)
+        if texts and tokenizer.add_tokens(list(texts), special_tokens=special):
+            logger.info("%s: %s", key, _span(texts, before, vocabulary_size(tokenizer)))
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """The first id beyond every token."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+@dataclass(frozen=True)
+class AdapterWords:
+    """What the tokenizer files of an adapter's folder bring beyond ``tokenizer``'s own."""
+
+    name: str
+    tokens: Mapping[int, TokenText]
+    eos: str | None
+    chat_template: str | dict[str, str] | None
+
+    def add(self, tokenizer: Any) -> None:
+        """Adds the tokens, with a log line. ``AdapterError`` if one gets another id."""
+        before = vocabulary_size(tokenizer)
+        for number, token in self.tokens.items():
+            added = AddedToken(
+                token.content, special=token.special, lstrip=token.lstrip, rstrip=token.rstrip,
+                normalized=token.normalized, single_word=token.single_word,
+            )  # fmt: skip
+            tokenizer.add_tokens([added], special_tokens=token.special)
+            found = tokenizer.convert_tokens_to_ids(token.content)
+            if found != number:
+                raise AdapterError(_other_id(f"adapter {self.name!r}", token, number, found))
+        new = [token.content for number, token in self.tokens.items() if number >= before]
+        if new:
+            logger.info(
+                "Adapter %s brings words of its own: %s",
+                self.name, _span(new, before, vocabulary_size(tokenizer)),
+            )  # fmt: skip
+
+    def check_rows(self, rows: int) -> None:
+        """``AdapterError`` if the embeddings have too few ``rows`` for the tokens."""
+        if self.tokens and max(self.tokens) >= rows:
+            raise AdapterError(_too_few_rows(max(self.tokens) + 1, f"adapter {self.name!r}", rows))
+
+    def use_template(self, tokenizer: Any) -> None:
+        """Takes the chat template, and the token that ends its answers, with log lines."""
+        if self.chat_template is not None and self.chat_template != tokenizer.chat_template:
+            logger.info(
+                "The chat template of adapter %s is used; the base has %s",
+                self.name, "another" if tokenizer.chat_template else "none",
+            )  # fmt: skip
+            tokenizer.chat_template = self.chat_template
+        if self.eos is not None and self.eos != tokenizer.eos_token:
+            logger.info(
+                "Answers end at %r, the eos_token of adapter %s; the base's is %r",
+                self.eos, self.name, tokenizer.eos_token,
+            )  # fmt: skip
+            tokenizer.eos_token = self.eos
+
+
+def read_words(name: str, folder: Path, tokenizer: Any) -> AdapterWords | None:
+    """What the adapter brings; None if its folder has no tokenizer files.
+
+    ``AdapterError``: damaged files, or a token that has another id in ``tokenizer``.
+    """
+    files = TokenizerFiles(folder, AdapterError)
+    if not files:
+        return None
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    special = set(tokenizer.all_special_ids)
+    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    found: dict[int, TokenText] = {}
+    free = vocabulary_size(tokenizer)
+    for number, token in files.added_tokens().items():
+        known = vocabulary.get(token.content)
+        # A token that is new gets the next id.
+        if number != (free if known is None else known):
+            in_use = free if known is None else known
+            raise AdapterError(_other_id(f"{folder}: its tokenizer", token, number, in_use))
+        free += known is None
+        # Made special for training: such a token is no text of an answer.
+        if known is None or (token.special and number not in special):
+            found[number] = token
+    return AdapterWords(name, found, files.roles().get("eos_token"), files.chat_template())
+
+
+def _other_id(where: str, token: TokenText, number: int, in_use: int) -> str:
+    return (
+        f"{where} gives {token.content!r} id {number}, but in the tokenizer in use it has {in_use}."
+        " The adapter was trained with another base's tokenizer, or adapters with different words "
+        "are loaded together."
+    )
+
+
+def check_rows(tokenizer: Any, rows: int, brought_by: Sequence[str]) -> None:
+    """``ConfigError`` if ``tokenizer``, with what ``brought_by`` names, has tokens beyond the
+    ``rows`` of the embeddings; a warning where the base's own files are so."""
+    size = vocabulary_size(tokenizer)
+    if size <= rows:
+        return
+    if not brought_by:
+        logger.warning(
+            "The tokenizer has %d tokens, the model only %d rows of embeddings: a message with one "
+            "of the others will be refused", size, rows,
+        )  # fmt: skip
+        return
+    raise ConfigError(_too_few_rows(size, ", ".join(brought_by), rows))
+
+
+def _too_few_rows(size: int, source: str, rows: int) -> str:
+    return (
+        f"the tokenizer has {size} tokens with those of {source}, but the embeddings have {rows} "
+        "rows: the adapter does not hold the rows of its new words. It should have been trained "
+        "with resize_vocab, and embed_tokens and lm_head saved (LLaMA-Factory: additional_target; "
+        "PEFT: modules_to_save)."
+    )
+
+
+def _span(texts: Sequence[str], start: int, end: int) -> str:
+    shown = ", ".join(texts[:_SHOWN]) + (", …" if len(texts) > _SHOWN else "")
+    return f"{end - start} tokens ({shown}), ids {start} to {end - 1}"
