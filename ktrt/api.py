@@ -9,8 +9,7 @@ from ktrt.folders import check_model_folder
 from ktrt.model import load_model
 from ktrt.session import Session
 from ktrt.template import load_template
-from ktrt.tokenizer import load_tokenizer
-from ktrt.tokenizer_words import add_configured, check_rows, read_words
+from ktrt.tokenizer_words import load_words, read_words
 
 
 def load(source: str | Path | Mapping[str, object], **overrides: object) -> Session:
@@ -29,12 +28,15 @@ def open_session(config: Config) -> Session:
         experts_elsewhere=config.experts.kt_weight_path is not None,
     )
     # Before the model: a tokenizer or template that does not fit is known after a second.
-    tokenizer, brought_by = _load_words(config)
+    words = load_words(
+        config.model, config.adapter.folders,
+        own_template=config.template.template in (None, "", "auto"),
+    )  # fmt: skip
+    tokenizer = words.tokenizer
     template = load_template(config.template, tokenizer)
     loaded = load_model(
-        config.model, config.adapter, config.experts,
-        check_vocabulary=lambda rows: check_rows(tokenizer, rows, brought_by),
-    )  # fmt: skip
+        config.model, config.adapter, config.experts, check_vocabulary=words.check_rows
+    )
     loaded.adapters.take_words = _WordsOfLoaded(tokenizer)
     session = Session(
         model=loaded.model,
@@ -54,28 +56,6 @@ def open_session(config: Config) -> Session:
         session.close()
         raise
     return session
-
-
-def _load_words(config: Config) -> tuple[Any, list[str]]:
-    """The base's tokenizer with the words of configuration and adapters, and the names of those
-    that brought some. The first adapter with a chat template gives it, if none is configured."""
-    args, brought_by = config.model, []
-    tokenizer = load_tokenizer(args)
-    if args.add_tokens or args.add_special_tokens:
-        add_configured(tokenizer, args.add_tokens, args.add_special_tokens)
-        brought_by.append("the configuration")
-    own_template = config.template.template in (None, "", "auto")
-    for name, folder in config.adapter.folders.items():
-        words = read_words(name, folder, tokenizer)
-        if words is None:
-            continue
-        if words.tokens:
-            words.add(tokenizer)
-            brought_by.append(f"adapter {name!r}")
-        if own_template and words.chat_template is not None:
-            words.use_template(tokenizer)
-            own_template = False
-    return tokenizer, brought_by
 
 
 class _WordsOfLoaded:

@@ -6,19 +6,21 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ktrt.command_line import NO_CONFIG, new_parser, parse, run_command, set_environment
 from ktrt.config import load_config
-from ktrt.errors import ConfigError
+from ktrt.errors import AdapterError, ConfigError
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
+    from ktrt.adapter import AdapterPlan
     from ktrt.config import Config
+    from ktrt.prepare import BaseCheckpoint
 
 # Of ktrt.adapter.write and ktrt.merge, which import torch: after the arguments are understood.
 LAYOUTS = ("a", "b", "c", "f")
@@ -84,9 +86,34 @@ def export(config: Config, args: argparse.Namespace) -> dict[str, object]:
         if plan is None:
             raise ConfigError("--adapter-layout: the configuration names no adapter_name_or_path")
         return asdict(write_adapter(plan, adapter_base, args.out, args.adapter_layout))
+    words = _words(config, base, plan)
     if args.format == "kt":
-        return asdict(merge_packed(base, plan, args.out, config.experts))
-    return asdict(merge_checkpoint(base, plan, args.out, args.dtype))
+        return asdict(merge_packed(base, plan, args.out, config.experts, words))
+    return asdict(merge_checkpoint(base, plan, args.out, args.dtype, words))
+
+
+def _words(config: Config, base: BaseCheckpoint, plan: AdapterPlan | None) -> Path | None:
+    """The adapter's folder if its tokenizer or chat template differs from the base's, checked.
+    ``ConfigError`` for tokens that are in no tokenizer file."""
+    from ktrt.adapter import words_of
+    from ktrt.tokenizer_files import TokenizerFiles
+    from ktrt.tokenizer_words import load_words
+
+    configured = (*config.model.add_tokens, *config.model.add_special_tokens)
+    folders = config.adapter.folders
+    if not configured and not any(TokenizerFiles(each, AdapterError) for each in folders.values()):
+        return None
+    plain = replace(config.model, add_tokens=(), add_special_tokens=())
+    words = load_words(plain, folders, own_template=True)
+    rows = words_of(base.built.model)
+    words.check_rows(max(rows, plan.vocabulary or 0) if plan else rows)
+    if missing := sorted(set(configured) - set(words.tokenizer.get_vocab())):
+        raise ConfigError(
+            f"add_tokens, add_special_tokens: {', '.join(missing[:5])} are not in the tokenizer "
+            "files of model or adapter, which are what export writes. Put the tokenizer of the "
+            "training into the adapter's folder (LLaMA-Factory saves it there)."
+        )
+    return words.changed
 
 
 def _in_words(summary: dict[str, object]) -> str:

@@ -18,7 +18,13 @@ CONFIG_NAME = "tokenizer_config.json"
 JSON_NAME = "tokenizer.json"
 SPECIAL_NAME = "special_tokens_map.json"
 TEMPLATE_NAME = "chat_template.jinja"
+TEMPLATE_FILES = (TEMPLATE_NAME, "chat_template.json")
 TEMPLATES_FOLDER = "additional_chat_templates"
+# Everything of a tokenizer that is data.
+_DATA = (
+    CONFIG_NAME, JSON_NAME, SPECIAL_NAME, "added_tokens.json", "vocab.json", "merges.txt",
+    "*.model", "*.tiktoken", *TEMPLATE_FILES, f"{TEMPLATES_FOLDER}/*.jinja",
+)  # fmt: skip
 # The tokens with a part of their own, as tokenizer_config.json and special_tokens_map.json name
 # them; ktrt reads the first two.
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -82,6 +88,11 @@ class TokenizerFiles:
         """Whether there is anything of a tokenizer."""
         names = (CONFIG_NAME, JSON_NAME, SPECIAL_NAME, TEMPLATE_NAME, "added_tokens.json")
         return any((self.folder / name).exists() for name in names)
+
+    def paths(self) -> list[Path]:
+        """All files of the tokenizer but code, relative to the folder."""
+        found = [path for pattern in _DATA for path in sorted(self.folder.glob(pattern))]
+        return [path.relative_to(self.folder) for path in found if path.is_file()]
 
     def check(self) -> None:
         """Reads and types every JSON file."""

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import AddedToken
 
 from ktrt.errors import AdapterError, ConfigError
+from ktrt.tokenizer import load_tokenizer
 from ktrt.tokenizer_files import TokenizerFiles
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from ktrt.config import ModelArgs
     from ktrt.tokenizer_files import TokenText
 
 logger = logging.getLogger(__name__)
@@ -40,6 +42,52 @@ def add_configured(
 def vocabulary_size(tokenizer: Any) -> int:
     """The first id beyond every token."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+@dataclass(frozen=True)
+class Words:
+    """A tokenizer with the words of the configuration and of adapters, and who brought some.
+    ``changed``: an adapter's folder whose tokenizer or chat template is not the base's."""
+
+    tokenizer: Any
+    brought_by: Sequence[str]
+    changed: Path | None = None
+
+    def check_rows(self, rows: int) -> None:
+        """``ConfigError`` if there are tokens that somebody brought beyond the ``rows`` of the
+        embeddings; a warning where the base's own files are so."""
+        size = vocabulary_size(self.tokenizer)
+        if size <= rows:
+            return
+        if self.brought_by:
+            raise ConfigError(_too_few_rows(size, ", ".join(self.brought_by), rows))
+        logger.warning(
+            "The tokenizer has %d tokens, the model only %d rows of embeddings: a message with one "
+            "of the others will be refused", size, rows,
+        )  # fmt: skip
+
+
+def load_words(args: ModelArgs, adapters: Mapping[str, Path], *, own_template: bool) -> Words:
+    """The base's tokenizer with all words. ``own_template``: with the chat template of the first
+    adapter that has one; otherwise a template is configured."""
+    brought_by, changed = [], None
+    tokenizer = load_tokenizer(args)
+    if args.add_tokens or args.add_special_tokens:
+        add_configured(tokenizer, args.add_tokens, args.add_special_tokens)
+        brought_by.append("the configuration")
+    for name, folder in adapters.items():
+        words = read_words(name, folder, tokenizer)
+        if words is None:
+            continue
+        if words.tokens:
+            words.add(tokenizer)
+            brought_by.append(f"adapter {name!r}")
+            changed = changed or folder
+        if own_template and words.chat_template is not None:
+            if words.use_template(tokenizer):
+                changed = changed or folder
+            own_template = False
+    return Words(tokenizer, brought_by, changed)
 
 
 @dataclass(frozen=True)
@@ -75,20 +123,24 @@ class AdapterWords:
         if self.tokens and max(self.tokens) >= rows:
             raise AdapterError(_too_few_rows(max(self.tokens) + 1, f"adapter {self.name!r}", rows))
 
-    def use_template(self, tokenizer: Any) -> None:
-        """Takes the chat template, and the token that ends its answers, with log lines."""
-        if self.chat_template is not None and self.chat_template != tokenizer.chat_template:
+    def use_template(self, tokenizer: Any) -> bool:
+        """Takes the chat template, and the token that ends its answers, with log lines. Whether
+        one of them differs from the tokenizer's."""
+        other = bool(self.chat_template != tokenizer.chat_template)
+        if other:
             logger.info(
                 "The chat template of adapter %s is used; the base has %s",
                 self.name, "another" if tokenizer.chat_template else "none",
             )  # fmt: skip
             tokenizer.chat_template = self.chat_template
-        if self.eos is not None and self.eos != tokenizer.eos_token:
-            logger.info(
-                "Answers end at %r, the eos_token of adapter %s; the base's is %r",
-                self.eos, self.name, tokenizer.eos_token,
-            )  # fmt: skip
-            tokenizer.eos_token = self.eos
+        if self.eos is None or self.eos == tokenizer.eos_token:
+            return other
+        logger.info(
+            "Answers end at %r, the eos_token of adapter %s; the base's is %r",
+            self.eos, self.name, tokenizer.eos_token,
+        )  # fmt: skip
+        tokenizer.eos_token = self.eos
+        return True
 
 
 def read_words(name: str, folder: Path, tokenizer: Any) -> AdapterWords | None:
@@ -107,8 +159,8 @@ def read_words(name: str, folder: Path, tokenizer: Any) -> AdapterWords | None:
     for number, token in files.added_tokens().items():
         known = vocabulary.get(token.content)
         # A token that is new gets the next id.
-        if number != (free if known is None else known):
-            in_use = free if known is None else known
+        in_use = free if known is None else known
+        if number != in_use:
             raise AdapterError(_other_id(f"{folder}: its tokenizer", token, number, in_use))
         free += known is None
         # Made special for training: such a token is no text of an answer.
@@ -123,21 +175,6 @@ def _other_id(where: str, token: TokenText, number: int, in_use: int) -> str:
         " The adapter was trained with another base's tokenizer, or adapters with different words "
         "are loaded together."
     )
-
-
-def check_rows(tokenizer: Any, rows: int, brought_by: Sequence[str]) -> None:
-    """``ConfigError`` if ``tokenizer``, with what ``brought_by`` names, has tokens beyond the
-    ``rows`` of the embeddings; a warning where the base's own files are so."""
-    size = vocabulary_size(tokenizer)
-    if size <= rows:
-        return
-    if not brought_by:
-        logger.warning(
-            "The tokenizer has %d tokens, the model only %d rows of embeddings: a message with one "
-            "of the others will be refused", size, rows,
-        )  # fmt: skip
-        return
-    raise ConfigError(_too_few_rows(size, ", ".join(brought_by), rows))
 
 
 def _too_few_rows(size: int, source: str, rows: int) -> str:

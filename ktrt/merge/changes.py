@@ -15,12 +15,13 @@ import torch
 from ktrt.errors import AdapterError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import nn
 
     from ktrt.adapter import AdapterPlan, Projection
     from ktrt.adapter.base import ExpertLora
+    from ktrt.adapter.words import TokenRows
     from ktrt.moe import ExpertsSpec
 
 # What is merged of an expert's LoRA; a field beyond these must not be lost in silence.
@@ -37,7 +38,7 @@ class Changes:
     def __init__(
         self, plan: AdapterPlan | None, model: nn.Module, specs: Sequence[ExpertsSpec]
     ) -> None:
-        self._plan = plan
+        self._plan, self._model = plan, model
         self._specs = {spec.path: spec for spec in specs}
         self._experts = plan.experts if plan else {}
         self._twins = _tied_parameters(model)
@@ -46,6 +47,8 @@ class Changes:
         # parameter → what replaces it in the base, and under which (module, part) of the file
         self._base: dict[str, torch.Tensor] = {}
         self._owners: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        # parameter → new rows of single tokens
+        self._rows: dict[str, TokenRows] = {}
         self._used: Counter[tuple[str, str, int]] = Counter()
         if plan:
             self._sort(plan)
@@ -68,6 +71,12 @@ class Changes:
                             f"{side.file}: {tensor.key} replaces {name}; so does another tensor, "
                             "with other values, since the base model ties the two."
                         )
+
+        for module, rows in side.rows.items():
+            weight = f"{module}.weight"
+            for name in self.twins(weight) if rows.tied or weight in self._base else [weight]:
+                self._rows[name] = rows
+                self._owners[name].append((module, rows.tensor.part))
 
     def _check(self, plan: AdapterPlan, model: nn.Module) -> None:
         side = plan.side
@@ -108,7 +117,14 @@ class Changes:
     def unties(self, parameter: str) -> bool:
         """Whether a change concerns one of several tied parameters alone, so that they part."""
         names = self.twins(parameter)
-        return len(names) > 1 and any(map(self._own_parts, names))
+        same_rows = len({id(self._rows.get(name)) for name in names}) == 1
+        return len(names) > 1 and (not same_rows or any(map(self._own_parts, names)))
+
+    def shape(self, parameter: str, before: tuple[int, ...]) -> tuple[int, ...]:
+        """The parameter's shape, ``before`` without the adapter: a vocabulary may be resized."""
+        module, _, leaf = parameter.rpartition(".")
+        whole = self._modules.get(module, {}).get(leaf, self._base.get(parameter))
+        return before if whole is None else tuple(whole.shape)
 
     def _own_parts(self, parameter: str) -> list[str]:
         """The parts that change this parameter, and none that is tied to it."""
@@ -122,12 +138,32 @@ class Changes:
             return [part for part in parts if part.startswith("lora_") and part != "lora_B.bias"]
         return []
 
+    def vocabulary(self) -> tuple[int, int] | None:
+        """Rows of the tables of words (embeddings, output layer): the base's, and those with the
+        adapter; None if these are the same. ``AdapterError`` if only one of two gets others, which
+        no config.json can say."""
+        sizes = {name: (size, self.shape(f"{name}.weight", size)) for name, size in self._tables()}
+        after = {shape[0] for _, shape in sizes.values()}
+        if len(after) > 1:
+            found = ", ".join(f"{name} has {shape[0]}" for name, (_, shape) in sizes.items())
+            raise AdapterError(
+                "the adapter resizes one table of words alone, which config.json cannot say: "
+                f"{found} rows. Use the adapter as it is, without exporting."
+            )
+        before = {size[0] for size, _ in sizes.values()}
+        return None if after == before else (before.pop(), after.pop())
+
+    def _tables(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        for name in self._plan.side.tables if self._plan else ():
+            yield name, tuple(self._model.get_submodule(name).get_parameter("weight").shape)
+
     def touches(self, parameter: str) -> bool:
         """Whether anything changes this parameter of the model."""
         path, _, leaf = parameter.rpartition(".")
         if path in self._specs and (projections := _projections(self._specs[path], leaf)):
             return any(projection in self._experts.get(path, {}) for projection in projections)
-        return parameter in self._base or bool(self._own_parts(parameter))
+        whole = parameter in self._base or parameter in self._rows
+        return whole or bool(self._own_parts(parameter))
 
     def expert_delta(
         self, path: str, leaf: str, expert: int, piece: int = 0, pieces: int = 1
@@ -161,10 +197,12 @@ class Changes:
         own = self._own_parts(parameter)
         self._used.update((module, part, _ALL_EXPERTS) for part in own)
         parts = {part: self._modules[module][part].float() for part in own}
+        if leaf in parts:
+            value = parts.pop(leaf)
+        if rows := self._rows.get(parameter):
+            value = value.index_copy(0, torch.tensor(rows.indices), rows.tensor.value.float())
         if not parts:
             return value
-        if leaf in parts:
-            return parts[leaf]
         assert self._plan is not None
         scaling = self._plan.side.scales[module].scaling
         if leaf == "bias":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from ktrt.checkpoint import INDEX_NAME, Checkpoint
 from ktrt.merge.changes import Changes
 from ktrt.merge.shards import write_index, write_shard
-from ktrt.merge.side_files import copy_side_files, side_files, write_config
+from ktrt.merge.side_files import copy_side_files, copy_words, side_files, write_config
 from ktrt.merge.tensors import Dtypes, TensorPlan, main_dtype
 from ktrt.moe import release_file_pages
 from ktrt.progress import byte_progress
@@ -59,6 +59,7 @@ class Merge:
         dtype: DtypeName | None = None,
         *,
         without_experts: bool = False,
+        words: Path | None = None,
     ) -> None:
         specs, self.source = base.experts.specs, base.experts.checkpoint.folder
         # Not the one of ``base``, which also has the parameters that are made of several tensors.
@@ -71,7 +72,8 @@ class Merge:
             without_experts=without_experts,
         )  # fmt: skip
         self.files = tensors.by_file()
-        self._untied = tensors.unties()
+        self._untied, self._words = tensors.unties(), words
+        self._vocabulary = self.changes.vocabulary()
         self._new_dtype = self.dtype if dtype or checkpoint.is_quantized() else None
         self._sharded = (self.source / INDEX_NAME).is_file()
         self._inputs = base.experts.files()
@@ -94,22 +96,31 @@ class Merge:
         if self._sharded:
             write_index(folder / INDEX_NAME, self.files)
         copy_side_files(self.source, folder)
-        write_config(self.source, folder, dtype=self._new_dtype, untied=self._untied)
+        if self._words is not None:
+            copy_words(self._words, folder)
+        write_config(
+            self.source, folder,
+            dtype=self._new_dtype, untied=self._untied, vocabulary=self._vocabulary,
+        )  # fmt: skip
 
 
 def merge_checkpoint(
-    base: BaseCheckpoint, plan: AdapterPlan | None, out: Path, dtype: DtypeName | None = None
+    base: BaseCheckpoint,
+    plan: AdapterPlan | None,
+    out: Path,
+    dtype: DtypeName | None = None,
+    words: Path | None = None,
 ) -> Summary:
     """Writes ``base`` with the adapter merged to the new folder ``out``, which appears when it is
     complete. Sums are made in float32 and rounded once, to the dtype of the source or ``dtype``;
-    what the source quantises becomes BF16.
+    what the source quantises becomes BF16. ``words``: see ``Merge``.
 
     Raises ``AdapterError`` if a tensor of the adapter cannot be merged, ``ConfigError`` if ``out``
     holds something or the disk is too small.
     """
     start = time.perf_counter()
     check_target(out)
-    merge = Merge(base, plan, dtype)
+    merge = Merge(base, plan, dtype, words=words)
     size = merge.tensor_bytes
     with staged_folder(out, size + merge.side_bytes) as folder:
         with byte_progress("Merging", size) as advance:

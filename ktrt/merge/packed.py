@@ -35,10 +35,14 @@ _FORMATS = {"int8": (8, 64), "int4": (4, 128)}
 
 
 def merge_packed(
-    base: BaseCheckpoint, plan: AdapterPlan | None, out: Path, experts: ExpertArgs
+    base: BaseCheckpoint,
+    plan: AdapterPlan | None,
+    out: Path,
+    experts: ExpertArgs,
+    words: Path | None = None,
 ) -> Summary:
     """Writes the new folder ``out``: the model without its routed experts, and in ``out/experts``
-    these, merged and packed as ``experts.kt_backend`` says, in one part.
+    these, merged and packed as ``experts.kt_backend`` says, in one part. ``words``: see ``Merge``.
 
     ``ConfigError``: kt_kernel has no files of this format or these experts, or as for
     ``merge_checkpoint``; ``AdapterError``.
@@ -46,7 +50,7 @@ def merge_packed(
     start = time.perf_counter()
     check_target(out)
     weight_format = _check_format(experts, base)
-    merge = Merge(base, plan, without_experts=True)
+    merge = Merge(base, plan, without_experts=True, words=words)
     engine = build_engine(experts)
     try:
         packer = _Packer(base, merge.changes, engine, experts, weight_format)

@@ -94,6 +94,12 @@ class RearrangedTensors:
         spec = self._specs.get(path)
         if spec is None:
             merged = self._changes.apply(parameter, numbers[positions])
+            if merged.shape != positions.shape:
+                raise CheckpointError(
+                    f"{parameter} would change from {list(positions.shape)} to "
+                    f"{list(merged.shape)}; the checkpoint holds it rearranged, which fixes its "
+                    "size: the adapter cannot be merged."
+                )
             numbers[positions] = merged.to(numbers.dtype)
             return
         for expert in range(spec.num_experts):

@@ -6,7 +6,9 @@ import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
+from ktrt.errors import AdapterError
 from ktrt.merge.shards import write_synced
+from ktrt.tokenizer_files import TEMPLATE_FILES, TEMPLATES_FOLDER, TokenizerFiles
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,7 +20,6 @@ _WEIGHTS = {
 }  # fmt: skip
 # Describes the base model on the hub, not what is written.
 _NOT_COPIED = {"README.md", "config.json"}
-_TEMPLATES = "additional_chat_templates"
 _NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -30,8 +31,8 @@ def side_files(source: Path) -> Iterator[Path]:
         hidden = path.name.startswith(".")
         if path.is_file() and not weights and not hidden and path.name not in _NOT_COPIED:
             yield path.relative_to(source)
-    if (source / _TEMPLATES).is_dir():
-        yield from (p.relative_to(source) for p in sorted((source / _TEMPLATES).iterdir()))
+    if (source / TEMPLATES_FOLDER).is_dir():
+        yield from (p.relative_to(source) for p in sorted((source / TEMPLATES_FOLDER).iterdir()))
 
 
 def copy_side_files(source: Path, folder: Path) -> None:
@@ -41,17 +42,42 @@ def copy_side_files(source: Path, folder: Path) -> None:
         shutil.copyfile(source / relative, folder / relative)
 
 
-def write_config(source: Path, folder: Path, *, dtype: str | None, untied: bool) -> None:
+def copy_words(source: Path, folder: Path) -> None:
+    """Puts the tokenizer's files of ``source`` in place of those in ``folder``: what describes
+    tokens and chat templates, not vocabularies that ``source`` does not have."""
+    files = TokenizerFiles(source, AdapterError)
+    if files.chat_template() is not None:
+        for name in TEMPLATE_FILES:
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / TEMPLATES_FOLDER, ignore_errors=True)
+    for relative in files.paths():
+        (folder / relative).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / relative, folder / relative)
+
+
+def write_config(
+    source: Path,
+    folder: Path,
+    *,
+    dtype: str | None,
+    untied: bool,
+    vocabulary: tuple[int, int] | None = None,
+) -> None:
     """config.json of the merged model: without quantisation, with ``dtype`` (in safetensors' words;
-    None: as in the source), and not tying what has parted."""
+    None: as in the source), and not tying what has parted. ``vocabulary``: its size before and
+    after, where it was resized."""
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     for part in _parts(config):
         part.pop("quantization_config", None)
         key = "torch_dtype" if "torch_dtype" in part else "dtype"
         if dtype is not None and (part is config or key in part):
             part[key] = _NAMES[dtype]
+        if vocabulary is not None and part.get("vocab_size") == vocabulary[0]:
+            part["vocab_size"] = vocabulary[1]
         if untied and (part is config or "tie_word_embeddings" in part):
             part["tie_word_embeddings"] = False
+    if vocabulary is not None and not any("vocab_size" in part for part in _parts(config)):
+        config["vocab_size"] = vocabulary[1]
     write_synced(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -115,6 +115,8 @@ class TensorPlan:
         shape, dtype = checkpoint.shape(name), self._dtypes.of(checkpoint, name)
         group = self._rearranged.get(name)
         changed = group is not None or (not target.changed and self._changes.touches(target.name))
+        if changed and group is None and self._spec(target) is None:
+            shape = self._changes.shape(target.name, shape)
         if changed and dtype not in FLOATS:
             raise AdapterError(
                 f"{checkpoint.file(name)}: {name} has dtype {dtype}; the adapter changes it, which "
@@ -170,6 +172,6 @@ class TensorPlan:
             def blocks() -> Iterator[torch.Tensor]:
                 yield rounded(twin, self._changes.apply(twin, self._checkpoint.read(name)), dtype)
 
-            return OutputTensor(twin, dtype, shape, blocks, changed=True)
+            return OutputTensor(twin, dtype, self._changes.shape(twin, shape), blocks, changed=True)
 
         return [tensor(twin) for twin in twins if twin not in stored]

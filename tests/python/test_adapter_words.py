@@ -11,7 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
+from ktrt.merge import merge_checkpoint
 from ktrt.model import LoadedModel, load_model
+from ktrt.prepare import base_of_adapters, open_adapter, open_base
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -132,3 +134,27 @@ def without_copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     copies |= {key.replace(".modules_to_save", "") for key in saved}
     kept = {key: value for key, value in tensors.items() if key not in copies}
     return {key.replace(".modules_to_save", ""): value for key, value in kept.items()}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"trainable_token_indices": [3, 300, 5]},
+        {"trainable_token_indices": {"embed_tokens": [3, 5], "lm_head": [7, 5, 9]}},
+        {"resized": True},
+        {"resized": True, "modules_to_save": BOTH},
+        {"resized": True, "trainable_token_indices": [3, NEW]},
+    ],
+    ids=lambda each: ", ".join(map(str, each.values())),
+)
+def test_export_equals_peft(model: Base, tmp_path: Path, options: dict[str, Any]) -> None:
+    resized = "resized" in options
+    peft = save_trained(tmp_path / "adapter", model.folder, **options)
+    tensors, config = read_folder(tmp_path / "adapter")
+    write_adapter(tmp_path / "adapter", without_copies(tensors), config)
+    base = open_base(ModelArgs(model.folder))
+    plan = open_adapter(AdapterArgs(tmp_path / "adapter"), base_of_adapters(base))
+    merge_checkpoint(base, plan, tmp_path / "out", "float32")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert merged.config.vocab_size == (ROWS if resized else VOCAB_SIZE)
+    assert distance(logits(merged, new=resized), logits(peft, new=resized)) <= 1e-4

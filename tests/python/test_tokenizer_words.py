@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ktrt
 from ktrt.errors import AdapterError, ConfigError, KtrtError
+from ktrt.export import main
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -182,6 +183,23 @@ def test_loaded_later(folder: Path, tmp_path: Path) -> None:
         session.adapters.unload("words")
         with pytest.raises(ConfigError, match="token id 384, the model has 384 embeddings"):
             answer(session)
+
+
+def test_export_writes_them(folder: Path, tmp_path: Path) -> None:
+    config = tmp_path / "chat.yaml"
+    lines = {"model_name_or_path": folder / "model", "adapter_name_or_path": folder / "adapter"}
+    config.write_text("".join(f"{key}: {value}\n" for key, value in lines.items()))
+    out = tmp_path / "out"
+    arguments = [str(config), "--out", str(out), "--dtype", "float32"]
+    assert main([*arguments, "add_tokens=<svg>"]) == 0
+    with ktrt.load({"model_name_or_path": out, **OPTIONS}) as merged:
+        assert merged.model.config.vocab_size == VOCAB_SIZE + 64
+        assert merged.tokenizer.chat_template == TEMPLATE
+        found = answer(merged)
+    with load(folder, folder / "adapter") as session:
+        assert found == answer(session)
+    assert main([str(config), "--out", str(tmp_path / "no"), "add_special_tokens=<new>"]) == 2
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize(
