@@ -9,6 +9,8 @@ import logging
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from tokenizers import Tokenizer
+
 from ktrt.errors import CheckpointError
 from ktrt.tokenizer_files import JSON_NAME, TokenizerFiles
 
@@ -50,6 +52,7 @@ def load_tokenizer(args: ModelArgs) -> Any:
         # Rust code is not even an Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
+        _ = files.pipeline  # says more, if that is the damaged file
         raise CheckpointError(_why_not(files, args.trust_remote_code, error)) from error
     if template is not None and not getattr(tokenizer, "chat_template", None):
         logger.info("%s: the chat template is that of chat_template.json", folder)
@@ -69,7 +72,7 @@ def _open(files: TokenizerFiles, trust: bool) -> Any:
     try:
         return _open_data(files)
     except Exception as error:  # see load_tokenizer
-        if not trust or not files.remote_class or files.pipeline is not None:
+        if not trust or not files.remote_class or files.has_pipeline:
             raise
         logger.debug("%s: not readable as data: %s", files.folder, error)
     return _run_remote(files)
@@ -84,34 +87,37 @@ def _open_data(files: TokenizerFiles) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except Exception:  # a class that only remote code has
-        if files.pipeline is None or files.remote_class is None:
+        if not files.has_pipeline or files.remote_class is None:
             raise
         return PreTrainedTokenizerFast.from_pretrained(folder, **options)
-    if type(tokenizer) is PreTrainedTokenizerFast or _keeps_steps(tokenizer, files):
+    if type(tokenizer) is PreTrainedTokenizerFast or _splits_as_described(tokenizer, files):
         return tokenizer
-    whole = PreTrainedTokenizerFast.from_pretrained(folder, **options)
-    if _encode(whole) != _encode(tokenizer):
-        logger.warning(
-            "%s: transformers' %s gives other token ids than %s describes (it splits text "
-            "differently); the ids of %s are used",
-            folder, type(tokenizer).__name__, JSON_NAME, JSON_NAME,
-        )  # fmt: skip
-        return whole
-    return tokenizer
+    logger.warning(
+        "%s: transformers' %s splits text differently from what %s describes, which gives other "
+        "token ids; those of %s are used",
+        folder, type(tokenizer).__name__, JSON_NAME, JSON_NAME,
+    )  # fmt: skip
+    return PreTrainedTokenizerFast.from_pretrained(folder, **options)
 
 
-def _keeps_steps(tokenizer: Any, files: TokenizerFiles) -> bool:
-    """Whether normalizer and pre-tokenizer are as tokenizer.json has them. Some classes of
-    transformers take vocabulary and merges from it and make these anew."""
+def _splits_as_described(tokenizer: Any, files: TokenizerFiles) -> bool:
+    """Whether text is normalised and split as tokenizer.json says. Some classes of transformers
+    take vocabulary and merges from it and make these steps anew."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or files.pipeline is None:
         return True
-    for name in ("normalizer", "pre_tokenizer"):
-        step = getattr(backend, name)
-        made = None if step is None else json.loads(step.__getstate__())
-        if made != getattr(files.pipeline, name):
-            return False
-    return True
+    model = {"type": "BPE", "vocab": {}, "merges": []}
+    steps = {name: getattr(files.pipeline, name) for name in ("normalizer", "pre_tokenizer")}
+    described = Tokenizer.from_str(json.dumps({"version": "1.0", "model": model, **steps}))
+    return _pieces(backend) == _pieces(described)
+
+
+def _pieces(backend: Any) -> list[str]:
+    """The probe as the model of a tokenizer gets it."""
+    text, split = _PROBE, backend.pre_tokenizer
+    if backend.normalizer is not None:
+        text = backend.normalizer.normalize_str(text)
+    return [text] if split is None else [piece for piece, _ in split.pre_tokenize_str(text)]
 
 
 def _encode(tokenizer: Any) -> list[int]:
@@ -174,7 +180,7 @@ def _why_not(files: TokenizerFiles, trust: bool, error: BaseException) -> str:
     if foreign and importlib.util.find_spec(foreign[1]) is None:
         missing = foreign[1]
     install = f"Install the package that reads it: pip install {missing}" if missing else ""
-    if files.remote_class and files.pipeline is None and not trust:
+    if files.remote_class and not files.has_pipeline and not trust:
         return (
             f"{folder}: its tokenizer exists only as Python code ({files.remote_class}). If you "
             f"trust that code, set `trust_remote_code: true`. {install}".rstrip()

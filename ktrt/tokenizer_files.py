@@ -95,8 +95,8 @@ class TokenizerFiles:
         return [path.relative_to(self.folder) for path in found if path.is_file()]
 
     def check(self) -> None:
-        """Reads and types every JSON file."""
-        _ = self.config, self.special, self.pipeline, self._added
+        """Reads and types every JSON file but tokenizer.json, which is large."""
+        _ = self.config, self.special, self._added
 
     @cached_property
     def config(self) -> _TokenizerConfig:
@@ -110,9 +110,14 @@ class TokenizerFiles:
 
     @cached_property
     def pipeline(self) -> _Pipeline | None:
-        """tokenizer.json."""
+        """tokenizer.json; None without the file."""
         found: _Pipeline | None = self._read(JSON_NAME, _Pipeline)
         return found
+
+    @property
+    def has_pipeline(self) -> bool:
+        """Whether there is a tokenizer.json."""
+        return (self.folder / JSON_NAME).exists()
 
     @cached_property
     def _added(self) -> dict[str, int]:
@@ -141,7 +146,7 @@ class TokenizerFiles:
     def foreign_vocabulary(self) -> tuple[Path, str] | None:
         """(file, package) of a vocabulary that only this package reads, where the folder has no
         tokenizer.json: found by the file's content, since both are called tokenizer.model."""
-        if (self.folder / JSON_NAME).exists():
+        if self.has_pipeline:
             return None
         files = [*self.folder.glob("*.tiktoken"), *self.folder.glob("*.model")]
         for file in sorted(each for each in files if each.is_file()):

@@ -56,7 +56,7 @@ class Words:
     def check_rows(self, rows: int) -> None:
         """``ConfigError`` if there are tokens that somebody brought beyond the ``rows`` of the
         embeddings; a warning where the base's own files are so."""
-        size = vocabulary_size(self.tokenizer)
+        size = vocabulary_size(self.tokenizer) if self.brought_by else len(self.tokenizer)
         if size <= rows:
             return
         if self.brought_by:
@@ -151,14 +151,14 @@ def read_words(name: str, folder: Path, tokenizer: Any) -> AdapterWords | None:
     files = TokenizerFiles(folder, AdapterError)
     if not files:
         return None
-    vocabulary: dict[str, int] = tokenizer.get_vocab()
     special = set(tokenizer.all_special_ids)
     special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     found: dict[int, TokenText] = {}
-    free = vocabulary_size(tokenizer)
-    for number, token in files.added_tokens().items():
-        known = vocabulary.get(token.content)
-        # A token that is new gets the next id.
+    added = files.added_tokens()
+    known_ids = _ids_of(tokenizer, [token.content for token in added.values()])
+    # A token that is new gets the next id.
+    free = vocabulary_size(tokenizer) if None in known_ids else 0
+    for (number, token), known in zip(added.items(), known_ids, strict=True):
         in_use = free if known is None else known
         if number != in_use:
             raise AdapterError(_other_id(f"{folder}: its tokenizer", token, number, in_use))
@@ -167,6 +167,14 @@ def read_words(name: str, folder: Path, tokenizer: Any) -> AdapterWords | None:
         if known is None or (token.special and number not in special):
             found[number] = token
     return AdapterWords(name, found, files.roles().get("eos_token"), files.chat_template())
+
+
+def _ids_of(tokenizer: Any, texts: Sequence[str]) -> list[int | None]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:  # without a dictionary of the whole vocabulary
+        return [backend.token_to_id(text) for text in texts]
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    return [vocabulary.get(text) for text in texts]
 
 
 def _other_id(where: str, token: TokenText, number: int, in_use: int) -> str:
