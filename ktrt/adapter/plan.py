@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ktrt.adapter import extra_experts, fused, per_expert, target_parameters
@@ -22,7 +22,7 @@ from ktrt.adapter.torch_side import (
     plan_torch_side,
     short_targets,
 )
-from ktrt.adapter.words import copied_numel, vocabulary
+from ktrt.adapter.words import copied_numel, plain_names, vocabulary
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -116,6 +116,7 @@ def plan_adapter(
     ``AdapterError`` naming file and tensor, what was found and expected.
     """
     files = read_adapter(folder)
+    files = replace(files, tensors=plain_names(files.tensors))
     settings = LoraSettings(files)
     settings.check_against_yaml(lora_rank, lora_alpha)
     part, rest = collect_layouts(LAYOUTS, files.tensors, base, settings)

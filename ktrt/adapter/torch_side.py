@@ -24,7 +24,6 @@ from ktrt.adapter.words import (
     check_sizes,
     find_tables,
     is_table,
-    plain_names,
     plan_rows,
     swap_tables,
 )
@@ -83,7 +82,7 @@ def plan_torch_side(
     side = TorchSide(file)
     find_tables(base, side)
     places: dict[tuple[str, str], AdapterTensor] = {}
-    for tensor in plain_names(tensors):
+    for tensor in tensors:
         weight = f"{tensor.module.removesuffix('.base_layer')}.weight"
         name = base.names.target(weight).name.removesuffix(".weight")
         kind = _kind(tensor, name, base, settings)
