@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 
 from ktrt.errors import CheckpointError
+from ktrt.folders import tokenizer_advice
 from ktrt.tokenizer_files import JSON_NAME, TokenizerFiles
 
 if TYPE_CHECKING:
@@ -189,6 +190,8 @@ def _why_not(files: TokenizerFiles, trust: bool, error: BaseException) -> str:
         return f"{foreign[0]} is a {foreign[1]} vocabulary. {install}"
     if missing:
         return f"{folder}: its tokenizer needs the package {missing}: pip install {missing}"
+    if advice := tokenizer_advice(folder):
+        return f"cannot load a tokenizer: {advice}"
     reason = " ".join(str(error).split()) or type(error).__name__
     return (
         f"{folder}: cannot load its tokenizer ({type(error).__name__}: {reason[:300]}). Are "

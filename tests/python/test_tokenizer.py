@@ -206,6 +206,19 @@ class TestMissingPackages:
             open_it(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [([], "holds no tokenizer"), (["tekken.json"], "Mistral's own form")],
+    ids=["none", "tekken"],
+)
+def test_no_tokenizer_that_can_be_read(tmp_path: Path, names: list[str], words: str) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "deepseek_v2"}')
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(CheckpointError, match=words):
+        open_it(tmp_path)
+
+
 def test_ids_that_a_class_of_the_library_gets_wrong(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
