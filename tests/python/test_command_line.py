@@ -103,6 +103,8 @@ class TestProcess:
         command = f"exec '{sys.executable}' -m ktrt.pack --list --dir '{tmp_path}' {redirection}"
         root = Path(__file__).resolve().parents[2]
         environment = {**os.environ, "PYTHONPATH": str(root)}
+        # Buffered, as most people have it: what fails then fails at the end.
+        environment.pop("PYTHONUNBUFFERED", None)
         done = subprocess.run(
             ["bash", "-c", command], capture_output=True, text=True, env=environment, timeout=60
         )
@@ -113,6 +115,13 @@ class TestProcess:
         assert self.run(">&-", tmp_path) == (2, line)
         assert self.run("<&-", tmp_path) == (0, "")
         assert self.run("2>&- >&- <&-", tmp_path) == (2, "")
+
+    def test_a_file_does_not_take_a_closed_streams_place(self, tmp_path: Path) -> None:
+        code = "import sys; from ktrt.command_line import new_parser, parse; "
+        code += "parse(new_parser('x', 'y'), []); sys.exit(open('/dev/null').fileno() <= 2)"
+        for closed in ("<&-", ">&-", "2>&- >&-"):
+            words = ["bash", "-c", f"exec '{sys.executable}' -c \"{code}\" {closed}"]
+            assert subprocess.run(words, timeout=60).returncode == 0
 
     def test_a_full_disk(self, tmp_path: Path) -> None:
         code, text = self.run("> /dev/full", tmp_path)

@@ -419,6 +419,10 @@ class TestFiles:
     def test_not_a_mapping(self, write: Callable[..., Path], text: str) -> None:
         assert "expected a mapping" in refused(write(text, model=""))
 
+    def test_a_key_that_is_a_list_names_file_and_line(self, write: Callable[[str], Path]) -> None:
+        path = write("top_k: 3\n? [a]\n: b\n")
+        assert f"{path}:3:3: not valid YAML: found unhashable key" in refused(path)
+
     def test_a_key_that_is_no_text(self, write: Callable[[str], Path]) -> None:
         assert "expected text keys" in refused(write("3: 4\n"))
 
