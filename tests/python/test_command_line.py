@@ -95,6 +95,25 @@ class TestBoundary:
         assert module.main([*words, "--debug"]) == 2
         assert "Traceback" in capfd.readouterr().err
 
+    @pytest.mark.parametrize("name", ["audit", "bench", "chat", "export", "pack"])
+    def test_a_link_instead_of_weights(
+        self, name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        """What an interrupted download leaves; the folder is looked at before anything else."""
+        monkeypatch.delenv("KTRT_CACHE")
+        for folder in ("model", "adapter"):
+            (tmp_path / folder).mkdir()
+        (tmp_path / "adapter/adapter_config.json").write_text("{}")
+        (tmp_path / "model/config.json").write_text('{"model_type": "mixtral"}')
+        (tmp_path / "model/model.safetensors").symlink_to("../blobs/12ab")
+        words = [f"model_name_or_path={tmp_path}/model", f"adapter_name_or_path={tmp_path}/adapter"]
+        words += {"export": ["--out", "x"], "chat": ["--plan"]}.get(name, [])
+        words.append(f"ktrt_cache_dir={tmp_path}")
+        assert importlib.import_module(f"ktrt.{name}").main(words) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert "model.safetensors is a link to ../blobs/12ab, which is not there" in line
+
 
 class TestProcess:
     """With the streams that a shell gives or closes; the listing of an empty cache is fast."""
@@ -122,6 +141,16 @@ class TestProcess:
         for closed in ("<&-", ">&-", "2>&- >&-"):
             words = ["bash", "-c", f"exec '{sys.executable}' -c \"{code}\" {closed}"]
             assert subprocess.run(words, timeout=60).returncode == 0
+
+    def test_an_instruction_set_that_is_none(self) -> None:
+        root = Path(__file__).resolve().parents[2]
+        environment = {**os.environ, "PYTHONPATH": str(root), "KTRT_ISA": "avx10"}
+        done = subprocess.run(
+            [sys.executable, "-m", "ktrt.doctor"], capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("error: ValueError: KTRT_ISA=avx10 is not known")
 
     def test_a_full_disk(self, tmp_path: Path) -> None:
         code, text = self.run("> /dev/full", tmp_path)

@@ -75,6 +75,7 @@ def test_linked_and_named_files_exist() -> None:
 
 
 def test_the_yaml_loads_but_for_its_paths(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
     for block in blocks("yaml"):
         (tmp_path / "config.yaml").write_text(block, "utf-8")
         paths = [key for key in yaml.safe_load(block) if key.endswith("_path")]
@@ -89,6 +90,7 @@ def test_the_key_table_matches_the_configuration() -> None:
     known = {field.name: field for section in sections for field in fields(section)}
     assert listed <= set(known), "the table names keys that do not exist"
     unlisted = {"lora_rank", "lora_alpha", "enable_thinking", "skip_special_tokens"}
+    unlisted |= {"resize_vocab", "add_tokens", "add_special_tokens"}
     assert set(known) - listed == unlisted
     for keys, defaults in rows:
         names = re.findall(r"\w+", keys)
