@@ -40,8 +40,8 @@ def shown(chat_template: Any) -> str:
 @pytest.mark.parametrize(
     ("templates", "line"),
     [
-        ({"tool_use": TOOLS, "default": TEXTS, "chat": BROKEN}, ""),
-        ({"tool_use": TOOLS, "chat": TEXTS}, "'chat' is used"),
+        ({"rag": "!" + TEXTS, "chat": BROKEN, "default": TEXTS}, ""),
+        ({"rag": "!" + TEXTS, "chat": TEXTS}, "'chat' is used"),
         ({"tool_use": TOOLS, "rag": BROKEN, "plain": TEXTS}, "'plain' is used"),
         ({"tool_use": TOOLS, "chat": PARTS}, "'chat' is used"),
     ],

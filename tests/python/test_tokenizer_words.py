@@ -104,6 +104,7 @@ def test_all_that_the_adapter_brings_is_used(
         assert session.template.encode(ASK) == prompt
         assert prompt[0] == 386
         assert prompt[-1] == 384
+        assert session.template.stop_ids == {386}
         peft = PeftModel.from_pretrained(resized(folder / "model"), folder / "adapter").eval()
         ids = torch.tensor([prompt])
         expected = peft.generate(
