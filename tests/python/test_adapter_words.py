@@ -67,7 +67,8 @@ def save_trained(folder: Path, model: Path, *, resized: bool = False, **options:
         for name, parameter in peft.named_parameters():
             if parameter.requires_grad or (resized and parameter.shape[0] == ROWS):
                 noise = torch.randn(parameter.shape, generator=generator)
-                parameter.add_((0.5 if "lora_B" in name else 0.05) * noise)
+                large = "lora_B" in name or "trainable_tokens" in name
+                parameter.add_((0.5 if large else 0.05) * noise)
     peft.save_pretrained(folder)
     return PeftModel.from_pretrained(library_model(model, resized=resized), folder).eval()
 
