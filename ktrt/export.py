@@ -76,7 +76,7 @@ def export(config: Config, args: argparse.Namespace) -> dict[str, object]:
     ``ConfigError``, ``CheckpointError`` and ``AdapterError`` say what cannot be.
     """
     from ktrt.adapter.write import write_adapter
-    from ktrt.merge import merge_checkpoint, merge_packed
+    from ktrt.merge import copy_words, merge_checkpoint, merge_packed
     from ktrt.prepare import base_of_adapters, open_adapter, open_base
 
     base = open_base(config.model)
@@ -85,7 +85,9 @@ def export(config: Config, args: argparse.Namespace) -> dict[str, object]:
     if args.adapter_layout:
         if plan is None:
             raise ConfigError("--adapter-layout: the configuration names no adapter_name_or_path")
-        return asdict(write_adapter(plan, adapter_base, args.out, args.adapter_layout))
+        written = write_adapter(plan, adapter_base, args.out, args.adapter_layout)
+        copy_words(plan.files.folder, args.out)
+        return asdict(written)
     words = _words(config, base, plan)
     if args.format == "kt":
         return asdict(merge_packed(base, plan, args.out, config.experts, words))

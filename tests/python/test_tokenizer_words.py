@@ -201,6 +201,10 @@ def test_export_writes_them(folder: Path, tmp_path: Path) -> None:
         found = answer(merged)
     with load(folder, folder / "adapter") as session:
         assert found == answer(session)
+    other = tmp_path / "f"
+    assert main([str(config), "--out", str(other), "--adapter-layout", "a"]) == 0
+    with load(folder, other) as session:
+        assert found == answer(session)
     assert main([str(config), "--out", str(tmp_path / "no"), "add_special_tokens=<new>"]) == 2
     assert not (tmp_path / "no").exists()
 
