@@ -8,7 +8,6 @@ import json
 import os
 import secrets
 import stat
-import tempfile
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ktrt.errors import KtrtError
+from ktrt.temporaries import remove_all_stale, remove_stale, temporary_file
 
 Turn = dict[str, str]
 
@@ -74,7 +74,9 @@ class ConversationFile:
     """
 
     def __init__(self, path: Path) -> None:
-        """Takes an absent file, or a conversation that the caller has read from it."""
+        """Takes an absent file, or a conversation that the caller has read from it; removes what
+        killed processes left beside it."""
+        remove_stale(path.resolve())
         self.path = path
         self._seen = _identity(path)
 
@@ -90,9 +92,12 @@ class ConversationFile:
         self._seen = _identity(self.path)
 
     def remove(self) -> None:
-        """Removes what this chat has saved."""
+        """Removes what this chat has saved. ``KtrtError``: it cannot be removed."""
         if self._seen is not None and _identity(self.path) == self._seen:
-            self.path.unlink(missing_ok=True)
+            try:
+                self.path.unlink(missing_ok=True)
+            except OSError as error:
+                raise KtrtError(f"{self.path}: cannot be removed: {error.strerror}") from error
         self._seen = _identity(self.path)
 
 
@@ -101,13 +106,33 @@ def state_directory() -> Path:
     root = Path(os.environ.get("XDG_STATE_HOME", ""))
     try:
         if not root.is_absolute():
-            root = Path.home() / ".local" / "state"
+            root = _home() / ".local" / "state"
         root.mkdir(parents=True, exist_ok=True)
         folder = root / "ktrt"
         folder.mkdir(mode=0o700, exist_ok=True)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         raise KtrtError(f"no directory for histories and conversations: {error}") from error
     return folder
+
+
+def _home() -> Path:
+    try:
+        home = Path.home()
+    except RuntimeError:  # neither HOME nor an entry in passwd
+        home = Path()
+    if os.environ.get("HOME") == "" or not home.is_absolute():
+        raise KtrtError(
+            "no directory for histories and conversations: neither HOME nor XDG_STATE_HOME is set"
+        )
+    return home
+
+
+def expanded(path: str) -> Path:
+    """``path`` with a leading ~ replaced. ``KtrtError``: there is no such home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise KtrtError(f"{path}: {error}") from error
 
 
 def new_autosave() -> ConversationFile:
@@ -116,6 +141,7 @@ def new_autosave() -> ConversationFile:
     folder = state_directory() / "conversations"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
+        remove_all_stale(folder)
         for path in _newest_first(folder)[_KEPT - 1 :]:
             path.unlink(missing_ok=True)
     except OSError as error:
@@ -156,22 +182,17 @@ def write_conversation(path: Path, conversation: Conversation) -> None:
     written; what was there is then as before."""
     content = {"format": FORMAT} | asdict(conversation)
     data = json.dumps(content, ensure_ascii=False, indent=1).encode("utf-8", "replace")
-    temporary: str | None = None
     try:
         path = path.resolve()
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-        temporary = None
+        with temporary_file(path) as (descriptor, temporary):
+            with os.fdopen(descriptor, "wb", closefd=False) as file:
+                file.write(data + b"\n")
+            os.fsync(descriptor)
+            temporary.replace(path)
         _sync_folder(path.parent)
-    except OSError as error:
-        raise KtrtError(f"{path}: cannot save the conversation: {error.strerror}") from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise KtrtError(f"{path}: cannot save the conversation: {reason}") from error
 
 
 def _sync_folder(folder: Path) -> None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from ktrt.errors import ConfigError
+from ktrt.temporaries import remove_stale, temporary_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 # Beside the data: directories, headers, and what a file system wants to keep free.
 _SPARE_BYTES = 64 << 20
@@ -31,20 +31,22 @@ def check_target(target: Path) -> None:
 @contextmanager
 def staged_folder(target: Path, size: int) -> Iterator[Path]:
     """A temporary folder beside ``target`` to write ``size`` bytes to. At the end of the block it
-    becomes ``target``; after an exception, Ctrl-C included, it is removed.
+    becomes ``target``; after an exception, Ctrl-C included, it is removed. A folder that a killed
+    process left for the same target is removed first.
 
     ``ConfigError``: ``target`` holds something, its parent cannot be written to, the disk is full.
     """
     check_target(target)
     target = target.resolve()
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(
-            tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-        )
-    except OSError as error:
-        raise ConfigError(f"--out {target}: cannot write to {target.parent}: {error}") from error
-    try:
+    with ExitStack() as stack:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            remove_stale(target)
+            folder = stack.enter_context(temporary_folder(target))
+        except OSError as error:
+            raise ConfigError(
+                f"--out {target}: cannot write to {target.parent}: {error}"
+            ) from error
         free = shutil.disk_usage(folder).free
         if free < size + _SPARE_BYTES:
             raise ConfigError(
@@ -56,9 +58,6 @@ def staged_folder(target: Path, size: int) -> Iterator[Path]:
             _publish(folder, target)
         except OSError as error:
             raise ConfigError(f"--out {target}: writing failed: {error}") from error
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _publish(folder: Path, target: Path) -> None:

@@ -47,11 +47,15 @@ PYTHON_LAYERS: dict[str, set[str]] = {
         "template_base",
         "warm_up",
     },
-    "editor": set(),
-    "terminal": {"editor"},
-    "conversation": set(),
+    "signals": set(),
+    "streams": set(),
+    "keyboard": {"signals"},
+    "editor": {"keyboard"},
+    "terminal": {"editor", "keyboard", "signals", "streams"},
+    "temporaries": set(),
+    "conversation": {"temporaries"},
     "status": set(),
-    "talk": {"conversation", "session", "status", "terminal"},
+    "talk": {"conversation", "session", "signals", "status", "terminal"},
     "compare": {"talk"},
     "commands": {"compare", "conversation", "status", "talk"},
     "weight_traffic": {"dense", "moe"},
@@ -154,7 +158,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "adapter_changes": {"adapter", "moe", "prepare", "progress"},
     "audit_report": {"adapter", "adapter_changes", "verify", "verify_probes"},
     "audit": {"adapter_changes", "audit_report", "prepare", "verify"},
-    "staging": set(),
+    "staging": {"temporaries"},
     "merge": {
         "adapter",
         "checkpoint",
@@ -177,6 +181,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
         "machine",
         "prepare",
         "session",
+        "signals",
         "talk",
         "terminal",
     },
@@ -206,6 +211,7 @@ WITHOUT_TORCH = {
     "__init__",
 }
 WITHOUT_TORCH |= {"terminal", "editor", "conversation", "status", "talk", "compare", "commands"}
+WITHOUT_TORCH |= {"keyboard", "signals", "streams", "temporaries"}
 WITHOUT_TORCH |= {"machine_facts", "advice", "bench_report"}
 
 # Layers of csrc/ and the layers below each.
