@@ -21,18 +21,20 @@ from ktrt.command_line import (
     parse,
     set_environment,
 )
-from ktrt.commands import Leave, completions, describe, run_line
+from ktrt.commands import Leave, completions, describe, is_command, run_line
 from ktrt.config import Config, load_config
 from ktrt.conversation import (
     Conversation,
     ConversationFile,
     decode_text,
+    expanded,
     last_conversation,
     read_conversation,
     read_text,
     state_directory,
 )
 from ktrt.errors import KtrtError
+from ktrt.signals import Terminated, terminations
 from ktrt.talk import MAX_FILE_BYTES, Keeping, Talk
 from ktrt.terminal import Terminal
 
@@ -54,21 +56,31 @@ def main(
 
     ``open_session`` and ``terminal`` stand in for ``ktrt.api.open_session`` and the real terminal.
     """
-    args = _parse_arguments(argv)
     terminal = terminal or Terminal.standard()
+    args = _parse_arguments(argv)
 
     def body() -> int:
+        terminal.require(stdin=_reads_stdin(args))
         config = load_config(args.config, args.overrides)
         if args.plan:
             return _show_plan(config, terminal, as_json=args.json)
         if args.json or args.prompt is not None:
             terminal.use_script()
         start = _prepare(args, terminal)
-        with (open_session or _open_session)(config) as session:
+        with terminal.attended(is_command), (open_session or _open_session)(config) as session:
             return _run(_talk(session, config, terminal, start, args), start, args)
 
-    with _logging_to(terminal.stderr, _log_level(args)):
-        return guarded(body, terminal.error, debug=args.debug)
+    try:
+        with _logging_to(terminal.stderr, _log_level(args)), terminations():
+            return guarded(body, terminal.error, debug=args.debug)
+    except Terminated as end:
+        return end.exit_code
+    finally:
+        terminal.finish()
+
+
+def _reads_stdin(args: argparse.Namespace) -> bool:
+    return "-" in args.file or (args.prompt is None and not args.plan)
 
 
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -147,7 +159,7 @@ def _prepare(args: argparse.Namespace, terminal: Terminal) -> _Start:
     start = _Start(Conversation())
     resumed: Path | None = None
     if args.resume is not None:
-        resumed = Path(args.resume).expanduser() if args.resume else last_conversation()
+        resumed = expanded(args.resume) if args.resume else last_conversation()
         start.conversation = read_conversation(resumed)
         start.notes.append(f"Resumed {resumed}: {describe(start.conversation)}")
         if start.conversation.unanswered is not None:
@@ -162,7 +174,7 @@ def _prepare(args: argparse.Namespace, terminal: Terminal) -> _Start:
     if start.files:
         start.notes.append(f"Files for the next message: {', '.join(start.files)}")
     if args.save is not None:
-        path = Path(args.save).expanduser()
+        path = expanded(args.save)
         if path.exists() and not _same(path, resumed) and not read_conversation(path).empty:
             raise KtrtError(
                 f"--save: {path} holds another conversation; go on with it by --resume {path}, or "
@@ -249,9 +261,8 @@ def _run(talk: Talk, start: _Start, args: argparse.Namespace) -> int:
 def _history_file() -> Path | None:
     try:
         return state_directory() / "history"
-    except KtrtError as error:
-        _log.warning("what you type is not kept: %s", error)
-        return None
+    except KtrtError:
+        return None  # said once, when the conversation has no place either
 
 
 def _converse(talk: Talk, *, debug: bool) -> int:

@@ -7,8 +7,10 @@ Exit codes mean the same in every command:
      than the adapter's files say), ``doctor`` (a setting to fix), ``chat --plan`` (the model does
      not fit into memory);
 2    it could not do it, or could not tell: an argument, a file, the machine, a defect of ktrt;
+129  SIGHUP, in the chat: the terminal has gone;
 130  Ctrl-C;
-141  whoever read the output has gone (a closed pipe; nothing is printed).
+141  whoever read the output has gone (a closed pipe; nothing is printed);
+143  SIGTERM, in the chat.
 
 2 comes with one line on standard error, and with the traceback under ``--debug``.
 """

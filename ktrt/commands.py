@@ -10,7 +10,7 @@ from ktrt.compare import compare
 from ktrt.config import SamplingArgs, override_sampling
 from ktrt.config.check import nearest
 from ktrt.config.source import parse_overrides
-from ktrt.conversation import Conversation, read_conversation, write_conversation
+from ktrt.conversation import Conversation, expanded
 from ktrt.errors import KtrtError
 from ktrt.talk import Talk
 
@@ -21,13 +21,15 @@ _PATH = "path"
 @dataclass(frozen=True)
 class Command:
     """``run`` gets the text behind the name, stripped. ``for_people``: it reads or writes files
-    that a line names, which lines from a pipe must not."""
+    that a line names, which lines from a pipe must not. ``alone``: no text may follow the name, so
+    that a pasted text that begins with it does nothing."""
 
     usage: str
     summary: str
     run: Callable[[Talk, str], None]
     for_people: bool = False
     words: Callable[[Talk], list[str]] = lambda _talk: []
+    alone: bool = False
 
 
 class Leave(Exception):  # noqa: N818 - no failure
@@ -63,7 +65,18 @@ def _run_command(talk: Talk, text: str) -> None:
             f"/{name} works in a terminal only, lines from a pipe name no files; use --save, "
             "--resume and --file"
         )
+    if command.alone and argument.strip():
+        raise KtrtError(
+            f"/{name} stands alone, found {argument.strip()!r:.40} after it; a message that begins "
+            "with a slash is sent with two: //"
+        )
     command.run(talk, argument.strip())
+
+
+def is_command(line: str) -> bool:
+    """Whether ``run_line`` would take ``line`` for a command."""
+    text = line.strip()
+    return text in ("exit", "clear") or (text.startswith("/") and not text.startswith("//"))
 
 
 def completions(talk: Talk, line: str) -> Iterator[str]:
@@ -92,7 +105,11 @@ def _help(talk: Talk, _argument: str) -> None:
     width = max(len(command.usage) for command in COMMANDS.values())
     lines = [f"{command.usage:<{width}}  {command.summary}" for command in COMMANDS.values()]
     lines.append("Alt-Enter begins a new line, pasted lines stay one message, Tab completes,")
-    lines.append("Ctrl-C stops an answer and keeps what was said; // sends a leading slash.")
+    lines.append("Ctrl-C stops an answer and keeps what was said (in /retry: the old answer),")
+    lines.append(
+        "Ctrl-D leaves, during an answer after it; // sends a leading slash. What is typed"
+    )
+    lines.append("during an answer waits in the next prompt; a paste and Enter is sent.")
     talk.terminal.note("\n".join(lines))
 
 
@@ -108,23 +125,7 @@ def _system(talk: Talk, argument: str) -> None:
 
 
 def _retry(talk: Talk, _argument: str) -> None:
-    conversation = talk.conversation
-    if conversation.unanswered is not None:
-        talk.resend(conversation.unanswered)
-        return
-    if not conversation.turns:
-        raise KtrtError("/retry: nothing was asked yet")
-    asked, answer = conversation.turns[-2:]
-    del conversation.turns[-2:]
-    before = len(conversation.turns)
-    try:
-        talk.resend(asked["content"])
-    finally:
-        # Without a new answer the old one stands.
-        if len(conversation.turns) == before:
-            conversation.add(asked["content"], answer["content"])
-            conversation.unanswered = None
-            talk.save()
+    talk.retry()
 
 
 def _undo(talk: Talk, _argument: str) -> None:
@@ -148,19 +149,14 @@ def _clear(talk: Talk, _argument: str) -> None:
 
 
 def _save(talk: Talk, argument: str) -> None:
-    path = Path(argument or time.strftime("conversation-%Y%m%d-%H%M%S.json")).expanduser()
-    if path.exists():
-        read_conversation(path)  # another file is not to be lost
-    write_conversation(path, talk.conversation)
+    path = expanded(argument or time.strftime("conversation-%Y%m%d-%H%M%S.json"))
+    talk.save_as(path)
     talk.terminal.note(f"Saved {_turns(talk.conversation)} in {path}")
 
 
 def _load(talk: Talk, argument: str) -> None:
-    path = Path(_required("/load", argument, "FILE")).expanduser()
-    talk.use(read_conversation(path))
-    if talk.keeping.autosave is not None:
-        talk.start_autosave()
-    talk.save()
+    path = expanded(_required("/load", argument, "FILE"))
+    talk.load(path)
     talk.terminal.note(f"Loaded {path}: {describe(talk.conversation)}")
 
 
@@ -319,13 +315,18 @@ def _path_words(_talk: Talk) -> list[str]:
 
 
 COMMANDS: dict[str, Command] = {
-    "help": Command("/help", "this list", _help),
+    "help": Command("/help", "this list", _help, alone=True),
     "system": Command(
         "/system [TEXT]", "show or set the system prompt; `default`: as configured", _system
     ),
-    "retry": Command("/retry", "answer the last message again", _retry),
-    "undo": Command("/undo", "take the last message and its answer back", _undo),
-    "clear": Command("/clear, clear", "forget what was said", _clear),
+    "retry": Command(
+        "/retry",
+        "answer the last message again; the old answer stays until the new one is complete",
+        _retry,
+        alone=True,
+    ),
+    "undo": Command("/undo", "take the last message and its answer back", _undo, alone=True),
+    "clear": Command("/clear, clear", "forget what was said", _clear, alone=True),
     "save": Command("/save [FILE]", "save the conversation", _save, True, _path_words),
     "load": Command("/load FILE", "go on with a saved conversation", _load, True, _path_words),
     "set": Command(
@@ -334,7 +335,7 @@ COMMANDS: dict[str, Command] = {
         _set,
         words=_sampling_words,
     ),
-    "stats": Command("/stats", "tokens and speeds so far", _stats),
+    "stats": Command("/stats", "tokens and speeds so far", _stats, alone=True),
     "think": Command(
         "/think [on|off]",
         "whether a reasoning model thinks first",
@@ -353,5 +354,5 @@ COMMANDS: dict[str, Command] = {
     "compare": Command(
         "/compare PROMPT", "base model and adapter side by side, same seed", _compare
     ),
-    "exit": Command("/exit, exit", "leave; so do Ctrl-D and Ctrl-C twice", _exit),
+    "exit": Command("/exit, exit", "leave; so do Ctrl-D and Ctrl-C twice", _exit, alone=True),
 }

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from ktrt.errors import KtrtError
-from ktrt.talk import Answer, Talk
+from ktrt.talk import Talk
 
 # Two columns of fewer characters each are harder to read than one after the other.
 _MIN_WIDTH = 80
@@ -31,7 +31,7 @@ def compare(talk: Talk, text: str) -> None:
             if talk.as_json:
                 talk.record(answer, answered_by=name)
             found.append((name, answer.text))
-            if _stopped(answer):
+            if not answer.complete:
                 break
     if side_by_side and len(found) == 2:
         talk.terminal.columns(*found)
@@ -46,10 +46,6 @@ def _show(talk: Talk, name: str, *, quiet: bool) -> Callable[[Iterable[str]], st
         return talk.terminal.answer(pieces, f"{name}: ")
 
     return show
-
-
-def _stopped(answer: Answer) -> bool:
-    return answer.last is None or answer.last.finish_reason is None
 
 
 @contextmanager

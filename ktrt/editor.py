@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from prompt_toolkit import PromptSession
+from prompt_toolkit.application import run_in_terminal
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.document import Document
 from prompt_toolkit.enums import DEFAULT_BUFFER
 from prompt_toolkit.filters import has_focus
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings
+
+from ktrt.keyboard import Keyboard
 
 _log = logging.getLogger(__name__)
 
@@ -24,24 +27,28 @@ class Editor:
     """Reads messages: Enter sends, Alt-Enter and pasted line ends begin a new line, Tab completes,
     the arrows go through the history."""
 
-    def __init__(self, prompt: str, history: Path | None, complete: Complete | None) -> None:
+    def __init__(
+        self, prompt: str, keyboard: Keyboard, history: Path | None, complete: Complete | None
+    ) -> None:
         """``history``: its file, made if it is missing; None keeps it in memory."""
-        self._prompt = prompt
+        self._keyboard = keyboard
         self._session: PromptSession[str] = PromptSession(
             # Without a colour the renderer would put a cursor movement for the space at the end.
             [("ansigreen", prompt)],
             history=_open_history(history),
-            key_bindings=_keys(),
+            key_bindings=_keys(keyboard),
             completer=None if complete is None else _Completer(complete),
             complete_while_typing=False,
             multiline=True,
             prompt_continuation="",
-            enable_suspend=True,
+            input=keyboard.input,
+            output=keyboard.output,
         )
 
     def read(self) -> str:
         """One message. ``EOFError``: Ctrl-D; ``KeyboardInterrupt``: Ctrl-C on an empty line."""
-        return printable(self._session.prompt())
+        with self._keyboard.prompting():
+            return printable(self._session.prompt())
 
 
 def printable(text: str) -> str:
@@ -88,7 +95,7 @@ class _Completer(Completer):
             yield Completion(text, start_position=-len(before), display=text.split("/")[-1] or text)
 
 
-def _keys() -> KeyBindings:
+def _keys(keyboard: Keyboard) -> KeyBindings:
     keys = KeyBindings()
     # Elsewhere, in the search through the history, they mean what they always do.
     typing = has_focus(DEFAULT_BUFFER)
@@ -108,5 +115,9 @@ def _keys() -> KeyBindings:
             event.current_buffer.reset()
         else:
             event.app.exit(exception=KeyboardInterrupt, style="class:aborting")
+
+    @keys.add("c-z")
+    def _suspend(_event: Any) -> None:
+        run_in_terminal(keyboard.suspend)
 
     return keys

@@ -4,14 +4,21 @@ import json
 import logging
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ktrt import status
 from ktrt.config import SamplingArgs, override_sampling
-from ktrt.conversation import Conversation, ConversationFile, new_autosave, read_text
+from ktrt.conversation import (
+    Conversation,
+    ConversationFile,
+    new_autosave,
+    read_conversation,
+    read_text,
+)
 from ktrt.errors import KtrtError
+from ktrt.signals import Terminated, shielded
 from ktrt.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -31,6 +38,11 @@ class Answer:
     text: str = ""
     last: "Response | None" = None
     logprobs: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        """Whether it ended by itself."""
+        return self.last is not None and self.last.finish_reason is not None
 
 
 @dataclass
@@ -111,8 +123,8 @@ class Talk:
     def ask(self, text: str) -> None:
         """Sends ``text`` with the files attached, shows the answer and keeps both.
 
-        Whatever happens, the conversation stays as it was: a message without an answer waits in
-        ``unanswered``.
+        After Ctrl-C or SIGTERM what was said is kept. A message without a word of answer, and one
+        whose answer failed, waits in ``unanswered``; the turns before stay as they were.
         """
         text = with_files(text, self.attachments)
         self.attachments.clear()
@@ -120,21 +132,54 @@ class Talk:
 
     def resend(self, text: str) -> None:
         """``ask``, without files."""
-        conversation = self.conversation
-        conversation.unanswered = text
+        self.conversation.unanswered = text
         self.save()
-        answer = self.generate(self.fitted(text), self._show)
-        if answer.text.strip():
-            conversation.unanswered = None
-            conversation.add(text, answer.text)
-        self.save()
+        answer = Answer()
+        try:
+            self.generate(self.fitted(text), self._show, answer)
+        except (KeyboardInterrupt, Terminated):
+            self._keep(text, answer)
+            raise
+        self._keep(text, answer)
         self._report(answer)
+        if not answer.text.strip():
+            self._note_nothing_kept(answer, "")
 
-    def _show(self, pieces: Iterable[str]) -> str:
+    def _keep(self, text: str, answer: Answer) -> None:
+        if answer.text.strip():
+            self.conversation.unanswered = None
+            self.conversation.add(text, answer.text)
+        self.save()
+
+    def retry(self) -> None:
+        """Answers the last message again.
+
+        The answer before stays, on disk too, until the new one is complete: after Ctrl-C, a failure
+        or a kill it is still there. ``KtrtError``: there is no message yet.
+        """
+        conversation = self.conversation
+        if conversation.unanswered is not None:
+            self.resend(conversation.unanswered)
+            return
+        if not conversation.turns:
+            raise KtrtError("/retry: nothing was asked yet")
+        text = conversation.turns[-2]["content"]
+        answer = self.generate(self.fitted(text, again=True), self._show)
+        complete = bool(answer.text.strip()) and answer.complete
+        if complete:
+            conversation.turns[-1] = conversation.turns[-1] | {"content": answer.text}
+            self.save()
+        self._report(answer)
+        if not complete:
+            self._note_nothing_kept(answer, "; the answer before stays")
+
+    def _show(self, pieces: Iterable[str]) -> None:
         if self.stream and not self.as_json:
-            return self.terminal.answer(pieces)
+            self.terminal.answer(pieces)
+            return
         text = self.terminal.collect(pieces, "answering")
-        return text if self.as_json else self.terminal.answer([text])
+        if not self.as_json:
+            self.terminal.answer([text])
 
     def _report(self, answer: Answer) -> None:
         last = answer.last
@@ -144,9 +189,14 @@ class Talk:
             self.terminal.status(status.status_line(last, self.limit()))
         if last is not None:
             _log.debug("%s", last.summary())
-        if not answer.text.strip() and self.terminal.interactive:
-            what = "The answer is empty" if last and last.finish_reason else "Stopped before a word"
-            self.terminal.note(f"{what}: nothing was kept. /retry asks again.")
+
+    def _note_nothing_kept(self, answer: Answer, more: str) -> None:
+        if not self.terminal.interactive:
+            return
+        what = "Stopped" if answer.text.strip() else "Stopped before a word"
+        if answer.complete:
+            what = "The answer is empty"
+        self.terminal.note(f"{what}: nothing was kept{more}. /retry asks again.")
 
     def record(self, answer: Answer, **more: Any) -> None:
         """Prints an answer as one line of JSON."""
@@ -165,14 +215,16 @@ class Talk:
     def generate(
         self,
         messages: Sequence[Mapping[str, str]],
-        show: Callable[[Iterable[str]], str],
+        show: Callable[[Iterable[str]], object],
+        answer: Answer | None = None,
         **settings: Any,
     ) -> Answer:
-        """The answer to ``messages`` through ``show``, which takes its pieces and returns what it
-        showed of them. ``settings`` win over the conversation's."""
-        answer = Answer()
+        """The answer to ``messages`` through ``show``, which takes its pieces. ``answer`` is filled
+        on the way: it holds what was said, whatever ends it. ``settings`` win over the
+        conversation's."""
+        answer = answer or Answer()
         with closing(self._pieces(messages, answer, settings)) as pieces:
-            answer.text = show(pieces)
+            show(pieces)
         if answer.last is not None:
             self.last = answer.last
             self.totals.add(answer.last)
@@ -188,6 +240,7 @@ class Talk:
         )
         for response in responses:
             answer.last = response
+            answer.text += response.text
             if response.logprob is not None:
                 answer.logprobs.append(self._logprob_row(response))
             yield response.text
@@ -201,10 +254,12 @@ class Talk:
         row = {"id": response.token, "token": decode([response.token])}
         return row | {"logprob": response.logprob} | ({"top": top} if top else {})
 
-    def fitted(self, text: str) -> Sequence[Mapping[str, str]]:
+    def fitted(self, text: str, *, again: bool = False) -> Sequence[Mapping[str, str]]:
         """The conversation followed by ``text``, cut to the model's context, with a note when turns
-        are left out for the first time."""
+        are left out for the first time. ``again``: ``text`` replaces the last turn."""
         conversation = self.conversation
+        if again:
+            conversation = replace(conversation, turns=conversation.turns[:-2])
         self._left_out = min(self._left_out, len(conversation.turns) // 2)
         messages = conversation.messages(text, self._left_out)
         fitted, dropped = self.session.fit(messages, self.sampling.max_new_tokens)
@@ -221,20 +276,50 @@ class Talk:
     def save(self) -> None:
         """Writes the conversation where it is kept. To a person a failure is reported, once;
         elsewhere it is raised."""
-        for file in (self.keeping.autosave, self.keeping.save):
-            if file is None:
-                continue
-            try:
-                if self.conversation.empty:
-                    file.remove()
-                else:
-                    file.save(self.conversation)
-            except KtrtError as error:
-                if not self.terminal.interactive:
-                    raise
-                if str(error) not in self._reported:
-                    self._reported.add(str(error))
-                    self.terminal.error(str(error))
+        with shielded():
+            for file in (self.keeping.autosave, self.keeping.save):
+                if file is not None:
+                    self._save_in(file)
+
+    def _save_in(self, file: ConversationFile) -> None:
+        try:
+            if self.conversation.empty:
+                file.remove()
+            else:
+                file.save(self.conversation)
+        except KtrtError as error:
+            if not self.terminal.interactive:
+                raise
+            if str(error) not in self._reported:
+                self._reported.add(str(error))
+                self.terminal.error(str(error))
+
+    def save_as(self, path: Path) -> None:
+        """Writes the conversation to ``path``, too. ``KtrtError``: it holds something else."""
+        kept = self.keeping.save
+        if kept is not None and kept.path.resolve() == path.resolve():
+            kept.save(self.conversation)
+            return
+        if path.exists():
+            read_conversation(path)  # another file is not to be lost
+        ConversationFile(path).save(self.conversation)
+
+    def load(self, path: Path) -> None:
+        """Goes on with the conversation saved in ``path``. The one before stays where it is saved:
+        ``--save`` ends with a note, unless it names this file. ``KtrtError``."""
+        self.use(read_conversation(path))
+        kept = self.keeping.save
+        if kept is not None and kept.path.resolve() == path.resolve():
+            self.keeping.save = ConversationFile(path)
+        elif kept is not None and kept.path.exists():
+            self.keeping.save = None
+            self.terminal.note(
+                f"{kept.path} keeps the conversation before and is not written any more; "
+                "/save FILE saves this one."
+            )
+        if self.keeping.autosave is not None:
+            self.start_autosave()
+        self.save()
 
     def start_autosave(self) -> None:
         """Saves in a new file from now on, so that what was said before stays in the old one."""

@@ -1,5 +1,6 @@
 """The terminal: everything the chat reads and prints."""
 
+import errno
 import io
 import os
 import shutil
@@ -11,9 +12,14 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Self, TextIO
+from typing import TYPE_CHECKING, BinaryIO, Self, TextIO
 
 from ktrt.errors import KtrtError
+from ktrt.signals import Terminated
+from ktrt.streams import abandon, finish, open_standard_streams
+
+if TYPE_CHECKING:
+    from ktrt.keyboard import Keyboard
 
 PROMPT = "User: "
 REPLY = "Assistant: "
@@ -49,26 +55,53 @@ class Terminal:
         # Signals of Ctrl-C while an answer is made; None elsewhere.
         self._stops: list[int] | None = None
         self._progress = _Progress(stderr)
+        self._keyboard: Keyboard | None = None
+        self._closed: frozenset[str] = frozenset()
 
     @classmethod
     def standard(cls) -> Self:
         """The process's own streams; interactive if a person sits at both ends."""
-        for stream in (sys.stdin, sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(encoding="utf-8", errors="replace")
+        closed = open_standard_streams()
         interactive = sys.stdin.isatty() and sys.stdout.isatty()
-        return cls(sys.stdin.buffer, sys.stdout, sys.stderr, interactive=interactive)
+        terminal = cls(sys.stdin.buffer, sys.stdout, sys.stderr, interactive=interactive)
+        terminal._closed = closed
+        return terminal
+
+    def require(self, *, stdin: bool) -> None:
+        """``KtrtError``: standard output is closed, or standard input, where ``stdin`` is read."""
+        if "stdout" in self._closed:
+            raise KtrtError(
+                "standard output is closed, answers have no place; >/dev/null drops them"
+            )
+        if stdin and "stdin" in self._closed:
+            raise KtrtError("standard input is closed; pipe messages in, or give one with -p")
 
     def use_script(self) -> None:
         """From now on: no editor, and nothing but answers on ``stdout``."""
         self.interactive = False
         self.scripted = True
 
+    @contextmanager
+    def attended(self, is_command: Callable[[str], bool]) -> Iterator[None]:
+        """Interactive: within the block the keyboard is the chat's. What is typed or pasted between
+        prompts waits for the next one, no text for which ``is_command`` is sent without the user,
+        and nothing reaches the shell afterwards."""
+        if not self.interactive:
+            yield
+            return
+        from ktrt.keyboard import Keyboard
+
+        keyboard = Keyboard(sys.stdin, sys.stdout, marks=_styled(), is_command=is_command)
+        with keyboard.held() as self._keyboard:
+            yield
+
     def use_editor(self, history: Path | None, complete: Callable[[str], Iterable[str]]) -> None:
-        """Lets the user edit lines; ``history``: the file that keeps them (None: none)."""
+        """Lets the user edit lines, within ``attended``; ``history``: the file that keeps them
+        (None: none)."""
         from ktrt.editor import Editor
 
-        self._read_line = Editor(PROMPT, history, complete).read
+        if self._keyboard is not None:
+            self._read_line = Editor(PROMPT, self._keyboard, history, complete).read
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
@@ -77,7 +110,7 @@ class Terminal:
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            signal.signal(signal.SIGINT, before or signal.SIG_DFL)
 
     def read(self) -> str | None:
         """What the user entered; None at the end: Ctrl-D, Ctrl-C twice, or no more lines.
@@ -101,8 +134,11 @@ class Terminal:
                 return text
 
     def read_all(self) -> bytes:
-        """What is left of ``stdin``."""
-        return self._stdin.read()
+        """What is left of ``stdin``. ``KtrtError``: it cannot be read."""
+        try:
+            return self._stdin.read()
+        except OSError as error:
+            raise _unreadable(error) from error
 
     def answer(self, pieces: Iterable[str], prefix: str = REPLY) -> str:
         """Prints an answer piece by piece and returns it.
@@ -164,14 +200,15 @@ class Terminal:
     def status(self, text: str) -> None:
         """A quiet line for a person; nothing elsewhere."""
         if self.interactive:
-            self.note(f"\x1b[2m{text}\x1b[0m" if _styled() else text)
+            text = text.translate(_HARMLESS)
+            self._write(f"\x1b[2m{text}\x1b[0m\n" if _styled() else f"{text}\n")
 
     def note(self, text: str) -> None:
         """A line that is no answer."""
         if self.scripted:
-            print(text, file=self.stderr, flush=True)
+            self._complain(f"{text}\n")
         else:
-            self._write(f"{text}\n")
+            self._write(f"{text.translate(_HARMLESS) if self.interactive else text}\n")
 
     def record(self, text: str) -> None:
         """A line for the program that reads ``stdout``."""
@@ -187,7 +224,10 @@ class Terminal:
         for heading, _ in (left, right):
             table.add_column(Text(heading), ratio=1, overflow="fold")
         table.add_row(*(Text(text.translate(_HARMLESS)) for _, text in (left, right)))
-        Console(file=self._stdout, width=self.width, highlight=False).print(table)
+        drawn = io.StringIO()
+        terminal = self._stdout.isatty()
+        Console(file=drawn, width=self.width, highlight=False, force_terminal=terminal).print(table)
+        self._write(drawn.getvalue())
 
     @property
     def width(self) -> int:
@@ -196,17 +236,39 @@ class Terminal:
 
     def error(self, message: str, trace: BaseException | None = None) -> None:
         """A failure, after the traceback of ``trace`` if that is given."""
-        if trace is not None:
-            traceback.print_exception(trace, file=self.stderr)
-        print(f"error: {message}", file=self.stderr, flush=True)
+        shown = "" if trace is None else "".join(traceback.format_exception(trace))
+        shown += f"error: {message}\n"
+        self._complain(shown.translate(_HARMLESS) if self.interactive else shown)
 
     def abandon_output(self) -> None:
         """After a broken pipe: keeps the interpreter from complaining when it flushes at exit."""
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stdout.fileno())
+        abandon(self._stdout)
+
+    def finish(self) -> None:
+        """Flushes what was printed; nothing of it is worth a failure at exit."""
+        finish(self._stdout, self.stderr)
 
     def _write(self, text: str) -> None:
-        self._stdout.write(text)
-        self._stdout.flush()
+        """``BrokenPipeError``; ``Terminated``: the user's terminal has gone; ``KtrtError``: the
+        disk is full, or the like."""
+        try:
+            self._stdout.write(text)
+            self._stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            abandon(self._stdout)
+            if self.interactive and error.errno == errno.EIO:
+                raise Terminated(signal.SIGHUP) from error
+            raise KtrtError(f"standard output cannot be written: {error.strerror}") from error
+
+    def _complain(self, text: str) -> None:
+        """On standard error; if that fails, there is nobody to tell."""
+        try:
+            self.stderr.write(text)
+            self.stderr.flush()
+        except OSError:
+            abandon(self.stderr)
 
 
 class _Progress:
@@ -233,16 +295,21 @@ class _Progress:
             return
         # One column less than there are: a full line would wrap, and half of it stay.
         text = text[: max(0, shutil.get_terminal_size().columns - 1)]
-        self._stream.write(f"{_CLEAR_LINE}\x1b[2m{text}\x1b[0m")
-        self._stream.flush()
+        self._draw(f"{_CLEAR_LINE}\x1b[2m{text}\x1b[0m")
         self._shown = True
 
     def clear(self) -> None:
         if self._shown:
             self._shown = False
-            self._stream.write(_CLEAR_LINE)
-            self._stream.flush()
+            self._draw(_CLEAR_LINE)
             self._restore()
+
+    def _draw(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError:
+            abandon(self._stream)
 
 
 def _styled() -> bool:
@@ -267,6 +334,9 @@ def _noted_interrupts() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield noted
         return
+    if signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None):
+        yield noted  # as the parent wants it, for a job in the background
+        return
     before = signal.signal(signal.SIGINT, note)
     try:
         yield noted
@@ -279,7 +349,10 @@ def _line_reader(stdin: BinaryIO) -> Callable[[], str]:
 
     def read() -> str:
         nonlocal number
-        line = stdin.readline()
+        try:
+            line = stdin.readline()
+        except OSError as error:
+            raise _unreadable(error) from error
         if not line:
             raise EOFError
         number += 1
@@ -292,3 +365,7 @@ def _line_reader(stdin: BinaryIO) -> Callable[[], str]:
             ) from error
 
     return read
+
+
+def _unreadable(error: OSError) -> KtrtError:
+    return KtrtError(f"standard input cannot be read: {error.strerror}")

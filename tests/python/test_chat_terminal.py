@@ -1,12 +1,17 @@
 """Tests of python -m ktrt.chat in a real terminal (a pty), over a session that echoes."""
 
+import os
 import signal
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pexpect
 import pytest
 from helpers.chat_process import ALT_ENTER, TAB, UP, ChatProcess, paste
+
+from ktrt.conversation import Conversation, read_conversation, write_conversation
 
 
 @pytest.fixture
@@ -235,6 +240,245 @@ class TestResuming:
             seen = again.prompt()
         assert ("a0" in seen) != ("b0" in seen)
         assert len(list((state / "ktrt" / "conversations").iterdir())) == 3
+
+
+@pytest.fixture
+def told(tmp_path: Path) -> Path:
+    """A conversation of two turns; the second one's message is answered for ever when retried."""
+    conversation = Conversation()
+    conversation.add("a", "b")
+    conversation.add("slow", "the old answer")
+    write_conversation(tmp_path / "told.json", conversation)
+    return tmp_path / "told.json"
+
+
+def turns(path: Path) -> list[str]:
+    return [turn["content"] for turn in read_conversation(path).turns]
+
+
+OLD = ["a", "b", "slow", "the old answer"]
+
+
+class TestRetrying:
+    """The old answer stays until the new one is complete."""
+
+    @pytest.fixture
+    def chat(self, config: str, state: Path, told: Path) -> Iterator[ChatProcess]:
+        with ChatProcess(config, "--resume", str(told), "--save", str(told), state=state) as chat:
+            chat.prompt()
+            chat.say("/retry")
+            chat.sees("Assistant: 0 1 2")
+            yield chat
+
+    def test_killed(self, chat: ChatProcess, told: Path) -> None:
+        chat.child.kill(signal.SIGKILL)
+        chat.child.expect(pexpect.EOF)
+        assert turns(told) == OLD
+
+    def test_ctrl_c(self, chat: ChatProcess, told: Path) -> None:
+        chat.interrupt()
+        assert "Stopped: nothing was kept; the answer before stays." in chat.prompt()
+        chat.say("history")
+        chat.sees("user: slow | assistant: the old answer")
+        chat.prompt()
+        assert turns(told)[:4] == OLD
+
+    def test_terminated(self, chat: ChatProcess, told: Path) -> None:
+        chat.child.kill(signal.SIGTERM)
+        assert chat.leaves() == 143
+        assert turns(told) == OLD
+
+
+class TestTypingAhead:
+    """What arrives while the chat is busy waits for the next prompt and runs nothing."""
+
+    def test_a_paste_is_one_message(self, chat: ChatProcess) -> None:
+        chat.say("slow")
+        chat.sees("0 1 2")
+        chat.keys(paste("one\n/exit\rexit\r\nlast") + "\x1b[D")
+        chat.interrupt()
+        chat.prompt()
+        chat.sees("las")
+        chat.say("")
+        chat.sees("Assistant: one\r\n/exit\r\nexit\r\nlast one\r\n")
+        chat.prompt()
+
+    def test_a_paste_in_two_pieces(self, chat: ChatProcess) -> None:
+        """The first of them before the prompt, the second one in it; and the other way round."""
+        chat.say("slow")
+        chat.sees("0 1 2")
+        chat.keys("\x1b[200~one\n/ex")
+        chat.sees("5 6 ")
+        chat.child.kill(signal.SIGINT)  # a pressed Ctrl-C would end the paste
+        chat.prompt()
+        chat.keys("it\rtwo\x1b[201~")
+        chat.say("")
+        chat.sees("Assistant: one\r\n/exit\r\ntwo one\r\n")
+        chat.prompt()
+        chat.keys("slow\r\x1b[200~three\n")
+        chat.sees("0 1 2")
+        chat.keys("/exit\x1b[201~!")
+        chat.child.kill(signal.SIGINT)
+        chat.prompt()
+        chat.say("")
+        chat.sees("Assistant: three\r\n/exit! ")
+        chat.prompt()
+
+    def test_a_paste_and_enter_is_sent(self, chat: ChatProcess) -> None:
+        chat.say("slow")
+        chat.sees("0 1 2")
+        chat.keys("see: " + paste("one\n/exit\n") + "\r")
+        chat.interrupt()
+        chat.sees("Assistant: see: one\r\n/exit see: one\r\n/exit\r\n")
+        chat.prompt()
+
+    @pytest.mark.parametrize("command", ["/exit", "exit", "/clear", "clear"])
+    def test_a_command_waits_for_the_user(self, chat: ChatProcess, command: str) -> None:
+        chat.say("slow")
+        chat.sees("0 1 2")
+        chat.keys(paste(command) + "\r")
+        chat.interrupt()
+        chat.prompt()
+        chat.say(" is what I pasted")
+        if command[0] == "/":
+            chat.sees(f"error: {command} stands alone, found 'is what I pasted' after it")
+        else:
+            chat.sees(f"Assistant: {command} is what I pasted")
+        chat.prompt()
+
+    def test_lines_without_marks(self, chat: ChatProcess) -> None:
+        """Of a terminal that does not mark what is pasted; \x0f would send a line, too."""
+        chat.say("/compare slow")
+        chat.sees("base model: ")
+        chat.keys("one\r/exit\r\x0f\x00\x1b[Atwo\tx\x7fy\r")
+        chat.interrupt()
+        chat.prompt()
+        chat.say("!")
+        chat.sees("Assistant: one\r\n/exit\r\ntwo\ty! ")
+        chat.prompt()
+
+    def test_behind_the_enter_that_sent_a_message(self, chat: ChatProcess) -> None:
+        chat.keys("a\rb\r/exit\rc\r")
+        chat.sees("Assistant: a a\r\n")
+        chat.prompt()
+        chat.say("!")
+        chat.sees("Assistant: b\r\n/exit\r\nc! ")
+        chat.prompt()
+
+    def test_while_the_model_is_loaded(self, config: str, tmp_path: Path, state: Path) -> None:
+        with ChatProcess(config, "seed=14", state=state) as chat:
+            chat.sees("\x1b[?2004h")
+            chat.sees("Loading")
+            chat.keys(paste("one\nexit\n") + "\r")
+            (tmp_path / "model" / "loaded").touch()
+            chat.sees("Assistant: one\r\nexit one")
+            chat.prompt()
+
+    def test_ctrl_d_leaves_after_the_answer(self, config: str, tmp_path: Path, state: Path) -> None:
+        with ChatProcess(config, "seed=14", state=state) as chat:
+            chat.sees("Loading")
+            chat.keys(paste("one") + "\r\x04")
+            (tmp_path / "model" / "loaded").touch()
+            chat.prompt()
+            chat.say("")
+            chat.sees("Assistant: one one\r\n")
+            chat.prompt()
+            chat.say("prefill")
+            chat.sees("reading the prompt")
+            chat.keys("\x04")
+            chat.interrupt()
+            assert chat.leaves() == 0
+        assert turns(last(state)) == ["one", "one one"]
+
+    def test_a_paste_without_its_end(self, chat: ChatProcess) -> None:
+        """Ctrl-C alone still works; one that arrives with other keys is part of the paste."""
+        chat.say("slow")
+        chat.sees("0 1 2")
+        chat.keys("\x1b[200~lost")
+        for _ in range(10):
+            chat.interrupt()
+            if chat.child.expect(["stopped by you", pexpect.TIMEOUT], timeout=1) == 0:
+                break
+        chat.prompt()
+        chat.say("")
+        chat.sees("Assistant: lost")
+        chat.prompt()
+
+    def test_control_characters_are_shown_and_do_nothing(self, chat: ChatProcess) -> None:
+        chat.say("slow")
+        chat.sees("0 1 2")
+        chat.keys(paste("a\x00\x03\x04\x1a\x1c\x1b]0;title\x07\x1b[2Jb"))
+        chat.interrupt()
+        chat.prompt()
+        chat.say("")
+        chat.sees("Assistant: ")
+        chat.prompt()
+        chat.say("/undo")
+        chat.sees("Removed: a\ufffd\ufffd\ufffd\ufffd \ufffd]0;title\ufffd\ufffd[2Jb")
+        chat.prompt()
+
+
+def last(state: Path) -> Path:
+    (path,) = (state / "ktrt" / "conversations").iterdir()
+    return path
+
+
+class TestLeaving:
+    def test_nothing_reaches_the_shell(self, config: str, state: Path) -> None:
+        then = 'read -r line; echo "[$line]"'
+        with ChatProcess(config, state=state, then=then) as chat:
+            before = chat.modes
+            chat.prompt()
+            assert chat.modes != before
+            chat.keys("exit\rrm -r left\r")
+            chat.keys(paste("rm -r right\n"))
+            chat.sees("\x1b[?2004l")
+            while chat.modes != before:
+                time.sleep(0.01)
+            chat.keys("clean\r")
+            chat.sees("[clean]")
+
+    @pytest.mark.parametrize(
+        ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=["term", "hup"]
+    )
+    def test_signals_keep_what_was_said(
+        self, chat: ChatProcess, state: Path, number: signal.Signals, code: int
+    ) -> None:
+        chat.say("slow")
+        chat.sees("Assistant: 0 1 2")
+        chat.child.kill(number)
+        chat.sees("\x1b[?2004l")
+        assert chat.leaves() == code
+        assert turns(last(state))[1].startswith("0 1 2")
+
+    def test_a_signal_at_the_prompt(self, chat: ChatProcess) -> None:
+        chat.keys("half a message")
+        chat.sees("message")
+        chat.child.kill(signal.SIGTERM)
+        chat.sees("\x1b[?2004l")
+        assert chat.leaves() == 143
+        assert "Traceback" not in chat.child.before
+
+    def test_the_terminal_goes_away(self, chat: ChatProcess, state: Path) -> None:
+        chat.say("slow")
+        chat.sees("Assistant: 0 1 2")
+        assert chat.hangs_up() == 129
+        assert turns(last(state))[1].startswith("0 1 2")
+
+    def test_modes_after_a_signal(self, config: str, state: Path) -> None:
+        with ChatProcess(config, state=state, then="echo left; sleep 60") as chat:
+            before = chat.modes
+            chat.prompt()
+            chat.say("slow")
+            chat.sees("Assistant: 0 1 2")
+            for pid in children(chat.child.pid):
+                os.kill(pid, signal.SIGTERM)
+            chat.sees("left")
+            assert chat.modes == before
+
+
+def children(pid: int) -> list[int]:
+    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_without_a_place_for_state(config: str, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 import os
 import re
+import shlex
 import sys
+import termios
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,11 +31,22 @@ def paste(text: str) -> str:
 class ChatProcess:
     """A chat at a terminal of 24 lines and 100 columns."""
 
-    def __init__(self, *arguments: str, state: Path, fake: bool = True, seconds: int = 20) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        state: Path,
+        fake: bool = True,
+        seconds: int = 20,
+        then: str | None = None,
+    ) -> None:
+        """``then``: what a shell does in the same terminal afterwards."""
         start = [fake_chat.__file__] if fake else ["-m", "ktrt.chat"]
+        command = [sys.executable, *start, *arguments]
+        if then is not None:
+            command = ["bash", "-c", f"{shlex.join(command)}; {then}"]
         self.child: Any = pexpect.spawn(
-            sys.executable,
-            [*start, *arguments],
+            command[0],
+            command[1:],
             env=environment(TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1", XDG_STATE_HOME=str(state)),
             encoding="utf-8",
             timeout=seconds,
@@ -67,9 +80,8 @@ class ChatProcess:
     def prompt(self) -> str:
         """Waits for the next prompt, likewise."""
         # Keys draw `User: ` again, but only a new prompt asks the terminal to mark what is pasted.
-        before = self.sees("\x1b[?2004h")
-        self.sees("User: ")
-        return before
+        self.child.expect(r"\x1b\[\?2004h[^\n]*?User: ")
+        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.child.before)
 
     def interrupt(self) -> None:
         """Presses Ctrl-C."""
@@ -80,3 +92,17 @@ class ChatProcess:
         self.child.expect(pexpect.EOF)
         self.child.close()
         return int(self.child.exitstatus)
+
+    def hangs_up(self) -> int:
+        """Takes the terminal away; returns the exit code."""
+        os.close(self.child.child_fd)
+        self.child.ptyproc.closed = self.child.ptyproc.terminated = True
+        self.child.closed = self.child.terminated = True
+        self.child.ptyproc.fd = self.child.child_fd = -1
+        _, status = os.waitpid(self.child.pid, 0)
+        return os.waitstatus_to_exitcode(status)
+
+    @property
+    def modes(self) -> list[Any]:
+        """The terminal's, as stty shows them."""
+        return termios.tcgetattr(self.child.child_fd)

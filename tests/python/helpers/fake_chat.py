@@ -3,13 +3,15 @@
 Besides echoing, it understands: ``slow`` streams for ever, ``prefill`` reads its prompt for ever,
 ``stuck`` does not come back by itself, ``fail`` fails in the middle of an answer, ``bug`` fails as
 only a defect does, ``silence`` says nothing, ``history`` tells the messages it was given,
-``settings`` tells the sampling arguments.
+``settings`` tells the sampling arguments. With ``seed=13`` it does not load, with ``seed=14`` it
+loads until there is a file ``loaded`` in the model's folder.
 """
 
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
 
@@ -158,6 +160,10 @@ def open_session(config: Config) -> Any:
     """The stand-in for ktrt.api.open_session."""
     if config.sampling.seed == 13:
         raise KtrtError("no such luck")
+    if config.sampling.seed == 14:
+        print("Loading", flush=True)
+        while not (Path(config.model.model_name_or_path) / "loaded").exists():
+            time.sleep(0.02)
     return EchoSession("persona", "pirate")
 
 

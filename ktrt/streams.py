@@ -1,0 +1,63 @@
+"""The process's standard streams: open whatever the shell closed, in UTF-8, quiet at the end."""
+
+import io
+import os
+import sys
+from contextlib import suppress
+from typing import Any
+
+_NAMES = ("stdin", "stdout", "stderr")
+
+
+def open_standard_streams() -> frozenset[str]:
+    """Opens closed standard streams on /dev/null and returns their names.
+
+    The next file to be opened would get the number of a closed one, and what is printed would be
+    written into it.
+    """
+    closed = set()
+    for number, name in enumerate(_NAMES):
+        if getattr(sys, name) is None or not _is_open(number):
+            closed.add(name)
+            _open_null(number)
+            mode = "w" if number else "r"
+            stream = open(number, mode, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    return frozenset(closed)
+
+
+def abandon(stream: Any) -> None:
+    """Sends what is still written to ``stream`` to /dev/null: its reader has gone or its disk is
+    full, and Python would complain when it flushes at exit."""
+    with suppress(OSError, ValueError):
+        number = stream.fileno()
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, number)
+        os.close(null)
+
+
+def finish(*streams: Any) -> None:
+    """Flushes, and abandons a stream that cannot be."""
+    for stream in streams:
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            abandon(stream)
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
+
+
+def _open_null(number: int) -> None:
+    null = os.open(os.devnull, os.O_RDONLY if number == 0 else os.O_WRONLY)
+    if null != number:
+        os.dup2(null, number)
+        os.close(null)
