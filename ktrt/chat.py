@@ -5,6 +5,7 @@ import functools
 import gc
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from ktrt.conversation import (
     Conversation,
     ConversationFile,
     decode_text,
+    exists,
     expanded,
     last_conversation,
     read_conversation,
@@ -175,7 +177,7 @@ def _prepare(args: argparse.Namespace, terminal: Terminal) -> _Start:
         start.notes.append(f"Files for the next message: {', '.join(start.files)}")
     if args.save is not None:
         path = expanded(args.save)
-        if path.exists() and not _same(path, resumed) and not read_conversation(path).empty:
+        if exists(path) and not _same(path, resumed) and not read_conversation(path).empty:
             raise KtrtError(
                 f"--save: {path} holds another conversation; go on with it by --resume {path}, or "
                 "name a new file"
@@ -187,7 +189,7 @@ def _prepare(args: argparse.Namespace, terminal: Terminal) -> _Start:
 
 
 def _same(path: Path, other: Path | None) -> bool:
-    return other is not None and path.resolve() == other.resolve()
+    return other is not None and os.path.realpath(path) == os.path.realpath(other)
 
 
 def _full(path: Path) -> str:

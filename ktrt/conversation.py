@@ -76,7 +76,7 @@ class ConversationFile:
     def __init__(self, path: Path) -> None:
         """Takes an absent file, or a conversation that the caller has read from it; removes what
         killed processes left beside it."""
-        remove_stale(path.resolve())
+        remove_stale(Path(os.path.realpath(path)))
         self.path = path
         self._seen = _identity(path)
 
@@ -127,6 +127,14 @@ def _home() -> Path:
     return home
 
 
+def exists(path: Path) -> bool:
+    """Whether something is at ``path``. ``KtrtError``: nobody may look, or a loop of links."""
+    try:
+        return _identity_or_error(path) is not None
+    except OSError as error:
+        raise KtrtError(f"cannot read {path}: {error.strerror}") from error
+
+
 def expanded(path: str) -> Path:
     """``path`` with a leading ~ replaced. ``KtrtError``: there is no such home."""
     try:
@@ -169,10 +177,17 @@ def _newest_first(folder: Path) -> list[Path]:
 
 
 def _identity(path: Path) -> tuple[int, int, int] | None:
-    """What changes when a file is written anew; None without one."""
+    """What changes when a file is written anew; None without one that can be seen."""
+    try:
+        return _identity_or_error(path)
+    except OSError:
+        return None
+
+
+def _identity_or_error(path: Path) -> tuple[int, int, int] | None:
     try:
         found = path.stat()
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return found.st_mtime_ns, found.st_ino, found.st_size
 
@@ -182,17 +197,16 @@ def write_conversation(path: Path, conversation: Conversation) -> None:
     written; what was there is then as before."""
     content = {"format": FORMAT} | asdict(conversation)
     data = json.dumps(content, ensure_ascii=False, indent=1).encode("utf-8", "replace")
+    path = Path(os.path.realpath(path))
     try:
-        path = path.resolve()
         with temporary_file(path) as (descriptor, temporary):
             with os.fdopen(descriptor, "wb", closefd=False) as file:
                 file.write(data + b"\n")
             os.fsync(descriptor)
             temporary.replace(path)
         _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise KtrtError(f"{path}: cannot save the conversation: {reason}") from error
+    except OSError as error:
+        raise KtrtError(f"{path}: cannot save the conversation: {error.strerror}") from error
 
 
 def _sync_folder(folder: Path) -> None:
@@ -209,7 +223,9 @@ def read_conversation(path: Path) -> Conversation:
     """The conversation saved in ``path``. ``KtrtError`` names the file, and what is wrong in it."""
     text = read_text(path, _MAX_BYTES)
     try:
-        content = json.loads(text)
+        # Half of a surrogate pair, escaped, is a character of no file and no tokenizer.
+        plain = json.dumps(json.loads(text), ensure_ascii=False).encode("utf-8", "replace")
+        content = json.loads(plain)
     except (ValueError, RecursionError) as error:
         raise KtrtError(f"{path}: not a saved conversation: {error}") from error
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
@@ -259,7 +275,7 @@ class _Checked:
         return Conversation(
             system=self._value("system", str, None),
             turns=self._turns(),
-            unanswered=self._value("unanswered", str, None),
+            unanswered=self._unanswered(),
             settings=self._value("settings", dict, {}),
             thinking=self._value("thinking", bool, None),
             model=self._value("model", str, ""),
@@ -273,6 +289,12 @@ class _Checked:
                 return None
             raise self._wrong(key, f"expected {kind.__name__}, found {value!r:.80}")
         return value
+
+    def _unanswered(self) -> str | None:
+        text: str | None = self._value("unanswered", str, None)
+        if text is not None and not text.strip():
+            raise self._wrong("unanswered", "expected text that is not empty")
+        return text
 
     def _turns(self) -> list[Turn]:
         turns = self._value("turns", list, [])

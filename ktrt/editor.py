@@ -58,7 +58,9 @@ def printable(text: str) -> str:
 
 
 class _History(FileHistory):
-    """A history that several chats append to, and that fails with a warning."""
+    """A history that several chats append to, and that fails with one warning."""
+
+    _failed = False
 
     def load_history_strings(self) -> Iterable[str]:
         try:
@@ -70,7 +72,9 @@ class _History(FileHistory):
         try:
             super().store_string(printable(string))
         except OSError as error:
-            _log.warning("%s: the history cannot be written: %s", self.filename, error.strerror)
+            if not self._failed:
+                self._failed = True
+                _log.warning("%s: the history cannot be written: %s", self.filename, error.strerror)
 
 
 def _open_history(path: Path | None) -> History:

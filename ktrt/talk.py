@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from ktrt.config import SamplingArgs, override_sampling
 from ktrt.conversation import (
     Conversation,
     ConversationFile,
+    exists,
     new_autosave,
     read_conversation,
     read_text,
@@ -297,10 +299,10 @@ class Talk:
     def save_as(self, path: Path) -> None:
         """Writes the conversation to ``path``, too. ``KtrtError``: it holds something else."""
         kept = self.keeping.save
-        if kept is not None and kept.path.resolve() == path.resolve():
+        if kept is not None and _same(kept.path, path):
             kept.save(self.conversation)
             return
-        if path.exists():
+        if exists(path):
             read_conversation(path)  # another file is not to be lost
         ConversationFile(path).save(self.conversation)
 
@@ -309,9 +311,9 @@ class Talk:
         ``--save`` ends with a note, unless it names this file. ``KtrtError``."""
         self.use(read_conversation(path))
         kept = self.keeping.save
-        if kept is not None and kept.path.resolve() == path.resolve():
-            self.keeping.save = ConversationFile(path)
-        elif kept is not None and kept.path.exists():
+        if kept is not None and _same(kept.path, path):
+            self.keeping.save = ConversationFile(kept.path)
+        elif kept is not None and exists(kept.path):
             self.keeping.save = None
             self.terminal.note(
                 f"{kept.path} keeps the conversation before and is not written any more; "
@@ -328,6 +330,10 @@ class Talk:
         except KtrtError as error:
             self.keeping.autosave = None
             self.terminal.error(f"{error}; --resume will not find this conversation")
+
+
+def _same(path: Path, other: Path) -> bool:
+    return os.path.realpath(path) == os.path.realpath(other)
 
 
 def with_files(text: str, files: Mapping[str, str]) -> str:

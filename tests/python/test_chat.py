@@ -4,6 +4,7 @@ test_chat_terminal."""
 import io
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -376,6 +377,66 @@ class TestProcess:
         )
         assert done.stdout == b"Assistant: 0 0\n141\n"
         assert done.stderr == b""
+
+    @pytest.mark.parametrize(
+        ("redirections", "code", "message"),
+        [
+            ("<&-", 2, "error: standard input is closed; "),
+            ("-p a <&-", 0, ""),
+            ("-p a --file - <&-", 2, "error: standard input is closed; "),
+            ("-p a >&-", 2, "error: standard output is closed, "),
+            ("-p a <&- >&-", 2, "error: standard output is closed, "),
+            ("-p a --json >/dev/full", 2, "error: standard output cannot be written: No space"),
+            ("0>written", 2, "error: standard input cannot be read: Bad file descriptor"),
+            ("-p a 2>&-", 0, ""),
+            ("-p a 2>/dev/full", 0, ""),
+            ("-p fail 2>/dev/full", 2, ""),
+            ("<&- >&- 2>&-", 2, ""),
+            ("-p a --save kept.json <&- 2>&-", 0, ""),
+        ],
+    )
+    def test_streams_that_are_closed_or_full(
+        self, config: str, tmp_path: Path, redirections: str, code: int, message: str
+    ) -> None:
+        command = f"'{sys.executable}' '{FAKE}' '{config}' {redirections}"
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path, env=environment(), input=b"",
+            capture_output=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr
+        assert done.stderr.decode().startswith(message)
+        assert done.stderr.count(b"\n") == int(bool(message))
+        assert done.stdout == (b"a a\n" if code == 0 else b"half an \n" * ("fail" in redirections))
+        if "--save" in redirections:
+            assert len(read_conversation(tmp_path / "kept.json").turns) == 2
+
+    def test_terminated_in_a_pipe(self, config: str, tmp_path: Path) -> None:
+        command = [sys.executable, str(FAKE), config, "-p", "slow", "--save", "kept.json"]
+        with subprocess.Popen(
+            command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as child:
+            assert child.stdout is not None
+            assert child.stdout.read(5) == b"0 1 2"
+            child.terminate()
+            _, err = child.communicate(timeout=60)
+        assert (child.returncode, err) == (143, b"")
+        assert read_conversation(tmp_path / "kept.json").turns[1]["content"].startswith("0 1 2")
+
+    def test_hang_ups_that_the_parent_ignores(self, config: str, tmp_path: Path) -> None:
+        """As nohup does."""
+        command = f"trap '' HUP; '{sys.executable}' '{FAKE}' '{config}'"
+        with subprocess.Popen(
+            ["bash", "-c", f"{command}; exit $?"], env=environment(), stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, start_new_session=True,
+        ) as child:  # fmt: skip
+            assert child.stdin is not None
+            assert child.stdout is not None
+            child.stdin.write(b"a\n")
+            child.stdin.flush()
+            assert child.stdout.readline() == b"Assistant: a a\n"
+            os.killpg(child.pid, signal.SIGHUP)
+            out, _ = child.communicate(b"b\n", timeout=60)
+        assert (child.returncode, out) == (0, b"Assistant: b b\n")
 
     def test_help_is_fast_and_says_what_there_is(self) -> None:
         start = time.perf_counter()

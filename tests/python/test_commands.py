@@ -1,13 +1,15 @@
 """Tests of the chat's commands, over a session that echoes."""
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.fake_chat import EchoSession
 
 from ktrt.commands import COMMANDS, Leave, completions, run_line
-from ktrt.conversation import Conversation, new_autosave, read_conversation
+from ktrt.conversation import Conversation, ConversationFile, new_autosave, read_conversation
 from ktrt.errors import ConfigError, KtrtError
 from ktrt.talk import Keeping, Talk, with_files
 from ktrt.terminal import Terminal
@@ -107,6 +109,43 @@ class TestHistory:
                     chat.say("/retry")
             assert chat.turns == [name, "the old answer"]
             assert chat.talk.conversation.unanswered is None
+
+    def test_retry_keeps_the_old_answer_on_disk_meanwhile(self, chat: Chat) -> None:
+        file = new_autosave()
+        chat.talk.keeping = Keeping(autosave=file)
+        chat.talk.conversation.add("a", "b")
+        chat.talk.conversation.add("c", "the old answer")
+        chat.talk.save()
+        seen = []
+        stream = chat.session.stream_responses
+
+        def spy(messages: Any, **others: Any) -> Iterator[Any]:
+            assert [each["content"] for each in messages] == ["a", "b", "c"]
+            for response in stream(messages, **others):
+                seen.append(read_conversation(file.path))
+                yield response
+
+        chat.session.stream_responses = spy  # type: ignore[method-assign]
+        chat.say("/retry")
+        assert [each.turns[-1]["content"] for each in seen] == ["the old answer"] * 4
+        assert read_conversation(file.path).turns[-1]["content"] == "c c"
+        assert chat.turns == ["a", "b", "c", "c c"]
+
+    def test_retry_again_after_turns_were_left_out(self) -> None:
+        chat = Chat(context_limit=200)
+        chat.say("/set max_new_tokens 40")
+        for number in range(6):
+            chat.say(f"{number}" * 10)
+        assert chat.say("/retry").startswith("Assistant: 5555555555 5555555555")
+        assert len(chat.turns) == 12
+
+    @pytest.mark.parametrize("name", [key for key, each in COMMANDS.items() if each.alone])
+    def test_a_text_that_begins_with_a_command(self, chat: Chat, name: str) -> None:
+        """A pasted one, most likely: nothing is done, and nothing of it is dropped."""
+        chat.say("a")
+        with pytest.raises(KtrtError, match=f"/{name} stands alone, found 'and more' after it"):
+            chat.say(f"/{name}\nand more")
+        assert chat.turns == ["a", "a a"]
 
     def test_a_failed_message_waits(self, chat: Chat) -> None:
         chat.say("a")
@@ -272,6 +311,29 @@ class TestFiles:
         chat.say("/load told.json")
         second = chat.talk.keeping.autosave.path
         assert (len(read_conversation(first).turns), len(read_conversation(second).turns)) == (4, 2)
+
+    def test_loading_does_not_overwrite_what_is_saved(self, chat: Chat, tmp_path: Path) -> None:
+        told, other = tmp_path / "told.json", tmp_path / "other.json"
+        chat.talk.keeping = Keeping(save=ConversationFile(told))
+        chat.say("a")
+        chat.say("/save other.json")
+        chat.say("b")
+        chat.say("/load told.json")  # the same file: saved there as before
+        chat.say("c")
+        assert len(read_conversation(told).turns) == 6
+        assert f"{told} keeps the conversation before" in chat.say("/load other.json")
+        chat.say("x")
+        assert len(read_conversation(told).turns) == 6
+        assert len(read_conversation(other).turns) == 2
+        assert chat.stderr.getvalue() == ""
+
+    def test_saving_where_it_is_saved_anyway(self, chat: Chat, tmp_path: Path) -> None:
+        chat.talk.keeping = Keeping(save=ConversationFile(tmp_path / "told.json"))
+        chat.say("a")
+        chat.say("/save told.json")
+        chat.say("b")
+        assert len(read_conversation(tmp_path / "told.json").turns) == 4
+        assert chat.stderr.getvalue() == ""
 
     def test_a_file_goes_with_one_message(self, chat: Chat, tmp_path: Path) -> None:
         (tmp_path / "a b.py").write_text("x = '```'\n", "utf-8")

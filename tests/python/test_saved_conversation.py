@@ -2,6 +2,7 @@
 
 import json
 import os
+import pwd
 import signal
 import stat
 import subprocess
@@ -16,6 +17,8 @@ from ktrt.conversation import (
     FORMAT,
     Conversation,
     ConversationFile,
+    exists,
+    expanded,
     last_conversation,
     new_autosave,
     read_conversation,
@@ -127,6 +130,7 @@ class TestFiles:
             ({"thinking": "yes"}, "thinking: expected bool, found 'yes'"),
             ({"system": 3}, "system: expected str, found 3"),
             ({"sistem": "a"}, "sistem: no such key"),
+            ({"unanswered": " "}, "unanswered: expected text that is not empty"),
         ],
     )
     def test_damage_is_named(self, tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -136,6 +140,11 @@ class TestFiles:
             read_conversation(path)
         assert str(caught.value).startswith(f"{path}: ")
         assert message in str(caught.value)
+
+    def test_half_a_character(self, tmp_path: Path) -> None:
+        content = json.dumps({"format": FORMAT, "unanswered": "\ud83d a \U0001f642"})
+        (tmp_path / "c.json").write_text(content, "utf-8")
+        assert read_conversation(tmp_path / "c.json").unanswered == "? a \U0001f642"
 
     @pytest.mark.parametrize("text", ["", "{", "[1]", "null", "[" * 100_000])
     def test_other_files_are_refused(self, tmp_path: Path, text: str) -> None:
@@ -213,6 +222,25 @@ class TestSharing:
         left = {int(each.stem) for each in (state / "conversations").iterdir()}
         assert left == set(range(6, 205))
 
+    def test_what_cannot_be_removed_is_one_error(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        file = ConversationFile(tmp_path / "c.json")
+        file.save(talked(("a", "b")))
+
+        def refuse(_path: Path, **_options: Any) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(Path, "unlink", refuse)
+        with pytest.raises(KtrtError, match=r"c\.json: cannot be removed: Permission denied"):
+            file.remove()
+
+    def test_a_loop_of_links(self, tmp_path: Path) -> None:
+        (tmp_path / "a").symlink_to(tmp_path / "a")
+        with pytest.raises(KtrtError, match="cannot read .*symbolic links"):
+            exists(tmp_path / "a")
+        assert not exists(tmp_path / "b" / "c")
+
     def test_nothing_to_resume(self) -> None:
         with pytest.raises(KtrtError, match="no conversation was saved"):
             last_conversation()
@@ -227,6 +255,23 @@ class TestStateDirectory:
         assert state_directory() == tmp_path / ".local" / "state" / "ktrt"
         monkeypatch.delenv("XDG_STATE_HOME")
         assert state_directory() == tmp_path / ".local" / "state" / "ktrt"
+
+    @pytest.mark.parametrize("home", ["", "relative", None])
+    def test_no_home(self, monkeypatch: pytest.MonkeyPatch, home: str | None) -> None:
+        def nobody(_: int) -> None:
+            raise KeyError("uid not found")
+
+        monkeypatch.delenv("XDG_STATE_HOME")
+        monkeypatch.setattr(pwd, "getpwuid", nobody)
+        if home is None:
+            monkeypatch.delenv("HOME")
+        else:
+            monkeypatch.setenv("HOME", home)
+        with pytest.raises(KtrtError, match="neither HOME nor XDG_STATE_HOME is set"):
+            state_directory()
+        if home is None:
+            with pytest.raises(KtrtError, match="~/x: "):
+                expanded("~/x")
 
     def test_no_place(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "file").touch()

@@ -97,7 +97,8 @@ def test_a_folder(tmp_path: Path) -> None:
 
 
 def test_found_stale_before_it_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lock, stolen = fcntl.flock, []
+    lock = fcntl.flock
+    stolen: list[Path] = []
 
     def late(descriptor: int, how: int) -> None:
         if not stolen:
