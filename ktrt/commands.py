@@ -129,16 +129,19 @@ def _retry(talk: Talk, _argument: str) -> None:
 
 
 def _undo(talk: Talk, _argument: str) -> None:
-    conversation = talk.conversation
-    if conversation.unanswered is not None:
-        removed, conversation.unanswered = conversation.unanswered, None
-    elif conversation.turns:
-        removed = conversation.turns[-2]["content"]
-        del conversation.turns[-2:]
-    else:
+    removed = talk.conversation.undo()
+    if removed is None:
         raise KtrtError("/undo: there is nothing to take back")
     talk.save()
     talk.terminal.note(f"Removed: {_short(removed)}")
+
+
+def _redo(talk: Talk, _argument: str) -> None:
+    again = talk.conversation.redo()
+    if again is None:
+        raise KtrtError("/redo: nothing was taken back since the last answer")
+    talk.save()
+    talk.terminal.note(f"Back again: {_short(again)}")
 
 
 def _clear(talk: Talk, _argument: str) -> None:
@@ -299,6 +302,8 @@ def describe(conversation: Conversation) -> str:
     text = _turns(conversation)
     if conversation.unanswered is not None:
         text += f", and a message without an answer ({_short(conversation.unanswered)})"
+    if conversation.undone:
+        text += f"; /redo brings back {_short(conversation.undone[0]['content'])}"
     return text
 
 
@@ -326,6 +331,7 @@ COMMANDS: dict[str, Command] = {
         alone=True,
     ),
     "undo": Command("/undo", "take the last message and its answer back", _undo, alone=True),
+    "redo": Command("/redo", "undo /undo, until another answer is complete", _redo, alone=True),
     "clear": Command("/clear, clear", "forget what was said", _clear, alone=True),
     "save": Command("/save [FILE]", "save the conversation", _save, True, _path_words),
     "load": Command("/load FILE", "go on with a saved conversation", _load, True, _path_words),

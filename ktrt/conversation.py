@@ -33,7 +33,8 @@ class Conversation:
     ``system`` None: the configured system prompt. ``turns``: messages of user and assistant in
     turn, the assistant's last. ``unanswered``: a message of the user without an answer yet.
     ``settings``: sampling arguments that replace the configured ones; ``thinking`` None: as
-    configured. ``model`` and ``adapter`` say with whom it was held.
+    configured. ``model`` and ``adapter`` say with whom it was held. ``undone``: turns that were
+    taken back and that no complete answer has replaced yet.
     """
 
     system: str | None = None
@@ -43,6 +44,7 @@ class Conversation:
     thinking: bool | None = None
     model: str = ""
     adapter: str = ""
+    undone: list[Turn] = field(default_factory=list)
 
     def messages(self, text: str, left_out: int = 0) -> list[Turn]:
         """As messages, without the oldest ``left_out`` turns, followed by ``text`` of the user."""
@@ -56,15 +58,37 @@ class Conversation:
             {"role": "assistant", "content": answer},
         ]
 
+    def undo(self) -> str | None:
+        """Takes the last message back, with its answer if it has one; returns it, None without."""
+        if self.unanswered is not None:
+            removed, self.unanswered = self.unanswered, None
+            return removed
+        if not self.turns:
+            return None
+        last = self.turns[-2:]
+        del self.turns[-2:]
+        self.undone[:0] = last
+        return last[0]["content"]
+
+    def redo(self) -> str | None:
+        """Puts the turn back that was taken back last; returns its message, None without one."""
+        if not self.undone:
+            return None
+        again = self.undone[:2]
+        del self.undone[:2]
+        self.turns += again
+        return again[0]["content"]
+
     def clear(self) -> None:
         """Forgets what was said, and keeps system prompt and settings."""
         self.turns.clear()
+        self.undone.clear()
         self.unanswered = None
 
     @property
     def empty(self) -> bool:
         """Whether nothing was said."""
-        return not self.turns and self.unanswered is None
+        return not self.turns and not self.undone and self.unanswered is None
 
 
 class ConversationFile:
@@ -196,6 +220,8 @@ def write_conversation(path: Path, conversation: Conversation) -> None:
     """Writes or replaces ``path`` at once, readable by this user alone. ``KtrtError``: it cannot be
     written; what was there is then as before."""
     content = {"format": FORMAT} | asdict(conversation)
+    if not conversation.undone:
+        del content["undone"]  # which earlier versions do not know
     data = json.dumps(content, ensure_ascii=False, indent=1).encode("utf-8", "replace")
     path = Path(os.path.realpath(path))
     try:
@@ -274,12 +300,13 @@ class _Checked:
             raise self._wrong(unknown[0], "no such key")
         return Conversation(
             system=self._value("system", str, None),
-            turns=self._turns(),
+            turns=self._turns("turns"),
             unanswered=self._unanswered(),
             settings=self._value("settings", dict, {}),
             thinking=self._value("thinking", bool, None),
             model=self._value("model", str, ""),
             adapter=self._value("adapter", str, ""),
+            undone=self._turns("undone"),
         )
 
     def _value(self, key: str, kind: type, default: Any) -> Any:
@@ -296,20 +323,19 @@ class _Checked:
             raise self._wrong("unanswered", "expected text that is not empty")
         return text
 
-    def _turns(self) -> list[Turn]:
-        turns = self._value("turns", list, [])
+    def _turns(self, key: str) -> list[Turn]:
+        turns = self._value(key, list, [])
         for index, turn in enumerate(turns):
+            where = f"{key}[{index}]"
             role = ("user", "assistant")[index % 2]
             if not isinstance(turn, dict) or set(turn) != {"role", "content"}:
-                raise self._wrong(
-                    f"turns[{index}]", f"expected role and content, found {turn!r:.80}"
-                )
+                raise self._wrong(where, f"expected role and content, found {turn!r:.80}")
             if turn["role"] != role:
-                raise self._wrong(f"turns[{index}]", f"expected {role}, found {turn['role']!r:.80}")
+                raise self._wrong(where, f"expected {role}, found {turn['role']!r:.80}")
             if not isinstance(turn["content"], str) or not turn["content"].strip():
-                raise self._wrong(f"turns[{index}].content", "expected text that is not empty")
+                raise self._wrong(f"{where}.content", "expected text that is not empty")
         if len(turns) % 2:
-            raise self._wrong("turns", "the last one is the user's, expected an answer to it")
+            raise self._wrong(key, "the last one is the user's, expected an answer to it")
         return list(turns)
 
     def _wrong(self, key: str, reason: str) -> KtrtError:

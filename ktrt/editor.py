@@ -14,8 +14,10 @@ from prompt_toolkit.enums import DEFAULT_BUFFER
 from prompt_toolkit.filters import has_focus
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings
+from prompt_toolkit.utils import is_dumb_terminal
 
 from ktrt.keyboard import Keyboard
+from ktrt.signals import is_waiting, shielded
 
 _log = logging.getLogger(__name__)
 
@@ -42,13 +44,28 @@ class Editor:
             multiline=True,
             prompt_continuation="",
             input=keyboard.input,
-            output=keyboard.output,
+            # With an output of its own it would draw on a terminal that cannot, too.
+            output=None if is_dumb_terminal() else keyboard.output,
         )
 
     def read(self) -> str:
         """One message. ``EOFError``: Ctrl-D; ``KeyboardInterrupt``: Ctrl-C on an empty line."""
         with self._keyboard.prompting():
-            return printable(self._session.prompt())
+            if is_dumb_terminal():  # read by another application, without pre_run
+                return printable(self._session.prompt())
+            # Raised in the middle of an event loop, SIGTERM would be reported as its failure.
+            with shielded(self._leave):
+                return printable(self._session.prompt(pre_run=self._leave_if_asked))
+
+    def _leave_if_asked(self) -> None:
+        app = self._session.app
+        if is_waiting() and app.future is not None and not app.future.done():
+            app.exit(exception=EOFError())
+
+    def _leave(self) -> None:
+        loop = self._session.app.loop
+        if loop is not None:
+            loop.call_soon_threadsafe(self._leave_if_asked)
 
 
 def printable(text: str) -> str:

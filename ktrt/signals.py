@@ -2,19 +2,22 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
-class Terminated(BaseException):
-    """The process was asked to end. ``exit_code``: as a shell reports the signal."""
+class Terminated(SystemExit):
+    """The process was asked to end. ``exit_code``: as a shell reports the signal.
+
+    A ``SystemExit``, so that nothing on the way takes it for a failure.
+    """
 
     def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
         self.exit_code = 128 + number
+        super().__init__(self.exit_code)
 
 
-_shields = 0
+_shields: list[Callable[[], None]] = []
 _waiting: int | None = None
 
 
@@ -35,22 +38,28 @@ def terminations() -> Iterator[None]:
 
 
 @contextmanager
-def shielded() -> Iterator[None]:
-    """Finishes the block before ``Terminated`` is raised: for what must not be left half done."""
-    global _shields, _waiting
-    _shields += 1
+def shielded(wake: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Finishes the block before ``Terminated`` is raised: for what must not be left half done.
+    ``wake`` is called from the signal's handler, should the block wait for something else."""
+    global _waiting
+    _shields.append(wake)
     try:
         yield
     finally:
-        _shields -= 1
+        _shields.pop()
         if not _shields and _waiting is not None:
             number, _waiting = _waiting, None
             raise Terminated(number)
 
 
+def is_waiting() -> bool:
+    """Whether a signal waits for the end of a shielded block."""
+    return _waiting is not None
+
+
 def _terminate(number: int, _frame: object) -> None:
     global _waiting
-    if _shields:
-        _waiting = number
-    else:
+    if not _shields:
         raise Terminated(number)
+    _waiting = number
+    _shields[-1]()

@@ -151,6 +151,8 @@ class Talk:
         if answer.text.strip():
             self.conversation.unanswered = None
             self.conversation.add(text, answer.text)
+            if answer.complete:
+                self.conversation.undone.clear()
         self.save()
 
     def retry(self) -> None:
@@ -170,6 +172,7 @@ class Talk:
         complete = bool(answer.text.strip()) and answer.complete
         if complete:
             conversation.turns[-1] = conversation.turns[-1] | {"content": answer.text}
+            conversation.undone.clear()
             self.save()
         self._report(answer)
         if not complete:

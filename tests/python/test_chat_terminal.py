@@ -283,6 +283,23 @@ class TestRetrying:
         chat.prompt()
         assert turns(told)[:4] == OLD
 
+    def test_undone(self, chat: ChatProcess, config: str, state: Path, told: Path) -> None:
+        """And another message asked instead: the old turn is still there, and comes back."""
+        chat.interrupt()
+        chat.prompt()
+        chat.say("/undo")
+        chat.prompt()
+        chat.say("slow")
+        chat.sees("Assistant: 0 1 2")
+        chat.child.kill(signal.SIGKILL)
+        chat.child.expect(pexpect.EOF)
+        with ChatProcess(config, "--resume", str(told), state=state) as again:
+            assert "/redo brings back slow" in again.prompt()
+            again.say("/redo")
+            again.prompt()
+            again.say("history")
+            again.sees("user: slow | assistant: the old answer")
+
     def test_terminated(self, chat: ChatProcess, told: Path) -> None:
         chat.child.kill(signal.SIGTERM)
         assert chat.leaves() == 143
@@ -295,6 +312,7 @@ class TestTypingAhead:
     def test_a_paste_is_one_message(self, chat: ChatProcess) -> None:
         chat.say("slow")
         chat.sees("0 1 2")
+        assert "\x1b[?2004l" not in chat.child.before, "the terminal marks pastes all the time"
         chat.keys(paste("one\n/exit\rexit\r\nlast") + "\x1b[D")
         chat.interrupt()
         chat.prompt()
@@ -424,6 +442,19 @@ def last(state: Path) -> Path:
 
 
 class TestLeaving:
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_while_loading(self, config: str, state: Path, number: signal.Signals) -> None:
+        with ChatProcess(config, "seed=14", state=state) as chat:
+            chat.sees("Loading")
+            if number == signal.SIGINT:
+                chat.interrupt()
+                chat.sees("\x1b[?2004l")
+                chat.sees("error: interrupted")
+            else:
+                chat.child.kill(number)
+                chat.sees("\x1b[?2004l")
+            assert chat.leaves() == 128 + number
+
     def test_nothing_reaches_the_shell(self, config: str, state: Path) -> None:
         then = 'read -r line; echo "[$line]"'
         with ChatProcess(config, state=state, then=then) as chat:
@@ -458,6 +489,21 @@ class TestLeaving:
         chat.sees("\x1b[?2004l")
         assert chat.leaves() == 143
         assert "Traceback" not in chat.child.before
+
+    def test_a_terminal_without_escape_sequences(self, config: str, state: Path) -> None:
+        with ChatProcess(config, state=state, term="dumb") as chat:
+            chat.sees("User: ")
+            chat.say("slow")
+            chat.sees("Assistant: 0 1 2")
+            chat.keys("one\r/exit\rtwo")
+            chat.interrupt()
+            chat.sees("User: ")
+            chat.say("!")
+            chat.sees("Assistant: one\r\n/exit\r\ntwo! ")
+            assert "\x1b" not in chat.child.before
+            chat.sees("User: ")
+            chat.child.kill(signal.SIGTERM)
+            assert chat.leaves() == 143
 
     def test_the_terminal_goes_away(self, chat: ChatProcess, state: Path) -> None:
         chat.say("slow")

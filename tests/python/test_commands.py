@@ -169,6 +169,39 @@ class TestHistory:
         with pytest.raises(KtrtError, match="nothing was asked yet"):
             chat.say("/retry")
 
+    def test_what_was_undone_stays_until_another_answer_is_complete(self, chat: Chat) -> None:
+        """On disk, too."""
+        file = new_autosave()
+        chat.talk.keeping = Keeping(autosave=file)
+        for text in ("a", "b"):
+            chat.say(text)
+        chat.say("/undo")
+        chat.say("/undo")
+        with pytest.raises(KtrtError, match="out of order"):
+            chat.say("fail")
+        kept = read_conversation(file.path)
+        assert (kept.turns, kept.unanswered) == ([], "fail")
+        assert [each["content"] for each in kept.undone] == ["a", "a a", "b", "b b"]
+        chat.say("/undo")
+        assert chat.say("/redo") == "Back again: a"
+        assert read_conversation(file.path).turns == chat.talk.conversation.turns
+        chat.say("/undo")
+        assert chat.say("/redo") == "Back again: a"
+        assert chat.say("/redo") == "Back again: b"
+        assert chat.turns == ["a", "a a", "b", "b b"]
+        chat.say("/undo")
+        chat.say("c")
+        assert chat.turns == ["a", "a a", "c", "c c"]
+        assert "undone" not in file.path.read_text("utf-8")
+        with pytest.raises(KtrtError, match="nothing was taken back"):
+            chat.say("/redo")
+        chat.say("/undo")
+        chat.say("/retry")
+        assert chat.talk.conversation.undone == []
+        chat.say("/undo")
+        chat.say("/clear")
+        assert not file.path.exists()
+
     def test_clear_keeps_system_and_settings(self, chat: Chat) -> None:
         chat.say("/system s")
         chat.say("/set top_k 3")

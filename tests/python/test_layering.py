@@ -50,7 +50,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "signals": set(),
     "streams": set(),
     "keyboard": {"signals"},
-    "editor": {"keyboard"},
+    "editor": {"keyboard", "signals"},
     "terminal": {"editor", "keyboard", "signals", "streams"},
     "temporaries": set(),
     "conversation": {"temporaries"},

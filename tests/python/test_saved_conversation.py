@@ -64,6 +64,7 @@ class TestFiles:
         kept = talked(
             ("你好\n🙂", "“b”"), system="s", unanswered="c", settings={"top_k": 3, "stop": ["x"]},
             thinking=False, model="m", adapter="a",
+            undone=[{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}],
         )  # fmt: skip
         write_conversation(tmp_path / "c.json", kept)
         assert read_conversation(tmp_path / "c.json") == kept
@@ -129,6 +130,7 @@ class TestFiles:
             ({"settings": None}, "settings: expected dict, found None"),
             ({"thinking": "yes"}, "thinking: expected bool, found 'yes'"),
             ({"system": 3}, "system: expected str, found 3"),
+            ({"undone": [{"role": "user"}, 3]}, "undone[0]: expected role and content"),
             ({"sistem": "a"}, "sistem: no such key"),
             ({"unanswered": " "}, "unanswered: expected text that is not empty"),
         ],

@@ -38,6 +38,7 @@ class ChatProcess:
         fake: bool = True,
         seconds: int = 20,
         then: str | None = None,
+        term: str = "xterm",
     ) -> None:
         """``then``: what a shell does in the same terminal afterwards."""
         start = [fake_chat.__file__] if fake else ["-m", "ktrt.chat"]
@@ -47,7 +48,7 @@ class ChatProcess:
         self.child: Any = pexpect.spawn(
             command[0],
             command[1:],
-            env=environment(TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1", XDG_STATE_HOME=str(state)),
+            env=environment(TERM=term, PROMPT_TOOLKIT_NO_CPR="1", XDG_STATE_HOME=str(state)),
             encoding="utf-8",
             timeout=seconds,
             dimensions=(24, 100),
