@@ -1,4 +1,5 @@
 #include "bindings/register.h"
+#include "bindings/seal_types.h"
 
 PYBIND11_MODULE(_core, module) {
   module.doc() = "The compiled engine of ktrt: routed experts on the CPU.";
@@ -8,4 +9,5 @@ PYBIND11_MODULE(_core, module) {
   ktrt::register_gpu(module);
   ktrt::register_dense(module);
   ktrt::register_attention(module);
+  ktrt::seal_types(module);
 }

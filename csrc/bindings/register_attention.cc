@@ -3,7 +3,9 @@
 #include <optional>
 #include <utility>
 
+#include "base/address_range.h"
 #include "base/check.h"
+#include "bindings/owned.h"
 #include "bindings/register.h"
 #include "bindings/tensor_arg.h"
 #include "dense/latent_attention.h"
@@ -30,18 +32,20 @@ HeadArray head_array(std::uintptr_t at, std::int64_t count, std::int64_t head_st
              "count, head_stride and token_stride are " << count << ", " << head_stride << " and "
                                                         << token_stride
                                                         << ", expected none below 0");
+  check_address_range("address", reinterpret_cast<const void*>(at), count,  // NOLINT
+                      float32 ? sizeof(float) : sizeof(std::uint16_t));
   void* data = float32 ? static_cast<void*>(address<float>(at, "address"))
                        : static_cast<void*>(address<std::uint16_t>(at, "address"));
   return {data, count, head_stride, token_stride, float32};
 }
 
-std::unique_ptr<TokenAttention> token_attention(std::shared_ptr<Engine> engine, std::int64_t heads,
+std::shared_ptr<TokenAttention> token_attention(std::shared_ptr<Engine> engine, std::int64_t heads,
                                                 std::int64_t groups, std::int64_t key_size,
                                                 std::int64_t value_size, float scaling,
                                                 std::int64_t second_key_size, float softcap,
                                                 const py::object& sinks) {
   const auto arg = optional_tensor(sinks, "sinks");
-  return std::make_unique<TokenAttention>(
+  return make_owned<TokenAttention>(
       std::move(engine),
       TokenAttention::Form{heads, groups, key_size, second_key_size, value_size, scaling, softcap},
       arg ? std::optional<TensorView>(arg->view()) : std::nullopt);
@@ -124,18 +128,23 @@ void register_attention(py::module_& module) {
   py::class_<HeadArray>(module, "HeadArray")
       .def(py::init(&head_array), py::arg("address"), py::arg("count"), py::arg("head_stride"),
            py::arg("token_stride") = 0, py::arg("float32") = false);
-  py::class_<TokenAttention>(module, "TokenAttention")
-      .def(py::init(&token_attention), py::arg("engine"), py::kw_only(), py::arg("heads"),
-           py::arg("groups"), py::arg("key_size"), py::arg("value_size"), py::arg("scaling"),
-           py::arg("second_key_size") = 0, py::arg("softcap") = 0.0f, py::arg("sinks") = py::none())
+  py::class_<TokenAttention, std::shared_ptr<TokenAttention>>(module, "TokenAttention")
+      .def(py::init(&token_attention), py::arg("engine").none(false), py::kw_only(),
+           py::arg("heads"), py::arg("groups"), py::arg("key_size"), py::arg("value_size"),
+           py::arg("scaling"), py::arg("second_key_size") = 0, py::arg("softcap") = 0.0f,
+           py::arg("sinks") = py::none())
       .def("forward", &attend, py::arg("query"), py::arg("second_query").none(true),
            py::arg("keys"), py::arg("second_keys").none(true), py::arg("values"), py::arg("start"),
            py::arg("end"), py::arg("out"), py::arg("mask") = 0, py::arg("mask_count") = 0);
-  py::class_<HeldLatentAttention>(module, "LatentAttention")
-      .def(py::init<std::shared_ptr<Engine>, const py::object&, const py::object&, std::int64_t,
-                    std::int64_t, float>(),
-           py::arg("engine"), py::arg("keys"), py::arg("values"), py::kw_only(), py::arg("heads"),
-           py::arg("rope"), py::arg("scaling"))
+  py::class_<HeldLatentAttention, std::shared_ptr<HeldLatentAttention>>(module, "LatentAttention")
+      .def(py::init([](std::shared_ptr<Engine> engine, const py::object& keys,
+                       const py::object& values, std::int64_t heads, std::int64_t rope,
+                       float scaling) {
+             return make_owned<HeldLatentAttention>(std::move(engine), keys, values, heads, rope,
+                                                    scaling);
+           }),
+           py::arg("engine").none(false), py::arg("keys"), py::arg("values"), py::kw_only(),
+           py::arg("heads"), py::arg("rope"), py::arg("scaling"))
       .def("set_lora", &set_latent_lora, py::arg("a"), py::arg("b"))
       .def(
           "clear_lora", [](HeldLatentAttention& held) { held.attention.clear_lora(); },

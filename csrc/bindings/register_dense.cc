@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "base/check.h"
+#include "bindings/owned.h"
 #include "bindings/register.h"
 #include "bindings/tensor_arg.h"
 #include "dense/dense_linear.h"
@@ -33,12 +34,12 @@ struct HeldLinear {
 DenseLinear& linear_of(HeldLinear& held) { return held.linear; }
 PackedLinear& linear_of(PackedLinear& linear) { return linear; }
 
-std::unique_ptr<PackedLinear> pack_linear(std::shared_ptr<Engine> engine, const py::object& weight,
+std::shared_ptr<PackedLinear> pack_linear(std::shared_ptr<Engine> engine, const py::object& weight,
                                           const py::object& bias) {
   const TensorArg weight_arg(weight, "weight");
   const auto bias_arg = optional_tensor(bias, "bias");
   const py::gil_scoped_release release;
-  return std::make_unique<PackedLinear>(std::move(engine), weight_arg.view(), view_of(bias_arg));
+  return make_owned<PackedLinear>(std::move(engine), weight_arg.view(), view_of(bias_arg));
 }
 
 const std::uint16_t* address(std::uintptr_t value, const char* name) {
@@ -65,7 +66,7 @@ void forward(Linear& linear, std::uintptr_t x, std::int64_t x_count, std::uintpt
 
 // What both kinds of linears have.
 template <class Linear>
-void define_common(py::class_<Linear>& type) {
+void define_common(py::class_<Linear, std::shared_ptr<Linear>>& type) {
   using Underlying = std::remove_reference_t<decltype(linear_of(std::declval<Linear&>()))>;
   type.def_property_readonly_static("max_rank",
                                     [](const py::object&) { return Underlying::kMaxRank; })
@@ -84,16 +85,23 @@ void define_common(py::class_<Linear>& type) {
 }  // namespace
 
 void register_dense(py::module_& module) {
-  py::class_<HeldLinear> dense(module, "DenseLinear");
-  dense.def(py::init<std::shared_ptr<Engine>, const py::object&, const py::object&>(),
-            py::arg("engine"), py::arg("weight"), py::arg("bias") = py::none());
+  py::class_<HeldLinear, std::shared_ptr<HeldLinear>> dense(module, "DenseLinear");
+  dense.def(py::init([](std::shared_ptr<Engine> engine, const py::object& weight,
+                        const py::object& bias) {
+              return make_owned<HeldLinear>(std::move(engine), weight, bias);
+            }),
+            py::arg("engine").none(false), py::arg("weight"), py::arg("bias") = py::none());
   define_common(dense);
 
-  py::class_<PackedLinear> packed(module, "PackedLinear");
-  packed.def(py::init(&pack_linear), py::arg("engine"), py::arg("weight"),
+  py::class_<PackedLinear, std::shared_ptr<PackedLinear>> packed(module, "PackedLinear");
+  packed.def(py::init(&pack_linear), py::arg("engine").none(false), py::arg("weight"),
              py::arg("bias") = py::none());
   define_common(packed);
-  packed.def("share", &PackedLinear::share)
+  packed
+      .def("share",
+           [](const PackedLinear& linear) {
+             return std::shared_ptr<PackedLinear>(linear.share().release(), DeleteWhereMade{});
+           })
       .def_property_readonly("packed_bytes", &PackedLinear::packed_bytes)
       .def("kernel_name", &PackedLinear::kernel_name, py::arg("rows"));
 }

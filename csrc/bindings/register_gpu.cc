@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "base/check.h"
+#include "bindings/owned.h"
 #include "bindings/register.h"
 #include "gpu/gpu_handoff.h"
 
@@ -55,7 +56,7 @@ std::shared_ptr<GpuHandoff> make_handoff(std::shared_ptr<Engine> engine, double 
   std::shared_ptr<GpuHandoff> handoff;
   {
     const py::gil_scoped_release release;
-    handoff = std::make_shared<GpuHandoff>(std::move(engine), nanoseconds, driver, wanted);
+    handoff = make_owned<GpuHandoff>(std::move(engine), nanoseconds, driver, wanted);
   }
   close_at_exit(handoff);
   return handoff;
@@ -103,14 +104,15 @@ void register_gpu(py::module_& module) {
     }
   });
   py::class_<GpuHandoff, std::shared_ptr<GpuHandoff>>(module, "GpuHandoff")
-      .def(py::init(&make_handoff), py::arg("engine"), py::kw_only(), py::arg("timeout") = 30.0,
-           py::arg("driver") = "libcuda.so.1", py::arg("mechanism") = "auto")
+      .def(py::init(&make_handoff), py::arg("engine").none(false), py::kw_only(),
+           py::arg("timeout") = 30.0, py::arg("driver") = "libcuda.so.1",
+           py::arg("mechanism") = "auto")
       .def_property_readonly("closed", &GpuHandoff::closed)
       .def_property_readonly(
           "mechanism", [](const GpuHandoff& h) { return std::string(name_of(h.mechanism())); })
       .def_property_readonly("pinned_bytes",
                              py::cpp_function(&GpuHandoff::pinned_bytes, Released()))
-      .def("add_slot", &add_slot, py::arg("layer"), py::kw_only(), py::arg("tokens"),
+      .def("add_slot", &add_slot, py::arg("layer").none(false), py::kw_only(), py::arg("tokens"),
            py::arg("top_k"), py::arg("dtype"), py::arg("name") = "", Released())
       .def("submit", &submit, py::arg("slot"), py::arg("stream"), py::arg("hidden_states"),
            py::arg("expert_ids"), py::arg("routing_weights"), Released())

@@ -1,5 +1,7 @@
 #include <pybind11/stl.h>
 
+#include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <optional>
 #include <string>
@@ -7,6 +9,7 @@
 #include <vector>
 
 #include "base/check.h"
+#include "bindings/owned.h"
 #include "bindings/packed_views.h"
 #include "bindings/register.h"
 #include "bindings/tensor_arg.h"
@@ -24,6 +27,8 @@ namespace {
 std::shared_ptr<Engine> make_engine(int num_threads, int max_qlen,
                                     std::optional<std::vector<std::vector<int>>> nodes) {
   KTRT_CHECK(num_threads >= 1, "num_threads is " << num_threads << ", expected at least 1");
+  // sched_setaffinity(2) knows no larger numbers (CONFIG_NR_CPUS).
+  constexpr int kMaxCpus = 8192;
   if (!nodes) nodes = {{read_topology(allowed_cpus()).cpu_ids()}};
   const int parts = static_cast<int>(nodes->size());
   KTRT_CHECK(
@@ -33,14 +38,19 @@ std::shared_ptr<Engine> make_engine(int num_threads, int max_qlen,
   std::vector<int> home;
   for (int part = 0; part < parts; ++part) {
     const std::vector<int>& node = (*nodes)[static_cast<std::size_t>(part)];
-    const int count = num_threads * (part + 1) / parts - num_threads * part / parts;
+    const auto share = [&](std::int64_t of) { return num_threads * of / parts; };
+    const auto count = static_cast<std::ptrdiff_t>(share(part + 1) - share(part));
     KTRT_CHECK(node.size() >= static_cast<std::size_t>(count),
                count << " of " << num_threads << " threads fall on node " << part
                      << ", which has only " << node.size() << " CPUs");
+    for (const int cpu : node) {
+      KTRT_CHECK(cpu >= 0 && cpu < kMaxCpus,
+                 "nodes names CPU " << cpu << ", expected 0 to " << kMaxCpus - 1);
+    }
     cpus.insert(cpus.end(), node.begin(), node.begin() + count);
     home.insert(home.end(), static_cast<std::size_t>(count), part);
   }
-  return std::make_shared<Engine>(cpus, home, max_qlen);
+  return make_owned<Engine>(cpus, home, max_qlen);
 }
 
 Projection parse_projection(const std::string& name) {
@@ -77,7 +87,7 @@ std::shared_ptr<MoeLayer> make_layer(std::shared_ptr<Engine> engine, int num_exp
                                      const std::string& activation, float alpha, float gate_limit,
                                      float up_limit, float up_offset, int down_slices) {
   const MoeShape shape{num_experts, top_k, hidden_size, intermediate_size, has_gate};
-  return std::make_shared<MoeLayer>(
+  return make_owned<MoeLayer>(
       std::move(engine), shape, parse_format(weight_format),
       Activation{parse_activation(activation), alpha, gate_limit, up_limit, up_offset},
       down_slices);
@@ -199,11 +209,11 @@ class BoundForward {
   const TensorArg out_;
 };
 
-std::unique_ptr<BoundForward> bind(std::shared_ptr<MoeLayer> layer, const py::object& hidden_states,
+std::shared_ptr<BoundForward> bind(std::shared_ptr<MoeLayer> layer, const py::object& hidden_states,
                                    const py::object& expert_ids, const py::object& routing_weights,
                                    const py::object& out) {
-  return std::make_unique<BoundForward>(std::move(layer), hidden_states, expert_ids,
-                                        routing_weights, out);
+  return make_owned<BoundForward>(std::move(layer), hidden_states, expert_ids, routing_weights,
+                                  out);
 }
 
 py::dict last_kernels(const MoeLayer& layer) {
@@ -239,28 +249,29 @@ void register_engine(py::module_& module) {
       .def_property_readonly("closed", &Engine::closed)
       .def_property_readonly("workspace_bytes", &Engine::workspace_bytes)
       .def("close", &Engine::close, py::call_guard<py::gil_scoped_release>());
-  py::class_<ReadProbe>(module, "ReadProbe")
-      .def(py::init<std::size_t>(), py::arg("nbytes"))
+  py::class_<ReadProbe, std::shared_ptr<ReadProbe>>(module, "ReadProbe")
+      .def(py::init([](std::size_t bytes) { return make_owned<ReadProbe>(bytes); }),
+           py::arg("nbytes"))
       .def_property_readonly("nbytes", &ReadProbe::bytes)
       .def(
           "seconds", [](const ReadProbe& probe, Engine& engine) { return engine.run_probe(probe); },
-          py::arg("engine"), py::call_guard<py::gil_scoped_release>());
+          py::arg("engine").none(false), py::call_guard<py::gil_scoped_release>());
 }
 
 void register_bound_forward(py::module_& module) {
-  py::class_<BoundForward>(module, "BoundForward")
+  py::class_<BoundForward, std::shared_ptr<BoundForward>>(module, "BoundForward")
       .def("run", &BoundForward::run, py::call_guard<py::gil_scoped_release>());
 }
 
 void register_layer(py::module_& module) {
   py::class_<MoeLayer, std::shared_ptr<MoeLayer>> layer(module, "MoeLayer");
   layer
-      .def(py::init(&make_layer), py::arg("engine"), py::kw_only(), py::arg("num_experts"),
-           py::arg("top_k"), py::arg("hidden_size"), py::arg("intermediate_size"),
-           py::arg("weight_format"), py::arg("has_gate") = true, py::arg("activation") = "silu",
-           py::arg("alpha") = 1.0f, py::arg("gate_limit") = Activation::kNoLimit,
-           py::arg("up_limit") = Activation::kNoLimit, py::arg("up_offset") = 0.0f,
-           py::arg("down_slices") = 1)
+      .def(py::init(&make_layer), py::arg("engine").none(false), py::kw_only(),
+           py::arg("num_experts"), py::arg("top_k"), py::arg("hidden_size"),
+           py::arg("intermediate_size"), py::arg("weight_format"), py::arg("has_gate") = true,
+           py::arg("activation") = "silu", py::arg("alpha") = 1.0f,
+           py::arg("gate_limit") = Activation::kNoLimit, py::arg("up_limit") = Activation::kNoLimit,
+           py::arg("up_offset") = 0.0f, py::arg("down_slices") = 1)
       .def_property_readonly("num_experts", [](const MoeLayer& l) { return l.shape().num_experts; })
       .def_property_readonly("top_k", [](const MoeLayer& l) { return l.shape().top_k; })
       .def_property_readonly("hidden_size", [](const MoeLayer& l) { return l.shape().hidden_size; })

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "base/address_range.h"
 #include "base/check.h"
 
 namespace ktrt {
@@ -35,11 +36,17 @@ std::uint64_t sum_words(const std::uint64_t* words, std::size_t count) {
   return total;
 }
 
+std::size_t checked(std::size_t bytes) {
+  KTRT_CHECK(bytes > 0, "a read probe of 0 bytes measures nothing");
+  // Rounded up to lines it must still be a size.
+  KTRT_CHECK(bytes <= kAddressEnd, "a read probe of " << bytes << " bytes does not fit into the "
+                                                      << "addresses of a process");
+  return bytes;
+}
+
 }  // namespace
 
-ReadProbe::ReadProbe(std::size_t bytes) : memory_(round_up(bytes, kCacheLine)) {
-  KTRT_CHECK(bytes > 0, "a read probe of 0 bytes measures nothing");
-}
+ReadProbe::ReadProbe(std::size_t bytes) : memory_(round_up(checked(bytes), kCacheLine)) {}
 
 double ReadProbe::run(ThreadPool& pool) const {
   const std::size_t words = memory_.bytes() / sizeof(std::uint64_t);

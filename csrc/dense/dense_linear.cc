@@ -1,6 +1,7 @@
 #include "dense/dense_linear.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <vector>
 
 #include "base/bf16.h"
@@ -24,6 +25,7 @@ constexpr std::int64_t kPartOfK = 2048;
 constexpr std::int64_t kGroupBlocks = 8;
 constexpr int kMaxPartColumns = 64;
 constexpr std::int64_t kBlockSumBytes = kMaxBlockRows * kMaxPartColumns * kDenseSumBytes;
+constexpr int kThreadSumBytes = kGroupBlocks * kBlockSumBytes;  // 256 KB: too much for a stack
 static_assert(kPanelBytes / (kPartOfK * 2) <= kMaxPartColumns);
 constexpr std::int64_t kLineValues = 32;
 constexpr std::int64_t kBlocksToAsk = 3;
@@ -53,13 +55,14 @@ struct DenseLinear::Task {
   std::uint16_t* out;
   std::uint16_t* t;       // BF16 [rows][2·rank_pairs]
   std::int64_t t_stride;  // 0 without LoRA
+  std::byte* sums;        // [threads] kThreadSumBytes; null where k is one part
 };
 
 struct DenseLinear::Panel {
   std::int64_t first;
   int columns;
   std::int64_t next_bytes;  // of W behind the panel, to be asked for
-  std::uint8_t* sums;       // [kGroupBlocks] kBlockSumBytes
+  std::uint8_t* sums;       // [kGroupBlocks] kBlockSumBytes, or null
   DenseFinishArgs finish;   // but for the rows
 };
 
@@ -161,13 +164,14 @@ DenseFinishArgs DenseLinear::finish_args(const Task& task, std::int64_t first, i
 }
 
 // All rows of a range of output columns.
-void DenseLinear::compute(const Task& task, Range range) const {
+void DenseLinear::compute(const Task& task, Range range, int thread) const {
   const std::int64_t columns = panel_columns();
   const std::int64_t blocks = row_blocks(task.rows);
   // The next panel comes into the cache while this one is used: every block of rows asks for a
   // part. A few blocks have no time for that and read each panel from memory as they go.
   const bool ask = blocks >= kBlocksToAsk;
-  alignas(kCacheLine) std::uint8_t sums[kGroupBlocks * kBlockSumBytes];
+  auto* const sums = reinterpret_cast<std::uint8_t*>(
+      task.sums == nullptr ? nullptr : task.sums + thread * std::ptrdiff_t{kThreadSumBytes});
   bool cold = true;
   for (std::int64_t n = range.begin; n < range.end; n += columns) {
     const auto count = static_cast<int>(std::min(columns, range.end - n));
@@ -211,7 +215,7 @@ void DenseLinear::compute_blocks(const Task& task, const Panel& panel, Range blo
     const std::int64_t row = task.rows * block / count;
     dot.rows = static_cast<int>(task.rows * (block + 1) / count - row);
     dot.x = task.x + row * in_ + k.begin;
-    dot.sums = panel.sums + (block - blocks.begin) * kBlockSumBytes;
+    if (panel.sums != nullptr) dot.sums = panel.sums + (block - blocks.begin) * kBlockSumBytes;
     dot.next =
         reinterpret_cast<const std::uint8_t*>(weight_ + (panel.first + panel.columns) * in_) +
         asked(block, k.begin);
@@ -231,14 +235,20 @@ void DenseLinear::forward(const std::uint16_t* x, std::int64_t x_count, std::uin
   if (rows == 0) return;
   const auto lock = engine_->lock_open();
   ThreadPool& pool = *engine_->pool_;
-  Task task{x, rows, out, nullptr, 0};
+  Task task{x, rows, out, nullptr, 0, nullptr};
+  if (part_of_k_ < in_) {
+    task.sums = engine_->scratch(static_cast<std::size_t>(pool.size()) * kThreadSumBytes);
+  }
   if (lora_) {
     task.t_stride = 2 * lora_->rank_pairs;
     task.t = shrunk_rows(static_cast<std::size_t>(rows * task.t_stride));
   }
-  if (out_ * in_ * (kRowsPerRead + rows) < kAloneBelow) {
+  // In floating point: a few sizes at their limits multiply to more than 2^63.
+  const double work = static_cast<double>(out_) * static_cast<double>(in_) *
+                      static_cast<double>(kRowsPerRead + rows);
+  if (work < kAloneBelow) {
     if (lora_) shrink(task, {0, rows}, {0, lora_->rank});
-    compute(task, {0, out_});
+    compute(task, {0, out_}, 0);
     return;
   }
   const auto units = static_cast<int>((out_ + kUnitColumns - 1) / kUnitColumns);
@@ -254,8 +264,10 @@ void DenseLinear::forward(const std::uint16_t* x, std::int64_t x_count, std::uin
       pool.barrier();
     }
     while (const Piece* piece = queue_.claim()) {
-      compute(task, {std::int64_t{piece->first_strip} * kUnitColumns,
-                     std::min(out_, std::int64_t{piece->end_strip} * kUnitColumns)});
+      compute(task,
+              {std::int64_t{piece->first_strip} * kUnitColumns,
+               std::min(out_, std::int64_t{piece->end_strip} * kUnitColumns)},
+              thread);
     }
   });
 }

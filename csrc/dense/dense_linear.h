@@ -57,7 +57,7 @@ class DenseLinear {
 
   void shrink(const Task& task, Range rows, Range ranks) const;
   DenseFinishArgs finish_args(const Task& task, std::int64_t first, int columns) const;
-  void compute(const Task& task, Range range) const;
+  void compute(const Task& task, Range range, int thread) const;
   void compute_blocks(const Task& task, const Panel& panel, Range blocks, Range k, bool cold) const;
   std::int64_t row_blocks(std::int64_t rows) const;
   int panel_columns() const;

@@ -78,6 +78,7 @@ struct PackedLinear::Task {
   std::int64_t t_stride;  // elements
   int rank_blocks;        // of kBlockRanks; 0 without LoRA
   int rank_parts;         // into which they are split
+  float* c;               // [threads][kMaxBlockRows][kStripRows]
 
   Block block(std::int64_t index) const;
 };
@@ -279,9 +280,9 @@ GemmArgs PackedLinear::gemm_args(const Task& task, const Block& block, int strip
 }
 
 // All rows of a range of strips.
-void PackedLinear::multiply(const Task& task, const Piece& piece) const {
+void PackedLinear::multiply(const Task& task, const Piece& piece, int thread) const {
   if (task.rows == 1 && task.gemm->one_row != nullptr) return multiply_one_row(task, piece);
-  alignas(kCacheLine) float c[kMaxBlockRows * kStripRows];
+  float* const c = task.c + thread * kMaxBlockRows * kStripRows;
   for (std::int64_t index = 0; index < task.blocks; ++index) {
     const Block block = task.block(index);
     for (int strip = piece.first_strip; strip < piece.end_strip; ++strip) {
@@ -333,27 +334,33 @@ void PackedLinear::forward(const std::uint16_t* x, std::int64_t x_count, std::ui
   if (rows == 0) return;
   const auto lock = engine_->lock_open();
   ThreadPool& pool = *engine_->pool_;
-  const Task task = make_task(x, rows, out);
+  Task task = make_task(x, rows, out);
+  // 40 KB a thread: too much for a stack.
+  task.c = reinterpret_cast<float*>(engine_->scratch(static_cast<std::size_t>(
+      pool.size() * kMaxBlockRows * kStripRows * std::int64_t{sizeof(float)})));
   const std::int64_t units = task.blocks * task.block_tiles * (1 + task.rank_parts);
-  const bool alone = out_features() * in * (kRowsPerRead + rows) < kAloneBelow;
+  // In floating point: a few sizes at their limits multiply to more than 2^63.
+  const double work = static_cast<double>(out_features()) * static_cast<double>(in) *
+                      static_cast<double>(kRowsPerRead + rows);
+  const bool alone = work < kAloneBelow;
   const int strips = base_->matrix.layout.strips();
   schedule_columns({0, strips}, {.max_strips = strips}, alone ? 1 : pool.size(), queue_);
   std::atomic<std::int64_t> next{0};
   const auto prepare_rows = [&] {
     for (std::int64_t unit = next++; unit < units; unit = next++) prepare(task, unit);
   };
-  const auto multiply_strips = [&] {
-    while (const Piece* piece = queue_.claim()) multiply(task, *piece);
+  const auto multiply_strips = [&](int thread) {
+    while (const Piece* piece = queue_.claim()) multiply(task, *piece, thread);
   };
   if (alone) {
     prepare_rows();
-    multiply_strips();
+    multiply_strips(0);
     return;
   }
-  pool.run([&](int) {
+  pool.run([&](int thread) {
     prepare_rows();
     pool.barrier();
-    multiply_strips();
+    multiply_strips(thread);
   });
 }
 

@@ -67,7 +67,7 @@ class PackedLinear {
   void prepare(const Task& task, std::int64_t unit) const;
   void quantize(const Task& task, const Block& tile) const;
   void shrink(const Task& task, const Block& tile, int first_block, int blocks) const;
-  void multiply(const Task& task, const Piece& piece) const;
+  void multiply(const Task& task, const Piece& piece, int thread) const;
   void multiply_one_row(const Task& task, const Piece& piece) const;
   void store(const Task& task, const Block& block, int strip, float* c) const;
   GemmArgs gemm_args(const Task& task, const Block& block, int strip) const;

@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "base/address_range.h"
 #include "base/check.h"
 
 namespace ktrt {
@@ -31,6 +32,8 @@ RmsNorm::RmsNorm(const ElementwiseKernels& kernels, const TensorView& weight, fl
 void RmsNorm::forward(const std::uint16_t* x, std::int64_t x_count, std::int64_t rows,
                       std::int64_t row_stride, std::uint16_t* out, std::int64_t out_count) const {
   const std::int64_t size = args_.size;
+  check_address_range("x", x, x_count, sizeof(std::uint16_t));
+  check_address_range("out", out, out_count, sizeof(std::uint16_t));
   KTRT_CHECK(rows >= 0 && row_stride >= 0 && out_count / size == rows && out_count % size == 0,
              "out has " << out_count << " elements, expected " << rows << " rows of " << size);
   if (rows == 0) return;

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 
+#include "base/address_range.h"
 #include "base/check.h"
 #include "dense/linear_args.h"
 
@@ -84,6 +85,7 @@ void TokenAttention::check(const Arrays& a, std::int64_t start, std::int64_t end
     KTRT_CHECK(a.second_query.data == nullptr && a.second_keys.data == nullptr,
                "second_query or second_keys is given, expected none: second_key_size is 0");
   }
+  check_address_range("mask", a.mask, a.mask_count, sizeof(float));
   KTRT_CHECK(a.mask == nullptr || a.mask_count >= end,
              "mask has " << a.mask_count << " elements, expected " << end);
 }
@@ -101,11 +103,8 @@ TokenAttention::Task TokenAttention::make_task(const Arrays& arrays, std::int64_
   const std::int64_t own = used + round_up(extra, kLineFloats);
   const auto floats = static_cast<std::size_t>(
       round_up(queries, kLineFloats) + round_up(sums, kLineFloats) + 2 * stats + own * threads);
-  AlignedBuffer& scratch = engine_->scratch_;
-  if (scratch.bytes() < floats * sizeof(float)) {
-    scratch = AlignedBuffer(std::max(floats * sizeof(float), 2 * scratch.bytes()));
-  }
-  Task task{arrays,  start,   end,     span,    spans, scratch.as<float>(),
+  auto* const scratch = reinterpret_cast<float*>(engine_->scratch(floats * sizeof(float)));
+  Task task{arrays,  start,   end,     span,    spans, scratch,
             nullptr, nullptr, nullptr, nullptr, own,   used};
   task.sums = task.queries + round_up(queries, kLineFloats);
   task.max = task.sums + round_up(sums, kLineFloats);

@@ -31,6 +31,7 @@ GpuHandoff::GpuHandoff(std::shared_ptr<Engine> engine, nanoseconds timeout,
       owner_(getpid()),
       driver_(driver),
       memory_(driver_) {
+  KTRT_CHECK(engine_ != nullptr, "engine is missing");
   KTRT_CHECK(timeout > 0ns, "timeout must be positive");
   const CurrentContext current(driver_);
   const bool ops_wanted = mechanism != SignalMechanism::kHostFunctions;
@@ -58,7 +59,7 @@ GpuHandoff::~GpuHandoff() {
 }
 
 std::size_t GpuHandoff::pinned_bytes() {
-  const std::lock_guard lock(mutex_);
+  const auto lock = lock_own();
   return memory_.bytes();
 }
 
@@ -67,7 +68,7 @@ int GpuHandoff::add_slot(std::shared_ptr<MoeLayer> layer, int tokens, int top_k,
   KTRT_CHECK(layer != nullptr && &layer->engine() == engine_.get(),
              "the layer belongs to another engine than the hand-off");
   auto slot = std::make_unique<LayerSlot>(std::move(layer), tokens, top_k, dtype);
-  const std::lock_guard lock(mutex_);
+  const auto lock = lock_own();
   check_open();
   const CurrentContext current(driver_);
   slot->place(memory_.shared_buffer(slot->pinned_bytes()));
@@ -99,7 +100,7 @@ void GpuHandoff::submit(int slot, CuStream stream, CuDevicePtr hidden_states,
   KTRT_CHECK(hidden_states != 0 && expert_ids != 0 && routing_weights != 0,
              "hidden_states, expert_ids and routing_weights must be device addresses, found a null "
              "pointer");
-  const std::lock_guard lock(mutex_);
+  const auto lock = lock_own();
   LayerSlot& found = find(slot);
   if (submitted_ != nullptr) {
     throw std::runtime_error(submitted_->signalled.slot.name +
@@ -131,7 +132,7 @@ void GpuHandoff::submit(int slot, CuStream stream, CuDevicePtr hidden_states,
 
 void GpuHandoff::wait(int slot, CuStream stream, CuDevicePtr out) {
   KTRT_CHECK(out != 0, "out must be a device address, found a null pointer");
-  const std::lock_guard lock(mutex_);
+  const auto lock = lock_own();
   LayerSlot& found = find(slot);
   if (submitted_ != &found) {
     throw std::runtime_error(found.signalled.slot.name + " has not been submitted" +
@@ -150,7 +151,7 @@ void GpuHandoff::wait(int slot, CuStream stream, CuDevicePtr out) {
 }
 
 void GpuHandoff::expect(const std::vector<int>& slots) {
-  const std::lock_guard lock(mutex_);
+  const auto lock = lock_own();
   check_open();
   std::vector<Slot*> expected;
   for (const int slot : slots) expected.push_back(&find(slot).signalled.slot);
@@ -182,7 +183,7 @@ void GpuHandoff::synchronize(CuStream stream, const std::function<void()>& inter
 
 // What the stream has not waited for, and the failure.
 void GpuHandoff::forget() {
-  const std::lock_guard lock(mutex_);
+  const auto lock = lock_own();
   submitted_ = nullptr;
   server_->forget_failure();
 }
@@ -234,7 +235,7 @@ void GpuHandoff::close() {
   if (getpid() != owner_) return;
   // First, and without the mutex: whoever holds it may wait for the device.
   server_->fail("the hand-off was closed while slots were in use");
-  const std::lock_guard lock(mutex_);
+  const auto lock = lock_own();
   if (closed_) return;
   closed_ = true;
   try {
@@ -258,11 +259,21 @@ LayerSlot& GpuHandoff::find(int slot) {
   return *slots_[static_cast<std::size_t>(slot)];
 }
 
-void GpuHandoff::check_open() const {
-  if (closed_) throw std::runtime_error("the hand-off is closed");
+void GpuHandoff::check_process() const {
   if (getpid() != owner_) {
     throw std::runtime_error("the hand-off belongs to the process that made this one by fork()");
   }
+}
+
+// The only way to the mutex: its copy in a fork may be held by a thread that is not there.
+std::unique_lock<std::mutex> GpuHandoff::lock_own() {
+  check_process();
+  return std::unique_lock(mutex_);
+}
+
+void GpuHandoff::check_open() const {
+  check_process();
+  if (closed_) throw std::runtime_error("the hand-off is closed");
 }
 
 bool GpuHandoff::is_capturing(CuStream stream) const {

@@ -71,6 +71,8 @@ class GpuHandoff {
  private:
   LayerSlot& find(int slot);
   std::size_t number_of(const MoeLayer& layer) const;
+  void check_process() const;
+  std::unique_lock<std::mutex> lock_own();
   void check_open() const;
   bool is_capturing(CuStream stream) const;
   bool drain(CuStream stream, const std::function<void()>& interrupt);

@@ -51,12 +51,13 @@ Engine::Engine(const std::vector<int>& cpus, const std::vector<int>& home, int m
 }
 
 bool Engine::closed() const {
-  const std::lock_guard lock(mutex_);
+  if (forked()) return true;
+  const auto held = lock();
   return !pool_.has_value();
 }
 
 std::size_t Engine::workspace_bytes() const {
-  const std::lock_guard lock(mutex_);
+  const auto held = lock();
   return workspace_.bytes() + scratch_.bytes();
 }
 
@@ -66,23 +67,35 @@ double Engine::run_probe(const ReadProbe& probe) {
 }
 
 void Engine::close() {
-  const std::lock_guard lock(mutex_);
+  if (forked()) return;
+  const auto held = lock();
   pool_.reset();
   workspace_.release();
   scratch_.reset();
   for (MoeLayer* layer : layers_) layer->release();
 }
 
-std::unique_lock<std::mutex> Engine::lock_open() {
-  if (getpid() != process_) {
+bool Engine::forked() const { return getpid() != process_; }
+
+std::unique_lock<std::mutex> Engine::lock() const {
+  if (forked()) {
     throw std::runtime_error(
         "the engine was created by process " + std::to_string(process_) +
         " and its threads do not exist in this fork of it; create an engine here, or start "
         "processes with the method \"spawn\"");
   }
-  std::unique_lock lock(mutex_);
+  return std::unique_lock(mutex_);
+}
+
+std::unique_lock<std::mutex> Engine::lock_open() {
+  auto held = lock();
   if (!pool_.has_value()) throw std::runtime_error("the engine is closed");
-  return lock;
+  return held;
+}
+
+std::byte* Engine::scratch(std::size_t bytes) {
+  if (scratch_.bytes() < bytes) scratch_ = AlignedBuffer(std::max(bytes, 2 * scratch_.bytes()));
+  return scratch_.as<std::byte>();
 }
 
 }  // namespace ktrt

@@ -1,6 +1,7 @@
 // What the layers of one model share: threads, kernels, scratch memory.
 #pragma once
 
+#include <cstddef>
 #include <mutex>
 #include <optional>
 #include <set>
@@ -43,6 +44,7 @@ class Engine {
   int caller_cpu() const { return caller_cpu_; }
   Isa isa() const { return isa_; }
   const KernelTable& kernels() const { return kernels_; }
+  // Also in a process that fork() made: the engine is of no use there.
   bool closed() const;
   // Scratch memory that the layers so far need.
   std::size_t workspace_bytes() const;
@@ -50,7 +52,9 @@ class Engine {
   // Seconds that one pass of the probe takes on the engine's threads.
   double run_probe(const ReadProbe& probe);
 
-  // Stops the threads and frees scratch memory and the weights of all layers. Idempotent.
+  // Stops the threads and frees scratch memory and the weights of all layers. Idempotent; does
+  // nothing in a process that fork() made, which has neither the threads nor a mutex that it could
+  // wait for.
   void close();
 
  private:
@@ -60,9 +64,15 @@ class Engine {
   friend class TokenAttention;
   friend class PackedLinear;
 
+  // The only way to the mutex. Throws std::runtime_error in a process that fork() made: a thread
+  // of the parent may have held the mutex, and nobody would ever release the copy.
+  std::unique_lock<std::mutex> lock() const;
   // Layers, dense too, hold the lock while they use the pool, the workspace or their own weights.
   // Throws std::runtime_error once closed.
   std::unique_lock<std::mutex> lock_open();
+  bool forked() const;
+  // At least `bytes` for the call that holds the lock, aligned to 64; what they held is lost.
+  std::byte* scratch(std::size_t bytes);
 
   const Isa isa_;
   const KernelTable kernels_;
@@ -74,7 +84,7 @@ class Engine {
   mutable std::mutex mutex_;
   std::optional<ThreadPool> pool_;
   Workspace workspace_;
-  AlignedBuffer scratch_;  // of attention: grows, its contents last for one call
+  AlignedBuffer scratch_;  // of dense layers and attention: grows
   std::set<MoeLayer*> layers_;
 };
 

@@ -50,6 +50,7 @@ MoeLayer::MoeLayer(std::shared_ptr<Engine> engine, const MoeShape& shape, Weight
       format_(format),
       down_slices_(down_slices),
       activation_(activation) {
+  KTRT_CHECK(engine_ != nullptr, "engine is missing");
   check_activation(activation);
   const auto lock = engine_->lock_open();
   weights_ = std::make_shared<ExpertWeights>(shape, format, engine_->parts(), down_slices);
@@ -59,7 +60,8 @@ MoeLayer::MoeLayer(std::shared_ptr<Engine> engine, const MoeShape& shape, Weight
 }
 
 MoeLayer::~MoeLayer() {
-  const std::lock_guard lock(engine_->mutex_);
+  if (engine_->forked()) return;
+  const auto lock = engine_->lock();
   engine_->layers_.erase(this);
 }
 
@@ -184,7 +186,7 @@ void MoeLayer::enable_lora(bool enabled) {
 }
 
 bool MoeLayer::lora_enabled() const {
-  const std::lock_guard lock(engine_->mutex_);
+  const auto lock = engine_->lock();
   return lora_enabled_;
 }
 
@@ -258,12 +260,12 @@ void MoeLayer::forward(const TensorView& hidden_states, const TensorView& expert
 }
 
 KernelsUsed MoeLayer::last_kernels() const {
-  const std::lock_guard lock(engine_->mutex_);
+  const auto lock = engine_->lock();
   return used_;
 }
 
 std::size_t MoeLayer::packed_bytes() const {
-  const std::lock_guard lock(engine_->mutex_);
+  const auto lock = engine_->lock();
   return weights_ ? weights_->packed_bytes() : 0;
 }
 
@@ -306,7 +308,7 @@ std::shared_ptr<const ActiveLora> MoeLayer::share_lora() {
 }
 
 bool MoeLayer::has_biases() const {
-  const std::lock_guard lock(engine_->mutex_);
+  const auto lock = engine_->lock();
   return biases_.has_value();
 }
 

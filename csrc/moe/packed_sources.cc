@@ -90,7 +90,7 @@ void MoeLayer::copy_shards(int expert, Projection projection, std::span<const Pa
 }
 
 std::vector<std::size_t> MoeLayer::image_bytes() const {
-  const std::lock_guard lock(engine_->mutex_);
+  const auto lock = engine_->lock();
   std::vector<std::size_t> bytes;
   for (int part = 0; weights_ && part < weights_->parts(); ++part) {
     bytes.push_back(weights_->image_bytes(part));

@@ -80,6 +80,11 @@ Workspace::Workspace(int num_threads, int max_qlen, int max_job_rows)
 }
 
 void Workspace::reserve(const MoeShape& shape) {
+  // Rows of a plan, and of its padded tiles, are counted in int.
+  constexpr std::int64_t kMaxPlanRows = std::int64_t{1} << 26;
+  KTRT_CHECK(std::int64_t{max_qlen_} * shape.top_k <= kMaxPlanRows,
+             "max_qlen " << max_qlen_ << " times top_k " << shape.top_k << ", expected at most "
+                         << kMaxPlanRows << " rows in a forward");
   const std::size_t x_row = std::max(x_row_, row_bytes(shape.hidden_size));
   const std::size_t act_row = std::max(act_row_, row_bytes(shape.intermediate_size));
   const std::size_t plan_rows = std::max(
