@@ -37,7 +37,7 @@ function(ktrt_set_isa_flags)
       continue()
     endif()
     set(flags ${KTRT_ISA_FLAGS_${isa}} -fno-lto -fno-exceptions -fno-rtti ${quiet} ${no_pre}
-              ${optimise})
+              ${optimise} ${KTRT_KERNEL_FRAME_WARNING})
     set_source_files_properties("${source}" PROPERTIES COMPILE_OPTIONS "${flags}")
   endforeach()
 endfunction()

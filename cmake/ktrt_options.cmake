@@ -13,6 +13,16 @@ if(KTRT_SANITIZE)
   add_link_options("-fsanitize=${KTRT_SANITIZE}")
 endif()
 
+# Whoever calls a forward may have a small stack (256 KB are usual): big arrays belong in a workspace.
+# A kernel may keep one block of weights there, for the L1 cache (AMX INT4: 47 KB). Sanitizers widen
+# every frame, and tests may use what they like.
+set(KTRT_FRAME_WARNING "")
+set(KTRT_KERNEL_FRAME_WARNING "")
+if(KTRT_STRICT AND NOT KTRT_SANITIZE)
+  set(KTRT_FRAME_WARNING -Wframe-larger-than=16384)
+  set(KTRT_KERNEL_FRAME_WARNING -Wframe-larger-than=49152)
+endif()
+
 add_library(ktrt_warnings INTERFACE)
 target_compile_options(ktrt_warnings INTERFACE -Wall -Wextra)
 if(KTRT_STRICT)

@@ -28,7 +28,8 @@ class Engine:
         every expert is cut into one shard per node, held in that node's memory, and the bits stay
         those of one node. Without it, experts are whole and threads take the allowed CPUs in order,
         one hardware thread per core first. ``max_qlen`` bounds the tokens of one ``forward``.
-        ``ValueError``: a count below 1, fewer CPUs than threads, a bad ``KTRT_ISA``."""
+        ``ValueError``: a count below 1, fewer CPUs than threads; ``ktrt.errors.ConfigError``: a
+        ``KTRT_ISA`` that is unknown or above what the machine has."""
 
     @property
     def parts(self) -> int:
@@ -625,7 +626,8 @@ def release_file_pages(path: str) -> int:
     stay valid, and are read again where they are used. Returns how many mappings that were."""
 
 def isa() -> str:
-    """The ISA level in use: ``portable``, ``avx2``, ``avx512`` or ``amx`` (after ``KTRT_ISA``)."""
+    """The ISA level in use: ``portable``, ``avx2``, ``avx512`` or ``amx`` (after ``KTRT_ISA``).
+    ``ktrt.errors.ConfigError``: another value of ``KTRT_ISA``, or one above ``detected_isa``."""
 
 def detected_isa() -> str:
     """The highest ISA level this machine and build can run."""

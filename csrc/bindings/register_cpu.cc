@@ -61,6 +61,14 @@ double arithmetic_rate(const std::string& name, double seconds) {
 }  // namespace
 
 void register_cpu(py::module_& module) {
+  py::register_local_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const IsaError& error) {
+      // A setting of the user's, which every command reports as such.
+      py::set_error(py::module_::import("ktrt.errors").attr("ConfigError"), error.what());
+    }
+  });
   module.def(
       "isa", [] { return std::string(name_of(active_isa())); },
       "The ISA level in use, after KTRT_ISA.");

@@ -5,8 +5,7 @@
 
 #include <array>
 #include <cstdlib>
-
-#include "base/check.h"
+#include <string>
 
 namespace ktrt {
 
@@ -48,6 +47,17 @@ CpuFeatures detect() {
 
 constexpr std::array<Isa, 4> kLevels = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAmx};
 
+// "portable, avx2 or avx512"
+std::string names_up_to(Isa highest) {
+  std::string names;
+  for (const Isa level : kLevels) {
+    if (level > highest) break;
+    if (!names.empty()) names += level == highest ? " or " : ", ";
+    names += name_of(level);
+  }
+  return names;
+}
+
 }  // namespace
 
 const char* name_of(Isa isa) {
@@ -80,14 +90,12 @@ Isa resolve_isa(std::string_view override_value, Isa detected) {
   if (override_value.empty()) return detected;
   for (const Isa level : kLevels) {
     if (override_value != name_of(level)) continue;
-    KTRT_CHECK(level <= detected, "KTRT_ISA=" << override_value
-                                              << " is above what this machine has ("
-                                              << name_of(detected) << "); unset it or lower it");
-    return level;
+    if (level <= detected) return level;
+    throw IsaError("KTRT_ISA=" + std::string(override_value) + " is above what this machine has (" +
+                   name_of(detected) + "); unset it or set it to " + names_up_to(detected));
   }
-  KTRT_CHECK(false, "KTRT_ISA=" << override_value
-                                << " is not known; expected portable, avx2, avx512 or amx");
-  return detected;
+  throw IsaError("KTRT_ISA=" + std::string(override_value) +
+                 " is not known; unset it or set it to " + names_up_to(detected));
 }
 
 Isa active_isa() {

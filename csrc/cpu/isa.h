@@ -1,6 +1,7 @@
 // Which instruction sets this machine, this build and the user allow.
 #pragma once
 
+#include <stdexcept>
 #include <string_view>
 
 namespace ktrt {
@@ -22,11 +23,17 @@ const char* name_of(Isa isa);
 // Read once. Asks the kernel for the permission to use AMX tile data where the processor has it.
 const CpuFeatures& cpu_features();
 
+// A value of KTRT_ISA that cannot be. Python: ktrt.errors.ConfigError.
+class IsaError : public std::invalid_argument {
+ public:
+  using std::invalid_argument::invalid_argument;
+};
+
 // The highest level of this machine.
 Isa detected_isa();
 
 // The level in use: detected_isa(), or what KTRT_ISA=portable|avx2|avx512|amx lowers it to.
-// Throws std::invalid_argument if KTRT_ISA is unknown or above detected_isa().
+// Throws IsaError if KTRT_ISA is unknown or above detected_isa().
 Isa active_isa();
 
 // active_isa() for a given value of KTRT_ISA; empty means unset.

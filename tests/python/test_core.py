@@ -431,8 +431,8 @@ def test_isa_levels() -> None:
     for level in LEVELS[LEVELS.index(detected) + 1 :]:
         done = in_a_process(level)
         assert done.returncode != 0
-        assert f"ValueError: KTRT_ISA={level} is above what this machine has" in done.stderr
-    assert "ValueError: KTRT_ISA=mmx is not known" in in_a_process("mmx").stderr
+        assert f"ConfigError: KTRT_ISA={level} is above what this machine has" in done.stderr
+    assert "ConfigError: KTRT_ISA=mmx is not known" in in_a_process("mmx").stderr
 
 
 def test_last_kernels() -> None:
