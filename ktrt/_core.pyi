@@ -3,6 +3,11 @@
 Arrays are passed by DLPack: any object with ``__dlpack__`` whose data lies in CPU memory
 (``torch.Tensor``, ``numpy.ndarray``), with the last dimension contiguous. Every size is checked;
 a mismatch raises ``ValueError`` naming the argument, what was found and what was expected.
+Addresses come with a number of elements; whether memory is there only the caller knows.
+
+Nothing can be copied or pickled (``TypeError``). In a process that ``fork()`` made every call that
+would use an object's threads or memory raises ``RuntimeError``; ``Engine.close`` and
+``GpuHandoff.close`` do nothing there, and ``closed`` is true of the engine.
 """
 
 from collections.abc import Sequence
