@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ktrt.errors import ConfigError
 from ktrt.fingerprint import fingerprint
 from ktrt.moe import release_file_pages
-from ktrt.pack_cache import CacheKey, PackCache, default_folder
+from ktrt.pack_cache import PackCache, default_folder
+from ktrt.pack_manifest import CacheKey
 from ktrt.progress import byte_progress
 
 if TYPE_CHECKING:
@@ -48,9 +50,25 @@ def cache_folder(args: ExpertArgs, environ: Mapping[str, str] = os.environ) -> P
     if not args.ktrt_cache or environ.get("KTRT_CACHE", "").lower() in _OFF:
         return None
     if args.ktrt_cache_dir is not None:
-        return args.ktrt_cache_dir.expanduser()
-    given = environ.get("KTRT_CACHE_DIR")
-    return Path(given).expanduser() if given else default_folder()
+        return _expanded(args.ktrt_cache_dir)
+    if given := environ.get("KTRT_CACHE_DIR"):
+        return _expanded(Path(given))
+    folder = default_folder()
+    if folder is None:
+        logger.warning(
+            "No pack cache: this user has no home folder. The experts are packed at every start; "
+            "ktrt_cache_dir or KTRT_CACHE_DIR names a folder for them."
+        )
+    return folder
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"The cache folder {path} names a home folder that is unknown."
+        ) from error
 
 
 def cache_of(root: Path, source: ExpertSource, layers: Mapping[str, MoeLayer]) -> PackCache:

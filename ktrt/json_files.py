@@ -46,14 +46,19 @@ def read_json(file: Path, error: type[KtrtError], advice: str = "") -> Any:
             f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull` in "
             f"{file.parent}, or download the folder again."
         )
+    return parse_json(data, str(file), error, advice)
+
+
+def parse_json(data: bytes, where: str, error: type[KtrtError], advice: str = "") -> Any:
+    """The value of UTF-8 JSON, as ``read_json``; ``where`` names it in errors."""
     try:
         return json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as cause:
-        raise error(_text(f"{file} is not UTF-8 text (byte {cause.start})", advice)) from cause
+        raise error(_text(f"{where} is not UTF-8 text (byte {cause.start})", advice)) from cause
     except RecursionError as cause:
-        raise error(_text(f"{file} is damaged: nested too deeply for JSON", advice)) from cause
+        raise error(_text(f"{where} is damaged: nested too deeply for JSON", advice)) from cause
     except ValueError as cause:
-        reason = f"{file} is no valid JSON ({cause}; {len(data)} bytes)"
+        reason = f"{where} is no valid JSON ({cause}; {len(data)} bytes)"
         raise error(_text(reason, advice)) from cause
 
 

@@ -14,13 +14,16 @@ from ktrt.command_line import new_parser, parse, run_command, set_environment
 from ktrt.config import load_config
 from ktrt.errors import ConfigError, KtrtError
 from ktrt.fingerprint import fingerprint
-from ktrt.pack_cache import LAYOUT, cache_folders, default_folder, read_manifest, unfinished
+from ktrt.owned_folder import NotTrustedError
+from ktrt.pack_cache import cache_folders, default_folder, opened, unfinished
+from ktrt.pack_manifest import DAMAGE, LAYOUT, read_manifest
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
     from ktrt.config import Config
+    from ktrt.pack_manifest import Manifest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,7 +63,10 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _folder(args: argparse.Namespace) -> Path:
     given = args.dir or os.environ.get("KTRT_CACHE_DIR")
-    return Path(given).expanduser() if given else default_folder()
+    folder = Path(os.path.expanduser(given)) if given else default_folder()  # noqa: PTH111
+    if folder is None:
+        raise ConfigError("this user has no home folder for a cache: name one with --dir")
+    return folder
 
 
 def pack(config: Config) -> None:
@@ -107,7 +113,8 @@ def entries(root: Path) -> list[dict[str, Any]]:
     for folder in cache_folders(root):
         entry: dict[str, Any] = {"folder": str(folder), "bytes": _size(folder)}
         try:
-            manifest = read_manifest(folder)
+            with opened(folder) as held:
+                manifest = read_manifest(held)
             key = manifest["key"]
             entry |= {
                 "source": key["source"],
@@ -117,7 +124,9 @@ def entries(root: Path) -> list[dict[str, Any]]:
                 "created": manifest["created"],
                 "state": _state(manifest),
             }
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except NotTrustedError as error:
+            entry["state"] = f"not used: {error}"
+        except (*DAMAGE, StopIteration, KeyError, TypeError) as error:
             entry["state"] = f"damaged: {error}"
         found.append(entry)
     found += [
@@ -127,7 +136,7 @@ def entries(root: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _state(manifest: dict[str, Any]) -> str:
+def _state(manifest: Manifest) -> str:
     key = manifest["key"]
     source = Path(key["source"])
     if manifest["layout"] != LAYOUT:
@@ -142,7 +151,10 @@ def _state(manifest: dict[str, Any]) -> str:
 
 
 def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir())
+    try:
+        return sum(file.stat().st_size for file in folder.iterdir())
+    except OSError:  # another user's
+        return 0
 
 
 def show(found: list[dict[str, Any]], *, as_json: bool) -> None:

@@ -2,7 +2,8 @@
 
 A cache is a folder with one image file per layer and NUMA part and a manifest, which says what the
 images were made from and how, and holds a digest of each. It is written under a temporary name and
-renamed when complete. LoRA is never in it. What a manifest does not vouch for is never used.
+renamed when complete. LoRA is never in it. What a manifest does not vouch for is never used, nor
+what another user could have written.
 """
 
 from __future__ import annotations
@@ -11,30 +12,36 @@ import contextlib
 import errno
 import fcntl
 import glob
-import hashlib
 import json
 import logging
 import os
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Literal, Protocol, Self
 
 from ktrt import __version__
+from ktrt.owned_folder import NotTrustedError, OwnedFolder
+from ktrt.pack_manifest import (
+    DAMAGE,
+    LAYOUT,
+    MANIFEST,
+    SCHEMA,
+    CacheKey,
+    Image,
+    Manifest,
+    checksum_of,
+    read_manifest,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from ktrt.fingerprint import Fingerprint
-
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
-# Of the images: kt_kernel's layouts, then scales and sums of codes, each from a multiple of 4096.
-LAYOUT = "kt-0.7.2/image-1"
-_SCHEMA = 1
 _TEMPORARY = ".tmp-"
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 # Beside the images; a file system without a reserve behaves badly when it is full.
 _SPARE_BYTES = 64 << 20
 # A writer that has written nothing for so long is not waited for.
@@ -56,42 +63,15 @@ class PackedLayer(Protocol):
     ) -> bool: ...
 
 
-@dataclass(frozen=True)
-class CacheKey:
-    """What a cache is made from: the model folder, its files, and how they are packed.
-
-    ``layers``: the path of each experts module and the bytes of its images, one per NUMA part.
-    """
-
-    source: str
-    weight_format: str
-    layers: dict[str, list[int]]
-    files: Fingerprint
-
-    @property
-    def parts(self) -> int:
-        """NUMA parts of every layer."""
-        return len(next(iter(self.layers.values())))
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all images."""
-        return sum(map(sum, self.layers.values()))
-
-    @property
-    def folder_name(self) -> str:
-        """One folder per model folder, format and parts: a newer version replaces an older one."""
-        text = f"{self.source}\0{self.weight_format}\0{self.parts}"
-        name = f"{Path(self.source).name}-{self.weight_format}"
-        if self.parts > 1:
-            name += f"-{self.parts}parts"
-        return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-
-
-def default_folder() -> Path:
-    """$XDG_CACHE_HOME/ktrt, else ~/.cache/ktrt."""
+def default_folder() -> Path | None:
+    """$XDG_CACHE_HOME/ktrt, else ~/.cache/ktrt; None for a user without a home."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache") / "ktrt"
+    if base and Path(base).is_absolute():
+        return Path(base) / "ktrt"
+    try:
+        return Path.home() / ".cache" / "ktrt"
+    except RuntimeError:  # neither HOME nor an entry in passwd
+        return None
 
 
 class PackCache:
@@ -100,64 +80,81 @@ class PackCache:
     def __init__(self, root: Path, key: CacheKey) -> None:
         self.folder = root / key.folder_name
         self._key = key
+        self._refused = False
 
     def load(self, layers: Mapping[str, PackedLayer]) -> str | None:
         """Gives every layer its images; "mapped" or "copied", or None if there is no cache.
 
         A cache that is damaged, or was made from other files or in another way, is reported,
         removed and not used; layers that were loaded before damage was found have to be packed.
+        One that others could have written is not used either; if it is not this user's to replace,
+        nothing will be written.
         """
-        if not self.folder.is_dir():
+        if self._refused or not self.folder.is_dir():
             return None
         try:
-            manifest = read_manifest(self.folder)
-            if reason := self._difference(manifest):
-                logger.info(
-                    "The pack cache %s is outdated (%s): packing again", self.folder, reason
-                )
-                self.discard()
+            with opened(self.folder) as folder:
+                manifest = read_manifest(folder)
+                if not (reason := self._difference(manifest)):
+                    return self._use(layers, manifest, folder)
+            logger.info("The pack cache %s is outdated (%s): packing again", self.folder, reason)
+        except NotTrustedError as error:
+            if not error.ours or not _is_trusted(self.folder.parent):
+                self._refuse(error)
                 return None
-            return self._use(layers, manifest)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("The pack cache %s is not used (%s): packing again", self.folder, error)
+        except DAMAGE as error:
             if not self.folder.is_dir():
                 return None  # another process replaces it
             logger.warning(
                 "The pack cache %s is damaged (%s): packing again", self.folder, _words(error)
             )
-            self.discard()
-            return None
+        self.discard()
+        return None
+
+    def _refuse(self, reason: NotTrustedError) -> None:
+        self._refused = True
+        logger.warning(
+            "No pack cache: %s. The experts are packed at every start; ktrt_cache_dir or "
+            "KTRT_CACHE_DIR names another folder.", reason,
+        )  # fmt: skip
 
     def mismatch(self) -> str | None:
         """Why there is nothing to load; None if there is a cache. Its images are not read."""
         if not self.folder.is_dir():
             return "not there yet"
         try:
-            manifest = read_manifest(self.folder)
+            with opened(self.folder) as folder:
+                manifest = read_manifest(folder)
             for image in (i for images in manifest["images"].values() for i in images):
                 if (self.folder / image["file"]).stat().st_size != image["bytes"]:
                     return f"{image['file']} is incomplete"
             return self._difference(manifest)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except DAMAGE as error:
             return _words(error)
 
-    def _difference(self, manifest: Mapping[str, Any]) -> str | None:
+    def _difference(self, manifest: Manifest) -> str | None:
         """In what the manifest's key differs from this one."""
         if manifest["layout"] != LAYOUT:
             return f"its layout is {manifest['layout']}, now {LAYOUT}"
         found, expected = manifest["key"], asdict(self._key)
         if found == expected:
             return None
-        old = {each["name"]: each for each in found["files"]}
+        old = {each.get("name"): each for each in found["files"]}
         new = {each["name"]: each for each in expected["files"]}
-        changed = sorted(n for n in old.keys() | new.keys() if old.get(n) != new.get(n))
+        changed = sorted(str(n) for n in old.keys() | new.keys() if old.get(n) != new.get(n))
         return f"changed since: {', '.join(changed[:3])}" if changed else "other sizes of experts"
 
-    def _use(self, layers: Mapping[str, PackedLayer], manifest: Mapping[str, Any]) -> str:
+    def _use(
+        self, layers: Mapping[str, PackedLayer], manifest: Manifest, folder: OwnedFolder
+    ) -> str:
         mapped: bool | None = None
         for path, layer in layers.items():
-            images = manifest["images"][path]
+            images = manifest["images"].get(path)
+            if images is None:
+                raise ValueError(f"{path} has no image")
             with contextlib.ExitStack() as stack:
-                fds = [stack.enter_context(_opened(self.folder / i["file"])) for i in images]
+                fds = [stack.enter_context(_open_file(folder, i["file"])) for i in images]
                 digests = [int(i["digest"], 16) for i in images]
                 # Files of one cache lie in the page cache in one way.
                 use: Literal["auto", "map", "copy"] = "auto"
@@ -171,22 +168,31 @@ class PackCache:
 
     def discard(self) -> None:
         """Removes the cache, at once for whoever looks."""
-        doomed = self.folder.with_name(f"{self.folder.name}{_TEMPORARY}{os.getpid()}-old")
-        with contextlib.suppress(OSError):
-            self.folder.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+        doomed = f"{self.folder.name}{_TEMPORARY}{os.getpid()}-old"
+        lost = contextlib.suppress(OSError, NotTrustedError)
+        with lost, OwnedFolder.root(self.folder.parent) as root:
+            root.rename(self.folder.name, doomed)
+            root.remove_folder(doomed)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[bool]:
         """Waits until no other process writes this cache; yields whether this one may.
 
-        False if the folder cannot be written, or the other one has stopped getting on.
+        False if the folder cannot be written or others can, or the other process has stopped
+        getting on.
         """
+        if self._refused:
+            yield False
+            return
         try:
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            path = self.folder.with_name(f"{self.folder.name}.lock")
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
+            self.folder.parent.mkdir(0o755, parents=True, exist_ok=True)
+            with OwnedFolder.root(self.folder.parent) as root:
+                descriptor = root.open(f"{self.folder.name}.lock", os.O_RDWR | os.O_CREAT)
+        except NotTrustedError as error:
+            self._refuse(error)
+            yield False
+            return
+        except (OSError, ValueError) as error:
             logger.warning("No pack cache: %s", _words(error))
             yield False
             return
@@ -219,7 +225,7 @@ class PackCache:
                 _give_up(self.folder, f"{free / 1e9:.2f} GB free on the disk", self._key)
                 return None
             return CacheWriter(self.folder, self._key)
-        except OSError as error:
+        except (OSError, NotTrustedError) as error:
             _give_up(self.folder, _words(error), self._key)
             return None
 
@@ -228,28 +234,29 @@ class CacheWriter:
     """Writes a cache, one layer after the other; a failure is a message, never an error."""
 
     def __init__(self, folder: Path, key: CacheKey) -> None:
-        """``OSError`` if the folder cannot be made."""
+        """``OSError`` or ``NotTrustedError`` if the folder cannot be made."""
         self._folder = folder
         self._key = key
-        self._images: dict[str, list[dict[str, Any]]] = {}
-        self._temporary: Path | None = folder.with_name(f"{folder.name}{_TEMPORARY}{os.getpid()}")
-        self._temporary.mkdir()
+        self._images: dict[str, list[Image]] = {}
+        self._root = OwnedFolder.root(folder.parent)
+        self._temporary: OwnedFolder | None = None
+        try:
+            self._temporary = self._root.make_folder(f"{folder.name}{_TEMPORARY}{os.getpid()}")
+        except BaseException:
+            self._root.close()
+            raise
 
     def add(self, path: str, layer: PackedLayer) -> None:
         """Writes the images of the layer whose experts module is ``path``."""
         if self._temporary is None:
             return
-        images = []
+        images: list[Image] = []
         try:
             for part, size in enumerate(layer.image_bytes):
-                file = self._temporary / f"layer-{len(self._images):04d}.part-{part}"
-                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-                descriptor = os.open(file, flags, 0o444)
-                try:
+                file = f"layer-{len(self._images):04d}.part-{part}"
+                with _open_file(self._temporary, file, _NEW, 0o444) as descriptor:
                     digest = layer.write_image(part, descriptor)
-                finally:
-                    os.close(descriptor)
-                images.append({"file": file.name, "bytes": size, "digest": f"{digest:016x}"})
+                images.append({"file": file, "bytes": size, "digest": f"{digest:016x}"})
         except OSError as error:
             self._fail(error)
             return
@@ -260,26 +267,25 @@ class CacheWriter:
         if self._temporary is None:
             return False
         manifest = {
-            "schema": _SCHEMA,
+            "schema": SCHEMA,
             "layout": LAYOUT,
             "ktrt": __version__,
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "key": asdict(self._key),
             "images": self._images,
         }
-        manifest["sha256"] = _checksum(manifest)
+        manifest["sha256"] = checksum_of(manifest)
         try:
-            file = self._temporary / MANIFEST
-            file.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-            for path in self._temporary.iterdir():
-                _sync(path)
-            _sync(self._temporary)
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._temporary.rename(self._folder)
-            _sync(self._folder.parent)
+            with os.fdopen(self._temporary.open(MANIFEST, _NEW), "w", encoding="utf-8") as file:
+                json.dump(manifest, file, indent=1)
+            self._temporary.sync()
+            self._root.remove_folder(self._folder.name)
+            self._root.rename(self._temporary.path.name, self._folder.name)
+            os.fsync(self._root.descriptor)
         except OSError as error:
             self._fail(error)
             return False
+        self._temporary.close()
         self._temporary = None
         return True
 
@@ -290,7 +296,8 @@ class CacheWriter:
     def abort(self) -> None:
         """Removes what was written, unless it is finished."""
         if self._temporary is not None:
-            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._root.remove_folder(self._temporary.path.name)
+            self._temporary.close()
             self._temporary = None
 
     def __enter__(self) -> Self:
@@ -298,17 +305,7 @@ class CacheWriter:
 
     def __exit__(self, *_: object) -> None:
         self.abort()
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a cache. ``OSError``, or ``ValueError`` if it is not what was written."""
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    if not isinstance(manifest, dict) or manifest.get("schema") != _SCHEMA:
-        raise ValueError(f"{MANIFEST} is not of schema {_SCHEMA}")
-    checksum = manifest.pop("sha256", None)
-    if checksum != _checksum(manifest):
-        raise ValueError(f"{MANIFEST} has another checksum than it names")
-    return manifest
+        self._root.close()
 
 
 def cache_folders(root: Path) -> list[Path]:
@@ -363,21 +360,29 @@ def _written(folder: Path) -> int:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+def opened(path: Path) -> Iterator[OwnedFolder]:
+    """The folder of a cache. ``NotTrustedError``, ``OSError``."""
+    with OwnedFolder.root(path.parent) as root, root.folder(path.name) as folder:
+        yield folder
+
+
+def _is_trusted(root: Path) -> bool:
+    try:
+        OwnedFolder.root(root).close()
+    except (NotTrustedError, OSError):
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _open_file(
+    folder: OwnedFolder, name: str, flags: int = os.O_RDONLY, mode: int = 0o644
+) -> Iterator[int]:
+    descriptor = folder.open(name, flags, mode)
     try:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _sync(path: Path) -> None:
-    with _opened(path) as descriptor:
-        os.fsync(descriptor)
-
-
-def _checksum(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _words(error: Exception) -> str:

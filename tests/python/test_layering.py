@@ -75,7 +75,9 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "latent_attention": {"cpu_attention", "dense", "moe", "recording"},
     "progress": set(),
     "fingerprint": set(),
-    "pack_cache": {"fingerprint"},
+    "owned_folder": set(),
+    "pack_manifest": {"fingerprint", "json_files", "owned_folder"},
+    "pack_cache": {"owned_folder", "pack_manifest"},
     "kt_weights": {"checkpoint"},
     "expert_loading": {
         "checkpoint",
@@ -83,6 +85,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
         "kt_weights",
         "moe",
         "pack_cache",
+        "pack_manifest",
         "progress",
     },
     "memory_limits": set(),
@@ -172,7 +175,15 @@ PYTHON_LAYERS: dict[str, set[str]] = {
         "tokenizer_files",
     },
     "export": {"adapter", "merge", "prepare", "tokenizer_files", "tokenizer_words"},
-    "pack": {"expert_loading", "fingerprint", "prepare", "moe", "pack_cache"},
+    "pack": {
+        "expert_loading",
+        "fingerprint",
+        "moe",
+        "owned_folder",
+        "pack_cache",
+        "pack_manifest",
+        "prepare",
+    },
     "api": {"model", "session", "template", "tokenizer_words"},
     "chat": {
         "api",
@@ -213,6 +224,7 @@ WITHOUT_TORCH = {
 WITHOUT_TORCH |= {"terminal", "editor", "conversation", "status", "talk", "compare", "commands"}
 WITHOUT_TORCH |= {"keyboard", "signals", "streams", "temporaries"}
 WITHOUT_TORCH |= {"machine_facts", "advice", "bench_report"}
+WITHOUT_TORCH |= {"owned_folder", "pack_manifest", "pack_cache"}
 
 # Layers of csrc/ and the layers below each.
 CPP_LAYERS: dict[str, set[str]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import fcntl
 import json
@@ -25,10 +26,12 @@ from safetensors.torch import load_file, save_file
 import ktrt.pack_cache
 from ktrt import _core, pack
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
+from ktrt.errors import ConfigError
 from ktrt.expert_loading import cache_folder
 from ktrt.kt_weights import PROJECTIONS
 from ktrt.model import load_model
-from ktrt.pack_cache import MANIFEST, CacheKey, PackCache, default_folder
+from ktrt.pack_cache import PackCache, default_folder
+from ktrt.pack_manifest import MANIFEST, CacheKey
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKED = "Packed 32 experts of 2 layers"
@@ -238,6 +241,95 @@ def test_a_folder_that_cannot_be_made(loader: Loader) -> None:
     loader.logits()
     assert loader.said("No pack cache: Not a directory")
     assert loader.said(PACKED)
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o772, 0o707])
+def test_a_cache_where_others_write_is_not_used(loader: Loader, mode: int) -> None:
+    """Neither read nor written: their experts would be as good as ours."""
+    expected = loader.logits()
+    loader.root.chmod(mode)
+    assert torch.equal(loader.logits(), expected)
+    assert loader.said("No pack cache: other users can write to")
+    assert sum("pack cache" in line for line in loader.log) == 1
+    assert loader.said(PACKED)
+    loader.root.chmod(0o1777)  # as /tmp: others cannot touch what is ours
+    assert torch.equal(loader.logits(), expected)
+    assert loader.said(CACHED)
+
+
+@pytest.mark.parametrize("name", ["", MANIFEST, "layer-0001.part-0"])
+@pytest.mark.parametrize("mode", [0o775, 0o777])
+def test_what_others_could_have_written_is_packed_again(
+    loader: Loader, name: str, mode: int
+) -> None:
+    expected = loader.logits()
+    (loader.folder / name).chmod(mode)
+    assert torch.equal(loader.logits(), expected)
+    assert loader.said("other users can write to")
+    assert loader.said("packing again")
+    assert torch.equal(loader.logits(), expected)
+    assert loader.said(CACHED)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+@pytest.mark.parametrize("name", ["", MANIFEST, "layer-0001.part-0", "root"])
+def test_what_belongs_to_others_is_not_used(loader: Loader, name: str) -> None:
+    expected = loader.logits()
+    path = loader.root if name == "root" else loader.folder / name
+    os.chown(path, 12345, -1)
+    assert torch.equal(loader.logits(), expected)
+    assert loader.said(f"No pack cache: {path} belongs to user 12345, not to root")
+    assert loader.said(PACKED)
+    assert path.stat().st_uid == 12345
+
+
+@pytest.mark.parametrize("name", ["", MANIFEST, "layer-0001.part-0"])
+def test_links_are_not_followed(loader: Loader, tmp_path: Path, name: str) -> None:
+    expected = loader.logits()
+    path = loader.folder / name
+    target = path.rename(tmp_path / "elsewhere")
+    path.symlink_to(target)
+    assert torch.equal(loader.logits(), expected)
+    assert loader.said("is a link" if not name else "is damaged (Too many levels of symbolic links")
+    assert loader.said(PACKED)
+    assert target.exists()
+
+
+def test_the_cache_folder_itself_may_be_a_link(loader: Loader, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    loader.root.symlink_to(tmp_path / "disk")
+    loader.logits()
+    loader.logits()
+    assert loader.said(CACHED)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 200_000, '{"schema": 1}', '{"schema": 1, "key": 7}', "[]", "null", "\udcff", "", "{"],
+)
+def test_a_manifest_that_is_none(loader: Loader, text: str) -> None:
+    expected = loader.logits()
+    manifest = loader.folder / MANIFEST
+    manifest.write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert torch.equal(loader.logits(), expected)
+    assert loader.said("is damaged")
+    (entry,) = (pack.entries(loader.root),)
+    assert [each["state"] for each in entry] == ["current"]
+
+
+def test_no_home_is_no_reason_to_refuse(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", staticmethod(nobody))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_folder(ExpertArgs(), {}) is None
+    assert "No pack cache: this user has no home folder" in caplog.text
+    assert cache_folder(ExpertArgs(), {"KTRT_CACHE_DIR": "/x"}) == Path("/x")
+    with pytest.raises(ConfigError, match="name one with --dir"):
+        pack.prune(pack._folder(argparse.Namespace(dir=None)), everything=False)
 
 
 CHILD = textwrap.dedent(

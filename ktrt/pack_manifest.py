@@ -1,0 +1,108 @@
+"""The manifest of a pack cache: what its images were made from, and their digests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import TypedDict
+
+from ktrt.errors import KtrtError
+from ktrt.json_files import parse_json, typed
+from ktrt.owned_folder import NotTrustedError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ktrt.fingerprint import Fingerprint
+    from ktrt.owned_folder import OwnedFolder
+
+MANIFEST = "manifest.json"
+# Of the images: kt_kernel's layouts, then scales and sums of codes, each from a multiple of 4096.
+LAYOUT = "kt-0.7.2/image-1"
+SCHEMA = 1
+
+
+class CacheDamagedError(KtrtError):
+    """A manifest that is not what was written."""
+
+
+DAMAGE = (OSError, ValueError, NotTrustedError, CacheDamagedError)
+
+
+class Image(TypedDict):
+    """A file: its size, and its digest as hexadecimal digits."""
+
+    file: str
+    bytes: int
+    digest: str
+
+
+class Key(TypedDict):
+    """``CacheKey`` in a manifest."""
+
+    source: str
+    weight_format: str
+    layers: dict[str, list[int]]
+    files: list[dict[str, Any]]
+
+
+class Manifest(TypedDict):
+    """``images``: by layer, one per part."""
+
+    schema: int
+    layout: str
+    created: str
+    key: Key
+    images: dict[str, list[Image]]
+
+
+@dataclass(frozen=True)
+class CacheKey:
+    """What a cache is made from: the model folder, its files, and how they are packed.
+
+    ``layers``: the path of each experts module and the bytes of its images, one per NUMA part.
+    """
+
+    source: str
+    weight_format: str
+    layers: dict[str, list[int]]
+    files: Fingerprint
+
+    @property
+    def parts(self) -> int:
+        """NUMA parts of every layer."""
+        return len(next(iter(self.layers.values())))
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all images."""
+        return sum(map(sum, self.layers.values()))
+
+    @property
+    def folder_name(self) -> str:
+        """One folder per model folder, format and parts: a newer version replaces an older one."""
+        text = f"{self.source}\0{self.weight_format}\0{self.parts}"
+        name = f"{Path(self.source).name}-{self.weight_format}"
+        if self.parts > 1:
+            name += f"-{self.parts}parts"
+        return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def read_manifest(folder: OwnedFolder) -> Manifest:
+    """The manifest of a cache. Raises what ``DAMAGE`` lists if it is not what was written."""
+    manifest = parse_json(folder.read(MANIFEST), MANIFEST, CacheDamagedError)
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        raise CacheDamagedError(f"{MANIFEST} is not of schema {SCHEMA}")
+    checksum = manifest.pop("sha256", None)
+    if checksum != checksum_of(manifest):
+        raise CacheDamagedError(f"{MANIFEST} has another checksum than it names")
+    return typed(manifest, Manifest, MANIFEST, CacheDamagedError)
+
+
+def checksum_of(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest without its checksum."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
