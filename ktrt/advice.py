@@ -71,7 +71,7 @@ def _isa(facts: MachineFacts) -> Iterator[Advice]:
 
 def _threads(facts: MachineFacts, experts: ExpertArgs | None) -> Iterator[Advice]:
     wanted, name = _wanted_threads(facts, experts)
-    threads = min(wanted or facts.cores, facts.allowed)
+    threads = min(wanted or facts.usable_cores, facts.allowed)
     usable = facts.usable_cores
     if facts.cpu_quota is not None and threads > facts.cpu_quota:
         yield Advice(

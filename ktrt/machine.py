@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ktrt import _core
-from ktrt.machine_facts import MachineFacts, read_facts
+from ktrt.machine_facts import MachineFacts, cpu_quota, read_facts, threads_within
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -61,6 +61,11 @@ def machine_facts(environment: Mapping[str, str], root: Path = Path("/")) -> Mac
     )
 
 
+def default_threads() -> int:
+    """What an engine starts without settings."""
+    return threads_within(_core.num_cores(), cpu_quota()[0])
+
+
 class BandwidthProbe:
     """Reads a block of memory that is in no cache, on as many pool threads as an engine has."""
 
@@ -82,7 +87,7 @@ class BandwidthProbe:
 def read_bandwidth(threads: int | None = None, *, passes: int = 7) -> float:
     """Bytes per second that ``threads`` pool threads (default: one per core) read from memory: the
     best of some passes over several times what the caches hold."""
-    probe = BandwidthProbe(threads or _core.num_cores(), _probe_bytes())
+    probe = BandwidthProbe(threads or default_threads(), _probe_bytes())
     try:
         return max(probe.rate() for _ in range(passes))
     finally:
@@ -99,7 +104,7 @@ def arithmetic_peaks(threads: int | None = None, *, seconds: float = 0.1) -> lis
     """Of every instruction set that this process may use, one thread and ``threads`` (default: one
     per core) at once, pinned; older instruction sets first."""
     cpus = [cpu for node in _core.numa_cpus() for cpu in node]
-    cpus = cpus[: threads or _core.num_cores()]
+    cpus = cpus[: threads or default_threads()]
     found = []
     for name, instruction, operands in _core.arithmetic_loops():
         one = _rate_on(cpus[:1], name, seconds)

@@ -77,9 +77,7 @@ class MachineFacts:
     @property
     def usable_cores(self) -> int:
         """Threads that are of use: physical cores, less what a quota takes away."""
-        if self.cpu_quota is None:
-            return self.cores
-        return max(1, min(self.cores, int(self.cpu_quota)))
+        return threads_within(self.cores, self.cpu_quota)
 
 
 def read_facts(
@@ -123,6 +121,12 @@ def read_facts(
     )
 
 
+def threads_within(cores: int, quota: float | None) -> int:
+    """How many threads run by default: one per physical core, and no more than whole CPUs of a
+    quota. With more, the kernel stops all of them for the rest of every period."""
+    return cores if quota is None else max(1, min(cores, int(quota)))
+
+
 def cpu_quota(root: Path = Path("/")) -> tuple[float | None, str]:
     """The least that this process's cgroup or one above it grants, in CPUs, and the file that says
     so; None without a limit."""
@@ -134,7 +138,7 @@ def cpu_quota(root: Path = Path("/")) -> tuple[float | None, str]:
         else:
             file = folder / "cpu.cfs_quota_us"
             fields = [_text(file).strip(), _text(folder / "cpu.cfs_period_us").strip()]
-        if len(fields) == 2 and fields[0].isdecimal() and fields[1].isdecimal():
+        if len(fields) == 2 and all(field.isdecimal() and int(field) > 0 for field in fields):
             found.append((int(fields[0]) / int(fields[1]), f"/{file.relative_to(root)}"))
     return min(found) if found else (None, "")
 

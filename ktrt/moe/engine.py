@@ -7,8 +7,11 @@ import logging
 import os
 from typing import TYPE_CHECKING, Literal
 
+import torch
+
 from ktrt import _core
 from ktrt._core import Engine, MoeLayer
+from ktrt.machine_facts import cpu_quota, threads_within
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,6 +35,7 @@ def build_engine(experts: ExpertArgs) -> Engine:
     """The thread pool for one model, with log lines for every setting that was not taken as is."""
     _notice_missing_kt_kernel()
     num_threads = _num_threads(experts.kt_num_threads, os.environ)
+    _limit_torch(os.environ)
     if affinity := os.environ.get("KMP_AFFINITY"):
         logger.info(
             "KMP_AFFINITY=%s is left to OpenMP; ktrt's threads are pinned one per core, in order",
@@ -106,18 +110,39 @@ def _nodes(num_threads: int) -> list[list[int]] | None:
 
 
 def _num_threads(wanted: int | None, environ: Mapping[str, str]) -> int:
-    """kt_num_threads, else OMP_NUM_THREADS, else the physical cores this process may use."""
+    """kt_num_threads, else OMP_NUM_THREADS, else the physical cores this process may use, or fewer
+    where its cgroup has a quota."""
+    quota, source = cpu_quota()
     allowed = len(os.sched_getaffinity(0))
     name = "kt_num_threads"
     if wanted is None:
         name, wanted = "OMP_NUM_THREADS", _omp_threads(environ.get("OMP_NUM_THREADS", ""))
     if wanted is None:
-        return _core.num_cores()
+        cores = _core.num_cores()
+        if (threads := threads_within(cores, quota)) < cores:
+            logger.info("%d threads on %d cores: %s grants %g CPUs", threads, cores, source, quota)
+        return threads
+    if quota is not None and min(wanted, allowed) > max(1, quota):
+        logger.warning(
+            "%s %d is more than the %g CPUs that %s grants: the kernel will stop all threads for a "
+            "part of every period. Unset it, or set it to %d",
+            name, wanted, quota, source, threads_within(allowed, quota),
+        )  # fmt: skip
     if wanted > allowed:
         logger.info(
             "%s %d: this process may use %d CPUs; %d threads run", name, wanted, allowed, allowed
         )
     return min(wanted, allowed)
+
+
+def _limit_torch(environ: Mapping[str, str]) -> None:
+    """Torch counts CPUs and knows of no quota; OMP_NUM_THREADS is the user's word to it."""
+    quota, _ = cpu_quota()
+    if quota is None or environ.get("OMP_NUM_THREADS"):
+        return
+    now = torch.get_num_threads()
+    if (threads := threads_within(now, quota)) < now:
+        torch.set_num_threads(threads)
 
 
 def _omp_threads(value: str) -> int | None:

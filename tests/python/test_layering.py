@@ -67,7 +67,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "skeleton": set(),
     "adapter": {"checkpoint", "staging"},
     "fused_lora": set(),
-    "moe": {"_core", "recording"},
+    "moe": {"_core", "machine_facts", "recording"},
     "linears": set(),
     "dense": {"linears", "moe", "recording"},
     "cpu_attention": {"moe", "recording"},
