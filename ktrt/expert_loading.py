@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from ktrt.checkpoint import Checkpoint, ExpertWeights
     from ktrt.config import ExpertArgs
+    from ktrt.fingerprint import Fingerprint
     from ktrt.kt_weights import KtWeights
     from ktrt.moe import ExpertsSpec, MoeLayer
     from ktrt.pack_cache import CacheWriter
@@ -44,9 +45,12 @@ class ExpertSource:
         return sorted(path.resolve() for path in found)
 
 
-def cache_folder(args: ExpertArgs, environ: Mapping[str, str] = os.environ) -> Path | None:
+def cache_folder(
+    args: ExpertArgs, environ: Mapping[str, str] = os.environ, *, quiet: bool = False
+) -> Path | None:
     """Where packed experts are kept: ``ktrt_cache_dir``, else KTRT_CACHE_DIR, else ~/.cache/ktrt;
-    None if ``ktrt_cache: false`` or KTRT_CACHE=0 switches the cache off."""
+    None if ``ktrt_cache: false`` or KTRT_CACHE=0 switches the cache off, or (with a line, unless
+    ``quiet``) if the user has no home."""
     if not args.ktrt_cache or environ.get("KTRT_CACHE", "").lower() in _OFF:
         return None
     if args.ktrt_cache_dir is not None:
@@ -54,7 +58,7 @@ def cache_folder(args: ExpertArgs, environ: Mapping[str, str] = os.environ) -> P
     if given := environ.get("KTRT_CACHE_DIR"):
         return _expanded(Path(given))
     folder = default_folder()
-    if folder is None:
+    if folder is None and not quiet:
         logger.warning(
             "No pack cache: this user has no home folder. The experts are packed at every start; "
             "ktrt_cache_dir or KTRT_CACHE_DIR names a folder for them."
@@ -71,17 +75,25 @@ def _expanded(path: Path) -> Path:
         ) from error
 
 
+def seems_cached(root: Path, source: ExpertSource, layers: Mapping[str, MoeLayer]) -> bool:
+    """Whether there is a cache for these layers; it may be outdated. Reads nothing."""
+    return (root / _key(source, layers, []).folder_name).is_dir()
+
+
 def cache_of(root: Path, source: ExpertSource, layers: Mapping[str, MoeLayer]) -> PackCache:
     """The cache in ``root`` for these layers. ``CheckpointError`` if a file cannot be read."""
-    folder = source.checkpoint.folder.resolve()
-    key = CacheKey(
-        source=str(folder),
+    # config.json says what the tensors of the files mean.
+    files = [*source.files(), source.checkpoint.folder.resolve() / "config.json"]
+    return PackCache(root, _key(source, layers, fingerprint(files)))
+
+
+def _key(source: ExpertSource, layers: Mapping[str, MoeLayer], files: Fingerprint) -> CacheKey:
+    return CacheKey(
+        source=str(source.checkpoint.folder.resolve()),
         weight_format=next(iter(layers.values())).weight_format,
         layers={path: list(layer.image_bytes) for path, layer in layers.items()},
-        # config.json says what the tensors of the files mean.
-        files=fingerprint([*source.files(), folder / "config.json"]),
+        files=files,
     )
-    return PackCache(root, key)
 
 
 def load_experts(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ktrt.errors import ConfigError
-from ktrt.host_tables import table_bytes
+from ktrt.host_tables import host_tables, table_bytes
 from ktrt.kv_cache import cache_argument
 from ktrt.linears import int8_bytes, int8_layers
 from ktrt.memory_limits import Limit, address_limit, gpu_limit, ram_limit, resident_bytes
@@ -184,34 +184,33 @@ def make_plan(
 ) -> MemoryPlan:
     """The plan of a model on the meta device.
 
-    ``experts``: bytes of the packed experts by kt_backend; ``layer_source``: of their largest layer
-    in the checkpoint, mapped while it is packed; ``mapped_files``: addresses of the checkpoint;
-    ``lora``: values of the adapter on experts, bfloat16 in the engine, and elsewhere, float32 in
-    PEFT; ``int8``: the linear layers are, without a GPU (``quantization_bit: 8``); ``mapped``:
-    weights whose dtype is not changed are the file's pages; ``root`` stands for the file system's
-    root in tests.
+    ``experts``: bytes of the packed experts by kt_backend; ``layer_source``: what is mapped for a
+    while beside them (their largest layer in the checkpoint while it is packed; less, or nothing,
+    where a pack cache is used); ``mapped_files``: addresses of the checkpoint; ``lora``: values of
+    the adapter on experts, bfloat16 in the engine, and elsewhere, float32 in PEFT; ``int8``: the
+    linear layers are, without a GPU (``quantization_bit: 8``); ``mapped``: weights whose dtype is
+    not changed are the file's pages; ``root`` stands for the file system's root in tests.
     """
     dtype = None if infer_dtype == "auto" else getattr(torch, infer_dtype)
     which = skeleton, expert_paths, dtype
-    others = _other_bytes(*which)
     roots = (root,) if root else ()
     gpu, already = gpu_limit(), resident_bytes(*roots)
-    tables = table_bytes(skeleton, dtype) if gpu else 0
-    packed, unread = (0, 0) if gpu or not int8 else _int8_bytes(*which, mapped)
-
-    def placed(name: str, size: int) -> Item:
-        return Item(name, gpu=size) if gpu else Item(name, ram=size)
-
+    if gpu is None:
+        outside = _outside_on_cpu(*which, int8=int8, mapped=mapped, layer_source=layer_source)
+    else:
+        tables = table_bytes(skeleton, dtype)
+        outside = [
+            Item("other weights", gpu=_other_bytes(*which) - tables),
+            Item("tables of embeddings, pinned", ram=tables),
+            Item("a layer's source while packing", ram=layer_source),
+        ]
+    torch_lora = 4 * lora[1]
     items = [
         Item(f"routed experts, packed ({kt_backend})", ram=experts[kt_backend]),
-        placed("other weights", others - unread - tables),
-        Item("tables of embeddings, pinned", ram=tables),
-        Item("linear layers in INT8", ram=packed),
-        # The other weights are mapped too, and touched when the experts are packed.
-        Item("a layer's source while packing", ram=max(0, layer_source - (0 if gpu else others))),
+        *outside,
         Item("workspace of the experts", ram=workspace),
         Item("LoRA of the experts", ram=2 * lora[0]),
-        placed("LoRA elsewhere", 4 * lora[1]),
+        Item("LoRA elsewhere", **({"gpu": torch_lora} if gpu else {"ram": torch_lora})),
         Item("Python and libraries", ram=already + _RUNTIME_BYTES),
     ]
     return MemoryPlan(
@@ -226,6 +225,33 @@ def make_plan(
         gpu=gpu,
         addresses=address_limit(*roots),
     )
+
+
+def _outside_on_cpu(
+    skeleton: nn.Module,
+    expert_paths: Iterable[str],
+    dtype: torch.dtype | None,
+    *,
+    int8: bool,
+    mapped: bool,
+    layer_source: int,
+) -> list[Item]:
+    """What lies in RAM besides the experts, at the moment when it is the most.
+
+    Pages of the checkpoint count once they are read: those of tables of embeddings row by row (of
+    V2-Lite's 0.42 GB a conversation touches a few MB); those of layers that become INT8 until all
+    have been packed, which is after the experts.
+    """
+    which = skeleton, expert_paths, dtype
+    others = _other_bytes(*which)
+    packed, replaced = _int8_bytes(*which, mapped) if int8 else (0, 0)
+    tables = _mapped_tables(skeleton, dtype) if mapped else 0
+    later = packed + _unchanged_bytes(*which) - replaced - tables if mapped else packed
+    return [
+        Item("other weights", ram=others - replaced - tables),
+        Item("linear layers in INT8", ram=packed),
+        Item("sources while packing", ram=max(0, replaced, layer_source - later)),
+    ]
 
 
 def _max_context(config: Any) -> int:
@@ -243,6 +269,24 @@ def _other_bytes(
         for name, tensor in (*skeleton.named_parameters(), *skeleton.named_buffers())
         if not name.startswith(paths)
     )
+
+
+def _unchanged_bytes(
+    skeleton: nn.Module, expert_paths: Iterable[str], dtype: torch.dtype | None
+) -> int:
+    """Of the parameters outside the experts whose dtype stays what it is in the file."""
+    paths = tuple(f"{path}." for path in expert_paths)
+    return sum(
+        parameter.numel() * parameter.element_size()
+        for name, parameter in skeleton.named_parameters()
+        if not name.startswith(paths) and parameter.dtype == (dtype or parameter.dtype)
+    )
+
+
+def _mapped_tables(skeleton: nn.Module, dtype: torch.dtype | None) -> int:
+    """Of the tables of embeddings that only look rows up, and stay the file's pages."""
+    weights = [table.weight for table in host_tables(skeleton)]
+    return sum(w.numel() * w.element_size() for w in weights if w.dtype == (dtype or w.dtype))
 
 
 def _int8_bytes(

@@ -9,7 +9,7 @@ from ktrt.adapter import BaseModel, plan_adapter
 from ktrt.checkpoint import Checkpoint, find_expert_weights, holds_experts
 from ktrt.checkpoint_names import WeightNames
 from ktrt.errors import CheckpointError
-from ktrt.expert_loading import ExpertSource
+from ktrt.expert_loading import ExpertSource, cache_folder, seems_cached
 from ktrt.folders import check_model_folder
 from ktrt.kt_weights import KtWeights
 from ktrt.memory_plan import MemoryPlan, check_addresses, make_plan
@@ -108,7 +108,7 @@ def prepare(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> Prep
             experts=_expert_bytes(engine, base.experts.specs, experts, layers),
             kt_backend=experts.kt_backend,
             expert_paths=[spec.path for spec in base.experts.specs],
-            layer_source=2 * max(spec.num_weights for spec in base.experts.specs),
+            layer_source=_layer_source(base.experts, layers, experts),
             mapped_files=check_addresses(model.model_name_or_path),
             workspace=engine.workspace_bytes,
             lora=lora,
@@ -120,6 +120,16 @@ def prepare(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> Prep
         engine.close()
         raise
     return Prepared(base, plans, adapter_base, kt_weights, engine, layers, memory)
+
+
+def _layer_source(source: ExpertSource, layers: Mapping[str, MoeLayer], experts: ExpertArgs) -> int:
+    """Bytes that are mapped beside the experts while they are loaded: a layer of the checkpoint in
+    BF16, or of a cache that is copied, which is sure where there are several NUMA parts."""
+    root = cache_folder(experts, quiet=True) if experts.kt_weight_path is None else None
+    if root is None or not seems_cached(root, source, layers):
+        return 2 * max(spec.num_weights for spec in source.specs)
+    images = [list(layer.image_bytes) for layer in layers.values()]
+    return max(sum(parts) for parts in images) if len(images[0]) > 1 else 0
 
 
 def _expert_bytes(

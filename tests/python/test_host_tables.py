@@ -72,9 +72,9 @@ def test_the_plan_puts_them_in_ram(monkeypatch: pytest.MonkeyPatch, tied: bool) 
     without, with_gpu = plan(None), plan(Limit(1 << 30, "a GPU"))
     others = without["other weights"][0]
     assert "tables of embeddings, pinned" not in without
+    # Without a GPU the file's pages hold a table, and few of its rows are ever read.
+    assert with_gpu["other weights"] == (0, others)
     if tied:
-        assert with_gpu["other weights"] == (0, others)
         assert "tables of embeddings, pinned" not in with_gpu
     else:
-        assert with_gpu["other weights"] == (0, others - size)
         assert with_gpu["tables of embeddings, pinned"] == (size, 0)

@@ -195,6 +195,30 @@ def test_items_are_those_of_the_model(model: Path, caplog: pytest.LogCaptureFixt
     assert plan.max_context == 512 < MIN_CONTEXT
 
 
+def test_a_start_from_the_cache_needs_no_source(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("KTRT_CACHE")
+    args = ExpertArgs(kt_num_threads=1, ktrt_cache_dir=tmp_path)
+
+    def items(quantization_bit: int | None = None) -> dict[str, int]:
+        given = ModelArgs(model, quantization_bit=quantization_bit)
+        plan = plan_memory(given, AdapterArgs(), args)
+        return {item.name: item.ram for item in plan.items}
+
+    name, layer = "sources while packing", 64 * 3 * 512 * 512 * 2
+    before = items()
+    # What is read later takes the same room; buffers, counted with the weights, are made at once.
+    assert before[name] == pytest.approx(layer - before["other weights"], rel=0.01)
+    load_model(ModelArgs(model), AdapterArgs(), args).close()
+    assert name not in items()
+    # The linear layers' BF16 pages are there until all of them are packed.
+    packed = items(8)
+    replaced = packed["other weights"] + packed[name]
+    assert packed[name] > packed["linear layers in INT8"]
+    assert replaced == before["other weights"]
+
+
 def chat(model: Path, *arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
     tokenizer = ROOT / "examples/demo/model"
     for name in ("tokenizer.json", "tokenizer_config.json"):
