@@ -4,6 +4,7 @@ PYTHON ?= python3
 JOBS ?= $(shell nproc)
 # Python tests at once: most of their time is one thread's.
 WORKERS ?= 2
+FUZZ_SECONDS ?= 300
 PYTEST = $(PYTHON) -m pytest -n $(WORKERS)
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # What the environment holds (cmake, ninja, ruff, mypy, clang-format) comes before the system's.
@@ -13,7 +14,7 @@ CPP_FILES = $(shell find csrc tests/cpp bench -name '*.h' -o -name '*.cc')
 APT_PACKAGES = build-essential libgtest-dev libbenchmark-dev
 
 .PHONY: help ci install-test-deps develop check families format format-check lint types test test-cpp \
-        test-asan test-tsan test-python test-isa bench bench-smoke clean
+        test-asan test-tsan test-python test-isa bench bench-smoke fuzz clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -69,6 +70,10 @@ test-isa: ## End-to-end Python tests on each instruction set below the machine's
 	@for isa in $$($(PYTHON) -c 'from ktrt import _core as c; \
 	    order = ["portable", "avx2", "avx512", "amx"]; print(*order[:order.index(c.detected_isa())])'); do \
 	  echo "KTRT_ISA=$$isa"; KTRT_ISA=$$isa $(PYTEST) --dist worksteal -q -m end_to_end || exit 1; done
+
+fuzz: ## Damaged files and hostile calls with new seeds, FUZZ_SECONDS each; what fails is kept
+	$(PYTHON) tests/fuzz/fuzz_files.py $(FUZZ_SECONDS)
+	$(PYTHON) tests/fuzz/fuzz_calls.py $(FUZZ_SECONDS)
 
 bench: ## All micro-benchmarks (the comparison with kt_kernel: python bench/compare_kt_kernel.py)
 	cmake --preset release && cmake --build --preset release -j $(JOBS)

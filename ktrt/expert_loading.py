@@ -107,6 +107,12 @@ def load_experts(
     if kt_weights is not None:
         _load(source, layers, "Loaded", lambda spec, expert: layers[spec.path].load_packed_expert(
             expert, *kt_weights.read(spec, expert)), kt_weights.files)  # fmt: skip
+        # A flipped bit of a code is as good a weight as any other.
+        logger.info(
+            "The files of kt_weight_path carry no checksums: damage is noticed in sizes, names and "
+            "scales only. Keep sha256sum's output with them, or use the checkpoint: the pack cache "
+            "that ktrt makes of it is checked at every start."
+        )
         return
     if root is None:
         pack_experts(source, layers)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from helpers.tiny_models import save_adapter, save_model
 
 from ktrt.config import AdapterArgs, ModelArgs, load_config
-from ktrt.conversation import read_conversation
+from ktrt.conversation import Conversation, read_conversation, write_conversation
 from ktrt.errors import KtrtError
 from ktrt.owned_folder import OwnedFolder
 from ktrt.pack_manifest import MANIFEST, checksum_of, read_manifest
@@ -85,10 +85,14 @@ def make_kinds(folder: Path) -> list[Kind]:
     other = shutil.copytree(adapter, folder / "other")
     cache = folder / "cache"
     cache.mkdir(0o755)
-    settings = (
-        b"model_name_or_path: /m\nadapter_name_or_path: /a\nkt_num_threads: 2\ntemplate: auto\n"
+    settings = folder / "chat.yaml"
+    settings.write_text(
+        f"model_name_or_path: {base}\nadapter_name_or_path: {adapter}\nkt_num_threads: 2\n"
+        "template: default\ntemperature: 1e-1\nenable_thinking: false\n"
     )
-    turns = {"version": 1, "messages": [{"role": "user", "content": "hi"}]}
+    talk = Conversation("Be brief.", settings={"temperature": 0.5}, model="m", adapter="a")
+    talk.add("Hello", "Hi.")
+    write_conversation(folder / "turns.json", talk)
 
     def read_base(_: Path) -> object:
         return open_base(ModelArgs(spoiled))
@@ -112,8 +116,8 @@ def make_kinds(folder: Path) -> list[Kind]:
         weights("weights", spoiled / "model.safetensors", read_base),
         text("adapter_config", other / "adapter_config.json", read_adapter),
         weights("adapter_weights", other / "adapter_model.safetensors", read_adapter),
-        Kind("settings", folder / "chat.yaml", settings, lambda p: load_config(p, []), False),
-        Kind("conversation", folder / "turns.json", json.dumps(turns).encode(), read_conversation),
+        Kind("settings", settings, settings.read_bytes(), lambda p: load_config(p, []), False),
+        text("conversation", folder / "turns.json", read_conversation),
         Kind("manifest", cache / MANIFEST, json.dumps(_manifest()).encode(), read_cache),
     ]
 
