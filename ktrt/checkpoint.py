@@ -1,20 +1,21 @@
 """Reads a Hugging Face model folder lazily: names, shapes, and one tensor at a time.
 
-File format: safetensors (https://github.com/huggingface/safetensors), one file or shards with
-``model.safetensors.index.json``; quantised tensors are read as plain ones. Which
+File format: safetensors (https://github.com/huggingface/safetensors), one file or shards with an
+index, as ``ktrt.checkpoint_files`` finds them; quantised tensors are read as plain ones. Which
 tensor is which parameter is asked of ``ktrt.checkpoint_names``.
 """
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from safetensors import SafetensorError, safe_open
 
 from ktrt.checkpoint_convert import Conversions
+from ktrt.checkpoint_files import INDEX_NAME, SINGLE_NAME, find_weights
 from ktrt.checkpoint_formats import FLOAT_DTYPES, PlainTensor, StoredTensor, decoded, is_dequantized
 from ktrt.checkpoint_names import WeightNames, WeightTarget
+from ktrt.checkpoint_schemes import refuse_unread_schemes
 from ktrt.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
     import torch
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
+__all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "ExpertWeights", "Projection"]
+
 Projection = Literal["gate", "up", "down"]
 
 
@@ -32,39 +33,37 @@ class Checkpoint:
     """The tensors of one model folder, memory-mapped; nothing is read before it is asked for.
 
     A quantised tensor and its scales are one tensor here, in float32; ``weight_block_size`` is that
-    of FP8. Raises ``CheckpointError`` for a folder without safetensors, a missing or damaged shard,
-    an index that names a tensor its shard lacks, and scales that do not fit.
+    of FP8, ``chosen`` the file that config.json's transformers_weights names. Tensors of a shard
+    that the index does not name are left out.
+
+    Raises ``CheckpointError`` for a folder without safetensors, a missing or damaged shard, an
+    index that names a tensor its shard lacks, scales that do not fit, and schemes of quantisation
+    that are not read.
     """
 
-    def __init__(self, folder: Path, weight_block_size: tuple[int, int] = (128, 128)) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        weight_block_size: tuple[int, int] = (128, 128),
+        chosen: str | None = None,
+    ) -> None:
         self.folder = folder
+        self.files = find_weights(folder, chosen)
         self._handles: dict[Path, Any] = {}
-        self._files: dict[str, Path] = {}
-        index = folder / INDEX_NAME
-        if index.is_file():
-            self._open_shards(index)
-        elif (folder / SINGLE_NAME).is_file():
-            self._files = dict.fromkeys(
-                self._open(folder / SINGLE_NAME).keys(), folder / SINGLE_NAME
-            )
+        if self.files.weight_map is None:
+            files = dict.fromkeys(self._open(self.files.main).keys(), self.files.main)
         else:
-            raise CheckpointError(_no_safetensors(folder))
+            files = self.files.weight_map
+            self._check_shards(files, self.files.main)
         stored: dict[str, StoredTensor] = {
-            name: PlainTensor(path, self._open(path), name) for name, path in self._files.items()
+            name: PlainTensor(path, self._open(path), name) for name, path in files.items()
         }
+        refuse_unread_schemes(stored)
         self._tensors = decoded(stored, weight_block_size)
 
-    def _open_shards(self, index: Path) -> None:
-        for name, file_name in _weight_map(index).items():
-            path = self.folder / file_name
-            if not path.is_file():
-                raise CheckpointError(
-                    f"{path} is missing: {index.name} says that it holds {name}. Download or copy "
-                    "the model folder again."
-                )
-            self._files[name] = path
-        held = {path: set(self._open(path).keys()) for path in set(self._files.values())}
-        for name, path in self._files.items():
+    def _check_shards(self, files: Mapping[str, Path], index: Path) -> None:
+        held = {path: set(self._open(path).keys()) for path in set(files.values())}
+        for name, path in files.items():
             if name not in held[path]:
                 raise CheckpointError(
                     f"{path} does not hold {name}, as {index.name} says. The folder mixes files of "
@@ -122,27 +121,6 @@ class Checkpoint:
         return made
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index} is not a safetensors index ({error!r}).") from error
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: weight_map is empty; expected tensor names and files.")
-    return {str(name): str(file) for name, file in weight_map.items()}
-
-
-def _no_safetensors(folder: Path) -> str:
-    if not any(folder.glob("*.bin")):
-        return f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}: not a model folder."
-    return (
-        f"{folder} holds weights only as .bin (pickle) files; ktrt reads safetensors. Convert once:"
-        f' python -c "from transformers import AutoModelForCausalLM as M; '
-        f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}-safetensors')\""
-        " and copy the tokenizer files into the new folder."
-    )
-
-
 class ExpertsShape(Protocol):
     """The part of an experts module's description that its weights must match."""
 
@@ -176,6 +154,7 @@ class ExpertWeights:
         self._spec = spec
         self._sources = sources
         used = set()
+        self._check_count()
         wanted = {target: (sources.get(target), shape) for target, shape in self._biases().items()}
         for expert in range(spec.num_experts):
             wanted |= self._pieces(expert)
@@ -185,6 +164,17 @@ class ExpertWeights:
             raise CheckpointError(
                 f"{checkpoint.file(surplus[0])}: {surplus[0]} ({len(surplus)} such) repeats "
                 f"weights of {spec.path} that another tensor holds; expected each once."
+            )
+
+    def _check_count(self) -> None:
+        """Before a number of experts that no file holds is counted up to."""
+        single = {target.expert for target in self._sources if target.expert is not None}
+        if single and len(single) < self._spec.num_experts:
+            missing = next(e for e in range(self._spec.num_experts) if e not in single)
+            raise CheckpointError(
+                f"{self._checkpoint.folder}: {self._spec.path}: no tensor of expert {missing}; "
+                f"found {len(single)}, expected all of {self._spec.num_experts} experts by "
+                "config.json."
             )
 
     def _pieces(self, expert: int) -> dict[WeightTarget, tuple[str | None, tuple[int, ...]]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ktrt.checkpoint_formats import ConvertedTensor, StoredTensor
+from ktrt.checkpoint_formats import TORCH_DTYPES, ConvertedTensor, StoredTensor
 from ktrt.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 # The parameter that reads the hidden states, and down_proj.
 _GROUPS_OF_A_LAYER = 2
-_TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass
@@ -61,10 +60,10 @@ class Conversions:
             names = [name for _, name in group.sources]
             first = stored[names[0]]
             for name in names:
-                if stored[name].dtype not in _TORCH_DTYPES:
+                if stored[name].dtype not in TORCH_DTYPES:
                     raise CheckpointError(
                         f"{stored[name].file}: {name} has dtype {stored[name].dtype}, expected one "
-                        f"of {', '.join(_TORCH_DTYPES)}."
+                        f"of {', '.join(TORCH_DTYPES)}."
                     )
             shapes = self._convert(group, lambda name: _on_meta(stored[name]), str(first.file))
             for target in targets:
@@ -118,4 +117,4 @@ class Conversions:
 
 
 def _on_meta(tensor: StoredTensor) -> torch.Tensor:
-    return torch.empty(tensor.shape, dtype=_TORCH_DTYPES[tensor.dtype], device="meta")
+    return torch.empty(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype], device="meta")

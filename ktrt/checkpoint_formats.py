@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FLOAT_DTYPES = ("F32", "F16", "BF16")
+TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _FP8 = "F8_E4M3"
 _SCALE_DTYPES = (*FLOAT_DTYPES, "F8_E8M0", "U8")
 # The values of an E2M1 code, sign in its highest bit.

@@ -1,13 +1,20 @@
-"""What transformers loads where a checkpoint is quantised: everything but the routed experts,
-dequantised to the compute dtype."""
+"""What transformers loads instead of the folder: the tensors of everything but the routed experts,
+as ktrt reads them.
+
+So one reader decides which files and tensors count, and dequantises. transformers' own
+dequantisation reads FP8 only where its blocks divide the matrix, does the experts too, and believes
+a config.json that claims a quantisation which the tensors no longer have.
+"""
 
 from __future__ import annotations
 
 import copy
-import re
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+
+from ktrt.checkpoint_formats import TORCH_DTYPES
+from ktrt.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,60 +30,66 @@ class _Site(Protocol):
     def path(self) -> str: ...
 
 
-def dequantized_source(
+def weight_source(
     skeleton: nn.Module,
     specs: Iterable[_Site],
     checkpoint: Checkpoint,
     names: WeightNames,
     infer_dtype: str,
 ) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` that stand for the folder: config without quantisation,
-    generation config, dtype, and the tensors (those of ``specs`` left out).
-
-    transformers' own dequantisation reads FP8 only where its blocks divide the matrix, and does the
-    experts too.
-    """
+    """Arguments of ``from_pretrained`` that stand for the folder: config, generation config, dtype,
+    and the tensors that are parameters of ``skeleton`` (without those of ``specs``)."""
     model: Any = skeleton
     config = copy.deepcopy(model.config)
-    dtype = getattr(torch, infer_dtype) if infer_dtype != "auto" else _config_dtype(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    wanted = _wanted(model, {spec.path for spec in specs}, checkpoint, names)
+    dtype = _dtype(config, checkpoint, wanted)
+    if infer_dtype != "auto":
+        dtype = getattr(torch, infer_dtype)
     return {
         "pretrained_model_name_or_path": None,
         "config": config,
-        "state_dict": _tensors(model, {spec.path for spec in specs}, checkpoint, names, dtype),
+        "state_dict": {name: _read(checkpoint, name, dtype) for name in wanted},
         "dtype": dtype,
         "generation_config": _generation_config(checkpoint),
     }
 
 
-def _tensors(
-    model: Any, paths: set[str], checkpoint: Checkpoint, names: WeightNames, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    ignored = model._keys_to_ignore_on_load_unexpected or []
+def _wanted(model: Any, paths: set[str], checkpoint: Checkpoint, names: WeightNames) -> list[str]:
+    """The names of the tensors that are parameters outside ``paths``."""
     parameters = set(model.state_dict())
-    state = {}
-    for name in checkpoint.names():
-        target = names.target(name).name
-        if target in parameters and target.rpartition(".")[0] not in paths:
-            tensor = checkpoint.read(name)
-            state[name] = tensor.to(dtype) if checkpoint.is_quantized(name) else tensor
-        elif target not in parameters and not any(re.search(p, target) for p in ignored):
-            # For transformers to report, without reading it: it may be as large as the experts.
-            state[name] = torch.empty(0)
-    return state
+    targets = [(name, names.target(name).name) for name in checkpoint.names()]
+    return [n for n, t in targets if t in parameters and t.rpartition(".")[0] not in paths]
 
 
-def _config_dtype(config: Any) -> torch.dtype:
+def _read(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> torch.Tensor:
+    """A view of the mapped file, or in ``dtype`` what is dequantised: float32 would take twice the
+    memory until the last tensor is read."""
+    tensor = checkpoint.read(name)
+    return tensor.to(dtype) if checkpoint.is_quantized(name) else tensor
+
+
+def _dtype(config: Any, checkpoint: Checkpoint, names: list[str]) -> torch.dtype:
+    """As transformers' ``auto``: what config.json says, else the first float tensor's."""
     for part in (config, config.get_text_config()):
         if isinstance(dtype := getattr(part, "dtype", None), torch.dtype):
             return dtype
-    return torch.bfloat16
+    plain = (checkpoint.dtype(name) for name in names if not checkpoint.is_quantized(name))
+    return next((TORCH_DTYPES[dtype] for dtype in plain if dtype in TORCH_DTYPES), torch.bfloat16)
 
 
 def _generation_config(checkpoint: Checkpoint) -> Any:
     from transformers import GenerationConfig
 
-    if (checkpoint.folder / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(checkpoint.folder, local_files_only=True)
-    return None
+    file = checkpoint.folder / "generation_config.json"
+    # Without the file transformers takes the keys that config.json has of one.
+    older = {} if file.is_file() else {"config_file_name": "config.json"}
+    try:
+        return GenerationConfig.from_pretrained(
+            checkpoint.folder, local_files_only=True, _from_model_config=bool(older), **older
+        )
+    except Exception as error:  # it meets values that nobody has checked
+        named = checkpoint.folder / older.get("config_file_name", file.name)
+        raise CheckpointError(
+            f"{named}: transformers cannot read the generation settings: {type(error).__name__}: "
+            f"{error}. Correct or remove them."
+        ) from error

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ktrt.adapter import BaseModel, plan_adapter
 from ktrt.checkpoint import Checkpoint, find_expert_weights, holds_experts
+from ktrt.checkpoint_config import read_model_config
+from ktrt.checkpoint_contents import check_contents, deepest_layer
 from ktrt.checkpoint_names import WeightNames
 from ktrt.errors import CheckpointError
 from ktrt.expert_loading import ExpertSource, cache_folder, seems_cached
@@ -21,9 +24,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ktrt.adapter import AdapterPlan
+    from ktrt.checkpoint_config import ModelConfig
     from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
     from ktrt.moe import Engine, ExpertsSpec, MoeLayer
     from ktrt.skeleton import Skeleton
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,9 @@ def open_base(model: ModelArgs, kt_weight_path: Path | None = None) -> BaseCheck
     with ``kt_weight_path`` their weights may all be absent."""
     folder = model.model_name_or_path
     check_model_folder(folder, experts_elsewhere=kt_weight_path is not None)
-    built = build_skeleton(folder, model.trust_remote_code)
+    config = read_model_config(folder)
+    checkpoint = open_checkpoint(config)
+    built = build_skeleton(folder, model.trust_remote_code, config, deepest_layer(checkpoint))
     skeleton = built.model
     specs = find_experts(skeleton)
     if not specs:
@@ -52,11 +60,34 @@ def open_base(model: ModelArgs, kt_weight_path: Path | None = None) -> BaseCheck
             "through its experts interface; ktrt is for Mixture-of-Experts models."
         )
     check_addresses(folder)
-    checkpoint, names = Checkpoint(folder, built.weight_block_size), WeightNames(skeleton)
+    names = WeightNames(skeleton)
     weights = {}
     if kt_weight_path is None or holds_experts(checkpoint, names, specs):
         weights = find_expert_weights(checkpoint, names, specs)
+    check_contents(checkpoint, names, config)
+    _log_files(checkpoint, config)
     return BaseCheckpoint(built, names, ExpertSource(checkpoint, specs, weights))
+
+
+def open_checkpoint(config: ModelConfig) -> Checkpoint:
+    """The tensors of the folder that ``config`` describes. ``CheckpointError``."""
+    return Checkpoint(config.file.parent, config.quantization.block, config.weights)
+
+
+def _log_files(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """What lies in the folder and is not used; what config.json claims and the tensors are not."""
+    files, method = checkpoint.files, config.quantization.method
+    if files.ignored:
+        logger.log(
+            logging.WARNING if files.doubtful else logging.INFO,
+            "%s: the weights are those of %s, as transformers takes them; ignored: %s",
+            checkpoint.folder, files.main.name, ", ".join(files.ignored),
+        )  # fmt: skip
+    if method is not None and not checkpoint.is_quantized():
+        logger.info(
+            "%s: quantization_config says %s, but no tensor is quantised: read as they are",
+            config.file, method,
+        )  # fmt: skip
 
 
 def open_adapter(args: AdapterArgs, base: BaseModel) -> AdapterPlan | None:

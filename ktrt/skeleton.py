@@ -3,8 +3,8 @@ ktrt can chat with it."""
 
 from __future__ import annotations
 
+import copy
 import inspect
-import json
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,103 +12,163 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ktrt.errors import CheckpointError
+from ktrt.checkpoint_config import AUTO_CLASSES, check_sizes, is_class, read_model_config
+from ktrt.errors import CheckpointError, KtrtError
+from ktrt.json_files import shown
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-logger = logging.getLogger(__name__)
+    from ktrt.checkpoint_config import ModelConfig
 
-# Where transformers registers classes that generate text. The first that fits is taken, so that a
-# multimodal model with a class for its text alone is loaded as that.
-_AUTO_CLASSES = ("CausalLM", "ImageTextToText", "MultimodalLM")
-# quantization_config.quant_method of the formats that ktrt dequantises while reading.
-_QUANT_METHODS = ("fp8", "mxfp4")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Skeleton:
     """``model``: transformers' own class on the meta device, experts not replaced. ``trust``: the
-    folder's own code may run. ``weight_block_size``: rows and columns of one FP8 scale."""
+    folder's own code may run. ``config``: what config.json says."""
 
     model: nn.Module
     trust: bool
-    weight_block_size: tuple[int, int]
+    config: ModelConfig
 
 
-def build_skeleton(folder: Path, trust_remote_code: bool) -> Skeleton:
-    """Raises ``CheckpointError`` for a folder that is no model, a config that transformers refuses,
-    a model type without a class that continues text, and a quantisation that is not read."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING, AutoConfig
+def build_skeleton(
+    folder: Path,
+    trust_remote_code: bool,
+    config: ModelConfig | None = None,
+    deepest: int | None = None,
+) -> Skeleton:
+    """``config``: of the folder, if it has been read. ``deepest``: the number of the last layer
+    that its tensors name.
 
-    file = folder / "config.json"
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        model_type = raw["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{file} cannot be read or names no model_type ({error!r}): not a model folder."
-        ) from error
-    block = _weight_block_size(file, raw.get("quantization_config") or {})
-    trust = trust_remote_code and model_type not in CONFIG_MAPPING
+    Raises ``CheckpointError`` for a folder that is no model, a config that transformers refuses,
+    and a model type without a class that continues text.
+    """
+    config = config or read_model_config(folder)
+    check_sizes(config, deepest)
+    trust = trust_remote_code and not config.known
     if trust_remote_code and not trust:
         logger.info(
-            "trust_remote_code is ignored: transformers has its own code for %s", model_type
+            "trust_remote_code is ignored: transformers has its own code for %s", config.model_type
         )
-    # The library checks configurations with exceptions of its own, derived from nothing else.
-    refusals = (StrictDataclassError, OSError, ValueError, ImportError, KeyError, TypeError)
+    if not config.known and not trust:
+        raise CheckpointError(_unknown(config))
+    built: Any = None
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
-        auto_class = _auto_class(file, config, trust)
+        built = _library_config(config, trust)
+        auto_class = _auto_class(config, built, trust)
         with torch.device("meta"):
-            model = auto_class.from_config(config, trust_remote_code=trust)
-    except refusals as error:
-        raise CheckpointError(
-            f"{folder}: transformers cannot build a model of type {model_type}: {error}"
-        ) from error
-    _check_continues_text(file, model)
-    return Skeleton(model, trust, block)
+            model = auto_class.from_config(built, trust_remote_code=trust)
+    except KtrtError:
+        raise
+    # Config and modelling classes of 200 families meet values here that nobody has checked.
+    except Exception as error:
+        raise CheckpointError(_cannot_build(config, built, error)) from error
+    _check_continues_text(config, model)
+    return Skeleton(model, trust, config)
 
 
-def _weight_block_size(file: Path, quantization: dict[str, Any]) -> tuple[int, int]:
-    method = quantization.get("quant_method")
-    if quantization and method not in _QUANT_METHODS:
-        raise CheckpointError(
-            f"{file}: the weights are quantised (quant_method {method}); ktrt reads "
-            f"{' and '.join(_QUANT_METHODS)}. Use the BF16 checkpoint."
+def _library_config(config: ModelConfig, trust: bool) -> Any:
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    folder = config.file.parent
+    if trust:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
+    # The config class changes what it is given.
+    values = copy.deepcopy(config.values)
+    return CONFIG_MAPPING[config.model_type].from_dict(values, name_or_path=str(folder))
+
+
+def _unknown(config: ModelConfig) -> str:
+    from transformers import __version__
+
+    does = "update transformers, or use a model that it has a class for"
+    if config.own_code:
+        does = (
+            "the folder brings code of its own (auto_map), which trust_remote_code: true runs; "
+            "ktrt can chat with it only if that code runs its experts through transformers' "
+            f"experts interface. Else {does}"
         )
-    rows, columns = quantization.get("weight_block_size") or (128, 128)
-    return int(rows), int(columns)
-
-
-def _auto_class(file: Path, config: Any, trust: bool) -> Any:
-    import transformers
-
-    for name in _AUTO_CLASSES:
-        # MultimodalLM is younger than the oldest transformers that ktrt works with.
-        auto_class: Any = getattr(transformers, f"AutoModelFor{name}", None)
-        if auto_class is None or not (trust or type(config) in auto_class._model_mapping):
-            continue
-        if trust or _takes_whole_folder(config, auto_class._model_mapping[type(config)]):
-            return auto_class
-    raise CheckpointError(
-        f"{file}: transformers has no class that generates text for model type "
-        f"{config.model_type}; ktrt is for language models."
+    return (
+        f"{config.file}: transformers {__version__} has no class for {config.describe()}, so that "
+        f"ktrt cannot run this model: {does}."
     )
 
 
-def _takes_whole_folder(config: Any, model_class: Any) -> bool:
+def _cannot_build(config: ModelConfig, built: Any, error: Exception) -> str:
+    """The library's message as it is, and the keys that may be the cause."""
+    text = str(error).strip() or "no message"
+    where = "a model" if built is not None else "the configuration"
+    reason = f"{config.file}: transformers cannot build {where} of type {config.model_type}"
+    suspects = [] if isinstance(error, ImportError) else _suspects(config)
+    hint = f" Unlike the default: {'; '.join(suspects)}." if suspects else ""
+    return f"{reason}: {type(error).__name__}: {text}.{hint}"
+
+
+def _suspects(config: ModelConfig) -> list[str]:
+    """Keys whose value is of another type than the config class's default."""
+    from transformers import CONFIG_MAPPING
+
+    if not config.known:
+        return []
+    try:
+        defaults = CONFIG_MAPPING[config.model_type]().to_dict()
+    except Exception:  # noqa: BLE001 (some config classes cannot be built without arguments)
+        return []
+    found = []
+    for part, usual in [(config.values, defaults)] + [
+        (value, defaults[key])
+        for key, value in config.values.items()
+        if isinstance(value, dict) and isinstance(defaults.get(key), dict)
+    ]:
+        for key, value in part.items():
+            default = usual.get(key)
+            if default is not None and not _alike(value, default):
+                found.append((value is None, f"{key} is {shown(value)}, usually {shown(default)}"))
+    # null often means that a part is left out: the others first.
+    return [text for _, text in sorted(found, key=lambda each: each[0])][:3]
+
+
+def _alike(value: object, default: object) -> bool:
+    if isinstance(value, bool) or isinstance(default, bool):
+        return isinstance(value, bool) and isinstance(default, bool)
+    numbers = (int, float)
+    if isinstance(value, numbers) and isinstance(default, numbers):
+        return value >= 0 or default < 0
+    return type(value) is type(default)
+
+
+def _auto_class(config: ModelConfig, built: Any, trust: bool) -> Any:
+    import transformers
+
+    for name in AUTO_CLASSES:
+        # MultimodalLM is younger than the oldest transformers that ktrt works with.
+        auto_class: Any = getattr(transformers, f"AutoModelFor{name}", None)
+        if auto_class is None or not (trust or type(built) in auto_class._model_mapping):
+            continue
+        if trust or _takes_whole_folder(config, built, auto_class._model_mapping[type(built)]):
+            return auto_class
+    raise CheckpointError(
+        f"{config.file}: transformers {transformers.__version__} has no class that generates text "
+        f"for {config.describe()}; ktrt cannot run this model with it. Update transformers, or use "
+        "a model that it has a class for."
+    )
+
+
+def _takes_whole_folder(config: ModelConfig, built: Any, model_class: Any) -> bool:
     """Whether the class knows all tensors of a folder with this config: not so one for the text of
     a multimodal model that does not say which names belong to the rest."""
-    if config.get_text_config() is config:
+    if built.get_text_config() is built or is_class(model_class.__name__, config.architectures):
         return True
     ignored = getattr(model_class, "_keys_to_ignore_on_load_unexpected", None) or []
-    architectures = getattr(config, "architectures", None) or [model_class.__name__]
-    return model_class.__name__ in architectures or any("vis" in pattern for pattern in ignored)
+    # The class for the whole takes the whole's config, the class for the text that of the text.
+    whole = getattr(model_class, "config_class", None) is type(built)
+    return whole or any("vis" in pattern for pattern in ignored)
 
 
-def _check_continues_text(file: Path, model: nn.Module) -> None:
+def _check_continues_text(config: ModelConfig, model: nn.Module) -> None:
     """Some registered classes are several models in one, or do not write from left to right."""
     arguments = inspect.signature(type(model).forward).parameters
     reason = ""
@@ -118,5 +178,5 @@ def _check_continues_text(file: Path, model: nn.Module) -> None:
         reason = "takes decoder_input_ids: it does not continue its input token by token"
     if reason:
         raise CheckpointError(
-            f"{file}: {type(model).__name__} {reason}; ktrt's chat cannot run it."
+            f"{config.file}: {type(model).__name__} {reason}; ktrt's chat cannot run it."
         )

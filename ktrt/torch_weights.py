@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ktrt.dequantized import dequantized_source
-from ktrt.errors import CheckpointError
+from ktrt.dequantized import weight_source
+from ktrt.errors import CheckpointError, KtrtError
 from ktrt.generation_file import check_generation_config
 from ktrt.moe import experts_replaced
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from ktrt.checkpoint import Checkpoint
-    from ktrt.checkpoint_names import WeightNames
     from ktrt.moe import ExpertsSpec
     from ktrt.prepare import BaseCheckpoint
 
@@ -32,24 +30,23 @@ def load_without_experts(base: BaseCheckpoint, infer_dtype: str, device: torch.d
     model_class: Any = type(skeleton)
     parameters = r"(gate_up_proj|up_proj|down_proj)(_bias)?"
     experts = [rf"^{path}\.{parameters}$" for path in _escaped(specs)]
-    if checkpoint.is_quantized():
-        source = dequantized_source(skeleton, specs, checkpoint, base.names, infer_dtype)
-    else:
-        dtype = "auto" if infer_dtype == "auto" else getattr(torch, infer_dtype)
-        source = {"pretrained_model_name_or_path": checkpoint.folder, "dtype": dtype}
+    source = weight_source(skeleton, specs, checkpoint, base.names, infer_dtype)
     try:
         with experts_replaced({s.class_name for s in specs}), _unexpected(model_class, experts):
             model, info = model_class.from_pretrained(
                 **source,
                 device_map={"": str(device)} if device.type != "cpu" else None,
-                trust_remote_code=base.built.trust,
                 local_files_only=True,
-                use_safetensors=True,
                 output_loading_info=True,
             )
-    except (RuntimeError, ValueError, OSError) as error:
+    # What a config.json says meets the library's code here; memory is no matter of the folder.
+    except Exception as error:
+        if isinstance(error, (KtrtError, MemoryError, torch.OutOfMemoryError)):
+            raise
         raise CheckpointError(
-            f"{checkpoint.folder}: {_wrong_shapes(skeleton, checkpoint, base.names) or error}"
+            f"{checkpoint.folder}: transformers cannot load {model_class.__name__}: "
+            f"{type(error).__name__}: {error}. The folder is damaged, or its config.json is of "
+            "another model."
         ) from error
     for what in ("missing_keys", "unexpected_keys"):
         if keys := sorted(info[what]):
@@ -85,19 +82,3 @@ def _unexpected(model_class: Any, patterns: list[str]) -> Iterator[None]:
         library.set_verbosity(level)
         if bars:
             library.enable_progress_bar()
-
-
-def _wrong_shapes(skeleton: nn.Module, checkpoint: Checkpoint, names: WeightNames) -> str:
-    """The tensors whose shape is not their parameter's; empty if there are none."""
-    wrong = []
-    parameters = skeleton.state_dict()
-    for name in checkpoint.names():
-        target = names.target(name)
-        plain = target.expert is None and not target.changed
-        parameter = parameters.get(target.name) if plain else None
-        if parameter is not None and checkpoint.shape(name) != tuple(parameter.shape):
-            wrong.append(
-                f"{name} has shape {list(checkpoint.shape(name))}, expected "
-                f"{list(parameter.shape)} by config.json"
-            )
-    return "; ".join(wrong[:5])

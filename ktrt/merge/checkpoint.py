@@ -6,12 +6,13 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ktrt.checkpoint import INDEX_NAME, Checkpoint
+from ktrt.checkpoint import INDEX_NAME, SINGLE_NAME
 from ktrt.merge.changes import Changes
 from ktrt.merge.shards import write_index, write_shard
 from ktrt.merge.side_files import copy_side_files, copy_words, side_files, write_config
 from ktrt.merge.tensors import Dtypes, TensorPlan, main_dtype
 from ktrt.moe import release_file_pages
+from ktrt.prepare import open_checkpoint
 from ktrt.progress import byte_progress
 from ktrt.staging import check_target, staged_folder
 
@@ -63,7 +64,7 @@ class Merge:
     ) -> None:
         specs, self.source = base.experts.specs, base.experts.checkpoint.folder
         # Not the one of ``base``, which also has the parameters that are made of several tensors.
-        checkpoint = Checkpoint(self.source, base.built.weight_block_size)
+        checkpoint = open_checkpoint(base.built.config)
         main = main_dtype(checkpoint)
         self.dtype = DTYPES[dtype] if dtype else main
         self.changes = Changes(plan, base.built.model, specs)
@@ -75,7 +76,7 @@ class Merge:
         self._untied, self._words = tensors.unties(), words
         self._vocabulary = self.changes.vocabulary()
         self._new_dtype = self.dtype if dtype or checkpoint.is_quantized() else None
-        self._sharded = (self.source / INDEX_NAME).is_file()
+        self._sharded = checkpoint.files.sharded
         self._inputs = base.experts.files()
 
     @property
@@ -92,7 +93,7 @@ class Merge:
         """Writes everything into ``folder``."""
         advance = releasing(advance, self._inputs)
         for file, tensors in self.files.items():
-            write_shard(folder / file, tensors, advance)
+            write_shard(folder / (file if self._sharded else SINGLE_NAME), tensors, advance)
         if self._sharded:
             write_index(folder / INDEX_NAME, self.files)
         copy_side_files(self.source, folder)

@@ -19,7 +19,11 @@ _WEIGHTS = {
     ".ot", ".npz",
 }  # fmt: skip
 # Describes the base model on the hub, not what is written.
-_NOT_COPIED = {"README.md", "config.json"}
+# The quantisation files are of weights that are written plain.
+_NOT_COPIED = {
+    "README.md", "config.json", "hf_quant_config.json", "quantize_config.json",
+    "quant_config.json", "quantization_config.json",
+}  # fmt: skip
 _NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -68,7 +72,8 @@ def write_config(
     after, where it was resized."""
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     for part in _parts(config):
-        part.pop("quantization_config", None)
+        for key in ("quantization_config", "compression_config", "transformers_weights"):
+            part.pop(key, None)
         key = "torch_dtype" if "torch_dtype" in part else "dtype"
         if dtype is not None and (part is config or key in part):
             part[key] = _NAMES[dtype]

@@ -223,7 +223,7 @@ def test_native_code_runs_although_remote_code_is_trusted(
 
 
 def test_unknown_model_type_without_trust(base: Path) -> None:
-    edit_config(base, model_type="something_new")
+    edit_config(base, model_type="something_new", architectures=["SomethingNewForCausalLM"])
     with pytest.raises(CheckpointError, match="something_new"):
         load(base)
 
@@ -265,10 +265,9 @@ def test_incomplete_or_foreign_weights(
     [
         ({"n_routed_experts": 8}, "of expert 10, but config.json says 8 experts"),
         ({"moe_intermediate_size": 64}, r"shape \[96, 160\], expected \[64, 160\]"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quant_method gptq.*fp8 and mxfp4"),
         ({"hidden_act": "mish"}, r"its activation \(Mish.* is none of the engine's"),
         ({"model_type": "llama"}, "no routed experts"),
-        ({"num_attention_heads": "four"}, "cannot build a model"),
+        ({"num_attention_heads": "four"}, "cannot build the configuration.*num_attention_heads"),
     ],
 )
 def test_config_that_does_not_fit(base: Path, changes: dict[str, Any], words: str) -> None:

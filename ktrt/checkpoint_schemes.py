@@ -1,0 +1,114 @@
+"""Quantisation schemes that ktrt does not read, recognised by their tensors: names and dtypes
+decide, whatever config.json says."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from ktrt.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ktrt.checkpoint_formats import StoredTensor
+
+_PACKED_DTYPES = ("I8", "U8", "I32", "U32", "I16", "I64", "F4", "F8_E4M3", "F8_E5M2")
+# The last word of a tensor's name → the scheme that writes such tensors; the first that occurs.
+_BY_NAME = {
+    "weight_scale_2": "NVFP4 (TensorRT Model Optimizer)",
+    "weight_global_scale": "NVFP4 (compressed-tensors, nvfp4-pack-quantized)",
+    "absmax": "bitsandbytes, 4 bits",
+    "quant_map": "bitsandbytes, 4 bits",
+    "SCB": "bitsandbytes, 8 bits",
+    "qweight": "",  # GPTQ or AWQ: by their shapes
+    "weight_packed": "",  # compressed-tensors: by the dtypes
+    "W_q": "HQQ",
+    "codebooks": "AQLM",
+    "weight_scales": "EETQ",
+    "input_scale": "FP8 with static activation scales",
+    "activation_scale": "FP8 with static activation scales",
+}
+_READS = "ktrt reads BF16, F16, F32, FP8 (E4M3) in blocks or with one scale, and MXFP4"
+
+
+def refuse_unread_schemes(stored: Mapping[str, StoredTensor]) -> None:
+    """Raises ``CheckpointError`` with the scheme's name and what to do, if the tensors are of one
+    that is not read."""
+    found = _by_name(stored) or _by_scales(stored)
+    if found is None:
+        return
+    scheme, name = found
+    tensor = stored[name]
+    raise CheckpointError(
+        f"{tensor.file}: the weights are quantised as {scheme}: {name} has dtype {tensor.dtype}, "
+        f"shape {list(tensor.shape)}. {_READS}. Use a BF16 checkpoint of this model: one that is "
+        "published, or this one dequantised."
+    )
+
+
+def _by_name(stored: Mapping[str, StoredTensor]) -> tuple[str, str] | None:
+    first: dict[str, str] = {}
+    for name in stored:
+        word = name.rpartition(".")[2]
+        if word in _BY_NAME:
+            first.setdefault(word, name)
+    for word, scheme in _BY_NAME.items():
+        if word not in first:
+            continue
+        name = first[word]
+        # A parameter of a model may be called so; codes beside it are no parameters.
+        if not any(_is_coded(stored, beside) for beside in _beside(stored, name)):
+            continue
+        if word == "qweight":
+            return _gptq_or_awq(stored, name), name
+        if word == "weight_packed":
+            return _compressed(stored, name), name
+        return scheme, name
+    return None
+
+
+def _beside(stored: Mapping[str, StoredTensor], name: str) -> list[str]:
+    """The tensors of its module; bitsandbytes' statistics belong to the weight instead."""
+    module = name.rpartition(".")[0]
+    known = ("weight", "qweight", "weight_packed", "W_q", "codes")
+    return [n for n in (name, module, *(f"{module}.{word}" for word in known)) if n in stored]
+
+
+def _is_coded(stored: Mapping[str, StoredTensor], name: str) -> bool:
+    return stored[name].dtype in _PACKED_DTYPES
+
+
+def _gptq_or_awq(stored: Mapping[str, StoredTensor], name: str) -> str:
+    module = name.rpartition(".")[0]
+    scales = stored.get(f"{module}.scales")
+    # GPTQ packs inputs: as many columns as outputs. AWQ packs outputs.
+    columns = (stored[name].shape or (0,))[-1]
+    packs_outputs = scales is not None and scales.shape and scales.shape[-1] != columns
+    return "AWQ" if packs_outputs and f"{module}.g_idx" not in stored else "GPTQ"
+
+
+def _compressed(stored: Mapping[str, StoredTensor], name: str) -> str:
+    if stored[name].dtype != "I32":
+        return "compressed-tensors (mxfp4-pack-quantized or nvfp4-pack-quantized)"
+    scale = stored.get(f"{name.removesuffix('_packed')}_scale")
+    shape = stored.get(f"{name.removesuffix('_packed')}_shape")
+    group = ""
+    if scale is not None and len(scale.shape) == len(stored[name].shape) == 2 and shape is not None:
+        # Eight codes of 4 bits in a word; pack-quantized has 8 bits rarely.
+        group = f" in groups of {8 * stored[name].shape[1] // max(scale.shape[1], 1)}"
+    return f"compressed-tensors pack-quantized (INT4{group}, or as many bits as config.json says)"
+
+
+def _by_scales(stored: Mapping[str, StoredTensor]) -> tuple[str, str] | None:
+    for name, tensor in stored.items():
+        scale = stored.get(f"{name}_scale")
+        if scale is None or not re.search(r"weight$|_proj$", name):
+            continue
+        if tensor.dtype == "I8":
+            return "compressed-tensors int-quantized (INT8)", name
+        rows = tensor.shape[-2:-1]
+        per_row = scale.shape in (tensor.shape[:-1], (*tensor.shape[:-1], 1))
+        if tensor.dtype == "F8_E4M3" and per_row and rows and rows[0] > 1:
+            return "FP8 per channel (compressed-tensors float-quantized)", name
+    return None
