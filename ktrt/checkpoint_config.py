@@ -6,7 +6,6 @@ gigabytes or minutes before a tensor's shape shows that it is wrong.
 
 from __future__ import annotations
 
-import copy
 import logging
 import re
 from dataclasses import dataclass
@@ -167,9 +166,8 @@ def _decoded(value: Any) -> Any:
 
 def _without_quantization(file: Path, content: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     """The config without its quantisation and that of its parts, and what that was."""
-    values = copy.deepcopy(content)
     found = Quantization()
-    for where, part in _parts(values):
+    for where, part in list(_parts(content)):
         for key in ("quantization_config", "compression_config"):
             claim = part.pop(key, None)
             if claim is None:
@@ -178,7 +176,7 @@ def _without_quantization(file: Path, content: dict[str, Any]) -> tuple[dict[str
             shape = typed(claim, _Quantization, f"{file}: {name}", CheckpointError, _ADVICE)
             if found.method is None:
                 found = Quantization(shape.quant_method or "unnamed", _block(shape))
-    return values, found
+    return content, found
 
 
 def _block(claim: _Quantization) -> tuple[int, int]:

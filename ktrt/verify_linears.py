@@ -81,7 +81,10 @@ def _probe(lora: Lora, size_in: int, seed: int) -> Probe:
 
 
 def _find(model: nn.Module, name: str) -> Any:
-    """The module of the loaded model that has this name, whatever stands before ``layers``."""
+    """The module of the loaded model that has this name; if there is none, whatever stands before
+    ``layers``. A tower may have layers with the same ends of names."""
+    if (exact := dict(model.named_modules()).get(name)) is not None:
+        return exact
     tail = re.sub(r"^.*?(?=layers\.\d+\.)", "", name)
     block = "(?:mlp|block_sparse_moe|feed_forward)"
     pattern = _BLOCK.sub(block, re.escape(tail).replace(r"\.", "."))

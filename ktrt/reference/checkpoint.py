@@ -20,47 +20,74 @@ _PROJECTIONS = {
     "w2": "down",
 }  # fmt: skip
 _SINGLE = re.compile(
-    r"(?:.*\.)?layers\.(?P<layer>\d+)\.(?:\w+\.)?experts\.(?P<expert>\d+)\."
+    r"layers\.(?P<layer>\d+)\.(?:\w+\.)?experts\.(?P<expert>\d+)\."
     r"(?P<part>gate_proj|up_proj|down_proj|w1|w2|w3)(?:\.weight)?"
 )
 _STACKED = re.compile(
-    r"(?:.*\.)?layers\.(?P<layer>\d+)\.(?P<block>\w+\.)?"
+    r"layers\.(?P<layer>\d+)\.(?P<block>\w+\.)?"
     r"(?P<part>experts\.gate_up_proj|experts\.down_proj|input_linear|output_linear)(?:\.weight)?"
 )
 # Blocks that are called otherwise on disk than in the model.
 _BLOCKS = (".mlp.", ".block_sparse_moe.", ".feed_forward.")
+_LAYER = re.compile(r"(?P<prefix>|.*?\.)layers\.(?P<layer>\d+)\.(?P<inner>.*)")
+# Stacks of layers that are no part of the text model: what predicts further tokens, sees or hears.
+_OTHERS = re.compile(r"(^|\.)(mtp|vis|audio|image|video|speech|talker|code2wav|vt_|encoder\.)")
+# Names that only codes with scales have.
+_CODES = re.compile(r"(weight_scale(_inv)?|_scale_inv|weight_packed|qweight|_blocks|absmax|SCB)$")
 
 
 @dataclass(frozen=True)
 class RawExperts:
     """The routed experts of one layer. ``single``: (expert, projection) → tensor name; or
-    ``stacked``: names of gate_up [E, 2I, H] and down [E, H, I]."""
+    ``stacked``: names of gate_up [E, 2I, H] and down [E, H, I], or with inputs and outputs
+    swapped if ``transposed``."""
 
     num_experts: int
     hidden_size: int
     intermediate_size: int
     single: dict[tuple[int, str], str]
     stacked: tuple[str, str] | None
+    transposed: bool = False
 
 
 class RawCheckpoint:
-    """A model folder with safetensors. ``CannotVerifyError`` if there are none."""
+    """A model folder with safetensors: the single file, else those of the index, which decides
+    which tensors count. ``CannotVerifyError`` if there are none, if they are quantised, or if it is
+    unclear which layers are the text model's."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            files = read_json(index)["weight_map"]
-        else:
-            names = RawFile(folder / "model.safetensors").shapes
-            files = dict.fromkeys(names, "model.safetensors")
-        self._opened = {name: RawFile(folder / name) for name in sorted(set(files.values()))}
-        self._files: dict[str, RawFile] = {k: self._opened[v] for k, v in files.items()}
         config = read_json(folder / "config.json")
+        self._files = _files(folder, config.get("transformers_weights"))
         text = config.get("text_config") or config
-        if config.get("quantization_config"):
-            raise CannotVerifyError(f"{folder}: a quantised checkpoint cannot be verified yet.")
         self.activation = text.get("hidden_act", "silu")
+        for name, file in self._files.items():
+            if file.dtype(name).startswith("F8") or _CODES.search(name):
+                raise CannotVerifyError(
+                    f"{folder}: a quantised checkpoint cannot be verified yet ({name} is "
+                    f"{file.dtype(name)})."
+                )
+        self._prefix = self._find_prefix(text.get("num_hidden_layers"))
+
+    def _find_prefix(self, num_layers: object) -> str:
+        """What stands before ``layers`` in the text model's names: all its layers have it, which
+        others (towers, layers that predict further tokens) may have in part."""
+        layers: dict[str, set[int]] = {}
+        experts = set()
+        for name in self._files:
+            if match := _LAYER.fullmatch(name):
+                layers.setdefault(match["prefix"], set()).add(int(match["layer"]))
+                if "experts." in name or "_linear" in name:
+                    experts.add(match["prefix"])
+        wanted = set(range(num_layers)) if isinstance(num_layers, int) else set()
+        found = [p for p in layers if p in experts and not _OTHERS.search(p)]
+        found = [p for p in found if wanted <= layers[p]] if len(found) > 1 else found
+        if len(found) != 1:
+            raise CannotVerifyError(
+                f"{self.folder}: the layers with experts are called {sorted(found) or 'nothing'} "
+                "before 'layers', expected one name: which are the text model's is unclear."
+            )
+        return found[0]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """By the file's header."""
@@ -73,10 +100,10 @@ class RawCheckpoint:
     def linear(self, module: str) -> tuple[Float32, Float32]:
         """Weight [out, in] and bias [out] (zero where there is none) of a Linear, ``module`` being
         its name for PEFT."""
-        names = {module}
+        match = _LAYER.fullmatch(module)
+        names = {f"{self._prefix}layers.{match['layer']}.{match['inner']}" if match else module}
         for old in _BLOCKS:
-            names |= {module.replace(old, new) for new in _BLOCKS if old in module}
-        names |= {name.removeprefix("model.") for name in names}
+            names |= {name.replace(old, new) for name in names for new in _BLOCKS if old in name}
         found = [name for name in sorted(names) if f"{name}.weight" in self._files]
         if len(found) != 1:
             raise CannotVerifyError(
@@ -92,25 +119,27 @@ class RawCheckpoint:
         """The routed experts of a layer; None for a layer without.
 
         ``CannotVerifyError``: names or shapes beyond ``experts.E.{gate,up,down}_proj`` (or w1, w3,
-        w2) and stacked gate_up [E, 2I, H], down [E, H, I]; biases.
+        w2) and stacked gate_up [E, 2I, H], down [E, H, I] or transposed; biases.
         """
+        start = f"{self._prefix}layers.{layer}."
         inside = [
             name for name in self._files
-            if f"layers.{layer}." in name and ("experts." in name or "_linear" in name)
+            if name.startswith(start) and ("experts." in name or "_linear" in name)
             and "shared" not in name
         ]  # fmt: skip
         single: dict[tuple[int, str], str] = {}
         stacked: dict[str, str] = {}
         for name in inside:
-            if (match := _SINGLE.fullmatch(name)) and int(match["layer"]) == layer:
+            own = name.removeprefix(self._prefix)
+            if match := _SINGLE.fullmatch(own):
                 key = (int(match["expert"]), _PROJECTIONS[match["part"]])
                 if key in single:
                     raise CannotVerifyError(f"{name} and {single[key]} are the same weights.")
                 single[key] = name
-            elif (match := _STACKED.fullmatch(name)) and int(match["layer"]) == layer:
+            elif match := _STACKED.fullmatch(own):
                 first = match["part"] in ("experts.gate_up_proj", "input_linear")
                 stacked["gate_up" if first else "down"] = name
-            elif re.search(rf"(?:^|\.)layers\.{layer}\.", name):
+            else:
                 raise CannotVerifyError(
                     f"{self.folder}: {name}: expert weights of this name cannot be verified."
                 )
@@ -142,22 +171,49 @@ class RawCheckpoint:
         return RawExperts(count, hidden, inner, names, None)
 
     def _stacked(self, first: str, down: str) -> RawExperts:
-        count, hidden, inner = (*self.shape(down), 0, 0, 0)[:3]
-        if self.shape(first) != (count, 2 * inner, hidden):
-            raise CannotVerifyError(
-                f"{first} has shape {self.shape(first)} beside {down} {self.shape(down)}; only "
-                "[E, 2I, H] and [E, H, I] can be verified."
-            )
-        return RawExperts(count, hidden, inner, {}, (first, down))
+        count, rows, columns = (*self.shape(down), 0, 0, 0)[:3]
+        if self.shape(first) == (count, 2 * columns, rows):
+            return RawExperts(count, rows, columns, {}, (first, down))
+        # No shape is of both forms: 2I would have to be I.
+        if self.shape(first) == (count, columns, 2 * rows):
+            return RawExperts(count, columns, rows, {}, (first, down), transposed=True)
+        raise CannotVerifyError(
+            f"{first} has shape {self.shape(first)} beside {down} {self.shape(down)}; only "
+            "[E, 2I, H] and [E, H, I], or both transposed, can be verified."
+        )
 
     def read_expert(self, experts: RawExperts, expert: int) -> dict[str, Float32]:
         """gate, up [I, H] and down [H, I] of one expert, in float32."""
         if experts.stacked is None:
             return {p: self.read(experts.single[expert, p]) for p in ("gate", "up", "down")}
         first, down = experts.stacked
-        rows = self._files[first].read(first, expert)
+        rows, last = self._files[first].read(first, expert), self._files[down].read(down, expert)
+        if experts.transposed:
+            rows, last = np.ascontiguousarray(rows.T), np.ascontiguousarray(last.T)
         return {
             "gate": rows[: experts.intermediate_size],
             "up": rows[experts.intermediate_size :],
-            "down": self._files[down].read(down, expert),
+            "down": last,
         }
+
+
+def _files(folder: Path, chosen: object) -> dict[str, RawFile]:
+    """Tensor → file."""
+    main = folder / chosen if isinstance(chosen, str) else folder / "model.safetensors"
+    if not isinstance(chosen, str) and not main.is_file():
+        main = folder / "model.safetensors.index.json"
+    if main.suffix != ".json":
+        file = RawFile(main)
+        return dict.fromkeys(file.shapes, file)
+    weight_map = read_json(main).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(map(_is_name, weight_map.values())):
+        raise CannotVerifyError(f"{main}: weight_map is no object of file names.")
+    opened = {name: RawFile(folder / name) for name in sorted(set(weight_map.values()))}
+    for name, file in weight_map.items():
+        if name not in opened[file].shapes:
+            raise CannotVerifyError(f"{folder / file} does not hold {name}, as {main.name} says.")
+    return {name: opened[file] for name, file in weight_map.items()}
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str)

@@ -31,8 +31,8 @@ class CannotVerifyError(KtrtError):
 def read_json(file: Path) -> dict[str, Any]:
     """``CannotVerifyError`` if the file is no JSON object."""
     try:
-        found = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+        found = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise CannotVerifyError(f"{file} cannot be read ({error}).") from error
     if not isinstance(found, dict):
         raise CannotVerifyError(f"{file} holds no JSON object.")
@@ -48,12 +48,18 @@ class RawFile:
             with file.open("rb") as stream:
                 length = int.from_bytes(stream.read(8), "little")
                 header = json.loads(stream.read(length))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CannotVerifyError(f"{file} is not a safetensors file ({error}).") from error
+        if not isinstance(header, dict):
+            raise CannotVerifyError(f"{file} is not a safetensors file (no header).")
         header.pop("__metadata__", None)
         self._header: dict[str, Any] = header
         self._start = 8 + length
         self.shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+
+    def dtype(self, name: str) -> str:
+        """In safetensors' words."""
+        return str(self._header[name]["dtype"])
 
     def read(self, name: str, row: int | None = None) -> Float32:
         """The tensor, or ``tensor[row]`` without reading the rest, as a float32 copy."""

@@ -1,0 +1,73 @@
+"""Folders by the metadata of published models: ktrt's logits are transformers' in float32, and
+``--verify`` can read them.
+
+The data are published config.json files with every key; see helpers/real_models.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.real_models import NAMES, RealModel, make, write_lora
+
+from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
+from ktrt.model import load_model
+from ktrt.prepare import plan_memory
+from ktrt.reference import CannotVerifyError
+from ktrt.verify import verify
+
+EXPERTS = ExpertArgs(kt_num_threads=1)
+NO_ADAPTER = AdapterArgs(None)
+TOKENS = torch.randint(2, 300, (1, 12), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def real(request: pytest.FixtureRequest) -> RealModel:
+    return make(request.param)
+
+
+def logits(folder: Path) -> torch.Tensor:
+    loaded = load_model(ModelArgs(folder, infer_dtype="float32"), NO_ADAPTER, EXPERTS)
+    with torch.no_grad():
+        result: torch.Tensor = loaded.model(TOKENS).logits
+    loaded.close()
+    return result
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def test_logits_are_transformers(real: RealModel, tmp_path: Path) -> None:
+    """As shipped; and, where that is quantised, as KTransformers' cast scripts leave a folder:
+    BF16 tensors below a config.json that still says otherwise."""
+    with torch.no_grad():
+        expected = real.reference()(TOKENS).logits
+    # The engine's experts round to BF16, the others of both are float32.
+    assert error(logits(real.write(tmp_path / "shipped")), expected) < 0.02
+
+
+def test_verify_reads_the_names(real: RealModel, tmp_path: Path) -> None:
+    if real.meta["experts"]["layout"] == "fused" and real.meta.get("transposed_parameters"):
+        pytest.skip("experts with biases are not verified yet")
+    folder, adapter = real.write(tmp_path / "cast", real.twin), tmp_path / "adapter"
+    write_lora(adapter, real)
+    model, args = ModelArgs(folder), AdapterArgs(adapter)
+    reports = verify(model, args, EXPERTS, everything=False)
+    assert reports
+    for report in reports:
+        assert report.passed, report.failures
+        assert "experts in BF16" in report.what
+    if real.quantised:
+        shipped = ModelArgs(real.write(tmp_path / "shipped"))
+        with pytest.raises(CannotVerifyError, match="a quantised checkpoint cannot be verified"):
+            verify(shipped, args, EXPERTS)
+
+
+def test_plan_needs_no_weights_read(tmp_path: Path) -> None:
+    """Kimi-K2: a model type that transformers does not know, an architecture that it does."""
+    folder = make("kimi-k2-fp8").write(tmp_path / "model")
+    plan = plan_memory(ModelArgs(folder), NO_ADAPTER, EXPERTS)
+    assert plan.items
