@@ -109,8 +109,12 @@ def _weight_like(folder: Path) -> list[Path]:
 
 
 def _no_weights(folder: Path, main: Path, chosen: str | None) -> str:
-    if main.is_symlink():
-        return f"{main} is a link to {main.readlink()}, which is not there. Download it again."
+    for link in (main, folder / SINGLE_NAME):
+        if link.is_symlink():
+            return (
+                f"{link} is a link to {link.readlink()}, which is not there (an interrupted "
+                "download?). Download the folder again."
+            )
     if chosen:
         return f"{main} is missing, which config.json names in transformers_weights."
     if others := _ignored(folder, set()):

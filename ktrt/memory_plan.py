@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ktrt.errors import ConfigError
+from ktrt.errors import CheckpointError, ConfigError
 from ktrt.host_tables import host_tables, table_bytes
 from ktrt.kv_cache import cache_argument
 from ktrt.linears import int8_bytes, int8_layers
@@ -323,6 +323,11 @@ def kv_bytes_per_token(
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         logger.info("The size of the KV cache is not known beforehand (%s)", error)
         return 0
+    except (LookupError, ArithmeticError) as error:  # no matter of the meta device
+        raise CheckpointError(
+            f"config.json describes a {type(skeleton).__name__} that cannot run: "
+            f"{type(error).__name__}: {error}. Correct the file, or download it again."
+        ) from error
     finally:
         for module in modules:
             del module.forward

@@ -89,6 +89,10 @@ class RawCheckpoint:
             )
         return found[0]
 
+    def file(self, name: str) -> Path:
+        """The file that holds the tensor."""
+        return self._files[name].file
+
     def shape(self, name: str) -> tuple[int, ...]:
         """By the file's header."""
         return self._files[name].shapes[name]

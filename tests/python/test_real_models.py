@@ -6,7 +6,7 @@ The data are published config.json files with every key; see helpers/real_models
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -17,6 +17,9 @@ from ktrt.model import load_model
 from ktrt.prepare import plan_memory
 from ktrt.reference import CannotVerifyError
 from ktrt.verify import verify
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 EXPERTS = ExpertArgs(kt_num_threads=1)
 NO_ADAPTER = AdapterArgs(None)
