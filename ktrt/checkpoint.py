@@ -15,7 +15,7 @@ from ktrt.checkpoint_convert import Conversions
 from ktrt.checkpoint_files import INDEX_NAME, SINGLE_NAME, find_weights
 from ktrt.checkpoint_formats import FLOAT_DTYPES, PlainTensor, StoredTensor, decoded, is_dequantized
 from ktrt.checkpoint_names import WeightNames, WeightTarget
-from ktrt.checkpoint_schemes import refuse_unread_schemes
+from ktrt.checkpoint_schemes import refusal, unread_scheme
 from ktrt.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ class Checkpoint:
 
     A quantised tensor and its scales are one tensor here, in float32; ``weight_block_size`` is that
     of FP8, ``chosen`` the file that config.json's transformers_weights names. Tensors of a shard
-    that the index does not name are left out.
+    that the index does not name are left out, and with ``experts_elsewhere`` routed experts of a
+    scheme that is not read.
 
     Raises ``CheckpointError`` for a folder without safetensors, a missing or damaged shard, an
     index that names a tensor its shard lacks, scales that do not fit, and schemes of quantisation
@@ -46,6 +47,8 @@ class Checkpoint:
         folder: Path,
         weight_block_size: tuple[int, int] = (128, 128),
         chosen: str | None = None,
+        *,
+        experts_elsewhere: bool = False,
     ) -> None:
         self.folder = folder
         self.files = find_weights(folder, chosen)
@@ -58,7 +61,11 @@ class Checkpoint:
         stored: dict[str, StoredTensor] = {
             name: PlainTensor(path, self._open(path), name) for name, path in files.items()
         }
-        refuse_unread_schemes(stored)
+        if experts_elsewhere and unread_scheme(stored):
+            stored = {name: t for name, t in stored.items() if ".experts." not in name}
+        if found := unread_scheme(stored):
+            name = found[1]
+            raise CheckpointError(refusal(stored[name].file, *found, stored[name]))
         self._tensors = decoded(stored, weight_block_size)
 
     def _check_shards(self, files: Mapping[str, Path], index: Path) -> None:

@@ -4,14 +4,21 @@ decide, whatever config.json says."""
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
-
-from ktrt.errors import CheckpointError
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
 
-    from ktrt.checkpoint_formats import StoredTensor
+
+class Header(Protocol):
+    """What a file's header says of a tensor."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
 
 _PACKED_DTYPES = ("I8", "U8", "I32", "U32", "I16", "I64", "F4", "F8_E4M3", "F8_E5M2")
 # The last word of a tensor's name → the scheme that writes such tensors; the first that occurs.
@@ -20,34 +27,44 @@ _BY_NAME = {
     "weight_global_scale": "NVFP4 (compressed-tensors, nvfp4-pack-quantized)",
     "absmax": "bitsandbytes, 4 bits",
     "quant_map": "bitsandbytes, 4 bits",
+    "bitsandbytes__nf4": "bitsandbytes, 4 bits",
+    "bitsandbytes__fp4": "bitsandbytes, 4 bits",
     "SCB": "bitsandbytes, 8 bits",
-    "qweight": "",  # GPTQ or AWQ: by their shapes
-    "weight_packed": "",  # compressed-tensors: by the dtypes
+    "qweight": "GPTQ or AWQ",  # which: by the shapes
+    "weight_packed": "compressed-tensors",  # which: by the dtypes
     "W_q": "HQQ",
     "codebooks": "AQLM",
     "weight_scales": "EETQ",
+    "biases": "MLX",
     "input_scale": "FP8 with static activation scales",
     "activation_scale": "FP8 with static activation scales",
 }
 _READS = "ktrt reads BF16, F16, F32, FP8 (E4M3) in blocks or with one scale, and MXFP4"
 
 
-def refuse_unread_schemes(stored: Mapping[str, StoredTensor]) -> None:
-    """Raises ``CheckpointError`` with the scheme's name and what to do, if the tensors are of one
-    that is not read."""
-    found = _by_name(stored) or _by_scales(stored)
-    if found is None:
-        return
-    scheme, name = found
-    tensor = stored[name]
-    raise CheckpointError(
-        f"{tensor.file}: the weights are quantised as {scheme}: {name} has dtype {tensor.dtype}, "
-        f"shape {list(tensor.shape)}. {_READS}. Use a BF16 checkpoint of this model: one that is "
-        "published, or this one dequantised."
+def named_scheme(names: Iterable[str]) -> tuple[str, str] | None:
+    """As ``unread_scheme``, by names alone, which a model's own parameters may have too."""
+    for name in names:
+        if scheme := _BY_NAME.get(name.rpartition(".")[2]):
+            return scheme, name
+    return None
+
+
+def unread_scheme(stored: Mapping[str, Header]) -> tuple[str, str] | None:
+    """The scheme that is not read, and a tensor that shows it; None if there is none."""
+    return _by_name(stored) or _by_scales(stored)
+
+
+def refusal(where: Path, scheme: str, name: str, tensor: Header | None) -> str:
+    """The message: what was found, and what to do."""
+    form = "" if tensor is None else f" (dtype {tensor.dtype}, shape {list(tensor.shape)})"
+    return (
+        f"{where}: the weights are quantised as {scheme}: see {name}{form}. {_READS}. Use a BF16 "
+        "checkpoint of this model: one that is published, or this one dequantised."
     )
 
 
-def _by_name(stored: Mapping[str, StoredTensor]) -> tuple[str, str] | None:
+def _by_name(stored: Mapping[str, Header]) -> tuple[str, str] | None:
     first: dict[str, str] = {}
     for name in stored:
         word = name.rpartition(".")[2]
@@ -68,27 +85,29 @@ def _by_name(stored: Mapping[str, StoredTensor]) -> tuple[str, str] | None:
     return None
 
 
-def _beside(stored: Mapping[str, StoredTensor], name: str) -> list[str]:
+def _beside(stored: Mapping[str, Header], name: str) -> list[str]:
     """The tensors of its module; bitsandbytes' statistics belong to the weight instead."""
     module = name.rpartition(".")[0]
     known = ("weight", "qweight", "weight_packed", "W_q", "codes")
     return [n for n in (name, module, *(f"{module}.{word}" for word in known)) if n in stored]
 
 
-def _is_coded(stored: Mapping[str, StoredTensor], name: str) -> bool:
+def _is_coded(stored: Mapping[str, Header], name: str) -> bool:
     return stored[name].dtype in _PACKED_DTYPES
 
 
-def _gptq_or_awq(stored: Mapping[str, StoredTensor], name: str) -> str:
+def _gptq_or_awq(stored: Mapping[str, Header], name: str) -> str:
     module = name.rpartition(".")[0]
     scales = stored.get(f"{module}.scales")
+    if scales is None:
+        return _BY_NAME["qweight"]
     # GPTQ packs inputs: as many columns as outputs. AWQ packs outputs.
     columns = (stored[name].shape or (0,))[-1]
-    packs_outputs = scales is not None and scales.shape and scales.shape[-1] != columns
+    packs_outputs = scales.shape and scales.shape[-1] != columns
     return "AWQ" if packs_outputs and f"{module}.g_idx" not in stored else "GPTQ"
 
 
-def _compressed(stored: Mapping[str, StoredTensor], name: str) -> str:
+def _compressed(stored: Mapping[str, Header], name: str) -> str:
     if stored[name].dtype != "I32":
         return "compressed-tensors (mxfp4-pack-quantized or nvfp4-pack-quantized)"
     scale = stored.get(f"{name.removesuffix('_packed')}_scale")
@@ -100,7 +119,7 @@ def _compressed(stored: Mapping[str, StoredTensor], name: str) -> str:
     return f"compressed-tensors pack-quantized (INT4{group}, or as many bits as config.json says)"
 
 
-def _by_scales(stored: Mapping[str, StoredTensor]) -> tuple[str, str] | None:
+def _by_scales(stored: Mapping[str, Header]) -> tuple[str, str] | None:
     for name, tensor in stored.items():
         scale = stored.get(f"{name}_scale")
         if scale is None or not re.search(r"weight$|_proj$", name):

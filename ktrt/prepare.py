@@ -50,7 +50,7 @@ def open_base(model: ModelArgs, kt_weight_path: Path | None = None) -> BaseCheck
     folder = model.model_name_or_path
     check_model_folder(folder, experts_elsewhere=kt_weight_path is not None)
     config = read_model_config(folder)
-    checkpoint = open_checkpoint(config)
+    checkpoint = open_checkpoint(config, experts_elsewhere=kt_weight_path is not None)
     built = build_skeleton(folder, model.trust_remote_code, config, deepest_layer(checkpoint))
     skeleton = built.model
     specs = find_experts(skeleton)
@@ -69,9 +69,14 @@ def open_base(model: ModelArgs, kt_weight_path: Path | None = None) -> BaseCheck
     return BaseCheckpoint(built, names, ExpertSource(checkpoint, specs, weights))
 
 
-def open_checkpoint(config: ModelConfig) -> Checkpoint:
+def open_checkpoint(config: ModelConfig, *, experts_elsewhere: bool = False) -> Checkpoint:
     """The tensors of the folder that ``config`` describes. ``CheckpointError``."""
-    return Checkpoint(config.file.parent, config.quantization.block, config.weights)
+    return Checkpoint(
+        config.file.parent,
+        config.quantization.block,
+        config.weights,
+        experts_elsewhere=experts_elsewhere,
+    )
 
 
 def _log_files(checkpoint: Checkpoint, config: ModelConfig) -> None:

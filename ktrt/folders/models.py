@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ktrt.checkpoint_schemes import named_scheme, refusal, unread_scheme
 from ktrt.errors import CheckpointError
 from ktrt.folders.kinds import (
     CONFIG,
@@ -34,15 +36,6 @@ _LFS_FILES = re.compile(
 )
 # Names of unfinished files by who writes them: the hub, aria2, wget and browsers, ModelScope.
 _UNFINISHED = re.compile(r".*\.(incomplete|aria2|part|crdownload)|\.____temp|.*\.safetensors_.*")
-# Names that only tensors of one quantisation have; config.json may claim what the files are not.
-_SCHEMES = (
-    (re.compile(r".*\.weight_scale_2"), "NVFP4 or FP8 by NVIDIA's ModelOpt"),
-    (re.compile(r".*\.weight_packed"), "compressed-tensors"),
-    (re.compile(r".*(quant_state\.bitsandbytes__.*|\.weight\.absmax|\.SCB)"), "bitsandbytes"),
-    (re.compile(r".*\.qweight"), "GPTQ or AWQ"),
-    (re.compile(r".*\.W_q"), "HQQ"),
-    (re.compile(r".*_proj\.biases"), "MLX"),
-)
 _LARGEST_HEADER = 100 << 20
 
 
@@ -150,7 +143,9 @@ def _check_complete(folder: Path) -> None:
 
 
 def _expected(folder: Path, names: list[str]) -> list[str]:
-    """The files that the index names, or that the shards' own names imply."""
+    """The files that config.json or the index name, or that the shards' own names imply."""
+    if isinstance(chosen := glance(folder / CONFIG).get("transformers_weights"), str):
+        return [chosen]
     if INDEX in names:
         weight_map = glance(folder / INDEX).get("weight_map")
         files = weight_map.values() if isinstance(weight_map, dict) else ()
@@ -162,25 +157,32 @@ def _expected(folder: Path, names: list[str]) -> list[str]:
     return [INDEX, *(f"{stem}-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1))]
 
 
+@dataclass(frozen=True)
+class _Header:
+    dtype: str
+    shape: tuple[int, ...]
+
+
 def _check_scheme(folder: Path, *, experts_elsewhere: bool) -> None:
-    for name in _tensor_names(folder):
-        if experts_elsewhere and ".experts." in name:
-            continue
-        for pattern, scheme in _SCHEMES:
-            if pattern.fullmatch(name):
-                raise CheckpointError(
-                    f"{folder}: the weights are quantised with {scheme} (the tensor {name}); ktrt "
-                    "reads BF16, FP16 and FP32, FP8 with scales of blocks, and MXFP4. Use the "
-                    "model's BF16 or FP8 checkpoint."
-                )
-
-
-def _tensor_names(folder: Path) -> Iterable[str]:
-    """By the index, or the header of the only file; none where they cannot be read."""
+    """By names first: dtypes and shapes take the headers of all files."""
     if _is_there(folder / SINGLE):
-        return _header(folder / SINGLE)
-    weight_map = glance(folder / INDEX).get("weight_map")
-    return weight_map if isinstance(weight_map, dict) else ()
+        files = [SINGLE]
+        names: Iterable[str] = _header(folder / SINGLE)
+    else:
+        weight_map = glance(folder / INDEX).get("weight_map")
+        names = weight_map if isinstance(weight_map, dict) else {}
+        files = sorted({f for f in dict(names).values() if isinstance(f, str)})
+    by_name = named_scheme(n for n in names if not (experts_elsewhere and ".experts." in n))
+    if by_name is None:
+        return
+    headers = {
+        name: _Header(str(entry.get("dtype")), tuple(entry.get("shape") or ()))
+        for file in files
+        for name, entry in _header(folder / file).items()
+        if isinstance(entry, dict) and not (experts_elsewhere and ".experts." in name)
+    }
+    if found := unread_scheme(headers) if headers else by_name:
+        raise CheckpointError(refusal(folder, *found, headers.get(found[1])))
 
 
 def _header(file: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from helpers.tiny_models import save_adapter, save_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from ktrt.checkpoint import Checkpoint
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import CheckpointError
 from ktrt.merge import merge_checkpoint
@@ -153,7 +154,7 @@ def test_copies_and_variants_are_left_alone(model: Path, caplog: pytest.LogCaptu
     assert "ignored: consolidated.safetensors, model.fp16.safetensors, original/" in caplog.text
     (model / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor .*but consolidated"):
-        open_base(ModelArgs(model))
+        Checkpoint(model)
 
 
 def test_the_file_that_config_json_names(model: Path, tmp_path: Path) -> None:
@@ -166,6 +167,8 @@ def test_the_file_that_config_json_names(model: Path, tmp_path: Path) -> None:
     assert close(logits(model), expected)
     assert close(theirs(export(model, tmp_path / "out")), expected)
     assert "weights" in str(RawCheckpoint(model).file("lm_head.weight"))
+    (model / "model.safetensors").unlink()
+    assert close(logits(model), expected)
 
 
 def test_a_link_that_leads_nowhere(model: Path) -> None:

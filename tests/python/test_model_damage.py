@@ -1,4 +1,4 @@
-"""Seeded damage to a model's tensors and files: refused by name, or without effect on the answer."""
+"""Seeded damage to tensors and files of a model: refused by name, or without effect."""
 
 from __future__ import annotations
 
