@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ktrt.checkpoint import Checkpoint
+from ktrt.checkpoint_config import read_model_config
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import CheckpointError
 from ktrt.merge import merge_checkpoint
 from ktrt.model import load_model
-from ktrt.prepare import base_of_adapters, open_adapter, open_base
+from ktrt.prepare import base_of_adapters, open_adapter, open_base, open_checkpoint
 from ktrt.reference import CannotVerifyError, RawCheckpoint
 from ktrt.verify import verify
 
@@ -387,3 +388,52 @@ def test_an_adapter_merges_into_a_model_whose_config_claims_fp8(
     summary = merge_checkpoint(base, plan, tmp_path / "out")
     assert summary.merged > 0
     assert summary.dtype == "BF16"
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [32, 64]}},
+        {"text_config": {"quantization_config": {"weight_block_size": [32, 64]}}},
+        {
+            "compression_config": {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"a": {"weights": {"block_structure": [32, 64]}}},
+            }
+        },
+    ],
+)
+def test_the_block_of_scales_is_what_config_json_says(
+    tmp_path: Path, claim: dict[str, Any]
+) -> None:
+    """And must fit: the same scales are refused for blocks of 128 x 128."""
+    codes = torch.randn(70, 130).to(torch.float8_e4m3fn)
+    scales = torch.rand(3, 3)
+    save_file({"a.weight": codes, "a.weight_scale": scales}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "qwen3_moe"} | claim), encoding="utf-8"
+    )
+    checkpoint = open_checkpoint(read_model_config(tmp_path))
+    rows, columns = torch.arange(70) // 32, torch.arange(130) // 64
+    expected = codes.float() * scales[rows][:, columns]
+    assert torch.equal(checkpoint.read("a.weight"), expected)
+
+    with pytest.raises(CheckpointError, match=r"a\.weight_scale has shape \[3, 3\].*128 x 128"):
+        Checkpoint(tmp_path)
+
+
+def test_experts_of_an_unread_scheme_beside_kt_weight_path(model: Path) -> None:
+    """KTransformers' converted experts stand for INT4 ones; attention is BF16."""
+    tensors = load_file(model / "model.safetensors")
+    change: dict[str, torch.Tensor | None] = {}
+    for name, weight in tensors.items():
+        if ".experts." in name:
+            change[name] = None
+            stem = name.removesuffix(".weight")
+            change[f"{stem}.weight_packed"] = _bytes(len(weight), 12, dtype=_INT)
+            change[f"{stem}.weight_scale"] = torch.ones(len(weight), 3)
+    edit_weights(model, change)
+    with pytest.raises(CheckpointError, match="pack-quantized"):
+        open_base(ModelArgs(model))
+    base = open_base(ModelArgs(model), model / "kt")
+    assert base.experts.weights == {}
