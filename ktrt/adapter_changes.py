@@ -65,7 +65,9 @@ def find_changes(base: BaseCheckpoint, plan: AdapterPlan, *, norms: bool = True)
     found: dict[str, list[AuditRow]] = {}
     paths = tuple(f"{path}." for path in plan.experts)
     for row in plan.audit.rows:
-        if not row.acts_on.startswith(paths) and row.part.startswith("lora_"):
+        if row.status == "no effect" or row.acts_on.startswith(paths):
+            continue
+        if row.part.startswith("lora_"):
             found.setdefault(row.acts_on, []).append(row)
     changes += [
         _change(module, rows, rows[0].delta_norm, weights.get(module))

@@ -87,6 +87,8 @@ def _audit(config: Config, *, as_json: bool, norms: bool) -> None:
     # Nothing is loaded: this is who will apply each tensor, all of which have been claimed.
     inside = tuple(f"{path}." for path in plan.experts)
     for row in plan.audit.rows:
+        if row.status == "no effect":
+            continue
         row.status = "experts" if row.acts_on.startswith(inside) else "peft"
     changes = find_changes(base, plan, norms=norms)
     if not as_json:
@@ -100,6 +102,8 @@ def _audit(config: Config, *, as_json: bool, norms: bool) -> None:
             "applied_experts": plan.audit.applied_experts,
             "applied_peft": plan.audit.applied_peft,
             "not_applied": plan.audit.not_applied,
+            "no_effect": plan.audit.no_effect,
+            "notes": plan.audit.notes,
             "tensors": [asdict(row) for row in plan.audit.rows],
             "changes": [
                 asdict(change) | {"ratio": change.ratio, "unchanged": change.unchanged}

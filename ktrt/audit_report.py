@@ -30,14 +30,32 @@ def report(base: object, audit: Audit, changes: Sequence[Change]) -> Iterator[Te
     yield Text(
         f"tensors  {audit.found} = {audit.applied_experts} on routed experts + "
         f"{audit.applied_peft} on other modules + {audit.not_applied} not applied"
+        + (f" + {audit.no_effect} without effect" if audit.no_effect else "")
     )
+    yield from _warnings(audit)
     yield Text()
     yield from _summary(changes)
     yield from _map(changes)
     yield from _unchanged(changes)
-    whole = dict.fromkeys(row.kind for row in audit.rows if not row.part.startswith("lora_"))
+    whole = dict.fromkeys(
+        row.kind
+        for row in audit.rows
+        if not row.part.startswith("lora_") and row.status != "no effect"
+    )
     for kind in whole:
         yield Text(f"saved whole: {kind}")
+
+
+def _warnings(audit: Audit) -> Iterator[Text]:
+    for note in audit.notes:
+        yield Text(f"assumed: {note}", style="yellow")
+    partly = [row for row in audit.rows if row.zero_rows]
+    if partly:
+        yield Text(
+            f"mostly zero: {partly[0].zero_rows} rows of {partly[0].tensor} and of "
+            f"{len(partly) - 1} other tensors: one shard of several was saved",
+            style="red",
+        )
 
 
 def _by_kind(changes: Iterable[Change]) -> dict[str, list[Change]]:

@@ -18,6 +18,8 @@ T = TypeVar("T")
 
 _LFS_MARK = b"version https://git-lfs"
 _SHOWN = 80
+# Real files nest about 5 deep. Python parses some hundreds, which it then cannot show or compare.
+_DEEPEST = 64
 
 
 class JsonObject(BaseModel):
@@ -52,7 +54,10 @@ def read_json(file: Path, error: type[KtrtError], advice: str = "") -> Any:
 def parse_json(data: bytes, where: str, error: type[KtrtError], advice: str = "") -> Any:
     """The value of UTF-8 JSON, as ``read_json``; ``where`` names it in errors."""
     try:
-        return json.loads(data.decode("utf-8-sig"))
+        content = json.loads(data.decode("utf-8-sig"))
+        if _is_deeper(content, _DEEPEST):
+            raise RecursionError
+        return content
     except UnicodeDecodeError as cause:
         raise error(_text(f"{where} is not UTF-8 text (byte {cause.start})", advice)) from cause
     except RecursionError as cause:
@@ -97,6 +102,15 @@ def _describe(problem: ErrorDetails) -> str:
     expected = "an object" if problem["type"] in ("model_type", "dict_type") else expected
     found = f"found {shown(problem['input'])}, expected {expected}"
     return f"{key}: {found}" if key else found
+
+
+def _is_deeper(content: object, levels: int) -> bool:
+    """Whether containers are nested more than ``levels`` deep; without recursion."""
+    level = [content] if isinstance(content, dict | list) else []
+    for _ in range(levels):
+        items = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [inner for each in items for inner in each if isinstance(inner, dict | list)]
+    return bool(level)
 
 
 def _is_union_branch(part: object) -> bool:

@@ -101,7 +101,7 @@ def open_adapter(args: AdapterArgs, base: BaseModel) -> AdapterPlan | None:
     folder = args.single()
     if folder is None:
         return None
-    return plan_adapter(folder, base, lora_rank=args.lora_rank, lora_alpha=args.lora_alpha)
+    return _plan(folder, base, args)
 
 
 def plan_memory(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> MemoryPlan:
@@ -133,6 +133,8 @@ def prepare(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> Prep
     base = open_base(model, experts.kt_weight_path)
     adapter_base = base_of_adapters(base)
     plans = _plan_adapters(adapter, adapter_base)
+    for plan in plans.values():
+        plan.warn_of_format(weight_format_of(experts.kt_backend))
     kt_weights = open_kt_weights(experts, base.experts.specs)
     engine = build_engine(experts)
     try:
@@ -211,7 +213,14 @@ def base_of_adapters(base: BaseCheckpoint) -> BaseModel:
 
 
 def _plan_adapters(args: AdapterArgs, base: BaseModel) -> dict[str, AdapterPlan]:
-    return {
-        name: plan_adapter(folder, base, lora_rank=args.lora_rank, lora_alpha=args.lora_alpha)
-        for name, folder in args.folders.items()
-    }
+    return {name: _plan(folder, base, args) for name, folder in args.folders.items()}
+
+
+def _plan(folder: Path, base: BaseModel, args: AdapterArgs) -> AdapterPlan:
+    return plan_adapter(
+        folder,
+        base,
+        lora_rank=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        packing=args.lora_B_layout,
+    )

@@ -25,7 +25,8 @@ class AuditRow:
     ``rank`` and ``scaling`` are None for weights saved whole. ``delta_norm`` is the Frobenius norm
     of the change that this tensor is part of, over all experts of a stacked one; None where that
     takes more than A and B. ``status`` is "not applied" until the engine ("experts") or PEFT
-    ("peft") has taken it.
+    ("peft") has taken it; "no effect" for what no text reaches. ``zero_rows``: exactly zero rows of
+    a lora_B where that is most of them.
     """
 
     tensor: str
@@ -34,8 +35,9 @@ class AuditRow:
     layer: int | None
     rank: int | None
     scaling: float | None
-    status: Applier | Literal["not applied"] = "not applied"
+    status: Applier | Literal["not applied", "no effect"] = "not applied"
     delta_norm: float | None = None
+    zero_rows: int = 0
 
     @property
     def kind(self) -> str:
@@ -46,10 +48,12 @@ class AuditRow:
 
 @dataclass
 class Audit:
-    """All tensors of one adapter; empty for a base model without adapter."""
+    """All tensors of one adapter; empty for a base model without adapter. ``notes``: what had to be
+    assumed of it."""
 
     file: Path | None = None
     rows: list[AuditRow] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def found(self) -> int:
@@ -67,15 +71,20 @@ class Audit:
         return sum(row.status == "peft" for row in self.rows)
 
     @property
+    def no_effect(self) -> int:
+        """Tensors of parts that no text reaches, and copies of the base's own weights."""
+        return sum(row.status == "no effect" for row in self.rows)
+
+    @property
     def not_applied(self) -> int:
         """Tensors that act on nothing; ``check`` makes them an error."""
-        return self.found - self.applied_experts - self.applied_peft
+        return self.found - self.applied_experts - self.applied_peft - self.no_effect
 
     def mark(self, tensors: Iterable[str], applier: Applier) -> None:
         """Records that these tensors (names in the file) are now part of the model."""
         marked = set(tensors)
         for row in self.rows:
-            if row.tensor in marked:
+            if row.tensor in marked and row.status != "no effect":
                 row.status = applier
 
     def check(self) -> None:
@@ -112,6 +121,7 @@ class Audit:
             f"{console.file.getvalue()}tensors found {self.found} = applied on experts "
             f"{self.applied_experts} + applied by PEFT {self.applied_peft} + not applied "
             f"{self.not_applied}"
+            + (f" + without effect {self.no_effect}" if self.no_effect else "")
         )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ktrt.adapter.base import projections
+from ktrt.adapter.fit import has_tied_embeddings, is_for_text
 from ktrt.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -21,11 +22,18 @@ logger = logging.getLogger(__name__)
 
 
 def check_coverage(
-    file: Path, base: BaseModel, settings: LoraSettings, experts: ExpertLoras, side: TorchSide
+    file: Path,
+    base: BaseModel,
+    settings: LoraSettings,
+    experts: ExpertLoras,
+    side: TorchSide,
+    *,
+    config_is_exact: bool = True,
 ) -> None:
     """``AdapterError`` if the configuration puts LoRA on modules of this base for which the file
-    has none: a file cut short, or another base. An adapter without any LoRA on routed experts is a
-    warning, since several writers leave them out although their names are targeted."""
+    has none: a file cut short (a warning unless ``config_is_exact``). An adapter without any LoRA
+    on routed experts is a warning, since several writers leave them out although their names are
+    targeted."""
     _check_saved(file, base, settings, side)
     missing = _missing_modules(base, settings, side)
     missing += _missing_parameters(base, settings, experts, side)
@@ -37,19 +45,22 @@ def check_coverage(
         )  # fmt: skip
     elif not _stacked_only(settings):
         missing += [name for path, part, name in expected if part not in experts.get(path, {})]
-    if missing:
-        raise AdapterError(
-            f"{file}: no LoRA for {missing[0]} ({len(missing)} modules in all, last "
-            f"{missing[-1]}), though {settings.file} targets it and {base.summary()}. The file is "
-            "incomplete, or the adapter was trained on another base model."
-        )
+    if not missing:
+        return
+    text = (
+        f"{file}: no LoRA for {missing[0]} ({len(missing)} modules in all, last {missing[-1]}), "
+        f"though {settings.file} targets it and {base.summary()}."
+    )
+    if config_is_exact:
+        raise AdapterError(f"{text} The file is incomplete, or the configuration is not its own.")
+    logger.warning("%s They run as in the base model", text)
 
 
 def _check_saved(file: Path, base: BaseModel, settings: LoraSettings, side: TorchSide) -> None:
     """``AdapterError`` if the configuration says that weights were saved which the file lacks:
     ``modules_to_save``, and every bias with ``bias: all``."""
     for name, module in base.model.named_modules():
-        for parameter, _ in module.named_parameters(recurse=False):
+        for parameter, _ in module.named_parameters(recurse=False) if is_for_text(name) else ():
             whole = settings.saves_module(name)
             if not whole and not (settings.bias == "all" and parameter == "bias"):
                 continue
@@ -58,13 +69,35 @@ def _check_saved(file: Path, base: BaseModel, settings: LoraSettings, side: Torc
                 reason = f"modules_to_save {settings.modules_to_save}" if whole else "bias 'all'"
                 raise AdapterError(
                     f"{file}: no tensor for {name}.{parameter}, though {settings.file} has {reason}"
-                    f" and {base.summary()}. The file is incomplete, or the adapter was trained on "
-                    "another base model."
+                    f" and {base.summary()}. The file is incomplete, or the configuration is not "
+                    "its own."
                 )
 
 
+def check_tying(file: Path, base: BaseModel, settings: LoraSettings, side: TorchSide) -> None:
+    """``AdapterError`` if PEFT was told to keep the embeddings and the output layer one matrix, the
+    base has them as one, and the file changes only one of them: the other would stay behind."""
+    if not settings.ensure_weight_tying or not has_tied_embeddings(base):
+        return
+    model: Any = base.model
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [name for name, module in model.named_modules() if module in ends]
+    changed = {name for name, _ in side.tensors()}
+    inside, outside = ([n for n in names if (n in changed) == which] for which in (True, False))
+    if inside and outside:
+        raise AdapterError(
+            f"{file} changes {inside[0]} and not {outside[0]}, but {settings.file} says "
+            "ensure_weight_tying, and the base has one matrix for both. Save the adapter with both "
+            "(save_embedding_layers=True), or merge it into the base with PEFT."
+        )
+
+
 def _missing_modules(base: BaseModel, settings: LoraSettings, side: TorchSide) -> list[str]:
-    linears = (name for name, m in base.model.named_modules() if isinstance(m, nn.Linear))
+    linears = (
+        name
+        for name, module in base.model.named_modules()
+        if isinstance(module, nn.Linear) and is_for_text(name)
+    )
     return [name for name in linears if name not in side.loras and settings.targets_module(name)]
 
 
@@ -74,7 +107,7 @@ def _missing_parameters(
     """Of the parameters that target_parameters names, those without LoRA."""
     missing = []
     for name, _ in base.model.named_parameters():
-        if settings.targets_parameter(name):
+        if settings.targets_parameter(name) and is_for_text(name):
             module, _, parameter = name.rpartition(".")
             site = base.site(module)
             first: Projection = "gate" if site is None or site.has_gate else "up"

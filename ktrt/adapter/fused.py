@@ -33,7 +33,7 @@ _PARTS = {"a": "lora_A", "b": "lora_B"}
 def claim(tensor: AdapterTensor, base: BaseModel) -> Slot | None:
     """The projection of a layer, by KTransformers' names. ``AdapterError`` if the base has no
     routed experts in that layer."""
-    match = _KEY.fullmatch(tensor.key)
+    match = _KEY.fullmatch(f"{tensor.module}.{tensor.part}")
     if match is None:
         return None
     projection = next((p for p in get_args(Projection) if p == match["projection"]), None)

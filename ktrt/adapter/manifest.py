@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 from ktrt.errors import AdapterError
+from ktrt.json_files import JsonObject, read_json_as, shown
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,9 +18,20 @@ MANIFEST_NAME = "kt_adapter_manifest.json"
 _VERSION, _STATUS = 1, "ready"
 
 
-def check_manifest(folder: Path, config: dict[str, Any], files: list[Path]) -> None:
+class Manifest(JsonObject):
+    """What is read of it; the parts are checked one by one, to name them."""
+
+    version: Any = None
+    status: Any = None
+    expert_weight_format: str | None = None
+    lora: Any = None
+    artifacts: Any = None
+
+
+def check_manifest(folder: Path, config: dict[str, Any], files: list[Path]) -> Manifest | None:
     """Checks the folder against its manifest, if it has one: version, status, rank and alpha, size
-    and SHA-256 of every artifact, names, shapes and dtypes of tensors where it lists them.
+    and SHA-256 of every artifact, names, shapes and dtypes of tensors where it lists them. Returns
+    the manifest, or None.
 
     ``config`` is adapter_config.json, ``files`` what is going to be read. The base's path in the
     manifest is only where the base lay in training. Raises ``AdapterError`` naming the file, what
@@ -28,18 +39,18 @@ def check_manifest(folder: Path, config: dict[str, Any], files: list[Path]) -> N
     """
     manifest = folder / MANIFEST_NAME
     if not manifest.is_symlink() and not manifest.exists():
-        return
-    content = _read(manifest)
+        return None
+    content = read_json_as(manifest, Manifest, AdapterError)
     for key, expected in (("version", _VERSION), ("status", _STATUS)):
-        if content.get(key) != expected:
+        if getattr(content, key) != expected:
             raise AdapterError(
-                f"{manifest}: {key} is {content.get(key)!r}, expected {expected!r}. The adapter "
-                "was not saved to the end, or by a later version of KTransformers."
+                f"{manifest}: {key} is {shown(getattr(content, key))}, expected {expected!r}. The "
+                "adapter was not saved to the end, or by a later version of KTransformers."
             )
-    _check_lora(manifest, content.get("lora"), config)
-    artifacts = content.get("artifacts")
+    _check_lora(manifest, content.lora, config)
+    artifacts = content.artifacts
     if not isinstance(artifacts, dict):
-        raise AdapterError(f"{manifest}: artifacts is {artifacts!r}, expected an object.")
+        raise AdapterError(f"{manifest}: artifacts is {shown(artifacts)}, expected an object.")
     for name, record in artifacts.items():
         _check_artifact(manifest, name, record)
     for file in files:
@@ -48,21 +59,12 @@ def check_manifest(folder: Path, config: dict[str, Any], files: list[Path]) -> N
                 f"{manifest} does not list {file.name}, but {folder} holds it; expected one of "
                 f"{sorted(artifacts)}. Remove the file if it is of another adapter."
             )
-
-
-def _read(manifest: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(manifest.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{manifest} cannot be read as JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise AdapterError(f"{manifest} holds {type(content).__name__}, expected an object.")
     return content
 
 
 def _check_lora(manifest: Path, lora: Any, config: dict[str, Any]) -> None:
     if not isinstance(lora, dict):
-        raise AdapterError(f"{manifest}: lora is {lora!r}, expected rank and alpha.")
+        raise AdapterError(f"{manifest}: lora is {shown(lora)}, expected rank and alpha.")
     for key, name in (("rank", "r"), ("alpha", "lora_alpha")):
         if lora.get(key) != config.get(name):
             raise AdapterError(

@@ -53,7 +53,9 @@ def add_norms(rows: Iterable[AuditRow], experts: ExpertLoras, side: TorchSide) -
                 unchanged += zero
         both = [norms[name] for name in ("gate_proj", "up_proj") if name in norms]
         if len(both) == 2:
-            known[f"{path}.gate_up_proj"] = float(torch.stack(both).norm())
+            together = torch.stack(both).norm(dim=0)
+            known[f"{path}.gate_up_proj"] = float(together.norm())
+            known |= {f"{path}.{e}.gate_up_proj": v for e, v in enumerate(together.tolist())}
     for row in rows:
         if row.part.startswith("lora_"):
             row.delta_norm = known.get(row.acts_on)

@@ -78,4 +78,6 @@ def collect(
     claimed: Sequence[tuple[AdapterTensor, Slot]], base: BaseModel, settings: LoraSettings
 ) -> Part:
     """See ``collect_pairs``; rank and alpha patterns apply to the names in the file."""
-    return collect_pairs(claimed, base, settings, lambda tensor: settings.scale(tensor.module))
+    return collect_pairs(
+        claimed, base, settings, lambda tensor: settings.scale(tensor.trained_module)
+    )

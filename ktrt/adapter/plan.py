@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 from ktrt.adapter import extra_experts, fused, per_expert, target_parameters
 from ktrt.adapter.audit import Audit, AuditRow
 from ktrt.adapter.base import engine_arguments, engine_numel
-from ktrt.adapter.coverage import check_coverage
+from ktrt.adapter.coverage import check_coverage, check_tying
 from ktrt.adapter.extra_experts import apply_extra_experts
+from ktrt.adapter.fit import fit_names, is_raw_tinker
 from ktrt.adapter.layout import Layout, collect_layouts
 from ktrt.adapter.norms import add_norms
+from ktrt.adapter.packing import check_option
 from ktrt.adapter.read import read_adapter
 from ktrt.adapter.settings import LoraSettings
 from ktrt.adapter.torch_side import (
@@ -23,6 +25,8 @@ from ktrt.adapter.torch_side import (
     short_targets,
 )
 from ktrt.adapter.words import copied_numel, plain_names, vocabulary
+from ktrt.adapter.zeros import warn_of_zeros
+from ktrt.errors import AdapterError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ktrt.adapter.base import BaseModel, ExpertLoras
+    from ktrt.adapter.config_file import Packing
     from ktrt.adapter.layout import Mlp
     from ktrt.adapter.read import AdapterFiles, AdapterTensor
     from ktrt.adapter.switches import Switch
@@ -98,6 +103,17 @@ class AdapterPlan:
         self.audit.mark(applied, "peft")
         return switches
 
+    def warn_of_format(self, running: str) -> None:
+        """Warns if a manifest says that the experts had another format in training than the one
+        that runs: LoRA makes up for the rounding of the former."""
+        trained = self.files.expert_format
+        if trained is not None and trained.lower() != running:
+            logger.warning(
+                "%s was trained on experts in %s, and they run in %s here: answers may differ from "
+                "those seen in training (kt_backend chooses the format)",
+                self.files.folder, trained.upper(), running.upper(),
+            )  # fmt: skip
+
     def targets(self) -> tuple[list[str], list[str]]:
         """What the configuration targets, and what of it is PEFT's, as short names."""
         original = self.settings.target_modules or []
@@ -108,23 +124,50 @@ class AdapterPlan:
 
 
 def plan_adapter(
-    folder: Path, base: BaseModel, *, lora_rank: int | None, lora_alpha: float | None
+    folder: Path,
+    base: BaseModel,
+    *,
+    lora_rank: int | None,
+    lora_alpha: float | None,
+    packing: Packing | None = None,
 ) -> AdapterPlan:
     """Reads the adapter and checks every tensor of it against the base.
 
-    ``lora_rank`` and ``lora_alpha`` are what the user's configuration repeats. Raises
-    ``AdapterError`` naming file and tensor, what was found and expected.
+    ``lora_rank`` and ``lora_alpha`` are what the user's configuration repeats, ``packing`` is its
+    lora_B_layout. Raises ``AdapterError`` naming file and tensor, what was found and expected.
     """
     files = read_adapter(folder)
     files = replace(files, tensors=plain_names(files.tensors))
     settings = LoraSettings(files)
     settings.check_against_yaml(lora_rank, lora_alpha)
+    check_option(packing, settings)
+    files = fit_names(files, base, _is_claimed)
+    zero_rows = warn_of_zeros(files.file, files.tensors)
     part, rest = collect_layouts(LAYOUTS, files.tensors, base, settings)
     side = plan_torch_side(files.file, rest, base, settings)
-    check_coverage(files.file, base, settings, part.experts, side)
+    check_tying(files.file, base, settings, side)
+    check_coverage(
+        files.file, base, settings, part.experts, side, config_is_exact=not is_raw_tinker(files)
+    )
     rows = [*part.rows, *(_torch_row(tensor, name, side) for name, tensor in side.tensors())]
     add_norms(rows, part.experts, side)
-    return AdapterPlan(files, settings, part.experts, side, Audit(files.file, rows), part.extra)
+    for row in rows:
+        row.zero_rows = zero_rows.get(row.tensor, 0)
+    rows += [
+        AuditRow(each.tensor.key, each.tensor.module, each.tensor.part, _layer(each.tensor.module),
+                 None, None, "no effect")
+        for each in files.idle
+    ]  # fmt: skip
+    audit = Audit(files.file, rows, settings.notes)
+    return AdapterPlan(files, settings, part.experts, side, audit, part.extra)
+
+
+def _is_claimed(tensor: AdapterTensor, base: BaseModel) -> bool:
+    """By a layout of routed experts. Extra experts that belong nowhere may have another name."""
+    try:
+        return any(layout.claim(tensor, base) for layout in LAYOUTS)
+    except AdapterError:
+        return False
 
 
 def _torch_row(tensor: AdapterTensor, name: str, side: TorchSide) -> AuditRow:

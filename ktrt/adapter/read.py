@@ -2,44 +2,36 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ktrt.adapter.find_files import CONFIG_NAME, WEIGHTS_NAME, find_weight_files, is_pickle
 from ktrt.adapter.layout import put_once
 from ktrt.adapter.manifest import check_manifest
+from ktrt.adapter.names import parse_names
 from ktrt.errors import AdapterError
+from ktrt.json_files import read_json
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-logger = logging.getLogger(__name__)
+    from ktrt.adapter.find_files import WeightFiles
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-PICKLE_NAME = "adapter_model.bin"
-# What KTransformers writes beside them: LoRA of routed experts, and extra experts.
-_FURTHER_NAMES = ("fused_expert_lora.safetensors", "lora_experts.safetensors")
-
-_INFIXES = ("original_moe", "orig_module")
-_LORA_KEY = re.compile(
-    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B"
-    r"|lora_magnitude_vector)(?:\.(?P<leaf>weight|bias))?"
-)
+__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "AdapterFiles", "AdapterTensor", "Idle", "read_adapter"]
 
 
 @dataclass(frozen=True)
 class AdapterTensor:
     """One tensor of ``file``.
 
-    ``key`` is its name there; ``module`` the adapted module's name as PEFT saw it; ``part`` is
-    ``lora_A``, ``lora_B``, … or the parameter's own name for a weight saved whole.
+    ``key`` is its name there; ``module`` the adapted module's name as the base or its files have
+    it; ``part`` is ``lora_A``, ``lora_B``, … or the parameter's own name for a weight saved whole.
+    ``trained``: the module's name in training where that was another, which patterns of the
+    configuration are for.
     """
 
     key: str
@@ -47,6 +39,12 @@ class AdapterTensor:
     part: str
     value: torch.Tensor
     file: Path
+    trained: str | None = None
+
+    @property
+    def trained_module(self) -> str:
+        """The module's name in training."""
+        return self.module if self.trained is None else self.trained
 
     @property
     def where(self) -> str:
@@ -55,66 +53,88 @@ class AdapterTensor:
 
 
 @dataclass(frozen=True)
+class Idle:
+    """A tensor that changes no text, and the reason."""
+
+    tensor: AdapterTensor
+    reason: str
+
+
+@dataclass(frozen=True)
 class AdapterFiles:
     """An adapter folder as read: ``config`` is adapter_config.json; ``file`` holds ``tensors``, but
-    for those in KTransformers' files beside it."""
+    for those in KTransformers' files beside it. ``idle``: what is not applied, with the reason.
+    ``expert_format``: of the experts in training, where a manifest says so."""
 
     folder: Path
     file: Path
     config: dict[str, Any]
     tensors: list[AdapterTensor]
+    idle: list[Idle] = field(default_factory=list)
+    expert_format: str | None = None
 
 
 def read_adapter(folder: Path) -> AdapterFiles:
     """Raises ``AdapterError`` for a missing or damaged file, for a folder that is not as its
     manifest says, and for NaN or infinite values."""
     config = _read_config(folder / CONFIG_NAME)
-    files = [folder / name for name in _FURTHER_NAMES if _is_there(folder / name)]
-    file = folder / WEIGHTS_NAME
-    if not _is_there(file) and _is_there(folder / PICKLE_NAME):
-        file = folder / PICKLE_NAME
-    if _is_there(file) or not files:
-        files.insert(0, file)
-    check_manifest(folder, config, files)
-    tensors = [
-        parse_key(key, value, file) for file in files for key, value in _read_tensors(file).items()
-    ]
+    found = find_weight_files(folder)
+    manifest = check_manifest(folder, config, found.files)
+    read = {file: _read_tensors(file) for file in found.files}
+    _check_index(found, read)
+    tensors: list[AdapterTensor] = []
+    originals: list[AdapterTensor] = []
+    for file, values in read.items():
+        for key, name in parse_names(file, values).items():
+            tensor = AdapterTensor(key, name.module, name.part, values[key], file)
+            (originals if name.is_original else tensors).append(tensor)
+    tensors, idle = _without_originals(tensors, originals)
     if not tensors:
-        raise AdapterError(f"{files[0]} holds no tensors.")
+        raise AdapterError(f"{found.files[0]} holds no tensors.")
     for tensor in tensors:
         _check_values(tensor)
-    _warn_of_zeros(files[0], tensors)
-    return AdapterFiles(folder, files[0], config, _without_copies(tensors))
+    expert_format = manifest.expert_weight_format if manifest else None
+    return AdapterFiles(
+        folder, found.files[0], config, _without_copies(tensors), idle, expert_format
+    )
 
 
-def _is_there(path: Path) -> bool:
-    """Also what then cannot be read: a broken link, a directory."""
-    return path.is_symlink() or path.exists()
+def _without_originals(
+    tensors: list[AdapterTensor], originals: list[AdapterTensor]
+) -> tuple[list[AdapterTensor], list[Idle]]:
+    """PEFT's copies of modules as they were before training do nothing where the trained one is
+    there; otherwise the name stays, for somebody else to refuse."""
+    trained = {(tensor.module, tensor.part) for tensor in tensors}
+    idle = []
+    for tensor in originals:
+        if (tensor.module, tensor.part) in trained:
+            idle.append(Idle(tensor, "the base's own weights, which training replaced"))
+        else:
+            module = f"{tensor.module}.original_module"
+            tensors.append(
+                AdapterTensor(tensor.key, module, tensor.part, tensor.value, tensor.file)
+            )
+    return tensors, idle
 
 
-def parse_key(key: str, value: torch.Tensor, file: Path) -> AdapterTensor:
-    """Splits a key into module and part. What does not count: PEFT's outer names; the original_moe
-    infix that LLaMA-Factory wrote around 2026-01 (layout a'); orig_module, which KTransformers'
-    fine-tuning of 2025 put after any name (layout d)."""
-    words = key.removeprefix("base_model.model.").split(".")
-    name = ".".join(word for word in words if word not in _INFIXES)
-    if match := _LORA_KEY.fullmatch(name):
-        part = match["part"] + (".bias" if match["leaf"] == "bias" else "")
-        return AdapterTensor(key, match["module"], part, value, file)
-    module, _, part = name.rpartition(".")
-    return AdapterTensor(key, module, part, value, file)
+def _check_index(found: WeightFiles, read: dict[Path, dict[str, torch.Tensor]]) -> None:
+    held = {key: file.name for file, values in read.items() for key in values}
+    for key in sorted(set(held) | set(found.index)) if found.index else ():
+        if held.get(key) != found.index.get(key):
+            raise AdapterError(
+                f"{found.files[0].parent}: {key} is in {held.get(key, 'none of the shards')}, by "
+                f"the index in {found.index.get(key, 'none of them')}. The folder holds files of "
+                "two adapters, or is incomplete: copy it again from where it was trained."
+            )
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not file.is_symlink() and not file.exists():
         raise AdapterError(
             f"{file} is missing: {file.parent} is not a PEFT adapter folder. "
             "adapter_name_or_path must name the folder that training saved."
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{file} cannot be read as JSON ({error}).") from error
+        )
+    config = read_json(file, AdapterError)
     if not isinstance(config, dict):
         raise AdapterError(f"{file} holds {type(config).__name__}, expected an object.")
     return config
@@ -122,13 +142,13 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
     try:
-        if file.name == PICKLE_NAME:
+        if is_pickle(file):
             tensors = torch.load(file, map_location="cpu", weights_only=True)
         else:
             tensors = load_file(file)
     except FileNotFoundError as error:
         raise AdapterError(
-            f"{file} is missing; expected {WEIGHTS_NAME} or {PICKLE_NAME} beside {CONFIG_NAME}."
+            f"{file} is a link to a file that is not there: an interrupted download?"
         ) from error
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
         raise AdapterError(
@@ -163,22 +183,6 @@ def _check_values(tensor: AdapterTensor) -> None:
             f"{tensor.where} holds {bad} NaN or infinite values of {value.numel()}. The "
             "training diverged or the file is damaged; this adapter cannot be used."
         )
-
-
-def _is_second(tensor: AdapterTensor) -> bool:
-    fused = re.fullmatch(r"(gate|up|down)_lora_b", tensor.part)
-    return tensor.part == "lora_B" or fused is not None
-
-
-def _warn_of_zeros(file: Path, tensors: list[AdapterTensor]) -> None:
-    """LoRA starts with B = 0: where it still is, training never reached it."""
-    second = [tensor for tensor in tensors if _is_second(tensor)]
-    zero = [tensor.key for tensor in second if not tensor.value.any()]
-    if zero:
-        logger.warning(
-            "%s: %d of %d lora_B tensors are all zero (first %s): this adapter changes nothing "
-            "there", file, len(zero), len(second), zero[0],
-        )  # fmt: skip
 
 
 def _without_copies(tensors: list[AdapterTensor]) -> list[AdapterTensor]:

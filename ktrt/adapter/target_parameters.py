@@ -7,7 +7,8 @@ one. A [E·r, in] is expert-major, B [out, r·E] rank-major: A_e = A[e·r:(e+1)�
 
 PEFT before 0.19.1 read [E, d1, d2] as in = d1, out = d2, so that A is [E·r, d1], B [d2, r·E] and
 ΔW_e = A_eᵀ B_eᵀ. The shapes tell the two apart unless d1 = d2; then peft_version does. Parameters
-that are stored transposed, [E, in, out], every PEFT read as they are.
+that are stored transposed, [E, in, out], every PEFT read as they are. ``packing`` says of whose
+columns B may be otherwise.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from packaging.version import InvalidVersion, Version
 from ktrt.adapter.audit import AuditRow
 from ktrt.adapter.base import ExpertLora, split_gate_up
 from ktrt.adapter.layout import Part, check_expert_part, check_magnitude, put_once
+from ktrt.adapter.packing import StackedB, decide_packing, to_rank_major
 from ktrt.errors import AdapterError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ktrt.adapter.base import BaseModel, ExpertLoras, ExpertsSite
+    from ktrt.adapter.config_file import Packing
     from ktrt.adapter.read import AdapterTensor
     from ktrt.adapter.settings import LoraScale, LoraSettings
 
@@ -60,15 +63,21 @@ def collect(
         put_once(found[path, tensor.module.endswith(".base_layer")], tensor.part, tensor)
     loras: ExpertLoras = defaultdict(dict)
     named: dict[tuple[str, bool], tuple[str, LoraScale]] = {}
+    stacks = []
     for (path, inner), parts in found.items():
         if len(parts) != 2:
             where = next(iter(parts.values())).where
             raise AdapterError(f"{where} is only half of a LoRA pair; incomplete file.")
         site = base.require_site(path)
         parameter = _parameter(site, inner, (path, not inner) in found, parts["lora_A"], settings)
-        scale = settings.scale(f"{_plain_path(parts['lora_A'])}.{parameter}")
-        named[path, inner] = parameter, scale
-        lora = _unstack(site, parameter, parts, scale, settings)
+        trained = parts["lora_A"].trained_module.removesuffix(".base_layer")
+        named[path, inner] = parameter, settings.scale(f"{trained}.{parameter}")
+        b, rank = parts["lora_B"], named[path, inner][1].rank
+        stacks.append(StackedB(b.where, b.value, site.num_experts, rank))
+    packing = decide_packing(stacks, settings)
+    for (path, inner), parts in found.items():
+        site, (parameter, scale) = base.require_site(path), named[path, inner]
+        lora = _unstack(site, parameter, parts, scale, settings, packing)
         if parameter == "down_proj":
             loras[path]["down"] = lora
         elif site.has_gate:
@@ -113,6 +122,7 @@ def _unstack(
     parts: dict[str, AdapterTensor],
     scale: LoraScale,
     settings: LoraSettings,
+    packing: Packing,
 ) -> ExpertLora:
     a, b = parts["lora_A"].value.float(), parts["lora_B"].value.float()
     num_experts, rank = site.num_experts, scale.rank
@@ -135,6 +145,7 @@ def _unstack(
     if new and old:
         old = not _writes_swapped(parts["lora_A"], settings)
     stack_a = a.reshape(num_experts, rank, -1)
+    b = to_rank_major(b, packing, num_experts)
     stack_b = b.reshape(b.shape[0], rank, num_experts).permute(2, 0, 1)
     if old:
         stack_a, stack_b = stack_b.transpose(1, 2), stack_a.transpose(1, 2)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from ktrt.adapter.fit import explain_unknown
 from ktrt.adapter.layout import put_once
 from ktrt.adapter.router import apply_router_lora
 from ktrt.adapter.switches import swap_parameter
@@ -101,10 +102,7 @@ def _kind(tensor: AdapterTensor, name: str, base: BaseModel, settings: LoraSetti
     try:
         module = base.model.get_submodule(name)
     except AttributeError:
-        raise AdapterError(
-            f"{tensor.where} adapts {tensor.module or 'nothing'}, which the base model does "
-            f"not have; {base.summary()}. The adapter was trained on another base model."
-        ) from None
+        raise AdapterError(explain_unknown(tensor, base)) from None
     if not tensor.part.startswith("lora_"):
         own = dict(module.named_parameters(recurse=False))
         if settings.saves_module(tensor.module) and tensor.part in own:
@@ -185,8 +183,9 @@ def _check_group(
             f"(use_dora {settings.use_dora}, lora_bias {settings.lora_bias})."
         )
     # PEFT resolves patterns by the parameter's name where it targeted the bare weight.
-    weight = f"{parts[part_a].module}.weight"
-    target = weight if settings.targets_parameter(weight) else parts[part_a].module
+    trained = parts[part_a].trained_module
+    weight = f"{trained}.weight"
+    target = weight if settings.targets_parameter(weight) else trained
     scale = settings.scale(target)
     if parts[part_a].value.shape[0] != scale.rank:
         raise AdapterError(

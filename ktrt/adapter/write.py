@@ -101,10 +101,11 @@ def _check_count(plan: AdapterPlan, side: int) -> None:
     """Every tensor that was read must be written: as part of the experts' LoRA, or beside it."""
     paths = tuple(f"{path}." for path in plan.experts)
     inside = sum(row.acts_on.startswith(paths) for row in plan.audit.rows) if paths else 0
-    if inside + side != plan.audit.found:
+    idle = plan.audit.no_effect
+    if inside + side + idle != plan.audit.found:
         raise AdapterError(
-            f"{plan.files.file}: {plan.audit.found - inside - side} of {plan.audit.found} tensors "
-            "are of a kind that has no place in another layout."
+            f"{plan.files.file}: {plan.audit.found - inside - side - idle} of {plan.audit.found} "
+            "tensors are of a kind that has no place in another layout."
         )
 
 
@@ -150,7 +151,7 @@ def _config(
     else:
         names += experts.names
         (parameters if layout == "b" else modules).extend(each.name for each in experts.names)
-    config = dict(plan.files.config)
+    config = {k: v for k, v in plan.files.config.items() if k != "lora_B_layout"}
     if names or default:
         config |= scale_config(names, default)
     config |= target_config(
@@ -158,6 +159,7 @@ def _config(
     )
     if layout == "b":
         config["peft_version"] = version("peft")
+        config["lora_B_layout"] = "rank_major"
         # PEFT refuses it on parameters; outside training it does nothing.
         config["lora_dropout"] = 0.0
     return config

@@ -54,11 +54,13 @@ class AdapterArgs:
     ``adapter_weights``: those that start active, as a sum with these weights; without it the first
     does, as trained. ``lora_rank`` and ``lora_alpha`` are what the YAML repeats;
     adapter_config.json decides, and a contradiction is an error of whoever reads both.
+    ``lora_B_layout``: how stacked lora_B is packed, for files that do not say.
     """
 
     adapter_name_or_path: Path | None = None
     lora_rank: int | None = None
     lora_alpha: float | None = None
+    lora_B_layout: Literal["grouped_by_expert", "rank_major"] | None = None  # noqa: N815
     adapters: Mapping[str, Path] = field(default_factory=dict)
     adapter_weights: Mapping[str, float] = field(default_factory=dict)
 

@@ -144,7 +144,10 @@ def test_fused_layer_that_the_base_lacks(adapter: Adapter, base: BaseModel, tmp_
         ({"alpha_pattern": {"q_proj": float("nan")}}, "is nan, expected a positive number"),
         ({"r": float("inf")}, "r is inf, expected a positive number"),
         ({"target_modules": "("}, "PEFT|regular"),
-        ({"target_parameters": "experts"}, "target_parameters is 'experts', expected a list"),
+        (
+            {"target_parameters": "experts"},
+            "target_parameters: found 'experts', expected a valid list",
+        ),
     ],
     ids=str,
 )

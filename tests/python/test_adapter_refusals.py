@@ -201,7 +201,7 @@ def test_missing_files(
     (tmp_path / "adapter_model.safetensors").unlink()
     refuse(tmp_path, base, "adapter_model.safetensors is missing")
     (tmp_path / "adapter_config.json").write_text("{", encoding="utf-8")
-    refuse(tmp_path, base, "cannot be read as JSON")
+    refuse(tmp_path, base, "is no valid JSON")
     (tmp_path / "adapter_config.json").write_text("[]", encoding="utf-8")
     refuse(tmp_path, base, "expected an object")
 

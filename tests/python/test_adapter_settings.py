@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,53 @@ def test_what_cannot_be_computed_is_refused(config: dict[str, Any], message: str
         settings(**config)
 
 
-def test_every_key_that_peft_writes_is_known() -> None:
-    config = LoraConfig(target_modules=["q_proj"]).to_dict()
-    assert settings(**{k: v for k, v in config.items() if k != "peft_type"}).rank == 8
+def test_every_key_that_peft_writes_is_known(tmp_path: Path) -> None:
+    LoraConfig(target_modules=["q_proj"], target_parameters=["x"]).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text("utf-8"))
+    found = settings(**config | {"peft_type": "LORA"})
+    assert found.rank == 8
+    assert found.is_plain_peft
+
+
+@pytest.mark.parametrize("value", [None, False, {}, [], "", 0])
+def test_unknown_keys_without_a_value_pass(value: Any) -> None:
+    """A new PEFT writes new keys into every adapter."""
+    assert settings(some_future_option=value).rank == 8
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"use_rslora": "false"}, "use_rslora: found 'false', expected a valid boolean"),
+        ({"use_dora": "true"}, "use_dora: found 'true'"),
+        ({"lora_bias": 1}, "lora_bias: found 1"),
+        ({"fan_in_fan_out": "false"}, "fan_in_fan_out: found 'false'"),
+        ({"bias": "some"}, "bias: found 'some'"),
+        ({"r": 10**400}, "r is 1000"),
+        ({"lora_alpha": 1e300}, "too large"),
+        ({"rank_pattern": {"(?i)q_proj": 4}}, "no regular expression"),
+        ({"target_modules": "*_proj"}, "target_modules has .* no regular expression"),
+        ({"target_modules": [["q_proj"]]}, r"target_modules"),
+        ({"layers_to_transform": "0-3"}, "layers_to_transform: found '0-3'"),
+        ({"lora_B_layout": "columns"}, "lora_B_layout: found 'columns'"),
+        ({"use_qalora": True}, "use_qalora is True"),
+        ({"init_lora_weights": "lora_ga"}, "changed the base"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_named(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(AdapterError, match=message):
+        settings(**config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"init_lora_weights": "orthogonal"},
+        {"eva_config": {"rho": 2.0}, "init_lora_weights": "eva"},
+        {"qalora_group_size": 32},
+        {"fan_in_fan_out": True},
+        {"lora_B_layout": "rank_major"},
+    ],
+)
+def test_values_that_change_no_number_pass(config: dict[str, Any]) -> None:
+    assert settings(**config).rank == 8

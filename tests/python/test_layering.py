@@ -80,7 +80,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     },
     "dequantized": {"checkpoint", "checkpoint_formats", "checkpoint_names"},
     "skeleton": {"checkpoint_config", "json_files"},
-    "adapter": {"checkpoint", "staging"},
+    "adapter": {"checkpoint", "json_files", "staging"},
     "fused_lora": set(),
     "moe": {"_core", "machine_facts", "recording"},
     "linears": set(),

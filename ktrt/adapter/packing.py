@@ -1,0 +1,110 @@
+"""How the columns of a stacked lora_B [out, rank·experts] are packed (layout b).
+
+Rank-major, as PEFT reads and writes it: column j·E + e is rank j of expert e. Grouped by expert:
+column e·r + j; Unsloth trained so from 2026-02 to 2026-09, with PEFT's names and shapes, and has
+written ``lora_B_layout`` into adapter_config.json since. A is expert-major in both.
+
+What decides, the first that says something: the option, adapter_config.json, columns that are
+exactly zero (an expert that was never routed to keeps all of its columns at zero), Unsloth's mark.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ktrt.errors import AdapterError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from ktrt.adapter.config_file import Packing
+    from ktrt.adapter.settings import LoraSettings
+
+logger = logging.getLogger(__name__)
+
+_OPTION = "lora_B_layout: grouped_by_expert (or rank_major)"
+
+
+@dataclass(frozen=True)
+class StackedB:
+    """A stacked lora_B, its sizes, and its name for messages."""
+
+    where: str
+    value: torch.Tensor
+    num_experts: int
+    rank: int
+
+
+def decide_packing(stacks: Sequence[StackedB], settings: LoraSettings) -> Packing:
+    """One packing for a whole adapter. Warns, naming both readings and the option, where nothing in
+    the files decides; ``settings.notes`` gets the same."""
+    stacks = [each for each in stacks if each.num_experts > 1 and each.rank > 1]
+    if not stacks:
+        return "rank_major"  # one column per expert, or one expert: there is nothing to choose
+    said = settings.packing_option or settings.lora_b_layout
+    shown = {packing for each in stacks if (packing := packing_by_zeros(each)) is not None}
+    if said is not None:
+        if shown and said not in shown:
+            _note(
+                settings,
+                f"{stacks[0].where} is read as {said}, as lora_B_layout says, but columns that are "
+                f"exactly zero look like {min(shown)}",
+            )
+        return said
+    if len(shown) == 1:
+        return shown.pop()
+    if settings.is_plain_peft and not shown:
+        return "rank_major"
+    assumed: Packing = "grouped_by_expert" if settings.is_unsloth else "rank_major"
+    mark = "Unsloth's mark, but no lora_B_layout" if settings.is_unsloth else "no lora_B_layout"
+    _note(
+        settings,
+        f"{stacks[0].where}: the columns of lora_B may be rank-major (PEFT) or grouped by expert "
+        f"(Unsloth before 2026-09); {settings.file} has {mark}. Assumed: {assumed}. If answers are "
+        f"poor, set {_OPTION} in the YAML or in {settings.file.name}",
+    )
+    return assumed
+
+
+def _note(settings: LoraSettings, text: str) -> None:
+    logger.warning("%s", text)
+    settings.notes.append(text)
+
+
+def packing_by_zeros(stack: StackedB) -> Packing | None:
+    """The packing in which the exactly zero columns are whole experts (or whole ranks, where a
+    smaller rank was padded); None if that is so in both, or in neither."""
+    zero = ~stack.value.any(0)
+    if zero.numel() != stack.rank * stack.num_experts or not zero.any() or zero.all():
+        return None
+    rank_major = _is_whole(zero.view(stack.rank, stack.num_experts))
+    grouped = _is_whole(zero.view(stack.num_experts, stack.rank))
+    if rank_major == grouped:
+        return None
+    return "rank_major" if rank_major else "grouped_by_expert"
+
+
+def _is_whole(zero: torch.Tensor) -> bool:
+    """Whether the set entries are whole rows, or whole columns."""
+    return any(bool((zero.all(dim) == zero.any(dim)).all()) for dim in (0, 1))
+
+
+def to_rank_major(b: torch.Tensor, packing: Packing, num_experts: int) -> torch.Tensor:
+    """B's columns as PEFT packs them."""
+    if packing == "rank_major":
+        return b
+    return b.reshape(b.shape[0], num_experts, -1).transpose(1, 2).reshape(b.shape)
+
+
+def check_option(option: Packing | None, settings: LoraSettings) -> None:
+    """``AdapterError`` if the user's lora_B_layout contradicts the adapter's."""
+    if option and settings.lora_b_layout and option != settings.lora_b_layout:
+        raise AdapterError(
+            f"lora_B_layout is {option} in the configuration, but {settings.file} says "
+            f"{settings.lora_b_layout}: remove it from the one that is wrong."
+        )
+    settings.packing_option = option
