@@ -214,6 +214,11 @@ def verification(reports: Sequence[LayerReport]) -> Iterator[Text]:
             f"{len(reports)} {what})",
             style="green",
         )
+        for text in dict.fromkeys(layer.assumed for layer in reports if layer.assumed):
+            yield Text(
+                f"but assumed, not verified: {text}; if answers are poor, set lora_B_layout",
+                style="yellow",
+            )
     else:
         bad = ", ".join(str(layer.layer) for layer in reports if not layer.passed)
         yield Text(f"NOT VERIFIED: layer {bad}", style="bold red")

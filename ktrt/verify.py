@@ -54,11 +54,13 @@ LIMITS: dict[str, Limits] = {
 
 @dataclass
 class LayerReport:
-    """What was checked in one layer; ``failures`` in words, empty if all agreed."""
+    """What was checked in one layer; ``failures`` in words, empty if all agreed. ``assumed``: what
+    the adapter's files do not say and had to be assumed to read them."""
 
     layer: int
     what: str
     checks: list[Check] = field(default_factory=list)
+    assumed: str = ""
 
     @property
     def failures(self) -> list[str]:
@@ -84,7 +86,7 @@ def verify(
     """
     folder = adapter.single()
     assert folder is not None
-    lora = RawAdapter(folder)
+    lora = RawAdapter(folder, adapter.lora_B_layout)
     base = RawCheckpoint(model.model_name_or_path)
     layers = _layers(lora, layer, everything)
     loaded = load_model(model, adapter, experts, None if everything else layers)
@@ -138,6 +140,7 @@ def verify_layer(
         loras = lora.experts(layer, raw.num_experts, raw.hidden_size, raw.intermediate_size)
         weight_format = module.layer.weight_format
         report.what = f"{raw.num_experts} experts in {weight_format.upper()}"
+        report.assumed = lora.assumed
         report.checks += _check_experts(module, base, raw, loras, layer, down_slices, progress)
     for name, part in lora.linears(layer).items():
         report.checks.append(check_linear(loaded.model, name, base, part, _seed(layer)))

@@ -31,10 +31,11 @@ _OPTION = "lora_B_layout: grouped_by_expert (or rank_major)"
 
 @dataclass(frozen=True)
 class StackedB:
-    """A stacked lora_B, its sizes, and its name for messages."""
+    """A stacked lora_B with its lora_A, the sizes, and its name for messages."""
 
     where: str
     value: torch.Tensor
+    a: torch.Tensor
     num_experts: int
     rank: int
 
@@ -76,21 +77,27 @@ def _note(settings: LoraSettings, text: str) -> None:
 
 
 def packing_by_zeros(stack: StackedB) -> Packing | None:
-    """The packing in which the exactly zero columns are whole experts (or whole ranks, where a
-    smaller rank was padded); None if that is so in both, or in neither."""
-    zero = ~stack.value.any(0)
-    if zero.numel() != stack.rank * stack.num_experts or not zero.any() or zero.all():
+    """The packing in which the exactly zero columns are whole experts, or whole ranks that are zero
+    in A too (a smaller rank, padded); None if that is so in both, or in neither."""
+    zero, count, rank = ~stack.value.any(0), stack.num_experts, stack.rank
+    if zero.numel() != rank * count or len(stack.a) != rank * count:
+        return None  # refused later, by shape
+    if not zero.any() or zero.all():
         return None
-    rank_major = _is_whole(zero.view(stack.rank, stack.num_experts))
-    grouped = _is_whole(zero.view(stack.num_experts, stack.rank))
+    padded = ~stack.a.reshape(count, rank, -1).any(2).any(0)
+    rank_major = _is_whole(zero.view(rank, count).T, padded)
+    grouped = _is_whole(zero.view(count, rank), padded)
     if rank_major == grouped:
         return None
     return "rank_major" if rank_major else "grouped_by_expert"
 
 
-def _is_whole(zero: torch.Tensor) -> bool:
-    """Whether the set entries are whole rows, or whole columns."""
-    return any(bool((zero.all(dim) == zero.any(dim)).all()) for dim in (0, 1))
+def _is_whole(zero: torch.Tensor, padded: torch.Tensor) -> bool:
+    """Whether the set entries [expert, rank] are all that some experts have, or padded ranks."""
+    experts, ranks = zero.all(1), zero.all(0)
+    if bool((experts == zero.any(1)).all()):
+        return True
+    return bool((ranks == zero.any(0)).all() and padded[ranks].all())
 
 
 def to_rank_major(b: torch.Tensor, packing: Packing, num_experts: int) -> torch.Tensor:

@@ -73,7 +73,7 @@ def collect(
         trained = parts["lora_A"].trained_module.removesuffix(".base_layer")
         named[path, inner] = parameter, settings.scale(f"{trained}.{parameter}")
         b, rank = parts["lora_B"], named[path, inner][1].rank
-        stacks.append(StackedB(b.where, b.value, site.num_experts, rank))
+        stacks.append(StackedB(b.where, b.value, parts["lora_A"].value, site.num_experts, rank))
     packing = decide_packing(stacks, settings)
     for (path, inner), parts in found.items():
         site, (parameter, scale) = base.require_site(path), named[path, inner]

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ktrt.reference.adapter_names import half_of, is_elsewhere
+from ktrt.reference.adapter_packing import find_grouping
 from ktrt.reference.tensors import CannotVerifyError, RawFile, read_json
 
 if TYPE_CHECKING:
@@ -18,15 +20,14 @@ if TYPE_CHECKING:
     from ktrt.reference.tensors import Float32
 
 _FILES = ("adapter_model.safetensors", "fused_expert_lora.safetensors")
+_SHARDS = "adapter_model-*-of-*.safetensors"
 _PARTS = {
     "gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up",
     "w2": "down", "gate_up_proj": "gate_up", "gate": "gate", "up": "up", "down": "down",
 }  # fmt: skip
-_LORA = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])(?:\.weight)?")
 _NAMED = re.compile(r".+\.experts(?:\.(?P<expert>\d+))?\.(?P<part>\w+)")
 _STACKED = re.compile(r"(?P<path>.+\.experts)(?P<inner>\.base_layer)?")
 _FUSED_MODULE = re.compile(r"\.experts\.(?:gate|up|down)$")
-_FUSED = re.compile(r"(?:.*\.)?(?P<projection>gate|up|down)_lora_(?P<part>[ab])")
 _EXPERTS = re.compile(
     r"(?<!\w)experts(?:\.\d.*|\.base_layer|\.(?:gate|up|down|gate_up|w[123])(?:_proj)?)?$"
 )
@@ -48,44 +49,58 @@ class RawAdapter:
     ``CannotVerifyError`` for a file that is no safetensors and for tensors that are not LoRA.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, packing: str | None = None) -> None:
+        """``packing``: the user's lora_B_layout."""
         self.folder = folder
         self.config = _config(folder)
-        files = [RawFile(folder / name) for name in _FILES if (folder / name).is_file()]
-        if not files:
-            raise CannotVerifyError(f"{folder} holds none of {', '.join(_FILES)}: cannot verify.")
+        self.assumed = ""
+        self._packing = packing
         self._pairs: dict[str, dict[str, Callable[[], Float32]]] = {}
+        self._trained: dict[str, str] = {}
         self._others: list[str] = []
-        for file in files:
+        for file in _files(folder):
             for key in file.shapes:
-                self._add(key, file)
+                if not is_elsewhere(key):
+                    self._add(key, file)
         self.layers = sorted({n for module in self._pairs if (n := _layer(module)) is not None})
         self.expert_layers = sorted(
             {n for m in self._pairs if _on_experts(m) and (n := _layer(m)) is not None}
         )
 
     def _add(self, key: str, file: RawFile) -> None:
-        name = key.removeprefix("base_model.model.")
-        name = name.replace(".original_moe.", ".").replace(".orig_module.", ".")
-        match = _LORA.fullmatch(name)
-        if match is None and (fused := _FUSED.fullmatch(name)):
-            module = f"{name.rpartition('.')[0]}.{fused['projection']}"
-            part = fused["part"].upper()
-        elif match is None:
+        half = half_of(key)
+        if half is None:
             self._others.append(key)
             return
-        else:
-            module, part = match["module"], match["part"]
-        parts = self._pairs.setdefault(module, {})
-        if part in parts and not np.array_equal(parts[part](), file.read(key)):
+        if 0 in file.shapes[key] and half.module.endswith(".experts.w3"):
+            return  # Tinker's placeholder for a gate that these experts lack
+
+        def read() -> Float32:
+            value = file.read(key)
+            return value.swapaxes(1, 2) if half.is_transposed else value
+
+        parts = self._pairs.setdefault(half.module, {})
+        if half.half in parts and not np.array_equal(parts[half.half](), read()):
             raise CannotVerifyError(f"{file.file}: {key} is there twice, with other numbers.")
-        parts[part] = lambda: file.read(key)
+        parts[half.half] = read
+        self._trained[half.module] = half.trained
 
     def _lora(self, module: str, target: str | None = None) -> Lora:
         parts = self._pairs[module]
         if len(parts) != 2:
             raise CannotVerifyError(f"{self.folder}: {module} has only lora_{next(iter(parts))}.")
         return Lora(parts["A"](), parts["B"](), self.scaling(target or module))
+
+    def _grouped(self, count: int) -> bool:
+        """Whether stacked B is grouped by expert; notes what had to be assumed."""
+        stacks = [
+            (parts["A"](), parts["B"]())
+            for module, parts in self._pairs.items()
+            if _STACKED.fullmatch(module) and len(parts) == 2
+        ]
+        found = find_grouping(self.config, self._packing, stacks, count)
+        self.assumed = found.assumed
+        return found.by_expert
 
     def _pattern(self, name: str, module: str, default: str) -> float:
         for pattern, value in (self.config.get(name) or {}).items():
@@ -98,6 +113,7 @@ class RawAdapter:
         know neither patterns nor rsLoRA."""
         if _FUSED_MODULE.search(module):
             return float(self.config["lora_alpha"] / self.config["r"])
+        module = self._trained.get(module, module)
         rank = self._pattern("rank_pattern", module, "r")
         alpha = self._pattern("alpha_pattern", module, "lora_alpha")
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
@@ -195,11 +211,13 @@ class RawAdapter:
         lora = self._lora(module, f"{path}.{name}")
         count = len(found)
         rank = lora.a.shape[0] // count
+        grouped = self._grouped(count)
         swapped = lora.a.shape[1] == size_in and lora.b.shape[0] == size_out
         if swapped and size_in == size_out:
             swapped = _swaps(self.folder, module, self.config.get("peft_version"))
         for e, each in enumerate(found):
-            a, b = lora.a[e * rank : (e + 1) * rank], lora.b[:, e::count]
+            a = lora.a[e * rank : (e + 1) * rank]
+            b = lora.b[:, e * rank : (e + 1) * rank] if grouped else lora.b[:, e::count]
             if not swapped:  # (BA)ᵀ = Aᵀ Bᵀ
                 a, b = b.T, a.T
             if is_first:
@@ -207,6 +225,17 @@ class RawAdapter:
                 each["up"] = Lora(a, b[inner:], lora.scaling)
             else:
                 each["down"] = Lora(a, b, lora.scaling)
+
+
+def _files(folder: Path) -> list[RawFile]:
+    """The single file, else its shards, else those of the only subfolder that has them."""
+    for place in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
+        found = [place / name for name in _FILES if (place / name).is_file()]
+        if not found or found[0].name != _FILES[0]:
+            found = [*sorted(place.glob(_SHARDS)), *found]
+        if found:
+            return [RawFile(path) for path in found]
+    raise CannotVerifyError(f"{folder} holds none of {', '.join(_FILES)}: cannot verify.")
 
 
 def _config(folder: Path) -> dict[str, Any]:

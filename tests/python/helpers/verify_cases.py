@@ -34,10 +34,14 @@ class Made:
 
 
 def check(
-    folders: Folders, backend: Backend = "AMXBF16", bits: int | None = None, **options: Any
+    folders: Folders,
+    backend: Backend = "AMXBF16",
+    bits: int | None = None,
+    packing: Any = None,
+    **options: Any,
 ) -> list[LayerReport]:
-    """``bits``: quantization_bit."""
+    """``bits``: quantization_bit; ``packing``: lora_B_layout."""
     model, adapter = folders
     experts = ExpertArgs(kt_backend=backend, kt_num_threads=1)
     base = ModelArgs(model, quantization_bit=bits)
-    return verify(base, AdapterArgs(adapter), experts, **options)
+    return verify(base, AdapterArgs(adapter, lora_B_layout=packing), experts, **options)
