@@ -64,8 +64,9 @@ _FOREIGN = (
 
 
 def is_for_text(module: str) -> bool:
-    """Whether a module's name is of a part that a text passes through."""
-    return _NO_TEXT.search(module) is None
+    """Whether a module's name is of a part that a text passes through: what stands before its
+    layers says so."""
+    return _NO_TEXT.search(module.partition("layers.")[0]) is None
 
 
 def fit_names(
@@ -81,7 +82,7 @@ def fit_names(
     """
     tensors, idle, unseen = [], list(files.idle), []
     for tensor in files.tensors:
-        if not is_for_text(tensor.module) and not claims(tensor, base):
+        if not is_for_text(tensor.module):
             unseen.append(Idle(tensor, "outside the text model"))
         elif _is_placeholder(tensor, base):
             idle.append(Idle(tensor, "empty: these experts have no gate"))

@@ -106,7 +106,12 @@ def _parameter(
     if both:
         return site.first_parameter if inner else "down_proj"
     names = (site.first_parameter, "down_proj")
-    targets = [name for name in names if settings.targets_parameter(f"{site.path}.{name}")]
+    # The configuration has the names of training.
+    paths = {site.path, lora_a.trained_module.removesuffix(".base_layer")}
+    targets = [
+        name for name in names
+        if any(settings.targets_parameter(f"{path}.{name}") for path in paths)
+    ]  # fmt: skip
     if inner or len(targets) != 1:
         raise AdapterError(
             f"{lora_a.where} is the only LoRA of {site.path}, but target_parameters "

@@ -41,7 +41,7 @@ def clean(key: str) -> str:
 
 def is_elsewhere(key: str) -> bool:
     """Whether a tensor is of a part that no text reaches, or of a layer that is not run."""
-    return _ELSEWHERE.search(clean(key)) is not None
+    return _ELSEWHERE.search(clean(key).partition("layers.")[0]) is not None
 
 
 def half_of(key: str) -> Half | None:
