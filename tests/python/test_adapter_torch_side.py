@@ -28,8 +28,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(folder, "qwen3_moe", 96, attention_bias=True, tie_word_embeddings=True)
 
 
-def save_trained(folder: Path, model: Path, **options: Any) -> torch.Tensor:
-    """An adapter written by PEFT, with random numbers for trained ones; returns PEFT's logits."""
+def save_trained(
+    folder: Path, model: Path, save: dict[str, Any] | None = None, **options: Any
+) -> torch.Tensor:
+    """An adapter written by PEFT (``save``: how), with random numbers for trained ones; returns
+    PEFT's logits."""
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     peft = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, **options))
     generator = torch.Generator().manual_seed(5)
@@ -39,7 +42,7 @@ def save_trained(folder: Path, model: Path, **options: Any) -> torch.Tensor:
                 noise = torch.randn(parameter.shape, generator=generator)
                 change = 0.5 * noise if "lora_B" in name or "embedding_B" in name else 0.1 * noise
                 parameter.add_(change)
-    peft.save_pretrained(folder)
+    peft.save_pretrained(folder, **(save or {}))
     fresh = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     return logits(PeftModel.from_pretrained(fresh, folder).eval())
 
@@ -83,6 +86,47 @@ def test_same_logits_as_peft(model: Path, tmp_path: Path, options: dict[str, Any
     scale = reference.norm(dim=-1)
     assert ((found - reference).norm(dim=-1) / scale).median() <= 0.01
     assert ((base - reference).norm(dim=-1) / scale).median() >= 0.05, "the adapter must matter"
+
+
+_BOTH = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+
+
+@pytest.mark.parametrize(
+    ("tied", "options"),
+    [
+        (False, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+        (True, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+        (True, _BOTH),
+        (False, _BOTH | {"ensure_weight_tying": True}),
+        (True, _BOTH | {"ensure_weight_tying": True}),
+        (True, {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True}),
+        (True, {"target_modules": ["q_proj"], "ensure_weight_tying": True}),
+    ],
+    ids=str,
+)
+def test_embeddings_saved_along(
+    model: Path, tmp_path: Path, tied: bool, options: dict[str, Any]
+) -> None:
+    """PEFT's save_embedding_layers writes modules_to_save three times: under the plain name, as
+    modules_to_save and as original_module; ensure_weight_tying does both ends of the model."""
+    if not tied:
+        model = save_model(tmp_path / "untied", "qwen3_moe", 96, attention_bias=True)
+    reference = save_trained(
+        tmp_path / "adapter", model, save={"save_embedding_layers": True}, **options
+    )
+    found, _ = ktrt_logits(model, tmp_path / "adapter")
+    assert ((found - reference).norm(dim=-1) / reference.norm(dim=-1)).median() <= 0.01
+    keys = read_folder(tmp_path / "adapter")[0]
+    assert any("original_module" in key for key in keys) == ("modules_to_save" in options)
+
+
+def test_half_of_what_should_be_tied_is_refused(model: Path, tmp_path: Path) -> None:
+    save_trained(tmp_path, model, **_BOTH, ensure_weight_tying=True)
+    tensors, config = read_folder(tmp_path)
+    del tensors["base_model.model.lm_head.weight"]
+    config["modules_to_save"] = ["embed_tokens"]
+    with pytest.raises(AdapterError, match=r"changes model.embed_tokens and not lm_head.*tying"):
+        ktrt_logits(model, write_adapter(tmp_path, tensors, config))
 
 
 def test_embedding_lora(model: Path, tmp_path: Path) -> None:
