@@ -36,7 +36,7 @@ def test_other_writers(model: Path, tmp_path: Path, writer: str) -> None:
     assert report.checks[0].apart > 1
 
 
-@pytest.mark.parametrize("rename", ["all at once", "wrapped and named", "multimodal class"])
+@pytest.mark.parametrize("rename", ["all at once", "wrapped and named"])
 def test_other_names(model: Path, tmp_path: Path, rename: str) -> None:
     """LoRA on other modules too, which are looked up by name."""
     folder = change(write_a(tmp_path / "adapter", random_adapter(model)), RENAMES[rename])
