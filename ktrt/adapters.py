@@ -136,6 +136,8 @@ class Adapters:
             raise KtrtError("this session has no model that an adapter could be loaded into")
         folder = Path(path).expanduser()
         plan = plan_adapter(folder, self._base, lora_rank=None, lora_alpha=None)
+        for module in [*self._experts.values()][:1]:
+            plan.warn_of_format(module.layer.weight_format)
         if self.take_words is None or self._model is None:
             self.add(name, plan)
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -31,12 +32,21 @@ def check_coverage(
     config_is_exact: bool = True,
 ) -> None:
     """``AdapterError`` if the configuration puts LoRA on modules of this base for which the file
-    has none: a file cut short (a warning unless ``config_is_exact``). An adapter without any LoRA
-    on routed experts is a warning, since several writers leave them out although their names are
-    targeted."""
+    has none: a file cut short. An adapter without any LoRA on routed experts is a warning, since
+    several writers leave them out although their names are targeted; so is a kind of module that
+    the file has in no layer, unless ``config_is_exact``."""
     _check_saved(file, base, settings, side)
     missing = _missing_modules(base, settings, side)
     missing += _missing_parameters(base, settings, experts, side)
+    if not config_is_exact:
+        trained = {_kind(name) for name in (*side.loras, *side.routers)}
+        untrained = [name for name in missing if _kind(name) not in trained]
+        if untrained:
+            logger.warning(
+                "%s targets %s and %d others, for which %s holds no LoRA in any layer: they run as "
+                "in the base model", settings.file, untrained[0], len(untrained) - 1, file,
+            )  # fmt: skip
+        missing = [name for name in missing if _kind(name) in trained]
     expected = _expected_per_expert(base, settings)
     if not experts and expected and not settings.target_parameters:
         logger.warning(
@@ -47,13 +57,16 @@ def check_coverage(
         missing += [name for path, part, name in expected if part not in experts.get(path, {})]
     if not missing:
         return
-    text = (
+    raise AdapterError(
         f"{file}: no LoRA for {missing[0]} ({len(missing)} modules in all, last {missing[-1]}), "
-        f"though {settings.file} targets it and {base.summary()}."
+        f"though {settings.file} targets it and {base.summary()}. The file is incomplete, or the "
+        "configuration is not its own."
     )
-    if config_is_exact:
-        raise AdapterError(f"{text} The file is incomplete, or the configuration is not its own.")
-    logger.warning("%s They run as in the base model", text)
+
+
+def _kind(module: str) -> str:
+    """The module's name inside its layer."""
+    return re.sub(r"^.*?layers\.\d+\.", "", module)
 
 
 def _check_saved(file: Path, base: BaseModel, settings: LoraSettings, side: TorchSide) -> None:

@@ -103,7 +103,7 @@ def fit_names(
 
 
 def is_raw_tinker(files: AdapterFiles) -> bool:
-    """Whether names are Tinker's own; its configuration says all-linear whatever was trained."""
+    """Whether names are Tinker's own."""
     return any(_TINKER.search(tensor.trained_module) for tensor in files.tensors)
 
 

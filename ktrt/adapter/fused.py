@@ -61,7 +61,7 @@ def collect(
                     raise AdapterError(
                         f"{claimed[0][0].file}: layers.{site.layer}.experts.{projection}_lora_"
                         f"{letter} is missing; expected it for every MoE layer: {base.summary()}. "
-                        "The file is incomplete, or the adapter was trained on another base model."
+                        "The file is incomplete."
                     )
     scale = LoraScale(settings.rank, settings.alpha, settings.alpha / settings.rank)
     return collect_pairs(claimed, base, settings, lambda _tensor: scale)

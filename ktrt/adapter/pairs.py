@@ -107,7 +107,7 @@ def _check_tensor(
     if slot.projection not in known and not (slot.projection == "gate_up" and "gate" in known):
         raise AdapterError(
             f"{tensor.where} adapts {slot.projection}, but the experts of {site.path} have only "
-            f"{' and '.join(known)}. The adapter was trained on another base model."
+            f"{' and '.join(known)}. The adapter was trained on experts of another form."
         )
     check_expert_part(tensor, slot.part, settings)
     size_in, size_out = _features(site, slot.projection)

@@ -146,9 +146,9 @@ def plan_adapter(
     part, rest = collect_layouts(LAYOUTS, files.tensors, base, settings)
     side = plan_torch_side(files.file, rest, base, settings)
     check_tying(files.file, base, settings, side)
-    check_coverage(
-        files.file, base, settings, part.experts, side, config_is_exact=not is_raw_tinker(files)
-    )
+    # Tinker's configuration says all-linear whatever was trained.
+    exact = not (settings.targets_all_linear and is_raw_tinker(files))
+    check_coverage(files.file, base, settings, part.experts, side, config_is_exact=exact)
     rows = [*part.rows, *(_torch_row(tensor, name, side) for name, tensor in side.tensors())]
     add_norms(rows, part.experts, side)
     for row in rows:

@@ -8,13 +8,23 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from helpers.adapter_layouts import Adapter, random_adapter, write_a, write_b
+from helpers.adapter_layouts import (
+    Adapter,
+    random_adapter,
+    write_a,
+    write_b,
+    write_c,
+    write_manifest,
+)
 from helpers.adapter_names import INDEX, PLAIN, RENAMES, WRITERS, change, write_shards
 from helpers.tiny_models import base_of, read_folder, save_model, write_adapter
 from safetensors.torch import save_file
 from test_adapter_every_layout import assert_same, plan
 
+from ktrt.audit_report import report
+from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import AdapterError
+from ktrt.prepare import plan_memory
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -66,6 +76,22 @@ def test_other_writers(subject: Subject, shared: Subject, tmp_path: Path, writer
     for each, name in ((subject, "own"), (shared, "shared")):
         found = plan(WRITERS[writer](tmp_path / name, each.adapter), each.base)
         assert_same(found, each.expected)
+
+
+def test_tinkers_configuration_says_more_than_was_trained(
+    shared: Subject, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """all-linear, though only attention, or only the MLPs, were trained; a file that has a kind of
+    module in some layers only is cut short all the same."""
+    folder = WRITERS["tinker"](tmp_path, shared.adapter)
+    tensors, config = read_folder(folder)
+    mlps = {key: value for key, value in tensors.items() if ".attn." not in key}
+    found = plan(write_adapter(folder, mlps, config), shared.base).experts
+    assert found.keys() == shared.expected.experts.keys()
+    assert "model.layers.0.self_attn.q_proj and 11 others" in caplog.text
+    cut = {key: value for key, value in tensors.items() if "layers.1.attn.o_proj" not in key}
+    with pytest.raises(AdapterError, match="no LoRA for model.layers.1.self_attn.o_proj"):
+        plan(write_adapter(folder, cut, config), shared.base)
 
 
 def test_patterns_are_for_the_names_of_training(subject: Subject, tmp_path: Path) -> None:
@@ -188,6 +214,19 @@ def test_shards_that_do_not_fit_together(subject: Subject, tmp_path: Path) -> No
         plan(folder, subject.base)
 
 
+def test_another_format_than_in_training_is_said(
+    shared: Subject, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A KTransformers manifest says what the experts were quantised to while LoRA was trained."""
+    adapter = random_adapter(shared.model)
+    folder = write_manifest(write_c(tmp_path, adapter), adapter, expert_weight_format="INT8")
+    model, args = ModelArgs(shared.model), AdapterArgs(folder)
+    plan_memory(model, args, ExpertArgs(kt_backend="AMXInt8", kt_num_threads=1))
+    assert not caplog.messages
+    plan_memory(model, args, ExpertArgs(kt_backend="AMXBF16", kt_num_threads=1))
+    assert "was trained on experts in INT8, and they run in BF16 here" in caplog.text
+
+
 def test_one_shard_of_an_fsdp_run_is_called_out(
     subject: Subject, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -202,3 +241,6 @@ def test_one_shard_of_an_fsdp_run_is_called_out(
     assert f"most rows of {count} of {count} lora_B tensors are exactly zero" in caplog.text
     assert sum(row.zero_rows > 0 for row in found.audit.rows) == count
     assert not any(row.zero_rows for row in subject.expected.audit.rows)
+    lines = "\n".join(map(str, report(subject.model, found.audit, [])))
+    assert "mostly zero: " in lines
+    assert "one shard of several" in lines

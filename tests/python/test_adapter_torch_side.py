@@ -88,7 +88,10 @@ def test_same_logits_as_peft(model: Path, tmp_path: Path, options: dict[str, Any
     assert ((base - reference).norm(dim=-1) / scale).median() >= 0.05, "the adapter must matter"
 
 
-_BOTH = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+_BOTH: dict[str, Any] = {
+    "target_modules": ["q_proj"],
+    "modules_to_save": ["embed_tokens", "lm_head"],
+}
 
 
 @pytest.mark.parametrize(
