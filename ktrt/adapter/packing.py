@@ -58,7 +58,7 @@ def decide_packing(stacks: Sequence[StackedB], settings: LoraSettings) -> Packin
         return said
     if len(shown) == 1:
         return shown.pop()
-    if settings.is_plain_peft and not shown:
+    if settings.packs_as_peft and not shown:
         return "rank_major"
     assumed: Packing = "grouped_by_expert" if settings.is_unsloth else "rank_major"
     mark = "Unsloth's mark, but no lora_B_layout" if settings.is_unsloth else "no lora_B_layout"

@@ -59,9 +59,12 @@ class LoraSettings:
         self.token_indices: object = config.trainable_token_indices
         self.peft_version = config.peft_version
         self.lora_b_layout: Packing | None = config.lora_B_layout
-        # PEFT always writes auto_mapping; Unsloth puts its mark there where PEFT left null.
+        # PEFT always writes auto_mapping; Unsloth puts its mark there where PEFT left null. NeMo
+        # Automodel writes few keys, and a file of its own.
         self.is_unsloth = bool((config.auto_mapping or {}).get("unsloth_fixed"))
-        self.is_plain_peft = "auto_mapping" in files.config and not self.is_unsloth
+        known = "auto_mapping" in files.config
+        known = known or (files.folder / "automodel_peft_config.json").exists()
+        self.packs_as_peft = known and not self.is_unsloth
         self.packing_option: Packing | None = None
         # What was assumed of the adapter, for reports.
         self.notes: list[str] = []

@@ -98,7 +98,9 @@ class RawAdapter:
             for module, parts in self._pairs.items()
             if _STACKED.fullmatch(module) and len(parts) == 2
         ]
-        found = find_grouping(self.config, self._packing, stacks, count)
+        known = (self.folder / "automodel_peft_config.json").is_file()
+        option = self._packing or ("rank_major" if known else None)
+        found = find_grouping(self.config, option, stacks, count)
         self.assumed = found.assumed
         return found.by_expert
 

@@ -13,11 +13,14 @@ from helpers.family_adapters import RANK, write_stacked
 from helpers.family_models import Family, random_model, small_config
 from helpers.rounded_experts import experts_of, random_lora
 from helpers.tiny_models import read_folder, write_adapter
+from peft import LoraConfig, get_peft_model
 from test_adapter_every_layout import assert_same, plan
-from test_families import SUPPORTED, Case
+from test_families import SUPPORTED, Case, error, logits
 
 from ktrt.adapter import BaseModel
 from ktrt.checkpoint_names import WeightNames
+from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
+from ktrt.model import load_model
 from ktrt.moe import find_experts
 
 if TYPE_CHECKING:
@@ -161,3 +164,31 @@ def test_numbers_against_a_merge(
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": []}
     adapter = write_adapter(tmp_path / "adapter", tensors, config)
     Case(model, folder).check(writer.__name__, "AMXBF16", loras, adapter)
+
+
+def test_peft_on_vision_and_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """PEFT's own adapter on a tower (a Conv3d among it) and on the text: the text's part gives
+    PEFT's logits, the rest is named."""
+    family = next(each for each in SUPPORTED if each.model_type == "qwen3_vl_moe")
+    model = random_model(family)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    targets = r".*visual.*\.(qkv|proj|linear_fc1)|.*language_model.*\.(q_proj|o_proj)"
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False)
+    peft = get_peft_model(model.float(), config).eval()
+    peft.save_pretrained(tmp_path / "adapter")
+    tensors, _ = read_folder(tmp_path / "adapter")
+    assert any(value.ndim == 5 for value in tensors.values())
+    loaded = load_model(
+        ModelArgs(tmp_path / "model", infer_dtype="float32"),
+        AdapterArgs(tmp_path / "adapter"),
+        ExpertArgs(kt_num_threads=1),
+    )
+    try:
+        assert error(logits(loaded.model), logits(peft)) < 0.01
+        with peft.disable_adapter():
+            assert error(logits(loaded.model), logits(peft)) > 0.05
+        assert loaded.audit.applied_peft == 8
+        assert loaded.audit.no_effect == len(tensors) - 8
+        assert f"{len(tensors) - 8} of {len(tensors)} tensors act on parts" in caplog.text
+    finally:
+        loaded.close()

@@ -118,6 +118,8 @@ def test_nothing_decides(
     assert "Assumed: rank_major" in caplog.text
     caplog.clear()
     plan(unmarked(tmp_path / "one", subject.adapter(1)), subject.base)
+    (tmp_path / "bare" / "automodel_peft_config.json").write_text("{}", encoding="utf-8")
+    plan(tmp_path / "bare", subject.base)
     assert not caplog.messages
 
 

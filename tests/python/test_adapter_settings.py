@@ -131,7 +131,7 @@ def test_every_key_that_peft_writes_is_known(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "adapter_config.json").read_text("utf-8"))
     found = settings(**config | {"peft_type": "LORA"})
     assert found.rank == 8
-    assert found.is_plain_peft
+    assert found.packs_as_peft
 
 
 @pytest.mark.parametrize("value", [None, False, {}, [], "", 0])
