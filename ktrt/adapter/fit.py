@@ -81,13 +81,14 @@ def fit_names(
     saved before they were gathered.
     """
     tensors, idle, unseen = [], list(files.idle), []
+    fitter = _Fitter(base, claims)
     for tensor in files.tensors:
         if not is_for_text(tensor.module):
             unseen.append(Idle(tensor, "outside the text model"))
         elif _is_placeholder(tensor, base):
             idle.append(Idle(tensor, "empty: these experts have no gate"))
         else:
-            tensors.append(_fitted(tensor, base, claims))
+            tensors.append(fitter.fit(tensor))
     if unseen:
         if not tensors:
             raise AdapterError(
@@ -129,20 +130,28 @@ class _Candidate(NamedTuple):
     transposed: bool
 
 
-def _fitted(
-    tensor: AdapterTensor,
-    base: BaseModel,
-    claims: Callable[[AdapterTensor, BaseModel], bool],
-) -> AdapterTensor:
-    for module, part, transposed in _candidates(tensor, base):
-        same = module == tensor.module and not transposed
-        other = tensor if same else replace(
-            tensor, module=module, part=part, trained=tensor.module,
-            value=_transposed(tensor) if transposed else tensor.value,
-        )  # fmt: skip
-        if claims(other, base) or _has_module(module, base):
-            return other
-    return tensor
+class _Fitter:
+    """Finds the base's names; A and B of one module are looked up once."""
+
+    def __init__(self, base: BaseModel, claims: Callable[[AdapterTensor, BaseModel], bool]) -> None:
+        self._base, self._claims = base, claims
+        self._unchanged: set[str] = set()
+
+    def fit(self, tensor: AdapterTensor) -> AdapterTensor:
+        if tensor.module in self._unchanged and tensor.part in ("lora_A", "lora_B"):
+            return tensor
+        for module, part, transposed in _candidates(tensor, self._base):
+            other = tensor
+            if module != tensor.module or transposed:
+                value = _transposed(tensor) if transposed else tensor.value
+                other = replace(
+                    tensor, module=module, part=part, trained=tensor.module, value=value
+                )
+            if self._claims(other, self._base) or _has_module(module, self._base):
+                if other is tensor:
+                    self._unchanged.add(tensor.module)
+                return other
+        return tensor
 
 
 def _candidates(tensor: AdapterTensor, base: BaseModel) -> Iterator[_Candidate]:

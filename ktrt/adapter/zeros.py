@@ -24,13 +24,16 @@ def warn_of_zeros(file: Path, tensors: Sequence[AdapterTensor]) -> dict[str, int
     rows or more are exactly zero was saved by one process of several (FSDP2). Warns of both;
     returns how many rows are zero, by key, for the latter."""
     second = [tensor for tensor in tensors if _SECOND.fullmatch(tensor.part)]
-    zero = [tensor.key for tensor in second if not tensor.value.any()]
+    counts = {tensor.key: _zero_rows(tensor.value) for tensor in second}
+    zero = [key for key, (count, rows) in counts.items() if count == rows]
     if zero:
         logger.warning(
             "%s: %d of %d lora_B tensors are all zero (first %s): this adapter changes nothing "
             "there", file, len(zero), len(second), zero[0],
         )  # fmt: skip
-    partly = {tensor.key: found for tensor in second if (found := _zero_rows(tensor.value))[0]}
+    partly = {
+        key: found for key, found in counts.items() if found[1] <= 2 * found[0] < 2 * found[1]
+    }
     if partly:
         key, (count, rows) = next(iter(partly.items()))
         logger.warning(
@@ -43,11 +46,10 @@ def warn_of_zeros(file: Path, tensors: Sequence[AdapterTensor]) -> dict[str, int
 
 
 def _zero_rows(value: torch.Tensor) -> tuple[int, int]:
-    """(zero rows, rows) if half of them or more, but not all, are zero; else (0, rows). Of stacked
-    experts only those with any number count: one that was never routed to stays zero."""
-    if value.ndim > 2:
-        value = value[value.flatten(1).any(1)]
+    """(zero rows, rows). Of stacked experts only those with any number count, if there are such:
+    one that was never routed to stays zero."""
     rows = value.any(-1)
-    count = rows.numel() - int(rows.sum())
-    suspect = rows.numel() <= 2 * count < 2 * rows.numel()
-    return (count if suspect else 0), rows.numel()
+    if value.ndim > 2:
+        used = rows.flatten(1).any(1)
+        rows = rows[used] if bool(used.any()) else rows
+    return rows.numel() - int(rows.sum()), rows.numel()
