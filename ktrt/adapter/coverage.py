@@ -96,6 +96,8 @@ def check_tying(file: Path, base: BaseModel, settings: LoraSettings, side: Torch
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     names = [name for name, module in model.named_modules() if module in ends]
     changed = {name for name, _ in side.tensors()}
+    if any(rows.tied for rows in side.rows.values()):
+        changed |= set(names)  # single rows are put into both
     inside, outside = ([n for n in names if (n in changed) == which] for which in (True, False))
     if inside and outside:
         raise AdapterError(

@@ -112,7 +112,6 @@ def test_yaml_that_repeats_the_adapter_is_fine() -> None:
         ({"init_lora_weights": "pissa_niter_16"}, "pissa_niter_16.*changed the base"),
         ({"init_lora_weights": "olora"}, "olora"),
         ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
-        ({"trainable_token_indices": [5]}, "trainable_token_indices"),
         ({"some_future_option": {"x": 1}}, "some_future_option is {'x': 1}"),
         ({"r": 0}, "r is 0, expected a positive number"),
         ({"r": "8"}, "r is '8'"),
