@@ -576,8 +576,9 @@ class TestOverrideSampling:
 
 def test_import_is_fast_and_light() -> None:
     code = (
-        "import sys, time; start = time.perf_counter(); import ktrt.config;"
-        "seconds = time.perf_counter() - start;"
+        # Of this process's CPU: the clock on the wall counts what else the machine does.
+        "import sys, time; start = time.process_time(); import ktrt.config;"
+        "seconds = time.process_time() - start;"
         "assert not {'torch', 'transformers', 'pydantic'} & set(sys.modules);"
         "print(seconds)"
     )
