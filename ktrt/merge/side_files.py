@@ -6,7 +6,8 @@ import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from ktrt.errors import AdapterError
+from ktrt.errors import AdapterError, CheckpointError
+from ktrt.json_files import read_json
 from ktrt.merge.shards import write_synced
 from ktrt.tokenizer_files import TEMPLATE_FILES, TEMPLATES_FOLDER, TokenizerFiles
 
@@ -70,7 +71,7 @@ def write_config(
     """config.json of the merged model: without quantisation, with ``dtype`` (in safetensors' words;
     None: as in the source), and not tying what has parted. ``vocabulary``: its size before and
     after, where it was resized."""
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = read_json(source / "config.json", CheckpointError)
     for part in _parts(config):
         for key in ("quantization_config", "compression_config", "transformers_weights"):
             part.pop(key, None)
