@@ -15,6 +15,7 @@ from helpers.config_damage import damaged
 from helpers.real_models import NAMES, make, read_meta, shrunk
 from helpers.tiny_models import save_model
 
+from ktrt.checkpoint import Checkpoint
 from ktrt.checkpoint_config import read_model_config
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import CheckpointError
@@ -131,6 +132,8 @@ def test_damaged_index(tmp_path: Path, index: Any) -> None:
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"index\.json|b\.safetensors is missing"):
+        Checkpoint(folder)
+    with pytest.raises(CheckpointError):
         open_base(ModelArgs(folder))
 
 
