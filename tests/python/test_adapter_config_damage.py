@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 TOTAL = 300
 # Another valid value of these is another adapter.
 _STRENGTH = {"lora_alpha", "alpha_pattern", "use_rslora", "lora_B_layout", "auto_mapping"}
+# What numbers and expressions are in.
+_OFTEN = 4 * ("r", "rank_pattern", "target_modules", "exclude_modules", "layers_to_transform")
 _HUGE = 10**400
 _NONSENSE: list[Any] = [
     None, True, False, 0, 1, -1, 7, 0.5, -0.0, 1e308, _HUGE, -_HUGE, "", "x", "false", "true", "8",
@@ -83,7 +85,8 @@ def damaged(rng: random.Random, config: dict[str, Any]) -> bytes:
     """One to three changes of values, or of bytes."""
     changed = dict(config)
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
-        key = rng.choice(sorted(set(changed) - _STRENGTH))
+        keys = sorted(set(changed) - _STRENGTH)
+        key = rng.choice([*keys, *(key for key in _OFTEN if key in changed)])
         kind = rng.random()
         if kind < 0.1:
             del changed[key]
