@@ -60,7 +60,8 @@ class ReadProbe:
 
     def __init__(self, nbytes: int) -> None:
         """Reserves ``nbytes``, which the first ``seconds`` fills, each thread what it will read;
-        take several times the L3 cache. ``MemoryError``."""
+        take several times the L3 cache. ``ValueError``: more than the addresses of a process,
+        ``MemoryError``."""
 
     @property
     def nbytes(self) -> int: ...
