@@ -50,6 +50,7 @@ def open_base(model: ModelArgs, kt_weight_path: Path | None = None) -> BaseCheck
     folder = model.model_name_or_path
     check_model_folder(folder, experts_elsewhere=kt_weight_path is not None)
     config = read_model_config(folder)
+    check_addresses(folder)
     checkpoint = open_checkpoint(config, experts_elsewhere=kt_weight_path is not None)
     built = build_skeleton(folder, model.trust_remote_code, config, deepest_layer(checkpoint))
     skeleton = built.model
@@ -59,7 +60,6 @@ def open_base(model: ModelArgs, kt_weight_path: Path | None = None) -> BaseCheck
             f"{folder}: {type(skeleton).__name__} has no routed experts that transformers runs "
             "through its experts interface; ktrt is for Mixture-of-Experts models."
         )
-    check_addresses(folder)
     names = WeightNames(skeleton)
     weights = {}
     if kt_weight_path is None or holds_experts(checkpoint, names, specs):
