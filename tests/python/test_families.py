@@ -35,6 +35,7 @@ from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import CheckpointError
 from ktrt.generation import KvCache
 from ktrt.model import LoadedModel, load_model
+from ktrt.skeleton import build_skeleton
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -166,14 +167,14 @@ def test_refused_families_say_why(family: Family, tmp_path: Path) -> None:
     # Older ones do not always build what they list.
     words = f"{REFUSED[family.class_name]}|transformers cannot build a model"
     with pytest.raises(CheckpointError, match=words):
-        load_model(ModelArgs(tmp_path), AdapterArgs(None), ExpertArgs(kt_num_threads=1))
+        build_skeleton(tmp_path, trust_remote_code=False)
 
 
 @pytest.mark.parametrize("folder", folders_without_class())
 def test_types_that_generate_no_text_say_so(folder: str, tmp_path: Path) -> None:
     transformers.CONFIG_MAPPING[folder]().save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="no class that generates text"):
-        load_model(ModelArgs(tmp_path), AdapterArgs(None), ExpertArgs(kt_num_threads=1))
+        build_skeleton(tmp_path, trust_remote_code=False)
 
 
 def test_nothing_is_refused_that_is_not_there() -> None:
