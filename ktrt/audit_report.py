@@ -20,6 +20,7 @@ _LAYER, _COLUMN = 6, 5
 # Share of the largest value from which each shade is used, and its colour.
 _SHADES = ((0.5, "█", "red"), (0.25, "▓", "yellow"), (0.125, "▒", "green"), (0.0, "░", "cyan"))
 _MOST_FAILURES = 8
+_MOST_NAMES = 4
 _FLOW = ("q", "q_a", "q_b", "kv_a", "kv_b", "k", "v", "o", "gate", "up", "down")
 
 
@@ -217,6 +218,12 @@ def verification(reports: Sequence[LayerReport]) -> Iterator[Text]:
         for text in dict.fromkeys(layer.assumed for layer in reports if layer.assumed):
             yield Text(
                 f"but assumed, not verified: {text}; if answers are poor, set lora_B_layout",
+                style="yellow",
+            )
+        if names := reports[0].unchecked:
+            rest = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+            yield Text(
+                f"not checked, outside the layers: {', '.join(names[:_MOST_NAMES])}{rest}",
                 style="yellow",
             )
     else:

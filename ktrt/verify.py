@@ -55,12 +55,14 @@ LIMITS: dict[str, Limits] = {
 @dataclass
 class LayerReport:
     """What was checked in one layer; ``failures`` in words, empty if all agreed. ``assumed``: what
-    the adapter's files do not say and had to be assumed to read them."""
+    the adapter's files do not say and had to be assumed to read them. ``unchecked``: what the
+    adapter changes outside the layers (embeddings, output layer), which is in no layer's checks."""
 
     layer: int
     what: str
     checks: list[Check] = field(default_factory=list)
     assumed: str = ""
+    unchecked: list[str] = field(default_factory=list)
 
     @property
     def failures(self) -> list[str]:
@@ -134,7 +136,7 @@ def verify_layer(
     raw = base.experts(layer)
     if (module is None) != (raw is None):
         raise CannotVerifyError(f"{base.folder}: where layer {layer} keeps its experts is unclear.")
-    report = LayerReport(layer, "no routed experts")
+    report = LayerReport(layer, "no routed experts", unchecked=lora.outside_layers)
     if module is not None and raw is not None:
         _check_form(base, module, raw)
         loras = lora.experts(layer, raw.num_experts, raw.hidden_size, raw.intermediate_size)

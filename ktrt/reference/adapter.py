@@ -67,6 +67,12 @@ class RawAdapter:
             {n for m in self._pairs if _on_experts(m) and (n := _layer(m)) is not None}
         )
 
+    @property
+    def outside_layers(self) -> list[str]:
+        """What the adapter changes outside the layers: modules with LoRA and whole tensors."""
+        names = [*self._pairs, *self._others]
+        return sorted(name for name in names if _layer(name) is None)
+
     def _add(self, key: str, file: RawFile) -> None:
         half = half_of(key)
         if half is None:

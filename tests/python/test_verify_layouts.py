@@ -5,11 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 from helpers.adapter_layouts import WRITERS, random_adapter, write_a
 from helpers.adapter_names import RENAMES, change
 from helpers.adapter_names import WRITERS as OTHER_WRITERS
-from helpers.tiny_models import save_model
+from helpers.tiny_models import (
+    read_folder,
+    save_adapter,
+    save_model,
+    weight_shapes,
+    write_adapter,
+)
 from helpers.verify_cases import check
+
+from ktrt.audit_report import verification
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,3 +52,20 @@ def test_other_names(model: Path, tmp_path: Path, rename: str) -> None:
     (report,) = check((model, folder))
     assert report.passed, report.failures
     assert len(report.checks) > 3
+
+
+def test_what_no_layer_holds_is_said_to_be_unchecked(model: Path, tmp_path: Path) -> None:
+    """Whole tables are outside the layers: "verified" must not be read as verified for them."""
+    folder = save_adapter(tmp_path / "adapter", model, "b")
+    tensors, config = read_folder(folder)
+    head = weight_shapes(model)["lm_head.weight"]
+    tensors["base_model.model.lm_head.weight"] = torch.zeros(head)
+    write_adapter(folder, tensors, config | {"modules_to_save": ["lm_head"]})
+    reports = check((model, folder))
+    assert reports[0].passed
+    text = "\n".join(str(line) for line in verification(reports))
+    assert "not checked, outside the layers: lm_head.weight" in text.replace(
+        "base_model.model.", ""
+    )
+    (plain,) = check((model, save_adapter(tmp_path / "plain", model, "b")))
+    assert "not checked" not in "\n".join(str(line) for line in verification([plain]))
