@@ -1,6 +1,9 @@
 """Settings for all tests."""
 
 import os
+from collections.abc import Iterator
+
+import pytest
 
 # Before anything imports torch: its OpenMP threads would spin between operations, on the cores that
 # the engine's threads and other processes want (ten times slower on a busy machine).
@@ -14,3 +17,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Tests that are about the cache of packed experts name a folder for it.
 os.environ["KTRT_CACHE"] = "0"
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny models are slower with more threads of torch; two processes of tests share 2 cores."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

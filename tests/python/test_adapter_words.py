@@ -16,8 +16,9 @@ from ktrt.model import LoadedModel, load_model
 from ktrt.prepare import base_of_adapters, open_adapter, open_base
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 NEW = VOCAB_SIZE + 3  # a word that only a resized vocabulary has
 ROWS = VOCAB_SIZE + 64
@@ -29,15 +30,6 @@ class Base(NamedTuple):
 
     folder: Path
     plain: torch.Tensor
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """So small a model is slower with more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])

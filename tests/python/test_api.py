@@ -1,6 +1,5 @@
 """Tests of ktrt.api: from a configuration to answers, on a tiny MoE model in the real engine."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,10 @@ import ktrt
 from ktrt import api
 from ktrt.errors import CheckpointError, ConfigError, KtrtError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ASK = [{"role": "user", "content": "你好，请介绍一下你自己。"}]
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """So small a model is slower with more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

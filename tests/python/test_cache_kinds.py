@@ -5,7 +5,7 @@ The models are the tiny ones of the families' test; windows are 16 positions, so
 of 70 tokens leave them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -18,20 +18,14 @@ from ktrt import cache_layers, generation
 from ktrt.cache_layers import continues
 from ktrt.generation import KvCache
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FAMILIES = [family for family in families() if family.class_name not in REFUSED]
 # Model types that take a prompt in one forward only.
 WHOLE_PROMPTS = {"jamba", "unlimited_ocr"}
 # Its config lacks what its own generate reads.
 WITHOUT_GENERATE = {"Qwen3OmniMoeThinkerForConditionalGeneration"}
 ANSWER = 9
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def ids(count: int, seed: int) -> list[int]:

@@ -15,19 +15,13 @@ from ktrt.config import SamplingArgs
 from ktrt.generation import KvCache, Response, stream_generate
 from ktrt.session import Session
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DEMO = Path(__file__).parents[2] / "examples" / "demo" / "chat.yaml"
 QUESTIONS = [
     "你好，请介绍一下你自己。", "What is MoE?", "Thank you!", "什么是 LoRA？", "Who are you?",
     "What is AMX?", "谢谢", "What is quantisation?", "你好", "Bye!",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

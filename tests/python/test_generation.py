@@ -15,17 +15,10 @@ from ktrt.config import SamplingArgs
 from ktrt.errors import ConfigError
 from ktrt.generation import KvCache, Response, check_prompt, stream_generate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GREEDY = SamplingArgs(do_sample=False)
 PROMPT = [5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """So small a model is slower with more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -15,16 +15,9 @@ from ktrt.errors import ConfigError, KtrtError
 from ktrt.session import Session, check_messages
 from ktrt.template import load_template
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ASK = [{"role": "user", "content": "你好，请介绍一下你自己。"}]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """So small a model is slower with more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -19,8 +19,9 @@ from ktrt.errors import AdapterError, ConfigError, KtrtError
 from ktrt.export import main
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 WORDS = ["<svg>", "</svg>", "<turn>"]
 TEMPLATE = "{% for m in messages %}<turn>{{ m.content }}{% endfor %}<svg>"
@@ -29,15 +30,6 @@ OPTIONS: dict[str, Any] = {
     "infer_dtype": "float32", "kt_num_threads": 1, "do_sample": False, "max_new_tokens": 12,
     "repetition_penalty": 1.3,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """So small a model is slower with more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def resized(model: Path) -> Any:
