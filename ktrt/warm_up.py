@@ -8,14 +8,17 @@ first decode step has to be captured. With V2-Lite's 27 layers on an H200 that t
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
+from ktrt.decode_graph import DecodeGraphs, NoHandOff
 from ktrt.errors import KtrtError
 from ktrt.generation import KvCache
+from ktrt.kv_cache import unusual_layers
 from ktrt.moe import experts_muted
 
 logger = logging.getLogger(__name__)
@@ -34,13 +37,13 @@ _GPU_POSITIONS = 2048
 @contextmanager
 def kernels_loaded_beside(model: Any, limit: int) -> Iterator[None]:
     """Within the block a thread runs ``model``, whose experts need not be there, on prompts of many
-    sizes; the end of the block waits for it. Only with a GPU: on the CPU it would take the cores
-    from the block. ``limit``: the context, in tokens."""
+    sizes and decode steps; the end of the block waits for it. Only with a GPU: on the CPU it would
+    take the cores from the block. ``limit``: the context, in tokens."""
     device = model.get_input_embeddings().weight.device
     if device.type != "cuda":
         yield
         return
-    thread = threading.Thread(target=_run_sizes, args=(model, device, limit), daemon=True)
+    thread = threading.Thread(target=_load_kernels, args=(model, device, limit), daemon=True)
     with experts_muted(model):
         thread.start()
         try:
@@ -49,18 +52,35 @@ def kernels_loaded_beside(model: Any, limit: int) -> Iterator[None]:
             thread.join()
 
 
-def _run_sizes(model: Any, device: torch.device, limit: int) -> None:
+def _load_kernels(model: Any, device: torch.device, limit: int) -> None:
     start = time.perf_counter()
     try:
-        with torch.inference_mode(), torch.cuda.device(device):
-            for size in _KERNEL_SIZES:
-                if size <= limit:
-                    ids = torch.tensor([_some_ids(model, size)], device=device)
-                    model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        with torch.cuda.device(device):
+            steps = partial(DecodeGraphs, model, handoff=NoHandOff(), maker=_Uncaptured())
+            cache = KvCache(model, None if unusual_layers(model) else steps)
+            _run_prompts(cache, _KERNEL_SIZES, limit)
+            _run_steps(cache, limit)
             torch.cuda.current_stream().synchronize()
     except Exception as error:  # noqa: BLE001 - whatever it is, the first answer meets it again
         logger.debug("Loading kernels ahead failed: %s", error)
     logger.debug("Loaded kernels in %.1f s", time.perf_counter() - start)
+
+
+class _Uncaptured:
+    """Steps as graphs run them, launched one by one: the kernels are the same."""
+
+    what = "uncaptured step"
+    captures_compute = False
+
+    def __init__(self) -> None:
+        self.usable, self.proven = True, False
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        step()
+        return step
+
+    def clear(self) -> None:
+        """There is nothing to keep."""
 
 
 def warm_up(cache: KvCache, limit: int) -> None:
@@ -71,26 +91,35 @@ def warm_up(cache: KvCache, limit: int) -> None:
     prompt does. A failure is a warning: the first answer meets it again, and says so.
     """
     start = time.perf_counter()
-    on_gpu = cache.device.type == "cuda"
     try:
         with experts_muted(cache.model):
-            for size in _SIZES:
-                if size + _FOLLOW_UP < limit:
-                    cache.reuse([0])
-                    cache.forward(_some_ids(cache.model, size))
-                    cache.forward(_some_ids(cache.model, _FOLLOW_UP if cache.continues else 1))
-        if limit > 4:
-            first, second, third, fourth = _some_ids(cache.model, 4)
-            cache.reuse([0])
-            cache.forward([first, second])
-            cache.forward([third])
-            cache.capture_ahead(min(limit, _GPU_POSITIONS) if on_gpu else 0)
-            cache.forward([fourth])
+            _run_prompts(cache, _SIZES, limit)
+        _run_steps(cache, limit)
     except (RuntimeError, KtrtError) as error:
         logger.warning("Warming up failed, the first answer will take longer: %s", error)
     finally:
         cache.reuse([0])
     logger.debug("Warmed up in %.1f s", time.perf_counter() - start)
+
+
+def _run_prompts(cache: KvCache, sizes: Sequence[int], limit: int) -> None:
+    for size in sizes:
+        if size + _FOLLOW_UP < limit:
+            cache.reuse([0])
+            cache.forward(_some_ids(cache.model, size))
+            cache.forward(_some_ids(cache.model, _FOLLOW_UP if cache.continues else 1))
+
+
+def _run_steps(cache: KvCache, limit: int) -> None:
+    """A decode step by the model itself, which makes the first graph, and one by the graph."""
+    if limit <= 4:
+        return
+    first, second, third, fourth = _some_ids(cache.model, 4)
+    cache.reuse([0])
+    cache.forward([first, second])
+    cache.forward([third])
+    cache.capture_ahead(min(limit, _GPU_POSITIONS) if cache.device.type == "cuda" else 0)
+    cache.forward([fourth])
 
 
 def _some_ids(model: Any, count: int) -> list[int]:

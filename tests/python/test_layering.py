@@ -38,7 +38,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "generation": {"sampling", "text_stream", "kv_cache", "cache_layers", "decode_graph"},
     "context": set(),
     "adapters": {"adapter", "moe"},
-    "warm_up": {"generation", "moe"},
+    "warm_up": {"decode_graph", "generation", "kv_cache", "moe"},
     "session": {
         "adapters",
         "context",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,10 @@ from helpers.tiny_chat import make_model, make_session, make_tokenizer
 from helpers.tiny_models import save_model
 from torch import nn
 
+import ktrt.model
 from ktrt import decode_graph, kv_cache, warm_up
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
+from ktrt.decode_graph import DecodeGraphs
 from ktrt.errors import KtrtError
 from ktrt.generation import KvCache
 from ktrt.model import load_model
@@ -147,7 +150,8 @@ def test_a_session_keeps_the_warm_cache() -> None:
 
 class TestMuted:
     @pytest.fixture
-    def loaded(self, tmp_path: Path) -> Iterator[Any]:
+    def loaded(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+        monkeypatch.setattr(ktrt.model, "_device", lambda: torch.device("cpu"))
         args = ModelArgs(save_model(tmp_path / "model", "qwen3_moe", 32), infer_dtype="float32")
         loaded = load_model(args, AdapterArgs(), ExpertArgs(kt_num_threads=1, ktrt_cache=False))
         yield loaded
@@ -198,5 +202,30 @@ def test_what_fails_beside_a_load_is_left_to_the_first_answer(
         raise ValueError("no such device")
 
     monkeypatch.setattr(torch.cuda, "device", fail)
-    warm_up._run_sizes(llama, torch.device("cpu"), 10)
+    warm_up._load_kernels(llama, torch.device("cpu"), 10)
     assert "no such device" in caplog.text
+
+
+def test_kernels_of_prompts_and_steps_are_loaded(
+    llama: Any,
+    forwards: list[int],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As the thread does it, on the CPU; the steps in the form that graphs capture, too."""
+    caplog.set_level(logging.DEBUG, logger="ktrt.warm_up")
+    stream = SimpleNamespace(synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda _device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    in_steps: list[int] = []
+    run = DecodeGraphs._run
+
+    def watched(self: DecodeGraphs, window: int) -> None:
+        in_steps.append(window)
+        run(self, window)
+
+    monkeypatch.setattr(DecodeGraphs, "_run", watched)
+    warm_up._load_kernels(llama, torch.device("cpu"), 100)
+    assert "failed" not in caplog.text
+    assert [n for n in forwards if n > 2] == [6, 20, 12, 20, 24, 20, 48, 20]
+    assert in_steps == [512] * 4  # ahead of the capture, in it, and the step twice
