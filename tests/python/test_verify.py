@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ from helpers.tiny_models import (
     write_adapter,
 )
 from helpers.verify_cases import Backend, Made, check
+from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
 from test_kt_weights import write_tree
 
@@ -25,14 +27,17 @@ from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.model import load_model
 from ktrt.moe import KTExperts
 from ktrt.prepare import base_of_adapters, open_adapter, open_base
-from ktrt.reference import RawAdapter, RawCheckpoint
+from ktrt.reference import Lora, RawAdapter, RawCheckpoint
 from ktrt.verify import LayerReport, verify, verify_layer
+from ktrt.verify_linears import check_linear
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from helpers.verify_cases import Folders
+
+    from ktrt.verify_probes import Check
 
 Arguments = dict[str, torch.Tensor | None]
 
@@ -408,3 +413,31 @@ def test_lora_on_the_router(made: Made, tmp_path: Path, monkeypatch: pytest.Monk
     double_scaling(monkeypatch, "mlp.gate")
     (report,) = check((model, adapter))
     assert {text.partition(":")[0] for text in report.failures} == {"mlp.gate"}
+
+
+def test_base_and_change_that_cancel_are_judged_by_their_size() -> None:
+    """A gate has one output: for inputs that A reads, W and LoRA may be nearly opposite, and what
+    either is rounded by is then much of what is left."""
+    size, rank = 112, 1
+    generator = torch.Generator().manual_seed(1)
+    a = torch.randn(rank, size, generator=generator) / size**0.5
+    b = torch.tensor([[1.0]])
+    model = torch.nn.Module()
+    model.gate = torch.nn.Linear(size, 1, bias=False)
+    weight = 0.05 * torch.randn(1, size, generator=generator)
+    along = a / a.norm()
+    weight -= (weight @ along.T) * along + 0.999 * b @ a
+    model.gate.weight.data.copy_(weight)
+    peft = inject_adapter_in_model(
+        LoraConfig(r=rank, lora_alpha=rank, target_modules=["gate"]), model
+    )
+    peft.gate.lora_A.default.weight.data.copy_(a)
+    peft.gate.lora_B.default.weight.data.copy_(b)
+    raw: Any = SimpleNamespace(linear=lambda _name: (weight.numpy(), np.float32(0)))
+    assert _gate_check(peft, raw, a, b, 1.0).failures == []
+    assert _gate_check(peft.bfloat16(), raw, a, b, 1.0).failures == []
+    assert _gate_check(peft, raw, a, b, 1.1).failures
+
+
+def _gate_check(model: torch.nn.Module, raw: Any, a: Any, b: Any, scaling: float) -> Check:
+    return check_linear(model, "gate", raw, Lora(a.numpy(), b.numpy(), scaling), 0)
