@@ -156,7 +156,8 @@ class MemoryPlan:
 def check_addresses(folder: Path) -> int:
     """Addresses that one look at the weight files takes: safetensors maps each, and torch does.
     ``ConfigError`` if ulimit -v leaves no room for them."""
-    size = 2 * sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    files = [file for file in folder.glob("*.safetensors") if file.is_file()]  # no broken links
+    size = 2 * sum(file.stat().st_size for file in files)
     limit = address_limit()
     if limit is not None and size > limit.free:
         raise ConfigError(

@@ -20,7 +20,13 @@ import ktrt.model
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import ConfigError
 from ktrt.memory_limits import Limit, address_limit, ram_limit
-from ktrt.memory_plan import MIN_CONTEXT, Item, MemoryPlan, kv_bytes_per_token
+from ktrt.memory_plan import (
+    MIN_CONTEXT,
+    Item,
+    MemoryPlan,
+    check_addresses,
+    kv_bytes_per_token,
+)
 from ktrt.model import load_model
 from ktrt.moe import find_experts
 from ktrt.prepare import plan_memory
@@ -178,6 +184,16 @@ def test_refused_before_a_weight_is_read(
     monkeypatch.setattr("ktrt.memory_plan.ram_limit", lambda *_: small)
     with pytest.raises(ConfigError, match=r"cgroup memory\.max 0\.1 GB"):
         load_model(ModelArgs(model), AdapterArgs(), ExpertArgs(kt_num_threads=1))
+
+
+def test_a_link_to_nothing_beside_the_weights_counts_for_nothing(
+    model: Path, tmp_path: Path
+) -> None:
+    size = check_addresses(model)
+    for file in model.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "model-00001-of-00002.safetensors").symlink_to(tmp_path / "blob")
+    assert check_addresses(tmp_path) == size
 
 
 def test_items_are_those_of_the_model(model: Path, caplog: pytest.LogCaptureFixture) -> None:
