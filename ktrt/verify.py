@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ktrt.errors import AdapterError, CheckpointError
+from ktrt.folders import check_model_folder
+from ktrt.json_files import read_json
 from ktrt.model import load_model
 from ktrt.moe import KTExperts
 from ktrt.prepare import open_base, open_kt_weights
@@ -32,6 +35,7 @@ from ktrt.verify_probes import Check, Limits, Outputs, compare, mixed_probe, sin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
+    from pathlib import Path
 
     from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
     from ktrt.model import LoadedModel
@@ -88,6 +92,7 @@ def verify(
     """
     folder = adapter.single()
     assert folder is not None
+    _check_folders(model.model_name_or_path, folder, experts)
     lora = RawAdapter(folder, adapter.lora_B_layout)
     base = RawCheckpoint(model.model_name_or_path)
     layers = _layers(lora, layer, everything)
@@ -98,6 +103,15 @@ def verify(
             return [verify_layer(loaded, base, lora, number, slices, advance) for number in layers]
     finally:
         loaded.close()
+
+
+def _check_folders(model: Path, adapter: Path, experts: ExpertArgs) -> None:
+    """Says what a folder is and which file lacks; the raw readers only know that they failed."""
+    check_model_folder(model, experts_elsewhere=experts.kt_weight_path is not None)
+    read_json(model / "config.json", CheckpointError)
+    config = adapter / "adapter_config.json"
+    if config.is_symlink() or config.exists():
+        read_json(config, AdapterError)
 
 
 def _down_slices(model: ModelArgs, experts: ExpertArgs) -> int:

@@ -248,9 +248,10 @@ def _files(folder: Path) -> list[RawFile]:
 
 def _config(folder: Path) -> dict[str, Any]:
     """adapter_config.json, else rank and alpha of KTransformers' manifest."""
-    if (folder / "adapter_config.json").is_file():
-        return read_json(folder / "adapter_config.json")
-    lora = read_json(folder / "kt_adapter_manifest.json").get("lora") or {}
+    config, manifest = folder / "adapter_config.json", folder / "kt_adapter_manifest.json"
+    if config.is_file() or not manifest.is_file():
+        return read_json(config)
+    lora = read_json(manifest).get("lora") or {}
     return {"r": lora.get("rank"), "lora_alpha": lora.get("alpha")}
 
 

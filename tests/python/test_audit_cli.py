@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,22 @@ def test_a_failed_verification_is_exit_code_1(
     assert out.splitlines()[-1] == "NOT VERIFIED: layer 3"
     assert main([str(DEMO / "chat.yaml"), "--verify", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["passed"] is False
+
+
+@pytest.mark.parametrize("where", ["model/config.json", "adapter/adapter_config.json"])
+def test_verify_names_the_link_to_nothing(
+    tmp_path: Path,
+    model: Path,
+    adapters: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+    where: str,
+) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    shutil.copytree(adapters["a"], tmp_path / "adapter")
+    (tmp_path / where).unlink()
+    (tmp_path / where).symlink_to(tmp_path / "blob")
+    assert main([config(tmp_path, tmp_path / "model", tmp_path / "adapter"), "--verify"]) == 2
+    assert f"{tmp_path / where}: a link to {tmp_path / 'blob'}" in capsys.readouterr().err
 
 
 def test_the_report_fits_a_narrow_terminal_without_colour(
