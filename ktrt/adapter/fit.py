@@ -48,7 +48,8 @@ _NO_TEXT = re.compile(
     r"(?:^|\.)\w*(?:vision|visual|audio|image|speech|multi_modal|mm_projector|talker|code2wav"
     r"|token2wav)\w*(?:\.|$)"
 )
-_NEXT_TOKENS = re.compile(r"(?:^|\.)mtp\.")
+# Layers that predict further tokens, which transformers' classes leave out.
+_NEXT_TOKENS = re.compile(r"(?:\w+\.)*?mtp(?:_\w+)?\.")
 _TINKER = re.compile(r"\.experts\.w[123]$|(?:^|\.)unembed_tokens$")
 # Names of models whose projections are stored as one, or in parts.
 _FOREIGN = (
@@ -85,6 +86,8 @@ def fit_names(
     for tensor in files.tensors:
         if not is_for_text(tensor.module):
             unseen.append(Idle(tensor, "outside the text model"))
+        elif _NEXT_TOKENS.match(tensor.module) and not fitter.knows(tensor):
+            unseen.append(Idle(tensor, "of layers that predict further tokens, which do not run"))
         elif _is_placeholder(tensor, base):
             idle.append(Idle(tensor, "empty: these experts have no gate"))
         else:
@@ -136,6 +139,10 @@ class _Fitter:
     def __init__(self, base: BaseModel, claims: Callable[[AdapterTensor, BaseModel], bool]) -> None:
         self._base, self._claims = base, claims
         self._unchanged: set[str] = set()
+
+    def knows(self, tensor: AdapterTensor) -> bool:
+        """Whether the base has the module, by the tensor's own name."""
+        return self._claims(tensor, self._base) or _has_module(tensor.module, self._base)
 
     def fit(self, tensor: AdapterTensor) -> AdapterTensor:
         if tensor.module in self._unchanged and tensor.part in ("lora_A", "lora_B"):
@@ -241,11 +248,6 @@ def explain_unknown(tensor: AdapterTensor, base: BaseModel) -> str:
         if is_for_text(name) and (match := re.search(r"(?:^|\.)layers\.(\d+)$", name))
     }  # fmt: skip
     number = re.search(r"(?:^|\.)layers\.(\d+)\.", tensor.module)
-    if _NEXT_TOKENS.search(tensor.module):
-        return (
-            f"{start}: it is of a layer for multi-token prediction, which ktrt does not run. "
-            "Remove these tensors from the file: they change no answer."
-        )
     if number and layers and int(number[1]) > max(layers):
         return (
             f"{start}: it has layers 0 to {max(layers)}; {base.summary()}. The adapter was trained "

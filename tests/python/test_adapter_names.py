@@ -149,6 +149,22 @@ def test_vision_towers_are_named_and_left_out(
         plan(write_adapter(tmp_path, more, config), subject.base)
 
 
+@pytest.mark.parametrize("layer", ["mtp.layers.0", "model.mtp.0", "model.mtp_layers.0.block"])
+def test_layers_that_predict_further_tokens_are_left_out(
+    subject: Subject, tmp_path: Path, caplog: pytest.LogCaptureFixture, layer: str
+) -> None:
+    tensors, config = read_folder(write_a(tmp_path, subject.adapter))
+    more = {
+        f"base_model.model.{layer}.{module}.lora_{half}.weight": torch.ones(4, 4)
+        for module in ("self_attn.q_proj", "mlp.experts.0.up_proj", "mlp.experts")
+        for half in "AB"
+    }
+    found = plan(write_adapter(tmp_path, tensors | more, config), subject.base)
+    assert_same(found, subject.expected)
+    assert f"6 of {len(tensors) + 6} tensors act on parts of the model" in caplog.text
+    assert {row.tensor for row in found.audit.rows if row.status == "no effect"} == set(more)
+
+
 @pytest.mark.parametrize(
     ("module", "words"),
     [
@@ -156,7 +172,6 @@ def test_vision_towers_are_named_and_left_out(
         ("model.layers.0.self_attn.qkv_proj", ["projections are stored as one"]),
         ("decoder.layers.0.self_attention.linear_qkv", ["Megatron's names"]),
         ("model.layers.0.linear_attn.in_proj_q", ["Tinker's raw names"]),
-        ("mtp.layers.0.self_attn.q_proj", ["multi-token prediction"]),
         ("model.layers.0.self_attn.query", ["layers.0.self_attn holds", "o_proj"]),
         ("network.block.0.query", ["Names of the base look like model.layers.0"]),
     ],
