@@ -28,7 +28,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ktrt.config import as_overrides
+from ktrt.config import as_overrides, names_key
 from ktrt.errors import ConfigError, KtrtError
 
 if TYPE_CHECKING:
@@ -124,7 +124,9 @@ def _with_bare_options(parser: argparse.ArgumentParser, words: list[str]) -> lis
 
 
 def _is_file(argument: str) -> bool:
-    if "=" not in argument or argument.endswith(_CONFIG_SUFFIXES):
+    if "=" not in argument:
+        return True
+    if argument.endswith(_CONFIG_SUFFIXES) and not names_key(argument):
         return True
     try:
         return Path(argument).is_file()

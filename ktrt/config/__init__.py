@@ -13,7 +13,7 @@ from ktrt.config.args import (
     TemplateArgs,
     override_sampling,
 )
-from ktrt.config.load import as_overrides, load_config
+from ktrt.config.load import as_overrides, load_config, names_key
 
 __all__ = [
     "AdapterArgs",
@@ -24,5 +24,6 @@ __all__ = [
     "TemplateArgs",
     "as_overrides",
     "load_config",
+    "names_key",
     "override_sampling",
 ]

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
 
 from ktrt.config.check import nearest
+from ktrt.config.keys import MEANT
 from ktrt.errors import ConfigError
 
 _LONG = re.compile(r"--([A-Za-z][\w.-]*)(?:=(.*))?", re.DOTALL)
@@ -64,5 +65,8 @@ def _value(word: str, left: list[str], options: Mapping[str, bool], takes: Takes
 
 def _unknown(name: str, options: Mapping[str, bool], keys: Collection[str]) -> str:
     long = [option.removeprefix("--") for option in options if option.startswith("--")]
-    hint = nearest(name, [*long, *keys]).replace("mean '", "mean '--")
+    hint = nearest(name, [*long, *keys])
+    if meant := MEANT.get(name.lower().replace("-", "_")):
+        hint = f" (did you mean {meant!r}?)"
+    hint = hint.replace("mean '", "mean '--")
     return f"unknown option --{name}{hint}; keys of the configuration are key=value or --key value"

@@ -124,6 +124,12 @@ def as_overrides(words: Sequence[str], options: Mapping[str, bool]) -> tuple[lis
     return convert_options(words, options, _KNOWN, takes)
 
 
+def names_key(argument: str) -> bool:
+    """Whether ``argument`` starts with a configuration's key and an equals sign."""
+    key, sign, _ = argument.partition("=")
+    return bool(sign) and _is_known(key)
+
+
 def _section(section: type[Any], values: Mapping[str, Any], where: str) -> Any:
     given = {each.name: values[each.name] for each in fields(section) if each.name in values}
     try:

@@ -217,12 +217,18 @@ class TestArguments:
         assert arguments("top_k=3", str(file)).config == str(file)
         assert arguments("a=b.yaml").config == "a=b.yaml"
 
+    @pytest.mark.parametrize("value", ["model_name_or_path=m/config.json", "template=a.yaml"])
+    def test_a_value_that_looks_like_a_file(self, value: str) -> None:
+        args = arguments("top_k=3", value)
+        assert (args.config, args.overrides) == ({}, ["top_k=3", value])
+
     @pytest.mark.parametrize(
         ("words", "message"),
         [
             (["--tempersture", "3"], "--tempersture (did you mean '--temperature'?)"),
             (["--verbos=3"], "ignored explicit argument"),
             (["--promt", "3"], "--promt (did you mean '--prompt'?)"),
+            (["--torch-dtype", "bfloat16"], "--torch-dtype (did you mean '--infer_dtype'?)"),
             (["--zzzz"], "unknown option --zzzz; keys of the configuration are key=value"),
             (["--top_k"], "--top_k: expected a value, as in --top_k VALUE"),
             (["--top_k", "--template", "x"], "--top_k: expected a value"),
