@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from ktrt.checkpoint_config import ModelConfig
 
 logger = logging.getLogger(__name__)
+
+# What huggingface_hub says of a file that auto_map names, with an address that nobody can open.
+_LACKS_FILE = re.compile(r"does not appear to have a file named ([\w./-]+\.py)")
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,11 @@ def _unknown(config: ModelConfig) -> str:
 def _cannot_build(config: ModelConfig, built: Any, error: Exception) -> str:
     """The library's message as it is, and the keys that may be the cause."""
     text = str(error).strip() or "no message"
+    if missing := _LACKS_FILE.search(text):
+        return (
+            f"{config.file}: auto_map names {missing[1]}, which the folder lacks. Download the "
+            "folder again with its Python files."
+        )
     where = "a model" if built is not None else "the configuration"
     reason = f"{config.file}: transformers cannot build {where} of type {config.model_type}"
     suspects = [] if isinstance(error, ImportError) else _suspects(config)

@@ -214,6 +214,14 @@ def test_models_that_transformers_has_no_class_for(
     assert "Checkout" not in str(error.value)
 
 
+def test_code_that_the_folder_lacks(tmp_path: Path) -> None:
+    maps = {"AutoConfig": "configuration_new.NewConfig"}
+    config = {"model_type": "brand_new", "architectures": ["BrandNew"], "auto_map": maps}
+    with pytest.raises(CheckpointError, match="auto_map names configuration_new.py") as error:
+        build_skeleton(write(tmp_path, config), trust_remote_code=True)
+    assert "Checkout" not in str(error.value)
+
+
 def test_a_contradiction_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     small("qwen3-30b-a3b", tmp_path, architectures=["MixtralForCausalLM"])
     assert read_model_config(tmp_path).model_type == "qwen3_moe"
