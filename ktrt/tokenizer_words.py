@@ -35,8 +35,12 @@ def add_configured(
         ("add_special_tokens", add_special_tokens, True),
     ):
         before = vocabulary_size(tokenizer)
-        if texts and tokenizer.add_tokens(list(texts), special_tokens=special):
-            logger.info("%s: %s", key, _span(texts, before, vocabulary_size(tokenizer)))
+        if texts:
+            tokenizer.add_tokens(list(texts), special_tokens=special)
+        after = vocabulary_size(tokenizer)
+        new = [text for text in texts if before <= tokenizer.convert_tokens_to_ids(text) < after]
+        if new:
+            logger.info("%s: %s", key, _span(new, before, after))
 
 
 def vocabulary_size(tokenizer: Any) -> int:
@@ -166,7 +170,27 @@ def read_words(name: str, folder: Path, tokenizer: Any) -> AdapterWords | None:
         # Made special for training: such a token is no text of an answer.
         if known is None or (token.special and number not in special):
             found[number] = token
+    _compare_vocabularies(name, files, tokenizer)
     return AdapterWords(name, found, files.roles().get("eos_token"), files.chat_template())
+
+
+def _compare_vocabularies(name: str, files: TokenizerFiles, tokenizer: Any) -> None:
+    """Warns where the ordinary tokens are not the base's: what is written is encoded by those."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = files.pipeline.model.get("vocab") if files.pipeline else None
+    if backend is None or not isinstance(vocabulary, dict):
+        return
+    base: dict[str, int] = backend.get_vocab()
+    # Files differ in whether they list added tokens as ordinary ones too.
+    added = {token.content for token in files.added_tokens().values()}
+    other = [text for text, number in vocabulary.items() if base.get(text) != number]
+    other += [text for text in backend.get_vocab(False) if text not in vocabulary]
+    if other := [text for text in other if text not in added]:
+        logger.warning(
+            "The tokenizer in the folder of adapter %s has another vocabulary than the base's (%d "
+            "tokens differ, first %r): texts are encoded with the base's. Was the adapter trained "
+            "on another base model?", name, len(other), other[0],
+        )  # fmt: skip
 
 
 def _ids_of(tokenizer: Any, texts: Sequence[str]) -> list[int | None]:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import ktrt
 from ktrt.errors import AdapterError, ConfigError, KtrtError
 from ktrt.export import main
+from ktrt.tokenizer_words import add_configured, read_words
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -149,6 +150,28 @@ def test_tokens_of_the_configuration_are_llama_factorys(folder: Path, tmp_path: 
     # The same tokens in another order have other ids than the adapter's files say.
     with pytest.raises(AdapterError, match="'<svg>' id 384, but .* has 385"):
         load(folder, folder / "adapter", add_tokens="</svg>,<svg>")
+
+
+def test_tokens_that_exist_are_not_new(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    before = len(tokenizer)
+    with caplog.at_level(logging.INFO, "ktrt"):
+        add_configured(tokenizer, [], ["a", "b"])
+        assert (len(tokenizer), caplog.messages) == (before, [])
+        add_configured(tokenizer, [], ["a", "<new>"])
+    assert caplog.messages == [f"add_special_tokens: 1 tokens (<new>), ids {before} to {before}"]
+
+
+def test_another_vocabulary_is_said(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Fewer merges: every id that both have is the same, texts are not."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    assert read_words("own", folder / "adapter", tokenizer) is not None
+    assert caplog.messages == []
+    make_tokenizer(vocab_size=VOCAB_SIZE - 40).save_pretrained(tmp_path)
+    assert read_words("own", tmp_path, tokenizer) is not None
+    assert "another vocabulary than the base's (40 tokens differ, first" in caplog.text
 
 
 def test_words_without_rows(folder: Path, tmp_path: Path) -> None:
