@@ -61,7 +61,8 @@ def check_contents(checkpoint: Checkpoint, names: WeightNames, config: ModelConf
     strange = [(n, t) for n, t in strange if not (left_out and left_out.search(t))]
     shapes = {target: checkpoint.shape(name) for name, target in strange}
     further = _further_layers(shapes, parameters, config)
-    unknown = sorted(t for _, t in strange if t not in further)
+    # Experts by themselves are one parameter here.
+    unknown = sorted({t for _, t in strange if t not in further})
     if unknown:
         raise CheckpointError(
             f"{checkpoint.folder}: {len(unknown)} unexpected keys for {type(model).__name__}: "
