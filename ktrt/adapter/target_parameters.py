@@ -6,9 +6,9 @@ one. A [E·r, in] is expert-major, B [out, r·E] rank-major: A_e = A[e·r:(e+1)�
 (peft.tuners.lora, ``ParamWrapper``).
 
 PEFT before 0.19.1 read [E, d1, d2] as in = d1, out = d2, so that A is [E·r, d1], B [d2, r·E] and
-ΔW_e = A_eᵀ B_eᵀ. The shapes tell the two apart unless d1 = d2; then peft_version does. Parameters
-that are stored transposed, [E, in, out], every PEFT read as they are. ``packing`` says of whose
-columns B may be otherwise.
+ΔW_e = A_eᵀ B_eᵀ. The shapes tell the two apart unless d1 = d2; then those of the file's other
+parameters do, else peft_version. Parameters that are stored transposed, [E, in, out], every PEFT
+read as they are. ``packing`` says of whose columns B may be otherwise.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ktrt.adapter.packing import StackedB, decide_packing, to_rank_major
 from ktrt.errors import AdapterError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from ktrt.adapter.base import BaseModel, ExpertLoras, ExpertsSite
     from ktrt.adapter.config_file import Packing
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 TITLE = "LoRA on stacked parameters (target_parameters)"
 PROVIDES = "the LoRA of routed experts"
 
+# Of a pair: the experts module, and whether PEFT's inner wrapper holds it.
+_Key = tuple[str, bool]
 # 0.19.0 has the test for swapping in and out inverted, so it counts with the older ones.
 _FIRST_SWAPPED = Version("0.19.1.dev0")
 
@@ -75,9 +77,10 @@ def collect(
         b, rank = parts["lora_B"], named[path, inner][1].rank
         stacks.append(StackedB(b.where, b.value, parts["lora_A"].value, site.num_experts, rank))
     packing = decide_packing(stacks, settings)
+    old = _old_ones(found, named, base, settings)
     for (path, inner), parts in found.items():
         site, (parameter, scale) = base.require_site(path), named[path, inner]
-        lora = _unstack(site, parameter, parts, scale, settings, packing)
+        lora = _unstack(site, parts, scale, packing, is_old=old[path, inner])
         if parameter == "down_proj":
             loras[path]["down"] = lora
         elif site.has_gate:
@@ -121,21 +124,38 @@ def _parameter(
     return targets[0]
 
 
-def _unstack(
-    site: ExpertsSite,
-    parameter: str,
-    parts: dict[str, AdapterTensor],
-    scale: LoraScale,
+def _old_ones(
+    found: Mapping[_Key, dict[str, AdapterTensor]],
+    named: Mapping[_Key, tuple[str, LoraScale]],
+    base: BaseModel,
     settings: LoraSettings,
-    packing: Packing,
-) -> ExpertLora:
-    a, b = parts["lora_A"].value.float(), parts["lora_B"].value.float()
-    num_experts, rank = site.num_experts, scale.rank
+) -> dict[_Key, bool]:
+    """Which pairs are as PEFT before 0.19.1 wrote them. Where the shapes fit both: as the file's
+    other pairs, since of an expert's two parameters only one can be as wide as high."""
+    ways = {
+        key: _ways(base.require_site(key[0]), *named[key], parts) for key, parts in found.items()
+    }
+    certain = {old for new, old in ways.values() if new != old}
+    only = next(iter(certain)) if len(certain) == 1 else None
+    result = {}
+    for key, (new, old) in ways.items():
+        if new and old:
+            old = only if only is not None else not _writes_swapped(found[key]["lora_A"], settings)
+        result[key] = old
+    return result
+
+
+def _ways(
+    site: ExpertsSite, parameter: str, scale: LoraScale, parts: dict[str, AdapterTensor]
+) -> tuple[bool, bool]:
+    """Whether the shapes are as PEFT writes them since 0.19.1, and as it did before.
+    ``AdapterError`` if they are neither."""
+    a, b = parts["lora_A"].value, parts["lora_B"].value
     size_out = site.intermediate_size * (2 if site.has_gate else 1)
     size_in = site.hidden_size
     if parameter == "down_proj":
         size_out, size_in = site.hidden_size, site.intermediate_size
-    stacked = num_experts * rank
+    stacked = site.num_experts * scale.rank
     new = a.shape == (stacked, size_in) and b.shape == (size_out, stacked)
     old = a.shape == (stacked, size_out) and b.shape == (size_in, stacked)
     old = old and not site.is_transposed
@@ -143,16 +163,27 @@ def _unstack(
         raise AdapterError(
             f"{parts['lora_A'].where} has shape {list(a.shape)} and {parts['lora_B'].key} "
             f"{list(b.shape)}; expected [{stacked}, {size_in}] and [{size_out}, {stacked}] for "
-            f"{site.path}.{parameter} with {num_experts} experts and rank {rank}. The adapter was "
-            "trained on another base model, or adapter_config.json is not its own."
+            f"{site.path}.{parameter} with {site.num_experts} experts and rank {scale.rank}. The "
+            "adapter was trained on another base model, or adapter_config.json is not its own."
         )
-    check_magnitude(parts["lora_A" if old and not new else "lora_B"], rank, scale.scaling)
-    if new and old:
-        old = not _writes_swapped(parts["lora_A"], settings)
+    check_magnitude(parts["lora_A" if old and not new else "lora_B"], scale.rank, scale.scaling)
+    return new, old
+
+
+def _unstack(
+    site: ExpertsSite,
+    parts: dict[str, AdapterTensor],
+    scale: LoraScale,
+    packing: Packing,
+    *,
+    is_old: bool,
+) -> ExpertLora:
+    a, b = parts["lora_A"].value.float(), parts["lora_B"].value.float()
+    num_experts, rank = site.num_experts, scale.rank
     stack_a = a.reshape(num_experts, rank, -1)
     b = to_rank_major(b, packing, num_experts)
     stack_b = b.reshape(b.shape[0], rank, num_experts).permute(2, 0, 1)
-    if old:
+    if is_old:
         stack_a, stack_b = stack_b.transpose(1, 2), stack_a.transpose(1, 2)
     scaling = torch.full((num_experts,), scale.scaling, dtype=torch.float32)
     return ExpertLora(stack_a.contiguous(), stack_b.contiguous(), scaling)

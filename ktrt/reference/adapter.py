@@ -222,7 +222,12 @@ class RawAdapter:
         grouped = self._grouped(count)
         swapped = lora.a.shape[1] == size_in and lora.b.shape[0] == size_out
         if swapped and size_in == size_out:
-            swapped = _swaps(self.folder, module, self.config.get("peft_version"))
+            # The other parameter is written in the same way, and is not square.
+            if both:
+                other = self._lora(path if is_first else f"{path}.base_layer")
+                swapped = other.a.shape[1] == (inner if is_first else hidden)
+            else:
+                swapped = _swaps(self.folder, module, self.config.get("peft_version"))
         for e, each in enumerate(found):
             a = lora.a[e * rank : (e + 1) * rank]
             b = lora.b[:, e * rank : (e + 1) * rank] if grouped else lora.b[:, e::count]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.tiny_models import (
@@ -21,6 +22,7 @@ from helpers.tiny_models import (
 from ktrt.adapter import AdapterPlan, BaseModel, plan_adapter
 from ktrt.adapter.base import ExpertLora, engine_arguments, stack_experts
 from ktrt.errors import AdapterError
+from ktrt.reference import RawAdapter
 
 # 2 · 80 = hidden_size 160: gate_up_proj is square.
 SQUARE, ODD = 80, 96
@@ -166,11 +168,39 @@ def test_square_parameters_are_read_by_version(
 ) -> None:
     model, base = bases("deepseek_v2", SQUARE)
     folder = save_adapter(tmp_path, model, "b", LoraPlan(rank=4))
-    tensors, config = read_folder(folder)
+    tensors, config = gate_up_alone(folder)
     write_adapter(folder, tensors, config | {"peft_version": version})
     lora = plan(folder, base).experts[PATH]["gate"]
-    a = tensors[stacked(tensors, ".base_layer")[0]][:4]
+    a = tensors[stacked(tensors, "")[0]][:4]
     assert torch.equal(lora.a[0], a) == swapped
+
+
+def gate_up_alone(folder: Path) -> tuple[Tensors, dict[str, Any]]:
+    """Of an adapter in layout b: without down_proj, whose LoRA has the unprefixed name."""
+    tensors, config = read_folder(folder)
+    kept = {k: v for k, v in tensors.items() if ".experts.lora" not in k}
+    config["target_parameters"] = ["mlp.experts.gate_up_proj"]
+    return {k.replace("experts.base_layer", "experts"): v for k, v in kept.items()}, config
+
+
+@pytest.mark.parametrize("version", ["0.18.0", "0.21.0", None])
+@pytest.mark.parametrize("old", [False, True])
+def test_the_other_parameter_says_how_a_square_one_is_read(
+    bases: Bases, tmp_path: Path, version: str | None, old: bool
+) -> None:
+    """Whatever peft_version says: the folder may have been saved again, or by another writer."""
+    model, base = bases("deepseek_v2", SQUARE)
+    folder = save_adapter(tmp_path, model, "b", LoraPlan(rank=4))
+    expected = plan(folder, base).experts[PATH]
+    tensors, config = read_folder(folder)
+    config["peft_version"] = version
+    write_adapter(folder, as_old_peft_wrote(tensors, 4) if old else tensors, config)
+    found = plan(folder, base).experts[PATH]
+    raw = RawAdapter(folder).experts(1, NUM_EXPERTS, 160, SQUARE)[3]
+    for name in ("gate", "up", "down"):
+        delta = expected[name].b @ expected[name].a
+        assert torch.equal(found[name].b @ found[name].a, delta)
+        assert np.allclose(raw[name].b @ raw[name].a, delta[3], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("version", [None, "unknown"])
@@ -178,8 +208,8 @@ def test_ambiguous_stacked_lora_asks_for_the_version(
     bases: Bases, tmp_path: Path, version: str | None
 ) -> None:
     model, base = bases("deepseek_v2", SQUARE)
-    folder = save_adapter(tmp_path, model, "b")
-    tensors, config = read_folder(folder)
+    tensors, config = gate_up_alone(save_adapter(tmp_path / "both", model, "b"))
+    folder = tmp_path / "one"
     with pytest.raises(AdapterError, match="read in two ways.*Add peft_version"):
         plan(write_adapter(folder, tensors, config | {"peft_version": version}), base)
 
