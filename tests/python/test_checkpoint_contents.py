@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,17 @@ def test_shapes_are_checked_before_anything_is_loaded(model: Path) -> None:
 
 
 # Which tensors
+
+
+def test_unexpected_keys_are_listed_once_each(tmp_path: Path) -> None:
+    """Experts by themselves are one parameter."""
+    edit_config(save_model(tmp_path, "qwen3_moe", 40), num_hidden_layers=2, mlp_only_layers=[1])
+    edit_weights(tmp_path, {f"model.layers.2.mlp.experts.{e}.up_proj.weight": torch.zeros(8, 8)
+                            for e in range(5)})  # fmt: skip
+    with pytest.raises(CheckpointError, match="unexpected keys") as error:
+        open_base(ModelArgs(tmp_path))
+    names = re.findall(r"model\.layers\.\d\.[\w.]+", str(error.value))
+    assert len(names) == len(set(names)) > 1
 
 
 def test_tensors_of_another_model_are_refused_everywhere(model: Path) -> None:
