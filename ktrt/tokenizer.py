@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from ktrt.errors import CheckpointError
 from ktrt.folders import tokenizer_advice
+from ktrt.json_files import read_json_as
 from ktrt.tokenizer_files import JSON_NAME, TokenizerFiles
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def load_tokenizer(args: ModelArgs) -> Any:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         _ = files.pipeline  # says more, if that is the damaged file
+        _check_model_config(folder)
         raise CheckpointError(_why_not(files, args.trust_remote_code, error)) from error
     if template is not None and not getattr(tokenizer, "chat_template", None):
         logger.info("%s: the chat template is that of chat_template.json", folder)
@@ -197,6 +199,13 @@ def _why_not(files: TokenizerFiles, trust: bool, error: BaseException) -> str:
         f"{folder}: cannot load its tokenizer ({type(error).__name__}: {reason[:300]}). Are "
         "tokenizer.json and tokenizer_config.json complete, and of this model?"
     )
+
+
+def _check_model_config(folder: Path) -> None:
+    """``CheckpointError``: config.json, which transformers reads before a tokenizer, is damaged."""
+    file = folder / "config.json"
+    if file.exists():
+        read_json_as(file, dict[str, Any], CheckpointError, "It describes every model folder.")
 
 
 def _model_type(folder: Path) -> str | None:

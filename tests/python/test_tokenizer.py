@@ -238,6 +238,24 @@ def test_ids_that_a_class_of_the_library_gets_wrong(
     assert "GPT2Tokenizer splits text differently from what tokenizer.json describes" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b'{"model_type": "deep', "is no valid JSON"),
+        (b"", "is no valid JSON"),
+        (b"null", "found None, expected an object"),
+        ("{}".encode("utf-16"), "is not UTF-8 text"),
+    ],
+)
+def test_a_damaged_config_is_not_blamed_on_the_tokenizer(
+    tmp_path: Path, data: bytes, words: str
+) -> None:
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes(data)
+    with pytest.raises(CheckpointError, match=f"/config.json:? {words}"):
+        open_it(tmp_path)
+
+
 def damaged(content: Any, random: random.Random) -> Any:
     """One value somewhere replaced or dropped."""
     content = json.loads(json.dumps(content))
