@@ -16,6 +16,10 @@ from ktrt.errors import KtrtError
 
 Sampler = Callable[[torch.Tensor], int]
 
+# Divided by less, ordinary logits leave float32's range. Two different logits are at least 1e-9
+# apart there, so that even at this temperature all but the best have the probability 0.
+_COLDEST = 1e-30
+
 
 def make_sampler(args: SamplingArgs, prompt_ids: Sequence[int]) -> Sampler:
     """A function from the next position's logits [vocab_size] (any float dtype) to a token id.
@@ -23,7 +27,7 @@ def make_sampler(args: SamplingArgs, prompt_ids: Sequence[int]) -> Sampler:
     It remembers what it chose: one sampler serves one answer, called once per token. The repetition
     penalty counts ``prompt_ids`` too. ``KtrtError``: NaN among the logits.
     """
-    greedy = not args.do_sample or args.temperature == 0
+    greedy = not args.do_sample or args.temperature < _COLDEST
     generator: torch.Generator | None = None
     penalties = [each for each in (_repetition(args, prompt_ids), _openai(args)) if each]
 

@@ -151,6 +151,14 @@ def test_temperature_zero_is_greedy() -> None:
     assert [sampler(row) for row in rows] == rows.argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("temperature", [1e-29, 1e-31, 1e-45, 5e-324])
+def test_temperatures_near_zero_are_greedy(temperature: float) -> None:
+    """Quotients leave float32's range, or are 0 / 0."""
+    rows = logits(20)
+    sampler = make_sampler(SamplingArgs(temperature=temperature), PROMPT)
+    assert [sampler(row) for row in rows] == rows.argmax(-1).tolist()
+
+
 def test_a_seed_repeats_and_none_does_not() -> None:
     rows = torch.zeros(40, VOCAB)
 
