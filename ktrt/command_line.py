@@ -181,7 +181,9 @@ def guarded(
         report(interrupted or "interrupted", None)
         return EXIT_INTERRUPTED
     except BaseException as error:  # noqa: BLE001 - panics of Rust's libraries are no Exception
-        report(describe_failure(error, debug=debug), error if debug else None)
+        unwritable = _drop_output_that_cannot_be_written() if isinstance(error, OSError) else None
+        reason = unwritable or describe_failure(error, debug=debug)
+        report(reason, error if debug else None)
         _drop_output_that_cannot_be_written()
         return EXIT_FAILURE
     return code
@@ -204,12 +206,15 @@ def abandon_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _drop_output_that_cannot_be_written() -> None:
+def _drop_output_that_cannot_be_written() -> str | None:
+    """Why standard output takes nothing (a full disk); None if it does."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
         abandon_output()
+        return f"standard output cannot be written: {getattr(error, 'strerror', None) or error}"
+    return None
 
 
 def _report(message: str, error: BaseException | None) -> None:

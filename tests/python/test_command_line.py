@@ -155,8 +155,7 @@ class TestProcess:
     def test_a_full_disk(self, tmp_path: Path) -> None:
         code, text = self.run("> /dev/full", tmp_path)
         assert code == 2
-        assert text.startswith("error: OSError: [Errno 28]")
-        assert text.count("\n") == 1
+        assert text == "error: standard output cannot be written: No space left on device\n"
 
     def test_no_reader(self, tmp_path: Path) -> None:
         assert self.run("| true; exit ${PIPESTATUS[0]}", tmp_path)[0] in (0, 141)
