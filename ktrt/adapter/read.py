@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -157,7 +158,10 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
         ) from error
     except Exception as error:
         # pickle.UnpicklingError and whatever else a hostile or foreign pickle raises.
-        raise AdapterError(f"{file} is not a plain file of tensors ({error}).") from error
+        raise AdapterError(
+            f"{file} is not a plain file of tensors ({_refused(error)}), and ktrt unpickles nothing "
+            "else. Save it as safetensors where it was trained."
+        ) from error
     if not isinstance(tensors, dict) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in tensors.items()
     ):
@@ -191,3 +195,9 @@ def _without_copies(tensors: list[AdapterTensor]) -> list[AdapterTensor]:
     for tensor in tensors:
         put_once(places, (tensor.module, tensor.part), tensor)
     return list(places.values())
+
+
+def _refused(error: Exception) -> str:
+    """torch's reason in one line, without its advice to unpickle whatever a file holds."""
+    found = re.search(r"unsupported (global: )?\w+ \S+", str(error), re.IGNORECASE)
+    return found[0] if found else type(error).__name__
