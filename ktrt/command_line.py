@@ -21,10 +21,12 @@ import argparse
 import io
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +34,8 @@ from ktrt.config import as_overrides, names_key
 from ktrt.errors import ConfigError, KtrtError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+    from types import FrameType
 
 EXIT_NEGATIVE = 1
 EXIT_FAILURE = 2
@@ -167,8 +170,10 @@ def guarded(
     ``report`` gets the line and, with ``debug``, the exception whose traceback is to be shown.
     ``interrupted``: what Ctrl-C leaves behind.
     """
+    pressed: list[int] = []
     try:
-        code = body()
+        with _noting_ctrl_c(pressed):
+            code = body()
         if sys.stdout is not None:
             # A full disk shows here, rather than in a complaint of the interpreter at its end.
             sys.stdout.flush()
@@ -181,12 +186,38 @@ def guarded(
         report(interrupted or "interrupted", None)
         return EXIT_INTERRUPTED
     except BaseException as error:  # noqa: BLE001 - panics of Rust's libraries are no Exception
+        if pressed:
+            report(interrupted or "interrupted", error if debug else None)
+            return EXIT_INTERRUPTED
         unwritable = _drop_output_that_cannot_be_written() if isinstance(error, OSError) else None
         reason = unwritable or describe_failure(error, debug=debug)
         report(reason, error if debug else None)
         _drop_output_that_cannot_be_written()
         return EXIT_FAILURE
     return code
+
+
+@contextmanager
+def _noting_ctrl_c(pressed: list[int]) -> Iterator[None]:
+    """Adds to ``pressed`` each Ctrl-C that raises ``KeyboardInterrupt`` within the block.
+
+    Lazy imports of libraries make other exceptions of it: 2 of 8 Ctrl-Cs in a chat's first 3
+    seconds ended in transformers' "Could not import module".
+    """
+
+    def note(number: int, frame: FrameType | None) -> None:
+        pressed.append(number)
+        signal.default_int_handler(number, frame)
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def describe_failure(error: BaseException, *, debug: bool) -> str:

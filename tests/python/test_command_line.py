@@ -3,6 +3,7 @@
 import importlib
 import logging
 import os
+import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -70,6 +71,23 @@ class TestBoundary:
         monkeypatch.setattr(command_line, "abandon_output", lambda: None)
         assert run_command(raising(error), QUIET, level=logging.WARNING) == code
         assert capfd.readouterr().err == line
+
+    def test_ctrl_c_that_a_library_turns_into_its_own_failure(
+        self, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        def body() -> int:
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except BaseException:  # noqa: BLE001 - as libraries have it
+                raise ModuleNotFoundError(
+                    "Could not import module 'BloomPreTrainedModel'"
+                ) from None
+            return 0
+
+        before = signal.getsignal(signal.SIGINT)
+        assert run_command(body, QUIET, level=logging.WARNING) == 130
+        assert capfd.readouterr().err == "error: interrupted\n"
+        assert signal.getsignal(signal.SIGINT) is before
 
     @pytest.mark.parametrize("error", [KtrtError("why"), ValueError("why")])
     def test_debug_shows_where(self, error: Exception, capfd: pytest.CaptureFixture[str]) -> None:
