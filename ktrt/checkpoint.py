@@ -80,6 +80,11 @@ class Checkpoint:
     def _open(self, path: Path) -> Any:
         if path not in self._handles:
             try:
+                # safetensors calls whatever cannot be opened "No such file".
+                path.open("rb").close()
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+            try:
                 self._handles[path] = safe_open(path, framework="pt", device="cpu")
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(

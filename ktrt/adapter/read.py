@@ -143,6 +143,8 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
     try:
+        # safetensors calls whatever cannot be opened "No such file".
+        file.open("rb").close()
         if is_pickle(file):
             tensors = torch.load(file, map_location="cpu", weights_only=True)
         else:
@@ -151,6 +153,8 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
         raise AdapterError(
             f"{file} is a link to a file that is not there: an interrupted download?"
         ) from error
+    except (PermissionError, IsADirectoryError) as error:
+        raise AdapterError(f"{file} cannot be read: {error.strerror}.") from error
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
         raise AdapterError(
             f"{file} is damaged or incomplete ({error}; {file.stat().st_size} bytes). Copy it "
@@ -159,8 +163,8 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
     except Exception as error:
         # pickle.UnpicklingError and whatever else a hostile or foreign pickle raises.
         raise AdapterError(
-            f"{file} is not a plain file of tensors ({_refused(error)}), and ktrt unpickles nothing "
-            "else. Save it as safetensors where it was trained."
+            f"{file} is not a plain file of tensors ({_refused(error)}), and ktrt unpickles "
+            "nothing else. Save it as safetensors where it was trained."
         ) from error
     if not isinstance(tensors, dict) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in tensors.items()

@@ -207,6 +207,24 @@ def test_missing_files(
     refuse(tmp_path, base, "expected an object")
 
 
+def test_a_file_that_cannot_be_opened_is_not_called_a_link(
+    originals: dict[Layout, tuple[Tensors, dict[str, Any]]],
+    base: BaseModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write_adapter(tmp_path, *originals["a"])
+    whole = Path.open
+
+    def forbidden(self: Path, *args: Any, **options: Any) -> Any:
+        if self.suffix == ".safetensors":
+            raise PermissionError(13, "Permission denied")
+        return whole(self, *args, **options)
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    refuse(tmp_path, base, "adapter_model.safetensors cannot be read: Permission denied")
+
+
 def test_pickle_files(
     originals: dict[Layout, tuple[Tensors, dict[str, Any]]], base: BaseModel, tmp_path: Path
 ) -> None:
@@ -226,7 +244,9 @@ def test_pickle_files(
         plan_adapter(tmp_path, base, lora_rank=None, lora_alpha=None)
     text = str(caught.value)
     # torch advises to unpickle it all the same, in several lines.
-    assert "GLOBAL pathlib.PosixPath" in text and "weights_only" not in text and "\n" not in text
+    assert "GLOBAL pathlib.PosixPath" in text
+    assert "weights_only" not in text
+    assert "\n" not in text
     file.write_bytes(pickle.dumps(Path("no file of torch")))
     refuse(tmp_path, base, "is not a plain file of tensors")
     torch.save([1, 2], file)

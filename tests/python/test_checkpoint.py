@@ -172,6 +172,21 @@ def test_truncated_file(model: Path, keep: int) -> None:
         Checkpoint(model)
 
 
+def test_a_file_that_cannot_be_opened_is_not_called_incomplete(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors says "No such file" of one without read permission, which root ignores."""
+
+    def forbidden(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    checkpoint = Checkpoint(model)
+    monkeypatch.setattr(Path, "open", forbidden)
+    checkpoint._handles.clear()
+    with pytest.raises(CheckpointError, match="safetensors cannot be read: Permission denied"):
+        checkpoint._open(model / "model.safetensors")
+
+
 def test_missing_expert_tensor(model: Path) -> None:
     rewrite(model, {f"{EXPERT}.up_proj.weight": None})
     with pytest.raises(CheckpointError, match=rf"{LAYER}\.gate_up_proj, expert 3 \(up\)"):
