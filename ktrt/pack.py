@@ -82,7 +82,10 @@ def pack(config: Config) -> None:
     if args.kt_weight_path is not None:
         raise ConfigError("kt_weight_path: these experts are packed already, there is no cache")
     if (root := cache_folder(args)) is None:
-        raise ConfigError("the pack cache is switched off (ktrt_cache or KTRT_CACHE)")
+        # Without a home folder a line has said so.
+        raise ConfigError(
+            "no pack cache: it is switched off (ktrt_cache or KTRT_CACHE), or has no folder"
+        )
     source = open_base(config.model).experts
     engine = build_engine(args)
     try:
