@@ -217,6 +217,10 @@ def check_messages(messages: Sequence[Mapping[str, str]]) -> None:
             raise ConfigError(f"{where}: role: expected {', '.join(_ROLES)}, found {role!r}")
         if not isinstance(content, str) or not content.strip():
             raise ConfigError(f"{where}: content: expected text, not empty, found {content!r}")
+        if any(0xD800 <= ord(each) <= 0xDFFF for each in content):
+            raise ConfigError(
+                f"{where}: content: {content!r:.40} holds half a character (U+D800 …)"
+            )
         if role == "system" and index == 0:
             continue
         if role != expected:

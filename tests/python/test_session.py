@@ -199,6 +199,10 @@ def test_good_messages(messages: list[dict[str, str]]) -> None:
         ([U, S], r"messages\[1\]: expected a message of the assistant, found one of the system"),
         ([{"role": "tool", "content": "x"}], r"messages\[0\]: role: .* found 'tool'"),
         ([{"role": "user", "content": " \n"}], r"messages\[0\]: content: expected text, not empty"),
+        (
+            [{"role": "user", "content": "a\udc80"}],
+            r"messages\[0\]: content: 'a\\udc80' holds half a character",
+        ),
         ([NOT_TEXT], r"messages\[0\]: content: expected text, not empty, found 3"),
         ([NO_ROLE], r"messages\[0\]: expected a mapping of role and content"),
     ],
