@@ -393,7 +393,7 @@ def _words(error: Exception) -> str:
 
 def _give_up(folder: Path, reason: str, key: CacheKey) -> None:
     logger.warning(
-        "No pack cache: %.2f GB cannot be written to %s (%s). The chat goes on; the experts are "
+        "No pack cache: %.2f GB cannot be written to %s (%s). The experts are "
         "packed again at the next start. ktrt_cache_dir names another folder, ktrt_cache: false "
         "switches the cache off.",
         key.total_bytes / 1e9, folder.parent, reason,

@@ -15,7 +15,7 @@ from ktrt.folders.kinds import (
     names_in,
     subfolders,
 )
-from ktrt.folders.models import check_pointers, missing_links
+from ktrt.folders.models import check_files, missing_links
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,7 +35,7 @@ def find_adapter_folder(path: Path) -> tuple[Path, str | None]:
     and where deeper adapters are).
     """
     folder, note = _find(path)
-    check_pointers(folder, AdapterError)
+    check_files(folder, AdapterError)
     if dangling := missing_links(folder, filter(ADAPTER_WEIGHTS.fullmatch, names_in(folder))):
         raise AdapterError(
             f"{folder}: {listed(dangling)}: a link to nothing or an empty file. A download or a "

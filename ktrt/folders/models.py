@@ -34,6 +34,7 @@ _LFS_FILES = re.compile(
     r".*\.(safetensors|index\.json|model|tiktoken)|(config|tokenizer|vocab|special_tokens|added_"
     r"|generation_config|chat_template|merges).*|adapter_(config|model).*"
 )
+_FILE_SUFFIXES = (".safetensors", ".json", ".model", ".tiktoken", ".jinja", ".bin", ".pt")
 # Names of unfinished files by who writes them: the hub, aria2, wget and browsers, ModelScope.
 _UNFINISHED = re.compile(r".*\.(incomplete|aria2|part|crdownload)|\.____temp|.*\.safetensors_.*")
 _LARGEST_HEADER = 100 << 20
@@ -44,6 +45,7 @@ def check_model_folder(folder: Path, *, experts_elsewhere: bool = False) -> None
     and what to do. ``experts_elsewhere``: the folder's experts are not used (kt_weight_path)."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder: expected the model's directory.")
+    check_files(folder, CheckpointError)
     if not holds_model(folder):
         kind = kind_of(folder)
         if kind is None:
@@ -53,18 +55,23 @@ def check_model_folder(folder: Path, *, experts_elsewhere: bool = False) -> None
                 "model_name_or_path must name the folder with config.json and *.safetensors."
             )
         raise CheckpointError(f"{folder} is {kind.what}. {_unfinished(folder)}{kind.advice}")
-    check_pointers(folder, CheckpointError)
     _check_complete(folder)
     _check_scheme(folder, experts_elsewhere=experts_elsewhere)
 
 
-def check_pointers(folder: Path, error: type[Exception]) -> None:
-    """Raises ``error`` for files that Git LFS has not replaced by their content."""
-    found = [
-        name
-        for name in names_in(folder)
-        if _LFS_FILES.fullmatch(name) and _is_pointer(folder / name)
-    ]
+def check_files(folder: Path, error: type[Exception]) -> None:
+    """Raises ``error`` for files of a model or an adapter that cannot be read as such: folders,
+    pipes (which would be waited for) and devices under their names, and files that Git LFS has not
+    replaced by their content."""
+    names = [name for name in names_in(folder) if _LFS_FILES.fullmatch(name)]
+    for name in names:
+        file = folder / name
+        if name.endswith(_FILE_SUFFIXES) and file.exists() and not file.is_file():
+            raise error(
+                f"{file} is no regular file: expected the file of that name. Copy or "
+                "download the folder again."
+            )
+    found = [name for name in names if _is_pointer(folder / name)]
     if found:
         raise error(
             f"{folder}: {listed(found)}: Git LFS pointers, not the files themselves. Run "

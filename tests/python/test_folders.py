@@ -1,6 +1,7 @@
 """Tests of ktrt.folders: what a folder given as model or adapter is."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,6 +63,15 @@ class TestAdapters:
         assert folder == root / "checkpoint-20"
         assert note is not None
         assert "(incomplete: checkpoint-40, checkpoint-100)" in note
+
+    @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+    def test_what_is_no_regular_file(self, make: Make, name: str) -> None:
+        """A pipe would be waited for."""
+        root = make(*adapter("."))
+        (root / name).unlink()
+        os.mkfifo(root / name)
+        with pytest.raises(AdapterError, match=f"{name} is no regular file"):
+            find_adapter_folder(root)
 
     def test_checkpoints_without_adapter_do_not_count(self, make: Make) -> None:
         root = make(*adapter("checkpoint-20"), "checkpoint-100/model.safetensors")
@@ -279,3 +289,17 @@ class TestModels:
 def index(folder: Path, *files: str, tensor: str = "w") -> None:
     weight_map = {f"{tensor}{i or ''}": file for i, file in enumerate(files)}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("what", [os.mkfifo, os.mkdir])
+def test_files_of_a_model_that_are_none(
+    tmp_path: Path, name: str, what: Callable[..., None]
+) -> None:
+    for each in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / each).write_text("{}")
+    (tmp_path / "tokenizer").mkdir()  # a folder whose name is no file's
+    (tmp_path / name).unlink()
+    what(tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"{name} is no regular file"):
+        check_model_folder(tmp_path)

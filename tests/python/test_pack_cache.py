@@ -215,7 +215,7 @@ def test_a_full_disk_costs_the_cache_only(loader: Loader) -> None:
         signal.signal(signal.SIGXFSZ, handler)
     assert loader.said("cannot be written")
     assert loader.said(os.strerror(errno.EFBIG))
-    assert loader.said("The chat goes on")
+    assert loader.said("packed again at the next start")
     assert not [p for p in loader.root.iterdir() if p.is_dir()]
 
 
