@@ -48,6 +48,11 @@ def read_yaml(path: Path) -> dict[str, object]:
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
+    except IsADirectoryError as error:
+        raise ConfigError(
+            f"{path} is a folder, expected a YAML file. For a model's folder without one give "
+            f"model_name_or_path={path}"
+        ) from error
     except OSError as error:
         raise ConfigError(f"cannot read the config file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -248,7 +248,12 @@ def _files(folder: Path) -> list[RawFile]:
             found = [*sorted(place.glob(_SHARDS)), *found]
         if found:
             return [RawFile(path) for path in found]
-    raise CannotVerifyError(f"{folder} holds none of {', '.join(_FILES)}: cannot verify.")
+    pickles = sorted(path.name for end in ("bin", "pt") for path in folder.glob(f"*.{end}"))
+    advice = "Load and save it with PEFT (save_pretrained) first. " if pickles else ""
+    raise CannotVerifyError(
+        f"{folder} holds none of {', '.join(_FILES)}{f', but {pickles[0]}' if pickles else ''}. "
+        f"{advice}Only safetensors can be verified."
+    )
 
 
 def _config(folder: Path) -> dict[str, Any]:

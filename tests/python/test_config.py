@@ -403,7 +403,9 @@ class TestFiles:
         assert "No such file" in refused(tmp_path / "none.yaml")
 
     def test_folder(self, tmp_path: Path) -> None:
-        assert "directory" in refused(tmp_path)
+        error = refused(tmp_path)
+        assert "is a folder" in error
+        assert f"model_name_or_path={tmp_path}" in error
 
     def test_syntax_error_names_file_and_line(self, write: Callable[[str], Path]) -> None:
         path = write("top_k: 3\n  bad: [\n")

@@ -222,3 +222,10 @@ def test_numpy_agrees_with_torch_in_float32() -> None:
     inner = torch.nn.functional.silu(states @ w["gate"].T) * (states @ w["up"].T)
     found = expert_output(Expert(weights, "float32"), x, {})
     np.testing.assert_allclose(found, (inner @ w["down"].T).numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_pickles_are_not_verified(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"r": 1, "lora_alpha": 1}')
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(CannotVerifyError, match=r"but adapter_model.bin\. Load and save it"):
+        RawAdapter(tmp_path)
