@@ -97,6 +97,11 @@ class KvCache:
         self._reset()
 
     @property
+    def length(self) -> int:
+        """How many tokens are held."""
+        return len(self._ids)
+
+    @property
     def has_graphs(self) -> bool:
         """Whether decode steps have been captured, and replays are used."""
         return self._graphs is not None and self._graphs.count > 0

@@ -24,10 +24,10 @@ from ktrt.moe import experts_muted
 logger = logging.getLogger(__name__)
 
 # Tokens of the prompts that a GPU runs while the experts are loaded: kernels change with the size,
-# about every power of two; and of those that the finished model runs.
-_KERNEL_SIZES = (6, 12, 24, 48, 96, 192, 384, 768, 1024)
-_SIZES = (3, 24)
-# A follow-up prompt attends to a longer cache, by other kernels than the first one.
+# about every power of two; and of the one that the finished model runs.
+_KERNEL_SIZES = (1024, 768, 384, 192, 96, 48, 24, 12, 6)
+_SIZES = (24,)
+# A follow-up prompt attends to a longer cache, by other kernels of a GPU than the first one.
 _FOLLOW_UP = 20
 # Positions for which decode steps are captured ahead with a GPU: as many as the cache's first
 # memory holds. On the CPU a recording costs no more than the plain step in its place.
@@ -84,7 +84,7 @@ class _Uncaptured:
 
 
 def warm_up(cache: KvCache, limit: int) -> None:
-    """Runs short prompts and decode steps on an empty ``cache``, which is empty again afterwards
+    """Runs a short prompt and a decode step on an empty ``cache``, which is empty again afterwards
     and keeps its memory and graphs. ``limit``: the context, in tokens.
 
     The routed experts' weights are left out of prompts: reading them all takes as long as a first
@@ -107,19 +107,23 @@ def _run_prompts(cache: KvCache, sizes: Sequence[int], limit: int) -> None:
         if size + _FOLLOW_UP < limit:
             cache.reuse([0])
             cache.forward(_some_ids(cache.model, size))
-            cache.forward(_some_ids(cache.model, _FOLLOW_UP if cache.continues else 1))
+            if _on_gpu(cache):
+                cache.forward(_some_ids(cache.model, _FOLLOW_UP if cache.continues else 1))
 
 
 def _run_steps(cache: KvCache, limit: int) -> None:
-    """A decode step by the model itself, which makes the first graph, and one by the graph."""
-    if limit <= 4:
-        return
-    first, second, third, fourth = _some_ids(cache.model, 4)
-    cache.reuse([0])
-    cache.forward([first, second])
+    """A decode step after the last prompt, by the model itself, which makes the first graph."""
+    first, second, third = _some_ids(cache.model, 3)
+    if not cache.length:
+        if limit < 3:
+            return
+        cache.forward([first, second])
     cache.forward([third])
-    cache.capture_ahead(min(limit, _GPU_POSITIONS) if cache.device.type == "cuda" else 0)
-    cache.forward([fourth])
+    cache.capture_ahead(min(limit, _GPU_POSITIONS) if _on_gpu(cache) else 0)
+
+
+def _on_gpu(cache: KvCache) -> bool:
+    return str(cache.device.type) == "cuda"
 
 
 def _some_ids(model: Any, count: int) -> list[int]:

@@ -115,11 +115,11 @@ def test_windows_are_captured_ahead(llama: Any, monkeypatch: pytest.MonkeyPatch)
     assert maker.captures == 4
 
 
-@pytest.mark.parametrize("limit", [1, 2, 4, 5, 24, 30])
+@pytest.mark.parametrize("limit", [1, 3, 4, 5, 45, 46, 50])
 def test_short_contexts(llama: Any, limit: int, forwards: list[int]) -> None:
     cache = KvCache(llama)
     warm_up.warm_up(cache, limit)
-    assert max(forwards, default=0) < limit
+    assert sum(forwards) <= limit
     assert torch.allclose(cache.forward(PROMPT), KvCache(llama).forward(PROMPT))
 
 
@@ -227,5 +227,5 @@ def test_kernels_of_prompts_and_steps_are_loaded(
     monkeypatch.setattr(DecodeGraphs, "_run", watched)
     warm_up._load_kernels(llama, torch.device("cpu"), 100)
     assert "failed" not in caplog.text
-    assert [n for n in forwards if n > 2] == [6, 20, 12, 20, 24, 20, 48, 20]
-    assert in_steps == [512] * 4  # ahead of the capture, in it, and the step twice
+    assert [n for n in forwards if n > 1] == [48, 24, 12, 6]
+    assert in_steps == [512] * 3  # ahead of the capture, in it, and as its replay
