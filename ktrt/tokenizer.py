@@ -6,7 +6,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-from contextlib import contextmanager
+from codecs import BOM_UTF8
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
@@ -194,11 +195,24 @@ def _why_not(files: TokenizerFiles, trust: bool, error: BaseException) -> str:
         return f"{folder}: its tokenizer needs the package {missing}: pip install {missing}"
     if advice := tokenizer_advice(folder):
         return f"cannot load a tokenizer: {advice}"
+    if marked := _with_byte_order_mark(folder):
+        return (
+            f"{marked} starts with a byte order mark, which transformers does not read: save it as "
+            "UTF-8 without one."
+        )
     reason = " ".join(str(error).split()) or type(error).__name__
     return (
         f"{folder}: cannot load its tokenizer ({type(error).__name__}: {reason[:300]}). Are "
         "tokenizer.json and tokenizer_config.json complete, and of this model?"
     )
+
+
+def _with_byte_order_mark(folder: Path) -> Path | None:
+    for file in sorted(folder.glob("*.json")):
+        with suppress(OSError), file.open("rb") as stream:
+            if stream.read(len(BOM_UTF8)) == BOM_UTF8:
+                return file
+    return None
 
 
 def _check_model_config(folder: Path) -> None:

@@ -256,6 +256,15 @@ def test_a_damaged_config_is_not_blamed_on_the_tokenizer(
         open_it(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_a_byte_order_mark_is_named(tmp_path: Path, name: str) -> None:
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+    with pytest.raises(CheckpointError, match=f"/{name} starts with a byte order mark"):
+        open_it(tmp_path)
+
+
 def damaged(content: Any, random: random.Random) -> Any:
     """One value somewhere replaced or dropped."""
     content = json.loads(json.dumps(content))
