@@ -207,6 +207,8 @@ class Session:
 
 def check_messages(messages: Sequence[Mapping[str, str]]) -> None:
     """``ConfigError`` naming the first message that is malformed or out of turn."""
+    if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
+        raise ConfigError(f"messages: expected a list of messages, found {messages!r:.80}")
     expected = "user"
     for index, message in enumerate(messages):
         where = f"messages[{index}]"

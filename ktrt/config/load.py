@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,6 +91,10 @@ def load_config(
     if isinstance(source, Mapping):
         where, folder = "config", None
         values = _normalise(source, where)
+    elif not isinstance(source, str | PathLike):
+        raise ConfigError(
+            f"expected the path of a YAML file or a mapping, found {describe(source)}"
+        )
     else:
         where, folder = str(source), Path(source).parent
         values = _normalise(read_yaml(Path(source)), where)

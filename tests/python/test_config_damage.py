@@ -3,11 +3,12 @@ PyYAML's or Python's own, never a message of a megabyte."""
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ktrt.config import load_config
-from ktrt.errors import KtrtError
+from ktrt.errors import ConfigError, KtrtError
 
 YAML = """\
 # a chat
@@ -153,3 +154,9 @@ def test_overrides_too(folder: Path, key: str) -> None:
         except KtrtError as error:
             message = str(error)
         assert len(message) < 2500
+
+
+@pytest.mark.parametrize("source", [None, 3, ["model_name_or_path=x"]])
+def test_neither_path_nor_mapping(source: Any) -> None:
+    with pytest.raises(ConfigError, match="expected the path of a YAML file or a mapping, found"):
+        load_config(source)

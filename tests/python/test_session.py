@@ -205,9 +205,12 @@ def test_good_messages(messages: list[dict[str, str]]) -> None:
         ),
         ([NOT_TEXT], r"messages\[0\]: content: expected text, not empty, found 3"),
         ([NO_ROLE], r"messages\[0\]: expected a mapping of role and content"),
+        (None, "messages: expected a list of messages, found None"),
+        ("hello", "messages: expected a list of messages, found 'hello'"),
+        (U, "messages: expected a list of messages, found {'role'"),
     ],
 )
-def test_bad_messages(messages: list[dict[str, str]], expected: str) -> None:
+def test_bad_messages(messages: Any, expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         check_messages(messages)
 
