@@ -55,6 +55,8 @@ class GraphMaker(Protocol):
     """``torch.cuda``'s graphs, or what stands in for them."""
 
     what: str
+    # At which a failure is logged.
+    failure_level: int
     # Whether a capture also computes the step, as the model does: nothing has to run before it, and
     # one that fails leaves the cache as it was.
     captures_compute: bool
@@ -74,6 +76,7 @@ class CudaGraphs:
     """Graphs that share one memory pool: they never run at once, and results are copied out."""
 
     what = "CUDA graph"
+    failure_level = logging.WARNING
     captures_compute = False
 
     def __init__(self) -> None:
@@ -149,7 +152,7 @@ class DecodeGraphs:
         """Makes the graph for ``lengths``, after a plain forward of the same step gave ``expected``
         [rows, vocab_size].
 
-        False if that failed, which is logged as a warning, and the cache must be filled anew; there
+        False if that failed, which is logged, and the cache must be filled anew; there
         are no further attempts then.
         """
         window = window_of(lengths)
@@ -170,9 +173,10 @@ class DecodeGraphs:
         except _FAILURES as error:
             self._maker.usable = False
             self.clear()
-            logger.warning(
-                "No %s for decoding, the model itself runs every step: %s", self._maker.what, error
-            )
+            logger.log(
+                self._maker.failure_level,
+                "No %s for decoding, the model itself runs every step: %s", self._maker.what, error,
+            )  # fmt: skip
             return unharmed
         self._maker.proven = True
         return True

@@ -17,6 +17,7 @@ as they are for as long as the list is used.
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -278,6 +279,7 @@ class RecordedSteps:
     """Makes of decode steps what runs them again: what ``torch.cuda`` has graphs for."""
 
     what = "recorded step"
+    failure_level = logging.WARNING
     captures_compute = True
 
     def __init__(self, shortcut: Shortcut | None = None) -> None:

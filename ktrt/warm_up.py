@@ -70,6 +70,7 @@ class _Uncaptured:
     """Steps as graphs run them, launched one by one: the kernels are the same."""
 
     what = "uncaptured step"
+    failure_level = logging.DEBUG  # the graph that follows says it again
     captures_compute = False
 
     def __init__(self) -> None:

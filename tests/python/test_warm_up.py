@@ -229,3 +229,20 @@ def test_kernels_of_prompts_and_steps_are_loaded(
     assert "failed" not in caplog.text
     assert [n for n in forwards if n > 1] == [48, 24, 12, 6]
     assert in_steps == [512] * 3  # ahead of the capture, in it, and as its replay
+
+
+def test_steps_that_fail_beside_a_load_are_no_warning(
+    llama: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The finished model's graph fails for the same reason, and says so."""
+
+    def fail(_self: DecodeGraphs, _window: int) -> None:
+        raise KtrtError("attention x takes no mask of a fixed length")
+
+    monkeypatch.setattr(torch.cuda, "device", lambda _device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=bool))
+    monkeypatch.setattr(DecodeGraphs, "_run", fail)
+    caplog.set_level(logging.DEBUG, logger="ktrt.decode_graph")
+    warm_up._load_kernels(llama, torch.device("cpu"), 100)
+    assert "takes no mask" in caplog.text
+    assert not [each for each in caplog.records if each.levelno >= logging.WARNING]

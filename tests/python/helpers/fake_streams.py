@@ -7,6 +7,7 @@ waits for it; a result that was not waited for reads as NaN. A graph replays the
 from __future__ import annotations
 
 import ctypes
+import logging
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -147,6 +148,7 @@ class FakeGraphs:
     """Replaying is calling again: the memory is the same, so the same inputs give the same."""
 
     what = "CUDA graph"
+    failure_level = logging.WARNING
     captures_compute = False
 
     def __init__(self, core: FakeCore | None = None) -> None:
