@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING
 
 from ktrt.config import as_overrides, names_key
 from ktrt.errors import ConfigError, KtrtError
+from ktrt.streams import abandon, occupy_descriptors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -86,7 +87,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     ``config`` is a path, an empty mapping where overrides come without a file, or None. What cannot
     be read leaves with exit code 2 and a line, as argparse does.
     """
-    _occupy_standard_files()
+    occupy_descriptors()
     words = list(sys.argv[1:] if argv is None else argv)
     for word in words:
         # Bytes of the command line that are no UTF-8 arrive as halves of surrogate pairs.
@@ -180,7 +181,7 @@ def guarded(
     except SystemExit:
         raise
     except BrokenPipeError:
-        abandon_output()
+        abandon(sys.stdout)
         return EXIT_NO_READER
     except KeyboardInterrupt:
         report(interrupted or "interrupted", None)
@@ -231,19 +232,13 @@ def describe_failure(error: BaseException, *, debug: bool) -> str:
     return f"{type(error).__name__}: {words}{hint}"
 
 
-def abandon_output() -> None:
-    """Keeps the interpreter from complaining when it flushes standard output at its end."""
-    with suppress(OSError, ValueError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _drop_output_that_cannot_be_written() -> str | None:
     """Why standard output takes nothing (a full disk); None if it does."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
     except (OSError, ValueError) as error:
-        abandon_output()
+        abandon(sys.stdout)
         return f"standard output cannot be written: {getattr(error, 'strerror', None) or error}"
     return None
 
@@ -256,13 +251,3 @@ def _report(message: str, error: BaseException | None) -> None:
         if error is not None:
             traceback.print_exception(error)
         sys.stderr.write(f"error: {message}\n")
-
-
-def _occupy_standard_files() -> None:
-    """Without it the next file opened gets the number of a standard stream that the caller closed,
-    and what libraries print goes into that file."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)

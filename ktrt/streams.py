@@ -9,12 +9,20 @@ from typing import Any
 _NAMES = ("stdin", "stdout", "stderr")
 
 
-def open_standard_streams() -> frozenset[str]:
-    """Opens closed standard streams on /dev/null and returns their names.
+def occupy_descriptors() -> None:
+    """Opens closed descriptors of the standard streams on /dev/null.
 
-    The next file to be opened would get the number of a closed one, and what is printed would be
-    written into it.
+    The next file to be opened would get the number of one, and what is printed would be written
+    into that file.
     """
+    for number in range(len(_NAMES)):
+        if not _is_open(number):
+            _open_null(number)
+
+
+def open_standard_streams() -> frozenset[str]:
+    """Opens closed standard streams on /dev/null, for the reason that ``occupy_descriptors`` gives,
+    and returns their names."""
     closed = set()
     for number, name in enumerate(_NAMES):
         if getattr(sys, name) is None or not _is_open(number):

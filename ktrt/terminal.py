@@ -240,10 +240,6 @@ class Terminal:
         shown += f"error: {message}\n"
         self._complain(shown.translate(_HARMLESS) if self.interactive else shown)
 
-    def abandon_output(self) -> None:
-        """After a broken pipe: keeps the interpreter from complaining when it flushes at exit."""
-        abandon(self._stdout)
-
     def finish(self) -> None:
         """Flushes what was printed; nothing of it is worth a failure at exit."""
         finish(self._stdout, self.stderr)

@@ -68,7 +68,7 @@ class TestBoundary:
         self, error: BaseException, code: int, line: str, capfd: pytest.CaptureFixture[str],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
-        monkeypatch.setattr(command_line, "abandon_output", lambda: None)
+        monkeypatch.setattr(command_line, "abandon", lambda _stream: None)
         assert run_command(raising(error), QUIET, level=logging.WARNING) == code
         assert capfd.readouterr().err == line
 

@@ -18,7 +18,7 @@ CSRC = ROOT / "csrc"
 PYTHON_LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "config": set(),
-    "command_line": {"config", "errors"},
+    "command_line": {"config", "errors", "streams"},
     "json_files": {"errors"},
     "folders": {"checkpoint_schemes", "errors", "json_files"},
     "template_table": set(),
