@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -111,7 +112,9 @@ def load_model(
         hand_off = new_hand_off(engine, device)
         loaded = load_without_experts(ready.base, model.infer_dtype, device)
         tables_to_host(loaded)
-        with kernels_loaded_beside(loaded, context_limit(loaded)):
+        answers = only_layers is None  # a model of which a part can run is to be verified
+        limit = context_limit(loaded)
+        with kernels_loaded_beside(loaded, limit) if answers else nullcontext():
             _load_experts(ready, experts, only_layers)
         _attach(loaded, ready, hand_off)
         adapters = _apply_adapters(ready, loaded, adapter.start_weights)
