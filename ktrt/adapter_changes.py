@@ -9,7 +9,7 @@ import torch
 
 from ktrt.adapter.norms import expert_norms
 from ktrt.moe import release_file_pages
-from ktrt.progress import byte_progress
+from ktrt.utils.progress import byte_progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

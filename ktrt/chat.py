@@ -36,9 +36,9 @@ from ktrt.conversation import (
     state_directory,
 )
 from ktrt.errors import KtrtError
-from ktrt.signals import Terminated, terminations
 from ktrt.talk import MAX_FILE_BYTES, Keeping, Talk
 from ktrt.terminal import Terminal
+from ktrt.utils.signals import Terminated, terminations
 
 if TYPE_CHECKING:
     from ktrt.session import Session

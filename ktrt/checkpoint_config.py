@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from ktrt.errors import CheckpointError
-from ktrt.json_files import JsonObject, read_json, shown, typed
+from ktrt.utils.json_files import (
+    JsonObject,
+    read_json,
+    shown,
+    typed,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

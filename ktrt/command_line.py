@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 
 from ktrt.config import as_overrides, names_key
 from ktrt.errors import ConfigError, KtrtError
-from ktrt.streams import abandon, occupy_descriptors
+from ktrt.utils.streams import abandon, occupy_descriptors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ktrt.errors import KtrtError
-from ktrt.temporaries import remove_all_stale, remove_stale, temporary_file
+from ktrt.utils.temporaries import remove_all_stale, remove_stale, temporary_file
 
 Turn = dict[str, str]
 

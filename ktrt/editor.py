@@ -17,7 +17,7 @@ from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.utils import is_dumb_terminal
 
 from ktrt.keyboard import Keyboard
-from ktrt.signals import is_waiting, shielded
+from ktrt.utils.signals import is_waiting, shielded
 
 _log = logging.getLogger(__name__)
 

@@ -10,21 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ktrt.errors import ConfigError
-from ktrt.fingerprint import fingerprint
 from ktrt.moe import release_file_pages
 from ktrt.pack_cache import PackCache, default_folder
 from ktrt.pack_manifest import CacheKey
-from ktrt.progress import byte_progress
+from ktrt.utils.fingerprint import fingerprint
+from ktrt.utils.progress import byte_progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from ktrt.checkpoint import Checkpoint, ExpertWeights
     from ktrt.config import ExpertArgs
-    from ktrt.fingerprint import Fingerprint
     from ktrt.kt_weights import KtWeights
     from ktrt.moe import ExpertsSpec, MoeLayer
     from ktrt.pack_cache import CacheWriter
+    from ktrt.utils.fingerprint import Fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ktrt.errors import CheckpointError
-from ktrt.json_files import JsonObject, read_json_as
+from ktrt.utils.json_files import JsonObject, read_json_as
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -21,7 +21,7 @@ from prompt_toolkit.key_binding import KeyPress
 from prompt_toolkit.keys import Keys
 from prompt_toolkit.output import Output, create_output
 
-from ktrt.signals import shielded
+from ktrt.utils.signals import shielded
 
 _PASTE_END = "\x1b[201~"
 # A terminal gives 4095 bytes at most.

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from ktrt.command_line import new_parser, parse, run_command, set_environment
 from ktrt.config import load_config
 from ktrt.errors import ConfigError, KtrtError
-from ktrt.fingerprint import fingerprint
-from ktrt.owned_folder import NotTrustedError
 from ktrt.pack_cache import cache_folders, default_folder, opened, unfinished
 from ktrt.pack_manifest import DAMAGE, LAYOUT, read_manifest
+from ktrt.utils.fingerprint import fingerprint
+from ktrt.utils.owned_folder import NotTrustedError
 
 if TYPE_CHECKING:
     import argparse

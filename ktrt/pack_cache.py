@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, Self
 
 from ktrt import __version__
-from ktrt.owned_folder import NotTrustedError, OwnedFolder
 from ktrt.pack_manifest import (
     DAMAGE,
     LAYOUT,
@@ -34,6 +33,7 @@ from ktrt.pack_manifest import (
     checksum_of,
     read_manifest,
 )
+from ktrt.utils.owned_folder import NotTrustedError, OwnedFolder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

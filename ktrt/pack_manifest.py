@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import TypedDict
 
 from ktrt.errors import KtrtError
-from ktrt.json_files import parse_json, typed
-from ktrt.owned_folder import NotTrustedError
+from ktrt.utils.json_files import parse_json, typed
+from ktrt.utils.owned_folder import NotTrustedError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ktrt.fingerprint import Fingerprint
-    from ktrt.owned_folder import OwnedFolder
+    from ktrt.utils.fingerprint import Fingerprint
+    from ktrt.utils.owned_folder import OwnedFolder
 
 MANIFEST = "manifest.json"
 # Of the images: kt_kernel's layouts, then scales and sums of codes, each from a multiple of 4096.

@@ -15,7 +15,7 @@ from torch import nn
 
 from ktrt.checkpoint_config import AUTO_CLASSES, check_sizes, is_class, read_model_config
 from ktrt.errors import CheckpointError, KtrtError
-from ktrt.json_files import shown
+from ktrt.utils.json_files import shown
 
 if TYPE_CHECKING:
     from pathlib import Path

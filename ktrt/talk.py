@@ -20,8 +20,8 @@ from ktrt.conversation import (
     read_text,
 )
 from ktrt.errors import KtrtError
-from ktrt.signals import Terminated, shielded
 from ktrt.terminal import Terminal
+from ktrt.utils.signals import Terminated, shielded
 
 if TYPE_CHECKING:
     from ktrt.session import Adapters, Response, Session

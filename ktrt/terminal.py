@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Self, TextIO
 
 from ktrt.errors import KtrtError
-from ktrt.signals import Terminated
-from ktrt.streams import abandon, finish, open_standard_streams
+from ktrt.utils.signals import Terminated
+from ktrt.utils.streams import abandon, finish, open_standard_streams
 
 if TYPE_CHECKING:
     from ktrt.keyboard import Keyboard

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 
 from ktrt.errors import CheckpointError
 from ktrt.folders import tokenizer_advice
-from ktrt.json_files import read_json_as
 from ktrt.tokenizer_files import JSON_NAME, TokenizerFiles
+from ktrt.utils.json_files import read_json_as
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,7 +6,7 @@ import re
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ktrt.json_files import JsonObject, read_json_as, typed
+from ktrt.utils.json_files import JsonObject, read_json_as, typed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -18,11 +18,9 @@ import torch
 
 from ktrt.errors import AdapterError, CheckpointError
 from ktrt.folders import check_model_folder
-from ktrt.json_files import read_json
 from ktrt.model import load_model
 from ktrt.moe import KTExperts
 from ktrt.prepare import open_base, open_kt_weights
-from ktrt.progress import byte_progress
 from ktrt.reference import (
     CannotVerifyError,
     Expert,
@@ -30,6 +28,8 @@ from ktrt.reference import (
     RawCheckpoint,
     expert_output,
 )
+from ktrt.utils.json_files import read_json
+from ktrt.utils.progress import byte_progress
 from ktrt.verify_linears import check_linear
 from ktrt.verify_probes import Check, Limits, Outputs, compare, mixed_probe, single_probe
 

@@ -8,7 +8,7 @@ import re
 from typing import TYPE_CHECKING, Any, Literal
 
 from ktrt.errors import AdapterError
-from ktrt.json_files import JsonObject, shown, typed
+from ktrt.utils.json_files import JsonObject, shown, typed
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ktrt.errors import AdapterError
-from ktrt.json_files import JsonObject, read_json_as
+from ktrt.utils.json_files import JsonObject, read_json_as
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from ktrt.errors import AdapterError
-from ktrt.json_files import JsonObject, read_json_as, shown
+from ktrt.utils.json_files import JsonObject, read_json_as, shown
 
 if TYPE_CHECKING:
     from pathlib import Path

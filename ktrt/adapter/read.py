@@ -15,7 +15,7 @@ from ktrt.adapter.layout import put_once
 from ktrt.adapter.manifest import check_manifest
 from ktrt.adapter.names import parse_names
 from ktrt.errors import AdapterError
-from ktrt.json_files import read_json
+from ktrt.utils.json_files import read_json
 
 if TYPE_CHECKING:
     from pathlib import Path

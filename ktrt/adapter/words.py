@@ -18,7 +18,7 @@ from torch import nn
 
 from ktrt.adapter.switches import swap_parameter
 from ktrt.errors import AdapterError
-from ktrt.json_files import typed
+from ktrt.utils.json_files import typed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -18,7 +18,7 @@ from ktrt.adapter.read import CONFIG_NAME, WEIGHTS_NAME
 from ktrt.adapter.write_experts import ExpertTensors, Layout, expert_name, expert_tensors
 from ktrt.adapter.write_names import ScaledName, scale_config, target_config
 from ktrt.errors import AdapterError
-from ktrt.staging import check_target, staged_folder
+from ktrt.utils.staging import check_target, staged_folder
 
 if TYPE_CHECKING:
     from pathlib import Path

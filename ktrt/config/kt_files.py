@@ -56,7 +56,7 @@ def check_non_experts(copy: Path, model: Path, where: str) -> str:
 def _check_manifest(file: Path, model: Path, key: str) -> None:
     import hashlib
 
-    from ktrt.json_files import read_json_as
+    from ktrt.utils.json_files import read_json_as
 
     manifest = read_json_as(file, dict[str, Any], ConfigError)
     if manifest.get("status") != "ready":

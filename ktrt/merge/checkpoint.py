@@ -13,8 +13,8 @@ from ktrt.merge.side_files import copy_side_files, copy_words, side_files, write
 from ktrt.merge.tensors import Dtypes, TensorPlan, main_dtype
 from ktrt.moe import release_file_pages
 from ktrt.prepare import open_checkpoint
-from ktrt.progress import byte_progress
-from ktrt.staging import check_target, staged_folder
+from ktrt.utils.progress import byte_progress
+from ktrt.utils.staging import check_target, staged_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

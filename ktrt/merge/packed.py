@@ -15,8 +15,8 @@ from ktrt.merge.checkpoint import Merge, Summary, releasing, summarise
 from ktrt.merge.rounding import merged
 from ktrt.merge.shards import INDEX_NAME, OutputTensor, write_index, write_shard
 from ktrt.moe import build_engine, new_layer, weight_format_of
-from ktrt.progress import byte_progress
-from ktrt.staging import check_target, staged_folder
+from ktrt.utils.progress import byte_progress
+from ktrt.utils.staging import check_target, staged_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -7,9 +7,9 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 from ktrt.errors import AdapterError, CheckpointError
-from ktrt.json_files import read_json
 from ktrt.merge.shards import write_synced
 from ktrt.tokenizer_files import TEMPLATE_FILES, TEMPLATES_FOLDER, TokenizerFiles
+from ktrt.utils.json_files import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -399,7 +399,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 def test_a_full_disk_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = save_model(tmp_path / "model", "mixtral", 96)
     usage = type("Usage", (), {"free": 1000})()
-    monkeypatch.setattr("ktrt.staging.shutil.disk_usage", lambda _path: usage)
+    monkeypatch.setattr("ktrt.utils.staging.shutil.disk_usage", lambda _path: usage)
     with pytest.raises(ConfigError, match="GB are free there, the export needs"):
         export(model, None, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -5,7 +5,12 @@ from pathlib import Path
 import pytest
 
 from ktrt.errors import CheckpointError
-from ktrt.json_files import JsonObject, read_json, read_json_as, typed
+from ktrt.utils.json_files import (
+    JsonObject,
+    read_json,
+    read_json_as,
+    typed,
+)
 
 
 class _Settings(JsonObject):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pexpect
 
-from ktrt.progress import byte_progress
+from ktrt.utils.progress import byte_progress
 
 if TYPE_CHECKING:
     import pytest

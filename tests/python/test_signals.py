@@ -1,4 +1,4 @@
-"""Tests of ktrt.signals: SIGTERM and SIGHUP wait for what must be finished."""
+"""Tests of ktrt.utils.signals: SIGTERM and SIGHUP wait for what must be finished."""
 
 import io
 import os
@@ -8,9 +8,14 @@ from pathlib import Path
 import pytest
 
 from ktrt.conversation import Conversation, ConversationFile, read_conversation
-from ktrt.signals import Terminated, is_waiting, shielded, terminations
 from ktrt.talk import Keeping, Talk
 from ktrt.terminal import Terminal
+from ktrt.utils.signals import (
+    Terminated,
+    is_waiting,
+    shielded,
+    terminations,
+)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])

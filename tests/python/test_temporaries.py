@@ -1,4 +1,4 @@
-"""Tests of ktrt.temporaries: what killed processes leave goes at the next start, and no more."""
+"""Tests of temporaries: what killed processes leave goes at the next start, and no more."""
 
 import fcntl
 import os
@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from ktrt.conversation import Conversation, ConversationFile, new_autosave, write_conversation
-from ktrt.staging import staged_folder
-from ktrt.temporaries import remove_stale, temporary_file
+from ktrt.utils.staging import staged_folder
+from ktrt.utils.temporaries import remove_stale, temporary_file
 
 ROOT = Path(__file__).resolve().parents[2]
 # Writes half of a file or folder, and stays there.

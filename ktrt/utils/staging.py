@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from ktrt.errors import ConfigError
-from ktrt.temporaries import remove_stale, temporary_folder
+from ktrt.utils.temporaries import remove_stale, temporary_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -1,0 +1,1 @@
+"""Files, streams, signals and progress: helpers that know nothing of models."""
