@@ -18,7 +18,8 @@ from torch import nn
 
 from ktrt.adapter import Audit
 from ktrt.adapters import Adapters
-from ktrt.moe import Engine, KTExperts, MoeLayer
+from ktrt.engine import Engine, MoeLayer
+from ktrt.experts import KTExperts
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -231,7 +231,7 @@ def alternate(
     args: argparse.Namespace, ours: KtrtParty, theirs: LlamaCppParty
 ) -> dict[bool, list[tuple[Row, Row]]]:
     """(ktrt, llama.cpp) of each round, by LoRA; the first, unmeasured round warms up."""
-    from ktrt.machine import BandwidthProbe
+    from ktrt.engine.probes import BandwidthProbe
 
     samples: dict[bool, list[tuple[Row, Row]]] = {False: [], True: []}
     probe = BandwidthProbe(args.threads)

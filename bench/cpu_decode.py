@@ -34,9 +34,9 @@ from ktrt import _core
 from ktrt.checkpoint import Checkpoint
 from ktrt.config import load_config
 from ktrt.dense import int8_bytes
+from ktrt.experts import KTExperts
 from ktrt.generation import KvCache
 from ktrt.model import LoadedModel, load_model
-from ktrt.moe import KTExperts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,25 +13,26 @@ from torch import nn
 
 from ktrt.config import ExpertArgs
 from ktrt.decode_graph import CudaGraphs, DecodeGraphs
-from ktrt.fused_lora import FusedLora
-from ktrt.generation import KvCache
-from ktrt.host_tables import tables_to_host
-from ktrt.moe import (
+from ktrt.engine.build import build_engine
+from ktrt.experts import (
     KTExperts,
-    build_engine,
     build_gpu_experts,
     experts_replaced,
     new_hand_off,
+    new_layer,
 )
-from ktrt.moe.discovery import ExpertsSpec
-from ktrt.moe.engine import new_layer
+from ktrt.experts.spec import ExpertsSpec
+from ktrt.fused_lora import FusedLora
+from ktrt.generation import KvCache
+from ktrt.host_tables import tables_to_host
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ktrt._core import MoeLayer
     from ktrt.config.args import KtBackend
-    from ktrt.moe import Engine, GpuExperts, HandOff
+    from ktrt.engine import Engine
+    from ktrt.experts import GpuExperts, HandOff
 
 RANK, ALPHA = 8, 16
 V2_LITE: dict[str, Any] = {

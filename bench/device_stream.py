@@ -21,13 +21,13 @@ from device_sections import Sections
 
 from ktrt import _core
 from ktrt._core import Engine, MoeLayer
-from ktrt.moe.gpu_experts import GpuExperts
-from ktrt.moe.stream_costs import measure_engine, measure_gpu, streaming_threshold
+from ktrt.experts.gpu.costs import measure_engine, measure_gpu, streaming_threshold
+from ktrt.experts.gpu.residents import GpuExperts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from ktrt.moe.gpu_experts import GpuLayer
+    from ktrt.experts.gpu.residents import GpuLayer
 
 MAX_QLEN = 1024
 LORA_SCALE = 0.3

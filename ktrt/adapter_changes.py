@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ktrt.adapter.norms import expert_norms
-from ktrt.moe import release_file_pages
+from ktrt.engine import release_file_pages
 from ktrt.utils.progress import byte_progress
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ktrt.adapter import AdapterPlan, BaseModel
-    from ktrt.moe import KTExperts
+    from ktrt.experts import KTExperts
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from ktrt.config import ExpertArgs
-    from ktrt.machine_facts import MachineFacts
+    from ktrt.machine.facts import MachineFacts
 
 # "fix": it does not run, or at a fraction of its speed; "consider": a choice of the user's.
 Level = Literal["fix", "consider"]

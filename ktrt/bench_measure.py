@@ -10,10 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ktrt.engine.build import num_threads, weight_format_of
+from ktrt.engine.probes import (
+    BandwidthProbe,
+    arithmetic_peaks,
+    gpu_rates,
+    peak_of,
+)
+from ktrt.experts import KTExperts
 from ktrt.generation import generate_step
-from ktrt.machine import BandwidthProbe, arithmetic_peaks, gpu_rates, peak_of
-from ktrt.memory_limits import resident_bytes
-from ktrt.moe import KTExperts, num_threads, weight_format_of
+from ktrt.machine.memory import resident_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

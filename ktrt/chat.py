@@ -226,7 +226,7 @@ def _limit(session: "Session") -> Callable[[], float | None]:
 
     @functools.cache
     def bandwidth() -> float | None:
-        from ktrt.machine import read_bandwidth
+        from ktrt.engine.probes import read_bandwidth
 
         try:
             return read_bandwidth(passes=3)

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ktrt.moe import HeadArray, TokenAttention
-from ktrt.recording import active
+from ktrt.engine import HeadArray, TokenAttention
+from ktrt.engine.recording import active
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import nn
 
-    from ktrt.moe import Engine
-    from ktrt.recording import Recorder
+    from ktrt.engine import Engine
+    from ktrt.engine.recording import Recorder
 
 _MARK = "kt_one_token_attention"
 _SDPA = "sdpa"

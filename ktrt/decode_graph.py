@@ -1,5 +1,5 @@
 """Graphs of whole decode steps, embedding to logits: CUDA's, hand-offs to the CPU included, or on
-the CPU the recorded operations (``ktrt.recording``).
+the CPU the recorded operations (``ktrt.engine.recording``).
 
 One graph per number of rows and per window (the positions attended to, a power of two), captured at
 load (``ktrt.warm_up``) or at the first token that needs it, and replayed for the later ones.
@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
+from ktrt.engine.recording import active
 from ktrt.errors import KtrtError
 from ktrt.kv_cache import StaticKv, cache_argument
-from ktrt.recording import active
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ _FAILURES = (RuntimeError, ValueError, TypeError, KtrtError)
 
 
 class HandOff(Protocol):
-    """What is needed of the experts' hand-off (``ktrt.moe``) around a graph."""
+    """What is needed of the experts' hand-off (``ktrt.experts``) around a graph."""
 
     def recording(self) -> AbstractContextManager[list[int]]:
         """Within the block, the list receives the slots whose hand-offs are captured."""

@@ -21,15 +21,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ktrt.engine import DenseLinear, PackedLinear, active_isa
+from ktrt.engine.recording import active
 from ktrt.linears import is_int8
-from ktrt.moe import DenseLinear, PackedLinear, active_isa
-from ktrt.recording import active
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from ktrt.moe import Engine
-    from ktrt.recording import Recorder
+    from ktrt.engine import Engine
+    from ktrt.engine.recording import Recorder
 
 logger = logging.getLogger(__name__)
 

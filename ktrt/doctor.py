@@ -13,16 +13,15 @@ from ktrt import __version__
 from ktrt.advice import advise
 from ktrt.command_line import EXIT_NEGATIVE, new_parser, parse, run_command, set_environment
 from ktrt.config import load_config
-from ktrt.errors import KtrtError
-from ktrt.machine_facts import environment_of_process
+from ktrt.machine.facts import environment_of_process
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator, Mapping, Sequence
 
     from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
-    from ktrt.machine import ArithmeticPeak, GpuRates
-    from ktrt.machine_facts import MachineFacts
+    from ktrt.engine.probes import ArithmeticPeak, GpuRates
+    from ktrt.machine.facts import MachineFacts
     from ktrt.model_work import ModelWork
 
 # Shares of the limits that whole models reached on machines measured so far (README, Speed).
@@ -63,19 +62,14 @@ def examine(args: argparse.Namespace, environment: Mapping[str, str]) -> Report:
     """The whole report, in basic types. ``KtrtError``: no engine, or a configuration that is
     wrong."""
     config = None if args.config is None else load_config(args.config, args.overrides)
-    try:
-        from ktrt import machine
-    except ImportError as error:
-        raise KtrtError(
-            f"the compiled engine ktrt._core cannot be imported ({error}). Build and install it "
-            "with `pip install .` in the source folder of ktrt."
-        ) from error
-    facts = machine.machine_facts(environment)
+    from ktrt.engine import probes
+
+    facts = probes.machine_facts(environment)
     threads = _threads(facts, config.experts if config else None)
-    bandwidth = machine.read_bandwidth(threads)
-    peaks = machine.arithmetic_peaks(threads)
-    driver = machine.has_nvidia_gpu()
-    gpu = machine.gpu_rates() if driver else None
+    bandwidth = probes.read_bandwidth(threads)
+    peaks = probes.arithmetic_peaks(threads)
+    driver = probes.has_nvidia_gpu()
+    gpu = probes.gpu_rates() if driver else None
     report: Report = {
         "version": __version__,
         "machine": {**asdict(facts), "amx_denied": facts.amx_denied},
@@ -158,7 +152,7 @@ def _reach(
     gpu: GpuRates | None,
 ) -> Iterator[Report]:
     """Tokens per second by kt_backend: bounds, and what to expect."""
-    from ktrt.machine import peak_of
+    from ktrt.engine.probes import peak_of
 
     gpu_rate = gpu.read if gpu else None
     others = peak_of(work.other_format, peaks) if gpu is None else None

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ktrt.engine import release_file_pages
 from ktrt.errors import ConfigError
-from ktrt.moe import release_file_pages
 from ktrt.pack_cache import PackCache, default_folder
 from ktrt.pack_manifest import CacheKey
 from ktrt.utils.fingerprint import fingerprint
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
     from ktrt.checkpoint import Checkpoint, ExpertWeights
     from ktrt.config import ExpertArgs
+    from ktrt.engine import MoeLayer
+    from ktrt.experts import ExpertsSpec
     from ktrt.kt_weights import KtWeights
-    from ktrt.moe import ExpertsSpec, MoeLayer
     from ktrt.pack_cache import CacheWriter
     from ktrt.utils.fingerprint import Fingerprint
 

@@ -17,14 +17,14 @@ from torch import nn
 
 from ktrt.cpu_attention import head_array
 from ktrt.dense import DenseForward, Lora
-from ktrt.moe import LatentAttention
-from ktrt.recording import active
+from ktrt.engine import LatentAttention
+from ktrt.engine.recording import active
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ktrt.moe import Engine
-    from ktrt.recording import Recorder
+    from ktrt.engine import Engine
+    from ktrt.engine.recording import Recorder
 
 # What transformers calls it. Arguments of an attention that only some models pass, and that change
 # what it computes.

@@ -12,7 +12,13 @@ from ktrt.errors import CheckpointError, ConfigError
 from ktrt.host_tables import host_tables, table_bytes
 from ktrt.kv_cache import cache_argument
 from ktrt.linears import int8_bytes, int8_layers
-from ktrt.memory_limits import Limit, address_limit, gpu_limit, ram_limit, resident_bytes
+from ktrt.machine.memory import (
+    Limit,
+    address_limit,
+    gpu_limit,
+    ram_limit,
+    resident_bytes,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -17,15 +17,16 @@ from ktrt.context import context_limit
 from ktrt.cpu_attention import accelerate_attention
 from ktrt.decode_graph import CudaGraphs, DecodeGraphs, NoHandOff
 from ktrt.dense import OneRowProducts, accelerate, int8_bytes
+from ktrt.engine import release_file_pages
+from ktrt.engine.recording import RecordedSteps
 from ktrt.expert_loading import cache_folder, load_experts
+from ktrt.experts import KTExperts, build_gpu_experts, new_hand_off
 from ktrt.fused_lora import FusedLora
 from ktrt.host_tables import tables_to_host
 from ktrt.kv_cache import unusual_layers
 from ktrt.latent_attention import use_latents
-from ktrt.moe import KTExperts, build_gpu_experts, new_hand_off, release_file_pages
 from ktrt.norms import accelerate_norms
 from ktrt.prepare import prepare
-from ktrt.recording import RecordedSteps
 from ktrt.torch_weights import load_without_experts
 from ktrt.warm_up import kernels_loaded_beside
 from ktrt.weight_traffic import bytes_per_token
@@ -37,8 +38,9 @@ if TYPE_CHECKING:
 
     from ktrt.adapter import AdapterPlan, Audit
     from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
+    from ktrt.engine import Engine
+    from ktrt.experts import ExpertsSpec, GpuExperts, HandOff
     from ktrt.kv_cache import StaticKv
-    from ktrt.moe import Engine, ExpertsSpec, GpuExperts, HandOff
     from ktrt.prepare import Prepared
 
 logger = logging.getLogger(__name__)

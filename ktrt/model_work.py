@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from ktrt.moe import ExpertsSpec
+    from ktrt.experts import ExpertsSpec
 
 # Bytes of a weight by kt_backend; INT8 and INT4 have a float32 scale per output row beside it.
 _EXPERT_BYTES = {"AMXBF16": 2.0, "AMXInt8": 1.0, "AMXInt4": 0.5}

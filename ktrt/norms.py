@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ktrt.moe import RmsNorm
-from ktrt.recording import active
+from ktrt.engine import RmsNorm
+from ktrt.engine.recording import active
 
 if TYPE_CHECKING:
     from collections.abc import Callable

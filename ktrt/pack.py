@@ -74,8 +74,8 @@ def pack(config: Config) -> None:
 
     ``ConfigError``: the cache is switched off or could not be written, or kt_weight_path is set.
     """
+    from ktrt.engine.build import build_engine
     from ktrt.expert_loading import cache_folder, cache_of, finish, pack_experts
-    from ktrt.moe import build_engine
     from ktrt.prepare import new_layers, open_base
 
     args = config.experts

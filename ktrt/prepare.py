@@ -11,12 +11,13 @@ from ktrt.checkpoint import Checkpoint, find_expert_weights, holds_experts
 from ktrt.checkpoint_config import read_model_config
 from ktrt.checkpoint_contents import check_contents, deepest_layer
 from ktrt.checkpoint_names import WeightNames
+from ktrt.engine.build import BACKENDS, build_engine, weight_format_of
 from ktrt.errors import CheckpointError
 from ktrt.expert_loading import ExpertSource, cache_folder, seems_cached
+from ktrt.experts import find_experts, new_layer
 from ktrt.folders import check_model_folder
 from ktrt.kt_weights import KtWeights
 from ktrt.memory_plan import MemoryPlan, check_addresses, make_plan
-from ktrt.moe import BACKENDS, build_engine, find_experts, new_layer, weight_format_of
 from ktrt.skeleton import build_skeleton
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from ktrt.adapter import AdapterPlan
     from ktrt.checkpoint_config import ModelConfig
     from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
-    from ktrt.moe import Engine, ExpertsSpec, MoeLayer
+    from ktrt.engine import Engine, MoeLayer
+    from ktrt.experts import ExpertsSpec
     from ktrt.skeleton import Skeleton
 
 logger = logging.getLogger(__name__)

@@ -10,15 +10,15 @@ import torch
 
 from ktrt.dequantized import weight_source
 from ktrt.errors import CheckpointError, KtrtError
+from ktrt.experts import experts_replaced
 from ktrt.generation_file import check_generation_config
-from ktrt.moe import experts_replaced
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from torch import nn
 
-    from ktrt.moe import ExpertsSpec
+    from ktrt.experts import ExpertsSpec
     from ktrt.prepare import BaseCheckpoint
 
 

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from ktrt.errors import AdapterError, CheckpointError
+from ktrt.experts import KTExperts
 from ktrt.folders import check_model_folder
 from ktrt.model import load_model
-from ktrt.moe import KTExperts
 from ktrt.prepare import open_base, open_kt_weights
 from ktrt.reference import (
     CannotVerifyError,

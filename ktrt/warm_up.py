@@ -17,9 +17,9 @@ import torch
 
 from ktrt.decode_graph import DecodeGraphs, NoHandOff
 from ktrt.errors import KtrtError
+from ktrt.experts import experts_muted
 from ktrt.generation import KvCache
 from ktrt.kv_cache import unusual_layers
-from ktrt.moe import experts_muted
 
 logger = logging.getLogger(__name__)
 

@@ -8,14 +8,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn import Parameter
 
 from ktrt.dense import int8_bytes
-from ktrt.moe import KTExperts
+from ktrt.experts import KTExperts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import nn
 
-    from ktrt.moe import MoeLayer
+    from ktrt.engine import MoeLayer
 
 
 def bytes_per_token(model: nn.Module) -> int | None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ktrt.adapter import AdapterPlan, Projection
     from ktrt.adapter.base import ExpertLora
     from ktrt.adapter.words import TokenRows
-    from ktrt.moe import ExpertsSpec
+    from ktrt.experts import ExpertsSpec
 
 # What is merged of an expert's LoRA; a field beyond these must not be lost in silence.
 _MERGED_FIELDS = {"a", "b", "scaling"}

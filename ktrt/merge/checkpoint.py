@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from ktrt.checkpoint import INDEX_NAME, SINGLE_NAME
+from ktrt.engine import release_file_pages
 from ktrt.merge.changes import Changes
 from ktrt.merge.shards import write_index, write_shard
 from ktrt.merge.side_files import copy_side_files, copy_words, side_files, write_config
 from ktrt.merge.tensors import Dtypes, TensorPlan, main_dtype
-from ktrt.moe import release_file_pages
 from ktrt.prepare import open_checkpoint
 from ktrt.utils.progress import byte_progress
 from ktrt.utils.staging import check_target, staged_folder

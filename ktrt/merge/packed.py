@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ktrt.engine.build import build_engine, weight_format_of
 from ktrt.errors import ConfigError
+from ktrt.experts import new_layer
 from ktrt.kt_weights import PROJECTIONS, KtWeights
 from ktrt.merge.checkpoint import Merge, Summary, releasing, summarise
 from ktrt.merge.rounding import merged
 from ktrt.merge.shards import INDEX_NAME, OutputTensor, write_index, write_shard
-from ktrt.moe import build_engine, new_layer, weight_format_of
 from ktrt.utils.progress import byte_progress
 from ktrt.utils.staging import check_target, staged_folder
 
@@ -24,9 +25,10 @@ if TYPE_CHECKING:
 
     from ktrt.adapter import AdapterPlan
     from ktrt.config import ExpertArgs
+    from ktrt.engine import Engine, MoeLayer
+    from ktrt.experts import ExpertsSpec
     from ktrt.kt_weights import Projection
     from ktrt.merge.changes import Changes
-    from ktrt.moe import Engine, ExpertsSpec, MoeLayer
     from ktrt.prepare import BaseCheckpoint
 
 EXPERTS_FOLDER = "experts"

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from ktrt.checkpoint import Checkpoint
     from ktrt.checkpoint_names import WeightNames, WeightTarget
+    from ktrt.experts import ExpertsSpec
     from ktrt.merge.changes import Changes
-    from ktrt.moe import ExpertsSpec
 
 
 @dataclass(frozen=True)

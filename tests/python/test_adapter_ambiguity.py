@@ -25,8 +25,9 @@ from test_adapter_every_layout import assert_same, plan
 from ktrt.adapter.layout import MAX_RANK, Part, check_magnitude, collect_layouts
 from ktrt.adapter.read import AdapterTensor
 from ktrt.config import ExpertArgs
+from ktrt.engine.build import build_engine
 from ktrt.errors import AdapterError
-from ktrt.moe import build_engine, find_experts, new_layer
+from ktrt.experts import find_experts, new_layer
 
 if TYPE_CHECKING:
     from pathlib import Path

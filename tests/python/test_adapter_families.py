@@ -20,8 +20,8 @@ from test_families import SUPPORTED, Case, error, logits
 from ktrt.adapter import BaseModel
 from ktrt.checkpoint_names import WeightNames
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
+from ktrt.experts import find_experts
 from ktrt.model import load_model
-from ktrt.moe import find_experts
 
 if TYPE_CHECKING:
     from collections.abc import Callable

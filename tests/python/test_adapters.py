@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 from ktrt.adapters import Adapters
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import AdapterError, KtrtError
+from ktrt.experts import KTExperts
 from ktrt.model import LoadedModel, load_model
-from ktrt.moe import KTExperts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from ktrt.checkpoint import Checkpoint, ExpertWeights, find_expert_weights
 from ktrt.checkpoint_names import WeightNames, WeightTarget
 from ktrt.errors import CheckpointError
-from ktrt.moe import find_experts
+from ktrt.experts import find_experts
 
 LAYER = "model.layers.1.mlp.experts"
 EXPERT = f"{LAYER}.3"

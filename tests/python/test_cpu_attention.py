@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from ktrt import cpu_attention
 from ktrt.cpu_attention import EngineAttention, accelerate_attention, head_array, one_token
-from ktrt.moe import Engine
+from ktrt.engine import Engine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,7 +11,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from ktrt.dense import DenseForward, accelerate, refresh
-from ktrt.moe import Engine
+from ktrt.engine import Engine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,9 +17,10 @@ from torch import nn
 from ktrt import linears
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.dense import DenseForward, accelerate, int8_bytes, refresh
+from ktrt.engine import Engine
+from ktrt.experts import KTExperts, find_experts
 from ktrt.model import load_model
 from ktrt.model_work import model_work
-from ktrt.moe import Engine, KTExperts, find_experts
 from ktrt.prepare import open_base, plan_memory
 from ktrt.weight_traffic import bytes_per_token
 

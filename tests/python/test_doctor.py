@@ -15,13 +15,20 @@ import torch
 from helpers.tiny_models import save_adapter, save_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ktrt import doctor, machine
+from ktrt import doctor
 from ktrt.advice import Advice, advise
 from ktrt.config import ExpertArgs
-from ktrt.machine_facts import HugePages, MachineFacts, cpu_quota, read_facts, try_huge_pages
-from ktrt.memory_limits import Limit
+from ktrt.engine import probes
+from ktrt.experts import find_experts
+from ktrt.machine.facts import (
+    HugePages,
+    MachineFacts,
+    cpu_quota,
+    read_facts,
+    try_huge_pages,
+)
+from ktrt.machine.memory import Limit
 from ktrt.model_work import ModelWork, model_work
-from ktrt.moe import find_experts
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "examples/demo/chat.yaml"
@@ -208,11 +215,11 @@ def test_urgent_advice_comes_first() -> None:
 
 
 def test_rates_of_this_machine() -> None:
-    rate = machine.read_bandwidth(1, passes=2)
+    rate = probes.read_bandwidth(1, passes=2)
     assert 1e8 < rate < 1e13
-    peaks = {peak.name: peak for peak in machine.arithmetic_peaks(1, seconds=0.01)}
+    peaks = {peak.name: peak for peak in probes.arithmetic_peaks(1, seconds=0.01)}
     assert all(1e8 < peak.one_thread < 1e14 for peak in peaks.values())
-    found = machine.peak_of("bf16", list(peaks.values()))
+    found = probes.peak_of("bf16", list(peaks.values()))
     assert (found is None) == (not peaks)
 
 

@@ -10,9 +10,14 @@ import torch
 from helpers.expert_layers import LayerCase, error, run_engine
 
 from ktrt._core import Engine
-from ktrt.moe import expert_math
-from ktrt.moe.expert_math import Grouping, expert_outputs, integer_product, make_rows
-from ktrt.moe.expert_source import LayerSource
+from ktrt.experts.gpu import arithmetic
+from ktrt.experts.gpu.arithmetic import (
+    Grouping,
+    expert_outputs,
+    integer_product,
+    make_rows,
+)
+from ktrt.experts.gpu.source import LayerSource
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -148,7 +153,7 @@ def test_rows_are_computed_in_pieces(
     layer = case.build(engine, "int8")
     arguments = case.inputs(11, outside=True)
     expected = on_torch(layer, *arguments)
-    monkeypatch.setattr(expert_math, "_MOST_ROWS", most)
+    monkeypatch.setattr(arithmetic, "_MOST_ROWS", most)
     assert error(on_torch(layer, *arguments), expected) < SAME
 
 

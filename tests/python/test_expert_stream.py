@@ -9,14 +9,20 @@ import torch
 from helpers.expert_layers import LayerCase
 
 from ktrt._core import Engine
-from ktrt.moe.expert_source import LayerSource
-from ktrt.moe.expert_stream import CudaLane, ExpertStream, HostLane, Pinning, make_pinning
+from ktrt.experts.gpu.source import LayerSource
+from ktrt.experts.gpu.stream import (
+    CudaLane,
+    ExpertStream,
+    HostLane,
+    Pinning,
+    make_pinning,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from ktrt._core import MoeLayer
-    from ktrt.moe.expert_stream import Copy
+    from ktrt.experts.gpu.stream import Copy
 
 CPU = torch.device("cpu")
 

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import CheckpointError, ConfigError
+from ktrt.experts import KTExperts
 from ktrt.export import main
 from ktrt.merge import merge_checkpoint, merge_packed
 from ktrt.model import LoadedModel, load_model
-from ktrt.moe import KTExperts
 from ktrt.prepare import base_of_adapters, open_adapter, open_base
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from helpers.tiny_models import save_adapter, save_model, token_ids
 
 import ktrt.model
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs, SamplingArgs, TemplateArgs
+from ktrt.engine.build import MAX_QLEN
+from ktrt.experts import GpuExperts, KTExperts
 from ktrt.generation import PREFILL_CHUNK, KvCache
 from ktrt.model import LoadedModel, load_model
-from ktrt.moe import GpuExperts, KTExperts
-from ktrt.moe.engine import MAX_QLEN
 from ktrt.session import Session
 from ktrt.template import load_template
 

@@ -12,8 +12,8 @@ from helpers.expert_layers import LayerCase, error, run_engine
 
 from ktrt._core import Engine
 from ktrt.errors import KtrtError
-from ktrt.moe import KTExperts
-from ktrt.moe.gpu_experts import MAX_STREAMED_TOKENS, GpuExperts, GpuLayer
+from ktrt.experts import KTExperts
+from ktrt.experts.gpu.residents import MAX_STREAMED_TOKENS, GpuExperts, GpuLayer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

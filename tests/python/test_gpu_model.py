@@ -18,9 +18,9 @@ import ktrt
 import ktrt.model
 from ktrt import decode_graph, host_tables, kv_cache
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
+from ktrt.experts import KTExperts
 from ktrt.generation import KvCache
 from ktrt.model import LoadedModel, load_model
-from ktrt.moe import KTExperts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

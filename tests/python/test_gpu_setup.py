@@ -16,12 +16,13 @@ import ktrt.model
 from ktrt._core import Engine, MoeLayer
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import KtrtError
+from ktrt.experts import KTExperts, build_gpu_experts
+from ktrt.experts.gpu import costs, setup
+from ktrt.experts.gpu.costs import Line, streaming_threshold
+from ktrt.experts.gpu.residents import GpuExperts
+from ktrt.experts.gpu.setup import check_layer
 from ktrt.generation import KvCache
 from ktrt.model import LoadedModel, load_model
-from ktrt.moe import KTExperts, build_gpu_experts, gpu_setup, stream_costs
-from ktrt.moe.gpu_experts import GpuExperts
-from ktrt.moe.gpu_setup import check_layer
-from ktrt.moe.stream_costs import Line, streaming_threshold
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -77,7 +78,7 @@ class TestThreshold:
 
 
 def settle(experts: GpuExperts, layers: dict[str, MoeLayer], number: Any, threshold: Any) -> bool:
-    return gpu_setup._settle(experts, layers, number, threshold, 64)
+    return setup._settle(experts, layers, number, threshold, 64)
 
 
 def test_fixed_settings(experts: GpuExperts, layers: dict[str, MoeLayer]) -> None:
@@ -99,7 +100,7 @@ def test_measured_settings(
 ) -> None:
     """Everything is measured and logged; the time itself is the machine's affair."""
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(stream_costs, "_GPU_TOKENS", (32, 64))
+    monkeypatch.setattr(costs, "_GPU_TOKENS", (32, 64))
     assert settle(experts, layers, 0, "auto") == (experts.threshold > 0)
     assert any("A layer's experts take" in message for message in caplog.messages)
     assert experts.counts() == {"layers.0": [0] * 6, "layers.1": [0] * 6}
@@ -116,8 +117,8 @@ def test_as_many_as_fit(
 ) -> None:
     """``spare``: free memory beyond the reserve, in experts of both layers."""
     each = sum(experts.source(path).resident_bytes() for path in layers)
-    free = gpu_setup.RESERVED_BYTES + int(spare * each)
-    monkeypatch.setattr(gpu_setup, "_free_memory", lambda _: (free, 10 * GIB))
+    free = setup.RESERVED_BYTES + int(spare * each)
+    monkeypatch.setattr(setup, "_free_memory", lambda _: (free, 10 * GIB))
     assert settle(experts, layers, "auto", 0) == (count > 0)
     assert [len(share.experts) for share in experts.layers.values()] == [count] * 2
     if count:

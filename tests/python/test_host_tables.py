@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ktrt import host_tables, memory_plan
 from ktrt.host_tables import table_bytes, tables_to_host
-from ktrt.memory_limits import Limit
+from ktrt.machine.memory import Limit
 from ktrt.memory_plan import make_plan
 
 

@@ -17,9 +17,9 @@ from test_golden_packing import Case, pack
 from ktrt import _core
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import CheckpointError
+from ktrt.experts import new_layer
 from ktrt.kt_weights import PROJECTIONS, KtWeights
 from ktrt.model import load_model
-from ktrt.moe import new_layer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

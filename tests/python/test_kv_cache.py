@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Mistral
 
 from ktrt import decode_graph, generation, kv_cache
 from ktrt.decode_graph import CudaGraphs, DecodeGraphs, NoHandOff, window_of
+from ktrt.engine.recording import RecordedSteps
 from ktrt.errors import KtrtError
 from ktrt.generation import KvCache
 from ktrt.kv_cache import StaticKv, unusual_layers
-from ktrt.recording import RecordedSteps
 
 PROMPT = [5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43]
 SIZES: dict[str, Any] = {

@@ -30,8 +30,8 @@ from helpers.tiny_models import (
 
 from ktrt import _core
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
+from ktrt.experts import KTExperts
 from ktrt.model import LoadedModel, load_model
-from ktrt.moe import KTExperts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

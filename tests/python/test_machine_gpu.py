@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from ktrt.machine import gpu_rates
+from ktrt.engine.probes import gpu_rates
 
 needs_gpu = pytest.mark.skipif(
     not os.environ.get("KTRT_TEST_GPU") or not torch.cuda.is_available(), reason="needs a GPU"

@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import ktrt.model
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import ConfigError
-from ktrt.memory_limits import Limit, address_limit, ram_limit
+from ktrt.experts import find_experts
+from ktrt.machine.memory import Limit, address_limit, ram_limit
 from ktrt.memory_plan import (
     MIN_CONTEXT,
     Item,
@@ -28,7 +29,6 @@ from ktrt.memory_plan import (
     kv_bytes_per_token,
 )
 from ktrt.model import load_model
-from ktrt.moe import find_experts
 from ktrt.prepare import plan_memory
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -24,9 +24,10 @@ from safetensors.torch import load_file, save_file
 
 import ktrt.model
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
+from ktrt.engine.build import build_engine
 from ktrt.errors import AdapterError, CheckpointError
+from ktrt.experts import KTExperts
 from ktrt.model import LoadedModel, load_model
-from ktrt.moe import KTExperts, build_engine
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, __ver
 
 from ktrt import _core
 from ktrt.errors import CheckpointError
-from ktrt.moe import ExpertsSpec, find_experts
-from ktrt.moe.activation import Activation
+from ktrt.experts import ExpertsSpec, find_experts
+from ktrt.experts.activation import Activation
 
 if TYPE_CHECKING:
     from collections.abc import Callable

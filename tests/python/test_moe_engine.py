@@ -11,12 +11,13 @@ import sys
 import pytest
 import torch
 
-import ktrt.moe
-import ktrt.moe.engine as engine_module
+import ktrt.engine
+import ktrt.engine.build
+import ktrt.engine.build as engine_module
 from ktrt import _core
 from ktrt.config import ExpertArgs
+from ktrt.engine.build import build_engine
 from ktrt.errors import KtrtError
-from ktrt.moe import build_engine
 
 CPUS = len(os.sched_getaffinity(0))
 
@@ -83,7 +84,7 @@ def test_threads_follow_the_quota_of_a_container(
     given: list[int] = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
     monkeypatch.setattr(torch, "set_num_threads", given.append)
-    assert ktrt.moe.num_threads(ExpertArgs()) == expected
+    assert ktrt.engine.build.num_threads(ExpertArgs()) == expected
     line = f"{expected} threads on 8 cores: /sys/fs/cgroup/cpu.max grants {quota:g} CPUs"
     assert caplog.messages == ([line] if expected < cores else [])
     threads(kt_num_threads=1)
@@ -96,16 +97,16 @@ def test_more_threads_than_the_quota_are_the_users_wish(
     monkeypatch.setattr(engine_module, "cpu_quota", lambda: (1.5, "/cpu.max"))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     wish = "is more than the 1.5 CPUs that /cpu.max grants"
-    assert ktrt.moe.num_threads(ExpertArgs(kt_num_threads=4)) == 4
+    assert ktrt.engine.build.num_threads(ExpertArgs(kt_num_threads=4)) == 4
     assert [wish in message for message in caplog.messages] == [True]
     assert caplog.messages[0].endswith("set it to 1")
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     before = torch.get_num_threads()
     engine_module._limit_torch(os.environ)
     assert torch.get_num_threads() == before
-    assert ktrt.moe.num_threads(ExpertArgs()) == 2
+    assert ktrt.engine.build.num_threads(ExpertArgs()) == 2
     assert caplog.messages[1].startswith("OMP_NUM_THREADS 2 is more than")
-    assert ktrt.moe.num_threads(ExpertArgs(kt_num_threads=1)) == 1
+    assert ktrt.engine.build.num_threads(ExpertArgs(kt_num_threads=1)) == 1
     assert len(caplog.messages) == 2
 
 
@@ -183,11 +184,11 @@ def test_kt_kernel_is_looked_for_but_not_imported(
 def test_other_version_of_the_compiled_module_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_core, "__version__", "0.0.0")
     with pytest.raises(KtrtError, match=r"_core is version 0\.0\.0.*pip install \."):
-        importlib.reload(ktrt.moe)
+        importlib.reload(ktrt.engine)
 
 
 def test_missing_compiled_module_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ktrt._core", None)
     monkeypatch.delattr(ktrt, "_core")
     with pytest.raises(KtrtError, match=r"pip install \."):
-        importlib.reload(ktrt.moe)
+        importlib.reload(ktrt.engine)

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ktrt._core import Engine, MoeLayer
 from ktrt.errors import KtrtError
-from ktrt.moe import KTExperts, experts_replaced
+from ktrt.experts import KTExperts, experts_replaced
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

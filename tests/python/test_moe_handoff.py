@@ -22,10 +22,10 @@ import ktrt.model
 from ktrt._core import Engine, MoeLayer
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import KtrtError
+from ktrt.experts import HandOff, KTExperts
+from ktrt.experts.handoff import Deferred
 from ktrt.generation import KvCache
 from ktrt.model import LoadedModel, load_model
-from ktrt.moe import HandOff, KTExperts
-from ktrt.moe.handoff import Deferred
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ktrt.moe import RmsNorm
+from ktrt.engine import RmsNorm
 from ktrt.norms import NormForward, accelerate_norms
 
 

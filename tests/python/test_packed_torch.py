@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ktrt.moe.packed_torch import code_dtype, padded_shape, unpack_codes
+from ktrt.experts.gpu.packed import code_dtype, padded_shape, unpack_codes
 
 # n-block, k-block and tile in elements, values in a 4-byte word: kt_kernel 0.7.2's.
 NUMBERS = {"bf16": (256, 1792, 32, 2), "int8": (64, 3584, 64, 4), "int4": (128, 3584, 128, 8)}

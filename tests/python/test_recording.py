@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from ktrt.engine.recording import RecordedSteps, Recorder, active
 from ktrt.errors import KtrtError
-from ktrt.recording import RecordedSteps, Recorder, active
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -152,7 +152,7 @@ def test_what_depends_on_numbers_is_refused(what: str, function: Any) -> None:
 
 
 def test_large_results_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ktrt.recording._MOST_BYTES", 1 << 20)
+    monkeypatch.setattr("ktrt.engine.recording._MOST_BYTES", 1 << 20)
     with pytest.raises(KtrtError, match="more than 1 MiB"):
         Step(lambda x, _: x.repeat(1 << 17).view(-1, 4).sum(0))
 

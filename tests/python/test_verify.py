@@ -24,8 +24,8 @@ from ktrt.adapter.plan import AdapterPlan
 from ktrt.adapter.settings import LoraScale, LoraSettings
 from ktrt.checkpoint import ExpertWeights
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
+from ktrt.experts import KTExperts
 from ktrt.model import load_model
-from ktrt.moe import KTExperts
 from ktrt.prepare import base_of_adapters, open_adapter, open_base
 from ktrt.reference import Lora, RawAdapter, RawCheckpoint
 from ktrt.verify import LayerReport, verify, verify_layer

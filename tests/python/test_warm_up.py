@@ -18,11 +18,11 @@ import ktrt.model
 from ktrt import decode_graph, kv_cache, warm_up
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.decode_graph import DecodeGraphs
+from ktrt.engine.recording import RecordedSteps
 from ktrt.errors import KtrtError
+from ktrt.experts import KTExperts, experts_muted
 from ktrt.generation import KvCache
 from ktrt.model import load_model
-from ktrt.moe import KTExperts, experts_muted
-from ktrt.recording import RecordedSteps
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -16,7 +16,7 @@ import torch
 
 from ktrt._core import GpuHandoff
 from ktrt.decode_graph import DecodeGraphs, NoHandOff
-from ktrt.moe import HandOff
+from ktrt.experts import HandOff
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

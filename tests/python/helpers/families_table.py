@@ -13,7 +13,7 @@ if __name__ == "__main__":
 
 from helpers.family_models import Family, families, folders_without_class, small_config
 
-from ktrt.moe import ExpertsSpec, find_experts
+from ktrt.experts import ExpertsSpec, find_experts
 
 README = Path(__file__).parents[3] / "README.md"
 _END = "<!-- families: end -->"

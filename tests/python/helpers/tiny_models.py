@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from ktrt.adapter import BaseModel
 from ktrt.checkpoint import Checkpoint, find_expert_weights
 from ktrt.checkpoint_names import WeightNames
-from ktrt.moe import find_experts
+from ktrt.experts import find_experts
 
 if TYPE_CHECKING:
     from pathlib import Path

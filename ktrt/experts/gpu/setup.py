@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from ktrt.errors import KtrtError
-from ktrt.moe.expert_math import Grouping, make_rows
-from ktrt.moe.gpu_experts import MAX_STREAMED_TOKENS, GpuExperts
-from ktrt.moe.stream_costs import measure_engine, measure_gpu, streaming_threshold
+from ktrt.experts.gpu.arithmetic import Grouping, make_rows
+from ktrt.experts.gpu.costs import measure_engine, measure_gpu, streaming_threshold
+from ktrt.experts.gpu.residents import MAX_STREAMED_TOKENS, GpuExperts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ktrt._core import MoeLayer
     from ktrt.config import ExpertArgs
-    from ktrt.moe.expert_source import LayerSource
-    from ktrt.moe.experts import KTExperts
+    from ktrt.engine import MoeLayer
+    from ktrt.experts.gpu.source import LayerSource
+    from ktrt.experts.module import KTExperts
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ktrt.memory_limits import Limit, ram_limit
+from ktrt.machine.memory import Limit, ram_limit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ktrt import _core
-from ktrt.machine_facts import MachineFacts, cpu_quota, read_facts, threads_within
+from ktrt.machine.facts import (
+    MachineFacts,
+    cpu_quota,
+    read_facts,
+    threads_within,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

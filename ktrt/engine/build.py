@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from ktrt import _core
-from ktrt._core import Engine, MoeLayer
-from ktrt.machine_facts import cpu_quota, threads_within
+from ktrt.engine import Engine
+from ktrt.machine.facts import cpu_quota, threads_within
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ktrt.config import ExpertArgs
-    from ktrt.moe.discovery import ExpertsSpec
 
 logger = logging.getLogger(__name__)
 
@@ -52,25 +51,9 @@ def num_threads(experts: ExpertArgs) -> int:
     return _num_threads(experts.kt_num_threads, os.environ)
 
 
-def weight_format_of(kt_backend: str) -> str:
+def weight_format_of(kt_backend: str) -> Literal["bf16", "int8", "int4"]:
     """The engine's weight format for a kt_backend."""
     return BACKENDS[kt_backend][0]
-
-
-def new_layer(engine: Engine, spec: ExpertsSpec, kt_backend: str, down_slices: int = 1) -> MoeLayer:
-    """An empty engine layer of the sizes of ``spec``, in the weight format of ``kt_backend``; it
-    takes memory when experts are loaded."""
-    return MoeLayer(
-        engine,
-        num_experts=spec.num_experts,
-        top_k=spec.top_k,
-        hidden_size=spec.hidden_size,
-        intermediate_size=spec.intermediate_size,
-        weight_format=BACKENDS[kt_backend][0],
-        down_slices=down_slices,
-        has_gate=spec.has_gate,
-        **spec.activation.arguments(),
-    )
 
 
 def _kernel_line(kt_backend: str, num_threads: int) -> str:

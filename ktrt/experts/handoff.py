@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch.utils._pytree import tree_map_only
 
-from ktrt import _core
+from ktrt.engine import GpuHandoff
 from ktrt.errors import KtrtError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from ktrt._core import Engine, GpuHandoff, MoeLayer
+    from ktrt.engine import Engine, MoeLayer
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +238,7 @@ def new_hand_off(engine: Engine, device: torch.device) -> HandOff | None:
     if device.type != "cuda":
         return None
     try:
-        core = _core.GpuHandoff(engine)
+        core = GpuHandoff(engine)
     except RuntimeError as error:
         logger.warning("The host copies at every layer, which is slower: %s", error)
         return None

@@ -1,21 +1,24 @@
-"""Routed experts: finding them in a model, and running them in the compiled engine.
+"""The compiled engine ``ktrt._core``: the only package that imports it.
 
-The only package that imports ``ktrt._core``, but for ``ktrt.machine``, which measures.
+The classes below are ``_core``'s; ``build`` makes an engine of the user's settings, ``recording``
+replays a step's calls, ``probes`` measures the machine. Importing this package needs no torch.
 """
 
 import ktrt
 from ktrt.errors import KtrtError
-from ktrt.moe.discovery import ExpertsSpec, find_experts
 
 try:
     from ktrt import _core
     from ktrt._core import (
         DenseLinear,
         Engine,
+        GpuHandoff,
         HeadArray,
         LatentAttention,
         MoeLayer,
         PackedLinear,
+        PackedMatrix,
+        PackedMemory,
         RmsNorm,
         TokenAttention,
         release_file_pages,
@@ -32,35 +35,18 @@ if _core.__version__ != ktrt.__version__:
         f"{_core.__version__}. Install both together: `pip install .` in the source folder of ktrt."
     )
 
-from ktrt.moe.engine import BACKENDS, build_engine, new_layer, num_threads, weight_format_of
-from ktrt.moe.experts import KTExperts, experts_muted, experts_replaced
-from ktrt.moe.gpu_experts import GpuExperts
-from ktrt.moe.gpu_setup import build_gpu_experts
-from ktrt.moe.handoff import HandOff, new_hand_off
-
 __all__ = [
-    "BACKENDS",
     "DenseLinear",
     "Engine",
-    "ExpertsSpec",
-    "GpuExperts",
-    "HandOff",
+    "GpuHandoff",
     "HeadArray",
-    "KTExperts",
     "LatentAttention",
     "MoeLayer",
     "PackedLinear",
+    "PackedMatrix",
+    "PackedMemory",
     "RmsNorm",
     "TokenAttention",
     "active_isa",
-    "build_engine",
-    "build_gpu_experts",
-    "experts_muted",
-    "experts_replaced",
-    "find_experts",
-    "new_hand_off",
-    "new_layer",
-    "num_threads",
     "release_file_pages",
-    "weight_format_of",
 ]

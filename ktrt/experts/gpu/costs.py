@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ktrt.moe.gpu_experts import MAX_STREAMED_TOKENS
+from ktrt.experts.gpu.residents import MAX_STREAMED_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ktrt._core import MoeLayer
-    from ktrt.moe.gpu_experts import GpuExperts, GpuLayer
+    from ktrt.engine import MoeLayer
+    from ktrt.experts.gpu.residents import GpuExperts, GpuLayer
 
 logger = logging.getLogger(__name__)
 

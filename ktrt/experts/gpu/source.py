@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ktrt.moe.expert_math import ExpertBank
-from ktrt.moe.packed_torch import (
+from ktrt.experts.gpu.arithmetic import ExpertBank
+from ktrt.experts.gpu.packed import (
     STRIP_ROWS,
     code_dtype,
     padded_shape,
@@ -20,7 +20,7 @@ from ktrt.moe.packed_torch import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ktrt._core import MoeLayer, PackedMatrix, PackedMemory
+    from ktrt.engine import MoeLayer, PackedMatrix, PackedMemory
 
 
 class LayerSource:

@@ -17,7 +17,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from ktrt.moe.expert_source import LayerSource
+    from ktrt.experts.gpu.source import LayerSource
 
 logger = logging.getLogger(__name__)
 

@@ -8,16 +8,26 @@ from typing import TYPE_CHECKING
 import torch
 
 from ktrt.errors import KtrtError
-from ktrt.moe.expert_math import Grouping, expert_outputs, make_rows, warm_up
-from ktrt.moe.expert_source import LayerSource
-from ktrt.moe.expert_stream import ExpertStream, Pinning, make_lane, make_pinning
+from ktrt.experts.gpu.arithmetic import (
+    Grouping,
+    expert_outputs,
+    make_rows,
+    warm_up,
+)
+from ktrt.experts.gpu.source import LayerSource
+from ktrt.experts.gpu.stream import (
+    ExpertStream,
+    Pinning,
+    make_lane,
+    make_pinning,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from ktrt._core import MoeLayer
-    from ktrt.moe.expert_math import ExpertBank
-    from ktrt.moe.expert_stream import Lane
+    from ktrt.engine import MoeLayer
+    from ktrt.experts.gpu.arithmetic import ExpertBank
+    from ktrt.experts.gpu.stream import Lane
 
 # Tokens of one streamed forward: the more, the fewer times all experts are copied; its sums take
 # tokens · top_k · hidden_size · 4 bytes of GPU memory.

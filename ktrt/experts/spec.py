@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ktrt.errors import CheckpointError
-from ktrt.moe.activation import Activation, recognise_activation
+from ktrt.experts.activation import Activation, recognise_activation
 
 if TYPE_CHECKING:
     from torch import nn

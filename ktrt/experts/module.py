@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
+from ktrt.engine.recording import active
 from ktrt.errors import KtrtError
-from ktrt.moe.handoff import Deferred
-from ktrt.recording import active
+from ktrt.experts.handoff import Deferred
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from types import ModuleType
 
-    from ktrt._core import MoeLayer
-    from ktrt.moe.gpu_experts import GpuLayer
-    from ktrt.moe.handoff import HandOff
+    from ktrt.engine import MoeLayer
+    from ktrt.experts.gpu.residents import GpuLayer
+    from ktrt.experts.handoff import HandOff
 
 # Classes are replaced in transformers' modules, which the whole process shares.
 _PATCH_LOCK = threading.Lock()

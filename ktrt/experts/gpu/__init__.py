@@ -1,0 +1,1 @@
+"""The GPU's share of the routed experts: residents, streaming, arithmetic."""

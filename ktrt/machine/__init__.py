@@ -1,0 +1,1 @@
+"""Facts about the machine: processors, memory, limits of its container."""
