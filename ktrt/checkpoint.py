@@ -15,8 +15,8 @@ from ktrt.checkpoint_convert import Conversions
 from ktrt.checkpoint_files import INDEX_NAME, SINGLE_NAME, find_weights
 from ktrt.checkpoint_formats import FLOAT_DTYPES, PlainTensor, StoredTensor, decoded, is_dequantized
 from ktrt.checkpoint_names import WeightNames, WeightTarget
-from ktrt.checkpoint_schemes import refusal, unread_scheme
 from ktrt.errors import CheckpointError
+from ktrt.folders.schemes import refusal, unread_scheme
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

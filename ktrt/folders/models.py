@@ -7,7 +7,6 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ktrt.checkpoint_schemes import named_scheme, refusal, unread_scheme
 from ktrt.errors import CheckpointError
 from ktrt.folders.kinds import (
     CONFIG,
@@ -19,6 +18,7 @@ from ktrt.folders.kinds import (
     model_weights,
     names_in,
 )
+from ktrt.folders.schemes import named_scheme, refusal, unread_scheme
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
