@@ -31,7 +31,7 @@ import torch
 from safetensors.torch import save_file
 
 from ktrt import _core
-from ktrt.checkpoint import Checkpoint
+from ktrt.checkpoint.folder import Checkpoint
 from ktrt.config import load_config
 from ktrt.dense import int8_bytes
 from ktrt.experts import KTExperts

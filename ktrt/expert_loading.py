@@ -19,11 +19,11 @@ from ktrt.utils.progress import byte_progress
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from ktrt.checkpoint import Checkpoint, ExpertWeights
+    from ktrt.checkpoint.folder import Checkpoint, ExpertWeights
+    from ktrt.checkpoint.kt_files import KtWeights
     from ktrt.config import ExpertArgs
     from ktrt.engine import MoeLayer
     from ktrt.experts import ExpertsSpec
-    from ktrt.kt_weights import KtWeights
     from ktrt.pack_cache import CacheWriter
     from ktrt.utils.fingerprint import Fingerprint
 

@@ -7,29 +7,29 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ktrt.adapter import BaseModel, plan_adapter
-from ktrt.checkpoint import Checkpoint, find_expert_weights, holds_experts
-from ktrt.checkpoint_config import read_model_config
-from ktrt.checkpoint_contents import check_contents, deepest_layer
-from ktrt.checkpoint_names import WeightNames
+from ktrt.checkpoint.config import read_model_config
+from ktrt.checkpoint.contents import check_contents, deepest_layer
+from ktrt.checkpoint.folder import Checkpoint, find_expert_weights, holds_experts
+from ktrt.checkpoint.kt_files import KtWeights
+from ktrt.checkpoint.names import WeightNames
+from ktrt.checkpoint.skeleton import build_skeleton
 from ktrt.engine.build import BACKENDS, build_engine, weight_format_of
 from ktrt.errors import CheckpointError
 from ktrt.expert_loading import ExpertSource, cache_folder, seems_cached
 from ktrt.experts import find_experts, new_layer
 from ktrt.folders import check_model_folder
-from ktrt.kt_weights import KtWeights
 from ktrt.memory_plan import MemoryPlan, check_addresses, make_plan
-from ktrt.skeleton import build_skeleton
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from ktrt.adapter import AdapterPlan
-    from ktrt.checkpoint_config import ModelConfig
+    from ktrt.checkpoint.config import ModelConfig
+    from ktrt.checkpoint.skeleton import Skeleton
     from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
     from ktrt.engine import Engine, MoeLayer
     from ktrt.experts import ExpertsSpec
-    from ktrt.skeleton import Skeleton
 
 logger = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ktrt.dequantized import weight_source
+from ktrt.checkpoint.dequantized import weight_source
+from ktrt.checkpoint.generation_config import check_generation_config
 from ktrt.errors import CheckpointError, KtrtError
 from ktrt.experts import experts_replaced
-from ktrt.generation_file import check_generation_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ktrt.checkpoint import INDEX_NAME, SINGLE_NAME
+from ktrt.checkpoint.folder import INDEX_NAME, SINGLE_NAME
 from ktrt.engine import release_file_pages
 from ktrt.merge.changes import Changes
 from ktrt.merge.shards import write_index, write_shard

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ktrt.checkpoint.kt_files import PROJECTIONS, KtWeights
 from ktrt.engine.build import build_engine, weight_format_of
 from ktrt.errors import ConfigError
 from ktrt.experts import new_layer
-from ktrt.kt_weights import PROJECTIONS, KtWeights
 from ktrt.merge.checkpoint import Merge, Summary, releasing, summarise
 from ktrt.merge.rounding import merged
 from ktrt.merge.shards import INDEX_NAME, OutputTensor, write_index, write_shard
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ktrt.adapter import AdapterPlan
+    from ktrt.checkpoint.kt_files import Projection
     from ktrt.config import ExpertArgs
     from ktrt.engine import Engine, MoeLayer
     from ktrt.experts import ExpertsSpec
-    from ktrt.kt_weights import Projection
     from ktrt.merge.changes import Changes
     from ktrt.prepare import BaseCheckpoint
 

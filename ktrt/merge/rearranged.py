@@ -18,8 +18,8 @@ from ktrt.merge.rounding import rounded
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ktrt.checkpoint import Checkpoint
-    from ktrt.checkpoint_convert import Conversions
+    from ktrt.checkpoint.convert import Conversions
+    from ktrt.checkpoint.folder import Checkpoint
     from ktrt.experts import ExpertsSpec
     from ktrt.merge.changes import Changes
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-from ktrt.checkpoint_convert import Conversions
+from ktrt.checkpoint.convert import Conversions
 from ktrt.errors import AdapterError
 from ktrt.merge.rearranged import RearrangedTensors
 from ktrt.merge.rounding import FLOATS, merged, rounded
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from ktrt.checkpoint import Checkpoint
-    from ktrt.checkpoint_names import WeightNames, WeightTarget
+    from ktrt.checkpoint.folder import Checkpoint
+    from ktrt.checkpoint.names import WeightNames, WeightTarget
     from ktrt.experts import ExpertsSpec
     from ktrt.merge.changes import Changes
 

@@ -18,7 +18,7 @@ from test_adapter_every_layout import assert_same, plan
 from test_families import SUPPORTED, Case, error, logits
 
 from ktrt.adapter import BaseModel
-from ktrt.checkpoint_names import WeightNames
+from ktrt.checkpoint.names import WeightNames
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.experts import find_experts
 from ktrt.model import load_model

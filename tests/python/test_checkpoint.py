@@ -12,8 +12,8 @@ from helpers.tiny_models import NUM_EXPERTS, base_of, save_model, weight_shapes
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from ktrt.checkpoint import Checkpoint, ExpertWeights, find_expert_weights
-from ktrt.checkpoint_names import WeightNames, WeightTarget
+from ktrt.checkpoint.folder import Checkpoint, ExpertWeights, find_expert_weights
+from ktrt.checkpoint.names import WeightNames, WeightTarget
 from ktrt.errors import CheckpointError
 from ktrt.experts import find_experts
 

@@ -17,8 +17,8 @@ from helpers.tiny_models import save_adapter, save_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ktrt.checkpoint import Checkpoint
-from ktrt.checkpoint_config import read_model_config
+from ktrt.checkpoint.config import read_model_config
+from ktrt.checkpoint.folder import Checkpoint
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import CheckpointError
 from ktrt.merge import merge_checkpoint

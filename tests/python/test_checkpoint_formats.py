@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers.integrations import finegrained_fp8
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from ktrt.checkpoint import Checkpoint
-from ktrt.checkpoint_formats import dequantize_fp8, dequantize_mxfp4
+from ktrt.checkpoint.folder import Checkpoint
+from ktrt.checkpoint.formats import dequantize_fp8, dequantize_mxfp4
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import CheckpointError
 from ktrt.model import load_model

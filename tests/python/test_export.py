@@ -33,7 +33,7 @@ from test_checkpoint_formats import random_bytes, random_fp8
 from test_families import SUPPORTED
 from transformers import AutoModelForCausalLM
 
-from ktrt.checkpoint import Checkpoint
+from ktrt.checkpoint.folder import Checkpoint
 from ktrt.config import AdapterArgs, ModelArgs
 from ktrt.errors import AdapterError, CheckpointError, ConfigError
 from ktrt.export import main

@@ -31,11 +31,11 @@ from helpers.family_models import (
 )
 from helpers.rounded_experts import Lora, experts_of, random_lora, use_rounded_experts
 
+from ktrt.checkpoint.skeleton import build_skeleton
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import CheckpointError
 from ktrt.generation import KvCache
 from ktrt.model import LoadedModel, load_model
-from ktrt.skeleton import build_skeleton
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

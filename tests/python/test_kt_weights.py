@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from test_golden_packing import Case, pack
 
 from ktrt import _core
+from ktrt.checkpoint.kt_files import PROJECTIONS, KtWeights
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import CheckpointError
 from ktrt.experts import new_layer
-from ktrt.kt_weights import PROJECTIONS, KtWeights
 from ktrt.model import load_model
 
 if TYPE_CHECKING:

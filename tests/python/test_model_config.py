@@ -15,13 +15,13 @@ from helpers.config_damage import damaged
 from helpers.real_models import NAMES, make, read_meta, shrunk
 from helpers.tiny_models import save_model
 
-from ktrt.checkpoint import Checkpoint
-from ktrt.checkpoint_config import read_model_config
+from ktrt.checkpoint.config import read_model_config
+from ktrt.checkpoint.folder import Checkpoint
+from ktrt.checkpoint.skeleton import build_skeleton
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import CheckpointError
 from ktrt.model import load_model
 from ktrt.prepare import open_base
-from ktrt.skeleton import build_skeleton
 
 if TYPE_CHECKING:
     from pathlib import Path

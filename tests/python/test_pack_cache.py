@@ -25,10 +25,10 @@ from safetensors.torch import load_file, save_file
 
 import ktrt.pack_cache
 from ktrt import _core, pack
+from ktrt.checkpoint.kt_files import PROJECTIONS
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import ConfigError
 from ktrt.expert_loading import cache_folder
-from ktrt.kt_weights import PROJECTIONS
 from ktrt.model import load_model
 from ktrt.pack_cache import PackCache, default_folder
 from ktrt.pack_manifest import MANIFEST, CacheKey

@@ -16,9 +16,9 @@ from tokenizers import Tokenizer, pre_tokenizers
 from transformers.models.gpt2 import tokenization_gpt2
 
 import ktrt
+from ktrt.checkpoint.generation_config import check_generation_config
 from ktrt.config import ModelArgs, TemplateArgs
 from ktrt.errors import CheckpointError, KtrtError
-from ktrt.generation_file import check_generation_config
 from ktrt.template import load_template
 from ktrt.tokenizer import load_tokenizer
 

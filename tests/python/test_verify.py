@@ -22,7 +22,7 @@ from test_kt_weights import write_tree
 
 from ktrt.adapter.plan import AdapterPlan
 from ktrt.adapter.settings import LoraScale, LoraSettings
-from ktrt.checkpoint import ExpertWeights
+from ktrt.checkpoint.folder import ExpertWeights
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.experts import KTExperts
 from ktrt.model import load_model

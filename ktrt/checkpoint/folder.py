@@ -1,8 +1,8 @@
 """Reads a Hugging Face model folder lazily: names, shapes, and one tensor at a time.
 
 File format: safetensors (https://github.com/huggingface/safetensors), one file or shards with an
-index, as ``ktrt.checkpoint_files`` finds them; quantised tensors are read as plain ones. Which
-tensor is which parameter is asked of ``ktrt.checkpoint_names``.
+index, as ``ktrt.checkpoint.files`` finds them; quantised tensors are read as plain ones. Which
+tensor is which parameter is asked of ``ktrt.checkpoint.names``.
 """
 
 from __future__ import annotations
@@ -11,10 +11,16 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from safetensors import SafetensorError, safe_open
 
-from ktrt.checkpoint_convert import Conversions
-from ktrt.checkpoint_files import INDEX_NAME, SINGLE_NAME, find_weights
-from ktrt.checkpoint_formats import FLOAT_DTYPES, PlainTensor, StoredTensor, decoded, is_dequantized
-from ktrt.checkpoint_names import WeightNames, WeightTarget
+from ktrt.checkpoint.convert import Conversions
+from ktrt.checkpoint.files import INDEX_NAME, SINGLE_NAME, find_weights
+from ktrt.checkpoint.formats import (
+    FLOAT_DTYPES,
+    PlainTensor,
+    StoredTensor,
+    decoded,
+    is_dequantized,
+)
+from ktrt.checkpoint.names import WeightNames, WeightTarget
 from ktrt.errors import CheckpointError
 from ktrt.folders.schemes import refusal, unread_scheme
 

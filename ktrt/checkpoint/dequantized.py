@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from ktrt.checkpoint_formats import TORCH_DTYPES
+from ktrt.checkpoint.formats import TORCH_DTYPES
 from ktrt.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from ktrt.checkpoint import Checkpoint
-    from ktrt.checkpoint_names import WeightNames
+    from ktrt.checkpoint.folder import Checkpoint
+    from ktrt.checkpoint.names import WeightNames
 
 
 class _Site(Protocol):

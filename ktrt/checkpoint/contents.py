@@ -8,7 +8,7 @@ import re
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-from ktrt.checkpoint_formats import FLOAT_DTYPES
+from ktrt.checkpoint.formats import FLOAT_DTYPES
 from ktrt.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ktrt.checkpoint import Checkpoint
-    from ktrt.checkpoint_config import ModelConfig
-    from ktrt.checkpoint_names import WeightNames, WeightTarget
+    from ktrt.checkpoint.config import ModelConfig
+    from ktrt.checkpoint.folder import Checkpoint
+    from ktrt.checkpoint.names import WeightNames, WeightTarget
 
 logger = logging.getLogger(__name__)
 

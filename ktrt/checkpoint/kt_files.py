@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 import numpy as np
 import torch
 
-from ktrt.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
+from ktrt.checkpoint.folder import INDEX_NAME, SINGLE_NAME, Checkpoint
 from ktrt.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -13,14 +13,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ktrt.checkpoint_config import AUTO_CLASSES, check_sizes, is_class, read_model_config
+from ktrt.checkpoint.config import (
+    AUTO_CLASSES,
+    check_sizes,
+    is_class,
+    read_model_config,
+)
 from ktrt.errors import CheckpointError, KtrtError
 from ktrt.utils.json_files import shown
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ktrt.checkpoint_config import ModelConfig
+    from ktrt.checkpoint.config import ModelConfig
 
 logger = logging.getLogger(__name__)
 
