@@ -7,9 +7,9 @@ from typing import Any
 from ktrt.config import Config, load_config
 from ktrt.folders import check_model_folder
 from ktrt.model import load_model
+from ktrt.prompt.template.load import load_template
+from ktrt.prompt.tokenizer.words import load_words, read_words
 from ktrt.session import Session
-from ktrt.template import load_template
-from ktrt.tokenizer_words import load_words, read_words
 
 
 def load(source: str | Path | Mapping[str, object], **overrides: object) -> Session:

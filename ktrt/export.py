@@ -98,8 +98,8 @@ def _words(config: Config, base: BaseCheckpoint, plan: AdapterPlan | None) -> Pa
     """The adapter's folder if its tokenizer or chat template differs from the base's, checked.
     ``ConfigError`` for tokens that are in no tokenizer file."""
     from ktrt.adapter import words_of
-    from ktrt.tokenizer_files import TokenizerFiles
-    from ktrt.tokenizer_words import load_words
+    from ktrt.prompt.tokenizer.files import TokenizerFiles
+    from ktrt.prompt.tokenizer.words import load_words
 
     configured = (*config.model.add_tokens, *config.model.add_special_tokens)
     folders = config.adapter.folders

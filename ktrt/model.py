@@ -13,7 +13,6 @@ import torch
 
 from ktrt.adapter import words_of
 from ktrt.adapters import Adapters
-from ktrt.context import context_limit
 from ktrt.cpu_attention import accelerate_attention
 from ktrt.decode_graph import CudaGraphs, DecodeGraphs, NoHandOff
 from ktrt.dense import OneRowProducts, accelerate, int8_bytes
@@ -27,6 +26,7 @@ from ktrt.kv_cache import unusual_layers
 from ktrt.latent_attention import use_latents
 from ktrt.norms import accelerate_norms
 from ktrt.prepare import prepare
+from ktrt.prompt.fit import context_limit
 from ktrt.torch_weights import load_without_experts
 from ktrt.warm_up import kernels_loaded_beside
 from ktrt.weight_traffic import bytes_per_token

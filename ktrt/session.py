@@ -6,7 +6,6 @@ from typing import Any, Protocol, Self
 
 from ktrt.adapters import Adapters
 from ktrt.config import SamplingArgs, override_sampling
-from ktrt.context import context_limit, drop_turns
 from ktrt.errors import ConfigError, KtrtError
 from ktrt.generation import (
     GraphsFor,
@@ -16,7 +15,8 @@ from ktrt.generation import (
     check_prompt,
     stream_generate,
 )
-from ktrt.template_base import Template
+from ktrt.prompt.fit import context_limit, drop_turns
+from ktrt.prompt.template.base import Template
 from ktrt.warm_up import warm_up
 
 __all__ = ["Adapters", "AuditView", "Response", "Session", "check_messages"]

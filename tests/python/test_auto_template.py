@@ -1,4 +1,4 @@
-"""Tests of ktrt.auto_template: several chat templates by name, and templates that want parts."""
+"""Tests of prompt.template.auto: several chat templates by name, and templates that want parts."""
 
 import json
 import logging
@@ -10,8 +10,8 @@ from helpers.tiny_chat import make_tokenizer
 
 from ktrt.config import ModelArgs, TemplateArgs
 from ktrt.errors import ConfigError
-from ktrt.template import load_template
-from ktrt.tokenizer import load_tokenizer
+from ktrt.prompt.template.load import load_template
+from ktrt.prompt.tokenizer.load import load_tokenizer
 
 TEXTS = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ '\\n' }}{% endfor %}"
 PARTS = (

@@ -1,4 +1,4 @@
-"""Tests of ktrt.context: the limit of a conversation, and the turns that go."""
+"""Tests of ktrt.prompt.fit: the limit of a conversation, and the turns that go."""
 
 import sys
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DeepseekV2Config, Gemma3Config, LlamaConfig, MambaConfig, Qwen3Config
 
-from ktrt.context import Messages, context_limit, drop_turns
+from ktrt.prompt.fit import Messages, context_limit, drop_turns
 
 
 def limit(config: Any, cutoff_len: int | None = None) -> int:

@@ -18,8 +18,8 @@ from ktrt.engine.build import MAX_QLEN
 from ktrt.experts import GpuExperts, KTExperts
 from ktrt.generation import PREFILL_CHUNK, KvCache
 from ktrt.model import LoadedModel, load_model
+from ktrt.prompt.template.load import load_template
 from ktrt.session import Session
-from ktrt.template import load_template
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

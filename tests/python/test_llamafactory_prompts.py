@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ktrt.config import TemplateArgs
 from ktrt.errors import ConfigError
-from ktrt.template import load_template
-from ktrt.template_table import TEMPLATES
+from ktrt.prompt.template.load import load_template
+from ktrt.prompt.template.table import TEMPLATES
 
 DATA = json.loads(EXPECTED.read_text(encoding="utf-8"))
 ROWS: dict[str, dict[str, Any]] = DATA["templates"]

@@ -58,7 +58,7 @@ def test_load_is_lazy_but_there() -> None:
     assert "lod" in message
 
 
-@pytest.mark.parametrize("module", ["ktrt.config", "ktrt.template", "ktrt.errors"])
+@pytest.mark.parametrize("module", ["ktrt.config", "ktrt.prompt.template.load", "ktrt.errors"])
 def test_imports_without_torch(module: str) -> None:
     out = run_python(f"import sys, {module}; print('torch' in sys.modules)")
     assert out.strip() == "False"

@@ -9,8 +9,8 @@ from helpers.published_templates import PAIRS, PUBLISHED, Pair
 from helpers.tiny_chat import make_tokenizer
 
 from ktrt.config import TemplateArgs
-from ktrt.template import load_template
-from ktrt.template_table import TEMPLATES
+from ktrt.prompt.template.load import load_template
+from ktrt.prompt.template.table import TEMPLATES
 
 SPECIAL = {text for spec in TEMPLATES.values() for text in (*spec.tokens, *spec.stop_words)}
 SYSTEM = {"role": "system", "content": "Be brief."}

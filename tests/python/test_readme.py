@@ -19,7 +19,7 @@ from ktrt.config import (
     TemplateArgs,
     load_config,
 )
-from ktrt.template_table import TEMPLATES
+from ktrt.prompt.template.table import TEMPLATES
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text("utf-8")

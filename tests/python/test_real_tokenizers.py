@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 
 from ktrt.config import TemplateArgs
 from ktrt.errors import ConfigError
-from ktrt.template import load_template
-from ktrt.template_table import TEMPLATES
+from ktrt.prompt.template.load import load_template
+from ktrt.prompt.template.table import TEMPLATES
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo" / "model"
 SYSTEM = {"role": "system", "content": "Be brief."}

@@ -12,8 +12,8 @@ from helpers.tiny_chat import make_session
 from ktrt.adapters import Adapters
 from ktrt.config import SamplingArgs, TemplateArgs
 from ktrt.errors import ConfigError, KtrtError
+from ktrt.prompt.template.load import load_template
 from ktrt.session import Session, check_messages
-from ktrt.template import load_template
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

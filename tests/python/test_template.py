@@ -1,4 +1,4 @@
-"""Tests of ktrt.template."""
+"""Tests of ktrt.prompt.template.load."""
 
 import logging
 import re
@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from ktrt.config import TemplateArgs
 from ktrt.errors import ConfigError
-from ktrt.template import NamedTemplate, load_template
-from ktrt.template_table import TEMPLATES
+from ktrt.prompt.template.load import NamedTemplate, load_template
+from ktrt.prompt.template.table import TEMPLATES
 from ktrt.text_stream import TextStream
 
 SPECIAL = tuple(
@@ -432,5 +432,6 @@ def test_every_row_is_a_template() -> None:
 
 
 def test_imports_without_torch() -> None:
-    code = "import sys, ktrt.template; assert not {'torch', 'transformers'} & set(sys.modules)"
+    code = "import sys, ktrt.prompt.template.load\n"
+    code += "assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,4 @@
-"""Tests of ktrt.tokenizer: what is read as data, what runs as code, and damaged files."""
+"""Tests of prompt.tokenizer.load: what is read as data, what runs as code, and damaged files."""
 
 import base64
 import contextlib
@@ -19,8 +19,8 @@ import ktrt
 from ktrt.checkpoint.generation_config import check_generation_config
 from ktrt.config import ModelArgs, TemplateArgs
 from ktrt.errors import CheckpointError, KtrtError
-from ktrt.template import load_template
-from ktrt.tokenizer import load_tokenizer
+from ktrt.prompt.template.load import load_template
+from ktrt.prompt.tokenizer.load import load_tokenizer
 
 TEXT = "hello 你好, it's 2026!"
 SPECIAL = ["[BOS]", "[EOS]", "[UNK]", "[PAD]", "<|im_user|>", "<|im_end|>"]

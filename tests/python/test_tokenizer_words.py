@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import ktrt
 from ktrt.errors import AdapterError, ConfigError, KtrtError
 from ktrt.export import main
-from ktrt.tokenizer_words import add_configured, read_words
+from ktrt.prompt.tokenizer.words import add_configured, read_words
 
 if TYPE_CHECKING:
     from pathlib import Path

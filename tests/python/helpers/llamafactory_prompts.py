@@ -168,7 +168,7 @@ def describe(module: Any, name: str, makers: dict[str, Callable[[], Any]]) -> di
 
 def special_tokens(module: Any) -> list[str]:
     """What looks like a special token in some template, and the stop words."""
-    from ktrt.template_table import TEMPLATES
+    from ktrt.prompt.template.table import TEMPLATES
 
     found = {word for row in module.TEMPLATES.values() for word in row.stop_words}
     return sorted(found.union(*(spec.tokens for spec in TEMPLATES.values())))

@@ -7,10 +7,10 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[3]))
 
-from ktrt.template_table import TemplateSpec
-from ktrt.template_table.chatml import CHATML_TEMPLATES
-from ktrt.template_table.marked import MARKED_TEMPLATES
-from ktrt.template_table.plain import PLAIN_TEMPLATES
+from ktrt.prompt.template.table import TemplateSpec
+from ktrt.prompt.template.table.chatml import CHATML_TEMPLATES
+from ktrt.prompt.template.table.marked import MARKED_TEMPLATES
+from ktrt.prompt.template.table.plain import PLAIN_TEMPLATES
 
 README = Path(__file__).parents[3] / "README.md"
 _START = "<!-- templates: LLaMA-Factory 0.9.5 (python tests/python/helpers/templates_table.py) -->"

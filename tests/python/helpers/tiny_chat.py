@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ktrt.config import SamplingArgs, TemplateArgs
+from ktrt.prompt.template.load import load_template
 from ktrt.session import Session
-from ktrt.template import load_template
 
 TEXT = [
     "你好，请介绍一下你自己。我是一个混合专家模型，很高兴见到你！",

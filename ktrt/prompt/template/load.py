@@ -8,13 +8,18 @@ import re
 from collections.abc import Mapping, Sequence
 from copy import copy
 
-from ktrt.auto_template import AutoTemplate
 from ktrt.config import TemplateArgs
 from ktrt.config.check import nearest
 from ktrt.errors import ConfigError
-from ktrt.template_base import Message, Template, Tokenizer, no_switch
-from ktrt.template_binding import bind
-from ktrt.template_table import TEMPLATES
+from ktrt.prompt.template.auto import AutoTemplate
+from ktrt.prompt.template.base import (
+    Message,
+    Template,
+    Tokenizer,
+    no_switch,
+)
+from ktrt.prompt.template.binding import bind
+from ktrt.prompt.template.table import TEMPLATES
 
 _log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ktrt.errors import ConfigError
-from ktrt.template_table import TemplateSpec
+from ktrt.prompt.template.table import TemplateSpec
 
 _MARK = re.compile(r"(\{bos\??\}|\{eos\}|\{token [^}]+\}|\{\|\})")
 _DEFAULT_EOS = "<|endoftext|>"  # which LLaMA-Factory gives a tokenizer that has none

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from ktrt.errors import CheckpointError
 from ktrt.folders import tokenizer_advice
-from ktrt.tokenizer_files import JSON_NAME, TokenizerFiles
+from ktrt.prompt.tokenizer.files import JSON_NAME, TokenizerFiles
 from ktrt.utils.json_files import read_json_as
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@ have as tokens."""
 
 from dataclasses import replace
 
-from ktrt.template_table.spec import TemplateSpec, Thought
+from ktrt.prompt.template.table.spec import TemplateSpec, Thought
 
 _SINGLE_ROLES = TemplateSpec(
     user="USER: {c} ASSISTANT:",

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from ktrt.template_table.spec import TemplateSpec, Thought
+from ktrt.prompt.template.table.spec import TemplateSpec, Thought
 
 _HELPFUL = "You are a helpful assistant."
 

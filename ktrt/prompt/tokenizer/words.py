@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import AddedToken
 
 from ktrt.errors import AdapterError, ConfigError
-from ktrt.tokenizer import load_tokenizer
-from ktrt.tokenizer_files import TokenizerFiles
+from ktrt.prompt.tokenizer.files import TokenizerFiles
+from ktrt.prompt.tokenizer.load import load_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from ktrt.config import ModelArgs
-    from ktrt.tokenizer_files import TokenText
+    from ktrt.prompt.tokenizer.files import TokenText
 
 logger = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ left out.
 
 from collections.abc import Mapping
 
-from ktrt.template_table.chatml import CHATML_TEMPLATES
-from ktrt.template_table.marked import MARKED_TEMPLATES
-from ktrt.template_table.plain import PLAIN_TEMPLATES
-from ktrt.template_table.spec import TemplateSpec, Thought
+from ktrt.prompt.template.table.chatml import CHATML_TEMPLATES
+from ktrt.prompt.template.table.marked import MARKED_TEMPLATES
+from ktrt.prompt.template.table.plain import PLAIN_TEMPLATES
+from ktrt.prompt.template.table.spec import TemplateSpec, Thought
 
 __all__ = ["TEMPLATES", "TemplateSpec", "Thought"]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from ktrt.config import TemplateArgs
 from ktrt.errors import ConfigError
-from ktrt.template_base import Message, Tokenizer, no_switch
-from ktrt.template_table import TEMPLATES
+from ktrt.prompt.template.base import Message, Tokenizer, no_switch
+from ktrt.prompt.template.table import TEMPLATES
 
 _log = logging.getLogger(__name__)
 

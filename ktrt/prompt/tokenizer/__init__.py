@@ -1,0 +1,1 @@
+"""Loads tokenizers and adds the words that adapters bring."""
