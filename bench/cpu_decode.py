@@ -33,9 +33,9 @@ from safetensors.torch import save_file
 from ktrt import _core
 from ktrt.checkpoint.folder import Checkpoint
 from ktrt.config import load_config
-from ktrt.dense import int8_bytes
 from ktrt.experts import KTExperts
 from ktrt.generation import KvCache
+from ktrt.layers.linear import int8_bytes
 from ktrt.model import LoadedModel, load_model
 
 if TYPE_CHECKING:

@@ -22,9 +22,9 @@ from ktrt.experts import (
     new_layer,
 )
 from ktrt.experts.spec import ExpertsSpec
-from ktrt.fused_lora import FusedLora
 from ktrt.generation import KvCache
-from ktrt.host_tables import tables_to_host
+from ktrt.layers.cuda_linear import FusedLora
+from ktrt.layers.embedding import tables_to_host
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,18 +13,18 @@ import torch
 
 from ktrt.adapter import words_of
 from ktrt.adapters import Adapters
-from ktrt.cpu_attention import accelerate_attention
 from ktrt.decode_graph import CudaGraphs, DecodeGraphs, NoHandOff
-from ktrt.dense import OneRowProducts, accelerate, int8_bytes
 from ktrt.engine import release_file_pages
 from ktrt.engine.recording import RecordedSteps
 from ktrt.expert_loading import cache_folder, load_experts
 from ktrt.experts import KTExperts, build_gpu_experts, new_hand_off
-from ktrt.fused_lora import FusedLora
-from ktrt.host_tables import tables_to_host
 from ktrt.kv_cache import unusual_layers
-from ktrt.latent_attention import use_latents
-from ktrt.norms import accelerate_norms
+from ktrt.layers.attention import accelerate_attention
+from ktrt.layers.cuda_linear import FusedLora
+from ktrt.layers.embedding import tables_to_host
+from ktrt.layers.latent import use_latents
+from ktrt.layers.linear import OneRowProducts, accelerate, int8_bytes
+from ktrt.layers.norm import accelerate_norms
 from ktrt.prepare import prepare
 from ktrt.prompt.fit import context_limit
 from ktrt.torch_weights import load_without_experts

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ktrt.linears import int8_bytes, int8_layers
+from ktrt.layers.int8 import int8_bytes, int8_layers
 from ktrt.memory_plan import kv_bytes_per_token
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def model_work(
     int8: bool = False,
 ) -> ModelWork:
     """Counted on the meta device. ``lora``: values of the adapter on routed experts (all of them)
-    and elsewhere. ``int8``: the linear layers of ``ktrt.linears`` are."""
+    and elsewhere. ``int8``: the linear layers of ``ktrt.layers.int8`` are."""
     dtype = None if infer_dtype == "auto" else getattr(torch, infer_dtype)
     experts = rows = held = 0
     for spec in specs:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn import Parameter
 
-from ktrt.dense import int8_bytes
 from ktrt.experts import KTExperts
+from ktrt.layers.linear import int8_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -22,7 +22,7 @@ class ModelArgs:
 
     ``cutoff_len``: the most tokens a conversation may have, where the model itself allows more.
     ``quantization_bit`` 8: on the CPU the linear layers outside the routed experts are INT8, with a
-    scale per output row (``ktrt.linears`` says which); what a GPU computes stays as it is.
+    scale per output row (``ktrt.layers.int8`` says which); what a GPU computes stays as it is.
     ``add_tokens`` and ``add_special_tokens`` were added to the tokenizer before training, in this
     order; ``resize_vocab``: the embeddings were resized to the tokenizer.
     """

@@ -11,9 +11,14 @@ from helpers.tiny_models import VOCAB_SIZE, save_model
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from ktrt import cpu_attention
-from ktrt.cpu_attention import EngineAttention, accelerate_attention, head_array, one_token
 from ktrt.engine import Engine
+from ktrt.layers import attention
+from ktrt.layers.attention import (
+    EngineAttention,
+    accelerate_attention,
+    head_array,
+    one_token,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -96,7 +101,7 @@ def test_a_models_logits(
         calls += 1
         return ours(*arguments)  # type: ignore[arg-type]
 
-    place, name = (EngineAttention, "__call__") if in_engine else (cpu_attention, "one_token")
+    place, name = (EngineAttention, "__call__") if in_engine else (attention, "one_token")
     monkeypatch.setattr(place, name, counted)
 
     def logits() -> torch.Tensor:

@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from ktrt.dense import DenseForward, accelerate, refresh
 from ktrt.engine import Engine
+from ktrt.layers.linear import DenseForward, accelerate, refresh
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -216,7 +216,7 @@ def test_per_sample_adapters_take_peft(engine: Engine) -> None:
 def test_amx_leaves_many_rows_to_torch(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = make(), inputs(20, IN)
     ordinary = model(x)
-    monkeypatch.setattr("ktrt.dense.active_isa", lambda: "amx")
+    monkeypatch.setattr("ktrt.layers.linear.active_isa", lambda: "amx")
     accelerate(model, engine)
     with torch.inference_mode():
         assert torch.equal(model(x), ordinary)

@@ -14,11 +14,16 @@ from helpers.tiny_models import save_adapter, save_model, token_ids
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from ktrt import linears
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
-from ktrt.dense import DenseForward, accelerate, int8_bytes, refresh
 from ktrt.engine import Engine
 from ktrt.experts import KTExperts, find_experts
+from ktrt.layers import int8
+from ktrt.layers.linear import (
+    DenseForward,
+    accelerate,
+    int8_bytes,
+    refresh,
+)
 from ktrt.model import load_model
 from ktrt.model_work import model_work
 from ktrt.prepare import open_base, plan_memory
@@ -172,8 +177,8 @@ def test_gates_stay_bf16(engine: Engine) -> None:
     ],
 )
 def test_which_layers(path: str, expected: bool) -> None:
-    assert linears.is_int8(path, nn.Linear(4, 4)) == expected
-    assert not linears.is_int8(path, nn.Embedding(4, 4))
+    assert int8.is_int8(path, nn.Linear(4, 4)) == expected
+    assert not int8.is_int8(path, nn.Embedding(4, 4))
 
 
 def change_active(model: Any) -> tuple[str, ...]:
@@ -283,7 +288,7 @@ def test_bytes_are_those_of_the_engine(engine: Engine) -> None:
     model = make("a")
     accelerate(model, engine, int8=True)
     layers = (model.first.base_layer, model.second.base_layer)
-    assert int8_bytes(model) == {id(each.weight): linears.int8_bytes(each) for each in layers}
+    assert int8_bytes(model) == {id(each.weight): int8.int8_bytes(each) for each in layers}
     # 200 outputs are 7 strips of 32, 96 inputs 2 tiles of 64; a scale and a sum for each output.
     assert int8_bytes(model)[id(model.first.base_layer.weight)] == 224 * (128 + 8)
 

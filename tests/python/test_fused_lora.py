@@ -8,7 +8,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.testing import assert_close
 
-from ktrt.fused_lora import FusedLora
+from ktrt.layers.cuda_linear import FusedLora
 
 SIZE_IN, SIZE_OUT = 96, 72
 

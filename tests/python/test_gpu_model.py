@@ -16,10 +16,11 @@ from helpers.tiny_models import save_adapter, save_model, token_ids
 
 import ktrt
 import ktrt.model
-from ktrt import decode_graph, host_tables, kv_cache
+from ktrt import decode_graph, kv_cache
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.experts import KTExperts
 from ktrt.generation import KvCache
+from ktrt.layers import embedding
 from ktrt.model import LoadedModel, load_model
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def small(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
     """Short conversations cross windows and growths; a capture that fails fails the test."""
     monkeypatch.setattr(kv_cache, "MIN_CAPACITY", 32)
     monkeypatch.setattr(decode_graph, "MIN_WINDOW", 16)
-    monkeypatch.setattr(host_tables, "_LEAST_BYTES", 1 << 10)
+    monkeypatch.setattr(embedding, "_LEAST_BYTES", 1 << 10)
     caplog.set_level(logging.INFO)
     yield
     assert "No CUDA graph" not in caplog.text
@@ -70,7 +71,7 @@ def test_tables_of_embeddings_are_read_from_ram() -> None:
     ids = torch.randint(0, 5000, (3, 7), device="cuda")
     with torch.inference_mode():
         expected, held = table(ids), torch.cuda.memory_allocated()
-        assert host_tables.tables_to_host(table) == 5000 * 64 * 2
+        assert embedding.tables_to_host(table) == 5000 * 64 * 2
         assert torch.cuda.memory_allocated() <= held - 5000 * 64 * 2
         assert table.weight.device == ids.device
         assert torch.equal(table(ids), expected)

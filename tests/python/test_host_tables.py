@@ -10,15 +10,16 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ktrt import host_tables, memory_plan
-from ktrt.host_tables import table_bytes, tables_to_host
+from ktrt import memory_plan
+from ktrt.layers import embedding
+from ktrt.layers.embedding import table_bytes, tables_to_host
 from ktrt.machine.memory import Limit
 from ktrt.memory_plan import make_plan
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_tables, "_LEAST_BYTES", 1 << 10)
+    monkeypatch.setattr(embedding, "_LEAST_BYTES", 1 << 10)
 
 
 def model(*, tied: bool) -> Any:
@@ -32,8 +33,8 @@ def model(*, tied: bool) -> Any:
 
 
 def test_a_table_that_is_the_head_too_stays() -> None:
-    assert list(host_tables.host_tables(model(tied=False))) != []
-    assert list(host_tables.host_tables(model(tied=True))) == []
+    assert list(embedding.host_tables(model(tied=False))) != []
+    assert list(embedding.host_tables(model(tied=True))) == []
 
 
 def test_small_shared_and_renormalised_tables() -> None:
@@ -43,7 +44,7 @@ def test_small_shared_and_renormalised_tables() -> None:
     modules = nn.ModuleList(
         [table, shared, nn.Embedding(4, 16), nn.Embedding(100, 16, max_norm=1.0)]
     )
-    assert list(host_tables.host_tables(modules)) == [table]
+    assert list(embedding.host_tables(modules)) == [table]
     assert table_bytes(modules, None) == 100 * 16 * 4
     assert table_bytes(modules, torch.bfloat16) == 100 * 16 * 2
 

@@ -10,9 +10,9 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from ktrt.dense import accelerate
 from ktrt.engine import Engine
-from ktrt.latent_attention import NAME, LatentDecoder, use_latents
+from ktrt.layers.latent import NAME, LatentDecoder, use_latents
+from ktrt.layers.linear import accelerate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ktrt.engine import RmsNorm
-from ktrt.norms import NormForward, accelerate_norms
+from ktrt.layers.norm import NormForward, accelerate_norms
 
 
 class LlamaRMSNorm(nn.Module):

@@ -23,7 +23,7 @@ from torch import nn
 
 from ktrt.engine import DenseLinear, PackedLinear, active_isa
 from ktrt.engine.recording import active
-from ktrt.linears import is_int8
+from ktrt.layers.int8 import is_int8
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -48,7 +48,7 @@ def accelerate(model: nn.Module, engine: Engine, *, int8: bool = False) -> int:
     with a bias, dropout while training, gradients, other dtypes, per-sample adapters) takes the
     ordinary path, call by call. Works until the engine is closed.
 
-    ``int8``: those of ``ktrt.linears`` are quantised, by the numbers that they have now; LoRA stays
+    ``int8``: quantises the layers that ``layers.int8`` names, by their present numbers; LoRA stays
     exact, in PEFT's hands too. Gradients and other dtypes go through the parameters in BF16.
     ``ValueError``: NaN or infinity in a weight.
     """

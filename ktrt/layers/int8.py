@@ -3,7 +3,7 @@
 All BF16 ``nn.Linear`` of attention, shared experts, dense MLP and head. Routers and other gates
 stay as they are: a small change of theirs sends a token elsewhere, and they are small. So does the
 projection that latent attention takes apart by heads in a decode step
-(``ktrt.latent_attention``).
+(``ktrt.layers.latent``).
 """
 
 from __future__ import annotations

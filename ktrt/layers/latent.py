@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ktrt.cpu_attention import head_array
-from ktrt.dense import DenseForward, Lora
 from ktrt.engine import LatentAttention
 from ktrt.engine.recording import active
+from ktrt.layers.attention import head_array
+from ktrt.layers.linear import DenseForward, Lora
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,7 +35,7 @@ _UNUSUAL = ("s_aux", "softcap", "sliding_window", "position_bias", "cache")
 def use_latents(model: nn.Module, engine: Engine) -> int:
     """Gives every latent attention of ``model`` a decode step on its latents; returns how many.
 
-    After ``ktrt.dense.accelerate``: only layers whose kv_b_proj runs in the engine are taken, and
+    Comes after ``linear.accelerate``: takes only layers whose kv_b_proj runs in the engine, and
     only where ``expand_kv`` does what is undone here. Others stay as they are.
     """
     config: Any = model.config
