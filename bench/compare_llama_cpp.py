@@ -141,7 +141,7 @@ class KtrtParty:
 
     def measure(self, lora: bool, prompt: int, new: int, seed: int) -> Row:
         """Seconds of a prompt of random ids, and the median of the tokens after it."""
-        from ktrt.generation import generate_step
+        from ktrt.generate.loop import generate_step
 
         (self.session.adapters.on if lora else self.session.adapters.off)()
         draw = random.Random(seed)

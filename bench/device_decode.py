@@ -26,13 +26,13 @@ from device_reference import offloaded_seconds_per_token, reference_model
 from device_sections import Sections
 
 from ktrt._core import ReadProbe
-from ktrt.generation import generate_step
+from ktrt.generate.loop import generate_step
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ktrt.config.args import KtBackend
-    from ktrt.generation import KvCache
+    from ktrt.generate.loop import KvCache
 
 BACKENDS: dict[str, KtBackend] = {"bf16": "AMXBF16", "int8": "AMXInt8"}
 PROBE_BYTES = 1 << 30

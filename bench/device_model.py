@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from ktrt.config import ExpertArgs
-from ktrt.decode_graph import CudaGraphs, DecodeGraphs
 from ktrt.engine.build import build_engine
 from ktrt.experts import (
     KTExperts,
@@ -22,7 +21,8 @@ from ktrt.experts import (
     new_layer,
 )
 from ktrt.experts.spec import ExpertsSpec
-from ktrt.generation import KvCache
+from ktrt.generate.graphs import CudaGraphs, DecodeGraphs
+from ktrt.generate.loop import KvCache
 from ktrt.layers.cuda_linear import FusedLora
 from ktrt.layers.embedding import tables_to_host
 

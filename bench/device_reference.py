@@ -92,7 +92,7 @@ class _Nothing(nn.Module):
 def _decode_seconds(model: Any, device: torch.device) -> float:
     from transformers import DynamicCache
 
-    from ktrt.kv_cache import cache_argument
+    from ktrt.kv.static import cache_argument
 
     cache, times = {cache_argument(model): DynamicCache(config=model.config)}, []
     ids = torch.arange(2, 66, device=device).unsqueeze(0)

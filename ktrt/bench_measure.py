@@ -18,7 +18,7 @@ from ktrt.engine.probes import (
     peak_of,
 )
 from ktrt.experts import KTExperts
-from ktrt.generation import generate_step
+from ktrt.generate.loop import generate_step
 from ktrt.machine.memory import resident_bytes
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ktrt.errors import CheckpointError, ConfigError
-from ktrt.kv_cache import cache_argument
+from ktrt.kv.static import cache_argument
 from ktrt.layers.embedding import host_tables, table_bytes
 from ktrt.layers.int8 import int8_bytes, int8_layers
 from ktrt.machine.memory import (

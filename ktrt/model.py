@@ -13,12 +13,13 @@ import torch
 
 from ktrt.adapter import words_of
 from ktrt.adapters import Adapters
-from ktrt.decode_graph import CudaGraphs, DecodeGraphs, NoHandOff
 from ktrt.engine import release_file_pages
 from ktrt.engine.recording import RecordedSteps
 from ktrt.expert_loading import cache_folder, load_experts
 from ktrt.experts import KTExperts, build_gpu_experts, new_hand_off
-from ktrt.kv_cache import unusual_layers
+from ktrt.generate.graphs import CudaGraphs, DecodeGraphs, NoHandOff
+from ktrt.generate.warm_up import kernels_loaded_beside
+from ktrt.kv.static import unusual_layers
 from ktrt.layers.attention import accelerate_attention
 from ktrt.layers.cuda_linear import FusedLora
 from ktrt.layers.embedding import tables_to_host
@@ -28,7 +29,6 @@ from ktrt.layers.norm import accelerate_norms
 from ktrt.prepare import prepare
 from ktrt.prompt.fit import context_limit
 from ktrt.torch_weights import load_without_experts
-from ktrt.warm_up import kernels_loaded_beside
 from ktrt.weight_traffic import bytes_per_token
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
     from ktrt.engine import Engine
     from ktrt.experts import ExpertsSpec, GpuExperts, HandOff
-    from ktrt.kv_cache import StaticKv
+    from ktrt.kv.static import StaticKv
     from ktrt.prepare import Prepared
 
 logger = logging.getLogger(__name__)

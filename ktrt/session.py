@@ -7,7 +7,7 @@ from typing import Any, Protocol, Self
 from ktrt.adapters import Adapters
 from ktrt.config import SamplingArgs, override_sampling
 from ktrt.errors import ConfigError, KtrtError
-from ktrt.generation import (
+from ktrt.generate.loop import (
     GraphsFor,
     KvCache,
     OnPrefill,
@@ -15,9 +15,9 @@ from ktrt.generation import (
     check_prompt,
     stream_generate,
 )
+from ktrt.generate.warm_up import warm_up
 from ktrt.prompt.fit import context_limit, drop_turns
 from ktrt.prompt.template.base import Template
-from ktrt.warm_up import warm_up
 
 __all__ = ["Adapters", "AuditView", "Response", "Session", "check_messages"]
 
@@ -144,7 +144,7 @@ class Session:
 
     def new_cache(self) -> KvCache:
         """An empty KV cache for the adapters that are active now, as answers use it: for those who
-        call ``ktrt.generation`` themselves."""
+        call ``ktrt.generate.loop`` themselves."""
         return KvCache(self.model, self._graphs)
 
     def warm_up(self) -> None:

@@ -306,7 +306,7 @@ class UnknownWords:
         self._grows = rows > len(base)
         self._on = self._grows
         self._ids = torch.empty(0)
-        # What can be read; ``ktrt.generation`` refuses prompts with other ids.
+        # What can be read; ``ktrt.generate.loop`` refuses prompts with other ids.
         module.num_embeddings = max(module.num_embeddings, rows)
         self._handles = [
             module.register_forward_pre_hook(self._clamp),

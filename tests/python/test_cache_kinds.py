@@ -14,9 +14,10 @@ from helpers.families_table import REFUSED
 from helpers.family_models import FIRST_SPECIAL, Family, families, random_model
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 
-from ktrt import cache_layers, generation
-from ktrt.cache_layers import continues
-from ktrt.generation import KvCache
+from ktrt.generate import loop
+from ktrt.generate.loop import KvCache
+from ktrt.kv import snapshots
+from ktrt.kv.snapshots import continues
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -75,9 +76,7 @@ class Talk:
             self.expected[key] = reference(self.model, prompt)
         self.lengths.clear()
         reused = self.cache.reuse(prompt)
-        steps = generation.generate_step(
-            self.cache, prompt[reused:], lambda logits: int(logits.argmax())
-        )
+        steps = loop.generate_step(self.cache, prompt[reused:], lambda logits: int(logits.argmax()))
         found = [token for token, _ in (next(steps) for _ in range(ANSWER))]
         assert found == self.expected[key]
         assert sum(self.lengths) == len(prompt) - reused + ANSWER - 1, "not what was counted"
@@ -88,7 +87,7 @@ def check_talks(model: Any, monkeypatch: pytest.MonkeyPatch, *, whole: bool = Fa
     """A conversation for each size of a prompt's chunks."""
     expected: dict[tuple[int, ...], list[int]] = {}
     for chunk in (1, 6, 512):
-        monkeypatch.setattr(generation, "PREFILL_CHUNK", chunk)
+        monkeypatch.setattr(loop, "PREFILL_CHUNK", chunk)
         check_talk(Talk(model, expected), whole=whole)
 
 
@@ -155,18 +154,18 @@ def test_an_interrupted_forward_leaves_no_trace(model_type: str) -> None:
     for layer in layers:
         for part in (layer, *layer.children()):
             cache = KvCache(model)
-            generation._prefill(cache, prompt, lambda _done, _total: None)
+            loop._prefill(cache, prompt, lambda _done, _total: None)
             hook = part.register_forward_hook(interrupt)
             with pytest.raises(KeyboardInterrupt):
                 cache.forward(more[:5])
             hook.remove()
             assert cache.reuse(prompt + more) == len(prompt)
-            steps = generation.generate_step(cache, more, lambda logits: int(logits.argmax()))
+            steps = loop.generate_step(cache, more, lambda logits: int(logits.argmax()))
             assert [next(steps)[0] for _ in range(ANSWER)] == expected
 
 
 def test_older_libraries_get_whole_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_layers, "_CHECKED_VERSION", (99, 0))
+    monkeypatch.setattr(snapshots, "_CHECKED_VERSION", (99, 0))
     kinds = {"qwen3_next": False, "gpt_oss": True, "deepseek_v2": True}
     for model_type, expected in kinds.items():
         model = random_model(next(each for each in FAMILIES if each.model_type == model_type))

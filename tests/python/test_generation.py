@@ -1,4 +1,4 @@
-"""Tests of ktrt.generation: the loop against transformers' generate, text, the KV cache."""
+"""Tests of ktrt.generate.loop: the loop against transformers' generate, text, the KV cache."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -10,10 +10,16 @@ from helpers.fake_streams import dense_graphs
 from helpers.tiny_chat import make_model, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from ktrt import decode_graph, generation, kv_cache
 from ktrt.config import SamplingArgs
 from ktrt.errors import ConfigError
-from ktrt.generation import KvCache, Response, check_prompt, stream_generate
+from ktrt.generate import graphs, loop
+from ktrt.generate.loop import (
+    KvCache,
+    Response,
+    check_prompt,
+    stream_generate,
+)
+from ktrt.kv import static
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -77,7 +83,7 @@ def test_sampling_equals_transformers(model: Any, tokenizer: Any, penalty: float
 def test_any_prefill_chunk_gives_the_same(
     model: Any, tokenizer: Any, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generation, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(loop, "PREFILL_CHUNK", chunk)
     assert tokens(run(tokenizer, KvCache(model), PROMPT)) == reference(model, PROMPT, 25)
 
 
@@ -130,8 +136,8 @@ def make_cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     """Both kinds of cache; the one for graphs crosses windows and growths within 100 tokens."""
     if request.param == "dynamic":
         return KvCache
-    monkeypatch.setattr(kv_cache, "MIN_CAPACITY", 16)
-    monkeypatch.setattr(decode_graph, "MIN_WINDOW", 8)
+    monkeypatch.setattr(static, "MIN_CAPACITY", 16)
+    monkeypatch.setattr(graphs, "MIN_WINDOW", 8)
     return lambda model: KvCache(model, dense_graphs(model))
 
 
@@ -201,7 +207,7 @@ class TestKvCache:
     ) -> None:
         from transformers import MistralConfig, MistralForCausalLM
 
-        monkeypatch.setattr(generation, "PREFILL_CHUNK", 5)
+        monkeypatch.setattr(loop, "PREFILL_CHUNK", 5)
         torch.manual_seed(0)
         config = MistralConfig(
             vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,

@@ -18,11 +18,12 @@ from helpers.tiny_models import save_adapter, save_model, token_ids
 
 import ktrt
 import ktrt.model
-from ktrt import decode_graph, kv_cache
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
-from ktrt.decode_graph import CudaGraphs, DecodeGraphs
-from ktrt.generation import KvCache
-from ktrt.kv_cache import StaticKv
+from ktrt.generate import graphs as decode_graph
+from ktrt.generate.graphs import CudaGraphs, DecodeGraphs
+from ktrt.generate.loop import KvCache
+from ktrt.kv import static
+from ktrt.kv.static import StaticKv
 from ktrt.model import LoadedModel, load_model
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ FAMILIES = ["deepseek_v2", "qwen3_moe", "mixtral"]
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """Short conversations cross windows and growths; a capture that fails fails the test."""
-    monkeypatch.setattr(kv_cache, "MIN_CAPACITY", 32)
+    monkeypatch.setattr(static, "MIN_CAPACITY", 32)
     monkeypatch.setattr(decode_graph, "MIN_WINDOW", 16)
     caplog.set_level(logging.WARNING)
     yield

@@ -16,7 +16,7 @@ import ktrt.model
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs, SamplingArgs, TemplateArgs
 from ktrt.engine.build import MAX_QLEN
 from ktrt.experts import GpuExperts, KTExperts
-from ktrt.generation import PREFILL_CHUNK, KvCache
+from ktrt.generate.loop import PREFILL_CHUNK, KvCache
 from ktrt.model import LoadedModel, load_model
 from ktrt.prompt.template.load import load_template
 from ktrt.session import Session

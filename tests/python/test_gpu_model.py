@@ -16,10 +16,11 @@ from helpers.tiny_models import save_adapter, save_model, token_ids
 
 import ktrt
 import ktrt.model
-from ktrt import decode_graph, kv_cache
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.experts import KTExperts
-from ktrt.generation import KvCache
+from ktrt.generate import graphs
+from ktrt.generate.loop import KvCache
+from ktrt.kv import static
 from ktrt.layers import embedding
 from ktrt.model import LoadedModel, load_model
 
@@ -37,8 +38,8 @@ IDS = token_ids(1, 80)[0].tolist()
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """Short conversations cross windows and growths; a capture that fails fails the test."""
-    monkeypatch.setattr(kv_cache, "MIN_CAPACITY", 32)
-    monkeypatch.setattr(decode_graph, "MIN_WINDOW", 16)
+    monkeypatch.setattr(static, "MIN_CAPACITY", 32)
+    monkeypatch.setattr(graphs, "MIN_WINDOW", 16)
     monkeypatch.setattr(embedding, "_LEAST_BYTES", 1 << 10)
     caplog.set_level(logging.INFO)
     yield

@@ -21,7 +21,7 @@ from ktrt.experts.gpu import costs, setup
 from ktrt.experts.gpu.costs import Line, streaming_threshold
 from ktrt.experts.gpu.residents import GpuExperts
 from ktrt.experts.gpu.setup import check_layer
-from ktrt.generation import KvCache
+from ktrt.generate.loop import KvCache
 from ktrt.model import LoadedModel, load_model
 
 if TYPE_CHECKING:
@@ -267,7 +267,7 @@ def test_prompts_go_in_the_chunks_that_streaming_wants() -> None:
     model.kt_gpu_experts = SimpleNamespace(
         prefill_chunk=lambda remaining: 700 if remaining >= 600 else None
     )
-    from ktrt.generation import generate_step
+    from ktrt.generate.loop import generate_step
 
     next(generate_step(KvCache(model), [5] * 1300, lambda _: 0))
     assert sizes == [700, 600]

@@ -11,12 +11,19 @@ from helpers.fake_streams import FakeGraphs, dense_graphs
 from helpers.tiny_chat import make_model, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, MistralConfig
 
-from ktrt import decode_graph, generation, kv_cache
-from ktrt.decode_graph import CudaGraphs, DecodeGraphs, NoHandOff, window_of
 from ktrt.engine.recording import RecordedSteps
 from ktrt.errors import KtrtError
-from ktrt.generation import KvCache
-from ktrt.kv_cache import StaticKv, unusual_layers
+from ktrt.generate import graphs as decode_graph
+from ktrt.generate import loop
+from ktrt.generate.graphs import (
+    CudaGraphs,
+    DecodeGraphs,
+    NoHandOff,
+    window_of,
+)
+from ktrt.generate.loop import KvCache
+from ktrt.kv import static as kv_cache
+from ktrt.kv.static import StaticKv, unusual_layers
 
 PROMPT = [5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43]
 SIZES: dict[str, Any] = {
@@ -365,7 +372,7 @@ def test_a_graph_that_computes_something_else_is_not_used(
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(DecodeGraphs, "_mask", broken)
-    monkeypatch.setattr(generation, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(loop, "PREFILL_CHUNK", chunk)
     cache = KvCache(llama, dense_graphs(llama))
     cache.forward(PROMPT)
     assert close(cache.forward([3]), whole(llama, [*PROMPT, 3]))

@@ -24,7 +24,7 @@ from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import KtrtError
 from ktrt.experts import HandOff, KTExperts
 from ktrt.experts.handoff import Deferred
-from ktrt.generation import KvCache
+from ktrt.generate.loop import KvCache
 from ktrt.model import LoadedModel, load_model
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Tests of ktrt.sampling against transformers' logits processors."""
+"""Tests of ktrt.generate.sampling against transformers' logits processors."""
 
 from collections import Counter
 from itertools import product
@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ktrt.config import SamplingArgs
 from ktrt.errors import KtrtError
-from ktrt.sampling import log_probabilities, make_sampler
+from ktrt.generate.sampling import log_probabilities, make_sampler
 
 VOCAB = 500
 PROMPT = [3, 3, 7, 100, 499]

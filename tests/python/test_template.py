@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from ktrt.config import TemplateArgs
 from ktrt.errors import ConfigError
+from ktrt.generate.text_stream import TextStream
 from ktrt.prompt.template.load import NamedTemplate, load_template
 from ktrt.prompt.template.table import TEMPLATES
-from ktrt.text_stream import TextStream
 
 SPECIAL = tuple(
     sorted({text for spec in TEMPLATES.values() for text in (*spec.tokens, *spec.stop_words)})

@@ -1,4 +1,4 @@
-"""Tests of ktrt.text_stream: whole characters, and stop strings that nobody sees."""
+"""Tests of ktrt.generate.text_stream: whole characters, and stop strings that nobody sees."""
 
 from itertools import pairwise
 from typing import Any
@@ -8,7 +8,7 @@ from helpers.tiny_chat import make_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ktrt.text_stream import StopStrings, TextStream
+from ktrt.generate.text_stream import StopStrings, TextStream
 
 
 def pieces(tokenizer: Any, ids: list[int], *, skip: bool = True) -> list[str]:

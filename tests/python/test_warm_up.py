@@ -15,13 +15,15 @@ from helpers.tiny_models import save_model
 from torch import nn
 
 import ktrt.model
-from ktrt import decode_graph, kv_cache, warm_up
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
-from ktrt.decode_graph import DecodeGraphs
 from ktrt.engine.recording import RecordedSteps
 from ktrt.errors import KtrtError
 from ktrt.experts import KTExperts, experts_muted
-from ktrt.generation import KvCache
+from ktrt.generate import graphs as decode_graph
+from ktrt.generate import warm_up
+from ktrt.generate.graphs import DecodeGraphs
+from ktrt.generate.loop import KvCache
+from ktrt.kv import static
 from ktrt.model import load_model
 
 if TYPE_CHECKING:
@@ -62,7 +64,7 @@ def test_a_graph_of_a_proven_kind_needs_no_plain_step(
     llama: Any, forwards: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a growth, and on a new cache: the capture and the replay, both fake, are all."""
-    monkeypatch.setattr(kv_cache, "MIN_CAPACITY", 16)
+    monkeypatch.setattr(static, "MIN_CAPACITY", 16)
     monkeypatch.setattr(decode_graph, "MIN_WINDOW", 8)
     maker = FakeGraphs()
     graphs = dense_graphs(llama, maker)
@@ -101,7 +103,7 @@ def test_a_capture_that_fails_without_a_plain_step_is_made_with_one(
 
 
 def test_windows_are_captured_ahead(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_cache, "MIN_CAPACITY", 64)
+    monkeypatch.setattr(static, "MIN_CAPACITY", 64)
     monkeypatch.setattr(decode_graph, "MIN_WINDOW", 8)
     maker = FakeGraphs()
     cache = KvCache(llama, dense_graphs(llama, maker))
@@ -196,7 +198,7 @@ def test_beside_a_load_on_the_cpu_nothing_runs(llama: Any, forwards: list[int]) 
 def test_what_fails_beside_a_load_is_left_to_the_first_answer(
     llama: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caplog.set_level(logging.DEBUG, logger="ktrt.warm_up")
+    caplog.set_level(logging.DEBUG, logger="ktrt.generate.warm_up")
 
     def fail(_device: torch.device) -> None:
         raise ValueError("no such device")
@@ -213,7 +215,7 @@ def test_kernels_of_prompts_and_steps_are_loaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As the thread does it, on the CPU; the steps in the form that graphs capture, too."""
-    caplog.set_level(logging.DEBUG, logger="ktrt.warm_up")
+    caplog.set_level(logging.DEBUG, logger="ktrt.generate.warm_up")
     stream = SimpleNamespace(synchronize=lambda: None)
     monkeypatch.setattr(torch.cuda, "device", lambda _device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
@@ -242,7 +244,7 @@ def test_steps_that_fail_beside_a_load_are_no_warning(
     monkeypatch.setattr(torch.cuda, "device", lambda _device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=bool))
     monkeypatch.setattr(DecodeGraphs, "_run", fail)
-    caplog.set_level(logging.DEBUG, logger="ktrt.decode_graph")
+    caplog.set_level(logging.DEBUG, logger="ktrt.generate.graphs")
     warm_up._load_kernels(llama, torch.device("cpu"), 100)
     assert "takes no mask" in caplog.text
     assert not [each for each in caplog.records if each.levelno >= logging.WARNING]

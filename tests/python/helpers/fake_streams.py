@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from ktrt._core import GpuHandoff
-from ktrt.decode_graph import DecodeGraphs, NoHandOff
 from ktrt.experts import HandOff
+from ktrt.generate.graphs import DecodeGraphs, NoHandOff
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from helpers.fake_cuda import FakeCuda
 
     from ktrt._core import Engine, MoeLayer
-    from ktrt.decode_graph import GraphMaker
-    from ktrt.kv_cache import StaticKv
+    from ktrt.generate.graphs import GraphMaker
+    from ktrt.kv.static import StaticKv
 
 
 @dataclass

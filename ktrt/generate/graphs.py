@@ -2,7 +2,7 @@
 the CPU the recorded operations (``ktrt.engine.recording``).
 
 One graph per number of rows and per window (the positions attended to, a power of two), captured at
-load (``ktrt.warm_up``) or at the first token that needs it, and replayed for the later ones.
+load (``generate.warm_up``) or at the first token that needs it, and replayed for the later ones.
 """
 
 import logging
@@ -15,7 +15,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from ktrt.engine.recording import active
 from ktrt.errors import KtrtError
-from ktrt.kv_cache import StaticKv, cache_argument
+from ktrt.kv.static import StaticKv, cache_argument
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import DynamicCache, cache_utils
 
-from ktrt.kv_cache import StaticLayer, makes_own_cache
+from ktrt.kv.static import StaticLayer, makes_own_cache
 
 
 def _classes(*names: str) -> tuple[type, ...]:

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from ktrt.decode_graph import DecodeGraphs, NoHandOff
 from ktrt.errors import KtrtError
 from ktrt.experts import experts_muted
-from ktrt.generation import KvCache
-from ktrt.kv_cache import unusual_layers
+from ktrt.generate.graphs import DecodeGraphs, NoHandOff
+from ktrt.generate.loop import KvCache
+from ktrt.kv.static import unusual_layers
 
 logger = logging.getLogger(__name__)
 

@@ -15,13 +15,23 @@ from typing import Any, Literal
 import torch
 from transformers import DynamicCache
 
-from ktrt.cache_layers import Mark, continues, crop, needs_marks
 from ktrt.config import SamplingArgs
-from ktrt.decode_graph import DecodeGraphs
 from ktrt.errors import ConfigError
-from ktrt.kv_cache import StaticKv, cache_argument, makes_own_cache, unusual_layers
-from ktrt.sampling import Sampler, log_probabilities, make_sampler
-from ktrt.text_stream import Decoder, StopStrings, TextStream
+from ktrt.generate.graphs import DecodeGraphs
+from ktrt.generate.sampling import Sampler, log_probabilities, make_sampler
+from ktrt.generate.text_stream import Decoder, StopStrings, TextStream
+from ktrt.kv.snapshots import (
+    Mark,
+    continues,
+    crop,
+    needs_marks,
+)
+from ktrt.kv.static import (
+    StaticKv,
+    cache_argument,
+    makes_own_cache,
+    unusual_layers,
+)
 
 # Tokens per forward of the prompt: enough for GEMMs to be at their best, and few enough that
 # Ctrl-C and the attention's memory stay small.

@@ -1,0 +1,1 @@
+"""Generation: the loop over tokens, CUDA graphs, sampling, text."""
