@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ktrt.adapter import Audit
-from ktrt.adapters import Adapters
+from ktrt.adapter.residents import Adapters
 from ktrt.engine import Engine, MoeLayer
 from ktrt.experts import KTExperts
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ktrt.adapter.norms import expert_norms
+from ktrt.adapter.delta_norms import expert_norms
 from ktrt.engine import release_file_pages
 from ktrt.utils.progress import byte_progress
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ktrt.config import Config
     from ktrt.prepare import BaseCheckpoint
 
-# Of ktrt.adapter.write and ktrt.merge, which import torch: after the arguments are understood.
+# Known before torch is imported, as the arguments are understood first.
 LAYOUTS = ("a", "b", "c", "f")
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -75,7 +75,7 @@ def export(config: Config, args: argparse.Namespace) -> dict[str, object]:
 
     ``ConfigError``, ``CheckpointError`` and ``AdapterError`` say what cannot be.
     """
-    from ktrt.adapter.write import write_adapter
+    from ktrt.adapter.write.adapter import write_adapter
     from ktrt.merge import copy_words, merge_checkpoint, merge_packed
     from ktrt.prepare import base_of_adapters, open_adapter, open_base
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ktrt.adapter import words_of
-from ktrt.adapters import Adapters
+from ktrt.adapter.residents import Adapters
 from ktrt.engine import release_file_pages
 from ktrt.engine.recording import RecordedSteps
 from ktrt.expert_loading import cache_folder, load_experts

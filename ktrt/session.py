@@ -4,7 +4,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from ktrt.adapters import Adapters
+from ktrt.adapter.residents import Adapters
 from ktrt.config import SamplingArgs, override_sampling
 from ktrt.errors import ConfigError, KtrtError
 from ktrt.generate.loop import (

@@ -1,10 +1,10 @@
 """LoRA adapters: any layout on disk → one internal form for the engine, the rest for PEFT."""
 
+from ktrt.adapter.apply.switches import Switch, TorchAdapters
+from ktrt.adapter.apply.words import words_of
 from ktrt.adapter.audit import Audit, AuditRow
-from ktrt.adapter.base import BaseModel, ExpertLora, Projection
+from ktrt.adapter.internal import BaseModel, ExpertLora, Projection
 from ktrt.adapter.plan import AdapterPlan, plan_adapter
-from ktrt.adapter.switches import Switch, TorchAdapters
-from ktrt.adapter.words import words_of
 
 __all__ = [
     "AdapterPlan",

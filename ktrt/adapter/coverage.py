@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ktrt.adapter.base import projections
 from ktrt.adapter.fit import has_tied_embeddings, is_for_text
+from ktrt.adapter.internal import projections
 from ktrt.errors import AdapterError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ktrt.adapter.base import BaseModel, ExpertLoras, Projection
-    from ktrt.adapter.settings import LoraSettings
-    from ktrt.adapter.torch_side import TorchSide
+    from ktrt.adapter.apply.torch_side import TorchSide
+    from ktrt.adapter.files.settings import LoraSettings
+    from ktrt.adapter.internal import BaseModel, ExpertLoras, Projection
 
 logger = logging.getLogger(__name__)
 

@@ -12,14 +12,14 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ktrt.adapter.read import Idle
+from ktrt.adapter.tensors import Idle
 from ktrt.errors import AdapterError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from ktrt.adapter.base import BaseModel
-    from ktrt.adapter.read import AdapterFiles, AdapterTensor
+    from ktrt.adapter.internal import BaseModel
+    from ktrt.adapter.tensors import AdapterFiles, AdapterTensor
 
 logger = logging.getLogger(__name__)
 

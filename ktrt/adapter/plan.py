@@ -7,25 +7,30 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from ktrt.adapter import extra_experts, fused, per_expert, target_parameters
-from ktrt.adapter.audit import Audit, AuditRow
-from ktrt.adapter.base import engine_arguments, engine_numel
-from ktrt.adapter.coverage import check_coverage, check_tying
-from ktrt.adapter.extra_experts import apply_extra_experts
-from ktrt.adapter.fit import fit_names, is_raw_tinker
-from ktrt.adapter.layout import Layout, collect_layouts
-from ktrt.adapter.norms import add_norms
-from ktrt.adapter.packing import check_option
-from ktrt.adapter.read import read_adapter
-from ktrt.adapter.settings import LoraSettings
-from ktrt.adapter.torch_side import (
+from ktrt.adapter.apply.torch_side import (
     ADAPTER_NAME,
     apply_torch_side,
     plan_torch_side,
     short_targets,
 )
-from ktrt.adapter.words import copied_numel, plain_names, vocabulary
-from ktrt.adapter.zeros import warn_of_zeros
+from ktrt.adapter.apply.words import copied_numel, plain_names, vocabulary
+from ktrt.adapter.audit import Audit, AuditRow
+from ktrt.adapter.coverage import check_coverage, check_tying
+from ktrt.adapter.delta_norms import add_norms
+from ktrt.adapter.files.read import read_adapter
+from ktrt.adapter.files.settings import LoraSettings
+from ktrt.adapter.files.zeros import warn_of_zeros
+from ktrt.adapter.fit import fit_names, is_raw_tinker
+from ktrt.adapter.internal import engine_arguments, engine_numel
+from ktrt.adapter.layouts import (
+    extra_experts,
+    fused,
+    per_expert,
+    target_parameters,
+)
+from ktrt.adapter.layouts.extra_experts import apply_extra_experts
+from ktrt.adapter.layouts.interface import Layout, collect_layouts
+from ktrt.adapter.layouts.packing import check_option
 from ktrt.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -35,12 +40,12 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ktrt.adapter.base import BaseModel, ExpertLoras
-    from ktrt.adapter.config_file import Packing
-    from ktrt.adapter.layout import Mlp
-    from ktrt.adapter.read import AdapterFiles, AdapterTensor
-    from ktrt.adapter.switches import Switch
-    from ktrt.adapter.torch_side import TorchSide
+    from ktrt.adapter.apply.switches import Switch
+    from ktrt.adapter.apply.torch_side import TorchSide
+    from ktrt.adapter.files.config import Packing
+    from ktrt.adapter.internal import BaseModel, ExpertLoras
+    from ktrt.adapter.layouts.interface import Mlp
+    from ktrt.adapter.tensors import AdapterFiles, AdapterTensor
 
 logger = logging.getLogger(__name__)
 

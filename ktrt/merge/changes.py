@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ktrt.adapter import AdapterPlan, Projection
-    from ktrt.adapter.base import ExpertLora
-    from ktrt.adapter.words import TokenRows
+    from ktrt.adapter.apply.words import TokenRows
+    from ktrt.adapter.internal import ExpertLora
     from ktrt.experts import ExpertsSpec
 
 # What is merged of an expert's LoRA; a field beyond these must not be lost in silence.

@@ -22,8 +22,13 @@ from helpers.tiny_models import base_of, read_folder, save_model, write_adapter
 from safetensors.torch import load_file, save_file
 from test_adapter_every_layout import assert_same, plan
 
-from ktrt.adapter.layout import MAX_RANK, Part, check_magnitude, collect_layouts
-from ktrt.adapter.read import AdapterTensor
+from ktrt.adapter.layouts.interface import (
+    MAX_RANK,
+    Part,
+    check_magnitude,
+    collect_layouts,
+)
+from ktrt.adapter.tensors import AdapterTensor
 from ktrt.config import ExpertArgs
 from ktrt.engine.build import build_engine
 from ktrt.errors import AdapterError
@@ -33,7 +38,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ktrt.adapter import BaseModel
-    from ktrt.adapter.settings import LoraSettings
+    from ktrt.adapter.files.settings import LoraSettings
 
 PATH = "model.layers.0.block_sparse_moe.experts"
 

@@ -30,7 +30,7 @@ from test_logits import (
 )
 
 from ktrt.adapter import AdapterPlan, BaseModel, plan_adapter
-from ktrt.adapter.base import engine_arguments, engine_numel, is_shared
+from ktrt.adapter.internal import engine_arguments, engine_numel, is_shared
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

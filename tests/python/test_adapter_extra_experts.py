@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_adapter_every_layout import plan
 from torch import nn
 
-from ktrt.adapter.extra_experts import ExtraExperts, apply_extra_experts
+from ktrt.adapter.layouts.extra_experts import ExtraExperts, apply_extra_experts
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import AdapterError
 from ktrt.model import load_model

@@ -20,7 +20,7 @@ from helpers.tiny_models import (
 )
 
 from ktrt.adapter import AdapterPlan, BaseModel, plan_adapter
-from ktrt.adapter.base import ExpertLora, engine_arguments, stack_experts
+from ktrt.adapter.internal import ExpertLora, engine_arguments, stack_experts
 from ktrt.errors import AdapterError
 from ktrt.reference import RawAdapter
 

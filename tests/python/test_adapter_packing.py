@@ -12,7 +12,7 @@ from helpers.tiny_models import base_of, read_folder, save_model, write_adapter
 from helpers.verify_cases import check
 from test_adapter_every_layout import assert_same, plan
 
-from ktrt.adapter.write import write_adapter as write_layout
+from ktrt.adapter.write.adapter import write_adapter as write_layout
 from ktrt.audit_report import verification
 from ktrt.errors import AdapterError
 
@@ -213,6 +213,8 @@ def test_verify_finds_the_wrong_reading(
 ) -> None:
     """Had the loader taken the other packing, the numbers would not be its."""
     folder = write_grouped(tmp_path, subject.adapter(), lora_B_layout="grouped_by_expert")
-    monkeypatch.setattr("ktrt.adapter.target_parameters.decide_packing", lambda *_: "rank_major")
+    monkeypatch.setattr(
+        "ktrt.adapter.layouts.target_parameters.decide_packing", lambda *_: "rank_major"
+    )
     (report,) = check((subject.model, folder))
     assert not report.passed

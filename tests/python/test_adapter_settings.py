@@ -12,8 +12,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from ktrt.adapter.read import AdapterFiles
-from ktrt.adapter.settings import LoraSettings
+from ktrt.adapter.files.settings import LoraSettings
+from ktrt.adapter.tensors import AdapterFiles
 from ktrt.errors import AdapterError
 
 NAMES = [

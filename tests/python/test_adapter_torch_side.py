@@ -11,7 +11,7 @@ from helpers.tiny_models import read_folder, save_model, token_ids, write_adapte
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from ktrt.adapter.torch_side import short_targets
+from ktrt.adapter.apply.torch_side import short_targets
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import AdapterError
 from ktrt.model import load_model

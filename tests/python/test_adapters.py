@@ -23,7 +23,7 @@ from helpers.tiny_models import (
 )
 from safetensors.torch import save_file
 
-from ktrt.adapters import Adapters
+from ktrt.adapter.residents import Adapters
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import AdapterError, KtrtError
 from ktrt.experts import KTExperts
@@ -223,7 +223,7 @@ class TestWeights:
     def test_the_first_sum_is_announced(
         self, several: LoadedModel, caplog: pytest.LogCaptureFixture
     ) -> None:
-        with caplog.at_level(logging.INFO, logger="ktrt.adapters"):
+        with caplog.at_level(logging.INFO, logger="ktrt.adapter.residents"):
             several.adapters.activate({"a": 1, "attention": 1})
             several.adapters.activate("b")
             several.adapters.activate({"attention": 2, "a": 1})

@@ -21,8 +21,8 @@ from helpers.tiny_models import (
 from safetensors.torch import load_file
 
 from ktrt.adapter import plan_adapter
-from ktrt.adapter.base import ExpertLora
-from ktrt.adapter.norms import expert_norms
+from ktrt.adapter.delta_norms import expert_norms
+from ktrt.adapter.internal import ExpertLora
 from ktrt.adapter_changes import Change
 from ktrt.audit import main
 from ktrt.audit_report import report

@@ -279,7 +279,7 @@ class TestArguments:
 
 def test_choices_of_export_are_those_of_its_parts() -> None:
     """It repeats them, so that arguments are read without torch."""
-    from ktrt.adapter.write import LAYOUTS
+    from ktrt.adapter.write.adapter import LAYOUTS
     from ktrt.merge import DtypeName
 
     assert export.LAYOUTS == LAYOUTS

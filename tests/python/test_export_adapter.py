@@ -30,9 +30,9 @@ from test_adapter_torch_side import ATTENTION, ktrt_logits, save_trained
 from transformers import AutoModelForCausalLM
 
 from ktrt.adapter import AdapterPlan, BaseModel, plan_adapter
-from ktrt.adapter.write import FUSED_NAME, MANIFEST_NAME, Written
-from ktrt.adapter.write import write_adapter as convert
-from ktrt.adapter.write_names import alpha_for, shortest_names
+from ktrt.adapter.write.adapter import FUSED_NAME, MANIFEST_NAME, Written
+from ktrt.adapter.write.adapter import write_adapter as convert
+from ktrt.adapter.write.names import alpha_for, shortest_names
 from ktrt.errors import AdapterError, KtrtError
 from ktrt.export import main
 
@@ -408,7 +408,7 @@ def test_a_wrong_result_is_never_kept(
 ) -> None:
     folder, base = models["deepseek_v2"]
     adapter = save_adapter(tmp_path / "x", folder, "a")
-    monkeypatch.setattr("ktrt.adapter.write_experts.alpha_for", lambda s, r, _: 2 * s * r)
+    monkeypatch.setattr("ktrt.adapter.write.experts.alpha_for", lambda s, r, _: 2 * s * r)
     refused("read back from the new layout", adapter, base, tmp_path / "f", "f")
 
 

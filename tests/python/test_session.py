@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.tiny_chat import make_session
 
-from ktrt.adapters import Adapters
+from ktrt.adapter.residents import Adapters
 from ktrt.config import SamplingArgs, TemplateArgs
 from ktrt.errors import ConfigError, KtrtError
 from ktrt.prompt.template.load import load_template

@@ -20,8 +20,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
 from test_kt_weights import write_tree
 
+from ktrt.adapter.files.settings import LoraScale, LoraSettings
 from ktrt.adapter.plan import AdapterPlan
-from ktrt.adapter.settings import LoraScale, LoraSettings
 from ktrt.checkpoint.folder import ExpertWeights
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.experts import KTExperts

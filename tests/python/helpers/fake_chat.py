@@ -40,7 +40,7 @@ class FakeResponse:
 
 
 class FakeAdapters:
-    """What ktrt.adapters.Adapters does, without weights."""
+    """What ktrt.adapter.residents.Adapters does, without weights."""
 
     def __init__(self, *names: str) -> None:
         self.names = names

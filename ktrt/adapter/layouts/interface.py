@@ -14,12 +14,12 @@ import torch
 from ktrt.errors import AdapterError
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping, MutableMapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from ktrt.adapter.audit import AuditRow
-    from ktrt.adapter.base import BaseModel, ExpertLoras
-    from ktrt.adapter.read import AdapterTensor
-    from ktrt.adapter.settings import LoraSettings
+    from ktrt.adapter.files.settings import LoraSettings
+    from ktrt.adapter.internal import BaseModel, ExpertLoras
+    from ktrt.adapter.tensors import AdapterTensor
 
 logger = logging.getLogger(__name__)
 
@@ -97,26 +97,6 @@ def collect_layouts(
             [*together.rows, *part.rows],
         )
     return together, rest
-
-
-def put_once(
-    places: MutableMapping[Any, AdapterTensor], place: Hashable, tensor: AdapterTensor
-) -> None:
-    """Enters the tensor; an equal copy under another name is one tensor, others are refused."""
-    first = places.setdefault(place, tensor)
-    if first is tensor:
-        return
-    if not same_values(first.value, tensor.value):
-        raise AdapterError(
-            f"{first.where} and {tensor.where} are both {tensor.part} of {tensor.module} and "
-            "differ; expected one of them."
-        )
-    logger.info("%s is a copy of %s", tensor.where, first.key)
-
-
-def same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether both hold the same numbers in the same shape, of whatever dtype."""
-    return one.shape == other.shape and torch.equal(one.double(), other.double())
 
 
 def check_expert_part(tensor: AdapterTensor, part: str, settings: LoraSettings) -> None:

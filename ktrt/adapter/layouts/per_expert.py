@@ -14,15 +14,15 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, get_args
 
-from ktrt.adapter.pairs import AnyProjection, Slot, collect_pairs
+from ktrt.adapter.layouts.pairs import AnyProjection, Slot, collect_pairs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ktrt.adapter.base import BaseModel
-    from ktrt.adapter.layout import Part
-    from ktrt.adapter.read import AdapterTensor
-    from ktrt.adapter.settings import LoraSettings
+    from ktrt.adapter.files.settings import LoraSettings
+    from ktrt.adapter.internal import BaseModel
+    from ktrt.adapter.layouts.interface import Part
+    from ktrt.adapter.tensors import AdapterTensor
 
 TITLE = "LoRA for each expert and projection"
 PROVIDES = "the LoRA of routed experts"

@@ -13,8 +13,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from ktrt.adapter.audit import AuditRow
-from ktrt.adapter.base import features, projections, split_gate_up, stack_experts
-from ktrt.adapter.layout import Part, check_expert_part, check_magnitude, put_once
+from ktrt.adapter.internal import (
+    features,
+    projections,
+    split_gate_up,
+    stack_experts,
+)
+from ktrt.adapter.layouts.interface import Part, check_expert_part, check_magnitude
+from ktrt.adapter.tensors import put_once
 from ktrt.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -22,9 +28,15 @@ if TYPE_CHECKING:
 
     import torch
 
-    from ktrt.adapter.base import BaseModel, ExpertLora, ExpertLoras, ExpertsSite, Projection
-    from ktrt.adapter.read import AdapterTensor
-    from ktrt.adapter.settings import LoraScale, LoraSettings
+    from ktrt.adapter.files.settings import LoraScale, LoraSettings
+    from ktrt.adapter.internal import (
+        BaseModel,
+        ExpertLora,
+        ExpertLoras,
+        ExpertsSite,
+        Projection,
+    )
+    from ktrt.adapter.tensors import AdapterTensor
 
 AnyProjection = Literal["gate", "up", "down", "gate_up"]
 

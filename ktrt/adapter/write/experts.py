@@ -9,14 +9,20 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch.nn import functional as F
 
-from ktrt.adapter.base import features, projections
-from ktrt.adapter.write_names import ScaledName, alpha_for
+from ktrt.adapter.internal import features, projections
+from ktrt.adapter.write.names import ScaledName, alpha_for
 from ktrt.errors import AdapterError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from ktrt.adapter.base import BaseModel, ExpertLora, ExpertLoras, ExpertsSite, Projection
+    from ktrt.adapter.internal import (
+        BaseModel,
+        ExpertLora,
+        ExpertLoras,
+        ExpertsSite,
+        Projection,
+    )
 
 Layout = Literal["a", "b", "c", "f"]
 _PREFIX = "base_model.model."

@@ -12,20 +12,25 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from safetensors.torch import save_file
 
-from ktrt.adapter.base import projections
+from ktrt.adapter.files.find import CONFIG_NAME, WEIGHTS_NAME
+from ktrt.adapter.internal import projections
 from ktrt.adapter.plan import plan_adapter
-from ktrt.adapter.read import CONFIG_NAME, WEIGHTS_NAME
-from ktrt.adapter.write_experts import ExpertTensors, Layout, expert_name, expert_tensors
-from ktrt.adapter.write_names import ScaledName, scale_config, target_config
+from ktrt.adapter.write.experts import (
+    ExpertTensors,
+    Layout,
+    expert_name,
+    expert_tensors,
+)
+from ktrt.adapter.write.names import ScaledName, scale_config, target_config
 from ktrt.errors import AdapterError
 from ktrt.utils.staging import check_target, staged_folder
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ktrt.adapter.base import BaseModel, ExpertLora
+    from ktrt.adapter.internal import BaseModel, ExpertLora
     from ktrt.adapter.plan import AdapterPlan
-    from ktrt.adapter.read import AdapterTensor
+    from ktrt.adapter.tensors import AdapterTensor
 
 logger = logging.getLogger(__name__)
 

@@ -7,12 +7,12 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ktrt.adapter.config_file import pattern, positive, read_config
+from ktrt.adapter.files.config import pattern, positive, read_config
 from ktrt.errors import AdapterError
 
 if TYPE_CHECKING:
-    from ktrt.adapter.config_file import ConfigFile, Packing
-    from ktrt.adapter.read import AdapterFiles
+    from ktrt.adapter.files.config import ConfigFile, Packing
+    from ktrt.adapter.tensors import AdapterFiles
 
 # PEFT's own arguments that are handed on to find what the config targets.
 _TARGETING = (

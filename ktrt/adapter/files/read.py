@@ -3,76 +3,27 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ktrt.adapter.find_files import CONFIG_NAME, WEIGHTS_NAME, find_weight_files, is_pickle
-from ktrt.adapter.layout import put_once
-from ktrt.adapter.manifest import check_manifest
-from ktrt.adapter.names import parse_names
+from ktrt.adapter.files.find import (
+    CONFIG_NAME,
+    find_weight_files,
+    is_pickle,
+)
+from ktrt.adapter.files.manifest import check_manifest
+from ktrt.adapter.files.names import parse_names
+from ktrt.adapter.tensors import AdapterFiles, AdapterTensor, Idle, put_once
 from ktrt.errors import AdapterError
 from ktrt.utils.json_files import read_json
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ktrt.adapter.find_files import WeightFiles
-
-__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "AdapterFiles", "AdapterTensor", "Idle", "read_adapter"]
-
-
-@dataclass(frozen=True)
-class AdapterTensor:
-    """One tensor of ``file``.
-
-    ``key`` is its name there; ``module`` the adapted module's name as the base or its files have
-    it; ``part`` is ``lora_A``, ``lora_B``, … or the parameter's own name for a weight saved whole.
-    ``trained``: the module's name in training where that was another, which patterns of the
-    configuration are for.
-    """
-
-    key: str
-    module: str
-    part: str
-    value: torch.Tensor
-    file: Path
-    trained: str | None = None
-
-    @property
-    def trained_module(self) -> str:
-        """The module's name in training."""
-        return self.module if self.trained is None else self.trained
-
-    @property
-    def where(self) -> str:
-        """File and name, for messages."""
-        return f"{self.file}: {self.key}"
-
-
-@dataclass(frozen=True)
-class Idle:
-    """A tensor that changes no text, and the reason."""
-
-    tensor: AdapterTensor
-    reason: str
-
-
-@dataclass(frozen=True)
-class AdapterFiles:
-    """An adapter folder as read: ``config`` is adapter_config.json; ``file`` holds ``tensors``, but
-    for those in KTransformers' files beside it. ``idle``: what is not applied, with the reason.
-    ``expert_format``: of the experts in training, where a manifest says so."""
-
-    folder: Path
-    file: Path
-    config: dict[str, Any]
-    tensors: list[AdapterTensor]
-    idle: list[Idle] = field(default_factory=list)
-    expert_format: str | None = None
+    from ktrt.adapter.files.find import WeightFiles
 
 
 def read_adapter(folder: Path) -> AdapterFiles:

@@ -14,9 +14,9 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from ktrt.adapter.apply.torch_side import TorchSide
     from ktrt.adapter.audit import AuditRow
-    from ktrt.adapter.base import ExpertLora, ExpertLoras
-    from ktrt.adapter.torch_side import TorchSide
+    from ktrt.adapter.internal import ExpertLora, ExpertLoras
 
 logger = logging.getLogger(__name__)
 

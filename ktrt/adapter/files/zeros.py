@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from ktrt.adapter.read import AdapterTensor
+    from ktrt.adapter.tensors import AdapterTensor
 
 logger = logging.getLogger(__name__)
 

@@ -20,18 +20,19 @@ import torch
 from packaging.version import InvalidVersion, Version
 
 from ktrt.adapter.audit import AuditRow
-from ktrt.adapter.base import ExpertLora, split_gate_up
-from ktrt.adapter.layout import Part, check_expert_part, check_magnitude, put_once
-from ktrt.adapter.packing import StackedB, decide_packing, to_rank_major
+from ktrt.adapter.internal import ExpertLora, split_gate_up
+from ktrt.adapter.layouts.interface import Part, check_expert_part, check_magnitude
+from ktrt.adapter.layouts.packing import StackedB, decide_packing, to_rank_major
+from ktrt.adapter.tensors import put_once
 from ktrt.errors import AdapterError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from ktrt.adapter.base import BaseModel, ExpertLoras, ExpertsSite
-    from ktrt.adapter.config_file import Packing
-    from ktrt.adapter.read import AdapterTensor
-    from ktrt.adapter.settings import LoraScale, LoraSettings
+    from ktrt.adapter.files.config import Packing
+    from ktrt.adapter.files.settings import LoraScale, LoraSettings
+    from ktrt.adapter.internal import BaseModel, ExpertLoras, ExpertsSite
+    from ktrt.adapter.tensors import AdapterTensor
 
 TITLE = "LoRA on stacked parameters (target_parameters)"
 PROVIDES = "the LoRA of routed experts"

@@ -10,18 +10,18 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, get_args
 
-from ktrt.adapter.base import Projection, projections
-from ktrt.adapter.pairs import Slot, collect_pairs
-from ktrt.adapter.settings import LoraScale
+from ktrt.adapter.files.settings import LoraScale
+from ktrt.adapter.internal import Projection, projections
+from ktrt.adapter.layouts.pairs import Slot, collect_pairs
 from ktrt.errors import AdapterError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ktrt.adapter.base import BaseModel
-    from ktrt.adapter.layout import Part
-    from ktrt.adapter.read import AdapterTensor
-    from ktrt.adapter.settings import LoraSettings
+    from ktrt.adapter.files.settings import LoraSettings
+    from ktrt.adapter.internal import BaseModel
+    from ktrt.adapter.layouts.interface import Part
+    from ktrt.adapter.tensors import AdapterTensor
 
 TITLE = "KTransformers' fused LoRA"
 PROVIDES = "the LoRA of routed experts"

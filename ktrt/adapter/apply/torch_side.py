@@ -15,11 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from ktrt.adapter.fit import explain_unknown
-from ktrt.adapter.layout import put_once
-from ktrt.adapter.router import apply_router_lora
-from ktrt.adapter.switches import swap_parameter
-from ktrt.adapter.words import (
+from ktrt.adapter.apply.router import apply_router_lora
+from ktrt.adapter.apply.switches import swap_parameter
+from ktrt.adapter.apply.words import (
     ROWS_PART,
     TokenRows,
     check_sizes,
@@ -28,15 +26,17 @@ from ktrt.adapter.words import (
     plan_rows,
     swap_tables,
 )
+from ktrt.adapter.fit import explain_unknown
+from ktrt.adapter.tensors import put_once
 from ktrt.errors import AdapterError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ktrt.adapter.base import BaseModel
-    from ktrt.adapter.read import AdapterTensor
-    from ktrt.adapter.settings import LoraScale, LoraSettings
-    from ktrt.adapter.switches import Switch
+    from ktrt.adapter.apply.switches import Switch
+    from ktrt.adapter.files.settings import LoraScale, LoraSettings
+    from ktrt.adapter.internal import BaseModel
+    from ktrt.adapter.tensors import AdapterTensor
 
 # What PEFT calls a model's first adapter.
 ADAPTER_NAME = "default"

@@ -19,16 +19,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from ktrt.adapter.audit import AuditRow
-from ktrt.adapter.base import Projection
-from ktrt.adapter.layout import Mlp, Part, put_once
+from ktrt.adapter.internal import Projection
+from ktrt.adapter.layouts.interface import Mlp, Part
+from ktrt.adapter.tensors import put_once
 from ktrt.errors import AdapterError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from ktrt.adapter.base import BaseModel, ExpertsSite
-    from ktrt.adapter.read import AdapterTensor
-    from ktrt.adapter.settings import LoraSettings
+    from ktrt.adapter.files.settings import LoraSettings
+    from ktrt.adapter.internal import BaseModel, ExpertsSite
+    from ktrt.adapter.tensors import AdapterTensor
 
 TITLE = "extra experts"
 PROVIDES = "extra experts"

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from ktrt.adapter.config_file import Packing
-    from ktrt.adapter.settings import LoraSettings
+    from ktrt.adapter.files.config import Packing
+    from ktrt.adapter.files.settings import LoraSettings
 
 logger = logging.getLogger(__name__)
 

@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ktrt.adapter.switches import swap_parameter
+from ktrt.adapter.apply.switches import swap_parameter
 from ktrt.errors import AdapterError
 from ktrt.utils.json_files import typed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ktrt.adapter.base import BaseModel
-    from ktrt.adapter.read import AdapterTensor
-    from ktrt.adapter.settings import LoraSettings
-    from ktrt.adapter.switches import Switch
-    from ktrt.adapter.torch_side import TorchSide
+    from ktrt.adapter.apply.switches import Switch
+    from ktrt.adapter.apply.torch_side import TorchSide
+    from ktrt.adapter.files.settings import LoraSettings
+    from ktrt.adapter.internal import BaseModel
+    from ktrt.adapter.tensors import AdapterTensor
 
 logger = logging.getLogger(__name__)
 

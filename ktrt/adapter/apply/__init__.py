@@ -1,0 +1,1 @@
+"""Applies the part of an adapter that torch computes: PEFT, routers, embeddings, words."""

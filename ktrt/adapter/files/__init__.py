@@ -1,0 +1,1 @@
+"""Adapter folder → named tensors and settings, checked for damage."""

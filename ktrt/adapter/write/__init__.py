@@ -1,0 +1,1 @@
+"""Writes adapters in other layouts."""
