@@ -36,7 +36,7 @@ from ktrt.config import load_config
 from ktrt.experts import KTExperts
 from ktrt.generate.loop import KvCache
 from ktrt.layers.linear import int8_bytes
-from ktrt.model import LoadedModel, load_model
+from ktrt.loading.model import LoadedModel, load_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

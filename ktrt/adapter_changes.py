@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from ktrt.adapter import AdapterPlan, AuditRow
-    from ktrt.prepare import BaseCheckpoint
+    from ktrt.loading.plan import BaseCheckpoint
 
 
 @dataclass(frozen=True)

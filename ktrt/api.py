@@ -6,7 +6,7 @@ from typing import Any
 
 from ktrt.config import Config, load_config
 from ktrt.folders import check_model_folder
-from ktrt.model import load_model
+from ktrt.loading.model import load_model
 from ktrt.prompt.template.load import load_template
 from ktrt.prompt.tokenizer.words import load_words, read_words
 from ktrt.session import Session

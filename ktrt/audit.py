@@ -79,7 +79,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def _audit(config: Config, *, as_json: bool, norms: bool) -> None:
     from ktrt.adapter_changes import find_changes
     from ktrt.audit_report import report
-    from ktrt.prepare import base_of_adapters, open_adapter, open_base
+    from ktrt.loading.plan import base_of_adapters, open_adapter, open_base
 
     base = open_base(config.model)
     plan = open_adapter(config.adapter, base_of_adapters(base))

@@ -109,8 +109,8 @@ def run(config: Config, sizes: Sizes) -> Report:
 
     from ktrt.api import open_session
     from ktrt.bench_measure import Bench
-    from ktrt.model_work import model_work
-    from ktrt.prepare import open_base
+    from ktrt.loading.plan import open_base
+    from ktrt.loading.work import model_work
 
     base = open_base(config.model)
     int8 = config.model.quantization_bit == 8 and not torch.cuda.is_available()

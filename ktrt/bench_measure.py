@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from ktrt.config import ExpertArgs
-    from ktrt.model_work import ModelWork
+    from ktrt.loading.work import ModelWork
     from ktrt.session import Session
 
 Row = dict[str, Any]

@@ -126,7 +126,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def _show_plan(config: Config, terminal: Terminal, *, as_json: bool) -> int:
     """Prints the memory plan; 0 if the model fits, else 1."""
     set_environment(quiet=not _log.isEnabledFor(logging.DEBUG))
-    from ktrt.prepare import plan_memory
+    from ktrt.loading.plan import plan_memory
 
     plan = plan_memory(config.model, config.adapter, config.experts)
     terminal.note(json.dumps(plan.as_dict(), indent=1) if as_json else plan.table())

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
     from ktrt.engine.probes import ArithmeticPeak, GpuRates
+    from ktrt.loading.work import ModelWork
     from ktrt.machine.facts import MachineFacts
-    from ktrt.model_work import ModelWork
 
 # Shares of the limits that whole models reached on machines measured so far (README, Speed).
 DECODE_SHARE = 0.85
@@ -113,8 +113,8 @@ def _examine_model(
     gpu: GpuRates | None,
 ) -> Report:
     """What the model takes and would reach, from its headers alone."""
-    from ktrt.model_work import model_work
-    from ktrt.prepare import prepare
+    from ktrt.loading.plan import prepare
+    from ktrt.loading.work import model_work
 
     ready = prepare(model, adapter, experts)
     ready.engine.close()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ktrt.adapter import AdapterPlan
     from ktrt.config import Config
-    from ktrt.prepare import BaseCheckpoint
+    from ktrt.loading.plan import BaseCheckpoint
 
 # Known before torch is imported, as the arguments are understood first.
 LAYOUTS = ("a", "b", "c", "f")
@@ -76,8 +76,8 @@ def export(config: Config, args: argparse.Namespace) -> dict[str, object]:
     ``ConfigError``, ``CheckpointError`` and ``AdapterError`` say what cannot be.
     """
     from ktrt.adapter.write.adapter import write_adapter
+    from ktrt.loading.plan import base_of_adapters, open_adapter, open_base
     from ktrt.merge import copy_words, merge_checkpoint, merge_packed
-    from ktrt.prepare import base_of_adapters, open_adapter, open_base
 
     base = open_base(config.model)
     adapter_base = base_of_adapters(base)

@@ -13,8 +13,13 @@ from typing import TYPE_CHECKING, Any
 from ktrt.command_line import new_parser, parse, run_command, set_environment
 from ktrt.config import load_config
 from ktrt.errors import ConfigError, KtrtError
-from ktrt.pack_cache import cache_folders, default_folder, opened, unfinished
-from ktrt.pack_manifest import DAMAGE, LAYOUT, read_manifest
+from ktrt.loading.pack_cache import (
+    cache_folders,
+    default_folder,
+    opened,
+    unfinished,
+)
+from ktrt.loading.pack_manifest import DAMAGE, LAYOUT, read_manifest
 from ktrt.utils.fingerprint import fingerprint
 from ktrt.utils.owned_folder import NotTrustedError
 
@@ -23,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ktrt.config import Config
-    from ktrt.pack_manifest import Manifest
+    from ktrt.loading.pack_manifest import Manifest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,8 +80,13 @@ def pack(config: Config) -> None:
     ``ConfigError``: the cache is switched off or could not be written, or kt_weight_path is set.
     """
     from ktrt.engine.build import build_engine
-    from ktrt.expert_loading import cache_folder, cache_of, finish, pack_experts
-    from ktrt.prepare import new_layers, open_base
+    from ktrt.loading.experts import (
+        cache_folder,
+        cache_of,
+        finish,
+        pack_experts,
+    )
+    from ktrt.loading.plan import new_layers, open_base
 
     args = config.experts
     if args.kt_weight_path is not None:

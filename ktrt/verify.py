@@ -19,8 +19,8 @@ import torch
 from ktrt.errors import AdapterError, CheckpointError
 from ktrt.experts import KTExperts
 from ktrt.folders import check_model_folder
-from ktrt.model import load_model
-from ktrt.prepare import open_base, open_kt_weights
+from ktrt.loading.model import load_model
+from ktrt.loading.plan import open_base, open_kt_weights
 from ktrt.reference import (
     CannotVerifyError,
     Expert,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
-    from ktrt.model import LoadedModel
+    from ktrt.loading.model import LoadedModel
     from ktrt.reference import Lora, RawExperts, WeightFormat
     from ktrt.reference.tensors import Float32
     from ktrt.verify_probes import Probe

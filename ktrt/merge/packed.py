@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from ktrt.config import ExpertArgs
     from ktrt.engine import Engine, MoeLayer
     from ktrt.experts import ExpertsSpec
+    from ktrt.loading.plan import BaseCheckpoint
     from ktrt.merge.changes import Changes
-    from ktrt.prepare import BaseCheckpoint
 
 EXPERTS_FOLDER = "experts"
 # Bits of a code, and the multiple that the sizes must be of, by weight format.

@@ -46,7 +46,7 @@ from test_adapter_every_layout import assert_same
 from ktrt.adapter import AdapterPlan, BaseModel, plan_adapter
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import AdapterError
-from ktrt.model import load_model
+from ktrt.loading.model import load_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -21,7 +21,7 @@ from torch import nn
 from ktrt.adapter.layouts.extra_experts import ExtraExperts, apply_extra_experts
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import AdapterError
-from ktrt.model import load_model
+from ktrt.loading.model import load_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable

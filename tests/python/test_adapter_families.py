@@ -21,7 +21,7 @@ from ktrt.adapter import BaseModel
 from ktrt.checkpoint.names import WeightNames
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.experts import find_experts
-from ktrt.model import load_model
+from ktrt.loading.model import load_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -24,7 +24,7 @@ from test_adapter_every_layout import assert_same, plan
 from ktrt.audit_report import report
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import AdapterError
-from ktrt.prepare import plan_memory
+from ktrt.loading.plan import plan_memory
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from ktrt.adapter.apply.torch_side import short_targets
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import AdapterError
-from ktrt.model import load_model
+from ktrt.loading.model import load_model
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -27,7 +27,7 @@ from ktrt.adapter.residents import Adapters
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import AdapterError, KtrtError
 from ktrt.experts import KTExperts
-from ktrt.model import LoadedModel, load_model
+from ktrt.loading.model import LoadedModel, load_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -20,7 +20,7 @@ from helpers.tiny_models import (
 
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.generate.loop import KvCache
-from ktrt.model import LoadedModel, load_model
+from ktrt.loading.model import LoadedModel, load_model
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -314,7 +314,7 @@ class TestLog:
     )
     def test_levels(self, config: str, flag: list[str], shown: str) -> None:
         def talk(_: Config) -> Any:
-            logger = logging.getLogger("ktrt.model")
+            logger = logging.getLogger("ktrt.loading.model")
             logger.debug("D line")
             logger.info("I line\nof two")
             logger.warning("W line")

@@ -21,9 +21,14 @@ from ktrt.checkpoint.config import read_model_config
 from ktrt.checkpoint.folder import Checkpoint
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import CheckpointError
+from ktrt.loading.model import load_model
+from ktrt.loading.plan import (
+    base_of_adapters,
+    open_adapter,
+    open_base,
+    open_checkpoint,
+)
 from ktrt.merge import merge_checkpoint
-from ktrt.model import load_model
-from ktrt.prepare import base_of_adapters, open_adapter, open_base, open_checkpoint
 from ktrt.reference import CannotVerifyError, RawCheckpoint
 from ktrt.verify import verify
 

@@ -18,7 +18,7 @@ from ktrt.checkpoint.folder import Checkpoint
 from ktrt.checkpoint.formats import dequantize_fp8, dequantize_mxfp4
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import CheckpointError
-from ktrt.model import load_model
+from ktrt.loading.model import load_model
 
 if TYPE_CHECKING:
     from pathlib import Path

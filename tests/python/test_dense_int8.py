@@ -24,10 +24,10 @@ from ktrt.layers.linear import (
     int8_bytes,
     refresh,
 )
-from ktrt.model import load_model
-from ktrt.model_work import model_work
-from ktrt.prepare import open_base, plan_memory
-from ktrt.weight_traffic import bytes_per_token
+from ktrt.loading.model import load_model
+from ktrt.loading.plan import open_base, plan_memory
+from ktrt.loading.traffic import bytes_per_token
+from ktrt.loading.work import model_work
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -20,6 +20,7 @@ from ktrt.advice import Advice, advise
 from ktrt.config import ExpertArgs
 from ktrt.engine import probes
 from ktrt.experts import find_experts
+from ktrt.loading.work import ModelWork, model_work
 from ktrt.machine.facts import (
     HugePages,
     MachineFacts,
@@ -28,7 +29,6 @@ from ktrt.machine.facts import (
     try_huge_pages,
 )
 from ktrt.machine.memory import Limit
-from ktrt.model_work import ModelWork, model_work
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "examples/demo/chat.yaml"
@@ -329,7 +329,7 @@ def test_a_model_that_does_not_fit(
 ) -> None:
     folder = save_model(tmp_path / "model", "deepseek_v2", 96)
     adapter = save_adapter(tmp_path / "adapter", folder, "a")
-    monkeypatch.setattr("ktrt.memory_plan.ram_limit", lambda *_: Limit(1000, "a small box"))
+    monkeypatch.setattr("ktrt.loading.memory.ram_limit", lambda *_: Limit(1000, "a small box"))
     config = tmp_path / "config.yaml"
     config.write_text(f"model_name_or_path: {folder}\nadapter_name_or_path: {adapter}\n", "utf-8")
     assert doctor.main([str(config), "--json"]) == 1

@@ -37,10 +37,10 @@ from ktrt.checkpoint.folder import Checkpoint
 from ktrt.config import AdapterArgs, ModelArgs
 from ktrt.errors import AdapterError, CheckpointError, ConfigError
 from ktrt.export import main
+from ktrt.loading.plan import base_of_adapters, open_adapter, open_base
 from ktrt.merge import merge_checkpoint
 from ktrt.merge.changes import Changes
 from ktrt.merge.shards import write_shard
-from ktrt.prepare import base_of_adapters, open_adapter, open_base
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

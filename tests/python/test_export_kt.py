@@ -18,9 +18,9 @@ from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import CheckpointError, ConfigError
 from ktrt.experts import KTExperts
 from ktrt.export import main
+from ktrt.loading.model import LoadedModel, load_model
+from ktrt.loading.plan import base_of_adapters, open_adapter, open_base
 from ktrt.merge import merge_checkpoint, merge_packed
-from ktrt.model import LoadedModel, load_model
-from ktrt.prepare import base_of_adapters, open_adapter, open_base
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -35,7 +35,7 @@ from ktrt.checkpoint.skeleton import build_skeleton
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import CheckpointError
 from ktrt.generate.loop import KvCache
-from ktrt.model import LoadedModel, load_model
+from ktrt.loading.model import LoadedModel, load_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,14 +17,14 @@ import torch
 from helpers.tiny_models import save_adapter, save_model, token_ids
 
 import ktrt
-import ktrt.model
+import ktrt.loading.model
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.generate import graphs as decode_graph
 from ktrt.generate.graphs import CudaGraphs, DecodeGraphs
 from ktrt.generate.loop import KvCache
 from ktrt.kv import static
 from ktrt.kv.static import StaticKv
-from ktrt.model import LoadedModel, load_model
+from ktrt.loading.model import LoadedModel, load_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,7 +65,7 @@ def load(
 ) -> LoadedModel:
     with pytest.MonkeyPatch.context() as patch:
         if cpu:
-            patch.setattr(ktrt.model, "_device", lambda: torch.device("cpu"))
+            patch.setattr(ktrt.loading.model, "_device", lambda: torch.device("cpu"))
         return load_model(
             ModelArgs(folder / family, infer_dtype=dtype),  # type: ignore[arg-type]
             AdapterArgs(folder / f"{family}_{lora}" if lora else None),
@@ -170,7 +170,7 @@ def test_the_demo_talks_as_on_the_cpu(backend: str, monkeypatch: pytest.MonkeyPa
         with ktrt.load(DEMO, **settings, kt_use_cuda_graph=graph) as session:
             assert session.model.device.type == "cuda"
             found.append(conversation(session))
-    monkeypatch.setattr(ktrt.model, "_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(ktrt.loading.model, "_device", lambda: torch.device("cpu"))
     with ktrt.load(DEMO, **settings) as session:
         found.append(conversation(session))
     texts, reused = found[0]

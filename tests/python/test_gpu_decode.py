@@ -12,12 +12,12 @@ from helpers.fake_streams import FakeCore, FakeGraphs, fake_hand_off
 from helpers.tiny_chat import make_tokenizer
 from helpers.tiny_models import save_adapter, save_model, token_ids
 
-import ktrt.model
+import ktrt.loading.model
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs, SamplingArgs, TemplateArgs
 from ktrt.engine.build import MAX_QLEN
 from ktrt.experts import GpuExperts, KTExperts
 from ktrt.generate.loop import PREFILL_CHUNK, KvCache
-from ktrt.model import LoadedModel, load_model
+from ktrt.loading.model import LoadedModel, load_model
 from ktrt.prompt.template.load import load_template
 from ktrt.session import Session
 
@@ -71,9 +71,9 @@ class Shared:
                 module.gpu = self.gpu.layers[path]
             return self.gpu
 
-        patch.setattr(ktrt.model, "new_hand_off", new_hand_off)
-        patch.setattr(ktrt.model, "CudaGraphs", lambda: self.maker)
-        patch.setattr(ktrt.model, "build_gpu_experts", build)
+        patch.setattr(ktrt.loading.model, "new_hand_off", new_hand_off)
+        patch.setattr(ktrt.loading.model, "CudaGraphs", lambda: self.maker)
+        patch.setattr(ktrt.loading.model, "build_gpu_experts", build)
         self.loaded = load(folder)
         self.ours = KvCache(self.loaded.model, self.loaded.graphs)
         self.reference = KvCache(self.plain.model)
@@ -107,7 +107,7 @@ class Shared:
 
 @pytest.fixture
 def shared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shared]:
-    monkeypatch.setattr(ktrt.model, "_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(ktrt.loading.model, "_device", lambda: torch.device("cpu"))
     shared = Shared(folder, monkeypatch)
     yield shared
     shared.loaded.close()

@@ -15,14 +15,14 @@ import torch
 from helpers.tiny_models import save_adapter, save_model, token_ids
 
 import ktrt
-import ktrt.model
+import ktrt.loading.model
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.experts import KTExperts
 from ktrt.generate import graphs
 from ktrt.generate.loop import KvCache
 from ktrt.kv import static
 from ktrt.layers import embedding
-from ktrt.model import LoadedModel, load_model
+from ktrt.loading.model import LoadedModel, load_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def load(folder: Path, family: str, *, cpu: bool = False, **settings: Any) -> LoadedModel:
     with pytest.MonkeyPatch.context() as patch:
         if cpu:
-            patch.setattr(ktrt.model, "_device", lambda: torch.device("cpu"))
+            patch.setattr(ktrt.loading.model, "_device", lambda: torch.device("cpu"))
         return load_model(
             ModelArgs(folder / family, infer_dtype="float32"),
             AdapterArgs(folder / f"{family}_lora"),
@@ -157,7 +157,7 @@ def test_the_demo_talks_as_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         with ktrt.load(DEMO, **settings, **share) as session:
             assert getattr(session.model, "kt_gpu_experts", None) is not None
             texts.append("".join(session.stream(ask)))
-    monkeypatch.setattr(ktrt.model, "_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(ktrt.loading.model, "_device", lambda: torch.device("cpu"))
     with ktrt.load(DEMO, **settings) as session:
         expected = "".join(session.stream(ask))
     assert texts == [expected] * 3

@@ -12,7 +12,7 @@ import torch
 from helpers.expert_layers import LayerCase
 from helpers.merge import save_merged
 
-import ktrt.model
+import ktrt.loading.model
 from ktrt._core import Engine, MoeLayer
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import KtrtError
@@ -22,7 +22,7 @@ from ktrt.experts.gpu.costs import Line, streaming_threshold
 from ktrt.experts.gpu.residents import GpuExperts
 from ktrt.experts.gpu.setup import check_layer
 from ktrt.generate.loop import KvCache
-from ktrt.model import LoadedModel, load_model
+from ktrt.loading.model import LoadedModel, load_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -217,7 +217,7 @@ def test_without_a_gpu(layers: dict[str, MoeLayer], caplog: pytest.LogCaptureFix
 
 def load_demo(backend: Any) -> LoadedModel:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ktrt.model, "_device", lambda: CPU)
+        patch.setattr(ktrt.loading.model, "_device", lambda: CPU)
         return load_model(
             ModelArgs(DEMO / "model", infer_dtype="float32"),
             AdapterArgs(DEMO / "adapter_b"),

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ktrt import memory_plan
 from ktrt.layers import embedding
 from ktrt.layers.embedding import table_bytes, tables_to_host
+from ktrt.loading import memory
+from ktrt.loading.memory import make_plan
 from ktrt.machine.memory import Limit
-from ktrt.memory_plan import make_plan
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +62,7 @@ def test_the_plan_puts_them_in_ram(monkeypatch: pytest.MonkeyPatch, tied: bool) 
     size = 96 * 32 * 2
 
     def plan(gpu: Limit | None) -> dict[str, tuple[int, int]]:
-        monkeypatch.setattr(memory_plan, "gpu_limit", lambda: gpu)
+        monkeypatch.setattr(memory, "gpu_limit", lambda: gpu)
         made = make_plan(
             skeleton, experts={"AMXBF16": 1000}, kt_backend="AMXBF16",
             expert_paths=["model.layers.0.mlp.experts"], layer_source=0, mapped_files=0,

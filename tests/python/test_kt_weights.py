@@ -19,7 +19,7 @@ from ktrt.checkpoint.kt_files import PROJECTIONS, KtWeights
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import CheckpointError
 from ktrt.experts import new_layer
-from ktrt.model import load_model
+from ktrt.loading.model import load_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -123,7 +123,7 @@ def test_several_parts_are_our_packing_in_slices(
     assert not torch.equal(found, ours)
     assert (found - ours).norm() < (0.05 if weight_format == "int8" else 0.4) * ours.norm()
     monkeypatch.setattr(
-        "ktrt.prepare.new_layer",
+        "ktrt.loading.plan.new_layer",
         lambda e, s, b, *_: new_layer(e, s, b, parts if b == BACKENDS[weight_format] else 1),
     )
     assert torch.equal(found, logits(base, weight_format))

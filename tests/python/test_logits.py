@@ -31,7 +31,7 @@ from helpers.tiny_models import (
 from ktrt import _core
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.experts import KTExperts
-from ktrt.model import LoadedModel, load_model
+from ktrt.loading.model import LoadedModel, load_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -16,20 +16,20 @@ import torch
 from helpers.tiny_models import save_adapter, save_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import ktrt.model
+import ktrt.loading.model
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import ConfigError
 from ktrt.experts import find_experts
-from ktrt.machine.memory import Limit, address_limit, ram_limit
-from ktrt.memory_plan import (
+from ktrt.loading.memory import (
     MIN_CONTEXT,
     Item,
     MemoryPlan,
     check_addresses,
     kv_bytes_per_token,
 )
-from ktrt.model import load_model
-from ktrt.prepare import plan_memory
+from ktrt.loading.model import load_model
+from ktrt.loading.plan import plan_memory
+from ktrt.machine.memory import Limit, address_limit, ram_limit
 
 ROOT = Path(__file__).resolve().parents[2]
 GB = 10**9
@@ -179,9 +179,9 @@ def test_refused_before_a_weight_is_read(
     def never(*_args: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(ktrt.model, "load_without_experts", never)
+    monkeypatch.setattr(ktrt.loading.model, "load_without_experts", never)
     small = Limit(100 << 20, "cgroup memory.max 0.1 GB")
-    monkeypatch.setattr("ktrt.memory_plan.ram_limit", lambda *_: small)
+    monkeypatch.setattr("ktrt.loading.memory.ram_limit", lambda *_: small)
     with pytest.raises(ConfigError, match=r"cgroup memory\.max 0\.1 GB"):
         load_model(ModelArgs(model), AdapterArgs(), ExpertArgs(kt_num_threads=1))
 
@@ -275,7 +275,7 @@ def test_ulimit_v_is_respected(model: Path, megabytes: int) -> None:
     """Where not even the files can be mapped, and where they can, but the experts have no room."""
     code = (
         "import resource, sys;"
-        "import ktrt.model, transformers.models.deepseek_v2.modeling_deepseek_v2;"
+        "import ktrt.loading.model, transformers.models.deepseek_v2.modeling_deepseek_v2;"
         "size = int(open('/proc/self/statm').read().split()[0]) * 4096;"
         "size += int(sys.argv.pop()) * 10**6;"
         "resource.setrlimit(resource.RLIMIT_AS, (size, size));"

@@ -22,12 +22,12 @@ from helpers.tiny_models import (
 )
 from safetensors.torch import load_file, save_file
 
-import ktrt.model
+import ktrt.loading.model
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.engine.build import build_engine
 from ktrt.errors import AdapterError, CheckpointError
 from ktrt.experts import KTExperts
-from ktrt.model import LoadedModel, load_model
+from ktrt.loading.model import LoadedModel, load_model
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +288,7 @@ def test_wrong_adapter_is_refused_before_weights_are_read(
     def never(*_args: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(ktrt.model, "load_without_experts", never)
+    monkeypatch.setattr(ktrt.loading.model, "load_without_experts", never)
     other = save_model(tmp_path / "other", "deepseek_v2", 112)
     adapter = save_adapter(tmp_path / "adapter", other, "a")
     with pytest.raises(AdapterError, match=r"shape \[8, 112\], expected \[rank, 96\]"):
@@ -308,8 +308,8 @@ def test_adapter_without_routed_experts(folder: Path, tmp_path: Path) -> None:
 
 def test_engine_is_closed_when_loading_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = build_engine(ExpertArgs(kt_num_threads=1))
-    monkeypatch.setattr("ktrt.prepare.build_engine", lambda _: engine)
-    monkeypatch.setattr(ktrt.model, "_apply_adapter", lambda *_: 1 / 0)
+    monkeypatch.setattr("ktrt.loading.plan.build_engine", lambda _: engine)
+    monkeypatch.setattr(ktrt.loading.model, "_apply_adapter", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         load(folder / "base", folder / "a")
     assert engine.closed

@@ -20,8 +20,8 @@ from ktrt.checkpoint.folder import Checkpoint
 from ktrt.checkpoint.skeleton import build_skeleton
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import CheckpointError
-from ktrt.model import load_model
-from ktrt.prepare import open_base
+from ktrt.loading.model import load_model
+from ktrt.loading.plan import open_base
 
 if TYPE_CHECKING:
     from pathlib import Path

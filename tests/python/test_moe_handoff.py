@@ -18,14 +18,14 @@ from helpers.fake_streams import (
 from helpers.tiny_models import save_adapter, save_model, token_ids
 from torch import nn
 
-import ktrt.model
+import ktrt.loading.model
 from ktrt._core import Engine, MoeLayer
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import KtrtError
 from ktrt.experts import HandOff, KTExperts
 from ktrt.experts.handoff import Deferred
 from ktrt.generate.loop import KvCache
-from ktrt.model import LoadedModel, load_model
+from ktrt.loading.model import LoadedModel, load_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -204,8 +204,8 @@ class Loaded:
             self.maker = FakeGraphs(self.core)
             return hand_off
 
-        patch.setattr(ktrt.model, "new_hand_off", new_hand_off)
-        patch.setattr(ktrt.model, "CudaGraphs", lambda: self.maker)
+        patch.setattr(ktrt.loading.model, "new_hand_off", new_hand_off)
+        patch.setattr(ktrt.loading.model, "CudaGraphs", lambda: self.maker)
         self.loaded = load(folder, family)
         self.model: Any = self.loaded.model
 
@@ -330,7 +330,7 @@ def test_over_the_compiled_hand_off(
         cores.append(DriverCore(engine, driver, cuda))
         return HandOff(cast("Any", cores[0]), device, engine.max_qlen, cuda)
 
-    monkeypatch.setattr(ktrt.model, "new_hand_off", new_hand_off)
+    monkeypatch.setattr(ktrt.loading.model, "new_hand_off", new_hand_off)
     loaded = load(folder, "deepseek_v2")
     ids = token_ids(1, 40)[0].tolist()
     ours, reference = KvCache(loaded.model), KvCache(plain.model)
@@ -352,7 +352,7 @@ def test_graphs_can_be_switched_off(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     hand_off, core = fake_hand_off(1024)
-    monkeypatch.setattr(ktrt.model, "new_hand_off", lambda *_: hand_off)
+    monkeypatch.setattr(ktrt.loading.model, "new_hand_off", lambda *_: hand_off)
     with caplog.at_level("INFO"):
         loaded = load_model(
             ModelArgs(folder / "mixtral"), AdapterArgs(), ExpertArgs("AMXInt8", 1, False, False)

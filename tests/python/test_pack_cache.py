@@ -23,15 +23,15 @@ import torch
 from helpers.tiny_models import save_adapter, save_model, token_ids
 from safetensors.torch import load_file, save_file
 
-import ktrt.pack_cache
+import ktrt.loading.pack_cache
 from ktrt import _core, pack
 from ktrt.checkpoint.kt_files import PROJECTIONS
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import ConfigError
-from ktrt.expert_loading import cache_folder
-from ktrt.model import load_model
-from ktrt.pack_cache import PackCache, default_folder
-from ktrt.pack_manifest import MANIFEST, CacheKey
+from ktrt.loading.experts import cache_folder
+from ktrt.loading.model import load_model
+from ktrt.loading.pack_cache import PackCache, default_folder
+from ktrt.loading.pack_manifest import MANIFEST, CacheKey
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKED = "Packed 32 experts of 2 layers"
@@ -172,7 +172,7 @@ def test_another_layout_version_is_not_used(
     loader: Loader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = loader.logits()
-    monkeypatch.setattr(ktrt.pack_cache, "LAYOUT", "kt-9/image-2")
+    monkeypatch.setattr(ktrt.loading.pack_cache, "LAYOUT", "kt-9/image-2")
     assert torch.equal(loader.logits(), expected)
     assert loader.said("its layout is kt-0.7.2/image-1, now kt-9/image-2")
     assert loader.said(PACKED)
@@ -336,7 +336,7 @@ CHILD = textwrap.dedent(
     """
     import logging, sys, time
     from pathlib import Path
-    import ktrt.pack_cache as pack_cache
+    import ktrt.loading.pack_cache as pack_cache
     from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
     from ktrt.model import load_model
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
@@ -398,7 +398,7 @@ def test_a_writer_that_stopped_is_not_waited_for(
     expected = loader.logits()
     lock = loader.folder.with_name(f"{loader.folder.name}.lock")
     shutil.rmtree(loader.folder)
-    monkeypatch.setattr(ktrt.pack_cache, "_STALL_SECONDS", 0.3)
+    monkeypatch.setattr(ktrt.loading.pack_cache, "_STALL_SECONDS", 0.3)
     with lock.open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         begin = time.monotonic()

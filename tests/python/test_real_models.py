@@ -13,8 +13,8 @@ import torch
 from helpers.real_models import NAMES, RealModel, make, write_lora
 
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
-from ktrt.model import load_model
-from ktrt.prepare import plan_memory
+from ktrt.loading.model import load_model
+from ktrt.loading.plan import plan_memory
 from ktrt.reference import CannotVerifyError
 from ktrt.verify import verify
 

@@ -25,8 +25,8 @@ from ktrt.adapter.plan import AdapterPlan
 from ktrt.checkpoint.folder import ExpertWeights
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.experts import KTExperts
-from ktrt.model import load_model
-from ktrt.prepare import base_of_adapters, open_adapter, open_base
+from ktrt.loading.model import load_model
+from ktrt.loading.plan import base_of_adapters, open_adapter, open_base
 from ktrt.reference import Lora, RawAdapter, RawCheckpoint
 from ktrt.verify import LayerReport, verify, verify_layer
 from ktrt.verify_linears import check_linear

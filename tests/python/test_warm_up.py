@@ -14,7 +14,7 @@ from helpers.tiny_chat import make_model, make_session, make_tokenizer
 from helpers.tiny_models import save_model
 from torch import nn
 
-import ktrt.model
+import ktrt.loading.model
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.engine.recording import RecordedSteps
 from ktrt.errors import KtrtError
@@ -24,7 +24,7 @@ from ktrt.generate import warm_up
 from ktrt.generate.graphs import DecodeGraphs
 from ktrt.generate.loop import KvCache
 from ktrt.kv import static
-from ktrt.model import load_model
+from ktrt.loading.model import load_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -153,7 +153,7 @@ def test_a_session_keeps_the_warm_cache() -> None:
 class TestMuted:
     @pytest.fixture
     def loaded(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-        monkeypatch.setattr(ktrt.model, "_device", lambda: torch.device("cpu"))
+        monkeypatch.setattr(ktrt.loading.model, "_device", lambda: torch.device("cpu"))
         args = ModelArgs(save_model(tmp_path / "model", "qwen3_moe", 32), infer_dtype="float32")
         loaded = load_model(args, AdapterArgs(), ExpertArgs(kt_num_threads=1, ktrt_cache=False))
         yield loaded

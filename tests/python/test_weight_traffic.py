@@ -1,4 +1,4 @@
-"""Tests of ktrt.weight_traffic: counted again from shapes."""
+"""Tests of ktrt.loading.traffic: counted again from shapes."""
 
 from pathlib import Path
 from typing import Any

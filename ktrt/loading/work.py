@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ktrt.layers.int8 import int8_bytes, int8_layers
-from ktrt.memory_plan import kv_bytes_per_token
+from ktrt.loading.memory import kv_bytes_per_token
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from ktrt.engine import release_file_pages
 from ktrt.errors import ConfigError
-from ktrt.pack_cache import PackCache, default_folder
-from ktrt.pack_manifest import CacheKey
+from ktrt.loading.pack_cache import PackCache, default_folder
+from ktrt.loading.pack_manifest import CacheKey
 from ktrt.utils.fingerprint import fingerprint
 from ktrt.utils.progress import byte_progress
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ktrt.config import ExpertArgs
     from ktrt.engine import MoeLayer
     from ktrt.experts import ExpertsSpec
-    from ktrt.pack_cache import CacheWriter
+    from ktrt.loading.pack_cache import CacheWriter
     from ktrt.utils.fingerprint import Fingerprint
 
 logger = logging.getLogger(__name__)

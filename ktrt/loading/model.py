@@ -15,7 +15,6 @@ from ktrt.adapter import words_of
 from ktrt.adapter.residents import Adapters
 from ktrt.engine import release_file_pages
 from ktrt.engine.recording import RecordedSteps
-from ktrt.expert_loading import cache_folder, load_experts
 from ktrt.experts import KTExperts, build_gpu_experts, new_hand_off
 from ktrt.generate.graphs import CudaGraphs, DecodeGraphs, NoHandOff
 from ktrt.generate.warm_up import kernels_loaded_beside
@@ -26,10 +25,11 @@ from ktrt.layers.embedding import tables_to_host
 from ktrt.layers.latent import use_latents
 from ktrt.layers.linear import OneRowProducts, accelerate, int8_bytes
 from ktrt.layers.norm import accelerate_norms
-from ktrt.prepare import prepare
+from ktrt.loading.experts import cache_folder, load_experts
+from ktrt.loading.fill import load_without_experts
+from ktrt.loading.plan import prepare
+from ktrt.loading.traffic import bytes_per_token
 from ktrt.prompt.fit import context_limit
-from ktrt.torch_weights import load_without_experts
-from ktrt.weight_traffic import bytes_per_token
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from ktrt.engine import Engine
     from ktrt.experts import ExpertsSpec, GpuExperts, HandOff
     from ktrt.kv.static import StaticKv
-    from ktrt.prepare import Prepared
+    from ktrt.loading.plan import Prepared
 
 logger = logging.getLogger(__name__)
 # The block that users of LLaMA-Factory with KTransformers look for.

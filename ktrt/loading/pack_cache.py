@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, Self
 
 from ktrt import __version__
-from ktrt.pack_manifest import (
+from ktrt.loading.pack_manifest import (
     DAMAGE,
     LAYOUT,
     MANIFEST,

@@ -15,10 +15,10 @@ from ktrt.checkpoint.names import WeightNames
 from ktrt.checkpoint.skeleton import build_skeleton
 from ktrt.engine.build import BACKENDS, build_engine, weight_format_of
 from ktrt.errors import CheckpointError
-from ktrt.expert_loading import ExpertSource, cache_folder, seems_cached
 from ktrt.experts import find_experts, new_layer
 from ktrt.folders import check_model_folder
-from ktrt.memory_plan import MemoryPlan, check_addresses, make_plan
+from ktrt.loading.experts import ExpertSource, cache_folder, seems_cached
+from ktrt.loading.memory import MemoryPlan, check_addresses, make_plan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

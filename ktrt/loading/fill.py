@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ktrt.experts import ExpertsSpec
-    from ktrt.prepare import BaseCheckpoint
+    from ktrt.loading.plan import BaseCheckpoint
 
 
 def load_without_experts(base: BaseCheckpoint, infer_dtype: str, device: torch.device) -> nn.Module:

@@ -1,0 +1,1 @@
+"""Folder and adapters → running model: plan, memory, weights, pack cache."""
