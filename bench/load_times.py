@@ -37,7 +37,7 @@ def child(folder: str, backend: str, cache: str) -> None:
     start = time.perf_counter()
     import logging
 
-    from ktrt.chat import _open_session  # a user's start
+    from ktrt.chat.__main__ import _open_session
     from ktrt.config import load_config
 
     lines: list[str] = []

@@ -17,11 +17,11 @@ import pytest
 from helpers import fake_chat
 from helpers.chat_process import environment
 
-from ktrt.chat import main
+from ktrt.chat.__main__ import main
+from ktrt.chat.conversation import Conversation, read_conversation, write_conversation
+from ktrt.chat.terminal import Terminal
 from ktrt.config import Config
-from ktrt.conversation import Conversation, read_conversation, write_conversation
 from ktrt.errors import AdapterError
-from ktrt.terminal import Terminal
 
 FAKE = Path(fake_chat.__file__)
 

@@ -11,7 +11,7 @@ import pexpect
 import pytest
 from helpers.chat_process import ALT_ENTER, TAB, UP, ChatProcess, paste
 
-from ktrt.conversation import Conversation, read_conversation, write_conversation
+from ktrt.chat.conversation import Conversation, read_conversation, write_conversation
 
 
 @pytest.fixture

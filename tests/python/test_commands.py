@@ -8,11 +8,21 @@ from typing import Any
 import pytest
 from helpers.fake_chat import EchoSession
 
-from ktrt.commands import COMMANDS, Leave, completions, run_line
-from ktrt.conversation import Conversation, ConversationFile, new_autosave, read_conversation
+from ktrt.chat.commands import (
+    COMMANDS,
+    Leave,
+    completions,
+    run_line,
+)
+from ktrt.chat.conversation import (
+    Conversation,
+    ConversationFile,
+    new_autosave,
+    read_conversation,
+)
+from ktrt.chat.dialog import Keeping, Talk, with_files
+from ktrt.chat.terminal import Terminal
 from ktrt.errors import ConfigError, KtrtError
-from ktrt.talk import Keeping, Talk, with_files
-from ktrt.terminal import Terminal
 
 
 class Chat:
@@ -428,7 +438,7 @@ class TestKeeping:
         def full(_: object, __: object) -> None:
             raise KtrtError("c.json: no space left")
 
-        monkeypatch.setattr("ktrt.conversation.write_conversation", full)
+        monkeypatch.setattr("ktrt.chat.conversation.write_conversation", full)
         assert chat.say("a") == "Assistant: a a"
         assert chat.say("b") == "Assistant: b b"
         assert chat.stderr.getvalue() == "error: c.json: no space left\n"

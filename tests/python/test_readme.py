@@ -10,7 +10,7 @@ import pytest
 import yaml
 from helpers import templates_table
 
-from ktrt.commands import COMMANDS
+from ktrt.chat.commands import COMMANDS
 from ktrt.config import (
     AdapterArgs,
     ExpertArgs,

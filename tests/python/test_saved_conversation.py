@@ -1,4 +1,4 @@
-"""Tests of ktrt.conversation: what is kept, and that it is never half of it."""
+"""Tests of ktrt.chat.conversation: what is kept, and that it is never half of it."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ktrt.conversation import (
+from ktrt.chat.conversation import (
     FORMAT,
     Conversation,
     ConversationFile,
@@ -97,7 +97,7 @@ class TestFiles:
         path = tmp_path / "c.json"
         code = (
             "import sys; from pathlib import Path\n"
-            "from ktrt.conversation import Conversation, write_conversation\n"
+            "from ktrt.chat.conversation import Conversation, write_conversation\n"
             "told = Conversation()\n"
             "while True:\n"
             "    told.add('x' * 5000, 'y')\n"

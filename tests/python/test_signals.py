@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ktrt.conversation import Conversation, ConversationFile, read_conversation
-from ktrt.talk import Keeping, Talk
-from ktrt.terminal import Terminal
+from ktrt.chat.conversation import Conversation, ConversationFile, read_conversation
+from ktrt.chat.dialog import Keeping, Talk
+from ktrt.chat.terminal import Terminal
 from ktrt.utils.signals import (
     Terminated,
     is_waiting,

@@ -1,11 +1,11 @@
-"""Tests of ktrt.status."""
+"""Tests of ktrt.chat.status."""
 
 import json
 
 import pytest
 from helpers.fake_chat import FakeResponse
 
-from ktrt.status import Totals, as_dict, status_line
+from ktrt.chat.status import Totals, as_dict, status_line
 
 LAST = FakeResponse(
     text="", token=1, finish_reason="stop", generated_tokens=51, prompt_tokens=120,

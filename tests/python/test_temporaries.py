@@ -11,7 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from ktrt.conversation import Conversation, ConversationFile, new_autosave, write_conversation
+from ktrt.chat.conversation import (
+    Conversation,
+    ConversationFile,
+    new_autosave,
+    write_conversation,
+)
 from ktrt.utils.staging import staged_folder
 from ktrt.utils.temporaries import remove_stale, temporary_file
 

@@ -1,4 +1,4 @@
-"""Tests of ktrt.terminal without a terminal; those with one are in test_chat."""
+"""Tests of ktrt.chat.terminal without a terminal; those with one are in test_chat."""
 
 import io
 import signal
@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from ktrt.chat.terminal import Terminal
 from ktrt.errors import KtrtError
-from ktrt.terminal import Terminal
 
 
 def make(stdin: bytes = b"") -> tuple[Terminal, io.StringIO, io.StringIO]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
 
-from ktrt.chat import main
+from ktrt.chat.__main__ import main
 from ktrt.config import Config, SamplingArgs, override_sampling
 from ktrt.errors import AdapterError, ConfigError, KtrtError
 

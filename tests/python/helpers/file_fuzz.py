@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.tiny_models import save_adapter, save_model
 
+from ktrt.chat.conversation import Conversation, read_conversation, write_conversation
 from ktrt.config import AdapterArgs, ModelArgs, load_config
-from ktrt.conversation import Conversation, read_conversation, write_conversation
 from ktrt.errors import KtrtError
 from ktrt.loading.pack_manifest import MANIFEST, checksum_of, read_manifest
 from ktrt.loading.plan import base_of_adapters, open_adapter, open_base

@@ -4,8 +4,8 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+from ktrt.chat.dialog import Talk
 from ktrt.errors import KtrtError
-from ktrt.talk import Talk
 
 # Two columns of fewer characters each are harder to read than one after the other.
 _MIN_WIDTH = 80

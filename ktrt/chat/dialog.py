@@ -9,9 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ktrt import status
-from ktrt.config import SamplingArgs, override_sampling
-from ktrt.conversation import (
+from ktrt.chat import status
+from ktrt.chat.conversation import (
     Conversation,
     ConversationFile,
     exists,
@@ -19,8 +18,9 @@ from ktrt.conversation import (
     read_conversation,
     read_text,
 )
+from ktrt.chat.terminal import Terminal
+from ktrt.config import SamplingArgs, override_sampling
 from ktrt.errors import KtrtError
-from ktrt.terminal import Terminal
 from ktrt.utils.signals import Terminated, shielded
 
 if TYPE_CHECKING:

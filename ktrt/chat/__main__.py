@@ -13,18 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from ktrt.command_line import (
-    EXIT_NEGATIVE,
-    NO_CONFIG,
-    describe_failure,
-    guarded,
-    new_parser,
-    parse,
-    set_environment,
+from ktrt.chat.commands import (
+    Leave,
+    completions,
+    describe,
+    is_command,
+    run_line,
 )
-from ktrt.commands import Leave, completions, describe, is_command, run_line
-from ktrt.config import Config, load_config
-from ktrt.conversation import (
+from ktrt.chat.conversation import (
     Conversation,
     ConversationFile,
     decode_text,
@@ -35,9 +31,19 @@ from ktrt.conversation import (
     read_text,
     state_directory,
 )
+from ktrt.chat.dialog import MAX_FILE_BYTES, Keeping, Talk
+from ktrt.chat.terminal import Terminal
+from ktrt.command_line import (
+    EXIT_NEGATIVE,
+    NO_CONFIG,
+    describe_failure,
+    guarded,
+    new_parser,
+    parse,
+    set_environment,
+)
+from ktrt.config import Config, load_config
 from ktrt.errors import KtrtError
-from ktrt.talk import MAX_FILE_BYTES, Keeping, Talk
-from ktrt.terminal import Terminal
 from ktrt.utils.signals import Terminated, terminations
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.utils import is_dumb_terminal
 
-from ktrt.keyboard import Keyboard
+from ktrt.chat.keyboard import Keyboard
 from ktrt.utils.signals import is_waiting, shielded
 
 _log = logging.getLogger(__name__)

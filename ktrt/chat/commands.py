@@ -5,14 +5,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from ktrt import status
-from ktrt.compare import compare
+from ktrt.chat import status
+from ktrt.chat.compare import compare
+from ktrt.chat.conversation import Conversation, expanded
+from ktrt.chat.dialog import Talk
 from ktrt.config import SamplingArgs, override_sampling
 from ktrt.config.check import nearest
 from ktrt.config.source import parse_overrides
-from ktrt.conversation import Conversation, expanded
 from ktrt.errors import KtrtError
-from ktrt.talk import Talk
 
 # What a word after a command may be, for completion; "path" stands for the files there are.
 _PATH = "path"

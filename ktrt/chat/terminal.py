@@ -19,7 +19,7 @@ from ktrt.utils.signals import Terminated
 from ktrt.utils.streams import abandon, finish, open_standard_streams
 
 if TYPE_CHECKING:
-    from ktrt.keyboard import Keyboard
+    from ktrt.chat.keyboard import Keyboard
 
 PROMPT = "User: "
 REPLY = "Assistant: "
@@ -89,7 +89,7 @@ class Terminal:
         if not self.interactive:
             yield
             return
-        from ktrt.keyboard import Keyboard
+        from ktrt.chat.keyboard import Keyboard
 
         keyboard = Keyboard(sys.stdin, sys.stdout, marks=_styled(), is_command=is_command)
         with keyboard.held() as self._keyboard:
@@ -98,7 +98,7 @@ class Terminal:
     def use_editor(self, history: Path | None, complete: Callable[[str], Iterable[str]]) -> None:
         """Lets the user edit lines, within ``attended``; ``history``: the file that keeps them
         (None: none)."""
-        from ktrt.editor import Editor
+        from ktrt.chat.editor import Editor
 
         if self._keyboard is not None:
             self._read_line = Editor(PROMPT, self._keyboard, history, complete).read
