@@ -15,9 +15,9 @@ import torch
 from helpers.tiny_models import save_adapter, save_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ktrt import doctor
-from ktrt.advice import Advice, advise
 from ktrt.config import ExpertArgs
+from ktrt.doctor import __main__ as doctor
+from ktrt.doctor.advice import Advice, advise
 from ktrt.engine import probes
 from ktrt.experts import find_experts
 from ktrt.loading.work import ModelWork, model_work
@@ -293,7 +293,8 @@ def test_without_a_configuration() -> None:
 
 def test_torch_is_not_loaded_for_the_machine_alone() -> None:
     code = (
-        "import sys; from ktrt import doctor, machine; machine.has_nvidia_gpu = lambda: False;"
+        "import sys; from ktrt.doctor import __main__ as doctor; from ktrt.engine import probes;"
+        "probes.has_nvidia_gpu = lambda: False;"
         "doctor.main(['--json']); print('torch' in sys.modules, file=sys.stderr)"
     )
     result = subprocess.run(

@@ -46,7 +46,6 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "api": {"config", "folders", "loading", "prompt", "session"},
     "__init__": {"api"},
     "adapter_changes": {"adapter", "engine", "loading"},
-    "advice": {"config", "machine"},
     "reference": set(),
     "verify_probes": {"reference"},
     "verify_linears": {"reference", "verify_probes"},
@@ -66,7 +65,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "bench_report": set(),
     "bench": {"api", "bench_measure", "bench_report", "command_line", "config", "loading"},
     "chat": {"api", "command_line", "config", "engine", "loading", "session"},
-    "doctor": {"advice", "command_line", "config", "engine", "loading", "machine"},
+    "doctor": {"command_line", "config", "engine", "loading", "machine"},
     "merge": {"adapter", "checkpoint", "config", "engine", "experts", "loading", "prompt"},
     "export": {"adapter", "command_line", "config", "loading", "merge", "prompt"},
     "pack": {"command_line", "config", "engine", "loading"},
@@ -77,7 +76,6 @@ ASSEMBLERS = {"config", "api", "audit", "bench", "chat", "doctor", "export", "pa
 # Packages and modules that work before torch is imported.
 WITHOUT_TORCH = {
     "__init__",
-    "advice",
     "bench_report",
     "chat.commands",
     "chat.compare",
@@ -90,6 +88,7 @@ WITHOUT_TORCH = {
     "checkpoint.generation_config",
     "command_line",
     "config",
+    "doctor.advice",
     "errors",
     "folders",
     "folders.schemes",

@@ -10,9 +10,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ktrt import __version__
-from ktrt.advice import advise
 from ktrt.command_line import EXIT_NEGATIVE, new_parser, parse, run_command, set_environment
 from ktrt.config import load_config
+from ktrt.doctor.advice import advise
 from ktrt.machine.facts import environment_of_process
 
 if TYPE_CHECKING:
