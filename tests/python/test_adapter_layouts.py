@@ -21,8 +21,8 @@ from helpers.tiny_models import (
 
 from ktrt.adapter import AdapterPlan, BaseModel, plan_adapter
 from ktrt.adapter.internal import ExpertLora, engine_arguments, stack_experts
+from ktrt.audit.reference import RawAdapter
 from ktrt.errors import AdapterError
-from ktrt.reference import RawAdapter
 
 # 2 · 80 = hidden_size 160: gate_up_proj is square.
 SQUARE, ODD = 80, 96

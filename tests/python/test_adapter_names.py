@@ -21,7 +21,7 @@ from helpers.tiny_models import base_of, read_folder, save_model, write_adapter
 from safetensors.torch import save_file
 from test_adapter_every_layout import assert_same, plan
 
-from ktrt.audit_report import report
+from ktrt.audit.report import report
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import AdapterError
 from ktrt.loading.plan import plan_memory

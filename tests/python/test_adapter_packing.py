@@ -13,7 +13,7 @@ from helpers.verify_cases import check
 from test_adapter_every_layout import assert_same, plan
 
 from ktrt.adapter.write.adapter import write_adapter as write_layout
-from ktrt.audit_report import verification
+from ktrt.audit.report import verification
 from ktrt.errors import AdapterError
 
 if TYPE_CHECKING:

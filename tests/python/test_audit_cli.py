@@ -23,11 +23,11 @@ from safetensors.torch import load_file
 from ktrt.adapter import plan_adapter
 from ktrt.adapter.delta_norms import expert_norms
 from ktrt.adapter.internal import ExpertLora
-from ktrt.adapter_changes import Change
-from ktrt.audit import main
-from ktrt.audit_report import report
-from ktrt.verify import LayerReport
-from ktrt.verify_probes import Check
+from ktrt.audit.__main__ import main
+from ktrt.audit.changes import Change
+from ktrt.audit.report import report
+from ktrt.audit.verify.model import LayerReport
+from ktrt.audit.verify.probes import Check
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "examples" / "demo"
@@ -230,7 +230,7 @@ def test_a_failed_verification_is_exit_code_1(
     bad.checks.append(
         Check("each expert", 0.1, 0.2, 0.5, failures=[f"reason {i}" for i in range(9)])
     )
-    monkeypatch.setattr("ktrt.verify.verify", lambda *_args, **_options: [bad])
+    monkeypatch.setattr("ktrt.audit.verify.model.verify", lambda *_args, **_options: [bad])
     assert main([str(DEMO / "chat.yaml"), "--verify"]) == 1
     out = capsys.readouterr().out
     assert "FAILED: each expert: reason 0" in out

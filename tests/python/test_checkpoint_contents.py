@@ -17,6 +17,8 @@ from helpers.tiny_models import save_adapter, save_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from ktrt.audit.reference import CannotVerifyError, RawCheckpoint
+from ktrt.audit.verify.model import verify
 from ktrt.checkpoint.config import read_model_config
 from ktrt.checkpoint.folder import Checkpoint
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
@@ -29,8 +31,6 @@ from ktrt.loading.plan import (
     open_checkpoint,
 )
 from ktrt.merge import merge_checkpoint
-from ktrt.reference import CannotVerifyError, RawCheckpoint
-from ktrt.verify import verify
 
 EXPERTS = ExpertArgs(kt_num_threads=1)
 TOKENS = torch.randint(2, 300, (1, 12), generator=torch.Generator().manual_seed(5))

@@ -12,11 +12,11 @@ import pytest
 import torch
 from helpers.real_models import NAMES, RealModel, make, write_lora
 
+from ktrt.audit.reference import CannotVerifyError
+from ktrt.audit.verify.model import verify
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.loading.model import load_model
 from ktrt.loading.plan import plan_memory
-from ktrt.reference import CannotVerifyError
-from ktrt.verify import verify
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,8 +12,8 @@ from helpers.tiny_models import NUM_EXPERTS, read_folder, write_adapter
 from helpers.verify_cases import Made, check
 from safetensors.torch import load_file, save_file
 
-from ktrt.reference import CannotVerifyError, RawAdapter, RawCheckpoint
-from ktrt.reference.experts import Expert, expert_output, to_bf16
+from ktrt.audit.reference import CannotVerifyError, RawAdapter, RawCheckpoint
+from ktrt.audit.reference.experts import Expert, expert_output, to_bf16
 
 if TYPE_CHECKING:
     from collections.abc import Callable

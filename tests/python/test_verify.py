@@ -22,14 +22,14 @@ from test_kt_weights import write_tree
 
 from ktrt.adapter.files.settings import LoraScale, LoraSettings
 from ktrt.adapter.plan import AdapterPlan
+from ktrt.audit.reference import Lora, RawAdapter, RawCheckpoint
+from ktrt.audit.verify.linears import check_linear
+from ktrt.audit.verify.model import LayerReport, verify, verify_layer
 from ktrt.checkpoint.folder import ExpertWeights
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.experts import KTExperts
 from ktrt.loading.model import load_model
 from ktrt.loading.plan import base_of_adapters, open_adapter, open_base
-from ktrt.reference import Lora, RawAdapter, RawCheckpoint
-from ktrt.verify import LayerReport, verify, verify_layer
-from ktrt.verify_linears import check_linear
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from helpers.verify_cases import Folders
 
-    from ktrt.verify_probes import Check
+    from ktrt.audit.verify.probes import Check
 
 Arguments = dict[str, torch.Tensor | None]
 
@@ -325,7 +325,7 @@ def test_kt_kernels_files_for_two_nodes(tmp_path: Path, monkeypatch: pytest.Monk
     arguments = (ModelArgs(model), AdapterArgs(adapter), experts)
     (report,) = verify(*arguments)
     assert report.passed, report.failures
-    monkeypatch.setattr("ktrt.verify._down_slices", lambda *_arguments: 1)
+    monkeypatch.setattr("ktrt.audit.verify.model._down_slices", lambda *_arguments: 1)
     (report,) = verify(*arguments)
     assert not report.passed
 

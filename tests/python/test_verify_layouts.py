@@ -18,7 +18,7 @@ from helpers.tiny_models import (
 )
 from helpers.verify_cases import check
 
-from ktrt.audit_report import verification
+from ktrt.audit.report import verification
 
 if TYPE_CHECKING:
     from pathlib import Path

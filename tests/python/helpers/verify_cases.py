@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from helpers.tiny_models import save_adapter, save_model
 
+from ktrt.audit.verify.model import LayerReport, verify
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
-from ktrt.verify import LayerReport, verify
 
 Backend = Literal["AMXBF16", "AMXInt8", "AMXInt4"]
 Folders = tuple[Path, Path]

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ktrt.reference.experts import to_bf16
+from ktrt.audit.reference.experts import to_bf16
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ktrt.reference import Lora
-    from ktrt.reference.tensors import Float32
+    from ktrt.audit.reference import Lora
+    from ktrt.audit.reference.tensors import Float32
 
 # Tokens of each kind for each expert.
 _TOKENS = 4

@@ -14,8 +14,8 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from ktrt.reference.adapter import Lora
-    from ktrt.reference.tensors import Float32
+    from ktrt.audit.reference.adapter import Lora
+    from ktrt.audit.reference.tensors import Float32
 
 WeightFormat = Literal["float32", "bf16", "int8", "int4"]
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ktrt.reference.tensors import CannotVerifyError, RawFile, read_json
+from ktrt.audit.reference.tensors import CannotVerifyError, RawFile, read_json
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ktrt.reference.tensors import Float32
+    from ktrt.audit.reference.tensors import Float32
 
 _PROJECTIONS = {
     "gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up",

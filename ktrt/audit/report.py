@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from ktrt.adapter import Audit
-    from ktrt.adapter_changes import Change
-    from ktrt.verify import LayerReport
-    from ktrt.verify_probes import Check
+    from ktrt.audit.changes import Change
+    from ktrt.audit.verify.model import LayerReport
+    from ktrt.audit.verify.probes import Check
 
 _WIDTH = 80
 # Width of the layer's number, and of a column: three of the value, one of shade, one between.

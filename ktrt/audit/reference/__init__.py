@@ -5,10 +5,10 @@ loads models: a mistake there must not be made here too. Where a file is beyond 
 the error says that it cannot be verified.
 """
 
-from ktrt.reference.adapter import Lora, RawAdapter
-from ktrt.reference.checkpoint import RawCheckpoint, RawExperts
-from ktrt.reference.experts import Expert, WeightFormat, expert_output
-from ktrt.reference.tensors import CannotVerifyError
+from ktrt.audit.reference.adapter import Lora, RawAdapter
+from ktrt.audit.reference.checkpoint import RawCheckpoint, RawExperts
+from ktrt.audit.reference.experts import Expert, WeightFormat, expert_output
+from ktrt.audit.reference.tensors import CannotVerifyError
 
 __all__ = [
     "CannotVerifyError",

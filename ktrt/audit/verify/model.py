@@ -1,4 +1,4 @@
-"""Holds loaded layers against the raw files, recomputed by ``ktrt.reference`` in NumPy.
+"""Holds loaded layers against the raw files, recomputed by ``ktrt.audit.reference`` in NumPy.
 
 Hidden states are made for every expert: random ones, some in the directions that the LoRA of gate
 and up reads, and some that it cannot see, for which only down's LoRA acts. What decides is the
@@ -16,32 +16,39 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ktrt.errors import AdapterError, CheckpointError
-from ktrt.experts import KTExperts
-from ktrt.folders import check_model_folder
-from ktrt.loading.model import load_model
-from ktrt.loading.plan import open_base, open_kt_weights
-from ktrt.reference import (
+from ktrt.audit.reference import (
     CannotVerifyError,
     Expert,
     RawAdapter,
     RawCheckpoint,
     expert_output,
 )
+from ktrt.audit.verify.linears import check_linear
+from ktrt.audit.verify.probes import (
+    Check,
+    Limits,
+    Outputs,
+    compare,
+    mixed_probe,
+    single_probe,
+)
+from ktrt.errors import AdapterError, CheckpointError
+from ktrt.experts import KTExperts
+from ktrt.folders import check_model_folder
+from ktrt.loading.model import load_model
+from ktrt.loading.plan import open_base, open_kt_weights
 from ktrt.utils.json_files import read_json
 from ktrt.utils.progress import byte_progress
-from ktrt.verify_linears import check_linear
-from ktrt.verify_probes import Check, Limits, Outputs, compare, mixed_probe, single_probe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
     from pathlib import Path
 
+    from ktrt.audit.reference import Lora, RawExperts, WeightFormat
+    from ktrt.audit.reference.tensors import Float32
+    from ktrt.audit.verify.probes import Probe
     from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
     from ktrt.loading.model import LoadedModel
-    from ktrt.reference import Lora, RawExperts, WeightFormat
-    from ktrt.reference.tensors import Float32
-    from ktrt.verify_probes import Probe
 
 logger = logging.getLogger(__name__)
 

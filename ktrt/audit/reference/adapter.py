@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ktrt.reference.adapter_names import half_of, is_elsewhere
-from ktrt.reference.adapter_packing import find_grouping
-from ktrt.reference.tensors import CannotVerifyError, RawFile, read_json
+from ktrt.audit.reference.adapter_names import half_of, is_elsewhere
+from ktrt.audit.reference.adapter_packing import find_grouping
+from ktrt.audit.reference.tensors import CannotVerifyError, RawFile, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from ktrt.reference.tensors import Float32
+    from ktrt.audit.reference.tensors import Float32
 
 _FILES = ("adapter_model.safetensors", "fused_expert_lora.safetensors")
 _SHARDS = "adapter_model-*-of-*.safetensors"

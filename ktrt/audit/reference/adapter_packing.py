@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ktrt.reference.tensors import CannotVerifyError
+from ktrt.audit.reference.tensors import CannotVerifyError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from ktrt.reference.tensors import Float32
+    from ktrt.audit.reference.tensors import Float32
 
 _NAMES = {"grouped_by_expert": True, "rank_major": False}
 

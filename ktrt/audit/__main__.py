@@ -77,8 +77,8 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _audit(config: Config, *, as_json: bool, norms: bool) -> None:
-    from ktrt.adapter_changes import find_changes
-    from ktrt.audit_report import report
+    from ktrt.audit.changes import find_changes
+    from ktrt.audit.report import report
     from ktrt.loading.plan import base_of_adapters, open_adapter, open_base
 
     base = open_base(config.model)
@@ -114,8 +114,8 @@ def _audit(config: Config, *, as_json: bool, norms: bool) -> None:
 
 
 def _verify(config: Config, which: str, *, as_json: bool) -> int:
-    from ktrt.audit_report import verification
-    from ktrt.verify import verify
+    from ktrt.audit.report import verification
+    from ktrt.audit.verify.model import verify
 
     reports = verify(
         config.model,

@@ -8,15 +8,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ktrt.reference import CannotVerifyError
-from ktrt.reference.experts import int8_rows, to_bf16
-from ktrt.verify_probes import Check, Limits, Outputs, Probe, compare
+from ktrt.audit.reference import CannotVerifyError
+from ktrt.audit.reference.experts import int8_rows, to_bf16
+from ktrt.audit.verify.probes import (
+    Check,
+    Limits,
+    Outputs,
+    Probe,
+    compare,
+)
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ktrt.reference import Lora, RawCheckpoint
-    from ktrt.reference.tensors import Float32
+    from ktrt.audit.reference import Lora, RawCheckpoint
+    from ktrt.audit.reference.tensors import Float32
 
 # Of the module's parameters, computed in float32: they were rounded to the compute dtype when they
 # were loaded; a router's weight is rounded with its LoRA in it.

@@ -1,0 +1,1 @@
+"""What an adapter changes, and whether it is applied: ``python -m ktrt.audit``."""

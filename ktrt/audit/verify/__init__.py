@@ -1,0 +1,1 @@
+"""Proof that a loaded model computes what its files say."""
