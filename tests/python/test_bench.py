@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import ktrt
-from ktrt import bench
-from ktrt.bench import Sizes
-from ktrt.bench_report import markdown, plot
+from ktrt.bench import __main__ as bench
+from ktrt.bench.__main__ import Sizes
+from ktrt.bench.report import markdown, plot
 from ktrt.errors import ConfigError, KtrtError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,7 +143,7 @@ def test_plot_without_matplotlib(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Said before the model is loaded."""
-    monkeypatch.setattr("ktrt.bench_report.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("ktrt.bench.report.importlib.util.find_spec", lambda _: None)
     assert bench.main(["/nowhere.yaml", "--plot", "out.png"]) == 2
     assert "pip install 'ktrt[plot]'" in capsys.readouterr().err
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ktrt import __version__
-from ktrt.bench_report import markdown, plot, require_matplotlib
+from ktrt.bench.report import markdown, plot, require_matplotlib
 from ktrt.command_line import NO_CONFIG, new_parser, parse, run_command, set_environment
 from ktrt.config import load_config
 from ktrt.errors import ConfigError
@@ -108,7 +108,7 @@ def run(config: Config, sizes: Sizes) -> Report:
     import torch
 
     from ktrt.api import open_session
-    from ktrt.bench_measure import Bench
+    from ktrt.bench.measure import Bench
     from ktrt.loading.plan import open_base
     from ktrt.loading.work import model_work
 

@@ -1,0 +1,1 @@
+"""Speeds of a configuration on this machine: ``python -m ktrt.bench``."""
