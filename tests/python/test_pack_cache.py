@@ -24,7 +24,7 @@ from helpers.tiny_models import save_adapter, save_model, token_ids
 from safetensors.torch import load_file, save_file
 
 import ktrt.loading.pack_cache
-from ktrt import _core, pack
+from ktrt import _core
 from ktrt.checkpoint.kt_files import PROJECTIONS
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import ConfigError
@@ -32,6 +32,7 @@ from ktrt.loading.experts import cache_folder
 from ktrt.loading.model import load_model
 from ktrt.loading.pack_cache import PackCache, default_folder
 from ktrt.loading.pack_manifest import MANIFEST, CacheKey
+from ktrt.pack import __main__ as pack
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKED = "Packed 32 experts of 2 layers"
