@@ -11,9 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
+from ktrt.export.checkpoint import merge_checkpoint
 from ktrt.loading.model import LoadedModel, load_model
 from ktrt.loading.plan import base_of_adapters, open_adapter, open_base
-from ktrt.merge import merge_checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path

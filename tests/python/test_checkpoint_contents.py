@@ -23,6 +23,7 @@ from ktrt.checkpoint.config import read_model_config
 from ktrt.checkpoint.folder import Checkpoint
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import CheckpointError
+from ktrt.export.checkpoint import merge_checkpoint
 from ktrt.loading.model import load_model
 from ktrt.loading.plan import (
     base_of_adapters,
@@ -30,7 +31,6 @@ from ktrt.loading.plan import (
     open_base,
     open_checkpoint,
 )
-from ktrt.merge import merge_checkpoint
 
 EXPERTS = ExpertArgs(kt_num_threads=1)
 TOKENS = torch.randint(2, 300, (1, 12), generator=torch.Generator().manual_seed(5))

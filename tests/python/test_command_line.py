@@ -13,9 +13,10 @@ from typing import Any, get_args
 
 import pytest
 
-from ktrt import command_line, export
+from ktrt import command_line
 from ktrt.command_line import new_parser, parse, run_command
 from ktrt.errors import CheckpointError, KtrtError
+from ktrt.export import __main__ as export
 
 COMMANDS = ["audit", "bench", "chat", "doctor", "export", "pack"]
 QUIET = Namespace(debug=False)
@@ -280,7 +281,7 @@ class TestArguments:
 def test_choices_of_export_are_those_of_its_parts() -> None:
     """It repeats them, so that arguments are read without torch."""
     from ktrt.adapter.write.adapter import LAYOUTS
-    from ktrt.merge import DtypeName
+    from ktrt.export.checkpoint import DtypeName
 
     assert export.LAYOUTS == LAYOUTS
     assert get_args(DtypeName) == export.DTYPES

@@ -36,16 +36,16 @@ from transformers import AutoModelForCausalLM
 from ktrt.checkpoint.folder import Checkpoint
 from ktrt.config import AdapterArgs, ModelArgs
 from ktrt.errors import AdapterError, CheckpointError, ConfigError
-from ktrt.export import main
+from ktrt.export.__main__ import main
+from ktrt.export.changes import Changes
+from ktrt.export.checkpoint import merge_checkpoint
+from ktrt.export.shards import write_shard
 from ktrt.loading.plan import base_of_adapters, open_adapter, open_base
-from ktrt.merge import merge_checkpoint
-from ktrt.merge.changes import Changes
-from ktrt.merge.shards import write_shard
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ktrt.merge import DtypeName, Summary
+    from ktrt.export.checkpoint import DtypeName, Summary
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "examples" / "demo"
@@ -412,7 +412,7 @@ def test_an_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
         write_shard(path, tensors, advance)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ktrt.merge.checkpoint.write_shard", interrupted)
+    monkeypatch.setattr("ktrt.export.checkpoint.write_shard", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export(model, None, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -420,7 +420,7 @@ def test_an_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 
 SLOW_EXPORT = """
 import sys, time
-import ktrt.merge.checkpoint as checkpoint
+import ktrt.export.checkpoint as checkpoint
 from ktrt.export import main
 write = checkpoint.write_shard
 def slow(path, tensors, advance):
@@ -452,7 +452,7 @@ PEAK = """
 import sys
 from pathlib import Path
 from ktrt.export import main
-import ktrt.merge.tensors, peft, transformers
+import ktrt.export.tensors, peft, transformers
 
 def peak():
     lines = Path("/proc/self/status").read_text("utf-8").splitlines()

@@ -34,7 +34,7 @@ from ktrt.adapter.write.adapter import FUSED_NAME, MANIFEST_NAME, Written
 from ktrt.adapter.write.adapter import write_adapter as convert
 from ktrt.adapter.write.names import alpha_for, shortest_names
 from ktrt.errors import AdapterError, KtrtError
-from ktrt.export import main
+from ktrt.export.__main__ import main
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo"
 Layout = Literal["a", "b", "c", "f"]

@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import CheckpointError, ConfigError
 from ktrt.experts import KTExperts
-from ktrt.export import main
+from ktrt.export.__main__ import main
+from ktrt.export.checkpoint import merge_checkpoint
+from ktrt.export.packed import merge_packed
 from ktrt.loading.model import LoadedModel, load_model
 from ktrt.loading.plan import base_of_adapters, open_adapter, open_base
-from ktrt.merge import merge_checkpoint, merge_packed
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -60,8 +60,16 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     },
     "chat": {"api", "command_line", "config", "engine", "loading", "session"},
     "doctor": {"command_line", "config", "engine", "loading", "machine"},
-    "merge": {"adapter", "checkpoint", "config", "engine", "experts", "loading", "prompt"},
-    "export": {"adapter", "command_line", "config", "loading", "merge", "prompt"},
+    "export": {
+        "adapter",
+        "checkpoint",
+        "command_line",
+        "config",
+        "engine",
+        "experts",
+        "loading",
+        "prompt",
+    },
     "pack": {"command_line", "config", "engine", "loading"},
 }
 EVERYBODYS = {"errors", "utils"}

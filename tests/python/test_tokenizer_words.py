@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ktrt
 from ktrt.errors import AdapterError, ConfigError, KtrtError
-from ktrt.export import main
+from ktrt.export.__main__ import main
 from ktrt.prompt.tokenizer.words import add_configured, read_words
 
 if TYPE_CHECKING:

@@ -13,9 +13,19 @@ from ktrt.checkpoint.kt_files import PROJECTIONS, KtWeights
 from ktrt.engine.build import build_engine, weight_format_of
 from ktrt.errors import ConfigError
 from ktrt.experts import new_layer
-from ktrt.merge.checkpoint import Merge, Summary, releasing, summarise
-from ktrt.merge.rounding import merged
-from ktrt.merge.shards import INDEX_NAME, OutputTensor, write_index, write_shard
+from ktrt.export.checkpoint import (
+    Merge,
+    Summary,
+    releasing,
+    summarise,
+)
+from ktrt.export.rounding import merged
+from ktrt.export.shards import (
+    INDEX_NAME,
+    OutputTensor,
+    write_index,
+    write_shard,
+)
 from ktrt.utils.progress import byte_progress
 from ktrt.utils.staging import check_target, staged_folder
 
@@ -28,8 +38,8 @@ if TYPE_CHECKING:
     from ktrt.config import ExpertArgs
     from ktrt.engine import Engine, MoeLayer
     from ktrt.experts import ExpertsSpec
+    from ktrt.export.changes import Changes
     from ktrt.loading.plan import BaseCheckpoint
-    from ktrt.merge.changes import Changes
 
 EXPERTS_FOLDER = "experts"
 # Bits of a code, and the multiple that the sizes must be of, by weight format.

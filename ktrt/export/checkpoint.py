@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, Literal
 
 from ktrt.checkpoint.folder import INDEX_NAME, SINGLE_NAME
 from ktrt.engine import release_file_pages
+from ktrt.export.changes import Changes
+from ktrt.export.shards import write_index, write_shard
+from ktrt.export.side_files import (
+    copy_side_files,
+    copy_words,
+    side_files,
+    write_config,
+)
+from ktrt.export.tensors import Dtypes, TensorPlan, main_dtype
 from ktrt.loading.plan import open_checkpoint
-from ktrt.merge.changes import Changes
-from ktrt.merge.shards import write_index, write_shard
-from ktrt.merge.side_files import copy_side_files, copy_words, side_files, write_config
-from ktrt.merge.tensors import Dtypes, TensorPlan, main_dtype
 from ktrt.utils.progress import byte_progress
 from ktrt.utils.staging import check_target, staged_folder
 
@@ -21,8 +26,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ktrt.adapter import AdapterPlan
+    from ktrt.export.shards import OutputTensor
     from ktrt.loading.plan import BaseCheckpoint
-    from ktrt.merge.shards import OutputTensor
 
 DtypeName = Literal["float32", "float16", "bfloat16"]
 DTYPES: dict[DtypeName, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}

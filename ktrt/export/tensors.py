@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from ktrt.checkpoint.convert import Conversions
 from ktrt.errors import AdapterError
-from ktrt.merge.rearranged import RearrangedTensors
-from ktrt.merge.rounding import FLOATS, merged, rounded
-from ktrt.merge.shards import OutputTensor
+from ktrt.export.rearranged import RearrangedTensors
+from ktrt.export.rounding import FLOATS, merged, rounded
+from ktrt.export.shards import OutputTensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ktrt.checkpoint.folder import Checkpoint
     from ktrt.checkpoint.names import WeightNames, WeightTarget
     from ktrt.experts import ExpertsSpec
-    from ktrt.merge.changes import Changes
+    from ktrt.export.changes import Changes
 
 
 @dataclass(frozen=True)

@@ -76,8 +76,10 @@ def export(config: Config, args: argparse.Namespace) -> dict[str, object]:
     ``ConfigError``, ``CheckpointError`` and ``AdapterError`` say what cannot be.
     """
     from ktrt.adapter.write.adapter import write_adapter
+    from ktrt.export.checkpoint import merge_checkpoint
+    from ktrt.export.packed import merge_packed
+    from ktrt.export.side_files import copy_words
     from ktrt.loading.plan import base_of_adapters, open_adapter, open_base
-    from ktrt.merge import copy_words, merge_checkpoint, merge_packed
 
     base = open_base(config.model)
     adapter_base = base_of_adapters(base)
@@ -131,7 +133,7 @@ def _in_words(summary: dict[str, object]) -> str:
         f"changed by the adapter's {summary['adapter_tensors']}"
     )
     if summary["format"] == "kt":
-        from ktrt.merge import EXPERTS_FOLDER
+        from ktrt.export.packed import EXPERTS_FOLDER
 
         text += (
             "\nTo chat with it, without adapter:\n"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ktrt.errors import CheckpointError
-from ktrt.merge.rounding import rounded
+from ktrt.export.rounding import rounded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ktrt.checkpoint.convert import Conversions
     from ktrt.checkpoint.folder import Checkpoint
     from ktrt.experts import ExpertsSpec
-    from ktrt.merge.changes import Changes
+    from ktrt.export.changes import Changes
 
 
 class RearrangedTensors:

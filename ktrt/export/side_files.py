@@ -7,7 +7,7 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 from ktrt.errors import AdapterError, CheckpointError
-from ktrt.merge.shards import write_synced
+from ktrt.export.shards import write_synced
 from ktrt.prompt.tokenizer.files import TEMPLATE_FILES, TEMPLATES_FOLDER, TokenizerFiles
 from ktrt.utils.json_files import read_json
 

@@ -1,0 +1,1 @@
+"""Base and adapter as one checkpoint: ``python -m ktrt.export``."""
