@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from experts.test_gpu_handoff import MECHANISMS, Case
 from helpers.fake_cuda import FakeCuda
-from test_gpu_handoff import MECHANISMS, Case
 
 if TYPE_CHECKING:
     from collections.abc import Callable
