@@ -75,7 +75,7 @@ fuzz: ## Damaged files and hostile calls with new seeds, FUZZ_SECONDS each; what
 	$(PYTHON) tests/fuzz/fuzz_files.py $(FUZZ_SECONDS)
 	$(PYTHON) tests/fuzz/fuzz_calls.py $(FUZZ_SECONDS)
 
-bench: ## All micro-benchmarks (the comparison with kt_kernel: python bench/compare_kt_kernel.py)
+bench: ## All micro-benchmarks (the comparison with kt_kernel: python bench/kt_kernel/compare.py)
 	cmake --preset release && cmake --build --preset release -j $(JOBS)
 	for b in build/release/bench/bench_*; do [ ! -x $$b ] || $$b || exit 1; done
 
@@ -84,7 +84,7 @@ bench-smoke: ## Each micro-benchmark once, briefly, so that none rots
 	for b in build/release/bench/bench_*; do [ ! -x $$b ] || $$b --benchmark_min_time=0.001 || exit 1; done
 	$(PYTHON) bench/cpu_decode.py --quick --cache build/bench-cache
 	@if $(PYTHON) -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("kt_kernel") is None)'; then \
-	  $(PYTHON) bench/compare_kt_kernel.py --dtypes int8 --ranks 8 --qlens 1 --layers 1 --rounds 1; \
+	  $(PYTHON) bench/kt_kernel/compare.py --dtypes int8 --ranks 8 --qlens 1 --layers 1 --rounds 1; \
 	else echo "kt_kernel is not installed: no comparison with it"; fi
 
 clean: ## Remove build trees and caches

@@ -1,4 +1,4 @@
-"""bench/compare_llama_cpp.py: both sides of its pair hold the same numbers."""
+"""bench/llama_cpp/compare_llama_cpp.py: both sides of its pair hold the same numbers."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 GgufType = Literal["bf16", "q8_0"]
 PROJECTIONS = ("gate", "up", "down")

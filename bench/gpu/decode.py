@@ -1,9 +1,9 @@
 """Decoding with everything but the routed experts on a GPU: speed against the bandwidth bound.
 
-    python bench/device_decode.py                     # V2-Lite's shape, BF16 and INT8, about 4 min
-    python bench/device_decode.py --moe-layers 4      # less memory and time
-    python bench/device_decode.py --gpu-experts 16 32 # then also with experts on the GPU
-    python bench/device_decode.py --small             # a trial of this script, without a GPU too
+    python bench/gpu/decode.py                     # V2-Lite's shape, BF16 and INT8, about 4 min
+    python bench/gpu/decode.py --moe-layers 4      # less memory and time
+    python bench/gpu/decode.py --gpu-experts 16 32 # then also with experts on the GPU
+    python bench/gpu/decode.py --small             # a trial of this script, without a GPU too
 
 Weights are random and made in place; nothing is read from or written to disk. ``bound`` is what the
 packed expert weights of one token allow at the read bandwidth measured in the same run; ``experts``
@@ -21,9 +21,9 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import torch
-from device_model import Bench, make_config
-from device_reference import offloaded_seconds_per_token, reference_model
-from device_sections import Sections
+from model import Bench, make_config
+from reference import offloaded_seconds_per_token, reference_model
+from sections import Sections
 
 from ktrt._core import ReadProbe
 from ktrt.generate.loop import generate_step

@@ -2,7 +2,7 @@
 """A whole model in llama.cpp and in ktrt, side by side on this machine's CPU, LoRA off and on.
 
     pip install '.[llama-cpp]'      # compiles llama.cpp for this machine: minutes
-    python bench/compare_llama_cpp.py --out /tmp/pair [--json] [--rounds N]
+    python bench/llama_cpp/compare_llama_cpp.py --out /tmp/pair [--json] [--rounds N]
 
 Both get the same random weights: Qwen3-MoE's architecture (which both know) with the experts of
 DeepSeek-V2-Lite's shape, and a LoRA adapter of rank 8 on all linear layers, experts included: for

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The hand-off between a CUDA stream and the engine, on a real device: right, quick, never stuck.
 
-    python bench/device_handoff.py [--threads N] [--layers N]
+    python bench/gpu/handoff.py [--threads N] [--layers N]
 
 Chains of layers, the output of one being the input of the next, run directly on the CPU, eagerly
 through a hand-off and as a replayed CUDA graph, with both mechanisms; the bits must be equal.
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from device_sections import Sections
+from sections import Sections
 
 from ktrt import _core
 

@@ -1,4 +1,4 @@
-"""DeepSeek-V2-Lite's shape with random weights, made in place: the model of device_decode.py."""
+"""DeepSeek-V2-Lite's shape with random weights, made in place: the model of decode.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parties of compare_kt_kernel.py: the same random layers in ktrt and in kt_kernel."""
+"""The parties of compare.py: the same random layers in ktrt and in kt_kernel."""
 
 from __future__ import annotations
 

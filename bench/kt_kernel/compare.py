@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One MoE layer in kt_kernel and in ktrt, side by side on this machine.
 
-    python bench/compare_kt_kernel.py [--quick] [--json] [--threads N]
+    python bench/kt_kernel/compare.py [--quick] [--json] [--threads N]
 
 Both get the same random weights, the same routing and the same number of threads. Within one run
 the parties alternate: a plain read of memory (the limit of decoding), ktrt, kt_kernel, and
@@ -119,7 +119,7 @@ def main() -> int:
         answer_fd = os.dup(1)
         os.dup2(2, 1)
         sys.path.insert(0, str(Path(__file__).resolve().parent))
-        from compare_layers import measure  # torch and both engines: only in the child
+        from measure import measure  # torch and both engines: only in the child
 
         answers = measure(
             args.child,

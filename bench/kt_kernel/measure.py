@@ -1,4 +1,4 @@
-"""The measuring half of compare_kt_kernel.py: alternating measurements of both engines."""
+"""The measuring half of compare.py: alternating measurements of both engines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from compare_engines import (
+from engines import (
     EXPERTS,
     HIDDEN,
     INTER,

@@ -1,4 +1,4 @@
-"""What device_decode.py compares with: float32 logits, and transformers + PEFT with offloading."""
+"""What decode.py compares with: float32 logits, and transformers + PEFT with offloading."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import torch
-from device_model import Experts, add_torch_lora, make_torch_model
+from model import Experts, add_torch_lora, make_torch_model
 from torch import nn
 
 if TYPE_CHECKING:
-    from device_model import Bench
+    from model import Bench
 
 
 def reference_model(bench: Bench, config: Any) -> Any:

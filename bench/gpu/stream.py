@@ -1,7 +1,7 @@
 """The GPU's share of the routed experts: rates, streaming against the engine, resident experts.
 
-    python bench/device_stream.py            # V2-Lite's layer, BF16 and INT8, under 90 s
-    python bench/device_stream.py --small    # a trial of this script, without a GPU too
+    python bench/gpu/stream.py            # V2-Lite's layer, BF16 and INT8, under 90 s
+    python bench/gpu/stream.py --small    # a trial of this script, without a GPU too
 
 Random weights, made in memory. Times are of one layer; ``streamed`` runs through all layers one
 after the other, so that copies overlap as they do in a model.
@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from device_sections import Sections
+from sections import Sections
 
 from ktrt import _core
 from ktrt._core import Engine, MoeLayer
