@@ -15,7 +15,7 @@ from ktrt.errors import AdapterError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ktrt.adapter.apply.torch_side import TorchSide
+    from ktrt.adapter.apply.side import TorchSide
     from ktrt.adapter.files.settings import LoraSettings
     from ktrt.adapter.internal import BaseModel, ExpertLoras, Projection
 

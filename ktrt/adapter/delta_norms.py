@@ -14,7 +14,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from ktrt.adapter.apply.torch_side import TorchSide
+    from ktrt.adapter.apply.side import TorchSide
     from ktrt.adapter.audit import AuditRow
     from ktrt.adapter.internal import ExpertLora, ExpertLoras
 

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from ktrt.adapter.apply.side import TorchSide
     from ktrt.adapter.apply.switches import Switch
-    from ktrt.adapter.apply.torch_side import TorchSide
     from ktrt.adapter.files.config import Packing
     from ktrt.adapter.internal import BaseModel, ExpertLoras
     from ktrt.adapter.layouts.interface import Mlp

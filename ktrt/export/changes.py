@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ktrt.adapter import AdapterPlan, Projection
-    from ktrt.adapter.apply.words import TokenRows
+    from ktrt.adapter.apply.side import TokenRows
     from ktrt.adapter.internal import ExpertLora
     from ktrt.experts import ExpertsSpec
 

@@ -6,7 +6,10 @@ where it belongs.
 
 import ast
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,106 +17,60 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 
-# What the packages and modules directly in ktrt/ may import, besides EVERYBODYS.
+# What the packages and files directly in ktrt/ may import besides EVERYBODYS, from the bottom up.
 PYTHON_LAYERS: dict[str, set[str]] = {
     "errors": set(),
-    "folders": set(),
     "utils": set(),
-    "config": {"folders"},
+    "folders": set(),
     "machine": set(),
+    "config": {"folders"},
+    "prompt": {"config", "folders"},
+    "checkpoint": {"folders"},
     "engine": {"_core", "config", "machine"},
     "experts": {"config", "engine"},
-    "adapter": {"experts"},
-    "checkpoint": {"folders"},
-    "kv": set(),
-    "generate": {"config", "engine", "experts", "kv"},
     "layers": {"engine"},
-    "prompt": {"config", "folders"},
+    "kv": set(),
+    "adapter": {"experts"},
+    "generate": {"config", "engine", "experts", "kv"},
     "loading": {
-        "adapter",
-        "checkpoint",
-        "config",
-        "engine",
-        "experts",
-        "folders",
-        "generate",
-        "kv",
-        "layers",
-        "machine",
-        "prompt",
+        "adapter", "checkpoint", "config", "engine", "experts", "folders", "generate", "kv",
+        "layers", "machine", "prompt",
     },
     "session": {"adapter", "config", "generate", "prompt"},
     "api": {"config", "folders", "loading", "prompt", "session"},
-    "__init__": {"api"},
     "command_line": {"config"},
     "audit": {"adapter", "command_line", "config", "engine", "experts", "folders", "loading"},
     "bench": {
-        "api",
-        "command_line",
-        "config",
-        "engine",
-        "experts",
-        "generate",
-        "loading",
-        "machine",
+        "api", "command_line", "config", "engine", "experts", "generate", "loading", "machine",
         "session",
     },
     "chat": {"api", "command_line", "config", "engine", "loading", "session"},
     "doctor": {"command_line", "config", "engine", "loading", "machine"},
     "export": {
-        "adapter",
-        "checkpoint",
-        "command_line",
-        "config",
-        "engine",
-        "experts",
-        "loading",
-        "prompt",
+        "adapter", "checkpoint", "command_line", "config", "engine", "experts", "loading", "prompt",
     },
     "pack": {"command_line", "config", "engine", "loading"},
-}
+    "__init__": {"api"},
+}  # fmt: skip
 EVERYBODYS = {"errors", "utils"}
+# Stricter than the package around: reads and computes everything a second time, so that it must
+# share nothing with what it verifies.
+INDEPENDENT = {"audit.reference": {"errors"}}
 # The whole Config is for those who assemble; the others take their own part of it.
 ASSEMBLERS = {"config", "api", "audit", "bench", "chat", "doctor", "export", "pack"}
 # Packages and modules that work before torch is imported.
 WITHOUT_TORCH = {
-    "__init__",
-    "audit.reference",
-    "bench.report",
-    "chat.commands",
-    "chat.compare",
-    "chat.conversation",
-    "chat.dialog",
-    "chat.editor",
-    "chat.keyboard",
-    "chat.status",
-    "chat.terminal",
-    "checkpoint.generation_config",
-    "command_line",
-    "config",
-    "doctor.advice",
-    "errors",
-    "folders",
-    "folders.schemes",
-    "generate.text_stream",
-    "loading.pack_cache",
-    "loading.pack_manifest",
-    "machine.facts",
-    "prompt.fit",
-    "prompt.template.auto",
-    "prompt.template.base",
-    "prompt.template.binding",
-    "prompt.template.load",
-    "prompt.template.table",
-    "prompt.tokenizer.files",
-    "prompt.tokenizer.load",
-    "prompt.tokenizer.words",
-    "utils.json_files",
-    "utils.owned_folder",
-    "utils.signals",
-    "utils.streams",
-    "utils.temporaries",
-}
+    "__init__", "audit.reference", "bench.report", "checkpoint.generation_config", "command_line",
+    "config", "doctor.advice", "errors", "folders", "generate.text_stream", "loading.pack_cache",
+    "loading.pack_manifest", "machine.facts", "prompt", "utils.json_files", "utils.owned_folder",
+    "utils.signals", "utils.streams", "utils.temporaries",
+}  # fmt: skip
+WITHOUT_TORCH |= {
+    f"chat.{name}"
+    for name in (
+        "commands", "compare", "conversation", "dialog", "editor", "keyboard", "status", "terminal",
+    )
+}  # fmt: skip
 
 # Layers of csrc/ and the layers below each.
 CPP_LAYERS: dict[str, set[str]] = {
@@ -176,17 +133,90 @@ def includes_of(path: Path) -> list[str]:
     return re.findall(r'^\s*#\s*include\s+["<]([^">]+)[">]', path.read_text("utf-8"), re.MULTILINE)
 
 
+def dotted(path: Path) -> str:
+    """The module's name below ktrt, a package's for its __init__: ``experts.gpu``."""
+    parts = path.relative_to(ROOT / "ktrt").with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+def wrong_imports(path: Path) -> list[str]:
+    """What a file of ktrt/ imports although it lies above it or next to it."""
+    module, name_below = module_of(path), dotted(path)
+    allowed = PYTHON_LAYERS[module] | EVERYBODYS | {module, "__version__"}
+    for inner, others in INDEPENDENT.items():
+        if f"{name_below}.".startswith(f"{inner}."):
+            allowed = others
+    wrong = []
+    for imported, name in imports_of(path):
+        below = imported.removeprefix("ktrt.") if imported != "ktrt" else name
+        if imported.split(".")[0] != "ktrt" or not below:
+            continue
+        inside = any(f"{below}.".startswith(f"{inner}.") for inner in INDEPENDENT)
+        if below.split(".")[0] not in allowed and not (inside and allowed == {"errors"}):
+            wrong.append(f"ktrt.{name_below} must not import {imported} ({name})")
+        if (imported, name) == ("ktrt.config", "Config") and module not in ASSEMBLERS:
+            wrong.append(f"ktrt.{name_below}: take the part of Config that is needed")
+    return wrong
+
+
+def cycles(arrows: Mapping[str, AbstractSet[str]]) -> list[str]:
+    """The modules that import themselves through others, as ``graphlib`` finds the first cycle."""
+    try:
+        tuple(TopologicalSorter(arrows).static_order())
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
 @pytest.mark.parametrize("path", python_files("ktrt"), ids=lambda p: str(p.relative_to(ROOT)))
 def test_python_imports_point_down(path: Path) -> None:
     module = module_of(path)
     assert module in PYTHON_LAYERS, f"{module} has no layer yet: add it to PYTHON_LAYERS"
-    allowed = PYTHON_LAYERS[module] | EVERYBODYS | {module, "__version__"}
-    for imported, name in ktrt_imports(path):
-        assert imported in allowed, f"{path}: ktrt.{module} must not import ktrt.{imported}"
-        if imported == "config" and name == "Config":
-            assert module in ASSEMBLERS, f"{path}: take the part of Config that is needed"
+    assert not wrong_imports(path)
     if is_without_torch(path):
         assert not {m.split(".")[0] for m, _ in imports_of(path)} & {"torch"}, f"{path}: torch"
+
+
+def test_the_layers_have_no_cycle_and_no_dead_row() -> None:
+    assert not cycles(PYTHON_LAYERS)
+    assert set(PYTHON_LAYERS) == {module_of(path) for path in python_files("ktrt")}
+    arrows: dict[str, set[str]] = {module: set() for module in PYTHON_LAYERS}
+    for path in python_files("ktrt"):
+        arrows[module_of(path)] |= {imported for imported, _ in ktrt_imports(path)}
+    unused = {m: allowed - arrows[m] for m, allowed in PYTHON_LAYERS.items()}
+    assert not {m: names for m, names in unused.items() if names}
+    assert len(list((ROOT / "ktrt").glob("*.py"))) <= 8
+
+
+def test_packages_have_no_cycle_inside() -> None:
+    """Type annotations count: who needs to know of whom is the question."""
+    modules = {dotted(path): path for path in python_files("ktrt")}
+    arrows: dict[str, set[str]] = {name: set() for name in modules}
+    for module, path in modules.items():
+        for imported, name in imports_of(path):
+            below = imported.removeprefix("ktrt.")
+            target = f"{below}.{name}" if f"{below}.{name}" in modules else below
+            if target in modules and target.split(".")[0] == module.split(".")[0]:
+                arrows[module].add(target)
+    assert not cycles(arrows)
+
+
+def test_an_upward_import_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    found = {
+        "layers/a.py": "from ktrt.session import Session\n",
+        "config/b.py": "def f():\n    from ktrt import engine\n",
+        "loading/c.py": "from ..chat.dialog import Talk\n",
+        "engine/d.py": "from ktrt.config import Config\n",
+        "audit/reference/e.py": "from ktrt.checkpoint.folder import Checkpoint\n",
+        "experts/f.py": "import ktrt._core\n",
+    }
+    for name, text in found.items():
+        path = tmp_path / "ktrt" / name
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+        assert len(wrong_imports(path)) == 1, name
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}})
 
 
 @pytest.mark.parametrize("path", cpp_files(CSRC), ids=lambda p: str(p.relative_to(CSRC)))

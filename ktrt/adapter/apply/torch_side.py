@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import re
 import warnings
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from ktrt.adapter.apply.router import apply_router_lora
+from ktrt.adapter.apply.side import TorchSide
 from ktrt.adapter.apply.switches import swap_parameter
 from ktrt.adapter.apply.words import (
     ROWS_PART,
-    TokenRows,
     check_sizes,
     find_tables,
     is_table,
@@ -41,35 +40,6 @@ if TYPE_CHECKING:
 # What PEFT calls a model's first adapter.
 ADAPTER_NAME = "default"
 _Kind = Literal["linear", "embedding", "router", "whole", "base"]
-
-
-@dataclass
-class TorchSide:
-    """The validated tensors outside the routed experts, by the module (model's name) they act on.
-
-    ``loras`` are PEFT's, ``routers`` go on bare weights, ``whole`` are modules_to_save, ``base``
-    replaces numbers of the base itself: biases trained beside LoRA, and the embeddings that PEFT
-    saves along when they are a target or were resized. ``rows`` are of single tokens; ``tables``
-    has the sizes of the base's embeddings and output layer.
-    """
-
-    file: Path
-    loras: dict[str, list[AdapterTensor]] = field(default_factory=dict)
-    routers: dict[str, list[AdapterTensor]] = field(default_factory=dict)
-    whole: dict[str, list[AdapterTensor]] = field(default_factory=dict)
-    base: dict[str, list[AdapterTensor]] = field(default_factory=dict)
-    rows: dict[str, TokenRows] = field(default_factory=dict)
-    tables: dict[str, int] = field(default_factory=dict)
-    input_table: str = ""
-    scales: dict[str, LoraScale] = field(default_factory=dict)
-
-    def tensors(self) -> list[tuple[str, AdapterTensor]]:
-        """(module, tensor) of all of them."""
-        groups = (self.loras, self.routers, self.whole, self.base)
-        found = [
-            (m, tensor) for group in groups for m, tensors in group.items() for tensor in tensors
-        ]
-        return found + [(module, rows.tensor) for module, rows in self.rows.items()]
 
 
 def plan_torch_side(

@@ -10,12 +10,13 @@ which is where training starts new words.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from ktrt.adapter.apply.side import TokenRows
 from ktrt.adapter.apply.switches import swap_parameter
 from ktrt.errors import AdapterError
 from ktrt.utils.json_files import typed
@@ -23,8 +24,8 @@ from ktrt.utils.json_files import typed
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ktrt.adapter.apply.side import TorchSide
     from ktrt.adapter.apply.switches import Switch
-    from ktrt.adapter.apply.torch_side import TorchSide
     from ktrt.adapter.files.settings import LoraSettings
     from ktrt.adapter.internal import BaseModel
     from ktrt.adapter.tensors import AdapterTensor
@@ -35,16 +36,6 @@ logger = logging.getLogger(__name__)
 _WRAPPER = "token_adapter"
 ROWS_PART = f"{_WRAPPER}.trainable_tokens_delta"
 INDICES_KEY = "trainable_token_indices"
-
-
-@dataclass(frozen=True)
-class TokenRows:
-    """New rows of a table: row i of ``tensor`` is that of token ``indices[i]``. ``tied``: the table
-    is the output layer's too, and so are its new rows."""
-
-    tensor: AdapterTensor
-    indices: tuple[int, ...]
-    tied: bool
 
 
 def input_table(base: BaseModel) -> nn.Module:
