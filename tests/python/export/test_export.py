@@ -421,7 +421,7 @@ def test_an_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 SLOW_EXPORT = """
 import sys, time
 import ktrt.export.checkpoint as checkpoint
-from ktrt.export import main
+from ktrt.export.__main__ import main
 write = checkpoint.write_shard
 def slow(path, tensors, advance):
     write(path, tensors, advance)
@@ -451,7 +451,7 @@ def test_a_killed_process_leaves_no_folder(tmp_path: Path, how: signal.Signals) 
 PEAK = """
 import sys
 from pathlib import Path
-from ktrt.export import main
+from ktrt.export.__main__ import main
 import ktrt.export.tensors, peft, transformers
 
 def peak():

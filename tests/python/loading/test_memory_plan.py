@@ -245,7 +245,7 @@ def chat(model: Path, *arguments: str, text: str = "") -> subprocess.CompletedPr
     config.write_text(f"model_name_or_path: {model}\nkt_num_threads: 1\n", "utf-8")
     code = (
         # ru_maxrss would be at least what this process holds: it is inherited.
-        "import sys; from ktrt.chat import main; code = main(sys.argv[1:]);"
+        "import sys; from ktrt.chat.__main__ import main; code = main(sys.argv[1:]);"
         "status = dict(line.split(':') for line in open('/proc/self/status'));"
         "print(int(status['VmHWM'].split()[0]) * 1024, file=sys.stderr);"
         "sys.exit(code)"
@@ -279,7 +279,7 @@ def test_ulimit_v_is_respected(model: Path, megabytes: int) -> None:
         "size = int(open('/proc/self/statm').read().split()[0]) * 4096;"
         "size += int(sys.argv.pop()) * 10**6;"
         "resource.setrlimit(resource.RLIMIT_AS, (size, size));"
-        "from ktrt.chat import main; sys.exit(main(sys.argv[1:]))"
+        "from ktrt.chat.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )
     chat(model, "--plan")  # writes the files
     config = model.parent / f"{model.name}.yaml"

@@ -339,7 +339,7 @@ CHILD = textwrap.dedent(
     from pathlib import Path
     import ktrt.loading.pack_cache as pack_cache
     from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
-    from ktrt.model import load_model
+    from ktrt.loading.model import load_model
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     seconds = float(sys.argv[3])
     add = pack_cache.CacheWriter.add

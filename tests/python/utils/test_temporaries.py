@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parents[3]
 WRITER = """
 import os, sys, time
 from pathlib import Path
-from ktrt.staging import staged_folder
-from ktrt.temporaries import temporary_file
+from ktrt.utils.staging import staged_folder
+from ktrt.utils.temporaries import temporary_file
 if sys.argv[1] == "file":
     half = temporary_file(Path(sys.argv[2]))
 else:
