@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
+from tools.compare_commits import builds
 from tools.compare_commits.__main__ import main, parse
-from tools.compare_commits.builds import ROOT
+from tools.compare_commits.builds import ROOT, Build
 from tools.compare_commits.differences import (
     bits_rows,
     first_difference,
@@ -19,7 +22,7 @@ from tools.compare_commits.differences import (
 from tools.compare_commits.speed import CPU_DECODE, KT_KERNEL, decode_row, find_script, layer_row
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Sequence
 
 
 def logits() -> np.ndarray:
@@ -105,6 +108,35 @@ def test_this_checkout_has_the_benches() -> None:
 def test_an_unknown_commit_is_refused_before_anything_is_built() -> None:
     with pytest.raises(SystemExit, match="no-such-commit"):
         main(["no-such-commit"])
+
+
+def test_an_installation_that_fails_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = Build("c0ffee", tmp_path / "source", tmp_path / "kept/c0ffee", tmp_path / "cache")
+
+    def fake_pip(command: Sequence[str | Path], *, fails: bool) -> str:
+        Path(command[command.index("--target") + 1], "ktrt").mkdir(parents=True)
+        if fails:
+            raise SystemExit("no compiler")
+        return ""
+
+    monkeypatch.setattr(builds, "run", partial(fake_pip, fails=True))
+    with pytest.raises(SystemExit):
+        builds.install(build, tmp_path / "build")
+    assert not build.site.exists()
+    monkeypatch.setattr(builds, "run", partial(fake_pip, fails=False))
+    builds.install(build, tmp_path / "build")
+    assert [path.name for path in build.site.parent.iterdir()] == ["c0ffee"]
+    assert (build.site / "ktrt").is_dir()
+
+
+def test_builds_share_neither_packages_nor_caches(tmp_path: Path) -> None:
+    build = Build("c0ffee", tmp_path / "source", tmp_path / "site", tmp_path / "cache")
+    found = build.environment(KTRT_ISA="avx2")
+    assert found["PYTHONPATH"] == str(tmp_path / "site")
+    assert found["XDG_CACHE_HOME"] == str(tmp_path / "cache")
+    assert found["KTRT_ISA"] == "avx2"
 
 
 def test_the_new_commit_is_head_by_default() -> None:
