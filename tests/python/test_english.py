@@ -253,6 +253,7 @@ def test_no_idioms() -> None:
         (".py", "# What is read\n", [(1, "What …")]),
         (".py", '"""Reads what each of the rows is to hold."""\n', [(1, "what is … to")]),
         (".py", "behind = 1\nx = 'So many that it is slow, besides; of others'\n", []),
+        (".py", "x = 'Of it', 'What is it?'\n", []),
         (".py", "# It counts. What follows is plain, and so are those that go.\n", []),
         (
             ".cc",
