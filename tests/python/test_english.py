@@ -97,7 +97,7 @@ NOT_MENDED = [
     "ktrt/generate",
     "ktrt/kv",
     "ktrt/layers",
-    "ktrt/load",
+    "ktrt/loading",
     "ktrt/machine",
     "ktrt/merge",
     "ktrt/moe",
