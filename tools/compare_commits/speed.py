@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 CPU_DECODE = ("bench/cpu_decode.py",)
 KT_KERNEL = (
     "bench/kt_kernel/compare.py",
-    "bench/kt_kernel/compare_kt_kernel.py",
     "bench/compare_kt_kernel.py",
 )
 
