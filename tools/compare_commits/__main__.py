@@ -3,9 +3,10 @@
     python -m tools.compare_commits OLD [NEW] [--check bits|speed|all] [--json]
 
 Needs scikit-build-core, pybind11, cmake and ninja in the environment; each commit is built (a few
-minutes; ``--builds FOLDER`` keeps the results). Bits: base and both demo adapters, every weight
-format and ISA; a commit computes in its own processes. Speed: `bench/cpu_decode.py` and the
-comparison with kt_kernel, the commits by turns. Exit code 1: some bits differ.
+minutes; ``--builds FOLDER`` keeps the results). Bits: base, both demo adapters, their weighted sum,
+and a batch of all, in every weight format and on every ISA of this machine; each commit computes in
+its own processes. Speed: `bench/cpu_decode.py` and the comparison with kt_kernel, the commits by
+turns. Exit code 1: some bits differ.
 """
 
 from __future__ import annotations
@@ -67,9 +68,17 @@ def chosen_isas(builds: Sequence[Build], asked: Sequence[str] | None) -> list[st
 def show_bits(rows: Sequence[BitsRow]) -> None:
     print(f"\n{'ISA':<10}{'format':<19}{'adapter':<11}bits")
     for row in rows:
-        print(f"{row.isa:<10}{row.format:<19}{row.adapter:<11}{row.difference or 'equal'}")
+        print(f"{row.isa:<10}{row.format:<19}{row.adapter:<11}{first_of(row)}")
     different = sum(row.difference is not None for row in rows)
     print(f"{different} of {len(rows)} rows differ" if different else f"all {len(rows)} rows equal")
+
+
+def first_of(row: BitsRow) -> str:
+    """The first forward that differs; all of them are in the JSON."""
+    if row.difference is None:
+        return "equal"
+    first, *others = row.difference.split("; ")
+    return first + (f" … and in {len(others)} more" if others else "")
 
 
 def show_speed(rows: Sequence[SpeedRow]) -> None:

@@ -31,16 +31,19 @@ FORMATS: dict[str, dict[str, object]] = {
     "INT8, linears too": {"kt_backend": "AMXInt8", "quantization_bit": 8},
 }
 ADAPTERS = ("adapter_a", "adapter_b")
+# The demo's adapters are one function in two layouts: a sum of 0.5 and 1 is one and a half of it.
+SUM = {"adapter_a": 0.5, "adapter_b": 1.0}
 # 16 experts, 4 for each token: about 50 rows for each expert in one forward, more than a tile.
 PROMPT = 200
 CHUNKS = (0, 1, 6, 38, 133, PROMPT)
 STEPS = 8
 
 
-def forwards(model: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """A prompt at once, the same prompt in chunks, and steps of one token after it."""
+def forwards(model: Any, batch: int = 1) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the logits of a prompt at once, in chunks, and of steps of one token after it."""
     vocabulary = model.config.vocab_size
     ids = torch.tensor([[(17 * i * i + 29 * i + 7) % vocabulary for i in range(PROMPT + STEPS)]])
+    ids = ids.expand(batch, -1)
     with torch.inference_mode():
         yield "prompt", array(model(input_ids=ids[:, :PROMPT]).logits)
         cache = None
@@ -50,13 +53,13 @@ def forwards(model: Any) -> Iterator[tuple[str, np.ndarray]]:
             cache = out.past_key_values
             logits.append(array(out.logits))
     joined = np.concatenate(logits)
-    yield "chunks", joined[:PROMPT]
-    yield "steps", joined[PROMPT:]
+    yield "chunks", joined[: batch * PROMPT]
+    yield "steps", joined[batch * PROMPT :]
 
 
 def array(logits: torch.Tensor) -> np.ndarray:
-    """Logits of the one sequence in float32, which holds BF16 exactly."""
-    return logits[0].float().numpy()
+    """Logits of all tokens in float32, which holds BF16 exactly."""
+    return logits.flatten(0, 1).float().numpy()
 
 
 def compute(demo: Path) -> dict[str, np.ndarray]:
@@ -70,6 +73,10 @@ def compute(demo: Path) -> dict[str, np.ndarray]:
             for name in ADAPTERS:
                 session.adapters.activate(name)
                 found |= {f"{label}/{name}/{key}": each for key, each in forwards(session.model)}
+            session.adapters.activate(SUM)
+            found |= {f"{label}/sum/{key}": each for key, each in forwards(session.model)}
+            with session.adapters.rows([None, *ADAPTERS]):
+                found |= {f"{label}/rows/{key}": each for key, each in forwards(session.model, 3)}
     check(found)
     return found
 
