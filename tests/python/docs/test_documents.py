@@ -182,3 +182,11 @@ def test_every_command_of_the_chat_is_listed() -> None:
     table = text.partition("## Commands")[2].partition("\n## ")[0]
     first_cells = re.findall(r"^\| (.*?) \| ", table, re.MULTILINE)
     assert set(re.findall(r"`/(\w+)", " ".join(first_cells))) == set(COMMANDS)
+
+
+def test_internals_lists_the_packages() -> None:
+    text = (DOCS / "internals.md").read_text("utf-8")
+    table = text.partition("## Packages")[2].partition("\n## ")[0]
+    listed = {name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+              for name in re.findall(r"`(\w+)`", row)}  # fmt: skip
+    assert listed == {path.parent.name for path in (ROOT / "ktrt").glob("*/__init__.py")}
