@@ -131,7 +131,7 @@ def check_bench(command: str, script: str, rest: list[str]) -> None:
 def test_ci_runs_the_command_that_readme_names() -> None:
     commands = documents.commands(README)
     assert "tools/test" in commands
-    assert (ROOT / ".ci" / "run").read_text("utf-8").splitlines()[-1].endswith("tools/test")
+    assert "tools/test" in (ROOT / ".ci" / "run").read_text("utf-8").splitlines()[-1]
 
 
 @pytest.mark.parametrize("document", GUIDES, ids=lambda path: str(path.relative_to(ROOT)))
