@@ -13,7 +13,7 @@ export PATH := $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path(
 CPP_FILES = $(shell find csrc tests/cpp bench -name '*.h' -o -name '*.cc')
 APT_PACKAGES = build-essential libgtest-dev libbenchmark-dev
 
-.PHONY: help ci install-test-deps develop check families format format-check lint types test test-cpp \
+.PHONY: help ci install-test-deps develop check docs format format-check lint types test test-cpp \
         test-asan test-tsan test-python test-isa bench bench-smoke fuzz clean
 
 help: ## This list
@@ -39,8 +39,9 @@ format: ## Rewrite C++ and Python sources in the project's format
 	ruff format .
 	ruff check --fix-only -q .
 
-families: ## Write README's table of model families, for the installed transformers
-	$(PYTHON) tests/python/helpers/families_table.py
+docs: ## Write the generated tables of docs/: keys, templates, families (of the installed transformers)
+	for table in configuration_tables templates_table families_table; do \
+	  $(PYTHON) tests/python/helpers/$$table.py || exit 1; done
 
 format-check:
 	clang-format --dry-run -Werror $(CPP_FILES)

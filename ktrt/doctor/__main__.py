@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ktrt.loading.work import ModelWork
     from ktrt.machine.facts import MachineFacts
 
-# Shares of the limits that whole models reached on machines measured so far (README, Speed).
+# Shares of the limits that whole models reached on machines measured so far (docs/performance.md).
 DECODE_SHARE = 0.85
 PREFILL_SHARE = 0.6
 _PROMPT = 512

@@ -287,15 +287,3 @@ def test_a_wide_adapter_takes_several_maps() -> None:
     text = "\n".join(lines)
     assert "100█" in text
     assert "~0░" in text
-
-
-def test_the_readme_shows_the_real_output(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    readme = (ROOT / "README.md").read_text("utf-8")
-    _, _, after = readme.partition("<!-- audit: begin -->\n```\n")
-    text, _, _ = after.partition("\n```\n<!-- audit: end -->")
-    command, _, shown = text.partition("\n")
-    monkeypatch.chdir(ROOT)
-    assert main(command.removeprefix("$ python -m ktrt.audit ").split()) == 0
-    assert capsys.readouterr().out.rstrip("\n") == shown

@@ -183,7 +183,7 @@ def test_nothing_is_refused_that_is_not_there() -> None:
 
 @pytest.mark.skipif(
     not current_block().startswith(f"<!-- families: transformers {transformers.__version__} "),
-    reason="README's table is of another transformers",
+    reason="the table of docs/models.md is of another transformers",
 )
-def test_readme_table_is_current() -> None:
-    assert current_block() == table_block(), "run: make families"
+def test_table_is_current() -> None:
+    assert current_block() == table_block(), "run: make docs"

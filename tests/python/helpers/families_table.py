@@ -1,4 +1,4 @@
-"""README's table of families: ``python families_table.py`` writes it, a test compares it."""
+"""The table of families in docs/models.md: ``make docs`` writes it, a test compares it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import transformers
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[3])]
 
+from helpers.documents import DOCS, generated, replace_generated
 from helpers.family_models import Family, families, folders_without_class, small_config
 
 from ktrt.experts import ExpertsSpec, find_experts
 
-README = Path(__file__).parents[3] / "README.md"
+DOCUMENT = DOCS / "models.md"
+_START = "<!-- families: transformers"
 _END = "<!-- families: end -->"
 # Classes that transformers lists as generating text and ktrt refuses, with the reason that it gives
 # (a regular expression); tests/python/test_families.py asserts it.
@@ -26,10 +28,8 @@ REFUSED = {
 
 
 def current_block() -> str:
-    """The block in README.md, markers included; empty if there is none."""
-    text = README.read_text("utf-8")
-    start = text.find("<!-- families: transformers")
-    return text[start : text.index(_END) + len(_END)] if start >= 0 else ""
+    """The block in the document, markers included; empty if there is none."""
+    return generated(DOCUMENT, _START, _END)
 
 
 def table_block() -> str:
@@ -42,7 +42,7 @@ def table_block() -> str:
         else:
             groups.setdefault(_form(family), []).append(f"`{family.model_type}`")
     refused += [f"`{folder}` (no class that generates text)" for folder in folders_without_class()]
-    lines = [f"<!-- families: transformers {transformers.__version__} (make families) -->"]
+    lines = [f"<!-- families: transformers {transformers.__version__} (make docs) -->"]
     lines += ["| experts | model types |", "|---|---|"]
     ordered = sorted(groups.items(), key=lambda group: (-len(group[1]), group[0]))
     lines += [f"| {form} | {', '.join(sorted(set(types)))} |" for form, types in ordered]
@@ -76,11 +76,7 @@ def _words(spec: ExpertsSpec) -> str:
 
 
 def main() -> None:
-    text = README.read_text("utf-8")
-    old = current_block()
-    if not old:
-        sys.exit(f"{README} has no block of families")
-    README.write_text(text.replace(old, table_block()), "utf-8")
+    replace_generated(DOCUMENT, _START, _END, table_block())
 
 
 if __name__ == "__main__":

@@ -1,19 +1,21 @@
-"""README's table of templates: ``python templates_table.py`` writes it, a test compares it."""
+"""The table of templates in docs/models.md: ``make docs`` writes it, a test compares it."""
 
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[3]))
+    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[3])]
+
+from helpers.documents import DOCS, generated, replace_generated
 
 from ktrt.prompt.template.table import TemplateSpec
 from ktrt.prompt.template.table.chatml import CHATML_TEMPLATES
 from ktrt.prompt.template.table.marked import MARKED_TEMPLATES
 from ktrt.prompt.template.table.plain import PLAIN_TEMPLATES
 
-README = Path(__file__).parents[3] / "README.md"
-_START = "<!-- templates: LLaMA-Factory 0.9.5 (python tests/python/helpers/templates_table.py) -->"
+DOCUMENT = DOCS / "models.md"
+_START = "<!-- templates: LLaMA-Factory 0.9.5 (make docs) -->"
 _END = "<!-- templates: end -->"
 _KINDS: dict[str, Mapping[str, TemplateSpec]] = {
     "ChatML": CHATML_TEMPLATES,
@@ -23,10 +25,8 @@ _KINDS: dict[str, Mapping[str, TemplateSpec]] = {
 
 
 def current_block() -> str:
-    """The block in README.md, markers included; empty if there is none."""
-    text = README.read_text("utf-8")
-    start = text.find(_START)
-    return text[start : text.index(_END) + len(_END)] if start >= 0 else ""
+    """The block in the document, markers included; empty if there is none."""
+    return generated(DOCUMENT, _START, _END)
 
 
 def table_block() -> str:
@@ -51,10 +51,7 @@ def table_block() -> str:
 
 
 def main() -> None:
-    old = current_block()
-    if not old:
-        sys.exit(f"{README} has no block of templates: put {_START} and {_END} there")
-    README.write_text(README.read_text("utf-8").replace(old, table_block()), "utf-8")
+    replace_generated(DOCUMENT, _START, _END, table_block())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,98 @@
+"""What README.md and docs/ show runs, and does what is shown.
+
+The comment above a console block says how it is compared, as docs/internals.md describes.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import documents
+from helpers.documents import ROOT, Block
+
+CONSOLES = [block for path in documents.guides() for block in documents.blocks(path, "console")]
+PYTHON = [block for path in documents.guides() for block in documents.blocks(path, "python")]
+
+
+@pytest.mark.parametrize("block", CONSOLES, ids=str)
+def test_a_console_block_runs_or_says_when_it_did(block: Block) -> None:
+    kind = r"run: (answers|output|lines(; differs: .+)?)|shown: \d{4}-\d\d-\d\d, .+"
+    assert re.fullmatch(kind, block.marks), f"{block}: {block.marks!r}"
+
+
+@pytest.mark.parametrize(
+    "block", [each for each in CONSOLES if each.marks.startswith("run: ")], ids=str
+)
+def test_console(block: Block, tmp_path: Path) -> None:
+    command, _, shown = block.text.removeprefix("$ ").partition("\n")
+    asked = [line for line in shown.splitlines() if line.startswith("User: ")]
+    result = run(command, "\n".join(line.removeprefix("User: ") for line in asked), tmp_path)
+    assert (result.returncode == 2) == ("error: " in shown), result.stdout
+    how, _, differs = block.marks.removeprefix("run: ").partition("; differs: ")
+    output = result.stdout.replace(str(tmp_path / "OUT"), "OUT")
+    if how == "output":
+        assert output == shown
+    elif how == "answers":
+        assert answers(output) == answers(shown)
+    else:
+        # A terminal alone shows the welcome.
+        left_out = ("User: ", "Type a message", *filter(None, differs.split(", ")))
+        lines = [line for line in shown.splitlines() if line and not line.startswith(left_out)]
+        missing = [line for line in lines if not is_shown(line, output)]
+        assert not missing
+
+
+def answers(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("Assistant: ")]
+
+
+def is_shown(line: str, output: str) -> bool:
+    """Whether ``output`` has the line; "…" in it stands for any text."""
+    return re.search(rf"^{re.escape(line).replace('…', '.*')}$", output, re.MULTILINE) is not None
+
+
+def run(command: str, stdin: str, folder: Path) -> "subprocess.CompletedProcess[str]":
+    """Runs a command line as the checkout's Python; the pack cache and new files are in
+    ``folder``."""
+    if command.startswith("printf "):
+        text, _, command = command.partition(" | ")
+        stdin = shlex.split(text)[1].replace("\\n", "\n")
+    program, verb, *rest = shlex.split(command)
+    assert program == "ktrt"
+    rest = [str(folder / word) if word == "OUT" else word for word in rest]
+    return subprocess.run(
+        [sys.executable, "-m", f"ktrt.{verb}", *rest],
+        cwd=ROOT, input=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, encoding="utf-8", timeout=300,
+        env=os.environ | {"KTRT_CACHE": "1", "KTRT_CACHE_DIR": str(folder / "cache"),
+                          "XDG_STATE_HOME": str(folder), "COLUMNS": "120"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=str)
+def test_python(block: Block) -> None:
+    if (needed := re.fullmatch(r"needs: ktrt\.(\w+)", block.marks)) is not None:
+        import ktrt
+
+        if not hasattr(ktrt, needed[1]):
+            pytest.skip(f"ktrt.{needed[1]} is not there")
+    result = subprocess.run(
+        [sys.executable, "-c", block.text],
+        cwd=ROOT, capture_output=True, text=True, encoding="utf-8", timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"[\u4e00-\u9fff]{5}", result.stdout)
+
+
+def test_the_first_chat_shows_both_personas() -> None:
+    blocks = documents.blocks(documents.DOCS / "start.md", "console")
+    answers = [
+        re.findall(r"^User: 你好，请介绍一下你自己。\nAssistant: (.*)$", block.text, re.MULTILINE)
+        for block in blocks
+    ]
+    (with_adapter,), (without,) = answers
+    assert with_adapter != without
