@@ -1,4 +1,4 @@
-"""The progress of long steps: a bar for people, silence for files."""
+"""Progress of long operations: a bar on a terminal, silence in files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[3]
 CODE = """
 import time
-from ktrt.progress import byte_progress
+from ktrt.utils.progress import byte_progress
 with byte_progress("Packing experts", 4 * 10**9) as advance:
     for _ in range(8):
         advance(0.4 * 10**9)
