@@ -1,4 +1,4 @@
-"""LoRA adapters: any layout on disk → one internal form for the engine, the rest for PEFT."""
+"""Reads LoRA adapters of any layout: one internal form for the engine, other tensors for PEFT."""
 
 from ktrt.adapter.apply.switches import Switch, TorchAdapters
 from ktrt.adapter.apply.words import words_of

@@ -1,4 +1,4 @@
-"""The adapter audit: what every tensor of the file acts on, and that none was left out."""
+"""The adapter audit: lists the target of every tensor and proves that none was left out."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Applier = Literal["experts", "peft"]
 class AuditRow:
     """One tensor of the adapter.
 
-    ``acts_on`` is the weight it changes, in the model's names; ``layer`` None outside the layers;
+    ``acts_on`` is the changed weight, in the model's names; ``layer`` is None outside the layers;
     ``rank`` and ``scaling`` are None for weights saved whole. ``delta_norm`` is the Frobenius norm
-    of the change that this tensor is part of, over all experts of a stacked one; None where that
-    takes more than A and B. ``status`` is "not applied" until the engine ("experts") or PEFT
-    ("peft") has taken it; "no effect" for what no text reaches. ``zero_rows``: exactly zero rows of
-    a lora_B where that is most of them.
+    of the tensor's ΔW, over all experts of a stacked one; None if A and B do not suffice for it.
+    ``status`` is "not applied" until the engine ("experts") or PEFT ("peft") has taken the tensor;
+    "no effect" if no text reaches it. ``zero_rows``: exactly zero rows of a lora_B that is mostly
+    zero.
     """
 
     tensor: str
@@ -48,8 +48,8 @@ class AuditRow:
 
 @dataclass
 class Audit:
-    """All tensors of one adapter; empty for a base model without adapter. ``notes``: what had to be
-    assumed of it."""
+    """All tensors of one adapter; empty for a base model without adapter. ``notes``: assumptions
+    made to read it."""
 
     file: Path | None = None
     rows: list[AuditRow] = field(default_factory=list)
@@ -72,23 +72,23 @@ class Audit:
 
     @property
     def no_effect(self) -> int:
-        """Tensors of parts that no text reaches, and copies of the base's own weights."""
+        """Tensors that no text reaches, and copies of the base's weights."""
         return sum(row.status == "no effect" for row in self.rows)
 
     @property
     def not_applied(self) -> int:
-        """Tensors that act on nothing; ``check`` makes them an error."""
+        """Tensors without a target; ``check`` refuses them."""
         return self.found - self.applied_experts - self.applied_peft - self.no_effect
 
     def mark(self, tensors: Iterable[str], applier: Applier) -> None:
-        """Records that these tensors (names in the file) are now part of the model."""
+        """Records that these tensors (names in the file) are now in the model."""
         marked = set(tensors)
         for row in self.rows:
             if row.tensor in marked and row.status != "no effect":
                 row.status = applier
 
     def check(self) -> None:
-        """``AdapterError`` listing the tensors that were not applied, if there are any."""
+        """Raises ``AdapterError`` with the tensors that were not applied, if any."""
         left = [row.tensor for row in self.rows if row.status == "not applied"]
         if left:
             raise AdapterError(
@@ -97,7 +97,7 @@ class Audit:
             )
 
     def table(self) -> str:
-        """A table for people, one line for each kind of weight, with the counts below."""
+        """Returns a table for people: one line per kind of weight, then the counts."""
         from rich.console import Console
         from rich.table import Table
 
@@ -126,7 +126,7 @@ class Audit:
 
 
 def _ranges(numbers: set[int | None]) -> str:
-    """{0, 1, 2, 5} → "0-2, 5"; empty for weights outside the layers."""
+    """Formats {0, 1, 2, 5} as "0-2, 5"; empty for weights outside the layers."""
     runs: list[list[int]] = []
     for number in sorted(n for n in numbers if n is not None):
         if runs and number == runs[-1][1] + 1:
@@ -143,7 +143,7 @@ def _values(values: set[int | None] | set[float | None]) -> str:
 
 
 def _span(values: set[float | None]) -> str:
-    """Smallest to largest; "0!" where nothing changes."""
+    """Formats smallest to largest; "0!" for a weight that does not change."""
     known = sorted({f"{value:.2g}" if value else "0!" for value in values if value is not None})
     known.sort(key=lambda text: float(text.rstrip("!")))
     return "–".join(dict.fromkeys([*known[:1], *known[-1:]]))

@@ -1,4 +1,4 @@
-"""Compares what adapter_config.json targets with what the file holds."""
+"""Compares the targets of adapter_config.json with the tensors of the file."""
 
 from __future__ import annotations
 
@@ -31,10 +31,13 @@ def check_coverage(
     *,
     config_is_exact: bool = True,
 ) -> None:
-    """``AdapterError`` if the configuration puts LoRA on modules of this base for which the file
-    has none: a file cut short. An adapter without any LoRA on routed experts is a warning, since
-    several writers leave them out although their names are targeted; so is a kind of module that
-    the file has in no layer, unless ``config_is_exact``."""
+    """Raises ``AdapterError`` if the configuration targets modules of this base that have no LoRA
+    in the file: the file is cut short.
+
+    Only warns of an adapter without any LoRA on routed experts, since several writers target their
+    names but leave them out. Unless ``config_is_exact``, also only warns of a kind of module that
+    has LoRA in no layer.
+    """
     _check_saved(file, base, settings, side)
     missing = _missing_modules(base, settings, side)
     missing += _missing_parameters(base, settings, experts, side)
@@ -60,17 +63,17 @@ def check_coverage(
     raise AdapterError(
         f"{file}: no LoRA for {missing[0]} ({len(missing)} modules in all, last {missing[-1]}), "
         f"though {settings.file} targets it and {base.summary()}. The file is incomplete, or the "
-        "configuration is not its own."
+        "configuration belongs to another adapter."
     )
 
 
 def _kind(module: str) -> str:
-    """The module's name inside its layer."""
+    """Returns the module's name inside its layer."""
     return re.sub(r"^.*?layers\.\d+\.", "", module)
 
 
 def _check_saved(file: Path, base: BaseModel, settings: LoraSettings, side: TorchSide) -> None:
-    """``AdapterError`` if the configuration says that weights were saved which the file lacks:
+    """Raises ``AdapterError`` if the file lacks weights that the configuration saves whole:
     ``modules_to_save``, and every bias with ``bias: all``."""
     for name, module in base.model.named_modules():
         for parameter, _ in module.named_parameters(recurse=False) if is_for_text(name) else ():
@@ -82,14 +85,14 @@ def _check_saved(file: Path, base: BaseModel, settings: LoraSettings, side: Torc
                 reason = f"modules_to_save {settings.modules_to_save}" if whole else "bias 'all'"
                 raise AdapterError(
                     f"{file}: no tensor for {name}.{parameter}, though {settings.file} has {reason}"
-                    f" and {base.summary()}. The file is incomplete, or the configuration is not "
-                    "its own."
+                    f" and {base.summary()}. The file is incomplete, or the configuration belongs "
+                    "to another adapter."
                 )
 
 
 def check_tying(file: Path, base: BaseModel, settings: LoraSettings, side: TorchSide) -> None:
-    """``AdapterError`` if PEFT was told to keep the embeddings and the output layer one matrix, the
-    base has them as one, and the file changes only one of them: the other would stay behind."""
+    """Raises ``AdapterError`` if base and configuration tie embeddings and output layer, but the
+    file changes only one of them."""
     if not settings.ensure_weight_tying or not has_tied_embeddings(base):
         return
     model: Any = base.model
@@ -97,7 +100,7 @@ def check_tying(file: Path, base: BaseModel, settings: LoraSettings, side: Torch
     names = [name for name, module in model.named_modules() if module in ends]
     changed = {name for name, _ in side.tensors()}
     if any(rows.tied for rows in side.rows.values()):
-        changed |= set(names)  # single rows are put into both
+        changed |= set(names)  # single rows go into both
     inside, outside = ([n for n in names if (n in changed) == which] for which in (True, False))
     if inside and outside:
         raise AdapterError(
@@ -119,7 +122,7 @@ def _missing_modules(base: BaseModel, settings: LoraSettings, side: TorchSide) -
 def _missing_parameters(
     base: BaseModel, settings: LoraSettings, experts: ExpertLoras, side: TorchSide
 ) -> list[str]:
-    """Of the parameters that target_parameters names, those without LoRA."""
+    """Returns the parameters of target_parameters without LoRA."""
     missing = []
     for name, _ in base.model.named_parameters():
         if settings.targets_parameter(name) and is_for_text(name):
@@ -127,7 +130,7 @@ def _missing_parameters(
             site = base.site(module)
             first: Projection = "gate" if site is None or site.has_gate else "up"
             projection = "down" if parameter == "down_proj" else first
-            # An ordinary Linear may be named by its weight; its LoRA is then like any other.
+            # An ordinary Linear may be named by its weight; its LoRA is then ordinary too.
             on_torch_side = module in side.routers or module in side.loras
             if not on_torch_side and projection not in experts.get(module, {}):
                 missing.append(name)
@@ -135,15 +138,15 @@ def _missing_parameters(
 
 
 def _stacked_only(settings: LoraSettings) -> bool:
-    """Whether the experts were parameters for the PEFT that trained the adapter: then
-    target_modules could not reach them."""
+    """Returns whether the experts were parameters in training, which target_modules cannot
+    reach."""
     return bool(settings.target_parameters)
 
 
 def _expected_per_expert(
     base: BaseModel, settings: LoraSettings
 ) -> list[tuple[str, Projection, str]]:
-    """(experts path, projection, module name) of each single expert that target_modules names."""
+    """Returns (experts path, projection, module name) of each expert in target_modules."""
     expected = []
     for site in base.experts:
         for expert in range(site.num_experts):

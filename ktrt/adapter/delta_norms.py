@@ -1,7 +1,6 @@
-"""‖ΔW‖ of every LoRA from A and B, without forming ΔW: ‖s·B·A‖² = s²·tr((BᵀB)(AAᵀ)).
+"""Computes ‖ΔW‖ of every LoRA from A and B, without forming ΔW: ‖s·B·A‖² = s²·tr((BᵀB)(AAᵀ)).
 
-A direction of rank is one number in two small matrices, so that an adapter of 5,000 pairs takes
-well under a second.
+The matrices have rank × rank numbers, so an adapter of 5,000 pairs takes well under a second.
 """
 
 from __future__ import annotations
@@ -22,34 +21,34 @@ logger = logging.getLogger(__name__)
 
 
 def expert_norms(lora: ExpertLora) -> torch.Tensor:
-    """‖ΔW_e‖ of one projection, float64 [num_experts]; exactly 0 where A or B is all zero."""
+    """Returns ‖ΔW_e‖ of one projection, float64 [num_experts]; exactly 0 if A or B is zero."""
     return _norms(lora.a, lora.b).sqrt() * lora.scaling.double().abs()
 
 
 def pair_norm(a: torch.Tensor, b: torch.Tensor, scaling: float) -> float:
-    """‖scaling · b · a‖ of a [rank, in], b [out, rank]."""
+    """Returns ‖scaling · b · a‖ of a [rank, in], b [out, rank]."""
     return float(_norms(a[None].float(), b[None].float()).sqrt()) * abs(scaling)
 
 
 def _norms(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """tr((BᵀB)(AAᵀ)) by experts; a or b may be one for all."""
+    """Returns tr((BᵀB)(AAᵀ)) of each expert; a or b may be shared by all."""
     gram_a = torch.bmm(a, a.transpose(1, 2))
     gram_b = torch.bmm(b.transpose(1, 2), b)
     return (gram_a.double() * gram_b.double()).sum((1, 2)).clamp(min=0)
 
 
 def add_norms(rows: Iterable[AuditRow], experts: ExpertLoras, side: TorchSide) -> None:
-    """Fills ``delta_norm`` of the rows, and warns of single experts whose LoRA does nothing."""
+    """Fills ``delta_norm`` of the rows; warns of single experts whose LoRA is zero."""
     rows = list(rows)
     known = {name: _side_norm(side, name) for name in (*side.loras, *side.routers)}
     unchanged: list[str] = []
-    for path, parts in experts.items():
-        norms = {f"{name}_proj": expert_norms(lora) for name, lora in parts.items()}
+    for path, loras in experts.items():
+        norms = {f"{name}_proj": expert_norms(lora) for name, lora in loras.items()}
         for name, each in norms.items():
             known[f"{path}.{name}"] = float(each.norm())
             known |= {f"{path}.{e}.{name}": value for e, value in enumerate(each.tolist())}
             zero = [f"{path}.{e}.{name}" for e in (each == 0).nonzero().flatten().tolist()]
-            if len(zero) < len(each):  # a tensor that is zero as a whole has been reported
+            if len(zero) < len(each):  # wholly zero tensors have been reported
                 unchanged += zero
         both = [norms[name] for name in ("gate_proj", "up_proj") if name in norms]
         if len(both) == 2:
@@ -73,7 +72,7 @@ def _warn(unchanged: Iterable[str]) -> None:
 
 
 def _side_norm(side: TorchSide, name: str) -> float | None:
-    """None for DoRA, whose ΔW is not B·A alone."""
+    """Returns ‖ΔW‖ of a module; None for DoRA, whose ΔW is not B·A alone."""
     group = side.loras.get(name) or side.routers[name]
     parts: Mapping[str, torch.Tensor] = {tensor.part: tensor.value for tensor in group}
     scaling = side.scales[name].scaling

@@ -1,8 +1,8 @@
-"""Names of writers that differ from the base's, and tensors that change no text.
+"""Maps writers' names to the base's, and sorts out tensors that change no text.
 
-One table of rules, tried on a name that the base does not know: words that one writer has for
-another's, and the words before ``layers``, which differ between a multimodal class and the class of
-its text alone. Numbers are left as they are, but for one writer's transposed matrices.
+One table of rules applies to names that the base does not know: other writers' words, and the
+prefix before ``layers``, which differs between a multimodal class and its text class. Numbers stay
+unchanged, except one writer's transposed matrices.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Unsloth's gpt-oss in 4 bits keeps a list of Linears for each matrix; Tinker has words of its own.
+# Unsloth's gpt-oss in 4 bits keeps a list of Linears for each matrix; Tinker uses other words.
 _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\.gate_up_projs\.(\d+)$"), r".\1.gate_up_proj"),
     (re.compile(r"\.down_projs\.(\d+)$"), r".\1.down_proj"),
@@ -32,18 +32,18 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"(\.experts(?:\.\d+)?)\.w2$"), r"\1.down_proj"),
     (re.compile(r"(\.experts(?:\.\d+)?)\.w3$"), r"\1.up_proj"),
 )
-# Gate; up where experts have no gate.
+# Gate; up if the experts have no gate.
 _FIRST = re.compile(r"(\.experts(?:\.\d+)?)\.w1$")
 # NVIDIA NeMo Automodel: [E, in, rank] and [E, rank, out] under these names.
 _AUTOMODEL = {
     "lora_gate_and_up_A": (True, "lora_A"), "lora_gate_and_up_B": (True, "lora_B"),
     "lora_down_A": (False, "lora_A"), "lora_down_B": (False, "lora_B"),
 }  # fmt: skip
-# What may stand before ``layers`` and the embeddings of a text model.
+# Possible prefixes of ``layers`` and the embeddings in a text model.
 _TEXT = r"(?:(?:model|language_model|text_model|backbone|transformer|thinker|llm|decoder)\.)*"
 _IN_LAYER = re.compile(rf"{_TEXT}(?P<tail>layers\.\d+\..+)")
 _OUTSIDE = re.compile(rf"{_TEXT}(?P<tail>embed_tokens|lm_head|unembed_tokens|norm)")
-# Parts of a model that a text passes by.
+# Components of a model that no text reaches.
 _NO_TEXT = re.compile(
     r"(?:^|\.)\w*(?:vision|visual|audio|image|speech|multi_modal|mm_projector|talker|code2wav"
     r"|token2wav)\w*(?:\.|$)"
@@ -51,22 +51,21 @@ _NO_TEXT = re.compile(
 # Layers that predict further tokens, which transformers' classes leave out.
 _NEXT_TOKENS = re.compile(r"(?:\w+\.)*?mtp(?:_\w+)?\.")
 _TINKER = re.compile(r"\.experts\.w[123]$|(?:^|\.)unembed_tokens$")
-# Names of models whose projections are stored as one, or in parts.
+# Names of models whose projections are fused or split.
 _FOREIGN = (
     (re.compile(r"\.in_proj_[qkv]$|\.mixer\.(?:gate|x)_proj$"),
-     "These are Tinker's raw names for parts of one matrix: convert the adapter with "
+     "These are Tinker's raw names for slices of one matrix: convert the adapter with "
      "tinker_cookbook.weights.build_lora_adapter"),
     (re.compile(r"\.linear_(?:qkv|proj|fc[12])$"),
      "These are Megatron's names: export the adapter to Hugging Face's names first"),
     (re.compile(r"\.(?:qkv_proj|W_pack|c_attn|query_key_value)$"),
-     "These are names of a model class whose projections are stored as one; export the adapter to "
-     "the names of the base's class"),
+     "These are names of a model class with fused projections; export the adapter to the names of "
+     "the base's class"),
 )  # fmt: skip
 
 
 def is_for_text(module: str) -> bool:
-    """Whether a module's name is of a part that a text passes through: what stands before its
-    layers says so."""
+    """Returns whether text passes through a module, judging by the prefix of its layers."""
     return _NO_TEXT.search(module.partition("layers.")[0]) is None
 
 
@@ -75,11 +74,11 @@ def fit_names(
     base: BaseModel,
     claims: Callable[[AdapterTensor, BaseModel], bool],
 ) -> AdapterFiles:
-    """The same tensors under names that the base knows; what no text reaches becomes idle, with a
+    """Renames tensors to names that the base knows; makes tensors that no text reaches idle, with a
     warning. ``claims``: whether a layout of routed experts takes a tensor by its name.
 
-    A name that nobody knows stays as it is. ``AdapterError`` for empty tensors, which training
-    saved before they were gathered.
+    Unknown names stay unchanged. Raises ``AdapterError`` for empty tensors, which training saved
+    without gathering them.
     """
     tensors, idle, unseen = [], list(files.idle), []
     fitter = _Fitter(base, claims)
@@ -95,19 +94,19 @@ def fit_names(
     if unseen:
         if not tensors:
             raise AdapterError(
-                f"{files.file}: all {len(unseen)} tensors act on parts of the model that no text "
-                f"reaches (first {unseen[0].tensor.key}): this adapter does nothing in a chat."
+                f"{files.file}: no text reaches the targets of all {len(unseen)} tensors (first "
+                f"{unseen[0].tensor.key}): this adapter does nothing in a chat."
             )
         logger.warning(
-            "%s: %d of %d tensors act on parts of the model that no text reaches (first %s): they "
-            "are not applied", files.file, len(unseen), len(files.tensors), unseen[0].tensor.key,
+            "%s: no text reaches the targets of %d of %d tensors (first %s): they are not applied",
+            files.file, len(unseen), len(files.tensors), unseen[0].tensor.key,
         )  # fmt: skip
     _check_gathered(tensors)
     return replace(files, tensors=tensors, idle=idle + unseen)
 
 
 def is_raw_tinker(files: AdapterFiles) -> bool:
-    """Whether names are Tinker's own."""
+    """Returns whether the names are Tinker's raw ones."""
     return any(_TINKER.search(tensor.trained_module) for tensor in files.tensors)
 
 
@@ -121,8 +120,8 @@ def _check_gathered(tensors: Sequence[AdapterTensor]) -> None:
     if empty:
         raise AdapterError(
             f"{empty[0].where} has shape {list(empty[0].value.shape)}, no numbers ({len(empty)} "
-            "such tensors). DeepSpeed ZeRO-3 saved it without gathering its parts: save again with "
-            "stage3_gather_16bit_weights_on_model_save, or convert the checkpoint with "
+            "such tensors). DeepSpeed ZeRO-3 saved it without gathering its shards: save again "
+            "with stage3_gather_16bit_weights_on_model_save, or convert the checkpoint with "
             "zero_to_fp32.py."
         )
 
@@ -134,14 +133,14 @@ class _Candidate(NamedTuple):
 
 
 class _Fitter:
-    """Finds the base's names; A and B of one module are looked up once."""
+    """Finds the base's names; looks up A and B of one module once."""
 
     def __init__(self, base: BaseModel, claims: Callable[[AdapterTensor, BaseModel], bool]) -> None:
         self._base, self._claims = base, claims
         self._unchanged: set[str] = set()
 
     def knows(self, tensor: AdapterTensor) -> bool:
-        """Whether the base has the module, by the tensor's own name."""
+        """Returns whether the base has the module, by the tensor's own name."""
         return self._claims(tensor, self._base) or _has_module(tensor.module, self._base)
 
     def fit(self, tensor: AdapterTensor) -> AdapterTensor:
@@ -188,7 +187,7 @@ def _transposed(tensor: AdapterTensor) -> Any:
 
 
 def _in_place(name: str, tensor: AdapterTensor, base: BaseModel) -> str | None:
-    """``name`` with what the base has before ``layers``; None if it is no text model's name."""
+    """Returns ``name`` with the base's prefix of ``layers``; None for a name of no text model."""
     prefix = text_prefix(base)
     if match := _IN_LAYER.fullmatch(name):
         return None if prefix is None else f"{prefix}{match['tail']}"
@@ -203,14 +202,14 @@ def _in_place(name: str, tensor: AdapterTensor, base: BaseModel) -> str | None:
     if match["tail"] == "unembed_tokens" and has_tied_embeddings(base):
         raise AdapterError(
             f"{tensor.where}: this base has one matrix for the embeddings and the output layer; "
-            "whether training changed both is not said in the file. Convert the adapter with "
+            "the file does not say whether training changed both. Convert the adapter with "
             "tinker_cookbook.weights first."
         )
     return _name_of(model.get_output_embeddings(), base)
 
 
 def has_tied_embeddings(base: BaseModel) -> bool:
-    """Whether the embeddings and the output layer are one matrix."""
+    """Returns whether embeddings and output layer are one matrix."""
     model: Any = base.model
     config = getattr(model, "config", None)
     if config is None:
@@ -219,7 +218,7 @@ def has_tied_embeddings(base: BaseModel) -> bool:
 
 
 def text_prefix(base: BaseModel) -> str | None:
-    """What stands before ``layers`` in the names of all MoE layers, with its dot."""
+    """Returns the prefix of ``layers`` in the names of all MoE layers, with its dot."""
     found = {re.match(r"(.*?)layers\.\d+\.", site.path) for site in base.experts}
     prefixes = {match[1] for match in found if match}
     return prefixes.pop() if len(prefixes) == 1 else None
@@ -239,7 +238,7 @@ def _has_module(module: str, base: BaseModel) -> bool:
 
 
 def explain_unknown(tensor: AdapterTensor, base: BaseModel) -> str:
-    """Why the base may lack the module of a tensor: depth, or what its names look like."""
+    """Explains why the base may lack a tensor's module: another depth, or other names."""
     start = (
         f"{tensor.where} adapts {tensor.module or 'nothing'}, which the base model does not have"
     )
@@ -260,7 +259,7 @@ def explain_unknown(tensor: AdapterTensor, base: BaseModel) -> str:
 
 
 def _neighbours(module: str, base: BaseModel) -> str:
-    """What the base has instead, at the nearest place that both know."""
+    """Lists the base's modules at the deepest common prefix."""
     names = [name for name, _ in base.model.named_modules() if name]
     words = module.split(".")
     for end in range(len(words) - 1, 0, -1):

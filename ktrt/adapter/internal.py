@@ -1,4 +1,4 @@
-"""The internal form of an adapter, and what the adapter code needs to know of the base model."""
+"""The internal form of an adapter, and the adapter's view of the base model."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Projection = Literal["gate", "up", "down"]
 class ExpertLora:
     """LoRA of one projection of all experts of one layer: ΔW_e = scaling_e · b_e · a_e.
 
-    a [num_experts, rank, in], b [num_experts, out, rank], scaling [num_experts], all float32. What
-    the experts share is stored once: an ``expand`` view, whose first stride is 0.
+    a [num_experts, rank, in], b [num_experts, out, rank], scaling [num_experts], all float32. A
+    matrix that the experts share is stored once, as an ``expand`` view with first stride 0.
     """
 
     a: torch.Tensor
@@ -30,7 +30,7 @@ class ExpertLora:
     scaling: torch.Tensor
 
     def scaled_b(self) -> torch.Tensor:
-        """b with the scaling folded in, in float32; still one copy if the experts share it."""
+        """Returns b times the scaling, in float32; still one copy if the experts share it."""
         if is_shared(self.b) and bool((self.scaling == self.scaling[0]).all()):
             return (self.b[:1] * self.scaling[0]).expand_as(self.b)
         return self.b * self.scaling[:, None, None]
@@ -41,17 +41,17 @@ ExpertLoras = dict[str, dict[Projection, ExpertLora]]
 
 
 def is_shared(stack: torch.Tensor) -> bool:
-    """Whether the experts of this stack [num_experts, …] are one and the same memory."""
+    """Returns whether the experts of this stack [num_experts, …] share one memory."""
     return stack.shape[0] > 1 and stack.stride(0) == 0
 
 
 def stack_experts(
     pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], scaling: Sequence[float]
 ) -> ExpertLora:
-    """One (A [r, in], B [out, r]) and scaling per expert → the stacked form.
+    """Stacks one (A [r, in], B [out, r]) and scaling per expert.
 
-    Smaller ranks are zero-padded to the largest, which changes no product. A tensor object that
-    stands for every expert is stored once.
+    Pads smaller ranks with zeros to the largest, which changes no product. Stores a tensor object
+    that is the same for every expert once.
     """
     rank = max(a.shape[0] for a, _ in pairs)
 
@@ -68,8 +68,8 @@ def stack_experts(
 
 
 def split_gate_up(site: ExpertsSite, lora: ExpertLora) -> dict[Projection, ExpertLora]:
-    """LoRA of gate_up_proj, b [num_experts, 2 · intermediate_size, rank] in the order of the
-    parameter's rows, as LoRA of gate and of up with one A."""
+    """Splits LoRA of gate_up_proj, b [num_experts, 2 · intermediate_size, rank] in the order of
+    the parameter's rows, into LoRA of gate and of up with one A."""
     half = site.intermediate_size
     gate, up = slice(half), slice(half, None)
     if site.is_interleaved:
@@ -85,24 +85,24 @@ def _up_reads_gates_a(lora: Mapping[Projection, ExpertLora]) -> bool:
 
 
 def engine_arguments(lora: Mapping[Projection, ExpertLora]) -> dict[str, torch.Tensor | None]:
-    """The keyword arguments of ``MoeLayer.set_lora``: A, and B with the scaling folded in.
+    """Returns the keyword arguments of ``MoeLayer.set_lora``: A, and B times the scaling.
 
-    Where up has the same A as gate, ``up_a`` is None: one shrink then serves both. What experts
-    share goes in as one matrix with stride 0; the engine packs a copy for each expert.
+    If up has the same A as gate, ``up_a`` is None: one shrink then serves both. A matrix that the
+    experts share has stride 0; the engine packs a copy for each expert.
     """
     arguments: dict[str, torch.Tensor | None] = {}
-    for projection, part in lora.items():
-        arguments[f"{projection}_a"] = part.a
-        arguments[f"{projection}_b"] = part.scaled_b()
+    for projection, pair in lora.items():
+        arguments[f"{projection}_a"] = pair.a
+        arguments[f"{projection}_b"] = pair.scaled_b()
     if _up_reads_gates_a(lora):
         arguments["up_a"] = None
     return arguments
 
 
 def engine_numel(lora: Mapping[Projection, ExpertLora]) -> int:
-    """Numbers that the engine keeps of a layer's LoRA, without its padding."""
+    """Returns the count of numbers that the engine keeps of a layer's LoRA, without padding."""
     shared = lora["up"].a.numel() if _up_reads_gates_a(lora) else 0
-    return sum(part.a.numel() + part.b.numel() for part in lora.values()) - shared
+    return sum(pair.a.numel() + pair.b.numel() for pair in lora.values()) - shared
 
 
 class ExpertsSite(Protocol):
@@ -129,7 +129,7 @@ class ExpertsSite(Protocol):
 
 
 class Target(Protocol):
-    """A parameter, or (``expert`` given) piece ``piece`` of ``pieces`` of one expert's rows."""
+    """A parameter, or (with ``expert``) piece ``piece`` of ``pieces`` of one expert's rows."""
 
     @property
     def name(self) -> str: ...
@@ -142,18 +142,18 @@ class Target(Protocol):
 
 
 class Names(Protocol):
-    """transformers' renaming of names as they are on disk."""
+    """transformers' renaming of names on disk."""
 
     def target(self, name: str) -> Target: ...
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The base as the adapter sees it.
+    """The adapter's view of the base.
 
-    ``model`` is the plain model on the meta device, experts not replaced. ``expert_modules`` maps
-    (experts path, expert, projection) to the name that one expert's Linear has on disk, which is
-    what PEFT saw when every expert was a module of its own.
+    ``model`` is the plain model on the meta device, with transformers' experts. ``expert_modules``
+    maps (experts path, expert, projection) to the name of one expert's Linear on disk, which was
+    PEFT's name when every expert was a separate module.
     """
 
     model: nn.Module
@@ -162,22 +162,22 @@ class BaseModel:
     expert_modules: Mapping[tuple[str, int, Projection], str]
 
     def site(self, path: str) -> ExpertsSite | None:
-        """The experts module of this path, if it is one."""
+        """Returns the experts module of this path, if it is one."""
         return self._sites.get(path)
 
     @cached_property
     def _sites(self) -> dict[str, ExpertsSite]:
-        """By path: every tensor asks, up to 140,000 of them (Kimi-K2)."""
+        """By path: looked up for every tensor, up to 140,000 of them (Kimi-K2)."""
         return {site.path: site for site in self.experts}
 
     def require_site(self, path: str) -> ExpertsSite:
-        """The experts module of a path that came from ``site``."""
+        """Returns the experts module of a path that came from ``site``."""
         site = self.site(path)
         assert site is not None, f"{path} is no experts module"
         return site
 
     def summary(self) -> str:
-        """The sizes that an adapter must fit, for error messages."""
+        """Returns the sizes that an adapter must fit, for error messages."""
         layers = [site.layer for site in self.experts]
         site = self.experts[0]
         return (
@@ -188,12 +188,12 @@ class BaseModel:
 
 
 def projections(site: ExpertsSite) -> tuple[Projection, ...]:
-    """The projections that an expert has."""
+    """Returns the projections of an expert."""
     return ("gate", "up", "down") if site.has_gate else ("up", "down")
 
 
 def features(site: ExpertsSite, projection: Projection) -> tuple[int, int]:
-    """(in, out) of one expert's projection."""
+    """Returns (in, out) of one expert's projection."""
     if projection == "down":
         return site.intermediate_size, site.hidden_size
     return site.hidden_size, site.intermediate_size

@@ -1,4 +1,4 @@
-"""From an adapter folder to what goes into the engine and what goes to PEFT, all of it checked."""
+"""Plans an adapter: checks its folder, sorts the tensors for the engine and for PEFT."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Every way of writing tensors for routed experts; what none of them claims is for torch modules.
+# All layouts of tensors for routed experts; unclaimed tensors are for torch modules.
 LAYOUTS: tuple[Layout, ...] = (per_expert, target_parameters, fused, extra_experts)
 
 
 @dataclass
 class AdapterPlan:
-    """A whole adapter, checked against the base; nothing of it is applied yet.
+    """A whole adapter, checked against the base and not applied yet.
 
     ``audit`` has one row per tensor; ``experts`` is the internal form by experts path, ``extra``
-    the MLPs that are added to MoE blocks, by the block's path.
+    the MLPs added to MoE blocks, by the block's path.
     """
 
     files: AdapterFiles
@@ -69,7 +69,7 @@ class AdapterPlan:
     extra: Mapping[str, Sequence[Mlp]] = field(default_factory=dict)
 
     def engine_arguments(self, path: str) -> dict[str, torch.Tensor | None]:
-        """The arguments of ``MoeLayer.set_lora`` for one layer; empty if it has no LoRA."""
+        """Returns the arguments of ``MoeLayer.set_lora`` for one layer; empty without LoRA."""
         return engine_arguments(self.experts.get(path, {}))
 
     def mark_experts(self, path: str) -> None:
@@ -78,12 +78,12 @@ class AdapterPlan:
         self.audit.mark([row.tensor for row in rows], "experts")
 
     def expert_lora_numel(self) -> int:
-        """Numbers in the tensors that the engine applies."""
+        """Returns the count of numbers in the tensors that the engine applies."""
         inside = {row.tensor for row in self.audit.rows if row.status == "experts"}
         return sum(t.value.numel() for t in self.files.tensors if t.key in inside)
 
     def planned_numel(self) -> tuple[int, int]:
-        """Numbers that the engine and torch will hold of the adapter, before either does."""
+        """Returns the counts of the adapter's numbers that engine and torch will hold."""
         paths = tuple(f"{path}." for path in self.experts)
         inside = {row.tensor for row in self.audit.rows if row.acts_on.startswith(paths)}
         others = (t.value.numel() for t in self.files.tensors if t.key not in inside)
@@ -92,12 +92,12 @@ class AdapterPlan:
 
     @property
     def vocabulary(self) -> int | None:
-        """Rows of the input embeddings that the adapter brings; None if it brings none."""
+        """Rows of the adapter's input embeddings; None if it has none."""
         return vocabulary(self.side)
 
     def apply_to_torch(self, model: nn.Module, adapter: str = ADAPTER_NAME) -> list[Switch]:
         """Puts the other tensors into the loaded ``model``, as PEFT's ``adapter``, and records it
-        in the audit. Returns the switches of what is not PEFT's, which is off until then."""
+        in the audit. Returns the switches of changes outside PEFT, which start off."""
         switches = [
             *apply_torch_side(self.side, model, self.settings, adapter),
             *apply_extra_experts(self.extra, model),
@@ -109,8 +109,8 @@ class AdapterPlan:
         return switches
 
     def warn_of_format(self, running: str) -> None:
-        """Warns if a manifest says that the experts had another format in training than the one
-        that runs: LoRA makes up for the rounding of the former."""
+        """Warns if the manifest names another format of the experts in training than the running
+        one: LoRA compensates for the rounding in training."""
         trained = self.files.expert_format
         if trained is not None and trained.lower() != running:
             logger.warning(
@@ -120,7 +120,7 @@ class AdapterPlan:
             )  # fmt: skip
 
     def targets(self) -> tuple[list[str], list[str]]:
-        """What the configuration targets, and what of it is PEFT's, as short names."""
+        """Returns the configuration's targets, and PEFT's targets among them, as short names."""
         original = self.settings.target_modules or []
         names = [original] if isinstance(original, str) else sorted(original)
         return names + sorted(self.settings.target_parameters), short_targets(
@@ -136,10 +136,10 @@ def plan_adapter(
     lora_alpha: float | None,
     packing: Packing | None = None,
 ) -> AdapterPlan:
-    """Reads the adapter and checks every tensor of it against the base.
+    """Reads the adapter and checks every tensor against the base.
 
-    ``lora_rank`` and ``lora_alpha`` are what the user's configuration repeats, ``packing`` is its
-    lora_B_layout. Raises ``AdapterError`` naming file and tensor, what was found and expected.
+    ``lora_rank``, ``lora_alpha`` and ``packing`` (lora_B_layout) come from the user's
+    configuration. Raises ``AdapterError`` with file, tensor, finding and expectation.
     """
     files = read_adapter(folder)
     files = replace(files, tensors=plain_names(files.tensors))
@@ -151,7 +151,7 @@ def plan_adapter(
     part, rest = collect_layouts(LAYOUTS, files.tensors, base, settings)
     side = plan_torch_side(files.file, rest, base, settings)
     check_tying(files.file, base, settings, side)
-    # Tinker's configuration says all-linear whatever was trained.
+    # Tinker's configuration always says all-linear.
     exact = not (settings.targets_all_linear and is_raw_tinker(files))
     check_coverage(files.file, base, settings, part.experts, side, config_is_exact=exact)
     rows = [*part.rows, *(_torch_row(tensor, name, side) for name, tensor in side.tensors())]
@@ -168,7 +168,8 @@ def plan_adapter(
 
 
 def _is_claimed(tensor: AdapterTensor, base: BaseModel) -> bool:
-    """By a layout of routed experts. Extra experts that belong nowhere may have another name."""
+    """Returns whether a layout of routed experts claims the tensor. Extra experts without a block
+    may fit under another name."""
     try:
         return any(layout.claim(tensor, base) for layout in LAYOUTS)
     except AdapterError:

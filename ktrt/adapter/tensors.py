@@ -1,4 +1,4 @@
-"""Tensors of an adapter folder, as its files name them and before a layout claims them."""
+"""Tensors of an adapter folder under their names in the files, before a layout claims them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 class AdapterTensor:
     """One tensor of ``file``.
 
-    ``key`` is its name there; ``module`` the adapted module's name as the base or its files have
-    it; ``part`` is ``lora_A``, ``lora_B``, … or the parameter's own name for a weight saved whole.
-    ``trained``: the module's name in training where that was another, which patterns of the
-    configuration are for.
+    ``key`` is its name in the file; ``module`` the adapted module's name in the base or its files;
+    ``part`` is ``lora_A``, ``lora_B``, … or the parameter's own name for a weight saved whole.
+    ``trained``: the module's name in training, if different; the configuration's patterns match
+    it.
     """
 
     key: str
@@ -55,9 +55,10 @@ class Idle:
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """An adapter folder as read: ``config`` is adapter_config.json; ``file`` holds ``tensors``, but
-    for those in KTransformers' files beside it. ``idle``: what is not applied, with the reason.
-    ``expert_format``: of the experts in training, where a manifest says so."""
+    """The content of an adapter folder: ``config`` is adapter_config.json; ``file`` holds
+    ``tensors``, except those that are in KTransformers' files. ``idle``: tensors that are not
+    applied, with the reason. ``expert_format``: the experts' format in training, by the manifest.
+    """
 
     folder: Path
     file: Path
@@ -70,7 +71,7 @@ class AdapterFiles:
 def put_once(
     places: MutableMapping[Any, AdapterTensor], place: Hashable, tensor: AdapterTensor
 ) -> None:
-    """Enters the tensor; an equal copy under another name is one tensor, others are refused."""
+    """Enters the tensor; ignores an equal copy under another name, refuses a different one."""
     first = places.setdefault(place, tensor)
     if first is tensor:
         return
@@ -83,5 +84,5 @@ def put_once(
 
 
 def same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether both hold the same numbers in the same shape, of whatever dtype."""
+    """Returns whether both hold the same numbers in the same shape, in any dtype."""
     return one.shape == other.shape and torch.equal(one.double(), other.double())

@@ -1,1 +1,1 @@
-"""What an adapter changes, and whether it is applied: ``python -m ktrt.audit``."""
+"""Shows the changes of an adapter and verifies that they are applied: ``python -m ktrt.audit``."""

@@ -1,4 +1,5 @@
-"""``python -m ktrt.audit config.yaml``: what an adapter changes, and whether it is applied."""
+"""``python -m ktrt.audit config.yaml``: shows the changes of an adapter, verifies that they are
+applied."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit code: 0, 1 if the adapter does not act as its
-    files say, 2 if that cannot be found out or the adapter does not fit, 130 after Ctrl-C."""
+    """Runs the command line; returns the exit code: 0, 1 if a layer does not match its files, 2 if
+    it cannot be verified or the adapter does not fit, 130 after Ctrl-C."""
     args = _parse_arguments(argv)
 
     def body() -> int:
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = new_parser(
         "audit",
-        "Shows what each tensor of an adapter acts on and how much it changes there.",
+        "Shows the target of each tensor of an adapter, and the size of its change.",
         "Exit code: 0; 1 if --verify finds a difference; 2 if something cannot be read.",
     )
     parser.add_argument("--json", action="store_true", help="all rows as JSON")
@@ -65,7 +66,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         const="",
         metavar="LAYER|all",
         help="load the model and compare it with the raw files, recomputed in NumPy: the first "
-        "layer with LoRA on routed experts, this one, or all",
+        "layer with LoRA on routed experts, layer LAYER, or all",
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="show what loading logs")
     args = parse(parser, argv)
@@ -84,7 +85,7 @@ def _audit(config: Config, *, as_json: bool, norms: bool) -> None:
     base = open_base(config.model)
     plan = open_adapter(config.adapter, base_of_adapters(base))
     assert plan is not None
-    # Nothing is loaded: this is who will apply each tensor, all of which have been claimed.
+    # Nothing is loaded: the status names the component that will apply the tensor.
     inside = tuple(f"{path}." for path in plan.experts)
     for row in plan.audit.rows:
         if row.status == "no effect":

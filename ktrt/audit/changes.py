@@ -1,4 +1,4 @@
-"""How much an adapter changes each weight of a base: ‖ΔW‖ beside ‖W‖, by module and expert."""
+"""Measures an adapter's changes of a base: ‖ΔW‖ and ‖W‖, by module and expert."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Change:
-    """What the adapter does to one Linear, or to one projection of all routed experts of a layer.
+    """The change of one Linear, or of one projection of all routed experts of a layer.
 
-    ``module`` is the model's name for it, ``kind`` the same without layer number. ``ranks`` and
+    ``module`` is its name in the model, ``kind`` the same without layer number. ``ranks`` and
     ``scalings``: all that occur. ``delta`` is ‖ΔW‖ (None for DoRA), ``weight`` ‖W‖ (None: not
     read), Frobenius, over all experts; ``experts`` ‖ΔW‖ of each, None outside the experts.
     """
@@ -38,7 +38,7 @@ class Change:
 
     @property
     def ratio(self) -> float | None:
-        """‖ΔW‖ / ‖W‖; None where one is unknown."""
+        """‖ΔW‖ / ‖W‖; None if one of them is unknown."""
         if self.delta is None or not self.weight:
             return None
         return self.delta / self.weight
@@ -50,8 +50,8 @@ class Change:
 
 
 def find_changes(base: BaseCheckpoint, plan: AdapterPlan, *, norms: bool = True) -> list[Change]:
-    """Of the whole adapter, by layer. With ``norms`` the base weights that it changes are read, one
-    expert at a time."""
+    """Returns the changes of the whole adapter, by layer. With ``norms`` reads the changed base
+    weights, one expert at a time."""
     weights = _weight_norms(base, plan) if norms else {}
     changes = []
     for spec in base.experts.specs:
@@ -105,15 +105,16 @@ def _change(
 
 
 def _weight_norms(base: BaseCheckpoint, plan: AdapterPlan) -> dict[str, float]:
-    """‖W‖ by module, as in ``Change.module``."""
+    """Returns ‖W‖ by module, named like ``Change.module``."""
     source = base.experts
     specs = [spec for spec in source.specs if plan.experts.get(spec.path)]
     files = source.files()
     norms = _side_norms(base, {*plan.side.loras, *plan.side.routers})
-    with byte_progress("Reading base weights", sum(2 * spec.num_weights for spec in specs)) as step:
+    size = sum(2 * spec.num_weights for spec in specs)
+    with byte_progress("Reading base weights", size) as advance:
         for spec in specs:
             norms |= _expert_norms(base, spec.path, spec.num_experts)
-            step(2 * spec.num_weights)
+            advance(2 * spec.num_weights)
             for file in files:
                 release_file_pages(str(file))
     return norms

@@ -1,4 +1,5 @@
-"""The audit for people: a summary and a map of layers × projections, legible without colour."""
+"""Prints the audit for people: a summary and a map of layers × projections, legible without
+colour."""
 
 from __future__ import annotations
 
@@ -15,9 +16,9 @@ if TYPE_CHECKING:
     from ktrt.audit.verify.probes import Check
 
 _WIDTH = 80
-# Width of the layer's number, and of a column: three of the value, one of shade, one between.
+# Width of the layer's number, and of a column: three for the value, one for the shade, one space.
 _LAYER, _COLUMN = 6, 5
-# Share of the largest value from which each shade is used, and its colour.
+# Lower bound of each shade, as a fraction of the largest value; shade; colour.
 _SHADES = ((0.5, "█", "red"), (0.25, "▓", "yellow"), (0.125, "▒", "green"), (0.0, "░", "cyan"))
 _MOST_FAILURES = 8
 _MOST_NAMES = 4
@@ -25,7 +26,7 @@ _FLOW = ("q", "q_a", "q_b", "kv_a", "kv_b", "k", "v", "o", "gate", "up", "down")
 
 
 def report(base: object, audit: Audit, changes: Sequence[Change]) -> Iterator[Text]:
-    """Lines of at most 80 characters."""
+    """Yields lines of at most 80 characters."""
     yield Text(f"base     {base}")
     yield Text(f"adapter  {audit.file}")
     yield Text(
@@ -67,7 +68,7 @@ def _by_kind(changes: Iterable[Change]) -> dict[str, list[Change]]:
 
 
 def _order(kind: str) -> tuple[str, int]:
-    """By group, then as the data flows."""
+    """Sorts by group, then in the order of the data flow."""
     leaf = _short(kind)
     return kind.rpartition(".")[0], _FLOW.index(leaf) if leaf in _FLOW else len(_FLOW)
 
@@ -116,7 +117,7 @@ def _map(changes: Sequence[Change]) -> Iterator[Text]:
     largest = max((change.delta or 0.0 for change in inside), default=0.0) or 1.0
 
     def value(change: Change) -> float | None:
-        """In per cent of ‖W‖, or, if that was not read, of the largest ‖ΔW‖."""
+        """Returns per cent of ‖W‖, or of the largest ‖ΔW‖ if ‖W‖ was not read."""
         share = change.ratio if known or change.delta is None else change.delta / largest
         return None if share is None else 100 * share
 
@@ -127,7 +128,7 @@ def _map(changes: Sequence[Change]) -> Iterator[Text]:
 
 
 def _columns(kinds: list[str]) -> Iterator[list[str]]:
-    """As many columns as fit beside each other."""
+    """Splits the columns into blocks that fit the width."""
     most = (_WIDTH - _LAYER) // _COLUMN
     for start in range(0, len(kinds), most):
         yield kinds[start : start + most]
@@ -172,7 +173,7 @@ def _cell(value: float | None, present: bool, top: float) -> Text:
 
 
 def _three(value: float) -> str:
-    """A positive number in three characters."""
+    """Formats a positive number in three characters."""
     if value >= 999.5:
         return ">1k"
     if value >= 9.95:
@@ -192,7 +193,7 @@ def _unchanged(changes: Iterable[Change]) -> Iterator[Text]:
 
 
 def verification(reports: Sequence[LayerReport]) -> Iterator[Text]:
-    """What ``--verify`` found; lines of at most 80 characters, but for failures."""
+    """Yields the results of ``--verify``; lines of at most 80 characters, except failures."""
     for layer in reports:
         yield Text(f"layer {layer.layer}: {layer.what}", style="bold")
         yield Text(f"{'':31}{'off NumPy in float32':23}tuned − base")

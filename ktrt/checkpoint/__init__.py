@@ -1,1 +1,1 @@
-"""Model folder → tensors: names, formats, conversions, the module tree, kt_kernel's files."""
+"""Reads model folders: tensor names, formats, conversions, the module tree, kt_kernel's files."""

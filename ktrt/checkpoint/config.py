@@ -1,7 +1,7 @@
-"""config.json of a model folder: typed, its model type settled, its sizes bounded.
+"""Reads a model folder's config.json: checks types, settles the model type, bounds the sizes.
 
-transformers builds whatever a config.json says, layer by layer; a damaged number must not cost
-gigabytes or minutes before a tensor's shape shows that it is wrong.
+transformers builds anything that a config.json says, layer by layer. A damaged number must not cost
+gigabytes or minutes before a tensor's shape contradicts it.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ logger = logging.getLogger(__name__)
 
 _ADVICE = "Download the folder again, or correct the file."
 _PositiveInt = Annotated[int, Field(gt=0)]
-# FP8's block where config.json names none: every published checkpoint has it.
+# FP8's block if config.json names none: every published checkpoint has it.
 _BLOCK = (128, 128)
-# Where transformers registers classes that generate text.
+# transformers' registries of classes that generate text.
 AUTO_CLASSES = ("CausalLM", "ImageTextToText", "MultimodalLM")
 _MAPPINGS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
-# Numbers that transformers counts up to while it builds a model. Published models have up to 130
-# layers and 512 experts.
+# Keys of repetitions in the building of a model. Published models have up to 130 layers and 512
+# experts.
 _REPEATED = re.compile(r"(^|_)(n_)?(layers?|depths?|blocks|modules|stages|levels)(_|$)")
 _COUNTED = re.compile(r"(^|_)(experts?|heads?|labels|groups?|codebooks)(_|$)|^id2label$")
 _MOST_LAYERS, _MOST_COUNTED = 1024, 1 << 16
-# No size is larger, apart from numbers that are no sizes: positions, ids, pixels, bases …
+# Largest size; excluded are numbers that are no sizes: positions, ids, pixels, bases …
 _MOST = 1 << 24
 _NO_SIZE = re.compile(
     r"theta|base|seed|pixels|length|position|token|numel|param|context|window|max|clip|limit|scale"
@@ -66,8 +66,8 @@ class _Config(JsonObject):
 
 @dataclass(frozen=True)
 class Quantization:
-    """``method``: what config.json claims, which copies of a folder often keep without reason: the
-    tensors decide. ``block``: rows and columns of one FP8 scale."""
+    """``method``: config.json's claim, which copies of a folder often keep wrongly; the tensors
+    decide. ``block``: rows and columns of one FP8 scale."""
 
     method: str | None = None
     block: tuple[int, int] = _BLOCK
@@ -75,9 +75,9 @@ class Quantization:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """``values``: for transformers' config class, quantisation left out. ``known``: transformers
-    has a class of its own for ``model_type``. ``own_code``: the folder brings code. ``weights``:
-    the file that the key transformers_weights names."""
+    """``values``: for transformers' config class, without quantisation. ``known``: transformers
+    has a class for ``model_type``. ``own_code``: the folder brings code. ``weights``: the file in
+    the key transformers_weights."""
 
     file: Path
     values: dict[str, Any]
@@ -89,14 +89,17 @@ class ModelConfig:
     weights: str | None
 
     def describe(self) -> str:
-        """Model type and architectures, for messages."""
+        """Returns model type and architectures, for messages."""
         names = f", architectures {', '.join(self.architectures)}" if self.architectures else ""
         return f"model type {self.model_type}{names}"
 
 
 def read_model_config(folder: Path) -> ModelConfig:
-    """Raises ``CheckpointError``, which names file and key, for a config.json that is absent, no
-    JSON, of wrong types, or names neither a model type nor an architecture."""
+    """Reads and checks a folder's config.json.
+
+    Raises ``CheckpointError`` with file and key if it is absent, invalid JSON, of wrong types, or
+    names neither a model type nor an architecture.
+    """
     file = folder / "config.json"
     content = read_json(file, CheckpointError, "It describes every model folder.")
     content = _with_special_floats(file, content)
@@ -121,21 +124,21 @@ def read_model_config(folder: Path) -> ModelConfig:
 
 
 def check_sizes(config: ModelConfig, deepest: int | None = None) -> None:
-    """Refuses numbers that no model has, before transformers counts up to them. ``deepest``: the
-    number of the last layer that the folder's tensors name.
+    """Refuses impossible sizes before transformers builds them. ``deepest``: the largest layer
+    number in the tensors' names.
 
-    Raises ``CheckpointError`` naming the key.
+    Raises ``CheckpointError`` with the key.
     """
     most = _MOST_LAYERS if deepest is None else max(128, 2 * (deepest + 1))
     for path, number in _numbers(config.values):
         key = path.rpartition(".")[2]
         limit, why = (None, "") if _NO_SIZE.search(key) else (_MOST, "no model has such a size")
         if _REPEATED.search(key):
-            limit, why = most, "no model has so many"
+            limit, why = most, "no model has that many"
             if deepest is not None:
                 why = f"the tensors' names go up to {deepest}"
         elif _COUNTED.search(key):
-            limit, why = _MOST_COUNTED, "no model has so many"
+            limit, why = _MOST_COUNTED, "no model has that many"
         if limit is not None and abs(number) > limit:
             raise CheckpointError(
                 f"{config.file}: {path}: found {number}, expected at most {limit}: {why}. {_ADVICE}"
@@ -143,18 +146,18 @@ def check_sizes(config: ModelConfig, deepest: int | None = None) -> None:
 
 
 def normal_name(class_name: str) -> str:
-    """A class name without what publishers and transformers spell differently:
+    """Normalises a class name for comparison, since publishers' spellings differ:
     KimiK25ForConditionalGeneration is transformers' Kimi_K25ForConditionalGeneration."""
     return re.sub(r"[^a-z0-9]", "", class_name.lower())
 
 
 def is_class(class_name: str, architectures: tuple[str, ...]) -> bool:
-    """Whether ``architectures`` names the class, in whatever spelling."""
+    """Returns whether ``architectures`` names the class, in any spelling."""
     return normal_name(class_name) in map(normal_name, architectures)
 
 
 def _with_special_floats(file: Path, content: Any) -> Any:
-    """A copy, with numbers where transformers has written {"__float__": "Infinity"}."""
+    """Returns a copy with floats in place of transformers' {"__float__": "Infinity"}."""
     try:
         return _decoded(content)
     except RecursionError as error:
@@ -170,11 +173,11 @@ def _decoded(value: Any) -> Any:
 
 
 def _without_quantization(file: Path, content: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    """The config without its quantisation and that of its parts, and what that was."""
+    """Removes the quantisation from the config and its inner configs; returns both."""
     found = Quantization()
-    for where, part in list(_parts(content)):
+    for where, inner in list(_configs(content)):
         for key in ("quantization_config", "compression_config"):
-            claim = part.pop(key, None)
+            claim = inner.pop(key, None)
             if claim is None:
                 continue
             name = f"{where}.{key}" if where else key
@@ -185,7 +188,7 @@ def _without_quantization(file: Path, content: dict[str, Any]) -> tuple[dict[str
 
 
 def _block(claim: _Quantization) -> tuple[int, int]:
-    """The block of one FP8 scale, as DeepSeek-V3 or compressed-tensors name it."""
+    """Returns the block of one FP8 scale, in DeepSeek-V3's or compressed-tensors' form."""
     if claim.weight_block_size:
         rows, columns = claim.weight_block_size
         return rows, columns
@@ -201,28 +204,28 @@ def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _parts(values: dict[str, Any], where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """The config and the configs of its parts (text_config, vision_config …), by their keys."""
+def _configs(values: dict[str, Any], where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the config and its inner configs (text_config, vision_config …), with their keys."""
     yield where, values
     for key, value in values.items():
         if key.endswith("_config") and "quantization" not in key and isinstance(value, dict):
-            yield from _parts(value, f"{where}.{key}" if where else key)
+            yield from _configs(value, f"{where}.{key}" if where else key)
 
 
 def _settle_types(file: Path, values: dict[str, Any]) -> str | None:
-    """Replaces the model types that transformers does not know by those of the classes that
-    ``architectures`` names, in all parts; returns the whole model's, None if there is none."""
-    for where, part in _parts(values):
+    """Replaces unknown model types by the types of the classes in ``architectures``, in all
+    configs; returns the whole model's type, None if there is none."""
+    for where, inner in _configs(values):
         if where:
-            typed(part, _Config, f"{file}: {where}", CheckpointError, _ADVICE)
-        found, architectures = part.get("model_type"), tuple(part.get("architectures") or ())
+            typed(inner, _Config, f"{file}: {where}", CheckpointError, _ADVICE)
+        found, architectures = inner.get("model_type"), tuple(inner.get("architectures") or ())
         if found is not None and _is_known(found):
             if not where:
                 _warn_of_contradiction(file, found, architectures)
             continue
         named = [t for name in architectures if (t := _type_of_class(name))]
         if named:
-            part["model_type"] = named[0]
+            inner["model_type"] = named[0]
             logger.info(
                 "%s: transformers does not know the model type %s; architectures names %s, so "
                 "this is read as %s", file, shown(found), ", ".join(architectures), named[0],
@@ -232,7 +235,7 @@ def _settle_types(file: Path, values: dict[str, Any]) -> str | None:
 
 
 def _warn_of_contradiction(file: Path, model_type: str, architectures: tuple[str, ...]) -> None:
-    """transformers goes by the model type."""
+    """Warns if model type and architectures disagree; transformers goes by the model type."""
     others = [name for name in architectures if normal_name(name) in _known_classes()]
     if others and not any(model_type in _known_classes()[normal_name(n)][1] for n in others):
         logger.warning(
@@ -251,12 +254,12 @@ _classes: dict[str, tuple[str, set[str]]] = {}
 
 
 def _known_classes() -> dict[str, tuple[str, set[str]]]:
-    """transformers' classes that generate text: normal name → (name, model types)."""
+    """Returns transformers' classes that generate text: normal name → (name, model types)."""
     from transformers.models.auto import modeling_auto
 
     if not _classes:
         for mapping in _MAPPINGS:
-            # The multimodal mapping is younger than the oldest transformers that ktrt works with.
+            # The oldest supported transformers lacks the multimodal mapping.
             names = getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES", {})
             for model_type, classes in names.items():
                 for name in [classes] if isinstance(classes, str) else classes:
@@ -265,7 +268,7 @@ def _known_classes() -> dict[str, tuple[str, set[str]]]:
 
 
 def _type_of_class(architecture: str) -> str | None:
-    """The model type of transformers' class of this name; None if there is no such class."""
+    """Returns the model type of transformers' class of this name; None if there is none."""
     import transformers
 
     known = _known_classes().get(normal_name(architecture))
@@ -276,7 +279,7 @@ def _type_of_class(architecture: str) -> str | None:
 
 
 def _numbers(value: object, path: str = "") -> Iterator[tuple[str, int]]:
-    """All integers of the config, in lists too, by the keys that lead to them."""
+    """Yields all integers of the config, in lists too, with the path of their keys."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _numbers(inner, f"{path}.{key}" if path else str(key))

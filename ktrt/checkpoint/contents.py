@@ -1,5 +1,5 @@
-"""Holds a folder's tensors against the model: each is a parameter of right kind and shape, or is
-left out for a reason that is known, or the folder is refused."""
+"""Compares a folder's tensors with the model. Each tensor must be a parameter of right kind and
+shape, or be left out for a known reason; otherwise the folder is refused."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ logger = logging.getLogger(__name__)
 _FLOATS = (*FLOAT_DTYPES, "F64")
 _INTEGERS = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
 _LAYER = re.compile(r"(?P<prefix>^|.*?\.)layers\.(?P<layer>\d+)\.(?P<inner>.+)")
-# A layer that predicts further tokens joins two inputs, which no ordinary layer does.
+# Only layers that predict further tokens join two inputs.
 _JOINS = re.compile(r"^(eh_proj|enorm|hnorm|shared_head\.|embed_tokens\.)|(^|\.)mtp")
 _DIRECT = re.compile(r"\w+\.weight")
 _PREDICTS = re.compile(r"nextn|mtp")
 _COUNT = re.compile(r"layers|modules|predict")
-# What transformers leaves out for every class: buffers that older releases saved.
+# Buffers of older releases, which transformers ignores for every class.
 _OLD_BUFFERS = {
     "rotary_emb.inv_freq": r"rotary_emb\.inv_freq",
     "position_ids": r"(^|\.)position_ids$",
@@ -39,14 +39,17 @@ _OLD_BUFFERS = {
 
 
 def deepest_layer(checkpoint: Checkpoint) -> int:
-    """The largest number in the tensors' names: no model of these tensors has more layers."""
+    """Returns the largest number in the tensors' names, a bound for the number of layers."""
     numbers = {word for name in checkpoint.names() for word in name.split(".") if word.isdecimal()}
     return max(map(int, numbers), default=0)
 
 
 def check_contents(checkpoint: Checkpoint, names: WeightNames, config: ModelConfig) -> None:
-    """Raises ``CheckpointError`` naming the tensor for one that the model has no place for, or one
-    of another shape or kind of numbers than its parameter; says what is left out on purpose."""
+    """Checks every tensor against its parameter; logs the tensors left out on purpose.
+
+    Raises ``CheckpointError`` with the tensor's name if the model has no such parameter, or one of
+    another shape or kind of numbers.
+    """
     model: Any = names.model
     parameters: Mapping[str, torch.Tensor] = model.state_dict()
     strange = []
@@ -61,7 +64,7 @@ def check_contents(checkpoint: Checkpoint, names: WeightNames, config: ModelConf
     strange = [(n, t) for n, t in strange if not (left_out and left_out.search(t))]
     shapes = {target: checkpoint.shape(name) for name, target in strange}
     further = _further_layers(shapes, parameters, config)
-    # Experts by themselves are one parameter here.
+    # Single experts count as one parameter.
     unknown = sorted({t for _, t in strange if t not in further})
     if unknown:
         raise CheckpointError(
@@ -77,7 +80,7 @@ def check_contents(checkpoint: Checkpoint, names: WeightNames, config: ModelConf
 
 
 def ignored_by(model: nn.Module) -> re.Pattern[str] | None:
-    """The parameter names that transformers' class leaves out, as ``from_pretrained`` does."""
+    """Returns a pattern of the names that ``from_pretrained`` ignores for this class."""
     patterns = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
     buffers = [name for name, _ in model.named_buffers()]
     patterns += [
@@ -96,7 +99,7 @@ def _check_kind(checkpoint: Checkpoint, name: str, parameter: torch.Tensor) -> N
     if dtype not in expected:
         advice = "The file is damaged, or of another model: download or copy it again."
         if dtype.startswith(("F8", "F4")):
-            advice = "FP8 is read with its scales beside it, which are missing here."
+            advice = "FP8 needs scales in the same folder, which are missing here."
         raise CheckpointError(
             f"{checkpoint.file(name)}: {name} has dtype {dtype}, expected one of "
             f"{', '.join(expected)} for {parameter.dtype} {list(parameter.shape)}. {advice}"
@@ -117,11 +120,10 @@ def _check_shape(
 def _further_layers(
     strange: Mapping[str, tuple[int, ...]], parameters: Mapping[str, Any], config: ModelConfig
 ) -> set[str]:
-    """Of names (with shapes) without a parameter, the ones of layers after the last that predict
-    further tokens.
+    """Returns the names, among those without a parameter, of layers that predict further tokens.
 
-    Such a layer joins an embedding and a hidden state, by a matrix of its own [H, 2H]; an ordinary
-    layer of a deeper model does not.
+    Such a layer comes after the last one and joins an embedding and a hidden state by an extra
+    matrix [H, 2H]; an ordinary layer of a deeper model has none.
     """
     ordinary: dict[str, set[str]] = defaultdict(set)
     last: dict[str, int] = defaultdict(lambda: -1)
@@ -149,18 +151,18 @@ def _further_layers(
 
 
 def _is_join(tensor: tuple[str, tuple[int, ...]]) -> bool:
-    """Whether it is a matrix [H, 2H] that belongs to the layer itself."""
+    """Returns whether the tensor is a matrix [H, 2H] directly in the layer."""
     name, shape = tensor
     return bool(_DIRECT.fullmatch(name)) and len(shape) == 2 and shape[1] == 2 * shape[0]
 
 
 def _announced(config: ModelConfig) -> int:
-    """How many layers that predict further tokens config.json announces."""
-    parts = [config.values, *(v for v in config.values.values() if isinstance(v, dict))]
+    """Returns config.json's number of layers that predict further tokens."""
+    configs = [config.values, *(v for v in config.values.values() if isinstance(v, dict))]
     counts = [
         value
-        for part in parts
-        for key, value in part.items()
+        for each in configs
+        for key, value in each.items()
         if _PREDICTS.search(key) and _COUNT.search(key) and isinstance(value, int)
     ]
     return max(counts, default=0)

@@ -1,5 +1,5 @@
-"""Expert parameters that are stored in another order than the model's: transformers' own
-conversion makes them, one parameter at a time."""
+"""Converts expert parameters that are stored in another order than the model's, with transformers'
+own conversion, one parameter at a time."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-# The parameter that reads the hidden states, and down_proj.
+# gate_up_proj (or up_proj) and down_proj.
 _GROUPS_OF_A_LAYER = 2
 
 
 @dataclass
 class Group:
-    """The tensors that one conversion turns into ``targets``: (pattern, name) each."""
+    """Sources of one conversion, each (pattern, name), and its ``targets``."""
 
     converter: Any
     targets: tuple[str, ...]
@@ -32,29 +32,29 @@ class Group:
 
 
 class Conversions:
-    """Groups of stored tensors and the parameters that transformers' code makes of them.
+    """Groups of stored tensors, and the parameters that transformers' code converts them to.
 
-    ``model`` is the plain model on the meta device: some conversions ask for its shapes.
+    ``model`` is the plain model on the meta device: some conversions need its shapes.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model: Any = model
         self._groups: dict[tuple[str, ...], Group] = {}
-        # Stacked experts are large: only those of the layer that is read are kept.
+        # Stacked experts are large: only the current layer's are kept.
         self._made: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
 
     def add(self, converter: Any, pattern: str, targets: tuple[str, ...], name: str) -> None:
-        """Records that the stored tensor ``name`` takes part, by the pattern that it matches."""
+        """Adds the stored tensor ``name``, which matches ``pattern``, to a conversion."""
         group = self._groups.setdefault(targets, Group(converter, targets))
         group.sources.append((pattern, name))
 
     def tensors(
         self, stored: dict[str, StoredTensor]
     ) -> Iterator[tuple[str, StoredTensor, list[str]]]:
-        """(parameter, tensor, names of its sources) of every parameter that is made.
+        """Yields (parameter, tensor, names of its sources) of every converted parameter.
 
         Raises ``CheckpointError`` if transformers cannot convert tensors of these shapes, or if
-        they are quantised in a way that is not known.
+        their quantisation is unknown.
         """
         for targets, group in self._groups.items():
             names = [name for _, name in group.sources]
@@ -77,7 +77,7 @@ class Conversions:
     def rearrange(
         self, targets: tuple[str, ...], values: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """What the conversion of ``targets`` makes of ``values``, given for each of its sources.
+        """Converts ``values``, one for each source, to ``targets``.
 
         Raises ``CheckpointError`` if transformers cannot convert them.
         """

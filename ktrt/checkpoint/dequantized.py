@@ -1,9 +1,8 @@
-"""What transformers loads instead of the folder: the tensors of everything but the routed experts,
-as ktrt reads them.
+"""Gives transformers the tensors of everything except the routed experts, as ktrt reads them.
 
-So one reader decides which files and tensors count, and dequantises. transformers' own
-dequantisation reads FP8 only where its blocks divide the matrix, does the experts too, and believes
-a config.json that claims a quantisation which the tensors no longer have.
+So a single reader decides which files and tensors count, and dequantises. transformers' own
+dequantisation reads FP8 only if its blocks divide the matrix, includes the experts, and believes a
+config.json whose quantisation the tensors no longer have.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ def weight_source(
     names: WeightNames,
     infer_dtype: str,
 ) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` that stand for the folder: config, generation config, dtype,
-    and the tensors that are parameters of ``skeleton`` (without those of ``specs``)."""
+    """Returns arguments of ``from_pretrained`` in place of the folder: config, generation config,
+    dtype, and the parameters of ``skeleton`` without the experts of ``specs``."""
     model: Any = skeleton
     config = copy.deepcopy(model.config)
     wanted = _wanted(model, {spec.path for spec in specs}, checkpoint, names)
@@ -55,23 +54,23 @@ def weight_source(
 
 
 def _wanted(model: Any, paths: set[str], checkpoint: Checkpoint, names: WeightNames) -> list[str]:
-    """The names of the tensors that are parameters outside ``paths``."""
+    """Returns the names of the tensors of parameters outside ``paths``."""
     parameters = set(model.state_dict())
     targets = [(name, names.target(name).name) for name in checkpoint.names()]
     return [n for n, t in targets if t in parameters and t.rpartition(".")[0] not in paths]
 
 
 def _read(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> torch.Tensor:
-    """A view of the mapped file, or in ``dtype`` what is dequantised: float32 would take twice the
-    memory until the last tensor is read."""
+    """Returns a view of the mapped file; a dequantised tensor in ``dtype``, since float32 would
+    take twice the memory until the last tensor is read."""
     tensor = checkpoint.read(name)
     return tensor.to(dtype) if checkpoint.is_quantized(name) else tensor
 
 
 def _dtype(config: Any, checkpoint: Checkpoint, names: list[str]) -> torch.dtype:
-    """As transformers' ``auto``: what config.json says, else the first float tensor's."""
-    for part in (config, config.get_text_config()):
-        if isinstance(dtype := getattr(part, "dtype", None), torch.dtype):
+    """Returns config.json's dtype, else the first float tensor's, like transformers' ``auto``."""
+    for each in (config, config.get_text_config()):
+        if isinstance(dtype := getattr(each, "dtype", None), torch.dtype):
             return dtype
     plain = (checkpoint.dtype(name) for name in names if not checkpoint.is_quantized(name))
     return next((TORCH_DTYPES[dtype] for dtype in plain if dtype in TORCH_DTYPES), torch.bfloat16)
@@ -81,13 +80,13 @@ def _generation_config(checkpoint: Checkpoint) -> Any:
     from transformers import GenerationConfig
 
     file = checkpoint.folder / "generation_config.json"
-    # Without the file transformers takes the keys that config.json has of one.
+    # Without the file transformers takes its keys from config.json.
     older = {} if file.is_file() else {"config_file_name": "config.json"}
     try:
         return GenerationConfig.from_pretrained(
             checkpoint.folder, local_files_only=True, _from_model_config=bool(older), **older
         )
-    except Exception as error:  # it meets values that nobody has checked
+    except Exception as error:  # raised for values that nobody has checked
         named = checkpoint.folder / older.get("config_file_name", file.name)
         raise CheckpointError(
             f"{named}: transformers cannot read the generation settings: {type(error).__name__}: "

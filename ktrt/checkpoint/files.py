@@ -1,5 +1,5 @@
-"""Which files of a model folder hold its weights: the ones that transformers takes, and what else
-lies there."""
+"""Finds the weight files of a model folder: the ones that transformers takes, and the ignored
+ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _INDEX_SUFFIX = ".index.json"
-# Folders that publishers put a second copy of the weights into, in the layout of other software.
+# Folders in which publishers put a second copy of the weights, in the layout of other software.
 _COPIES = ("original", "metal")
 
 
@@ -26,8 +26,8 @@ class _Index(JsonObject):
 @dataclass(frozen=True)
 class WeightFiles:
     """``weight_map``: tensor → file, by the index; None for the single file ``main``.
-    ``ignored``: what is not read although it holds weights, in words; ``doubtful``: it could be
-    taken for the weights themselves."""
+    ``ignored``: unused files and folders with weights; ``doubtful``: they may be the wanted
+    weights."""
 
     main: Path
     weight_map: dict[str, Path] | None
@@ -36,16 +36,16 @@ class WeightFiles:
 
     @property
     def sharded(self) -> bool:
-        """Whether an index says which file holds which tensor."""
+        """Returns whether an index maps tensors to files."""
         return self.weight_map is not None
 
 
 def find_weights(folder: Path, chosen: str | None = None) -> WeightFiles:
-    """The single file goes before an index, as in transformers; ``chosen`` (config.json's
-    transformers_weights) goes before both.
+    """Finds the weight files. As in transformers, the single file takes precedence over an index,
+    and ``chosen`` (config.json's transformers_weights) over both.
 
-    Raises ``CheckpointError`` for a folder without safetensors, an index that is damaged, names a
-    file that is missing, or one outside the folder.
+    Raises ``CheckpointError`` for a folder without safetensors, and for an index that is damaged or
+    names a file that is missing or outside the folder.
     """
     main = folder / chosen if chosen else folder / SINGLE_NAME
     if chosen and not _is_inside(folder, main):
@@ -87,15 +87,15 @@ def _weight_map(folder: Path, index: Path) -> dict[str, Path]:
 
 
 def _is_inside(folder: Path, path: Path) -> bool:
-    """By the path's words, since the hub's folders consist of links that lead elsewhere."""
+    """Judges the path's words only, since the hub's folders consist of links to other folders."""
     relative = path.relative_to(folder) if path.is_relative_to(folder) else None
     named = path.name.endswith((".safetensors", f".safetensors{_INDEX_SUFFIX}"))
     return named and relative is not None and ".." not in relative.parts
 
 
 def _ignored(folder: Path, used: set[Path]) -> list[str]:
-    """Files with weights beside the ones in use: an older index, shards that no index names,
-    consolidated files and variants; and copies in subfolders."""
+    """Returns unused files with weights (an older index, shards that no index names, consolidated
+    files, variants) and copies in subfolders."""
     found = sorted(path for path in _weight_like(folder) if path not in used)
     names = [path.name for path in found[:3]]
     if len(found) > len(names):
@@ -120,8 +120,8 @@ def _no_weights(folder: Path, main: Path, chosen: str | None) -> str:
     if others := _ignored(folder, set()):
         return (
             f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}, but {', '.join(others)}: "
-            "transformers does not take them for the model's weights, nor does ktrt. Rename them, "
-            "if they are the whole model by transformers' names, or download the folder again."
+            "neither transformers nor ktrt takes them for the model's weights. Rename them if they "
+            "are the whole model by transformers' names, or download the folder again."
         )
     if not any(folder.glob("*.bin")):
         return f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}: not a model folder."

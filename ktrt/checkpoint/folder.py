@@ -1,8 +1,8 @@
 """Reads a Hugging Face model folder lazily: names, shapes, and one tensor at a time.
 
 File format: safetensors (https://github.com/huggingface/safetensors), one file or shards with an
-index, as ``ktrt.checkpoint.files`` finds them; quantised tensors are read as plain ones. Which
-tensor is which parameter is asked of ``ktrt.checkpoint.names``.
+index (``ktrt.checkpoint.files``). Quantised tensors are read as plain ones.
+``ktrt.checkpoint.names`` maps tensors to parameters.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ Projection = Literal["gate", "up", "down"]
 
 
 class Checkpoint:
-    """The tensors of one model folder, memory-mapped; nothing is read before it is asked for.
+    """The tensors of one model folder, memory-mapped and read on demand.
 
-    A quantised tensor and its scales are one tensor here, in float32; ``weight_block_size`` is that
-    of FP8, ``chosen`` the file that config.json's transformers_weights names. Tensors of a shard
-    that the index does not name are left out, and with ``experts_elsewhere`` routed experts of a
-    scheme that is not read.
+    A quantised tensor and its scales are one tensor here, in float32. ``weight_block_size`` is
+    FP8's, ``chosen`` the file in config.json's transformers_weights. Leaves out tensors of a shard
+    that the index does not name and, with ``experts_elsewhere``, routed experts in an unsupported
+    quantisation.
 
     Raises ``CheckpointError`` for a folder without safetensors, a missing or damaged shard, an
-    index that names a tensor its shard lacks, scales that do not fit, and schemes of quantisation
-    that are not read.
+    index that names a tensor its shard lacks, scales that do not fit, and unsupported
+    quantisations.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Checkpoint:
     def _open(self, path: Path) -> Any:
         if path not in self._handles:
             try:
-                # safetensors calls whatever cannot be opened "No such file".
+                # safetensors reports "No such file" for any file that it cannot open.
                 path.open("rb").close()
             except OSError as error:
                 raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
@@ -100,38 +100,39 @@ class Checkpoint:
         return self._handles[path]
 
     def names(self) -> Iterable[str]:
-        """The names of all tensors."""
+        """Returns the names of all tensors."""
         return self._tensors.keys()
 
     def file(self, name: str) -> Path:
-        """The file that holds the tensor."""
+        """Returns the file that holds the tensor."""
         return self._tensors[name].file
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape, from the file's header."""
+        """Returns the shape, from the file's header."""
         return self._tensors[name].shape
 
     def dtype(self, name: str) -> str:
-        """The dtype in safetensors' words, e.g. ``BF16``; ``F32`` for what is dequantised."""
+        """Returns the dtype in safetensors' words, e.g. ``BF16``; ``F32`` for a dequantised
+        tensor."""
         return self._tensors[name].dtype
 
     def read(self, name: str) -> torch.Tensor:
-        """The whole tensor, a view of the mapped file where possible."""
+        """Returns the whole tensor, a view of the mapped file where possible."""
         return self._tensors[name].read()
 
     def read_row(self, name: str, row: int) -> torch.Tensor:
-        """``tensor[row]``, without reading the other rows."""
+        """Returns ``tensor[row]`` without reading the other rows."""
         return self._tensors[name].read_row(row)
 
     def is_quantized(self, name: str | None = None) -> bool:
-        """Whether this tensor (any tensor) is dequantised on reading."""
+        """Returns whether this tensor (None: any tensor) is dequantised on reading."""
         if name is not None:
             return is_dequantized(self._tensors[name])
         return any(map(is_dequantized, self._tensors.values()))
 
     def convert(self, conversions: Conversions) -> dict[str, list[str]]:
-        """Adds the parameters that transformers' conversions make of tensors of this folder, under
-        their names in the model; returns the names that each is made of."""
+        """Adds the parameters that transformers converts this folder's tensors to, under their
+        names in the model; returns the names of each one's sources."""
         made = {}
         for parameter, tensor, sources in conversions.tensors(self._tensors.copy()):
             self._tensors[parameter] = tensor
@@ -140,7 +141,7 @@ class Checkpoint:
 
 
 class ExpertsShape(Protocol):
-    """The part of an experts module's description that its weights must match."""
+    """The fields of an experts module's description that its weights must match."""
 
     @property
     def path(self) -> str: ...
@@ -163,7 +164,7 @@ class ExpertsShape(Protocol):
 
 
 class ExpertWeights:
-    """Where the experts of one layer lie in a checkpoint; reads them one by one."""
+    """Finds the experts of one layer in a checkpoint and reads them one by one."""
 
     def __init__(
         self, checkpoint: Checkpoint, spec: ExpertsShape, sources: Mapping[WeightTarget, str]
@@ -185,7 +186,7 @@ class ExpertWeights:
             )
 
     def _check_count(self) -> None:
-        """Before a number of experts that no file holds is counted up to."""
+        """Refuses a wrong number of experts before anything loops over it."""
         single = {target.expert for target in self._sources if target.expert is not None}
         if single and len(single) < self._spec.num_experts:
             missing = next(e for e in range(self._spec.num_experts) if e not in single)
@@ -196,7 +197,7 @@ class ExpertWeights:
             )
 
     def _pieces(self, expert: int) -> dict[WeightTarget, tuple[str | None, tuple[int, ...]]]:
-        """The tensors that make up one expert: target → (name on disk or None, expected shape)."""
+        """Returns the tensors of one expert: target → (name on disk or None, expected shape)."""
         spec = self._spec
         rows = spec.intermediate_size * (2 if spec.has_gate else 1)
         pieces: dict[WeightTarget, tuple[str | None, tuple[int, ...]]] = {}
@@ -220,7 +221,7 @@ class ExpertWeights:
         return pieces
 
     def _biases(self) -> dict[WeightTarget, tuple[int, ...]]:
-        """The biases of all experts, with their shapes."""
+        """Returns the targets of all experts' biases, with their shapes."""
         spec = self._spec
         if not spec.has_bias:
             return {}
@@ -249,12 +250,12 @@ class ExpertWeights:
         if dtype not in FLOAT_DTYPES:
             raise CheckpointError(
                 f"{file}: {name} has dtype {dtype}, expected one of {', '.join(FLOAT_DTYPES)}, or "
-                "FP8 (F8_E4M3) or MXFP4 with scales beside it. Use the BF16 checkpoint."
+                "FP8 (F8_E4M3) or MXFP4 with their scales. Use the BF16 checkpoint."
             )
         return name
 
     def modules(self) -> dict[tuple[int, Projection], str]:
-        """(expert, projection) → the module's name on disk, where one tensor is one projection."""
+        """Returns (expert, projection) → module name on disk, if one tensor is one projection."""
         found: dict[tuple[int, Projection], str] = {}
         rows: tuple[Projection, Projection] = ("gate", "up")
         for target, name in self._sources.items():
@@ -266,8 +267,8 @@ class ExpertWeights:
         return found
 
     def biases(self) -> dict[str, torch.Tensor]:
-        """Of all experts, in float32: gate (where there is one), up [num_experts,
-        intermediate_size], down [num_experts, hidden_size]; empty if the experts have none."""
+        """Returns all experts' biases in float32: gate (if any) and up [num_experts,
+        intermediate_size], down [num_experts, hidden_size]; empty without biases."""
         if not self._spec.has_bias:
             return {}
         first, down = (self._checkpoint.read(self._sources[target]) for target in self._biases())
@@ -276,7 +277,7 @@ class ExpertWeights:
         return {p: bias.float().contiguous() for p, bias in biases.items() if bias is not None}
 
     def _halves(self, rows: torch.Tensor, dim: int = 0) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Gate (None where there is none) and up of a parameter that holds both."""
+        """Splits a parameter into gate (None if there is none) and up."""
         if not self._spec.has_gate:
             return None, rows
         if self._spec.is_interleaved:
@@ -286,7 +287,7 @@ class ExpertWeights:
         return gate, up
 
     def read(self, expert: int) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """gate (None where there is none), up [intermediate_size, hidden_size] and down
+        """Returns gate (None if there is none), up [intermediate_size, hidden_size] and down
         [hidden_size, intermediate_size], each with contiguous rows."""
         tensors = []
         for target, (name, _) in self._pieces(expert).items():
@@ -304,7 +305,7 @@ class ExpertWeights:
 def holds_experts(
     checkpoint: Checkpoint, names: WeightNames, specs: Iterable[ExpertsShape]
 ) -> bool:
-    """Whether any tensor is one of the experts'."""
+    """Returns whether any tensor belongs to the experts."""
     paths = {spec.path for spec in specs}
     return any(names.target(name).name.rpartition(".")[0] in paths for name in checkpoint.names())
 
@@ -312,10 +313,10 @@ def holds_experts(
 def find_expert_weights(
     checkpoint: Checkpoint, names: WeightNames, specs: Iterable[ExpertsShape]
 ) -> dict[str, ExpertWeights]:
-    """For each experts module (by path) where its weights lie.
+    """Finds the weights of each experts module; returns them by path.
 
-    Raises ``CheckpointError`` naming the tensor, what was found and what was expected, if one of
-    any expert of any layer is absent, double, surplus, or of another shape or dtype.
+    Raises ``CheckpointError`` with the tensor, the finding and the expectation if a tensor of any
+    expert is absent, double, surplus, or of another shape or dtype.
     """
     by_path: dict[str, tuple[ExpertsShape, dict[WeightTarget, str]]] = {
         spec.path: (spec, {}) for spec in specs
@@ -346,8 +347,8 @@ def find_expert_weights(
             )
         if target.expert is not None and target.expert >= spec.num_experts:
             raise CheckpointError(
-                f"{checkpoint.file(name)}: {name} is of expert {target.expert}, but config.json "
-                f"says {spec.num_experts} experts."
+                f"{checkpoint.file(name)}: {name} belongs to expert {target.expert}, but "
+                f"config.json says {spec.num_experts} experts."
             )
         sources[target] = name
     return {

@@ -1,4 +1,4 @@
-"""Tensors of a model folder as they are stored, plain or quantised, each read as a plain one.
+"""Reads the stored tensors of a model folder, plain or quantised, as plain ones.
 
 Formats: safetensors' floats; FP8 E4M3 with one scale per block of 128 × 128 (or per tensor), as
 DeepSeek-V3 writes it (https://huggingface.co/deepseek-ai/DeepSeek-V3, "weight_scale_inv"); MXFP4
@@ -28,27 +28,27 @@ _MXFP4_BLOCK = 32
 
 
 class StoredTensor(Protocol):
-    """One logical tensor of a model folder; nothing is read before it is asked for."""
+    """One logical tensor of a model folder, read on demand."""
 
     @property
     def file(self) -> Path:
-        """A file that holds it."""
+        """The file, or one of the files, that hold it."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
 
     @property
     def dtype(self) -> str:
-        """In safetensors' words, e.g. ``BF16``; ``F32`` for what is dequantised on reading."""
+        """In safetensors' words, e.g. ``BF16``; ``F32`` if dequantised on reading."""
 
     def read(self) -> torch.Tensor: ...
 
     def read_row(self, row: int) -> torch.Tensor:
-        """``read()[row]``, without reading or dequantising the other rows."""
+        """Returns ``read()[row]`` without reading or dequantising the other rows."""
 
 
 class PlainTensor:
-    """A tensor as it is in a safetensors file; ``handle`` is the open file."""
+    """A plain tensor of a safetensors file; ``handle`` is the open file."""
 
     def __init__(self, file: Path, handle: Any, name: str) -> None:
         self.file = file
@@ -59,7 +59,7 @@ class PlainTensor:
         self.dtype = str(header.get_dtype())
 
     def read(self) -> torch.Tensor:
-        """A view of the mapped file where possible."""
+        """Returns a view of the mapped file where possible."""
         tensor: torch.Tensor = self._handle.get_tensor(self._name)
         return tensor
 
@@ -79,7 +79,7 @@ class Fp8Tensor:
         self.single = len(scales.shape) < 2 and scales.shape in ((), (1,))
 
     def expected_scales(self) -> tuple[int, ...]:
-        """The shape that scales by blocks must have."""
+        """Returns the shape that scales by blocks must have."""
         *outer, n, k = self.shape
         return (*outer, -(-n // self._block[0]), -(-k // self._block[1]))
 
@@ -112,7 +112,7 @@ class Mxfp4Tensor:
 
 
 class ConvertedTensor:
-    """What transformers' own conversion makes of other tensors: read as a whole, at once."""
+    """The result of transformers' own conversion of other tensors, always read whole."""
 
     def __init__(
         self, file: Path, dtype: str, shape: Sequence[int], convert: Callable[[], torch.Tensor]
@@ -130,8 +130,8 @@ class ConvertedTensor:
 def dequantize_fp8(
     codes: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]
 ) -> torch.Tensor:
-    """Codes [..., n, k] in float8_e4m3fn times their scales, in float32. Scales are floats, or
-    powers of two as bytes (E8M0: 2^(byte - 127)); the last blocks may be cut off by the matrix."""
+    """Returns codes [..., n, k] in float8_e4m3fn times their scales, in float32. Scales are floats,
+    or powers of two as bytes (E8M0: 2^(byte - 127)). The matrix may end inside the last blocks."""
     if scales.dtype == torch.uint8:
         scales = torch.exp2(scales.to(torch.float32) - 127)
     scales = scales.to(torch.float32)
@@ -144,8 +144,9 @@ def dequantize_fp8(
 
 
 def dequantize_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Blocks [..., groups, 16] and scales [..., groups], both uint8 → [..., 32 · groups] float32,
-    exact. A byte holds two values, the first in its low half; a scale is 2^(byte - 127)."""
+    """Returns blocks [..., groups, 16] times scales [..., groups], both uint8, as
+    [..., 32 · groups] in float32, exact. A byte holds two values, the first in its low half; a
+    scale is 2^(byte - 127)."""
     table = torch.tensor([*_FP4, *(-value for value in _FP4)], dtype=torch.float32)
     codes = torch.stack([blocks & 0x0F, blocks >> 4], dim=-1).flatten(-2)
     values = table[codes.to(torch.int32)]
@@ -153,10 +154,10 @@ def dequantize_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor
 
 
 def decoded(stored: dict[str, StoredTensor], block: tuple[int, int]) -> dict[str, StoredTensor]:
-    """The logical tensors: each quantised one together with its scales, under one name.
+    """Returns the logical tensors: each quantised one together with its scales, under one name.
 
-    Raises ``CheckpointError`` for scales of another shape or dtype than their tensor wants, and for
-    MXFP4 blocks without scales. FP8 without scales is left as it is.
+    Raises ``CheckpointError`` for scales whose shape or dtype does not fit their tensor, and for
+    MXFP4 blocks without scales. FP8 without scales stays unchanged.
     """
     result = dict(stored)
     for name, tensor in stored.items():
@@ -171,13 +172,13 @@ def decoded(stored: dict[str, StoredTensor], block: tuple[int, int]) -> dict[str
 
 
 def is_dequantized(tensor: StoredTensor) -> bool:
-    """Whether reading dequantises."""
+    """Returns whether reading dequantises."""
     return isinstance(tensor, (Fp8Tensor, Mxfp4Tensor))
 
 
 def _fp8_scales(name: str, stored: dict[str, StoredTensor]) -> str | None:
-    """Where an FP8 tensor's scales are: DeepSeek-V3 and most others, stacked ones, DeepSeek-V4,
-    Mistral."""
+    """Returns the name of an FP8 tensor's scales. In order: DeepSeek-V3's and most others', stacked
+    ones', DeepSeek-V4's, Mistral's."""
     stem = name.removesuffix("weight")
     candidates = [f"{name}_scale_inv", f"{name}_scale"]
     candidates += [f"{stem}scale", f"{stem}qscale_weight"] if stem != name else []
@@ -208,7 +209,7 @@ def _mxfp4(
 ) -> Mxfp4Tensor:
     scales = stored.get(scales_name)
     if scales is None:
-        raise CheckpointError(f"{blocks.file}: {name} has no {scales_name} beside it.")
+        raise CheckpointError(f"{blocks.file}: {name} has no {scales_name}.")
     fits = len(blocks.shape) == 4 and blocks.shape[3] == _MXFP4_BLOCK // 2
     if not fits or scales.shape != blocks.shape[:3] or scales.dtype != "U8":
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""generation_config.json of a model folder, checked before transformers reads it."""
+"""Checks a model folder's generation_config.json before transformers reads it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _GenerationConfig(JsonObject):
 
 
 def check_generation_config(folder: Path) -> None:
-    """``CheckpointError`` naming file and key if the file is there and cannot be used."""
+    """Raises ``CheckpointError`` with file and key if the file exists and cannot be used."""
     file = folder / _NAME
     if not file.exists() and not file.is_symlink():
         return

@@ -1,9 +1,9 @@
-"""Expert weights that kt_kernel 0.7.2 has packed: ``.kt`` trees and converted safetensors folders.
+"""Reads expert weights packed by kt_kernel 0.7.2: ``.kt`` trees and converted safetensors folders.
 
-Codes and scales are used as they are; only tiles find their places in the engine's memory. A file
-set for several NUMA nodes holds, per node, that many rows of gate and up, and columns of down with
-scales of their own. The engine keeps down in as many slices, whatever the machine's nodes are, so
-that the numbers are those of the files.
+Codes and scales are used unchanged; only tiles move to their places in the engine's memory. A file
+set for n NUMA nodes has n parts: each holds 1/n of the rows of gate and up, and 1/n of the columns
+of down with separate scales. The engine keeps down in n slices, on any machine, so that results
+match the files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Projection = Literal["gate", "up", "down"]
 PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
-# (codes uint8 [bytes], scales float32 [rows]) of every part.
+# (codes uint8 [bytes], scales float32 [rows]) of each part.
 Shards = list[tuple[Any, Any]]
 
 # Bits of a code, by weight format.
@@ -36,7 +36,7 @@ _TENSOR = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.(\d+)\.numa\.(\d+)\.
 
 
 class LayerShape(Protocol):
-    """What is used of an experts module's description."""
+    """The used fields of an experts module's description."""
 
     @property
     def path(self) -> str: ...
@@ -68,11 +68,11 @@ class _Array:
 
 
 class KtWeights:
-    """The files of one folder, all sizes checked; ``parts`` is for how many NUMA nodes they are."""
+    """The files of one folder, with all sizes checked; ``parts``: their number of NUMA nodes."""
 
     def __init__(self, folder: Path, specs: Sequence[LayerShape], weight_format: str) -> None:
-        """Raises ``CheckpointError`` naming file and size: files that are absent, of another
-        format than ``weight_format``, or do not fit ``specs``."""
+        """Raises ``CheckpointError`` with file and size if files are absent, not in
+        ``weight_format``, or do not fit ``specs``."""
         self._folder = folder
         self._arrays = _find(folder)
         self.parts = 1 + max(key.part for key in self._arrays)
@@ -87,12 +87,12 @@ class KtWeights:
 
     @property
     def files(self) -> list[Path]:
-        """The files whose pages may be given back, without symbolic links."""
+        """The files whose pages may be released, with symbolic links resolved."""
         found = {array.file for array in self._arrays.values()}
         return sorted(path.resolve() for path in found) if len(found) < len(self._arrays) else []
 
     def read(self, spec: LayerShape, expert: int) -> tuple[Shards, Shards, Shards]:
-        """gate, up and down of one expert, part after part."""
+        """Returns gate, up and down of one expert, each as a list of parts."""
         gate, up, down = (
             [
                 (self._array(spec, part, p, expert, "codes").read(),
@@ -111,7 +111,7 @@ class KtWeights:
             raise CheckpointError(
                 f"kt_weight_path {self._folder}: no {kind} of layer {spec.layer}, part {part}, "
                 f"{projection} of expert {expert}; expected all of {spec.num_experts} experts in "
-                f"{self.parts} parts. The files are incomplete or of another model."
+                f"{self.parts} parts. The files are incomplete, or belong to another model."
             )
         return array
 
@@ -177,7 +177,7 @@ def _tree(folder: Path) -> Iterable[tuple[_Key, _Array]]:
 
 def _file_reader(path: Path, *, codes: bool) -> Callable[[], Any]:
     dtype = np.uint8 if codes else np.float32
-    # Copy on write, since a read-only array cannot be handed over; nobody writes.
+    # Copy on write, since the engine does not take a read-only array; nobody writes.
     return lambda: np.memmap(path, dtype, mode="c")
 
 

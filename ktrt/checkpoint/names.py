@@ -1,5 +1,5 @@
-"""Which parameter a tensor on disk becomes, asked of transformers' own conversion mapping, forward
-from each name, so that no model family is listed here."""
+"""Maps tensors on disk to parameters by transformers' own conversion mapping, applied forward to
+each name; needs no list of model families."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WeightTarget:
-    """What one tensor on disk becomes: all of parameter ``name``, or one expert's slice of it.
+    """The parameter that a tensor on disk is loaded into, or one expert's slice of it.
 
     With ``expert``, the tensor is piece ``piece`` of ``pieces`` along the output rows of that
     expert (gate_up_proj from gate and up: two pieces). ``changed``: the library also changes the
-    numbers' order (transposes, splits, …), so that the tensor is not the parameter as it stands.
+    numbers' order (transposes, splits, …).
     """
 
     name: str
@@ -32,7 +32,7 @@ class WeightTarget:
 class WeightNames:
     """transformers' renamings and conversions for one model, applied forward to single names.
 
-    ``model`` is the plain model on the meta device, experts not replaced.
+    ``model`` is the plain model on the meta device, with transformers' experts.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -48,8 +48,8 @@ class WeightNames:
         self._targets: dict[str, WeightTarget] = {}
 
     def target(self, name: str) -> WeightTarget:
-        """The parameter that a tensor of this name is loaded into; for a name that belongs nowhere
-        the renamed name."""
+        """Returns the parameter that a tensor of this name is loaded into; the renamed name if
+        there is no such parameter."""
         if name not in self._targets:
             self._targets[name] = self._find_target(name)
         return self._targets[name]
@@ -78,8 +78,8 @@ class WeightNames:
         )
 
     def conversion(self, name: str) -> tuple[Any, str, tuple[str, ...]]:
-        """For a name whose target is ``changed``: transformers' converter, the pattern of it that
-        the name matches, and all parameters that it makes."""
+        """Returns, for a name whose target is ``changed``: transformers' converter, its pattern
+        that matches the name, and all of its target parameters."""
         from transformers.core_model_loading import rename_source_key
 
         renamed, pattern = rename_source_key(
@@ -95,7 +95,7 @@ class WeightNames:
 
 
 def _stacks_experts(converter: Any) -> bool:
-    """Whether the conversion only stacks experts [E, …] and joins their rows, in source order."""
+    """Returns whether the conversion only stacks experts [E, …] and joins their rows in order."""
     from transformers.core_model_loading import Concatenate, MergeModulelist
 
     operations = list(converter.operations)

@@ -1,5 +1,5 @@
-"""The plain model of a folder on the meta device: which class of transformers it is, and whether
-ktrt can chat with it."""
+"""Builds the plain model of a folder on the meta device: finds transformers' class for it and
+refuses classes that ktrt cannot chat with."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What huggingface_hub says of a file that auto_map names, with an address that nobody can open.
+# huggingface_hub's message for a missing file of auto_map; its address cannot be opened.
 _LACKS_FILE = re.compile(r"does not appear to have a file named ([\w./-]+\.py)")
 
 
 @dataclass(frozen=True)
 class Skeleton:
-    """``model``: transformers' own class on the meta device, experts not replaced. ``trust``: the
-    folder's own code may run. ``config``: what config.json says."""
+    """``model``: transformers' own class on the meta device, with its experts. ``trust``: the
+    folder's code may run. ``config``: the content of config.json."""
 
     model: nn.Module
     trust: bool
@@ -49,8 +49,8 @@ def build_skeleton(
     config: ModelConfig | None = None,
     deepest: int | None = None,
 ) -> Skeleton:
-    """``config``: of the folder, if it has been read. ``deepest``: the number of the last layer
-    that its tensors name.
+    """Builds the folder's model. ``config``: the folder's, if already read. ``deepest``: the
+    largest layer number in its tensors' names.
 
     Raises ``CheckpointError`` for a folder that is no model, a config that transformers refuses,
     and a model type without a class that continues text.
@@ -72,7 +72,7 @@ def build_skeleton(
             model = auto_class.from_config(built, trust_remote_code=trust)
     except KtrtError:
         raise
-    # Config and modelling classes of 200 families meet values here that nobody has checked.
+    # Config and model classes of 200 families get unchecked values here.
     except Exception as error:
         raise CheckpointError(_cannot_build(config, built, error)) from error
     _check_continues_text(config, model)
@@ -85,7 +85,7 @@ def _library_config(config: ModelConfig, trust: bool) -> Any:
     folder = config.file.parent
     if trust:
         return AutoConfig.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
-    # The config class changes what it is given.
+    # The config class changes its argument.
     values = copy.deepcopy(config.values)
     return CONFIG_MAPPING[config.model_type].from_dict(values, name_or_path=str(folder))
 
@@ -96,18 +96,18 @@ def _unknown(config: ModelConfig) -> str:
     does = "update transformers, or use a model that it has a class for"
     if config.own_code:
         does = (
-            "the folder brings code of its own (auto_map), which trust_remote_code: true runs; "
-            "ktrt can chat with it only if that code runs its experts through transformers' "
-            f"experts interface. Else {does}"
+            "the folder brings Python code (auto_map), which trust_remote_code: true runs; ktrt "
+            "can chat with it only if that code runs its experts through transformers' experts "
+            f"interface. Otherwise {does}"
         )
     return (
-        f"{config.file}: transformers {__version__} has no class for {config.describe()}, so that "
-        f"ktrt cannot run this model: {does}."
+        f"{config.file}: transformers {__version__} has no class for {config.describe()}, so ktrt "
+        f"cannot run this model: {does}."
     )
 
 
 def _cannot_build(config: ModelConfig, built: Any, error: Exception) -> str:
-    """The library's message as it is, and the keys that may be the cause."""
+    """Returns the library's message, and the keys that may be the cause."""
     text = str(error).strip() or "no message"
     if missing := _LACKS_FILE.search(text):
         return (
@@ -122,7 +122,7 @@ def _cannot_build(config: ModelConfig, built: Any, error: Exception) -> str:
 
 
 def _suspects(config: ModelConfig) -> list[str]:
-    """Keys whose value is of another type than the config class's default."""
+    """Lists keys whose value has another type than the config class's default."""
     from transformers import CONFIG_MAPPING
 
     if not config.known:
@@ -132,16 +132,16 @@ def _suspects(config: ModelConfig) -> list[str]:
     except Exception:  # noqa: BLE001 (some config classes cannot be built without arguments)
         return []
     found = []
-    for part, usual in [(config.values, defaults)] + [
+    for values, usual in [(config.values, defaults)] + [
         (value, defaults[key])
         for key, value in config.values.items()
         if isinstance(value, dict) and isinstance(defaults.get(key), dict)
     ]:
-        for key, value in part.items():
+        for key, value in values.items():
             default = usual.get(key)
             if default is not None and not _alike(value, default):
                 found.append((value is None, f"{key} is {shown(value)}, usually {shown(default)}"))
-    # null often means that a part is left out: the others first.
+    # null often means that a component is left out: the others come first.
     return [text for _, text in sorted(found, key=lambda each: each[0])][:3]
 
 
@@ -158,7 +158,7 @@ def _auto_class(config: ModelConfig, built: Any, trust: bool) -> Any:
     import transformers
 
     for name in AUTO_CLASSES:
-        # MultimodalLM is younger than the oldest transformers that ktrt works with.
+        # The oldest supported transformers lacks MultimodalLM.
         auto_class: Any = getattr(transformers, f"AutoModelFor{name}", None)
         if auto_class is None or not (trust or type(built) in auto_class._model_mapping):
             continue
@@ -166,28 +166,28 @@ def _auto_class(config: ModelConfig, built: Any, trust: bool) -> Any:
             return auto_class
     raise CheckpointError(
         f"{config.file}: transformers {transformers.__version__} has no class that generates text "
-        f"for {config.describe()}; ktrt cannot run this model with it. Update transformers, or use "
-        "a model that it has a class for."
+        f"for {config.describe()}; ktrt cannot run this model. Update transformers, or use a model "
+        "that it has a class for."
     )
 
 
 def _takes_whole_folder(config: ModelConfig, built: Any, model_class: Any) -> bool:
-    """Whether the class knows all tensors of a folder with this config: not so one for the text of
-    a multimodal model that does not say which names belong to the rest."""
+    """Returns whether the class knows all tensors of a folder with this config. A text class of a
+    multimodal model may not say which names to ignore."""
     if built.get_text_config() is built or is_class(model_class.__name__, config.architectures):
         return True
     ignored = getattr(model_class, "_keys_to_ignore_on_load_unexpected", None) or []
-    # The class for the whole takes the whole's config, the class for the text that of the text.
+    # The class of the whole model takes the whole config, the text class the text config.
     whole = getattr(model_class, "config_class", None) is type(built)
     return whole or any("vis" in pattern for pattern in ignored)
 
 
 def _check_continues_text(config: ModelConfig, model: nn.Module) -> None:
-    """Some registered classes are several models in one, or do not write from left to right."""
+    """Refuses registered classes that hold several models, or do not write from left to right."""
     arguments = inspect.signature(type(model).forward).parameters
     reason = ""
     if type(model).forward is nn.Module.forward:
-        reason = "is several models in one and has no forward of its own"
+        reason = "is several models in one and has no forward"
     elif "decoder_input_ids" in arguments:
         reason = "takes decoder_input_ids: it does not continue its input token by token"
     if reason:

@@ -1,1 +1,1 @@
-"""Base and adapter as one checkpoint: ``python -m ktrt.export``."""
+"""Writes base and adapter as one checkpoint: ``python -m ktrt.export``."""

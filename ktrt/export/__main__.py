@@ -1,5 +1,5 @@
-"""``python -m ktrt.export config.yaml --out DIR``: base and adapter as one model, or the adapter in
-another layout."""
+"""``python -m ktrt.export config.yaml --out DIR``: writes base and adapter as one model, or the
+adapter in another layout."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ktrt.config import Config
     from ktrt.loading.plan import BaseCheckpoint
 
-# Known before torch is imported, as the arguments are understood first.
+# Defined here since arguments are parsed before torch is imported.
 LAYOUTS = ("a", "b", "c", "f")
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -56,7 +56,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--adapter-layout",
         choices=LAYOUTS,
         help="write the adapter alone: a: PEFT, each expert; b: PEFT target_parameters; "
-        "c: KTransformers fused; f: as a, names as in the model (sglang)",
+        "c: KTransformers fused; f: like a, with the model's names (sglang)",
     )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     parser.add_argument("-q", "--quiet", action="store_true", help="show warnings only")
@@ -71,9 +71,9 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def export(config: Config, args: argparse.Namespace) -> dict[str, object]:
-    """Does what the command line says and returns what was written, for JSON.
+    """Runs the export; returns its summary, for JSON.
 
-    ``ConfigError``, ``CheckpointError`` and ``AdapterError`` say what cannot be.
+    Raises ``ConfigError``, ``CheckpointError`` and ``AdapterError``.
     """
     from ktrt.adapter.write.adapter import write_adapter
     from ktrt.export.checkpoint import merge_checkpoint
@@ -97,8 +97,8 @@ def export(config: Config, args: argparse.Namespace) -> dict[str, object]:
 
 
 def _words(config: Config, base: BaseCheckpoint, plan: AdapterPlan | None) -> Path | None:
-    """The adapter's folder if its tokenizer or chat template differs from the base's, checked.
-    ``ConfigError`` for tokens that are in no tokenizer file."""
+    """Checks the tokenizers; returns the adapter's folder if its tokenizer or chat template differs
+    from the base's. Raises ``ConfigError`` for tokens that are in no tokenizer file."""
     from ktrt.adapter import words_of
     from ktrt.prompt.tokenizer.files import TokenizerFiles
     from ktrt.prompt.tokenizer.words import load_words
@@ -114,8 +114,8 @@ def _words(config: Config, base: BaseCheckpoint, plan: AdapterPlan | None) -> Pa
     if missing := sorted(set(configured) - set(words.tokenizer.get_vocab())):
         raise ConfigError(
             f"add_tokens, add_special_tokens: {', '.join(missing[:5])} are not in the tokenizer "
-            "files of model or adapter, which are what export writes. Put the tokenizer of the "
-            "training into the adapter's folder (LLaMA-Factory saves it there)."
+            "files of model or adapter, which export copies. Put the tokenizer of the training "
+            "into the adapter's folder (LLaMA-Factory saves it there)."
         )
     return words.changed
 
@@ -124,8 +124,8 @@ def _in_words(summary: dict[str, object]) -> str:
     out = summary["out"]
     if "layout" in summary:
         return (
-            f"{out}: the adapter in layout {summary['layout']}, {summary['tensors']} tensors made "
-            f"of {summary['source_tensors']}"
+            f"{out}: the adapter in layout {summary['layout']}, {summary['tensors']} tensors from "
+            f"{summary['source_tensors']}"
         )
     text = (
         f"{out}: {summary['tensors']} tensors in {summary['files']} files, "

@@ -1,7 +1,7 @@
-"""What an adapter changes, by parameter of the model, in float32.
+"""The changes of an adapter, by parameter of the model, in float32.
 
-``Changes`` counts what was taken from it, so that ``check_complete`` can prove that no tensor of
-the adapter was left out or added twice.
+``Changes`` counts every use of an adapter's tensor, so that ``check_complete`` can prove that none
+was left out or added twice.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from ktrt.adapter.internal import ExpertLora
     from ktrt.experts import ExpertsSpec
 
-# What is merged of an expert's LoRA; a field beyond these must not be lost in silence.
+# The fields of an expert's LoRA that are merged; further ones must not be lost in silence.
 _MERGED_FIELDS = {"a", "b", "scaling"}
 _ALL_EXPERTS = -1
 
 
 class Changes:
-    """The changes of one adapter; none without one.
+    """The changes of one adapter; empty without an adapter.
 
-    Raises ``AdapterError`` naming module and reason for what no weight can express.
+    Raises ``AdapterError`` with module and reason for changes that no weight can express.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Changes:
         self._twins = _tied_parameters(model)
         # module → part → tensor, of LoRA and of weights saved whole
         self._modules: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-        # parameter → what replaces it in the base, and under which (module, part) of the file
+        # parameter → its replacement in the base; parameter → (module, part) in the file
         self._base: dict[str, torch.Tensor] = {}
         self._owners: dict[str, list[tuple[str, str]]] = defaultdict(list)
         # parameter → new rows of single tokens
@@ -62,14 +62,14 @@ class Changes:
                     self._modules[module][tensor.part] = tensor.value
         for module, tensors in side.base.items():
             for tensor in tensors:
-                # Tied parameters are one: what replaces one of them replaces all.
+                # Tied parameters are one: a replacement of one replaces all.
                 for name in self.twins(f"{module}.{tensor.part}"):
                     earlier = self._base.setdefault(name, tensor.value)
                     self._owners[name].append((module, tensor.part))
                     if not torch.equal(earlier, tensor.value):
                         raise AdapterError(
-                            f"{side.file}: {tensor.key} replaces {name}; so does another tensor, "
-                            "with other values, since the base model ties the two."
+                            f"{side.file}: {tensor.key} replaces {name}, which the base model ties "
+                            "to another parameter that the adapter replaces by other values."
                         )
 
         for module, rows in side.rows.items():
@@ -82,8 +82,8 @@ class Changes:
         side = plan.side
         if extra := getattr(plan, "extra", None):
             raise AdapterError(
-                f"{side.file}: {next(iter(extra))} gets whole further experts "
-                "(kt_use_lora_experts) beside its own; no weight of the base can take them."
+                f"{side.file}: {next(iter(extra))} gets additional experts (kt_use_lora_experts), "
+                "which no weight of the base can express."
             )
         for path, loras in self._experts.items():
             for lora in loras.values():
@@ -102,32 +102,35 @@ class Changes:
                 continue
             if getattr(model.get_submodule(module), "bias", None) is None:
                 raise AdapterError(
-                    f"{side.file}: {module} has a LoRA bias (lora_bias), but the base model has no "
-                    "bias there that it could be added to: it cannot be merged."
+                    f"{side.file}: {module} has a LoRA bias (lora_bias), but no bias in the base "
+                    "model to add it to: it cannot be merged."
                 )
             if "lora_magnitude_vector" in parts:
                 raise AdapterError(
-                    f"{side.file}: {module} has a LoRA bias beside DoRA, which is not merged."
+                    f"{side.file}: {module} has both a LoRA bias and DoRA; merging them is not "
+                    "supported."
                 )
 
     def twins(self, parameter: str) -> list[str]:
-        """The names of the parameters that the model ties to this one, itself included."""
+        """Returns the names of the parameters tied to this one, including it."""
         return self._twins.get(parameter, [parameter])
 
     def unties(self, parameter: str) -> bool:
-        """Whether a change concerns one of several tied parameters alone, so that they part."""
+        """Returns whether a change affects only one of several tied parameters, which unties
+        them."""
         names = self.twins(parameter)
         same_rows = len({id(self._rows.get(name)) for name in names}) == 1
         return len(names) > 1 and (not same_rows or any(map(self._own_parts, names)))
 
     def shape(self, parameter: str, before: tuple[int, ...]) -> tuple[int, ...]:
-        """The parameter's shape, ``before`` without the adapter: a vocabulary may be resized."""
+        """Returns the parameter's new shape (``before``: the base's): a vocabulary may be
+        resized."""
         module, _, leaf = parameter.rpartition(".")
         whole = self._modules.get(module, {}).get(leaf, self._base.get(parameter))
         return before if whole is None else tuple(whole.shape)
 
     def _own_parts(self, parameter: str) -> list[str]:
-        """The parts that change this parameter, and none that is tied to it."""
+        """Returns the parts that change this parameter but none of its twins."""
         module, _, leaf = parameter.rpartition(".")
         parts = self._modules.get(module, {})
         if leaf in parts:
@@ -139,16 +142,16 @@ class Changes:
         return []
 
     def vocabulary(self) -> tuple[int, int] | None:
-        """Rows of the tables of words (embeddings, output layer): the base's, and those with the
-        adapter; None if these are the same. ``AdapterError`` if only one of two gets others, which
-        no config.json can say."""
+        """Returns the rows of the word tables (embeddings, output layer) without and with the
+        adapter; None if they are equal. Raises ``AdapterError`` if only one of the two tables is
+        resized, which no config.json can express."""
         sizes = {name: (size, self.shape(f"{name}.weight", size)) for name, size in self._tables()}
         after = {shape[0] for _, shape in sizes.values()}
         if len(after) > 1:
             found = ", ".join(f"{name} has {shape[0]}" for name, (_, shape) in sizes.items())
             raise AdapterError(
-                "the adapter resizes one table of words alone, which config.json cannot say: "
-                f"{found} rows. Use the adapter as it is, without exporting."
+                "the adapter resizes only one of the word tables, which config.json cannot "
+                f"express: {found} rows. Use the adapter without exporting."
             )
         before = {size[0] for size, _ in sizes.values()}
         return None if after == before else (before.pop(), after.pop())
@@ -158,7 +161,7 @@ class Changes:
             yield name, tuple(self._model.get_submodule(name).get_parameter("weight").shape)
 
     def touches(self, parameter: str) -> bool:
-        """Whether anything changes this parameter of the model."""
+        """Returns whether the adapter changes this parameter of the model."""
         path, _, leaf = parameter.rpartition(".")
         if path in self._specs and (projections := _projections(self._specs[path], leaf)):
             return any(projection in self._experts.get(path, {}) for projection in projections)
@@ -168,8 +171,8 @@ class Changes:
     def expert_delta(
         self, path: str, leaf: str, expert: int, piece: int = 0, pieces: int = 1
     ) -> torch.Tensor | None:
-        """ΔW of one expert, float32 [rows, in]: all rows of parameter ``leaf`` in its order, or
-        piece ``piece`` of ``pieces`` (gate, up). None if it has no LoRA."""
+        """Returns ΔW of one expert, float32 [rows, in]: all rows of parameter ``leaf`` in its
+        order, or piece ``piece`` of ``pieces`` (gate, up). None without LoRA."""
         spec = self._specs[path]
         projections = _projections(spec, leaf)
         if pieces > 1:
@@ -189,8 +192,8 @@ class Changes:
         return torch.cat(halves)
 
     def apply(self, parameter: str, weight: torch.Tensor) -> torch.Tensor:
-        """A parameter outside the routed experts, in the model's orientation, with its changes;
-        float32."""
+        """Returns a parameter outside the routed experts, in the model's orientation, with its
+        changes; float32."""
         module, _, leaf = parameter.rpartition(".")
         value = self._base.get(parameter, weight).float()
         self._used.update((*owner, _ALL_EXPERTS) for owner in self._owners.get(parameter, ()))
@@ -210,8 +213,8 @@ class Changes:
         return _with_lora(value, parts, scaling)
 
     def check_complete(self) -> int:
-        """The number of the adapter's tensors, all of them used, also by the plan's audit.
-        ``AdapterError`` naming the first that was not used exactly once."""
+        """Checks that each tensor of the adapter was used exactly once, by the plan's audit too;
+        returns their number. Raises ``AdapterError`` with the first one that was not."""
         if self._plan is None:
             return 0
         side, audit = self._plan.side, self._plan.audit
@@ -232,7 +235,8 @@ class Changes:
                 whose = f"{module}, {part}" + (f" of expert {expert}" if expert >= 0 else "")
                 raise AdapterError(
                     f"{side.file}: {whose} was merged into {count} tensors of the checkpoint, "
-                    "expected one: the base model keeps this weight in a form that cannot take it."
+                    "expected one: the base model keeps this weight in a form that does not allow "
+                    "merging."
                 )
         for path in self._experts:
             self._plan.mark_experts(path)
@@ -242,7 +246,7 @@ class Changes:
 
 
 def _tied_parameters(model: nn.Module) -> dict[str, list[str]]:
-    """Name → all names, of parameters that have several."""
+    """Returns name → all names, for parameters with several names."""
     names: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
@@ -250,7 +254,7 @@ def _tied_parameters(model: nn.Module) -> dict[str, list[str]]:
 
 
 def _projections(spec: ExpertsSpec, leaf: str) -> tuple[Projection, ...]:
-    """What a parameter of an experts module holds, in order; nothing for its biases."""
+    """Returns the projections of an experts module's parameter, in order; empty for biases."""
     if leaf == "down_proj":
         return ("down",)
     if leaf != spec.first_parameter:
@@ -265,7 +269,7 @@ def _expert_delta(lora: ExpertLora, expert: int) -> torch.Tensor:
 def _with_lora(
     weight: torch.Tensor, parts: dict[str, torch.Tensor], scaling: float
 ) -> torch.Tensor:
-    """PEFT's formulas. DoRA: every row of W + ΔW gets the length that was learnt for it."""
+    """Applies PEFT's formulas. DoRA: every row of W + ΔW gets its learnt length."""
     if "lora_embedding_A" in parts:
         return weight + scaling * (parts["lora_embedding_B"] @ parts["lora_embedding_A"]).T
     merged = weight + scaling * (parts["lora_B"] @ parts["lora_A"])

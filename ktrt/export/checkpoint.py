@@ -1,4 +1,4 @@
-"""Writes base and adapter as one Hugging Face checkpoint, by the names the source has on disk."""
+"""Writes base and adapter as one Hugging Face checkpoint, with the source's tensor names."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 DtypeName = Literal["float32", "float16", "bfloat16"]
 DTYPES: dict[DtypeName, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-# The pages of the files that are read count as this process's memory until they are given back.
+# Pages of files that were read count as this process's memory until they are released.
 _RELEASE_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What was written: ``tensors`` in ``files``, ``bytes`` of them in all, ``merged`` of them
-    changed by the adapter's ``adapter_tensors``."""
+    """Counts of an export: ``tensors`` in ``files`` with ``bytes``, ``merged`` of them changed by
+    the adapter's ``adapter_tensors``."""
 
     out: str
     format: str
@@ -52,10 +52,10 @@ class Summary:
 
 
 class Merge:
-    """One model folder and what an adapter changes in it, planned; nothing is read or written.
+    """Plans the merge of an adapter into a model folder; reads and writes no weights yet.
 
-    ``dtype``: of the merged weights instead of the source's. ``without_experts``: the routed
-    experts are left out.
+    ``dtype``: replaces the source's. ``without_experts``: leaves out the routed experts. ``words``:
+    a folder whose tokenizer files replace the source's.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Merge:
         words: Path | None = None,
     ) -> None:
         specs, self.source = base.experts.specs, base.experts.checkpoint.folder
-        # Not the one of ``base``, which also has the parameters that are made of several tensors.
+        # Opened again: the checkpoint of ``base`` also lists converted parameters.
         checkpoint = open_checkpoint(base.built.config)
         main = main_dtype(checkpoint)
         self.dtype = DTYPES[dtype] if dtype else main
@@ -86,12 +86,12 @@ class Merge:
 
     @property
     def tensor_bytes(self) -> int:
-        """Bytes of all tensors."""
+        """Returns the bytes of all tensors."""
         return sum(tensor.nbytes for tensors in self.files.values() for tensor in tensors)
 
     @property
     def side_bytes(self) -> int:
-        """Bytes of the other files."""
+        """Returns the bytes of the other files."""
         return sum((self.source / path).stat().st_size for path in side_files(self.source))
 
     def write(self, folder: Path, advance: Callable[[float], None]) -> None:
@@ -117,12 +117,12 @@ def merge_checkpoint(
     dtype: DtypeName | None = None,
     words: Path | None = None,
 ) -> Summary:
-    """Writes ``base`` with the adapter merged to the new folder ``out``, which appears when it is
-    complete. Sums are made in float32 and rounded once, to the dtype of the source or ``dtype``;
-    what the source quantises becomes BF16. ``words``: see ``Merge``.
+    """Writes ``base`` with the merged adapter to the new folder ``out``, which appears when it is
+    complete. Sums are computed in float32 and rounded once, to ``dtype`` or the source's dtype;
+    quantised tensors become BF16. ``words``: see ``Merge``.
 
     Raises ``AdapterError`` if a tensor of the adapter cannot be merged, ``ConfigError`` if ``out``
-    holds something or the disk is too small.
+    is not empty or the disk is too small.
     """
     start = time.perf_counter()
     check_target(out)
@@ -143,7 +143,7 @@ def summarise(
     used: int,
     start: float,
 ) -> Summary:
-    """Counts what was written; ``written``: the format, ``used``: tensors of the adapter."""
+    """Counts the written tensors; ``written``: the format, ``used``: tensors of the adapter."""
     tensors = [tensor for each in files.values() for tensor in each]
     return Summary(
         out=str(out),
@@ -159,7 +159,7 @@ def summarise(
 
 
 def releasing(advance: Callable[[float], None], files: Sequence[Path]) -> Callable[[float], None]:
-    """``advance`` that gives back the pages of ``files`` now and then."""
+    """Wraps ``advance`` to release the pages of ``files`` every 128 MiB."""
     pending = 0.0
 
     def advance_and_release(count: float) -> None:

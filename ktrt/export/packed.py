@@ -1,5 +1,5 @@
-"""Writes base and adapter for ``kt_weight_path``: routed experts packed in kt_kernel's format, the
-rest as a Hugging Face folder without them."""
+"""Writes base and adapter for ``kt_weight_path``: routed experts in kt_kernel's packed format,
+everything else as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from ktrt.loading.plan import BaseCheckpoint
 
 EXPERTS_FOLDER = "experts"
-# Bits of a code, and the multiple that the sizes must be of, by weight format.
+# Weight format → (bits of a code, divisor of the sizes).
 _FORMATS = {"int8": (8, 64), "int4": (4, 128)}
 
 
@@ -53,11 +53,12 @@ def merge_packed(
     experts: ExpertArgs,
     words: Path | None = None,
 ) -> Summary:
-    """Writes the new folder ``out``: the model without its routed experts, and in ``out/experts``
-    these, merged and packed as ``experts.kt_backend`` says, in one part. ``words``: see ``Merge``.
+    """Writes the new folder ``out``: the model without its routed experts; ``out/experts``: the
+    experts, merged and packed for ``experts.kt_backend`` and one NUMA node. ``words``: see
+    ``Merge``.
 
-    ``ConfigError``: kt_kernel has no files of this format or these experts, or as for
-    ``merge_checkpoint``; ``AdapterError``.
+    Raises ``ConfigError`` if kt_kernel has no files of this format or these experts; otherwise
+    raises the same errors as ``merge_checkpoint``.
     """
     start = time.perf_counter()
     check_target(out)
@@ -86,8 +87,8 @@ def _check_format(experts: ExpertArgs, base: BaseCheckpoint) -> str:
     weight_format = weight_format_of(experts.kt_backend)
     if experts.kt_weight_path is not None:
         raise ConfigError(
-            "--format kt: kt_weight_path is set; these experts are packed without the adapter. "
-            "Remove the key, so that they are packed anew from model_name_or_path."
+            "--format kt: kt_weight_path is set; its experts are packed without the adapter. "
+            "Remove the key to pack them again from model_name_or_path."
         )
     if weight_format not in _FORMATS:
         raise ConfigError(
@@ -100,7 +101,7 @@ def _check_format(experts: ExpertArgs, base: BaseCheckpoint) -> str:
         if not spec.has_gate or spec.has_bias or any(size % multiple for size in sizes):
             raise ConfigError(
                 f"--format kt: {spec.path} (hidden_size {sizes[0]}, intermediate_size {sizes[1]}, "
-                f"gate: {spec.has_gate}, biases: {spec.has_bias}) has no form in kt_kernel's "
+                f"gate: {spec.has_gate}, biases: {spec.has_bias}) does not fit kt_kernel's "
                 f"{weight_format.upper()} files, which hold gate, up and down in multiples of "
                 f"{multiple}, without biases; use --format hf"
             )
@@ -114,7 +115,7 @@ def _check_format(experts: ExpertArgs, base: BaseCheckpoint) -> str:
 
 
 class _Packer:
-    """Merges and packs expert by expert, holding one layer at a time; a file for each layer."""
+    """Merges and packs expert by expert; holds one layer at a time, writes one file per layer."""
 
     def __init__(
         self,
@@ -130,7 +131,7 @@ class _Packer:
         self._layers: dict[str, MoeLayer] = {}
 
     def files(self) -> dict[str, list[OutputTensor]]:
-        """The tensors to write, by file."""
+        """Returns the tensors to write, by file."""
         specs = self._base.experts.specs
         return {
             f"model-{i + 1:05}-of-{len(specs):05}.safetensors": list(self._tensors(spec))
@@ -175,7 +176,7 @@ class _Packer:
 
     def _pack(self, spec: ExpertsSpec) -> MoeLayer:
         layer = new_layer(self._engine, spec, self._backend)
-        # What has been read counts as this process's memory until it is given back.
+        # Pages that were read count as this process's memory until they are released.
         release = releasing(lambda _count: None, self._base.experts.files())
         weights, first = self._base.experts.weights[spec.path], spec.first_parameter
         for expert in range(spec.num_experts):

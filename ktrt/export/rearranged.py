@@ -1,8 +1,8 @@
-"""Merges into tensors that transformers rearranges while loading: stacks with the last dimensions
-swapped, several modules in one, …
+"""Merges into tensors that transformers rearranges while loading: stacks with swapped last
+dimensions, several modules in one tensor, …
 
-Where each number of the parameters comes from is found by rearranging the numbers' positions with
-transformers' own conversion, so that no conversion has to be known, nor reversed.
+transformers' own conversion is applied to the numbers' positions, which tells the origin of each
+number of a parameter. So no conversion has to be known or reversed.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 class RearrangedTensors:
-    """The tensors that one conversion turns into ``parameters``; ``dtypes``: what each, by name, is
-    to be written in. They are in memory from the first ``take`` to the last."""
+    """The sources of one conversion to ``parameters``; ``dtypes``: source name → dtype to write.
+    They are in memory from the first ``take`` to the last."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class RearrangedTensors:
         self._merged: dict[str, torch.Tensor] | None = None
 
     def take(self, name: str) -> torch.Tensor:
-        """The merged tensor, rounded once; each can be taken once."""
+        """Returns the merged tensor, rounded once; each can be taken once."""
         if self._merged is None:
             self._merged = self._merge()
         return rounded(name, self._merged.pop(name), self._dtypes[name])
@@ -51,7 +51,7 @@ class RearrangedTensors:
     def _merge(self) -> dict[str, torch.Tensor]:
         shapes = {name: self._checkpoint.shape(name) for name in self._dtypes}
         sizes = [prod(shape) for shape in shapes.values()]
-        # In the dtype of the file where that is the one to be written, to save memory.
+        # In the file's dtype if it is also the dtype to write, to save memory.
         same = {self._checkpoint.dtype(name) for name in shapes} | set(self._dtypes.values())
         values = [self._checkpoint.read(name).reshape(-1) for name in shapes]
         numbers = torch.cat(values if len(same) == 1 else [value.float() for value in values])
@@ -60,20 +60,20 @@ class RearrangedTensors:
             if self._changes.touches(parameter):
                 self._add(parameter, positions, numbers)
         return {
-            name: piece.view(shape)
-            for (name, shape), piece in zip(shapes.items(), numbers.split(sizes), strict=True)
+            name: values.view(shape)
+            for (name, shape), values in zip(shapes.items(), numbers.split(sizes), strict=True)
         }
 
     def _positions(
         self, shapes: Mapping[str, tuple[int, ...]], sizes: list[int]
     ) -> dict[str, torch.Tensor]:
-        """For each parameter, which of the numbers, one source after the other, it is made of."""
+        """Returns, for each parameter, the positions of its numbers in the joined sources."""
         total = sum(sizes)
         dtype = torch.int32 if total < 2**31 else torch.int64
-        pieces = torch.arange(total, dtype=dtype).split(sizes)
+        ranges = torch.arange(total, dtype=dtype).split(sizes)
         sources = {
-            name: piece.view(shape)
-            for (name, shape), piece in zip(shapes.items(), pieces, strict=True)
+            name: positions.view(shape)
+            for (name, shape), positions in zip(shapes.items(), ranges, strict=True)
         }
         made = self._conversions.rearrange(self._parameters, sources)
         seen = torch.zeros(total, dtype=torch.bool)
@@ -83,9 +83,9 @@ class RearrangedTensors:
         if int(seen.sum()) != total or sum(p.numel() for p in made.values()) != total:
             first = next(iter(shapes))
             raise CheckpointError(
-                f"{self._checkpoint.file(first)}: transformers makes {self._parameters[0]} of "
-                f"{first} ({len(shapes)} such) not by rearranging its numbers alone, so that the "
-                "adapter cannot be merged into it."
+                f"{self._checkpoint.file(first)}: transformers does not only rearrange {first} "
+                f"({len(shapes)} such) to make {self._parameters[0]}, so the adapter cannot be "
+                "merged into it."
             )
         return made
 
@@ -97,7 +97,7 @@ class RearrangedTensors:
             if merged.shape != positions.shape:
                 raise CheckpointError(
                     f"{parameter} would change from {list(positions.shape)} to "
-                    f"{list(merged.shape)}; the checkpoint holds it rearranged, which fixes its "
+                    f"{list(merged.shape)}; the checkpoint stores it rearranged, which fixes its "
                     "size: the adapter cannot be merged."
                 )
             numbers[positions] = merged.to(numbers.dtype)

@@ -6,18 +6,18 @@ import torch
 
 from ktrt.errors import CheckpointError
 
-# By safetensors' words.
+# safetensors' name → torch's dtype.
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def merged(weight: torch.Tensor, delta: torch.Tensor | None) -> torch.Tensor:
-    """W + ΔW in float32."""
+    """Returns W + ΔW in float32."""
     return weight.float() if delta is None else weight.float() + delta
 
 
 def rounded(name: str, values: torch.Tensor, dtype: str) -> torch.Tensor:
-    """``values`` in one of ``FLOATS``. ``CheckpointError`` if one becomes infinite by it, which
-    only float16 makes of weights."""
+    """Converts ``values`` to one of ``FLOATS``. Raises ``CheckpointError`` if one becomes infinite,
+    which happens to weights only in float16."""
     result = values.to(FLOATS[dtype])
     if dtype == "F16" and not bool(torch.equal(result.isfinite(), values.isfinite())):
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Writes safetensors files tensor by tensor, so that memory holds one block of one tensor.
+"""Writes safetensors files tensor by tensor; memory holds one block of one tensor.
 
 File format: https://github.com/huggingface/safetensors: the header's length (8 bytes, little
 endian), a JSON header, the tensors' bytes one after the other.
@@ -31,8 +31,8 @@ _ALIGNMENT = 8
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """A tensor to be written. ``dtype`` in safetensors' words; ``blocks`` makes its values, in
-    order, in one or several pieces of that dtype. ``changed``: not as in the source."""
+    """A tensor to write. ``dtype`` in safetensors' words; ``blocks`` yields its values in order, in
+    one or more blocks of that dtype. ``changed``: differs from the source."""
 
     name: str
     dtype: str
@@ -42,7 +42,7 @@ class OutputTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file. ``CheckpointError`` for a dtype that is not known."""
+        """Returns the bytes in the file. Raises ``CheckpointError`` for an unknown dtype."""
         if self.dtype not in _BITS:
             raise CheckpointError(
                 f"{self.name} has dtype {self.dtype}, expected one of {', '.join(_BITS)}."
@@ -53,9 +53,9 @@ class OutputTensor:
 def write_shard(
     path: Path, tensors: Sequence[OutputTensor], advance: Callable[[float], object]
 ) -> None:
-    """Writes one file and waits until it is on the disk; ``advance`` is called with bytes."""
+    """Writes one file and waits until it is on disk; calls ``advance`` with written bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    # Wide elements first, as safetensors itself orders them, keeps each aligned.
+    # Wide elements first, like safetensors itself, which keeps each one aligned.
     ordered = sorted(tensors, key=lambda tensor: -_BITS.get(tensor.dtype, 0))
     end = 0
     for tensor in ordered:
@@ -74,7 +74,7 @@ def write_shard(
                 advance(block.nbytes)
             if written != tensor.nbytes:
                 raise CheckpointError(
-                    f"{tensor.name}: {written} bytes were made, expected {tensor.nbytes} for "
+                    f"{tensor.name}: wrote {written} bytes, expected {tensor.nbytes} for "
                     f"{tensor.dtype} {list(tensor.shape)}. This is a defect in ktrt."
                 )
         file.flush()
@@ -82,7 +82,7 @@ def write_shard(
 
 
 def write_index(path: Path, files: Mapping[str, Sequence[OutputTensor]]) -> None:
-    """The index of a folder of several files: which holds which tensor, and the bytes in all."""
+    """Writes the index of several files: tensor → file, and the total of bytes."""
     weight_map = {tensor.name: file for file, tensors in files.items() for tensor in tensors}
     total = sum(tensor.nbytes for tensors in files.values() for tensor in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -90,7 +90,7 @@ def write_index(path: Path, files: Mapping[str, Sequence[OutputTensor]]) -> None
 
 
 def write_synced(path: Path, text: str) -> None:
-    """Writes a text file and waits until it is on the disk."""
+    """Writes a text file and waits until it is on disk."""
     with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -98,5 +98,5 @@ def write_synced(path: Path, text: str) -> None:
 
 
 def _bytes(block: torch.Tensor) -> Any:
-    """The bytes, without a copy, as a buffer."""
+    """Returns the bytes as a buffer, without a copy."""
     return block.contiguous().reshape(-1).view(torch.uint8).numpy()

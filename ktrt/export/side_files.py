@@ -1,4 +1,4 @@
-"""The files of a model folder beside its weights: copied, config.json brought up to date."""
+"""Copies the files of a model folder other than weights; updates config.json."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _WEIGHTS = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx",
     ".ot", ".npz",
 }  # fmt: skip
-# Describes the base model on the hub, not what is written.
-# The quantisation files are of weights that are written plain.
+# README.md describes the base model on the hub, not the export. The quantisation files belong to
+# weights that are written plain.
 _NOT_COPIED = {
     "README.md", "config.json", "hf_quant_config.json", "quantize_config.json",
     "quant_config.json", "quantization_config.json",
@@ -29,8 +29,8 @@ _NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def side_files(source: Path) -> Iterator[Path]:
-    """Tokenizer, chat templates, generation and other configs, licences, code: all small files at
-    the top of the folder that are no weights, with their places below it."""
+    """Yields tokenizer, chat templates, generation and other configs, licences, code: all files at
+    the top of the folder that are no weights, as relative paths."""
     for path in sorted(source.iterdir()):
         weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
         hidden = path.name.startswith(".")
@@ -41,15 +41,15 @@ def side_files(source: Path) -> Iterator[Path]:
 
 
 def copy_side_files(source: Path, folder: Path) -> None:
-    """Copies them, symbolic links followed."""
+    """Copies the side files, following symbolic links."""
     for relative in side_files(source):
         (folder / relative).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / relative, folder / relative)
 
 
 def copy_words(source: Path, folder: Path) -> None:
-    """Puts the tokenizer's files of ``source`` in place of those in ``folder``: what describes
-    tokens and chat templates, not vocabularies that ``source`` does not have."""
+    """Replaces tokenizer files and chat templates in ``folder`` by the files of ``source``; keeps
+    vocabularies that ``source`` lacks."""
     files = TokenizerFiles(source, AdapterError)
     if files.chat_template() is not None:
         for name in TEMPLATE_FILES:
@@ -68,26 +68,26 @@ def write_config(
     untied: bool,
     vocabulary: tuple[int, int] | None = None,
 ) -> None:
-    """config.json of the merged model: without quantisation, with ``dtype`` (in safetensors' words;
-    None: as in the source), and not tying what has parted. ``vocabulary``: its size before and
-    after, where it was resized."""
+    """Writes config.json of the merged model: without quantisation, with ``dtype`` (in safetensors'
+    words; None keeps the source's), with untied embeddings if ``untied``. ``vocabulary``: its size
+    before and after a resize."""
     config = read_json(source / "config.json", CheckpointError)
-    for part in _parts(config):
+    for each in _configs(config):
         for key in ("quantization_config", "compression_config", "transformers_weights"):
-            part.pop(key, None)
-        key = "torch_dtype" if "torch_dtype" in part else "dtype"
-        if dtype is not None and (part is config or key in part):
-            part[key] = _NAMES[dtype]
-        if vocabulary is not None and part.get("vocab_size") == vocabulary[0]:
-            part["vocab_size"] = vocabulary[1]
-        if untied and (part is config or "tie_word_embeddings" in part):
-            part["tie_word_embeddings"] = False
-    if vocabulary is not None and not any("vocab_size" in part for part in _parts(config)):
+            each.pop(key, None)
+        key = "torch_dtype" if "torch_dtype" in each else "dtype"
+        if dtype is not None and (each is config or key in each):
+            each[key] = _NAMES[dtype]
+        if vocabulary is not None and each.get("vocab_size") == vocabulary[0]:
+            each["vocab_size"] = vocabulary[1]
+        if untied and (each is config or "tie_word_embeddings" in each):
+            each["tie_word_embeddings"] = False
+    if vocabulary is not None and not any("vocab_size" in each for each in _configs(config)):
         config["vocab_size"] = vocabulary[1]
     write_synced(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def _parts(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """The config and those inside it, of a multimodal model's parts."""
+def _configs(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the config and its inner configs (text_config, vision_config …)."""
     inner = [value for key, value in config.items() if key.endswith("_config")]
-    return [config, *(part for part in inner if isinstance(part, dict))]
+    return [config, *(each for each in inner if isinstance(each, dict))]

@@ -1,4 +1,4 @@
-"""For every tensor of a checkpoint, what is to be written for it: the same bytes, or the merge."""
+"""Plans the output for every tensor of a checkpoint: the same bytes, or the merge."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dtypes:
-    """The dtypes of the tensors that are written. ``main`` is that of most numbers of the source
-    and becomes ``wanted``; the few tensors of other dtypes (routers' biases, say) keep theirs."""
+    """The dtypes of the output. ``main``, the dtype of most numbers of the source, becomes
+    ``wanted``; the few tensors of other dtypes (routers' biases, for example) keep theirs."""
 
     main: str
     wanted: str
 
     def of(self, checkpoint: Checkpoint, name: str) -> str:
-        """The dtype to write the tensor in."""
+        """Returns the dtype to write the tensor in."""
         dtype = checkpoint.dtype(name)
         return self.wanted if checkpoint.is_quantized(name) or dtype == self.main else dtype
 
 
 def main_dtype(checkpoint: Checkpoint) -> str:
-    """The float dtype of most of the numbers; BF16 where these are quantised."""
+    """Returns the float dtype of most numbers; quantised ones count as BF16."""
     sizes = dict.fromkeys(FLOATS, 0)
     for name in checkpoint.names():
         dtype = "BF16" if checkpoint.is_quantized(name) else checkpoint.dtype(name)
@@ -49,10 +49,10 @@ def main_dtype(checkpoint: Checkpoint) -> str:
 
 
 class TensorPlan:
-    """Goes through the tensors of ``checkpoint`` (as its files hold them, nothing converted).
+    """Plans the output for the tensors of ``checkpoint``, as its files hold them, unconverted.
 
-    ``without_experts`` leaves the routed experts out. ``AdapterError``: a change of a tensor whose
-    numbers are not floats.
+    ``without_experts`` leaves out the routed experts. Raises ``AdapterError`` for a change of a
+    tensor whose numbers are no floats.
     """
 
     def __init__(
@@ -73,26 +73,26 @@ class TensorPlan:
         self._rearranged = self._find_rearranged()
 
     def by_file(self) -> dict[str, list[OutputTensor]]:
-        """The tensors to write, by the name of the file that holds them in the source."""
+        """Returns the tensors to write, by the name of their file in the source."""
         found: dict[str, list[OutputTensor]] = {}
         for name, target in self._targets.items():
             if self._without_experts and self._spec(target) is not None:
                 continue
             tensors = found.setdefault(self._checkpoint.file(name).name, [])
             tensors.append(self._tensor(name, target))
-            tensors.extend(self._parted_twins(name, target))
+            tensors.extend(self._untied_twins(name, target))
         return found
 
     def unties(self) -> bool:
-        """Whether parameters that are tied in the source part."""
+        """Returns whether the adapter unties parameters that are tied in the source."""
         return any(self._changes.unties(target.name) for target in self._targets.values())
 
     def _spec(self, target: WeightTarget) -> ExpertsSpec | None:
         return self._specs.get(target.name.rpartition(".")[0])
 
     def _find_rearranged(self) -> dict[str, RearrangedTensors]:
-        """Source name → its group, for tensors that transformers rearranges into parameters of
-        which one at least changes."""
+        """Returns source name → its group, for tensors that transformers rearranges into
+        parameters, at least one of them changed."""
         conversions = Conversions(self._names.model)
         members: dict[tuple[str, ...], list[str]] = defaultdict(list)
         for name, target in self._targets.items():
@@ -119,8 +119,8 @@ class TensorPlan:
             shape = self._changes.shape(target.name, shape)
         if changed and dtype not in FLOATS:
             raise AdapterError(
-                f"{checkpoint.file(name)}: {name} has dtype {dtype}; the adapter changes it, which "
-                f"takes one of {', '.join(FLOATS)}."
+                f"{checkpoint.file(name)}: {name} has dtype {dtype}, but the adapter changes it: "
+                f"expected one of {', '.join(FLOATS)}."
             )
 
         def blocks() -> Iterator[torch.Tensor]:
@@ -136,7 +136,7 @@ class TensorPlan:
         return OutputTensor(name, dtype, shape, blocks, changed)
 
     def _rows(self, name: str) -> Iterator[torch.Tensor]:
-        """The tensor in pieces: of stacked experts one at a time."""
+        """Yields the tensor; of stacked experts one at a time."""
         shape = self._checkpoint.shape(name)
         if len(shape) < 3:
             yield self._checkpoint.read(name)
@@ -158,8 +158,8 @@ class TensorPlan:
                     delta = delta.T
                 yield merged(matrix, delta)
 
-    def _parted_twins(self, name: str, target: WeightTarget) -> list[OutputTensor]:
-        """Tensors that the source does not have, since they were tied to this one."""
+    def _untied_twins(self, name: str, target: WeightTarget) -> list[OutputTensor]:
+        """Returns tensors that the source lacks because they were tied to this one."""
         if target.changed or not self._changes.unties(target.name):
             return []
         stored = {each.name for each in self._targets.values()}

@@ -1,4 +1,4 @@
-"""What a folder given as model or adapter is, found out before tokenizer or weights are read.
+"""Classifies a folder given as model or adapter, before tokenizer and weights are read.
 
 A leaf: imports neither torch nor transformers.
 """

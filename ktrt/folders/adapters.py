@@ -1,4 +1,4 @@
-"""Where in a folder the adapter lies: in it, one folder deeper, or in its newest checkpoint."""
+"""Finds the adapter of a folder: in it, one folder deeper, or in its newest checkpoint."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from ktrt.folders.models import check_files, missing_links
 if TYPE_CHECKING:
     from pathlib import Path
 
-# How deep an error looks for adapters to name.
+# How deep the search for adapters goes that an error names.
 _DEPTH = 3
 _NAMED = 8
 
 
 def find_adapter_folder(path: Path) -> tuple[Path, str | None]:
-    """The folder that holds the adapter ``path`` means, and a line for the log if it is another.
+    """Returns the folder that holds the adapter of ``path``, and a log line if it is another one.
 
-    In this order: ``path`` itself; the newest complete ``checkpoint-N`` of a training's output
+    Search order: ``path`` itself; the newest complete ``checkpoint-N`` of a training's output
     folder; the only adapter one folder deeper.
 
-    ``AdapterError``: several adapters to choose from (all named), or none (what lies there instead,
-    and where deeper adapters are).
+    Raises ``AdapterError`` if there are several adapters (it names them) or none (it names the
+    contents and deeper adapters).
     """
     folder, note = _find(path)
     check_files(folder, AdapterError)
@@ -71,7 +71,7 @@ def _find(path: Path) -> tuple[Path, str | None]:
 
 
 def _newest(path: Path, checkpoints: list[Path]) -> tuple[Path, str]:
-    """The last checkpoint whose saving was not interrupted; the last one if that holds for none."""
+    """Returns the last complete checkpoint; if none is complete, the last one."""
     whole = [folder for folder in checkpoints if _is_complete(folder)]
     newest = (whole or checkpoints)[-1]
     note = f"{path} holds no adapter itself; taking its newest checkpoint, {newest.name}"

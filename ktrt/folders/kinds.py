@@ -1,4 +1,4 @@
-"""What a folder is that is neither a model nor an adapter in the form ktrt reads."""
+"""Recognises folders that are neither a model nor an adapter in the form ktrt reads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
-# Everything that PEFT, KTransformers and LLaMA-Factory call an adapter's tensors.
+# All names of adapter weight files by PEFT, KTransformers and LLaMA-Factory.
 ADAPTER_WEIGHTS = re.compile(
     r"adapter_model(-\d{5}-of-\d{5})?\.(safetensors|bin|pt)"
     r"|fused_expert_lora\.safetensors|lora_experts\.safetensors"
@@ -26,14 +26,14 @@ _NAMED = 4
 
 @dataclass(frozen=True)
 class Kind:
-    """``what`` completes "is …"; ``advice`` says how to come to a model from there."""
+    """``what`` completes "is …"; ``advice`` says how to get a model from it."""
 
     what: str
     advice: str
 
 
 def names_in(folder: Path) -> list[str]:
-    """The names of what lies in ``folder``, sorted; empty if it cannot be read."""
+    """Returns the sorted names of a folder's entries; empty if it cannot be read."""
     try:
         return sorted(entry.name for entry in folder.iterdir())
     except OSError:
@@ -41,18 +41,18 @@ def names_in(folder: Path) -> list[str]:
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """The folders directly in ``folder``, sorted by name."""
+    """Returns the direct subfolders, sorted by name."""
     return [folder / name for name in names_in(folder) if (folder / name).is_dir()]
 
 
 def listed(items: Sequence[object], limit: int = _NAMED) -> str:
-    """The first items, and how many more there are."""
+    """Returns the first items as text, and the number of further ones."""
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(str(item) for item in items[:limit]) + more
 
 
 def model_weights(names: Sequence[str]) -> list[str]:
-    """The safetensors files among ``names`` that are no adapter's."""
+    """Returns the safetensors files of a model among ``names``."""
     return [
         name
         for name in names
@@ -61,19 +61,20 @@ def model_weights(names: Sequence[str]) -> list[str]:
 
 
 def holds_adapter(folder: Path) -> bool:
-    """Whether the files of an adapter lie directly in ``folder``, complete or not."""
+    """Returns whether ``folder`` directly holds an adapter's files, complete or not."""
     names = names_in(folder)
     return ADAPTER_CONFIG in names or any(map(ADAPTER_WEIGHTS.fullmatch, names))
 
 
 def holds_model(folder: Path) -> bool:
-    """Whether ``folder`` looks like a Hugging Face model with safetensors, complete or not."""
+    """Returns whether ``folder`` looks like a Hugging Face model with safetensors, complete or
+    not."""
     names = names_in(folder)
     return CONFIG in names and bool(model_weights(names))
 
 
 def describe_folder(folder: Path) -> str:
-    """What lies in ``folder``, for the middle of a sentence."""
+    """Describes the folder's contents for the middle of a sentence."""
     if holds_model(folder):
         architectures = glance(folder / CONFIG).get("architectures")
         name = architectures[0] if isinstance(architectures, list) and architectures else CONFIG
@@ -88,7 +89,7 @@ def describe_folder(folder: Path) -> str:
 
 
 def glance(file: Path) -> dict[str, Any]:
-    """A JSON object, for messages alone; empty if the file is none."""
+    """Reads a JSON object for messages only; empty if the file holds none."""
     try:
         content = json.loads(file.read_text("utf-8-sig"))
     except (OSError, ValueError, RecursionError):
@@ -97,7 +98,7 @@ def glance(file: Path) -> dict[str, Any]:
 
 
 def kind_of(folder: Path) -> Kind | None:
-    """What a folder is that holds no model; None if its names say nothing."""
+    """Classifies a folder without a model; None if its names say nothing."""
     names = names_in(folder)
     if not names:
         return Kind("an empty folder", "Copy or download the model into it.")
@@ -105,7 +106,7 @@ def kind_of(folder: Path) -> Kind | None:
 
 
 def _hub(folder: Path, names: list[str]) -> Kind | None:
-    """The hub's cache of one model, or of all."""
+    """Recognises the hub's cache of one model, or of all."""
     repositories = [each for each in subfolders(folder) if each.name.startswith("models--")]
     if not repositories and "snapshots" in names:
         repositories = [folder]
@@ -119,7 +120,7 @@ def _hub(folder: Path, names: list[str]) -> Kind | None:
 
 
 def cached_snapshots(hub_id: str) -> list[Path]:
-    """Where the hub's cache of this user holds a model or an adapter, without looking further."""
+    """Returns the snapshots of a model or an adapter in this user's hub cache."""
     cache = os.environ.get("HF_HUB_CACHE")
     if not cache:
         cache = f"{os.environ.get('HF_HOME') or '~/.cache/huggingface'}/hub"
@@ -130,7 +131,7 @@ def cached_snapshots(hub_id: str) -> list[Path]:
 
 
 def _snapshots(repository: Path) -> list[Path]:
-    """Those with a model or adapter; only the one of the branch main, where that is known."""
+    """Returns the snapshots with a model or an adapter; if the branch main is known, only its."""
     found = [
         each
         for each in subfolders(repository / "snapshots")
@@ -183,7 +184,7 @@ def _pickles(folder: Path, names: list[str]) -> Kind | None:
 
 
 def _output(folder: Path, _names: list[str]) -> Kind | None:
-    """What a trainer wrote: only its checkpoints hold models or adapters."""
+    """Recognises a trainer's output: only its checkpoints hold models or adapters."""
     found = [each for each in subfolders(folder) if CHECKPOINT.fullmatch(each.name)]
     if not found:
         return None
@@ -215,8 +216,7 @@ def _without_weights(_folder: Path, names: list[str]) -> Kind | None:
         return None
     return Kind(
         "a model folder without weights: no *.safetensors file lies in it",
-        "Download or copy the model again; a download that was interrupted goes on where it "
-        "stopped.",
+        "Download or copy the model again; an interrupted download continues where it stopped.",
     )
 
 
@@ -225,7 +225,7 @@ def _without_config(_folder: Path, names: list[str]) -> Kind | None:
         return None
     return Kind(
         f"a folder with weights ({listed(model_weights(names))}) and no {CONFIG}",
-        f"Copy {CONFIG} and the tokenizer's files from where the model was published.",
+        f"Copy {CONFIG} and the tokenizer's files from the published model.",
     )
 
 

@@ -1,4 +1,4 @@
-"""Whether a folder given as model is one: what can be told by names and a few headers."""
+"""Checks whether a folder given as model is one, by names and a few headers."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ _LFS_FILES = re.compile(
     r"|generation_config|chat_template|merges).*|adapter_(config|model).*"
 )
 _FILE_SUFFIXES = (".safetensors", ".json", ".model", ".tiktoken", ".jinja", ".bin", ".pt")
-# Names of unfinished files by who writes them: the hub, aria2, wget and browsers, ModelScope.
+# Names of unfinished files: the hub's, aria2's, wget's and browsers', ModelScope's.
 _UNFINISHED = re.compile(r".*\.(incomplete|aria2|part|crdownload)|\.____temp|.*\.safetensors_.*")
 _LARGEST_HEADER = 100 << 20
 
 
 def check_model_folder(folder: Path, *, experts_elsewhere: bool = False) -> None:
-    """Raises ``CheckpointError`` for what is certainly no model that ktrt reads: what was found,
-    and what to do. ``experts_elsewhere``: the folder's experts are not used (kt_weight_path)."""
+    """Raises ``CheckpointError``, with the finding and advice, if ktrt certainly cannot read the
+    folder as a model. ``experts_elsewhere``: its experts are not used (kt_weight_path)."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder: expected the model's directory.")
     check_files(folder, CheckpointError)
@@ -60,17 +60,13 @@ def check_model_folder(folder: Path, *, experts_elsewhere: bool = False) -> None
 
 
 def check_files(folder: Path, error: type[Exception]) -> None:
-    """Raises ``error`` for files of a model or an adapter that cannot be read as such: folders,
-    pipes (which would be waited for) and devices under their names, and files that Git LFS has not
-    replaced by their content."""
+    """Raises ``error`` for entries that are no files of a model or an adapter in spite of their
+    names: folders, pipes (reading one would block), devices, and Git LFS pointers."""
     names = [name for name in names_in(folder) if _LFS_FILES.fullmatch(name)]
     for name in names:
         file = folder / name
         if name.endswith(_FILE_SUFFIXES) and file.exists() and not file.is_file():
-            raise error(
-                f"{file} is no regular file: expected the file of that name. Copy or "
-                "download the folder again."
-            )
+            raise error(f"{file} is no regular file. Copy or download the folder again.")
     found = [name for name in names if _is_pointer(folder / name)]
     if found:
         raise error(
@@ -80,28 +76,28 @@ def check_files(folder: Path, error: type[Exception]) -> None:
 
 
 def missing_links(folder: Path, names: Iterable[str]) -> list[str]:
-    """Those of ``names`` that are links to nothing, or empty files."""
+    """Returns the ``names`` of dangling links and empty files."""
     return [name for name in names if not _is_there(folder / name)]
 
 
 def tokenizer_advice(folder: Path) -> str:
-    """What to do about a tokenizer that cannot be loaded; empty if its files say nothing."""
+    """Returns advice for a tokenizer that cannot be loaded; empty if its files say nothing."""
     names = names_in(folder)
     if "tokenizer.json" in names:
         return ""
     if "tekken.json" in names:
         return (
-            f"{folder} holds tekken.json, Mistral's own form, without tokenizer.json: copy that "
-            "from the model's Hugging Face repository."
+            f"{folder} holds tekken.json, Mistral's own form, without tokenizer.json: copy "
+            "tokenizer.json from the model's Hugging Face repository."
         )
-    pieces = [
+    found = [
         name for name in names if name.endswith((".tiktoken", ".model")) or name == "vocab.json"
     ]
-    if not pieces:
+    if not found:
         return f"{folder} holds no tokenizer: expected tokenizer.json or tokenizer.model."
-    package = "tiktoken" if any("tiktoken" in name for name in pieces) else "sentencepiece"
+    package = "tiktoken" if any("tiktoken" in name for name in found) else "sentencepiece"
     return (
-        f"{folder} holds {listed(pieces)} without a converted tokenizer.json: `pip install "
+        f"{folder} holds {listed(found)} without a converted tokenizer.json: `pip install "
         f"{package}` lets transformers convert it."
     )
 
@@ -123,7 +119,7 @@ def _is_there(file: Path) -> bool:
 
 
 def _unfinished(folder: Path) -> str:
-    """A sentence that names the unfinished files of a download, if there are any."""
+    """Returns a sentence that names unfinished downloads; empty if there are none."""
     places = [folder, folder / ".cache" / "huggingface" / "download"]
     if folder.parent.name == "snapshots":
         places.append(folder.parent.parent / "blobs")
@@ -134,7 +130,7 @@ def _unfinished(folder: Path) -> str:
 def _check_complete(folder: Path) -> None:
     names = names_in(folder)
     if _is_there(folder / SINGLE):
-        # What transformers takes, whatever an index beside it says.
+        # transformers takes the single file, even if there is an index.
         return
     missing = missing_links(folder, _expected(folder, names))
     if not missing:
@@ -144,13 +140,13 @@ def _check_complete(folder: Path) -> None:
         link = f" ({link} is a link to {(folder / link).readlink()}, which is not there)"
     raise CheckpointError(
         f"{folder}: files of the model are missing or empty ({len(missing)}): {listed(missing)}"
-        f"{link}. {_unfinished(folder)}Download the model again (`huggingface-"
-        "cli download` goes on where it stopped), or copy all of its files (`cp -L` for links)."
+        f"{link}. {_unfinished(folder)}Download the model again (`huggingface-cli download` "
+        "continues where it stopped), or copy all of its files (`cp -L` for links)."
     )
 
 
 def _expected(folder: Path, names: list[str]) -> list[str]:
-    """The files that config.json or the index name, or that the shards' own names imply."""
+    """Returns the files that config.json or the index names, or that the shards' names imply."""
     if isinstance(chosen := glance(folder / CONFIG).get("transformers_weights"), str):
         return [chosen]
     if INDEX in names:
@@ -171,7 +167,7 @@ class _Header:
 
 
 def _check_scheme(folder: Path, *, experts_elsewhere: bool) -> None:
-    """By names first: dtypes and shapes take the headers of all files."""
+    """Checks names first: dtypes and shapes need the headers of all files."""
     if _is_there(folder / SINGLE):
         files = [SINGLE]
         names: Iterable[str] = _header(folder / SINGLE)

@@ -1,5 +1,5 @@
-"""Quantisation schemes that ktrt does not read, recognised by their tensors: names and dtypes
-decide, whatever config.json says."""
+"""Recognises quantisation schemes that ktrt does not read by tensor names and dtypes, whatever
+config.json says."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Header(Protocol):
-    """What a file's header says of a tensor."""
+    """A tensor's entry in a file's header."""
 
     @property
     def dtype(self) -> str: ...
@@ -21,7 +21,7 @@ class Header(Protocol):
 
 
 _PACKED_DTYPES = ("I8", "U8", "I32", "U32", "I16", "I64", "F4", "F8_E4M3", "F8_E5M2")
-# The last word of a tensor's name → the scheme that writes such tensors; the first that occurs.
+# Last word of a tensor's name → scheme that writes it; the first entry that occurs counts.
 _BY_NAME = {
     "weight_scale_2": "NVFP4 (TensorRT Model Optimizer)",
     "weight_global_scale": "NVFP4 (compressed-tensors, nvfp4-pack-quantized)",
@@ -43,7 +43,7 @@ _READS = "ktrt reads BF16, F16, F32, FP8 (E4M3) in blocks or with one scale, and
 
 
 def named_scheme(names: Iterable[str]) -> tuple[str, str] | None:
-    """As ``unread_scheme``, by names alone, which a model's own parameters may have too."""
+    """Does the same as ``unread_scheme`` by names alone, which a model's parameters may share."""
     for name in names:
         if scheme := _BY_NAME.get(name.rpartition(".")[2]):
             return scheme, name
@@ -51,12 +51,12 @@ def named_scheme(names: Iterable[str]) -> tuple[str, str] | None:
 
 
 def unread_scheme(stored: Mapping[str, Header]) -> tuple[str, str] | None:
-    """The scheme that is not read, and a tensor that shows it; None if there is none."""
+    """Returns the unsupported scheme and a tensor that shows it; None if there is none."""
     return _by_name(stored) or _by_scales(stored)
 
 
 def refusal(where: Path, scheme: str, name: str, tensor: Header | None) -> str:
-    """The message: what was found, and what to do."""
+    """Returns the message with the finding and advice."""
     form = "" if tensor is None else f" (dtype {tensor.dtype}, shape {list(tensor.shape)})"
     return (
         f"{where}: the weights are quantised as {scheme}: see {name}{form}. {_READS}. Use a BF16 "
@@ -74,8 +74,8 @@ def _by_name(stored: Mapping[str, Header]) -> tuple[str, str] | None:
         if word not in first:
             continue
         name = first[word]
-        # A parameter of a model may be called so; codes beside it are no parameters.
-        if not any(_is_coded(stored, beside) for beside in _beside(stored, name)):
+        # A model's parameter may have this name, but not with packed codes in the same module.
+        if not any(_is_coded(stored, each) for each in _same_module(stored, name)):
             continue
         if word == "qweight":
             return _gptq_or_awq(stored, name), name
@@ -85,8 +85,8 @@ def _by_name(stored: Mapping[str, Header]) -> tuple[str, str] | None:
     return None
 
 
-def _beside(stored: Mapping[str, Header], name: str) -> list[str]:
-    """The tensors of its module; bitsandbytes' statistics belong to the weight instead."""
+def _same_module(stored: Mapping[str, Header], name: str) -> list[str]:
+    """Returns the weights of the module; bitsandbytes' statistics are named after the weight."""
     module = name.rpartition(".")[0]
     known = ("weight", "qweight", "weight_packed", "W_q", "codes")
     return [n for n in (name, module, *(f"{module}.{word}" for word in known)) if n in stored]
@@ -101,7 +101,7 @@ def _gptq_or_awq(stored: Mapping[str, Header], name: str) -> str:
     scales = stored.get(f"{module}.scales")
     if scales is None:
         return _BY_NAME["qweight"]
-    # GPTQ packs inputs: as many columns as outputs. AWQ packs outputs.
+    # GPTQ packs inputs, so its columns are the outputs. AWQ packs outputs.
     columns = (stored[name].shape or (0,))[-1]
     packs_outputs = scales.shape and scales.shape[-1] != columns
     return "AWQ" if packs_outputs and f"{module}.g_idx" not in stored else "GPTQ"
@@ -114,7 +114,7 @@ def _compressed(stored: Mapping[str, Header], name: str) -> str:
     shape = stored.get(f"{name.removesuffix('_packed')}_shape")
     group = ""
     if scale is not None and len(scale.shape) == len(stored[name].shape) == 2 and shape is not None:
-        # Eight codes of 4 bits in a word; pack-quantized has 8 bits rarely.
+        # A word holds eight 4-bit codes; pack-quantized rarely has 8 bits.
         group = f" in groups of {8 * stored[name].shape[1] // max(scale.shape[1], 1)}"
     return f"compressed-tensors pack-quantized (INT4{group}, or as many bits as config.json says)"
 

@@ -1,4 +1,4 @@
-"""Messages → token ids: templates, tokenizer, fitting a conversation to the context.
+"""Turns messages into token ids: templates, tokenizer, fitting a conversation to the context.
 
 Imports without torch.
 """

@@ -1,4 +1,4 @@
-"""How long a conversation may be, and which of its turns go when it is longer."""
+"""Limits a conversation to the model's context: drops the oldest turns of a longer one."""
 
 import sys
 from bisect import bisect_left
@@ -7,14 +7,14 @@ from typing import Any
 
 Messages = Sequence[Mapping[str, str]]
 
-# Of a context that is full, the part that is freed at once: then some turns pass before the next
-# ones go, which makes the whole prompt new to the KV cache.
+# A full context is freed by 1/4 at once. Every drop makes the whole prompt new to the KV cache, so
+# drops should be rare.
 _FREED = 4
 
 
 def context_limit(model: Any, cutoff_len: int | None = None) -> int:
-    """The tokens, prompt and answer, of the model's context or ``cutoff_len``, the smaller one;
-    ``sys.maxsize`` where the model's config has no limit.
+    """Returns the most tokens of prompt and answer: the smaller of the model's context and
+    ``cutoff_len``, ``sys.maxsize`` without either.
 
     With YaRN a config may give the length before or after stretching; the stretched one counts.
     """
@@ -30,12 +30,12 @@ def context_limit(model: Any, cutoff_len: int | None = None) -> int:
 def drop_turns(
     messages: Messages, count_tokens: Callable[[Messages], int], limit: int, max_new_tokens: int
 ) -> tuple[list[Mapping[str, str]], int]:
-    """``messages`` without as many of the oldest turns (a user's message and its answer) as it
-    takes to leave room for an answer, and how many those are.
+    """Drops the oldest turns (a user's message and its answer) to leave room for an answer.
 
-    Room: ``max_new_tokens``, half of ``limit`` at most. A system message and the last message
-    always stay, so that the result may still be too long. Where turns go, a quarter of the limit
-    is freed, and a conversation that grows on from the same messages loses no more for a while.
+    Returns the remaining messages and the number of dropped turns. The room is
+    ``max_new_tokens``, but at most half of ``limit``. The system message and the last message
+    always stay, so the result may still be too long. A drop frees a quarter of the limit, so a
+    growing conversation loses no more turns for a while.
     """
     system = [each for each in messages[:1] if each["role"] == "system"]
     rest = list(messages[len(system) :])
@@ -48,15 +48,15 @@ def drop_turns(
         return [*system, *rest[2 * turns :]]
 
     def least(target: int) -> int | None:
-        """The fewest turns to drop for a prompt of ``target`` tokens; None if that takes more than
-        there are. Without a turn every template gives fewer tokens."""
+        """Returns the fewest turns to drop for a prompt of ``target`` tokens; None if all are too
+        few. Every template gives fewer tokens for fewer turns."""
         found = bisect_left(
             range(most + 1), -target, key=lambda turns: -count_tokens(without(turns))
         )
         return found if found <= most else None
 
-    step = max(limit // _FREED, 1)
-    freed = -(-(whole - room) // step) * step
+    quarter = max(limit // _FREED, 1)
+    freed = -(-(whole - room) // quarter) * quarter
     most = (len(rest) - 1) // 2
     dropped = least(whole - freed) or least(room) or most
     return without(dropped), dropped

@@ -1,9 +1,9 @@
-"""What a model folder's weight files are, told without reading them whole.
+"""Identifies a model folder's weight files without reading them whole.
 
-A file counts as the same if its name, size, time of modification, safetensors header and a few
-blocks of its contents are the same. The time alone finds files that were edited or downloaded
-again; header and blocks find another checkpoint of the same sizes that was copied with its time
-(`cp -p`, rsync). Hashing everything would take as long as packing.
+Two files count as equal if name, size, time of modification, safetensors header and a few sampled
+blocks are equal. The time alone reveals files that were edited or downloaded again. Header and
+blocks reveal another checkpoint of the same sizes whose copy kept the time (`cp -p`, rsync).
+Hashing everything would take as long as packing.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ Fingerprint = list[dict[str, Any]]
 
 
 def fingerprint(files: Iterable[Path]) -> Fingerprint:
-    """Name, size, time of modification and sampled hash of every file, sorted by name.
+    """Returns name, size, time of modification and sampled hash of every file, sorted by name.
 
-    Raises ``CheckpointError`` for a file that cannot be read.
+    Raises ``CheckpointError`` for an unreadable file.
     """
     return [_fingerprint(path) for path in sorted(set(files))]
 

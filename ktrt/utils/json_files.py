@@ -1,4 +1,4 @@
-"""JSON files of others (models, adapters, manifests): read, parsed and typed in one place."""
+"""Reads, parses and types foreign JSON files (models, adapters, manifests)."""
 
 from __future__ import annotations
 
@@ -18,26 +18,25 @@ T = TypeVar("T")
 
 _LFS_MARK = b"version https://git-lfs"
 _SHOWN = 80
-# Real files nest about 5 deep. Python parses some hundreds, which it then cannot show or compare.
+# Real files nest about 5 deep. Python parses hundreds of levels, but cannot print or compare them.
 _DEEPEST = 64
 
 
 class JsonObject(BaseModel):
-    """Base of the objects that ktrt reads: unknown keys pass, values are not converted.
+    """Base class of JSON objects: unknown keys pass, values are not converted.
 
-    Strict (pydantic's sense): the text "false" is no boolean and 1.5 is no integer, but an integer
-    is a number. A key that may be null says so in its type.
+    Strict (in pydantic's sense): the text "false" is no boolean and 1.5 is no integer, but an
+    integer is a number. The type of a nullable key includes None.
     """
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, protected_namespaces=())
 
 
 def read_json(file: Path, error: type[KtrtError], advice: str = "") -> Any:
-    """The content of a UTF-8 JSON file, with or without a byte order mark.
+    """Returns the content of a UTF-8 JSON file, with or without a byte order mark.
 
-    Raises ``error``, which names the file, what was found and ``advice``: a missing file, a link
-    that leads nowhere, a Git LFS pointer, bytes that are no UTF-8, no JSON, or JSON nested so
-    deeply that Python does not parse it.
+    Raises ``error`` with the file, the finding and ``advice`` for: a missing file, a dangling link,
+    a Git LFS pointer, invalid UTF-8, invalid JSON, too deep nesting.
     """
     try:
         data = file.read_bytes()
@@ -52,7 +51,7 @@ def read_json(file: Path, error: type[KtrtError], advice: str = "") -> Any:
 
 
 def parse_json(data: bytes, where: str, error: type[KtrtError], advice: str = "") -> Any:
-    """The value of UTF-8 JSON, as ``read_json``; ``where`` names it in errors."""
+    """Parses UTF-8 JSON like ``read_json``; ``where`` names the source in errors."""
     try:
         content = json.loads(data.decode("utf-8-sig"))
         if _is_deeper(content, _DEEPEST):
@@ -68,17 +67,17 @@ def parse_json(data: bytes, where: str, error: type[KtrtError], advice: str = ""
 
 
 def read_json_as(file: Path, shape: type[T], error: type[KtrtError], advice: str = "") -> T:
-    """``read_json`` and ``typed`` in one."""
+    """Combines ``read_json`` and ``typed``."""
     return typed(read_json(file, error, advice), shape, str(file), error, advice)
 
 
 def typed(
     content: object, shape: type[T], where: str, error: type[KtrtError], advice: str = ""
 ) -> T:
-    """``content`` (parsed JSON) as ``shape``: a ``JsonObject`` class or any type that pydantic
-    knows (``dict[str, str]`` …).
+    """Validates parsed JSON as ``shape``: a ``JsonObject`` class or any type that pydantic knows
+    (``dict[str, str]`` …).
 
-    Raises ``error``, which names ``where``, the key, what was found and what was expected.
+    Raises ``error`` with ``where``, the key, the value found and the type expected.
     """
     try:
         return TypeAdapter(shape).validate_python(content, strict=True)
@@ -89,7 +88,7 @@ def typed(
 
 
 def shown(value: object) -> str:
-    """``value`` for a message, cut where it is long."""
+    """Formats ``value`` for a message, truncated if long."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
@@ -105,7 +104,7 @@ def _describe(problem: ErrorDetails) -> str:
 
 
 def _is_deeper(content: object, levels: int) -> bool:
-    """Whether containers are nested more than ``levels`` deep; without recursion."""
+    """Returns whether containers nest more than ``levels`` deep; does not recurse."""
     level = [content] if isinstance(content, dict | list) else []
     for _ in range(levels):
         items = (each.values() if isinstance(each, dict) else each for each in level)
@@ -114,7 +113,7 @@ def _is_deeper(content: object, levels: int) -> bool:
 
 
 def _is_union_branch(part: object) -> bool:
-    """Pydantic puts the branch of a union that it tried into the place of an error."""
+    """Returns whether ``part`` of an error's location is the union branch that pydantic tried."""
     return isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool"))
 
 

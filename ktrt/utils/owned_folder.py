@@ -1,7 +1,7 @@
 """Folders whose contents are trusted because only this user and root can write to them.
 
-A folder is opened once and judged by what was opened: its path may lead elsewhere a moment later.
-Everything in it is then opened through it, and links are not followed.
+A folder is opened once and the open descriptor is checked: the path may lead elsewhere a moment
+later. All entries are then opened relative to that descriptor, without following links.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 class NotTrustedError(Exception):
-    """Why a folder or file is not used. ``ours``: this user could put it right, or replace it."""
+    """The reason to distrust a folder or file. ``ours``: this user can fix or replace it."""
 
     def __init__(self, reason: str, *, ours: bool) -> None:
         super().__init__(reason)
@@ -28,7 +28,7 @@ class NotTrustedError(Exception):
 
 
 class OwnedFolder:
-    """An open folder. Names below are those of direct entries, never paths."""
+    """An open folder. Its methods take names of direct entries, never paths."""
 
     def __init__(self, descriptor: int, path: Path) -> None:
         self.descriptor = descriptor
@@ -36,11 +36,13 @@ class OwnedFolder:
 
     @classmethod
     def root(cls, path: Path) -> Self:
-        """A folder that may hold other users' folders too, as /tmp does.
+        """Opens a folder that may also hold other users' folders, like /tmp.
 
-        It must belong to this user or root, and others may write to it only under the sticky bit,
-        which keeps them from renaming what is not theirs. The own group may write to an own folder
-        (umask 002): each folder in it is judged by itself. ``NotTrustedError``, ``OSError``.
+        Its owner must be this user or root. Others may write to it only under the sticky bit, which
+        forbids them to rename foreign entries. A group may write to a folder of this user
+        (umask 002): each folder inside is checked separately.
+
+        Raises ``NotTrustedError``, ``OSError``.
         """
         folder = cls(os.open(path, _FOLDER), path)
         try:
@@ -55,7 +57,7 @@ class OwnedFolder:
         return folder
 
     def folder(self, name: str) -> OwnedFolder:
-        """A folder in this one that nobody else can write to."""
+        """Opens a subfolder that nobody else can write to."""
         path = self.path / name
         if path.is_symlink():
             raise NotTrustedError(f"{path} is a link", ours=False)
@@ -65,12 +67,12 @@ class OwnedFolder:
         )
 
     def make_folder(self, name: str) -> OwnedFolder:
-        """A new one, whatever the umask."""
+        """Creates and opens a subfolder with mode 755, whatever the umask."""
         os.mkdir(name, 0o755, dir_fd=self.descriptor)
         return self.folder(name)
 
     def open(self, name: str, flags: int = os.O_RDONLY, mode: int = 0o644) -> int:
-        """The descriptor of a regular file that nobody else can write to."""
+        """Returns the descriptor of a regular file that nobody else can write to."""
         if "/" in name or name in ("", ".", ".."):
             raise ValueError(f"{name!r} is no file of {self.path}")
         path = self.path / name
@@ -100,7 +102,7 @@ class OwnedFolder:
             return file.read()
 
     def remove_folder(self, name: str) -> None:
-        """With what it holds, as far as that is possible."""
+        """Removes a subfolder and its contents; ignores errors."""
         shutil.rmtree(name, ignore_errors=True, dir_fd=self.descriptor)
 
     def rename(self, old: str, new: str) -> None:

@@ -1,4 +1,4 @@
-"""How far a long step is: a bar where stderr is a terminal, nothing elsewhere."""
+"""Progress of long operations: a bar if stderr is a terminal, otherwise nothing."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 @contextmanager
 def byte_progress(description: str, total: int) -> Iterator[Callable[[float], None]]:
-    """Within the block, a bar with bytes, bytes per second and time left; yields what advances it
-    by a number of bytes. ``total``: bytes in all."""
+    """Shows a bar with bytes, bytes per second and time left; yields a function that advances it by
+    a number of bytes."""
     if not sys.stderr.isatty():
         yield lambda _count: None
         return

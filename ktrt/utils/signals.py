@@ -1,4 +1,4 @@
-"""SIGTERM and SIGHUP as an exception: what was said is saved and the terminal is left in order."""
+"""Turns SIGTERM and SIGHUP into an exception, to save the conversation and restore the terminal."""
 
 import signal
 import threading
@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 
 class Terminated(SystemExit):
-    """The process was asked to end. ``exit_code``: as a shell reports the signal.
+    """The process was asked to end. ``exit_code`` is the shell's code for the signal.
 
-    A ``SystemExit``, so that nothing on the way takes it for a failure.
+    A ``SystemExit``, so that no ``except Exception`` treats it as a failure.
     """
 
     def __init__(self, number: int) -> None:
@@ -23,8 +23,8 @@ _waiting: int | None = None
 
 @contextmanager
 def terminations() -> Iterator[None]:
-    """Within the block SIGTERM and SIGHUP raise ``Terminated`` in the main thread. One that the
-    parent ignores stays ignored (nohup)."""
+    """Makes SIGTERM and SIGHUP raise ``Terminated`` in the main thread within the block. A signal
+    that the parent ignores (nohup) stays ignored."""
     before = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGHUP):
@@ -39,8 +39,8 @@ def terminations() -> Iterator[None]:
 
 @contextmanager
 def shielded(wake: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Finishes the block before ``Terminated`` is raised: for what must not be left half done.
-    ``wake`` is called from the signal's handler, should the block wait for something else."""
+    """Delays ``Terminated`` to the end of a block that must not be left half done. The signal
+    handler calls ``wake``, in case the block waits for something else."""
     global _waiting
     _shields.append(wake)
     try:
@@ -53,7 +53,7 @@ def shielded(wake: Callable[[], None] = lambda: None) -> Iterator[None]:
 
 
 def is_waiting() -> bool:
-    """Whether a signal waits for the end of a shielded block."""
+    """Returns whether a signal waits for the end of a shielded block."""
     return _waiting is not None
 
 

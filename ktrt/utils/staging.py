@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all."""
+"""Writes a folder atomically: it appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-# Beside the data: directories, headers, and what a file system wants to keep free.
+# In addition to the data: directories, headers, and the file system's reserve.
 _SPARE_BYTES = 64 << 20
 
 
 def check_target(target: Path) -> None:
-    """``ConfigError`` if something is at ``target`` that would be overwritten."""
+    """Raises ``ConfigError`` if ``target`` exists and is not an empty folder."""
     target = target.resolve()
     if target.is_dir() and not any(target.iterdir()):
         return
@@ -30,11 +30,12 @@ def check_target(target: Path) -> None:
 
 @contextmanager
 def staged_folder(target: Path, size: int) -> Iterator[Path]:
-    """A temporary folder beside ``target`` to write ``size`` bytes to. At the end of the block it
-    becomes ``target``; after an exception, Ctrl-C included, it is removed. A folder that a killed
-    process left for the same target is removed first.
+    """Yields a temporary folder next to ``target`` for ``size`` bytes. At the end of the block it
+    becomes ``target``; after an exception, Ctrl-C included, it is removed. Leftovers of killed
+    processes for the same target are removed first.
 
-    ``ConfigError``: ``target`` holds something, its parent cannot be written to, the disk is full.
+    Raises ``ConfigError`` if ``target`` is not empty, its parent is not writable or the disk is
+    full.
     """
     check_target(target)
     target = target.resolve()

@@ -1,4 +1,4 @@
-"""The process's standard streams: open whatever the shell closed, in UTF-8, quiet at the end."""
+"""Standard streams: reopened if the shell closed them, in UTF-8, without complaints at exit."""
 
 import io
 import os
@@ -12,8 +12,8 @@ _NAMES = ("stdin", "stdout", "stderr")
 def occupy_descriptors() -> None:
     """Opens closed descriptors of the standard streams on /dev/null.
 
-    The next file to be opened would get the number of one, and what is printed would be written
-    into that file.
+    Otherwise the next opened file would get such a descriptor, and printed text would land in that
+    file.
     """
     for number in range(len(_NAMES)):
         if not _is_open(number):
@@ -21,8 +21,8 @@ def occupy_descriptors() -> None:
 
 
 def open_standard_streams() -> frozenset[str]:
-    """Opens closed standard streams on /dev/null, for the reason that ``occupy_descriptors`` gives,
-    and returns their names."""
+    """Opens closed standard streams on /dev/null (``occupy_descriptors`` says why); returns their
+    names."""
     closed = set()
     for number, name in enumerate(_NAMES):
         if getattr(sys, name) is None or not _is_open(number):
@@ -38,8 +38,8 @@ def open_standard_streams() -> frozenset[str]:
 
 
 def abandon(stream: Any) -> None:
-    """Sends what is still written to ``stream`` to /dev/null: its reader has gone or its disk is
-    full, and Python would complain when it flushes at exit."""
+    """Redirects further output of ``stream`` to /dev/null: its reader has gone or its disk is full,
+    and Python's flush at exit would complain."""
     with suppress(OSError, ValueError):
         number = stream.fileno()
         null = os.open(os.devnull, os.O_WRONLY)
@@ -48,7 +48,7 @@ def abandon(stream: Any) -> None:
 
 
 def finish(*streams: Any) -> None:
-    """Flushes, and abandons a stream that cannot be."""
+    """Flushes the streams; abandons those that fail."""
     for stream in streams:
         try:
             stream.flush()

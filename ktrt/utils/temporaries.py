@@ -1,7 +1,8 @@
-"""Temporary files and folders beside their target, and what killed processes left of them.
+"""Temporary files and folders next to their target, and the removal of stale ones.
 
-Whoever writes one holds a lock on it (flock), which the kernel drops when the process ends, however
-it ends. One without a lock is stale: process ids come back and containers have their own.
+The writer holds a lock (flock) on its temporary; the kernel drops it when the process ends, however
+it ends. An unlocked one is stale. Process ids would not tell: they are reused, and containers have
+separate ones.
 """
 
 import fcntl
@@ -21,8 +22,8 @@ _MAX_NAME = 40
 
 @contextmanager
 def temporary_file(target: Path) -> Iterator[tuple[int, Path]]:
-    """Creates a locked file beside ``target`` for this user alone; yields its descriptor and path.
-    What is still at the path in the end is removed."""
+    """Creates a locked file next to ``target``, readable by this user only; yields its descriptor
+    and path. Removes the file at the end unless it was renamed."""
 
     def create(path: Path) -> int:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -38,7 +39,7 @@ def temporary_file(target: Path) -> Iterator[tuple[int, Path]]:
 
 @contextmanager
 def temporary_folder(target: Path) -> Iterator[Path]:
-    """The same for a folder."""
+    """Does the same for a folder; yields its path."""
 
     def create(path: Path) -> int:
         path.mkdir(mode=0o700)
@@ -53,15 +54,15 @@ def temporary_folder(target: Path) -> Iterator[Path]:
 
 
 def remove_stale(target: Path) -> None:
-    """Removes what killed processes left beside ``target`` when they wrote it."""
+    """Removes temporaries of ``target`` that killed processes left."""
     _remove_stale(
         target.parent, re.compile(re.escape(_prefix(target)) + r"\w+" + re.escape(_SUFFIX))
     )
 
 
 def remove_all_stale(folder: Path) -> None:
-    """Removes what killed processes left in ``folder``, which holds nobody else's files: also the
-    temporaries of earlier versions, which had no suffix and no lock."""
+    """Removes temporaries that killed processes left in ``folder``, which must hold only ktrt's
+    files. Earlier versions wrote temporaries without suffix and lock: removes these too."""
     _remove_stale(folder, re.compile(rf"\..+\.\w+({re.escape(_SUFFIX)})?"))
 
 
@@ -73,12 +74,12 @@ def _create_locked(target: Path, create: Callable[[Path], int]) -> tuple[int, Pa
     while True:
         path = target.parent / f"{_prefix(target)}{secrets.token_hex(4)}{_SUFFIX}"
         descriptor = create(path)
-        # File systems without locks: nothing is ever found stale there either.
+        # On file systems without locks nothing is ever found stale.
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         if _is_at(path, descriptor):
             return descriptor, path
-        # Another process found it stale before it was locked.
+        # Another process took it for stale before it was locked.
         os.close(descriptor)
 
 
@@ -98,7 +99,7 @@ def _remove_stale(folder: Path, pattern: re.Pattern[str]) -> None:
 
 
 def _remove_if_stale(path: Path) -> None:
-    """``OSError``: it is locked, or cannot be removed."""
+    """Raises ``OSError`` if the temporary is locked or cannot be removed."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         found = os.fstat(descriptor)

@@ -1,1 +1,1 @@
-"""Adapter folder → named tensors and settings, checked for damage."""
+"""Reads an adapter folder: named tensors and settings, checked for damage."""

@@ -1,4 +1,4 @@
-"""adapter_config.json: typed, and refused where a key changes the numbers in a way not computed."""
+"""Types adapter_config.json; refuses keys that change results and that ktrt does not compute."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
 
 Packing = Literal["rank_major", "grouped_by_expert"]
 
-# Keys that change neither names nor numbers of an adapter that is only run. The configurations of
-# initialisations are read only where init_lora_weights names them.
+# Keys without influence on names and numbers in inference. The configurations of initialisations
+# apply only if init_lora_weights names them.
 _NEUTRAL = {
     "base_model_name_or_path", "corda_config", "eva_config", "inference_mode", "loftq_config",
     "lora_dropout", "lora_ga_config", "megatron_core", "qalora_group_size", "revision",
     "runtime_config", "task_type",
 }  # fmt: skip
-# Initialisations that leave the base weights as they are; the others (PiSSA, OLoRA, CorDA, LoftQ,
-# LoRA-GA, …) subtract the initial B·A from the base, so that the adapter alone is not enough.
+# Initialisations that leave the base weights unchanged. The others (PiSSA, OLoRA, CorDA, LoftQ,
+# LoRA-GA, …) subtract the initial B·A from the base, so the adapter alone does not suffice.
 _PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
-_LARGEST_NUMBER = 1e30  # far from where float32 ends
+_LARGEST_NUMBER = 1e30  # far below float32's limit
 
 
 class ConfigFile(JsonObject):
-    """What ktrt reads of adapter_config.json. The numbers are checked by ``positive``."""
+    """The keys of adapter_config.json that ktrt reads. ``positive`` checks the numbers."""
 
     peft_type: str | None = None
     peft_version: str | None = None
@@ -56,8 +56,8 @@ class ConfigFile(JsonObject):
 
 
 def read_config(file: Path, content: object) -> ConfigFile:
-    """``content`` (of ``file``) typed. ``AdapterError`` naming the key: a value of another type,
-    another kind of adapter, an option that changes the result and is not computed here."""
+    """Types ``content`` (of ``file``). Raises ``AdapterError`` with the key for a value of another
+    type, another kind of adapter, and an option that changes results and is not computed."""
     config = typed(content, ConfigFile, str(file), AdapterError)
     if config.peft_type != "LORA":
         raise AdapterError(
@@ -72,7 +72,7 @@ def read_config(file: Path, content: object) -> ConfigFile:
     _refuse_other_options(file, config.model_extra or {})
     for key in ("target_modules", "exclude_modules", "layers_pattern"):
         value = getattr(config, key)
-        # Lists of targets are names; patterns of layers are expressions, one or several.
+        # Lists of targets hold names; layers_pattern holds one expression or several.
         for each in value if key == "layers_pattern" and isinstance(value, list) else [value]:
             if isinstance(each, str):
                 check_expression(file, key, each, each)
@@ -80,8 +80,8 @@ def read_config(file: Path, content: object) -> ConfigFile:
 
 
 def _refuse_other_options(file: Path, others: dict[str, Any]) -> None:
-    """A key that is not read passes if it is neutral, empty, or has PEFT's default: a new PEFT
-    writes new keys into every adapter."""
+    """Refuses unread keys unless they are neutral, empty, or have PEFT's default: a new PEFT writes
+    new keys into every adapter."""
     defaults = _peft_defaults()
     for name, value in others.items():
         if name in _NEUTRAL or not value or (name in defaults and value == defaults[name]):
@@ -94,7 +94,7 @@ def _refuse_other_options(file: Path, others: dict[str, Any]) -> None:
 
 @functools.cache
 def _peft_defaults() -> dict[str, Any]:
-    """Of the PEFT that is installed."""
+    """Returns the defaults of the installed PEFT."""
     from peft import LoraConfig
 
     defaults: dict[str, Any] = LoraConfig().to_dict()
@@ -102,7 +102,7 @@ def _peft_defaults() -> dict[str, Any]:
 
 
 def positive(file: Path, name: str, value: Any, kind: type) -> Any:
-    """A number of ``kind``. ``AdapterError`` naming file and key."""
+    """Converts to a positive number of ``kind``. Raises ``AdapterError`` with file and key."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not math.isfinite(_as_float(value)) or value <= 0:
         raise AdapterError(f"{file}: {name} is {shown(value)}, expected a positive number.")
@@ -114,7 +114,7 @@ def positive(file: Path, name: str, value: Any, kind: type) -> Any:
 
 
 def _as_float(value: float) -> float:
-    """Integers of JSON have no end."""
+    """Converts to a float; JSON's integers have no upper bound."""
     try:
         return float(value)
     except OverflowError:
@@ -122,7 +122,7 @@ def _as_float(value: float) -> float:
 
 
 def pattern(file: Path, key: str, content: dict[str, Any] | None, kind: type) -> dict[str, Any]:
-    """rank_pattern or alpha_pattern: regular expression → number."""
+    """Checks rank_pattern or alpha_pattern: regular expression → number."""
     for name in content or {}:
         check_expression(file, key, name, rf"(.*\.)?({name})$")
     return {
@@ -132,7 +132,7 @@ def pattern(file: Path, key: str, content: dict[str, Any] | None, kind: type) ->
 
 
 def check_expression(file: Path, key: str, written: str, compiled: str) -> None:
-    """``AdapterError`` unless Python compiles what PEFT makes of an expression."""
+    """Raises ``AdapterError`` unless Python compiles PEFT's form of an expression."""
     try:
         re.compile(compiled)
     except (re.error, OverflowError, RecursionError) as error:

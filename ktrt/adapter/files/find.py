@@ -1,4 +1,4 @@
-"""Which files of a folder hold an adapter's tensors."""
+"""Finds the files of a folder that hold an adapter's tensors."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-# Pickles of tensors, read without running code.
+# Pickled tensors, read without running code.
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _INDEX = "adapter_model.safetensors.index.json"
 _SHARD = re.compile(r"adapter_model-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")
-# What KTransformers writes beside them: LoRA of routed experts, and extra experts.
+# KTransformers' additional files: LoRA of routed experts, and extra experts.
 _FURTHER_NAMES = ("fused_expert_lora.safetensors", "lora_experts.safetensors")
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """``files`` to read, the first of them for messages. ``index``: in which file each tensor has
-    to be, where the adapter is in several."""
+    """``files`` to read, the first one for messages. ``index``: tensor → file, if the adapter has
+    several."""
 
     files: list[Path]
     index: dict[str, str] = field(default_factory=dict)
@@ -40,26 +40,26 @@ class _Index(JsonObject):
 
 
 def find_weight_files(folder: Path) -> WeightFiles:
-    """In the order safetensors, its shards, pickles; KTransformers' files beside them; else the
-    single subfolder that holds such a file. ``AdapterError`` if there is nothing."""
+    """Finds, in this order: safetensors, its shards, pickles; plus KTransformers' files; else the
+    files of the single subfolder with any. Raises ``AdapterError`` if there is nothing."""
     further = [folder / name for name in _FURTHER_NAMES if is_there(folder / name)]
     main = _main_files(folder) or (None if further else _in_subfolder(folder))
     if main is None and not further:
         held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
         raise AdapterError(
-            f"{folder / WEIGHTS_NAME} is missing; expected it, its shards, or {_PICKLES[0]} beside "
-            f"{CONFIG_NAME}. The folder holds {', '.join(held[:12]) or 'nothing'}."
+            f"{folder / WEIGHTS_NAME} is missing; expected it, its shards, or {_PICKLES[0]} next "
+            f"to {CONFIG_NAME}. The folder holds {', '.join(held[:12]) or 'nothing'}."
         )
     return WeightFiles([*(main.files if main else []), *further], main.index if main else {})
 
 
 def is_there(path: Path) -> bool:
-    """Also what then cannot be read: a broken link, a directory."""
+    """Returns whether anything is at ``path``, even a broken link or a directory."""
     return path.is_symlink() or path.exists()
 
 
 def is_pickle(file: Path) -> bool:
-    """Whether torch wrote it."""
+    """Returns whether the file's name is torch's."""
     return file.name in _PICKLES
 
 
@@ -69,7 +69,7 @@ def _main_files(folder: Path) -> WeightFiles | None:
     if single:
         ignored = [path.name for path in (*single[1:], *(shards.files if shards else []))]
         if ignored:
-            logger.warning("%s is read, %s beside it ignored", single[0], ", ".join(ignored[:4]))
+            logger.warning("%s is read, %s ignored", single[0], ", ".join(ignored[:4]))
         return WeightFiles(single[:1])
     return shards
 
@@ -84,7 +84,7 @@ def _shards(folder: Path) -> WeightFiles | None:
         where = read_json_as(index, _Index, AdapterError).weight_map
         names = sorted(set(where.values()))
         if wrong := [name for name in names if not _SHARD.fullmatch(name)]:
-            raise AdapterError(f"{index} names {wrong[0]!r}, expected a file of its own folder.")
+            raise AdapterError(f"{index} names {wrong[0]!r}, expected a file of the same folder.")
         return WeightFiles(_all_there(folder, names, index.name), where) if names else None
     if not found:
         return None
@@ -98,13 +98,13 @@ def _all_there(folder: Path, names: Iterable[str], source: str) -> list[Path]:
     if missing := [file for file in files if not is_there(file)]:
         raise AdapterError(
             f"{missing[0]} is missing ({len(missing)} of {len(files)} shards by {source}). Copy "
-            "the folder again from where it was trained."
+            "the folder again from the training machine."
         )
     return files
 
 
 def _in_subfolder(folder: Path) -> WeightFiles | None:
-    """A subfolder with a configuration of its own is another adapter."""
+    """Returns the only subfolder's files; a subfolder with a configuration is another adapter."""
     found = [
         (path, files)
         for path in sorted(folder.iterdir() if folder.is_dir() else ())
@@ -113,5 +113,5 @@ def _in_subfolder(folder: Path) -> WeightFiles | None:
     if len(found) != 1:
         return None
     path, files = found[0]
-    logger.warning("%s holds no weights itself; those in %s are read", folder, path.name)
+    logger.warning("%s holds no weights itself; reads the ones in %s", folder, path.name)
     return files

@@ -1,4 +1,4 @@
-"""``kt_adapter_manifest.json``: what KTransformers vouches for in an adapter folder."""
+"""Checks ``kt_adapter_manifest.json``, KTransformers' checksums of an adapter folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _VERSION, _STATUS = 1, "ready"
 
 
 class Manifest(JsonObject):
-    """What is read of it; the parts are checked one by one, to name them."""
+    """The keys that are read; each is checked separately, to name it in errors."""
 
     version: Any = None
     status: Any = None
@@ -29,13 +29,13 @@ class Manifest(JsonObject):
 
 
 def check_manifest(folder: Path, config: dict[str, Any], files: list[Path]) -> Manifest | None:
-    """Checks the folder against its manifest, if it has one: version, status, rank and alpha, size
-    and SHA-256 of every artifact, names, shapes and dtypes of tensors where it lists them. Returns
-    the manifest, or None.
+    """Checks the folder against its manifest: version, status, rank and alpha, size and SHA-256 of
+    every artifact, names, shapes and dtypes of listed tensors. Returns the manifest, None without
+    one.
 
-    ``config`` is adapter_config.json, ``files`` what is going to be read. The base's path in the
-    manifest is only where the base lay in training. Raises ``AdapterError`` naming the file, what
-    was found and expected.
+    ``config`` is adapter_config.json, ``files`` are the files to read. The manifest's path of the
+    base, valid only on the training machine, is not checked. Raises ``AdapterError`` with the file,
+    the finding and the expectation.
     """
     manifest = folder / MANIFEST_NAME
     if not manifest.is_symlink() and not manifest.exists():
@@ -45,7 +45,7 @@ def check_manifest(folder: Path, config: dict[str, Any], files: list[Path]) -> M
         if getattr(content, key) != expected:
             raise AdapterError(
                 f"{manifest}: {key} is {shown(getattr(content, key))}, expected {expected!r}. The "
-                "adapter was not saved to the end, or by a later version of KTransformers."
+                "adapter was not saved completely, or a later version of KTransformers wrote it."
             )
     _check_lora(manifest, content.lora, config)
     artifacts = content.artifacts
@@ -57,7 +57,7 @@ def check_manifest(folder: Path, config: dict[str, Any], files: list[Path]) -> M
         if file.name not in artifacts:
             raise AdapterError(
                 f"{manifest} does not list {file.name}, but {folder} holds it; expected one of "
-                f"{sorted(artifacts)}. Remove the file if it is of another adapter."
+                f"{sorted(artifacts)}. Remove the file if it belongs to another adapter."
             )
     return content
 
@@ -76,7 +76,7 @@ def _check_lora(manifest: Path, lora: Any, config: dict[str, Any]) -> None:
 def _check_artifact(manifest: Path, name: str, record: Any) -> None:
     file = manifest.parent / name
     if not isinstance(record, dict) or PurePath(name).name != name:
-        raise AdapterError(f"{manifest}: the entry of {name!r} is no record of a file beside it.")
+        raise AdapterError(f"{manifest}: the entry {name!r} does not describe a file next to it.")
     if not file.is_file():
         raise AdapterError(f"{file} is missing; {manifest.name} lists it.")
     size = file.stat().st_size

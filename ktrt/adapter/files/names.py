@@ -1,7 +1,7 @@
-"""Tensor names as writers leave them → module and part as PEFT means them, without the base.
+"""Normalises tensor names of all writers to PEFT's module and part, without the base.
 
-One table for all: words that wrappers of training put into names, PEFT's own outer names, the
-adapter's name inside keys, the copies that PEFT keeps of modules it saves whole.
+Removes wrappers' words, PEFT's outer names, the adapter's name inside keys, and the names of PEFT's
+copies of modules saved whole.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-# Words that are no part of a module's name, wherever they stand: wrappers of DDP, torch.compile,
-# FSDP and activation checkpointing; original_moe, which LLaMA-Factory wrote around 2026-01 (layout
-# a'); orig_module, which KTransformers' fine-tuning of 2025 put after any name (layout d).
+# Words to remove anywhere in a name: wrappers of DDP, torch.compile, FSDP and activation
+# checkpointing; original_moe, which LLaMA-Factory wrote around 2026-01 (layout a'); orig_module,
+# which KTransformers' fine-tuning of 2025 put after any name (layout d).
 _WRAPPERS = frozenset({
     "module", "_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module",
     "original_moe", "orig_module",
 })  # fmt: skip
 _PEFT_PREFIX = ["base_model", "model"]
 _LORA = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
-# Parameters without a module of their own: PEFT puts only the adapter's name behind them.
+# Parameters that are no modules: PEFT appends only the adapter's name.
 _BARE = _LORA[2:]
 _LEAVES = ("weight", "bias")
 _SAVED, _ORIGINAL = "modules_to_save", "original_module"
@@ -32,10 +32,10 @@ _SAVED, _ORIGINAL = "modules_to_save", "original_module"
 
 @dataclass(frozen=True)
 class Name:
-    """What a key says: ``part`` is lora_A, lora_B, lora_B.bias, … or the parameter's own name.
+    """A parsed key: ``part`` is lora_A, lora_B, lora_B.bias, … or the parameter's own name.
 
-    ``adapter``: the adapter's name in the key, if it has one. ``is_original``: PEFT's copy of a
-    module as it was before training.
+    ``adapter``: the adapter's name in the key, if any. ``is_original``: PEFT's copy of a module
+    before training.
     """
 
     module: str
@@ -45,7 +45,7 @@ class Name:
 
 
 def parse_names(file: Path, keys: Iterable[str]) -> dict[str, Name]:
-    """The names behind the keys of one file. ``AdapterError`` if they are of several adapters."""
+    """Parses the keys of one file. Raises ``AdapterError`` if they belong to several adapters."""
     words = {key: _words(key) for key in keys}
     found: dict[str, Name] = {}
     for key, each in words.items():
@@ -71,7 +71,7 @@ def _words(key: str) -> list[str]:
 
 
 def _lora_name(words: list[str]) -> Name | None:
-    """``…lora_A[.adapter].weight`` and its like."""
+    """Parses ``…lora_A[.adapter].weight`` and similar; None for other names."""
     at = next((i for i, word in enumerate(words) if word in _LORA), 0)
     if not at:
         return None
@@ -85,7 +85,7 @@ def _lora_name(words: list[str]) -> Name | None:
 
 
 def _whole_name(words: list[str], adapters: list[str]) -> Name:
-    """A parameter's own name; that of its module's trained copy is the same."""
+    """Parses a parameter's own name; its module's trained copy has the same."""
     original = False
     if _SAVED in words[:-1]:
         at = words.index(_SAVED)

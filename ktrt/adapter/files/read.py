@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 
 
 def read_adapter(folder: Path) -> AdapterFiles:
-    """Raises ``AdapterError`` for a missing or damaged file, for a folder that is not as its
-    manifest says, and for NaN or infinite values."""
+    """Reads configuration and tensors.
+
+    Raises ``AdapterError`` for a missing or damaged file, for a folder that contradicts its
+    manifest, and for NaN or infinite values.
+    """
     config = _read_config(folder / CONFIG_NAME)
     found = find_weight_files(folder)
     manifest = check_manifest(folder, config, found.files)
@@ -54,8 +57,8 @@ def read_adapter(folder: Path) -> AdapterFiles:
 def _without_originals(
     tensors: list[AdapterTensor], originals: list[AdapterTensor]
 ) -> tuple[list[AdapterTensor], list[Idle]]:
-    """PEFT's copies of modules as they were before training do nothing where the trained one is
-    there; otherwise the name stays, for somebody else to refuse."""
+    """Makes PEFT's copies of untrained modules idle if the trained module is there; otherwise keeps
+    their name, which is refused later."""
     trained = {(tensor.module, tensor.part) for tensor in tensors}
     idle = []
     for tensor in originals:
@@ -94,7 +97,7 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
     try:
-        # safetensors calls whatever cannot be opened "No such file".
+        # safetensors reports "No such file" for any file that it cannot open.
         file.open("rb").close()
         if is_pickle(file):
             tensors = torch.load(file, map_location="cpu", weights_only=True)
@@ -102,7 +105,7 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
             tensors = load_file(file)
     except FileNotFoundError as error:
         raise AdapterError(
-            f"{file} is a link to a file that is not there: an interrupted download?"
+            f"{file} is a link to a missing file: an interrupted download?"
         ) from error
     except (PermissionError, IsADirectoryError) as error:
         raise AdapterError(f"{file} cannot be read: {error.strerror}.") from error
@@ -112,7 +115,7 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
             "again from where it was trained."
         ) from error
     except Exception as error:
-        # pickle.UnpicklingError and whatever else a hostile or foreign pickle raises.
+        # pickle.UnpicklingError and any other exception of a hostile or foreign pickle.
         raise AdapterError(
             f"{file} is not a plain file of tensors ({_refused(error)}), and ktrt unpickles "
             "nothing else. Save it as safetensors where it was trained."
@@ -124,7 +127,7 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
     for key, value in tensors.items():
         if value.layout is not torch.strided or value.is_quantized or value.is_meta:
             raise AdapterError(f"{file}: {key} is no plain dense tensor ({value.layout}).")
-    # torch computes hardly anything with floats of one byte.
+    # torch supports few operations on one-byte floats.
     return {
         key: value.float() if value.is_floating_point() and value.dtype.itemsize == 1 else value
         for key, value in tensors.items()
@@ -135,7 +138,7 @@ def _check_values(tensor: AdapterTensor) -> None:
     value = tensor.value
     if not value.is_floating_point():
         raise AdapterError(f"{tensor.where} has dtype {value.dtype}, expected floats.")
-    # NaN and infinity show at the ends, which are found faster.
+    # NaN and infinity show in minimum and maximum, which are fast to find.
     if value.numel() and not torch.stack(torch.aminmax(value)).isfinite().all():
         bad = value.numel() - int(torch.isfinite(value).sum())
         raise AdapterError(
@@ -145,7 +148,7 @@ def _check_values(tensor: AdapterTensor) -> None:
 
 
 def _without_copies(tensors: list[AdapterTensor]) -> list[AdapterTensor]:
-    """Refuses two tensors for one place; equal copies under two names are one tensor."""
+    """Refuses two tensors for one place; merges equal copies under two names."""
     places: dict[tuple[str, str], AdapterTensor] = {}
     for tensor in tensors:
         put_once(places, (tensor.module, tensor.part), tensor)
@@ -153,6 +156,6 @@ def _without_copies(tensors: list[AdapterTensor]) -> list[AdapterTensor]:
 
 
 def _refused(error: Exception) -> str:
-    """torch's reason in one line, without its advice to unpickle whatever a file holds."""
+    """Returns torch's reason in one line, without its advice to unpickle the file anyway."""
     found = re.search(r"unsupported (global: )?\w+ \S+", str(error), re.IGNORECASE)
     return found[0] if found else type(error).__name__

@@ -1,4 +1,4 @@
-"""What adapter_config.json says: rank, alpha and scaling of each module, resolved as PEFT does."""
+"""Resolves adapter_config.json like PEFT: rank, alpha and scaling of each module."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from ktrt.adapter.files.config import ConfigFile, Packing
     from ktrt.adapter.tensors import AdapterFiles
 
-# PEFT's own arguments that are handed on to find what the config targets.
+# Arguments for PEFT's own matching of targets.
 _TARGETING = (
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
     "target_parameters",
 )  # fmt: skip
 
 
-# What its matching raises for values of the right type that make no sense.
+# Exceptions of PEFT's matching for meaningless values of the right type.
 _PEFT_ERRORS = (re.error, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 
 
@@ -37,8 +37,8 @@ class LoraScale:
 class LoraSettings:
     """adapter_config.json of a LoRA adapter.
 
-    Raises ``AdapterError`` for another kind of adapter and for options that would change the
-    result and are not computed here.
+    Raises ``AdapterError`` for another kind of adapter and for options that would change results
+    and are not computed.
     """
 
     def __init__(self, files: AdapterFiles) -> None:
@@ -59,14 +59,14 @@ class LoraSettings:
         self.token_indices: object = config.trainable_token_indices
         self.peft_version = config.peft_version
         self.lora_b_layout: Packing | None = config.lora_B_layout
-        # PEFT always writes auto_mapping; Unsloth puts its mark there where PEFT left null. NeMo
-        # Automodel writes few keys, and a file of its own.
+        # PEFT always writes auto_mapping; Unsloth replaces PEFT's null there. NeMo Automodel writes
+        # few keys, and an additional file.
         self.is_unsloth = bool((config.auto_mapping or {}).get("unsloth_fixed"))
         known = "auto_mapping" in files.config
         known = known or (files.folder / "automodel_peft_config.json").exists()
         self.packs_as_peft = known and not self.is_unsloth
         self.packing_option: Packing | None = None
-        # What was assumed of the adapter, for reports.
+        # Assumptions about the adapter, for reports.
         self.notes: list[str] = []
         self._peft_config = self._targeting_config(config)
 
@@ -79,8 +79,8 @@ class LoraSettings:
             raise AdapterError(f"{self.file}: PEFT refuses this configuration: {error}") from error
 
     def scale(self, module: str) -> LoraScale:
-        """Rank, alpha and scaling of the module or parameter of this name (PEFT's pattern rule:
-        the first key that matches ``(.*\\.)?(key)$``; alpha/r, or alpha/√r with rsLoRA)."""
+        """Returns rank, alpha and scaling of a module or parameter. PEFT's pattern rule: the first
+        key that matches ``(.*\\.)?(key)$``. The scaling is alpha/r, or alpha/√r with rsLoRA."""
         from peft.utils.other import get_pattern_key
 
         rank = self.rank_pattern.get(get_pattern_key(self.rank_pattern, module), self.rank)
@@ -88,7 +88,7 @@ class LoraSettings:
         return LoraScale(rank, alpha, alpha / (math.sqrt(rank) if self.use_rslora else rank))
 
     def targets_module(self, module: str) -> bool:
-        """Whether the configuration puts LoRA on the Linear of this name."""
+        """Returns whether the configuration puts LoRA on the Linear of this name."""
         from peft.tuners.tuners_utils import check_target_module_exists
 
         if not self.target_modules:
@@ -104,21 +104,23 @@ class LoraSettings:
             ) from error
 
     def saves_module(self, module: str) -> bool:
-        """Whether ``modules_to_save`` names this module: by the end of its name, as PEFT does."""
+        """Returns whether ``modules_to_save`` names this module, by the end of its name like
+        PEFT."""
         return module.endswith(tuple(self.modules_to_save))
 
     @property
     def targets_all_linear(self) -> bool:
-        """Whether target_modules is PEFT's shorthand for every Linear but the output layer."""
+        """Whether target_modules is PEFT's shorthand for every Linear except the output layer."""
         targets = self.target_modules
         return isinstance(targets, str) and targets.lower() == "all-linear"
 
     def targets_parameter(self, name: str) -> bool:
-        """Whether ``target_parameters`` names this parameter (exactly or by its last parts)."""
+        """Returns whether ``target_parameters`` names this parameter, exactly or by a suffix."""
         return any(name == t or name.endswith(f".{t}") for t in self.target_parameters)
 
     def check_against_yaml(self, lora_rank: int | None, lora_alpha: float | None) -> None:
-        """``AdapterError`` if the user's lora_rank or lora_alpha contradicts the adapter's."""
+        """Raises ``AdapterError`` if the user's lora_rank or lora_alpha contradicts the
+        adapter's."""
         for key, wanted, name, found in (
             ("lora_rank", lora_rank, "r", self.rank),
             ("lora_alpha", lora_alpha, "lora_alpha", self.alpha),

@@ -1,4 +1,4 @@
-"""Zeros in an adapter's matrices that training does not leave there."""
+"""Finds zeros in an adapter's matrices that training does not leave."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ _SECOND = re.compile(r"lora_B|lora_embedding_B|(?:gate|up|down)_lora_b")
 
 
 def warn_of_zeros(file: Path, tensors: Sequence[AdapterTensor]) -> dict[str, int]:
-    """LoRA starts with B = 0: where it still is, training never reached it. B of which half the
-    rows or more are exactly zero was saved by one process of several (FSDP2). Warns of both;
-    returns how many rows are zero, by key, for the latter."""
+    """Warns of B that is zero or mostly zero; returns the number of zero rows of the latter, by
+    key.
+
+    LoRA starts with B = 0: training never reached a zero B. If half the rows or more are exactly
+    zero, only one process of several saved its shard (FSDP2).
+    """
     second = [tensor for tensor in tensors if _SECOND.fullmatch(tensor.part)]
     counts = {tensor.key: _zero_rows(tensor.value) for tensor in second}
     zero = [key for key, (count, rows) in counts.items() if count == rows]
@@ -38,7 +41,7 @@ def warn_of_zeros(file: Path, tensors: Sequence[AdapterTensor]) -> dict[str, int
         key, (count, rows) = next(iter(partly.items()))
         logger.warning(
             "%s: most rows of %d of %d lora_B tensors are exactly zero (first %s: %d of %d rows). "
-            "Training does not do that; probably only one process of several saved its part "
+            "Training does not do that; probably only one process of several saved its shard "
             "(FSDP2). This adapter changes next to nothing there: save the full state again",
             file, len(partly), len(second), key, count, rows,
         )  # fmt: skip
@@ -46,8 +49,8 @@ def warn_of_zeros(file: Path, tensors: Sequence[AdapterTensor]) -> dict[str, int
 
 
 def _zero_rows(value: torch.Tensor) -> tuple[int, int]:
-    """(zero rows, rows). Of stacked experts only those with any number count, if there are such:
-    one that was never routed to stays zero."""
+    """Returns (zero rows, rows). Stacked experts that are all zero do not count, unless all are:
+    an expert without any routed token stays zero."""
     rows = value.any(-1)
     if value.ndim > 2:
         used = rows.flatten(1).any(1)

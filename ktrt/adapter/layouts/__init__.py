@@ -1,1 +1,1 @@
-"""One file per way of writing expert LoRA."""
+"""Reads expert LoRA, one file per layout."""

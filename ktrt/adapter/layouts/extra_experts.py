@@ -1,9 +1,9 @@
-"""Layout e: LoRA-Experts (``kt_use_lora_experts``), whole small MLPs beside the routed experts.
+"""Layout e: LoRA-Experts (``kt_use_lora_experts``), small MLPs in addition to the routed experts.
 
 Keys ``…mlp.lora_experts.i.{gate,up,down}_proj.weight`` or ``{le_gate,le_up,le_down}``, gate and up
-[I, H], down [H, I] with an I of their own, in adapter_model or in ``lora_experts.safetensors``. As
-in kt_kernel.sft, their mean over i of down(silu(gate x) * up x) is added to what the MoE block puts
-out, whatever the activation of the routed experts is. Every MoE layer has as many of one size.
+[I, H], down [H, I] with a separate I, in adapter_model or in ``lora_experts.safetensors``. As in
+kt_kernel.sft, the mean over i of down(silu(gate x) * up x) is added to the MoE block's output, for
+any activation of the routed experts. Every MoE layer has the same number of MLPs of one size.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 TITLE = "extra experts"
 PROVIDES = "extra experts"
-# The module that the MoE block gets.
+# Name of the module added to the MoE block.
 MODULE_NAME = "lora_experts"
 
 _MODULE = re.compile(rf"(?P<block>.+)\.{MODULE_NAME}\.(?P<index>\d+)\.(?P<leaf>\w+)")
@@ -53,7 +53,8 @@ class ExtraSlot:
 
 
 def claim(tensor: AdapterTensor, base: BaseModel) -> ExtraSlot | None:
-    """The matrix that the tensor is. ``AdapterError`` if the base has no MoE block there."""
+    """Returns the tensor's matrix; None for other tensors. Raises ``AdapterError`` if the base has
+    no MoE block there."""
     match = _MODULE.fullmatch(tensor.module)
     projection = _LEAVES.get(match["leaf"]) if match else None
     if match is None or projection is None or tensor.part != "weight":
@@ -79,10 +80,10 @@ def _renamed(block: str, base: BaseModel) -> str:
 def collect(
     claimed: Sequence[tuple[AdapterTensor, ExtraSlot]], base: BaseModel, _settings: LoraSettings
 ) -> Part:
-    """The MLPs of each block, in the order of their numbers.
+    """Returns the MLPs of each block, in the order of their numbers.
 
-    Raises ``AdapterError`` naming the tensor, what was found and expected: a wrong shape, a matrix
-    or a number that is missing, MoE layers with fewer of them.
+    Raises ``AdapterError`` with tensor, finding and expectation for a wrong shape, a missing matrix
+    or number, and MoE layers with fewer MLPs.
     """
     found: dict[ExtraSlot, AdapterTensor] = {}
     rows = []
@@ -106,10 +107,10 @@ def collect(
 
 
 def _mlps(found: Mapping[ExtraSlot, AdapterTensor], block: str, count: int) -> list[Mlp]:
-    """The ``count`` MLPs of one block."""
+    """Returns the ``count`` MLPs of one block."""
     mlps = []
     for index in range(count):
-        parts = {}
+        matrices = {}
         for projection in get_args(Projection):
             tensor = found.get(ExtraSlot(block, index, projection))
             if tensor is None:
@@ -118,8 +119,8 @@ def _mlps(found: Mapping[ExtraSlot, AdapterTensor], block: str, count: int) -> l
                     f"{projection}_proj is missing; expected {count} whole extra experts in every "
                     "MoE layer. The file is incomplete."
                 )
-            parts[projection] = tensor.value
-        mlps.append((parts["gate"], parts["up"], parts["down"]))
+            matrices[projection] = tensor.value
+        mlps.append((matrices["gate"], matrices["up"], matrices["down"]))
     return mlps
 
 
@@ -127,7 +128,7 @@ class ExtraExperts(nn.Module):
     """``scale`` times the mean of SiLU-gated MLPs: x [..., hidden_size] → the same shape."""
 
     def __init__(self, mlps: Sequence[Mlp], like: torch.Tensor) -> None:
-        """``like`` gives the dtype and the device."""
+        """Takes dtype and device from ``like``."""
         super().__init__()
         self.scale = 1.0
 
@@ -158,11 +159,11 @@ class ExtraExpertsSwitch:
         self._hook = block.register_forward_hook(add, with_kwargs=True)
 
     def weigh(self, weight: float) -> None:
-        """Acts ``weight`` times from the next forward on; 0 is off."""
+        """Multiplies the output by ``weight`` from the next forward on; 0 is off."""
         self._experts.scale = weight
 
     def remove(self) -> None:
-        """Takes them out of the block."""
+        """Removes the experts from the block."""
         self._hook.remove()
         delattr(self._block, self._name)
 
@@ -186,7 +187,7 @@ def _add_extra_experts(
     kwargs: dict[str, Any],
     output: Any,
 ) -> Any:
-    """A forward hook. Some blocks put out more than the hidden states, which come first."""
+    """Forward hook. Some blocks return a tuple; the hidden states come first."""
     if experts.scale == 0:
         return output
     states = args[0] if args else kwargs["hidden_states"]

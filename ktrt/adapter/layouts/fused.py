@@ -1,8 +1,8 @@
 """Layout c: KTransformers' fused files, one tensor per layer and matrix.
 
 ``layers.L.experts.{gate,up,down}_lora_{a,b}`` in ``fused_expert_lora.safetensors``: a [E, r, in],
-b [E, out, r]. The writer saves every MoE layer whole, at alpha / r, whatever adapter_config.json
-says of rsLoRA and patterns: those are for PEFT's part of the adapter.
+b [E, out, r]. The writer saves every MoE layer whole, with scaling alpha / r; rsLoRA and patterns
+in adapter_config.json apply only to PEFT's tensors.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _PARTS = {"a": "lora_A", "b": "lora_B"}
 
 
 def claim(tensor: AdapterTensor, base: BaseModel) -> Slot | None:
-    """The projection of a layer, by KTransformers' names. ``AdapterError`` if the base has no
-    routed experts in that layer."""
+    """Returns the projection of a layer, by KTransformers' names. Raises ``AdapterError`` if the
+    base has no routed experts in that layer."""
     match = _KEY.fullmatch(f"{tensor.module}.{tensor.part}")
     if match is None:
         return None
@@ -52,7 +52,8 @@ def claim(tensor: AdapterTensor, base: BaseModel) -> Slot | None:
 def collect(
     claimed: Sequence[tuple[AdapterTensor, Slot]], base: BaseModel, settings: LoraSettings
 ) -> Part:
-    """See ``collect_pairs``. ``AdapterError`` if a layer of the base or a matrix is missing."""
+    """Calls ``collect_pairs``. Raises ``AdapterError`` if a layer of the base or a matrix is
+    missing."""
     found = {(slot.path, slot.projection, slot.part) for _, slot in claimed}
     for site in base.experts:
         for projection in projections(site):

@@ -1,6 +1,6 @@
-"""What every layout of routed experts' tensors is to the rest: it claims tensors and collects them.
+"""Interface of an adapter layout: claim tensors by name, then collect them.
 
-A layout is a module with the members of ``Layout``; ``plan`` has the list of them.
+A layout is a module with the members of ``Layout``; ``ktrt.adapter.plan`` lists them.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Ranks that the engine takes.
+# Largest rank that the engine takes.
 MAX_RANK = 256
-# Of one whole MLP: gate [I, H], up [I, H], down [H, I].
+# gate [I, H], up [I, H], down [H, I] of one MLP.
 Mlp = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a layout makes of its tensors: LoRA by experts path, extra MLPs by the path of the MoE
+    """The collected tensors of a layout: LoRA by experts path, extra MLPs by the path of the MoE
     block, and an audit row for each tensor."""
 
     experts: ExpertLoras = field(default_factory=dict)
@@ -40,22 +40,22 @@ class Part:
 
 
 class Layout(Protocol):
-    """One way of writing tensors for routed experts.
+    """One layout of tensors for routed experts.
 
-    ``TITLE`` completes "written as …". Layouts of the same ``PROVIDES`` exclude each other.
+    ``TITLE`` completes "written as …". Layouts with the same ``PROVIDES`` exclude each other.
     """
 
     TITLE: str
     PROVIDES: str
 
     def claim(self, tensor: AdapterTensor, base: BaseModel) -> Any | None:
-        """What the tensor is for, by its name alone; None if it is not of this layout."""
+        """Returns the tensor's target, by its name alone; None if the layout does not claim it."""
 
     def collect(
         self, claimed: Sequence[tuple[AdapterTensor, Any]], base: BaseModel, settings: LoraSettings
     ) -> Part:
-        """The internal form of all claimed tensors. ``AdapterError`` naming tensor, found and
-        expected for what does not fit the base or the configuration."""
+        """Returns the internal form of all claimed tensors. Raises ``AdapterError`` with tensor,
+        finding and expectation if one does not fit the base or the configuration."""
 
 
 def collect_layouts(
@@ -64,9 +64,9 @@ def collect_layouts(
     base: BaseModel,
     settings: LoraSettings,
 ) -> tuple[Part, list[AdapterTensor]]:
-    """Sorts the tensors by layout and collects each; returns what they make together and the
-    tensors that no layout claims. ``AdapterError`` for a tensor that two layouts claim, and for two
-    layouts that provide the same."""
+    """Sorts the tensors by layout and collects each layout; returns the union and the unclaimed
+    tensors. Raises ``AdapterError`` for a tensor that two layouts claim, and for two layouts that
+    provide the same."""
     claims: list[list[tuple[AdapterTensor, Any]]] = [[] for _ in layouts]
     rest = []
     for tensor in tensors:
@@ -100,8 +100,8 @@ def collect_layouts(
 
 
 def check_expert_part(tensor: AdapterTensor, part: str, settings: LoraSettings) -> None:
-    """``AdapterError`` for what is no plain LoRA on routed experts: neither A nor B, or DoRA and
-    biases by the configuration."""
+    """Raises ``AdapterError`` unless the tensor is plain LoRA on routed experts: A or B, and no
+    DoRA or bias in the configuration."""
     dora = settings.use_dora or part == "lora_magnitude_vector"
     bias = settings.lora_bias or part == "lora_B.bias"
     if part in ("lora_A", "lora_B") and not dora and not bias:
@@ -110,7 +110,7 @@ def check_expert_part(tensor: AdapterTensor, part: str, settings: LoraSettings) 
     if dora:
         what = (
             f"DoRA on a routed expert (use_dora is {settings.use_dora}) scales every output row of "
-            "W + ΔW, and the engine, which keeps the base as it is, has no such factor"
+            "W + ΔW, and the engine, which never changes the base, has no such factor"
         )
     elif bias:
         what = f"a LoRA bias on a routed expert (lora_bias is {settings.lora_bias})"
@@ -121,7 +121,7 @@ def check_expert_part(tensor: AdapterTensor, part: str, settings: LoraSettings) 
 
 
 def check_magnitude(tensor: AdapterTensor, rank: int, scaling: float) -> None:
-    """``AdapterError`` if the engine cannot hold this rank, or the scaled B in bfloat16."""
+    """Raises ``AdapterError`` if the engine cannot hold this rank, or the scaled B in bfloat16."""
     if rank > MAX_RANK:
         raise AdapterError(
             f"{tensor.where} has rank {rank}; the engine takes ranks up to {MAX_RANK}."

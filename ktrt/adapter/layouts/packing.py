@@ -1,11 +1,11 @@
-"""How the columns of a stacked lora_B [out, rank·experts] are packed (layout b).
+"""Decides how the columns of a stacked lora_B [out, rank·experts] are packed (layout b).
 
-Rank-major, as PEFT reads and writes it: column j·E + e is rank j of expert e. Grouped by expert:
-column e·r + j; Unsloth trained so from 2026-02 to 2026-09, with PEFT's names and shapes, and has
-written ``lora_B_layout`` into adapter_config.json since. A is expert-major in both.
+Rank-major, PEFT's packing: column j·E + e is rank j of expert e. Grouped by expert: column e·r + j;
+Unsloth trained so from 2026-02 to 2026-09, with PEFT's names and shapes, and has written
+``lora_B_layout`` into adapter_config.json since. A is expert-major in both.
 
-What decides, the first that says something: the option, adapter_config.json, columns that are
-exactly zero (an expert that was never routed to keeps all of its columns at zero), Unsloth's mark.
+The first of these decides: the option, adapter_config.json, exactly zero columns (an expert without
+any routed token keeps all of its columns at zero), Unsloth's entry in auto_mapping.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class StackedB:
 
 
 def decide_packing(stacks: Sequence[StackedB], settings: LoraSettings) -> Packing:
-    """One packing for a whole adapter. Warns, naming both readings and the option, where nothing in
-    the files decides; ``settings.notes`` gets the same."""
+    """Returns one packing for a whole adapter. If nothing in the files decides, warns with both
+    readings and the option, and adds the warning to ``settings.notes``."""
     stacks = [each for each in stacks if each.num_experts > 1 and each.rank > 1]
     if not stacks:
-        return "rank_major"  # one column per expert, or one expert: there is nothing to choose
+        return "rank_major"  # with rank 1 or one expert both packings are equal
     said = settings.packing_option or settings.lora_b_layout
     shown = {packing for each in stacks if (packing := packing_by_zeros(each)) is not None}
     if said is not None:
@@ -77,8 +77,8 @@ def _note(settings: LoraSettings, text: str) -> None:
 
 
 def packing_by_zeros(stack: StackedB) -> Packing | None:
-    """The packing in which the exactly zero columns are whole experts, or whole ranks that are zero
-    in A too (a smaller rank, padded); None if that is so in both, or in neither."""
+    """Returns the packing in which the exactly zero columns form whole experts, or whole ranks that
+    are zero in A too (a smaller rank, padded); None if that holds for both or neither."""
     zero, count, rank = ~stack.value.any(0), stack.num_experts, stack.rank
     if zero.numel() != rank * count or len(stack.a) != rank * count:
         return None  # refused later, by shape
@@ -93,7 +93,7 @@ def packing_by_zeros(stack: StackedB) -> Packing | None:
 
 
 def _is_whole(zero: torch.Tensor, padded: torch.Tensor) -> bool:
-    """Whether the set entries [expert, rank] are all that some experts have, or padded ranks."""
+    """Returns whether the set entries [expert, rank] form whole experts, or padded ranks."""
     experts, ranks = zero.all(1), zero.all(0)
     if bool((experts == zero.any(1)).all()):
         return True
@@ -101,17 +101,17 @@ def _is_whole(zero: torch.Tensor, padded: torch.Tensor) -> bool:
 
 
 def to_rank_major(b: torch.Tensor, packing: Packing, num_experts: int) -> torch.Tensor:
-    """B's columns as PEFT packs them."""
+    """Returns B with PEFT's order of columns."""
     if packing == "rank_major":
         return b
     return b.reshape(b.shape[0], num_experts, -1).transpose(1, 2).reshape(b.shape)
 
 
 def check_option(option: Packing | None, settings: LoraSettings) -> None:
-    """``AdapterError`` if the user's lora_B_layout contradicts the adapter's."""
+    """Raises ``AdapterError`` if the user's lora_B_layout contradicts the adapter's."""
     if option and settings.lora_b_layout and option != settings.lora_b_layout:
         raise AdapterError(
             f"lora_B_layout is {option} in the configuration, but {settings.file} says "
-            f"{settings.lora_b_layout}: remove it from the one that is wrong."
+            f"{settings.lora_b_layout}: remove the wrong one."
         )
     settings.packing_option = option

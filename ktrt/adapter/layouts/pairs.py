@@ -1,8 +1,8 @@
-"""LoRA pairs of routed experts → the internal form; for the layouts that name a projection.
+"""Converts LoRA pairs of routed experts to the internal form, for layouts that name a projection.
 
-A half of a pair (A or B of one projection of one layer) is one tensor for each expert, one tensor
-[E, …] for all, or one that all experts share: [1, …], or without that dimension. Whole files share
-nothing, the outer matrices (A of gate and up, B of down), or both matrices; any other mixture is
+A half of a pair (A or B of one projection of one layer) is one tensor per expert, one tensor
+[E, …] for all, or a tensor that all experts share: [1, …], or without that dimension. A file shares
+nothing, the outer matrices (A of gate and up, B of down), or both matrices. Any other mixture is
 refused, since it can only come from a damaged file.
 """
 
@@ -43,7 +43,7 @@ AnyProjection = Literal["gate", "up", "down", "gate_up"]
 
 @dataclass(frozen=True)
 class Slot:
-    """What a tensor is for; ``part`` is lora_A, lora_B or something that is refused later. Without
+    """A tensor's target; ``part`` is lora_A, lora_B or a word that is refused later. Without
     ``expert`` it is for all experts of the layer."""
 
     path: str
@@ -59,7 +59,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class _Half:
-    """A or B of one projection: for each expert the tensor of the file and its matrix there (one
+    """A or B of one projection: per expert, the tensor of the file and the matrix in it (the same
     object for all if ``shared``)."""
 
     tensors: list[AdapterTensor]
@@ -73,11 +73,11 @@ def collect_pairs(
     settings: LoraSettings,
     scale_of: Callable[[AdapterTensor], LoraScale],
 ) -> Part:
-    """Stacks the tensors by layer and projection; an audit row for each tensor.
+    """Stacks the tensors by layer and projection; makes an audit row for each tensor.
 
-    Raises ``AdapterError`` naming the tensor, what was found and expected: an expert the base
-    lacks, a wrong shape, half a pair, a rank that the configuration contradicts, an expert without
-    LoRA beside experts with it, two tensors for one place, DoRA.
+    Raises ``AdapterError`` with tensor, finding and expectation for: an expert the base lacks, a
+    wrong shape, half a pair, a rank that contradicts the configuration, LoRA on only some of the
+    experts, two tensors for one place, DoRA.
     """
     rows = []
     halves: dict[tuple[str, AnyProjection], dict[str, dict[int | None, AdapterTensor]]] = {}
@@ -143,15 +143,13 @@ def _features(site: ExpertsSite, projection: AnyProjection) -> tuple[int, int]:
 
 
 def _check_both(parts: dict[str, dict[int | None, AdapterTensor]]) -> None:
-    """Each half is there: for the projection, and for every expert that has a matrix of its own."""
+    """Checks that both halves exist, for the projection and for every expert with a matrix."""
     for part, other in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
         here, there = parts[part], parts[other]
         alone = [tensor for expert, tensor in here.items() if expert not in there]
         one_for_all = there and (None in here or None in there)
         if alone and not one_for_all:
-            raise AdapterError(
-                f"{alone[0].where} has no {other} beside it; the file is incomplete."
-            )
+            raise AdapterError(f"{alone[0].where} has no {other}; the file is incomplete.")
 
 
 def _half(
@@ -187,7 +185,7 @@ def _half(
 def _check_sharing(
     seen: dict[str, AdapterTensor], projection: AnyProjection, a: _Half, b: _Half
 ) -> None:
-    """All pairs of a file share in one way; the first of each way found is kept in ``seen``."""
+    """Checks that all pairs of a file share in one way; ``seen`` keeps the first of each way."""
     outer, inner = (b, a) if projection == "down" else (a, b)
     words = {(False, False): "share nothing", (True, False): "share the outer matrix",
              (True, True): "share both matrices"}  # fmt: skip
@@ -220,7 +218,7 @@ def _stack(
                 f"{tensor_a.where} has rank {rank_a}, {tensor_b.key} rank {rank_b}; expected the "
                 "same."
             )
-        # A pattern in the configuration may name experts: ask by the tensor that does.
+        # A pattern in the configuration may name experts: use the tensor whose name does.
         scale = scale_of(tensor_b if a.shared else tensor_a)
         if rank_a != scale.rank:
             raise AdapterError(
@@ -240,9 +238,9 @@ def _check_once(
     found: Mapping[Projection, ExpertLora],
     tensor: AdapterTensor,
 ) -> None:
-    """gate_up beside gate or up."""
+    """Refuses gate_up together with gate or up."""
     if twice := sorted(set(present) & set(found)):
         raise AdapterError(
-            f"{tensor.where}: there is other LoRA of {' and '.join(twice)} in the same layer; "
+            f"{tensor.where}: the same layer has other LoRA of {' and '.join(twice)}; "
             "expected gate_up_proj, or gate_proj and up_proj."
         )

@@ -1,12 +1,12 @@
-"""Layout a: LoRA named by expert and projection, as PEFT wrote when every expert was a module.
+"""Layout a: LoRA named by expert and projection; PEFT's layout when every expert was a module.
 
-Keys ``…experts.E.{gate,up,down}_proj.lora_{A,B}.weight`` or the names the family has on disk
-(Mixtral ``w1``, ``w3``, ``w2``); A [r, in], B [out, r]. The same without ``base_model.model.``
-comes from kt_kernel's converter for sglang (f).
+Keys ``…experts.E.{gate,up,down}_proj.lora_{A,B}.weight`` or the family's names on disk (Mixtral
+``w1``, ``w3``, ``w2``); A [r, in], B [out, r]. kt_kernel's converter for sglang writes the same
+without ``base_model.model.`` (f).
 
 Without the number, ``…experts.{gate,up,down,gate_up}_proj…``, a tensor is for all experts: stacked
-[E, …] as Megatron-Bridge and Tinker write, or shared by them, [1, …] or two-dimensional, as in
-SGLang's shared-outer adapters.
+[E, …] by Megatron-Bridge and Tinker, or shared, [1, …] or two-dimensional, in SGLang's shared-outer
+adapters.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LEAF = re.compile(r"(?P<path>.+?)(?:\.(?P<expert>\d+))?\.(?P<leaf>[A-Za-z]\w*)"
 
 
 def claim(tensor: AdapterTensor, base: BaseModel) -> Slot | None:
-    """The expert and projection that the tensor is for, None if it is for none."""
+    """Returns the tensor's expert and projection; None for other tensors."""
     if not tensor.part.startswith("lora_"):
         return None
     if slot := _by_library(tensor, tensor.module, base):
@@ -48,13 +48,13 @@ def claim(tensor: AdapterTensor, base: BaseModel) -> Slot | None:
         return None
     if projection is not None:
         return Slot(path, expert, projection, tensor.part)
-    # The family's own names, as if for the first expert.
+    # The family's names, looked up for the first expert.
     first = _by_library(tensor, f"{match['path']}.0.{match['leaf']}", base)
     return first and Slot(path, None, first.projection, tensor.part)
 
 
 def _by_library(tensor: AdapterTensor, module: str, base: BaseModel) -> Slot | None:
-    """What transformers makes of one expert's weight of this name."""
+    """Returns the target that transformers gives one expert's weight of this name."""
     target: Any = base.names.target(f"{module}.weight")
     path, _, parameter = target.name.rpartition(".")
     site = base.site(path)
@@ -69,7 +69,7 @@ def _by_library(tensor: AdapterTensor, module: str, base: BaseModel) -> Slot | N
 
 
 def _renamed(path: str, base: BaseModel) -> str:
-    """The experts module in the model's own names."""
+    """Returns the experts module in the model's names."""
     renamed = base.names.target(f"{path}.down_proj").name.removesuffix(".down_proj")
     return renamed if base.site(path) is None else path
 
@@ -77,7 +77,7 @@ def _renamed(path: str, base: BaseModel) -> str:
 def collect(
     claimed: Sequence[tuple[AdapterTensor, Slot]], base: BaseModel, settings: LoraSettings
 ) -> Part:
-    """See ``collect_pairs``; rank and alpha patterns apply to the names in the file."""
+    """Calls ``collect_pairs``; rank and alpha patterns apply to the names in the file."""
     return collect_pairs(
         claimed, base, settings, lambda tensor: settings.scale(tensor.trained_module)
     )

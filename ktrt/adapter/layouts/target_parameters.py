@@ -1,14 +1,14 @@
-"""Layout b: LoRA on the stacked expert parameters, as PEFT writes for ``target_parameters``.
+"""Layout b: LoRA on the stacked expert parameters, PEFT's layout for ``target_parameters``.
 
-gate_up_proj (up_proj where experts have no gate): ``…experts.base_layer.lora_{A,B}.weight``;
-down_proj: ``…experts.lora_{A,B}.weight``; with a single target the unprefixed name belongs to that
-one. A [E·r, in] is expert-major, B [out, r·E] rank-major: A_e = A[e·r:(e+1)·r], B_e = B[:, e::E]
-(peft.tuners.lora, ``ParamWrapper``).
+gate_up_proj (up_proj if experts have no gate): ``…experts.base_layer.lora_{A,B}.weight``;
+down_proj: ``…experts.lora_{A,B}.weight``; a single target has the unprefixed name. A [E·r, in] is
+expert-major, B [out, r·E] rank-major: A_e = A[e·r:(e+1)·r], B_e = B[:, e::E] (peft.tuners.lora,
+``ParamWrapper``). ``packing`` describes another order of B's columns.
 
-PEFT before 0.19.1 read [E, d1, d2] as in = d1, out = d2, so that A is [E·r, d1], B [d2, r·E] and
-ΔW_e = A_eᵀ B_eᵀ. The shapes tell the two apart unless d1 = d2; then those of the file's other
-parameters do, else peft_version. Parameters that are stored transposed, [E, in, out], every PEFT
-read as they are. ``packing`` says of whose columns B may be otherwise.
+PEFT before 0.19.1 reads [E, d1, d2] as in = d1, out = d2: A is [E·r, d1], B [d2, r·E] and
+ΔW_e = A_eᵀ B_eᵀ. The shapes tell both forms apart unless d1 = d2; then the shapes of the file's
+other parameters decide, else peft_version. Every PEFT reads transposed parameters, [E, in, out],
+unchanged.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
 TITLE = "LoRA on stacked parameters (target_parameters)"
 PROVIDES = "the LoRA of routed experts"
 
-# Of a pair: the experts module, and whether PEFT's inner wrapper holds it.
+# A pair's experts module, and whether PEFT's inner wrapper holds it.
 _Key = tuple[str, bool]
-# 0.19.0 has the test for swapping in and out inverted, so it counts with the older ones.
+# 0.19.0 inverts the test for swapping in and out, so it counts as old.
 _FIRST_SWAPPED = Version("0.19.1.dev0")
 
 
 def claim(tensor: AdapterTensor, base: BaseModel) -> str | None:
-    """The experts module that the tensor is for, None if it is for none."""
+    """Returns the tensor's experts module; None for other tensors."""
     for path in (tensor.module, _plain_path(tensor)):
         stacked = base.names.target(f"{path}.down_proj").name.removesuffix(".down_proj")
         if base.site(stacked) is not None:
@@ -55,10 +55,10 @@ def claim(tensor: AdapterTensor, base: BaseModel) -> str | None:
 def collect(
     claimed: Sequence[tuple[AdapterTensor, str]], base: BaseModel, settings: LoraSettings
 ) -> Part:
-    """Unstacks the tensors by layer and projection; an audit row for each tensor.
+    """Unstacks the tensors by layer and projection; makes an audit row for each tensor.
 
-    Raises ``AdapterError`` naming the tensor, what was found and expected: shapes that do not fit
-    the base, half a pair, ambiguity that only peft_version could resolve, DoRA.
+    Raises ``AdapterError`` with tensor, finding and expectation for: shapes that do not fit the
+    base, half a pair, an ambiguity that only peft_version could resolve, DoRA.
     """
     found: dict[tuple[str, bool], dict[str, AdapterTensor]] = defaultdict(dict)
     for tensor, path in claimed:
@@ -98,19 +98,19 @@ def collect(
 
 
 def _plain_path(tensor: AdapterTensor) -> str:
-    """The experts module as PEFT saw it, without the name of the inner wrapper."""
+    """Returns PEFT's name of the experts module, without the inner wrapper."""
     return tensor.module.removesuffix(".base_layer")
 
 
 def _parameter(
     site: ExpertsSite, inner: bool, both: bool, lora_a: AdapterTensor, settings: LoraSettings
 ) -> str:
-    """Which stacked parameter a key stands for: PEFT nests the wrappers in the parameters' order,
-    gate_up_proj first (innermost), and gives a single one the unprefixed name."""
+    """Returns the stacked parameter of a key. PEFT nests the wrappers in the parameters' order,
+    gate_up_proj first (innermost); a single one has the unprefixed name."""
     if both:
         return site.first_parameter if inner else "down_proj"
     names = (site.first_parameter, "down_proj")
-    # The configuration has the names of training.
+    # The configuration uses the names of training.
     paths = {site.path, lora_a.trained_module.removesuffix(".base_layer")}
     targets = [
         name for name in names
@@ -120,7 +120,8 @@ def _parameter(
         raise AdapterError(
             f"{lora_a.where} is the only LoRA of {site.path}, but target_parameters "
             f"{settings.target_parameters} in {settings.file} names {len(targets)} of {names[0]} "
-            "and down_proj there; expected one. The file is incomplete or the config is not its."
+            "and down_proj there; expected one. The file is incomplete, or the configuration "
+            "belongs to another adapter."
         )
     return targets[0]
 
@@ -131,8 +132,8 @@ def _old_ones(
     base: BaseModel,
     settings: LoraSettings,
 ) -> dict[_Key, bool]:
-    """Which pairs are as PEFT before 0.19.1 wrote them. Where the shapes fit both: as the file's
-    other pairs, since of an expert's two parameters only one can be as wide as high."""
+    """Returns which pairs have the form of PEFT before 0.19.1. If the shapes fit both forms, the
+    file's other pairs decide: only one of an expert's two parameters can be square."""
     ways = {
         key: _ways(base.require_site(key[0]), *named[key], parts) for key, parts in found.items()
     }
@@ -149,8 +150,8 @@ def _old_ones(
 def _ways(
     site: ExpertsSite, parameter: str, scale: LoraScale, parts: dict[str, AdapterTensor]
 ) -> tuple[bool, bool]:
-    """Whether the shapes are as PEFT writes them since 0.19.1, and as it did before.
-    ``AdapterError`` if they are neither."""
+    """Returns whether the shapes fit PEFT since 0.19.1, and PEFT before. Raises ``AdapterError`` if
+    they fit neither."""
     a, b = parts["lora_A"].value, parts["lora_B"].value
     size_out = site.intermediate_size * (2 if site.has_gate else 1)
     size_in = site.hidden_size
@@ -165,7 +166,8 @@ def _ways(
             f"{parts['lora_A'].where} has shape {list(a.shape)} and {parts['lora_B'].key} "
             f"{list(b.shape)}; expected [{stacked}, {size_in}] and [{size_out}, {stacked}] for "
             f"{site.path}.{parameter} with {site.num_experts} experts and rank {scale.rank}. The "
-            "adapter was trained on another base model, or adapter_config.json is not its own."
+            "adapter was trained on another base model, or adapter_config.json belongs to another "
+            "adapter."
         )
     check_magnitude(parts["lora_A" if old and not new else "lora_B"], scale.rank, scale.scaling)
     return new, old
@@ -191,7 +193,7 @@ def _unstack(
 
 
 def _writes_swapped(tensor: AdapterTensor, settings: LoraSettings) -> bool:
-    """Whether the PEFT that wrote the adapter had A on the parameter's last dimension."""
+    """Returns whether the PEFT that wrote the adapter put A on the parameter's last dimension."""
     try:
         return Version(str(settings.peft_version).partition("@")[0]) >= _FIRST_SWAPPED
     except InvalidVersion:

@@ -44,7 +44,7 @@ _ROUTED_LEAVES = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 @dataclass(frozen=True)
 class Written:
-    """What was written: ``tensors`` in all files; ``exact``: no number of B was rounded anew."""
+    """The result of writing: ``tensors`` in all files; ``exact``: B was not rounded again."""
 
     out: str
     layout: str
@@ -57,21 +57,21 @@ class Written:
 def write_adapter(plan: AdapterPlan, base: BaseModel, out: Path, layout: Layout) -> Written:
     """Writes the adapter to the new folder ``out``, a PEFT adapter folder, in ``layout``.
 
-    Read back, it gives the engine the same bits; where gate and up need one A between them (b),
-    beside zeros. Raises ``AdapterError`` for what the layout cannot express, ``ConfigError`` if
-    ``out`` holds something or the disk is full.
+    Read back, it gives the engine the same bits; in layout b with additional zeros if gate and up
+    differ in A. Raises ``AdapterError`` if the layout cannot express the adapter, ``ConfigError``
+    if ``out`` is not empty or the disk is full.
     """
     check_target(out)
     if layout == "c" and not plan.experts:
         raise AdapterError(
-            f"{plan.files.file} has no LoRA on routed experts, which is what layout c is for. Use "
+            f"{plan.files.file} has no LoRA on routed experts, the only content of layout c. Use "
             "layout a."
         )
     experts = expert_tensors(layout, plan.experts, base, plan.settings.use_rslora)
     if experts.folded and not experts.exact:
         logger.warning(
-            "Scalings differ where layout %s has one: they are multiplied into B in float32, as "
-            "the engine would; PEFT's own results may differ in the last bit", layout,
+            "Scalings differ, but layout %s has a single one: they are multiplied into B in "
+            "float32, like in the engine; PEFT's results may differ in the last bit", layout,
         )  # fmt: skip
     side = {_side_key(tensor, layout): tensor.value for _, tensor in plan.side.tensors()}
     _check_count(plan, len(side))
@@ -103,14 +103,14 @@ def _side_key(tensor: AdapterTensor, layout: Layout) -> str:
 
 
 def _check_count(plan: AdapterPlan, side: int) -> None:
-    """Every tensor that was read must be written: as part of the experts' LoRA, or beside it."""
+    """Checks that every tensor is written, with the experts' LoRA or separately."""
     paths = tuple(f"{path}." for path in plan.experts)
     inside = sum(row.acts_on.startswith(paths) for row in plan.audit.rows) if paths else 0
     idle = plan.audit.no_effect
     if inside + side + idle != plan.audit.found:
         raise AdapterError(
             f"{plan.files.file}: {plan.audit.found - inside - side - idle} of {plan.audit.found} "
-            "tensors are of a kind that has no place in another layout."
+            "tensors are of a kind that other layouts cannot hold."
         )
 
 
@@ -120,13 +120,14 @@ def _common_dtype(tensors: list[AdapterTensor]) -> torch.dtype:
 
 
 def _narrow(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``value`` in the dtype that the adapter has, if that changes no number."""
+    """Converts ``value`` to the adapter's dtype if that changes no number."""
     narrow = value.to(dtype)
     return narrow if torch.equal(narrow.float(), value) else value
 
 
 def _one_dtype(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """BF16, which is all that KTransformers reads, if that changes no number; else float32."""
+    """Converts to BF16, the only dtype that KTransformers reads, if that changes no number; else to
+    float32."""
     narrow = {key: _narrow(value.float(), torch.bfloat16) for key, value in tensors.items()}
     if all(value.dtype == torch.bfloat16 for value in narrow.values()):
         return narrow
@@ -165,20 +166,20 @@ def _config(
     if layout == "b":
         config["peft_version"] = version("peft")
         config["lora_B_layout"] = "rank_major"
-        # PEFT refuses it on parameters; outside training it does nothing.
+        # PEFT refuses dropout on parameters; outside training it does nothing.
         config["lora_dropout"] = 0.0
     return config
 
 
 def _looks_routed(tensors: list[AdapterTensor]) -> bool:
-    """Whether PEFT on transformers 5 would take the name for one of routed experts or of a router:
-    such a Linear is reached by its weight, as a router is."""
+    """Returns whether PEFT on transformers 5 would take the name for routed experts or a router:
+    such a Linear is targeted by its weight, like a router."""
     *_, leaf = tensors[0].module.split(".")
     return leaf in _ROUTED_LEAVES and {t.part for t in tensors} == {"lora_A", "lora_B"}
 
 
 def _all_modules(base: BaseModel, layout: Layout) -> list[str]:
-    """All modules that target_modules could name by mistake."""
+    """Returns all modules that target_modules could name by mistake."""
     found = [name for name, _ in base.model.named_modules() if name]
     if layout in ("a", "f"):
         found += [
@@ -191,7 +192,7 @@ def _all_modules(base: BaseModel, layout: Layout) -> list[str]:
 
 
 def _write_manifest(folder: Path, config: dict[str, Any], fused: dict[str, torch.Tensor]) -> None:
-    """The manifest of KTransformers, as of its version 1."""
+    """Writes version 1 of KTransformers' manifest."""
     artifacts: dict[str, Any] = {}
     for name in (CONFIG_NAME, WEIGHTS_NAME, FUSED_NAME):
         data = (folder / name).read_bytes()
@@ -216,7 +217,7 @@ def _write_manifest(folder: Path, config: dict[str, Any], fused: dict[str, torch
 
 
 def _check_result(plan: AdapterPlan, base: BaseModel, folder: Path) -> None:
-    """Reads ``folder`` back and compares all numbers. ``AdapterError`` if one differs."""
+    """Reads ``folder`` back and compares all numbers. Raises ``AdapterError`` if one differs."""
     found = plan_adapter(folder, base, lora_rank=None, lora_alpha=None)
     if wrong := _differences(plan, found):
         raise AdapterError(
@@ -241,7 +242,7 @@ def _differences(plan: AdapterPlan, found: AdapterPlan) -> list[str]:
 
 
 def _same(before: ExpertLora | None, after: ExpertLora | None) -> bool:
-    """Whether A and scaled B are equal; ranks more than before must have B = 0."""
+    """Returns whether A and scaled B are equal; additional ranks must have B = 0."""
     if before is None or after is None:
         return after is None or not after.b.any()
     rank, more = before.a.shape[1], after.a.shape[1] - before.a.shape[1]

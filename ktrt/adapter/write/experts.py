@@ -1,4 +1,4 @@
-"""Routed experts' LoRA in the layouts a, b, c and f: names and tensors, numbers unchanged."""
+"""Converts routed experts' LoRA to the layouts a, b, c and f: names and tensors, same numbers."""
 
 from __future__ import annotations
 
@@ -26,17 +26,16 @@ if TYPE_CHECKING:
 
 Layout = Literal["a", "b", "c", "f"]
 _PREFIX = "base_model.model."
-# What the engine takes.
+# Largest rank that the engine takes.
 _MAX_RANK = 256
 
 
 @dataclass
 class ExpertTensors:
-    """Tensors by key, and what adapter_config.json must say of them.
+    """Tensors by key, and their entries in adapter_config.json.
 
-    ``names``: modules (a, f) or parameters (b) with rank and alpha; for c one entry, whose numbers
-    hold for all. ``folded``: scalings that differ were multiplied into B, ``exact``: without
-    rounding.
+    ``names``: modules (a, f) or parameters (b) with rank and alpha; for c one entry for all.
+    ``folded``: different scalings were multiplied into B, ``exact``: without rounding.
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -48,7 +47,8 @@ class ExpertTensors:
 def expert_tensors(
     layout: Layout, loras: ExpertLoras, base: BaseModel, use_rslora: bool
 ) -> ExpertTensors:
-    """The tensors of ``loras`` in a layout. ``AdapterError`` for what it cannot express."""
+    """Returns the tensors of ``loras`` in a layout. Raises ``AdapterError`` if the layout cannot
+    express them."""
     if not loras:
         return ExpertTensors()
     if layout == "b":
@@ -61,7 +61,7 @@ def expert_tensors(
 def expert_name(
     layout: Layout, base: BaseModel, path: str, expert: int, projection: Projection
 ) -> str:
-    """What one expert's module is called in layouts a (as on disk) and f (as in the model)."""
+    """Returns the name of one expert's module in layouts a (on disk) and f (in the model)."""
     neutral = f"{path}.{expert}.{projection}_proj"
     return (
         base.expert_modules.get((path, expert, projection), neutral) if layout == "a" else neutral
@@ -84,8 +84,8 @@ def _single(layout: Layout, loras: ExpertLoras, base: BaseModel, use_rslora: boo
 
 
 def _stacked(loras: ExpertLoras, base: BaseModel, use_rslora: bool) -> ExpertTensors:
-    """PEFT ≥ 0.19.1: A [E·r, in] expert-major, B [out, r·E] rank-major. PEFT nests the wrappers of
-    two parameters, the first innermost; a single one has the plain name."""
+    """Converts to PEFT ≥ 0.19.1: A [E·r, in] expert-major, B [out, r·E] rank-major. PEFT nests the
+    wrappers of two parameters, the first innermost; a single one has the plain name."""
     found = ExpertTensors()
     for path, parts in loras.items():
         site = base.site(path)
@@ -121,8 +121,8 @@ def _block(
     group: Mapping[Projection, ExpertLora],
     scaled: Mapping[Projection, torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [E, r, in] and B [E, rows, r] of one parameter. Gate and up of different A take their ranks
-    one after the other, with zeros in B where the rank is the other's."""
+    """Returns A [E, r, in] and B [E, rows, r] of one parameter. If gate and up differ in A, their
+    ranks follow each other, with zeros in B for the other's ranks."""
     if parameter == "down_proj" or not site.has_gate:
         ((projection, lora),) = group.items()
         return lora.a, scaled[projection]
@@ -147,7 +147,8 @@ def _block(
 
 
 def _fused(loras: ExpertLoras, base: BaseModel) -> ExpertTensors:
-    """KTransformers: every MoE layer whole, one rank, one scaling: alpha / r, with rsLoRA too."""
+    """Converts to KTransformers: every MoE layer whole, one rank, one scaling alpha / r, with
+    rsLoRA too."""
     layers = [site.layer for site in base.experts]
     if len(set(layers)) != len(layers) or not all(site.has_gate for site in base.experts):
         raise AdapterError(
@@ -177,8 +178,8 @@ def _fused(loras: ExpertLoras, base: BaseModel) -> ExpertTensors:
 def _checked_rank(name: str, rank: int) -> int:
     if rank > _MAX_RANK:
         raise AdapterError(
-            f"{name}: the layout needs rank {rank} there (gate and up of different A take their "
-            f"ranks one after the other); ktrt's engine takes up to {_MAX_RANK}. Use layout a."
+            f"{name}: the layout needs rank {rank} there (ranks add up if gate and up differ in "
+            f"A); ktrt's engine takes up to {_MAX_RANK}. Use layout a."
         )
     return rank
 
@@ -186,10 +187,10 @@ def _checked_rank(name: str, rank: int) -> int:
 def _common_scaling(
     found: ExpertTensors, loras: Sequence[ExpertLora]
 ) -> tuple[float, list[torch.Tensor]]:
-    """One scaling for all, and every B with what differs folded in.
+    """Returns one scaling for all, and every B times the remaining factor.
 
-    Where scalings are powers of two apart that is exact. Otherwise B takes the whole scaling, in
-    float32 and rounded once, as the engine does when it loads an adapter: its numbers stay.
+    This is exact if scalings differ by powers of two. Otherwise B is multiplied by the whole
+    scaling, in float32 and rounded once, like in the engine's loading: its numbers stay.
     """
     scalings = sorted({float(scaling) for lora in loras for scaling in lora.scaling})
     if len(scalings) == 1:

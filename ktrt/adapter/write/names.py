@@ -1,4 +1,4 @@
-"""How adapter_config.json says which modules have LoRA, of which rank and alpha."""
+"""Writes targets, ranks and alphas of modules for adapter_config.json."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ScaledName:
-    """A module or parameter with LoRA, by the name that patterns are matched with."""
+    """A module or parameter with LoRA, by the name that patterns match."""
 
     name: str
     rank: int
@@ -26,8 +26,8 @@ class ScaledName:
 
 
 def shortest_names(chosen: Iterable[str], others: Iterable[str]) -> list[str]:
-    """The fewest last parts by which each of ``chosen`` can be named, as PEFT names targets,
-    without naming one of ``others``; sorted, each once."""
+    """Returns the shortest suffixes that name each of ``chosen``, by PEFT's rule for targets, and
+    none of ``others``; sorted, each once."""
     wrong = {suffix for name in others for suffix in _suffixes(name)}
     found = {
         next((suffix for suffix in _suffixes(name) if suffix not in wrong), name) for name in chosen
@@ -36,16 +36,16 @@ def shortest_names(chosen: Iterable[str], others: Iterable[str]) -> list[str]:
 
 
 def _suffixes(name: str) -> Iterator[str]:
-    """The last part, the last two, …, all."""
-    parts = name.split(".")
-    return (".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1))
+    """Yields the last word, the last two, …, all."""
+    words = name.split(".")
+    return (".".join(words[start:]) for start in range(len(words) - 1, -1, -1))
 
 
 def scale_config(
     names: Sequence[ScaledName], default: tuple[int, float] | None = None
 ) -> dict[str, Any]:
-    """r, lora_alpha, rank_pattern and alpha_pattern that give every name its numbers. ``default``:
-    r and lora_alpha, otherwise the most frequent."""
+    """Returns r, lora_alpha, rank_pattern and alpha_pattern for these names. ``default``: r and
+    lora_alpha (None: the most frequent)."""
     ranks = Counter((each.rank, each.alpha) for each in names)
     rank, alpha = default or ranks.most_common(1)[0][0]
     return {
@@ -66,14 +66,14 @@ def _pattern(values: dict[str, Any], default: float) -> dict[str, Any]:
 
 
 def plain(value: float) -> float:
-    """Whole numbers as integers."""
+    """Converts whole numbers to integers."""
     return int(value) if value == int(value) else value
 
 
 def alpha_for(scaling: float, rank: int, use_rslora: bool) -> float:
-    """The alpha, with few digits where such exist, that gives this ``scaling`` in float32.
+    """Returns the alpha, with few digits if possible, that gives this ``scaling`` in float32.
 
-    ``AdapterError`` if there is none.
+    Raises ``AdapterError`` if there is none.
     """
     divisor = math.sqrt(rank) if use_rslora else rank
     exact = scaling * divisor
@@ -97,8 +97,8 @@ def target_config(
     parameters: Collection[str],
     all_parameters: Iterable[str],
 ) -> dict[str, Any]:
-    """target_modules and target_parameters that name exactly these of all; what a writer said of
-    layers and exclusions is in them."""
+    """Returns target_modules and target_parameters that name exactly these of all; they replace a
+    writer's settings of layers and exclusions."""
     return {
         "target_modules": shortest_names(modules, set(all_modules) - set(modules)),
         "target_parameters": shortest_names(parameters, set(all_parameters) - set(parameters))

@@ -1,8 +1,8 @@
-"""Base and adapter read a second time, from the raw files, and computed in NumPy.
+"""Reads base and adapter a second time, from the raw files, and computes in NumPy.
 
-``ktrt.audit --verify`` holds the loaded model against it. Nothing here comes from the code that
-loads models: a mistake there must not be made here too. Where a file is beyond these simple rules,
-the error says that it cannot be verified.
+``ktrt.audit --verify`` compares the loaded model with it. Nothing here is shared with the code that
+loads models, so a mistake there is not repeated here. Files beyond these simple rules raise an
+error: they cannot be verified.
 """
 
 from ktrt.audit.reference.adapter import Lora, RawAdapter

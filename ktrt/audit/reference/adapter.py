@@ -1,4 +1,4 @@
-"""A LoRA adapter's raw tensors, whichever of the common layouts they are in."""
+"""Reads a LoRA adapter's raw tensors in any of the common layouts."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class Lora:
 
 
 class RawAdapter:
-    """An adapter folder. ``layers``: those with LoRA; ``expert_layers``: on routed experts.
+    """An adapter folder. ``layers``: all with LoRA; ``expert_layers``: with LoRA on routed experts.
 
-    ``CannotVerifyError`` for a file that is no safetensors and for tensors that are not LoRA.
+    Raises ``CannotVerifyError`` for a file that is no safetensors and for tensors beyond LoRA.
     """
 
     def __init__(self, folder: Path, packing: str | None = None) -> None:
@@ -69,7 +69,7 @@ class RawAdapter:
 
     @property
     def outside_layers(self) -> list[str]:
-        """What the adapter changes outside the layers: modules with LoRA and whole tensors."""
+        """Names of modules with LoRA and of whole tensors outside the layers."""
         names = [*self._pairs, *self._others]
         return sorted(name for name in names if _layer(name) is None)
 
@@ -87,7 +87,7 @@ class RawAdapter:
 
         parts = self._pairs.setdefault(half.module, {})
         if half.half in parts and not np.array_equal(parts[half.half](), read()):
-            raise CannotVerifyError(f"{file.file}: {key} is there twice, with other numbers.")
+            raise CannotVerifyError(f"{file.file}: {key} occurs twice with different values.")
         parts[half.half] = read
         self._trained[half.module] = half.trained
 
@@ -98,7 +98,7 @@ class RawAdapter:
         return Lora(parts["A"](), parts["B"](), self.scaling(target or module))
 
     def _grouped(self, count: int) -> bool:
-        """Whether stacked B is grouped by expert; notes what had to be assumed."""
+        """Returns whether stacked B is grouped by expert; notes the assumption, if any."""
         stacks = [
             (parts["A"](), parts["B"]())
             for module, parts in self._pairs.items()
@@ -117,8 +117,8 @@ class RawAdapter:
         return float(self.config[default])
 
     def scaling(self, module: str) -> float:
-        """alpha/r, or alpha/√r with rsLoRA, of a module or parameter. KTransformers' fused experts
-        know neither patterns nor rsLoRA."""
+        """Returns alpha/r, or alpha/√r with rsLoRA, of a module or parameter. KTransformers' fused
+        experts know neither patterns nor rsLoRA."""
         if _FUSED_MODULE.search(module):
             return float(self.config["lora_alpha"] / self.config["r"])
         module = self._trained.get(module, module)
@@ -127,7 +127,7 @@ class RawAdapter:
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def linears(self, layer: int) -> dict[str, Lora]:
-        """LoRA outside the routed experts of this layer, by the module's name for PEFT."""
+        """Returns the layer's LoRA outside the routed experts, by the module's name for PEFT."""
         self._check_others(layer)
         found = {}
         for module in self._pairs:
@@ -150,11 +150,11 @@ class RawAdapter:
     def experts(
         self, layer: int, num_experts: int, hidden_size: int, intermediate_size: int
     ) -> list[dict[str, Lora]]:
-        """For each routed expert of the layer: projection → LoRA; empty where there is none."""
+        """Returns for each routed expert of the layer: projection → LoRA; empty without LoRA."""
         self._check_others(layer)
         found: list[dict[str, Lora]] = [{} for _ in range(num_experts)]
         modules = [m for m in self._pairs if _layer(m) == layer and _on_experts(m)]
-        # projection → A or B → expert (None: all) → the module that it stands under.
+        # projection → A or B → expert (None: all) → its module in the file.
         named: dict[str, dict[str, dict[int | None, str]]] = {}
         for module in modules:
             if _STACKED.fullmatch(module):
@@ -179,8 +179,8 @@ class RawAdapter:
         inner: int,
         found: list[dict[str, Lora]],
     ) -> None:
-        """One projection (gate_up: gate's rows, then up's). A half is a matrix for each expert, or
-        one tensor for all: [E, …], [1, …] or the matrix that they share."""
+        """Adds one projection (gate_up: gate's rows, then up's). A half is one matrix per expert,
+        or one tensor for all: [E, …], [1, …] or a shared matrix."""
         whole = {half: self._pairs[m[None]][half]() for half, m in halves.items() if None in m}
 
         def matrix(half: str, expert: int) -> Float32:
@@ -204,7 +204,7 @@ class RawAdapter:
     def _stacked(
         self, module: str, modules: list[str], sizes: tuple[int, int], found: list[dict[str, Lora]]
     ) -> None:
-        """PEFT's target_parameters: A [E·r, in] expert-major, B [out, r·E] rank-major."""
+        """Adds PEFT's target_parameters: A [E·r, in] expert-major, B [out, r·E] rank-major."""
         match = _STACKED.fullmatch(module)
         assert match is not None
         hidden, inner = sizes
@@ -213,7 +213,7 @@ class RawAdapter:
         targets = {t.rpartition(".")[2] for t in self.config.get("target_parameters") or []}
         is_first = match["inner"] is not None if both else "gate_up_proj" in targets
         if not both and len(targets & {"gate_up_proj", "down_proj"}) != 1:
-            raise CannotVerifyError(f"{self.folder}: {module}: which parameter is it for?")
+            raise CannotVerifyError(f"{self.folder}: {module}: its parameter is ambiguous.")
         name = "gate_up_proj" if is_first else "down_proj"
         size_in, size_out = (hidden, 2 * inner) if is_first else (inner, hidden)
         lora = self._lora(module, f"{path}.{name}")
@@ -222,7 +222,7 @@ class RawAdapter:
         grouped = self._grouped(count)
         swapped = lora.a.shape[1] == size_in and lora.b.shape[0] == size_out
         if swapped and size_in == size_out:
-            # The other parameter is written in the same way, and is not square.
+            # The other parameter has the same form, and is not square.
             if both:
                 other = self._lora(path if is_first else f"{path}.base_layer")
                 swapped = other.a.shape[1] == (inner if is_first else hidden)
@@ -241,7 +241,7 @@ class RawAdapter:
 
 
 def _files(folder: Path) -> list[RawFile]:
-    """The single file, else its shards, else those of the only subfolder that has them."""
+    """Returns the single file, else its shards, else the files of the first subfolder with any."""
     for place in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
         found = [place / name for name in _FILES if (place / name).is_file()]
         if not found or found[0].name != _FILES[0]:
@@ -257,7 +257,7 @@ def _files(folder: Path) -> list[RawFile]:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json, else rank and alpha of KTransformers' manifest."""
+    """Returns adapter_config.json, else rank and alpha of KTransformers' manifest."""
     config, manifest = folder / "adapter_config.json", folder / "kt_adapter_manifest.json"
     if config.is_file() or not manifest.is_file():
         return read_json(config)
@@ -275,12 +275,13 @@ def _on_experts(module: str) -> bool:
 
 
 def _swaps(folder: Path, module: str, version: object) -> bool:
-    """Whether the PEFT that wrote a square parameter had A on its last dimension (≥ 0.19.1)."""
+    """Returns whether the PEFT that wrote a square parameter put A on its last dimension
+    (≥ 0.19.1)."""
     numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", str(version))
     if numbers is None:
         raise CannotVerifyError(
-            f"{folder}: {module} is square, and peft_version {version!r} does not say how to read "
-            "it."
+            f"{folder}: {module} is square: its orientation depends on peft_version, found "
+            f"{version!r}."
         )
     return tuple(map(int, numbers.groups())) >= (0, 19, 1)
 

@@ -1,18 +1,18 @@
-"""Keys of adapter files → module and half of a LoRA pair, whoever wrote them."""
+"""Maps keys of any writer's adapter files to module and half of a LoRA pair."""
 
 from __future__ import annotations
 
 import re
 from typing import NamedTuple
 
-# What wrappers of training leave in names.
+# Name components added by training wrappers.
 _NOISE = re.compile(
     r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module"
     r"|original_moe|orig_module)(?:\.|$)"
 )
 _OUTER = re.compile(r"^(?:base_model\.model\.)+")
 _PAIR = re.compile(r"(?P<module>.+?)\.lora_(?P<half>[AB])(?:(?:\.[^.]+)?\.weight)?")
-# KTransformers' fused file, and NVIDIA NeMo Automodel, whose matrices are transposed.
+# KTransformers' fused file, and NVIDIA NeMo Automodel with transposed matrices.
 _FUSED = re.compile(r"(?P<path>(?:.*\.)?experts)\.(?P<what>gate|up|down)_lora_(?P<half>[ab])")
 _AUTOMODEL = re.compile(
     r"(?P<path>(?:.*\.)?experts)\.lora_(?P<what>gate_and_up|down)_(?P<half>[AB])"
@@ -26,7 +26,7 @@ _ELSEWHERE = re.compile(
 
 
 class Half(NamedTuple):
-    """``module`` in neutral words, ``trained`` as training named it; ``half`` is A or B."""
+    """``module``: normalised name, ``trained``: name in training; ``half``: A or B."""
 
     module: str
     trained: str
@@ -35,17 +35,18 @@ class Half(NamedTuple):
 
 
 def clean(key: str) -> str:
-    """The key without what wrappers put into it."""
+    """Removes the wrappers' name components."""
     return _OUTER.sub("", _NOISE.sub("", key))
 
 
 def is_elsewhere(key: str) -> bool:
-    """Whether a tensor is of a part that no text reaches, or of a layer that is not run."""
+    """Returns whether a tensor belongs to a component that no text reaches, or to a layer that is
+    not run."""
     return _ELSEWHERE.search(clean(key).partition("layers.")[0]) is not None
 
 
 def half_of(key: str) -> Half | None:
-    """None for what is no half of a LoRA pair."""
+    """Parses a key; None if it is no half of a LoRA pair."""
     name = clean(key)
     if match := _FUSED.fullmatch(name):
         module = f"{match['path']}.{match['what']}"

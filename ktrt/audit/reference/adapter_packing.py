@@ -1,4 +1,4 @@
-"""Whether the columns of stacked lora_B are grouped by expert or by rank: decided a second time."""
+"""Decides again, independently, if columns of stacked lora_B are grouped by expert or by rank."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NAMES = {"grouped_by_expert": True, "rank_major": False}
 
 
 class Grouping(NamedTuple):
-    """``assumed``: in words what was assumed where the files do not say; else empty."""
+    """``assumed``: description of an assumption that the files do not state; else empty."""
 
     by_expert: bool
     assumed: str = ""
@@ -29,7 +29,7 @@ def find_grouping(
     stacks: Iterable[tuple[Float32, Float32]],
     count: int,
 ) -> Grouping:
-    """Of all stacked A [count · rank, in], B [out, rank · count] of an adapter."""
+    """Decides for all stacked A [count · rank, in], B [out, rank · count] of an adapter."""
     said = option or config.get("lora_B_layout")
     if said is not None:
         if said not in _NAMES:
@@ -46,12 +46,12 @@ def find_grouping(
     if not by_expert and not answers and "auto_mapping" in config:
         return Grouping(False)  # PEFT wrote this configuration, and packs by rank
     word = "grouped by expert" if by_expert else "rank-major"
-    return Grouping(by_expert, f"the columns of lora_B are {word} (lora_B_layout is not said)")
+    return Grouping(by_expert, f"the columns of lora_B are {word} (lora_B_layout is not set)")
 
 
 def _by_zeros(a: Float32, b: Float32, count: int) -> bool | None:
-    """Experts that nothing was routed to have columns of zeros: one of the readings makes whole
-    experts of them, or whole ranks that A lacks too."""
+    """Decides by zero columns, which belong to experts without any routed token. In the right
+    reading they form whole experts, or whole ranks that A lacks too."""
     columns = {int(c) for c in np.flatnonzero(~b.any(axis=0))}
     if not columns or len(columns) == b.shape[1] or len(a) != b.shape[1]:
         return None
@@ -64,7 +64,7 @@ def _by_zeros(a: Float32, b: Float32, count: int) -> bool | None:
 
 
 def _makes_whole(columns: set[int], places: list[tuple[int, int]], lacking: set[int]) -> bool:
-    """Whether the columns are all that some experts have, or all of some ranks in ``lacking``."""
+    """Returns whether the columns form whole experts, or whole ranks in ``lacking``."""
     for which in (0, 1):
         chosen = {places[c][which] for c in columns}
         if which == 1 and not chosen <= lacking:

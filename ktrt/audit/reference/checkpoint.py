@@ -1,4 +1,4 @@
-"""The base model's raw weights: which tensor is which expert, by the names on disk."""
+"""Reads the base model's raw weights; finds experts by the names on disk."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ _STACKED = re.compile(
     r"layers\.(?P<layer>\d+)\.(?P<block>\w+\.)?"
     r"(?P<part>experts\.gate_up_proj|experts\.down_proj|input_linear|output_linear)(?:\.weight)?"
 )
-# Blocks that are called otherwise on disk than in the model.
+# Blocks with different names on disk and in the model.
 _BLOCKS = (".mlp.", ".block_sparse_moe.", ".feed_forward.")
 _LAYER = re.compile(r"(?P<prefix>|.*?\.)layers\.(?P<layer>\d+)\.(?P<inner>.*)")
-# Stacks of layers that are no part of the text model: what predicts further tokens, sees or hears.
+# Layers outside the text model: for further tokens, images and sound.
 _OTHERS = re.compile(r"(^|\.)(mtp|vis|audio|image|video|speech|talker|code2wav|vt_|encoder\.)")
-# Names that only codes with scales have.
+# Names of quantised tensors and their scales.
 _CODES = re.compile(r"(weight_scale(_inv)?|_scale_inv|weight_packed|qweight|_blocks|absmax|SCB)$")
 
 
 @dataclass(frozen=True)
 class RawExperts:
     """The routed experts of one layer. ``single``: (expert, projection) → tensor name; or
-    ``stacked``: names of gate_up [E, 2I, H] and down [E, H, I], or with inputs and outputs
-    swapped if ``transposed``."""
+    ``stacked``: names of gate_up [E, 2I, H] and down [E, H, I], with inputs and outputs swapped
+    if ``transposed``."""
 
     num_experts: int
     hidden_size: int
@@ -51,9 +51,11 @@ class RawExperts:
 
 
 class RawCheckpoint:
-    """A model folder with safetensors: the single file, else those of the index, which decides
-    which tensors count. ``CannotVerifyError`` if there are none, if they are quantised, or if it is
-    unclear which layers are the text model's."""
+    """A model folder with safetensors: the single file, else the tensors that the index names.
+
+    Raises ``CannotVerifyError`` if there are none, if they are quantised, or if the text model's
+    layers are ambiguous.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -70,8 +72,8 @@ class RawCheckpoint:
         self._prefix = self._find_prefix(text.get("num_hidden_layers"))
 
     def _find_prefix(self, num_layers: object) -> str:
-        """What stands before ``layers`` in the text model's names: all its layers have it, which
-        others (towers, layers that predict further tokens) may have in part."""
+        """Returns the prefix of ``layers`` in the text model's names. All of its layers have it; of
+        other stacks (towers, layers that predict further tokens) only some may."""
         layers: dict[str, set[int]] = {}
         experts = set()
         for name in self._files:
@@ -84,26 +86,26 @@ class RawCheckpoint:
         found = [p for p in found if wanted <= layers[p]] if len(found) > 1 else found
         if len(found) != 1:
             raise CannotVerifyError(
-                f"{self.folder}: the layers with experts are called {sorted(found) or 'nothing'} "
-                "before 'layers', expected one name: which are the text model's is unclear."
+                f"{self.folder}: found {sorted(found) or 'nothing'} before 'layers' in the names "
+                "of experts, expected one prefix: the text model's layers are ambiguous."
             )
         return found[0]
 
     def file(self, name: str) -> Path:
-        """The file that holds the tensor."""
+        """Returns the file that holds the tensor."""
         return self._files[name].file
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """By the file's header."""
+        """Returns the shape, from the file's header."""
         return self._files[name].shapes[name]
 
     def read(self, name: str) -> Float32:
-        """The whole tensor in float32."""
+        """Returns the whole tensor in float32."""
         return self._files[name].read(name)
 
     def linear(self, module: str) -> tuple[Float32, Float32]:
-        """Weight [out, in] and bias [out] (zero where there is none) of a Linear, ``module`` being
-        its name for PEFT."""
+        """Returns weight [out, in] and bias [out] (zero if there is none) of the Linear that PEFT
+        names ``module``."""
         match = _LAYER.fullmatch(module)
         names = {f"{self._prefix}layers.{match['layer']}.{match['inner']}" if match else module}
         for old in _BLOCKS:
@@ -120,10 +122,11 @@ class RawCheckpoint:
         return weight, np.zeros(len(weight), np.float32)
 
     def experts(self, layer: int) -> RawExperts | None:
-        """The routed experts of a layer; None for a layer without.
+        """Returns the routed experts of a layer; None for a layer without.
 
-        ``CannotVerifyError``: names or shapes beyond ``experts.E.{gate,up,down}_proj`` (or w1, w3,
-        w2) and stacked gate_up [E, 2I, H], down [E, H, I] or transposed; biases.
+        Raises ``CannotVerifyError`` for biases, and for names or shapes other than
+        ``experts.E.{gate,up,down}_proj`` (or w1, w3, w2) and stacked gate_up [E, 2I, H], down
+        [E, H, I] or transposed.
         """
         start = f"{self._prefix}layers.{layer}."
         inside = [
@@ -178,16 +181,16 @@ class RawCheckpoint:
         count, rows, columns = (*self.shape(down), 0, 0, 0)[:3]
         if self.shape(first) == (count, 2 * columns, rows):
             return RawExperts(count, rows, columns, {}, (first, down))
-        # No shape is of both forms: 2I would have to be I.
+        # No shape fits both forms: 2I would have to equal I.
         if self.shape(first) == (count, columns, 2 * rows):
             return RawExperts(count, columns, rows, {}, (first, down), transposed=True)
         raise CannotVerifyError(
-            f"{first} has shape {self.shape(first)} beside {down} {self.shape(down)}; only "
-            "[E, 2I, H] and [E, H, I], or both transposed, can be verified."
+            f"{first} has shape {self.shape(first)}, {down} {self.shape(down)}; only [E, 2I, H] "
+            "and [E, H, I], or both transposed, can be verified."
         )
 
     def read_expert(self, experts: RawExperts, expert: int) -> dict[str, Float32]:
-        """gate, up [I, H] and down [H, I] of one expert, in float32."""
+        """Returns gate, up [I, H] and down [H, I] of one expert, in float32."""
         if experts.stacked is None:
             return {p: self.read(experts.single[expert, p]) for p in ("gate", "up", "down")}
         first, down = experts.stacked
@@ -202,7 +205,7 @@ class RawCheckpoint:
 
 
 def _files(folder: Path, chosen: object) -> dict[str, RawFile]:
-    """Tensor → file."""
+    """Returns tensor → file."""
     main = folder / chosen if isinstance(chosen, str) else folder / "model.safetensors"
     if not isinstance(chosen, str) and not main.is_file():
         main = folder / "model.safetensors.index.json"

@@ -1,7 +1,7 @@
-"""One routed expert in NumPy: exactly, or with the roundings that the engine's formats call for.
+"""Computes one routed expert in NumPy, exactly or with the roundings of the engine's formats.
 
-The roundings are the format's definition, not the engine's code: bfloat16 inputs and LoRA; INT8 by
-rows, scale max/127, half to even; INT4 in steps of max/7 by way of steps of max/112.
+The roundings follow the format's definition, not the engine's code: bfloat16 inputs and LoRA; INT8
+by rows, scale max/127, half to even; INT4 in multiples of max/7, via multiples of max/112.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ WeightFormat = Literal["float32", "bf16", "int8", "int4"]
 
 @dataclass
 class Expert:
-    """gate, up [I, H] and down [H, I] as ``weight_format`` holds them; made once for all tokens.
-    ``down_slices``: slices of down's columns that are quantised each for itself."""
+    """gate, up [I, H] and down [H, I], rounded once to ``weight_format``. ``down_slices``: number
+    of separately quantised slices of down's columns."""
 
     weights: Mapping[str, Float32]
     weight_format: WeightFormat
@@ -40,13 +40,13 @@ class Expert:
         return self.down_slices if projection == "down" else 1
 
     def project(self, projection: str, x: Float32, lora: Mapping[str, Lora]) -> Float32:
-        """y = Wx + s·B(Ax), rows of x being tokens."""
+        """Returns y = Wx + s·B(Ax); rows of x are tokens."""
         if self.weight_format != "float32":
             x = to_bf16(x)
         coded = _by_slices(x, self.weight_format, self._slices(projection), _activations)
         y: Float32 = coded @ self._stored[projection].T
-        if part := lora.get(projection):
-            a, b = part.a, part.b * np.float32(part.scaling)
+        if pair := lora.get(projection):
+            a, b = pair.a, pair.b * np.float32(pair.scaling)
             if self.weight_format == "float32":
                 return y + (x @ a.T) @ b.T
             y = y + to_bf16(x @ to_bf16(a).T) @ to_bf16(b).T
@@ -54,7 +54,8 @@ class Expert:
 
 
 def expert_output(expert: Expert, x: Float32, lora: Mapping[str, Lora]) -> Float32:
-    """down(silu(gate x) · up x) [tokens, H], without a routing weight; ``lora`` may be empty."""
+    """Returns down(silu(gate x) · up x) [tokens, H], without a routing weight; ``lora`` may be
+    empty."""
     gate = expert.project("gate", x, lora)
     up = expert.project("up", x, lora)
     with np.errstate(over="ignore"):
@@ -63,7 +64,7 @@ def expert_output(expert: Expert, x: Float32, lora: Mapping[str, Lora]) -> Float
 
 
 def to_bf16(x: Float32) -> Float32:
-    """Rounded to bfloat16, half to even."""
+    """Rounds to bfloat16, half to even."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     odd = (bits >> 16) & 1
     rounded = (bits + (0x7FFF + odd)) & np.uint32(0xFFFF0000)
@@ -76,12 +77,12 @@ def _by_slices(
     slices: int,
     rule: Callable[[Float32, WeightFormat], Float32],
 ) -> Float32:
-    parts: list[Float32] = [rule(part, weight_format) for part in np.split(x, slices, axis=1)]
-    return np.concatenate(parts, axis=1) if slices > 1 else parts[0]
+    found: list[Float32] = [rule(each, weight_format) for each in np.split(x, slices, axis=1)]
+    return np.concatenate(found, axis=1) if slices > 1 else found[0]
 
 
 def _stored(weight: Float32, weight_format: WeightFormat) -> Float32:
-    """A weight's values once it is packed."""
+    """Returns a weight's values after packing."""
     if weight_format == "float32":
         return weight
     weight = to_bf16(weight)
@@ -101,7 +102,7 @@ def _activations(x: Float32, weight_format: WeightFormat) -> Float32:
 
 
 def int8_rows(rows: Float32) -> Float32:
-    """The values of rows of INT8 codes with a scale each."""
+    """Rounds each row to INT8 codes with one scale; returns the values."""
     scale = np.abs(rows).max(axis=1, keepdims=True) * np.float32(1 / 127)
     rounded: Float32 = np.rint(_divided(rows, scale)) * scale
     return rounded

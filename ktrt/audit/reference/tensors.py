@@ -1,4 +1,4 @@
-"""A reader of safetensors files: 8 bytes with the header's length, JSON, then the numbers."""
+"""Reads safetensors files: 8 bytes with the header's length, JSON, then the numbers."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _BF16: np.dtype[Any] = np.dtype("<u2")
 
 
 class CannotVerifyError(KtrtError):
-    """Base or adapter is of a form that the independent check does not read or compute."""
+    """The independent check cannot read or compute this form of base or adapter."""
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """``CannotVerifyError`` if the file is no JSON object."""
+    """Reads a JSON object. Raises ``CannotVerifyError`` if the file holds none."""
     try:
         found = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
@@ -40,7 +40,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 class RawFile:
-    """One safetensors file. ``shapes``: of its tensors, by name."""
+    """One safetensors file. ``shapes``: tensor name → shape."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -58,11 +58,11 @@ class RawFile:
         self.shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
 
     def dtype(self, name: str) -> str:
-        """In safetensors' words."""
+        """Returns the dtype in safetensors' words."""
         return str(self._header[name]["dtype"])
 
     def read(self, name: str, row: int | None = None) -> Float32:
-        """The tensor, or ``tensor[row]`` without reading the rest, as a float32 copy."""
+        """Returns the tensor, or ``tensor[row]`` without reading the rest, as a float32 copy."""
         entry = self._header[name]
         dtype = _BF16 if entry["dtype"] == "BF16" else _PLAIN.get(entry["dtype"])
         if dtype is None:

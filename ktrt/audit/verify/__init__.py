@@ -1,1 +1,1 @@
-"""Proof that a loaded model computes what its files say."""
+"""Verifies that a loaded model matches its files."""

@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from ktrt.audit.reference import Lora, RawCheckpoint
     from ktrt.audit.reference.tensors import Float32
 
-# Of the module's parameters, computed in float32: they were rounded to the compute dtype when they
-# were loaded; a router's weight is rounded with its LoRA in it.
+# For the module's parameters, computed in float32: loading rounded them to the compute dtype, a
+# router's weight after its LoRA was merged.
 _PARAMETERS = Limits(same=0.01, difference=0.03, noise=0.00001, float32=0.01)
 _ROUTER = Limits(same=0.01, difference=0.03, noise=0.0005, float32=0.01)
-# Of what the module itself computes, in its own dtype.
+# For the module's own computation, in its dtype.
 _RUN = Limits(same=0.02, difference=0.03, noise=0.01, float32=0.02)
-# The same of a layer in INT8, against NumPy with the format's roundings.
+# The same for a layer in INT8, against NumPy with the format's roundings.
 _RUN_INT8 = Limits(same=0.02, difference=0.03, noise=0.01, float32=0.1)
 _TOKENS = 16
 # The MLP block's name differs between files and transformers' modules.
@@ -38,10 +38,11 @@ _BLOCK = re.compile(r"(?<=\.)(mlp|block_sparse_moe|feed_forward)(?=\.)")
 
 
 def check_linear(model: nn.Module, name: str, base: RawCheckpoint, lora: Lora, seed: int) -> Check:
-    """``name``: the module's for PEFT. ``CannotVerifyError`` if it is not found exactly once.
+    """Checks a module by its name for PEFT. Raises ``CannotVerifyError`` unless it exists exactly
+    once.
 
-    Its parameters are judged in float32, where the smallest adapter shows, and then what its
-    forward, whichever that is, makes of them.
+    Judges the parameters in float32, which shows the smallest adapter, and then the outputs of the
+    module's current forward.
     """
     module = _find(model, name)
     weight, bias = base.linear(name)
@@ -60,7 +61,7 @@ def check_linear(model: nn.Module, name: str, base: RawCheckpoint, lora: Lora, s
     if is_router:
         return compare(short, probe, wanted, _router_outputs(module, x), _ROUTER)
     check = compare(short, probe, wanted, _by_parameters(module, x), _PARAMETERS)
-    # With adapters switched off, a module that was made faster need not run at all.
+    # With adapters switched off, a replaced forward need not run at all.
     limits = _RUN
     if getattr(module.__dict__.get("forward"), "weight_format", "bf16") == "int8":
         y = int8_rows(x) @ int8_rows(to_bf16(weight)).T + bias
@@ -72,7 +73,7 @@ def check_linear(model: nn.Module, name: str, base: RawCheckpoint, lora: Lora, s
 
 
 def _probe(lora: Lora, size_in: int, seed: int) -> Probe:
-    """Random states, and random states that A reads."""
+    """Returns random states, and random states in the row space of A."""
     rng = np.random.default_rng(seed)
     states = [rng.standard_normal((_TOKENS, size_in), np.float32)]
     groups = {"": slice(0, _TOKENS)}
@@ -87,8 +88,8 @@ def _probe(lora: Lora, size_in: int, seed: int) -> Probe:
 
 
 def _find(model: nn.Module, name: str) -> Any:
-    """The module of the loaded model that has this name; if there is none, whatever stands before
-    ``layers``. A tower may have layers with the same ends of names."""
+    """Returns the loaded model's module of this name, or of this name with any prefix of
+    ``layers``. Exact names come first: a tower's layers may have names with the same end."""
     if (exact := dict(model.named_modules()).get(name)) is not None:
         return exact
     tail = re.sub(r"^.*?(?=layers\.\d+\.)", "", name)
@@ -103,7 +104,7 @@ def _find(model: nn.Module, name: str) -> Any:
 
 
 def _by_parameters(module: Any, x: Float32) -> tuple[Float32, Float32]:
-    """Base and tuned, from the module's parameters in float32."""
+    """Returns base and tuned outputs, from the module's parameters in float32."""
     linear = getattr(module, "base_layer", module)
     base = x @ _numbers(linear.weight).T
     if linear.bias is not None:
@@ -112,7 +113,7 @@ def _by_parameters(module: Any, x: Float32) -> tuple[Float32, Float32]:
     active = [] if getattr(module, "disable_adapters", True) else module.active_adapters
     for adapter in active:
         if adapter in module.lora_A:
-            a, b = (_numbers(part[adapter].weight) for part in (module.lora_A, module.lora_B))
+            a, b = (_numbers(half[adapter].weight) for half in (module.lora_A, module.lora_B))
             tuned += np.float32(module.scaling[adapter]) * (x @ a.T @ b.T)
     return base, tuned
 
@@ -129,7 +130,7 @@ def _run(module: Any, x: Float32) -> Float32:
 
 
 def _router_outputs(module: Any, x: Float32) -> tuple[Float32, Float32]:
-    """The same where LoRA changes a bare weight."""
+    """Returns base and tuned outputs of a bare weight with LoRA."""
     tuned = module.weight
     parametrizations = getattr(module, "parametrizations", None)
     base = tuned if parametrizations is None else parametrizations.weight.original

@@ -1,9 +1,9 @@
-"""Holds loaded layers against the raw files, recomputed by ``ktrt.audit.reference`` in NumPy.
+"""Compares loaded layers with the raw files, recomputed by ``ktrt.audit.reference`` in NumPy.
 
-Hidden states are made for every expert: random ones, some in the directions that the LoRA of gate
-and up reads, and some that it cannot see, for which only down's LoRA acts. What decides is the
-difference between tuned and base, compared with NumPy's difference, where NumPy rounds as the
-weight format does; the error against plain float32 is the format's cost.
+Every expert gets hidden states of three kinds: random ones, some in the row space of gate's and
+up's lora_A, and some orthogonal to it, for which only down's LoRA acts. The verdict compares tuned
+minus base with NumPy's difference, where NumPy rounds like the weight format. The error against
+plain float32 is the format's cost.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# By weight format. The engine sums in another order than NumPy, so that now and then a number is
-# rounded the other way: off by up to 0.00005 on the demo and tiny models, on every instruction set.
-# The error against float32 is the format's: on Gaussian data 0.006, 0.03 and 0.3 (tests/cpp/moe),
-# with room for less even weights.
+# By weight format. The engine sums in another order than NumPy, so a number is sometimes rounded
+# the other way: off by up to 0.00005 on the demo and tiny models, on every instruction set. The
+# error against float32 is the format's: 0.006, 0.03 and 0.3 on Gaussian data (tests/cpp/moe), plus
+# room for less even weights.
 LIMITS: dict[str, Limits] = {
     "bf16": Limits(same=0.001, difference=0.03, noise=0.0003, float32=0.02),
     "int8": Limits(same=0.002, difference=0.03, noise=0.001, float32=0.1),
@@ -65,9 +65,9 @@ LIMITS: dict[str, Limits] = {
 
 @dataclass
 class LayerReport:
-    """What was checked in one layer; ``failures`` in words, empty if all agreed. ``assumed``: what
-    the adapter's files do not say and had to be assumed to read them. ``unchecked``: what the
-    adapter changes outside the layers (embeddings, output layer), which is in no layer's checks."""
+    """The checks of one layer; ``failures`` in words, empty if all agree. ``assumed``: an
+    assumption needed to read the adapter's files. ``unchecked``: the adapter's changes outside the
+    layers (embeddings, output layer), which no layer's checks include."""
 
     layer: int
     what: str
@@ -92,10 +92,10 @@ def verify(
     *,
     everything: bool = False,
 ) -> list[LayerReport]:
-    """Loads the model (of the experts only what is checked) and verifies ``layer``, all layers with
-    LoRA, or the first with LoRA on routed experts.
+    """Loads the model, with the checked experts only, and verifies ``layer``, all layers with LoRA,
+    or the first one with LoRA on routed experts.
 
-    Raises ``CannotVerifyError`` for what the independent reading does not cover.
+    Raises ``CannotVerifyError`` for forms that the independent reader does not cover.
     """
     folder = adapter.single()
     assert folder is not None
@@ -113,7 +113,7 @@ def verify(
 
 
 def _check_folders(model: Path, adapter: Path, experts: ExpertArgs) -> None:
-    """Says what a folder is and which file lacks; the raw readers only know that they failed."""
+    """Raises clear errors for wrong folders and missing files, which the raw readers cannot."""
     check_model_folder(model, experts_elsewhere=experts.kt_weight_path is not None)
     read_json(model / "config.json", CheckpointError)
     config = adapter / "adapter_config.json"
@@ -122,7 +122,7 @@ def _check_folders(model: Path, adapter: Path, experts: ExpertArgs) -> None:
 
 
 def _down_slices(model: ModelArgs, experts: ExpertArgs) -> int:
-    """The slices of down's columns that have scales of their own in kt_kernel's files."""
+    """Returns the number of separately scaled slices of down's columns in kt_kernel's files."""
     if experts.kt_weight_path is None:
         return 1
     files = open_kt_weights(experts, open_base(model).experts.specs)
@@ -151,12 +151,12 @@ def verify_layer(
     down_slices: int = 1,
     progress: Callable[[float], None] = lambda _bytes: None,
 ) -> LayerReport:
-    """Holds one layer of a loaded model against the raw files; see ``verify``. ``down_slices``: of
-    kt_kernel's files. ``progress`` is told the bytes of expert weights as NumPy reads them."""
+    """Compares one layer of a loaded model with the raw files; see ``verify``. ``down_slices``:
+    kt_kernel's files'. ``progress`` gets the bytes of expert weights as NumPy reads them."""
     module = _experts_module(loaded, layer)
     raw = base.experts(layer)
     if (module is None) != (raw is None):
-        raise CannotVerifyError(f"{base.folder}: where layer {layer} keeps its experts is unclear.")
+        raise CannotVerifyError(f"{base.folder}: found no experts of layer {layer}, or too many.")
     report = LayerReport(layer, "no routed experts", unchecked=lora.outside_layers)
     if module is not None and raw is not None:
         _check_form(base, module, raw)
@@ -165,8 +165,8 @@ def verify_layer(
         report.what = f"{raw.num_experts} experts in {weight_format.upper()}"
         report.assumed = lora.assumed
         report.checks += _check_experts(module, base, raw, loras, layer, down_slices, progress)
-    for name, part in lora.linears(layer).items():
-        report.checks.append(check_linear(loaded.model, name, base, part, _seed(layer)))
+    for name, pair in lora.linears(layer).items():
+        report.checks.append(check_linear(loaded.model, name, base, pair, _seed(layer)))
     return report
 
 
@@ -180,7 +180,7 @@ def _experts_module(loaded: LoadedModel, layer: int) -> KTExperts | None:
 
 def _check_form(base: RawCheckpoint, module: KTExperts, raw: RawExperts) -> None:
     engine = module.layer
-    # Slices are kt_kernel's files for several NUMA nodes, and are computed.
+    # Slices come from kt_kernel's files for several NUMA nodes, and can be computed.
     unusual = [form for form in module.unusual_form if form != "down in slices of columns"]
     if base.activation not in ("silu", "swish"):
         unusual.append(f"activation {base.activation}")
@@ -190,7 +190,7 @@ def _check_form(base: RawCheckpoint, module: KTExperts, raw: RawExperts) -> None
         )
     found = (raw.num_experts, raw.hidden_size, raw.intermediate_size)
     if found != (engine.num_experts, engine.hidden_size, engine.intermediate_size):
-        raise CannotVerifyError(f"{base.folder}: sizes of the experts are unclear: {found}.")
+        raise CannotVerifyError(f"{base.folder}: sizes of the experts are ambiguous: {found}.")
 
 
 def _check_experts(
@@ -226,7 +226,7 @@ def _check_experts(
 def _add_expert(
     expert: Expert, number: int, lora: dict[str, Lora], probe: Probe, outputs: Outputs
 ) -> None:
-    """Adds one expert's share to the outputs that NumPy expects."""
+    """Adds one expert's share to NumPy's outputs."""
     tokens, slots = np.nonzero(probe.ids == number)
     x, weights = probe.states[tokens], probe.weights[tokens, slots, None]
     for tuned in (False, True):
@@ -235,7 +235,7 @@ def _add_expert(
 
 
 def _run(module: KTExperts, probe: Probe, chunk: int) -> tuple[Float32, Float32]:
-    """The engine's base and tuned outputs, ``chunk`` tokens at a time."""
+    """Returns the engine's base and tuned outputs, computed ``chunk`` tokens at a time."""
     layer = module.layer
     results = []
     before = layer.lora_enabled
@@ -245,8 +245,8 @@ def _run(module: KTExperts, probe: Probe, chunk: int) -> tuple[Float32, Float32]
             out = torch.empty(probe.states.shape)
             states, ids, weights = map(torch.from_numpy, (probe.states, probe.ids, probe.weights))
             for start in range(0, len(out), chunk):
-                part = slice(start, start + chunk)
-                layer.forward(states[part], ids[part], weights[part], out[part])
+                tokens = slice(start, start + chunk)
+                layer.forward(states[tokens], ids[tokens], weights[tokens], out[tokens])
             results.append(out.numpy())
     finally:
         layer.lora_enabled = before
@@ -258,6 +258,6 @@ def _seed(layer: int) -> int:
 
 
 def expert_bytes(base: RawCheckpoint, layers: Collection[int]) -> int:
-    """Bytes in float32 of the routed experts of these layers: what ``verify`` will read."""
+    """Returns the bytes that ``verify`` will read: these layers' routed experts in float32."""
     found = [raw for layer in layers if (raw := base.experts(layer)) is not None]
     return sum(12 * raw.num_experts * raw.hidden_size * raw.intermediate_size for raw in found)

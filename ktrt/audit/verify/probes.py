@@ -1,4 +1,4 @@
-"""What is fed to a layer that is verified, and how its outputs are judged."""
+"""Makes the inputs of a verified layer and judges its outputs."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ KINDS = ("random", "read by gate and up", "read by down alone")
 
 @dataclass(frozen=True)
 class Limits:
-    """The largest relative errors that pass: ``same`` of tuned and base against NumPy with the same
-    roundings; of tuned − base against NumPy's ``difference``, to which ``noise`` of the tuned
-    output is added; ``float32`` of all tokens together against float32."""
+    """The largest relative errors that pass. ``same``: of tuned and of base, against NumPy with the
+    same roundings. ``difference``: of tuned − base, plus ``noise`` times the tuned output.
+    ``float32``: of all tokens together, against float32."""
 
     same: float
     difference: float
@@ -34,8 +34,8 @@ class Limits:
 
 @dataclass(frozen=True)
 class Probe:
-    """states [tokens, H] in float32 that are bfloat16 values, ids int64 and weights float32
-    [tokens, k]. ``groups``: slices of tokens that are judged by themselves, by name."""
+    """states [tokens, H], bfloat16 values in float32; ids int64 and weights float32 [tokens, k].
+    ``groups``: slices of tokens that are judged separately, by name."""
 
     states: Float32
     ids: np.ndarray[tuple[int, int], np.dtype[np.int64]]
@@ -52,23 +52,23 @@ class Outputs:
 
     @classmethod
     def empty(cls, shape: tuple[int, ...]) -> Outputs:
-        """To be added to."""
+        """Returns zeros, to add outputs to."""
         exact, rounded = (
             (np.zeros(shape, np.float32), np.zeros(shape, np.float32)) for _ in range(2)
         )
         return cls(exact, rounded)
 
     def of(self, weight_format: str, tuned: bool) -> Float32:
-        """The outputs for ``float32`` or the layer's format."""
+        """Returns the outputs for ``float32`` or the layer's format."""
         return (self.exact if weight_format == "float32" else self.rounded)[tuned]
 
 
 @dataclass
 class Check:
-    """One comparison. ``base`` and ``tuned``: error against NumPy in float32; ``apart``: how far
-    NumPy's tuned is from its base; ``difference``: error of tuned − base, of the group where it is
-    largest; ``same``: the largest error of base or tuned against NumPy with the format's roundings;
-    all relative. ``undecided`` of ``groups`` groups change too little to be judged."""
+    """One comparison; all errors are relative. ``base`` and ``tuned``: error against NumPy in
+    float32. ``apart``: distance of NumPy's tuned from its base. ``difference``: error of tuned −
+    base, largest over groups. ``same``: the largest error of base or tuned against NumPy with the
+    format's roundings. ``undecided`` of ``groups`` groups change too little to be judged."""
 
     name: str
     base: float
@@ -82,7 +82,7 @@ class Check:
 
 
 def single_probe(loras: Sequence[dict[str, Lora]], hidden_size: int, seed: int) -> Probe:
-    """Tokens of every kind for every expert, each token for that one expert with weight 1."""
+    """Returns tokens of every kind for every expert, each routed to one expert with weight 1."""
     rng = np.random.default_rng(seed)
     states: list[Float32] = []
     ids: list[int] = []
@@ -102,7 +102,7 @@ def single_probe(loras: Sequence[dict[str, Lora]], hidden_size: int, seed: int) 
 def _states(
     a: Float32, hidden_size: int, rng: np.random.Generator
 ) -> tuple[Float32, Float32 | None, Float32 | None]:
-    """Random states; some inside the rows of ``a``; some that ``a`` maps to 0."""
+    """Returns random states; states in the row space of ``a``; states that ``a`` maps to 0."""
     shape = (_TOKENS, hidden_size)
     plain = _scaled(rng.standard_normal(shape, np.float32))
     if not a.any():
@@ -117,12 +117,13 @@ def _states(
 
 
 def _scaled(x: Float32) -> Float32:
-    """Of the length of what a norm leaves, rounded to bfloat16."""
+    """Scales to the length of a norm's output, rounded to bfloat16."""
     return to_bf16(x * (np.sqrt(x.shape[1]) / np.linalg.norm(x, axis=1, keepdims=True)))
 
 
 def mixed_probe(num_experts: int, top_k: int, hidden_size: int, seed: int) -> Probe:
-    """Random tokens for ``top_k`` experts each, every expert several times, with random weights."""
+    """Returns random tokens for ``top_k`` experts each, with random weights; every expert gets
+    several."""
     rng = np.random.default_rng(seed)
     tokens = -(-_TOKENS * num_experts // top_k)
     rounds = -(-tokens * top_k // num_experts)
@@ -142,8 +143,8 @@ def compare(
     *,
     may_be_small: bool = False,
 ) -> Check:
-    """Judges ``found``, base and tuned. An adapter that changes too little everywhere to be judged
-    is a failure, unless it ``may_be_small``."""
+    """Judges ``found``, base and tuned. It is a failure if no group changes enough to be judged,
+    unless the adapter ``may_be_small``."""
     exact = wanted.exact
     check = Check(
         name,
@@ -172,18 +173,18 @@ def _judge(
     found: tuple[Float32, Float32],
     limits: Limits,
 ) -> None:
-    """One group of tokens, the one that fits worst left out of account: a number that lies between
-    two codes may fall to either side, which changes a whole token.
+    """Judges one group of tokens without its worst token: a number halfway between two codes may be
+    rounded to either side, which changes a whole token.
 
-    A change that is not well above the noise of base and tuned cannot be judged, but must not be
-    larger than that noise.
+    A change not well above the noise of base and tuned cannot be judged, but must not exceed that
+    noise.
     """
     where = f" ({group})" if group else ""
     expected = wanted[1] - wanted[0]
     change = _without_worst(expected, expected)[1]
     for what, x, y, least in zip(("base", "tuned"), found, wanted, (0.0, change), strict=True):
         off, size = _without_worst(x - y, y)
-        # Base and change may cancel, all of them where a module has one output; each is rounded.
+        # Base and change may cancel, completely in a module with one output; both are rounded.
         size = max(size, least)
         check.same = max(check.same, off / size if size else off)
         if not off <= limits.same * size:
@@ -199,8 +200,8 @@ def _judge(
 
 
 def _without_worst(off: Float32, wanted: Float32) -> tuple[float, float]:
-    """‖off‖ and ‖wanted‖ of all tokens but the one with the largest ``off``; NaN counts as that,
-    and in the others makes both NaN."""
+    """Returns ‖off‖ and ‖wanted‖ of all tokens except the one with the largest ``off``. NaN counts
+    as the largest; a second NaN makes ‖off‖ NaN."""
     keep = np.argsort(np.linalg.norm(off, axis=1))[:-1] if len(off) > 1 else [0]
     return float(np.linalg.norm(off[keep])), float(np.linalg.norm(wanted[keep]))
 
@@ -214,7 +215,7 @@ def _percent(off: float, size: float) -> str:
 
 
 def error(found: Float32, expected: Float32, least: float = 0.0) -> float:
-    """‖found − expected‖ / ‖expected‖, or / ``least`` if that is more; 0 where both are zero."""
+    """Returns ‖found − expected‖ / max(‖expected‖, ``least``); 0 if both are zero."""
     off, size = (float(np.linalg.norm(x.astype(np.float64))) for x in (found - expected, expected))
     size = max(size, least)
     return off / size if size else (0.0 if off == 0 else float("inf"))

@@ -13,18 +13,18 @@ from ktrt.prompt.template.table import TEMPLATES
 
 _log = logging.getLogger(__name__)
 
-# Of several templates by name, the ones for a conversation; the others are for tools, documents …
+# Names of conversation templates; named templates also exist for tools, documents …
 _CONVERSATION = ("default", "chat")
-# A text that no template has of its own.
+# A text that no template contains.
 _PROBE = "ktrt-7319"
 
 
 class AutoTemplate:
     """The tokenizer's own chat template.
 
-    Of several by name it is "default", else "chat", else the first that shows what the user says.
-    Templates of multimodal models may want a message's content as a list of parts: they get one
-    text part. ``ConfigError``: there is no template, or none that a conversation of texts fits.
+    Among several named ones: "default", else "chat", else the first that shows the user's text.
+    Templates of multimodal models may expect a message's content as a list of parts: they get one
+    text part. Raises ``ConfigError`` if no template takes a conversation of texts.
     """
 
     name = "auto"
@@ -33,8 +33,8 @@ class AutoTemplate:
     def __init__(self, args: TemplateArgs, tokenizer: Tokenizer) -> None:
         if not tokenizer.chat_template:
             raise ConfigError(
-                "template: the model's tokenizer has no chat template of its own; set template to "
-                f"one of {', '.join(TEMPLATES)}"
+                "template: the model's tokenizer has no chat template; set template to one of "
+                f"{', '.join(TEMPLATES)}"
             )
         self._tokenizer = tokenizer
         self._default_system = args.default_system
@@ -42,7 +42,7 @@ class AutoTemplate:
         eos = tokenizer.eos_token_id
         self.stop_ids = frozenset[int](() if eos is None else (eos,))
         self._in_parts = False
-        # Only where there are several: not every tokenizer takes a template from outside.
+        # Only with several templates: not every tokenizer accepts one as an argument.
         self._source: dict[str, str] = {}
         self._choose()
         self._thinks_by_default = self._find_switch()
@@ -63,7 +63,7 @@ class AutoTemplate:
         return changed
 
     def _choose(self) -> None:
-        """Finds the template to use, and whether it wants parts."""
+        """Chooses the template, and whether it gets parts."""
         given = self._tokenizer.chat_template
         named: dict[str, str] = dict(given) if isinstance(given, Mapping) else {"": given}
         order = [name for name in _CONVERSATION if name in named]
@@ -91,8 +91,8 @@ class AutoTemplate:
         )  # fmt: skip
 
     def _shows(self, *, in_parts: bool) -> bool:
-        """Whether a message's text is in the prompt. ``ConfigError``: the template takes it in
-        neither form."""
+        """Returns whether the prompt contains a message's text. Raises ``ConfigError`` if the
+        template takes it in neither form."""
         self._in_parts = in_parts
         try:
             return _PROBE in self._text(_PROBE)
@@ -111,13 +111,13 @@ class AutoTemplate:
             _log.info("The chat template wants messages in parts; each gets one text part")
 
     def _find_switch(self) -> bool | None:
-        """What the chat template does when nobody says; None if it does the same in any case."""
+        """Returns whether the template thinks by default; None if the switch changes nothing."""
         probe = [{"role": "user", "content": "?"}]
         on, off, default = (self._render(probe, thinking) for thinking in (True, False, None))
         return None if on == off else default != off
 
     def _check_tokens(self) -> None:
-        """A warning that names what looks like special tokens and is none to the tokenizer."""
+        """Warns of texts that look like special tokens and are none to the tokenizer."""
         encode = self._tokenizer.encode
         unknown = [
             text
@@ -137,7 +137,7 @@ class AutoTemplate:
         return self._render(turns, self._thinking)
 
     def _text(self, content: str) -> str:
-        """The prompt for one message of the user."""
+        """Returns the prompt for one message of the user."""
         text: str = self._apply([{"role": "user", "content": content}], tokenize=False)
         return text
 
@@ -158,6 +158,6 @@ class AutoTemplate:
                 messages, add_generation_prompt=True, **self._source, **options
             )
         except Exception as error:
-            # Jinja's own errors, and whatever the template's expressions raise.
+            # Jinja's errors, and any error of the template's expressions.
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ConfigError(f"the tokenizer's chat template refuses this: {reason}") from error

@@ -1,4 +1,4 @@
-"""What every chat template is to the session, and what it needs of a tokenizer."""
+"""Interface of chat templates, and of the tokenizer that they need."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -9,7 +9,7 @@ Message = Mapping[str, str]
 
 
 class Tokenizer(Protocol):
-    """What is used of a transformers tokenizer."""
+    """The used subset of a transformers tokenizer."""
 
     bos_token_id: int | None
     eos_token_id: int | None
@@ -22,11 +22,11 @@ class Tokenizer(Protocol):
 
 
 class Template(Protocol):
-    """Renders checked messages that end with the user's, and knows which ids end the reply.
+    """Renders checked messages, the last one a user's; knows the ids that end the reply.
 
-    ``thinking``: whether the model is let think first; None where the template has no such switch.
-    ``shown_tokens``: the special tokens, with their text, that mark thoughts. They are part of a
-    reply's text, where others may be skipped: without them thoughts could not be told apart.
+    ``thinking``: whether the model may think first; None without such a switch.
+    ``shown_tokens``: id → text of the special tokens around thoughts. They stay in a reply's text
+    even if special tokens are skipped: without them a thought looks like the answer.
     """
 
     name: str
@@ -37,16 +37,16 @@ class Template(Protocol):
     def thinking(self) -> bool | None: ...
 
     def with_thinking(self, thinking: bool) -> "Template":
-        """The same template with the switch set. ``ConfigError``: it has none."""
+        """Returns a copy with the switch set. Raises ``ConfigError`` if there is none."""
         ...
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt's token ids; the reply is what follows them."""
+        """Returns the prompt's token ids, up to the start of the reply."""
         ...
 
 
 def no_switch(name: str) -> ConfigError:
-    """The error of a template without a thinking switch."""
+    """Returns the error for a template without a thinking switch."""
     return ConfigError(
         f"template {name!r} cannot switch thinking on or off: it is no reasoning template"
     )

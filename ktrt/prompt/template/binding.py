@@ -1,4 +1,4 @@
-"""A named template's tokens in a model's tokenizer: their ids, and encoding as in training."""
+"""Binds a named template to a tokenizer: ids of its tokens, and encoding as in training."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -10,19 +10,19 @@ from ktrt.errors import ConfigError
 from ktrt.prompt.template.table import TemplateSpec
 
 _MARK = re.compile(r"(\{bos\??\}|\{eos\}|\{token [^}]+\}|\{\|\})")
-_DEFAULT_EOS = "<|endoftext|>"  # which LLaMA-Factory gives a tokenizer that has none
+_DEFAULT_EOS = "<|endoftext|>"  # LLaMA-Factory's eos for a tokenizer without one
 
 
 @dataclass(frozen=True)
 class Bound:
-    """A tokenizer that encodes as in training, with the ids of the template's marks."""
+    """A tokenizer that encodes as in training, and the ids of the template's marks."""
 
     tokenizer: Any
     marks: Mapping[str, int | None]
     stop_ids: frozenset[int]
 
     def compile(self, slot: str) -> list[str | int]:
-        """A slot's texts and, in place of its marks, ids."""
+        """Returns the slot as texts, and ids in place of its marks."""
         parts: list[str | int] = []
         for part in _MARK.split(slot):
             if part not in self.marks:
@@ -33,7 +33,7 @@ class Bound:
 
 
 def bind(name: str, spec: TemplateSpec, tokenizer: Any) -> Bound:
-    """Binds a template to a tokenizer. ``ConfigError`` lists the tokens that it lacks."""
+    """Binds a template to a tokenizer. Raises ``ConfigError`` with the tokens that it lacks."""
     known = {text: _token_id(tokenizer, text) for text in spec.tokens}
     known |= {text: _vocabulary_id(tokenizer, text) for text in spec.stop_words}
     optional = [t for t in spec.optional_stop_words if _vocabulary_id(tokenizer, t) is not None]
@@ -60,7 +60,7 @@ def bind(name: str, spec: TemplateSpec, tokenizer: Any) -> Bound:
     words = [*spec.stop_words, *optional]
     if eos_text and eos_text != getattr(tokenizer, "eos_token", None):
         declared = [eos_text, *words]
-    else:  # the first stop word, or none of them, is the tokenizer's eos and stays as it is
+    else:  # a stop word that is the tokenizer's eos already stays unchanged
         declared = [word for word in words if word != eos_text]
     encoding = _declare(name, declared, tokenizer)
     stops = {eos, tokenizer.eos_token_id, *(_token_id(encoding, word) for word in words)}
@@ -68,13 +68,13 @@ def bind(name: str, spec: TemplateSpec, tokenizer: Any) -> Bound:
 
 
 def _token_id(tokenizer: Any, text: str) -> int | None:
-    """The id that the text is encoded to; None if these are several or it is unknown."""
+    """Returns the id that the text encodes to; None for several ids or the unknown token."""
     encoded = tokenizer.encode(text, add_special_tokens=False)
     return encoded[0] if len(encoded) == 1 and encoded[0] != tokenizer.unk_token_id else None
 
 
 def _vocabulary_id(tokenizer: Any, text: str) -> int | None:
-    """The id of a token that need not be what its text is encoded to."""
+    """Returns the id of a token, even if its text encodes to something else."""
     token: int | None = _token_id(tokenizer, text)
     if token is None and hasattr(tokenizer, "convert_tokens_to_ids"):
         token = tokenizer.convert_tokens_to_ids(text)
@@ -82,11 +82,11 @@ def _vocabulary_id(tokenizer: Any, text: str) -> int | None:
 
 
 def _declare(name: str, words: Iterable[str], tokenizer: Any) -> Any:
-    """The tokenizer, or a copy to which ``words`` are special tokens.
+    """Returns the tokenizer, or a copy in which ``words`` are special tokens.
 
-    LLaMA-Factory adds stop words as special tokens before it encodes. That changes ids where the
-    tokenizer has a word in its vocabulary alone, or swallows the white space behind it: Phi-3's
-    ``<|end|>`` does, and the line break that follows it in the template gets lost.
+    LLaMA-Factory adds stop words as special tokens before it encodes. This changes ids if a word
+    is an ordinary vocabulary entry, or swallows the white space after it: Phi-3's ``<|end|>``
+    swallows the line break that follows it in the template.
     """
     added_tokens = getattr(tokenizer, "added_tokens_decoder", None)
     if added_tokens is None:
@@ -105,7 +105,7 @@ def _declare(name: str, words: Iterable[str], tokenizer: Any) -> Any:
 
 
 def _is_loose(token: Any) -> bool:
-    """Whether the token takes white space with it, or is not found in any text as it is."""
+    """Returns whether the token swallows white space, or is not found verbatim in any text."""
     return bool(token.lstrip or token.rstrip or token.single_word or token.normalized)
 
 

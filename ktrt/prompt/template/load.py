@@ -1,6 +1,6 @@
 """Chat templates: from messages to token ids.
 
-A named template is a row of ``TEMPLATES`` bound to a tokenizer, ``auto`` is the tokenizer's own.
+A named template is an entry of ``TEMPLATES`` bound to a tokenizer; ``auto`` is the tokenizer's own.
 """
 
 import logging
@@ -25,10 +25,10 @@ _log = logging.getLogger(__name__)
 
 
 def load_template(args: TemplateArgs, tokenizer: Tokenizer) -> Template:
-    """The template that ``args`` names, bound to ``tokenizer``.
+    """Returns the template that ``args`` names, bound to ``tokenizer``.
 
-    ``ConfigError``: an unknown name; a special token of the template that the tokenizer does not
-    encode to exactly one id; for ``auto``, a tokenizer without a chat template.
+    Raises ``ConfigError`` for an unknown name, for a special token that the tokenizer does not
+    encode to exactly one id, and, with ``auto``, for a tokenizer without a chat template.
     """
     if args.template in (None, "", "auto"):
         return AutoTemplate(args, tokenizer)
@@ -44,7 +44,7 @@ def load_template(args: TemplateArgs, tokenizer: Tokenizer) -> Template:
 
 
 def _nearest_template(name: str) -> str:
-    """Finds it by the names of models too: `mixtral` means `mistral`."""
+    """Suggests a template; knows models' names too: `mixtral` means `mistral`."""
     models = {
         re.sub(r"[^a-z0-9.]+", "_", model.lower()): known
         for known, spec in TEMPLATES.items()
@@ -54,7 +54,7 @@ def _nearest_template(name: str) -> str:
 
 
 class NamedTemplate:
-    """A row of ``TEMPLATES`` bound to a tokenizer."""
+    """An entry of ``TEMPLATES`` bound to a tokenizer."""
 
     def __init__(self, name: str, args: TemplateArgs, tokenizer: Tokenizer) -> None:
         spec = TEMPLATES[name]
@@ -123,8 +123,8 @@ class NamedTemplate:
         return {each: decode([each], skip_special_tokens=False) for each in special}
 
     def _without_thought(self, reply: str) -> str:
-        """Drops what stands between the marks as they are, then, between marks without their line
-        breaks: models write both."""
+        """Drops the text between the marks, with and without their line breaks: models write
+        both."""
         thought = self._thought
         if thought is None:
             return reply

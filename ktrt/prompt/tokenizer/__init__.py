@@ -1,1 +1,1 @@
-"""Loads tokenizers and adds the words that adapters bring."""
+"""Loads tokenizers and adds the words of adapters."""

@@ -1,4 +1,4 @@
-"""The tokenizer's files of a model or adapter folder, read and typed before a library sees them."""
+"""Reads and types a folder's tokenizer files before a library sees them."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ SPECIAL_NAME = "special_tokens_map.json"
 TEMPLATE_NAME = "chat_template.jinja"
 TEMPLATE_FILES = (TEMPLATE_NAME, "chat_template.json")
 TEMPLATES_FOLDER = "additional_chat_templates"
-# Everything of a tokenizer that is data.
+# All tokenizer files that are data, not code.
 _DATA = (
     CONFIG_NAME, JSON_NAME, SPECIAL_NAME, "added_tokens.json", "vocab.json", "merges.txt",
     "*.model", "*.tiktoken", *TEMPLATE_FILES, f"{TEMPLATES_FOLDER}/*.jinja",
 )  # fmt: skip
-# The tokens with a part of their own, as tokenizer_config.json and special_tokens_map.json name
-# them; ktrt reads the first two.
+# The tokens with a role, as tokenizer_config.json and special_tokens_map.json name them; ktrt uses
+# the first two.
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
-# Vocabularies in one file that other libraries than tokenizers read.
+# A line of a tiktoken vocabulary, which the library tokenizers does not read.
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 _ADVICE = "Download the file again, or copy it from the model that it belongs to."
 
@@ -69,7 +69,7 @@ class _SpecialTokens(JsonObject):
 
 
 class _Pipeline(JsonObject):
-    """tokenizer.json; a step may be missing, or null for none."""
+    """tokenizer.json; an absent or null stage does nothing."""
 
     model: dict[str, Any]
     added_tokens: list[NumberedToken] | None = None
@@ -78,24 +78,24 @@ class _Pipeline(JsonObject):
 
 
 class TokenizerFiles:
-    """What a folder has of a tokenizer. ``error`` is raised for damaged files, naming file and key,
-    at the first look at them."""
+    """The tokenizer files of a folder. The first access to a damaged file raises ``error`` with
+    file and key."""
 
     def __init__(self, folder: Path, error: type[KtrtError]) -> None:
         self.folder, self._error = folder, error
 
     def __bool__(self) -> bool:
-        """Whether there is anything of a tokenizer."""
+        """Returns whether there is any tokenizer file."""
         names = (CONFIG_NAME, JSON_NAME, SPECIAL_NAME, TEMPLATE_NAME, "added_tokens.json")
         return any((self.folder / name).exists() for name in names)
 
     def paths(self) -> list[Path]:
-        """All files of the tokenizer but code, relative to the folder."""
+        """Returns all data files of the tokenizer, relative to the folder."""
         found = [path for pattern in _DATA for path in sorted(self.folder.glob(pattern))]
         return [path.relative_to(self.folder) for path in found if path.is_file()]
 
     def check(self) -> None:
-        """Reads and types every JSON file but tokenizer.json, which is large."""
+        """Reads and types every JSON file except tokenizer.json, which is large."""
         _ = self.config, self.special, self._added
 
     @cached_property
@@ -116,7 +116,7 @@ class TokenizerFiles:
 
     @property
     def has_pipeline(self) -> bool:
-        """Whether there is a tokenizer.json."""
+        """Returns whether there is a tokenizer.json."""
         return (self.folder / JSON_NAME).exists()
 
     @cached_property
@@ -130,7 +130,7 @@ class TokenizerFiles:
 
     @property
     def remote_class(self) -> str | None:
-        """``module.Class`` of the folder's own Python code, if it has a tokenizer."""
+        """``module.Class`` of the tokenizer in the folder's own Python code; None without one."""
         auto_map = self.config.auto_map
         found: Any = auto_map
         if isinstance(auto_map, dict):
@@ -139,13 +139,13 @@ class TokenizerFiles:
         shape: Any = str | list[str | None] | None
         found = typed(found, shape, where, self._error, _ADVICE)
         names = [found] if isinstance(found, str) else [name for name in found or () if name]
-        # "repository--module.Class" names the place it was copied from; the copy is what runs.
+        # "repository--module.Class" names the origin of a copy; the copy runs.
         return names[-1].split("--")[-1] if names else None
 
     @property
     def foreign_vocabulary(self) -> tuple[Path, str] | None:
-        """(file, package) of a vocabulary that only this package reads, where the folder has no
-        tokenizer.json: found by the file's content, since both are called tokenizer.model."""
+        """(file, package) of a vocabulary that only this package reads, if there is no
+        tokenizer.json. The file's content decides: both kinds are called tokenizer.model."""
         if self.has_pipeline:
             return None
         files = [*self.folder.glob("*.tiktoken"), *self.folder.glob("*.model")]
@@ -156,7 +156,7 @@ class TokenizerFiles:
         return None
 
     def added_tokens(self) -> dict[int, TokenText]:
-        """Every token that was added to the vocabulary, by id."""
+        """Returns the tokens added to the vocabulary, by id."""
         found: dict[int, TokenText] = {}
         for text, number in self._added.items():
             found[number] = TokenText(content=text)
@@ -170,7 +170,7 @@ class TokenizerFiles:
         return dict(sorted(found.items()))
 
     def roles(self) -> dict[str, str]:
-        """The texts of bos_token, eos_token …, as far as they are named."""
+        """Returns the texts of bos_token, eos_token …, if named."""
         found = {}
         for role in ROLES:
             for source in (self.special, self.config):
@@ -180,8 +180,8 @@ class TokenizerFiles:
         return found
 
     def chat_template(self) -> str | dict[str, str] | None:
-        """The chat template, or several by name: files of their own win over
-        tokenizer_config.json, as in transformers; chat_template.json is what processors write."""
+        """Returns the chat template, or several by name. Template files win over
+        tokenizer_config.json, as in transformers; processors write chat_template.json."""
         templates = dict(self._template_files())
         if set(templates) == {"default"}:
             return templates["default"]

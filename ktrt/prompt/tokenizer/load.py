@@ -1,5 +1,5 @@
-"""Loading the tokenizer of a model folder: as data wherever data say all, as code where only code
-does and the user trusts it."""
+"""Loads the tokenizer of a model folder: from data files if they suffice, from the folder's code if
+nothing else exists and the user trusts it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Words, numbers, spaces, contractions and scripts at which the ways of splitting text differ.
+# Words, numbers, spaces, contractions and scripts that tokenizers split differently.
 _PROBE = (
     "Hello, world! It's 12345 + 678\n\n\tfoo_bar  = x;  你好，世界 привет naïve 🙂 I'LL they've"
     " DON'T\r\n   end  "
@@ -35,11 +35,11 @@ _LLAMA_3 = ("llama", "llama4", "llama4_text", "mllama")
 
 
 def load_tokenizer(args: ModelArgs) -> Any:
-    """The tokenizer of the model folder, with its chat template.
+    """Returns the tokenizer of the model folder, with its chat template.
 
-    Python code of the folder runs only with ``trust_remote_code``, and only where the tokenizer
-    exists as nothing else: no tokenizer.json, and a vocabulary that transformers cannot read or
-    splits differently. ``CheckpointError``: damaged files, a package that is missing.
+    Python code of the folder runs only with ``trust_remote_code``, and only if the tokenizer exists
+    in no other form: there is no tokenizer.json, and transformers cannot read the vocabulary or
+    splits text differently. Raises ``CheckpointError`` for damaged files or a missing package.
     """
     folder = args.model_name_or_path
     files = TokenizerFiles(folder, CheckpointError)
@@ -51,15 +51,15 @@ def load_tokenizer(args: ModelArgs) -> Any:
     except CheckpointError:
         raise
     except BaseException as error:
-        # The library and what it calls raise whatever a damaged file makes them raise; a panic of
-        # Rust code is not even an Exception.
+        # On a damaged file the libraries raise any kind of exception; a panic of Rust code is not
+        # even an Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        _ = files.pipeline  # says more, if that is the damaged file
+        _ = files.pipeline  # gives the better message if this file is damaged
         _check_model_config(folder)
         raise CheckpointError(_why_not(files, args.trust_remote_code, error)) from error
     if template is not None and not getattr(tokenizer, "chat_template", None):
-        logger.info("%s: the chat template is that of chat_template.json", folder)
+        logger.info("%s: uses the chat template of chat_template.json", folder)
         tokenizer.chat_template = template
     return tokenizer
 
@@ -83,7 +83,7 @@ def _open(files: TokenizerFiles, trust: bool) -> Any:
 
 
 def _open_data(files: TokenizerFiles) -> Any:
-    """By transformers' own classes."""
+    """Loads with transformers' own classes."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     folder = files.folder
@@ -98,30 +98,30 @@ def _open_data(files: TokenizerFiles) -> Any:
         return tokenizer
     logger.warning(
         "%s: transformers' %s splits text differently from what %s describes, which gives other "
-        "token ids; those of %s are used",
+        "token ids; uses the ids of %s",
         folder, type(tokenizer).__name__, JSON_NAME, JSON_NAME,
     )  # fmt: skip
     return PreTrainedTokenizerFast.from_pretrained(folder, **options)
 
 
 def _splits_as_described(tokenizer: Any, files: TokenizerFiles) -> bool:
-    """Whether text is normalised and split as tokenizer.json says. Some classes of transformers
-    take vocabulary and merges from it and make these steps anew."""
+    """Returns whether the tokenizer normalises and splits text as tokenizer.json says. Some
+    classes of transformers take only vocabulary and merges from it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or files.pipeline is None:
         return True
     model = {"type": "BPE", "vocab": {}, "merges": []}
-    steps = {name: getattr(files.pipeline, name) for name in ("normalizer", "pre_tokenizer")}
-    described = Tokenizer.from_str(json.dumps({"version": "1.0", "model": model, **steps}))
-    return _pieces(backend) == _pieces(described)
+    stages = {name: getattr(files.pipeline, name) for name in ("normalizer", "pre_tokenizer")}
+    described = Tokenizer.from_str(json.dumps({"version": "1.0", "model": model, **stages}))
+    return _split_probe(backend) == _split_probe(described)
 
 
-def _pieces(backend: Any) -> list[str]:
-    """The probe as the model of a tokenizer gets it."""
+def _split_probe(backend: Any) -> list[str]:
+    """Returns the probe normalised and split by a tokenizer."""
     text, split = _PROBE, backend.pre_tokenizer
     if backend.normalizer is not None:
         text = backend.normalizer.normalize_str(text)
-    return [text] if split is None else [piece for piece, _ in split.pre_tokenize_str(text)]
+    return [text] if split is None else [word for word, _ in split.pre_tokenize_str(text)]
 
 
 def _encode(tokenizer: Any) -> list[int]:
@@ -130,7 +130,7 @@ def _encode(tokenizer: Any) -> list[int]:
 
 
 def _try_out(tokenizer: Any) -> None:
-    """Uses the tokenizer once: damaged files may load and fail later."""
+    """Uses the tokenizer once, since damaged files may load and fail later."""
     ids = _encode(tokenizer)
     tokenizer.decode(ids, skip_special_tokens=False)
     _ = len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id
@@ -143,7 +143,7 @@ def _run_remote(files: TokenizerFiles) -> Any:
 
     name, folder = str(files.remote_class), files.folder
     logger.info(
-        "trust_remote_code: the tokenizer of %s exists only as Python code (%s), which runs",
+        "trust_remote_code: the tokenizer of %s exists only as Python code (%s); runs it",
         folder, name,
     )  # fmt: skip
     with _old_imports():
@@ -153,8 +153,8 @@ def _run_remote(files: TokenizerFiles) -> Any:
 
 @contextmanager
 def _old_imports() -> Iterator[None]:
-    """Names of transformers 4 that published tokenizers import from where transformers 5 has
-    nothing any more: bytes_to_unicode (Moonlight, Kimi)."""
+    """Restores a name that published tokenizers import and transformers 5 has moved:
+    bytes_to_unicode (Moonlight, Kimi)."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
     from transformers.models.gpt2 import tokenization_gpt2 as module
 
@@ -173,8 +173,8 @@ def _warn_of_pattern(file: Path, remote_class: str | None) -> None:
     code = f"the folder's own code ({remote_class}) splits text as the model was trained"
     advice = f"{code}: set `trust_remote_code: true`" if remote_class else "expect poor answers"
     logger.warning(
-        "%s: transformers splits text as Llama 3 does, which this vocabulary is not known to be "
-        "for: token ids may differ from those of the training; %s", file, advice,
+        "%s: transformers splits text as Llama 3 does, which may not fit this vocabulary: token "
+        "ids may differ from the training's; %s", file, advice,
     )  # fmt: skip
 
 
@@ -216,14 +216,14 @@ def _with_byte_order_mark(folder: Path) -> Path | None:
 
 
 def _check_model_config(folder: Path) -> None:
-    """``CheckpointError``: config.json, which transformers reads before a tokenizer, is damaged."""
+    """Raises ``CheckpointError`` if config.json, which transformers reads first, is damaged."""
     file = folder / "config.json"
     if file.exists():
         read_json_as(file, dict[str, Any], CheckpointError, "It describes every model folder.")
 
 
 def _model_type(folder: Path) -> str | None:
-    """``model_type`` of config.json, which others check; None if it has none."""
+    """Returns ``model_type`` of config.json, unchecked; None without one."""
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))["model_type"]
     except (OSError, ValueError, RecursionError, KeyError, TypeError):

@@ -1,5 +1,5 @@
-"""Words and chat templates that the configuration and the adapters bring, put into the base's
-tokenizer: as data, so that no library reads an adapter's folder in another way than the base's."""
+"""Adds the words and chat templates of configuration and adapters to the base's tokenizer, as data:
+no library can then read an adapter's folder differently from the base's."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def add_configured(
     tokenizer: Any, add_tokens: Sequence[str], add_special_tokens: Sequence[str]
 ) -> None:
     """Adds the tokens of the configuration as LLaMA-Factory does: in this order, each with the next
-    free id, those that exist skipped."""
+    free id; existing ones are skipped."""
     for key, texts, special in (
         ("add_tokens", add_tokens, False),
         ("add_special_tokens", add_special_tokens, True),
@@ -44,22 +44,22 @@ def add_configured(
 
 
 def vocabulary_size(tokenizer: Any) -> int:
-    """The first id beyond every token."""
+    """Returns the highest token id plus 1."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 @dataclass(frozen=True)
 class Words:
-    """A tokenizer with the words of the configuration and of adapters, and who brought some.
-    ``changed``: an adapter's folder whose tokenizer or chat template is not the base's."""
+    """A tokenizer with the words of the configuration and of adapters, and the sources of words.
+    ``changed``: an adapter's folder whose tokenizer or chat template differs from the base's."""
 
     tokenizer: Any
     brought_by: Sequence[str]
     changed: Path | None = None
 
     def check_rows(self, rows: int) -> None:
-        """``ConfigError`` if there are tokens that somebody brought beyond the ``rows`` of the
-        embeddings; a warning where the base's own files are so."""
+        """Raises ``ConfigError`` if added tokens exceed the ``rows`` of the embeddings; only warns
+        if the base's own files do."""
         size = vocabulary_size(self.tokenizer) if self.brought_by else len(self.tokenizer)
         if size <= rows:
             return
@@ -72,8 +72,8 @@ class Words:
 
 
 def load_words(args: ModelArgs, adapters: Mapping[str, Path], *, own_template: bool) -> Words:
-    """The base's tokenizer with all words. ``own_template``: with the chat template of the first
-    adapter that has one; otherwise a template is configured."""
+    """Returns the base's tokenizer with all words. ``own_template``: takes the chat template of the
+    first adapter that has one (False: the configuration names a template)."""
     brought_by, changed = [], None
     tokenizer = load_tokenizer(args)
     if args.add_tokens or args.add_special_tokens:
@@ -96,7 +96,7 @@ def load_words(args: ModelArgs, adapters: Mapping[str, Path], *, own_template: b
 
 @dataclass(frozen=True)
 class AdapterWords:
-    """What the tokenizer files of an adapter's folder bring beyond ``tokenizer``'s own."""
+    """The additions of an adapter's tokenizer files to the base's tokenizer."""
 
     name: str
     tokens: Mapping[int, TokenText]
@@ -104,7 +104,7 @@ class AdapterWords:
     chat_template: str | dict[str, str] | None
 
     def add(self, tokenizer: Any) -> None:
-        """Adds the tokens, with a log line. ``AdapterError`` if one gets another id."""
+        """Adds the tokens, with a log line. Raises ``AdapterError`` if one gets another id."""
         before = vocabulary_size(tokenizer)
         for number, token in self.tokens.items():
             added = AddedToken(
@@ -118,18 +118,18 @@ class AdapterWords:
         new = [token.content for number, token in self.tokens.items() if number >= before]
         if new:
             logger.info(
-                "Adapter %s brings words of its own: %s",
+                "Adapter %s adds words: %s",
                 self.name, _span(new, before, vocabulary_size(tokenizer)),
             )  # fmt: skip
 
     def check_rows(self, rows: int) -> None:
-        """``AdapterError`` if the embeddings have too few ``rows`` for the tokens."""
+        """Raises ``AdapterError`` if the embeddings have too few ``rows`` for the tokens."""
         if self.tokens and max(self.tokens) >= rows:
             raise AdapterError(_too_few_rows(max(self.tokens) + 1, f"adapter {self.name!r}", rows))
 
     def use_template(self, tokenizer: Any) -> bool:
-        """Takes the chat template, and the token that ends its answers, with log lines. Whether
-        one of them differs from the tokenizer's."""
+        """Takes over the chat template and the token that ends its answers, with log lines; returns
+        whether one of them differs from the tokenizer's."""
         other = bool(self.chat_template != tokenizer.chat_template)
         if other:
             logger.info(
@@ -148,9 +148,9 @@ class AdapterWords:
 
 
 def read_words(name: str, folder: Path, tokenizer: Any) -> AdapterWords | None:
-    """What the adapter brings; None if its folder has no tokenizer files.
+    """Returns the adapter's additions; None if its folder has no tokenizer files.
 
-    ``AdapterError``: damaged files, or a token that has another id in ``tokenizer``.
+    Raises ``AdapterError`` for damaged files and for a token with another id in ``tokenizer``.
     """
     files = TokenizerFiles(folder, AdapterError)
     if not files:
@@ -160,14 +160,14 @@ def read_words(name: str, folder: Path, tokenizer: Any) -> AdapterWords | None:
     found: dict[int, TokenText] = {}
     added = files.added_tokens()
     known_ids = _ids_of(tokenizer, [token.content for token in added.values()])
-    # A token that is new gets the next id.
+    # A new token gets the next id.
     free = vocabulary_size(tokenizer) if None in known_ids else 0
     for (number, token), known in zip(added.items(), known_ids, strict=True):
         in_use = free if known is None else known
         if number != in_use:
             raise AdapterError(_other_id(f"{folder}: its tokenizer", token, number, in_use))
         free += known is None
-        # Made special for training: such a token is no text of an answer.
+        # Made special for training: such a token is not shown in answers.
         if known is None or (token.special and number not in special):
             found[number] = token
     _compare_vocabularies(name, files, tokenizer)
@@ -175,13 +175,13 @@ def read_words(name: str, folder: Path, tokenizer: Any) -> AdapterWords | None:
 
 
 def _compare_vocabularies(name: str, files: TokenizerFiles, tokenizer: Any) -> None:
-    """Warns where the ordinary tokens are not the base's: what is written is encoded by those."""
+    """Warns if the ordinary tokens differ from the base's, which encode the texts."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = files.pipeline.model.get("vocab") if files.pipeline else None
     if backend is None or not isinstance(vocabulary, dict):
         return
     base: dict[str, int] = backend.get_vocab()
-    # Files differ in whether they list added tokens as ordinary ones too.
+    # Some files list added tokens among the ordinary ones too.
     added = {token.content for token in files.added_tokens().values()}
     other = [text for text, number in vocabulary.items() if base.get(text) != number]
     other += [text for text in backend.get_vocab(False) if text not in vocabulary]
@@ -195,7 +195,7 @@ def _compare_vocabularies(name: str, files: TokenizerFiles, tokenizer: Any) -> N
 
 def _ids_of(tokenizer: Any, texts: Sequence[str]) -> list[int | None]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:  # without a dictionary of the whole vocabulary
+    if backend is not None:  # avoids a dictionary of the whole vocabulary
         return [backend.token_to_id(text) for text in texts]
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     return [vocabulary.get(text) for text in texts]
@@ -211,10 +211,10 @@ def _other_id(where: str, token: TokenText, number: int, in_use: int) -> str:
 
 def _too_few_rows(size: int, source: str, rows: int) -> str:
     return (
-        f"the tokenizer has {size} tokens with those of {source}, but the embeddings have {rows} "
-        "rows: the adapter does not hold the rows of its new words. It should have been trained "
-        "with resize_vocab, and embed_tokens and lm_head saved (LLaMA-Factory: additional_target; "
-        "PEFT: modules_to_save)."
+        f"the tokenizer has {size} tokens, including the new ones of {source}, but the embeddings "
+        f"have {rows} rows: the adapter does not hold the rows of its new words. It should have "
+        "been trained with resize_vocab, and embed_tokens and lm_head saved (LLaMA-Factory: "
+        "additional_target; PEFT: modules_to_save)."
     )
 
 

@@ -1,4 +1,4 @@
-"""What can be read in two ways is refused, and so is what the engine cannot hold."""
+"""Ambiguous adapters are refused, and adapters that the engine cannot hold."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def refuse(folder: Path, base: BaseModel, message: str) -> None:
         plan(folder, base)
 
 
-def test_one_tensor_for_all_beside_one_for_each(
+def test_one_tensor_for_all_and_one_for_each(
     adapter: Adapter, base: BaseModel, tmp_path: Path
 ) -> None:
     tensors, config = read_folder(write_a(tmp_path, adapter))
@@ -72,7 +72,7 @@ def test_one_tensor_for_all_beside_one_for_each(
     refuse(folder, base, r"experts\.w1\.lora_A.* is for all experts of .*\.w1\.lora_A.* for one")
 
 
-def test_gate_up_beside_gate(adapter: Adapter, base: BaseModel, tmp_path: Path) -> None:
+def test_gate_up_and_gate(adapter: Adapter, base: BaseModel, tmp_path: Path) -> None:
     tensors, config = read_folder(write_stacked(tmp_path, adapter))
     both, _ = read_folder(WRITERS["gate_up"](tmp_path, adapter))
     refuse(write_adapter(tmp_path, tensors | both, config), base, "other LoRA of gate and up")
@@ -93,14 +93,14 @@ def test_gate_up_beside_gate(adapter: Adapter, base: BaseModel, tmp_path: Path) 
 def test_one_matrix_that_lost_its_experts(
     adapter: Adapter, base: BaseModel, tmp_path: Path, key: str, message: str
 ) -> None:
-    """[1, …] in one place of a file that shares nothing elsewhere."""
+    """One tensor is [1, …] in a file that shares nothing elsewhere."""
     tensors, config = read_folder(write_stacked(tmp_path, adapter))
     tensors[key] = tensors[key][:1].clone()
     refuse(write_adapter(tmp_path, tensors, config), base, message)
 
 
 @pytest.mark.parametrize("layout", ["a", "b", "f", "stacked"])
-def test_fused_file_beside_another_layout(
+def test_fused_file_and_another_layout(
     adapter: Adapter, base: BaseModel, tmp_path: Path, layout: str
 ) -> None:
     write_c_bare(tmp_path / "c", adapter)
@@ -111,7 +111,7 @@ def test_fused_file_beside_another_layout(
 
 
 def test_two_names_of_one_expert(adapter: Adapter, base: BaseModel, tmp_path: Path) -> None:
-    """Copies under the family's and under the neutral name: equal is fine, different is not."""
+    """Copies under the family's and the neutral name may be equal, not different."""
     tensors, config = read_folder(write_a(tmp_path / "a", adapter))
     both = tensors | per_expert(adapter, neutral=True)
     expected = plan(tmp_path / "a", base)
@@ -192,7 +192,7 @@ def test_saved_biases_must_be_there(tmp_path: Path) -> None:
 def test_targets_of_single_layers_and_experts(
     adapter: Adapter, base: BaseModel, tmp_path: Path
 ) -> None:
-    """layers_to_transform and exclude_modules leave layers out; the others must be complete."""
+    """layers_to_transform and exclude_modules leave out layers; the others must be complete."""
     tensors, config = read_folder(write_a(tmp_path, adapter))
     kept = {key: value for key, value in tensors.items() if ".layers.1." in key}
     for change in ({"layers_to_transform": [1]}, {"exclude_modules": r".*layers\.0\..*"}):

@@ -1,4 +1,4 @@
-"""The audit: a row for every tensor, true counts, a table for people."""
+"""The audit: a row for every tensor, right counts, a table for people."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def audit() -> Audit:
     return Audit(Path("adapter.safetensors"), rows)
 
 
-def test_counts_follow_what_was_applied(audit: Audit) -> None:
+def test_counts_follow_the_applied_tensors(audit: Audit) -> None:
     assert (audit.found, audit.not_applied) == (9, 9)
     audit.mark(["e10", "e11", "stack"], "experts")
     audit.mark(["q"], "peft")

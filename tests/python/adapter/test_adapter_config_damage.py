@@ -2,8 +2,8 @@
 
 Real configurations (PEFT's own, with every key; Unsloth's; a Tinker-like one with few) are changed
 at random with a fixed seed: values exchanged, nested, emptied, replaced by nonsense, keys dropped,
-bytes of the file flipped or cut. Changes to another valid strength (lora_alpha, alpha_pattern,
-use_rslora, lora_B_layout) are no damage that a reader could see, and are left out.
+bytes of the file flipped or cut. Another valid strength (lora_alpha, alpha_pattern, use_rslora,
+lora_B_layout) is no visible damage, and is left out.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from ktrt.adapter import AdapterPlan, BaseModel
 
 TOTAL = 300
-# Another valid value of these is another adapter.
+# Another valid value of these keys makes another valid adapter.
 _STRENGTH = {"lora_alpha", "alpha_pattern", "use_rslora", "lora_B_layout", "auto_mapping"}
-# What numbers and expressions are in.
+# Keys with numbers and expressions.
 _OFTEN = 4 * ("r", "rank_pattern", "target_modules", "exclude_modules", "layers_to_transform")
 _HUGE = 10**400
 _NONSENSE: list[Any] = [
@@ -51,7 +51,7 @@ def _nested(depth: int) -> Any:
 
 
 class Subjects:
-    """Adapters with their configurations, and what they are read as."""
+    """Adapters with their configurations and plans."""
 
     def __init__(self, folder: Path) -> None:
         model = save_model(
@@ -82,7 +82,7 @@ def subjects(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subjects]:
 
 
 def damaged(rng: random.Random, config: dict[str, Any]) -> bytes:
-    """One to three changes of values, or of bytes."""
+    """Makes one to three changes of values, or of bytes."""
     changed = dict(config)
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         keys = sorted(set(changed) - _STRENGTH)
@@ -116,7 +116,7 @@ def damaged(rng: random.Random, config: dict[str, Any]) -> bytes:
 
 
 def _has_other_strength(data: bytes, config: dict[str, Any]) -> bool:
-    """Whether a flipped bit has made another valid adapter of it."""
+    """Returns whether a flipped bit has made another valid adapter."""
     try:
         found = json.loads(data)
     except (ValueError, RecursionError):

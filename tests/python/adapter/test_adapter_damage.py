@@ -1,15 +1,14 @@
 """2200 damaged adapters: each is refused by name, or provably changes nothing.
 
-*Refused*: ``AdapterError`` naming the tensor (or its module), or the file where a file is damaged.
+*Refused*: ``AdapterError`` naming the tensor (or its module), or the damaged file.
 *Changes nothing*: the internal form is bit-equal to the undamaged adapter's. Anything else, another
 exception included, is a failure. Cases are the same in every run.
 
-What no reader can see, and is therefore no case here: another lora_alpha, alpha_pattern that hits
-something, or use_rslora in adapter_config.json (a valid adapter of another strength; where the YAML
-file repeats lora_alpha, or a manifest does, it is a case); numbers exchanged for other finite ones
-in files without a manifest; two tensors of the same shape that changed places; all LoRA of routed
-experts left out (a warning: several writers do). The sizes are such that no transposed matrix has
-the shape of the right one.
+Invisible to any reader, and therefore no case here: another lora_alpha, matching alpha_pattern or
+use_rslora in adapter_config.json (a valid adapter of another strength; it is a case if the YAML
+file or a manifest repeats lora_alpha); other finite numbers in files without a manifest; two
+exchanged tensors of the same shape; no LoRA on routed experts at all (a warning: several writers do
+that). The sizes ensure that no transposed matrix has the right shape.
 """
 
 from __future__ import annotations
@@ -63,10 +62,10 @@ SUBJECTS = [
     ("mixtral", "stacked"), ("deepseek_v2", "mixed"), ("mixtral", "f"), ("deepseek_v2", "d"),
     ("deepseek_v2", "a and e"), ("mixtral", "c bare and e"),
 ]  # fmt: skip
-# Sharing where the layout can say so.
+# Layouts whose adapters share matrices here.
 SHARED = ("stacked", "mixed")
 
-# What became of the cases: "refused" and "unchanged".
+# Outcomes of the cases: "refused" and "unchanged".
 tally: Counter[str] = Counter()
 
 
@@ -78,7 +77,7 @@ def cases(count: int) -> settings:
 
 
 class Subjects:
-    """Undamaged adapters and what they are read as; each base is built once."""
+    """Undamaged adapters and their plans; each base is built once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -161,8 +160,8 @@ def test_undamaged_adapters_are_accepted(subjects: Subjects) -> None:
 @given(data=st.data())
 @cases(1400)
 def test_tensors(subjects: Subjects, data: st.DataObject) -> None:
-    """One tensor of any file. With a manifest, its hashes are rewritten half of the time, so that
-    the tensors themselves are looked at."""
+    """Damages one tensor of any file. Half of the time the manifest's hashes are rewritten, so that
+    the tensors themselves are checked."""
     family, layout = data.draw(st.sampled_from(SUBJECTS))
     source, expected, adapter = subjects.get(family, layout)
     folder = fresh_copy(source, subjects.folder / "copy")
@@ -179,14 +178,14 @@ def write_manifest_or_none(folder: Path, adapter: Adapter) -> None:
     try:
         write_manifest(folder, adapter)
     except KeyError:
-        # A dtype that the writer does not know: the old hashes stay.
+        # The writer does not know the dtype: the old hashes stay.
         return
 
 
 @given(data=st.data())
 @cases(400)
 def test_configurations(subjects: Subjects, data: st.DataObject) -> None:
-    """One entry of adapter_config.json."""
+    """Damages one entry of adapter_config.json."""
     family, layout = data.draw(st.sampled_from(SUBJECTS))
     source, expected, _ = subjects.get(family, layout)
     folder = fresh_copy(source, subjects.folder / "copy")
@@ -198,7 +197,7 @@ def test_configurations(subjects: Subjects, data: st.DataObject) -> None:
 @given(alpha=st.sampled_from([1, 4, 7.5, 16, 1e38, 1e300]), where=st.integers(0, 13))
 @cases(80)
 def test_alpha_that_is_repeated(subjects: Subjects, alpha: float, where: int) -> None:
-    """Another lora_alpha is seen where the YAML file or the manifest repeats it."""
+    """Another lora_alpha is found if the YAML file or the manifest repeats it."""
     family, layout = SUBJECTS[where]
     source, _, _ = subjects.get(family, layout)
     folder = fresh_copy(source, subjects.folder / "copy")
@@ -217,7 +216,7 @@ def test_alpha_that_is_repeated(subjects: Subjects, alpha: float, where: int) ->
 @given(data=st.data())
 @cases(280)
 def test_files(subjects: Subjects, data: st.DataObject) -> None:
-    """A file cut short, gone, or changed in a byte; that of layout c, anywhere in it."""
+    """Truncates or removes a file, or changes a byte of it; in layout c, any byte."""
     family, layout = data.draw(st.sampled_from([*SUBJECTS, *8 * [("deepseek_v2", "c")]]))
     source, expected, _ = subjects.get(family, layout)
     folder = fresh_copy(source, subjects.folder / "copy")
@@ -237,7 +236,7 @@ def test_manifests(subjects: Subjects, data: st.DataObject) -> None:
 @given(data=st.data())
 @cases(30)
 def test_whole_loads(subjects: Subjects, data: st.DataObject) -> None:
-    """The same through ``load_model``: an error before any answer, or the same logits."""
+    """Loads with ``load_model``: expects an error before any answer, or the same logits."""
     layout = data.draw(st.sampled_from(["a", "b", "c bare", "a and e"]))
     source, _, _ = subjects.get("deepseek_v2", layout)
     folder = fresh_copy(source, subjects.folder / "copy")
@@ -267,7 +266,7 @@ def logits(subjects: Subjects, adapter: Path) -> torch.Tensor:
 
 
 def test_enough_cases_of_both_outcomes() -> None:
-    """Last in the file: nothing was skipped, and neither outcome is a rarity."""
+    """Runs last in the file: nothing was skipped, and neither outcome is rare."""
     if not tally:
         pytest.skip("the other tests of this file did not run")
     assert tally.total() >= TOTAL

@@ -1,4 +1,4 @@
-"""The same adapter in every layout: the same engine inputs, the same logits, those of the merge."""
+"""The same adapter in every layout: the same engine inputs, the same logits as the merge."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 DEMO = Path(__file__).parents[3] / "examples" / "demo"
 MODELS = ("deepseek_v2", "qwen3_moe", "mixtral", "demo")
-# All but those that cannot say that experts share.
+# Layouts that can express sharing among experts.
 SHARING = ("c", "c bare", "stacked", "gate_up", "mixed")
 
 
@@ -69,7 +69,7 @@ class Models:
         return self._bases[name]
 
     def case(self, name: str, *, shared: bool) -> tuple[Adapter, Case, torch.Tensor]:
-        """An adapter, layout a of it with the merge's logits, and ktrt's."""
+        """Returns an adapter, its layout a with the merge's logits, and ktrt's logits."""
         if (name, shared) not in self._cases:
             model = self.path(name)
             adapter = random_adapter(model, sharing="outer" if shared else "nothing")
@@ -89,7 +89,7 @@ def plan(folder: Path, base: BaseModel, **yaml: Any) -> AdapterPlan:
 
 
 def assert_same(found: AdapterPlan, expected: AdapterPlan) -> None:
-    """Bit-equal inputs of the engine and of torch."""
+    """Asserts that the inputs of engine and torch are bit-equal."""
     assert set(found.experts) == set(expected.experts)
     for path in expected.experts:
         ours, theirs = found.engine_arguments(path), expected.engine_arguments(path)
@@ -138,7 +138,7 @@ def test_same_engine_inputs_and_logits(
 @pytest.mark.end_to_end
 @pytest.mark.parametrize("shared", [False, True], ids=["by expert", "shared outer"])
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_are_those_of_the_merge(models: Models, name: str, shared: bool) -> None:
+def test_logits_equal_the_merge(models: Models, name: str, shared: bool) -> None:
     _, case, _ = models.case(name, shared=shared)
     check_against_reference(case)
     base = run(replace(case, adapter=None), "AMXBF16", "auto")
@@ -146,21 +146,21 @@ def test_logits_are_those_of_the_merge(models: Models, name: str, shared: bool) 
 
 
 def test_one_matrix_for_all_on_both_sides(models: Models, tmp_path: Path) -> None:
-    """What Megatron-Bridge writes for adapters that are shared as a whole."""
+    """Megatron-Bridge writes this for wholly shared adapters."""
     adapter = random_adapter(models.path("qwen3_moe"), sharing="all")
     base = models.base("qwen3_moe")
     expected = plan(write_a(tmp_path / "a", adapter), base)
     for layout in SHARING:
         found = plan(WRITERS[layout](tmp_path / layout, adapter), base)
         assert_same(found, expected)
-        parts = [part for lora in found.experts.values() for part in lora.values()]
-        assert all(is_shared(each) for part in parts for each in (part.a, part.b))
+        pairs = [pair for lora in found.experts.values() for pair in lora.values()]
+        assert all(is_shared(each) for pair in pairs for each in (pair.a, pair.b))
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
-def test_what_peft_wrote_in_every_other_layout(models: Models, tmp_path: Path, name: str) -> None:
-    """PEFT's own layout b is read as the other layouts of the same numbers are, and our writer of
-    layout b, by which the others are judged, writes what PEFT does."""
+def test_pefts_adapter_in_every_other_layout(models: Models, tmp_path: Path, name: str) -> None:
+    """PEFT's own layout b gives the same plan as the other layouts of the same numbers. Our writer
+    of layout b, the reference for the others, equals PEFT."""
     model, base = models.path(name), models.base(name)
     targets = {
         "target_modules": ["q_proj", "o_proj"],
@@ -185,10 +185,10 @@ def test_what_peft_wrote_in_every_other_layout(models: Models, tmp_path: Path, n
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v2", "mixtral"])
-def test_what_peft_makes_of_layout_a(models: Models, tmp_path: Path, name: str) -> None:
-    """Stock PEFT on transformers 5 turns LoRA on single experts into LoRA on parameters: A of gate
-    and up one above the other, B block-diagonal, rank and alpha doubled. The same ΔW, if not the
-    same matrices. LoRA on dense and shared MLPs it loses, so there is none here."""
+def test_pefts_conversion_of_layout_a(models: Models, tmp_path: Path, name: str) -> None:
+    """Stock PEFT on transformers 5 converts LoRA on single experts to LoRA on parameters: A of gate
+    and up concatenated, B block-diagonal, rank and alpha doubled. ΔW stays, the matrices do not. It
+    loses LoRA on dense and shared MLPs, so there is none here."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -216,7 +216,7 @@ def test_what_peft_makes_of_layout_a(models: Models, tmp_path: Path, name: str) 
 
 
 def test_rslora_and_patterns_in_layouts_that_name_experts(models: Models, tmp_path: Path) -> None:
-    """Rank and alpha of single experts, rsLoRA: the same through the names of a, a', d and f."""
+    """Rank and alpha of single experts, and rsLoRA: equal through the names of a, a', d and f."""
     model, base = models.path("deepseek_v2"), models.base("deepseek_v2")
     adapter = random_adapter(model, use_rslora=True)
     pattern = {

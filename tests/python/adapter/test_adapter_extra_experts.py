@@ -1,4 +1,4 @@
-"""LoRA-Experts: whole MLPs added to the MoE block's output, whatever layout holds the LoRA."""
+"""LoRA-Experts: whole MLPs added to the MoE block's output, with LoRA in any layout."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def reference_logits(model: Path, adapter: Path | None, extra: dict[int, Any]) -> torch.Tensor:
-    """transformers in float32 on merged weights, the blocks' outputs changed by plain formulas."""
+    """Returns logits of transformers in float32 on merged weights; plain formulas change the
+    blocks' outputs."""
     from transformers import AutoModelForCausalLM
 
     merged = save_merged(model.parent / "merged", model, adapter)
@@ -93,7 +94,7 @@ def test_logits(model: Path, tmp_path: Path, layout: str, options: dict[str, Any
 
 
 def test_extra_experts_alone(model: Path, tmp_path: Path) -> None:
-    """No LoRA at all: only the file of extra experts."""
+    """There is no LoRA, only the file of extra experts."""
     adapter = random_adapter(model, extra_experts=1)
     folder = write_adapter(tmp_path, {"x": torch.ones(1)}, adapter.config(target_modules=[]))
     add_extra_experts(folder, adapter, own_file=True)
@@ -150,7 +151,7 @@ def test_copies_in_both_files(model: Path, tmp_path: Path) -> None:
 
 
 class Block(nn.Module):
-    """A MoE block that also puts out its router's logits."""
+    """A MoE block that also returns its router's logits."""
 
     def __init__(self) -> None:
         super().__init__()

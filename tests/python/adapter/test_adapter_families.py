@@ -1,5 +1,5 @@
-"""Other trainers' names on families of other forms: class of a text alone or multimodal, gate and
-up interleaved, no gate. Names against plans, numbers against a merge in float32."""
+"""Other trainers' names on other families: text classes and multimodal ones, gate and up
+interleaved, no gate. Compares names by plans, numbers with a merge in float32."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from helpers.rounded_experts import Lora
 
 P = "base_model.model."
-# What stands before ``layers``: the class of the text, and both forms of multimodal ones.
+# Prefixes of ``layers``: the text class, and both forms of multimodal ones.
 PREFIXES = ("model.", "model.language_model.", "language_model.model.")
 
 
@@ -41,7 +41,7 @@ def base_of_family(family: Family) -> BaseModel:
 
 
 def text_adapter(folder: Path, base: BaseModel) -> Path:
-    """LoRA on the routed experts (stacked) and on every other Linear of the layers."""
+    """Writes LoRA on the routed experts (stacked) and on every other Linear of the layers."""
     experts = experts_of(base.model)
     generator = torch.Generator().manual_seed(1)
     with torch.device("cpu"):
@@ -83,7 +83,7 @@ def test_class_of_the_text_or_of_the_whole(family: Family, tmp_path: Path) -> No
 
 
 def _stack(module: Any, lora: Lora) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """(A, B) of the first parameter, in the order of its rows, and of down_proj."""
+    """Returns (A, B) of the first parameter, in the order of its rows, and of down_proj."""
     if not module.has_gate:
         return {"first": lora["up"], "down": lora["down"]}
     (a, gate), (_, up) = lora["gate"], lora["up"]
@@ -96,7 +96,7 @@ def _stack(module: Any, lora: Lora) -> dict[str, tuple[torch.Tensor, torch.Tenso
 
 
 def listed(path: str, module: Any, lora: Lora) -> dict[str, torch.Tensor]:
-    """Unsloth's gpt-oss in 4 bits."""
+    """Writes the names of Unsloth's gpt-oss in 4 bits."""
     names = {"first": "gate_up_projs", "down": "down_projs"}
     return {
         f"{P}{path}.{names[which]}.{expert}.lora_{half}.default.weight": matrix.clone()
@@ -107,7 +107,7 @@ def listed(path: str, module: Any, lora: Lora) -> dict[str, torch.Tensor]:
 
 
 def tinker(path: str, module: Any, lora: Lora) -> dict[str, torch.Tensor]:
-    """Tinker: w1 is the only matrix before the activation where experts have no gate."""
+    """Writes Tinker's names: without gate, w1 is the only matrix before the activation."""
     words = {"gate": "w1", "up": "w3" if module.has_gate else "w1", "down": "w2"}
     tensors = {
         f"{P}{path}.{words[projection]}.lora_{half}.weight": stack.clone()
@@ -120,7 +120,7 @@ def tinker(path: str, module: Any, lora: Lora) -> dict[str, torch.Tensor]:
 
 
 def automodel(path: str, module: Any, lora: Lora) -> dict[str, torch.Tensor]:
-    """NVIDIA NeMo Automodel: x A B."""
+    """Writes NVIDIA NeMo Automodel's form: x A B."""
     names = {"first": "gate_and_up", "down": "down"}
     return {
         f"{P}{path}.lora_{names[which]}_{half}": stack.transpose(1, 2).contiguous()
@@ -130,7 +130,7 @@ def automodel(path: str, module: Any, lora: Lora) -> dict[str, torch.Tensor]:
 
 
 def text_names(path: str, module: Any, lora: Lora) -> dict[str, torch.Tensor]:
-    """As written for the class of the text alone, wrapped by FSDP."""
+    """Writes the names of the text class, wrapped by FSDP."""
     tensors = tinker(path, module, lora)
     return {
         re.sub(r"model\.language_model\.layers", "_fsdp_wrapped_module.model.layers", key): value
@@ -148,7 +148,7 @@ CASES = [
 def test_numbers_against_a_merge(
     tmp_path: Path, model_type: str, writer: Callable[..., dict[str, torch.Tensor]]
 ) -> None:
-    """transformers' class in float32 with ΔW added, at the engine's roundings."""
+    """Compares with transformers' class in float32 plus ΔW, with the engine's roundings."""
     family = next(each for each in SUPPORTED if each.model_type == model_type)
     model = random_model(family)
     folder = tmp_path / "model"
@@ -167,8 +167,8 @@ def test_numbers_against_a_merge(
 
 
 def test_peft_on_vision_and_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """PEFT's own adapter on a tower (a Conv3d among it) and on the text: the text's part gives
-    PEFT's logits, the rest is named."""
+    """PEFT's adapter acts on a tower (including a Conv3d) and on text: logits equal PEFT's, the
+    tower's tensors are named."""
     family = next(each for each in SUPPORTED if each.model_type == "qwen3_vl_moe")
     model = random_model(family)
     model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
@@ -189,6 +189,7 @@ def test_peft_on_vision_and_text(tmp_path: Path, caplog: pytest.LogCaptureFixtur
             assert error(logits(loaded.model), logits(peft)) > 0.05
         assert loaded.audit.applied_peft == 8
         assert loaded.audit.no_effect == len(tensors) - 8
-        assert f"{len(tensors) - 8} of {len(tensors)} tensors act on parts" in caplog.text
+        message = f"no text reaches the targets of {len(tensors) - 8} of {len(tensors)} tensors"
+        assert message in caplog.text
     finally:
         loaded.close()

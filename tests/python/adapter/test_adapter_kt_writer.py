@@ -1,5 +1,5 @@
-"""Layouts c, e and f from kt_kernel's own writer and converter; our test writer judged by its
-reader."""
+"""Layouts c, e and f from kt_kernel's own writer and converter; its reader judges our test
+writer."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_extra_experts_written_by_kt_kernel(
             assert all(torch.equal(a, b) for a, b in zip(mlp, matrices, strict=True))
 
 
-def test_our_writer_makes_what_kt_kernel_accepts(
+def test_kt_kernel_accepts_our_writers_files(
     case: tuple[Adapter, BaseModel], tmp_path: Path
 ) -> None:
     adapter, _ = case
@@ -102,7 +102,7 @@ CHANGES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("case", ["qwen3_moe"], indirect=True)
 @pytest.mark.parametrize("change", CHANGES, ids=str)
-def test_what_kt_kernel_refuses_is_refused(
+def test_manifests_that_kt_kernel_refuses(
     case: tuple[Adapter, BaseModel], tmp_path: Path, change: dict[str, Any]
 ) -> None:
     adapter, base = case

@@ -1,4 +1,4 @@
-"""Layouts of expert LoRA → one internal form: equal numbers, whoever wrote them."""
+"""Layouts of expert LoRA give one internal form: equal numbers from any writer."""
 
 from __future__ import annotations
 
@@ -49,37 +49,37 @@ def plan(folder: Path, base: BaseModel) -> AdapterPlan:
 
 
 def expert(
-    tensors: Tensors, path: str, part: str, number: int
+    tensors: Tensors, path: str, leaf: str, number: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    prefix = f"base_model.model.{path}.{number}.{part}"
+    prefix = f"base_model.model.{path}.{number}.{leaf}"
     return tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"]
 
 
 @pytest.mark.parametrize(
-    ("family", "on_disk", "parts"),
+    ("family", "on_disk", "leaves"),
     [
         ("deepseek_v2", PATH, ("gate_proj", "up_proj", "down_proj")),
         ("mixtral", "model.layers.1.block_sparse_moe.experts", ("w1", "w3", "w2")),
     ],
 )
 def test_one_lora_for_each_expert(
-    bases: Bases, tmp_path: Path, family: str, on_disk: str, parts: tuple[str, ...]
+    bases: Bases, tmp_path: Path, family: str, on_disk: str, leaves: tuple[str, ...]
 ) -> None:
     model, base = bases(family, ODD)
     folder = save_adapter(tmp_path, model, "a", LoraPlan(rank=4, alpha=12))
     tensors, _ = read_folder(folder)
     loras = plan(folder, base).experts[PATH]
-    for projection, part in zip(("gate", "up", "down"), parts, strict=True):
+    for projection, leaf in zip(("gate", "up", "down"), leaves, strict=True):
         lora = loras[projection]  # type: ignore[index]
         assert lora.scaling.tolist() == [3.0] * NUM_EXPERTS
         for number in range(NUM_EXPERTS):
-            a, b = expert(tensors, on_disk, part, number)
+            a, b = expert(tensors, on_disk, leaf, number)
             assert torch.equal(lora.a[number], a)
             assert torch.equal(lora.b[number], b)
 
 
 def test_names_without_peft_prefix(bases: Bases, tmp_path: Path) -> None:
-    """kt_kernel's converter for sglang leaves base_model.model. out."""
+    """kt_kernel's converter for sglang omits base_model.model."""
     model, base = bases("deepseek_v2", ODD)
     folder = save_adapter(tmp_path, model, "a")
     expected = plan(folder, base)
@@ -133,7 +133,7 @@ def test_stacked_experts(bases: Bases, tmp_path: Path) -> None:
 
 
 def as_old_peft_wrote(tensors: Tensors, rank: int) -> Tensors:
-    """The same ΔW as PEFT before 0.19.1 wrote it, transposed: its A is our Bᵀ, its B our Aᵀ."""
+    """Rewrites to PEFT before 0.19.1, with the same ΔW: its A is our Bᵀ, its B our Aᵀ."""
     old = dict(tensors)
     for infix in (".base_layer", ""):
         for layer in (1, 2):
@@ -176,7 +176,7 @@ def test_square_parameters_are_read_by_version(
 
 
 def gate_up_alone(folder: Path) -> tuple[Tensors, dict[str, Any]]:
-    """Of an adapter in layout b: without down_proj, whose LoRA has the unprefixed name."""
+    """Removes down_proj, which has the unprefixed name, from an adapter in layout b."""
     tensors, config = read_folder(folder)
     kept = {k: v for k, v in tensors.items() if ".experts.lora" not in k}
     config["target_parameters"] = ["mlp.experts.gate_up_proj"]
@@ -188,7 +188,7 @@ def gate_up_alone(folder: Path) -> tuple[Tensors, dict[str, Any]]:
 def test_the_other_parameter_says_how_a_square_one_is_read(
     bases: Bases, tmp_path: Path, version: str | None, old: bool
 ) -> None:
-    """Whatever peft_version says: the folder may have been saved again, or by another writer."""
+    """Holds for any peft_version: another PEFT or writer may have saved the folder again."""
     model, base = bases("deepseek_v2", SQUARE)
     folder = save_adapter(tmp_path, model, "b", LoraPlan(rank=4))
     expected = plan(folder, base).experts[PATH]
@@ -264,7 +264,7 @@ def test_scaling_is_folded_into_b_in_float32() -> None:
     assert torch.equal(folded[1], b * 2)
 
 
-def test_up_shares_the_a_of_gate_only_where_they_are_equal() -> None:
+def test_up_shares_the_a_of_gate_only_if_they_are_equal() -> None:
     def lora(seed: int) -> ExpertLora:
         return stack_experts([random_lora(2, seed)], [1.0])
 

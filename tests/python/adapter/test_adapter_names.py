@@ -1,4 +1,4 @@
-"""Whoever named and packed an adapter, it is read as the same numbers, here and by ``--verify``."""
+"""Any writer's names and packing give the same numbers, here and in ``--verify``."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def test_other_writers(subject: Subject, shared: Subject, tmp_path: Path, writer
 def test_tinkers_configuration_says_more_than_was_trained(
     shared: Subject, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """all-linear, though only attention, or only the MLPs, were trained; a file that has a kind of
-    module in some layers only is cut short all the same."""
+    """It says all-linear although only attention or only the MLPs were trained. A file with a kind
+    of module in only some layers still counts as cut short."""
     folder = WRITERS["tinker"](tmp_path, shared.adapter)
     tensors, config = read_folder(folder)
     mlps = {key: value for key, value in tensors.items() if ".attn." not in key}
@@ -95,7 +95,7 @@ def test_tinkers_configuration_says_more_than_was_trained(
 
 
 def test_patterns_are_for_the_names_of_training(subject: Subject, tmp_path: Path) -> None:
-    """alpha_pattern with whole names: those in the file, not the base's."""
+    """alpha_pattern has whole names: the file's, not the base's."""
     name = "model.language_model.layers.0.self_attn.o_proj"
     folder = change(
         write_a(tmp_path, subject.adapter), RENAMES["multimodal class"],
@@ -121,7 +121,7 @@ def test_two_adapters_in_one_file(subject: Subject, tmp_path: Path) -> None:
 def test_tensors_that_were_not_gathered(
     subject: Subject, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """DeepSpeed ZeRO-3. There is no word of zeros beside it: there is nothing to be zero."""
+    """DeepSpeed ZeRO-3 saves these. Nothing warns of zeros: there are no numbers."""
     tensors, config = read_folder(write_a(tmp_path, subject.adapter))
     empty = {key: torch.empty(0) for key in tensors}
     with pytest.raises(AdapterError, match=r"has shape \[0\].*ZeRO-3"):
@@ -142,10 +142,10 @@ def test_vision_towers_are_named_and_left_out(
     found = plan(write_adapter(tmp_path, tensors | more, config), subject.base)
     assert_same(found, subject.expected)
     (message,) = caplog.messages
-    assert f"4 of {len(tensors) + 4} tensors act on parts of the model that no text" in message
+    assert f"no text reaches the targets of 4 of {len(tensors) + 4} tensors" in message
     assert {row.tensor for row in found.audit.rows if row.status == "no effect"} == set(more)
     assert found.audit.no_effect == 4
-    with pytest.raises(AdapterError, match="all 4 tensors act on parts of the model that no text"):
+    with pytest.raises(AdapterError, match="no text reaches the targets of all 4 tensors"):
         plan(write_adapter(tmp_path, more, config), subject.base)
 
 
@@ -161,7 +161,7 @@ def test_layers_that_predict_further_tokens_are_left_out(
     }
     found = plan(write_adapter(tmp_path, tensors | more, config), subject.base)
     assert_same(found, subject.expected)
-    assert f"6 of {len(tensors) + 6} tensors act on parts of the model" in caplog.text
+    assert f"no text reaches the targets of 6 of {len(tensors) + 6} tensors" in caplog.text
     assert {row.tensor for row in found.audit.rows if row.status == "no effect"} == set(more)
 
 
@@ -169,7 +169,7 @@ def test_layers_that_predict_further_tokens_are_left_out(
     ("module", "words"),
     [
         ("model.layers.3.self_attn.q_proj", ["it has layers 0 to 2", "another base model"]),
-        ("model.layers.0.self_attn.qkv_proj", ["projections are stored as one"]),
+        ("model.layers.0.self_attn.qkv_proj", ["a model class with fused projections"]),
         ("decoder.layers.0.self_attention.linear_qkv", ["Megatron's names"]),
         ("model.layers.0.linear_attn.in_proj_q", ["Tinker's raw names"]),
         ("model.layers.0.self_attn.query", ["layers.0.self_attn holds", "o_proj"]),
@@ -188,10 +188,10 @@ def test_why_a_name_is_not_known(
     assert ("another base" in str(error.value)) == ("another base model" in words)
 
 
-def test_what_lies_in_the_folder(
+def test_files_in_the_folder(
     subject: Subject, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Pickles of any name, a subfolder, a byte order mark, stale files beside the right one."""
+    """Reads pickles of any name, a subfolder, a byte order mark; ignores stale files."""
     folder = write_a(tmp_path / "x", subject.adapter)
     tensors, config = read_folder(folder)
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8-sig")
@@ -199,14 +199,14 @@ def test_what_lies_in_the_folder(
     (folder / "inner").mkdir()
     (folder / MODEL).rename(folder / "inner" / MODEL)
     assert_same(plan(folder, subject.base), subject.expected)
-    assert "those in inner are read" in caplog.text
+    assert "reads the ones in inner" in caplog.text
     torch.save(tensors, folder / "adapter_model.pt")
     assert_same(plan(folder, subject.base), subject.expected)
     torch.save({"x": torch.ones(1)}, folder / "adapter_model.bin")
     (folder / "inner" / MODEL).rename(folder / MODEL)
     caplog.clear()
     assert_same(plan(folder, subject.base), subject.expected)
-    assert "adapter_model.bin, adapter_model.pt beside it ignored" in caplog.text
+    assert "is read, adapter_model.bin, adapter_model.pt ignored" in caplog.text
 
 
 def test_shards_that_do_not_fit_together(subject: Subject, tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_shards_that_do_not_fit_together(subject: Subject, tmp_path: Path) -> No
 def test_another_format_than_in_training_is_said(
     shared: Subject, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A KTransformers manifest says what the experts were quantised to while LoRA was trained."""
+    """A KTransformers manifest names the experts' format during training."""
     adapter = random_adapter(shared.model)
     folder = write_manifest(write_c(tmp_path, adapter), adapter, expert_weight_format="INT8")
     model, args = ModelArgs(shared.model), AdapterArgs(folder)
@@ -245,7 +245,7 @@ def test_another_format_than_in_training_is_said(
 def test_one_shard_of_an_fsdp_run_is_called_out(
     subject: Subject, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """7 of 8 rows of every lora_B are exactly zero: the chat says so, and the audit marks them."""
+    """If 7 of 8 rows of every lora_B are exactly zero, the chat warns and the audit shows it."""
     tensors, config = read_folder(write_a(tmp_path, subject.adapter))
     for key, value in tensors.items():
         if ".lora_B." in key:

@@ -1,4 +1,4 @@
-"""lora_B on stacked parameters, rank-major or grouped by expert: what decides, and what is said."""
+"""lora_B on stacked parameters, rank-major or grouped by expert: the decision and its warnings."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Subject:
         self.base: BaseModel = base_of(self.model)
 
     def adapter(self, rank: int = 4, unused: tuple[int, ...] = ()) -> Adapter:
-        """``unused``: experts that training never routed to, of B = 0 as they began."""
+        """``unused``: experts without any routed token in training, with the initial B = 0."""
         adapter = random_adapter(self.model, rank=rank)
         for loras in adapter.experts.values():
             for _, b in loras.values():
@@ -60,8 +60,8 @@ def unmarked(folder: Path, adapter: Adapter, **config: Any) -> Path:
 def test_experts_that_were_never_routed_to_decide(
     subject: Subject, tmp_path: Path, rank: int, unused: tuple[int, ...]
 ) -> None:
-    """In one reading whole experts are zero, in the other parts of all of them. Also against
-    Unsloth's mark: nothing else can have left these columns."""
+    """In one reading whole experts are zero, in the other some columns of each. The zeros outweigh
+    Unsloth's entry in auto_mapping: nothing else explains them."""
     adapter = subject.adapter(rank, unused)
     expected = plan(write_a(tmp_path / "a", adapter), subject.base)
     for writer in (unmarked, write_grouped):
@@ -93,7 +93,7 @@ def test_the_config_or_the_yaml_decides(
 def test_unsloths_mark_decides_and_is_said(
     subject: Subject, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Reports show auto_mapping.unsloth_fixed in every one of its adapters."""
+    """By reports, all of its adapters have auto_mapping.unsloth_fixed."""
     adapter = subject.adapter()
     found = plan(write_grouped(tmp_path / "b", adapter, **UNSLOTH), subject.base)
     assert_same(found, plan(write_a(tmp_path / "a", adapter), subject.base))
@@ -107,8 +107,8 @@ def test_unsloths_mark_decides_and_is_said(
 def test_nothing_decides(
     subject: Subject, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """PEFT's reading, with a warning; none where PEFT wrote the configuration itself, nor where
-    there is one expert or one rank only."""
+    """Takes PEFT's reading, with a warning; without one if PEFT wrote the configuration, or with a
+    single expert or rank."""
     adapter = subject.adapter()
     expected = plan(write_a(tmp_path / "a", adapter), subject.base)
     assert_same(plan(unmarked(tmp_path / "plain", adapter, **PLAIN), subject.base), expected)
@@ -123,7 +123,7 @@ def test_nothing_decides(
     assert not caplog.messages
 
 
-def test_what_peft_itself_writes_is_no_reason_to_warn(
+def test_pefts_own_adapters_give_no_warning(
     subject: Subject, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from peft import LoraConfig, get_peft_model
@@ -142,8 +142,8 @@ def test_what_peft_itself_writes_is_no_reason_to_warn(
 
 
 def test_zeros_that_fit_both_readings(subject: Subject, tmp_path: Path) -> None:
-    """Rank 2, experts 1 and 3 of 4 unused: grouped, the columns are those of experts 2 and 3 by
-    rank. The mark decides, and it is said."""
+    """With rank 2 and unused experts 1 and 3 of 4, the grouped columns equal the columns of experts
+    2 and 3 by rank. Unsloth's entry decides, with a warning."""
     folder = write_grouped(tmp_path / "g", subject.adapter(2, (1, 3)), **UNSLOTH)
     found = plan(folder, subject.base)
     assert_same(found, plan(write_a(tmp_path / "a", subject.adapter(2, (1, 3))), subject.base))
@@ -151,7 +151,7 @@ def test_zeros_that_fit_both_readings(subject: Subject, tmp_path: Path) -> None:
 
 
 def test_padded_ranks_are_no_evidence(subject: Subject, tmp_path: Path) -> None:
-    """A rank of 2 in a file of rank 4: A and B end in zeros, for every expert."""
+    """In a file of rank 4 with a rank of 2, A and B end in zeros for every expert."""
     adapter = subject.adapter()
     for loras in adapter.experts.values():
         for a, b in loras.values():
@@ -169,7 +169,7 @@ def test_the_option_against_the_evidence(
     assert "columns that are exactly zero look like grouped_by_expert" in caplog.text
 
 
-def test_written_anew_it_says_how_it_is_packed(subject: Subject, tmp_path: Path) -> None:
+def test_a_rewritten_adapter_names_its_packing(subject: Subject, tmp_path: Path) -> None:
     folder = write_grouped(tmp_path / "g", subject.adapter(), lora_B_layout="grouped_by_expert")
     found = plan(folder, subject.base)
     write_layout(found, subject.base, tmp_path / "b", "b")
@@ -197,7 +197,7 @@ def test_verify_decides_for_itself(
     option: str | None,
     assumed: str,
 ) -> None:
-    """Its reader shares no code with the one that loads; what it assumed stands in the verdict."""
+    """Its reader shares no code with the loader; its verdict names the assumption."""
     folder = write_grouped(tmp_path, subject.adapter(unused=unused), **marks)
     (report,) = check((subject.model, folder), packing=option)
     assert report.passed, report.failures
@@ -211,7 +211,7 @@ def test_verify_decides_for_itself(
 def test_verify_finds_the_wrong_reading(
     subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Had the loader taken the other packing, the numbers would not be its."""
+    """If the loader takes the other packing, the numbers differ."""
     folder = write_grouped(tmp_path, subject.adapter(), lora_B_layout="grouped_by_expert")
     monkeypatch.setattr(
         "ktrt.adapter.layouts.target_parameters.decide_packing", lambda *_: "rank_major"

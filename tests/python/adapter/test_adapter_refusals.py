@@ -1,4 +1,4 @@
-"""An adapter that does not fit, or is damaged, is refused by name, with found and expected."""
+"""Damaged adapters, and adapters that do not fit, are refused with tensor, finding, expectation."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ def test_pickle_files(
     with pytest.raises(AdapterError) as caught:
         plan_adapter(tmp_path, base, lora_rank=None, lora_alpha=None)
     text = str(caught.value)
-    # torch advises to unpickle it all the same, in several lines.
+    # torch advises, in several lines, to unpickle it anyway.
     assert "GLOBAL pathlib.PosixPath" in text
     assert "weights_only" not in text
     assert "\n" not in text

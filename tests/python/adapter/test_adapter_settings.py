@@ -1,4 +1,4 @@
-"""Rank, alpha, scaling and targets, against what PEFT itself makes of the same configuration."""
+"""Compares rank, alpha, scaling and targets with PEFT's own for the same configuration."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ CONFIGS: list[dict[str, Any]] = [
     {"target_modules": ["q_proj", "up_proj"]},
     {"target_modules": ["q_proj"], "use_rslora": True},
     {"target_modules": ["q_proj", "o_proj"], "rank_pattern": {"q_proj": 4, r"layers\.1": 2}},
-    # The first key that matches counts; a key matches whole parts of the name, to its end.
+    # The first matching key counts; a key matches whole words of the name, up to its end.
     {
         "target_modules": ["q_proj", "o_proj", "up_proj"],
         "rank_pattern": {r"layers\.1\.attn\.q_proj": 2, r"(1|2)\.attn\.\w+": 6, "_proj": 3},
@@ -63,7 +63,7 @@ CONFIGS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_targets_ranks_and_scalings_are_those_of_peft(config: dict[str, Any]) -> None:
+def test_targets_ranks_and_scalings_equal_peft(config: dict[str, Any]) -> None:
     ours = settings(**config)
     model = inject_adapter_in_model(LoraConfig(r=8, lora_alpha=16, **config), Model())
     peft = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
@@ -76,7 +76,7 @@ def test_targets_ranks_and_scalings_are_those_of_peft(config: dict[str, Any]) ->
         assert math.isclose(scale.scaling, layer.scaling["default"], rel_tol=1e-12)
 
 
-def test_parameters_are_matched_by_their_last_parts() -> None:
+def test_parameters_are_matched_by_suffix() -> None:
     ours = settings(target_modules=None, target_parameters=["mlp.experts.down_proj", "gate.weight"])
     assert ours.targets_parameter("model.layers.3.mlp.experts.down_proj")
     assert ours.targets_parameter("model.layers.3.mlp.gate.weight")
@@ -120,7 +120,7 @@ def test_yaml_that_repeats_the_adapter_is_fine() -> None:
         ({"layers_pattern": "layers"}, "PEFT refuses this configuration"),
     ],
 )
-def test_what_cannot_be_computed_is_refused(config: dict[str, Any], message: str) -> None:
+def test_options_that_cannot_be_computed_are_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(AdapterError, match=message):
         settings(**config)
 

@@ -1,4 +1,4 @@
-"""The part outside the routed experts: the same logits as PEFT's own loading."""
+"""LoRA outside the routed experts: the same logits as PEFT's own loading."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def save_trained(
     folder: Path, model: Path, save: dict[str, Any] | None = None, **options: Any
 ) -> torch.Tensor:
-    """An adapter written by PEFT (``save``: how), with random numbers for trained ones; returns
-    PEFT's logits."""
+    """Lets PEFT write an adapter with random numbers (``save``: options); returns PEFT's logits."""
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     peft = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, **options))
     generator = torch.Generator().manual_seed(5)
@@ -111,7 +110,7 @@ def test_embeddings_saved_along(
     model: Path, tmp_path: Path, tied: bool, options: dict[str, Any]
 ) -> None:
     """PEFT's save_embedding_layers writes modules_to_save three times: under the plain name, as
-    modules_to_save and as original_module; ensure_weight_tying does both ends of the model."""
+    modules_to_save and as original_module; ensure_weight_tying writes both ends of the model."""
     if not tied:
         model = save_model(tmp_path / "untied", "qwen3_moe", 96, attention_bias=True)
     reference = save_trained(
@@ -123,7 +122,7 @@ def test_embeddings_saved_along(
     assert any("original_module" in key for key in keys) == ("modules_to_save" in options)
 
 
-def test_half_of_what_should_be_tied_is_refused(model: Path, tmp_path: Path) -> None:
+def test_half_of_a_tied_pair_is_refused(model: Path, tmp_path: Path) -> None:
     save_trained(tmp_path, model, **_BOTH, ensure_weight_tying=True)
     tensors, config = read_folder(tmp_path)
     del tensors["base_model.model.lm_head.weight"]
@@ -133,7 +132,7 @@ def test_half_of_what_should_be_tied_is_refused(model: Path, tmp_path: Path) -> 
 
 
 def test_embedding_lora(model: Path, tmp_path: Path) -> None:
-    """Untied: PEFT puts LoRA on the embeddings only, not on the tied output layer."""
+    """PEFT puts LoRA on the embeddings only, not on the tied output layer."""
     reference = save_trained(
         tmp_path, model, target_modules=["embed_tokens", "q_proj"], exclude_modules=["lm_head"]
     )

@@ -1,4 +1,4 @@
-"""Adapters with words of their own: the logits of PEFT's own loading, and a base that stays."""
+"""Adapters with new words: logits of PEFT's own loading, and an unchanged base."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BOTH = ["embed_tokens", "lm_head"]
 
 
 class Base(NamedTuple):
-    """A model folder and ktrt's logits of it without an adapter."""
+    """A model folder and its logits in ktrt without an adapter."""
 
     folder: Path
     plain: torch.Tensor
@@ -51,7 +51,7 @@ def library_model(model: Path, *, resized: bool) -> Any:
 
 
 def save_trained(folder: Path, model: Path, *, resized: bool = False, **options: Any) -> Any:
-    """An adapter written by PEFT with random numbers for trained ones; returns PEFT's model."""
+    """Lets PEFT write an adapter with random numbers; returns PEFT's model."""
     base = library_model(model, resized=resized)
     peft = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], **options))
     generator = torch.Generator().manual_seed(5)
@@ -80,7 +80,7 @@ def logits(model: Any, *, new: bool = False) -> torch.Tensor:
 
 
 def distance(found: torch.Tensor, reference: torch.Tensor) -> float:
-    """Of the middle token, over all words and for the word that is furthest off."""
+    """Returns the median token's error, over all words or (÷ 10) of the worst word."""
     assert found.shape == reference.shape
     error = found - reference
     words = error.abs().flatten(0, -2).median(dim=0).values / reference.abs().mean()
@@ -125,7 +125,7 @@ def test_same_logits_as_peft(model: Base, tmp_path: Path, options: dict[str, Any
 
 
 def without_copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Without PEFT's copies of the tables as they were before training."""
+    """Removes PEFT's copies of the untrained tables."""
     saved = [key for key in tensors if ".modules_to_save." in key]
     copies = {key.replace("modules_to_save", "original_module") for key in saved}
     copies |= {key.replace(".modules_to_save", "") for key in saved}

@@ -317,9 +317,7 @@ class TestLoading:
         adapters.activate("b")
         assert torch.equal(logits(several), alone["b"])
 
-    def test_a_reloaded_adapter_has_a_key_of_its_own(
-        self, several: LoadedModel, folder: Path
-    ) -> None:
+    def test_a_reloaded_adapter_has_another_key(self, several: LoadedModel, folder: Path) -> None:
         adapters = several.adapters
         adapters.load("x", folder / "attention")
         adapters.activate("x")
@@ -396,7 +394,7 @@ class TestRows:
         ids = torch.cat([IDS, IDS])
         with several.adapters.rows(["a", None, "b", "attention"]):
             found = logits(several, ids)
-        # On the CPU torch's products may depend on the number of rows beside.
+        # On the CPU torch's products may depend on the number of rows in the batch.
         for row, name in enumerate(["a", "base", "b", "attention"]):
             assert error(found[row], alone[name][row % 2]) <= 1e-3, name
         assert several.adapters.active == {"a": 1.0}

@@ -1,5 +1,5 @@
-"""Switches where the engine computes the other linears too (BF16 on the CPU): the same bits as the
-adapter alone, biases and output layers of its own included."""
+"""Switching when the engine computes the other linears too (BF16 on the CPU): the same bits as the
+adapter alone, including its biases and output layers."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_switch_gives_the_bits_of_the_adapter_alone(
 
 
 def test_decoding_over_latents_follows_an_adapter_that_came_later(tmp_path: Path) -> None:
-    """kv_b_proj is PEFT's only once the adapter is loaded."""
+    """kv_b_proj becomes PEFT's when the adapter is loaded."""
 
     def decode(loaded: LoadedModel) -> torch.Tensor:
         cache, ids = KvCache(loaded.model), IDS[0].tolist()

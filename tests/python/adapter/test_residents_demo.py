@@ -1,6 +1,6 @@
-"""Conversations with the demo's adapters, switched within one session: the answers of each alone.
+"""Switches the demo's adapters within one session: the answers equal each adapter alone.
 
-On a GPU this runs decode graphs, the hand-off and the linears there with every switch."""
+On a GPU this runs decode graphs, the hand-off and the GPU's linears with every switch."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ QUESTIONS = ("你好，请介绍一下你自己。", "Who are you?")
 
 
 def ask(session: Session, *, same: bool = False) -> list[str]:
-    """Two turns: prefill, decode steps, and a prefill on top of a kept cache. ``same``: what acts
-    is what acted in the answer before, else none of its cache may be used."""
+    """Asks two turns: prefill, decode, and a prefill on a kept cache. ``same``: the active adapters
+    are the previous answer's; otherwise its cache must not be used."""
     messages: list[dict[str, str]] = []
     answers = []
     for question in QUESTIONS:
@@ -38,11 +38,11 @@ def ask(session: Session, *, same: bool = False) -> list[str]:
 
 def load(*names: str) -> Session:
     adapters = {name: str(DEMO / name) for name in names}
-    # The file's own adapter out of the way.
+    # Overrides the adapter of the file.
     return ktrt.load(DEMO / "chat.yaml", adapter_name_or_path=None, adapters=adapters)
 
 
-def test_switched_answers_are_those_of_each_alone() -> None:
+def test_switched_answers_equal_each_adapter_alone() -> None:
     expected = {}
     for name in NAMES:
         with load(name) as session:

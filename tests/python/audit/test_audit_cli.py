@@ -1,4 +1,4 @@
-"""``python -m ktrt.audit``: the norms, the report for people, exit codes."""
+"""``python -m ktrt.audit``: norms, the report for people, exit codes."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_every_tensor_has_a_row_and_a_norm(
         assert found["found"] == found["applied_experts"] + found["applied_peft"] == len(rows)
         assert all(change["weight"] is None for change in found["changes"])
         if layout == "b":
-            # gate and up are one tensor in the file: its norm is that of both.
+            # gate and up are one tensor in the file, with the norm of both together.
             both = rows[f"base_model.model.{EXPERTS}.base_layer.lora_A.weight"]["delta_norm"]
             each = {c["module"]: c["delta"] for c in found["changes"]}
             gate, up = (each[f"{EXPERTS}.{name}_proj"] for name in ("gate", "up"))
@@ -210,7 +210,7 @@ def test_a_layer_that_is_none(capsys: pytest.CaptureFixture[str], which: str) ->
 
 def test_verify_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     demo = str(DEMO / "chat.yaml")
-    # An override after --verify is still one.
+    # An override after --verify is no layer.
     assert main([demo, "--verify", "kt_backend=int8"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("layer 1: 16 experts in INT8\n")

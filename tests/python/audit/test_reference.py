@@ -1,4 +1,4 @@
-"""The independent reading of raw files: layouts, patterns, what it refuses, its arithmetic."""
+"""The independent reader of raw files: layouts, patterns, refusals, arithmetic."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 def test_every_layout_reads_the_same(made: Made, tmp_path: Path) -> None:
-    """b as trained, and rewritten by hand as a, a′, c, d, f and b of an older PEFT."""
+    """Reads layout b as trained, and rewritten by hand as a, a′, c, d, f and b of an older PEFT."""
     model, adapter = made("deepseek_v2", "b")
     raw = RawCheckpoint(model).experts(1)
     assert raw is not None
@@ -59,14 +59,14 @@ def per_expert(
 ) -> None:
     for layer in (1, 2):
         path = f"base_model.model.model.layers.{layer}.mlp.experts"
-        for inner, parts in ((".base_layer", ("gate_proj", "up_proj")), ("", ("down_proj",))):
+        for inner, leaves in ((".base_layer", ("gate_proj", "up_proj")), ("", ("down_proj",))):
             a, b = (tensors.pop(f"{path}{inner}.lora_{x}.weight") for x in "AB")
             for e in range(NUM_EXPERTS):
-                rows = b[:, e::NUM_EXPERTS].chunk(len(parts))
-                for part, b_part in zip(parts, rows, strict=True):
-                    key = f"{prefix}model.layers.{layer}.mlp{infix}experts.{e}.{part}"
+                rows = b[:, e::NUM_EXPERTS].chunk(len(leaves))
+                for leaf, b_rows in zip(leaves, rows, strict=True):
+                    key = f"{prefix}model.layers.{layer}.mlp{infix}experts.{e}.{leaf}"
                     tensors[f"{key}.lora_A.weight"] = a[e * 8 : (e + 1) * 8].clone()
-                    tensors[f"{key}.lora_B.weight"] = b_part.contiguous()
+                    tensors[f"{key}.lora_B.weight"] = b_rows.contiguous()
     config.pop("target_parameters")
 
 
@@ -105,7 +105,7 @@ def as_c(tensors: Tensors, config: dict[str, Any]) -> Tensors:
 
 
 def as_stacks(tensors: Tensors, config: dict[str, Any]) -> None:
-    """[E, …] under the projections' names; gate_up in one."""
+    """Rewrites to [E, …] under the projections' names; gate_up in one tensor."""
     for layer in (1, 2):
         path = f"base_model.model.model.layers.{layer}.mlp.experts"
         for inner, part in ((".base_layer", "gate_up_proj"), ("", "down_proj")):
@@ -117,7 +117,7 @@ def as_stacks(tensors: Tensors, config: dict[str, Any]) -> None:
 
 
 def older_peft(tensors: Tensors, config: dict[str, Any]) -> None:
-    """A [E·r, d1], B [d2, r·E] of the transposed change."""
+    """Rewrites to A [E·r, d1], B [d2, r·E] of the transposed change."""
     for key in [key for key in tensors if ".experts." in key and ".lora_A." in key]:
         a, b = tensors[key], tensors[key.replace("lora_A", "lora_B")]
         stack_a = a.view(NUM_EXPERTS, 8, -1)
@@ -135,7 +135,7 @@ REWRITES: dict[str, Callable[[Tensors, dict[str, Any]], Tensors | None]] = {
 
 
 def test_matrices_that_experts_share(made: Made, tmp_path: Path) -> None:
-    """A of gate for all experts, once as a matrix and once as [1, …]; B for each."""
+    """All experts share gate's A, once as a matrix and once as [1, …]; each has its B."""
     _, adapter = made("deepseek_v2", "a")
     tensors, settings = read_folder(adapter)
     prefix = "base_model.model.model.layers.1.mlp.experts"
@@ -170,7 +170,7 @@ def test_rslora_and_patterns(made: Made, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["names", "dtype", "activation", "form", "not LoRA"])
-def test_what_cannot_be_verified_is_refused(made: Made, tmp_path: Path, damage: str) -> None:
+def test_forms_that_cannot_be_verified_are_refused(made: Made, tmp_path: Path, damage: str) -> None:
     model, adapter = made("mixtral", "a")
     copy = tmp_path / "model"
     copy.mkdir()

@@ -64,7 +64,7 @@ def test_an_honest_engine_passes(
     assert names[:3] == ["each expert", "several at once", "token by token"]
     assert "self_attn.o_proj" in names
     for each in report.checks:
-        # The engine is as near as NumPy with the same roundings gets; nothing was left unjudged.
+        # The engine agrees with NumPy's roundings; nothing was left unjudged.
         assert each.undecided == 0
         assert each.difference < 0.02
         assert each.apart > 0.2
@@ -107,7 +107,7 @@ def test_only_the_verified_layer_is_packed(made: Made, monkeypatch: pytest.Monke
     assert read == {"model.layers.2.mlp.experts"}
 
 
-# What a mistake could make of the engine's LoRA: gate_a, gate_b, … [E, …], the scaling in B.
+# Possible mistakes in the engine's LoRA: gate_a, gate_b, … [E, …], with the scaling in B.
 
 
 def doubled(arguments: Arguments) -> None:
@@ -145,7 +145,7 @@ def zero_b(projection: str) -> Callable[[Arguments], None]:
 
 
 def reordered_a(projection: str) -> Callable[[Arguments], None]:
-    """A of one expert, its numbers read as if they lay column by column."""
+    """Reads A of one expert as if its numbers lay column by column."""
 
     def spoil(arguments: Arguments) -> None:
         a = taken(arguments, f"{projection}_a").clone()
@@ -189,7 +189,7 @@ SABOTAGE: dict[str, Callable[[Arguments], None]] = {
 
 
 class Loaded:
-    """A loaded model whose first layer with LoRA can be given other LoRA."""
+    """A loaded model; the first layer with LoRA accepts other LoRA."""
 
     def __init__(self, folders: Folders, backend: Backend, bits: int | None = None) -> None:
         model, adapter = folders
@@ -225,7 +225,7 @@ def test_every_sabotage_of_the_lora_fails(
             assert not report.passed, name
             assert any("tuned − base" in text for text in report.failures), name
             assert not any(": base is" in text for text in report.failures), name
-        # It was the sabotage, each time.
+        # Without sabotage it passes.
         assert loaded.check(lambda _arguments: None).passed
     finally:
         loaded.model.close()
@@ -296,7 +296,7 @@ def test_sabotaged_scaling_of_the_torch_modules_fails(
 def test_a_small_adapter_is_still_seen(
     made: Made, tmp_path: Path, size: float, backend: Backend
 ) -> None:
-    """‖ΔW‖ of 1 % and 0.3 % of ‖W‖."""
+    """‖ΔW‖ is 1 % and 0.3 % of ‖W‖."""
     model, _ = made("deepseek_v2", "a")
     adapter = save_adapter(tmp_path, model, "a", LoraPlan(experts=size))
     loaded = Loaded((model, adapter), backend)
@@ -318,7 +318,7 @@ def test_too_small_to_be_judged_is_no_pass(made: Made, tmp_path: Path) -> None:
 
 
 def test_kt_kernels_files_for_two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their down projection is quantised in slices, which NumPy must do too."""
+    """Their down projection is quantised in slices, so NumPy must do that too."""
     model = save_model(tmp_path / "model", "deepseek_v2", 512, hidden_size=256, n_routed_experts=4)
     adapter = save_adapter(tmp_path / "adapter", model, "a")
     experts = ExpertArgs("AMXInt8", kt_num_threads=1, kt_weight_path=write_tree(tmp_path, model, 2))
@@ -332,7 +332,7 @@ def test_kt_kernels_files_for_two_nodes(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("bits", [None, 8])
 def test_a_forward_that_leaves_lora_out_fails(made: Made, bits: int | None) -> None:
-    """The parameters are right, but what stands in for PEFT's forward does not use them."""
+    """The parameters are right, but the replacement of PEFT's forward does not use them."""
     loaded = Loaded(made("deepseek_v2", "a"), "AMXBF16", bits)
     try:
         q: Any = loaded.model.model.get_submodule("model.layers.1.self_attn.q_proj")
@@ -347,7 +347,7 @@ def test_a_forward_that_leaves_lora_out_fails(made: Made, bits: int | None) -> N
 
 
 def test_a_damaged_int8_weight_fails(made: Made) -> None:
-    """The parameters are right, but what was packed is another matrix."""
+    """The parameters are right, but another matrix was packed."""
     loaded = Loaded(made("deepseek_v2", "a"), "AMXBF16", 8)
     try:
         q: Any = loaded.model.model.get_submodule("model.layers.1.self_attn.q_proj")
@@ -375,7 +375,7 @@ def test_linears_with_a_bias(tmp_path: Path) -> None:
 def save_on(
     folder: Path, modules: dict[str, tuple[int, int]], **config: list[str] | list[int]
 ) -> Path:
-    """An adapter on these modules, (in, out) each."""
+    """Writes an adapter on these modules, (in, out) each."""
     generator = torch.Generator().manual_seed(2)
     tensors: dict[str, torch.Tensor] = {}
     for module, (size_in, size_out) in modules.items():
@@ -416,8 +416,8 @@ def test_lora_on_the_router(made: Made, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_base_and_change_that_cancel_are_judged_by_their_size() -> None:
-    """A gate has one output: for inputs that A reads, W and LoRA may be nearly opposite, and what
-    either is rounded by is then much of what is left."""
+    """A gate has one output. For inputs in A's row space, W and LoRA may nearly cancel; the
+    rounding of either is then a large fraction of the rest."""
     size, rank = 112, 1
     generator = torch.Generator().manual_seed(1)
     a = torch.randn(rank, size, generator=generator) / size**0.5

@@ -1,4 +1,4 @@
-"""``--verify`` reads every layout for itself, and agrees with what was loaded."""
+"""``--verify`` reads every layout independently, and agrees with the loaded model."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ def test_other_writers(model: Path, tmp_path: Path, writer: str) -> None:
 
 @pytest.mark.parametrize("rename", ["all at once", "wrapped and named"])
 def test_other_names(model: Path, tmp_path: Path, rename: str) -> None:
-    """LoRA on other modules too, which are looked up by name."""
+    """LoRA also acts on other modules, which are looked up by name."""
     folder = change(write_a(tmp_path / "adapter", random_adapter(model)), RENAMES[rename])
     (report,) = check((model, folder))
     assert report.passed, report.failures
     assert len(report.checks) > 3
 
 
-def test_what_no_layer_holds_is_said_to_be_unchecked(model: Path, tmp_path: Path) -> None:
-    """Whole tables are outside the layers: "verified" must not be read as verified for them."""
+def test_tensors_outside_the_layers_are_said_to_be_unchecked(model: Path, tmp_path: Path) -> None:
+    """Whole tables are outside the layers: "verified" must not seem to include them."""
     folder = save_adapter(tmp_path / "adapter", model, "b")
     tensors, config = read_folder(folder)
     head = weight_shapes(model)["lm_head.weight"]

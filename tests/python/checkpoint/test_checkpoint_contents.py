@@ -1,5 +1,5 @@
-"""What counts in a model folder: which file, which tensors, which numbers; alike in the chat,
-``--verify`` and export."""
+"""Chat, ``--verify`` and export agree on a model folder: which files, which tensors, which
+numbers."""
 
 from __future__ import annotations
 
@@ -85,7 +85,8 @@ def edit_weights(folder: Path, change: dict[str, torch.Tensor | None]) -> None:
 
 
 def shard(folder: Path, seed: int | None = None) -> Tensors:
-    """Two shards and an index beside the single file, of its tensors or (by a seed) of others."""
+    """Adds two shards and an index next to the single file, with its tensors or (with a seed)
+    random ones."""
     tensors: Tensors = load_file(folder / "model.safetensors")
     if seed is not None:
         generator = torch.Generator().manual_seed(seed)
@@ -130,7 +131,7 @@ def test_the_single_file_goes_before_a_stale_index(
 
 
 def test_the_index_decides_which_tensors_of_a_shard_count(model: Path, tmp_path: Path) -> None:
-    """Shards hold tensors that the index does not name, and others a second time."""
+    """The shards also hold tensors that the index does not name, and copies of others."""
     expected = theirs(model)
     shard(model)
     adapter = save_adapter(tmp_path / "adapter", model, "a")
@@ -195,7 +196,7 @@ def test_a_link_that_leads_nowhere(model: Path) -> None:
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.int16, torch.uint16])
 def test_integers_where_floats_belong(model: Path, name: str, dtype: torch.dtype) -> None:
-    """The same bytes under another dtype: transformers converts the integers."""
+    """Labels the same bytes with another dtype: transformers converts the integers."""
     weight = load_file(model / "model.safetensors")[name]
     edit_weights(model, {name: weight.view(dtype)})
     with pytest.raises(CheckpointError, match=rf"{name} has dtype [IU]16, expected one of F32"):
@@ -251,7 +252,7 @@ def test_tensors_of_another_model_are_refused_everywhere(model: Path) -> None:
     edit_config(model, num_hidden_layers=2)
     with pytest.raises(CheckpointError, match=r"unexpected keys .*model\.layers\.2\."):
         open_base(ModelArgs(model))
-    # Not even where config.json announces a layer that predicts: this one joins nothing.
+    # Not even if config.json announces a layer that predicts: this one joins nothing.
     edit_config(model, num_nextn_predict_layers=1)
     with pytest.raises(CheckpointError, match=r"unexpected keys .*model\.layers\.2\."):
         open_base(ModelArgs(model))
@@ -270,7 +271,7 @@ def test_tensors_of_another_model_are_refused_everywhere(model: Path) -> None:
 def test_layers_that_predict_further_tokens(
     model: Path, tmp_path: Path, extra: list[str], announced: int
 ) -> None:
-    """Behind the last layer at any depth, or under mtp; with copies of an ordinary layer."""
+    """They follow the last layer, or lie under mtp; with copies of an ordinary layer."""
     expected = theirs(model)
     adapter = save_adapter(tmp_path / "adapter", model, "a")
     tensors = load_file(model / "model.safetensors")
@@ -332,7 +333,7 @@ _ONE = torch.tensor(1.0)
 
 
 @pytest.mark.parametrize(
-    ("words", "parts"),
+    ("words", "tensors"),
     [
         (
             "NVFP4",
@@ -377,11 +378,11 @@ _ONE = torch.tensor(1.0)
 )  # fmt: skip
 @pytest.mark.parametrize("claimed", [True, False])
 def test_schemes_that_are_not_read_are_refused_by_name(
-    model: Path, words: str, parts: Tensors, claimed: bool
+    model: Path, words: str, tensors: Tensors, claimed: bool
 ) -> None:
     module = "model.layers.1.self_attn.q_proj"
     edit_weights(model, {f"{module}.weight": None})
-    edit_weights(model, {f"{module}.{name}": value.clone() for name, value in parts.items()})
+    edit_weights(model, {f"{module}.{name}": value.clone() for name, value in tensors.items()})
     if claimed:
         edit_config(model, quantization_config={"quant_method": "some"})
     with pytest.raises(CheckpointError, match=f"quantised as .*{words}.*Use a BF16 checkpoint"):
@@ -423,7 +424,7 @@ def test_an_adapter_merges_into_a_model_whose_config_claims_fp8(
 def test_the_block_of_scales_is_what_config_json_says(
     tmp_path: Path, claim: dict[str, Any]
 ) -> None:
-    """And must fit: the same scales are refused for blocks of 128 x 128."""
+    """The scales must fit: they are refused for blocks of 128 x 128."""
     codes = torch.randn(70, 130).to(torch.float8_e4m3fn)
     scales = torch.rand(3, 3)
     save_file({"a.weight": codes, "a.weight_scale": scales}, tmp_path / "model.safetensors")
@@ -439,8 +440,8 @@ def test_the_block_of_scales_is_what_config_json_says(
         Checkpoint(tmp_path)
 
 
-def test_experts_of_an_unread_scheme_beside_kt_weight_path(model: Path) -> None:
-    """KTransformers' converted experts stand for INT4 ones; attention is BF16."""
+def test_experts_of_an_unread_scheme_with_kt_weight_path(model: Path) -> None:
+    """KTransformers' converted experts replace INT4 ones; attention is BF16."""
     tensors = load_file(model / "model.safetensors")
     change: dict[str, torch.Tensor | None] = {}
     for name, weight in tensors.items():

@@ -56,8 +56,8 @@ def shard(folder: Path) -> Path:
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)
     weight_map: dict[str, str] = {}
-    for part, chosen in enumerate((names[::2], names[1::2])):
-        file = f"model-{part}.safetensors"
+    for number, chosen in enumerate((names[::2], names[1::2])):
+        file = f"model-{number}.safetensors"
         save_file({name: tensors[name] for name in chosen}, folder / file)
         weight_map |= dict.fromkeys(chosen, file)
     index = folder / "model.safetensors.index.json"
@@ -78,16 +78,16 @@ def test_names_shapes_and_rows(original: Path) -> None:
 
 def test_shards_give_the_same_experts(original: Path, model: Path) -> None:
     shard(model)
-    whole, parts = find(original)[LAYER], find(model)[LAYER]
+    whole, sharded = find(original)[LAYER], find(model)[LAYER]
     tensors = load_file(original / "model.safetensors")
     for expert in (0, 3, NUM_EXPERTS - 1):
-        for a, b, part in zip(
-            whole.read(expert), parts.read(expert), ("gate", "up", "down"), strict=True
+        for a, b, projection in zip(
+            whole.read(expert), sharded.read(expert), ("gate", "up", "down"), strict=True
         ):
             assert a is not None
             assert b is not None
             assert torch.equal(a, b)
-            assert torch.equal(a, tensors[f"{LAYER}.{expert}.{part}_proj.weight"])
+            assert torch.equal(a, tensors[f"{LAYER}.{expert}.{projection}_proj.weight"])
 
 
 def test_stacked_experts_are_read_one_by_one(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_truncated_file(model: Path, keep: int) -> None:
 def test_a_file_that_cannot_be_opened_is_not_called_incomplete(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """safetensors says "No such file" of one without read permission, which root ignores."""
+    """safetensors reports "No such file" without read permission. Simulated: root may read all."""
 
     def forbidden(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
@@ -234,7 +234,7 @@ def test_quantised_experts_are_refused(model: Path) -> None:
 
 
 def transposing(tmp_path: Path) -> tuple[torch.nn.Module, str, dict[str, torch.Tensor]]:
-    """A model whose experts transformers transposes while loading, and such a folder."""
+    """Returns a model whose experts transformers transposes while loading; writes its folder."""
     text = {
         "hidden_size": 32,
         "moe_intermediate_size": 24,

@@ -1,4 +1,4 @@
-"""Quantised and sharded model folders: dequantised as transformers does it, loaded as if plain."""
+"""Quantised and sharded model folders: dequantised like transformers, loaded like plain ones."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def scales_for(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (130, 300), (5, 7), (3, 200, 140)])
-def test_fp8_blocks_are_those_of_transformers(shape: tuple[int, ...]) -> None:
+def test_fp8_blocks_equal_transformers(shape: tuple[int, ...]) -> None:
     codes, scales = random_fp8(*shape), scales_for(*shape)
     if not hasattr(finegrained_fp8, "_dequantize_fp8_weight"):
         pytest.skip("this transformers cannot dequantise blocks that do not divide the matrix")
@@ -56,14 +56,14 @@ def test_fp8_scales_of_other_kinds() -> None:
     single = torch.tensor(0.25)
     assert torch.equal(dequantize_fp8(codes, single, BLOCK), codes.float() * 0.25)
     assert torch.equal(dequantize_fp8(codes, single[None], BLOCK), codes.float() * 0.25)
-    # E8M0: powers of two, as bytes and as torch's own dtype.
+    # E8M0: powers of two, as bytes and in torch's dtype.
     powers = torch.tensor([[125]], dtype=torch.uint8)
     assert torch.equal(dequantize_fp8(codes, powers, BLOCK), codes.float() * 0.25)
     own = torch.tensor([[0.25]]).to(torch.float8_e8m0fnu)
     assert torch.equal(dequantize_fp8(codes, own, BLOCK), codes.float() * 0.25)
 
 
-def test_mxfp4_is_that_of_transformers() -> None:
+def test_mxfp4_equals_transformers() -> None:
     blocks, scales = random_bytes(3, 10, 4, 16), random_bytes(3, 10, 4, low=100, high=140)
     expected = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
     assert torch.equal(dequantize_mxfp4(blocks, scales).transpose(1, 2), expected)
@@ -137,7 +137,7 @@ def logits(folder: Path, infer_dtype: Any = "float32") -> torch.Tensor:
 
 
 def rewrite(folder: Path, tensors: Tensors, quantization: dict[str, Any] | None) -> Path:
-    """A copy of the folder with other tensors."""
+    """Copies the folder with other tensors."""
     copy = folder.with_name(f"{folder.name}-{'quantised' if quantization else 'plain'}")
     copy.mkdir()
     config = json.loads((folder / "config.json").read_text("utf-8"))
@@ -157,8 +157,8 @@ _DEEPSEEK_FP8 = {
 
 
 def fp8_twins(folder: Path) -> tuple[Tensors, Tensors]:
-    """Everything but embeddings, norms, router and head in FP8 (the experts, 96 × 160, and
-    attention, whose matrices the blocks do not divide), and what it stands for."""
+    """Returns the model in FP8 and its dequantised twin. Embeddings, norms, router and head stay
+    plain; the blocks do not divide the matrices of experts (96 × 160) and attention."""
     stored: Tensors = {}
     plain: Tensors = {}
     for name, weight in load_file(folder / "model.safetensors").items():
@@ -168,7 +168,7 @@ def fp8_twins(folder: Path) -> tuple[Tensors, Tensors]:
             scales = scales_for(*weight.shape) / 400
             rows, columns = (torch.arange(size) // 128 for size in weight.shape)
             scale = scales[rows][:, columns]
-            # Beyond ±448 the conversion makes NaN, not the nearest value.
+            # Beyond ±448 the conversion gives NaN, not the nearest value.
             codes = (weight.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
             stored[name], stored[f"{name}_scale_inv"] = codes, scales
             plain[name] = codes.float() * scale
@@ -178,7 +178,7 @@ def fp8_twins(folder: Path) -> tuple[Tensors, Tensors]:
 def test_tensors_beyond_the_model_are_not_read_but_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """DeepSeek-V3's folders hold one more layer, experts too, which transformers ignores."""
+    """DeepSeek-V3's folders hold one more layer with experts, which transformers ignores."""
     folder = save_model(tmp_path / "model", "deepseek_v2", 96)
     stored, _ = fp8_twins(folder)
     one = logits(rewrite(folder, stored, _DEEPSEEK_FP8))
@@ -238,7 +238,7 @@ def test_shards_and_halves_load_like_one_file(tmp_path: Path) -> None:
     model.save_pretrained(shards, max_shard_size="300KB")
     assert len(list(shards.glob("*.safetensors"))) > 2
     assert torch.equal(logits(shards), one)
-    # BF16 weights of this size are exact in FP16 and FP32 but for the smallest.
+    # BF16 weights of this size, except the smallest, are exact in FP16 and FP32.
     for dtype in (torch.float16, torch.float32):
         other = tmp_path / str(dtype)
         model.to(dtype).save_pretrained(other)

@@ -1,8 +1,9 @@
-"""Every MoE model type of the installed transformers: its logits with ktrt against transformers'.
+"""Compares ktrt's logits with transformers' for every MoE model type of the installed transformers.
 
-A tiny random model of each class is saved by transformers in the family's own names on disk,
-loaded by ktrt, and compared in float32: per position ‖Δ‖/‖reference‖ over the vocabulary. The limit
-is twice what float32 experts lose when rounded at the engine's places (helpers/rounded_experts.py).
+transformers saves a tiny random model of each class under the family's names on disk. ktrt loads
+it; the logits are compared in float32, per position ‖Δ‖/‖reference‖ over the vocabulary. The limit
+is twice the loss of float32 experts that round where the engine rounds
+(helpers/rounded_experts.py).
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ if TYPE_CHECKING:
 
 FAMILIES = families()
 SUPPORTED = [family for family in FAMILIES if family.class_name not in REFUSED]
-# Whose steps look at numbers: the model itself runs them.
+# Model types whose decoding depends on values: not recorded, the model itself runs them.
 NOT_RECORDED: set[str] = set()
 Backend = Literal["AMXBF16", "AMXInt8", "AMXInt4"]
 _ROUNDING: dict[Backend, Any] = {"AMXBF16": "bf16", "AMXInt8": "int8", "AMXInt4": "int4"}
 
-# Of rounding alone, twice: far less than what a wrong expert costs.
+# Twice the loss by rounding alone: far less than a wrong expert costs.
 _MOST_ALLOWED: dict[Backend, float] = {"AMXBF16": 0.03, "AMXInt8": 0.2, "AMXInt4": 0.8}
 
 
@@ -77,8 +78,8 @@ def error(found: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def check_token_by_token(loaded: LoadedModel) -> None:
-    """As the chat runs it: a prompt, then single tokens; a prompt that begins the same. The model
-    runs the tokens, or a recorded step does."""
+    """Runs a prompt, single tokens, and a prompt with the same beginning, like the chat; by the
+    model and by a recorded step."""
     model: Any = loaded.model
     first, *_ = token_ids().tolist()
     with torch.no_grad():
@@ -96,7 +97,7 @@ def check_token_by_token(loaded: LoadedModel) -> None:
 
 @dataclass
 class Case:
-    """A model in memory, its folder, and what it gives without rounding, by adapter."""
+    """A model in memory, its folder, and its logits without rounding, by adapter."""
 
     model: Any
     folder: Path
@@ -150,7 +151,7 @@ def test_logits_equal_those_of_transformers(family: Family, tmp_path: Path) -> N
     adapter = write_stacked(tmp_path / "b", experts_of(model), loras)
     case.check("b", "AMXBF16", loras, adapter)
     case.check("b", "AMXInt8", loras, adapter)
-    # Where a layer has two experts modules (text, vision), names alone do not tell whose is whose.
+    # If a layer has two experts modules (text, vision), names alone do not tell them apart.
     layers = [layer_of(path) for path in loras]
     if single_expert_modules(case.folder) and len(set(layers)) == len(layers):
         loras = make_loras(model, share_gate_a=False)
@@ -164,7 +165,7 @@ def test_logits_equal_those_of_transformers(family: Family, tmp_path: Path) -> N
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f.class_name in REFUSED], ids=str)
 def test_refused_families_say_why(family: Family, tmp_path: Path) -> None:
     small_config(family.model_type).save_pretrained(tmp_path)
-    # Older ones do not always build what they list.
+    # Older transformers do not build every model type that they list.
     words = f"{REFUSED[family.class_name]}|transformers cannot build a model"
     with pytest.raises(CheckpointError, match=words):
         build_skeleton(tmp_path, trust_remote_code=False)

@@ -1,4 +1,4 @@
-"""kt_kernel's own files as the experts: the same numbers as our packing, or a message."""
+"""kt_kernel's files as experts: the same results as our packing, or an error."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def packed_parts(
     base: Path, parts: int, weight_format: Format
 ) -> Iterator[tuple[int, int, str, int, bytes, bytes]]:
-    """(layer, part, projection, expert, codes, scales) as kt_kernel cuts them: rows of gate and up,
-    columns of down."""
+    """Yields (layer, part, projection, expert, codes, scales) in kt_kernel's split: rows of gate
+    and up, columns of down."""
     for name, tensor in load_file(base / "model.safetensors").items():
         words = name.split(".")
         if ".mlp.experts." not in name:
             continue
         layer, expert, projection = int(words[2]), int(words[5]), words[6].removesuffix("_proj")
         matrix = tensor.float().numpy()
-        for part, piece in enumerate(np.split(matrix, parts, axis=int(projection == "down"))):
-            codes, scales = pack(np.ascontiguousarray(piece), weight_format)
+        for part, values in enumerate(np.split(matrix, parts, axis=int(projection == "down"))):
+            codes, scales = pack(np.ascontiguousarray(values), weight_format)
             yield layer, part, projection, expert, codes, scales
 
 
@@ -74,7 +74,7 @@ def write_converted(folder: Path, base: Path, parts: int, weight_format: Format 
         key = f"blk.{layer}.ffn_{projection}_exps.{expert}.numa.{part}"
         tensors[f"{key}.weight"] = torch.frombuffer(bytearray(codes), dtype=torch.int8)
         tensors[f"{key}.scale"] = torch.frombuffer(bytearray(scales), dtype=torch.float32)
-    # The converter keeps the other tensors too, some of them of odd sizes.
+    # The converter keeps the other tensors too, some of odd sizes.
     tensors["blk.0.odd"] = torch.zeros(3, dtype=torch.uint8)
     save_file(tensors, folder / "model-00001.safetensors")
     index = {"weight_map": dict.fromkeys(tensors, "model-00001.safetensors")}
@@ -115,8 +115,8 @@ def test_several_parts_are_our_packing_in_slices(
     weight_format: Format,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A row of down has a scale per part, so that the numbers differ a little from those of one
-    part; they are those of our own packing with as many slices."""
+    """A row of down has one scale per part, so results differ a little from a single part; they
+    equal our packing with the same number of slices."""
     folder = WRITERS[kind](tmp_path / "kt", base, parts, weight_format)
     ours = logits(base, weight_format)
     found = logits(base, weight_format, kt_weight_path=folder)
@@ -130,9 +130,9 @@ def test_several_parts_are_our_packing_in_slices(
 
 
 def expected_integers(case: Case, parts: int) -> NDArray[np.float64]:
-    """The layer as kt_kernel defines it: every part quantises its own activations, integers are
-    multiplied exactly; float64 elsewhere, activations rounded to bfloat16 before they are
-    quantised."""
+    """Computes the layer by kt_kernel's definition: each part quantises its activations, integer
+    products are exact. Uses float64 elsewhere; activations are rounded to bfloat16 before
+    quantisation."""
 
     def quantized(x: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         values = x.astype(np.float32)
@@ -149,8 +149,8 @@ def expected_integers(case: Case, parts: int) -> NDArray[np.float64]:
         e, x = case.ids[token, slot], case.hidden[token]
         gate, up = product(case.gate[e], x), product(case.up[e], x)
         act = torch.tensor(gate / (1 + np.exp(-gate)) * up).bfloat16().double().numpy()
-        pieces = np.split(case.down[e], parts, axis=1), np.split(act, parts)
-        down = sum(product(w, a) for w, a in zip(*pieces, strict=True))
+        split = np.split(case.down[e], parts, axis=1), np.split(act, parts)
+        down = sum(product(w, a) for w, a in zip(*split, strict=True))
         out[token] += case.weights[token, slot] * down
     return out
 
@@ -166,7 +166,7 @@ def test_slices_compute_what_they_should(slices: int) -> None:
         layer.load_expert(e, case.gate[e], case.up[e], case.down[e])
     expected = expected_integers(case, slices)
     error = np.linalg.norm(case.forward(layer) - expected) / np.linalg.norm(expected)
-    # The other numbers of slices differ by the noise of INT8.
+    # Results with other numbers of slices differ by INT8's rounding.
     others = [expected_integers(case, n) for n in (1, 2, 4) if n != slices]
     least = min(np.linalg.norm(o - expected) / np.linalg.norm(expected) for o in others)
     assert error < 0.25 * least
@@ -174,7 +174,7 @@ def test_slices_compute_what_they_should(slices: int) -> None:
 
 @dataclass(frozen=True)
 class Spec:
-    """What a folder is checked against."""
+    """The shape that a folder is checked against."""
 
     num_experts: int
     hidden_size: int

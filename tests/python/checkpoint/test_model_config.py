@@ -1,5 +1,5 @@
-"""config.json, index and generation settings of a model folder: damage of any kind is one
-``CheckpointError``, soon and in little memory; and which class a config names."""
+"""config.json, index and generation settings of a model folder: any damage is one
+``CheckpointError``, raised fast and in little memory. Also: the class that a config names."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ktrt.loading.plan import open_base
 if TYPE_CHECKING:
     from pathlib import Path
 
-# A step of the kernel's clock beside others; each of these takes 0.05 s alone.
+# Generous, since other processes may be running; each one takes 0.05 s alone.
 _SECONDS, _KILOBYTES = 10, 1 << 20
 
 
@@ -38,7 +38,7 @@ def write(folder: Path, config: Any) -> Path:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_damaged_configs(name: str, tmp_path: Path) -> None:
-    """24 of each model, and 3 in parts that were damaged twice."""
+    """Tries 24 damaged configs of each model, and 3 with two damages."""
     config, rng = shrunk(read_meta(name)), random.Random(name)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     outcomes = []
@@ -139,7 +139,7 @@ def test_damaged_index(tmp_path: Path, index: Any) -> None:
 
 @pytest.mark.parametrize("settings", [[], {"temperature": {}}, {"eos_token_id": "x"}])
 def test_damaged_generation_settings(tmp_path: Path, settings: Any) -> None:
-    """Refused by name where transformers refuses them; never another exception."""
+    """They are refused by name if transformers refuses them; never another exception."""
     folder = save_model(tmp_path / "model", "qwen3_moe", 96)
     (folder / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
     try:
@@ -180,7 +180,7 @@ def test_classes_match_in_other_spellings(tmp_path: Path, spelling: str) -> None
 
 
 def test_a_class_for_the_text_alone_does_not_take_the_whole_folder(tmp_path: Path) -> None:
-    """Without architectures too: Llama 4's class for causal LM knows no vision tower."""
+    """Holds without architectures too: Llama 4's class for causal LM knows no vision tower."""
     config = {"model_type": "llama4", "text_config": {"num_hidden_layers": 2}}
     built = build_skeleton(write(tmp_path, config), trust_remote_code=False)
     assert type(built.model).__name__ == "Llama4ForConditionalGeneration"

@@ -1,4 +1,4 @@
-"""Seeded damage to tensors and files of a model: refused by name, or without effect."""
+"""Random damage (seeded) to tensors and files of a model is refused by name, or has no effect."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_damaged_tensors(
 
 
 def test_damaged_files(original: Path, tmp_path: Path) -> None:
-    """Cut at any place, a header with other bytes, a pointer instead of the file."""
+    """Tries truncated files, headers with other bytes, a pointer instead of the file."""
     data = (original / "model.safetensors").read_bytes()
     length = int.from_bytes(data[:8], "little")
     rng, folder = random.Random(5), tmp_path / "model"

@@ -1,7 +1,7 @@
-"""Folders by the metadata of published models: ktrt's logits are transformers' in float32, and
+"""Model folders built from published metadata: ktrt's logits equal transformers' in float32, and
 ``--verify`` can read them.
 
-The data are published config.json files with every key; see helpers/real_models.py.
+The metadata are published config.json files with every key; see helpers/real_models.py.
 """
 
 from __future__ import annotations
@@ -44,11 +44,10 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def test_logits_are_transformers(real: RealModel, tmp_path: Path) -> None:
-    """As shipped; and, where that is quantised, as KTransformers' cast scripts leave a folder:
-    BF16 tensors below a config.json that still says otherwise."""
+    """Loads the folder as published, quantised or not."""
     with torch.no_grad():
         expected = real.reference()(TOKENS).logits
-    # The engine's experts round to BF16, the others of both are float32.
+    # The engine's experts round to BF16; everything else is float32 in both.
     assert error(logits(real.write(tmp_path / "shipped")), expected) < 0.02
 
 
@@ -70,7 +69,7 @@ def test_verify_reads_the_names(real: RealModel, tmp_path: Path) -> None:
 
 
 def test_plan_needs_no_weights_read(tmp_path: Path) -> None:
-    """Kimi-K2: a model type that transformers does not know, an architecture that it does."""
+    """Kimi-K2: transformers does not know the model type, but the architecture."""
     folder = make("kimi-k2-fp8").write(tmp_path / "model")
     plan = plan_memory(ModelArgs(folder), NO_ADAPTER, EXPERTS)
     assert plan.items

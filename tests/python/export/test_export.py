@@ -1,5 +1,5 @@
-"""A merged checkpoint: plain transformers gives the logits of base and adapter, and its tensors are
-those of the source, changed by the formula where the adapter acts and nowhere else."""
+"""A merged checkpoint: plain transformers gives the logits of base and adapter. Its tensors equal
+the source's, except the adapter's targets, which change by the formula."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def export(model: Path, adapter: Path | None, out: Path, dtype: DtypeName | None
 
 
 def library_logits(folder: Path, ids: torch.Tensor | None = None) -> torch.Tensor:
-    """Of plain transformers, which must find every tensor and no other."""
+    """Returns plain transformers' logits; it must find every tensor and no other."""
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
@@ -82,7 +82,7 @@ def library_logits(folder: Path, ids: torch.Tensor | None = None) -> torch.Tenso
 
 
 def error(found: torch.Tensor, reference: torch.Tensor) -> float:
-    """The median over positions of ‖Δ‖/‖reference‖."""
+    """Returns the median over positions of ‖Δ‖/‖reference‖."""
     relative = (found - reference).norm(dim=-1) / reference.norm(dim=-1)
     return float(relative.median())
 
@@ -123,7 +123,7 @@ def test_merge_is_the_formula(family: str, layout: Any, tmp_path: Path) -> None:
     assert error(library_logits(model), reference) > 0.05, "the adapter must matter"
 
 
-# Fused, transposed and interleaved, transposed, without gate; rearranged by transformers.
+# Fused; transposed and interleaved; transposed; without gate; rearranged by transformers.
 FORMS = {"granitemoe", "gpt_oss", "aria_text", "nemotron_h", "qwen3_vl_moe", "ernie4_5_vl_moe"}
 
 
@@ -133,7 +133,7 @@ FORMS = {"granitemoe", "gpt_oss", "aria_text", "nemotron_h", "qwen3_vl_moe", "er
     ids=str,
 )
 def test_every_form_of_experts_on_disk(family: Family, tmp_path: Path) -> None:
-    """The reference adds B·A to what the library's own experts compute."""
+    """The reference adds B·A to the outputs of the library's experts."""
     if family.folder == "inkling" and family.model_type == "inkling_mm_model":
         pytest.importorskip("scipy", reason="transformers' vision tower of Inkling needs scipy")
     model: Any = random_model(family)
@@ -167,7 +167,7 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("options", "parts"),
+    ("options", "unties"),
     [
         ({"target_modules": ATTENTION, "use_rslora": True, "rank_pattern": {"k_proj": 2}}, False),
         ({"target_modules": ATTENTION, "use_dora": True}, False),
@@ -180,19 +180,19 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=str,
 )
 def test_outside_the_experts_it_is_pefts_merge(
-    tied: Path, tmp_path: Path, options: dict[str, Any], parts: bool
+    tied: Path, tmp_path: Path, options: dict[str, Any], unties: bool
 ) -> None:
-    """``parts``: the output layer is no longer tied to the embeddings."""
+    """``unties``: the output layer is no longer tied to the embeddings."""
     reference = save_trained(tmp_path / "adapter", tied, **options)
     export(tied, tmp_path / "adapter", tmp_path / "out", "float32")
     assert error(library_logits(tmp_path / "out"), reference) < 1e-4
     new = set(shapes(tmp_path / "out")) - set(shapes(tied))
-    assert new == ({"lm_head.weight"} if parts else set())
+    assert new == ({"lm_head.weight"} if unties else set())
     config = json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))
-    assert config["tie_word_embeddings"] is not parts
+    assert config["tie_word_embeddings"] is not unties
 
 
-def test_embedding_lora_parts_from_the_output_layer(tied: Path, tmp_path: Path) -> None:
+def test_embedding_lora_unties_the_output_layer(tied: Path, tmp_path: Path) -> None:
     reference = save_trained(
         tmp_path / "adapter", tied, target_modules=["embed_tokens", "q_proj"],
         exclude_modules=["lm_head"],
@@ -230,7 +230,7 @@ def test_a_lora_bias_needs_a_bias(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_shards_and_the_files_beside_them(tmp_path: Path) -> None:
+def test_shards_and_side_files(tmp_path: Path) -> None:
     model = save_model(tmp_path / "one", "deepseek_v2", 96)
     sharded = tmp_path / "model"
     library: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
@@ -466,8 +466,8 @@ print((peak() - before) / 1024)
 
 @pytest.mark.slow
 def test_memory_is_bounded(tmp_path: Path) -> None:
-    """One file of 400 MB, of which the largest tensor has 2 MB: at most what is read before pages
-    are given back."""
+    """Exports a file of 400 MB whose largest tensor has 2 MB: memory is bounded by the bytes read
+    between two releases of pages."""
     model = save_model(
         tmp_path / "model", "mixtral", 1024,
         hidden_size=1024, num_hidden_layers=8, num_local_experts=8, head_dim=64,

@@ -1,4 +1,4 @@
-"""An adapter in another layout: the same bits for the engine, and the real readers take it."""
+"""An adapter in another layout: the engine gets the same bits, and PEFT and kt_kernel read it."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def same_side(found: AdapterPlan, expected: AdapterPlan) -> bool:
 
 
 def fused_equals(folder: Path, expected: AdapterPlan, base: BaseModel) -> bool:
-    """By layout c's own rule, alpha / r of adapter_config.json, whatever else it says."""
+    """Compares by layout c's own rule: alpha / r of adapter_config.json, nothing else."""
     tensors, config = load_file(folder / FUSED_NAME), read_folder(folder)[1]
     scaling = torch.tensor(config["lora_alpha"] / config["r"], dtype=torch.float32)
     for site in base.experts:
@@ -114,7 +114,7 @@ def test_round_trips(
             continue
         found = plan(out, base)
         assert same_side(found, expected)
-        # Stacked, gate and up have one A: where theirs differ, it holds both and B has zeros.
+        # Stacked gate and up share one A: if theirs differ, it holds both and B has zeros.
         exact = (source, layout) != ("a", "b")
         assert same_engine_arguments(found, expected, base) == exact
         again = tmp_path / f"{layout}{source}"
@@ -151,8 +151,8 @@ def test_blocks_of_gate_and_up_give_the_same_logits(
 def test_stock_peft_reads_layout_b(
     models: Models, tmp_path: Path, family: str, source: Layout
 ) -> None:
-    """Plain PEFT on plain transformers 5 computes the formula with what is written: its conversion
-    for transformers 5 finds nothing to convert."""
+    """Plain PEFT on plain transformers 5 computes the formula from the written files; its
+    conversion for transformers 5 finds nothing to convert."""
     folder, base = models[family]
     adapter = save_adapter(tmp_path / "x", folder, source, LoraPlan(rank=4))  # type: ignore[arg-type]
     convert(plan(adapter, base), base, tmp_path / "b", "b")
@@ -181,7 +181,7 @@ def test_stock_peft_reads_layout_b(
     ],
     ids=str,
 )
-def test_what_lies_outside_the_experts_is_kept(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_lora_outside_the_experts_is_kept(tmp_path: Path, options: dict[str, Any]) -> None:
     model = save_model(tmp_path / "model", "qwen3_moe", 96, attention_bias=True)
     base = base_of(model)
     save_trained(tmp_path / "x", model, **options)
@@ -195,8 +195,8 @@ def test_what_lies_outside_the_experts_is_kept(tmp_path: Path, options: dict[str
 
 
 def test_forms_of_experts(tmp_path: Path) -> None:
-    """Interleaved and transposed rows, fused on disk: layout b is written as it was, a and f by
-    names of their own."""
+    """Interleaved and transposed rows, fused on disk: layout b equals the source, a and f use
+    separate names."""
     for folder, name in (("gpt_oss", "GptOssForCausalLM"), ("nemotron_h", "NemotronHForCausalLM")):
         model: Any = random_model(Family(folder, folder, name))
         model.save_pretrained(tmp_path / folder)
@@ -215,7 +215,7 @@ def test_forms_of_experts(tmp_path: Path) -> None:
 
 
 def mixed_adapter(folder: Path, model: Path, alphas: dict[str, float]) -> Path:
-    """Layout a with experts 0 … 3 of rank 4, the others of rank 8."""
+    """Writes layout a with experts 0 … 3 of rank 4, the others of rank 8."""
     adapter = save_adapter(folder, model, "a", LoraPlan(rank=8, alpha=8))
     tensors, config = read_folder(adapter)
     for key in tensors:
@@ -246,9 +246,9 @@ def test_mixed_ranks_and_scalings(
     written = convert(plan(adapter, base), base, tmp_path / "b", "b")
     assert written.exact == exact
     found = plan(tmp_path / "b", base)
-    for path, parts in expected.experts.items():
+    for path, loras in expected.experts.items():
         for start, projection in ((0, "gate"), (8, "up"), (0, "down")):
-            lora, kept = parts[projection], slice(start, start + 8)  # type: ignore[index]
+            lora, kept = loras[projection], slice(start, start + 8)  # type: ignore[index]
             new = found.experts[path][projection]  # type: ignore[index]
             assert torch.equal(new.scaled_b()[:, :, kept], lora.scaled_b())
             assert torch.equal(new.a[:, kept], lora.a)
@@ -335,8 +335,8 @@ convert_kt_to_sglang_adapter(folder, out, base_model_name_or_path="x")
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kt_kernel_itself_reads_layout_c(models: Models, tmp_path: Path, family: str) -> None:
-    """Its loader takes manifest, shapes and values; its converter makes layout f of it, which is
-    what we make."""
+    """Its loader takes manifest, shapes and values; its converter makes the same layout f as
+    ktrt."""
     folder, base = models[family]
     tensors, config = read_folder(save_adapter(tmp_path / "x", folder, "a"))
     config["base_model_name_or_path"] = "/models/base"
@@ -388,7 +388,7 @@ def save_trained_attention(folder: Path, model: Path) -> Path:
     return write_adapter(folder, kept, config | {"target_modules": ["q_proj"]})
 
 
-def test_what_a_layout_cannot_hold(models: Models, tmp_path: Path) -> None:
+def test_adapters_that_a_layout_cannot_hold(models: Models, tmp_path: Path) -> None:
     folder, base = models["deepseek_v2"]
     wide = save_adapter(tmp_path / "wide", folder, "a", LoraPlan(rank=130))
     refused(r"gate_up_proj: the layout needs rank 260", wide, base, tmp_path / "b", "b")

@@ -1,4 +1,4 @@
-"""--format kt: the packed experts are those of packing the merged checkpoint, bit for bit."""
+"""--format kt: the packed experts equal a packing of the merged checkpoint, bit for bit."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_equals_packing_the_merged_checkpoint(
 
 
 def test_a_damaged_rest_is_still_refused(model: Path, tmp_path: Path) -> None:
-    """Experts that are there in part are no folder without experts."""
+    """A folder with some of the experts is no folder without experts."""
     base = open_base(ModelArgs(model))
     merge_packed(base, None, tmp_path / "kt", ExpertArgs("AMXInt8", kt_num_threads=1))
     file = tmp_path / "kt" / "model.safetensors"

@@ -1,4 +1,4 @@
-"""Files that others damaged: kept ones that once failed, and a few new ones with a fixed seed."""
+"""Damaged files: the inputs that once failed, and a few new ones with a fixed seed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAMES = (
     "config", "weights", "adapter_config", "adapter_weights", "settings", "conversation",
     "manifest",
 )  # fmt: skip
-# Looking at a model takes 50 ms, at an adapter 20.
+# One check of a model takes 50 ms, of an adapter 20.
 COUNTS = {"config": 15, "weights": 15, "adapter_config": 20, "adapter_weights": 20}
 
 

@@ -1,4 +1,4 @@
-"""Tests of ktrt.folders: what a folder given as model or adapter is."""
+"""Tests of ktrt.folders: classifying a folder given as model or adapter."""
 
 import json
 import os
@@ -16,7 +16,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:12ab\nsize 49
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    """Makes files (with one byte each) below the test's folder, which it returns."""
+    """Creates one-byte files below the test's folder; returns that folder."""
 
     def make(*names: str, content: bytes = b"x") -> Path:
         for name in names:
@@ -65,8 +65,8 @@ class TestAdapters:
         assert "(incomplete: checkpoint-40, checkpoint-100)" in note
 
     @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-    def test_what_is_no_regular_file(self, make: Make, name: str) -> None:
-        """A pipe would be waited for."""
+    def test_no_regular_file(self, make: Make, name: str) -> None:
+        """Reading a pipe would block."""
         root = make(*adapter("."))
         (root / name).unlink()
         os.mkfifo(root / name)
@@ -234,7 +234,7 @@ class TestModels:
         assert "missing or empty (1): model.safetensors" in self.refused(root / "a")
         assert "is a link to gone" in self.refused(root / "b")
 
-    def test_an_index_beside_the_single_file_does_not_count(self, make: Make) -> None:
+    def test_an_index_next_to_the_single_file_does_not_count(self, make: Make) -> None:
         root = make(*model())
         index(root / "m", "model-00001-of-00002.safetensors")
         check_model_folder(root / "m")

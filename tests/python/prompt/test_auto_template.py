@@ -18,7 +18,7 @@ PARTS = (
     "{% for m in messages %}[{{ m.role }}]{% for p in m.content %}"
     "{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}{{ '\\n' }}{% endfor %}"
 )
-# As some write it: a string has no such element, which jinja takes for an undefined value.
+# Some templates do this: a string has no such element, so jinja gives an undefined value.
 INDEXED = "{% for m in messages %}[{{ m.role }}]{{ m.content[0]['text'] }}{{ '\\n' }}{% endfor %}"
 TOOLS = "{% for t in tools %}{{ t.name }}{% endfor %}"
 BROKEN = "{{ messages[0]['content'] + 1 }}"

@@ -1,4 +1,4 @@
-"""Tests of ktrt.prompt.fit: the limit of a conversation, and the turns that go."""
+"""Tests of ktrt.prompt.fit: the limit of a conversation, and the dropped turns."""
 
 import sys
 from types import SimpleNamespace
@@ -32,11 +32,11 @@ class TestLimit:
 
     def test_yarn(self) -> None:
         yarn = {"rope_type": "yarn", "rope_theta": 1e4}
-        # DeepSeek-V2-Lite's: the length after stretching is there.
+        # DeepSeek-V2-Lite's config gives the length after stretching.
         stretched = yarn | {"factor": 40.0, "original_max_position_embeddings": 4096}
         config = DeepseekV2Config(max_position_embeddings=163840, rope_parameters=stretched)
         assert limit(config) == 163840
-        # As Qwen3's model card tells people to switch it on: it is not.
+        # Qwen3's model card adds YaRN to a config with the length before stretching.
         added = yarn | {"factor": 4.0, "original_max_position_embeddings": 32768}
         assert limit(Qwen3Config(max_position_embeddings=40960, rope_parameters=added)) == 131072
         short = yarn | {"factor": 4.0}
@@ -44,7 +44,7 @@ class TestLimit:
 
 
 def conversation(lengths: list[int], system: int = 0) -> list[dict[str, str]]:
-    """Messages of so many tokens, one per letter."""
+    """Returns messages of ``lengths`` tokens, one per letter."""
     found = [{"role": "system", "content": "s" * system}] if system else []
     for index, length in enumerate(lengths):
         role = "assistant" if index % 2 else "user"
@@ -80,7 +80,7 @@ class TestDropTurns:
         assert (dropped, count(kept)) == (1, 108)
 
     def test_a_growing_conversation_seldom_loses_turns(self) -> None:
-        """Whether the caller keeps what is left or passes everything again."""
+        """Holds for a caller that keeps the remaining turns and for one that passes all again."""
         everything: list[Any] = []
         kept_by_caller: list[Any] = []
         starts, losses = [], 0

@@ -1,4 +1,4 @@
-"""The named templates against LLaMA-Factory's own: the same ids, for every name that it has."""
+"""Compares the named templates with LLaMA-Factory's: equal ids for each of its names."""
 
 import json
 from functools import cache
@@ -15,7 +15,7 @@ from ktrt.prompt.template.load import load_template
 from ktrt.prompt.template.table import TEMPLATES
 
 DATA = json.loads(EXPECTED.read_text(encoding="utf-8"))
-ROWS: dict[str, dict[str, Any]] = DATA["templates"]
+PROMPTS: dict[str, dict[str, Any]] = DATA["templates"]
 
 
 @cache
@@ -24,16 +24,16 @@ def shared_tokenizer(kind: str) -> Any:
 
 
 def test_every_name_is_known() -> None:
-    assert len(ROWS) == 121
-    assert {*TEMPLATES} == {*ROWS}
+    assert len(PROMPTS) == 121
+    assert {*TEMPLATES} == {*PROMPTS}
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", PROMPTS)
 def test_prompts_are_llama_factorys(name: str) -> None:
-    row, spec = ROWS[name], TEMPLATES[name]
-    marks = row["thought"] or ("<think>\n", "\n</think>\n\n")
+    theirs, spec = PROMPTS[name], TEMPLATES[name]
+    marks = theirs["thought"] or ("<think>\n", "\n</think>\n\n")
     needs_bos = "{bos}" in spec.prefix + spec.system + spec.user + spec.assistant
-    for kind, make in tokenizers(DATA["special"], row["stop words"]).items():
+    for kind, make in tokenizers(DATA["special"], theirs["stop words"]).items():
         tokenizer = make() if kind == "loose" else shared_tokenizer(kind)
         if kind == "no bos" and needs_bos:
             with pytest.raises(ConfigError, match="no token bos;"):
@@ -43,18 +43,18 @@ def test_prompts_are_llama_factorys(name: str) -> None:
             thinking: load_template(TemplateArgs(name, enable_thinking=thinking), tokenizer)
             for thinking in (None, True, False)
         }
-        wanted = row.get(kind, row["plain"]).split()
+        wanted = theirs.get(kind, theirs["plain"]).split()
         every = list(cases(*marks))
         wanted = [each for each in wanted for _ in range(len(every) // len(wanted))]
         for at, ((turns, thinking), expected) in enumerate(zip(every, wanted, strict=True)):
             ids = chosen[thinking].encode(turns)
             text = tokenizer.decode(ids, skip_special_tokens=False)
             if at == 0 and kind == "plain":
-                assert text == row["text"]
+                assert text == theirs["text"]
             assert digest(ids) == expected, (kind, turns, thinking, text)
-        stops = {*tokenizer.convert_tokens_to_ids(row["stops"]), tokenizer.eos_token_id}
+        stops = {*tokenizer.convert_tokens_to_ids(theirs["stops"]), tokenizer.eos_token_id}
         assert chosen[None].stop_ids == stops
-        assert (chosen[None].thinking is None) == (row["thought"] is None)
+        assert (chosen[None].thinking is None) == (theirs["thought"] is None)
 
 
 class TestStopWordsAreSpecialTokens:
@@ -63,7 +63,7 @@ class TestStopWordsAreSpecialTokens:
     SPECIAL = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
     TURNS = ({"role": "user", "content": "Hello"},)
 
-    def test_the_line_break_behind_phis_end_is_kept(self) -> None:
+    def test_the_line_break_after_phis_end_is_kept(self) -> None:
         tokenizer = byte_tokenizer([*self.SPECIAL], loose=True)
         ids = load_template(TemplateArgs("phi"), tokenizer).encode(self.TURNS)
         assert tokenizer.decode(ids) == "<|user|>Hello<|end|>\n<|assistant|>"
@@ -82,7 +82,7 @@ class TestStopWordsAreSpecialTokens:
             load_template(TemplateArgs("phi"), tokenizer)
 
     def test_one_that_only_looks_like_a_token_is_refused(self) -> None:
-        """SentencePiece's ``▁###`` is what ``###`` is encoded to, and another token."""
+        """``###`` encodes to SentencePiece's ``▁###``, another token."""
         words = Tokenizer(models.WordLevel({"▁###": 0, "<unk>": 1}, unk_token="<unk>"))
         words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
@@ -90,7 +90,7 @@ class TestStopWordsAreSpecialTokens:
         with pytest.raises(ConfigError, match="'yi_vl' does not fit this model.*no token ###"):
             load_template(TemplateArgs("yi_vl"), tokenizer)
 
-    def test_one_that_part_of_the_models_lack_is_not(self) -> None:
+    def test_one_that_some_of_the_models_lack_is_not(self) -> None:
         glm = ["[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
         without = load_template(TemplateArgs("glm4_5v"), byte_tokenizer(glm))
         tokenizer = byte_tokenizer([*glm, "</answer>"])

@@ -1,5 +1,5 @@
-"""The named templates against the chat templates published with the models: the same prompt, token
-by token, but for the listed differences."""
+"""Compares the named templates with the chat templates published with the models: equal prompts,
+token by token, except for the listed differences."""
 
 import re
 from typing import Any
@@ -29,7 +29,7 @@ def tokenizer_of(pair: Pair) -> Any:
 
 
 def cases(pair: Pair) -> list[tuple[list[dict[str, str]], bool | None]]:
-    """Conversations, and whether to think (None: not said)."""
+    """Returns conversations, and whether to think (None: not set)."""
     found = [turns for turns in CONVERSATIONS if pair.has_system or turns[0] is not SYSTEM]
     found += [] if pair.has_system else [[USER, REPLY, AGAIN]]
     reasoning = TEMPLATES[pair.named].thought is not None
@@ -37,8 +37,8 @@ def cases(pair: Pair) -> list[tuple[list[dict[str, str]], bool | None]]:
 
 
 def expected(pair: Pair, text: str, thinking: bool | None, used: set[str]) -> str:
-    """The published prompt with the differences applied. Some published templates know no switch:
-    OFF stands at the end of theirs where thinking is off."""
+    """Returns the published prompt with the differences applied. With thinking off, the prompt of a
+    published template without the switch gets OFF at its end."""
     if thinking is False and any("OFF" in pattern for _, pattern, _ in pair.differences):
         text += "OFF"
     for name, pattern, replacement in pair.differences:
@@ -80,12 +80,12 @@ def test_earlier_thoughts_go_as_published(pair: Pair) -> None:
         )
         for reply in (thought, REPLY)
     )
-    if pair.named == "deepseekr1":  # which leaves the line breaks behind a thought
+    if pair.named == "deepseekr1":  # it keeps the line breaks after a thought
         published = published.replace("\n\n我是", "我是")
     assert published == plain
 
 
-def test_the_rows_that_most_people_use_have_a_published_one() -> None:
+def test_the_most_used_templates_have_a_published_one() -> None:
     wanted = (
         "deepseek deepseek3 deepseekr1 qwen qwen3 qwen3_nothink qwen3_5 mistral glm4 glm4_moe "
         "glm4_7 gpt_oss minimax2 moonlight"

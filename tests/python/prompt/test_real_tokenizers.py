@@ -1,5 +1,5 @@
-"""Templates with tokenizers of published models, token by token. The ids are written out as the
-models' own tokenizers give them."""
+"""Templates with tokenizers of published models, token by token. The literal ids come from the
+models' own tokenizers."""
 
 import json
 from collections.abc import Callable
@@ -86,7 +86,7 @@ class TestMixtral:
     INST, END = [733, 16289, 28793], [28792, 28748, 16289, 28793]
 
     def test_turns(self) -> None:
-        """Slots are encoded one by one, so that each begins with the tokenizer's space."""
+        """Slots are encoded one by one, so each begins with the tokenizer's space."""
         found = prompt("mistral", real_tokenizers.mixtral, AGAIN, REPLY, AGAIN)
         question = [*self.INST, 22557, *self.END]
         assert found == [1, *question, 28705, 22557, 2, *question]

@@ -28,7 +28,7 @@ ASSISTANT = {"role": "assistant", "content": "我是 ktrt"}
 SYSTEM = {"role": "system", "content": "Be brief."}
 AGAIN = {"role": "user", "content": "再见"}
 
-# What a prompt reads like: [system], user, assistant, user. Written out, not built from the table.
+# Prompts of [system], user, assistant, user: literal, not built from the table.
 EXPECTED = {
     "default": (
         f"Human: 你好{EOS}\nAssistant:我是 ktrt{EOS}\nHuman: 再见{EOS}\nAssistant:",
@@ -250,7 +250,7 @@ class TestReasoning:
         assert chosen.encode([USER, bare, AGAIN]) == chosen.encode([USER, ASSISTANT, AGAIN])
 
     def test_marks_that_are_special_tokens_are_shown(self) -> None:
-        """Else a thought would become part of the reply in the next prompt."""
+        """Otherwise a thought would belong to the reply in the next prompt."""
         chosen = template("gpt_oss")
         marks = ["<|start|>", "<|message|>", "<|end|>", "<|channel|>"]
         assert sorted(chosen.shown_tokens.values()) == sorted(marks)
@@ -410,13 +410,13 @@ def test_unknown_name_comes_with_the_nearest(name: str, near: str) -> None:
 
 
 def test_an_empty_system_message_is_none() -> None:
-    """As in training: the template's own holds."""
+    """The template's default applies, as in training."""
     empty = SYSTEM | {"content": ""}
     for name in ("qwen", "deepseek"):
         assert template(name).encode([empty, USER]) == template(name).encode([USER])
 
 
-def test_every_row_is_a_template() -> None:
+def test_every_entry_is_a_template() -> None:
     for name, spec in TEMPLATES.items():
         assert isinstance(template(name), NamedTemplate)
         assert "{c}" in spec.user

@@ -1,4 +1,4 @@
-"""Tests of prompt.tokenizer.load: what is read as data, what runs as code, and damaged files."""
+"""Tests of prompt.tokenizer.load: tokenizers as data, tokenizers as code, and damaged files."""
 
 import base64
 import contextlib
@@ -24,8 +24,8 @@ from ktrt.prompt.tokenizer.load import load_tokenizer
 
 TEXT = "hello 你好, it's 2026!"
 SPECIAL = ["[BOS]", "[EOS]", "[UNK]", "[PAD]", "<|im_user|>", "<|im_end|>"]
-# As Moonlight's and Kimi's: byte pairs of a file by rank, special tokens behind them by
-# tokenizer_config.json, and the import that transformers 5 has emptied. It needs no tiktoken.
+# Like Moonlight's and Kimi's: byte pairs of a file by rank, then the special tokens of
+# tokenizer_config.json, and the import that transformers 5 has removed. Needs no tiktoken.
 REMOTE = """
 import base64
 import contextlib
@@ -77,7 +77,7 @@ class RemoteTokenizer(PreTrainedTokenizer):
 
 
 def save_remote(folder: Path, model_type: str, marker: Path) -> None:
-    """A folder whose tokenizer is a tiktoken vocabulary of single bytes and Python code."""
+    """Writes a folder whose tokenizer is a tiktoken vocabulary of single bytes and Python code."""
     folder.mkdir(exist_ok=True)
     lines = [f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)]
     (folder / "tiktoken.model").write_text("".join(lines))
@@ -146,7 +146,8 @@ class TestRemoteCode:
     def test_data_come_first_even_with_trust(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """A model type that transformers knows, code in every auto_map, a tokenizer as data."""
+        """The model type is known to transformers, every auto_map names code, the tokenizer is
+        data."""
         folder = tmp_path / "model"
         save_model(folder, "deepseek_v2", 96)
         make_tokenizer(vocab_size=384).save_pretrained(folder)
@@ -169,7 +170,7 @@ class TestRemoteCode:
             assert "".join(session.stream([{"role": "user", "content": "a"}])) is not None
         assert not marker.exists()
 
-    def test_a_class_that_only_code_has_beside_tokenizer_json(self, tmp_path: Path) -> None:
+    def test_a_class_that_only_code_has_next_to_tokenizer_json(self, tmp_path: Path) -> None:
         save_remote(tmp_path, "kimi_k2", tmp_path / "ran")
         (tmp_path / "tiktoken.model").unlink()
         make_tokenizer().backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
@@ -266,7 +267,7 @@ def test_a_byte_order_mark_is_named(tmp_path: Path, name: str) -> None:
 
 
 def damaged(content: Any, random: random.Random) -> Any:
-    """One value somewhere replaced or dropped."""
+    """Replaces or drops one value somewhere."""
     content = json.loads(json.dumps(content))
     at = content
     while True:

@@ -1,4 +1,4 @@
-"""Sessions with words, chat templates and end tokens that adapters or the configuration bring."""
+"""Sessions with words, chat templates and end tokens of adapters or the configuration."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ def resized(model: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``model``, a base without chat template, and ``adapter`` as LLaMA-Factory leaves it: trained
-    with new tokens, resize_vocab and its default additional_target, tokenizer beside it."""
+    """Returns a folder with ``model``, a base without chat template, and ``adapter`` as
+    LLaMA-Factory leaves it: trained with new tokens, resize_vocab and its default
+    additional_target, tokenizer included."""
     folder = tmp_path_factory.mktemp("words")
     save_model(folder / "model", "qwen3_moe", 96)
     tokenizer = make_tokenizer(vocab_size=VOCAB_SIZE)
@@ -86,7 +87,7 @@ def test_all_that_the_adapter_brings_is_used(
 ) -> None:
     with caplog.at_level(logging.INFO), load(folder, folder / "adapter") as session:
         for line in (
-            "brings words of its own: 3 tokens (<svg>, </svg>, <turn>), ids 384 to 386",
+            "adds words: 3 tokens (<svg>, </svg>, <turn>), ids 384 to 386",
             "chat template of adapter adapter is used; the base has none",
             "Answers end at '<turn>', the eos_token of adapter adapter; the base's is '</s>'",
             "The adapter's vocabulary has 448 rows, the base's 384",
@@ -134,7 +135,7 @@ def test_a_named_template_stays(folder: Path, caplog: pytest.LogCaptureFixture) 
 
 
 def test_tokens_of_the_configuration_are_llama_factorys(folder: Path, tmp_path: Path) -> None:
-    """The same ids without the adapter's tokenizer files."""
+    """Expects the same ids without the adapter's tokenizer files."""
     adapter = copy_adapter(folder, tmp_path / "adapter")
     for file in (*adapter.glob("tok*"), *adapter.glob("chat*"), *adapter.glob("special*")):
         file.unlink()
@@ -145,7 +146,7 @@ def test_tokens_of_the_configuration_are_llama_factorys(folder: Path, tmp_path: 
         assert ids == [384, 385, 386]
         assert session.tokenizer.decode([384, 386], skip_special_tokens=True) == "<svg>"
         assert answer(session)
-    with pytest.raises(ConfigError, match="387 tokens .*the configuration.* 384 rows.*resize_voc"):
+    with pytest.raises(ConfigError, match="387 tokens, .*the configuration.* 384 rows.*resize_voc"):
         load(folder, None, **options, **tokens)
     # The same tokens in another order have other ids than the adapter's files say.
     with pytest.raises(AdapterError, match="'<svg>' id 384, but .* has 385"):
@@ -165,7 +166,7 @@ def test_tokens_that_exist_are_not_new(folder: Path, caplog: pytest.LogCaptureFi
 def test_another_vocabulary_is_said(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Fewer merges: every id that both have is the same, texts are not."""
+    """With fewer merges all shared ids are equal, but texts encode differently."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     assert read_words("own", folder / "adapter", tokenizer) is not None
     assert caplog.messages == []
@@ -178,7 +179,7 @@ def test_words_without_rows(folder: Path, tmp_path: Path) -> None:
     adapter = copy_adapter(folder, tmp_path / "adapter")
     base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(adapter)
-    with pytest.raises(ConfigError, match="387 tokens with those of adapter 'adapter'.*384 rows"):
+    with pytest.raises(ConfigError, match="387 tokens, .* of adapter 'adapter'.*384 rows"):
         load(folder, adapter)
 
 

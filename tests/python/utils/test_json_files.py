@@ -1,4 +1,4 @@
-"""JSON of foreign files: every fault is one error with file, key, what was found and expected."""
+"""Foreign JSON: every fault is one error with file, key, the value found and the type expected."""
 
 from pathlib import Path
 

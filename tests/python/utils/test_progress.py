@@ -1,4 +1,4 @@
-"""The progress of long steps: a bar for people, silence for files."""
+"""Progress of long operations: a bar on a terminal, silence in files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of ktrt.utils.signals: SIGTERM and SIGHUP wait for what must be finished."""
+"""Tests of ktrt.utils.signals: SIGTERM and SIGHUP wait for shielded blocks."""
 
 import io
 import os
@@ -43,7 +43,7 @@ def test_a_shielded_block_is_finished() -> None:
     assert not is_waiting()
 
 
-def test_what_waits_in_it_is_woken() -> None:
+def test_a_waiting_block_is_woken() -> None:
     done: list[str] = []
 
     def wait() -> None:

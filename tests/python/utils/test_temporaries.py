@@ -1,4 +1,5 @@
-"""Tests of temporaries: what killed processes leave goes at the next start, and no more."""
+"""Tests of ktrt.utils.temporaries: leftovers of killed processes go at the next start, and no other
+files."""
 
 import fcntl
 import os
@@ -21,7 +22,7 @@ from ktrt.utils.staging import staged_folder
 from ktrt.utils.temporaries import remove_stale, temporary_file
 
 ROOT = Path(__file__).resolve().parents[3]
-# Writes half of a file or folder, and stays there.
+# Starts to write a file or folder, and never ends.
 WRITER = """
 import os, sys, time
 from pathlib import Path
@@ -55,7 +56,7 @@ def kill(child: subprocess.Popen[bytes]) -> None:
     child.wait()
 
 
-def test_a_chat_removes_what_killed_ones_left(
+def test_a_chat_removes_leftovers_of_killed_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
@@ -73,7 +74,7 @@ def test_a_chat_removes_what_killed_ones_left(
     assert list(folder.iterdir()) == []
 
 
-def test_beside_a_file_of_the_users(tmp_path: Path) -> None:
+def test_next_to_a_file_of_the_user(tmp_path: Path) -> None:
     path = tmp_path / "told.json"
     others = [tmp_path / name for name in (".told.json.swp", ".notes.0a1b2c3d.part", "told.part")]
     for other in others:

@@ -1,8 +1,8 @@
-"""The named chat templates: data.
+"""The named chat templates, as data.
 
-Names and strings are those LLaMA-Factory 0.9.5 trains with: an adapter needs exactly those, which
-differ in places from the chat template of the model's tokenizer. Tools, pictures and sound are
-left out.
+Names and strings are LLaMA-Factory 0.9.5's. An adapter needs exactly the strings of its training,
+which differ in places from the chat template of the model's tokenizer. Tools, pictures and sound
+are left out.
 """
 
 from collections.abc import Mapping

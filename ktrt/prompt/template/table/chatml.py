@@ -13,7 +13,7 @@ _PLAIN = TemplateSpec(
     stop_words=("<|im_end|>",),
     tokens=("<|im_start|>",),
 )
-# The difference shows where the tokenizer's own eos is another.
+# Differs from _PLAIN if the tokenizer's eos is another token.
 _EOS = replace(_PLAIN, replaces_eos=True)
 _REASONING = replace(_EOS, thought=Thought())
 _BOTH_MARKS_STOP = replace(_EOS, stop_words=("<|im_end|>", "<|im_start|>"))

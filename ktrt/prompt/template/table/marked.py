@@ -257,7 +257,7 @@ _PHI = {
         assistant="{c}<|end|>",
         models="Phi-4-mini",
     ),
-    # LLaMA-Factory writes the prefix <|endoftext|> in a way that it encodes to nothing.
+    # LLaMA-Factory's prefix <|endoftext|> encodes to nothing because of the way it is written.
     "phi_small": replace(_PHI3, models="Phi-3-small"),
 }
 

@@ -1,5 +1,4 @@
-"""Templates whose turns are marked by ordinary words, or by words that only some of their models
-have as tokens."""
+"""Templates that mark turns by ordinary words, or by tokens that only some of their models have."""
 
 from dataclasses import replace
 
@@ -107,7 +106,7 @@ _OTHERS = {
         tokens=("<|begin_of_sentence|>",),
         models="ERNIE-4.5",
     ),
-    # The reply's slot begins with its role: nothing says that the user's turn is over.
+    # The reply's slot begins with its role: nothing marks the end of the user's turn.
     "ernie_vl": TemplateSpec(
         system="{c}\n",
         user="User: {c}",

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Thought:
-    """How a reasoning template marks thoughts: they are dropped from earlier replies, and with
-    ``enable_thinking: false`` the prompt ends with ``empty`` (if not given: both marks).
+    """The marks around a reasoning template's thoughts. Thoughts are dropped from earlier replies;
+    with ``enable_thinking: false`` the prompt ends with ``empty`` (default: both marks).
     """
 
     begin: str = "<think>\n"
@@ -22,18 +22,18 @@ class Thought:
 class TemplateSpec:
     """The slots of a template. The prompt is prefix, system (unless empty), then the turns.
 
-    Marks in a slot: ``{c}`` is the content; ``{bos}`` and ``{eos}`` are the tokenizer's ids,
-    ``{bos?}`` the same or nothing where the tokenizer has none; ``{token X}`` is the id of the
+    Marks in a slot: ``{c}`` is the content; ``{bos}`` and ``{eos}`` are the tokenizer's ids;
+    ``{bos?}`` is the same, or nothing if the tokenizer has none; ``{token X}`` is the id of the
     token X; ``{|}`` is nothing. The texts between marks other than ``{c}`` are encoded one by one,
-    without special tokens added.
+    without added special tokens.
 
-    ``stop_words`` are tokens that end the reply, as eos does. The tokenizer must know them, but for
-    ``optional_stop_words``: a part of the template's models lacks these. Encoding takes all of them
-    as special tokens, even where the tokenizer does not. ``replaces_eos``: eos is the first stop
-    word. ``tokens`` are further texts that the tokenizer must know as one token each; of those, X
-    in ``{token X}`` may be encoded otherwise as a text.
-    ``system_in_user`` puts the system slot before the first user text. ``models`` says for people
-    what the template is for.
+    ``stop_words`` are tokens that end the reply, like eos. The tokenizer must know them, except
+    ``optional_stop_words``, which some of the template's models lack. Encoding treats all of them
+    as special tokens, even if the tokenizer does not. ``replaces_eos``: eos is the first stop
+    word. ``tokens`` are further texts that the tokenizer must know as one token each; the text X
+    of a ``{token X}`` may still encode to something else.
+    ``system_in_user`` puts the system slot before the first user text. ``models`` tells people
+    which models the template is for.
     """
 
     user: str
