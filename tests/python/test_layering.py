@@ -80,8 +80,8 @@ CPP_LAYERS: dict[str, set[str]] = {
     "kernels": {"layout", "base"},  # and cpu/isa.h
     "moe": {"kernels", "layout", "cpu", "base"},
     "dense": {"moe", "kernels", "layout", "cpu", "base"},
-    "gpu": {"moe", "cpu", "base"},
-    "bindings": {"gpu", "dense", "moe", "kernels", "layout", "cpu", "base"},
+    "cuda": {"moe", "cpu", "base"},
+    "bindings": {"cuda", "dense", "moe", "kernels", "layout", "cpu", "base"},
 }
 ISA_FILE = re.compile(r"kernels/.+/(portable|avx2|avx512(_vnni|_bf16)?|amx(_emulated)?)\.cc")
 INTRINSICS = re.compile(r"(x86|[a-z]*mm)intrin\.h")

@@ -1,4 +1,4 @@
-#include "gpu/slot_server.h"
+#include "cuda/slot_server.h"
 
 #include <pthread.h>
 #include <sched.h>

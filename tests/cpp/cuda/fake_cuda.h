@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "gpu/cuda_driver.h"
+#include "cuda/cuda_driver.h"
 
 namespace ktrt::testing {
 

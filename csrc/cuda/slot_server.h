@@ -15,7 +15,7 @@
 #include <thread>
 #include <vector>
 
-#include "gpu/slot.h"
+#include "cuda/slot.h"
 
 namespace ktrt {
 

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "base/tensor_view.h"
-#include "gpu/stream_signals.h"
+#include "cuda/stream_signals.h"
 #include "moe/moe_layer.h"
 
 namespace ktrt {

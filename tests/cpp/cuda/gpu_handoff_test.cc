@@ -1,4 +1,4 @@
-#include "gpu/gpu_handoff.h"
+#include "cuda/gpu_handoff.h"
 
 #include <gtest/gtest.h>
 
@@ -10,8 +10,8 @@
 #include <thread>
 #include <vector>
 
-#include "gpu/fake_cuda.h"
-#include "gpu/handoff_case.h"
+#include "cuda/fake_cuda.h"
+#include "cuda/handoff_case.h"
 
 namespace ktrt {
 namespace {

@@ -1,4 +1,4 @@
-#include "gpu/gpu_handoff.h"
+#include "cuda/gpu_handoff.h"
 
 #include <sched.h>
 #include <unistd.h>

@@ -1,4 +1,4 @@
-#include "gpu/cuda_driver.h"
+#include "cuda/cuda_driver.h"
 
 #include <gtest/gtest.h>
 
@@ -6,7 +6,7 @@
 #include <string>
 #include <thread>
 
-#include "gpu/fake_cuda.h"
+#include "cuda/fake_cuda.h"
 
 namespace ktrt {
 namespace {

@@ -8,9 +8,9 @@
 #include <string>
 #include <vector>
 
-#include "gpu/fake_cuda.h"
-#include "gpu/gpu_handoff.h"
-#include "gpu/handoff_case.h"
+#include "cuda/fake_cuda.h"
+#include "cuda/gpu_handoff.h"
+#include "cuda/handoff_case.h"
 
 namespace ktrt {
 namespace {

@@ -1,4 +1,4 @@
-#include "gpu/layer_slot.h"
+#include "cuda/layer_slot.h"
 
 #include <cstring>
 

@@ -1,4 +1,4 @@
-#include "gpu/stream_signals.h"
+#include "cuda/stream_signals.h"
 
 #include <chrono>
 #include <thread>

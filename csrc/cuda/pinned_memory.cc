@@ -1,4 +1,4 @@
-#include "gpu/pinned_memory.h"
+#include "cuda/pinned_memory.h"
 
 #include <cstring>
 

@@ -4,10 +4,10 @@
 #include <optional>
 #include <string>
 
-#include "gpu/cuda_driver.h"
-#include "gpu/pinned_memory.h"
-#include "gpu/slot.h"
-#include "gpu/slot_server.h"
+#include "cuda/cuda_driver.h"
+#include "cuda/pinned_memory.h"
+#include "cuda/slot.h"
+#include "cuda/slot_server.h"
 
 namespace ktrt {
 

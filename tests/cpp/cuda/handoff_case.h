@@ -7,8 +7,8 @@
 #include <string>
 #include <vector>
 
-#include "gpu/fake_cuda.h"
-#include "gpu/gpu_handoff.h"
+#include "cuda/fake_cuda.h"
+#include "cuda/gpu_handoff.h"
 #include "moe/layer_case.h"
 
 namespace ktrt::testing {

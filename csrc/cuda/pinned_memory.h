@@ -7,7 +7,7 @@
 #include <memory>
 #include <vector>
 
-#include "gpu/cuda_driver.h"
+#include "cuda/cuda_driver.h"
 
 namespace ktrt {
 

@@ -19,11 +19,11 @@
 #include <string>
 #include <vector>
 
-#include "gpu/cuda_driver.h"
-#include "gpu/layer_slot.h"
-#include "gpu/pinned_memory.h"
-#include "gpu/slot_server.h"
-#include "gpu/stream_signals.h"
+#include "cuda/cuda_driver.h"
+#include "cuda/layer_slot.h"
+#include "cuda/pinned_memory.h"
+#include "cuda/slot_server.h"
+#include "cuda/stream_signals.h"
 #include "moe/engine.h"
 #include "moe/moe_layer.h"
 
