@@ -3,15 +3,15 @@
 #include <optional>
 #include <utility>
 
+#include "attention/latent_attention.h"
+#include "attention/token_attention.h"
 #include "base/address_range.h"
 #include "base/check.h"
 #include "bindings/owned.h"
 #include "bindings/register.h"
 #include "bindings/tensor_arg.h"
-#include "dense/latent_attention.h"
-#include "dense/rms_norm.h"
-#include "dense/token_attention.h"
 #include "kernels/select.h"
+#include "norm/rms_norm.h"
 
 namespace ktrt {
 

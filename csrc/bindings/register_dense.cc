@@ -8,8 +8,8 @@
 #include "bindings/owned.h"
 #include "bindings/register.h"
 #include "bindings/tensor_arg.h"
-#include "dense/dense_linear.h"
-#include "dense/packed_linear.h"
+#include "linear/dense_linear.h"
+#include "linear/packed_linear.h"
 
 namespace ktrt {
 

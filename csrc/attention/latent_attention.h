@@ -12,10 +12,10 @@
 #include <memory>
 #include <optional>
 
+#include "attention/head_array.h"
+#include "attention/token_attention.h"
 #include "base/aligned_buffer.h"
 #include "base/tensor_view.h"
-#include "dense/head_array.h"
-#include "dense/token_attention.h"
 #include "moe/engine.h"
 
 namespace ktrt {

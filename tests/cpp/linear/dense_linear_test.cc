@@ -1,4 +1,4 @@
-#include "dense/dense_linear.h"
+#include "linear/dense_linear.h"
 
 #include <gtest/gtest.h>
 
@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "base/bf16.h"
-#include "dense/linear_case.h"
+#include "helpers/linear_case.h"
 #include "helpers/views.h"
 #include "kernels/variants.h"
 

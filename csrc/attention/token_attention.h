@@ -14,8 +14,8 @@
 #include <optional>
 #include <vector>
 
+#include "attention/head_array.h"
 #include "base/tensor_view.h"
-#include "dense/head_array.h"
 #include "moe/engine.h"
 
 namespace ktrt {

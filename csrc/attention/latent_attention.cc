@@ -1,4 +1,4 @@
-#include "dense/latent_attention.h"
+#include "attention/latent_attention.h"
 
 #include <algorithm>
 #include <atomic>
@@ -6,7 +6,8 @@
 
 #include "base/bf16.h"
 #include "base/check.h"
-#include "dense/linear_args.h"
+#include "engine/weight_args.h"
+#include "lora/check_lora.h"
 
 namespace ktrt {
 

@@ -1,4 +1,4 @@
-#include "dense/rms_norm.h"
+#include "norm/rms_norm.h"
 
 #include <gtest/gtest.h>
 

@@ -1,4 +1,4 @@
-#include "dense/dense_linear.h"
+#include "linear/dense_linear.h"
 
 #include <algorithm>
 #include <cstddef>
@@ -6,7 +6,9 @@
 
 #include "base/bf16.h"
 #include "base/check.h"
-#include "dense/linear_args.h"
+#include "engine/weight_args.h"
+#include "linear/linear_args.h"
+#include "lora/check_lora.h"
 
 namespace ktrt {
 

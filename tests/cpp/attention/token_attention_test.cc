@@ -1,4 +1,4 @@
-#include "dense/token_attention.h"
+#include "attention/token_attention.h"
 
 #include <gtest/gtest.h>
 

@@ -1,4 +1,4 @@
-#include "dense/packed_linear.h"
+#include "linear/packed_linear.h"
 
 #include <gtest/gtest.h>
 
@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "base/bf16.h"
-#include "dense/linear_case.h"
+#include "helpers/linear_case.h"
 #include "helpers/views.h"
 #include "kernels/variants.h"
 

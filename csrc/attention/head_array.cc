@@ -1,4 +1,4 @@
-#include "dense/head_array.h"
+#include "attention/head_array.h"
 
 #include "base/address_range.h"
 #include "base/check.h"

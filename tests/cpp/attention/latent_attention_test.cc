@@ -1,4 +1,4 @@
-#include "dense/latent_attention.h"
+#include "attention/latent_attention.h"
 
 #include <gtest/gtest.h>
 
@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "dense/linear_case.h"
+#include "helpers/linear_case.h"
 #include "kernels/variants.h"
 
 namespace ktrt {

@@ -1,4 +1,4 @@
-#include "dense/token_attention.h"
+#include "attention/token_attention.h"
 
 #include <algorithm>
 #include <atomic>
@@ -7,7 +7,7 @@
 
 #include "base/address_range.h"
 #include "base/check.h"
-#include "dense/linear_args.h"
+#include "engine/weight_args.h"
 
 namespace ktrt {
 

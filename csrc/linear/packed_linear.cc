@@ -1,4 +1,4 @@
-#include "dense/packed_linear.h"
+#include "linear/packed_linear.h"
 
 #include <algorithm>
 #include <atomic>
@@ -7,7 +7,9 @@
 #include <vector>
 
 #include "base/check.h"
-#include "dense/linear_args.h"
+#include "engine/weight_args.h"
+#include "linear/linear_args.h"
+#include "lora/check_lora.h"
 
 namespace ktrt {
 
