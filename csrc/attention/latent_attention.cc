@@ -88,12 +88,12 @@ void LatentAttention::set_lora(const TensorView& a, const TensorView& b) {
       }
     }
   }
-  const auto lock = engine_->lock_open();
+  const auto lease = engine_->lease();
   lora_.emplace(std::move(lora));
 }
 
 void LatentAttention::clear_lora() {
-  const auto lock = engine_->lock_open();
+  const auto lease = engine_->lease();
   lora_.reset();
 }
 
@@ -225,10 +225,10 @@ void LatentAttention::forward(const Arrays& arrays, std::int64_t tokens) {
   TokenAttention::Arrays inner;
   inner.keys = inner.values = arrays.latents;
   inner.second_keys = arrays.positions;
-  const auto lock = engine_->lock_open();
-  ThreadPool& pool = *engine_->pool_;
+  const auto lease = engine_->lease();
+  ThreadPool& pool = lease.pool();
   // Four rows of floats and one of BF16.
-  const Task task = attention_.make_task(inner, 0, tokens, pool.size(), 5 * width_);
+  const Task task = attention_.make_task(inner, 0, tokens, lease, 5 * width_);
   std::atomic<std::int64_t> queries{0};
   std::atomic<std::int64_t> items{0};
   std::atomic<std::int64_t> outputs{0};

@@ -16,7 +16,7 @@
 #include "attention/token_attention.h"
 #include "base/aligned_buffer.h"
 #include "base/tensor_view.h"
-#include "moe/engine.h"
+#include "engine/engine.h"
 
 namespace ktrt {
 

@@ -92,7 +92,8 @@ void TokenAttention::check(const Arrays& a, std::int64_t start, std::int64_t end
 
 // `extra`: floats of every thread for the caller, behind those of its own.
 TokenAttention::Task TokenAttention::make_task(const Arrays& arrays, std::int64_t start,
-                                               std::int64_t end, int threads, std::int64_t extra) {
+                                               std::int64_t end, const Engine::Lease& lease,
+                                               std::int64_t extra) const {
   const std::int64_t blocks = (end - start + kAttentionBlock - 1) / kAttentionBlock;
   const std::int64_t span = (blocks + kMaxSpans - 1) / kMaxSpans * kAttentionBlock;
   const std::int64_t spans = (end - start + span - 1) / span;
@@ -101,9 +102,10 @@ TokenAttention::Task TokenAttention::make_task(const Arrays& arrays, std::int64_
   const std::int64_t stats = round_up(spans * form_.heads, kLineFloats);
   const std::int64_t used = round_up(kScoreFloats + kHeadsTogether + value_width_, kLineFloats);
   const std::int64_t own = used + round_up(extra, kLineFloats);
-  const auto floats = static_cast<std::size_t>(
-      round_up(queries, kLineFloats) + round_up(sums, kLineFloats) + 2 * stats + own * threads);
-  auto* const scratch = reinterpret_cast<float*>(engine_->scratch(floats * sizeof(float)));
+  const auto floats =
+      static_cast<std::size_t>(round_up(queries, kLineFloats) + round_up(sums, kLineFloats) +
+                               2 * stats + own * lease.pool().size());
+  auto* const scratch = reinterpret_cast<float*>(lease.scratch().block(floats * sizeof(float)));
   Task task{arrays,  start,   end,     span,    spans, scratch,
             nullptr, nullptr, nullptr, nullptr, own,   used};
   task.sums = task.queries + round_up(queries, kLineFloats);
@@ -256,9 +258,9 @@ bool TokenAttention::is_small(std::int64_t tokens, std::int64_t other_reads) con
 
 void TokenAttention::forward(const Arrays& arrays, std::int64_t start, std::int64_t end) {
   check(arrays, start, end);
-  const auto lock = engine_->lock_open();
-  ThreadPool& pool = *engine_->pool_;
-  const Task task = make_task(arrays, start, end, pool.size(), 0);
+  const auto lease = engine_->lease();
+  ThreadPool& pool = lease.pool();
+  const Task task = make_task(arrays, start, end, lease, 0);
   pack_queries(task);
   std::atomic<std::int64_t> next{0};
   if (is_small(end - start, 0)) {

@@ -16,7 +16,7 @@
 
 #include "attention/head_array.h"
 #include "base/tensor_view.h"
-#include "moe/engine.h"
+#include "engine/engine.h"
 
 namespace ktrt {
 
@@ -79,8 +79,8 @@ class TokenAttention {
   };
 
   void check(const Arrays& arrays, std::int64_t start, std::int64_t end) const;
-  Task make_task(const Arrays& arrays, std::int64_t start, std::int64_t end, int threads,
-                 std::int64_t extra);
+  Task make_task(const Arrays& arrays, std::int64_t start, std::int64_t end,
+                 const Engine::Lease& lease, std::int64_t extra) const;
   bool is_small(std::int64_t tokens, std::int64_t other_reads) const;
   void pack_queries(const Task& task) const;
   void score(const Task& task, const Block& block, float* scores) const;

@@ -14,7 +14,7 @@
 #include "bindings/register.h"
 #include "bindings/tensor_arg.h"
 #include "cpu/topology.h"
-#include "moe/engine.h"
+#include "engine/engine.h"
 #include "moe/moe_layer.h"
 
 namespace ktrt {

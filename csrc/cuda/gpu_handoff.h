@@ -24,7 +24,7 @@
 #include "cuda/pinned_memory.h"
 #include "cuda/slot_server.h"
 #include "cuda/stream_signals.h"
-#include "moe/engine.h"
+#include "engine/engine.h"
 #include "moe/moe_layer.h"
 
 namespace ktrt {

@@ -4,7 +4,7 @@
 
 #include "base/aligned_buffer.h"
 #include "base/check.h"
-#include "moe/engine.h"
+#include "engine/engine.h"
 
 namespace ktrt {
 namespace {

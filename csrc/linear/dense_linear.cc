@@ -97,12 +97,12 @@ void DenseLinear::set_lora(const TensorView& a, const TensorView& b) {
       lora.b.as<bf16_t>()[(r / 2 * out_ + n) * 2 + r % 2] = f32_to_bf16(row[r]);
     }
   }
-  const auto lock = engine_->lock_open();
+  const auto lease = engine_->lease();
   lora_.emplace(std::move(lora));
 }
 
 void DenseLinear::clear_lora() {
-  const auto lock = engine_->lock_open();
+  const auto lease = engine_->lease();
   lora_.reset();
 }
 
@@ -235,11 +235,11 @@ void DenseLinear::forward(const std::uint16_t* x, std::int64_t x_count, std::uin
                           std::int64_t out_count) {
   const std::int64_t rows = check_rows(x, x_count, out, out_count, in_, out_);
   if (rows == 0) return;
-  const auto lock = engine_->lock_open();
-  ThreadPool& pool = *engine_->pool_;
+  const auto lease = engine_->lease();
+  ThreadPool& pool = lease.pool();
   Task task{x, rows, out, nullptr, 0, nullptr};
   if (part_of_k_ < in_) {
-    task.sums = engine_->scratch(static_cast<std::size_t>(pool.size()) * kThreadSumBytes);
+    task.sums = lease.scratch().block(static_cast<std::size_t>(pool.size()) * kThreadSumBytes);
   }
   if (lora_) {
     task.t_stride = 2 * lora_->rank_pairs;

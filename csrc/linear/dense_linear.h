@@ -13,8 +13,8 @@
 
 #include "base/aligned_buffer.h"
 #include "base/tensor_view.h"
-#include "moe/engine.h"
-#include "moe/schedule.h"
+#include "engine/engine.h"
+#include "engine/work_queue.h"
 
 namespace ktrt {
 

@@ -19,7 +19,8 @@ static_assert(255 * 127 * PackedLinear::kMaxIn <= std::numeric_limits<std::int32
 
 // Codes of the rows that pass over a range of strips: half of a small L2 cache.
 constexpr std::int64_t kBlockBytes = 512 << 10;
-constexpr std::int64_t kMaxBlockRows = kMaxTileJobRows;
+// Also whole tiles; the C of a strip of them is 40 KB.
+constexpr std::int64_t kMaxBlockRows = 320;
 // Reading a value of W takes about as long as multiplying it with so many rows.
 constexpr std::int64_t kRowsPerRead = 12;
 // Below this the caller is done before another thread has woken up: 256 KB for one row.
@@ -108,10 +109,10 @@ PackedLinear::PackedLinear(std::shared_ptr<Engine> engine, const TensorView& wei
 }
 
 void PackedLinear::pack(const TensorView& weight, const PackedMatrix& matrix) {
-  const auto lock = engine_->lock_open();
+  const auto lease = engine_->lease();
   std::atomic<int> next{0};
   std::atomic<bool> finite{true};
-  engine_->pool_->run([&](int) {
+  lease.pool().run([&](int) {
     for (int strip = next++; strip < matrix.layout.strips(); strip = next++) {
       if (!pack_strip(weight, matrix, strip)) finite.store(false, std::memory_order_relaxed);
     }
@@ -138,12 +139,12 @@ void PackedLinear::set_lora(const TensorView& a, const TensorView& b) {
                        .intermediate_size = base_->matrix.layout.n(),
                        .has_gate = false};
   ExpertLora lora(shape, {}, {as_expert(a), as_expert(b)}, {});
-  const auto lock = engine_->lock_open();
+  const auto lease = engine_->lease();
   lora_.emplace(std::move(lora));
 }
 
 void PackedLinear::clear_lora() {
-  const auto lock = engine_->lock_open();
+  const auto lease = engine_->lease();
   lora_.reset();
 }
 
@@ -334,11 +335,11 @@ void PackedLinear::forward(const std::uint16_t* x, std::int64_t x_count, std::ui
   const std::int64_t in = in_features();
   const std::int64_t rows = check_rows(x, x_count, out, out_count, in, out_features());
   if (rows == 0) return;
-  const auto lock = engine_->lock_open();
-  ThreadPool& pool = *engine_->pool_;
+  const auto lease = engine_->lease();
+  ThreadPool& pool = lease.pool();
   Task task = make_task(x, rows, out);
   // 40 KB a thread: too much for a stack.
-  task.c = reinterpret_cast<float*>(engine_->scratch(static_cast<std::size_t>(
+  task.c = reinterpret_cast<float*>(lease.scratch().block(static_cast<std::size_t>(
       pool.size() * kMaxBlockRows * kStripRows * std::int64_t{sizeof(float)})));
   const std::int64_t units = task.blocks * task.block_tiles * (1 + task.rank_parts);
   // In floating point: a few sizes at their limits multiply to more than 2^63.

@@ -13,10 +13,10 @@
 
 #include "base/aligned_buffer.h"
 #include "base/tensor_view.h"
+#include "engine/engine.h"
+#include "engine/work_queue.h"
 #include "layout/pack.h"
-#include "moe/engine.h"
-#include "moe/expert_lora.h"
-#include "moe/schedule.h"
+#include "lora/expert_lora.h"
 
 namespace ktrt {
 

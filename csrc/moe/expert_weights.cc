@@ -39,18 +39,6 @@ void check_slices(const MoeShape& shape, WeightFormat format, int slices) {
 
 }  // namespace
 
-const char* name_of(Projection projection) {
-  switch (projection) {
-    case Projection::kGate:
-      return "gate";
-    case Projection::kUp:
-      return "up";
-    case Projection::kDown:
-      return "down";
-  }
-  return "?";
-}
-
 ExpertWeights::ExpertWeights(const MoeShape& shape, WeightFormat format, int parts, int down_slices)
     : shape_(shape), format_(format), down_slices_(down_slices) {
   check_shape(shape);

@@ -10,13 +10,13 @@
 #include <vector>
 
 #include "base/tensor_view.h"
+#include "engine/engine.h"
+#include "lora/expert_lora.h"
+#include "lora/lora_set.h"
 #include "moe/dispatch_plan.h"
-#include "moe/engine.h"
 #include "moe/expert_biases.h"
-#include "moe/expert_lora.h"
 #include "moe/expert_weights.h"
 #include "moe/forward.h"
-#include "moe/lora_set.h"
 
 namespace ktrt {
 
@@ -44,7 +44,6 @@ class MoeLayer {
   // `down_slices`: see ExpertWeights.
   MoeLayer(std::shared_ptr<Engine> engine, const MoeShape& shape, WeightFormat format,
            const Activation& activation = {}, int down_slices = 1);
-  ~MoeLayer();
   MoeLayer(const MoeLayer&) = delete;
   MoeLayer& operator=(const MoeLayer&) = delete;
 
@@ -117,17 +116,15 @@ class MoeLayer {
   int lora_version() const { return lora_version_.load(std::memory_order_relaxed); }
 
  private:
-  friend class Engine;
-
-  // Called by the engine, which holds the lock.
   void release();
   void check_forward(const TensorView& hidden_states, const TensorView& expert_ids,
                      const TensorView& routing_weights, const TensorView& out) const;
   const ActiveLora* acting_lora() const;
-  void pack(int expert, Projection projection, const TensorView& source);
-  void copy_shards(int expert, Projection projection, std::span<const PackedShard> shards);
-  void copy_images(const std::vector<MappedFile>& files);
-  std::uint64_t parallel_digest(const std::byte* data, std::size_t bytes);
+  void pack(ThreadPool& pool, int expert, Projection projection, const TensorView& source);
+  void copy_shards(ThreadPool& pool, int expert, Projection projection,
+                   std::span<const PackedShard> shards);
+  void copy_images(ThreadPool& pool, const std::vector<MappedFile>& files);
+  std::uint64_t parallel_digest(ThreadPool& pool, const std::byte* data, std::size_t bytes);
   void check_expert(int expert) const;
   void check_loaded(int expert) const;
   void check_all_loaded() const;
@@ -142,10 +139,12 @@ class MoeLayer {
   LoraSet loras_;
   bool lora_enabled_ = true;
   std::atomic<int> lora_version_{0};
+  std::optional<Workspace> workspace_;
   DispatchPlan plan_;
   ShrinkQueue shrinks_;
   std::vector<PartQueues> queues_;
   KernelsUsed used_;
+  std::optional<Engine::CloseHandler> close_handler_;  // the last member: the first to go
 };
 
 }  // namespace ktrt

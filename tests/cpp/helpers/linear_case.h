@@ -12,10 +12,10 @@
 
 #include "base/bf16.h"
 #include "cpu/isa.h"
+#include "engine/engine.h"
 #include "helpers/random.h"
 #include "helpers/views.h"
 #include "kernels/select.h"
-#include "moe/engine.h"
 
 namespace ktrt::testing {
 

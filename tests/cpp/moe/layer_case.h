@@ -12,9 +12,9 @@
 #include <utility>
 #include <vector>
 
+#include "engine/engine.h"
 #include "helpers/random.h"
 #include "helpers/views.h"
-#include "moe/engine.h"
 #include "moe/moe_layer.h"
 #include "moe/reference.h"
 

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "base/tensor_view.h"
-#include "moe/expert_lora.h"
+#include "lora/expert_lora.h"
 
 namespace ktrt {
 

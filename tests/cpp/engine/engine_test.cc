@@ -1,4 +1,4 @@
-#include "moe/engine.h"
+#include "engine/engine.h"
 
 #include <gtest/gtest.h>
 
@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <thread>
 #include <vector>
@@ -58,6 +59,25 @@ TEST(Engine, RefusesAnUnknownIsa) {
   setenv("KTRT_ISA", "pentium", 1);
   EXPECT_THROW(Engine(std::vector<int>{-1}, 8), std::invalid_argument);
   setenv("KTRT_ISA", before.c_str(), 1);
+}
+
+TEST(Engine, CloseCallsTheHandlersThatAreLeft) {
+  Engine engine({-1, -1}, 8);
+  int released = 0;
+  std::optional<Engine::CloseHandler> kept;
+  std::optional<Engine::CloseHandler> gone;
+  {
+    const Engine::Lease lease = engine.lease();
+    EXPECT_EQ(lease.pool().size(), 2);
+    kept.emplace(engine, lease, [&] { released += 1; });
+    gone.emplace(engine, lease, [&] { released += 10; });
+  }
+  gone.reset();
+  engine.close();
+  engine.close();
+  EXPECT_EQ(released, 1);
+  EXPECT_THROW(engine.lease(), std::runtime_error);
+  EXPECT_NO_THROW(engine.lock());
 }
 
 TEST(Engine, ClosedItRefusesEverything) {

@@ -1,4 +1,4 @@
-#include "moe/lora_set.h"
+#include "lora/lora_set.h"
 
 #include <gtest/gtest.h>
 

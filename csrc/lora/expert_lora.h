@@ -8,9 +8,13 @@
 
 #include "base/aligned_buffer.h"
 #include "base/tensor_view.h"
-#include "moe/expert_weights.h"
+#include "layout/expert_shape.h"
+#include "layout/packed_layout.h"
 
 namespace ktrt {
+
+// Values after a shrunk row's ranks, which kernels in tile order read and which are finite.
+inline constexpr int kShrunkPadding = 32;
 
 // One projection's float32 LoRA as it comes in: A [E, rank, in], B [E, out, rank], scaling folded
 // into B.

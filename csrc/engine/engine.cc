@@ -1,21 +1,22 @@
-#include "moe/engine.h"
+#include "engine/engine.h"
 
 #include <unistd.h>
 
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "base/check.h"
 #include "kernels/select.h"
-#include "moe/moe_layer.h"
 
 namespace ktrt {
 
 namespace {
 
-int max_job_rows(const KernelTable& kernels) {
-  return kernels.gemm_bf16.many->tile_order ? kMaxTileJobRows : kMaxJobRows;
+int check_max_qlen(int max_qlen) {
+  KTRT_CHECK(max_qlen >= 1, "max_qlen is " << max_qlen << ", expected at least 1");
+  return max_qlen;
 }
 
 int count_parts(const std::vector<int>& home, std::size_t threads) {
@@ -42,11 +43,12 @@ Engine::Engine(const std::vector<int>& cpus, const std::vector<int>& home, int m
     : isa_(isa),
       kernels_(kernels),
       num_threads_(static_cast<int>(cpus.size())),
+      max_qlen_(check_max_qlen(max_qlen)),
       caller_cpu_(cpus.empty() ? -1 : cpus.front()),
       home_(home),
       parts_(count_parts(home, cpus.size())),
       process_(getpid()),
-      workspace_(num_threads_, max_qlen, max_job_rows(kernels)) {
+      scratch_(num_threads_) {
   pool_.emplace(cpus);
 }
 
@@ -58,21 +60,18 @@ bool Engine::closed() const {
 
 std::size_t Engine::workspace_bytes() const {
   const auto held = lock();
-  return workspace_.bytes() + scratch_.bytes();
+  return scratch_.bytes();
 }
 
-double Engine::run_probe(const ReadProbe& probe) {
-  const auto lock = lock_open();
-  return probe.run(*pool_);
-}
+double Engine::run_probe(const ReadProbe& probe) { return probe.run(lease().pool()); }
 
 void Engine::close() {
   if (forked()) return;
   const auto held = lock();
   pool_.reset();
-  workspace_.release();
-  scratch_.reset();
-  for (MoeLayer* layer : layers_) layer->release();
+  scratch_.release();
+  for (const CloseHandler* handler : close_handlers_) handler->release();
+  close_handlers_.clear();
 }
 
 bool Engine::forked() const { return getpid() != process_; }
@@ -87,15 +86,21 @@ std::unique_lock<std::mutex> Engine::lock() const {
   return std::unique_lock(mutex_);
 }
 
-std::unique_lock<std::mutex> Engine::lock_open() {
+Engine::Lease Engine::lease() {
   auto held = lock();
   if (!pool_.has_value()) throw std::runtime_error("the engine is closed");
-  return held;
+  return {*this, std::move(held)};
 }
 
-std::byte* Engine::scratch(std::size_t bytes) {
-  if (scratch_.bytes() < bytes) scratch_ = AlignedBuffer(std::max(bytes, 2 * scratch_.bytes()));
-  return scratch_.as<std::byte>();
+Engine::CloseHandler::CloseHandler(Engine& engine, const Lease&, std::function<void()> release)
+    : engine_(engine), release_(std::move(release)) {
+  engine_.close_handlers_.insert(this);
+}
+
+Engine::CloseHandler::~CloseHandler() {
+  if (engine_.forked()) return;
+  const auto held = engine_.lock();
+  engine_.close_handlers_.erase(this);
 }
 
 }  // namespace ktrt

@@ -1,4 +1,4 @@
-#include "moe/expert_lora.h"
+#include "lora/expert_lora.h"
 
 #include <gtest/gtest.h>
 
