@@ -653,6 +653,37 @@ def arithmetic_rate(name: str, seconds: float) -> float:
     """Multiplications and additions per second of the calling thread in one of these loops, which
     stay in registers; runs about so long, without the GIL. ``ValueError``: an unknown name."""
 
+class WeightFormat:
+    """A format of packed weights: a matrix of ``bits`` a code, in blocks of ``block_rows`` ×
+    ``block_columns`` and tiles of 32 × ``tile_columns``, with ``scale_bytes`` (a float32, or 0) and
+    ``sum_bytes`` (of the row's codes) per output row."""
+
+    @property
+    def name(self) -> Literal["bf16", "int8", "int4"]: ...
+    @property
+    def kt_backend(self) -> str:
+        """As users write it: ``AMXBF16``."""
+
+    @property
+    def kernel_family(self) -> str:
+        """Its key in ``kernels()``."""
+
+    @property
+    def bits(self) -> int: ...
+    @property
+    def scale_bytes(self) -> int: ...
+    @property
+    def sum_bytes(self) -> int: ...
+    @property
+    def block_rows(self) -> int: ...
+    @property
+    def block_columns(self) -> int: ...
+    @property
+    def tile_columns(self) -> int: ...
+
+def weight_formats() -> list[WeightFormat]:
+    """Every format that the engine keeps weights in."""
+
 def kernels() -> dict[str, str]:
     """For every kernel family the variant that runs at this ISA level, e.g.
     ``{"gemm_bf16": "amx", "gemm_bf16_few_rows": "avx512_bf16", …}``."""

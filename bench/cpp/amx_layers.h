@@ -106,7 +106,7 @@ class Layers {
     }
     const double n = static_cast<double>(times.size());
     const double bytes = distinct / n *
-                         (3.0 * kHidden * kIntermediate * params_of(format_).element_bits / 8 +
+                         (3.0 * kHidden * kIntermediate * traits_of(format_).bits / 8 +
                           rank * 6.0 * (kHidden + kIntermediate));
     const double time = median(times);
     const double least = *std::min_element(times.begin(), times.end());

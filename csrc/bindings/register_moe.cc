@@ -320,14 +320,6 @@ void register_layer(py::module_& module) {
 
 }  // namespace
 
-WeightFormat parse_format(const std::string& name) {
-  for (const WeightFormat format : kWeightFormats) {
-    if (name == name_of(format)) return format;
-  }
-  KTRT_CHECK(false, "weight_format is '" << name << "', expected 'bf16', 'int8' or 'int4'");
-  return WeightFormat::kBf16;
-}
-
 void register_moe(py::module_& module) {
   register_engine(module);
   register_packed_views(module);

@@ -94,14 +94,13 @@ PackedLinear::PackedLinear(std::shared_ptr<Engine> engine, const TensorView& wei
   KTRT_CHECK(weight.shape[1] <= kMaxIn, weight.name << " has rows of " << weight.shape[1]
                                                     << ", expected at most " << kMaxIn
                                                     << " for exact sums in INT8");
-  const PackedLayout layout(WeightFormat::kInt8, static_cast<int>(weight.shape[0]),
+  const PackedLayout layout(kFormat, static_cast<int>(weight.shape[0]),
                             static_cast<int>(weight.shape[1]));
-  const auto rows = static_cast<std::size_t>(layout.padded_n());
   Base base;
   base.bias = copy_floats(bias, layout.n(), layout.padded_n());
   base.codes = AlignedBuffer(layout.code_bytes());
-  base.scales = AlignedBuffer(rows * sizeof(float));
-  base.sums = AlignedBuffer(rows * sizeof(std::int32_t));
+  base.scales = AlignedBuffer(layout.scale_bytes());
+  base.sums = AlignedBuffer(layout.sum_bytes());
   base.matrix = {layout, base.codes.as<std::uint8_t>(), base.scales.as<float>(),
                  base.sums.as<std::int32_t>()};
   pack(weight, base.matrix);
@@ -125,9 +124,8 @@ std::unique_ptr<PackedLinear> PackedLinear::share() const {
 }
 
 std::size_t PackedLinear::packed_bytes() const {
-  return base_->matrix.layout.code_bytes() +
-         static_cast<std::size_t>(base_->matrix.layout.padded_n()) *
-             (sizeof(float) + sizeof(std::int32_t));
+  const PackedLayout& layout = base_->matrix.layout;
+  return layout.code_bytes() + layout.scale_bytes() + layout.sum_bytes();
 }
 
 // The matrix is the only expert's up projection.
@@ -158,7 +156,7 @@ PackedLinear::Task PackedLinear::make_task(const std::uint16_t* x, std::int64_t 
   task.x = x;
   task.rows = rows;
   task.out = out;
-  task.gemm = &engine_->kernels().gemm_int8.for_rows(
+  task.gemm = &engine_->kernels().gemm(kFormat).for_rows(
       static_cast<int>(std::min<std::int64_t>(rows, kMaxBlockRows)));
   task.blocks = (rows + most - 1) / most;
   const std::int64_t block_rows = (rows + task.blocks - 1) / task.blocks;

@@ -22,6 +22,7 @@ namespace ktrt {
 
 class PackedLinear {
  public:
+  static constexpr WeightFormat kFormat = WeightFormat::kInt8;
   static constexpr int kMaxRank = ExpertLora::kMaxRank;
   // 255 · 127 · in, the largest sum of products, is an int32.
   static constexpr std::int64_t kMaxIn = 65536;
@@ -41,7 +42,7 @@ class PackedLinear {
   // What forward() reads of the weight: codes, scales and sums of codes.
   std::size_t packed_bytes() const;
   const char* kernel_name(int rows) const {
-    return engine_->kernels().gemm_int8.for_rows(rows).name;
+    return engine_->kernels().gemm(kFormat).for_rows(rows).name;
   }
 
   // As DenseLinear's.

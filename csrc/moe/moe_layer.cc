@@ -11,18 +11,6 @@ namespace ktrt {
 
 namespace {
 
-const GemmChoice& gemm_of(const KernelTable& kernels, WeightFormat format) {
-  switch (format) {
-    case WeightFormat::kInt8:
-      return kernels.gemm_int8;
-    case WeightFormat::kInt4:
-      return kernels.gemm_int4;
-    case WeightFormat::kBf16:
-      break;
-  }
-  return kernels.gemm_bf16;
-}
-
 void check_activation(const Activation& a) {
   KTRT_CHECK(a.gate_limit > 0.0f && a.up_limit > 0.0f && std::isfinite(a.alpha) &&
                  std::isfinite(a.up_offset),
@@ -232,7 +220,7 @@ void MoeLayer::forward(const TensorView& hidden_states, const TensorView& expert
                    .chosen_factors = chosen,
                    .plan = plan_,
                    .kernels = kernels,
-                   .gemm = gemm_of(kernels, format_),
+                   .gemm = kernels.gemm(format_),
                    .workspace = *workspace_,
                    .finished_strips = counters,
                    .shrunk_blocks = counters + plan_.jobs().size(),

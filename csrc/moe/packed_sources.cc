@@ -44,8 +44,9 @@ void MoeLayer::load_packed_expert(int expert, std::span<const PackedShard> gate,
                                   std::span<const PackedShard> up,
                                   std::span<const PackedShard> down) {
   check_expert(expert);
-  KTRT_CHECK(format_ != WeightFormat::kBf16,
-             "the layer's format is bf16; kt_kernel's files hold quantised weights");
+  KTRT_CHECK(is_quantized(format_), "the layer's format is "
+                                        << name_of(format_)
+                                        << "; kt_kernel's files hold quantised weights");
   KTRT_CHECK(shape_.has_gate, "the experts have no gate; kt_kernel's files hold one");
   const auto lease = engine_->lease();
   weights_->allocate();

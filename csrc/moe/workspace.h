@@ -76,7 +76,7 @@ class Workspace {
 
 // Rows of a job, by the kernels that multiply them.
 inline int max_job_rows(const KernelTable& kernels) {
-  return kernels.gemm_bf16.many->tile_order ? kMaxTileJobRows : kMaxJobRows;
+  return kernels.gemm(WeightFormat::kBf16).many->tile_order ? kMaxTileJobRows : kMaxJobRows;
 }
 
 }  // namespace ktrt

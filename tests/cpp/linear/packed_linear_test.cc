@@ -76,8 +76,8 @@ class PackedLinearTest : public testing::VariantTest<GemmKernel> {
  protected:
   KernelTable table() const {
     KernelTable table = testing::best_kernels();
-    table.gemm_int8 = {&kernel(), &kernel(), 1};
-    if (table.lora_shrink_tiles == nullptr) table.lora_shrink_tiles = &lora_shrink_amx_emulated;
+    table.gemm(PackedLinear::kFormat) = {&kernel(), &kernel(), 1};
+    if (table.lora_shrink_tiles == nullptr) table.lora_shrink_tiles = &emulated_amx_shrink();
     return table;
   }
 };
