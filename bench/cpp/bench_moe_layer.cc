@@ -50,7 +50,8 @@ Model make_model(WeightFormat format, int rank) {
         return LoraPair{view(lora.data(), DType::kFloat32, {kShape.num_experts, rank, in}),
                         view(lora.data(), DType::kFloat32, {kShape.num_experts, out, rank})};
       };
-      layer->set_lora(pair(h, i), pair(h, i), pair(i, h));
+      layer->load_lora(0, pair(h, i), pair(h, i), pair(i, h));
+      layer->activate_loras(std::vector<int>{0}, std::vector<float>{1.0f});
     }
     model.layers.push_back(std::move(layer));
   }

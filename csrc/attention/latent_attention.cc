@@ -61,7 +61,7 @@ LatentAttention::LatentAttention(std::shared_ptr<Engine> engine, const Form& for
                                   engine_->kernels().attention->width);
 }
 
-void LatentAttention::set_lora(const TensorView& a, const TensorView& b) {
+void LatentAttention::load_lora(int number, const TensorView& a, const TensorView& b) {
   const std::int64_t rows = form_.nope + form_.value;  // of a head in kv_b_proj
   check_lora(a, b, form_.rank, form_.heads * rows, kMaxRank);
   Lora lora;
@@ -89,12 +89,17 @@ void LatentAttention::set_lora(const TensorView& a, const TensorView& b) {
     }
   }
   const auto lease = engine_->lease();
-  lora_.emplace(std::move(lora));
+  loras_.put(number, std::make_shared<const Lora>(std::move(lora)));
 }
 
-void LatentAttention::clear_lora() {
+void LatentAttention::unload_lora(int number) {
   const auto lease = engine_->lease();
-  lora_.reset();
+  loras_.remove(number);
+}
+
+void LatentAttention::activate_loras(std::span<const int> numbers, std::span<const float> weights) {
+  const auto lease = engine_->lease();
+  loras_.activate(numbers, weights);
 }
 
 void LatentAttention::check(const Arrays& a, std::int64_t tokens) const {
@@ -118,13 +123,14 @@ void LatentAttention::add_lora(const float* x, std::int64_t in, const std::uint1
   const AttentionKernel& kernel = *engine_->kernels().attention;
   constexpr float kCarry = 1.0f;
   float shrunk[kAttentionBlock];
-  for (std::int64_t first = 0; first < lora_->rank; first += kAttentionBlock) {
+  for (std::int64_t first = 0; first < loras_.active()->rank; first += kAttentionBlock) {
     AttentionScoreArgs score{};
     score.q = x;
     score.heads = 1;
     score.keys = shrink + first * in;
     score.key_stride = in;
-    score.tokens = static_cast<int>(std::min<std::int64_t>(kAttentionBlock, lora_->rank - first));
+    score.tokens =
+        static_cast<int>(std::min<std::int64_t>(kAttentionBlock, loras_.active()->rank - first));
     score.size = static_cast<int>(in);
     score.scores = shrunk;
     kernel.scores(score);
@@ -165,16 +171,16 @@ void LatentAttention::make_query(const Task& task, const HeadArray& query, std::
   const Own own = own_of(task, thread);
   const std::uint16_t* const q = bf16_at(query, head, 0);
   const std::uint16_t* b = nullptr;
-  if (lora_) {
-    b = lora_->b_keys.as<std::uint16_t>() + head * lora_->rank * form_.nope;
-    ask_for(b, lora_->rank * form_.nope);
+  if (loras_.active() != nullptr) {
+    b = loras_.active()->b_keys.as<std::uint16_t>() + head * loras_.active()->rank * form_.nope;
+    ask_for(b, loras_.active()->rank * form_.nope);
   }
   multiply(q, keys_ + head * form_.rank * form_.nope, form_.rank, form_.nope, own.exact);
   float* const to = task.queries + head * attention_.query_width_;
   kernels.attention->pack(nullptr, own.exact, static_cast<int>(form_.rank), to);
-  if (lora_) {
+  if (loras_.active() != nullptr) {
     kernels.attention->pack(q, nullptr, static_cast<int>(form_.nope), own.packed);
-    add_lora(own.packed, form_.nope, b, lora_->a.as<std::uint16_t>(), form_.rank, to);
+    add_lora(own.packed, form_.nope, b, loras_.active()->a.as<std::uint16_t>(), form_.rank, to);
   }
   kernels.attention->pack(q + form_.nope, nullptr, static_cast<int>(form_.rope),
                           to + attention_.first_width_);
@@ -188,24 +194,25 @@ void LatentAttention::make_output(const Task& task, const HeadArray& out, std::i
   const auto value = static_cast<int>(form_.value);
   const Own own = own_of(task, thread);
   const std::uint16_t* b = nullptr;
-  if (lora_) {
-    b = lora_->b_values.as<std::uint16_t>() + head * lora_->rank * form_.value;
-    ask_for(b, lora_->rank * form_.value);
+  if (loras_.active() != nullptr) {
+    b = loras_.active()->b_values.as<std::uint16_t>() + head * loras_.active()->rank * form_.value;
+    ask_for(b, loras_.active()->rank * form_.value);
   }
   AttentionMergeArgs merge = attention_.merge_args(task, head, thread);
   merge.out_f32 = own.exact;
   kernels.attention->merge(merge);
   kernels.elementwise->f32_to_bf16(own.exact, rank, own.rounded);
-  if (lora_) kernels.attention->pack(nullptr, own.exact, rank, own.packed);
+  if (loras_.active() != nullptr) kernels.attention->pack(nullptr, own.exact, rank, own.packed);
   multiply(own.rounded, values_ + head * form_.value * form_.rank, form_.value, form_.rank,
            own.exact);
   auto* const to = const_cast<std::uint16_t*>(bf16_at(out, head, 0));
-  if (!lora_) {
+  if (loras_.active() == nullptr) {
     kernels.elementwise->f32_to_bf16(own.exact, value, to);
     return;
   }
   kernels.attention->pack(nullptr, own.exact, value, own.sums);
-  add_lora(own.packed, form_.rank, lora_->a.as<std::uint16_t>(), b, form_.value, own.sums);
+  add_lora(own.packed, form_.rank, loras_.active()->a.as<std::uint16_t>(), b, form_.value,
+           own.sums);
   // Of one span, whose weights sum up to 1: back to the natural order.
   const float max = 0.0f;
   const float sum = 1.0f;

@@ -11,12 +11,14 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 
 #include "attention/head_array.h"
 #include "attention/token_attention.h"
 #include "base/aligned_buffer.h"
 #include "base/tensor_view.h"
 #include "engine/engine.h"
+#include "lora/one_of_loras.h"
 
 namespace ktrt {
 
@@ -45,10 +47,12 @@ class LatentAttention {
   LatentAttention(std::shared_ptr<Engine> engine, const Form& form, const TensorView& keys,
                   const TensorView& values);
 
-  // Of kv_b_proj: a [r, rank], b [heads · (nope + value), r], float32, scaling folded into b; each
-  // is rounded to BF16 once. Replaces what was there. Throws std::invalid_argument.
-  void set_lora(const TensorView& a, const TensorView& b);
-  void clear_lora();
+  // kv_b_proj's LoRAs by number, of which one acts, or none: see OneOfLoras. a [r, rank], b [heads
+  // · (nope + value), r]: float32, scaling folded into b; each is rounded to BF16 once. Throw
+  // std::invalid_argument.
+  void load_lora(int number, const TensorView& a, const TensorView& b);
+  void unload_lora(int number);
+  void activate_loras(std::span<const int> numbers, std::span<const float> weights);
 
   // Over the first `tokens`. Throws as TokenAttention::forward() does.
   void forward(const Arrays& arrays, std::int64_t tokens);
@@ -78,7 +82,7 @@ class LatentAttention {
   const std::uint16_t* keys_ = nullptr;
   const std::uint16_t* values_ = nullptr;
   std::int64_t width_ = 0;  // of the longest packed row
-  std::optional<Lora> lora_;
+  OneOfLoras<Lora> loras_;
 };
 
 }  // namespace ktrt

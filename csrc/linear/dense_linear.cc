@@ -80,7 +80,7 @@ DenseLinear::DenseLinear(std::shared_ptr<Engine> engine, const TensorView& weigh
   bias_ = copy_floats(bias, out_, out_);
 }
 
-void DenseLinear::set_lora(const TensorView& a, const TensorView& b) {
+void DenseLinear::load_lora(int number, const TensorView& a, const TensorView& b) {
   check_lora(a, b, in_, out_, kMaxRank);
   Lora lora;
   lora.rank = static_cast<int>(a.shape[0]);
@@ -98,12 +98,17 @@ void DenseLinear::set_lora(const TensorView& a, const TensorView& b) {
     }
   }
   const auto lease = engine_->lease();
-  lora_.emplace(std::move(lora));
+  loras_.put(number, std::make_shared<const Lora>(std::move(lora)));
 }
 
-void DenseLinear::clear_lora() {
+void DenseLinear::unload_lora(int number) {
   const auto lease = engine_->lease();
-  lora_.reset();
+  loras_.remove(number);
+}
+
+void DenseLinear::activate_loras(std::span<const int> numbers, std::span<const float> weights) {
+  const auto lease = engine_->lease();
+  loras_.activate(numbers, weights);
 }
 
 std::int64_t DenseLinear::row_blocks(std::int64_t rows) const {
@@ -127,7 +132,7 @@ void DenseLinear::shrink(const Task& task, Range rows, Range ranks) const {
       dot.x_stride = dot.w_stride = in_;
       dot.last = true;
       dot.rows = static_cast<int>(std::min<std::int64_t>(kernel.block_rows, rows.end - row));
-      dot.w = lora_->a.as<std::uint16_t>() + rank * in_;
+      dot.w = loras_.active()->a.as<std::uint16_t>() + rank * in_;
       dot.columns = static_cast<int>(std::min<std::int64_t>(kMaxPanelColumns, ranks.end - rank));
       dot.k = static_cast<int>(in_);
       dot.cold = row == rows.begin;
@@ -153,9 +158,9 @@ DenseFinishArgs DenseLinear::finish_args(const Task& task, std::int64_t first, i
   finish.bias = bias_.empty() ? nullptr : bias_.as<float>() + first;
   finish.out_stride = out_;
   if (task.t_stride == 0) return finish;
-  finish.lora_b = lora_->b.as<std::uint16_t>() + 2 * first;
+  finish.lora_b = loras_.active()->b.as<std::uint16_t>() + 2 * first;
   finish.b_stride = out_;
-  finish.rank_pairs = lora_->rank_pairs;
+  finish.rank_pairs = loras_.active()->rank_pairs;
   finish.t_stride = task.t_stride;
   // It is read after the panel, from places of its own.
   for (int pair = 0; pair < finish.rank_pairs; ++pair) {
@@ -241,28 +246,28 @@ void DenseLinear::forward(const std::uint16_t* x, std::int64_t x_count, std::uin
   if (part_of_k_ < in_) {
     task.sums = lease.scratch().block(static_cast<std::size_t>(pool.size()) * kThreadSumBytes);
   }
-  if (lora_) {
-    task.t_stride = 2 * lora_->rank_pairs;
+  if (loras_.active() != nullptr) {
+    task.t_stride = 2 * loras_.active()->rank_pairs;
     task.t = shrunk_rows(static_cast<std::size_t>(rows * task.t_stride));
   }
   // In floating point: a few sizes at their limits multiply to more than 2^63.
   const double work = static_cast<double>(out_) * static_cast<double>(in_) *
                       static_cast<double>(kRowsPerRead + rows);
   if (work < kAloneBelow) {
-    if (lora_) shrink(task, {0, rows}, {0, lora_->rank});
+    if (loras_.active() != nullptr) shrink(task, {0, rows}, {0, loras_.active()->rank});
     compute(task, {0, out_}, 0);
     return;
   }
   const auto units = static_cast<int>((out_ + kUnitColumns - 1) / kUnitColumns);
   schedule_columns({0, units}, {.max_strips = units}, pool.size(), queue_);
   pool.run([&](int thread) {
-    if (lora_) {
+    if (loras_.active() != nullptr) {
       const auto share = [&](std::int64_t count) {
         return Range{count * thread / pool.size(), count * (thread + 1) / pool.size()};
       };
       const bool by_rows = rows >= 2 * pool.size();
       shrink(task, by_rows ? share(rows) : Range{0, rows},
-             by_rows ? Range{0, lora_->rank} : share(lora_->rank));
+             by_rows ? Range{0, loras_.active()->rank} : share(loras_.active()->rank));
       pool.barrier();
     }
     while (const Piece* piece = queue_.claim()) {

@@ -10,11 +10,13 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 
 #include "base/aligned_buffer.h"
 #include "base/tensor_view.h"
 #include "engine/engine.h"
 #include "engine/work_queue.h"
+#include "lora/one_of_loras.h"
 
 namespace ktrt {
 
@@ -31,10 +33,11 @@ class DenseLinear {
   std::int64_t out_features() const { return out_; }
   const char* kernel_name() const { return engine_->kernels().dense_bf16->name; }
 
-  // a [rank, in], b [out, rank]: float32, scaling folded into b; each is rounded to BF16 once.
-  // Replaces what was there. Throws std::invalid_argument.
-  void set_lora(const TensorView& a, const TensorView& b);
-  void clear_lora();
+  // LoRAs by number, of which one acts, or none: see OneOfLoras. a [rank, in], b [out, rank]:
+  // float32, scaling folded into b; each is rounded to BF16 once. Throw std::invalid_argument.
+  void load_lora(int number, const TensorView& a, const TensorView& b);
+  void unload_lora(int number);
+  void activate_loras(std::span<const int> numbers, std::span<const float> weights);
 
   // out [rows, out] = x [rows, in] · Wᵀ + …, BF16, contiguous. `x_count` and `out_count`: elements
   // of the two arrays, which must fit each other. Throws std::invalid_argument; std::runtime_error
@@ -68,7 +71,7 @@ class DenseLinear {
   std::int64_t in_ = 0;
   std::int64_t part_of_k_ = 0;
   AlignedBuffer bias_;  // float32 [out]; empty without
-  std::optional<Lora> lora_;
+  OneOfLoras<Lora> loras_;
   PieceQueue queue_;
 };
 

@@ -129,21 +129,27 @@ std::size_t PackedLinear::packed_bytes() const {
 }
 
 // The matrix is the only expert's up projection.
-void PackedLinear::set_lora(const TensorView& a, const TensorView& b) {
+void PackedLinear::load_lora(int number, const TensorView& a, const TensorView& b) {
   check_lora(a, b, in_features(), out_features(), kMaxRank);
   const MoeShape shape{.num_experts = 1,
                        .top_k = 1,
                        .hidden_size = base_->matrix.layout.k(),
                        .intermediate_size = base_->matrix.layout.n(),
                        .has_gate = false};
-  ExpertLora lora(shape, {}, {as_expert(a), as_expert(b)}, {});
+  auto lora = std::make_shared<const ExpertLora>(shape, LoraPair{},
+                                                 LoraPair{as_expert(a), as_expert(b)}, LoraPair{});
   const auto lease = engine_->lease();
-  lora_.emplace(std::move(lora));
+  loras_.put(number, std::move(lora));
 }
 
-void PackedLinear::clear_lora() {
+void PackedLinear::unload_lora(int number) {
   const auto lease = engine_->lease();
-  lora_.reset();
+  loras_.remove(number);
+}
+
+void PackedLinear::activate_loras(std::span<const int> numbers, std::span<const float> weights) {
+  const auto lease = engine_->lease();
+  loras_.activate(numbers, weights);
 }
 
 // Scratch memory for all rows: a byte for every value of x, which has two.
@@ -169,10 +175,10 @@ PackedLinear::Task PackedLinear::make_task(const std::uint16_t* x, std::int64_t 
   if (memory.scales.size() < room) memory.scales.resize(room);
   task.codes = memory.codes.as<std::uint8_t>();
   task.scales = memory.scales.data();
-  if (!lora_) return task;
-  task.rank_blocks = lora_->input_shrink().blocks;
+  if (loras_.active() == nullptr) return task;
+  task.rank_blocks = loras_.active()->input_shrink().blocks;
   task.rank_parts = rows <= kRowsToSplitRanks ? task.rank_blocks : 1;
-  task.t_stride = lora_->input_shrink().width() + kShrunkPadding;
+  task.t_stride = loras_.active()->input_shrink().width() + kShrunkPadding;
   memory.t.assign(room * static_cast<std::size_t>(task.t_stride), 0);
   task.t = memory.t.data();
   return task;
@@ -225,7 +231,7 @@ void PackedLinear::quantize(const Task& task, const Block& tile) const {
 }
 
 void PackedLinear::shrink(const Task& task, const Block& tile, int first_block, int blocks) const {
-  const ExpertLora::Shrink& lora = lora_->input_shrink();
+  const ExpertLora::Shrink& lora = loras_.active()->input_shrink();
   const std::int64_t in = in_features();
   const std::int64_t first_rank = std::int64_t{first_block} * ExpertLora::kBlockRanks;
   ShrinkArgs args{};
@@ -272,7 +278,7 @@ GemmArgs PackedLinear::gemm_args(const Task& task, const Block& block, int strip
   args.w_scale = matrix.scales + column;
   args.w_sum = matrix.sums + column;
   if (task.rank_blocks == 0) return args;
-  const ExpertLora::Expand& expand = lora_->expand(Projection::kUp);
+  const ExpertLora::Expand& expand = loras_.active()->expand(Projection::kUp);
   args.lora_b = expand.of(0, strip);
   args.t = task.t + block.scratch_row * task.t_stride;
   args.t_stride = task.t_stride;

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 
 #include "base/aligned_buffer.h"
 #include "base/tensor_view.h"
@@ -17,6 +18,7 @@
 #include "engine/work_queue.h"
 #include "layout/pack.h"
 #include "lora/expert_lora.h"
+#include "lora/one_of_loras.h"
 
 namespace ktrt {
 
@@ -46,8 +48,9 @@ class PackedLinear {
   }
 
   // As DenseLinear's.
-  void set_lora(const TensorView& a, const TensorView& b);
-  void clear_lora();
+  void load_lora(int number, const TensorView& a, const TensorView& b);
+  void unload_lora(int number);
+  void activate_loras(std::span<const int> numbers, std::span<const float> weights);
   void forward(const std::uint16_t* x, std::int64_t x_count, std::uint16_t* out,
                std::int64_t out_count);
 
@@ -76,7 +79,7 @@ class PackedLinear {
 
   const std::shared_ptr<Engine> engine_;
   std::shared_ptr<const Base> base_;
-  std::optional<ExpertLora> lora_;
+  OneOfLoras<ExpertLora> loras_;
   PieceQueue queue_;
 };
 

@@ -105,15 +105,6 @@ void MoeLayer::pack(ThreadPool& pool, int expert, Projection projection, const T
                                         << " holds NaN or infinity; the weights are damaged");
 }
 
-void MoeLayer::set_lora(const LoraPair& gate, const LoraPair& up, const LoraPair& down) {
-  auto lora = std::make_shared<const ExpertLora>(shape_, gate, up, down);
-  const auto lease = engine_->lease();
-  loras_.clear();
-  loras_.put(shape_, 0, std::move(lora));
-  loras_.activate(shape_, std::vector<int>{0}, std::vector<float>{1.0f});
-  ++lora_version_;
-}
-
 void MoeLayer::load_lora(int id, const LoraPair& gate, const LoraPair& up, const LoraPair& down) {
   auto lora = std::make_shared<const ExpertLora>(shape_, gate, up, down);
   const auto lease = engine_->lease();
@@ -145,7 +136,7 @@ std::vector<std::pair<int, float>> MoeLayer::active_loras() {
 
 const ActiveLora* MoeLayer::acting_lora() const {
   const ActiveLora* active = loras_.active().get();
-  return active != nullptr && lora_enabled_ && !active->silent() ? active : nullptr;
+  return active != nullptr && !active->silent() ? active : nullptr;
 }
 
 void MoeLayer::set_biases(const std::optional<TensorView>& gate,
@@ -154,23 +145,6 @@ void MoeLayer::set_biases(const std::optional<TensorView>& gate,
   ExpertBiases biases(shape_, gate, up, down);
   const auto lease = engine_->lease();
   biases_.emplace(std::move(biases));
-}
-
-void MoeLayer::clear_lora() {
-  const auto lease = engine_->lease();
-  loras_.clear();
-  ++lora_version_;
-}
-
-void MoeLayer::enable_lora(bool enabled) {
-  const auto lease = engine_->lease();
-  if (enabled != lora_enabled_) ++lora_version_;
-  lora_enabled_ = enabled;
-}
-
-bool MoeLayer::lora_enabled() const {
-  const auto lock = engine_->lock();
-  return lora_enabled_;
 }
 
 void MoeLayer::check_forward(const TensorView& hidden_states, const TensorView& expert_ids,

@@ -85,12 +85,6 @@ class MoeLayer {
   void unload_lora(int id);
   // What forwards apply from now on: see LoraSet. Waits for a forward under way.
   void activate_loras(std::span<const int> ids, std::span<const float> weights);
-  // The only LoRA from now on, number 0 and active; or none.
-  void set_lora(const LoraPair& gate, const LoraPair& up, const LoraPair& down);
-  void clear_lora();
-  // Forwards ignore the LoRA while it is disabled; it stays in memory.
-  void enable_lora(bool enabled);
-  bool lora_enabled() const;
 
   // hidden_states, out [qlen, hidden] of one float dtype; expert_ids [qlen, k ≤ top_k] int32 or
   // int64; routing_weights [qlen, k] float. `out` must not overlap `hidden_states`. `adapter_ids`
@@ -107,12 +101,12 @@ class MoeLayer {
   std::vector<float> packed_scales(int expert, Projection projection);
 
   // The packed memory itself: whoever holds it keeps it alive, also after the engine is closed.
-  // Throws std::invalid_argument while an expert is missing. Null if no LoRA acts, or disabled.
+  // Throws std::invalid_argument while an expert is missing. Null if no LoRA acts.
   std::shared_ptr<const ExpertWeights> share_weights();
   std::shared_ptr<const ActiveLora> share_lora();
-  // The numbers and weights of what is active, disabled or not.
+  // Numbers and weights, in the order of activate_loras().
   std::vector<std::pair<int, float>> active_loras();
-  // Changes with every set_lora and clear_lora, and when the other calls change what acts.
+  // Changes whenever another LoRA, or another weight, acts.
   int lora_version() const { return lora_version_.load(std::memory_order_relaxed); }
 
  private:
@@ -137,7 +131,6 @@ class MoeLayer {
   std::shared_ptr<ExpertWeights> weights_;  // null once the engine is closed
   std::optional<ExpertBiases> biases_;
   LoraSet loras_;
-  bool lora_enabled_ = true;
   std::atomic<int> lora_version_{0};
   std::optional<Workspace> workspace_;
   DispatchPlan plan_;

@@ -85,7 +85,7 @@ def _up_reads_gates_a(lora: Mapping[Projection, ExpertLora]) -> bool:
 
 
 def engine_arguments(lora: Mapping[Projection, ExpertLora]) -> dict[str, torch.Tensor | None]:
-    """The keyword arguments of ``MoeLayer.set_lora``: A, and B with the scaling folded in.
+    """The keyword arguments of ``MoeLayer.load_lora``: A, and B with the scaling folded in.
 
     Where up has the same A as gate, ``up_a`` is None: one shrink then serves both. What experts
     share goes in as one matrix with stride 0; the engine packs a copy for each expert.

@@ -68,8 +68,9 @@ struct LatentCase {
     return made;
   }
   void set_lora(LatentAttention& attention) const {
-    attention.set_lora(view_of(a, {lora_rank, form.rank}, "a"),
-                       view_of(b, {form.heads * rows(), lora_rank}, "b"));
+    attention.load_lora(0, view_of(a, {lora_rank, form.rank}, "a"),
+                        view_of(b, {form.heads * rows(), lora_rank}, "b"));
+    testing::apply_lora(attention);
   }
 
   LatentAttention::Arrays arrays(std::vector<std::uint16_t>& out) {
@@ -188,7 +189,7 @@ TEST(LatentAttention, LoraComesAndGoes) {
   const auto attention = with.attention(engine);
   const std::vector<std::uint16_t> base = without.run(*without.attention(engine));
   EXPECT_NE(with.run(*attention), base);
-  attention->clear_lora();
+  testing::apply_no_lora(*attention);
   EXPECT_EQ(with.run(*attention), base);
   with.b.assign(with.b.size(), 0.0f);
   with.set_lora(*attention);
@@ -217,7 +218,7 @@ TEST(LatentAttention, RefusesWhatDoesNotFit) {
             "value is 0, expected 1 to 4096");
   const auto attention = c.attention(engine);
   EXPECT_EQ(message_of([&] {
-              attention->set_lora(view_of(c.a, {4, 40}, "a"), view_of(c.b, {28, 16}, "b"));
+              attention->load_lora(0, view_of(c.a, {4, 40}, "a"), view_of(c.b, {28, 16}, "b"));
             }),
             "b has shape [28, 16], expected [112, 4]");
   std::vector<std::uint16_t> out(48);

@@ -93,7 +93,7 @@ TEST(Engine, ClosedItRefusesEverything) {
   EXPECT_THROW(forward(*layer, random_batch(kShape, 2)), std::runtime_error);
   EXPECT_THROW(test.load(*layer, 0), std::runtime_error);
   EXPECT_THROW(test.set_lora(*layer), std::runtime_error);
-  EXPECT_THROW(layer->clear_lora(), std::runtime_error);
+  EXPECT_THROW(testing::apply_no_lora(*layer), std::runtime_error);
   EXPECT_THROW(layer->packed_codes(0, Projection::kGate), std::runtime_error);
   EXPECT_THROW(layer->packed_scales(0, Projection::kGate), std::runtime_error);
   EXPECT_THROW(MoeLayer(engine, kShape, WeightFormat::kBf16), std::runtime_error);
@@ -109,7 +109,7 @@ TEST(Engine, SharedMemoryOutlivesIt) {
   const auto lora = layer->share_lora();
   ASSERT_NE(lora, nullptr);
   const int version = layer->lora_version();
-  layer->clear_lora();
+  testing::apply_no_lora(*layer);
   EXPECT_NE(layer->lora_version(), version);
   EXPECT_EQ(layer->share_lora(), nullptr);
   engine->close();

@@ -13,6 +13,7 @@
 #include "base/bf16.h"
 #include "cpu/isa.h"
 #include "engine/engine.h"
+#include "helpers/loras.h"
 #include "helpers/random.h"
 #include "helpers/views.h"
 #include "kernels/select.h"
@@ -61,7 +62,8 @@ struct LinearCase {
   }
 
   void set_lora(auto& linear) const {
-    linear.set_lora(view_of(a, {rank, in}, "a"), view_of(b, {out, rank}, "b"));
+    linear.load_lora(0, view_of(a, {rank, in}, "a"), view_of(b, {out, rank}, "b"));
+    apply_lora(linear);
   }
 
   std::vector<std::uint16_t> run(auto& linear, int first = 0, int count = -1) const {

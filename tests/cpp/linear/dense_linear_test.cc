@@ -99,10 +99,11 @@ TEST(DenseLinear, LoraComesAndGoes) {
   const auto linear = with.linear<DenseLinear>(engine);
   const std::vector<std::uint16_t> base = without.run(*without.linear<DenseLinear>(engine));
   EXPECT_NE(with.run(*linear), base);
-  linear->clear_lora();
+  testing::apply_no_lora(*linear);
   EXPECT_EQ(with.run(*linear), base);
   const std::vector<float> zeros(at(with.out, 4, 0));
-  linear->set_lora(view_of(with.a, {4, 64}, "a"), view_of(zeros, {40, 4}, "b"));
+  linear->load_lora(0, view_of(with.a, {4, 64}, "a"), view_of(zeros, {40, 4}, "b"));
+  testing::apply_lora(*linear);
   EXPECT_EQ(with.run(*linear), base) << "B = 0 is the base, bit for bit";
 }
 
@@ -131,12 +132,14 @@ TEST(DenseLinear, RefusesWhatDoesNotFit) {
   EXPECT_EQ(message_of([&] { DenseLinear(engine, weight, view_of(floats, {23}, "bias")); }),
             "bias has shape [23], expected [24]");
   DenseLinear linear(engine, weight, {});
-  EXPECT_EQ(
-      message_of([&] { linear.set_lora(view_of(c.a, {4, 31}, "a"), view_of(c.b, {24, 4}, "b")); }),
-      "a has shape [4, 31], expected [4, 32]");
-  EXPECT_EQ(
-      message_of([&] { linear.set_lora(view_of(c.a, {4, 32}, "a"), view_of(c.b, {24, 3}, "b")); }),
-      "b has shape [24, 3], expected [24, 4]");
+  EXPECT_EQ(message_of([&] {
+              linear.load_lora(0, view_of(c.a, {4, 31}, "a"), view_of(c.b, {24, 4}, "b"));
+            }),
+            "a has shape [4, 31], expected [4, 32]");
+  EXPECT_EQ(message_of([&] {
+              linear.load_lora(0, view_of(c.a, {4, 32}, "a"), view_of(c.b, {24, 3}, "b"));
+            }),
+            "b has shape [24, 3], expected [24, 4]");
   std::uint16_t out[48];
   EXPECT_EQ(message_of([&] { linear.forward(c.x.data(), 64, out, 47); }),
             "x has 64 elements and out 47, expected rows of 32 and as many of 24");

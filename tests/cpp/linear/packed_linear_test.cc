@@ -166,10 +166,11 @@ TEST(PackedLinear, SharesTheWeightAndNotTheLora) {
   EXPECT_EQ(c.run(*second), c.run(*first));
   EXPECT_EQ(second->packed_bytes(), 64u * 64u + 64u * 8u) << "40 outputs are two strips";
   first.reset();
-  second->clear_lora();
+  testing::apply_no_lora(*second);
   EXPECT_EQ(c.run(*second), base) << "it outlives the one it came from";
   const std::vector<float> zeros(at(c.out, 4, 0));
-  second->set_lora(view_of(c.a, {4, 64}, "a"), view_of(zeros, {40, 4}, "b"));
+  second->load_lora(0, view_of(c.a, {4, 64}, "a"), view_of(zeros, {40, 4}, "b"));
+  testing::apply_lora(*second);
   EXPECT_EQ(c.run(*second), base) << "B = 0 is the base, bit for bit";
 }
 
@@ -186,12 +187,13 @@ TEST(PackedLinear, RefusesWhatDoesNotFit) {
   EXPECT_EQ(message_of([&] { PackedLinear(engine, wide, {}); }),
             "weight has rows of 65537, expected at most 65536 for exact sums in INT8");
   PackedLinear linear(engine, c.weight(), {});
-  EXPECT_EQ(
-      message_of([&] { linear.set_lora(view_of(c.a, {4, 31}, "a"), view_of(c.b, {24, 4}, "b")); }),
-      "a has shape [4, 31], expected [4, 32]");
+  EXPECT_EQ(message_of([&] {
+              linear.load_lora(0, view_of(c.a, {4, 31}, "a"), view_of(c.b, {24, 4}, "b"));
+            }),
+            "a has shape [4, 31], expected [4, 32]");
   const std::vector<float> large(257 * 32);
   EXPECT_EQ(message_of([&] {
-              linear.set_lora(view_of(large, {257, 32}, "a"), view_of(large, {24, 257}, "b"));
+              linear.load_lora(0, view_of(large, {257, 32}, "a"), view_of(large, {24, 257}, "b"));
             }),
             "a has shape [257, 32], expected [rank, 32] with a rank from 1 to 256");
   std::uint16_t out[48];

@@ -147,27 +147,24 @@ TEST_P(ExpertLoraTest, CanBeReplacedAndTakenAway) {
   testing::expect_matches_reference(test, *layer, batch);
   const std::vector<float> second = forward(*layer, batch);
   EXPECT_NE(second, first);
-  layer->enable_lora(false);
+  testing::apply_no_lora(*layer);
   EXPECT_EQ(forward(*layer, batch), base);
   EXPECT_EQ(layer->last_kernels().lora_shrink, nullptr);
-  layer->enable_lora(true);
+  testing::apply_lora(*layer);
   EXPECT_EQ(forward(*layer, batch), second);
-  layer->clear_lora();
-  EXPECT_EQ(forward(*layer, batch), base);
-  layer->clear_lora();
-  layer->set_lora({}, {}, {});
+  layer->load_lora(0, {}, {}, {});
   EXPECT_EQ(forward(*layer, batch), base);
   EXPECT_EQ(layer->last_kernels().lora_shrink, nullptr);
 }
 
-// What set_lora() says to one wrong array; the LoRA that was there stays.
+// What load_lora() says to one wrong array; the LoRA that was there stays.
 std::string error_of(const LayerCase& test, MoeLayer& layer, void (*spoil)(LoraPair (&)[3])) {
   LoraPair pairs[3];
   const char* names[] = {"gate", "up", "down"};
   for (int p = 0; p < 3; ++p) pairs[p] = test.lora[p].pair(kShape.num_experts, names[p]);
   spoil(pairs);
   try {
-    layer.set_lora(pairs[0], pairs[1], pairs[2]);
+    layer.load_lora(0, pairs[0], pairs[1], pairs[2]);
   } catch (const std::invalid_argument& error) {
     return error.what();
   }
@@ -224,7 +221,7 @@ TEST(ExpertLora, RowsMayBeApart) {
   LoraPair gate = test.lora[0].pair(4, "gate");
   gate.a->data = a.data();
   gate.a->stride[0] = kWide;
-  layer->set_lora(gate, {}, {});
+  layer->load_lora(0, gate, {}, {});
   EXPECT_EQ(forward(*layer, batch), expected);
 }
 
