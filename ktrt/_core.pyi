@@ -84,12 +84,18 @@ class DenseLinear:
     def in_features(self) -> int: ...
     @property
     def out_features(self) -> int: ...
-    def set_lora(self, a: Any, b: Any) -> None:
-        """``a`` [rank, in_features], ``b`` [out_features, rank], float32, the scaling folded into
-        ``b``; each is rounded to bfloat16 once. Replaces what was set before. ``ValueError``: other
-        shapes, or a rank above ``max_rank``."""
+    def load_lora(self, number: int, a: Any, b: Any) -> None:
+        """Keeps a LoRA under a number (0 or more; one of this number is replaced): ``a`` [rank,
+        in_features], ``b`` [out_features, rank], float32, the scaling folded into ``b``; each is
+        rounded to bfloat16 once. ``ValueError``: other shapes, or a rank above ``max_rank``."""
 
-    def clear_lora(self) -> None: ...
+    def unload_lora(self, number: int) -> None:
+        """``ValueError``: there is none of this number, or it is active."""
+
+    def activate_loras(self, ids: Sequence[int], weights: Sequence[float]) -> None:
+        """What forwards apply: one LoRA at weight 1, or none. Add several up, weights folded into
+        ``b``, before loading. ``ValueError``; what was active then stays so."""
+
     def forward(self, x: int, x_count: int, out: int, out_count: int) -> None:
         """Addresses and numbers of elements of two contiguous bfloat16 arrays in CPU memory: rows
         of ``in_features``, and as many of ``out_features``, which are written. (DLPack would take
@@ -181,11 +187,12 @@ class LatentAttention:
         kv_lora_rank], V of every head: bfloat16, contiguous, kept, not copied. ``ValueError``:
         shapes that do not fit, sizes above 4096."""
 
-    def set_lora(self, a: Any, b: Any) -> None:
-        """kv_b_proj's: ``a`` [rank, kv_lora_rank], ``b`` [heads · (nope + v), rank], as
-        ``DenseLinear.set_lora``."""
+    def load_lora(self, number: int, a: Any, b: Any) -> None:
+        """kv_b_proj's: ``a`` [rank, kv_lora_rank], ``b`` [heads · (nope + v), rank]. LoRAs are as
+        ``DenseLinear``'s."""
 
-    def clear_lora(self) -> None: ...
+    def unload_lora(self, number: int) -> None: ...
+    def activate_loras(self, ids: Sequence[int], weights: Sequence[float]) -> None: ...
     def forward(
         self,
         query: HeadArray,
@@ -243,10 +250,11 @@ class PackedLinear:
     def share(self) -> PackedLinear:
         """Another one on the same packed weight and bias, without LoRA."""
 
-    def set_lora(self, a: Any, b: Any) -> None:
-        """As ``DenseLinear.set_lora``."""
+    def load_lora(self, number: int, a: Any, b: Any) -> None:
+        """LoRAs are as ``DenseLinear``'s."""
 
-    def clear_lora(self) -> None: ...
+    def unload_lora(self, number: int) -> None: ...
+    def activate_loras(self, ids: Sequence[int], weights: Sequence[float]) -> None: ...
     def forward(self, x: int, x_count: int, out: int, out_count: int) -> None:
         """As ``DenseLinear.forward``."""
 
@@ -451,25 +459,6 @@ class MoeLayer:
         there is one part; pages of several parts are copied to their NUMA nodes. ``ValueError``: a
         file of another size or digest; the layer is then as before. ``OSError``."""
 
-    def set_lora(
-        self,
-        *,
-        gate_a: Any | None = None,
-        gate_b: Any | None = None,
-        up_a: Any | None = None,
-        up_b: Any | None = None,
-        down_a: Any | None = None,
-        down_b: Any | None = None,
-    ) -> None:
-        """Replaces all of the layer's LoRAs by this one, as number 0 and active: per projection A
-        [num_experts, rank, in], B [num_experts, out, rank], float32, the scaling already folded
-        into B. Rounded to bfloat16 once. A projection without both is left without LoRA. ``up_b``
-        with ``up_a=None`` and ``gate_a`` given: up uses gate's A (one shrink serves both). Ranks
-        1 … 256 and may differ per projection."""
-
-    def clear_lora(self) -> None:
-        """Drops all LoRAs."""
-
     def load_lora(
         self,
         number: int,
@@ -481,8 +470,11 @@ class MoeLayer:
         down_a: Any | None = None,
         down_b: Any | None = None,
     ) -> None:
-        """Holds a LoRA, arrays as in ``set_lora``, under a number (0 or more; what has it is
-        replaced). It acts once it is activated; without any array it acts on nothing."""
+        """Keeps a LoRA under a number (0 or more; one of this number is replaced); it acts once it
+        is activated. Per projection A [num_experts, rank, in], B [num_experts, out, rank], float32,
+        the scaling already folded into B; rounded to bfloat16 once. A projection without both is
+        left without LoRA. ``up_b`` with ``up_a=None`` and ``gate_a`` given: up uses gate's A (one
+        shrink serves both). Ranks 1 … 256 and may differ per projection."""
 
     def unload_lora(self, number: int) -> None:
         """``ValueError``: there is none of this number, or it is active."""
@@ -498,12 +490,6 @@ class MoeLayer:
     @property
     def active_loras(self) -> list[tuple[int, float]]:
         """Numbers and weights, in the order of ``activate_loras``."""
-    @property
-    def lora_enabled(self) -> bool:
-        """Settable. While it is false, ``forward`` computes the base model; the LoRA is kept."""
-
-    @lora_enabled.setter
-    def lora_enabled(self, enabled: bool) -> None: ...
     def forward(
         self,
         hidden_states: Any,
@@ -543,14 +529,12 @@ class MoeLayer:
         into it. ``ValueError`` while an expert is missing, ``RuntimeError`` once closed."""
 
     def packed_lora(self) -> PackedLora | None:
-        """The memory of what acts; None without LoRA, or while it is disabled. A later change makes
-        new memory and leaves this as it is."""
+        """The memory of the active LoRAs; None without any. A later change makes new memory and
+        leaves this as it is."""
 
     @property
     def lora_version(self) -> int:
-        """Changes with every ``set_lora`` and ``clear_lora``, and when ``load_lora``,
-        ``activate_loras`` or ``lora_enabled`` changes what acts. Never
-        waits for a forward."""
+        """Changes whenever another LoRA, or another weight, acts. Never waits for a forward."""
 
 class GpuHandoff:
     """Pinned slots through which a CUDA stream starts the engine and waits for it, without the host
@@ -652,6 +636,37 @@ def arithmetic_loops() -> list[tuple[str, str, str]]:
 def arithmetic_rate(name: str, seconds: float) -> float:
     """Multiplications and additions per second of the calling thread in one of these loops, which
     stay in registers; runs about so long, without the GIL. ``ValueError``: an unknown name."""
+
+class WeightFormat:
+    """A format of packed weights: a matrix of ``bits`` a code, in blocks of ``block_rows`` ×
+    ``block_columns`` and tiles of 32 × ``tile_columns``, with ``scale_bytes`` (a float32, or 0) and
+    ``sum_bytes`` (of the row's codes) per output row."""
+
+    @property
+    def name(self) -> Literal["bf16", "int8", "int4"]: ...
+    @property
+    def kt_backend(self) -> str:
+        """As users write it: ``AMXBF16``."""
+
+    @property
+    def kernel_family(self) -> str:
+        """Its key in ``kernels()``."""
+
+    @property
+    def bits(self) -> int: ...
+    @property
+    def scale_bytes(self) -> int: ...
+    @property
+    def sum_bytes(self) -> int: ...
+    @property
+    def block_rows(self) -> int: ...
+    @property
+    def block_columns(self) -> int: ...
+    @property
+    def tile_columns(self) -> int: ...
+
+def weight_formats() -> list[WeightFormat]:
+    """Every format that the engine keeps weights in."""
 
 def kernels() -> dict[str, str]:
     """For every kernel family the variant that runs at this ISA level, e.g.

@@ -67,7 +67,7 @@ class Layers {
   void set_lora(int rank) {
     for (auto& layer : layers_) {
       if (rank == 0) {
-        layer->clear_lora();
+        layer->activate_loras({}, {});
         continue;
       }
       const std::vector<float> values(
@@ -76,8 +76,9 @@ class Layers {
         return LoraPair{view(values.data(), DType::kFloat32, {experts_, rank, in}),
                         view(values.data(), DType::kFloat32, {experts_, out, rank})};
       };
-      layer->set_lora(pair(kHidden, kIntermediate), pair(kHidden, kIntermediate),
-                      pair(kIntermediate, kHidden));
+      layer->load_lora(0, pair(kHidden, kIntermediate), pair(kHidden, kIntermediate),
+                       pair(kIntermediate, kHidden));
+      layer->activate_loras(std::vector<int>{0}, std::vector<float>{1.0f});
     }
   }
 
@@ -106,7 +107,7 @@ class Layers {
     }
     const double n = static_cast<double>(times.size());
     const double bytes = distinct / n *
-                         (3.0 * kHidden * kIntermediate * params_of(format_).element_bits / 8 +
+                         (3.0 * kHidden * kIntermediate * traits_of(format_).bits / 8 +
                           rank * 6.0 * (kHidden + kIntermediate));
     const double time = median(times);
     const double least = *std::min_element(times.begin(), times.end());

@@ -30,11 +30,6 @@
 #include "kernels/select.h"
 
 namespace ktrt {
-extern const GemmKernel gemm_bf16_amx_emulated;
-extern const GemmKernel gemm_int8_amx_emulated;
-extern const GemmKernel gemm_int4_amx_emulated;
-extern const ShrinkKernel lora_shrink_amx_emulated;
-
 namespace {
 
 struct Options {
@@ -244,15 +239,8 @@ double best_rate(double flops, int most, const std::function<void()>& run) {
 
 GemmChoice gemm_of(WeightFormat format) {
   const KernelTable table = select_kernels(active_isa(), cpu_features());
-  const bool amx = table.gemm_bf16.many->tile_order;
-  switch (format) {
-    case WeightFormat::kInt8:
-      return amx ? table.gemm_int8 : GemmChoice{table.gemm_int8.few, &gemm_int8_amx_emulated, 0};
-    case WeightFormat::kInt4:
-      return amx ? table.gemm_int4 : GemmChoice{table.gemm_int4.few, &gemm_int4_amx_emulated, 0};
-    default:
-      return amx ? table.gemm_bf16 : GemmChoice{table.gemm_bf16.few, &gemm_bf16_amx_emulated, 0};
-  }
+  if (table.gemm(format).many->tile_order) return table.gemm(format);
+  return {table.gemm(format).few, &emulated_amx_gemm(format), 0};
 }
 
 // From L2: 4 strips again and again. From memory: one matrix after the other.
@@ -293,7 +281,7 @@ void strips(const Peaks& peaks) {
 void shrinks() {
   const KernelTable table = select_kernels(active_isa(), cpu_features());
   const ShrinkKernel* tiles =
-      table.lora_shrink_tiles != nullptr ? table.lora_shrink_tiles : &lora_shrink_amx_emulated;
+      table.lora_shrink_tiles != nullptr ? table.lora_shrink_tiles : &emulated_amx_shrink();
   std::printf("\nLoRA shrink on one core, k 2048, GFLOP/s\n");
   for (const int ranks : {16, 128}) {
     for (const int rows : {1, 2, 4, 8, 16, 64, 256}) {
@@ -332,7 +320,7 @@ void run(const Options& options) {
   }
   if (!options.wants("layer")) return;
   for (const WeightFormat format : kWeightFormats) {
-    if (!options.wants_value("bits", params_of(format).element_bits)) continue;
+    if (!options.wants_value("bits", traits_of(format).bits)) continue;
     Layers layers(format, cpus, options.value("experts"), options.value("layers"), options.seconds);
     layers.print_probe();
     for (const int rank : {0, 8, 64}) {

@@ -227,14 +227,11 @@ int register_all() {
     return true;
   };
   for (const KernelTable& table : all_tables()) {
-    for (const GemmKernel* kernel : {table.gemm_bf16.few, table.gemm_bf16.many}) {
-      if (is_new(kernel)) add_gemm("gemm_bf16", kernel, WeightFormat::kBf16);
-    }
-    for (const GemmKernel* kernel : {table.gemm_int8.few, table.gemm_int8.many}) {
-      if (is_new(kernel)) add_gemm("gemm_int8", kernel, WeightFormat::kInt8);
-    }
-    for (const GemmKernel* kernel : {table.gemm_int4.few, table.gemm_int4.many}) {
-      if (is_new(kernel)) add_gemm("gemm_int4", kernel, WeightFormat::kInt4);
+    for (const FormatTraits& traits : kFormatTraits) {
+      const GemmChoice& gemm = table.gemm(traits.format);
+      for (const GemmKernel* kernel : {gemm.few, gemm.many}) {
+        if (is_new(kernel)) add_gemm(traits.gemm_family, kernel, traits.format);
+      }
     }
     for (const ShrinkKernel* kernel : {table.lora_shrink, table.lora_shrink_tiles}) {
       if (kernel != nullptr && is_new(kernel)) add_shrink(kernel);

@@ -20,7 +20,7 @@ namespace {
 constexpr MoeShape kShape = {
     .num_experts = 16, .top_k = 6, .hidden_size = 2048, .intermediate_size = 1408};
 // A token reads 26 MB of INT4 experts in each layer; all layers together are beyond any L3 cache.
-constexpr int layers_of(WeightFormat format) { return format == WeightFormat::kInt4 ? 4 : 2; }
+constexpr int layers_of(WeightFormat format) { return traits_of(format).bits < 8 ? 4 : 2; }
 constexpr std::size_t kProbeBytes = std::size_t{256} << 20;
 
 struct Model {
@@ -50,7 +50,8 @@ Model make_model(WeightFormat format, int rank) {
         return LoraPair{view(lora.data(), DType::kFloat32, {kShape.num_experts, rank, in}),
                         view(lora.data(), DType::kFloat32, {kShape.num_experts, out, rank})};
       };
-      layer->set_lora(pair(h, i), pair(h, i), pair(i, h));
+      layer->load_lora(0, pair(h, i), pair(h, i), pair(i, h));
+      layer->activate_loras(std::vector<int>{0}, std::vector<float>{1.0f});
     }
     model.layers.push_back(std::move(layer));
   }
@@ -89,7 +90,7 @@ void layer(benchmark::State& state, WeightFormat format) {
   const ReadProbe probe(kProbeBytes);
   const double matrix = 1.0 * kShape.hidden_size * kShape.intermediate_size;
   const double experts = qlen == 1 ? kShape.top_k : kShape.num_experts;
-  const double bytes = experts * 3 * matrix * params_of(format).element_bits / 8;
+  const double bytes = experts * 3 * matrix * traits_of(format).bits / 8;
   using benchmark::Counter;
   state.counters["GB/s"] = Counter(bytes / 1e9, Counter::kIsIterationInvariantRate);
   state.counters["read_GB/s"] =
@@ -98,21 +99,17 @@ void layer(benchmark::State& state, WeightFormat format) {
                                       Counter::kIsIterationInvariantRate);
 }
 
-BENCHMARK_CAPTURE(layer, bf16, WeightFormat::kBf16)
-    ->ArgNames({"qlen", "rank"})
-    ->ArgsProduct({{1, 16, 256, 1024}, {0, 8, 64}})
-    ->UseRealTime()
-    ->Unit(benchmark::kMillisecond);
-BENCHMARK_CAPTURE(layer, int8, WeightFormat::kInt8)
-    ->ArgNames({"qlen", "rank"})
-    ->ArgsProduct({{1, 16, 256, 1024}, {0, 8, 64}})
-    ->UseRealTime()
-    ->Unit(benchmark::kMillisecond);
-BENCHMARK_CAPTURE(layer, int4, WeightFormat::kInt4)
-    ->ArgNames({"qlen", "rank"})
-    ->ArgsProduct({{1, 16, 256, 1024}, {0, 8, 64}})
-    ->UseRealTime()
-    ->Unit(benchmark::kMillisecond);
+const bool kRegistered = [] {
+  for (const FormatTraits& traits : kFormatTraits) {
+    benchmark::RegisterBenchmark((std::string("layer/") + traits.name).c_str(), layer,
+                                 traits.format)
+        ->ArgNames({"qlen", "rank"})
+        ->ArgsProduct({{1, 16, 256, 1024}, {0, 8, 64}})
+        ->UseRealTime()
+        ->Unit(benchmark::kMillisecond);
+  }
+  return true;
+}();
 
 }  // namespace
 }  // namespace ktrt

@@ -75,7 +75,7 @@ class Experts:
         )
 
     def lora(self, layer: int) -> dict[str, torch.Tensor]:
-        """``MoeLayer.set_lora``'s arguments, float32, the scaling folded into B."""
+        """``MoeLayer.load_lora``'s arguments, float32, the scaling folded into B."""
         arguments, at = {}, 100_000 + 6 * layer
         sizes = {"gate": (self.hidden, self.inner), "up": (self.hidden, self.inner)}
         for index, (name, (size_in, size_out)) in enumerate(
@@ -185,7 +185,8 @@ class Bench:
         add_torch_lora(self.model)
         self.fused_lora = FusedLora(self.model)
         for index, layer in self.layers:
-            layer.set_lora(**self.experts.lora(index))
+            layer.load_lora(0, **self.experts.lora(index))
+            layer.activate_loras([0], [1.0])
 
     def cache(self, *, graph: bool) -> KvCache:
         """A new conversation, decoded by CUDA graphs or launched by the host."""

@@ -117,7 +117,7 @@ def make_layers(
 
 def set_lora(layer: MoeLayer, rank: int, pool: torch.Tensor) -> None:
     """LoRA of the pool's values on all three projections; none for rank 0."""
-    layer.clear_lora()
+    layer.activate_loras([], [])
     if rank == 0:
         return
     count, hidden, inner = layer.num_experts, layer.hidden_size, layer.intermediate_size
@@ -128,7 +128,8 @@ def set_lora(layer: MoeLayer, rank: int, pool: torch.Tensor) -> None:
 
     up = {"a": values(11, rank, hidden), "b": LORA_SCALE * hidden**0.5 * values(17, inner, rank)}
     down = {"a": values(23, rank, inner), "b": LORA_SCALE * hidden**0.5 * values(29, hidden, rank)}
-    layer.set_lora(
+    layer.load_lora(
+        0,
         gate_a=up["a"],
         gate_b=up["b"],
         up_a=up["a"].flip(1),
@@ -136,6 +137,7 @@ def set_lora(layer: MoeLayer, rank: int, pool: torch.Tensor) -> None:
         down_a=down["a"],
         down_b=down["b"],
     )
+    layer.activate_loras([0], [1.0])
 
 
 def seconds(run: Callable[[], object], device: torch.device, repeat: int = 3) -> float:

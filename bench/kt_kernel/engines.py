@@ -91,12 +91,13 @@ class Ktrt:
             for name, value in lora.items()
         }
         for layer in self.layers:
-            layer.set_lora(**folded)
+            layer.load_lora(0, **folded)
+            layer.activate_loras([0], [1.0])
 
     def base_forward(self, layer: int, batch: Batch) -> None:
-        self.layers[layer].lora_enabled = False
+        self.layers[layer].activate_loras([], [])
         self.forward(layer, batch)
-        self.layers[layer].lora_enabled = True
+        self.layers[layer].activate_loras([0], [1.0])
 
     def forward(self, layer: int, batch: Batch) -> None:
         self.layers[layer].forward(batch.x, batch.ids[layer], batch.routing, batch.out)

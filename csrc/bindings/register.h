@@ -3,7 +3,6 @@
 #include <pybind11/pybind11.h>
 
 #include <memory>
-#include <string>
 
 #include "moe/moe_layer.h"
 
@@ -17,8 +16,5 @@ void register_attention(pybind11::module_& module);
 // Adds to the class that register_moe made.
 void register_packed(pybind11::module_& module,
                      pybind11::class_<MoeLayer, std::shared_ptr<MoeLayer>>& layer);
-
-// Throws std::invalid_argument for an unknown name.
-WeightFormat parse_format(const std::string& name);
 
 }  // namespace ktrt

@@ -1,17 +1,20 @@
+#include <pybind11/stl.h>
+
 #include <cstdint>
 #include <memory>
 #include <optional>
 #include <utility>
+#include <vector>
 
+#include "attention/latent_attention.h"
+#include "attention/token_attention.h"
 #include "base/address_range.h"
 #include "base/check.h"
 #include "bindings/owned.h"
 #include "bindings/register.h"
 #include "bindings/tensor_arg.h"
-#include "dense/latent_attention.h"
-#include "dense/rms_norm.h"
-#include "dense/token_attention.h"
 #include "kernels/select.h"
+#include "norm/rms_norm.h"
 
 namespace ktrt {
 
@@ -88,11 +91,18 @@ struct HeldLatentAttention {
   LatentAttention attention;
 };
 
-void set_latent_lora(HeldLatentAttention& held, const py::object& a, const py::object& b) {
+void load_latent_lora(HeldLatentAttention& held, int number, const py::object& a,
+                      const py::object& b) {
   const TensorArg lora_a(a, "a");
   const TensorArg lora_b(b, "b");
   const py::gil_scoped_release release;
-  held.attention.set_lora(lora_a.view(), lora_b.view());
+  held.attention.load_lora(number, lora_a.view(), lora_b.view());
+}
+
+void activate_latent_loras(HeldLatentAttention& held, const std::vector<int>& ids,
+                           const std::vector<float>& weights) {
+  const py::gil_scoped_release release;
+  held.attention.activate_loras(ids, weights);
 }
 
 void attend_to_latents(HeldLatentAttention& held, const HeadArray& query, const HeadArray& latents,
@@ -145,10 +155,12 @@ void register_attention(py::module_& module) {
            }),
            py::arg("engine").none(false), py::arg("keys"), py::arg("values"), py::kw_only(),
            py::arg("heads"), py::arg("rope"), py::arg("scaling"))
-      .def("set_lora", &set_latent_lora, py::arg("a"), py::arg("b"))
+      .def("load_lora", &load_latent_lora, py::arg("number"), py::arg("a"), py::arg("b"))
       .def(
-          "clear_lora", [](HeldLatentAttention& held) { held.attention.clear_lora(); },
-          py::call_guard<py::gil_scoped_release>())
+          "unload_lora",
+          [](HeldLatentAttention& held, int number) { held.attention.unload_lora(number); },
+          py::arg("number"), py::call_guard<py::gil_scoped_release>())
+      .def("activate_loras", &activate_latent_loras, py::arg("ids"), py::arg("weights"))
       .def("forward", &attend_to_latents, py::arg("query"), py::arg("latents"),
            py::arg("positions").none(true), py::arg("out"), py::arg("tokens"));
   py::class_<HeldNorm>(module, "RmsNorm")

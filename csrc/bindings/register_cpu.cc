@@ -10,6 +10,7 @@
 #include "cpu/topology.h"
 #include "kernels/peak.h"
 #include "kernels/select.h"
+#include "layout/format_traits.h"
 
 namespace ktrt {
 
@@ -20,13 +21,12 @@ namespace {
 py::dict kernels() {
   const KernelTable table = select_kernels(active_isa(), cpu_features());
   py::dict names;
-  names["gemm_bf16"] = table.gemm_bf16.many->name;
-  names["gemm_bf16_few_rows"] = table.gemm_bf16.few->name;
-  names["gemm_int8"] = table.gemm_int8.many->name;
-  names["gemm_int8_few_rows"] = table.gemm_int8.few->name;
-  names["gemm_int4"] = table.gemm_int4.many->name;
-  names["gemm_int4_few_rows"] = table.gemm_int4.few->name;
-  names["lora_shrink"] = table.shrink_for(*table.gemm_bf16.many).name;
+  for (const FormatTraits& traits : kFormatTraits) {
+    const GemmChoice& gemm = table.gemm(traits.format);
+    names[traits.gemm_family] = gemm.many->name;
+    names[(std::string(traits.gemm_family) + "_few_rows").c_str()] = gemm.few->name;
+  }
+  names["lora_shrink"] = table.shrink_for(*table.gemm(WeightFormat::kBf16).many).name;
   names["lora_shrink_few_rows"] = table.lora_shrink->name;
   names["elementwise"] = table.elementwise->name;
   names["dense_bf16"] = table.dense_bf16->name;
@@ -58,6 +58,29 @@ double arithmetic_rate(const std::string& name, double seconds) {
   return 0;
 }
 
+void register_formats(py::module_& module) {
+  py::class_<FormatTraits>(module, "WeightFormat")
+      .def_readonly("name", &FormatTraits::name)
+      .def_readonly("kt_backend", &FormatTraits::kt_backend)
+      .def_readonly("kernel_family", &FormatTraits::gemm_family)
+      .def_readonly("bits", &FormatTraits::bits)
+      .def_property_readonly("scale_bytes", &FormatTraits::scale_bytes)
+      .def_property_readonly("sum_bytes", &FormatTraits::sum_bytes)
+      .def_readonly("block_rows", &FormatTraits::block_rows)
+      .def_readonly("block_columns", &FormatTraits::block_k)
+      .def_readonly("tile_columns", &FormatTraits::tile_k);
+  module.def(
+      "weight_formats",
+      [] {
+        py::list formats;
+        for (const FormatTraits& traits : kFormatTraits) {
+          formats.append(py::cast(traits, py::return_value_policy::reference));
+        }
+        return formats;
+      },
+      "Every format that the engine keeps weights in.");
+}
+
 }  // namespace
 
 void register_cpu(py::module_& module) {
@@ -83,6 +106,7 @@ void register_cpu(py::module_& module) {
              "(name, instruction, operands) of every loop that runs at this ISA level.");
   module.def("arithmetic_rate", &arithmetic_rate, py::arg("name"), py::arg("seconds"),
              py::call_guard<py::gil_scoped_release>());
+  register_formats(module);
   module.def("kernels", &kernels, "For every kernel family, the variant that runs.");
 }
 

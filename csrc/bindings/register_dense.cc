@@ -1,15 +1,18 @@
+#include <pybind11/stl.h>
+
 #include <cstdint>
 #include <memory>
 #include <optional>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "base/check.h"
 #include "bindings/owned.h"
 #include "bindings/register.h"
 #include "bindings/tensor_arg.h"
-#include "dense/dense_linear.h"
-#include "dense/packed_linear.h"
+#include "linear/dense_linear.h"
+#include "linear/packed_linear.h"
 
 namespace ktrt {
 
@@ -48,11 +51,18 @@ const std::uint16_t* address(std::uintptr_t value, const char* name) {
 }
 
 template <class Linear>
-void set_lora(Linear& linear, const py::object& a, const py::object& b) {
+void load_lora(Linear& linear, int number, const py::object& a, const py::object& b) {
   const TensorArg lora_a(a, "a");
   const TensorArg lora_b(b, "b");
   const py::gil_scoped_release release;
-  linear_of(linear).set_lora(lora_a.view(), lora_b.view());
+  linear_of(linear).load_lora(number, lora_a.view(), lora_b.view());
+}
+
+template <class Linear>
+void activate_loras(Linear& linear, const std::vector<int>& ids,
+                    const std::vector<float>& weights) {
+  const py::gil_scoped_release release;
+  linear_of(linear).activate_loras(ids, weights);
 }
 
 template <class Linear>
@@ -74,10 +84,11 @@ void define_common(py::class_<Linear, std::shared_ptr<Linear>>& type) {
                              [](Linear& linear) { return linear_of(linear).in_features(); })
       .def_property_readonly("out_features",
                              [](Linear& linear) { return linear_of(linear).out_features(); })
-      .def("set_lora", &set_lora<Linear>, py::arg("a"), py::arg("b"))
+      .def("load_lora", &load_lora<Linear>, py::arg("number"), py::arg("a"), py::arg("b"))
       .def(
-          "clear_lora", [](Linear& linear) { linear_of(linear).clear_lora(); },
-          py::call_guard<py::gil_scoped_release>())
+          "unload_lora", [](Linear& linear, int number) { linear_of(linear).unload_lora(number); },
+          py::arg("number"), py::call_guard<py::gil_scoped_release>())
+      .def("activate_loras", &activate_loras<Linear>, py::arg("ids"), py::arg("weights"))
       .def("forward", &forward<Linear>, py::arg("x"), py::arg("x_count"), py::arg("out"),
            py::arg("out_count"));
 }

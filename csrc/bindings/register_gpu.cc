@@ -11,7 +11,7 @@
 #include "base/check.h"
 #include "bindings/owned.h"
 #include "bindings/register.h"
-#include "gpu/gpu_handoff.h"
+#include "cuda/gpu_handoff.h"
 
 namespace ktrt {
 

@@ -14,7 +14,7 @@
 #include "bindings/register.h"
 #include "bindings/tensor_arg.h"
 #include "cpu/topology.h"
-#include "moe/engine.h"
+#include "engine/engine.h"
 #include "moe/moe_layer.h"
 
 namespace ktrt {
@@ -132,9 +132,7 @@ void set_biases(MoeLayer& layer, const py::object& gate, const py::object& up,
   layer.set_biases(view_of(g), view_of(u), view_of(d));
 }
 
-// `take` is given the arrays of one LoRA.
-template <class F>
-void with_lora(const F& take, const py::object& gate_a, const py::object& gate_b,
+void load_lora(MoeLayer& layer, int number, const py::object& gate_a, const py::object& gate_b,
                const py::object& up_a, const py::object& up_b, const py::object& down_a,
                const py::object& down_b) {
   const auto ga = optional_tensor(gate_a, "gate_a");
@@ -144,26 +142,8 @@ void with_lora(const F& take, const py::object& gate_a, const py::object& gate_b
   const auto da = optional_tensor(down_a, "down_a");
   const auto db = optional_tensor(down_b, "down_b");
   const py::gil_scoped_release release;
-  take(LoraPair{view_of(ga), view_of(gb)}, LoraPair{view_of(ua), view_of(ub)},
-       LoraPair{view_of(da), view_of(db)});
-}
-
-void set_lora(MoeLayer& layer, const py::object& gate_a, const py::object& gate_b,
-              const py::object& up_a, const py::object& up_b, const py::object& down_a,
-              const py::object& down_b) {
-  const auto take = [&](const LoraPair& gate, const LoraPair& up, const LoraPair& down) {
-    layer.set_lora(gate, up, down);
-  };
-  with_lora(take, gate_a, gate_b, up_a, up_b, down_a, down_b);
-}
-
-void load_lora(MoeLayer& layer, int id, const py::object& gate_a, const py::object& gate_b,
-               const py::object& up_a, const py::object& up_b, const py::object& down_a,
-               const py::object& down_b) {
-  const auto take = [&](const LoraPair& gate, const LoraPair& up, const LoraPair& down) {
-    layer.load_lora(id, gate, up, down);
-  };
-  with_lora(take, gate_a, gate_b, up_a, up_b, down_a, down_b);
+  layer.load_lora(number, {view_of(ga), view_of(gb)}, {view_of(ua), view_of(ub)},
+                  {view_of(da), view_of(db)});
 }
 
 void activate_loras(MoeLayer& layer, const std::vector<int>& ids,
@@ -285,10 +265,6 @@ void register_layer(py::module_& module) {
            py::arg("down"))
       .def("set_biases", &set_biases, py::kw_only(), py::arg("gate") = py::none(),
            py::arg("up") = py::none(), py::arg("down") = py::none())
-      .def("set_lora", &set_lora, py::kw_only(), py::arg("gate_a") = py::none(),
-           py::arg("gate_b") = py::none(), py::arg("up_a") = py::none(),
-           py::arg("up_b") = py::none(), py::arg("down_a") = py::none(),
-           py::arg("down_b") = py::none())
       .def("load_lora", &load_lora, py::arg("number"), py::kw_only(),
            py::arg("gate_a") = py::none(), py::arg("gate_b") = py::none(),
            py::arg("up_a") = py::none(), py::arg("up_b") = py::none(),
@@ -303,8 +279,6 @@ void register_layer(py::module_& module) {
                                  return l.active_loras();
                                }());
                              })
-      .def("clear_lora", &MoeLayer::clear_lora, py::call_guard<py::gil_scoped_release>())
-      .def_property("lora_enabled", &MoeLayer::lora_enabled, &MoeLayer::enable_lora)
       .def("forward", &forward, py::arg("hidden_states"), py::arg("expert_ids"),
            py::arg("routing_weights"), py::arg("out"), py::arg("adapter_ids") = py::none())
       .def("bind", &bind, py::arg("hidden_states"), py::arg("expert_ids"),
@@ -319,14 +293,6 @@ void register_layer(py::module_& module) {
 }
 
 }  // namespace
-
-WeightFormat parse_format(const std::string& name) {
-  for (const WeightFormat format : kWeightFormats) {
-    if (name == name_of(format)) return format;
-  }
-  KTRT_CHECK(false, "weight_format is '" << name << "', expected 'bf16', 'int8' or 'int4'");
-  return WeightFormat::kBf16;
-}
 
 void register_moe(py::module_& module) {
   register_engine(module);

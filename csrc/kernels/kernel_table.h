@@ -8,6 +8,7 @@
 
 #include "kernels/activation.h"
 #include "kernels/attention_args.h"
+#include "layout/weight_format.h"
 
 namespace ktrt {
 
@@ -186,15 +187,15 @@ struct GemmChoice {
 
 // What runs for each kernel family.
 struct KernelTable {
-  GemmChoice gemm_bf16;
-  GemmChoice gemm_int8;
-  GemmChoice gemm_int4;
+  GemmChoice gemms[kNumWeightFormats];
   const ShrinkKernel* lora_shrink;
   const ShrinkKernel* lora_shrink_tiles;  // beside a GEMM in tile order; null without AMX
   const ElementwiseKernels* elementwise;
   const DenseKernel* dense_bf16;
   const AttentionKernel* attention;
 
+  const GemmChoice& gemm(WeightFormat format) const { return gemms[static_cast<int>(format)]; }
+  GemmChoice& gemm(WeightFormat format) { return gemms[static_cast<int>(format)]; }
   // The shrink that reads what `gemm` reads.
   const ShrinkKernel& shrink_for(const GemmKernel& gemm) const {
     return gemm.tile_order ? *lora_shrink_tiles : *lora_shrink;

@@ -10,20 +10,24 @@ extern const GemmKernel gemm_bf16_avx2;
 extern const GemmKernel gemm_bf16_avx512;
 extern const GemmKernel gemm_bf16_avx512_bf16;
 extern const GemmKernel gemm_bf16_amx;
+extern const GemmKernel gemm_bf16_amx_emulated;
 extern const GemmKernel gemm_int8_portable;
 extern const GemmKernel gemm_int8_avx2;
 extern const GemmKernel gemm_int8_avx512_vnni;
 extern const GemmKernel gemm_int8_avx512_bf16;
 extern const GemmKernel gemm_int8_amx;
+extern const GemmKernel gemm_int8_amx_emulated;
 extern const GemmKernel gemm_int4_portable;
 extern const GemmKernel gemm_int4_avx2;
 extern const GemmKernel gemm_int4_avx512_vnni;
 extern const GemmKernel gemm_int4_avx512_bf16;
 extern const GemmKernel gemm_int4_amx;
+extern const GemmKernel gemm_int4_amx_emulated;
 extern const ShrinkKernel lora_shrink_portable;
 extern const ShrinkKernel lora_shrink_avx2;
 extern const ShrinkKernel lora_shrink_avx512_bf16;
 extern const ShrinkKernel lora_shrink_amx;
+extern const ShrinkKernel lora_shrink_amx_emulated;
 extern const ElementwiseKernels elementwise_portable;
 extern const ElementwiseKernels elementwise_avx2;
 extern const ElementwiseKernels elementwise_avx512;
@@ -108,14 +112,27 @@ KernelTable select_kernels(Isa level, const CpuFeatures& f) {
       {&attention_portable, Isa::kPortable, true},
   }};
   const bool amx = f.amx && level == Isa::kAmx;
-  return {choose(first_that_runs(gemm_bf16, level), amx ? &gemm_bf16_amx : nullptr, kBf16TilesFrom),
-          choose(first_that_runs(gemm_int8, level), amx ? &gemm_int8_amx : nullptr, kInt8TilesFrom),
-          choose(first_that_runs(gemm_int4, level), amx ? &gemm_int4_amx : nullptr, kInt4TilesFrom),
-          first_that_runs(lora_shrink, level),
-          amx ? &lora_shrink_amx : nullptr,
-          first_that_runs(elementwise, level),
-          first_that_runs(dense_bf16, level),
-          first_that_runs(attention, level)};
+  KernelTable table{};
+  table.gemm(WeightFormat::kBf16) =
+      choose(first_that_runs(gemm_bf16, level), amx ? &gemm_bf16_amx : nullptr, kBf16TilesFrom);
+  table.gemm(WeightFormat::kInt8) =
+      choose(first_that_runs(gemm_int8, level), amx ? &gemm_int8_amx : nullptr, kInt8TilesFrom);
+  table.gemm(WeightFormat::kInt4) =
+      choose(first_that_runs(gemm_int4, level), amx ? &gemm_int4_amx : nullptr, kInt4TilesFrom);
+  table.lora_shrink = first_that_runs(lora_shrink, level);
+  table.lora_shrink_tiles = amx ? &lora_shrink_amx : nullptr;
+  table.elementwise = first_that_runs(elementwise, level);
+  table.dense_bf16 = first_that_runs(dense_bf16, level);
+  table.attention = first_that_runs(attention, level);
+  return table;
 }
+
+const GemmKernel& emulated_amx_gemm(WeightFormat format) {
+  static constexpr const GemmKernel* kKernels[kNumWeightFormats] = {
+      &gemm_bf16_amx_emulated, &gemm_int8_amx_emulated, &gemm_int4_amx_emulated};
+  return *kKernels[static_cast<int>(format)];
+}
+
+const ShrinkKernel& emulated_amx_shrink() { return lora_shrink_amx_emulated; }
 
 }  // namespace ktrt

@@ -9,4 +9,9 @@ namespace ktrt {
 // The best variant of every family that `features` can run at `level` or below.
 KernelTable select_kernels(Isa level, const CpuFeatures& features);
 
+// The AMX bodies on emulated tiles, for tests and benchmarks on machines without AMX; around the
+// tiles is AVX-512 code. Never selected.
+const GemmKernel& emulated_amx_gemm(WeightFormat format);
+const ShrinkKernel& emulated_amx_shrink();
+
 }  // namespace ktrt

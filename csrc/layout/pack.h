@@ -9,7 +9,7 @@
 
 namespace ktrt {
 
-// Where one packed matrix lives. `scales` and `sums` are null for BF16.
+// Where one packed matrix lives. `scales` and `sums` are null for formats without scales.
 struct PackedMatrix {
   PackedLayout layout;
   std::uint8_t* codes = nullptr;  // layout.code_bytes()
@@ -19,13 +19,9 @@ struct PackedMatrix {
 };
 
 // Packs rows [32·strip, 32·strip + 32) of w [n, k] (float32, float16 or bfloat16; rounded to
-// bfloat16 first, as kt_kernel receives it). Per output row over the whole k:
-//   INT8: scale = max|w| · float32(1/127), code = round_half_even(w · (1/scale));
-//   INT4: scale = float32(max|w| · (1/112)), code = round_half_even(w · (1/scale)) / 16, halves
-//   away
-//         from zero. Rounding twice is kt_kernel's way; 16 · code is what its kernels multiply.
-// An all-zero row gives scale 0. The caller has checked w's shape and dtype. Strips are
-// independent. Returns false if a value is infinite or NaN: the strip is then not usable.
+// bfloat16 first, as kt_kernel receives it), each as the format's codec says. An all-zero row gives
+// scale 0. The caller has checked w's shape and dtype. Strips are independent. Returns false if a
+// value is infinite or NaN: the strip is then not usable.
 bool pack_strip(const TensorView& w, const PackedMatrix& packed, int strip);
 
 // The packed matrix as float32, row-major [n, k].

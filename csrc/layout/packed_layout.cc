@@ -4,27 +4,15 @@
 
 namespace ktrt {
 
-const char* name_of(WeightFormat format) {
-  switch (format) {
-    case WeightFormat::kBf16:
-      return "bf16";
-    case WeightFormat::kInt8:
-      return "int8";
-    case WeightFormat::kInt4:
-      return "int4";
-  }
-  return "?";
-}
-
 std::size_t PackedLayout::tile_offset(int strip, int k0) const {
-  const int k_block = k0 / params_.block_k * params_.block_k;
-  const int k_block_size = std::min(params_.block_k, padded_k_ - k_block);
+  const int k_block = k0 / traits_->block_k * traits_->block_k;
+  const int k_block_size = std::min(traits_->block_k, padded_k_ - k_block);
   const std::size_t rows = static_cast<std::size_t>(block_rows(strip));
   const std::size_t elements =
       static_cast<std::size_t>(k_block) * rows +
       static_cast<std::size_t>(row_in_block(strip)) * static_cast<std::size_t>(k_block_size) +
       static_cast<std::size_t>(k0 - k_block) * kStripRows;
-  return block_offset(strip) + elements * static_cast<std::size_t>(params_.element_bits) / 8;
+  return block_offset(strip) + elements * static_cast<std::size_t>(traits_->bits) / 8;
 }
 
 }  // namespace ktrt

@@ -14,67 +14,38 @@
 #include <cstdint>
 
 #include "base/aligned_buffer.h"
+#include "layout/format_traits.h"
 
 namespace ktrt {
-
-enum class WeightFormat { kBf16, kInt8, kInt4 };
-inline constexpr WeightFormat kWeightFormats[] = {WeightFormat::kBf16, WeightFormat::kInt8,
-                                                  WeightFormat::kInt4};
-
-const char* name_of(WeightFormat format);
-
-// Weights with a scale per row, multiplied with activations that are quantised to INT8.
-constexpr bool is_quantized(WeightFormat format) { return format != WeightFormat::kBf16; }
 
 inline constexpr int kStripRows = 32;  // rows of W that one kernel call produces
 inline constexpr int kHalfRows = 16;   // rows of one 64-byte vector, and of one AMX tile
 inline constexpr int kTileBytes = 2048;
 inline constexpr int kTileRowBytes = 64;  // bytes of k in a tile, per row
 
-// The fixed numbers of one format.
-struct FormatParams {
-  int element_bits;
-  int block_rows;  // NB
-  int block_k;     // KB
-  int tile_k;      // KT
-};
-
-constexpr FormatParams params_of(WeightFormat format) {
-  switch (format) {
-    case WeightFormat::kBf16:
-      return {16, 256, 1792, 32};
-    case WeightFormat::kInt8:
-      return {8, 64, 3584, 64};
-    case WeightFormat::kInt4:
-      return {4, 128, 3584, 128};
-  }
-  return {};
-}
-
 // Sizes and addresses of one packed matrix.
 class PackedLayout {
  public:
   PackedLayout() = default;
   PackedLayout(WeightFormat format, int n, int k)
-      : format_(format),
-        params_(params_of(format)),
+      : traits_(&traits_of(format)),
         n_(n),
         k_(k),
         padded_n_(round_up(n, kStripRows)),
-        padded_k_(round_up(k, params_.tile_k)) {}
+        padded_k_(round_up(k, traits_->tile_k)) {}
 
-  WeightFormat format() const { return format_; }
+  WeightFormat format() const { return traits_->format; }
   int n() const { return n_; }
   int k() const { return k_; }
   int padded_n() const { return padded_n_; }
   int padded_k() const { return padded_k_; }
   int strips() const { return padded_n_ / kStripRows; }
-  std::size_t code_bytes() const {
-    return static_cast<std::size_t>(padded_n_) * static_cast<std::size_t>(row_bytes());
-  }
+  std::size_t code_bytes() const { return rows_of(static_cast<std::size_t>(row_bytes())); }
+  std::size_t scale_bytes() const { return rows_of(traits_->scale_bytes()); }
+  std::size_t sum_bytes() const { return rows_of(traits_->sum_bytes()); }
   // Bytes of one row over the padded k.
-  int row_bytes() const { return padded_k_ * params_.element_bits / 8; }
-  const FormatParams& params() const { return params_; }
+  int row_bytes() const { return padded_k_ * traits_->bits / 8; }
+  const FormatTraits& traits() const { return *traits_; }
 
   // Byte offset of the n-block that holds `strip`, and the rows of that block.
   std::size_t block_offset(int strip) const {
@@ -82,7 +53,7 @@ class PackedLayout {
   }
   int block_rows(int strip) const {
     const int rest = padded_n_ - block_start(strip);
-    return rest < params_.block_rows ? rest : params_.block_rows;
+    return rest < traits_->block_rows ? rest : traits_->block_rows;
   }
   // First row of `strip` inside its n-block.
   int row_in_block(int strip) const { return strip * kStripRows - block_start(strip); }
@@ -91,12 +62,14 @@ class PackedLayout {
   std::size_t tile_offset(int strip, int k0) const;
 
  private:
+  std::size_t rows_of(std::size_t bytes) const {
+    return static_cast<std::size_t>(padded_n_) * bytes;
+  }
   int block_start(int strip) const {
-    return strip * kStripRows / params_.block_rows * params_.block_rows;
+    return strip * kStripRows / traits_->block_rows * traits_->block_rows;
   }
 
-  WeightFormat format_ = WeightFormat::kBf16;
-  FormatParams params_ = params_of(WeightFormat::kBf16);
+  const FormatTraits* traits_ = &traits_of(WeightFormat::kBf16);
   int n_ = 0;
   int k_ = 0;
   int padded_n_ = 0;

@@ -29,27 +29,15 @@ void check_slices(const MoeShape& shape, WeightFormat format, int slices) {
   KTRT_CHECK(slices >= 1 && slices <= ExpertWeights::kMaxDownSlices,
              "down_slices is " << slices << ", expected 1 to " << ExpertWeights::kMaxDownSlices);
   if (slices == 1) return;
-  KTRT_CHECK(is_quantized(format),
-             "down_slices is " << slices << ", but bf16 weights have no scales to keep apart");
-  const int tile = params_of(format).tile_k;
+  KTRT_CHECK(is_quantized(format), "down_slices is " << slices << ", but " << name_of(format)
+                                                     << " weights have no scales to keep apart");
+  const int tile = traits_of(format).tile_k;
   KTRT_CHECK(shape.intermediate_size % (slices * tile) == 0,
              "intermediate_size " << shape.intermediate_size << " cannot be cut into " << slices
                                   << " slices of whole tiles of " << tile << " columns");
 }
 
 }  // namespace
-
-const char* name_of(Projection projection) {
-  switch (projection) {
-    case Projection::kGate:
-      return "gate";
-    case Projection::kUp:
-      return "up";
-    case Projection::kDown:
-      return "down";
-  }
-  return "?";
-}
 
 ExpertWeights::ExpertWeights(const MoeShape& shape, WeightFormat format, int parts, int down_slices)
     : shape_(shape), format_(format), down_slices_(down_slices) {
@@ -86,11 +74,12 @@ ExpertWeights::Part ExpertWeights::make_part(int part) const {
   }
   const auto experts = static_cast<std::size_t>(shape_.num_experts);
   result.bytes = round_up(experts * result.expert_code_bytes, kPage);
-  if (is_quantized(format_)) {
+  const FormatTraits& traits = traits_of(format_);
+  if (traits.scale_bytes() > 0) {
     result.scales_offset = result.bytes;
-    result.bytes += round_up(experts * result.expert_rows * sizeof(float), kPage);
+    result.bytes += round_up(experts * result.expert_rows * traits.scale_bytes(), kPage);
     result.sums_offset = result.bytes;
-    result.bytes += round_up(experts * result.expert_rows * sizeof(std::int32_t), kPage);
+    result.bytes += round_up(experts * result.expert_rows * traits.sum_bytes(), kPage);
   }
   return result;
 }
@@ -146,7 +135,7 @@ int ExpertWeights::first_missing() const {
 std::size_t ExpertWeights::packed_bytes() const {
   std::size_t bytes = 0;
   for (const Part& part : parts_) {
-    const std::size_t scales = part.scales_offset != 0 ? part.expert_rows * sizeof(float) : 0;
+    const std::size_t scales = part.expert_rows * traits_of(format_).scale_bytes();
     bytes += static_cast<std::size_t>(shape_.num_experts) * (part.expert_code_bytes + scales);
   }
   return bytes;

@@ -19,11 +19,11 @@
 #include "base/tensor_view.h"
 #include "cpu/thread_pool.h"
 #include "kernels/kernel_table.h"
+#include "lora/expert_lora.h"
+#include "lora/lora_set.h"
 #include "moe/dispatch_plan.h"
 #include "moe/expert_biases.h"
-#include "moe/expert_lora.h"
 #include "moe/expert_weights.h"
-#include "moe/lora_set.h"
 #include "moe/schedule.h"
 #include "moe/workspace.h"
 

@@ -11,18 +11,6 @@ namespace ktrt {
 
 namespace {
 
-const GemmChoice& gemm_of(const KernelTable& kernels, WeightFormat format) {
-  switch (format) {
-    case WeightFormat::kInt8:
-      return kernels.gemm_int8;
-    case WeightFormat::kInt4:
-      return kernels.gemm_int4;
-    case WeightFormat::kBf16:
-      break;
-  }
-  return kernels.gemm_bf16;
-}
-
 void check_activation(const Activation& a) {
   KTRT_CHECK(a.gate_limit > 0.0f && a.up_limit > 0.0f && std::isfinite(a.alpha) &&
                  std::isfinite(a.up_offset),
@@ -52,17 +40,12 @@ MoeLayer::MoeLayer(std::shared_ptr<Engine> engine, const MoeShape& shape, Weight
       activation_(activation) {
   KTRT_CHECK(engine_ != nullptr, "engine is missing");
   check_activation(activation);
-  const auto lock = engine_->lock_open();
+  const auto lease = engine_->lease();
   weights_ = std::make_shared<ExpertWeights>(shape, format, engine_->parts(), down_slices);
   queues_ = std::vector<PartQueues>(static_cast<std::size_t>(engine_->parts()));
-  engine_->workspace_.reserve(shape);
-  engine_->layers_.insert(this);
-}
-
-MoeLayer::~MoeLayer() {
-  if (engine_->forked()) return;
-  const auto lock = engine_->lock();
-  engine_->layers_.erase(this);
+  workspace_.emplace(lease.scratch(), shape, engine_->num_threads(), engine_->max_qlen(),
+                     max_job_rows(engine_->kernels()));
+  close_handler_.emplace(*engine_, lease, [this] { release(); });
 }
 
 void MoeLayer::release() {
@@ -85,12 +68,12 @@ void MoeLayer::load_expert(int expert, const std::optional<TensorView>& gate, co
   up.expect_shape({shape_.intermediate_size, shape_.hidden_size});
   down.expect_shape({shape_.hidden_size, shape_.intermediate_size});
 
-  const auto lock = engine_->lock_open();
+  const auto lease = engine_->lease();
   weights_->allocate();
   weights_->set_loaded(expert, false);
-  if (gate) pack(expert, Projection::kGate, *gate);
-  pack(expert, Projection::kUp, up);
-  pack(expert, Projection::kDown, down);
+  if (gate) pack(lease.pool(), expert, Projection::kGate, *gate);
+  pack(lease.pool(), expert, Projection::kUp, up);
+  pack(lease.pool(), expert, Projection::kDown, down);
   weights_->set_loaded(expert, true);
 }
 
@@ -100,11 +83,11 @@ void MoeLayer::check_expert(int expert) const {
 }
 
 // Every thread packs strips of its own part, so that their pages lie on its NUMA node.
-void MoeLayer::pack(int expert, Projection projection, const TensorView& source) {
+void MoeLayer::pack(ThreadPool& pool, int expert, Projection projection, const TensorView& source) {
   std::vector<std::atomic<int>> next(static_cast<std::size_t>(weights_->parts()));
   std::atomic<bool> finite{true};
-  engine_->pool_->run([&](int thread) {
-    const int part = engine_->home_[static_cast<std::size_t>(thread)];
+  pool.run([&](int thread) {
+    const int part = engine_->home()[static_cast<std::size_t>(thread)];
     const PackedLayout layout = weights_->matrix(expert, projection, part).layout;
     const int first_row = weights_->first_strip(projection, part) * kStripRows;
     std::atomic<int>& claim = next[static_cast<std::size_t>(part)];
@@ -122,35 +105,26 @@ void MoeLayer::pack(int expert, Projection projection, const TensorView& source)
                                         << " holds NaN or infinity; the weights are damaged");
 }
 
-void MoeLayer::set_lora(const LoraPair& gate, const LoraPair& up, const LoraPair& down) {
-  auto lora = std::make_shared<const ExpertLora>(shape_, gate, up, down);
-  const auto lock = engine_->lock_open();
-  loras_.clear();
-  loras_.put(shape_, 0, std::move(lora));
-  loras_.activate(shape_, std::vector<int>{0}, std::vector<float>{1.0f});
-  ++lora_version_;
-}
-
 void MoeLayer::load_lora(int id, const LoraPair& gate, const LoraPair& up, const LoraPair& down) {
   auto lora = std::make_shared<const ExpertLora>(shape_, gate, up, down);
-  const auto lock = engine_->lock_open();
+  const auto lease = engine_->lease();
   const auto before = loras_.active();
   loras_.put(shape_, id, std::move(lora));
   if (loras_.active() != before) ++lora_version_;
 }
 
 void MoeLayer::unload_lora(int id) {
-  const auto lock = engine_->lock_open();
+  const auto lease = engine_->lease();
   loras_.remove(id);
 }
 
 void MoeLayer::activate_loras(std::span<const int> ids, std::span<const float> weights) {
-  const auto lock = engine_->lock_open();
+  const auto lease = engine_->lease();
   if (loras_.activate(shape_, ids, weights)) ++lora_version_;
 }
 
 std::vector<std::pair<int, float>> MoeLayer::active_loras() {
-  const auto lock = engine_->lock_open();
+  const auto lease = engine_->lease();
   std::vector<std::pair<int, float>> found;
   if (const ActiveLora* active = loras_.active().get()) {
     for (std::size_t i = 0; i < active->ids.size(); ++i) {
@@ -162,32 +136,15 @@ std::vector<std::pair<int, float>> MoeLayer::active_loras() {
 
 const ActiveLora* MoeLayer::acting_lora() const {
   const ActiveLora* active = loras_.active().get();
-  return active != nullptr && lora_enabled_ && !active->silent() ? active : nullptr;
+  return active != nullptr && !active->silent() ? active : nullptr;
 }
 
 void MoeLayer::set_biases(const std::optional<TensorView>& gate,
                           const std::optional<TensorView>& up,
                           const std::optional<TensorView>& down) {
   ExpertBiases biases(shape_, gate, up, down);
-  const auto lock = engine_->lock_open();
+  const auto lease = engine_->lease();
   biases_.emplace(std::move(biases));
-}
-
-void MoeLayer::clear_lora() {
-  const auto lock = engine_->lock_open();
-  loras_.clear();
-  ++lora_version_;
-}
-
-void MoeLayer::enable_lora(bool enabled) {
-  const auto lock = engine_->lock_open();
-  if (enabled != lora_enabled_) ++lora_version_;
-  lora_enabled_ = enabled;
-}
-
-bool MoeLayer::lora_enabled() const {
-  const auto lock = engine_->lock();
-  return lora_enabled_;
 }
 
 void MoeLayer::check_forward(const TensorView& hidden_states, const TensorView& expert_ids,
@@ -219,15 +176,16 @@ void MoeLayer::forward(const TensorView& hidden_states, const TensorView& expert
                        const std::optional<TensorView>& adapter_ids) {
   check_forward(hidden_states, expert_ids, routing_weights, out);
   if (adapter_ids) check_adapter_ids(*adapter_ids, hidden_states.shape[0]);
-  const auto lock = engine_->lock_open();
+  const auto lease = engine_->lease();
   check_all_loaded();
   const int* chosen = adapter_ids ? loras_.choose(*adapter_ids).data() : nullptr;
   const ActiveLora* active = acting_lora();
   const bool weighed = active != nullptr && (chosen != nullptr || !active->plain());
-  plan_.build(expert_ids, routing_weights, shape_.num_experts, engine_->workspace_.max_job_rows());
+  workspace_->place(lease.scratch());
+  plan_.build(expert_ids, routing_weights, shape_.num_experts, workspace_->max_job_rows());
 
   const KernelTable& kernels = engine_->kernels();
-  std::atomic<int>* counters = engine_->workspace_.job_counters(2 * plan_.jobs().size());
+  std::atomic<int>* counters = lease.scratch().counters(2 * plan_.jobs().size());
   ForwardTask task{.weights = *weights_,
                    .activation = activation_,
                    .biases = biases_ ? &*biases_ : nullptr,
@@ -236,16 +194,16 @@ void MoeLayer::forward(const TensorView& hidden_states, const TensorView& expert
                    .chosen_factors = chosen,
                    .plan = plan_,
                    .kernels = kernels,
-                   .gemm = gemm_of(kernels, format_),
-                   .workspace = engine_->workspace_,
+                   .gemm = kernels.gemm(format_),
+                   .workspace = *workspace_,
                    .finished_strips = counters,
                    .shrunk_blocks = counters + plan_.jobs().size(),
                    .shrinks = shrinks_,
                    .queues = queues_,
-                   .home = engine_->home_,
+                   .home = engine_->home(),
                    .hidden_states = hidden_states,
                    .out = out};
-  run_forward(task, *engine_->pool_);
+  run_forward(task, lease.pool());
   used_ = {};
   const bool shrinks = task.lora != nullptr && (task.lora->input_shrink().blocks > 0 ||
                                                 task.lora->down_shrink().blocks > 0);
@@ -270,7 +228,7 @@ std::size_t MoeLayer::packed_bytes() const {
 }
 
 std::vector<std::uint8_t> MoeLayer::packed_codes(int expert, Projection projection) {
-  const auto lock = engine_->lock_open();
+  const auto lease = engine_->lease();
   check_loaded(expert);
   std::vector<std::uint8_t> codes;
   for (int part = 0; part < weights_->parts(); ++part) {
@@ -283,7 +241,7 @@ std::vector<std::uint8_t> MoeLayer::packed_codes(int expert, Projection projecti
 }
 
 std::vector<float> MoeLayer::packed_scales(int expert, Projection projection) {
-  const auto lock = engine_->lock_open();
+  const auto lease = engine_->lease();
   check_loaded(expert);
   std::vector<float> scales;
   for (int part = 0; part < weights_->parts(); ++part) {
@@ -297,13 +255,13 @@ std::vector<float> MoeLayer::packed_scales(int expert, Projection projection) {
 }
 
 std::shared_ptr<const ExpertWeights> MoeLayer::share_weights() {
-  const auto lock = engine_->lock_open();
+  const auto lease = engine_->lease();
   check_all_loaded();
   return weights_;
 }
 
 std::shared_ptr<const ActiveLora> MoeLayer::share_lora() {
-  const auto lock = engine_->lock_open();
+  const auto lease = engine_->lease();
   return acting_lora() != nullptr ? loras_.active() : nullptr;
 }
 

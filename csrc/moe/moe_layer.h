@@ -10,13 +10,13 @@
 #include <vector>
 
 #include "base/tensor_view.h"
+#include "engine/engine.h"
+#include "lora/expert_lora.h"
+#include "lora/lora_set.h"
 #include "moe/dispatch_plan.h"
-#include "moe/engine.h"
 #include "moe/expert_biases.h"
-#include "moe/expert_lora.h"
 #include "moe/expert_weights.h"
 #include "moe/forward.h"
-#include "moe/lora_set.h"
 
 namespace ktrt {
 
@@ -44,7 +44,6 @@ class MoeLayer {
   // `down_slices`: see ExpertWeights.
   MoeLayer(std::shared_ptr<Engine> engine, const MoeShape& shape, WeightFormat format,
            const Activation& activation = {}, int down_slices = 1);
-  ~MoeLayer();
   MoeLayer(const MoeLayer&) = delete;
   MoeLayer& operator=(const MoeLayer&) = delete;
 
@@ -86,12 +85,6 @@ class MoeLayer {
   void unload_lora(int id);
   // What forwards apply from now on: see LoraSet. Waits for a forward under way.
   void activate_loras(std::span<const int> ids, std::span<const float> weights);
-  // The only LoRA from now on, number 0 and active; or none.
-  void set_lora(const LoraPair& gate, const LoraPair& up, const LoraPair& down);
-  void clear_lora();
-  // Forwards ignore the LoRA while it is disabled; it stays in memory.
-  void enable_lora(bool enabled);
-  bool lora_enabled() const;
 
   // hidden_states, out [qlen, hidden] of one float dtype; expert_ids [qlen, k ≤ top_k] int32 or
   // int64; routing_weights [qlen, k] float. `out` must not overlap `hidden_states`. `adapter_ids`
@@ -108,26 +101,24 @@ class MoeLayer {
   std::vector<float> packed_scales(int expert, Projection projection);
 
   // The packed memory itself: whoever holds it keeps it alive, also after the engine is closed.
-  // Throws std::invalid_argument while an expert is missing. Null if no LoRA acts, or disabled.
+  // Throws std::invalid_argument while an expert is missing. Null if no LoRA acts.
   std::shared_ptr<const ExpertWeights> share_weights();
   std::shared_ptr<const ActiveLora> share_lora();
-  // The numbers and weights of what is active, disabled or not.
+  // Numbers and weights, in the order of activate_loras().
   std::vector<std::pair<int, float>> active_loras();
-  // Changes with every set_lora and clear_lora, and when the other calls change what acts.
+  // Changes whenever another LoRA, or another weight, acts.
   int lora_version() const { return lora_version_.load(std::memory_order_relaxed); }
 
  private:
-  friend class Engine;
-
-  // Called by the engine, which holds the lock.
   void release();
   void check_forward(const TensorView& hidden_states, const TensorView& expert_ids,
                      const TensorView& routing_weights, const TensorView& out) const;
   const ActiveLora* acting_lora() const;
-  void pack(int expert, Projection projection, const TensorView& source);
-  void copy_shards(int expert, Projection projection, std::span<const PackedShard> shards);
-  void copy_images(const std::vector<MappedFile>& files);
-  std::uint64_t parallel_digest(const std::byte* data, std::size_t bytes);
+  void pack(ThreadPool& pool, int expert, Projection projection, const TensorView& source);
+  void copy_shards(ThreadPool& pool, int expert, Projection projection,
+                   std::span<const PackedShard> shards);
+  void copy_images(ThreadPool& pool, const std::vector<MappedFile>& files);
+  std::uint64_t parallel_digest(ThreadPool& pool, const std::byte* data, std::size_t bytes);
   void check_expert(int expert) const;
   void check_loaded(int expert) const;
   void check_all_loaded() const;
@@ -140,12 +131,13 @@ class MoeLayer {
   std::shared_ptr<ExpertWeights> weights_;  // null once the engine is closed
   std::optional<ExpertBiases> biases_;
   LoraSet loras_;
-  bool lora_enabled_ = true;
   std::atomic<int> lora_version_{0};
+  std::optional<Workspace> workspace_;
   DispatchPlan plan_;
   ShrinkQueue shrinks_;
   std::vector<PartQueues> queues_;
   KernelsUsed used_;
+  std::optional<Engine::CloseHandler> close_handler_;  // the last member: the first to go
 };
 
 }  // namespace ktrt

@@ -44,20 +44,22 @@ void MoeLayer::load_packed_expert(int expert, std::span<const PackedShard> gate,
                                   std::span<const PackedShard> up,
                                   std::span<const PackedShard> down) {
   check_expert(expert);
-  KTRT_CHECK(format_ != WeightFormat::kBf16,
-             "the layer's format is bf16; kt_kernel's files hold quantised weights");
+  KTRT_CHECK(is_quantized(format_), "the layer's format is "
+                                        << name_of(format_)
+                                        << "; kt_kernel's files hold quantised weights");
   KTRT_CHECK(shape_.has_gate, "the experts have no gate; kt_kernel's files hold one");
-  const auto lock = engine_->lock_open();
+  const auto lease = engine_->lease();
   weights_->allocate();
   weights_->set_loaded(expert, false);
-  copy_shards(expert, Projection::kGate, gate);
-  copy_shards(expert, Projection::kUp, up);
-  copy_shards(expert, Projection::kDown, down);
+  copy_shards(lease.pool(), expert, Projection::kGate, gate);
+  copy_shards(lease.pool(), expert, Projection::kUp, up);
+  copy_shards(lease.pool(), expert, Projection::kDown, down);
   weights_->set_loaded(expert, true);
 }
 
 // Tiles keep their bytes and find new places, those of the thread's own part.
-void MoeLayer::copy_shards(int expert, Projection projection, std::span<const PackedShard> shards) {
+void MoeLayer::copy_shards(ThreadPool& pool, int expert, Projection projection,
+                           std::span<const PackedShard> shards) {
   const PackedLayout& whole = weights_->layout(projection);
   const bool by_columns = projection == Projection::kDown;
   const auto count = static_cast<int>(shards.size());
@@ -70,8 +72,8 @@ void MoeLayer::copy_shards(int expert, Projection projection, std::span<const Pa
   const PackedLayout layout(format_, by_columns ? whole.n() : whole.n() / count, whole.k());
   for (const PackedShard& shard : shards) check_shard(shard, layout);
   std::vector<std::atomic<int>> next(static_cast<std::size_t>(weights_->parts()));
-  engine_->pool_->run([&](int thread) {
-    const int part = engine_->home_[static_cast<std::size_t>(thread)];
+  pool.run([&](int thread) {
+    const int part = engine_->home()[static_cast<std::size_t>(thread)];
     std::atomic<int>& claim = next[static_cast<std::size_t>(part)];
     const int first = weights_->first_strip(projection, part);
     const int strips = weights_->first_strip(projection, part + 1) - first;
@@ -99,21 +101,22 @@ std::vector<std::size_t> MoeLayer::image_bytes() const {
 }
 
 std::uint64_t MoeLayer::write_image(int part, int fd) {
-  const auto lock = engine_->lock_open();
+  const auto lease = engine_->lease();
   KTRT_CHECK(part >= 0 && part < weights_->parts(),
              "part is " << part << ", expected 0 to " << weights_->parts() - 1);
   KTRT_CHECK(weights_->all_loaded(),
              "expert " << weights_->first_missing() << " has not been loaded");
   const std::span<std::byte> image = weights_->image(part);
   write_all(fd, image.data(), image.size());
-  return parallel_digest(image.data(), image.size());
+  return parallel_digest(lease.pool(), image.data(), image.size());
 }
 
 // The number of threads does not matter: the digests of blocks are combined in their order.
-std::uint64_t MoeLayer::parallel_digest(const std::byte* data, std::size_t bytes) {
+std::uint64_t MoeLayer::parallel_digest(ThreadPool& pool, const std::byte* data,
+                                        std::size_t bytes) {
   std::vector<std::uint64_t> digests(blocks_of(bytes));
   std::atomic<std::size_t> next{0};
-  engine_->pool_->run([&](int) {
+  pool.run([&](int) {
     for (std::size_t block = next++; block < digests.size(); block = next++) {
       digests[block] = digest(data + block * kBlockBytes, block_size(block, bytes));
     }
@@ -123,7 +126,7 @@ std::uint64_t MoeLayer::parallel_digest(const std::byte* data, std::size_t bytes
 
 ImageUse MoeLayer::use_images(std::span<const int> fds, std::span<const std::uint64_t> digests,
                               ImageUse use) {
-  const auto lock = engine_->lock_open();
+  const auto lease = engine_->lease();
   const auto parts = static_cast<std::size_t>(weights_->parts());
   KTRT_CHECK(fds.size() == parts && digests.size() == parts,
              fds.size() << " image files with " << digests.size() << " digests, expected " << parts
@@ -136,13 +139,13 @@ ImageUse MoeLayer::use_images(std::span<const int> fds, std::span<const std::uin
     const std::size_t expected = weights_->image_bytes(static_cast<int>(part));
     KTRT_CHECK(file.bytes() == expected,
                "part " << part << " has " << file.bytes() << " bytes, expected " << expected);
-    const std::uint64_t found = parallel_digest(file.data(), file.bytes());
+    const std::uint64_t found = parallel_digest(lease.pool(), file.data(), file.bytes());
     KTRT_CHECK(found == digests[part],
                "part " << part << " has the digest " << found << ", expected " << digests[part]);
     huge = huge && (use != ImageUse::kAuto || file.huge_bytes() * 2 >= file.bytes());
   }
   if (use == ImageUse::kAuto) use = huge && parts == 1 ? ImageUse::kMap : ImageUse::kCopy;
-  if (use == ImageUse::kCopy) copy_images(files);
+  if (use == ImageUse::kCopy) copy_images(lease.pool(), files);
   for (std::size_t part = 0; use == ImageUse::kMap && part < parts; ++part) {
     weights_->use_file(static_cast<int>(part), std::move(files[part]));
   }
@@ -151,11 +154,11 @@ ImageUse MoeLayer::use_images(std::span<const int> fds, std::span<const std::uin
 }
 
 // Every thread copies blocks of its own part, so that their pages lie on its NUMA node.
-void MoeLayer::copy_images(const std::vector<MappedFile>& files) {
+void MoeLayer::copy_images(ThreadPool& pool, const std::vector<MappedFile>& files) {
   weights_->allocate();
   std::vector<std::atomic<std::size_t>> next(files.size());
-  engine_->pool_->run([&](int thread) {
-    const auto part = static_cast<std::size_t>(engine_->home_[static_cast<std::size_t>(thread)]);
+  pool.run([&](int thread) {
+    const auto part = static_cast<std::size_t>(engine_->home()[static_cast<std::size_t>(thread)]);
     const std::span<std::byte> image = weights_->image(static_cast<int>(part));
     const std::size_t blocks = blocks_of(image.size());
     for (std::size_t block = next[part]++; block < blocks; block = next[part]++) {

@@ -1,13 +1,13 @@
-// Scratch memory of a forward, sized before the first one and shared by the layers of an engine.
+// A layer's view of the engine's scratch memory, sized before the first forward.
 #pragma once
 
-#include <atomic>
+#include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <vector>
 
-#include "base/aligned_buffer.h"
-#include "moe/expert_weights.h"
+#include "engine/scratch.h"
+#include "kernels/kernel_table.h"
+#include "layout/expert_shape.h"
 
 namespace ktrt {
 
@@ -19,17 +19,8 @@ inline constexpr int kMaxJobRows = 128;
 inline constexpr int kMaxTileJobRows = 320;
 // Rows of jobs with few rows whose shrunk inputs are shared by all threads in one forward.
 inline constexpr int kSharedInputRows = 1024;
-// Values after a shrunk row's ranks, which kernels in tile order read and which are finite.
-inline constexpr int kShrunkPadding = 32;
 // float32 sums of one thread's output columns in the down phase.
 inline constexpr std::size_t kOutputBlockBytes = std::size_t{4} << 20;
-
-// Bytes of a scratch row of `bytes`: a multiple of 64 that is not a multiple of 4096, or the rows
-// of a register block would share one set of the L1 cache.
-constexpr std::size_t scratch_stride(std::size_t bytes) {
-  const std::size_t aligned = round_up(bytes, kCacheLine);
-  return aligned % 4096 == 0 ? aligned + kCacheLine : aligned;
-}
 
 class Workspace {
  public:
@@ -55,33 +46,37 @@ class Workspace {
     std::uint16_t* t_input = nullptr;  // [kSharedInputRows] for gate and up
   };
 
-  Workspace(int num_threads, int max_qlen, int max_job_rows = kMaxJobRows);
+  // Reserves what a layer of this shape needs. Throws std::invalid_argument for more rows than a
+  // forward can have.
+  Workspace(Scratch& scratch, const MoeShape& shape, int num_threads, int max_qlen,
+            int max_job_rows);
 
-  // Grows the scratch memory to what a layer of this shape needs.
-  void reserve(const MoeShape& shape);
-  void release();
+  // Before a forward: other operators may have made the memory grow, and move.
+  void place(const Scratch& scratch);
 
-  int max_qlen() const { return max_qlen_; }
   int max_job_rows() const { return max_job_rows_; }
-  std::size_t bytes() const;
   const Thread& thread(int index) const { return threads_[static_cast<std::size_t>(index)]; }
   const Shared& shared() const { return shared_; }
 
-  // `count` zeroed counters.
-  std::atomic<int>* job_counters(std::size_t count);
-
  private:
-  const int max_qlen_;
+  // Bytes of rows, and of the output block.
+  struct Sizes {
+    std::size_t job_rows, plan_rows, x_row, act_row, out;
+  };
+  class Carver;
+  static Thread carve(Carver& carver, const Sizes& size);
+  static Shared carve_shared(Carver& carver, const Sizes& size);
+
   const int max_job_rows_;
-  std::size_t x_row_ = 0;    // bytes of the largest hidden row
-  std::size_t act_row_ = 0;  // bytes of the largest intermediate row
-  std::size_t plan_rows_ = 0;
+  const Sizes sizes_;
   std::vector<Thread> threads_;
   Shared shared_;
-  std::vector<AlignedBuffer> thread_memory_;
-  AlignedBuffer shared_memory_;
-  std::unique_ptr<std::atomic<int>[]> counters_;
-  std::size_t counter_capacity_ = 0;
+  std::uint64_t generation_ = 0;  // of the scratch memory that the addresses are in
 };
+
+// Rows of a job, by the kernels that multiply them.
+inline int max_job_rows(const KernelTable& kernels) {
+  return kernels.gemm(WeightFormat::kBf16).many->tile_order ? kMaxTileJobRows : kMaxJobRows;
+}
 
 }  // namespace ktrt

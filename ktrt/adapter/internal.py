@@ -85,7 +85,7 @@ def _up_reads_gates_a(lora: Mapping[Projection, ExpertLora]) -> bool:
 
 
 def engine_arguments(lora: Mapping[Projection, ExpertLora]) -> dict[str, torch.Tensor | None]:
-    """Returns the keyword arguments of ``MoeLayer.set_lora``: A, and B times the scaling.
+    """Returns the keyword arguments of ``MoeLayer.load_lora``: A, and B times the scaling.
 
     If up has the same A as gate, ``up_a`` is None: one shrink then serves both. A matrix that the
     experts share has stride 0; the engine packs a copy for each expert.

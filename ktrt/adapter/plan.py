@@ -69,7 +69,7 @@ class AdapterPlan:
     extra: Mapping[str, Sequence[Mlp]] = field(default_factory=dict)
 
     def engine_arguments(self, path: str) -> dict[str, torch.Tensor | None]:
-        """Returns the arguments of ``MoeLayer.set_lora`` for one layer; empty without LoRA."""
+        """Returns the arguments of ``MoeLayer.load_lora`` for one layer; empty without LoRA."""
         return engine_arguments(self.experts.get(path, {}))
 
     def mark_experts(self, path: str) -> None:

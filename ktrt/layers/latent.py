@@ -219,9 +219,10 @@ class _Step:
         if lora is self._lora:
             return
         if lora is None:
-            self.attention.clear_lora()
+            self.attention.activate_loras([], [])
         else:
-            self.attention.set_lora(*lora)
+            self.attention.load_lora(0, *lora)
+            self.attention.activate_loras([0], [1.0])
         self._lora = lora
 
 

@@ -372,5 +372,6 @@ class LoraForward(DenseForward):
             a = [module.lora_A[name].weight.float() for name in active]
             b = [module.lora_B[name].weight.float() * module.scaling[name] for name in active]
             lora = torch.cat(a), torch.cat(b, dim=1).contiguous()
-        linear.set_lora(*lora)
+        linear.load_lora(0, *lora)
+        linear.activate_loras([0], [1.0])
         return linear, lora, usual

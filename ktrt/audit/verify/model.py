@@ -238,10 +238,10 @@ def _run(module: KTExperts, probe: Probe, chunk: int) -> tuple[Float32, Float32]
     """Returns the engine's base and tuned outputs, computed ``chunk`` tokens at a time."""
     layer = module.layer
     results = []
-    before = layer.lora_enabled
+    active = layer.active_loras
     try:
-        for tuned in (False, True):
-            layer.lora_enabled = tuned
+        for loras in ([], active):
+            layer.activate_loras([number for number, _ in loras], [weight for _, weight in loras])
             out = torch.empty(probe.states.shape)
             states, ids, weights = map(torch.from_numpy, (probe.states, probe.ids, probe.weights))
             for start in range(0, len(out), chunk):
@@ -249,7 +249,7 @@ def _run(module: KTExperts, probe: Probe, chunk: int) -> tuple[Float32, Float32]
                 layer.forward(states[tokens], ids[tokens], weights[tokens], out[tokens])
             results.append(out.numpy())
     finally:
-        layer.lora_enabled = before
+        layer.activate_loras([number for number, _ in active], [weight for _, weight in active])
     return results[0], results[1]
 
 

@@ -1,6 +1,6 @@
 """The engine's packed memory as row-major tensors: views, permutations and copies on any device.
 
-``csrc/layout/packed_layout.h`` and ``csrc/moe/expert_lora.h`` describe the bytes.
+``csrc/layout/packed_layout.h`` and ``csrc/lora/expert_lora.h`` describe the bytes.
 """
 
 from __future__ import annotations

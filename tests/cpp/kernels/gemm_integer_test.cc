@@ -27,7 +27,7 @@ class GemmIntegerTest : public ::testing::TestWithParam<FormatVariant> {
   const GemmKernel& kernel() const { return *GetParam().variant.kernel; }
   const GemmKernel& portable() const {
     const KernelTable table = select_kernels(Isa::kPortable, CpuFeatures{});
-    return *(format() == WeightFormat::kInt8 ? table.gemm_int8 : table.gemm_int4).few;
+    return *table.gemm(format()).few;
   }
 };
 INSTANTIATE_TEST_SUITE_P(Variants, GemmIntegerTest, ::testing::ValuesIn(quantized_variants()),

@@ -123,7 +123,7 @@ TEST_P(LoraShrinkTest, TileOrderChangesNoBit) {
   if (!testing::is_amx(kernel())) return;
   for (const int rows : {2, 15, 16, 17, 31, 33, 50}) {
     const ShrinkCase shrink(rows, 160, 3);
-    const int tile_rows = gemm_bf16_amx_emulated.tile_rows(rows);
+    const int tile_rows = emulated_amx_gemm(WeightFormat::kBf16).tile_rows(rows);
     EXPECT_EQ(shrink.run(kernel(), 0, rows, tile_rows), shrink.run(kernel(), 0, rows)) << rows;
   }
 }

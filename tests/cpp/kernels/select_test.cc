@@ -19,12 +19,13 @@ std::string names(const KernelTable& table) {
     const std::string many = choice.many->name;
     return choice.few == choice.many ? many : many + "/" + choice.few->name;
   };
+  std::string gemms;
+  for (const WeightFormat format : kWeightFormats) gemms += gemm(table.gemm(format)) + " ";
   std::string shrink = table.lora_shrink->name;
   if (table.lora_shrink_tiles != nullptr) {
     shrink = std::string(table.lora_shrink_tiles->name) + "/" + shrink;
   }
-  return gemm(table.gemm_bf16) + " " + gemm(table.gemm_int8) + " " + gemm(table.gemm_int4) + " " +
-         shrink + " " + table.elementwise->name + " " + table.dense_bf16->name + " " +
+  return gemms + shrink + " " + table.elementwise->name + " " + table.dense_bf16->name + " " +
          table.attention->name;
 }
 
@@ -55,7 +56,7 @@ TEST(SelectKernels, FallsBackWhereAFeatureIsMissing) {
 }
 
 TEST(SelectKernels, TilesFromSomeNumberOfRowsOn) {
-  const GemmChoice choice = select_kernels(Isa::kAmx, kAll).gemm_bf16;
+  const GemmChoice choice = select_kernels(Isa::kAmx, kAll).gemm(WeightFormat::kBf16);
   ASSERT_GT(choice.many_from, 1);
   EXPECT_EQ(&choice.for_rows(1), choice.few);
   EXPECT_EQ(&choice.for_rows(choice.many_from - 1), choice.few);
@@ -65,12 +66,13 @@ TEST(SelectKernels, TilesFromSomeNumberOfRowsOn) {
 // A GEMM in tile order needs a shrink that reads it.
 TEST(SelectKernels, ShrinksReadWhatTheGemmsRead) {
   const KernelTable amx = select_kernels(Isa::kAmx, kAll);
-  EXPECT_EQ(&amx.shrink_for(*amx.gemm_bf16.many), amx.lora_shrink_tiles);
-  EXPECT_EQ(&amx.shrink_for(*amx.gemm_int8.many), amx.lora_shrink_tiles);
-  EXPECT_EQ(&amx.shrink_for(*amx.gemm_bf16.few), amx.lora_shrink);
+  EXPECT_EQ(&amx.shrink_for(*amx.gemm(WeightFormat::kBf16).many), amx.lora_shrink_tiles);
+  EXPECT_EQ(&amx.shrink_for(*amx.gemm(WeightFormat::kInt8).many), amx.lora_shrink_tiles);
+  EXPECT_EQ(&amx.shrink_for(*amx.gemm(WeightFormat::kBf16).few), amx.lora_shrink);
   for (const Isa level : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
     const KernelTable table = select_kernels(level, kAll);
-    EXPECT_FALSE(table.gemm_bf16.many->tile_order || table.gemm_int8.many->tile_order);
+    EXPECT_FALSE(table.gemm(WeightFormat::kBf16).many->tile_order ||
+                 table.gemm(WeightFormat::kInt8).many->tile_order);
   }
 }
 
@@ -107,9 +109,9 @@ TEST(SelectKernels, NeverAboveTheLevelOrTheFeatures) {
       std::vector<const char*> chosen = {table.elementwise->name, table.dense_bf16->name,
                                          table.attention->name};
       for (const ShrinkKernel* shrink : testing::shrinks(table)) chosen.push_back(shrink->name);
-      for (const GemmKernel* gemm : testing::bf16_gemms(table)) chosen.push_back(gemm->name);
-      for (const GemmKernel* gemm : testing::int8_gemms(table)) chosen.push_back(gemm->name);
-      for (const GemmKernel* gemm : testing::int4_gemms(table)) chosen.push_back(gemm->name);
+      for (const GemmChoice& gemm : table.gemms) {
+        chosen.insert(chosen.end(), {gemm.few->name, gemm.many->name});
+      }
       for (const char* name : chosen) {
         EXPECT_TRUE(allowed(name, level, features)) << name << " " << name_of(level) << " " << mask;
       }
@@ -119,9 +121,9 @@ TEST(SelectKernels, NeverAboveTheLevelOrTheFeatures) {
 
 // The list that the other tests go through.
 TEST(Variants, AreAllFound) {
-  EXPECT_EQ(testing::all_gemms(WeightFormat::kBf16).size(), 6u);
-  EXPECT_EQ(testing::all_gemms(WeightFormat::kInt8).size(), 6u);
-  EXPECT_EQ(testing::all_gemms(WeightFormat::kInt4).size(), 6u);
+  for (const WeightFormat format : kWeightFormats) {
+    EXPECT_EQ(testing::all_gemms(format).size(), 6u) << name_of(format);
+  }
   EXPECT_EQ(testing::all_shrinks().size(), 5u);
   EXPECT_EQ(testing::variants_of(testing::elementwises).size(), 3u);
   EXPECT_EQ(testing::variants_of(testing::dense_kernels).size(), 4u);

@@ -6,18 +6,12 @@
 #include <algorithm>
 #include <ostream>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/isa.h"
 #include "kernels/select.h"
 #include "layout/packed_layout.h"
-
-namespace ktrt {
-extern const GemmKernel gemm_bf16_amx_emulated;
-extern const GemmKernel gemm_int8_amx_emulated;
-extern const GemmKernel gemm_int4_amx_emulated;
-extern const ShrinkKernel lora_shrink_amx_emulated;
-}  // namespace ktrt
 
 namespace ktrt::testing {
 
@@ -45,15 +39,6 @@ inline bool includes(const CpuFeatures& all, const CpuFeatures& some) {
 }
 
 // The kernels of one family in a table.
-inline std::vector<const GemmKernel*> bf16_gemms(const KernelTable& table) {
-  return {table.gemm_bf16.few, table.gemm_bf16.many};
-}
-inline std::vector<const GemmKernel*> int8_gemms(const KernelTable& table) {
-  return {table.gemm_int8.few, table.gemm_int8.many};
-}
-inline std::vector<const GemmKernel*> int4_gemms(const KernelTable& table) {
-  return {table.gemm_int4.few, table.gemm_int4.many};
-}
 inline std::vector<const ShrinkKernel*> shrinks(const KernelTable& table) {
   if (table.lora_shrink_tiles == nullptr) return {table.lora_shrink};
   return {table.lora_shrink, table.lora_shrink_tiles};
@@ -71,9 +56,10 @@ inline std::vector<const DenseKernel*> dense_kernels(const KernelTable& table) {
 }
 
 // A variant runs here if a machine with a part of our features would choose it.
-template <class Kernel>
-std::vector<Variant<Kernel>> variants_of(
-    std::vector<const Kernel*> (*kernels_in)(const KernelTable&)) {
+template <class KernelsIn>
+auto variants_of(const KernelsIn& kernels_in) {
+  using Kernel = std::remove_const_t<
+      std::remove_pointer_t<typename decltype(kernels_in(KernelTable{}))::value_type>>;
   std::vector<Variant<Kernel>> variants;
   for (const Isa level : kIsaLevels) {
     for (unsigned mask = 0; mask < kFeatureMasks; ++mask) {
@@ -91,23 +77,18 @@ std::vector<Variant<Kernel>> variants_of(
 
 // All GEMMs of a format, those on emulated AMX tiles too.
 inline std::vector<Variant<GemmKernel>> all_gemms(WeightFormat format) {
-  struct Family {
-    std::vector<const GemmKernel*> (*kernels_in)(const KernelTable&);
-    const GemmKernel* emulated;
-  };
-  const Family families[] = {{bf16_gemms, &gemm_bf16_amx_emulated},
-                             {int8_gemms, &gemm_int8_amx_emulated},
-                             {int4_gemms, &gemm_int4_amx_emulated}};
-  const Family& family = families[static_cast<int>(format)];
-  auto variants = variants_of(family.kernels_in);
+  auto variants = variants_of([format](const KernelTable& table) {
+    return std::vector{table.gemm(format).few, table.gemm(format).many};
+  });
   // Around the tiles is AVX-512 code.
-  variants.push_back({family.emulated, cpu_features().avx512_bf16 && cpu_features().avx512_vnni});
+  variants.push_back(
+      {&emulated_amx_gemm(format), cpu_features().avx512_bf16 && cpu_features().avx512_vnni});
   return variants;
 }
 
 inline std::vector<Variant<ShrinkKernel>> all_shrinks() {
   auto variants = variants_of(shrinks);
-  variants.push_back({&lora_shrink_amx_emulated, cpu_features().avx512_bf16});
+  variants.push_back({&emulated_amx_shrink(), cpu_features().avx512_bf16});
   return variants;
 }
 

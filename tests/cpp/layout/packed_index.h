@@ -11,24 +11,24 @@ namespace ktrt::testing {
 
 // Sizes in elements; V values of consecutive k fill 4 bytes.
 struct FormatNumbers {
-  int NB, KB, KT, V;
+  int NB, KB, KT, V, bits;
 };
 
 constexpr FormatNumbers numbers_of(WeightFormat format) {
   switch (format) {
     case WeightFormat::kBf16:
-      return {256, 1792, 32, 2};
+      return {256, 1792, 32, 2, 16};
     case WeightFormat::kInt8:
-      return {64, 3584, 64, 4};
+      return {64, 3584, 64, 4, 8};
     case WeightFormat::kInt4:
-      return {128, 3584, 128, 4};
+      return {128, 3584, 128, 4, 4};
   }
   return {};
 }
 
 // Element index of W[n][k] of a matrix N × K that fills whole tiles; BF16 and INT8.
 inline std::size_t packed_index(WeightFormat format, int N, int K, int n, int k) {
-  const auto [NB, KB, KT, V] = numbers_of(format);
+  const auto [NB, KB, KT, V, bits] = numbers_of(format);
   const int nb = n / NB * NB;
   const int kb = k / KB * KB;
   const int nbs = std::min(NB, N - nb);
@@ -48,7 +48,7 @@ struct Nibble {
 
 // The same for INT4, whose tile keeps its first 64 columns in the low nibbles.
 inline Nibble packed_nibble(int N, int K, int n, int k) {
-  const auto [NB, KB, KT, V] = numbers_of(WeightFormat::kInt4);
+  const auto [NB, KB, KT, V, bits] = numbers_of(WeightFormat::kInt4);
   const int nb = n / NB * NB;
   const int kb = k / KB * KB;
   const int nbs = std::min(NB, N - nb);

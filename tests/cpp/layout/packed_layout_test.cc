@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -47,7 +48,7 @@ TEST_P(PackedLayoutTest, Sizes) {
   EXPECT_EQ(layout_.padded_n(), testing::padded_rows(n_));
   EXPECT_EQ(layout_.padded_k(), testing::padded_columns(format_, k_));
   EXPECT_EQ(layout_.strips(), layout_.padded_n() / 32);
-  const int bits = format_ == WeightFormat::kBf16 ? 16 : format_ == WeightFormat::kInt8 ? 8 : 4;
+  const int bits = testing::numbers_of(format_).bits;
   EXPECT_EQ(layout_.row_bytes(), layout_.padded_k() * bits / 8);
   EXPECT_EQ(layout_.code_bytes(), static_cast<std::size_t>(layout_.padded_n()) *
                                       static_cast<std::size_t>(layout_.padded_k() * bits / 8));
@@ -60,7 +61,7 @@ TEST_P(PackedLayoutTest, TilesLieWhereTheFormulaSays) {
     if (format_ == WeightFormat::kInt4) return testing::packed_nibble(N, K, n, k).byte;
     return packed_index(format_, N, K, n, k) * (format_ == WeightFormat::kBf16 ? 2 : 1);
   };
-  const int tile_k = layout_.params().tile_k;
+  const int tile_k = layout_.traits().tile_k;
   for (int strip = 0; strip < layout_.strips(); ++strip) {
     for (int k0 = 0; k0 < layout_.padded_k(); k0 += tile_k) {
       ASSERT_EQ(layout_.tile_offset(strip, k0), byte_of(strip * 32, k0)) << strip << " " << k0;
@@ -70,7 +71,7 @@ TEST_P(PackedLayoutTest, TilesLieWhereTheFormulaSays) {
 
 // How a kernel walks a strip: from its n-block, through the k-blocks, tile after tile.
 TEST_P(PackedLayoutTest, BlocksLeadToTheTiles) {
-  const FormatParams& p = layout_.params();
+  const FormatTraits& p = layout_.traits();
   for (int strip = 0; strip < layout_.strips(); ++strip) {
     ASSERT_EQ(layout_.block_rows(strip) % 32, 0);
     ASSERT_LE(layout_.block_rows(strip), p.block_rows);
@@ -79,7 +80,7 @@ TEST_P(PackedLayoutTest, BlocksLeadToTheTiles) {
       const std::size_t chunk = layout_.block_offset(strip) +
                                 static_cast<std::size_t>((kb * layout_.block_rows(strip) +
                                                           layout_.row_in_block(strip) * columns) *
-                                                         p.element_bits / 8);
+                                                         p.bits / 8);
       for (int tile = 0; tile < columns / p.tile_k; ++tile) {
         ASSERT_EQ(layout_.tile_offset(strip, kb + tile * p.tile_k),
                   chunk + static_cast<std::size_t>(tile * kTileBytes));
@@ -91,7 +92,7 @@ TEST_P(PackedLayoutTest, BlocksLeadToTheTiles) {
 TEST_P(PackedLayoutTest, TilesCoverTheBufferOnce) {
   std::vector<bool> seen(layout_.code_bytes() / kTileBytes, false);
   for (int strip = 0; strip < layout_.strips(); ++strip) {
-    for (int k0 = 0; k0 < layout_.padded_k(); k0 += layout_.params().tile_k) {
+    for (int k0 = 0; k0 < layout_.padded_k(); k0 += layout_.traits().tile_k) {
       const std::size_t offset = layout_.tile_offset(strip, k0);
       ASSERT_EQ(offset % kTileBytes, 0u);
       ASSERT_FALSE(seen.at(offset / kTileBytes));
@@ -101,10 +102,25 @@ TEST_P(PackedLayoutTest, TilesCoverTheBufferOnce) {
   EXPECT_EQ(std::count(seen.begin(), seen.end(), false), 0);
 }
 
-TEST(PackedLayout, FormatNames) {
+TEST(FormatTraits, NamesAreParsed) {
   EXPECT_STREQ(name_of(WeightFormat::kBf16), "bf16");
-  EXPECT_STREQ(name_of(WeightFormat::kInt8), "int8");
-  EXPECT_STREQ(name_of(WeightFormat::kInt4), "int4");
+  for (const WeightFormat format : kWeightFormats) {
+    EXPECT_EQ(parse_format(name_of(format)), format);
+    EXPECT_EQ(traits_of(format).format, format);
+  }
+  EXPECT_THROW(parse_format("fp8"), std::invalid_argument);
+  EXPECT_THROW(parse_format(""), std::invalid_argument);
+}
+
+// What kernels read of a strip at once, and blocks are made of.
+TEST(FormatTraits, TilesFillTheirBytes) {
+  for (const FormatTraits& traits : kFormatTraits) {
+    EXPECT_EQ(kStripRows * traits.tile_k * traits.bits, kTileBytes * 8) << traits.name;
+    EXPECT_EQ(traits.block_k % traits.tile_k, 0) << traits.name;
+    EXPECT_EQ(traits.block_rows % kStripRows, 0) << traits.name;
+    EXPECT_EQ(traits.codec->add_sums != nullptr, traits.sum_bytes() > 0) << traits.name;
+    EXPECT_EQ(is_quantized(traits.format), traits.scale_bytes() > 0) << traits.name;
+  }
 }
 
 TEST(PackedLayout, LargeMatricesDoNotOverflow) {

@@ -11,11 +11,6 @@
 
 namespace ktrt {
 
-extern const GemmKernel gemm_bf16_amx_emulated;
-extern const GemmKernel gemm_int8_amx_emulated;
-extern const GemmKernel gemm_int4_amx_emulated;
-extern const ShrinkKernel lora_shrink_amx_emulated;
-
 namespace {
 
 using testing::Batch;
@@ -30,10 +25,10 @@ constexpr int kMaxQlen = 700;
 // The tables of an AMX machine, but for the tiles; from `rows` rows of an expert on.
 KernelTable emulated_kernels(int rows) {
   KernelTable table = select_kernels(Isa::kAvx512, cpu_features());
-  table.gemm_bf16 = {table.gemm_bf16.few, &gemm_bf16_amx_emulated, rows};
-  table.gemm_int8 = {table.gemm_int8.few, &gemm_int8_amx_emulated, rows};
-  table.gemm_int4 = {table.gemm_int4.few, &gemm_int4_amx_emulated, rows};
-  table.lora_shrink_tiles = &lora_shrink_amx_emulated;
+  for (const WeightFormat format : kWeightFormats) {
+    table.gemm(format) = {table.gemm(format).few, &emulated_amx_gemm(format), rows};
+  }
+  table.lora_shrink_tiles = &emulated_amx_shrink();
   return table;
 }
 

@@ -12,9 +12,10 @@
 #include <utility>
 #include <vector>
 
+#include "engine/engine.h"
+#include "helpers/loras.h"
 #include "helpers/random.h"
 #include "helpers/views.h"
-#include "moe/engine.h"
 #include "moe/moe_layer.h"
 #include "moe/reference.h"
 
@@ -169,7 +170,8 @@ struct LayerCase {
   }
   void set_lora(MoeLayer& layer) const {
     const int e = shape.num_experts;
-    layer.set_lora(lora[0].pair(e, "gate"), lora[1].pair(e, "up"), lora[2].pair(e, "down"));
+    layer.load_lora(0, lora[0].pair(e, "gate"), lora[1].pair(e, "up"), lora[2].pair(e, "down"));
+    apply_lora(layer);
   }
   bool has_lora() const { return lora[0].rank + lora[1].rank + lora[2].rank > 0; }
 

@@ -236,7 +236,7 @@ TEST_P(MoeLayerTest, SaysWhichKernelsRan) {
   test.set_lora(*layer);
   forward(*layer, random_batch(kSmall, 2));
   const KernelsUsed used = layer->last_kernels();
-  const GemmChoice& gemm = format_ == WeightFormat::kInt8 ? table.gemm_int8 : table.gemm_bf16;
+  const GemmChoice& gemm = table.gemm(format_);
   EXPECT_TRUE(used.lora_shrink != nullptr || used.lora_shrink_few_rows != nullptr);
   if (used.gemm != nullptr) {
     EXPECT_STREQ(used.lora_shrink, table.shrink_for(*gemm.many).name);

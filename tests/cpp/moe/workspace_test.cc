@@ -9,8 +9,8 @@
 #include <utility>
 #include <vector>
 
+#include "lora/expert_lora.h"
 #include "moe/dispatch_plan.h"
-#include "moe/expert_lora.h"
 
 namespace ktrt {
 namespace {
@@ -18,10 +18,15 @@ namespace {
 using Part = std::pair<std::uintptr_t, std::size_t>;  // address, bytes
 
 // What a layer of this shape may write, and that it can be written.
-std::vector<Part> parts_of(const Workspace& workspace, int threads, const MoeShape& shape) {
+std::vector<Part> parts_of(const Workspace& workspace, const Scratch& scratch, int threads,
+                           int max_qlen, const MoeShape& shape) {
   const auto job_rows = static_cast<std::size_t>(max_scratch_rows(workspace.max_job_rows()));
   std::vector<Part> parts;
+  const std::byte* memory = nullptr;  // that the part lies in
+  std::size_t memory_bytes = 0;
   const auto add = [&](void* data, std::size_t bytes) {
+    ASSERT_GE(data, memory);
+    ASSERT_LE(static_cast<std::byte*>(data) + bytes, memory + memory_bytes);
     EXPECT_NE(data, nullptr);
     EXPECT_EQ(reinterpret_cast<std::uintptr_t>(data) % kCacheLine, 0u);
     std::memset(data, 0xff, bytes);
@@ -33,6 +38,8 @@ std::vector<Part> parts_of(const Workspace& workspace, int threads, const MoeSha
   const std::size_t rank = ExpertLora::kMaxRank;
   for (int i = 0; i < threads; ++i) {
     const Workspace::Thread& thread = workspace.thread(i);
+    memory = scratch.of_thread(static_cast<std::size_t>(i));
+    memory_bytes = scratch.thread_bytes();
     add(thread.x, job_rows * stride(shape.hidden_size, 2));
     add(thread.codes, job_rows * stride(shape.hidden_size, 1));
     add(thread.scales, job_rows * sizeof(float));
@@ -42,13 +49,14 @@ std::vector<Part> parts_of(const Workspace& workspace, int threads, const MoeSha
     add(thread.tile_x, kMaxTileRows * stride(shape.hidden_size, 2));
     add(thread.tile_codes,
         kMaxTileRows * std::max(stride(shape.hidden_size, 1), stride(shape.intermediate_size, 1)));
-    const std::size_t column = static_cast<std::size_t>(workspace.max_qlen()) * 4;
+    const std::size_t column = static_cast<std::size_t>(max_qlen) * 4;
     const auto columns = static_cast<std::size_t>(round_up(shape.hidden_size, kStripRows));
     add(thread.out, std::max(std::min(kOutputBlockBytes, column * columns), column * kStripRows));
   }
-  const std::size_t rows =
-      static_cast<std::size_t>(max_scratch_rows(workspace.max_qlen() * shape.top_k));
+  const std::size_t rows = static_cast<std::size_t>(max_scratch_rows(max_qlen * shape.top_k));
   const Workspace::Shared& shared = workspace.shared();
+  memory = scratch.shared();
+  memory_bytes = scratch.shared_bytes();
   add(shared.act, rows * stride(shape.intermediate_size, 2));
   add(shared.codes, rows * stride(shape.intermediate_size, 1));
   add(shared.scales, rows * sizeof(float));
@@ -67,42 +75,36 @@ void expect_apart(std::vector<Part> parts) {
 TEST(Workspace, PartsHoldWhatAnyLayerWritesAndDoNotOverlap) {
   const std::vector<MoeShape> shapes = {
       {4, 2, 160, 96}, {4, 4, 64, 3000}, {2, 1, 2048, 64}, {8, 6, 2048, 1408}, {1, 1, 1, 1}};
-  Workspace workspace(3, 70, 256);
-  EXPECT_EQ(workspace.max_job_rows(), 256);
-  EXPECT_EQ(workspace.max_qlen(), 70);
-  for (const MoeShape& shape : shapes) workspace.reserve(shape);
-  for (const MoeShape& shape : shapes) expect_apart(parts_of(workspace, 3, shape));
-  workspace.release();
-  EXPECT_EQ(workspace.shared().act, nullptr);
-  EXPECT_EQ(workspace.thread(0).x, nullptr);
-  workspace.reserve(shapes[0]);
-  expect_apart(parts_of(workspace, 3, shapes[0]));
+  Scratch scratch(3);
+  std::vector<Workspace> workspaces;
+  for (const MoeShape& shape : shapes) workspaces.emplace_back(scratch, shape, 3, 70, 256);
+  for (std::size_t i = 0; i < shapes.size(); ++i) {
+    EXPECT_EQ(workspaces[i].max_job_rows(), 256);
+    workspaces[i].place(scratch);
+    expect_apart(parts_of(workspaces[i], scratch, 3, 70, shapes[i]));
+  }
+}
+
+TEST(Workspace, FollowsMemoryThatMoves) {
+  Scratch scratch(1);
+  Workspace small(scratch, {1, 1, 32, 32}, 1, 4, 128);
+  small.place(scratch);
+  Workspace large(scratch, {1, 1, 4096, 4096}, 1, 400, 128);
+  small.place(scratch);
+  expect_apart(parts_of(small, scratch, 1, 4, {1, 1, 32, 32}));
 }
 
 TEST(Workspace, LongForwardsNeedAWiderOutputBlock) {
-  Workspace workspace(1, 10'000);
-  workspace.reserve({1, 1, 32, 32});
-  expect_apart(parts_of(workspace, 1, {1, 1, 32, 32}));
+  Scratch scratch(1);
+  Workspace workspace(scratch, {1, 1, 32, 32}, 1, 10'000, 128);
+  workspace.place(scratch);
+  expect_apart(parts_of(workspace, scratch, 1, 10'000, {1, 1, 32, 32}));
 }
 
-TEST(Workspace, NeedsAToken) { EXPECT_THROW(Workspace(1, 0), std::invalid_argument); }
-
-TEST(Workspace, JobCountersStartAtZero) {
-  Workspace workspace(1, 1);
-  for (const std::size_t count : {3u, 100u, 7u}) {
-    std::atomic<int>* counters = workspace.job_counters(count);
-    for (std::size_t i = 0; i < count; ++i) EXPECT_EQ(counters[i]++, 0);
-  }
-}
-
-TEST(ScratchStride, WholeLinesButNotWholePages) {
-  for (std::size_t bytes = 1; bytes < 20'000; bytes += 7) {
-    const std::size_t stride = scratch_stride(bytes);
-    ASSERT_GE(stride, bytes);
-    ASSERT_LE(stride, bytes + 2 * kCacheLine);
-    ASSERT_EQ(stride % kCacheLine, 0u);
-    ASSERT_NE(stride % 4096, 0u);
-  }
+TEST(Workspace, ForwardsHaveALimit) {
+  Scratch scratch(1);
+  EXPECT_THROW(Workspace(scratch, {64, 64, 32, 32}, 1, 1 << 21, 128), std::invalid_argument);
+  EXPECT_EQ(scratch.bytes(), 0u);
 }
 
 }  // namespace

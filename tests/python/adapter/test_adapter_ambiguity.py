@@ -240,14 +240,14 @@ def test_largest_rank_is_that_of_the_engine(base: BaseModel) -> None:
     engine = build_engine(ExpertArgs(kt_num_threads=1))
     layer = new_layer(engine, find_experts(base.model)[0], "AMXBF16")
 
-    def set_lora(rank: int) -> None:
+    def load_lora(rank: int) -> None:
         shape = (layer.num_experts, rank, layer.hidden_size)
         a, b = torch.zeros(shape), torch.zeros(layer.num_experts, layer.intermediate_size, rank)
-        layer.set_lora(gate_a=a, gate_b=b)
+        layer.load_lora(0, gate_a=a, gate_b=b)
 
-    set_lora(MAX_RANK)
+    load_lora(MAX_RANK)
     with pytest.raises(ValueError, match="rank"):
-        set_lora(MAX_RANK + 1)
+        load_lora(MAX_RANK + 1)
     engine.close()
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint.test_kt_files import write_tree
+from helpers.loras import apply_lora
 from helpers.tiny_models import (
     NUM_EXPERTS,
     LoraPlan,
@@ -209,7 +210,7 @@ class Loaded:
     def check(self, spoil: Callable[[Arguments], None]) -> LayerReport:
         arguments = dict(self.arguments)
         spoil(arguments)
-        self.experts.layer.set_lora(**arguments)
+        apply_lora(self.experts.layer, **arguments)
         return verify_layer(self.model, self.base, self.lora, self.layer)
 
 

@@ -1,4 +1,4 @@
-"""What README.md and docs/ show runs, and does what is shown.
+"""Runs the blocks of README.md and docs/, and compares what they print with what is shown.
 
 The comment above a console block says how it is compared, as docs/internals.md describes.
 """

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from helpers.loras import apply_lora, apply_no_lora
 
 from ktrt import _core
 
@@ -197,23 +198,22 @@ def test_lora_arguments(layer: _core.MoeLayer) -> None:
     layer = make_layer()
     base = run(layer)
     a, b = torch.randn(E, 4, H) / 12, torch.randn(E, INTERMEDIATE, 4)
-    layer.set_lora(gate_a=a, gate_b=b, up_b=b)
-    assert not torch.equal(run(layer), base)
-    assert layer.lora_enabled
-    layer.lora_enabled = False
+    layer.load_lora(0, gate_a=a, gate_b=b, up_b=b)
     assert torch.equal(run(layer), base)
-    layer.lora_enabled = True
+    layer.activate_loras([0], [1.0])
     assert not torch.equal(run(layer), base)
-    layer.clear_lora()
+    layer.activate_loras([], [])
     assert torch.equal(run(layer), base)
-    layer.set_lora()
+    layer.activate_loras([0], [1.0])
+    assert not torch.equal(run(layer), base)
+    layer.load_lora(0)
     assert torch.equal(run(layer), base)
     with pytest.raises(ValueError, match=r"down_b has shape .* expected \[6, 160, 4\]"):
-        layer.set_lora(down_a=torch.zeros(E, 4, INTERMEDIATE), down_b=b)
+        layer.load_lora(0, down_a=torch.zeros(E, 4, INTERMEDIATE), down_b=b)
     with pytest.raises(ValueError, match=r"gate_b is bfloat16, expected float32"):
-        layer.set_lora(gate_a=a, gate_b=b.bfloat16())
+        layer.load_lora(0, gate_a=a, gate_b=b.bfloat16())
     with pytest.raises(TypeError):
-        layer.set_lora(a, b)  # type: ignore[call-arg]
+        layer.load_lora(0, a, b)  # type: ignore[call-arg]
 
 
 def test_a_forked_process_is_told_that_the_threads_are_gone(layer: _core.MoeLayer) -> None:
@@ -319,7 +319,7 @@ def test_forward_and_load_release_the_gil() -> None:
     calls = {
         "forward": lambda: layer.forward(hidden, ids, weights, out),
         "load_expert": lambda: layer.load_expert(0, weight, weight, weight),
-        "set_lora": lambda: layer.set_lora(gate_a=lora, gate_b=lora.mT.contiguous()),
+        "load_lora": lambda: layer.load_lora(0, gate_a=lora, gate_b=lora.mT.contiguous()),
     }
     for name, call in calls.items():
         # Holding the GIL, the other thread would stand still for the whole call: share 0.
@@ -357,8 +357,8 @@ def test_a_closed_engine_refuses_everything() -> None:
     calls = [
         lambda: run(layer),
         lambda: load(layer),
-        lambda: layer.set_lora(),
-        lambda: layer.clear_lora(),
+        lambda: layer.load_lora(0),
+        lambda: layer.activate_loras([], []),
         lambda: layer.packed_codes(0, "gate"),
         lambda: layer.packed_scales(0, "gate"),
         lambda: make_layer(engine),
@@ -442,7 +442,7 @@ def test_last_kernels() -> None:
     base = layer.last_kernels()
     assert set(base) <= {"gemm", "gemm_few_rows", "elementwise"}
     assert base["elementwise"] == _core.kernels()["elementwise"]
-    layer.set_lora(gate_a=torch.zeros(E, 1, H), gate_b=torch.zeros(E, INTERMEDIATE, 1))
+    apply_lora(layer, gate_a=torch.zeros(E, 1, H), gate_b=torch.zeros(E, INTERMEDIATE, 1))
     run(layer)
     gemms = base.keys() & {"gemm", "gemm_few_rows"}
     shrinks = [name.replace("gemm", "lora_shrink") for name in gemms]
@@ -481,7 +481,7 @@ def test_packed_memory_is_what_the_copies_say() -> None:
 def test_packed_lora_and_its_version() -> None:
     engine, layer = make_packed_layer()
     assert (layer.packed_lora(), layer.lora_version) == (None, 0)
-    layer.set_lora(gate_a=torch.ones(3, 5, 96), gate_b=torch.ones(3, 40, 5))
+    apply_lora(layer, gate_a=torch.ones(3, 5, 96), gate_b=torch.ones(3, 40, 5))
     lora = layer.packed_lora()
     assert lora is not None
     assert (lora.gate.ranks, lora.gate.rows, lora.gate.first_rank) == (6, 64, 0)
@@ -489,7 +489,7 @@ def test_packed_lora_and_its_version() -> None:
     assert lora.input.a is not None
     assert lora.input.a.nbytes == 3 * 16 * 96 * 2
     assert (lora.up.b, lora.down.b, lora.intermediate.a) == (None, None, None)
-    layer.clear_lora()
+    apply_no_lora(layer)
     assert (layer.packed_lora(), layer.lora_version) == (None, 2)
     engine.close()
 

@@ -200,18 +200,17 @@ FORKS = """
     calls = {
         name: getattr(owner, name)
         for owner in (layer, linear, packed)
-        for name in ("last_kernels", "clear_lora", "packed_parts", "packed_lora")
+        for name in ("last_kernels", "packed_parts", "packed_lora")
         if hasattr(owner, name)
     } | {
         "forward": lambda: layer.forward(x, ids, weights, out),
         "packed_bytes": lambda: layer.packed_bytes,
-        "lora_enabled": lambda: layer.lora_enabled,
-        "disable": lambda: setattr(layer, "lora_enabled", False),
+        "activate_loras": lambda: layer.activate_loras([], []),
         "image_bytes": lambda: layer.image_bytes,
         "unusual_form": lambda: layer.unusual_form,
         "active_loras": lambda: layer.active_loras,
         "workspace_bytes": lambda: engine.workspace_bytes,
-        "dense forward": lambda: linear.forward(0, 0, 0, 0) or linear.clear_lora(),
+        "dense forward": lambda: linear.forward(0, 0, 0, 0) or linear.activate_loras([], []),
         "probe": lambda: _core.ReadProbe(64).seconds(engine),
         "new layer": lambda: _core.MoeLayer(engine, num_experts=1, top_k=1, hidden_size=32,
                                             intermediate_size=32, weight_format="bf16"),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from helpers.expert_layers import LayerCase, error, run_engine
+from helpers.loras import apply_lora, apply_no_lora
 
 from ktrt._core import Engine
 from ktrt.experts.gpu import arithmetic
@@ -192,13 +193,13 @@ def test_a_new_lora_is_noticed_and_the_old_one_stays() -> None:
     layer = case.build(engine, "bf16")
     source = LayerSource(layer)
     old = source.arrays["gate_b"].clone()
-    layer.set_lora(**case.make_lora((8, 8, 8)))
+    apply_lora(layer, **case.make_lora((8, 8, 8)))
     assert source.stale
     assert torch.equal(source.arrays["gate_b"], old)
     source.refresh_lora()
     assert not source.stale
     assert source.arrays["gate_b"].shape[1] == 2 * old.shape[1]
-    layer.clear_lora()
+    apply_no_lora(layer)
     source.refresh_lora()
     assert set(source.arrays) == {"codes0"}
     engine.close()

@@ -1,6 +1,6 @@
 """The hand-off to a CUDA stream as Python sees it, with a stand-in for the driver.
 
-tests/cpp/gpu has the states and errors one by one.
+tests/cpp/cuda has the states and errors one by one.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from helpers.expert_layers import LayerCase, error, run_engine
+from helpers.loras import apply_lora, apply_no_lora, enable_lora
 
 from ktrt._core import Engine
 from ktrt.errors import KtrtError
@@ -211,9 +212,9 @@ def test_a_changed_lora_is_taken(
     for case, layer, module in zip(model.cases, model.layers, model.modules, strict=True):
         version = model.gpu.version
         if lora := case.make_lora(ranks):
-            layer.set_lora(**lora)
+            apply_lora(layer, **lora)
         else:
-            layer.clear_lora()
+            apply_no_lora(layer)
         for threshold in (0, 1):
             model.gpu.threshold = threshold
             arguments = case.inputs(9)
@@ -232,7 +233,7 @@ def test_lora_off_and_on_again(engine: Engine, device: torch.device, resident: i
             results: list[torch.Tensor] = []
             for enabled in (True, False, True):
                 version = model.gpu.version
-                layer.lora_enabled = enabled
+                enable_lora(layer, enabled=enabled)
                 model.gpu.threshold = 0
                 expected = run_engine(layer, *arguments)
                 assert error(module(*to(device, *arguments)), expected) < ONE_CODE
@@ -283,7 +284,7 @@ def test_inference_mode_comes_and_goes(engine: Engine, device: torch.device) -> 
     arguments = case.inputs(9)
     for seed, inference in enumerate((True, False, True, False)):
         case.seed = seed
-        layer.set_lora(**case.make_lora((8, 8, 8)))
+        apply_lora(layer, **case.make_lora((8, 8, 8)))
         expected = run_engine(layer, *arguments)
         for threshold in (0, 1):
             model.gpu.threshold = threshold

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from helpers.expert_layers import LayerCase
+from helpers.loras import apply_lora
 
 from ktrt._core import Engine
 from ktrt.experts.gpu.source import LayerSource
@@ -153,7 +154,7 @@ def test_a_changed_lora_is_copied_again(engine: Engine, rank: int) -> None:
     stream = make_stream(sources, lane)
     consume(stream, lane, sources[0], 0)
     for layer, source in zip(layers, sources, strict=True):
-        layer.set_lora(**LayerCase(7, 2, 64, 96, ranks=(rank,) * 3, seed=9).lora)
+        apply_lora(layer, **LayerCase(7, 2, 64, 96, ranks=(rank,) * 3, seed=9).lora)
         source.refresh_lora()
     stream.reset()
     for layer_index, source in enumerate(sources):

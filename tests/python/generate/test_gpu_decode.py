@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from helpers.fake_streams import FakeCore, FakeGraphs, fake_hand_off
+from helpers.loras import apply_lora, enable_lora
 from helpers.tiny_chat import make_tokenizer
 from helpers.tiny_models import save_adapter, save_model, token_ids
 
@@ -102,7 +103,7 @@ class Shared:
         for loaded in (self.plain, self.loaded):
             for module in loaded.model.modules():
                 if isinstance(module, KTExperts):
-                    module.layer.lora_enabled = enabled
+                    enable_lora(module.layer, enabled=enabled)
 
 
 @pytest.fixture
@@ -170,7 +171,7 @@ def test_a_lora_of_the_same_shape_is_taken_by_the_same_graph(shared: Shared) -> 
             lora[f"{name}_a"] = torch.randn(experts, rank, into, generator=generator) / into**0.5
             lora[f"{name}_b"] = torch.randn(experts, out, rank, generator=generator) / rank**0.5
         for layer in layers:
-            layer.set_lora(**lora)
+            apply_lora(layer, **lora)
     shared.compare([6])
     assert shared.maker.captures == 1
 

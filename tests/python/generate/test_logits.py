@@ -222,7 +222,7 @@ def errors_without_expert_lora(case: Case) -> torch.Tensor:
     loaded = load(case, "AMXBF16")
     for module in loaded.model.modules():
         if isinstance(module, KTExperts):
-            module.layer.clear_lora()
+            module.layer.activate_loras([], [])
     found = errors(logits(loaded.model, case.ids), case.reference)
     loaded.close()
     return found

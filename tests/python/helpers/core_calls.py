@@ -297,11 +297,10 @@ class Calls:
             "use": self.pick("map", "copy"),
         }
         name, arguments = self.pick(
-            ("set_lora", lora),
             ("load_lora", lora | {"number": self.random.randrange(3)}),
             ("unload_lora", {"number": self.random.randrange(3)}),
             ("activate_loras", {"ids": [0, 1], "weights": [1.0, 0.5]}),
-            ("clear_lora", {}),
+            ("activate_loras", {"ids": [], "weights": []}),
             ("load_expert", weights),
             ("load_packed_expert", packed),
             ("set_biases", {"gate": self.array(E, INTERMEDIATE), "down": self.array(E, H)}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from helpers.loras import apply_lora
 
 from ktrt._core import Engine, MoeLayer
 
@@ -45,7 +46,7 @@ class LayerCase:
         return values
 
     def make_lora(self, ranks: Ranks) -> dict[str, torch.Tensor]:
-        """Arguments of ``set_lora``: an effect of the size of the weights' own."""
+        """Arguments of ``load_lora``: an effect of the size of the weights' own."""
         lora = {}
         for (name, out, size), rank in zip(self._sizes(), ranks, strict=True):
             if rank:
@@ -67,7 +68,7 @@ class LayerCase:
         for expert in range(self.num_experts):
             layer.load_expert(expert, *(weight[expert] for weight in self.weights.values()))
         if self.lora:
-            layer.set_lora(**self.lora)
+            apply_lora(layer, **self.lora)
         return layer
 
     def inputs(

@@ -1,4 +1,4 @@
-"""The stand-in for the CUDA driver (tests/cpp/gpu/fake_cuda.cc) from Python."""
+"""The stand-in for the CUDA driver (tests/cpp/cuda/fake_cuda.cc) from Python."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-SOURCES = sorted((Path(__file__).resolve().parents[2] / "cpp" / "gpu").glob("fake_cuda*.cc"))
+SOURCES = sorted((Path(__file__).resolve().parents[2] / "cpp" / "cuda").glob("fake_cuda*.cc"))
 
 
 def build(folder: Path) -> Path | None:

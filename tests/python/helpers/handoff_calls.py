@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from experts.test_gpu_handoff import MECHANISMS, Case
 from helpers.fake_cuda import FakeCuda
+from helpers.loras import apply_no_lora
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,7 +57,7 @@ class Sequence:
             "launch": self._launch,
             f"add_slot({shape})": lambda: handoff.add_slot(case.layers[0], dtype=dtype, **shape),  # type: ignore[arg-type]
             "read": lambda: (handoff.closed, handoff.mechanism, handoff.pinned_bytes),
-            "clear_lora": case.layers[0].clear_lora,
+            "no lora": lambda: apply_no_lora(case.layers[0]),
             "close": handoff.close if self._random.randrange(8) == 0 else gc.collect,
             "close engine": case.engine.close if self._random.randrange(12) == 0 else gc.collect,
             "fork": self._fork if self._random.randrange(4) == 0 else gc.collect,

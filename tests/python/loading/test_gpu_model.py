@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from helpers.loras import enable_lora
 from helpers.tiny_models import save_adapter, save_model, token_ids
 
 import ktrt
@@ -141,7 +142,7 @@ def test_lora_and_residents_change_between_tokens(folder: Path) -> None:
             for model in pair.models:
                 for module in model.model.modules():
                     if isinstance(module, KTExperts):
-                        module.layer.lora_enabled = not module.layer.lora_enabled
+                        enable_lora(module.layer, enabled=not module.layer.active_loras)
         if step % 5 == 4:
             gpu.gpu.select(step // 5 % 2 + 1, gpu.gpu.counts())
         pair.compare([each])

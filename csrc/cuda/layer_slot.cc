@@ -1,0 +1,68 @@
+#include "cuda/layer_slot.h"
+
+#include <cstring>
+
+#include "base/aligned_buffer.h"
+#include "base/check.h"
+#include "engine/engine.h"
+
+namespace ktrt {
+namespace {
+
+constexpr std::size_t kArrayAlignment = 256;
+
+TensorView compact(const char* name, DType dtype, std::int64_t rows, std::int64_t columns) {
+  TensorView view;
+  view.name = name;
+  view.dtype = dtype;
+  view.ndim = 2;
+  view.shape = {rows, columns};
+  view.stride = {columns, 1};
+  return view;
+}
+
+}  // namespace
+
+std::size_t bytes_of(const TensorView& view) {
+  return static_cast<std::size_t>(view.shape[0] * view.shape[1]) * size_of(view.dtype);
+}
+
+LayerSlot::LayerSlot(std::shared_ptr<MoeLayer> layer_, int tokens, int top_k, DType dtype)
+    : layer(std::move(layer_)) {
+  const int max_qlen = layer->engine().max_qlen();
+  KTRT_CHECK(tokens >= 1 && tokens <= max_qlen,
+             "tokens is " << tokens << ", expected 1 to max_qlen (" << max_qlen << ")");
+  const MoeShape& shape = layer->shape();
+  KTRT_CHECK(top_k >= 1 && top_k <= shape.top_k,
+             "top_k is " << top_k << ", expected 1 to the layer's (" << shape.top_k << ")");
+  hidden_states = compact("hidden_states", dtype, tokens, shape.hidden_size);
+  hidden_states.expect_float();
+  expert_ids = compact("expert_ids", DType::kInt64, tokens, top_k);
+  routing_weights = compact("routing_weights", DType::kFloat32, tokens, top_k);
+  out = compact("out", dtype, tokens, shape.hidden_size);
+  ids_.resize(static_cast<std::size_t>(tokens) * static_cast<std::size_t>(top_k));
+}
+
+std::size_t LayerSlot::pinned_bytes() const {
+  std::size_t sum = 0;
+  for (const TensorView* view : {&hidden_states, &expert_ids, &routing_weights, &out}) {
+    sum += round_up(bytes_of(*view), kArrayAlignment);
+  }
+  return sum;
+}
+
+void LayerSlot::place(std::byte* memory) {
+  for (TensorView* view : {&hidden_states, &expert_ids, &routing_weights, &out}) {
+    view->data = memory;
+    memory += round_up(bytes_of(*view), kArrayAlignment);
+  }
+}
+
+void LayerSlot::forward() {
+  std::memcpy(ids_.data(), expert_ids.data, bytes_of(expert_ids));
+  TensorView ids = expert_ids;
+  ids.data = ids_.data();
+  layer->forward(hidden_states, ids, routing_weights, out);
+}
+
+}  // namespace ktrt

@@ -1,0 +1,13 @@
+// Checks of the arrays that a linear layer multiplies.
+#pragma once
+
+#include <cstdint>
+
+namespace ktrt {
+
+// Rows that x, `x_count` elements, and out hold. Throws std::invalid_argument if they do not fit.
+std::int64_t check_rows(const void* x, std::int64_t x_count, const void* out,
+                        std::int64_t out_count, std::int64_t in_features,
+                        std::int64_t out_features);
+
+}  // namespace ktrt

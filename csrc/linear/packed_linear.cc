@@ -1,0 +1,374 @@
+#include "linear/packed_linear.h"
+
+#include <algorithm>
+#include <atomic>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "base/check.h"
+#include "engine/weight_args.h"
+#include "linear/linear_args.h"
+#include "lora/check_lora.h"
+
+namespace ktrt {
+
+namespace {
+
+static_assert(255 * 127 * PackedLinear::kMaxIn <= std::numeric_limits<std::int32_t>::max());
+
+// Codes of the rows that pass over a range of strips: half of a small L2 cache.
+constexpr std::int64_t kBlockBytes = 512 << 10;
+// Also whole tiles; the C of a strip of them is 40 KB.
+constexpr std::int64_t kMaxBlockRows = 320;
+// Reading a value of W takes about as long as multiplying it with so many rows.
+constexpr std::int64_t kRowsPerRead = 12;
+// Below this the caller is done before another thread has woken up: 256 KB for one row.
+constexpr std::int64_t kAloneBelow = (256 << 10) * (kRowsPerRead + 1);
+// LoRA's A of so few rows is read by several threads, a block of ranks each.
+constexpr std::int64_t kRowsToSplitRanks = kMaxTileRows;
+
+// The rows of one forward, as the kernels read them; its caller's, so that they are allocated once.
+struct RowMemory {
+  AlignedBuffer codes;
+  std::vector<float> scales;
+  std::vector<std::uint16_t> t;
+};
+
+RowMemory& row_memory() {
+  thread_local RowMemory memory;
+  return memory;
+}
+
+// Of one thread, `count` of them.
+template <class T>
+T* thread_values(std::size_t count) {
+  thread_local std::vector<T> values;
+  if (values.size() < count) values.resize(count);
+  return values.data();
+}
+
+TensorView as_expert(TensorView matrix) {
+  return {.name = matrix.name,
+          .data = matrix.data,
+          .dtype = matrix.dtype,
+          .ndim = 3,
+          .shape = {1, matrix.shape[0], matrix.shape[1]},
+          .stride = {matrix.shape[0] * matrix.stride[0], matrix.stride[0], matrix.stride[1]}};
+}
+
+}  // namespace
+
+// Consecutive rows, and where they lie in scratch memory.
+struct PackedLinear::Block {
+  std::int64_t row;
+  int rows;
+  std::int64_t scratch_row;
+  int tile_rows;  // 1: row-major
+};
+
+struct PackedLinear::Task {
+  const std::uint16_t* x;
+  std::int64_t rows;
+  std::uint16_t* out;
+  const GemmKernel* gemm;
+  std::int64_t blocks;       // of rows
+  std::int64_t block_tiles;  // a block's room in scratch memory, in tiles of kMaxTileRows
+  std::uint8_t* codes;
+  std::int64_t code_stride;  // bytes of a row
+  float* scales;
+  std::uint16_t* t;
+  std::int64_t t_stride;  // elements
+  int rank_blocks;        // of kBlockRanks; 0 without LoRA
+  int rank_parts;         // into which they are split
+  float* c;               // [threads][kMaxBlockRows][kStripRows]
+
+  Block block(std::int64_t index) const;
+};
+
+PackedLinear::PackedLinear(std::shared_ptr<Engine> engine, const TensorView& weight,
+                           const std::optional<TensorView>& bias)
+    : engine_(std::move(engine)) {
+  KTRT_CHECK(engine_ != nullptr, "engine is missing");
+  check_weight(weight);
+  KTRT_CHECK(weight.shape[1] <= kMaxIn, weight.name << " has rows of " << weight.shape[1]
+                                                    << ", expected at most " << kMaxIn
+                                                    << " for exact sums in INT8");
+  const PackedLayout layout(kFormat, static_cast<int>(weight.shape[0]),
+                            static_cast<int>(weight.shape[1]));
+  Base base;
+  base.bias = copy_floats(bias, layout.n(), layout.padded_n());
+  base.codes = AlignedBuffer(layout.code_bytes());
+  base.scales = AlignedBuffer(layout.scale_bytes());
+  base.sums = AlignedBuffer(layout.sum_bytes());
+  base.matrix = {layout, base.codes.as<std::uint8_t>(), base.scales.as<float>(),
+                 base.sums.as<std::int32_t>()};
+  pack(weight, base.matrix);
+  base_ = std::make_shared<const Base>(std::move(base));
+}
+
+void PackedLinear::pack(const TensorView& weight, const PackedMatrix& matrix) {
+  const auto lease = engine_->lease();
+  std::atomic<int> next{0};
+  std::atomic<bool> finite{true};
+  lease.pool().run([&](int) {
+    for (int strip = next++; strip < matrix.layout.strips(); strip = next++) {
+      if (!pack_strip(weight, matrix, strip)) finite.store(false, std::memory_order_relaxed);
+    }
+  });
+  KTRT_CHECK(finite.load(), weight.name << " holds NaN or infinity; the weights are damaged");
+}
+
+std::unique_ptr<PackedLinear> PackedLinear::share() const {
+  return std::unique_ptr<PackedLinear>(new PackedLinear(engine_, base_));
+}
+
+std::size_t PackedLinear::packed_bytes() const {
+  const PackedLayout& layout = base_->matrix.layout;
+  return layout.code_bytes() + layout.scale_bytes() + layout.sum_bytes();
+}
+
+// The matrix is the only expert's up projection.
+void PackedLinear::load_lora(int number, const TensorView& a, const TensorView& b) {
+  check_lora(a, b, in_features(), out_features(), kMaxRank);
+  const MoeShape shape{.num_experts = 1,
+                       .top_k = 1,
+                       .hidden_size = base_->matrix.layout.k(),
+                       .intermediate_size = base_->matrix.layout.n(),
+                       .has_gate = false};
+  auto lora = std::make_shared<const ExpertLora>(shape, LoraPair{},
+                                                 LoraPair{as_expert(a), as_expert(b)}, LoraPair{});
+  const auto lease = engine_->lease();
+  loras_.put(number, std::move(lora));
+}
+
+void PackedLinear::unload_lora(int number) {
+  const auto lease = engine_->lease();
+  loras_.remove(number);
+}
+
+void PackedLinear::activate_loras(std::span<const int> numbers, std::span<const float> weights) {
+  const auto lease = engine_->lease();
+  loras_.activate(numbers, weights);
+}
+
+// Scratch memory for all rows: a byte for every value of x, which has two.
+PackedLinear::Task PackedLinear::make_task(const std::uint16_t* x, std::int64_t rows,
+                                           std::uint16_t* out) const {
+  const std::int64_t padded_k = base_->matrix.layout.padded_k();
+  const std::int64_t most =
+      std::clamp(kBlockBytes / padded_k, std::int64_t{kMaxTileRows}, kMaxBlockRows);
+  Task task{};
+  task.x = x;
+  task.rows = rows;
+  task.out = out;
+  task.gemm = &engine_->kernels().gemm(kFormat).for_rows(
+      static_cast<int>(std::min<std::int64_t>(rows, kMaxBlockRows)));
+  task.blocks = (rows + most - 1) / most;
+  const std::int64_t block_rows = (rows + task.blocks - 1) / task.blocks;
+  task.block_tiles = (block_rows + kMaxTileRows - 1) / kMaxTileRows;
+  task.code_stride = static_cast<std::int64_t>(scratch_stride(static_cast<std::size_t>(padded_k)));
+  const auto room = static_cast<std::size_t>(task.blocks * task.block_tiles * kMaxTileRows);
+  RowMemory& memory = row_memory();
+  const std::size_t bytes = room * static_cast<std::size_t>(task.code_stride);
+  if (memory.codes.bytes() < bytes) memory.codes = AlignedBuffer(bytes);
+  if (memory.scales.size() < room) memory.scales.resize(room);
+  task.codes = memory.codes.as<std::uint8_t>();
+  task.scales = memory.scales.data();
+  if (loras_.active() == nullptr) return task;
+  task.rank_blocks = loras_.active()->input_shrink().blocks;
+  task.rank_parts = rows <= kRowsToSplitRanks ? task.rank_blocks : 1;
+  task.t_stride = loras_.active()->input_shrink().width() + kShrunkPadding;
+  memory.t.assign(room * static_cast<std::size_t>(task.t_stride), 0);
+  task.t = memory.t.data();
+  return task;
+}
+
+PackedLinear::Block PackedLinear::Task::block(std::int64_t index) const {
+  const std::int64_t row = rows * index / blocks;
+  const auto count = static_cast<int>(rows * (index + 1) / blocks - row);
+  return {row, count, index * block_tiles * kMaxTileRows, gemm->tile_rows(count)};
+}
+
+// A tile of rows is quantised, or all or some of its ranks are made.
+void PackedLinear::prepare(const Task& task, std::int64_t unit) const {
+  const std::int64_t tiles = task.blocks * task.block_tiles;
+  const Block block = task.block(unit % tiles / task.block_tiles);
+  const int step = task.gemm->tile_order ? block.tile_rows : kMaxTileRows;
+  const int first = static_cast<int>(unit % task.block_tiles) * step;
+  if (first >= block.rows) return;
+  const Block tile{block.row + first, std::min(step, block.rows - first), block.scratch_row + first,
+                   block.tile_rows};
+  if (unit < tiles) {
+    quantize(task, tile);
+  } else {
+    const auto part = static_cast<int>(unit / tiles - 1);
+    const int begin = task.rank_blocks * part / task.rank_parts;
+    shrink(task, tile, begin, task.rank_blocks * (part + 1) / task.rank_parts - begin);
+  }
+}
+
+void PackedLinear::quantize(const Task& task, const Block& tile) const {
+  const ElementwiseKernels& kernels = *engine_->kernels().elementwise;
+  const int padded_k = base_->matrix.layout.padded_k();
+  const std::int64_t in = in_features();
+  std::uint8_t* const out = task.codes + tile.scratch_row * task.code_stride;
+  std::uint8_t* rows = out;
+  if (task.gemm->tile_order) {
+    rows = thread_values<std::uint8_t>(static_cast<std::size_t>(kMaxTileRows * task.code_stride));
+  }
+  const std::uint8_t* codes[kMaxTileRows];
+  for (int r = 0; r < tile.rows; ++r) {
+    std::uint8_t* row = rows + r * task.code_stride;
+    codes[r] = row;
+    task.scales[tile.scratch_row + r] =
+        kernels.quantize_row(task.x + (tile.row + r) * in, static_cast<int>(in), padded_k,
+                             task.gemm->activation_offset, row);
+  }
+  if (task.gemm->tile_order) {
+    kernels.to_tile(codes, tile.rows, tile.tile_rows, padded_k, padded_k, out);
+  }
+}
+
+void PackedLinear::shrink(const Task& task, const Block& tile, int first_block, int blocks) const {
+  const ExpertLora::Shrink& lora = loras_.active()->input_shrink();
+  const std::int64_t in = in_features();
+  const std::int64_t first_rank = std::int64_t{first_block} * ExpertLora::kBlockRanks;
+  ShrinkArgs args{};
+  args.x = task.x + tile.row * in;
+  args.x_stride = in;
+  if (in != lora.k) {
+    auto* padded = thread_values<std::uint16_t>(static_cast<std::size_t>(kMaxTileRows) *
+                                                static_cast<std::size_t>(lora.k));
+    for (int r = 0; r < tile.rows; ++r) {
+      std::uint16_t* row = padded + std::int64_t{r} * lora.k;
+      std::copy_n(args.x + r * in, in, row);
+      std::fill(row + in, row + lora.k, std::uint16_t{0});
+    }
+    args.x = padded;
+    args.x_stride = lora.k;
+  }
+  args.tile_rows = 1;
+  args.rows = tile.rows;
+  args.a = lora.of(0) + first_rank * lora.k;
+  args.blocks = blocks;
+  args.k = lora.k;
+  args.t = task.t + tile.scratch_row * task.t_stride + first_rank;
+  args.t_stride = task.t_stride;
+  engine_->kernels().shrink_for(*task.gemm).run(args);
+}
+
+const std::uint8_t* PackedLinear::first_tile(int strip) const {
+  return base_->matrix.codes + base_->matrix.layout.tile_offset(strip, 0);
+}
+
+GemmArgs PackedLinear::gemm_args(const Task& task, const Block& block, int strip) const {
+  const PackedMatrix& matrix = base_->matrix;
+  const std::int64_t column = std::int64_t{strip} * kStripRows;
+  GemmArgs args{};
+  args.a = task.codes + block.scratch_row * task.code_stride;
+  args.a_stride = block.tile_rows * task.code_stride;
+  args.tile_rows = block.tile_rows;
+  args.a_scale = task.scales + block.scratch_row;
+  args.rows = block.rows;
+  args.w_block = matrix.codes + matrix.layout.block_offset(strip);
+  args.block_rows = matrix.layout.block_rows(strip);
+  args.row_in_block = matrix.layout.row_in_block(strip);
+  args.k = matrix.layout.padded_k();
+  args.w_scale = matrix.scales + column;
+  args.w_sum = matrix.sums + column;
+  if (task.rank_blocks == 0) return args;
+  const ExpertLora::Expand& expand = loras_.active()->expand(Projection::kUp);
+  args.lora_b = expand.of(0, strip);
+  args.t = task.t + block.scratch_row * task.t_stride;
+  args.t_stride = task.t_stride;
+  args.rank_pairs = expand.rank_pairs;
+  return args;
+}
+
+// All rows of a range of strips.
+void PackedLinear::multiply(const Task& task, const Piece& piece, int thread) const {
+  if (task.rows == 1 && task.gemm->one_row != nullptr) return multiply_one_row(task, piece);
+  float* const c = task.c + thread * kMaxBlockRows * kStripRows;
+  for (std::int64_t index = 0; index < task.blocks; ++index) {
+    const Block block = task.block(index);
+    for (int strip = piece.first_strip; strip < piece.end_strip; ++strip) {
+      GemmArgs args = gemm_args(task, block, strip);
+      args.c = c;
+      if (strip + 1 < piece.end_strip) {
+        args.next = first_tile(strip + 1);
+      } else if (index + 1 < task.blocks) {
+        args.next = first_tile(piece.first_strip);
+      }
+      task.gemm->strip(args);
+      store(task, block, strip, c);
+    }
+  }
+}
+
+// One row: several strips side by side.
+void PackedLinear::multiply_one_row(const Task& task, const Piece& piece) const {
+  const Block row = task.block(0);
+  alignas(kCacheLine) float c[kOneRowStrips * kStripRows];
+  GemmArgs args[kOneRowStrips];
+  for (int first = piece.first_strip; first < piece.end_strip; first += kOneRowStrips) {
+    const int count = std::min(kOneRowStrips, piece.end_strip - first);
+    for (int i = 0; i < count; ++i) {
+      args[i] = gemm_args(task, row, first + i);
+      args[i].c = c + i * kStripRows;
+    }
+    task.gemm->one_row(args, count);
+    for (int i = 0; i < count; ++i) store(task, row, first + i, args[i].c);
+  }
+}
+
+// c [rows][32] of one strip, the bias added, as BF16.
+void PackedLinear::store(const Task& task, const Block& block, int strip, float* c) const {
+  const ElementwiseKernels& kernels = *engine_->kernels().elementwise;
+  const std::int64_t out = out_features();
+  const std::int64_t column = std::int64_t{strip} * kStripRows;
+  if (!base_->bias.empty()) kernels.add_bias(base_->bias.as<float>() + column, block.rows, c);
+  const auto columns = static_cast<int>(std::min<std::int64_t>(kStripRows, out - column));
+  for (int r = 0; r < block.rows; ++r) {
+    kernels.f32_to_bf16(c + r * kStripRows, columns, task.out + (block.row + r) * out + column);
+  }
+}
+
+void PackedLinear::forward(const std::uint16_t* x, std::int64_t x_count, std::uint16_t* out,
+                           std::int64_t out_count) {
+  const std::int64_t in = in_features();
+  const std::int64_t rows = check_rows(x, x_count, out, out_count, in, out_features());
+  if (rows == 0) return;
+  const auto lease = engine_->lease();
+  ThreadPool& pool = lease.pool();
+  Task task = make_task(x, rows, out);
+  // 40 KB a thread: too much for a stack.
+  task.c = reinterpret_cast<float*>(lease.scratch().block(static_cast<std::size_t>(
+      pool.size() * kMaxBlockRows * kStripRows * std::int64_t{sizeof(float)})));
+  const std::int64_t units = task.blocks * task.block_tiles * (1 + task.rank_parts);
+  // In floating point: a few sizes at their limits multiply to more than 2^63.
+  const double work = static_cast<double>(out_features()) * static_cast<double>(in) *
+                      static_cast<double>(kRowsPerRead + rows);
+  const bool alone = work < kAloneBelow;
+  const int strips = base_->matrix.layout.strips();
+  schedule_columns({0, strips}, {.max_strips = strips}, alone ? 1 : pool.size(), queue_);
+  std::atomic<std::int64_t> next{0};
+  const auto prepare_rows = [&] {
+    for (std::int64_t unit = next++; unit < units; unit = next++) prepare(task, unit);
+  };
+  const auto multiply_strips = [&](int thread) {
+    while (const Piece* piece = queue_.claim()) multiply(task, *piece, thread);
+  };
+  if (alone) {
+    prepare_rows();
+    multiply_strips(0);
+    return;
+  }
+  pool.run([&](int thread) {
+    prepare_rows();
+    pool.barrier();
+    multiply_strips(thread);
+  });
+}
+
+}  // namespace ktrt

@@ -1,0 +1,86 @@
+// A linear layer outside the routed experts with an INT8 weight, on the engine's threads: what
+// DenseLinear does, in the numbers and the packed layout of the INT8 experts.
+//
+// Rows of x are quantised and shrunk for LoRA once, by whichever thread claims them; behind a
+// barrier threads claim ranges of strips of 32 outputs. A range takes the rows in blocks that fit
+// the L2 cache. Sums are exact integers, so neither threads nor blocks change a bit.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+
+#include "base/aligned_buffer.h"
+#include "base/tensor_view.h"
+#include "engine/engine.h"
+#include "engine/work_queue.h"
+#include "layout/pack.h"
+#include "lora/expert_lora.h"
+#include "lora/one_of_loras.h"
+
+namespace ktrt {
+
+class PackedLinear {
+ public:
+  static constexpr WeightFormat kFormat = WeightFormat::kInt8;
+  static constexpr int kMaxRank = ExpertLora::kMaxRank;
+  // 255 · 127 · in, the largest sum of products, is an int32.
+  static constexpr std::int64_t kMaxIn = 65536;
+
+  // weight: BF16 [out, in], contiguous, packed by the engine's threads and not needed afterwards.
+  // bias: [out] in any float dtype, copied. Throws std::invalid_argument naming the array, found
+  // and expected, for NaN and infinity in the weight too; std::runtime_error once the engine is
+  // closed.
+  PackedLinear(std::shared_ptr<Engine> engine, const TensorView& weight,
+               const std::optional<TensorView>& bias);
+
+  // Another one with the same weight and bias in the same memory, without LoRA.
+  std::unique_ptr<PackedLinear> share() const;
+
+  std::int64_t in_features() const { return base_->matrix.layout.k(); }
+  std::int64_t out_features() const { return base_->matrix.layout.n(); }
+  // What forward() reads of the weight: codes, scales and sums of codes.
+  std::size_t packed_bytes() const;
+  const char* kernel_name(int rows) const {
+    return engine_->kernels().gemm(kFormat).for_rows(rows).name;
+  }
+
+  // As DenseLinear's.
+  void load_lora(int number, const TensorView& a, const TensorView& b);
+  void unload_lora(int number);
+  void activate_loras(std::span<const int> numbers, std::span<const float> weights);
+  void forward(const std::uint16_t* x, std::int64_t x_count, std::uint16_t* out,
+               std::int64_t out_count);
+
+ private:
+  struct Base {
+    PackedMatrix matrix;
+    AlignedBuffer codes, scales, sums;
+    AlignedBuffer bias;  // float32 [padded_n]; empty without
+  };
+  struct Task;
+  struct Block;
+
+  PackedLinear(std::shared_ptr<Engine> engine, std::shared_ptr<const Base> base)
+      : engine_(std::move(engine)), base_(std::move(base)) {}
+
+  void pack(const TensorView& weight, const PackedMatrix& matrix);
+  Task make_task(const std::uint16_t* x, std::int64_t rows, std::uint16_t* out) const;
+  void prepare(const Task& task, std::int64_t unit) const;
+  void quantize(const Task& task, const Block& tile) const;
+  void shrink(const Task& task, const Block& tile, int first_block, int blocks) const;
+  void multiply(const Task& task, const Piece& piece, int thread) const;
+  void multiply_one_row(const Task& task, const Piece& piece) const;
+  void store(const Task& task, const Block& block, int strip, float* c) const;
+  GemmArgs gemm_args(const Task& task, const Block& block, int strip) const;
+  const std::uint8_t* first_tile(int strip) const;
+
+  const std::shared_ptr<Engine> engine_;
+  std::shared_ptr<const Base> base_;
+  OneOfLoras<ExpertLora> loras_;
+  PieceQueue queue_;
+};
+
+}  // namespace ktrt
