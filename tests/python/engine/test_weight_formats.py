@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 
@@ -32,7 +34,7 @@ def test_a_layer_takes_what_its_row_says(row: _core.WeightFormat) -> None:
     for rows, columns in (wide.shape, wide.shape, tall.shape):
         codes += up(rows, 32) * up(columns, row.tile_columns) * row.bits // 8
         scales += up(rows, 32) * row.scale_bytes
-    names = ("gate", "up", "down")
+    names: tuple[Literal["gate", "up", "down"], ...] = ("gate", "up", "down")
     assert sum(len(layer.packed_codes(0, name)) for name in names) == codes
     assert sum(len(layer.packed_scales(0, name)) for name in names) == scales
     assert layer.packed_bytes == codes + scales
