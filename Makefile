@@ -4,35 +4,39 @@ PYTHON ?= python3
 JOBS ?= $(shell nproc)
 # Python tests at once: most of their time is one thread's.
 WORKERS ?= 2
+# `make test PACKAGE=adapter`: the tests of tests/python/adapter and tests/cpp/adapter.
+PACKAGE ?=
 FUZZ_SECONDS ?= 300
 PYTEST = $(PYTHON) -m pytest -n $(WORKERS)
-SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # What the environment holds (cmake, ninja, ruff, mypy, clang-format) comes before the system's.
 export PATH := $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$(PATH)
 
 CPP_FILES = $(shell find csrc tests/cpp bench -name '*.h' -o -name '*.cc')
-APT_PACKAGES = build-essential libgtest-dev libbenchmark-dev
 
-.PHONY: help ci install-test-deps develop check docs format format-check lint types test test-cpp \
-        test-asan test-tsan test-python test-isa bench bench-smoke fuzz clean
+.PHONY: help ci install-test-deps develop check check-long quick docs format format-check lint types \
+        build-release build-asan build-tsan test test-cpp test-asan test-tsan test-python test-isa \
+        bench bench-smoke fuzz clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
 
-ci: install-test-deps check ## Install all that the tests need and ktrt itself, then run everything
+ci: ## Install all that the tests need and ktrt itself, then run everything (tools/test)
+	tools/test
 
-install-test-deps: ## System packages (Debian, Ubuntu) and `pip install '.[test]'`
-	@if command -v apt-get >/dev/null; then \
-	  dpkg -s $(APT_PACKAGES) >/dev/null 2>&1 || { \
-	    $(SUDO) apt-get update -q && \
-	    DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -yq --no-install-recommends $(APT_PACKAGES); }; \
-	else echo "not a Debian system; needed: C++ compiler, make, GoogleTest, Google Benchmark"; fi
-	$(PYTHON) -m pip install '.[test]'
+install-test-deps: ## System packages, a virtual environment if none is active, `pip install '.[test]'`
+	tools/setup --test
 
 develop: ## Rebuild and install ktrt alone, incrementally (needs scikit-build-core, pybind11, cmake, ninja)
 	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -C build-dir=build/python .
 
-check: format-check lint types test-cpp test-asan test-tsan test-python test-isa bench-smoke ## Run every check
+check: ## Run every check, with a table of times at the end
+	PYTHON="$(PYTHON)" tools/test --here
+
+check-long: ## What takes long and rarely fails: tests marked `long`
+	$(PYTEST) --dist worksteal -m long
+
+quick: format-check lint types ## Less than 3 minutes: what a change most likely breaks (tools/quick)
+	PYTHON="$(PYTHON)" WORKERS=$(WORKERS) tools/quick
 
 format: ## Rewrite C++ and Python sources in the project's format
 	clang-format -i $(CPP_FILES)
@@ -53,19 +57,33 @@ lint: ## ruff
 types: ## mypy --strict
 	$(PYTHON) -m mypy
 
-test: test-cpp test-python ## C++ and Python tests
+test: ## C++ and Python tests; PACKAGE=adapter: the folders of that name
+ifeq ($(PACKAGE),)
+test: test-cpp test-python
+else
+test:
+	@[ -d tests/python/$(PACKAGE) ] || [ -d tests/cpp/$(PACKAGE) ] || { \
+	  echo "no tests/python/$(PACKAGE), no tests/cpp/$(PACKAGE); there are:" $$(cd tests && ls -d */*/) >&2; exit 2; }
+	@if [ -d tests/cpp/$(PACKAGE) ]; then set -x; cmake --preset release && \
+	  cmake --build --preset release -j $(JOBS) --target ktrt_test_$(PACKAGE) && \
+	  ctest --preset release -R '^$(PACKAGE)$$'; fi
+	@if [ -d tests/python/$(PACKAGE) ]; then set -x; $(PYTEST) --dist worksteal tests/python/$(PACKAGE); fi
+endif
 
-test-cpp: ## C++ tests, as users run the code
-	cmake --preset release && cmake --build --preset release -j $(JOBS) && ctest --preset release
+build-release build-asan build-tsan: build-%:
+	cmake --preset $* && cmake --build --preset $* -j $(JOBS)
 
-test-asan: ## C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	cmake --preset asan && cmake --build --preset asan -j $(JOBS) && ctest --preset asan
+test-cpp: build-release ## C++ tests, as users run the code
+	ctest --preset release
 
-test-tsan: ## Tests of the thread pool, the layer and the hand-off under ThreadSanitizer
-	cmake --preset tsan && cmake --build --preset tsan -j $(JOBS) && ctest --preset tsan
+test-asan: build-asan ## C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	ctest --preset asan
+
+test-tsan: build-tsan ## C++ tests of everything with threads under ThreadSanitizer
+	ctest --preset tsan
 
 test-python: ## Python tests (of the checkout's Python and the installed module)
-	$(PYTEST) --dist loadfile
+	$(PYTEST) --dist loadfile -m 'not long'
 
 test-isa: ## End-to-end Python tests on each instruction set below the machine's own
 	@for isa in $$($(PYTHON) -c 'from ktrt import _core as c; \
@@ -76,12 +94,10 @@ fuzz: ## Damaged files and hostile calls with new seeds, FUZZ_SECONDS each; what
 	$(PYTHON) tests/fuzz/fuzz_files.py $(FUZZ_SECONDS)
 	$(PYTHON) tests/fuzz/fuzz_calls.py $(FUZZ_SECONDS)
 
-bench: ## All micro-benchmarks (the comparison with kt_kernel: python bench/kt_kernel/compare.py)
-	cmake --preset release && cmake --build --preset release -j $(JOBS)
+bench: build-release ## All micro-benchmarks (the comparison with kt_kernel: python bench/kt_kernel/compare.py)
 	for b in build/release/bench/bench_*; do [ ! -x $$b ] || $$b || exit 1; done
 
-bench-smoke: ## Each micro-benchmark once, briefly, so that none rots
-	cmake --preset release && cmake --build --preset release -j $(JOBS)
+bench-smoke: build-release ## Each micro-benchmark once, briefly, so that none rots
 	for b in build/release/bench/bench_*; do [ ! -x $$b ] || $$b --benchmark_min_time=0.001 || exit 1; done
 	$(PYTHON) bench/cpu_decode.py --quick --cache build/bench-cache
 	@if $(PYTHON) -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("kt_kernel") is None)'; then \

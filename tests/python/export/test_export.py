@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -446,6 +447,24 @@ def test_a_killed_process_leaves_no_folder(tmp_path: Path, how: signal.Signals) 
     assert not (tmp_path / "out").exists()
     if how == signal.SIGINT:
         assert not list(tmp_path.iterdir())
+
+
+def test_an_ignored_ctrl_c_stays_ignored(tmp_path: Path) -> None:
+    """`export … &` in a script: a shell starts it so that Ctrl-C stops the script alone."""
+    command = [sys.executable, "-c", SLOW_EXPORT, str(DEMO / "chat.yaml")]
+    command = [
+        "bash",
+        "-c",
+        f"trap '' INT; exec {shlex.join([*command, '--out', str(tmp_path)])}/out",
+    ]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, env=environ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"written\n"
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+        process.kill()
 
 
 PEAK = """
