@@ -1,4 +1,4 @@
-"""README's table of families: ``python families_table.py`` writes it, a test compares it."""
+"""Writes README's table of families (``python families_table.py``); a test compares it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ktrt.experts import ExpertsSpec, find_experts
 
 README = Path(__file__).parents[3] / "README.md"
 _END = "<!-- families: end -->"
-# Classes that transformers lists as generating text and ktrt refuses, with the reason that it gives
-# (a regular expression); tests/python/test_families.py asserts it.
+# Classes that transformers lists as generating text and ktrt refuses, with ktrt's reason (a regular
+# expression); tests/python/checkpoint/test_families.py asserts it.
 REFUSED = {
     "DiffusionGemmaForBlockDiffusion": "does not continue its input token by token",
     "Qwen3OmniMoeForConditionalGeneration": "several models in one and has no forward",
@@ -26,14 +26,14 @@ REFUSED = {
 
 
 def current_block() -> str:
-    """The block in README.md, markers included; empty if there is none."""
+    """Returns the block in README.md with its markers; empty if there is none."""
     text = README.read_text("utf-8")
     start = text.find("<!-- families: transformers")
     return text[start : text.index(_END) + len(_END)] if start >= 0 else ""
 
 
 def table_block() -> str:
-    """The block as it has to be for the installed transformers."""
+    """Returns the block for the installed transformers."""
     groups: dict[str, list[str]] = {}
     refused = []
     for family in families():
@@ -54,7 +54,7 @@ def _form(family: Family) -> str:
     try:
         with torch.device("meta"):
             model = getattr(transformers, family.class_name)(small_config(family.model_type))
-    except ModuleNotFoundError:  # a vision tower with a dependency of its own
+    except ModuleNotFoundError:  # a vision tower with an additional dependency
         text = next(f for f in families() if f.folder == family.folder and f != family)
         return _form(text)
     return _words(find_experts(model)[0])

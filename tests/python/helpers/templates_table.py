@@ -1,4 +1,4 @@
-"""README's table of templates: ``python templates_table.py`` writes it, a test compares it."""
+"""Writes README's table of templates (``python templates_table.py``); a test compares it."""
 
 import sys
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ _KINDS: dict[str, Mapping[str, TemplateSpec]] = {
 
 
 def current_block() -> str:
-    """The block in README.md, markers included; empty if there is none."""
+    """Returns the block in README.md with its markers; empty if there is none."""
     text = README.read_text("utf-8")
     start = text.find(_START)
     return text[start : text.index(_END) + len(_END)] if start >= 0 else ""
