@@ -1,5 +1,5 @@
-"""``python tests/fuzz/fuzz_calls.py [SECONDS]``: random calls of the compiled module, in processes
-that may die. Prints the last calls of one that did, and its seed."""
+"""``python tests/fuzz/fuzz_calls.py [SECONDS]``: makes random calls of the compiled module, in
+processes that may crash. Prints the last calls of a crashed one, and its seed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from helpers import fake_cuda  # noqa: E402
 
 
 def run(script: str, *arguments: object) -> bool:
-    """Whether the process ended well."""
+    """Runs a script; returns whether it succeeded."""
     command = [sys.executable, "-X", "faulthandler", str(TESTS / "helpers" / script)]
     command += [str(each) for each in arguments]
     done = subprocess.run(

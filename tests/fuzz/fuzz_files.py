@@ -1,6 +1,6 @@
 """``python tests/fuzz/fuzz_files.py [SECONDS] [KIND …]``: damages files of every kind.
 
-What is neither read nor refused with a ``KtrtError`` fails the run, and is written to
+A file that is neither read nor refused with a ``KtrtError`` fails the run. It is written to
 ``tests/fuzz/corpus/KIND``, where the tests and later runs find it.
 """
 
@@ -23,7 +23,7 @@ from helpers.file_fuzz import CORPUS, Kind, make_kinds, mutate  # noqa: E402
 
 
 def fuzz(kind: Kind, seconds: float, rng: random.Random) -> int:
-    """How many new ways to fail were found: a place in the code each."""
+    """Returns the number of new failures, each at another place in the code."""
     inputs, places, tried = kind.inputs(), set(), 0
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -1,5 +1,5 @@
-"""Ways in which an adapter folder goes wrong, drawn by Hypothesis; each says what an error about it
-may name."""
+"""Damages adapter folders, drawn by Hypothesis; each damage lists the words that its error may
+contain."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ _SWAPS = [
 
 @dataclass
 class Damage:
-    """What was done; an error must contain all words of one of ``names``."""
+    """A damage; its error must contain all words of one of ``names``."""
 
     what: str
     names: list[Sequence[str]] = field(default_factory=list)
 
 
 def names_of(key: str) -> list[Sequence[str]]:
-    """What a message about this tensor, its module or its missing partner contains: any of these
-    sets of words."""
+    """Returns sets of words, one of which a message about this tensor, its module or its missing
+    partner contains."""
     layer = re.search(r"layers\.\d+", key)
     attention = re.search(r"self_attn\.(\w+)", key)
     leaves = [attention[1]] if attention else []
@@ -111,19 +111,19 @@ def _poison(draw: Any, tensors: Tensors, key: str, damage: Damage) -> None:
     bad = draw(st.sampled_from([float("nan"), float("inf"), float("-inf")]))
     value.view(-1)[draw(st.integers(0, value.numel() - 1))] = bad
     tensors[key] = value
-    # By name alone: nothing else will do for these.
+    # These errors must contain the tensor's name.
     damage.names = [[key]]
 
 
 def _retype(draw: Any, tensors: Tensors, key: str, damage: Damage) -> None:
-    """Integers are refused; wider or equal floats are the same numbers."""
+    """Changes the dtype: integers are refused; wider or equal floats are the same numbers."""
     tensors[key] = tensors[key].to(
         draw(st.sampled_from([torch.int32, torch.bool, torch.float64, torch.bfloat16]))
     )
 
 
 def _duplicate(draw: Any, tensors: Tensors, key: str, damage: Damage) -> None:
-    """A copy under another name of the same place, equal or not."""
+    """Adds a copy under another name of the same place, equal or not."""
     value = tensors[key]
     if draw(st.booleans()):
         value = value + 1
@@ -150,7 +150,7 @@ def damage_config(draw: Any, folder: Path) -> Damage:
     """Changes one entry of adapter_config.json to another rank, another kind or plain nonsense."""
     file = folder / CONFIG
     config = json.loads(file.read_text("utf-8"))
-    # Ranks and alphas are what this is about most.
+    # Ranks and alphas matter most.
     numbers = ["r", "rank_pattern", "alpha_pattern"]
     key = draw(st.sampled_from([*sorted(_CONFIG_VALUES), *5 * numbers]))
     config[key] = draw(st.sampled_from(_CONFIG_VALUES[key]))
@@ -187,8 +187,8 @@ _CONFIG_VALUES: dict[str, list[Any]] = {
 
 
 def damage_file(draw: Any, folder: Path) -> Damage:
-    """Cuts a file short, removes it, puts a directory there, or changes one byte of its header or
-    JSON. Files that only a manifest lists cannot be missed where there is none."""
+    """Truncates a file, removes it, replaces it by a directory, or changes one byte of its header
+    or JSON. Without a manifest nobody misses KTransformers' files, so they are not removed."""
     names = sorted(path.name for path in folder.iterdir())
     file = folder / draw(st.sampled_from(names))
     kind = draw(st.sampled_from(["cut", "cut", "remove", "flip", "flip", "grow", "directory"]))
@@ -204,7 +204,7 @@ def damage_file(draw: Any, folder: Path) -> Damage:
     elif kind == "grow":
         file.write_bytes(data + bytes(draw(st.integers(1, 40))))
     else:
-        # Other numbers in the place of the true ones show only where there are hashes.
+        # Without hashes other numbers are not noticed.
         everywhere = (folder / MANIFEST).is_file() and file.name != MANIFEST
         json_end = len(data) if file.suffix == ".json" else 8 + int.from_bytes(data[:8], "little")
         position = draw(st.integers(0, (len(data) if everywhere else json_end) - 1))

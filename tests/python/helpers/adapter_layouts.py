@@ -1,7 +1,7 @@
-"""One adapter in memory, and the ways of writing it down: every layout that is known.
+"""One adapter in memory, and writers for every known layout.
 
-Written from the formats' descriptions, without ktrt's reading code. All numbers are bfloat16's, so
-that layouts that store bfloat16 and float32 hold the same adapter.
+Follows the formats' descriptions, without ktrt's reading code. All numbers are bfloat16 values, so
+layouts in bfloat16 and in float32 hold the same adapter.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Adapter:
         }  # fmt: skip
 
     def rest(self) -> Tensors:
-        """The part outside the routed experts, as PEFT names it."""
+        """Returns the tensors outside the routed experts, under PEFT's names."""
         return {
             f"{P}{module}.{part}.weight": value
             for module, pair in self.others.items()
@@ -84,8 +84,8 @@ def random_adapter(
     extra_experts: int = 0,
     seed: int = 5,
 ) -> Adapter:
-    """An adapter on every Linear of the saved ``model`` but routers and lm_head, ΔW as large as W
-    on routed experts."""
+    """Returns an adapter on every Linear of the saved ``model`` except routers and lm_head, with ΔW
+    as large as W on routed experts."""
     generator = torch.Generator().manual_seed(seed)
     scaling = alpha / (math.sqrt(rank) if use_rslora else rank)
 
@@ -132,12 +132,12 @@ def random_adapter(
 
 
 def _copy(value: torch.Tensor) -> torch.Tensor:
-    """Memory of its own, as safetensors wants it."""
+    """Copies to separate contiguous memory, for safetensors."""
     return value.clone(memory_format=torch.contiguous_format)
 
 
 def per_expert(adapter: Adapter, prefix: str = P, *, neutral: bool = False) -> Tensors:
-    """Layout a: on-disk names, or the ``neutral`` ones that KTransformers uses for any family."""
+    """Returns layout a: names on disk, or the ``neutral`` ones of KTransformers for any family."""
     tensors: Tensors = {}
     for layer, loras in adapter.experts.items():
         path = f"model.layers.{layer}.mlp.experts" if neutral else adapter.path.format(layer)
@@ -156,7 +156,7 @@ def write_a(folder: Path, adapter: Adapter) -> Path:
 
 
 def write_a_prime(folder: Path, adapter: Adapter) -> Path:
-    """With the original_moe infix, and copies of the shared experts under both names."""
+    """Writes the original_moe infix, and copies of the shared experts under both names."""
     tensors = adapter.rest()
     for key, value in [*tensors.items()]:
         if ".shared_experts." in key:
@@ -169,7 +169,7 @@ def write_a_prime(folder: Path, adapter: Adapter) -> Path:
 
 
 def write_b(folder: Path, adapter: Adapter, *, old: bool = False) -> Path:
-    """Layout b; ``old`` as PEFT before 0.19.1, which had A and B on each other's dimension."""
+    """Writes layout b; ``old``: PEFT's before 0.19.1, with A and B on each other's dimension."""
     tensors = adapter.rest()
     for layer, loras in adapter.experts.items():
         gate_up = torch.cat([loras["gate"][1], loras["up"][1]], dim=1)
@@ -194,7 +194,7 @@ def write_b_old(folder: Path, adapter: Adapter) -> Path:
 
 
 def fused(adapter: Adapter, dtype: torch.dtype = torch.bfloat16) -> Tensors:
-    """The tensors of KTransformers' fused file; what is shared has one expert."""
+    """Returns the tensors of KTransformers' fused file; a shared matrix has one expert."""
     tensors: Tensors = {}
     for layer, loras in adapter.experts.items():
         for projection, pair in loras.items():
@@ -206,7 +206,8 @@ def fused(adapter: Adapter, dtype: torch.dtype = torch.bfloat16) -> Tensors:
 
 
 def kt_config(adapter: Adapter) -> dict[str, Any]:
-    """What KTransformers' training leaves to PEFT: no routed experts, by exclude_modules."""
+    """Returns PEFT's configuration in KTransformers' training: exclude_modules excludes the routed
+    experts."""
     path = adapter.path.replace("{}", r"\d+").replace(".", r"\.")
     leaves = "|".join(adapter.leaves.values())
     # KTransformers scales experts by alpha / r; only then is it the same adapter.
@@ -221,7 +222,7 @@ def write_c(folder: Path, adapter: Adapter) -> Path:
 
 
 def write_manifest(folder: Path, adapter: Adapter, **changes: Any) -> Path:
-    """kt_adapter_manifest.json for the files as they lie there."""
+    """Writes kt_adapter_manifest.json for the current files."""
     artifacts: dict[str, dict[str, Any]] = {}
     for name in ("adapter_config.json", "adapter_model.safetensors", FUSED):
         data = (folder / name).read_bytes()
@@ -243,7 +244,7 @@ def write_manifest(folder: Path, adapter: Adapter, **changes: Any) -> Path:
 
 
 def write_c_bare(folder: Path, adapter: Adapter) -> Path:
-    """No manifest, float32; what is shared has no dimension for experts."""
+    """Writes no manifest, and float32; a shared matrix has no dimension for experts."""
     write_adapter(folder, adapter.rest(), kt_config(adapter))
     tensors = fused(adapter, torch.float32)
     bare = {key: value[0] if len(value) == 1 else value for key, value in tensors.items()}
@@ -252,7 +253,7 @@ def write_c_bare(folder: Path, adapter: Adapter) -> Path:
 
 
 def write_d(folder: Path, adapter: Adapter) -> Path:
-    """With .orig_module after every module's name, KTransformers' way of 2025."""
+    """Appends .orig_module to every module's name, like KTransformers in 2025."""
     tensors = adapter.rest() | per_expert(adapter)
     infixed = {}
     for key, value in tensors.items():
@@ -263,7 +264,7 @@ def write_d(folder: Path, adapter: Adapter) -> Path:
 
 
 def write_f(folder: Path, adapter: Adapter) -> Path:
-    """As kt_kernel's converter for sglang: no base_model.model., neutral names."""
+    """Writes like kt_kernel's converter for sglang: no base_model.model., neutral names."""
     tensors = {key.removeprefix(P): value for key, value in adapter.rest().items()}
     tensors |= per_expert(adapter, prefix="", neutral=True)
     names = [f"{projection}_proj" for projection in PROJECTIONS]
@@ -273,7 +274,7 @@ def write_f(folder: Path, adapter: Adapter) -> Path:
 
 
 def write_bin(folder: Path, adapter: Adapter) -> Path:
-    """Layout a in a pickle."""
+    """Writes layout a in a pickle."""
     write_a(folder, adapter)
     file = folder / "adapter_model.safetensors"
     torch.save(load_file(file), folder / "adapter_model.bin")
@@ -282,7 +283,8 @@ def write_bin(folder: Path, adapter: Adapter) -> Path:
 
 
 def stacked(adapter: Adapter) -> Tensors:
-    """Names without the expert's number, [E, …] or [1, …]: Megatron-Bridge, Tinker, SGLang."""
+    """Returns names without the expert's number, [E, …] or [1, …]: Megatron-Bridge, Tinker,
+    SGLang."""
     tensors: Tensors = {}
     for layer, loras in adapter.experts.items():
         for projection, pair in loras.items():
@@ -300,7 +302,7 @@ def write_stacked(folder: Path, adapter: Adapter) -> Path:
 
 
 def write_gate_up(folder: Path, adapter: Adapter) -> Path:
-    """Megatron-Bridge for models whose experts are parameters: gate and up in one B."""
+    """Writes like Megatron-Bridge if experts are parameters: gate and up in one B."""
     tensors = adapter.rest()
     for layer, loras in adapter.experts.items():
         gate_up = torch.cat([loras["gate"][1], loras["up"][1]], dim=1)
@@ -318,7 +320,7 @@ def write_gate_up(folder: Path, adapter: Adapter) -> Path:
 
 
 def write_mixed(folder: Path, adapter: Adapter) -> Path:
-    """Shared matrices once and two-dimensional, the others by expert."""
+    """Writes shared matrices once and two-dimensional, the others by expert."""
     tensors = adapter.rest()
     for key, value in per_expert(adapter).items():
         layer = int(re.findall(r"layers\.(\d+)\.", key)[0])
@@ -341,7 +343,7 @@ WRITERS: dict[str, Callable[[Path, Adapter], Path]] = {
 def add_extra_experts(
     folder: Path, adapter: Adapter, *, names: str = "le_{}", own_file: bool = False
 ) -> Path:
-    """Layout e beside what the folder holds: le_gate or gate_proj, in adapter_model or alone."""
+    """Adds layout e to a folder: le_gate or gate_proj, in adapter_model or a separate file."""
     tensors = {
         f"{P}model.layers.{layer}.mlp.lora_experts.{i}.{names.format(projection)}.weight": matrix
         for layer, mlps in adapter.extra.items()
@@ -357,7 +359,7 @@ def add_extra_experts(
 
 
 def read_b(tensors: Tensors, config: dict[str, Any], like: Adapter) -> Adapter:
-    """An adapter that PEFT wrote in layout b, both parameters targeted."""
+    """Reads PEFT's own layout b, with both parameters targeted."""
     rank, count = config["r"], like.num_experts
     experts: dict[int, dict[Projection, Pair]] = {}
     others: dict[str, Pair] = {}

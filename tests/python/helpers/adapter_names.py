@@ -1,4 +1,4 @@
-"""Adapters as other trainers name and pack them, from the same numbers as ``adapter_layouts``."""
+"""Writes adapters with other trainers' names and packing, from ``adapter_layouts``' numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 INDEX = "adapter_model.safetensors.index.json"
-# What PEFT writes beside its version, and Unsloth in its place.
+# auto_mapping of PEFT, and of Unsloth.
 PLAIN: dict[str, Any] = {"auto_mapping": None}
 UNSLOTH: dict[str, Any] = {
     "auto_mapping": {
@@ -28,7 +28,7 @@ UNSLOTH: dict[str, Any] = {
 
 
 def change(folder: Path, rename: Callable[[str], str], **config: Any) -> Path:
-    """Other keys, and other entries of the configuration, for what ``folder`` holds."""
+    """Changes the keys and entries of the configuration of the adapter in ``folder``."""
     tensors, old = read_folder(folder)
     renamed = {rename(key): value for key, value in tensors.items()}
     assert len(renamed) == len(tensors)
@@ -36,7 +36,7 @@ def change(folder: Path, rename: Callable[[str], str], **config: Any) -> Path:
 
 
 def write_grouped(folder: Path, adapter: Adapter, **config: Any) -> Path:
-    """Unsloth before 2026-09: B's columns e·r + j, as ``weight_B.view(out, E, r)`` reads them."""
+    """Writes Unsloth's packing before 2026-09: B's columns e·r + j, ``B.view(out, E, r)``."""
     write_b(folder, adapter)
     tensors, old = read_folder(folder)
     for key, b in tensors.items():
@@ -47,7 +47,7 @@ def write_grouped(folder: Path, adapter: Adapter, **config: Any) -> Path:
 
 
 def write_automodel(folder: Path, adapter: Adapter) -> Path:
-    """NVIDIA NeMo Automodel's own names: y += scale · (x A) B, gate and up in one."""
+    """Writes NVIDIA NeMo Automodel's names: y += scale · (x A) B, gate and up in one."""
     tensors = adapter.rest()
     for layer, loras in adapter.experts.items():
         path = f"{P}model.layers.{layer}.mlp.experts"
@@ -60,7 +60,7 @@ def write_automodel(folder: Path, adapter: Adapter) -> Path:
 
 
 def write_tinker(folder: Path, adapter: Adapter) -> Path:
-    """Tinker's raw files: w1, w3, w2 for any family, [E or 1, …], ``attn``; all-linear."""
+    """Writes Tinker's raw files: w1, w3, w2 for any family, [E or 1, …], ``attn``; all-linear."""
     tensors = {key.replace("self_attn", "attn"): value for key, value in adapter.rest().items()}
     for layer, loras in adapter.experts.items():
         for word, projection in (("w1", "gate"), ("w3", "up"), ("w2", "down")):
@@ -73,7 +73,7 @@ def write_tinker(folder: Path, adapter: Adapter) -> Path:
 
 
 def write_listed(folder: Path, adapter: Adapter) -> Path:
-    """Unsloth's gpt-oss in 4 bits: lists of Linears, gate and up in one."""
+    """Writes Unsloth's gpt-oss in 4 bits: lists of Linears, gate and up in one."""
     tensors = adapter.rest()
     for layer, loras in adapter.experts.items():
         (a, gate), (_, up) = loras["gate"], loras["up"]
@@ -91,14 +91,14 @@ def write_shards(folder: Path, adapter: Adapter, *, index: bool = True) -> Path:
     write_a(folder, adapter)
     tensors, config = read_folder(folder)
     (folder / "adapter_model.safetensors").unlink()
-    parts: list[Tensors] = [{}, {}, {}]
+    shards: list[Tensors] = [{}, {}, {}]
     for number, (key, value) in enumerate(tensors.items()):
-        parts[number % 3][key] = value
+        shards[number % 3][key] = value
     where: dict[str, str] = {}
-    for number, part in enumerate(parts, 1):
+    for number, shard in enumerate(shards, 1):
         name = f"adapter_model-{number:05d}-of-00003.safetensors"
-        save_file(part, folder / name)
-        where |= dict.fromkeys(part, name)
+        save_file(shard, folder / name)
+        where |= dict.fromkeys(shard, name)
     if index:
         content = {"metadata": {}, "weight_map": where}
         (folder / INDEX).write_text(json.dumps(content), encoding="utf-8")
@@ -112,7 +112,7 @@ def _inside(key: str, words: Mapping[str, str]) -> str:
     return key
 
 
-# What training's wrappers and PEFT itself put into names.
+# Name changes by training wrappers and PEFT.
 RENAMES: dict[str, Callable[[str], str]] = {
     "DDP": lambda key: f"module.{key}",
     "DDP inside": lambda key: key.replace(P, f"{P}module."),

@@ -1,4 +1,4 @@
-"""Chats in processes of their own, piped or in a pseudo-terminal."""
+"""Chats in separate processes, piped or in a pseudo-terminal."""
 
 import os
 import re
@@ -12,19 +12,19 @@ import pexpect
 from helpers import fake_chat
 
 ROOT = Path(__file__).resolve().parents[3]
-# What the keyboard sends.
+# Key sequences.
 UP, ALT_ENTER, TAB = "\x1b[A", "\x1b\r", "\t"
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """For a chat process; buffered output, whatever this process has."""
+    """Returns the environment of a chat process, with buffered output."""
     inherited = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
     return inherited | {"PYTHONPATH": path} | changes
 
 
 def paste(text: str) -> str:
-    """What a terminal sends for pasted text."""
+    """Returns a terminal's byte sequence for pasted text."""
     return f"\x1b[200~{text}\x1b[201~"
 
 
@@ -40,7 +40,7 @@ class ChatProcess:
         then: str | None = None,
         term: str = "xterm",
     ) -> None:
-        """``then``: what a shell does in the same terminal afterwards."""
+        """``then``: a shell command to run in the same terminal afterwards."""
         start = [fake_chat.__file__] if fake else ["-m", "ktrt.chat"]
         command = [sys.executable, *start, *arguments]
         if then is not None:
@@ -74,13 +74,13 @@ class ChatProcess:
         self.keys(text + "\r")
 
     def sees(self, text: str) -> str:
-        """Waits for ``text``; returns what came before it, without colours and movements."""
+        """Waits for ``text``; returns the output before it, without escape sequences."""
         self.child.expect_exact(text)
         return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.child.before)
 
     def prompt(self) -> str:
-        """Waits for the next prompt, likewise."""
-        # Keys draw `User: ` again, but only a new prompt asks the terminal to mark what is pasted.
+        """Waits for the next prompt; returns the output before it."""
+        # Keys redraw `User: `, but only a new prompt enables bracketed paste.
         self.child.expect(r"\x1b\[\?2004h[^\n]*?User: ")
         return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.child.before)
 
@@ -95,7 +95,7 @@ class ChatProcess:
         return int(self.child.exitstatus)
 
     def hangs_up(self) -> int:
-        """Takes the terminal away; returns the exit code."""
+        """Closes the terminal; returns the exit code."""
         os.close(self.child.child_fd)
         self.child.ptyproc.closed = self.child.ptyproc.terminated = True
         self.child.closed = self.child.terminated = True
@@ -105,5 +105,5 @@ class ChatProcess:
 
     @property
     def modes(self) -> list[Any]:
-        """The terminal's, as stty shows them."""
+        """The terminal's modes, like stty's."""
         return termios.tcgetattr(self.child.child_fd)

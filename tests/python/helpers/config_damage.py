@@ -1,4 +1,4 @@
-"""Seeded damage to JSON objects: one value changed, dropped or moved."""
+"""Random damage (seeded) to JSON objects: one value changed, dropped or moved."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import random
 
-# What a value is replaced by; None: the key is dropped.
+# Replacements of a value.
 _VALUES: list[tuple[str, Any]] = [
     ("null", None), ("a negative number", -3), ("zero", 0), ("a huge number", 10**9),
     ("a number beyond 64 bits", 10**20), ("a fraction", 0.37), ("text", "four"), ("no text", ""),
@@ -19,7 +19,7 @@ _VALUES: list[tuple[str, Any]] = [
 
 
 def damaged(config: dict[str, Any], rng: random.Random) -> tuple[str, dict[str, Any]]:
-    """What was done, and the damaged copy."""
+    """Returns a description of the damage, and the damaged copy."""
     result = copy.deepcopy(config)
     path, parent, key = rng.choice(list(_places(result)))
     value = parent[key]
@@ -36,11 +36,11 @@ def damaged(config: dict[str, Any], rng: random.Random) -> tuple[str, dict[str, 
 
 
 def _places(value: Any, path: str = "") -> Any:
-    """Every key and index, with its container."""
+    """Yields every key and index, with its container."""
     items = value.items() if isinstance(value, dict) else enumerate(value)
     for key, inner in items:
         where = f"{path}.{key}" if path else str(key)
         yield where, value, key
         if isinstance(inner, (dict, list)):
-            # One entry of a long list stands for all.
+            # The first entries of a long list represent all.
             yield from list(_places(inner, where))[: 2 if isinstance(inner, list) else None]

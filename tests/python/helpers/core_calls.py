@@ -1,11 +1,11 @@
 """Random calls of the compiled module, most of them wrong in one argument.
 
-``python core_calls.py SEED CALLS`` runs a sequence in this process and prints every call before it
-is made, so the last line of a process that died names the culprit. What a call may do is return, or
-raise an exception of a kind that ``EXPECTED`` lists.
+``python core_calls.py SEED CALLS`` runs a sequence in this process. It prints every call before
+making it, so the last line of a crashed process names the culprit. A call may return, or raise an
+exception of a kind in ``EXPECTED``.
 
-Addresses are those of arrays that stay alive, or none that a process can have: that memory is where
-the caller says cannot be checked.
+Addresses belong to arrays that stay alive, or are impossible in a process: the module cannot check
+whether the memory of a valid-looking address exists.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ INTEGERS = (
     (1 << 63) - 1, 1 << 63, (1 << 64) - 1, 1 << 64, -(1 << 63), -(1 << 70),
 )  # fmt: skip
 FLOATS = (0.0, -0.0, 1.0, -1.0, 1e-30, 1e30, 1e308, float("nan"), float("inf"), -float("inf"))
-# Of counts and addresses: what no array can have, or what is too small.
+# Counts and addresses that no array can have, or that are too small.
 COUNTS = (0, -1, 1, 3, 1 << 62, (1 << 63) - 1, -(1 << 63), 1 << 64, None, "1", 1.5)
 ADDRESSES = (0, (1 << 64) - 1, (1 << 64) - 64, 1 << 63, -1, 1 << 64, None, "0", 1.5)
 
@@ -47,7 +47,7 @@ Call = Callable[[], object]
 
 
 class StrangeArray:
-    """Something that is no array but says so in one of several ways."""
+    """An object that is no array, and fails as one in several ways."""
 
     def __init__(self, kind: int) -> None:
         self._kind = kind
@@ -69,7 +69,7 @@ class Calls:
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
-        self.kept: list[torch.Tensor] = []  # whose addresses were given away
+        self.kept: list[torch.Tensor] = []  # arrays whose addresses are in use
         self.file = tempfile.TemporaryFile()  # noqa: SIM115
         self.engines = [self.engine()]
         self.objects: list[Any] = [self.layer(), self.dense(), self.packed(), *self.engines]
@@ -87,7 +87,7 @@ class Calls:
         return torch.randint(-1, high, shape, generator=self.generator)
 
     def strange(self) -> Any:
-        """An argument for a place where something else belongs."""
+        """Returns a wrong argument for any parameter."""
         kind = self.random.randrange(9)
         if kind == 0:
             return None
@@ -114,7 +114,7 @@ class Calls:
         return self.pick(cls, cls.__new__(cls))
 
     def spoil(self, arguments: dict[str, Any], **special: tuple[Any, ...]) -> dict[str, Any]:
-        """At most two arguments replaced; ``special`` lists what some may be replaced by."""
+        """Replaces at most two arguments; ``special``: name → possible replacements."""
         for name in self.random.sample(
             sorted(arguments), min(self.random.randrange(3), len(arguments))
         ):
@@ -189,7 +189,7 @@ class Calls:
     # Calls
 
     def make(self) -> tuple[str, Call]:
-        """A constructor with one or two arguments spoiled."""
+        """Calls a constructor with up to two wrong arguments."""
         sizes = {
             "num_experts": E, "top_k": K, "hidden_size": H, "intermediate_size": INTERMEDIATE,
             "weight_format": "int8", "has_gate": True, "activation": "silu", "alpha": 1.0,
@@ -228,7 +228,7 @@ class Calls:
         return f"{cls.__name__}({_shown(arguments)})", call
 
     def method(self) -> tuple[str, Call]:
-        """Any member of any object, with what belongs elsewhere."""
+        """Calls any member of any object, with wrong arguments."""
         owner = self.pick(*self.objects, self.attention(), self.latent(), self.norm())
         cls: Any = type(owner)
         name = self.pick(*[n for n in dir(cls) if not n.startswith("__")] or ["__class__"])
@@ -246,7 +246,7 @@ class Calls:
         return f"{cls.__name__}.{name}{_shown(arguments)}", lambda: member(owner, *arguments)
 
     def protocol(self) -> tuple[str, Call]:
-        """What Python does with any object."""
+        """Applies Python's protocols to an object: pickle, copy, hash, …"""
         owner = self.pick(*self.objects)
         chosen: tuple[str, Call] = self.pick(
             ("pickle", lambda: pickle.dumps(owner, self.random.randrange(6))),
@@ -276,7 +276,7 @@ class Calls:
         return f"MoeLayer.forward({_shown(spoiled)})", lambda: layer.forward(**spoiled)
 
     def change(self) -> tuple[str, Call]:
-        """Weights, LoRA and images of a layer."""
+        """Changes weights, LoRA and images of a layer."""
         layer, rank = self._only(_core.MoeLayer), self.pick(1, 3, 16)
         lora = {
             "gate_a": self.array(E, rank, H), "gate_b": self.array(E, INTERMEDIATE, rank),
@@ -315,7 +315,7 @@ class Calls:
         return f"MoeLayer.{name}({_shown(spoiled)})", lambda: getattr(layer, name)(**spoiled)
 
     def linear(self) -> tuple[str, Call]:
-        """A dense layer between addresses."""
+        """Runs a dense layer on addresses."""
         layer, rows = self._only(self.pick(_core.DenseLinear, _core.PackedLinear)), self.pick(1, 5)
         x, x_count = self.addressed(self.array(rows, H, dtype=torch.bfloat16))
         out, out_count = self.addressed(torch.empty(rows, INTERMEDIATE, dtype=torch.bfloat16))
@@ -382,14 +382,14 @@ class Calls:
         return chosen
 
     def renew(self) -> None:
-        """New objects now and then: the old ones' engines may be closed."""
+        """Makes new objects: the engines of the old ones may be closed."""
         self.engines = [self.engine(), self.engine()]
         self.objects = [self.layer(), self.layer(), self.dense(), self.packed(), *self.engines]
         self.kept.clear()
         gc.collect()
 
 
-# Their members take addresses or streams; calls of their own kind know which.
+# Classes whose members take addresses or streams; only specific calls know valid ones.
 SAFE_ONLY = (_core.HeadArray, _core.GpuHandoff, torch.Tensor, StrangeArray)
 
 
@@ -399,7 +399,7 @@ def _shown(arguments: Any) -> str:
 
 
 def right_answer() -> bool:
-    """Whether a new layer still computes what torch computes."""
+    """Returns whether a new layer still agrees with torch."""
     calls = Calls(0)
     layer = _core.MoeLayer(
         _core.Engine(num_threads=2), num_experts=1, top_k=1, hidden_size=H,

@@ -14,7 +14,7 @@ Ranks = tuple[int, int, int]  # gate, up, down; 0: none
 
 @dataclass
 class LayerCase:
-    """One layer: float32 weights [E, out, in] that are bfloat16 values, LoRA with the scaling in B.
+    """One layer: weights [E, out, in], bfloat16 values in float32; LoRA with the scaling in B.
 
     ``share_a``: up uses gate's A.
     """
@@ -46,7 +46,7 @@ class LayerCase:
         return values
 
     def make_lora(self, ranks: Ranks) -> dict[str, torch.Tensor]:
-        """Arguments of ``load_lora``: an effect of the size of the weights' own."""
+        """Returns arguments of ``load_lora``; ΔW is as large as the weights."""
         lora = {}
         for (name, out, size), rank in zip(self._sizes(), ranks, strict=True):
             if rank:
@@ -74,7 +74,7 @@ class LayerCase:
     def inputs(
         self, tokens: int, dtype: torch.dtype = torch.float32, *, outside: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """States, ids (with repetitions; ``outside``: some that are no expert's), weights."""
+        """Returns states, ids (with repetitions; ``outside``: some are no expert's), weights."""
         generator = torch.Generator().manual_seed(tokens)
         states = torch.randn(tokens, self.hidden, generator=generator).to(dtype)
         low, high = (-1, self.num_experts + 1) if outside else (0, self.num_experts)
@@ -84,7 +84,7 @@ class LayerCase:
     def reference(
         self, states: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """Float32 with the LoRA merged into the weights, slot by slot."""
+        """Computes in float32, slot by slot, with the LoRA merged into the weights."""
         lora = dict(self.lora)
         if self.share_a:
             lora["up_a"] = lora["gate_a"]
@@ -106,13 +106,13 @@ class LayerCase:
 def run_engine(
     layer: MoeLayer, states: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """The engine's result for the same arguments."""
+    """Returns the engine's result for the same arguments."""
     out = torch.empty_like(states)
     layer.forward(states, ids, weights, out)
     return out
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative, in the Euclidean norm."""
+    """Returns the relative error in the Euclidean norm."""
     expected = expected.float().cpu()
     return float((found.float().cpu() - expected).norm() / expected.norm())

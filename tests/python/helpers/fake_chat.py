@@ -1,10 +1,10 @@
-"""``python fake_chat.py [chat arguments]``: ktrt.chat over a session that echoes, without torch.
+"""``python fake_chat.py [chat arguments]``: runs ktrt.chat on an echoing session, without torch.
 
-Besides echoing, it understands: ``slow`` streams for ever, ``prefill`` reads its prompt for ever,
-``stuck`` does not come back by itself, ``fail`` fails in the middle of an answer, ``bug`` fails as
-only a defect does, ``silence`` says nothing, ``history`` tells the messages it was given,
-``settings`` tells the sampling arguments. With ``seed=13`` it does not load, with ``seed=14`` it
-loads until there is a file ``loaded`` in the model's folder.
+Special messages: ``slow`` streams for ever, ``prefill`` reads its prompt for ever, ``stuck`` never
+returns, ``fail`` fails in the middle of an answer, ``bug`` fails like a defect, ``silence`` answers
+nothing, ``history`` prints the messages, ``settings`` prints the sampling arguments. With
+``seed=13`` loading fails; with ``seed=14`` it lasts until the model's folder holds a file
+``loaded``.
 """
 
 import sys
@@ -22,7 +22,7 @@ from ktrt.errors import AdapterError, ConfigError, KtrtError
 
 @dataclass(frozen=True)
 class FakeResponse:
-    """What ktrt.session.Response has."""
+    """Stand-in for ktrt.session.Response."""
 
     text: str
     token: int
@@ -40,7 +40,7 @@ class FakeResponse:
 
 
 class FakeAdapters:
-    """What ktrt.adapter.residents.Adapters does, without weights."""
+    """Stand-in for ktrt.adapter.residents.Adapters, without weights."""
 
     def __init__(self, *names: str) -> None:
         self.names = names
@@ -65,7 +65,7 @@ class FakeAdapters:
 
 
 class EchoSession:
-    """Stands in for ktrt.session.Session."""
+    """Stand-in for ktrt.session.Session."""
 
     def __init__(self, *adapters: str, context_limit: int = 10_000) -> None:
         self.closed = 0
@@ -88,7 +88,7 @@ class EchoSession:
         self.template.thinking = thinking
 
     def count_tokens(self, messages: Sequence[Mapping[str, str]]) -> int:
-        """A token per character."""
+        """Counts one token per character."""
         return sum(len(message["content"]) for message in messages)
 
     def fit(
@@ -110,7 +110,7 @@ class EchoSession:
         on_prefill: Callable[[int, int], None] | None = None,
         **sampling: Any,
     ) -> Iterator[FakeResponse]:
-        """The last message, twice, piece by piece."""
+        """Streams the last message twice."""
         args = override_sampling(self.sampling, sampling)
         pieces = self._pieces(messages, on_prefill or (lambda _done, _total: None), args)
         logprob = -0.5 if args.logprobs else None
@@ -157,7 +157,7 @@ def _without_end(text: str, on_prefill: Callable[[int, int], None]) -> Iterator[
 
 
 def open_session(config: Config) -> Any:
-    """The stand-in for ktrt.api.open_session."""
+    """Stand-in for ktrt.api.open_session."""
     if config.sampling.seed == 13:
         raise KtrtError("no such luck")
     if config.sampling.seed == 14:

@@ -1,4 +1,4 @@
-"""The stand-in for the CUDA driver (tests/cpp/cuda/fake_cuda.cc) from Python."""
+"""Python interface of the stand-in for the CUDA driver (tests/cpp/cuda/fake_cuda.cc)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class FakeCuda:
         self._library.fake_cuda_make_current(1)
 
     def reset(self) -> int:
-        """As new; how many streams had been left waiting."""
+        """Resets the stand-in; returns the number of streams that were still waiting."""
         return int(self._library.fake_cuda_reset())
 
     def set(self, name: str, value: int) -> None:
@@ -66,7 +66,7 @@ class FakeCuda:
         return self._call("cuStreamQuery", ctypes.c_void_p(stream)) == 0
 
     def upload(self, tensor: torch.Tensor) -> int:
-        """Device address of a copy."""
+        """Copies to the device; returns the address."""
         nbytes = ctypes.c_size_t(tensor.numel() * tensor.element_size())
         address = self._new("cuMemAlloc_v2", nbytes)
         source = ctypes.c_void_p(tensor.contiguous().data_ptr())

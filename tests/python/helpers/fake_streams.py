@@ -1,7 +1,7 @@
 """CPU stand-ins for torch.cuda's streams and graphs, and for the compiled hand-off.
 
-The main stream runs at once, as CPU tensors do. A side stream holds what it is given until somebody
-waits for it; a result that was not waited for reads as NaN. A graph replays the Python callable.
+The main stream runs at once, like CPU tensors. A side stream holds its work until somebody waits
+for it; a result that nobody waited for reads as NaN. A graph replays the Python callable.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class FakeStream:
 
 
 class FakeTorchCuda:
-    """torch.cuda's functions that the hand-off uses."""
+    """Stand-in for the functions of torch.cuda that the hand-off uses."""
 
     def __init__(self) -> None:
         self.streams: list[FakeStream] = []
@@ -71,15 +71,15 @@ class FakeTorchCuda:
 
 
 def array(pointer: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """The tensor at an address."""
+    """Returns the tensor at an address."""
     count = torch.Size(shape).numel()
     data = (ctypes.c_byte * (count * dtype.itemsize)).from_address(pointer)
     return torch.frombuffer(data, dtype=dtype, count=count).view(shape)
 
 
 class FakeCore:
-    """ktrt._core.GpuHandoff on CPU memory: it checks the order of the calls and computes at once,
-    but shows a result only when the side stream gets to it."""
+    """Stand-in for ktrt._core.GpuHandoff on CPU memory: checks the order of calls and computes at
+    once, but shows a result only when the side stream reaches it."""
 
     def __init__(self, cuda: FakeTorchCuda) -> None:
         self.cuda = cuda
@@ -145,7 +145,7 @@ class FakeCore:
 
 
 class FakeGraphs:
-    """Replaying is calling again: the memory is the same, so the same inputs give the same."""
+    """Replays by calling again: the memory is the same, so equal inputs give equal results."""
 
     what = "CUDA graph"
     failure_level = logging.WARNING
@@ -181,21 +181,22 @@ class FakeGraphs:
 
 
 def dense_graphs(model: Any, maker: GraphMaker | None = None) -> Callable[[StaticKv], DecodeGraphs]:
-    """What a KvCache takes to decode a model without experts by graphs, fake ones by default."""
+    """Returns a KvCache's argument for decoding a model without experts by graphs (default: fake
+    ones)."""
     made: GraphMaker = maker or FakeGraphs()
     return lambda cache: DecodeGraphs(model, cache, NoHandOff(), made)
 
 
 def fake_hand_off(max_qlen: int) -> tuple[HandOff, FakeCore]:
-    """A hand-off for CPU tensors."""
+    """Returns a hand-off for CPU tensors, and its core."""
     cuda = FakeTorchCuda()
     core = FakeCore(cuda)
     return HandOff(cast("GpuHandoff", core), torch.device("cpu"), max_qlen, cuda), core
 
 
 class DriverCore:
-    """The real ktrt._core.GpuHandoff over the stand-in driver, for CPU tensors: device arrays of
-    the driver's lie between them and it."""
+    """The real ktrt._core.GpuHandoff on the stand-in driver, for CPU tensors, which are copied to
+    and from the driver's device arrays."""
 
     def __init__(self, engine: Engine, driver: FakeCuda, cuda: FakeTorchCuda) -> None:
         self.driver, self.cuda, self.stream = driver, cuda, driver.stream()

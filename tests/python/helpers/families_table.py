@@ -19,8 +19,8 @@ from ktrt.experts import ExpertsSpec, find_experts
 DOCUMENT = DOCS / "models.md"
 _START = "<!-- families: transformers"
 _END = "<!-- families: end -->"
-# Classes that transformers lists as generating text and ktrt refuses, with the reason that it gives
-# (a regular expression); tests/python/test_families.py asserts it.
+# Classes that transformers lists as generating text and ktrt refuses, with ktrt's reason (a regular
+# expression); tests/python/checkpoint/test_families.py asserts it.
 REFUSED = {
     "DiffusionGemmaForBlockDiffusion": "does not continue its input token by token",
     "Qwen3OmniMoeForConditionalGeneration": "several models in one and has no forward",
@@ -33,7 +33,7 @@ def current_block() -> str:
 
 
 def table_block() -> str:
-    """The block as it has to be for the installed transformers."""
+    """Returns the block for the installed transformers."""
     groups: dict[str, list[str]] = {}
     refused = []
     for family in families():
@@ -54,7 +54,7 @@ def _form(family: Family) -> str:
     try:
         with torch.device("meta"):
             model = getattr(transformers, family.class_name)(small_config(family.model_type))
-    except ModuleNotFoundError:  # a vision tower with a dependency of its own
+    except ModuleNotFoundError:  # a vision tower with an additional dependency
         text = next(f for f in families() if f.folder == family.folder and f != family)
         return _form(text)
     return _words(find_experts(model)[0])

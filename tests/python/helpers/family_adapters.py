@@ -1,4 +1,4 @@
-"""Adapters with LoRA on routed experts alone, for any family, in the layouts that PEFT writes."""
+"""Writes adapters with LoRA on routed experts only, for any family, in PEFT's layouts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from helpers.rounded_experts import Lora, Projection
 
 RANK = 4
-# What one expert's matrices are called on disk.
+# Names of one expert's matrices on disk.
 _PROJECTIONS: dict[str, Projection] = {
     "gate_proj": "gate", "up_proj": "up", "down_proj": "down",
     "w1": "gate", "w3": "up", "w2": "down", "fc1": "gate", "fc3": "up", "fc2": "down",
@@ -24,7 +24,7 @@ _SINGLE = re.compile(r"(?P<module>.*experts\.(?P<expert>\d+)\.(?P<leaf>\w+))\.we
 
 
 def single_expert_modules(folder: Path) -> dict[str, tuple[int, int, Projection]]:
-    """Module names on disk of single routed experts → (layer, expert, projection)."""
+    """Returns module name on disk → (layer, expert, projection) of single routed experts."""
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
@@ -39,12 +39,12 @@ def single_expert_modules(folder: Path) -> dict[str, tuple[int, int, Projection]
 
 
 def layer_of(path: str) -> int:
-    """The layer of an experts module."""
+    """Returns the layer of an experts module."""
     return int(re.findall(r"\.(\d+)\.", path)[-1])
 
 
 def write_per_expert(folder: Path, model: Path, loras: dict[str, Lora]) -> Path:
-    """Layout a: each expert's projections by the names on disk."""
+    """Writes layout a: each expert's projections by their names on disk."""
     by_layer = {layer_of(path): lora for path, lora in loras.items()}
     tensors: dict[str, torch.Tensor] = {}
     modules = single_expert_modules(model)
@@ -58,7 +58,7 @@ def write_per_expert(folder: Path, model: Path, loras: dict[str, Lora]) -> Path:
 
 
 def write_stacked(folder: Path, experts: dict[str, Any], loras: dict[str, Lora]) -> Path:
-    """Layout b: ``target_parameters``; gate and up share A. B's columns are rank-major."""
+    """Writes layout b, ``target_parameters``: gate and up share A, B's columns are rank-major."""
     tensors: dict[str, torch.Tensor] = {}
     targets = []
     for path, lora in loras.items():
@@ -86,7 +86,7 @@ def _first(module: Any, lora: Lora) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _config(**targets: Any) -> dict[str, Any]:
-    # alpha / r is 1: the arrays are ΔW as they are.
+    # alpha / r is 1, so ΔW = B · A.
     return {
         "peft_type": "LORA", "peft_version": "0.21.0", "task_type": "CAUSAL_LM", "r": RANK,
         "lora_alpha": RANK, "target_modules": [], **targets,

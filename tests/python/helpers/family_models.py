@@ -1,8 +1,8 @@
-"""Tiny random models of every MoE model type of the installed transformers, found by scanning it.
+"""Makes tiny random models of every MoE model type of the installed transformers, found by scanning
+it.
 
-A family is a modelling file whose experts go through ``use_experts_implementation``. Its config
-class is made small by rules on the names of its numbers; ``FIXUPS`` holds what the rules cannot
-know.
+A family is a modelling file whose experts go through ``use_experts_implementation``. Rules on the
+names of numbers shrink its config class; ``FIXUPS`` holds the exceptions.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ FIRST_SPECIAL = 100
 NUM_EXPERTS = 8
 MODELS = Path(transformers.__file__).parent / "models"
 _DECORATED = re.compile(r"^@use_experts_implementation", re.MULTILINE)
-# Where classes that generate text are registered, in the order in which ktrt asks.
+# Registries of classes that generate text, in ktrt's order.
 _AUTO_CLASSES = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
 
 
 @dataclass(frozen=True)
 class Family:
-    """One model class that generates text: ``folder`` holds its code, ``model_type`` is that of its
-    config."""
+    """One model class that generates text: ``folder`` holds its code, ``model_type`` is its
+    config's."""
 
     folder: str
     model_type: str
@@ -43,7 +43,7 @@ class Family:
 
 
 def moe_folders() -> list[str]:
-    """The modelling folders whose experts go through the interface."""
+    """Returns the modelling folders whose experts go through the interface."""
     return sorted(
         file.parent.name
         for file in MODELS.glob("*/modeling_*.py")
@@ -52,7 +52,7 @@ def moe_folders() -> list[str]:
 
 
 def families() -> list[Family]:
-    """Every class of these folders that generates text, by folder."""
+    """Returns every class of these folders that generates text, by folder."""
     classes = {
         name: folder
         for folder in moe_folders()
@@ -70,7 +70,7 @@ def families() -> list[Family]:
     return sorted(found.values(), key=str)
 
 
-# Numbers by name, wherever they are in a config. Sizes fill neither strips of 32 nor tiles of 64.
+# Numbers by name, anywhere in a config. Sizes fill neither strips of 32 nor tiles of 64.
 _SIZES: dict[str, Any] = {
     "hidden_size": 112, "intermediate_size": 72, "moe_intermediate_size": 56,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24,
@@ -100,7 +100,7 @@ _SIZES: dict[str, Any] = {
     "projector_hidden_size": 16, "merged_hidden_size": 64, "text_hidden_size": 112,
     "position_embedding_size": 16,
 }  # fmt: skip
-# Bounds of activations that the numbers of a tiny model reach.
+# Bounds of activations, small enough for a tiny model's numbers to reach.
 _BOUNDS = {"swiglu_limit": 1.0, "mlp_gate_softcap": 1.5, "mlp_up_softcap": 2.0}
 _AT_MOST = {"first_k_dense_replace": 1, "num_dense_layers": 1, "num_nextn_predict_layers": 0}
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -157,17 +157,17 @@ FIXUPS: dict[str, dict[str, Any]] = {
 
 
 def small_config(model_type: str, **sizes: Any) -> PreTrainedConfig:
-    """A config of the type with tiny sizes, two layers, of which the last has routed experts;
-    ``sizes`` override its numbers."""
+    """Returns a config of the type with tiny sizes and two layers, the last one with routed
+    experts; ``sizes`` override its numbers."""
     config_class = CONFIG_MAPPING[model_type]
     ids = iter(range(FIRST_SPECIAL, VOCAB_SIZE))
     changes = _smaller(config_class(), ids)
     for key, value in FIXUPS.get(model_type, {}).items():
         *path, name = key.split(".")
-        part = changes
-        for step in path:
-            part = part.setdefault(step, {})
-        part[name] = value
+        inner = changes
+        for word in path:
+            inner = inner.setdefault(word, {})
+        inner[name] = value
     return config_class(**{**changes, **sizes})
 
 
@@ -197,7 +197,7 @@ def _smaller(config: PreTrainedConfig, ids: Any) -> dict[str, Any]:
 
 
 def _same_size(config: PreTrainedConfig, key: str, value: int) -> str:
-    """Sizes that are one and the same in the family stay so."""
+    """Returns the key whose size to use: sizes that are equal in the family stay equal."""
     twins = {
         "num_key_value_heads": ("num_attention_heads",),
         "head_dim": ("qk_rope_head_dim", "qk_head_dim"),
@@ -206,10 +206,10 @@ def _same_size(config: PreTrainedConfig, key: str, value: int) -> str:
 
 
 def random_model(family: Family, seed: int = 0, changes: dict[str, Any] | None = None) -> Any:
-    """The family's class in float32 with random weights that bfloat16 holds exactly.
+    """Returns the family's class in float32 with random weights that bfloat16 holds exactly.
 
-    The library initialises it; matrices are then made to keep the size of what they are given, so
-    that experts and routing matter, and everything that starts as a constant gets noise.
+    The library initialises it. Then matrices get entries that preserve the size of their inputs, so
+    that experts and routing matter, and constants get noise.
     """
     torch.manual_seed(seed)
     model_class = getattr(transformers, family.class_name)
@@ -250,5 +250,5 @@ def _saved_buffers(model: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def folders_without_class() -> list[str]:
-    """The modelling folders none of whose classes generates text."""
+    """Returns the modelling folders without a class that generates text."""
     return sorted(set(moe_folders()) - {family.folder for family in families()})

@@ -1,8 +1,8 @@
-"""Damaged files for everything that reads other people's: each loads, or is a ``KtrtError``.
+"""Damages foreign files of all kinds: each one loads, or raises a ``KtrtError``.
 
-A *kind* of file lies in a folder that is otherwise whole. Inputs are the whole file, what
-``tests/fuzz/corpus/KIND`` holds, and mutations of both: bits and bytes, and for JSON values and
-keys. Of weight files only the header is kept and mutated; zeros stand for the rest.
+A *kind* is one file in an otherwise undamaged folder. Inputs are the undamaged file, the files of
+``tests/fuzz/corpus/KIND``, and mutations of both: bits and bytes, and for JSON values and keys. Of
+weight files only the header is kept and mutated; zeros replace the rest.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BYTES = (b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"{", b"[" * 5000, b'"', b"\n", b"
 
 @dataclass
 class Kind:
-    """``read`` takes the path of the file; ``whole`` is what an undamaged one holds."""
+    """``read`` takes the path of the file; ``whole`` is the undamaged content."""
 
     name: str
     path: Path
@@ -53,7 +53,7 @@ class Kind:
         return [self.whole, *kept]
 
     def run(self, data: bytes) -> str | None:
-        """What a file of these bytes is refused with; None if it is read."""
+        """Reads a file of these bytes; returns the error's message, None without an error."""
         whole = self.path.read_bytes() if self.path.exists() else None
         self.path.unlink(missing_ok=True)
         self.path.write_bytes(data)
@@ -77,7 +77,7 @@ def header_of(file: Path) -> bytes:
 
 
 def make_kinds(folder: Path) -> list[Kind]:
-    """All kinds, in ``folder``, which has to be empty."""
+    """Makes all kinds in ``folder``, which must be empty."""
     base = save_model(folder / "base", "deepseek_v2", 96)
     adapter = save_adapter(folder / "adapter", base, "a")
     whole = base_of_adapters(open_base(ModelArgs(base)))
@@ -133,7 +133,7 @@ def _manifest() -> dict[str, Any]:
 
 
 def mutate(kind: Kind, data: bytes, rng: random.Random) -> bytes:
-    """A damaged copy."""
+    """Returns a damaged copy."""
     start = 8 if kind.is_header else 0
     if (kind.is_json and rng.random() < 0.7) and (changed := _mutate_json(data[start:], rng)):
         if kind.is_header and rng.random() < 0.9:
@@ -177,7 +177,7 @@ def _mutate_json(data: bytes, rng: random.Random) -> bytes | None:
 
 
 def _places(content: Any) -> list[tuple[Any, Any]]:
-    """Every value as its owner and key, those near the root as often as the many below."""
+    """Returns every value as (owner, key); few near the root count as often as many below."""
     found: list[tuple[Any, Any]] = []
     level = [content]
     while level and len(found) < 5000:

@@ -1,8 +1,7 @@
 """Random sequences of hand-off calls on the stand-in for the CUDA driver.
 
-``python handoff_calls.py LIBRARY SEED SEQUENCES`` prints every call before it is made. Whatever the
-order, each returns or raises, no stream is left waiting, and the next hand-off computes what it
-should.
+``python handoff_calls.py LIBRARY SEED SEQUENCES`` prints every call before making it. In any order,
+each call returns or raises, no stream stays waiting, and the next hand-off computes correctly.
 """
 
 from __future__ import annotations
@@ -87,7 +86,7 @@ class Sequence:
                     call()
             os._exit(0)
         if os.waitpid(child, 0)[1] != 0:
-            raise SystemExit("the child of a fork did not end well")
+            raise SystemExit("the child of a fork failed")
 
     def run(self) -> None:
         for _ in range(self._random.randrange(3, 12)):
@@ -110,7 +109,7 @@ def main(library: Path, seed: int, count: int) -> int:
         del sequence
         gc.collect()
         if cuda.reset() != 0:
-            raise SystemExit("a stream was left waiting")
+            raise SystemExit("a stream is still waiting")
         if index % 16 == 0:
             case = Case(cuda)
             case.enqueue()

@@ -1,4 +1,4 @@
-"""kt_kernel's own writer, reader and converter of adapters, in a process of their own.
+"""Runs kt_kernel's own writer, reader and converter of adapters in a separate process.
 
 Started as a program, this file is that process: kt_kernel has threads and scratch memory that tests
 should not inherit.
@@ -23,16 +23,18 @@ _NAMES = [f"{projection}_lora_{letter}" for projection in ("gate", "up", "down")
 
 
 def why_unavailable() -> str | None:
-    """The reason why kt_kernel cannot be asked here; None if it can."""
+    """Returns the reason why kt_kernel cannot run here; None if it can."""
     if importlib.util.find_spec("kt_kernel") is None:
         return "kt_kernel is not installed (it has wheels for Python 3.11 and 3.12)"
     return None
 
 
 def run_kt(task: str, folder: Path, rank: int, alpha: float, out: Path | None = None) -> None:
-    """``task``: "save" rewrites fused_expert_lora.safetensors of ``folder`` (and extra experts from
-    ``EXTRA_INPUT``, layers.L.i.{gate,up,down}) with a manifest; "load" checks and loads the folder;
-    "convert" makes an adapter for sglang in ``out``. AssertionError with its message if it fails.
+    """Runs a ``task``: "save" rewrites fused_expert_lora.safetensors of ``folder`` (and extra
+    experts from ``EXTRA_INPUT``, layers.L.i.{gate,up,down}) with a manifest; "load" checks and
+    loads the folder; "convert" writes an adapter for sglang to ``out``.
+
+    Raises ``AssertionError`` with kt_kernel's message if it fails.
     """
     command = [sys.executable, __file__, task, str(folder), str(rank), str(alpha), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
@@ -40,7 +42,7 @@ def run_kt(task: str, folder: Path, rank: int, alpha: float, out: Path | None = 
 
 
 def _wrappers(folder: Path, rank: int, alpha: float) -> list[Any]:
-    """What kt_kernel keeps of each MoE layer in training, as far as its writer looks at it."""
+    """Returns stand-ins for kt_kernel's training layers, with the fields that its writer uses."""
     tensors = load_file(folder / "fused_expert_lora.safetensors")
     layers = sorted({int(key.split(".")[1]) for key in tensors})
     extra = _extra_experts(folder)

@@ -1,9 +1,9 @@
-"""Runs kt_kernel 0.7.2 as a referee: what it makes of the same weights and tokens.
+"""Runs kt_kernel 0.7.2 as a referee on the same weights and tokens.
 
-kt_kernel gives no access to its packed buffers. With ``save`` it writes those of INT8 and INT4 to
-``.kt`` files; BF16 has no files, so the buffers are looked up in the memory of the process that
-packed them. Every run is a process of its own: kt_kernel leaks weights, shares scratch memory
-between its objects and ends the process on errors. Started as a program, this file is that process.
+kt_kernel gives no access to its packed buffers. With ``save`` it writes INT8's and INT4's to
+``.kt`` files. BF16 has no files, so the buffers are looked up in the memory of the packing process.
+Every run is a separate process: kt_kernel leaks weights, shares scratch memory between its objects
+and ends the process on errors. Started as a program, this file is that process.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _PROJECTIONS = ("gate", "up", "down")
 
 
 def why_unavailable() -> str | None:
-    """The reason why kt_kernel cannot be asked here; None if it can."""
+    """Returns the reason why kt_kernel cannot run here; None if it can."""
     if importlib.util.find_spec("kt_kernel") is None:
         return "kt_kernel is not installed (it has wheels for Python 3.11 and 3.12)"
     if _variant() is None:
@@ -49,13 +49,13 @@ def _variant() -> str | None:
 
 
 def referee(folder: Path, weight_format: Format, arrays: Arrays, parts: int = 1) -> Arrays:
-    """What kt_kernel makes of ``arrays``, in a new process, as if for ``parts`` NUMA nodes.
+    """Runs kt_kernel on ``arrays`` in a new process, as if for ``parts`` NUMA nodes.
 
     ``arrays``: gate, up [E, I, H] and down [E, H, I] as bfloat16 bit patterns (uint16); hidden
-    [qlen, H] the same; ids [qlen, k] int64; weights [qlen, k] float32. Returned: ``out`` [qlen, H]
-    bfloat16 bits and, per projection p and expert e, ``p_e`` the packed bytes (for BF16 one row per
-    candidate found in memory) and for INT8 and INT4 ``p_e_scale`` float32; with several parts only
-    ``out``. The ``.kt`` files of INT8 and INT4 stay in ``folder``.
+    [qlen, H] likewise; ids [qlen, k] int64; weights [qlen, k] float32. Returns ``out`` [qlen, H]
+    in bfloat16 bits; with one part also, per projection p and expert e, the packed bytes ``p_e``
+    (for BF16 one row per candidate found in memory) and for INT8 and INT4 the float32
+    ``p_e_scale``. The ``.kt`` files of INT8 and INT4 stay in ``folder``.
     """
     np.savez(folder / "in.npz", **arrays)  # type: ignore[arg-type]
     command = [sys.executable, __file__, str(folder), weight_format, str(parts)]
@@ -67,7 +67,7 @@ def referee(folder: Path, weight_format: Format, arrays: Arrays, parts: int = 1)
 
 
 def _extension() -> Any:
-    """The compiled module alone: the package around it would want more than this needs."""
+    """Returns the compiled module only: the package around it has further dependencies."""
     spec = importlib.util.find_spec("kt_kernel")
     assert spec is not None
     assert spec.origin is not None
@@ -145,9 +145,9 @@ def _writable_memory() -> Iterator[tuple[int, bytes]]:
 
 
 def _found_in_memory(matrix: NDArray[np.uint16]) -> NDArray[np.uint8]:
-    """Blocks as large as the matrix that begin as its packed form does, one per row.
+    """Returns blocks of the matrix's size with the beginning of its packed form, one per row.
 
-    That form begins with the values 0 and 1 of rows 0 … 15, in 64 bytes at a multiple of 64.
+    The packed form begins with the values 0 and 1 of rows 0 … 15, in 64 bytes at a multiple of 64.
     """
     start = np.ascontiguousarray(matrix[:16, :2]).tobytes()
     found = []

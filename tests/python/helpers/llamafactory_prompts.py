@@ -1,9 +1,9 @@
-"""Prompts that LLaMA-Factory makes of conversations, for every template that it has.
+"""LLaMA-Factory's prompts of conversations, for every one of its templates.
 
-`llamafactory_prompts.json` holds them; `python tests/python/helpers/llamafactory_prompts.py` writes
-it anew where llamafactory is installed (`pip install --no-deps llamafactory==0.9.5`, in an
-environment that has torch and transformers; what it imports for sound and data sets is replaced by
-empty modules). `… --real` does the same with tokenizers of real models, see real_tokenizers.py.
+`llamafactory_prompts.json` holds them. `python tests/python/helpers/llamafactory_prompts.py` writes
+it again if llamafactory is installed (`pip install --no-deps llamafactory==0.9.5`, in an
+environment with torch and transformers; empty modules replace its imports for sound and data sets).
+`… --real` does the same with tokenizers of real models, see real_tokenizers.py.
 """
 
 import hashlib
@@ -29,7 +29,8 @@ Turns = list[dict[str, str]]
 
 
 def conversations(begin: str, end: str) -> list[Turns]:
-    """``begin`` and ``end`` mark a thought. The first conversation is kept as text as well."""
+    """Returns conversations; ``begin`` and ``end`` mark a thought. The first one is also kept as
+    text."""
 
     def turns(*texts: str, system: str | None = None) -> Turns:
         head = [] if system is None else [{"role": "system", "content": system}]
@@ -50,7 +51,7 @@ def conversations(begin: str, end: str) -> list[Turns]:
 
 
 def cases(begin: str, end: str) -> Iterator[tuple[Turns, bool | None]]:
-    """Conversations, and whether to think (None: not said)."""
+    """Yields conversations, and whether to think (None: not set)."""
     for turns in conversations(begin, end):
         for thinking in (None, True, False):
             yield turns, thinking
@@ -63,11 +64,11 @@ def digest(ids: list[int]) -> str:
 def byte_tokenizer(
     special: list[str], *, hidden: str = "", loose: bool = False, bos: str | None = "<s>"
 ) -> PreTrainedTokenizerFast:
-    """One token per byte but for a few pairs, which grow across the edges of a template's slots
-    unless these are encoded one by one.
+    """Returns a tokenizer with one token per byte and a few pairs. The pairs join across the edges
+    of a template's slots unless the slots are encoded one by one.
 
-    ``loose``: special tokens swallow the white space behind them, as Phi-3's do, and ``hidden`` is
-    in the vocabulary without being one of them.
+    ``loose``: special tokens swallow the white space after them, like Phi-3's, and ``hidden`` is an
+    ordinary entry of the vocabulary.
     """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     ends = ["Ċ", "Ġ", ":", ">", "]", "n", "t", "H"]
@@ -95,11 +96,11 @@ def tokenizers(special: list[str], stop_words: list[str]) -> dict[str, Callable[
     }
 
 
-# What follows runs where llamafactory is installed.
+# The rest runs only if llamafactory is installed.
 
 
 def import_templates() -> Any:
-    """llamafactory's module of templates, with empty modules for those that it finds missing."""
+    """Imports llamafactory's module of templates; empty modules replace missing ones."""
     os.environ["DISABLE_VERSION_CHECK"] = "1"
     while True:
         try:
@@ -126,7 +127,7 @@ class _Empty(ModuleType):
 
 
 def prompt(module: Any, name: str, tokenizer: Any, turns: Turns, thinking: bool | None) -> Any:
-    """The prompt's ids, and the template."""
+    """Returns the prompt's ids, and the template."""
     arguments = SimpleNamespace(
         template=name,
         train_on_prompt=False,
@@ -167,7 +168,7 @@ def describe(module: Any, name: str, makers: dict[str, Callable[[], Any]]) -> di
 
 
 def special_tokens(module: Any) -> list[str]:
-    """What looks like a special token in some template, and the stop words."""
+    """Returns the texts that look like special tokens in any template, and the stop words."""
     from ktrt.prompt.template.table import TEMPLATES
 
     found = {word for row in module.TEMPLATES.values() for word in row.stop_words}

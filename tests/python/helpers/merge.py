@@ -1,6 +1,6 @@
 """Merges an adapter into a checkpoint in float32 by the formula W + scaling · B · A.
 
-An independent truth: it reads raw tensors of both files and shares no code with ktrt. Stacked
+An independent reference: it reads raw tensors of both files and shares no code with ktrt. Stacked
 expert LoRA: A_e = A[e·r:(e+1)·r], B_e = B[:, e::E].
 """
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 # The names of one expert's gate, up and down on disk.
-_PARTS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+_LEAVES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 _ROUTED = re.compile(r"\.experts\.\d+\.")
 
 
@@ -33,7 +33,7 @@ def save_merged(
 ) -> Path:
     """Writes ``model`` with ``adapter`` merged in float32, rounded once to ``dtype``.
 
-    ``int4_experts``: the base's routed experts are first rounded to what kt_kernel's INT4 holds.
+    ``int4_experts``: first rounds the base's routed experts to kt_kernel's INT4.
     """
     weights = load_weights(model)
     if int4_experts:
@@ -49,15 +49,15 @@ def save_merged(
 
 
 def rounded_to_int4(w: torch.Tensor) -> torch.Tensor:
-    """The values of kt_kernel's INT4 codes, per row of w [out, in]: steps of max|w| / 7, reached by
-    way of steps of max|w| / 112. Halves of the first go to even, of the second away from zero."""
+    """Rounds each row of w [out, in] to kt_kernel's INT4: first to multiples of max|w| / 112,
+    halves to even, then to multiples of max|w| / 7, halves away from zero."""
     scale = (w.abs().amax(1, keepdim=True).double() / 112).float()
     fine = torch.round(w / scale)
     return scale * 16 * torch.sign(fine) * torch.floor(fine.abs() / 16 + 0.5)
 
 
 def load_weights(model: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint in float32."""
+    """Returns all tensors of a checkpoint in float32."""
     weights: dict[str, torch.Tensor] = {}
     for file in sorted(model.glob("*.safetensors")):
         weights.update({name: w.float() for name, w in load_file(file).items()})
@@ -65,7 +65,7 @@ def load_weights(model: Path) -> dict[str, torch.Tensor]:
 
 
 def merge(weights: dict[str, torch.Tensor], adapter: Path) -> None:
-    """Adds every LoRA of the adapter to its weight; KeyError if one has none."""
+    """Adds every LoRA of the adapter to its weight. Raises ``KeyError`` if there is no weight."""
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     tensors = {k: t.float() for k, t in load_file(adapter / "adapter_model.safetensors").items()}
     for key, a in tensors.items():
@@ -106,10 +106,10 @@ def _merge_stacked(
 
 def _expert_names(weights: dict[str, torch.Tensor], path: str) -> list[tuple[str, str, str]]:
     for on_disk in (path, path.replace(".mlp.", ".block_sparse_moe.")):
-        for parts in _PARTS:
+        for leaves in _LEAVES:
             names: list[tuple[str, str, str]] = []
-            while f"{on_disk}.{len(names)}.{parts[0]}.weight" in weights:
-                gate, up, down = (f"{on_disk}.{len(names)}.{part}.weight" for part in parts)
+            while f"{on_disk}.{len(names)}.{leaves[0]}.weight" in weights:
+                gate, up, down = (f"{on_disk}.{len(names)}.{leaf}.weight" for leaf in leaves)
                 names.append((gate, up, down))
             if names:
                 return names

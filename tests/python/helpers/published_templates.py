@@ -1,8 +1,8 @@
-"""Chat templates as published with models, without their branches for tools, and where the named
-templates differ from them.
+"""Chat templates published with models, without their branches for tools, and the differences of
+the named templates.
 
-The texts follow the `chat_template` of the models' tokenizer files. Strings of named templates are
-those of training with LLaMA-Factory.
+The texts follow the `chat_template` of the models' tokenizer files. The named templates have the
+strings of training with LLaMA-Factory.
 """
 
 from dataclasses import dataclass
@@ -128,8 +128,8 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class Pair:
-    """A published template and a named one. ``differences``: (what it is, regular expression in the
-    published prompt, what stands there in the named one); one that adds something matches a place.
+    """A published template and a named one. ``differences``: (description, regular expression in
+    the published prompt, replacement in the named one); an addition matches an empty string.
     """
 
     published: str
@@ -142,7 +142,7 @@ class Pair:
 _DS = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>")
 _NO_THINK_PROMPT = ("the prompt opens no thought", "<think>\n$", "")
 _EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
-_OFF = ("an empty thought where thinking is off", "<think>\nOFF$", _EMPTY_THOUGHT)
+_OFF = ("an empty thought if thinking is off", "<think>\nOFF$", _EMPTY_THOUGHT)
 PAIRS = (
     Pair(
         "DeepSeek-V2-Lite-Chat", "deepseek", bos_eos=_DS,
@@ -171,14 +171,14 @@ PAIRS = (
         "GLM-4.6", "glm4_moe",
         (
             ("no empty thought in earlier replies", r"<think></think>\n", ""),
-            ("no /nothink behind questions", "/nothink", ""),
+            ("no /nothink after questions", "/nothink", ""),
             ("another empty thought", r"\n<think></think>$", _EMPTY_THOUGHT),
         ),
     ),
     Pair(
         "GLM-4.7-Flash", "glm4_7",
         (
-            ("a line break behind a role", r"(?<=<\|user\|>)|(?<=<\|system\|>)", "\n"),
+            ("a line break after a role", r"(?<=<\|user\|>)|(?<=<\|system\|>)", "\n"),
             ("no end of thought in earlier replies", r"<\|assistant\|></think>(?=.)",
              "<|assistant|>\n"),
             ("the prompt opens no thought", "<think>$", ""),
@@ -187,14 +187,14 @@ PAIRS = (
     Pair(
         "gpt-oss-120b", "gpt_oss", bos_eos=("<|startoftext|>", "<|return|>"),
         differences=(
-            ("no dates, effort and channels behind the default system prompt",
+            ("no dates, effort and channels after the default system prompt",
              r"OpenAI\.\nKnowledge.*?(?=<\|end\|>)", "OpenAI."),
             ("a system prompt is no developer's message and replaces the default",
              r"<\|start\|>system(?:(?!<\|start\|>).)*<\|start\|>developer<\|message\|>"
              r"# Instructions\n\n(.*?)\n\n(?=<\|end\|>)", r"<|start|>system<|message|>\1"),
             ("no channel and no end in earlier replies",
              r"<\|channel\|>final<\|message\|>(.*?)<\|end\|>", r"\1"),
-            ("an empty thought where thinking is off", "(?<=assistant)OFF$",
+            ("an empty thought if thinking is off", "(?<=assistant)OFF$",
              "<|channel|>analysis<|message|><|end|><|start|>assistant<|channel|>final<|message|>"),
         ),
     ),

@@ -1,8 +1,8 @@
-"""Folders with random weights by the metadata of published models (tests/data/real).
+"""Builds folders with random weights from the metadata of published models (tests/data/real).
 
-Each file holds a published config.json, which sizes to divide so that a few layers fit into a test,
-and how the tensors are named and quantised on disk. The reference is transformers' class in float32
-with the values that the folder's tensors stand for.
+Each file holds a published config.json, the sizes to shrink so that a few layers fit into a test,
+and the names and quantisation of the tensors on disk. The reference is transformers' class in
+float32 with the dequantised values.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ DATA = Path(__file__).parents[2] / "data" / "real"
 NAMES = sorted(path.stem for path in DATA.glob("*.json"))
 VOCAB_SIZE = 320
 _BLOCK = 128
-# Beyond what the data shrink. transformers names the sizes of Kimi's tower otherwise than its
-# config.json does, and takes its own defaults.
+# Further shrinking. transformers names the sizes of Kimi's tower differently from its config.json,
+# and uses defaults instead.
 _MOST_EXPERTS = 16
 _MORE: dict[str, Any] = {
     "intermediate_size": {10944: 640, 2304: 640, 2736: 640, 2816: 640},
@@ -41,14 +41,14 @@ _MORE: dict[str, Any] = {
     },
 }  # fmt: skip
 _EXPERTS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
-# What stays BF16 in FP8 checkpoints: tables, the head, norms, routers, and what is no matrix.
+# BF16 tensors in FP8 checkpoints: tables, the head, norms, routers, and anything but matrices.
 _NEVER_FP8 = re.compile(r"embed_tokens|lm_head|norm|(^|\.)gate\.weight|correction_bias")
 
 
 @dataclass
 class RealModel:
-    """``stored``: the tensors on disk; ``plain``: what they stand for, by transformers' names, of
-    BF16 values unless quantised; ``twin``: on disk, nothing quantised."""
+    """``stored``: the tensors on disk; ``plain``: their values by transformers' names, in BF16
+    unless quantised; ``twin``: the tensors on disk without quantisation."""
 
     meta: dict[str, Any]
     config: dict[str, Any]
@@ -61,7 +61,7 @@ class RealModel:
         return "quant" in self.meta
 
     def write(self, folder: Path, tensors: Tensors | None = None, **changes: Any) -> Path:
-        """``tensors`` (by default ``stored``) as a model folder; ``changes`` of its config."""
+        """Writes ``tensors`` (default: ``stored``) as a model folder; ``changes`` its config."""
         folder.mkdir(parents=True)
         text = json.dumps(self.config | changes)
         (folder / "config.json").write_text(text, encoding="utf-8")
@@ -70,7 +70,7 @@ class RealModel:
         return folder
 
     def reference(self) -> Any:
-        """transformers' class in float32."""
+        """Returns transformers' class in float32."""
         with no_init_weights():
             config = reference_config(self.meta, self.config)
             model = _reference_class(self.meta, self.config)(config)
@@ -81,49 +81,50 @@ class RealModel:
 
 
 def read_meta(name: str) -> dict[str, Any]:
-    """One of ``NAMES``."""
+    """Reads the metadata of one of ``NAMES``."""
     meta: dict[str, Any] = json.loads((DATA / f"{name}.json").read_text("utf-8"))
     return meta
 
 
 def shrunk(meta: dict[str, Any], vocab_size: int = VOCAB_SIZE) -> dict[str, Any]:
-    """The published config with its small sizes, every other key kept, and few words."""
+    """Returns the published config with small sizes and a small vocabulary; keeps all other
+    keys."""
     config: dict[str, Any] = copy.deepcopy(meta["config"])
     sizes = dict(meta["shrink"])
-    for part, where in ((config, ""), (config.get("text_config", {}), "text_config.")):
-        if "vocab_size" in part:
+    for inner, where in ((config, ""), (config.get("text_config", {}), "text_config.")):
+        if "vocab_size" in inner:
             sizes[f"{where}vocab_size"] = vocab_size
             for key in ("pad_token_id", "bos_token_id"):
-                if isinstance(part.get(key), int):
+                if isinstance(inner.get(key), int):
                     sizes[f"{where}{key}"] = 0
     for key, value in sizes.items():
-        *parts, last = key.split(".")
-        part = config
-        for name in parts:
-            part = part[name]
+        *words, last = key.split(".")
+        inner = config
+        for name in words:
+            inner = inner[name]
         if "experts" in last:
             value = min(value, _MOST_EXPERTS)
-        part[last] = value
-        if (size := part.get("intermediate_size")) in _MORE["intermediate_size"]:
-            part["intermediate_size"] = _MORE["intermediate_size"][size]
+        inner[last] = value
+        if (size := inner.get("intermediate_size")) in _MORE["intermediate_size"]:
+            inner["intermediate_size"] = _MORE["intermediate_size"][size]
     if more := _MORE["vision_config"].get(config["model_type"]):
         config["vision_config"] |= more
     return config
 
 
 def reference_config(meta: dict[str, Any], config: dict[str, Any]) -> Any:
-    """As transformers' own class takes it: the model type that it knows, no quantisation."""
+    """Returns the config for transformers' class: a known model type, no quantisation."""
     values = copy.deepcopy(config)
     values.pop("quantization_config", None)
-    for part in (values, values.get("text_config", {})):
-        part.pop("dtype", None)
-        part.pop("torch_dtype", None)
+    for inner in (values, values.get("text_config", {})):
+        inner.pop("dtype", None)
+        inner.pop("torch_dtype", None)
     for key, value in meta.get("reference", {}).items():
-        *parts, last = key.split(".")
-        part = values
-        for name in parts:
-            part = part[name]
-        part[last] = value
+        *words, last = key.split(".")
+        inner = values
+        for name in words:
+            inner = inner[name]
+        inner[last] = value
     return CONFIG_MAPPING[values.pop("model_type")](**values)
 
 
@@ -132,7 +133,7 @@ def _reference_class(meta: dict[str, Any], config: dict[str, Any]) -> Any:
 
 
 def make(name: str) -> RealModel:
-    """Random weights, the same for the same name."""
+    """Returns a model with random weights, equal for equal names."""
     meta = read_meta(name)
     config = shrunk(meta)
     with torch.device("meta"):
@@ -172,12 +173,12 @@ def _on_disk(meta: dict[str, Any], parameter: str, value: torch.Tensor) -> Tenso
         tensors = {parameter: value.transpose(-1, -2)}
     elif match and layout == "per_expert":
         gate, up, down = meta["experts"]["names"]
-        pieces = {down: value}
+        stacks = {down: value}
         if match[2] == "gate_up_proj":
-            pieces = dict(zip((gate, up), value.chunk(2, dim=1), strict=True))
+            stacks = dict(zip((gate, up), value.chunk(2, dim=1), strict=True))
         tensors = {
             f"{match[1]}.{expert}.{leaf}.weight": matrix
-            for leaf, stack in pieces.items()
+            for leaf, stack in stacks.items()
             for expert, matrix in enumerate(stack)
         }
     return {_renamed(meta, name): tensor for name, tensor in tensors.items()}
@@ -209,7 +210,7 @@ def _quantised(
 
 
 def fp8(name: str, value: torch.Tensor, scale_dtype: torch.dtype = torch.float32) -> Tensors:
-    """E4M3 codes in blocks of 128 × 128, the last ones cut off, as DeepSeek-V3 writes them."""
+    """Quantises to E4M3 codes in blocks of 128 × 128, the last ones cut off, like DeepSeek-V3."""
     rows, columns = (-(-size // _BLOCK) for size in value.shape)
     padded = torch.zeros(rows * _BLOCK, columns * _BLOCK)
     padded[: value.shape[0], : value.shape[1]] = value
@@ -221,7 +222,7 @@ def fp8(name: str, value: torch.Tensor, scale_dtype: torch.dtype = torch.float32
 
 
 def dequantised(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Written element by element, apart from ktrt's."""
+    """Dequantises element by element, independently of ktrt."""
     rows, columns = (torch.arange(size) // _BLOCK for size in codes.shape)
     return codes.float() * scales.float()[rows][:, columns]
 
@@ -234,28 +235,28 @@ def _dequantised(meta: dict[str, Any], plain: Tensors, stored: Tensors) -> Tenso
                 stored[f"{parameter}_blocks"], stored[f"{parameter}_scales"], dtype=torch.float32
             )
             continue
-        pieces = [
+        matrices = [
             dequantised(stored[disk], stored[f"{disk}_scale_inv"])
             if f"{disk}_scale_inv" in stored
             else stored[disk].float()
             for disk in _on_disk(meta, parameter, value)
         ]
-        result[parameter] = _joined(meta, parameter, pieces)
+        result[parameter] = _joined(meta, parameter, matrices)
     return result
 
 
-def _joined(meta: dict[str, Any], parameter: str, pieces: list[torch.Tensor]) -> torch.Tensor:
+def _joined(meta: dict[str, Any], parameter: str, matrices: list[torch.Tensor]) -> torch.Tensor:
     match = _EXPERTS.fullmatch(parameter)
     if match is None or meta["experts"]["layout"] != "per_expert":
-        return pieces[0]
+        return matrices[0]
     if match[2] == "down_proj":
-        return torch.stack(pieces)
-    half = len(pieces) // 2  # all gates, then all ups
-    return torch.cat([torch.stack(pieces[:half]), torch.stack(pieces[half:])], dim=1)
+        return torch.stack(matrices)
+    half = len(matrices) // 2  # all gates, then all ups
+    return torch.cat([torch.stack(matrices[:half]), torch.stack(matrices[half:])], dim=1)
 
 
 def _add_extra(meta: dict[str, Any], tensors: Tensors, generator: torch.Generator) -> None:
-    """The layers that predict further tokens, which transformers does not know."""
+    """Adds the layers that predict further tokens, which transformers does not know."""
     extra = meta.get("extra", {})
     for pattern, replacement in extra.get("copy", ()):
         for name in [name for name in tensors if re.search(pattern, name)]:
@@ -265,7 +266,7 @@ def _add_extra(meta: dict[str, Any], tensors: Tensors, generator: torch.Generato
 
 
 def write_lora(folder: Path, model: RealModel, rank: int = 4) -> Path:
-    """LoRA on the routed experts and on attention's output, in the layout that users have."""
+    """Writes LoRA on the routed experts and on attention's output, in the users' layout."""
     generator = torch.Generator().manual_seed(3)
     tensors: Tensors = {}
     config: dict[str, Any] = {

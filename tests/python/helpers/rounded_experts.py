@@ -1,7 +1,7 @@
-"""Routed experts of transformers in float32, with LoRA, rounded where ktrt's engine rounds.
+"""Runs transformers' routed experts in float32, with LoRA, rounded where ktrt's engine rounds.
 
-An independent reference: the library's own modules and activations, torch's products. Without
-rounding it is the plain library on weights merged by the formula.
+An independent reference: the library's modules and activations, torch's products. Without rounding
+it equals the plain library on weights merged by the formula.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class _State:
 
 
 def experts_of(model: nn.Module) -> dict[str, Any]:
-    """The experts modules by path, found by the interface's attributes."""
+    """Returns the experts modules by path, found by the interface's attributes."""
     return {p: m for p, m in model.named_modules() if hasattr(m, "is_concatenated")}
 
 
 def use_rounded_experts(model: nn.Module, loras: dict[str, Lora], rounding: Rounding) -> None:
-    """Makes the experts of ``model`` run by ``rounded_forward`` from now on."""
+    """Replaces the forward of the experts of ``model`` by ``rounded_forward``."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register("rounded", rounded_forward)
@@ -46,7 +46,7 @@ def use_rounded_experts(model: nn.Module, loras: dict[str, Lora], rounding: Roun
 
 
 def sizes(module: Any) -> tuple[int, int, int]:
-    """(experts, hidden_size, intermediate_size)."""
+    """Returns (experts, hidden_size, intermediate_size)."""
     experts, hidden, intermediate = module.down_proj.shape
     if module.is_transposed:
         hidden, intermediate = intermediate, hidden
@@ -54,7 +54,8 @@ def sizes(module: Any) -> tuple[int, int, int]:
 
 
 def random_lora(module: Any, rank: int, share_gate_a: bool, generator: torch.Generator) -> Lora:
-    """On every projection, ‖B·A‖ near the size of the weights; gate and up may share A."""
+    """Returns LoRA on every projection, ‖B·A‖ near the size of the weights; gate and up may share
+    A."""
     experts, hidden, intermediate = sizes(module)
     lora: Lora = {}
     names: list[Projection] = ["gate", "up", "down"] if module.has_gate else ["up", "down"]
@@ -122,7 +123,7 @@ def _bf16(values: torch.Tensor, state: _State) -> torch.Tensor:
 
 
 def _int8(rows: torch.Tensor, state: _State) -> torch.Tensor:
-    """Each row by kt_kernel's rule: scale = max / 127, half to even."""
+    """Rounds each row by kt_kernel's rule: scale = max / 127, half to even."""
     if state.rounding not in ("int8", "int4"):
         return rows
     scale = rows.abs().amax(-1, keepdim=True) / 127

@@ -1,4 +1,4 @@
-"""A tiny tokenizer, dense model and session, enough for everything above the engine."""
+"""A tiny tokenizer, dense model and session, for tests above the engine."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -23,7 +23,8 @@ BOS, EOS = "<s>", "</s>"
 def make_tokenizer(
     special: tuple[str, ...] = (), vocab_size: int = 400, **options: Any
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on ``TEXT``: most other Chinese and emoji are several tokens."""
+    """Returns a byte-level BPE trained on ``TEXT``: most other Chinese and emoji are several
+    tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -39,7 +40,8 @@ def make_tokenizer(
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, **options: Any) -> LlamaForCausalLM:
-    """Random weights, large enough that greedy decoding does not fall into a loop at once."""
+    """Returns a model with random weights, large enough that greedy decoding does not loop at
+    once."""
     torch.manual_seed(0)
     config = LlamaConfig(
         **{
@@ -67,7 +69,7 @@ def make_session(
     model_options: dict[str, Any] | None = None,
     **sampling: Any,
 ) -> Session:
-    """Greedy unless told otherwise, 40 tokens at most."""
+    """Returns a session; by default greedy, with at most 40 tokens."""
     tokenizer = make_tokenizer()
     args = SamplingArgs(**{"do_sample": False, "max_new_tokens": 40} | sampling)
     empty: Any = SimpleNamespace(rows=[])

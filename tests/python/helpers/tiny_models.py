@@ -1,6 +1,6 @@
-"""Tiny random models and adapters on disk: odd sizes, experts that matter, decided routing.
+"""Tiny random models and adapters on disk: odd sizes, experts that matter, clear routing.
 
-Models are saved by transformers itself in bfloat16, so that names on disk are the library's.
+transformers saves the models in bfloat16, so names on disk are the library's.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _COMMON: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
-# What differs by family; "I" stands for the expert intermediate size.
+# Differences by family; "I" is the expert intermediate size.
 _FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {
         "moe_intermediate_size": "I",
@@ -66,14 +66,14 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         # The last layer is dense.
         "mlp_only_layers": [2],
     },
-    # Every layer is sparse here: two, as the others have.
+    # Every layer is sparse, so two layers: the other families have two sparse layers too.
     "mixtral": {
         "num_hidden_layers": 2,
         "intermediate_size": "I",
         "num_local_experts": NUM_EXPERTS,
         "num_key_value_heads": 2,
     },
-    # On disk this one stacks the experts of a layer in one tensor.
+    # Stacks the experts of a layer in one tensor on disk.
     "granitemoe": {
         "intermediate_size": "I",
         "num_local_experts": NUM_EXPERTS,
@@ -105,7 +105,8 @@ def save_model(
 
 
 def _fill(name: str, parameter: nn.Parameter, generator: torch.Generator) -> None:
-    """Norms near 1; matrices that keep the size of what they are given, routed experts more."""
+    """Fills a parameter: norms near 1; matrices that preserve the size of their inputs, routed
+    experts a little more."""
     with torch.no_grad():
         if parameter.ndim == 1:
             parameter.copy_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
@@ -114,8 +115,8 @@ def _fill(name: str, parameter: nn.Parameter, generator: torch.Generator) -> Non
         if "experts" in name and "shared" not in name:
             gain = 1.2
         elif name.endswith(("mlp.gate.weight", "router.layer.weight")):
-            # Logits of this spread leave few tokens near a tie; more of it makes every rounding of
-            # the inputs move the routing weights.
+            # This spread of logits leaves few tokens near a tie; with more, every rounding of the
+            # inputs moves the routing weights.
             gain = 4.0
         elif "embed" in name:
             gain = math.sqrt(parameter.shape[-1])
@@ -125,7 +126,7 @@ def _fill(name: str, parameter: nn.Parameter, generator: torch.Generator) -> Non
 
 @dataclass(frozen=True)
 class LoraPlan:
-    """Numbers of a random adapter; ``experts`` and ``others`` scale the size of ΔW against W."""
+    """Numbers of a random adapter; ``experts`` and ``others``: size of ΔW relative to W."""
 
     rank: int = 8
     alpha: float = 16
@@ -141,7 +142,7 @@ class LoraPlan:
     def pair(
         self, size_in: int, size_out: int, size: float, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [rank, in] and B [out, rank] with ‖scaling·B·A‖ about ``size`` · ‖W‖."""
+        """Returns A [rank, in] and B [out, rank] with ‖scaling·B·A‖ about ``size`` · ‖W‖."""
         a = torch.randn(self.rank, size_in, generator=generator) / math.sqrt(size_in)
         b = torch.randn(size_out, self.rank, generator=generator)
         return a, b * size / (self.scaling * math.sqrt(self.rank))
@@ -151,8 +152,8 @@ Layout = Literal["a", "b"]
 
 
 def save_adapter(folder: Path, model: Path, layout: Layout, plan: LoraPlan = LoraPlan()) -> Path:
-    """An adapter on every Linear of the saved ``model`` (routers and lm_head excepted), its routed
-    experts in layout a (one LoRA per expert) or b (stacked, gate and up sharing A)."""
+    """Saves an adapter on every Linear of the saved ``model`` except routers and lm_head; routed
+    experts in layout a (one LoRA per expert) or b (stacked, gate and up share A)."""
     generator = torch.Generator().manual_seed(plan.seed)
     shapes = weight_shapes(model)
     tensors: dict[str, torch.Tensor] = {}
@@ -161,8 +162,8 @@ def save_adapter(folder: Path, model: Path, layout: Layout, plan: LoraPlan = Lor
         module = name.removesuffix(".weight")
         if ".experts." in name:
             path, _, rest = module.partition(".experts.")
-            expert, _, part = rest.partition(".")
-            stacked.setdefault(path, {}).setdefault(int(expert), {})[part] = name
+            expert, _, leaf = rest.partition(".")
+            stacked.setdefault(path, {}).setdefault(int(expert), {})[leaf] = name
         if len(shape) != 2 or module.endswith(("embed_tokens", "lm_head", ".gate")):
             continue
         size = plan.experts if ".experts." in name else plan.others
@@ -198,7 +199,7 @@ def _stacked_pairs(
     plan: LoraPlan,
     generator: torch.Generator,
 ) -> None:
-    """B's columns are rank-major: column j·E + e is rank j of expert e."""
+    """Adds stacked pairs. B's columns are rank-major: column j·E + e is rank j of expert e."""
     first = experts[0]
     gate = shapes[first.get("gate_proj.weight") or first.get("gate_proj") or first["w1"]]
     intermediate_size, hidden_size = gate
@@ -223,19 +224,19 @@ def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], config: dict[s
 
 
 def weight_shapes(model: Path) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of a saved model's tensors (single file)."""
+    """Returns the names and shapes of a saved model's tensors (single file)."""
     with safe_open(model / "model.safetensors", framework="pt") as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def token_ids(sequences: int = 4, length: int = 80, seed: int = 7) -> torch.Tensor:
-    """Random ids [sequences, length]; 320 positions by default."""
+    """Returns random ids [sequences, length]; 320 positions by default."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(2, VOCAB_SIZE, (sequences, length), generator=generator)
 
 
 def base_of(model: Path) -> BaseModel:
-    """The saved model as adapters see it: on the meta device, with the names on disk."""
+    """Returns the adapters' view of a saved model: on the meta device, with names on disk."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -249,6 +250,6 @@ def base_of(model: Path) -> BaseModel:
 
 
 def read_folder(adapter: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors and the config of an adapter folder."""
+    """Returns the tensors and the config of an adapter folder."""
     config: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
     return load_file(adapter / "adapter_model.safetensors"), config

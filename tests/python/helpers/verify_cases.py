@@ -1,4 +1,4 @@
-"""Models and adapters for tests of ``--verify``, and how they are verified."""
+"""Models and adapters for tests of ``--verify``, and a call of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEMO = Path(__file__).parents[3] / "examples" / "demo"
 
 
 class Made:
-    """Tiny models with adapters, made once; the demo's as they are."""
+    """Tiny models with adapters, made once, and the demo's."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -40,7 +40,7 @@ def check(
     packing: Any = None,
     **options: Any,
 ) -> list[LayerReport]:
-    """``bits``: quantization_bit; ``packing``: lora_B_layout."""
+    """Verifies an adapter; ``bits``: quantization_bit; ``packing``: lora_B_layout."""
     model, adapter = folders
     experts = ExpertArgs(kt_backend=backend, kt_num_threads=1)
     base = ModelArgs(model, quantization_bit=bits)
