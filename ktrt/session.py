@@ -8,13 +8,12 @@ from ktrt.adapter.residents import Adapters
 from ktrt.config import SamplingArgs, override_sampling
 from ktrt.errors import ConfigError, KtrtError
 from ktrt.generate.loop import (
-    GraphsFor,
-    KvCache,
     OnPrefill,
     Response,
     check_prompt,
     stream_generate,
 )
+from ktrt.generate.runner import GraphsFor, KvCache
 from ktrt.generate.warm_up import warm_up
 from ktrt.prompt.fit import context_limit, drop_turns
 from ktrt.prompt.template.base import Template
@@ -60,13 +59,14 @@ class Session:
         audit: AuditView,
         close: Callable[[], None],
         graphs: GraphsFor | None = None,
+        gpu: Any = None,
         adapters: Adapters | None = None,
         cutoff_len: int | None = None,
         weight_bytes: Callable[[], int | None] = lambda: None,
     ) -> None:
-        """``close`` frees what the model holds; it is called once. ``graphs``: see ``KvCache``;
-        ``adapters``: the model's. ``cutoff_len`` lowers the context's limit; ``weight_bytes``: see
-        ``bytes_per_token``."""
+        """``close`` frees what the model holds; it is called once. ``graphs``, ``gpu``: see
+        ``KvCache``; ``adapters``: the model's. ``cutoff_len`` lowers the context's limit;
+        ``weight_bytes``: see ``bytes_per_token``."""
         self.model = model
         self.adapters = adapters or Adapters()
         self.tokenizer = tokenizer
@@ -77,6 +77,7 @@ class Session:
         self._bound = "cutoff_len allows" if self.context_limit == cutoff_len else ""
         self._close: Callable[[], None] | None = close
         self._graphs = graphs
+        self._gpu = gpu
         self._weight_bytes = weight_bytes
         self._idle_cache: tuple[Hashable, KvCache] | None = None
         self._stop_ids = template.stop_ids
@@ -145,7 +146,7 @@ class Session:
     def new_cache(self) -> KvCache:
         """An empty KV cache for the adapters that are active now, as answers use it: for those who
         call ``ktrt.generate.loop`` themselves."""
-        return KvCache(self.model, self._graphs)
+        return KvCache(self.model, self._graphs, self._gpu)
 
     def warm_up(self) -> None:
         """Makes what the first answer needs: kernels, memory, and the graph of a decode step. Takes
@@ -185,7 +186,7 @@ class Session:
     def close(self) -> None:
         """Frees threads and memory; the session answers no more. Idempotent."""
         close, self._close = self._close, None
-        self._idle_cache = self._graphs = None
+        self._idle_cache = self._graphs = self._gpu = None
         if close is not None:
             close()
 

@@ -17,6 +17,7 @@ from ktrt.engine import release_file_pages
 from ktrt.engine.recording import RecordedSteps
 from ktrt.experts import KTExperts, build_gpu_experts, new_hand_off
 from ktrt.generate.graphs import CudaGraphs, DecodeGraphs, NoHandOff
+from ktrt.generate.runner import KvCache
 from ktrt.generate.warm_up import kernels_loaded_beside
 from ktrt.kv.static import unusual_layers
 from ktrt.layers.attention import accelerate_attention
@@ -69,6 +70,10 @@ class LoadedModel:
     def audit(self) -> Audit:
         """Of the first adapter; empty for the base model."""
         return self.adapters.audit(next(iter(self.adapters.names), None))
+
+    def new_cache(self) -> KvCache:
+        """Returns an empty KV cache, decoded by the graphs and with the GPU's share, if any."""
+        return KvCache(self.model, self.graphs, self.gpu)
 
     def bytes_per_token(self) -> int | None:
         """Bytes of weights that decoding a token reads from the CPU's memory, with the adapter as
@@ -276,12 +281,9 @@ def _share_with_gpu(
     args: ExpertArgs,
     device: torch.device,
 ) -> GpuExperts | None:
-    """Gives the GPU its share of the routed experts, ``kt_gpu_experts`` of the model."""
+    """Gives the GPU its share of the routed experts, if it takes any."""
     modules: dict[str, Any] = {spec.path: model.get_submodule(spec.path) for spec in specs}
-    gpu = build_gpu_experts(modules, device, args, engine.max_qlen)
-    if gpu is not None:
-        model.kt_gpu_experts = gpu  # type: ignore[assignment]
-    return gpu
+    return build_gpu_experts(modules, device, args, engine.max_qlen)
 
 
 def _log_result(
