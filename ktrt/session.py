@@ -1,6 +1,6 @@
 """A session: a loaded model that answers conversations, and the KV cache between them."""
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -79,7 +79,7 @@ class Session:
         self._graphs = graphs
         self._gpu = gpu
         self._weight_bytes = weight_bytes
-        self._idle_cache: tuple[Hashable, KvCache] | None = None
+        self._idle_cache: tuple[int, KvCache] | None = None
         self._stop_ids = template.stop_ids
         if template.name == "auto":
             self._stop_ids |= _model_stop_ids(model)
@@ -125,9 +125,9 @@ class Session:
     ) -> Iterator[Response]:
         # Taken while in use, so that a second answer meanwhile gets a cache of its own.
         # Keys and values, and captured graphs, belong to the adapters that they were made with.
-        key = self.adapters.key
+        version = self.adapters.version
         idle, self._idle_cache = self._idle_cache, None
-        cache = idle[1] if idle and idle[0] == key else self.new_cache()
+        cache = idle[1] if idle and idle[0] == version else self.new_cache()
         responses = stream_generate(
             self.tokenizer, cache, prompt_ids, args,
             stop_ids=self._stop_ids, max_tokens=max_tokens,
@@ -137,16 +137,16 @@ class Session:
             for response in responses:
                 yield response
                 self._require_open()
-                if self.adapters.key != key:
+                if self.adapters.version != version:
                     raise KtrtError("the adapters were changed during the answer; ask again")
         finally:
             if self._close is not None:
-                self._idle_cache = key, cache
+                self._idle_cache = version, cache
 
     def new_cache(self) -> KvCache:
         """An empty KV cache for the adapters that are active now, as answers use it: for those who
         call ``ktrt.generate.loop`` themselves."""
-        return KvCache(self.model, self._graphs, self._gpu)
+        return KvCache(self.model, self._graphs, self._gpu, self.adapters.active_set)
 
     def warm_up(self) -> None:
         """Makes what the first answer needs: kernels, memory, and the graph of a decode step. Takes
@@ -154,7 +154,7 @@ class Session:
         self._require_open()
         cache = self.new_cache()
         warm_up(cache, self.context_limit)
-        self._idle_cache = self.adapters.key, cache
+        self._idle_cache = self.adapters.version, cache
 
     def count_tokens(self, messages: Sequence[Mapping[str, str]]) -> int:
         """How many tokens the prompt for ``messages`` has; 0 for none."""

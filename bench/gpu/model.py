@@ -25,6 +25,7 @@ from ktrt.generate.graphs import CudaGraphs, DecodeGraphs
 from ktrt.generate.runner import KvCache
 from ktrt.layers.cuda_linear import FusedLora
 from ktrt.layers.embedding import tables_to_host
+from ktrt.utils.patches import Patches
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -177,7 +178,7 @@ class Bench:
             layers.append((index, layer))
         assert len(layers) == config.num_hidden_layers - config.first_k_dense_replace
         if hand_off is not None:
-            hand_off.guard(model)
+            hand_off.guard(model, Patches())
         return cls(model, engine, hand_off, experts, layers)
 
     def add_lora(self) -> None:

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from ktrt.generate.graphs import DecodeGraphs
 from ktrt.kv.snapshots import Mark, continues, crop, needs_marks
 from ktrt.kv.static import StaticKv, cache_argument, makes_own_cache, unusual_layers
+from ktrt.utils.active_set import ActiveSet
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,15 +39,22 @@ class KvCache:
     """A model's KV cache together with the token ids it holds."""
 
     def __init__(
-        self, model: Any, graphs: GraphsFor | None = None, gpu: GpuExperts | None = None
+        self,
+        model: Any,
+        graphs: GraphsFor | None = None,
+        gpu: GpuExperts | None = None,
+        active_set: ActiveSet | None = None,
     ) -> None:
         """Without ``graphs``, and where the cache is not ``plain``, the host launches each step.
-        ``gpu``: the GPU's share of the model's routed experts."""
+        ``gpu``: the GPU's share of the model's routed experts; ``active_set``: its adapters'."""
         self.model = model
         self.device = model.get_input_embeddings().weight.device
         self._gpu = gpu
         # The version of the GPU's memory that the graphs were captured with.
         self._gpu_version = -1
+        # The adapters that the keys and values, and the graphs, were made with.
+        self._active_set = ActiveSet() if active_set is None else active_set
+        self._version, self._changes = self._active_set.version, self._active_set.changes
         self._intact = True
         self._own_cache = makes_own_cache(model)
         self._argument = cache_argument(model)
@@ -91,6 +99,9 @@ class KvCache:
 
         It never includes the prompt's last token, whose logits are needed.
         """
+        if self._version != self._active_set.version:
+            self._reset()
+            self._version = self._active_set.version
         pairs = zip(self._ids, prompt_ids[:-1], strict=False)
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         if shared == 0 or not self.continues:
@@ -159,9 +170,13 @@ class KvCache:
             self._gpu.refresh()
             moved |= self._gpu.version != self._gpu_version
             self._gpu_version = self._gpu.version
-        if moved:
+        # The next forward must be the model's own: it takes the adapters' numbers, which a graph
+        # cannot while it is captured.
+        changed = self._changes != self._active_set.changes
+        self._changes = self._active_set.changes
+        if moved or changed:
             graphs.clear()
-        if len(ids) > 1:
+        if len(ids) > 1 or changed:
             return self._plain_forward(ids)
         found = graphs.step(ids, [len(held)])
         if found is None:
