@@ -34,7 +34,7 @@ from ktrt import _core
 from ktrt.checkpoint.folder import Checkpoint
 from ktrt.config import load_config
 from ktrt.experts import KTExperts
-from ktrt.generate.loop import KvCache
+from ktrt.generate.runner import KvCache
 from ktrt.layers.linear import int8_bytes
 from ktrt.loading.model import LoadedModel, load_model
 

@@ -47,6 +47,7 @@ def open_session(config: Config) -> Session:
         adapters=loaded.adapters,
         close=loaded.close,
         graphs=loaded.graphs,
+        gpu=loaded.gpu,
         weight_bytes=loaded.bytes_per_token,
         cutoff_len=config.model.cutoff_len,
     )

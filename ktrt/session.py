@@ -1,6 +1,6 @@
 """A session: a loaded model that answers conversations, and the KV cache between them."""
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -8,13 +8,12 @@ from ktrt.adapter.residents import Adapters
 from ktrt.config import SamplingArgs, override_sampling
 from ktrt.errors import ConfigError, KtrtError
 from ktrt.generate.loop import (
-    GraphsFor,
-    KvCache,
     OnPrefill,
     Response,
     check_prompt,
     stream_generate,
 )
+from ktrt.generate.runner import GraphsFor, KvCache
 from ktrt.generate.warm_up import warm_up
 from ktrt.prompt.fit import context_limit, drop_turns
 from ktrt.prompt.template.base import Template
@@ -60,13 +59,14 @@ class Session:
         audit: AuditView,
         close: Callable[[], None],
         graphs: GraphsFor | None = None,
+        gpu: Any = None,
         adapters: Adapters | None = None,
         cutoff_len: int | None = None,
         weight_bytes: Callable[[], int | None] = lambda: None,
     ) -> None:
-        """``close`` frees what the model holds; it is called once. ``graphs``: see ``KvCache``;
-        ``adapters``: the model's. ``cutoff_len`` lowers the context's limit; ``weight_bytes``: see
-        ``bytes_per_token``."""
+        """``close`` frees what the model holds; it is called once. ``graphs``, ``gpu``: see
+        ``KvCache``; ``adapters``: the model's. ``cutoff_len`` lowers the context's limit;
+        ``weight_bytes``: see ``bytes_per_token``."""
         self.model = model
         self.adapters = adapters or Adapters()
         self.tokenizer = tokenizer
@@ -77,8 +77,9 @@ class Session:
         self._bound = "cutoff_len allows" if self.context_limit == cutoff_len else ""
         self._close: Callable[[], None] | None = close
         self._graphs = graphs
+        self._gpu = gpu
         self._weight_bytes = weight_bytes
-        self._idle_cache: tuple[Hashable, KvCache] | None = None
+        self._idle_cache: tuple[int, KvCache] | None = None
         self._stop_ids = template.stop_ids
         if template.name == "auto":
             self._stop_ids |= _model_stop_ids(model)
@@ -124,9 +125,9 @@ class Session:
     ) -> Iterator[Response]:
         # Taken while in use, so that a second answer meanwhile gets a cache of its own.
         # Keys and values, and captured graphs, belong to the adapters that they were made with.
-        key = self.adapters.key
+        version = self.adapters.version
         idle, self._idle_cache = self._idle_cache, None
-        cache = idle[1] if idle and idle[0] == key else self.new_cache()
+        cache = idle[1] if idle and idle[0] == version else self.new_cache()
         responses = stream_generate(
             self.tokenizer, cache, prompt_ids, args,
             stop_ids=self._stop_ids, max_tokens=max_tokens,
@@ -136,16 +137,16 @@ class Session:
             for response in responses:
                 yield response
                 self._require_open()
-                if self.adapters.key != key:
+                if self.adapters.version != version:
                     raise KtrtError("the adapters were changed during the answer; ask again")
         finally:
             if self._close is not None:
-                self._idle_cache = key, cache
+                self._idle_cache = version, cache
 
     def new_cache(self) -> KvCache:
         """An empty KV cache for the adapters that are active now, as answers use it: for those who
         call ``ktrt.generate.loop`` themselves."""
-        return KvCache(self.model, self._graphs)
+        return KvCache(self.model, self._graphs, self._gpu, self.adapters.active_set)
 
     def warm_up(self) -> None:
         """Makes what the first answer needs: kernels, memory, and the graph of a decode step. Takes
@@ -153,7 +154,7 @@ class Session:
         self._require_open()
         cache = self.new_cache()
         warm_up(cache, self.context_limit)
-        self._idle_cache = self.adapters.key, cache
+        self._idle_cache = self.adapters.version, cache
 
     def count_tokens(self, messages: Sequence[Mapping[str, str]]) -> int:
         """How many tokens the prompt for ``messages`` has; 0 for none."""
@@ -185,7 +186,7 @@ class Session:
     def close(self) -> None:
         """Frees threads and memory; the session answers no more. Idempotent."""
         close, self._close = self._close, None
-        self._idle_cache = self._graphs = None
+        self._idle_cache = self._graphs = self._gpu = None
         if close is not None:
             close()
 

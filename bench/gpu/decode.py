@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ktrt.config.args import KtBackend
-    from ktrt.generate.loop import KvCache
+    from ktrt.generate.runner import KvCache
 
 BACKENDS: dict[str, KtBackend] = {"bf16": "AMXBF16", "int8": "AMXInt8"}
 PROBE_BYTES = 1 << 30

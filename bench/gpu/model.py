@@ -22,9 +22,10 @@ from ktrt.experts import (
 )
 from ktrt.experts.spec import ExpertsSpec
 from ktrt.generate.graphs import CudaGraphs, DecodeGraphs
-from ktrt.generate.loop import KvCache
+from ktrt.generate.runner import KvCache
 from ktrt.layers.cuda_linear import FusedLora
 from ktrt.layers.embedding import tables_to_host
+from ktrt.utils.patches import Patches
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -177,7 +178,7 @@ class Bench:
             layers.append((index, layer))
         assert len(layers) == config.num_hidden_layers - config.first_k_dense_replace
         if hand_off is not None:
-            hand_off.guard(model)
+            hand_off.guard(model, Patches())
         return cls(model, engine, hand_off, experts, layers)
 
     def add_lora(self) -> None:
@@ -192,8 +193,10 @@ class Bench:
         """A new conversation, decoded by CUDA graphs or launched by the host."""
         model, hand_off = self.model, self.hand_off
         if not graph or hand_off is None:
-            return KvCache(model)
-        return KvCache(model, lambda kv: DecodeGraphs(model, kv, hand_off, CudaGraphs()))
+            return KvCache(model, gpu=self.gpu)
+        return KvCache(
+            model, lambda kv: DecodeGraphs(model, kv, hand_off, CudaGraphs()), gpu=self.gpu
+        )
 
     def share(self, number: int) -> None:
         """``number`` experts of each layer on the GPU, long prompts streamed where that wins. For
@@ -204,7 +207,6 @@ class Bench:
         device = self.model.get_input_embeddings().weight.device
         args = ExpertArgs(kt_num_gpu_experts=number)
         self.gpu = build_gpu_experts(modules, device, args, self.engine.max_qlen)
-        self.model.kt_gpu_experts = self.gpu
 
     @property
     def bytes_per_token(self) -> float:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ktrt.adapter import Audit, TorchAdapters, plan_adapter, words_of
 from ktrt.errors import AdapterError, KtrtError
+from ktrt.utils.active_set import ActiveSet
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -40,9 +41,8 @@ class Adapters:
     """A model's adapters by name: some are active, each with a weight, and act as their weighted
     sum; without any the model is the base, bit for bit. Weights are factors of the trained scaling.
 
-    A change takes effect with the next forward; none may be under way. ``on_change`` holds what is
-    called after every change, and must not take long; ``on_load`` what is called before that where
-    a load may have put new modules into the model.
+    A change takes effect with the next forward; none may be under way. ``active_set`` has the
+    version of what acts, for everything made from it.
     """
 
     def __init__(
@@ -63,8 +63,7 @@ class Adapters:
         self._off = False
         self._rows: tuple[str | None, ...] | None = None
         self._combined: tuple[str, ...] = ()
-        self.on_change: list[Callable[[], object]] = []
-        self.on_load: list[Callable[[], object]] = []
+        self.active_set = ActiveSet()
         # Given a name, a folder and the rows of embeddings that there will be, checks the words
         # that the adapter brings; what it returns adds them.
         self.take_words: Callable[[str, Path, int], Callable[[], object]] | None = None
@@ -87,12 +86,22 @@ class Adapters:
         return self._rows
 
     @property
-    def key(self) -> Hashable:
-        """Equal keys mean equal numbers: a KV cache belongs to the key that it was filled under."""
+    def version(self) -> int:
+        """The version of what acts: equal versions mean equal numbers."""
+        return self.active_set.version
+
+    def _key(self) -> Hashable:
         if self._rows is not None:
             return ("rows", *(self._number(name) for name in self._rows))
         numbers = {self._number(name): weight for name, weight in self.active.items() if weight}
         return tuple(sorted(numbers.items()))
+
+    def refresh(self) -> None:
+        """Follows changes that were made past this object: numbers changed in place, or calls of
+        PEFT's own methods. They act outside the routed experts only."""
+        self._not_in_rows()
+        self.active_set.renew()
+        self.active_set.become(self._key())
 
     def audit(self, name: str | None = None) -> Audit:
         """What each tensor of an adapter acts on; without a name, of the first one that is active,
@@ -177,8 +186,7 @@ class Adapters:
         common = "has LoRA on routers" if plan.side.routers else None
         common = "has extra experts" if plan.extra else common
         self._residents[name] = _Resident(number, torch_name, plan.audit, whole, whole or common)
-        for call in self.on_load:
-            call()
+        self.active_set.add_modules()
         self._changed()
 
     def unload(self, name: str) -> None:
@@ -315,5 +323,4 @@ class Adapters:
             self._torch.remove(torch_name)
 
     def _changed(self) -> None:
-        for call in self.on_change:
-            call()
+        self.active_set.become(self._key())

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ktrt.engine import Engine, MoeLayer
+    from ktrt.utils.patches import Patches
 
 logger = logging.getLogger(__name__)
 
@@ -225,11 +226,11 @@ class HandOff:
         yield
         self.finish()
 
-    def guard(self, model: nn.Module) -> None:
+    def guard(self, model: nn.Module, patches: Patches) -> None:
         """Makes ``begin`` and ``finish`` part of the model's forward: its caller gets finished
         results, or the experts' error."""
-        model.register_forward_pre_hook(lambda *_: self.begin())
-        model.register_forward_hook(lambda *_: self.finish())
+        patches.add(model.register_forward_pre_hook(lambda *_: self.begin()).remove)
+        patches.add(model.register_forward_hook(lambda *_: self.finish()).remove)
 
 
 def new_hand_off(engine: Engine, device: torch.device) -> HandOff | None:

@@ -13,6 +13,7 @@ from torch import nn
 from ktrt.engine.recording import active
 from ktrt.errors import KtrtError
 from ktrt.experts.handoff import Deferred
+from ktrt.utils.patches import Patches
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -186,15 +187,10 @@ def experts_replaced(class_names: Iterable[str]) -> Iterator[None]:
     The library's own patch mapping does the same, but also visits its lazy modules, which fail to
     import where torchvision is missing (transformers 5.17).
     """
-    with _PATCH_LOCK:
-        originals = list(_library_classes(sorted(set(class_names))))
-        for module, name, original in originals:
-            setattr(module, name, type(name, (KTExperts,), {"replaced": original}))
-        try:
-            yield
-        finally:
-            for module, name, original in originals:
-                setattr(module, name, original)
+    with _PATCH_LOCK, Patches() as patches:
+        for module, name, original in list(_library_classes(sorted(set(class_names)))):
+            patches.set(module, name, type(name, (KTExperts,), {"replaced": original}))
+        yield
 
 
 def _library_classes(names: list[str]) -> Iterator[tuple[ModuleType, str, type]]:

@@ -18,7 +18,7 @@ import torch
 from ktrt.errors import KtrtError
 from ktrt.experts import experts_muted
 from ktrt.generate.graphs import DecodeGraphs, NoHandOff
-from ktrt.generate.loop import KvCache
+from ktrt.generate.runner import KvCache
 from ktrt.kv.static import unusual_layers
 
 logger = logging.getLogger(__name__)

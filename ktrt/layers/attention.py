@@ -9,7 +9,6 @@ by torch's products, in float32 throughout.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
     from ktrt.engine import Engine
     from ktrt.engine.recording import Recorder
+    from ktrt.utils.patches import Patches
 
 _MARK = "kt_one_token_attention"
 _SDPA = "sdpa"
@@ -33,31 +33,31 @@ _NUMBERS_OF_ONE_THREAD = 2 << 20
 _NUMBERS_OF_ONE_PRODUCT = 1 << 19
 
 
-def accelerate_attention(model: nn.Module, engine: Engine) -> int:
-    """Lets the attention layers of ``model``, where transformers runs them by ``sdpa``, take the
-    short way when one token is decoded on the CPU; returns how many there are.
+def accelerate_attention(model: nn.Module, engine: Engine, patches: Patches) -> int:
+    """Runs the attention of single tokens on the CPU in the engine, for the layers of ``model``
+    that transformers runs by ``sdpa``; returns how many there are.
 
-    transformers keeps its attention functions in one table for all models: the entry for ``sdpa``
-    is replaced by one that looks at the layer, and leaves the layers of other models alone. Works
-    until the engine is closed.
+    transformers keeps its attention functions in one table for all models. While ``patches`` are in
+    effect, the entry for ``sdpa`` is a function that looks for a mark on the layer and leaves other
+    models' layers alone. The engine must stay open as long.
     """
     config: Any = model.config
     if config.get_text_config()._attn_implementation != _SDPA:
         return 0
-    _replace_sdpa()
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    table = type(ALL_ATTENTION_FUNCTIONS)._global_mapping
+    patches.entry(table, _SDPA, _by_mark(table[_SDPA]))
     attention, count = EngineAttention(engine), 0
     for module in model.modules():
         if type(module).__name__.endswith("Attention"):
-            setattr(module, _MARK, attention)
+            patches.set(module, _MARK, attention)
             count += 1
     return count
 
 
-@cache
-def _replace_sdpa() -> None:
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    original = ALL_ATTENTION_FUNCTIONS[_SDPA]
+def _by_mark(original: Callable[..., Any]) -> Callable[..., Any]:
+    """An attention function of transformers: the engine's for marked layers, else ``original``."""
 
     def attention(
         module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
@@ -75,7 +75,7 @@ def _replace_sdpa() -> None:
             return engine.record(recorder, length, query, key, value, scaling), None
         return engine(query, key, value, mask, scaling), None
 
-    ALL_ATTENTION_FUNCTIONS.register(_SDPA, attention)
+    return attention
 
 
 # Arguments that change nothing here where they are None, False or 0.

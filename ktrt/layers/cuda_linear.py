@@ -5,7 +5,8 @@ scaling folded into B, is then added in place. PEFT's layer takes four kernels f
 token each costs its launch: on an H100, with LoRA on DeepSeek-V2-Lite's 189 Linears, 1.8 ms of a
 decode step.
 
-PEFT stays the owner of the adapters: ``FusedLora.refresh`` reads what it has active.
+PEFT stays the owner of the adapters: before a forward of the model, ``FusedLora`` compares the
+version of the active set, and after a change reads PEFT's layers again.
 """
 
 from __future__ import annotations
@@ -17,8 +18,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ktrt.utils.active_set import ActiveSet
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from ktrt.utils.patches import Patches
 
 # Rows of the joint matrix are padded to this, so that every output row keeps 16-byte alignment.
 _RANK_STEP = 8
@@ -29,14 +34,36 @@ _KNOWN_STATES = 4
 class FusedLora:
     """The fused LoRA Linears of a model; all other layers keep PEFT's forward."""
 
-    def __init__(self, model: nn.Module) -> None:
-        """Takes over every Linear that PEFT has wrapped. Weights move, in memory, one by one."""
+    def __init__(
+        self,
+        model: nn.Module,
+        active_set: ActiveSet | None = None,
+        patches: Patches | None = None,
+    ) -> None:
+        """Takes over every Linear that PEFT has wrapped, now and later, until ``patches`` are
+        undone. Weights move, in memory, one by one."""
         self._model = model
+        self._active_set = ActiveSet() if active_set is None else active_set
         self._linears: dict[nn.Module, _FusedLinear] = {}
         self.find()
+        if patches is not None:
+            patches.add(self._give_back)
+            patches.add(model.register_forward_pre_hook(lambda *_: self.follow()).remove)
+
+    def follow(self) -> None:
+        """Looks at the version of the active adapters; costs two comparisons."""
+        if self._modules != self._active_set.modules:
+            self.find()
+        elif self._changes != self._active_set.changes:
+            self.refresh()
+
+    def _give_back(self) -> None:
+        for linear in self._linears.values():
+            linear.give_back()
 
     def find(self) -> None:
-        """Looks for layers that PEFT has wrapped since."""
+        """Takes over the layers that PEFT has wrapped since."""
+        self._modules = self._active_set.modules
         found = [module for module in self._model.modules() if _is_peft_linear(module)]
         self._linears = {each: self._linears.get(each) or _FusedLinear(each) for each in found}
         self.refresh()
@@ -45,9 +72,11 @@ class FusedLora:
             torch.cuda.empty_cache()
 
     def refresh(self) -> None:
-        """Follows a change of PEFT's adapters, active names or scaling. Captured CUDA graphs hold
-        the old numbers, and must be dropped."""
-        with torch.no_grad():
+        """Reads PEFT's active adapters and their scaling. Captured CUDA graphs hold the old numbers
+        and must be dropped."""
+        self._changes = self._active_set.changes
+        # No inference tensors, which could not be written to outside of inference mode.
+        with torch.inference_mode(False), torch.no_grad():
             for linear in self._linears.values():
                 linear.refresh()
 
@@ -101,6 +130,10 @@ class _FusedLinear:
             first = (self._base.weight.data_ptr(), self._base.weight._version)
             self._state = (*state[: len(active)], first, *state[len(active) + 1 :])
         layer.forward = self._forward
+
+    def give_back(self) -> None:
+        """Restores PEFT's forward; the weight keeps its place."""
+        self._layer.__dict__.pop("forward", None)
 
     def _plain(self, active: Sequence[str]) -> bool:
         layer, base = self._layer, self._base

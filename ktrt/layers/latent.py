@@ -18,13 +18,14 @@ from torch import nn
 from ktrt.engine import LatentAttention
 from ktrt.engine.recording import active
 from ktrt.layers.attention import head_array
-from ktrt.layers.linear import DenseForward, Lora
+from ktrt.layers.forward import DenseForward, Lora, give_lora
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ktrt.engine import Engine
     from ktrt.engine.recording import Recorder
+    from ktrt.utils.patches import Patches
 
 # What transformers calls it. Arguments of an attention that only some models pass, and that change
 # what it computes.
@@ -32,11 +33,11 @@ NAME = "ktrt_latent"
 _UNUSUAL = ("s_aux", "softcap", "sliding_window", "position_bias", "cache")
 
 
-def use_latents(model: nn.Module, engine: Engine) -> int:
+def use_latents(model: nn.Module, engine: Engine, patches: Patches) -> int:
     """Gives every latent attention of ``model`` a decode step on its latents; returns how many.
 
-    Comes after ``linear.accelerate``: takes only layers whose kv_b_proj runs in the engine, and
-    only where ``expand_kv`` does what is undone here. Others stay as they are.
+    Call it after ``linear.accelerate``: it takes only layers whose kv_b_proj runs in the engine and
+    whose ``expand_kv`` computes what is undone here. Others stay as they are.
     """
     config: Any = model.config
     if getattr(config, "_attn_implementation", None) != "sdpa":
@@ -44,20 +45,20 @@ def use_latents(model: nn.Module, engine: Engine) -> int:
     found = [module for module in model.modules() if _is_latent(module)]
     for module in found:
         latent = LatentDecoder(module, engine)
-        module.kt_latent = latent  # type: ignore[assignment]
-        module.expand_kv = latent.keep  # type: ignore[assignment]
+        patches.set(module, "kt_latent", latent)
+        patches.set(module, "expand_kv", latent.keep)
     if found:
-        _register()
-        config._attn_implementation = NAME
+        _register(patches)
+        patches.set(config, "_attn_implementation", NAME)
     return len(found)
 
 
-def _register() -> None:
+def _register(patches: Patches) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    patches.entry(AttentionInterface._global_mapping, NAME, attention)
+    patches.entry(AttentionMaskInterface._global_mapping, NAME, sdpa_mask)
 
 
 def _is_latent(module: Any) -> bool:
@@ -99,7 +100,7 @@ class LatentDecoder:
 
     @property
     def _projection(self) -> DenseForward | None:
-        """That of now: adapters that are loaded later put PEFT's layer in its place."""
+        """The present one: adapters that are loaded later put PEFT's layer in its place."""
         forward = self._module.kv_b_proj.__dict__.get("forward")
         return forward if isinstance(forward, DenseForward) else None
 
@@ -111,6 +112,8 @@ class LatentDecoder:
 
     def takes(self, query: torch.Tensor, mask: torch.Tensor | None, options: Any) -> bool:
         projection = self._projection
+        if projection is not None:
+            projection.follow()
         return (
             query.shape[0] == 1
             and query.shape[2] == 1
@@ -187,6 +190,8 @@ class LatentDecoder:
 
     def _lora(self) -> Lora | None:
         projection = self._projection
+        if projection is not None:
+            projection.follow()
         if projection is None or not projection.usual or not self._holds(projection):
             raise RuntimeError(
                 "kv_b_proj has other weights, or an adapter that the engine does not compute: this "
@@ -216,14 +221,9 @@ class _Step:
         self._lora: Lora | None = None
 
     def follow(self, lora: Lora | None) -> None:
-        if lora is self._lora:
-            return
-        if lora is None:
-            self.attention.activate_loras([], [])
-        else:
-            self.attention.load_lora(0, *lora)
-            self.attention.activate_loras([0], [1.0])
-        self._lora = lora
+        if lora is not self._lora:
+            give_lora(self.attention, lora)
+            self._lora = lora
 
 
 def attention(

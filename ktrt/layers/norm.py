@@ -15,6 +15,7 @@ from torch import nn
 
 from ktrt.engine import RmsNorm
 from ktrt.engine.recording import active
+from ktrt.utils.patches import Patches
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,21 +29,22 @@ _MOST_NUMBERS = 1 << 18
 _CONVENTIONS = ((True, 0.0), (False, 0.0), (False, 1.0))
 
 
-def accelerate_norms(model: nn.Module) -> int:
-    """Lets the engine's kernels compute the RMSNorm layers of ``model`` whose weights are bfloat16
-    or float32 on the CPU, for a few rows of bfloat16; returns how many. Called again, it takes what
-    is new.
+def accelerate_norms(model: nn.Module, patches: Patches | None = None) -> int:
+    """Runs a few rows of bfloat16 through the engine's kernels in the RMSNorm layers of ``model``
+    whose weights are bfloat16 or float32 on the CPU; returns how many. A second call takes the
+    layers added since.
 
     A layer is taken if it computes what the engine does in one of its conventions: a probe with
     random weights and rows decides, names only choose what is probed.
     """
     count = 0
+    patches = Patches() if patches is None else patches
     each: Any
     for each in model.modules():
         if _may_be(each) and not isinstance(each.__dict__.get("forward"), NormForward):
             found = _convention(each)
             if found is not None:
-                each.forward = NormForward(each, *found)
+                patches.set(each, "forward", NormForward(each, *found))
                 count += 1
     return count
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from ktrt.checkpoint.dequantized import weight_source
 from ktrt.checkpoint.generation_config import check_generation_config
 from ktrt.errors import CheckpointError, KtrtError
 from ktrt.experts import experts_replaced
+from ktrt.utils.patches import Patches
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -69,16 +71,12 @@ def _unexpected(model_class: Any, patterns: list[str]) -> Iterator[None]:
     others would come before the error that says the same."""
     from transformers.utils import logging as library
 
-    before, bars = model_class._keys_to_ignore_on_load_unexpected, library.is_progress_bar_enabled()
-    level = library.get_verbosity()
-    model_class._keys_to_ignore_on_load_unexpected = [*(before or []), *patterns]
-    library.set_verbosity_error()
-    if not sys.stderr.isatty():
-        library.disable_progress_bar()
-    try:
+    name = "_keys_to_ignore_on_load_unexpected"
+    with Patches() as patches:
+        patches.set(model_class, name, [*(getattr(model_class, name) or []), *patterns])
+        patches.add(partial(library.set_verbosity, library.get_verbosity()))
+        library.set_verbosity_error()
+        if library.is_progress_bar_enabled() and not sys.stderr.isatty():
+            patches.add(library.enable_progress_bar)
+            library.disable_progress_bar()
         yield
-    finally:
-        model_class._keys_to_ignore_on_load_unexpected = before
-        library.set_verbosity(level)
-        if bars:
-            library.enable_progress_bar()

@@ -17,6 +17,7 @@ from ktrt.engine import release_file_pages
 from ktrt.engine.recording import RecordedSteps
 from ktrt.experts import KTExperts, build_gpu_experts, new_hand_off
 from ktrt.generate.graphs import CudaGraphs, DecodeGraphs, NoHandOff
+from ktrt.generate.runner import KvCache
 from ktrt.generate.warm_up import kernels_loaded_beside
 from ktrt.kv.static import unusual_layers
 from ktrt.layers.attention import accelerate_attention
@@ -30,6 +31,7 @@ from ktrt.loading.fill import load_without_experts
 from ktrt.loading.plan import prepare
 from ktrt.loading.traffic import bytes_per_token
 from ktrt.prompt.fit import context_limit
+from ktrt.utils.patches import Patches
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from ktrt.experts import ExpertsSpec, GpuExperts, HandOff
     from ktrt.kv.static import StaticKv
     from ktrt.loading.plan import Prepared
+    from ktrt.utils.active_set import ActiveSet
 
 logger = logging.getLogger(__name__)
 # The block that users of LLaMA-Factory with KTransformers look for.
@@ -54,13 +57,14 @@ class LoadedModel:
     eval mode, without gradients; ``adapters`` holds what is resident, and the configured ones are
     active; ``audit`` says what each tensor of the first one acts on.
 
-    ``graphs`` makes the graphs that decode on a cache (None: the model runs every step). On a GPU
-    ``hand_off`` connects the experts with it, and ``gpu`` is its share of the routed experts, if it
-    has one."""
+    ``patches`` are the changes to other libraries' objects, undone by ``close``. ``graphs`` makes
+    the graphs that decode on a cache (None: the model runs every step). On a GPU ``hand_off``
+    connects the experts with it, and ``gpu`` is its share of the routed experts, if it has one."""
 
     model: nn.Module
     adapters: Adapters
     engine: Engine
+    patches: Patches
     hand_off: HandOff | None = None
     graphs: Callable[[StaticKv], DecodeGraphs] | None = None
     gpu: GpuExperts | None = None
@@ -70,13 +74,19 @@ class LoadedModel:
         """Of the first adapter; empty for the base model."""
         return self.adapters.audit(next(iter(self.adapters.names), None))
 
+    def new_cache(self) -> KvCache:
+        """Returns an empty KV cache, decoded by the graphs and with the GPU's share, if any."""
+        return KvCache(self.model, self.graphs, self.gpu, self.adapters.active_set)
+
     def bytes_per_token(self) -> int | None:
         """Bytes of weights that decoding a token reads from the CPU's memory, with the adapter as
         it is now; None if experts live on a GPU too."""
         return bytes_per_token(self.model)
 
     def close(self) -> None:
-        """Stops the engine's threads and frees the experts; the model cannot run afterwards."""
+        """Stops the engine's threads, frees the experts and leaves transformers as it was; the
+        model cannot run afterwards."""
+        self.patches.undo()
         if self.hand_off is not None:
             self.hand_off.close()
         if self.gpu is not None:
@@ -105,7 +115,7 @@ def load_model(
     logger.info("Loading model with KTransformers MoE backend")
     ready = prepare(model, adapter, experts)
     engine, specs = ready.engine, ready.base.experts.specs
-    hand_off = None
+    hand_off, patches = None, Patches()
     try:
         if check_vocabulary is not None:
             check_vocabulary(_vocabulary(ready))
@@ -123,23 +133,20 @@ def load_model(
         gpu = None
         if only_layers is None:
             gpu = _share_with_gpu(engine, loaded, specs, experts, device)
+        loaded.eval().requires_grad_(False)
+        changes = adapters.active_set, patches
+        _accelerate(loaded, engine, *changes, device, int8=model.quantization_bit == 8)
+        for file in ready.base.experts.files() if model.quantization_bit == 8 else ():
+            release_file_pages(str(file))  # what was packed is not read any more
+        _log_result(loaded, specs, ready.adapters)
+        graphs = _graphs(loaded, engine, hand_off, patches, experts.kt_use_cuda_graph)
     except BaseException:
+        patches.undo()
         if hand_off is not None:
             hand_off.close()
         engine.close()
         raise
-    loaded.eval().requires_grad_(False)
-    _accelerate(loaded, engine, adapters, device, int8=model.quantization_bit == 8)
-    for file in ready.base.experts.files() if model.quantization_bit == 8 else ():
-        release_file_pages(str(file))  # what was packed is not read any more
-    _log_result(loaded, specs, ready.adapters)
-    if hand_off is not None:
-        hand_off.guard(loaded)
-        graphs = _graphs(loaded, hand_off, experts.kt_use_cuda_graph)
-    else:
-        maker = RecordedSteps(OneRowProducts(engine))
-        graphs = partial(DecodeGraphs, loaded, handoff=NoHandOff(), maker=maker)
-    return LoadedModel(loaded, adapters, engine, hand_off, graphs, gpu)
+    return LoadedModel(loaded, adapters, engine, patches, hand_off, graphs, gpu)
 
 
 def _vocabulary(ready: Prepared) -> int:
@@ -158,27 +165,30 @@ def _load_experts(ready: Prepared, args: ExpertArgs, only_layers: Collection[int
 
 
 def _accelerate(
-    model: nn.Module, engine: Engine, adapters: Adapters, device: torch.device, *, int8: bool
+    model: nn.Module,
+    engine: Engine,
+    active_set: ActiveSet,
+    patches: Patches,
+    device: torch.device,
+    *,
+    int8: bool,
 ) -> None:
-    """Faster ways through the layers outside the experts, which stay transformers' and PEFT's."""
+    """Patches the forwards of the layers outside the experts, which stay transformers' and PEFT's,
+    with faster ones."""
     if device.type == "cuda":
         if int8:
             logger.warning(
                 "quantization_bit: 8 has no effect with a GPU, where the layers outside the "
                 "experts stay %s: it makes those on the CPU INT8", model.dtype,
             )  # fmt: skip
-        fused = FusedLora(model)
-        adapters.on_load.append(fused.find)
-        adapters.on_change.append(fused.refresh)
+        FusedLora(model, active_set, patches)
     else:
-        accelerate_attention(model, engine)
-        accelerate_norms(model)
-        accelerate(model, engine, int8=int8)
+        accelerate_attention(model, engine, patches)
+        accelerate_norms(model, patches)
+        accelerate(model, engine, active_set, patches, int8=int8)
         if int8:
             _log_int8(model)
-        # PEFT wraps further layers when another adapter is loaded.
-        adapters.on_load.append(partial(accelerate, model, engine, int8=int8))
-        use_latents(model, engine)
+        use_latents(model, engine, patches)
 
 
 def _log_int8(model: nn.Module) -> None:
@@ -208,9 +218,14 @@ def _device() -> torch.device:
 
 
 def _graphs(
-    model: Any, hand_off: HandOff, wanted: bool
+    model: Any, engine: Engine, hand_off: HandOff | None, patches: Patches, wanted: bool
 ) -> Callable[[StaticKv], DecodeGraphs] | None:
-    """What makes the CUDA graphs of decode steps; None, with a log line, where there are none."""
+    """The maker of the graphs of decode steps: recorded on the CPU, CUDA's with a hand-off; None,
+    with a log line, where there are none."""
+    if hand_off is None:
+        maker = RecordedSteps(OneRowProducts(engine))
+        return partial(DecodeGraphs, model, handoff=NoHandOff(), maker=maker)
+    hand_off.guard(model, patches)
     reason = "kt_use_cuda_graph is false"
     if wanted:
         unusual = unusual_layers(model)
@@ -276,12 +291,9 @@ def _share_with_gpu(
     args: ExpertArgs,
     device: torch.device,
 ) -> GpuExperts | None:
-    """Gives the GPU its share of the routed experts, ``kt_gpu_experts`` of the model."""
+    """Gives the GPU its share of the routed experts, if it takes any."""
     modules: dict[str, Any] = {spec.path: model.get_submodule(spec.path) for spec in specs}
-    gpu = build_gpu_experts(modules, device, args, engine.max_qlen)
-    if gpu is not None:
-        model.kt_gpu_experts = gpu  # type: ignore[assignment]
-    return gpu
+    return build_gpu_experts(modules, device, args, engine.max_qlen)
 
 
 def _log_result(

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from ktrt.utils.patches import Patches
+
 # Before anything imports torch: its OpenMP threads would spin between operations, on the cores that
 # the engine's threads and other processes want (ten times slower on a busy machine).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -43,3 +45,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def patches() -> Iterator[Patches]:
+    """A list of patches, taken back after the test."""
+    with Patches() as patches:
+        yield patches

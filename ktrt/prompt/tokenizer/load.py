@@ -16,6 +16,7 @@ from ktrt.errors import CheckpointError
 from ktrt.folders import tokenizer_advice
 from ktrt.prompt.tokenizer.files import JSON_NAME, TokenizerFiles
 from ktrt.utils.json_files import read_json_as
+from ktrt.utils.patches import Patches
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -159,14 +160,10 @@ def _old_imports() -> Iterator[None]:
     from transformers.models.gpt2 import tokenization_gpt2 as module
 
     name = "bytes_to_unicode"
-    missing = not hasattr(module, name)
-    if missing:
-        setattr(module, name, bytes_to_unicode)
-    try:
+    with Patches() as patches:
+        if not hasattr(module, name):
+            patches.set(module, name, bytes_to_unicode)
         yield
-    finally:
-        if missing:
-            delattr(module, name)
 
 
 def _warn_of_pattern(file: Path, remote_class: str | None) -> None:

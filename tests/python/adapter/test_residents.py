@@ -248,10 +248,10 @@ class TestRefusals:
     def test_change_nothing(
         self, several: LoadedModel, alone: dict[str, torch.Tensor], weights: Any, message: str
     ) -> None:
-        key = several.adapters.key
+        key = several.adapters.version
         with pytest.raises(AdapterError, match=message):
             several.adapters.activate(weights)
-        assert several.adapters.key == key
+        assert several.adapters.version == key
         assert torch.equal(logits(several), alone["a"])
 
     def test_too_many_ranks(self, several: LoadedModel, tmp_path: Path, folder: Path) -> None:
@@ -321,12 +321,12 @@ class TestLoading:
         adapters = several.adapters
         adapters.load("x", folder / "attention")
         adapters.activate("x")
-        key = adapters.key
+        key = adapters.version
         adapters.activate("a")
         adapters.unload("x")
         adapters.load("x", folder / "b")
         adapters.activate("x")
-        assert adapters.key != key
+        assert adapters.version != key
         adapters.activate("a")
         adapters.unload("x")
 
@@ -430,7 +430,7 @@ class TestRows:
 class TestKey:
     def test_tells_what_acts(self, several: LoadedModel) -> None:
         adapters = several.adapters
-        keys = [adapters.key]
+        keys = [adapters.version]
         changes: tuple[Callable[[], None], ...] = (
             lambda: adapters.activate("b"),
             lambda: adapters.scale(0.5),
@@ -440,45 +440,61 @@ class TestKey:
         )
         for change in changes:
             change()
-            keys.append(adapters.key)
+            keys.append(adapters.version)
         with adapters.rows(["a", "b"]):
-            keys.append(adapters.key)
+            keys.append(adapters.version)
         assert len(set(keys)) == len(keys)
         adapters.activate({"b": 0})
-        off = adapters.key
+        off = adapters.version
         adapters.off()
-        assert adapters.key == off
+        assert adapters.version == off
         adapters.activate("a")
-        assert adapters.key == keys[0]
-
-    def test_callbacks(self, several: LoadedModel) -> None:
-        seen: list[dict[str, float]] = []
-        several.adapters.on_change.append(lambda: seen.append(several.adapters.active))
-        several.adapters.activate("b")
-        several.adapters.off()
-        several.adapters.on_change.clear()
-        assert seen == [{"b": 1.0}, {}]
+        assert adapters.version == keys[0]
 
     def test_loads_are_told_apart(self, several: LoadedModel, folder: Path) -> None:
-        seen: list[str] = []
-        several.adapters.on_load.append(lambda: seen.append("load"))
-        several.adapters.on_change.append(lambda: seen.append("change"))
-        several.adapters.load("x", folder / "attention")
-        several.adapters.activate("x")
-        several.adapters.activate("a")
-        several.adapters.unload("x")
-        several.adapters.on_load.clear()
-        several.adapters.on_change.clear()
-        assert seen == ["load", "change", "change", "change", "change"]
+        adapters, found = several.adapters, several.adapters.active_set
+        adapters.activate("a")
+        seen = [(found.version, found.changes, found.modules)]
+
+        def note() -> None:
+            seen.append((found.version, found.changes, found.modules))
+
+        adapters.load("x", folder / "attention")
+        note()
+        adapters.activate("x")
+        note()
+        adapters.activate("a")
+        note()
+        adapters.unload("x")
+        note()
+        versions, changes, modules = ([each[n] - seen[0][n] for each in seen] for n in range(3))
+        assert [v == 0 for v in versions] == [True, True, False, True, True]
+        assert changes == [0, 0, 1, 2, 2]
+        assert modules == [0, 1, 1, 1, 1]
+
+    def test_numbers_changed_in_place(self, several: LoadedModel) -> None:
+        """``refresh`` outdates what was made before, also of adapters that are off."""
+        adapters = several.adapters
+        adapters.off()
+        off = adapters.version
+        adapters.on()
+        before = adapters.version
+        adapters.refresh()
+        after = adapters.version
+        assert after not in (before, off)
+        adapters.off()
+        assert adapters.version not in (before, off, after)
+        adapters.on()
+        assert adapters.version == after
 
 
-class _OtherKey(Adapters):
-    """Adapters whose key the test sets."""
+class _OtherVersion(Adapters):
+    """Adapters whose version the test sets."""
 
     current = 0
 
     @property
-    def key(self) -> int:
+    def version(self) -> int:
         return self.current
 
 
@@ -487,7 +503,7 @@ class TestSessions:
 
     def test_no_cache_across_adapters(self) -> None:
         session = make_session()
-        session.adapters = adapters = _OtherKey()
+        session.adapters = adapters = _OtherVersion()
         list(session.stream_responses(self.MESSAGES))
         assert list(session.stream_responses(self.MESSAGES))[-1].reused_tokens > 0
         adapters.current = 1
@@ -496,7 +512,7 @@ class TestSessions:
 
     def test_a_change_during_an_answer_ends_it(self) -> None:
         session = make_session()
-        session.adapters = adapters = _OtherKey()
+        session.adapters = adapters = _OtherVersion()
         responses = session.stream_responses(self.MESSAGES)
         next(responses)
         adapters.current = 1

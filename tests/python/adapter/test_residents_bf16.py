@@ -19,7 +19,7 @@ from helpers.tiny_models import (
 )
 
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
-from ktrt.generate.loop import KvCache
+from ktrt.generate.runner import KvCache
 from ktrt.loading.model import LoadedModel, load_model
 
 if TYPE_CHECKING:

@@ -35,7 +35,7 @@ from helpers.rounded_experts import Lora, experts_of, random_lora, use_rounded_e
 from ktrt.checkpoint.skeleton import build_skeleton
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import CheckpointError
-from ktrt.generate.loop import KvCache
+from ktrt.generate.runner import KvCache
 from ktrt.loading.model import LoadedModel, load_model
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import KtrtError
 from ktrt.experts import HandOff, KTExperts
 from ktrt.experts.handoff import Deferred
-from ktrt.generate.loop import KvCache
+from ktrt.generate.runner import KvCache
 from ktrt.loading.model import LoadedModel, load_model
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ def test_decoding_by_graphs_is_decoding(
     plain = load(folder, family)
     fake = Loaded(folder, family, monkeypatch)
     ids = token_ids(1, 40)[0].tolist()
-    ours, reference = KvCache(fake.model, fake.loaded.graphs), KvCache(plain.model)
+    ours, reference = fake.loaded.new_cache(), KvCache(plain.model)
     for part in (ids[:21], ids[21:24], *([each] for each in ids[24:])):
         found, expected = ours.forward(part), reference.forward(part)
         # On a CPU the plain model attends one token at a time another way than a graph does.
@@ -265,7 +265,7 @@ def test_an_error_of_the_experts_comes_from_the_forward(fake: Loaded) -> None:
 
 
 def test_an_error_in_a_replay_leaves_the_conversation_usable(fake: Loaded) -> None:
-    cache = KvCache(fake.model, fake.loaded.graphs)
+    cache = fake.loaded.new_cache()
     ids = token_ids(1, 12)[0].tolist()
     cache.forward(ids)
     first = cache.forward([5])
@@ -298,7 +298,7 @@ def test_ctrl_c_in_a_forward(fake: Loaded) -> None:
 
 
 def test_ctrl_c_in_a_launch(fake: Loaded) -> None:
-    cache = KvCache(fake.model, fake.loaded.graphs)
+    cache = fake.loaded.new_cache()
     ids = token_ids(1, 12)[0].tolist()
     cache.forward(ids)
     cache.forward([5])

@@ -21,7 +21,7 @@ from ktrt.experts.gpu import costs, setup
 from ktrt.experts.gpu.costs import Line, streaming_threshold
 from ktrt.experts.gpu.residents import GpuExperts
 from ktrt.experts.gpu.setup import check_layer
-from ktrt.generate.loop import KvCache
+from ktrt.generate.runner import KvCache
 from ktrt.loading.model import LoadedModel, load_model
 
 if TYPE_CHECKING:
@@ -264,11 +264,9 @@ def test_prompts_go_in_the_chunks_that_streaming_wants() -> None:
         lambda _module, _args, kwargs: sizes.append(kwargs["input_ids"].shape[1]),
         with_kwargs=True,
     )
-    model.kt_gpu_experts = SimpleNamespace(
-        prefill_chunk=lambda remaining: 700 if remaining >= 600 else None
-    )
+    gpu: Any = SimpleNamespace(prefill_chunk=lambda remaining: 700 if remaining >= 600 else None)
     from ktrt.generate.loop import generate_step
 
-    next(generate_step(KvCache(model), [5] * 1300, lambda _: 0))
+    next(generate_step(KvCache(model, gpu=gpu), [5] * 1300, lambda _: 0))
     assert sizes == [700, 600]
     loaded.close()

@@ -11,8 +11,9 @@ from helpers.tiny_chat import make_session
 
 import ktrt
 from ktrt.config import SamplingArgs
-from ktrt.generate import loop
-from ktrt.generate.loop import KvCache, Response, stream_generate
+from ktrt.generate import runner
+from ktrt.generate.loop import Response, stream_generate
+from ktrt.generate.runner import KvCache
 from ktrt.session import Session
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,7 +60,7 @@ class Chunks:
         eos = self.stop_ids[0] if self.stop_ids else None
         expected = generate(session.model, self.prompt, count, eos)
         for chunk, kept in self.caches.items():
-            patch.setattr(loop, "PREFILL_CHUNK", chunk)
+            patch.setattr(runner, "PREFILL_CHUNK", chunk)
             for cache, reused in ((kept, before), (KvCache(session.model), 0)):
                 args = SamplingArgs(do_sample=False, logprobs=True, top_logprobs=2)
                 responses = list(
@@ -189,7 +190,7 @@ def test_retry_edit_and_another_system_prompt(talk: Talk) -> None:
 def test_ctrl_c_between_chunks_keeps_what_is_done(
     talk: Talk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(runner, "PREFILL_CHUNK", 16)
     talk.messages = [{"role": "user", "content": "专家混合 " * 40}]
     expected = list(talk.session.stream_responses(talk.messages))
     talk.session._idle_cache = None

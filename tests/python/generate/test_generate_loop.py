@@ -12,13 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from ktrt.config import SamplingArgs
 from ktrt.errors import ConfigError
-from ktrt.generate import graphs, loop
-from ktrt.generate.loop import (
-    KvCache,
-    Response,
-    check_prompt,
-    stream_generate,
-)
+from ktrt.generate import graphs, runner
+from ktrt.generate.loop import Response, check_prompt, stream_generate
+from ktrt.generate.runner import KvCache
 from ktrt.kv import static
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -83,7 +79,7 @@ def test_sampling_equals_transformers(model: Any, tokenizer: Any, penalty: float
 def test_any_prefill_chunk_gives_the_same(
     model: Any, tokenizer: Any, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(runner, "PREFILL_CHUNK", chunk)
     assert tokens(run(tokenizer, KvCache(model), PROMPT)) == reference(model, PROMPT, 25)
 
 
@@ -207,7 +203,7 @@ class TestKvCache:
     ) -> None:
         from transformers import MistralConfig, MistralForCausalLM
 
-        monkeypatch.setattr(loop, "PREFILL_CHUNK", 5)
+        monkeypatch.setattr(runner, "PREFILL_CHUNK", 5)
         torch.manual_seed(0)
         config = MistralConfig(
             vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,

@@ -17,7 +17,7 @@ import ktrt.loading.model
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs, SamplingArgs, TemplateArgs
 from ktrt.engine.build import MAX_QLEN
 from ktrt.experts import GpuExperts, KTExperts
-from ktrt.generate.loop import PREFILL_CHUNK, KvCache
+from ktrt.generate.runner import PREFILL_CHUNK, KvCache
 from ktrt.loading.model import LoadedModel, load_model
 from ktrt.prompt.template.load import load_template
 from ktrt.session import Session
@@ -76,7 +76,7 @@ class Shared:
         patch.setattr(ktrt.loading.model, "CudaGraphs", lambda: self.maker)
         patch.setattr(ktrt.loading.model, "build_gpu_experts", build)
         self.loaded = load(folder)
-        self.ours = KvCache(self.loaded.model, self.loaded.graphs)
+        self.ours = self.loaded.new_cache()
         self.reference = KvCache(self.plain.model)
 
     def _capture(self, capture: Any, step: Callable[[], None]) -> Any:

@@ -21,7 +21,7 @@ import ktrt.loading.model
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.generate import graphs as decode_graph
 from ktrt.generate.graphs import CudaGraphs, DecodeGraphs
-from ktrt.generate.loop import KvCache
+from ktrt.generate.runner import KvCache
 from ktrt.kv import static
 from ktrt.kv.static import StaticKv
 from ktrt.loading.model import LoadedModel, load_model
@@ -87,7 +87,7 @@ def test_logits_equal_the_cpus(folder: Path, family: str, lora: str) -> None:
     assert gpu.graphs is not None
     assert {p.device.type for p in gpu.model.parameters()} == {"cuda"}
     ids = token_ids(1, 80)[0].tolist()
-    by_graph, eager = KvCache(gpu.model, gpu.graphs), KvCache(gpu.model)
+    by_graph, eager = gpu.new_cache(), KvCache(gpu.model)
     reference = KvCache(cpu.model)
     for part in (ids[:9], ids[9:12], *([each] for each in ids[12:])):
         expected = reference.forward(part)
@@ -102,7 +102,7 @@ def test_half_precision(folder: Path, dtype: str) -> None:
     """The graph against the host-launched steps: the same kernels but for attention's."""
     gpu = load(folder, "deepseek_v2", "a", dtype=dtype)
     ids = token_ids(1, 60)[0].tolist()
-    by_graph, eager = KvCache(gpu.model, gpu.graphs), KvCache(gpu.model)
+    by_graph, eager = gpu.new_cache(), KvCache(gpu.model)
     errors = [
         error(by_graph.forward(part), eager.forward(part))
         for part in (ids[:9], *([each] for each in ids[9:]))
@@ -208,7 +208,7 @@ def test_ctrl_c_leaves_a_usable_session() -> None:
 
 def test_experts_that_fail_do_not_hang_the_stream(folder: Path) -> None:
     gpu = load(folder, "deepseek_v2", "a")
-    cache = KvCache(gpu.model, gpu.graphs)
+    cache = gpu.new_cache()
     ids = token_ids(1, 20)[0].tolist()
     cache.forward(ids)
     cache.forward([3])

@@ -22,7 +22,7 @@ from ktrt.experts import KTExperts, experts_muted
 from ktrt.generate import graphs as decode_graph
 from ktrt.generate import warm_up
 from ktrt.generate.graphs import DecodeGraphs
-from ktrt.generate.loop import KvCache
+from ktrt.generate.runner import KvCache
 from ktrt.kv import static
 from ktrt.loading.model import load_model
 

@@ -14,8 +14,8 @@ from helpers.families_table import REFUSED
 from helpers.family_models import FIRST_SPECIAL, Family, families, random_model
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 
-from ktrt.generate import loop
-from ktrt.generate.loop import KvCache
+from ktrt.generate import loop, runner
+from ktrt.generate.runner import KvCache
 from ktrt.kv import snapshots
 from ktrt.kv.snapshots import continues
 
@@ -87,7 +87,7 @@ def check_talks(model: Any, monkeypatch: pytest.MonkeyPatch, *, whole: bool = Fa
     """A conversation for each size of a prompt's chunks."""
     expected: dict[tuple[int, ...], list[int]] = {}
     for chunk in (1, 6, 512):
-        monkeypatch.setattr(loop, "PREFILL_CHUNK", chunk)
+        monkeypatch.setattr(runner, "PREFILL_CHUNK", chunk)
         check_talk(Talk(model, expected), whole=whole)
 
 

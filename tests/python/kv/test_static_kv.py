@@ -14,14 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Mistral
 from ktrt.engine.recording import RecordedSteps
 from ktrt.errors import KtrtError
 from ktrt.generate import graphs as decode_graph
-from ktrt.generate import loop
+from ktrt.generate import runner
 from ktrt.generate.graphs import (
     CudaGraphs,
     DecodeGraphs,
     NoHandOff,
     window_of,
 )
-from ktrt.generate.loop import KvCache
+from ktrt.generate.runner import KvCache
 from ktrt.kv import static as kv_cache
 from ktrt.kv.static import StaticKv, unusual_layers
 
@@ -372,7 +372,7 @@ def test_a_graph_that_computes_something_else_is_not_used(
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(DecodeGraphs, "_mask", broken)
-    monkeypatch.setattr(loop, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(runner, "PREFILL_CHUNK", chunk)
     cache = KvCache(llama, dense_graphs(llama))
     cache.forward(PROMPT)
     assert close(cache.forward([3]), whole(llama, [*PROMPT, 3]))

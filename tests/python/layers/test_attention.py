@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from ktrt.utils.patches import Patches
+
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-3}
 
 
@@ -84,8 +86,8 @@ def test_numbers_of_torch(
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v2", "mixtral", "granitemoe"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_a_models_logits(
-    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str,
-    dtype: torch.dtype,
+    engine: Engine, patches: Patches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    model_type: str, dtype: torch.dtype,
 ) -> None:  # fmt: skip
     """Token by token after a prompt, marked layers against the same layers unmarked."""
     folder = save_model(tmp_path / "model", model_type, 96)
@@ -113,7 +115,7 @@ def test_a_models_logits(
 
     expected = logits()
     assert calls == 0
-    layers = accelerate_attention(model, engine)
+    layers = accelerate_attention(model, engine, patches)
     assert layers == model.config.num_hidden_layers
     found = logits()
     assert calls == 20 * layers
@@ -128,10 +130,12 @@ def test_a_models_logits(
     assert calls == 20 * layers
 
 
-def test_models_with_other_attention_are_left_alone(engine: Engine, tmp_path: Path) -> None:
+def test_models_with_other_attention_are_left_alone(
+    engine: Engine, patches: Patches, tmp_path: Path
+) -> None:
     folder = save_model(tmp_path / "model", "qwen3_moe", 96)
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-    assert accelerate_attention(model, engine) == 0
+    assert accelerate_attention(model, engine, patches) == 0
 
 
 def test_torchs_threads_are_given_back() -> None:

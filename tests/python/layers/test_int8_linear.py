@@ -18,16 +18,13 @@ from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.engine import Engine
 from ktrt.experts import KTExperts, find_experts
 from ktrt.layers import int8
-from ktrt.layers.linear import (
-    DenseForward,
-    accelerate,
-    int8_bytes,
-    refresh,
-)
+from ktrt.layers.forward import DenseForward
+from ktrt.layers.linear import accelerate, int8_bytes, refresh
 from ktrt.loading.model import load_model
 from ktrt.loading.plan import open_base, plan_memory
 from ktrt.loading.traffic import bytes_per_token
 from ktrt.loading.work import model_work
+from ktrt.utils.active_set import ActiveSet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -198,7 +195,6 @@ def disable(model: Any) -> tuple[str, ...]:
 
 def change_numbers(model: Any) -> tuple[str, ...]:
     model.first.lora_A["a"].weight.mul_(2)
-    refresh(model)
     return ("a",)
 
 
@@ -209,6 +205,7 @@ def test_follows_what_peft_does(engine: Engine, change: Any) -> None:
     with torch.inference_mode():
         before = model.first(x)
         active = change(model)
+        refresh(model)
         found = model.first(x)
     assert error(found, by_hand(model.first, x, *active)) < ROUNDING
     assert error(found, before.float()) > 0.05
@@ -220,10 +217,12 @@ def test_merged_weights_are_packed_anew(engine: Engine) -> None:
     with torch.inference_mode():
         before = model.first(x)
         model.first.merge()
+        refresh(model)
         merged = model.first(x)
         assert error(merged, by_hand(model.first, x)) < ROUNDING
         assert error(merged, before.float()) < 0.05, "the adapter still acts"
         model.first.unmerge()
+        refresh(model)
         assert error(model.first(x), before.float()) < 0.05
 
 
@@ -231,14 +230,15 @@ def test_a_weight_is_packed_once(engine: Engine, monkeypatch: pytest.MonkeyPatch
     """However many adapters come later, and whichever of them act."""
     packed: list[Any] = []
     monkeypatch.setattr(DenseForward, "_bind", counting(DenseForward._bind, packed))
-    model, x = make(), inputs(4, IN)
-    accelerate(model, engine, int8=True)
+    model, x, active_set = make(), inputs(4, IN), ActiveSet()
+    accelerate(model, engine, active_set, int8=True)
     assert len(packed) == 2
     for name in ("a", "b"):
         add(model, name, r=4)
-        accelerate(model, engine, int8=True)
+        accelerate(model, engine, active_set, int8=True)
     for names in (("a",), ("b",), ("a", "b")):
         set_active(model, *names)
+        active_set.become(names)
         with torch.inference_mode():
             assert error(model.first(x), by_hand(model.first, x, *names)) < ROUNDING
     assert len(packed) == 2
@@ -259,6 +259,7 @@ def test_other_parameters_are_packed(engine: Engine) -> None:
     accelerate(model, engine, int8=True)
     base = model.first.base_layer
     base.weight = nn.Parameter(2 * base.weight, requires_grad=False)
+    refresh(model)
     with torch.inference_mode():
         assert error(model.first(x), by_hand(model.first, x, "a")) < ROUNDING
 

@@ -12,10 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from ktrt.engine import Engine
 from ktrt.layers.latent import NAME, LatentDecoder, use_latents
-from ktrt.layers.linear import accelerate
+from ktrt.layers.linear import accelerate, refresh
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from ktrt.utils.patches import Patches
 
 FAMILIES = ("deepseek_v2", "deepseek_v3")
 PROMPT, STEPS = 13, 40
@@ -64,7 +66,7 @@ def errors(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("lora", [False, True], ids=["base", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_transformers(
-    engine: Engine, family: str, lora: bool, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, patches: Patches, family: str, lora: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make(family, lora=lora, query_rank=24 if family == "deepseek_v3" else None)
     ids = torch.randint(0, 60, (1, PROMPT + STEPS), generator=torch.Generator().manual_seed(1))
@@ -79,16 +81,17 @@ def test_equals_transformers(
 
     monkeypatch.setattr(LatentDecoder, "decode", count)
     accelerate(model, engine)
-    assert use_latents(model, engine) == 2
+    assert use_latents(model, engine, patches) == 2
     assert model.config._attn_implementation == NAME
     found = errors(step_by_step(model, ids), exact)
     assert decoded == 2 * STEPS
     assert float(found.mean()) <= 1.2 * float(ordinary.mean())
     if lora:
-        # Switched off in PEFT, it is off here.
+        # Switched off in PEFT, it is off here after a refresh.
         for module in model.modules():
             if hasattr(module, "lora_A"):
                 module.enable_adapters(False)
+        refresh(model)
         base = copy.deepcopy(make(family, lora=False, query_rank=model.config.q_lora_rank)).float()
         plain = base(input_ids=ids).logits[0, PROMPT - 1 :]
         assert float(errors(step_by_step(model, ids), plain).mean()) < 0.05
@@ -96,7 +99,7 @@ def test_equals_transformers(
 
 
 def test_several_sequences_and_masks_are_expanded(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, patches: Patches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make("deepseek_v2", lora=False)
     ids = torch.randint(0, 60, (2, 9), generator=torch.Generator().manual_seed(2))
@@ -105,7 +108,7 @@ def test_several_sequences_and_masks_are_expanded(
     ordinary = model(input_ids=ids, attention_mask=mask).logits
     monkeypatch.setattr(LatentDecoder, "decode", None)
     accelerate(model, engine)
-    use_latents(model, engine)
+    use_latents(model, engine, patches)
     with torch.inference_mode():
         found = model(input_ids=ids, attention_mask=mask).logits
         cache = DynamicCache(config=model.config)
@@ -115,13 +118,13 @@ def test_several_sequences_and_masks_are_expanded(
     assert float(errors(last[:, -1].float(), ordinary[:, -1].float()).max()) < 0.03
 
 
-def test_other_models_stay(engine: Engine) -> None:
+def test_other_models_stay(engine: Engine, patches: Patches) -> None:
     model = make("deepseek_v2", lora=False)
-    assert use_latents(model, engine) == 0, "kv_b_proj is not the engine's"
+    assert use_latents(model, engine, patches) == 0, "kv_b_proj is not the engine's"
     accelerate(model, engine)
     layer = model.model.layers[0].self_attn
     layer.expand_kv = lambda *states: type(layer).expand_kv(layer, *(2 * s for s in states))
-    assert use_latents(model, engine) == 1, "one expands otherwise, by factors of its own"
+    assert use_latents(model, engine, patches) == 1, "one expands otherwise, by factors of its own"
     assert model.model.layers[0].self_attn.__dict__.get("kt_latent") is None
 
 
@@ -142,10 +145,12 @@ def test_decode_steps_leave_torch_one_thread(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["base", "lora"])
-def test_a_bound_step_follows_its_arrays_and_adapters(engine: Engine, lora: bool) -> None:
+def test_a_bound_step_follows_its_arrays_and_adapters(
+    engine: Engine, patches: Patches, lora: bool
+) -> None:
     model = make("deepseek_v2", lora=lora)
     accelerate(model, engine)
-    use_latents(model, engine)
+    use_latents(model, engine, patches)
     module = model.model.layers[0].self_attn
     latent: LatentDecoder = module.kt_latent
     generator = torch.Generator().manual_seed(0)

@@ -11,7 +11,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from ktrt.engine import Engine
-from ktrt.layers.linear import DenseForward, accelerate, refresh
+from ktrt.layers.forward import DenseForward
+from ktrt.layers.linear import accelerate, refresh
+from ktrt.utils.active_set import ActiveSet
+from ktrt.utils.patches import Patches
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -146,24 +149,46 @@ def merge(model: Any) -> None:
 
 def change_numbers(model: Any) -> None:
     model.first.lora_A["a"].weight.mul_(2)
-    refresh(model)
 
 
 @pytest.mark.parametrize(
     "change", [change_active, change_to_both, change_scale, disable, merge, change_numbers]
 )
-def test_follows_what_peft_does(engine: Engine, change: Any) -> None:
-    model, x = make(r=8), inputs(5, IN)
-    accelerate(model, engine)
+@pytest.mark.parametrize("renewed", [True, False], ids=["renew", "refresh"])
+def test_follows_what_peft_does(engine: Engine, change: Any, renewed: bool) -> None:
+    """After a new version, or a call of ``refresh``; until then nothing is looked at."""
+    model, x, active_set = make(r=8), inputs(5, IN), ActiveSet()
+    accelerate(model, engine, active_set)
     with torch.inference_mode():
         before = model(x)
     with torch.no_grad():
         change(model)
     with torch.inference_mode():
+        if change is not merge:
+            assert torch.equal(model(x), before)
+        active_set.renew() if renewed else refresh(model)
         found = model(x)
     assert error(found, in_float32(model, x)) < 0.02
     if change is not merge:
         assert error(found, before.float()) > 0.05
+
+
+def test_modules_that_come_later(engine: Engine) -> None:
+    """Are taken before the next forward, once they are announced; ``undo`` takes all back."""
+    model, x, active_set, patches = make(), inputs(5, IN), ActiveSet(), Patches()
+    accelerate(model, engine, active_set, patches)
+    config = LoraConfig(r=4, target_modules=["first"], init_lora_weights=False)
+    inject_adapter_in_model(config, model, "late")
+    model.eval().requires_grad_(False)
+    assert not is_accelerated(model.first)
+    active_set.add_modules()
+    with torch.inference_mode():
+        found = model(x)
+    assert is_accelerated(model.first)
+    assert error(found, in_float32(model, x)) < 0.02
+    patches.undo()
+    assert not any(map(is_accelerated, model.modules()))
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
 
 @pytest.mark.parametrize("lora", [{"use_dora": True}, {"lora_bias": True}])
@@ -216,7 +241,7 @@ def test_per_sample_adapters_take_peft(engine: Engine) -> None:
 def test_amx_leaves_many_rows_to_torch(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = make(), inputs(20, IN)
     ordinary = model(x)
-    monkeypatch.setattr("ktrt.layers.linear.active_isa", lambda: "amx")
+    monkeypatch.setattr("ktrt.layers.forward.active_isa", lambda: "amx")
     accelerate(model, engine)
     with torch.inference_mode():
         assert torch.equal(model(x), ordinary)

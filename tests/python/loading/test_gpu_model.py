@@ -20,7 +20,7 @@ import ktrt.loading.model
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.experts import KTExperts
 from ktrt.generate import graphs
-from ktrt.generate.loop import KvCache
+from ktrt.generate.runner import KvCache
 from ktrt.kv import static
 from ktrt.layers import embedding
 from ktrt.loading.model import LoadedModel, load_model
@@ -92,7 +92,7 @@ class Pair:
     def __init__(self, gpu: LoadedModel, cpu: LoadedModel, allowed: float = 8e-3) -> None:
         self.models = (gpu, cpu)
         self.allowed = allowed
-        self.ours, self.reference = KvCache(gpu.model, gpu.graphs), KvCache(cpu.model)
+        self.ours, self.reference = gpu.new_cache(), KvCache(cpu.model)
 
     def compare(self, ids: list[int]) -> None:
         found, expected = self.ours.forward(ids).cpu(), self.reference.forward(ids)
@@ -156,7 +156,8 @@ def test_the_demo_talks_as_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for number, threshold in ((3, 0), ("auto", 0), (0, 4)):
         share = {"kt_num_gpu_experts": number, "kt_gpu_prefill_token_threshold": threshold}
         with ktrt.load(DEMO, **settings, **share) as session:
-            assert getattr(session.model, "kt_gpu_experts", None) is not None
+            experts = [m for m in session.model.modules() if isinstance(m, KTExperts)]
+            assert all(module.gpu is not None for module in experts)
             texts.append("".join(session.stream(ask)))
     monkeypatch.setattr(ktrt.loading.model, "_device", lambda: torch.device("cpu"))
     with ktrt.load(DEMO, **settings) as session:

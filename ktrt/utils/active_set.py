@@ -1,0 +1,51 @@
+"""Which of a model's adapters act, as a number that everything made from them compares."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+
+class ActiveSet:
+    """The version of a model's active adapters.
+
+    KV caches, recorded steps, graphs and the LoRA of linear layers keep the version that they were
+    made for, and compare it; none of them looks into PEFT's layers to notice a change. ``adapters``
+    writes it, after a change and before the next forward.
+    """
+
+    def __init__(self) -> None:
+        # Equal versions mean equal numbers: a return to an earlier set returns to its version.
+        self.version = 0
+        # Counts changes, returns included: for memory that is written again at every change.
+        self.changes = 0
+        # Counts the loads that may have put further modules into the model.
+        self.modules = 0
+        # Counts changes of an adapter's own numbers: what was made from them has to be made anew.
+        self.renewals = 0
+        self._versions: dict[Hashable, int] = {(): 0}
+        self._last = 0
+
+    def become(self, key: Hashable) -> None:
+        """Takes the version of the set that ``key`` describes: its old one, if it has been active
+        before."""
+        before = self.version
+        if key not in self._versions:
+            self._last += 1
+            self._versions[key] = self._last
+        self.version = self._versions[key]
+        self.changes += self.version != before
+
+    def renew(self) -> None:
+        """Outdates all versions: numbers have changed, with the same adapters and weights."""
+        self._versions.clear()
+        self._last += 1
+        self.version = self._last
+        self.changes += 1
+        self.renewals += 1
+
+    def add_modules(self) -> None:
+        """Tells those who wrap modules that there may be new ones."""
+        self.modules += 1

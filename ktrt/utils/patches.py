@@ -1,0 +1,108 @@
+"""Changes to other libraries' objects, kept in one list so that ``close`` can undo them.
+
+Attributes belong to the objects of one model. Entries belong to tables of the process, which
+several models change at once and give back in any order.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, MutableMapping
+
+_ABSENT: Any = object()
+_LOCK = threading.RLock()
+
+
+@dataclass
+class _Entry:
+    """One key of a table: its value before any patch, and the patches' values, newest last."""
+
+    mapping: MutableMapping[Any, Any]
+    key: Hashable
+    original: Any
+    values: list[tuple[Patches, Any]] = field(default_factory=list)
+
+    def write(self) -> None:
+        """Puts the newest value in place, or the original."""
+        value = self.values[-1][1] if self.values else self.original
+        if value is _ABSENT:
+            self.mapping.pop(self.key, None)
+        else:
+            self.mapping[self.key] = value
+
+
+# The patched entries of the whole process. A table lives as long as one of its entries is here.
+_entries: dict[tuple[int, Hashable], _Entry] = {}
+
+
+class Patches:
+    """The patches of one model. ``undo`` takes all of them back; it is the end of a ``with``."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], object]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        """Sets an attribute of an object, a class or a module. Undone unless others have set it
+        since."""
+        before = vars(owner).get(name, _ABSENT)
+        if isinstance(inspect.getattr_static(type(owner), name, None), property):
+            before = getattr(owner, name)
+        setattr(owner, name, value)
+
+        def undo() -> None:
+            if getattr(owner, name, _ABSENT) is not value:
+                return
+            if before is _ABSENT:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+
+        self._undo.append(undo)
+
+    def entry(self, mapping: MutableMapping[Any, Any], key: Hashable, value: Any) -> None:
+        """Sets a key of a table that the whole process uses. The newest of several values is in
+        place, whichever of them are undone; after the last one, the table is as it was."""
+        place = id(mapping), key
+        with _LOCK:
+            if place not in _entries:
+                _entries[place] = _Entry(mapping, key, mapping.get(key, _ABSENT))
+            entry = _entries[place]
+            entry.values.append((self, value))
+            entry.write()
+
+        def undo() -> None:
+            with _LOCK:
+                in_place = entry.values[-1][1]
+                entry.values.remove((self, value))
+                if mapping.get(key, _ABSENT) is in_place:
+                    entry.write()
+                if not entry.values:
+                    del _entries[place]
+
+        self._undo.append(undo)
+
+    def add(self, undo: Callable[[], object]) -> None:
+        """Takes a patch that is already made, such as a hook: ``undo`` takes it back."""
+        self._undo.append(undo)
+
+    def undo(self) -> None:
+        """Takes everything back, the newest first. Idempotent; a failure keeps no other patch."""
+        failure: BaseException | None = None
+        while self._undo:
+            try:
+                self._undo.pop()()
+            except Exception as error:  # noqa: BLE001 - the others must be undone first
+                failure = failure or error
+        if failure is not None:
+            raise failure
