@@ -104,7 +104,7 @@ class TestBoundary:
         capfd: pytest.CaptureFixture[str],
     ) -> None:  # fmt: skip
         """What one file of a command raises, whatever it is, ends in the same line and code."""
-        module = importlib.import_module(f"ktrt.{name}")
+        module = importlib.import_module(f"ktrt.{name}.__main__")
         config = tmp_path / "chat.yaml"
         config.write_text(f"model_name_or_path: {tmp_path}\n")
         monkeypatch.setattr(module, "load_config", lambda *_: raising(ZeroDivisionError("x"))())
@@ -129,7 +129,7 @@ class TestBoundary:
         words = [f"model_name_or_path={tmp_path}/model", f"adapter_name_or_path={tmp_path}/adapter"]
         words += {"export": ["--out", "x"], "chat": ["--plan"]}.get(name, [])
         words.append(f"ktrt_cache_dir={tmp_path}")
-        assert importlib.import_module(f"ktrt.{name}").main(words) == 2
+        assert importlib.import_module(f"ktrt.{name}.__main__").main(words) == 2
         (line,) = capfd.readouterr().err.splitlines()
         assert "model.safetensors is a link to ../blobs/12ab, which is not there" in line
 
@@ -265,7 +265,7 @@ class TestArguments:
 
     @pytest.mark.parametrize("name", COMMANDS)
     def test_every_command_has_them(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        module: Any = importlib.import_module(f"ktrt.{name}")
+        module: Any = importlib.import_module(f"ktrt.{name}.__main__")
         seen: list[object] = []
 
         def load_config(*given: object) -> None:
