@@ -7,10 +7,9 @@ timings; sessions build conversations on it.
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import takewhile
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import DynamicCache
@@ -18,6 +17,7 @@ from transformers import DynamicCache
 from ktrt.config import SamplingArgs
 from ktrt.errors import ConfigError
 from ktrt.generate.graphs import DecodeGraphs
+from ktrt.generate.response import FinishReason, TokenResponse
 from ktrt.generate.sampling import Sampler, log_probabilities, make_sampler
 from ktrt.generate.text_stream import Decoder, StopStrings, TextStream
 from ktrt.kv.snapshots import (
@@ -41,44 +41,10 @@ GPU_PREFILL_CHUNK = 1024
 # Places to go back to that a cache with windows or states keeps: three for each of two turns.
 _MOST_MARKS = 6
 
-FinishReason = Literal["stop", "length"]
 # Makes the CUDA graphs that decode on a cache.
 GraphsFor = Callable[[StaticKv], DecodeGraphs]
 # Told how many of how many new prompt tokens are done: 0 first, then after each forward.
 OnPrefill = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Response:
-    """One step of an answer.
-
-    ``text`` may be empty while a character is incomplete; ``finish_reason`` is set on the last one.
-    ``prompt_tokens`` includes ``reused_tokens``, those found in the KV cache. ``prefill_seconds``
-    ends with the first token, ``decode_seconds`` counts from there. With ``logprobs``, ``logprob``
-    is the token's, and ``top_logprobs`` are (token id, logprob) of the likeliest, best first.
-    """
-
-    text: str
-    token: int
-    finish_reason: FinishReason | None
-    prompt_tokens: int
-    reused_tokens: int
-    generated_tokens: int
-    prefill_seconds: float
-    decode_seconds: float
-    logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] = ()
-
-    def summary(self) -> str:
-        """Counts and speeds so far, for a log line."""
-        decoded = self.generated_tokens - 1
-        rate = decoded / self.decode_seconds if decoded else 0.0
-        return (
-            f"prompt {self.prompt_tokens} tokens ({self.reused_tokens} reused), "
-            f"first token after {self.prefill_seconds:.2f} s; "
-            f"{self.generated_tokens} tokens, {rate:.1f} per second, "
-            f"{self.finish_reason or 'interrupted'}"
-        )
 
 
 class KvCache:
@@ -301,7 +267,7 @@ def stream_generate(
     max_tokens: int,
     shown_tokens: Mapping[int, str] = MappingProxyType({}),
     on_prefill: OnPrefill | None = None,
-) -> Iterator[Response]:
+) -> Iterator[TokenResponse]:
     """The answer to ``prompt_ids``, a response per token; the text of a stop id or stop string is
     not part of it. ``stop_ids`` and ``max_tokens`` count beside those of ``sampling``, and
     ``shown_tokens`` (see ``TextStream``) beside ``skip_special_tokens``."""
@@ -322,7 +288,7 @@ def stream_generate(
         now = time.perf_counter()
         if count == 1:
             first = now
-        yield Response(
+        yield TokenResponse(
             text=piece,
             token=token,
             finish_reason=reason,

@@ -15,8 +15,10 @@ from ktrt.adapter import words_of
 from ktrt.adapter.residents import Adapters
 from ktrt.engine import release_file_pages
 from ktrt.engine.recording import RecordedSteps
+from ktrt.errors import engine_errors
 from ktrt.experts import KTExperts, build_gpu_experts, new_hand_off
 from ktrt.generate.graphs import CudaGraphs, DecodeGraphs, NoHandOff
+from ktrt.generate.loop import KvCache
 from ktrt.generate.warm_up import kernels_loaded_beside
 from ktrt.kv.static import unusual_layers
 from ktrt.layers.attention import accelerate_attention
@@ -70,6 +72,10 @@ class LoadedModel:
         """Of the first adapter; empty for the base model."""
         return self.adapters.audit(next(iter(self.adapters.names), None))
 
+    def new_cache(self) -> KvCache:
+        """Returns an empty KV cache, decoded by the graphs and with the GPU's share, if any."""
+        return KvCache(self.model, self.graphs)
+
     def bytes_per_token(self) -> int | None:
         """Bytes of weights that decoding a token reads from the CPU's memory, with the adapter as
         it is now; None if experts live on a GPU too."""
@@ -84,6 +90,7 @@ class LoadedModel:
         self.engine.close()
 
 
+@engine_errors()
 def load_model(
     model: ModelArgs,
     adapter: AdapterArgs,

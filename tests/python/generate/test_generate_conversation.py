@@ -12,7 +12,8 @@ from helpers.tiny_chat import make_session
 import ktrt
 from ktrt.config import SamplingArgs
 from ktrt.generate import loop
-from ktrt.generate.loop import KvCache, Response, stream_generate
+from ktrt.generate.loop import KvCache, stream_generate
+from ktrt.generate.response import TokenResponse
 from ktrt.session import Session
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -73,7 +74,7 @@ class Chunks:
         self.prompt += expected
         return len(expected)
 
-    def _compare(self, responses: list[Response], expected: list[int]) -> None:
+    def _compare(self, responses: list[TokenResponse], expected: list[int]) -> None:
         """The engine rounds to bfloat16 between its GEMMs, so another number of tokens in a forward
         may decide between two tokens that are as good as equal."""
         pairs = enumerate(zip(responses, expected, strict=False))
@@ -125,7 +126,7 @@ class Talk:
 
         patch.setattr(KvCache, "forward", spy)
 
-    def answer(self) -> Response:
+    def answer(self) -> TokenResponse:
         """The last response to the messages so far; counts only the prompt's tokens."""
         self.computed = 0
         responses = list(self.session.stream_responses(self.messages))
@@ -135,7 +136,7 @@ class Talk:
         self.text = "".join(each.text for each in responses)
         return last
 
-    def say(self, text: str) -> Response:
+    def say(self, text: str) -> TokenResponse:
         self.messages.append({"role": "user", "content": text})
         last = self.answer()
         self.messages.append({"role": "assistant", "content": self.text})

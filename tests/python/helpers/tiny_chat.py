@@ -8,7 +8,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ktrt.adapter.residents import Adapters
 from ktrt.config import SamplingArgs, TemplateArgs
+from ktrt.loading.model import LoadedModel
 from ktrt.prompt.template.load import load_template
 from ktrt.session import Session
 
@@ -60,6 +62,12 @@ def make_model(tokenizer: PreTrainedTokenizerFast, **options: Any) -> LlamaForCa
     return LlamaForCausalLM(config).eval()
 
 
+def make_loaded(model: Any, close: Callable[[], None] = lambda: None) -> LoadedModel:
+    """A model without an engine; ``close`` is called in its place."""
+    engine: Any = SimpleNamespace(close=close)
+    return LoadedModel(model, Adapters(), engine)
+
+
 def make_session(
     *,
     template: str = "default",
@@ -70,12 +78,5 @@ def make_session(
     """Greedy unless told otherwise, 40 tokens at most."""
     tokenizer = make_tokenizer()
     args = SamplingArgs(**{"do_sample": False, "max_new_tokens": 40} | sampling)
-    empty: Any = SimpleNamespace(rows=[])
-    return Session(
-        model=make_model(tokenizer, **(model_options or {})),
-        tokenizer=tokenizer,
-        template=load_template(TemplateArgs(template), tokenizer),
-        sampling=args,
-        audit=empty,
-        close=close,
-    )
+    loaded = make_loaded(make_model(tokenizer, **(model_options or {})), close)
+    return Session(loaded, tokenizer, load_template(TemplateArgs(template), tokenizer), args)
