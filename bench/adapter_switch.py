@@ -1,6 +1,6 @@
-"""How long a switch of resident adapters takes, in the shape of DeepSeek-V2-Lite: 26 layers of 64
-experts and 189 other Linears, LoRA of rank 8 on all. No base weights are needed: a switch does not
-touch them. 1.2 GB of memory.
+"""Measures switches of resident adapters in the shape of DeepSeek-V2-Lite: 26 layers of 64 experts
+and 189 other Linears, LoRA of rank 8 on all. Needs no base weights, since a switch does not touch
+them, and 1.2 GB of memory.
 
     python bench/adapter_switch.py [--rank 8]
 """
@@ -30,7 +30,7 @@ LINEARS = 27 * 4 + 3 + 26 * 3
 
 
 class Model(nn.Module):
-    """As many Linears and experts modules as the model has; the Linears are small."""
+    """Has the model's number of Linears and experts modules; the Linears are small."""
 
     def __init__(self, engine: Engine) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Model(nn.Module):
 
 
 def make_plan(rank: int) -> Any:
-    """What ``Adapters.add`` takes, of random numbers; every layer the same."""
+    """Returns random numbers in the form of ``Adapters.add``; all layers are equal."""
     arrays = {}
     for name, size_in, size_out in (
         ("gate", HIDDEN, INNER), ("up", HIDDEN, INNER), ("down", INNER, HIDDEN)

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Decoding of a whole model on the CPU beside the memory's read bandwidth, with and without LoRA.
+"""Compares a whole model's decoding on the CPU, with and without LoRA, with the read bandwidth.
 
     python bench/make_v2lite.py /tmp/v2lite --layers 7       # 1 dense and 6 MoE layers, 8 GB
     python bench/cpu_decode.py /tmp/v2lite [--backends AMXBF16 AMXInt8 INT8] [--rank 8] [--json]
     python bench/cpu_decode.py --quick                       # the demo model, for a smoke test
 
-The limit of a token is the bytes of all weights that it reads (every weight but the embeddings, and
-top_k of each layer's experts) at the bandwidth of a plain read on the engine's threads. Probe, base
-and adapter take turns in one process; ratios are medians over neighbouring runs. The adapter is
-random, on every linear layer, routed experts included, and its own bytes count as overhead. INT8 is
-AMXInt8 with quantization_bit: 8, the other linear layers in INT8 too.
+The limit of a token is the bytes of its weights (all except the embeddings, and top_k of each
+layer's experts) at the bandwidth of a plain read on the engine's threads. Probe, base and adapter
+take turns in one process; ratios are medians over neighbouring runs. The adapter is random, on
+every linear layer including routed experts; its bytes count as overhead. INT8 is AMXInt8 with
+quantization_bit: 8, the other linear layers in INT8 too.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ PROBE_BYTES = 512 << 20
 
 
 def write_adapter(model: Path, folder: Path, rank: int) -> Path:
-    """Random LoRA on every linear layer of the checkpoint but the head and the routers."""
+    """Writes random LoRA on every linear layer of the checkpoint except head and routers."""
     checkpoint = Checkpoint(model, (128, 128))
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, torch.Tensor] = {}
@@ -77,7 +77,7 @@ def write_adapter(model: Path, folder: Path, rank: int) -> Path:
 
 
 def bytes_per_token(model: Any) -> tuple[int, int]:
-    """(other weights, experts) that one token reads, without LoRA."""
+    """Returns the bytes (other weights, experts) that one token reads, without LoRA."""
     embeddings = model.get_input_embeddings().weight
     tied = any(parameter is embeddings for parameter in model.get_output_embeddings().parameters())
     packed = int8_bytes(model)
@@ -91,7 +91,7 @@ def bytes_per_token(model: Any) -> tuple[int, int]:
 
 
 class Party:
-    """A loaded model that decodes behind a prompt."""
+    """A loaded model that decodes after a prompt."""
 
     def __init__(self, model: Path, adapter: Path | None, backend: str, cache: str | None) -> None:
         values: dict[str, object] = {"model_name_or_path": str(model), "kt_backend": backend}
@@ -110,7 +110,7 @@ class Party:
         self._cache.forward([10 + i % 50 for i in range(length)])
 
     def seconds(self, tokens: int) -> float:
-        """Per token."""
+        """Returns seconds per token."""
         begin = time.perf_counter()
         for token in range(tokens):
             self._cache.forward([20 + token])
@@ -148,7 +148,7 @@ def measure(base: Party, lora: Party, args: argparse.Namespace) -> dict[str, flo
 
 
 def _neighbours(rounds: Sequence[tuple[float, float, float]]) -> list[float]:
-    """Adapter over base of the same round, and over base of the next one."""
+    """Returns the ratios of adapter to base, of the same round and of the next one."""
     same = [adapted / plain for plain, adapted, _ in rounds]
     return same + [a[1] / b[0] for a, b in itertools.pairwise(rounds)]
 
@@ -166,7 +166,7 @@ def show(results: dict[str, dict[str, float]], threads: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="CPU decoding beside the read bandwidth.")
+    parser = argparse.ArgumentParser(description="CPU decoding against the read bandwidth.")
     parser.add_argument("folder", type=Path, nargs="?", default=DEMO)
     parser.add_argument("--backends", nargs="+", default=["AMXBF16", "AMXInt8", "INT8"])
     parser.add_argument("--rank", type=int, default=8)

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""What the first answer of a fresh process costs, and the first of a second conversation.
+"""Measures the first answer of a fresh process, and the first one of a second conversation.
 
     python bench/make_v2lite.py /tmp/v2lite --layers 27
     python bench/first_answer.py /tmp/v2lite [--backends AMXBF16 AMXInt8] [--cache DIR] [--json]
 
-``chat`` is ``python -m ktrt.chat -p … --json`` as a user starts it: the first token's time, tokens
-per second over the answer, and the seconds before them. ``steps`` is a process of its own that
-loads by ``ktrt.load`` and answers two conversations: the first and second token of each, beside the
-median of the later ones.
+``chat`` is ``python -m ktrt.chat -p … --json``, like a user's start: the first token's time, tokens
+per second over the answer, and the seconds before them. ``steps`` is a separate process that loads
+by ``ktrt.load`` and answers two conversations: the first and second token of each, and the median
+of the later ones.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="What the first answer of a fresh process costs.")
+    parser = argparse.ArgumentParser(description="Measures the first answer of a fresh process.")
     parser.add_argument("folder", type=Path, help="the model")
     parser.add_argument("--backends", nargs="+", default=["AMXBF16", "AMXInt8"])
     parser.add_argument("--adapter", type=Path)
@@ -93,7 +93,7 @@ def chat(args: argparse.Namespace, backend: str) -> dict[str, Any]:
 
 
 def child(given: Sequence[str], backend: str) -> dict[str, Any]:
-    """``steps`` in a process of its own, with the arguments that this one was given."""
+    """Runs ``steps`` in a separate process with the same arguments."""
     command = [sys.executable, __file__, *given, "--backends", backend, "--child"]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
     result: dict[str, Any] = json.loads(output.splitlines()[-1])
@@ -101,7 +101,7 @@ def child(given: Sequence[str], backend: str) -> dict[str, Any]:
 
 
 def steps(config: dict[str, Any], faults: bool) -> dict[str, Any]:
-    """Seconds of the first tokens of two conversations of one session."""
+    """Returns the seconds of the first tokens of two conversations in one session."""
     from ktrt.command_line import set_environment
 
     set_environment()

@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-"""How long a model takes to load: packing it, from the pack cache, and what reading the same bytes
-takes.
+"""Measures load times of a model: packing it, from the pack cache, and reading the same bytes.
 
     python bench/make_v2lite.py /tmp/v2lite --layers 4
     python bench/load_times.py /tmp/v2lite [--cache /tmp/cache] [--backend AMXInt8] [--json]
 
-Every start is a process of its own. `cat` is `cat files > /dev/null` of the cache's images, which
-the page cache holds by then; the cached start is repeated and the best one shown beside the best
+Every start is a separate process. `cat` is `cat files > /dev/null` of the cache's images, which are
+in the page cache by then. The cached start is repeated; the best one is compared with the best
 `cat`. Peak is the largest resident set, mapped files included.
 """
 
@@ -33,7 +32,7 @@ RATE = re.compile(
 
 
 def child(folder: str, backend: str, cache: str) -> None:
-    """Loads, answers one token, and prints what that took."""
+    """Loads, answers one token, and prints the times."""
     start = time.perf_counter()
     import logging
 
@@ -68,7 +67,7 @@ def child(folder: str, backend: str, cache: str) -> None:
 
 
 def peak_bytes() -> int:
-    """Of this process; getrusage would count what its parent held too."""
+    """Returns this process's peak; getrusage would include its parent's memory."""
     status = Path("/proc/self/status").read_text("utf-8")
     match = re.search(r"VmHWM:\s*(\d+) kB", status)
     assert match is not None

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes a random checkpoint of DeepSeek-V2-Lite's shape: all 64 experts, as many layers as asked.
+"""Writes a random checkpoint of DeepSeek-V2-Lite's shape: all 64 experts, `--layers` layers.
 
     python bench/make_v2lite.py /tmp/v2lite --layers 4      # 1 dense and 3 MoE layers, 4.5 GB
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 EXPERTS, HIDDEN, INTERMEDIATE = 64, 2048, 1408
-# Different offsets into one pool of random values: writing, not generating, takes the time.
+# Tensors are windows of one pool of random values: generating all would take longer than writing.
 POOL = 64 << 20
 
 
@@ -62,7 +62,7 @@ def config_of(layers: int) -> dict[str, object]:
 
 
 def shapes_of(layers: int) -> dict[str, tuple[int, ...]]:
-    """Names on disk and shapes, routed experts one by one."""
+    """Returns name on disk → shape, with single routed experts."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**config_of(layers))
@@ -85,11 +85,11 @@ def shapes_of(layers: int) -> dict[str, tuple[int, ...]]:
 
 
 def shards_of(shapes: dict[str, tuple[int, ...]]) -> Iterator[list[str]]:
-    """Names of one shard: what belongs to no layer, then layer after layer."""
+    """Yields the names of each shard: tensors outside the layers, then layer after layer."""
     groups: dict[str, list[str]] = {}
     for name in shapes:
-        parts = name.split(".")
-        groups.setdefault(parts[2] if parts[1] == "layers" else "", []).append(name)
+        words = name.split(".")
+        groups.setdefault(words[2] if words[1] == "layers" else "", []).append(name)
     yield from groups.values()
 
 

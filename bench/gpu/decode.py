@@ -1,13 +1,13 @@
-"""Decoding with everything but the routed experts on a GPU: speed against the bandwidth bound.
+"""Measures decoding with all but the routed experts on a GPU, against the bandwidth bound.
 
     python bench/gpu/decode.py                     # V2-Lite's shape, BF16 and INT8, about 4 min
     python bench/gpu/decode.py --moe-layers 4      # less memory and time
     python bench/gpu/decode.py --gpu-experts 16 32 # then also with experts on the GPU
     python bench/gpu/decode.py --small             # a trial of this script, without a GPU too
 
-Weights are random and made in place; nothing is read from or written to disk. ``bound`` is what the
-packed expert weights of one token allow at the read bandwidth measured in the same run; ``experts``
-is the time of the experts alone, the rest of a step is the GPU's and the hand-offs'.
+Weights are random and made in place; nothing is read from or written to disk. ``bound``: tokens per
+second if only the packed expert weights were read, at the bandwidth measured in the same run.
+``experts`` is the time of the experts alone; the rest of a token is the GPU's and the hand-offs'.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Result = dict[str, Any]
 
 def main() -> int:
     args = parse_args()
-    # Which kernels run, and why a graph was not captured.
+    # Shows the chosen kernels, and reasons for missing graphs.
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     sections = Sections()
     checks: list[Result] = []
@@ -90,9 +90,10 @@ def parse_args() -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace, weight_format: str) -> Result:
-    """Relative errors of the logits of a model of three layers, LoRA on: graph against eager in
-    bfloat16, then, everything but the experts in float32, both against float32 on the CPU with all
-    LoRA merged. (In bfloat16 a router near a tie may decide otherwise, which is no error.)"""
+    """Returns relative errors of the logits of a model of three layers, LoRA on: graph against
+    eager in bfloat16; then, with all but the experts in float32, both against float32 on the CPU
+    with merged LoRA. (In bfloat16 a router near a tie may choose other experts, which is no
+    error.)"""
     config = make_config(2, small=args.small)
     bench = Bench.make(config, BACKENDS[weight_format], args.threads)
     try:
@@ -116,13 +117,13 @@ def check(args: argparse.Namespace, weight_format: str) -> Result:
 
 
 def teacher_forced(cache: KvCache, ids: Sequence[int]) -> torch.Tensor:
-    """Logits after 32, 33, … tokens, the later ones one by one."""
-    steps = [ids[:32], *([each] for each in ids[32:])]
-    return torch.stack([cache.forward(step).float().cpu() for step in steps])
+    """Returns logits after 32, 33, … tokens; feeds the later ones one by one."""
+    chunks = [ids[:32], *([each] for each in ids[32:])]
+    return torch.stack([cache.forward(chunk).float().cpu() for chunk in chunks])
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The median over positions: one router near a tie, decided otherwise, is not the rule."""
+    """Returns the median over positions: one router near a tie must not decide."""
     errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
     return float(errors.median())
 
@@ -130,8 +131,8 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 def measure(
     args: argparse.Namespace, sections: Sections, weight_format: str, results: list[Result]
 ) -> None:
-    """All figures of one format: LoRA off and on, host-launched and by graph; then some experts on
-    the GPU. They are printed as they come."""
+    """Measures one format: LoRA off and on, host-launched and by graph; then with some experts on
+    the GPU. Prints the figures at once."""
     start = time.perf_counter()
     bench = Bench.make(
         make_config(args.moe_layers, small=args.small), BACKENDS[weight_format], args.threads
@@ -201,7 +202,7 @@ def one_setting(args: argparse.Namespace, bench: Bench, *, graph: bool) -> Resul
 
 
 def experts_alone(bench: Bench) -> float:
-    """Milliseconds of one token's routed experts, called by the host on CPU tensors."""
+    """Returns milliseconds of one token's routed experts, called by the host on CPU tensors."""
     hidden, count = bench.experts.hidden, bench.experts.count
     generator, times = torch.Generator().manual_seed(0), []
     states = torch.randn(1, hidden, generator=generator).to(torch.bfloat16)
@@ -219,7 +220,8 @@ def experts_alone(bench: Bench) -> float:
 
 
 def memory_at(args: argparse.Namespace, bench: Bench) -> Result:
-    """Peak GPU memory of a conversation that long, of torch's allocator and all in all."""
+    """Returns the peak GPU memory of a conversation of ``args.context`` tokens: of torch's
+    allocator, and in total."""
     if not torch.cuda.is_available():
         return {}
     torch.cuda.empty_cache()

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""The hand-off between a CUDA stream and the engine, on a real device: right, quick, never stuck.
+"""Checks the hand-off between a CUDA stream and the engine on a real device: right, fast, never
+stuck.
 
     python bench/gpu/handoff.py [--threads N] [--layers N]
 
-Chains of layers, the output of one being the input of the next, run directly on the CPU, eagerly
-through a hand-off and as a replayed CUDA graph, with both mechanisms; the bits must be equal.
-"idle" layers route no token anywhere, so what their chain takes is the hand-off alone. Then: a
-forward that fails, one that takes too long, a replay nobody expected, close with work pending.
-Prints µs per layer (median) and ends with status 1 if anything was wrong; takes less than a minute.
+Chains of layers (one's output is the next one's input) run directly on the CPU, eagerly through a
+hand-off and as a replayed CUDA graph, with both mechanisms; the bits must be equal. "idle" layers
+route no token, so their chain measures the hand-off alone. Then: a forward that fails, one that
+takes too long, an unexpected replay, close with work pending. Prints µs per layer (median) and ends
+with status 1 if anything was wrong; takes less than a minute.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Shape:
 
 
 class Checks:
-    """Counts what was wrong."""
+    """Counts failed checks."""
 
     def __init__(self) -> None:
         self.wrong = 0
@@ -66,7 +67,7 @@ class Checks:
 
 
 def make_layers(engine: _core.Engine, shape: Shape) -> list[_core.MoeLayer]:
-    """Layers that differ in the order of the same random experts."""
+    """Returns layers with the same random experts in different orders."""
     generator = torch.Generator().manual_seed(0)
     gates, ups = torch.randn(
         2, shape.experts, shape.inter, shape.hidden, generator=generator
@@ -91,7 +92,7 @@ def make_layers(engine: _core.Engine, shape: Shape) -> list[_core.MoeLayer]:
 
 
 class Chain:
-    """The layers one after the other for `tokens` rows, on the CPU and through a hand-off."""
+    """Runs the layers one after the other for `tokens` rows, on the CPU and through a hand-off."""
 
     def __init__(
         self, handoff: _core.GpuHandoff, layers: list[_core.MoeLayer], tokens: int, idle: bool
@@ -146,7 +147,7 @@ class Chain:
         self.synchronize()
 
     def is_right(self) -> bool:
-        """Every layer's output, bit by bit; then forgets it."""
+        """Compares every layer's output bit by bit; then overwrites it."""
         torch.cuda.synchronize()
         pairs = list(zip(self.states, self.cpu_states, strict=True))[1:]
         equal = all(torch.equal(state.cpu(), wanted) for state, wanted in pairs)
@@ -156,7 +157,7 @@ class Chain:
 
 
 def median_us(call: Callable[[], None], layers: int, seconds: float = 0.35) -> float:
-    """Of a call, per layer."""
+    """Returns the median time of a call, per layer."""
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < 5 or (time.perf_counter() < end and len(times) < 400):
@@ -193,7 +194,7 @@ def measure(
 def check_failures(
     checks: Checks, engine: _core.Engine, layers: list[_core.MoeLayer], mechanism: Mechanism
 ) -> None:
-    """On one hand-off, so that every check also shows that the one before left nothing behind."""
+    """Uses one hand-off, so every check also shows that the previous one left nothing pending."""
     first = layers[0]
     broken = _core.MoeLayer(
         engine,
@@ -270,7 +271,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("no CUDA device")
         return 2
-    faulthandler.dump_traceback_later(120, exit=True)  # stuck after all
+    faulthandler.dump_traceback_later(120, exit=True)  # if it is stuck
     start = time.perf_counter()
     torch.zeros(1, device="cuda")
     engine = _core.Engine(num_threads=args.threads or _core.num_cores(), max_qlen=MAX_QLEN)
@@ -281,7 +282,7 @@ def main() -> int:
     with sections.section("mechanism"):
         checks.that(_core.GpuHandoff(engine).mechanism == MECHANISMS[0], "auto: stream_memory_ops")
     shapes = (Shape("small", 4, 8, 2, 256, 128), Shape("V2-Lite", args.layers, 8, 6, 2048, 1408))
-    print("µs per layer, and what is more than a direct forward")
+    print("µs per layer, and the excess over a direct forward")
     for shape in shapes:
         layers = make_layers(engine, shape)
         for mechanism in MECHANISMS:

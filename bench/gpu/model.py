@@ -1,4 +1,4 @@
-"""DeepSeek-V2-Lite's shape with random weights, made in place: the model of decode.py."""
+"""Makes decode.py's model: DeepSeek-V2-Lite's shape with random weights, in place."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ SMALL: dict[str, Any] = {
 
 class Experts:
     """The routed experts' weights and LoRA: windows of one random pool, since drawing 14 billion
-    numbers would take longer than all measurements."""
+    numbers takes longer than all measurements."""
 
     def __init__(self, config: Any) -> None:
         self.count = config.n_routed_experts
@@ -66,7 +66,7 @@ class Experts:
         return self._pool[start : start + rows * columns].view(rows, columns) * scale
 
     def weights(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """gate, up [inner, hidden] and down [hidden, inner], bfloat16."""
+        """Returns gate, up [inner, hidden] and down [hidden, inner], bfloat16."""
         at = 3 * (layer * self.count + expert)
         into, out = (1.2 / math.sqrt(size) for size in (self.hidden, self.inner))
         return (
@@ -76,7 +76,7 @@ class Experts:
         )
 
     def lora(self, layer: int) -> dict[str, torch.Tensor]:
-        """``MoeLayer.load_lora``'s arguments, float32, the scaling folded into B."""
+        """Returns ``MoeLayer.load_lora``'s arguments, float32, with the scaling in B."""
         arguments, at = {}, 100_000 + 6 * layer
         sizes = {"gate": (self.hidden, self.inner), "up": (self.hidden, self.inner)}
         for index, (name, (size_in, size_out)) in enumerate(
@@ -91,7 +91,7 @@ class Experts:
 
 
 def make_config(moe_layers: int, *, small: bool = False) -> Any:
-    """V2-Lite's configuration with fewer layers; ``small`` is for a trial without a GPU."""
+    """Returns V2-Lite's configuration with fewer layers; ``small``: for a trial without a GPU."""
     from transformers import AutoConfig
 
     sizes = {**V2_LITE, **(SMALL if small else {}), "num_hidden_layers": moe_layers + 1}
@@ -99,14 +99,14 @@ def make_config(moe_layers: int, *, small: bool = False) -> Any:
 
 
 def make_torch_model(config: Any, device: torch.device) -> Any:
-    """Everything but the routed experts, in bfloat16, random, created on ``device``."""
-    # The class must be there to be replaced.
+    """Creates all but the routed experts, random, in bfloat16, on ``device``."""
+    # The class must be imported to be replaced.
     from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2ForCausalLM
 
     with torch.device("meta"), experts_replaced(["DeepseekV2Experts"]):
         model = DeepseekV2ForCausalLM._from_config(config, dtype=torch.bfloat16)
     model.to_empty(device=device)
-    # Its buffers are computed in the constructor, and not kept in checkpoints.
+    # The constructor computes its buffers; checkpoints do not hold them.
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
@@ -122,14 +122,14 @@ def make_torch_model(config: Any, device: torch.device) -> Any:
 
 
 def experts_of(model: Any) -> Iterator[tuple[int, KTExperts]]:
-    """(layer, module) of every routed experts module."""
+    """Yields (layer, module) of every routed experts module."""
     for index, layer in enumerate(model.model.layers):
         if isinstance(module := getattr(layer.mlp, "experts", None), KTExperts):
             yield index, module
 
 
 def add_torch_lora(model: Any) -> None:
-    """LoRA by PEFT on every Linear but the head: attention, dense MLP, shared experts."""
+    """Adds PEFT's LoRA to every Linear except the head: attention, dense MLP, shared experts."""
     from peft import LoraConfig, inject_adapter_in_model
 
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
@@ -149,7 +149,7 @@ def add_torch_lora(model: Any) -> None:
 
 @dataclass
 class Bench:
-    """One model with one format of its experts' weights."""
+    """One model with one weight format of its experts."""
 
     model: Any
     engine: Engine
@@ -182,7 +182,7 @@ class Bench:
         return cls(model, engine, hand_off, experts, layers)
 
     def add_lora(self) -> None:
-        """LoRA on everything."""
+        """Adds LoRA to everything."""
         add_torch_lora(self.model)
         self.fused_lora = FusedLora(self.model)
         for index, layer in self.layers:
@@ -190,7 +190,7 @@ class Bench:
             layer.activate_loras([0], [1.0])
 
     def cache(self, *, graph: bool) -> KvCache:
-        """A new conversation, decoded by CUDA graphs or launched by the host."""
+        """Returns the cache of a new conversation, decoded by CUDA graphs or the host."""
         model, hand_off = self.model, self.hand_off
         if not graph or hand_off is None:
             return KvCache(model, gpu=self.gpu)
@@ -199,8 +199,8 @@ class Bench:
         )
 
     def share(self, number: int) -> None:
-        """``number`` experts of each layer on the GPU, long prompts streamed where that wins. For
-        the caches made from now on."""
+        """Puts ``number`` experts of each layer on the GPU and streams long prompts if that is
+        faster, for later caches."""
         if self.gpu is not None:
             self.gpu.close()
         modules = {f"layers.{index}": module for index, module in experts_of(self.model)}
@@ -210,7 +210,7 @@ class Bench:
 
     @property
     def bytes_per_token(self) -> float:
-        """Of packed expert weights that decoding one token reads."""
+        """Bytes of packed expert weights that decoding one token reads."""
         return sum(layer.packed_bytes / layer.num_experts * layer.top_k for _, layer in self.layers)
 
     def close(self) -> None:
@@ -219,7 +219,7 @@ class Bench:
         if self.gpu is not None:
             self.gpu.close()
         self.engine.close()
-        # Modules refer to each other in circles, and the next model needs the memory.
+        # Modules form reference cycles, and the next model needs the memory.
         self.model = self.fused_lora = None
         gc.collect()
         if torch.cuda.is_available():

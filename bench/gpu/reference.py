@@ -1,4 +1,4 @@
-"""What decode.py compares with: float32 logits, and transformers + PEFT with offloading."""
+"""References of decode.py: float32 logits, and transformers + PEFT with offloading."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def reference_model(bench: Bench, config: Any) -> Any:
-    """The same model in transformers' own classes, float32 on the CPU, all LoRA merged."""
+    """Returns the same model in transformers' classes, float32 on the CPU, with merged LoRA."""
     from transformers import AutoModelForCausalLM
 
     # Every parameter is copied below; drawing them first would take longest.
@@ -57,8 +57,8 @@ def _fill_experts(module: Any, experts: Experts, index: int) -> None:
 
 
 def offloaded_seconds_per_token(config: Any, moe_layers: int) -> float:
-    """Seconds per decoded token of transformers + PEFT whose experts stay in CPU memory and are
-    copied to the GPU layer by layer (accelerate), scaled from the layers of ``config``."""
+    """Returns seconds per decoded token of transformers + PEFT with experts in CPU memory, copied
+    to the GPU layer by layer (accelerate); extrapolated from the layers of ``config``."""
     from accelerate import cpu_offload
     from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Experts
 

@@ -1,4 +1,4 @@
-"""What the device benches share: a part that fails does not take the next ones with it."""
+"""Sections of the GPU benches: a failing one does not stop the next ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Sections:
-    """Parts of a bench, by name; lines appear as they are printed, through a pipe too."""
+    """Runs named sections of a bench; flushes every line, in a pipe too."""
 
     def __init__(self) -> None:
         self.failed: list[str] = []
@@ -21,15 +21,15 @@ class Sections:
 
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
-        """An exception inside is printed with its traceback, and ends the section only."""
+        """Prints an exception with its traceback; it ends this section only."""
         try:
             yield
-        except Exception:  # noqa: BLE001 (whatever it is, the next section runs)
+        except Exception:  # noqa: BLE001 (the next section runs after any exception)
             self.failed.append(name)
             print(f"FAILED: {name}\n{traceback.format_exc()}", flush=True)
 
     def status(self) -> int:
-        """Names what failed; the exit status."""
+        """Prints the failed sections; returns the exit status."""
         if self.failed:
             print(f"{len(self.failed)} sections failed: {', '.join(self.failed)}")
         return 1 if self.failed else 0

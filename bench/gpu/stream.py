@@ -1,10 +1,11 @@
-"""The GPU's share of the routed experts: rates, streaming against the engine, resident experts.
+"""Measures the GPU's share of the routed experts: rates, streaming against the engine, resident
+experts.
 
     python bench/gpu/stream.py            # V2-Lite's layer, BF16 and INT8, under 90 s
     python bench/gpu/stream.py --small    # a trial of this script, without a GPU too
 
-Random weights, made in memory. Times are of one layer; ``streamed`` runs through all layers one
-after the other, so that copies overlap as they do in a model.
+Random weights, made in memory. Times are per layer; ``streamed`` runs through all layers one after
+the other, so copies overlap like in a model.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def main() -> int:
 def make_layers(
     engine: Engine, sizes: Sizes, weight_format: Any, pool: torch.Tensor
 ) -> dict[str, MoeLayer]:
-    """Experts are windows of one random pool."""
+    """Makes layers; experts are windows of one random pool."""
     size = sizes.hidden * sizes.inner
 
     def window(index: int, rows: int, columns: int) -> torch.Tensor:
@@ -116,7 +117,7 @@ def make_layers(
 
 
 def set_lora(layer: MoeLayer, rank: int, pool: torch.Tensor) -> None:
-    """LoRA of the pool's values on all three projections; none for rank 0."""
+    """Sets LoRA with the pool's values on all three projections; none for rank 0."""
     layer.activate_loras([], [])
     if rank == 0:
         return
@@ -141,7 +142,7 @@ def set_lora(layer: MoeLayer, rank: int, pool: torch.Tensor) -> None:
 
 
 def seconds(run: Callable[[], object], device: torch.device, repeat: int = 3) -> float:
-    """Of the fastest run, after one to warm up; nothing is left running."""
+    """Returns the seconds of the fastest run after one warm-up; waits for the device."""
     best = float("inf")
     for _ in range(repeat + 1):
         synchronize(device)
@@ -184,8 +185,8 @@ def run_engine(
 ) -> torch.Tensor:
     out = torch.empty_like(states)
     for at in range(0, len(states), MAX_QLEN):
-        part = slice(at, at + MAX_QLEN)
-        layer.forward(states[part], ids[part], weights[part], out[part])
+        rows = slice(at, at + MAX_QLEN)
+        layer.forward(states[rows], ids[rows], weights[rows], out[rows])
     return out
 
 
@@ -235,7 +236,7 @@ def one_setting(
 def check_numbers(
     layers: dict[str, MoeLayer], experts: GpuExperts, sizes: Sizes, device: torch.device
 ) -> None:
-    """Streamed beside the engine in float32, that is before the last rounding."""
+    """Compares streaming with the engine in float32, before the last rounding."""
     states, ids, weights = sample(sizes, min(sizes.tokens[-1], 512), torch.device("cpu"))
     arguments, worst = (states.float(), ids, weights), 0.0
     on_device = [tensor.to(device) for tensor in arguments]
@@ -253,8 +254,8 @@ def streaming_table(
     device: torch.device,
     gigabytes: float,
 ) -> None:
-    """Milliseconds a layer. ``issue``: until the host is free; ``GB/s``: of the copies if nothing
-    else took time; the engine's longest inputs are extrapolated from one call."""
+    """Prints milliseconds per layer. ``issue``: until the host is free; ``GB/s``: of the copies,
+    if nothing else took time; the engine's longest inputs are extrapolated from one call."""
     print("  tokens | engine ms | streamed ms | issue ms |  GB/s | speed-up")
     shares = list(experts.layers.values())
     layer = layers["layers.0"]
@@ -292,7 +293,7 @@ def residents(
     device: torch.device,
     number: int,
 ) -> None:
-    """One token on resident experts, in a CUDA graph; then many tokens, grouped."""
+    """Measures one token on resident experts, in a CUDA graph; then many tokens, grouped."""
     start = time.perf_counter()
     experts.select(number)
     synchronize(device)
@@ -321,7 +322,8 @@ def residents(
 def captured(
     shares: Sequence[GpuLayer], inputs: Sequence[torch.Tensor], device: torch.device
 ) -> tuple[Callable[[], object], list[torch.Tensor]]:
-    """What replays one token of all layers, and the first layer's ids and sums."""
+    """Returns a function that replays one token of all layers, and the first layer's ids and
+    sums."""
     outputs: list[torch.Tensor] = []
 
     def step() -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""One MoE layer in kt_kernel and in ktrt, side by side on this machine.
+"""Compares one MoE layer in kt_kernel and in ktrt on this machine.
 
     python bench/kt_kernel/compare.py [--quick] [--json] [--threads N]
 
@@ -7,12 +7,12 @@ Both get the same random weights, the same routing and the same number of thread
 the parties alternate: a plain read of memory (the limit of decoding), ktrt, kt_kernel, and
 PyTorch's BF16 linear on the same shapes (oneDNN: a limit of prefilling). Every ratio is the median
 of the ratios of neighbouring measurements: a shared machine's bandwidth swings within seconds.
-Several layers are cycled so that caches do not help. Every dtype (without --quick, every
-rank too) runs in a process of its own, because kt_kernel leaks packed weights.
+Several layers are cycled so that caches do not help. Every dtype (without --quick, every rank
+too) runs in a separate process, because kt_kernel leaks packed weights.
 
 ms are per layer; GB/s counts the distinct experts' weights plus their LoRA; relerr is
-‖y − y_float32‖ / ‖y_float32‖ over 64 tokens; LoRA cost is ktrt's time over that of its own
-base, measured beside it.
+‖y − y_float32‖ / ‖y_float32‖ over 64 tokens; LoRA cost is ktrt's time over its base's time,
+from neighbouring measurements.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def run_children(args: argparse.Namespace) -> tuple[dict[str, Any], list[dict[st
 
 
 def run_child(args: argparse.Namespace, dtype: str, ranks: str) -> Iterator[dict[str, Any]]:
-    """The rows of one process, as they are measured."""
+    """Yields the rows of one process as they are measured."""
     command = [sys.executable, str(Path(__file__).resolve()), "--child", dtype]
     command += ["--ranks", ranks, "--qlens", args.qlens, "--layers", str(args.layers)]
     command += ["--threads", str(args.threads), "--rounds", str(args.rounds)]

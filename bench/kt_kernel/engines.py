@@ -35,8 +35,8 @@ class Weights:
 
 
 def make_weights() -> Weights:
-    """Gaussian values. Experts are different windows of one random pool: drawing 550 million
-    numbers would take longer than the measurement."""
+    """Returns Gaussian values. Experts are different windows of one random pool: drawing 550
+    million numbers takes longer than the measurement."""
     generator = torch.Generator().manual_seed(0)
     pool = torch.randn(24_000_000, generator=generator).to(torch.bfloat16)
 
@@ -53,7 +53,7 @@ def make_weights() -> Weights:
 
 
 def make_lora(rank: int) -> dict[str, torch.Tensor]:
-    """A and B of every projection, so that LoRA changes the outputs by tens of per cent."""
+    """Returns A and B of every projection; LoRA changes the outputs by tens of per cent."""
     generator = torch.Generator().manual_seed(rank)
     lora: dict[str, torch.Tensor] = {}
     for name, out, inp in (("gate", INTER, HIDDEN), ("up", INTER, HIDDEN), ("down", HIDDEN, INTER)):
@@ -115,7 +115,7 @@ class KtKernel:
         self.weights = weights
         self.identity = torch.arange(EXPERTS, dtype=torch.int64)
         self.max_len = max(32, (max_qlen + 31) // 32 * 32)  # anything else crashes
-        # By the batch itself: a task points into its tensors, which must live as long.
+        # Keyed by the batch itself: a task points into its tensors and must not outlive them.
         self.tasks: dict[tuple[int, Batch], Any] = {}
         self.layers = [self._layer(dtype, index) for index in range(layers)]
 
@@ -174,8 +174,8 @@ def load_kt_kernel() -> Any:
 
 
 def route(qlen: int, generator: torch.Generator, *, zipf: bool) -> torch.Tensor:
-    """Distinct experts of each token [qlen, TOP_K]: drawn evenly, or expert of rank n with weight
-    1/n, the ranks shuffled."""
+    """Returns distinct experts of each token [qlen, TOP_K], drawn evenly or (``zipf``) with weight
+    1/n for the n-th expert of a random order."""
     weights = torch.ones(EXPERTS)
     if zipf:
         weights = 1.0 / (1.0 + torch.randperm(EXPERTS, generator=generator))
@@ -196,15 +196,15 @@ class Batch:
         self.routing = torch.softmax(torch.randn(qlen, TOP_K, generator=generator), -1)
         self.ids = [route(qlen, generator, zipf=zipf) for _ in range(layers)]
 
-    def part(self, first: int, qlen: int) -> Batch:
-        """Some of its tokens, in the same memory."""
+    def window(self, first: int, qlen: int) -> Batch:
+        """Returns a batch of some of the tokens, in the same memory."""
         rows = slice(first, first + qlen)
-        part = copy.copy(self)
-        part.x, part.out, part.routing = self.x[rows], self.out[rows], self.routing[rows]
-        part.ids = [ids[rows] for ids in self.ids]
-        part.qlen = len(part.x)
-        part.count = torch.tensor([part.qlen], dtype=torch.int32)
-        return part
+        found = copy.copy(self)
+        found.x, found.out, found.routing = self.x[rows], self.out[rows], self.routing[rows]
+        found.ids = [ids[rows] for ids in self.ids]
+        found.qlen = len(found.x)
+        found.count = torch.tensor([found.qlen], dtype=torch.int32)
+        return found
 
     def distinct_experts(self) -> float:
         return statistics.mean(len(ids.unique()) for ids in self.ids)

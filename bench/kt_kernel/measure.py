@@ -1,4 +1,4 @@
-"""The measuring half of compare.py: alternating measurements of both engines."""
+"""Measures for compare.py, alternating between both engines."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ERROR_TOKENS = 64
 
 
 def reference(weights: Weights, batch: Batch, tokens: int) -> torch.Tensor:
-    """float32, from the weights and adapter before any packing or rounding of ours."""
+    """Computes in float32, from weights and adapter without packing or rounding."""
     x, ids = batch.x[:tokens].float(), batch.ids[0][:tokens]
     y = torch.zeros(tokens, HIDDEN)
 
@@ -59,23 +59,24 @@ def reference(weights: Weights, batch: Batch, tokens: int) -> torch.Tensor:
 
 
 def relative_errors(engines: tuple[Ktrt, KtKernel], weights: Weights, qlen: int) -> list[float]:
-    """‖y − y_float32‖ / ‖y_float32‖ of both over ERROR_TOKENS tokens, in forwards of at most
-    ``qlen``: one token alone would say little of an error that is mostly rounding of activations.
+    """Returns ‖y − y_float32‖ / ‖y_float32‖ of both over ERROR_TOKENS tokens, in forwards of up to
+    ``qlen``. The error is mostly rounding of activations, so a single token says little.
     """
     batch = Batch(max(qlen, ERROR_TOKENS), 1, zipf=False)
     expected = reference(weights, batch, ERROR_TOKENS)
-    parts = [batch.part(first, qlen) for first in range(0, ERROR_TOKENS, qlen)]
+    windows = [batch.window(first, qlen) for first in range(0, ERROR_TOKENS, qlen)]
     errors = []
     for forward in (engines[0].forward, engines[1].forward):
-        for part in parts:
-            forward(0, part)
+        for window in windows:
+            forward(0, window)
         difference = batch.out[:ERROR_TOKENS].float() - expected
         errors.append(float(difference.norm() / expected.norm()))
     return errors
 
 
 def onednn_party(weights: Weights, qlen: int) -> Callable[[], float]:
-    """PyTorch's BF16 linear at the mean rows per expert, over changing experts; GFLOP/s."""
+    """Returns a measurement of PyTorch's BF16 linear, in GFLOP/s, at the mean rows per expert and
+    over changing experts."""
     rows = max(1, qlen * TOP_K // EXPERTS)
     x, act = torch.randn(rows, HIDDEN), torch.randn(rows, INTER)
     x, act = x.to(torch.bfloat16), act.to(torch.bfloat16)
@@ -96,14 +97,14 @@ def onednn_party(weights: Weights, qlen: int) -> Callable[[], float]:
 
 
 def settle() -> None:
-    """Lets the threads of the party before go to sleep: kt_kernel's and OpenMP's spin for a while
-    after their work, on the cores that the next party is measured on."""
+    """Waits until the previous party's threads sleep: kt_kernel's and OpenMP's spin for a while
+    after their work, on the next party's cores."""
     time.sleep(SETTLE_SECONDS)
 
 
 def timed(forward: Callable[[int, Batch], None], batch: Batch, layers: int) -> float:
-    """Seconds per layer, the party's own threads awake."""
-    if batch.qlen < 64:  # beside more tokens, waking threads takes no time
+    """Returns seconds per layer, with the party's threads awake."""
+    if batch.qlen < 64:  # for more tokens the time of waking threads is negligible
         forward(layers - 1, batch)
     start = time.perf_counter()
     for layer in range(layers):
@@ -124,7 +125,7 @@ class Sample:
 
 @cache
 def read_probe() -> _core.ReadProbe:
-    """One for all measurements: filling it takes half a second."""
+    """Returns one probe for all measurements: filling it takes half a second."""
     return _core.ReadProbe(PROBE_BYTES)
 
 
@@ -136,7 +137,7 @@ def sample_rounds(
     for index in range(rounds):
         settle()
         read_rate = PROBE_BYTES / read_probe().seconds(ktrt.engine)
-        # Each comes first half of the time: whatever drifts meets both alike.
+        # Each one comes first half of the time, so drift affects both equally.
         first, second = ktrt.forward, ktrt.base_forward
         if index % 2:
             first, second = second, first
@@ -202,7 +203,7 @@ def measure(
     quick: bool,
     zipf: bool,
 ) -> Iterator[dict[str, Any]]:
-    """The rows of one dtype, and the machine with each of them."""
+    """Yields the rows of one dtype, each with the machine."""
     threads = threads or len({_core_of(cpu) for cpu in os.sched_getaffinity(0)})
     torch.set_num_threads(threads)
     base = make_weights()

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A whole model in llama.cpp and in ktrt, side by side on this machine's CPU, LoRA off and on.
+"""Compares a whole model in llama.cpp and in ktrt on this machine's CPU, LoRA off and on.
 
     pip install '.[llama-cpp]'      # compiles llama.cpp for this machine: minutes
     python bench/llama_cpp/compare_llama_cpp.py --out /tmp/pair [--json] [--rounds N]
@@ -10,11 +10,11 @@ ktrt a Hugging Face folder and a PEFT adapter, for llama.cpp two GGUF files. Fir
 logits of one text, which must agree. Then they alternate, prompt and decoding, same ids, same
 number of threads; ratios are medians over neighbouring measurements.
 
-AMXBF16 meets BF16, AMXInt8 meets Q8_0. llama.cpp's Q8_0 is of all matrices; so is ktrt's INT8 here,
-by quantization_bit: 8 beside the experts' kt_backend (--formats int8-experts: the experts alone,
-the rest in BF16). The embeddings' table and the router count in neither, LoRA is 16 bits in both.
---llama-cpp names a folder with libllama.so that is to be used instead of llama-cpp-python's own.
---out takes 9 GB with 4 layers.
+AMXBF16 meets BF16, AMXInt8 meets Q8_0. llama.cpp's Q8_0 quantises all matrices; so does ktrt's INT8
+here, by quantization_bit: 8 in addition to the experts' kt_backend (--formats int8-experts: only
+the experts, the rest in BF16). The embeddings' table and the router count in neither; LoRA has 16
+bits in both. --llama-cpp names a folder whose libllama.so replaces llama-cpp-python's own. --out
+takes 9 GB with 4 layers.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ FORMATS: dict[str, tuple[str, int | None, str]] = {
     "int8": ("AMXInt8", 8, "q8_0"),
     "int8-experts": ("AMXInt8", None, "q8_0"),
 }
-# Bytes of a weight of the experts and of the rest: ktrt's, llama.cpp's. Of INT8 with a scale per
-# row of 512 and more the scales are below 1 %, and left out.
+# Bytes per weight (experts, rest): ktrt's, llama.cpp's. INT8's scales are left out: one per row of
+# 512 weights or more is below 1 %.
 Q8_0 = (34 / 32, 34 / 32)
 BYTES = {
     "bf16": ((2.0, 2.0), (2.0, 2.0)),
@@ -54,9 +54,9 @@ BYTES = {
     "int8-experts": ((1.0, 2.0), Q8_0),
 }
 CHECKED_TOKENS = 48
-# The threads of the party before spin for a while, on the cores that the next one needs.
+# The previous party's threads spin for a while, on the next one's cores.
 SETTLE_SECONDS = 0.2
-# Relative error of the logits, the median over positions, that two right answers may differ by.
+# Largest relative difference of the logits, median over positions, between two right answers.
 AGREEMENT = {"bf16": 0.05, "int8": 0.15, "int8-experts": 0.15}
 NAMES = {"bf16": "BF16", "int8": "INT8 · Q8_0", "int8-experts": "INT8 experts · Q8_0"}
 Row = dict[str, Any]
@@ -76,7 +76,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--keep", action="store_true", help="keep the GGUF files")
     parser.add_argument(
         "--plain-buffers", action="store_true",
-        help="llama.cpp's weights as in the file, not repacked: its AMX kernels crash (0.3.36)",
+        help="keep llama.cpp's weights unpacked: its AMX kernels crash (0.3.36)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--small", action="store_true", help="tiny layers: does the script work?")
@@ -87,7 +87,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 class LlamaCppParty:
-    """llama.cpp in a process of its own."""
+    """llama.cpp in a separate process."""
 
     def __init__(self, args: argparse.Namespace, model: Path, lora: Path) -> None:
         settings = {"model": str(model), "lora": str(lora), "threads": args.threads}
@@ -124,7 +124,7 @@ class LlamaCppParty:
 
 
 class KtrtParty:
-    """ktrt, as its chat loads it."""
+    """ktrt, loaded like in its chat."""
 
     def __init__(self, args: argparse.Namespace, backend: str, bits: int | None) -> None:
         import ktrt
@@ -140,14 +140,14 @@ class KtrtParty:
         self._vocab = self.session.model.config.vocab_size
 
     def measure(self, lora: bool, prompt: int, new: int, seed: int) -> Row:
-        """Seconds of a prompt of random ids, and the median of the tokens after it."""
+        """Returns seconds of a prompt of random ids, and the median of the tokens after it."""
         from ktrt.generate.loop import generate_step
 
         (self.session.adapters.on if lora else self.session.adapters.off)()
         draw = random.Random(seed)
         ids = [draw.randrange(2, self._vocab) for _ in range(prompt + new)]
         rest = iter(ids[prompt:])
-        # What the sampler says comes next is what the other party is given too.
+        # The sampler returns given ids: the other party gets the same.
         steps = generate_step(self.session.new_cache(), ids[:prompt], lambda _: next(rest, 2))
         times = [time.perf_counter()]
         for _ in range(1 + new):
@@ -157,7 +157,7 @@ class KtrtParty:
         return {"prefill": prefill, "decode": statistics.median(each)}
 
     def logits(self, lora: bool, ids: list[int]) -> Any:
-        """[ids, vocabulary] float32, fed token by token."""
+        """Returns logits [ids, vocabulary] in float32, fed token by token."""
         import torch
 
         (self.session.adapters.on if lora else self.session.adapters.off)()
@@ -169,9 +169,9 @@ class KtrtParty:
 
 
 def check(args: argparse.Namespace, ours: KtrtParty, theirs: LlamaCppParty, name: str) -> Row:
-    """Relative differences of the logits of one text: between the parties, and what LoRA changes.
+    """Returns relative differences of the logits of one text: between the parties, and by LoRA.
 
-    The medians over positions: a router near a tie, decided otherwise, is not the rule.
+    They are medians over positions: a router near a tie must not decide.
     """
     import numpy as np
     import torch
@@ -207,7 +207,7 @@ def difference(found: Any, expected: Any) -> float:
 
 
 def measure(args: argparse.Namespace, weights: Weights, name: str) -> Iterator[Row]:
-    """The check, then one row per LoRA setting and phase."""
+    """Runs the check; yields one row per LoRA setting and phase."""
     from llama_cpp_model import write_gguf
 
     backend, bits, gguf_type = FORMATS[name]
@@ -230,7 +230,7 @@ def measure(args: argparse.Namespace, weights: Weights, name: str) -> Iterator[R
 def alternate(
     args: argparse.Namespace, ours: KtrtParty, theirs: LlamaCppParty
 ) -> dict[bool, list[tuple[Row, Row]]]:
-    """(ktrt, llama.cpp) of each round, by LoRA; the first, unmeasured round warms up."""
+    """Returns (ktrt, llama.cpp) of each round, by LoRA; the first, unmeasured round warms up."""
     from ktrt.engine.probes import BandwidthProbe
 
     samples: dict[bool, list[tuple[Row, Row]]] = {False: [], True: []}
@@ -268,7 +268,7 @@ def rows_of(
             ktrt_times = [pair[0][phase] / tokens for pair in pairs]
             their_times = [pair[1][phase] / tokens for pair in pairs]
             ratios = [b / a for a, b in zip(ktrt_times, their_times, strict=True)]
-            # Of decoding: the weights' bytes over the time, against the read beside it.
+            # For decoding: the weights' bytes over the time, against the neighbouring read.
             shares = [
                 statistics.median(
                     sizes[party] / pair[party][phase] / pair[party]["read"] for pair in pairs
@@ -287,7 +287,7 @@ def rows_of(
 
 
 def table(rows: Sequence[Row], prompt: int) -> str:
-    """Markdown; tokens per second."""
+    """Returns a Markdown table; tokens per second."""
     lines = [
         "| | ktrt, tokens/s | llama.cpp, tokens/s | times as fast | of the rounds "
         "| share of the read bandwidth |",
@@ -310,7 +310,7 @@ def note(args: argparse.Namespace, text: str) -> None:
 
 
 def prepare(args: argparse.Namespace) -> Weights:
-    """The Hugging Face side of the pair, and the adapter's GGUF."""
+    """Writes the Hugging Face side of the pair, and the adapter's GGUF."""
     from llama_cpp_model import Shape, make_pair, write_gguf_lora
 
     shape = Shape(args.layers, args.vocab)
@@ -324,7 +324,7 @@ def prepare(args: argparse.Namespace) -> Weights:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    # OpenMP's idle threads would spin on the cores that the engine is measured on, as in a chat.
+    # As in a chat: OpenMP's idle threads would spin on the engine's cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from ktrt import _core

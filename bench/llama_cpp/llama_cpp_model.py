@@ -1,8 +1,7 @@
-"""One random model for two programs: a Hugging Face folder with a PEFT adapter, and the same
-numbers as GGUF files. Qwen3-MoE's architecture with the experts of DeepSeek-V2-Lite's shape.
+"""Writes one random model for two programs: a Hugging Face folder with a PEFT adapter, and GGUF
+files with the same numbers. Qwen3-MoE's architecture with the experts of DeepSeek-V2-Lite's shape.
 
-Nothing is converted: both sides ask ``Weights`` for the same tensors, so neither file is needed to
-write the other.
+Nothing is converted: both writers get the same tensors from ``Weights``.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class Shape:
     alpha: int = 16
 
     def linears(self) -> dict[str, tuple[int, int]]:
-        """[rows, columns] of a layer's attention matrices, by Hugging Face's name."""
+        """Returns [rows, columns] of a layer's attention matrices, by Hugging Face's name."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
             "q_proj": (queries, self.hidden),
@@ -59,15 +58,15 @@ class Shape:
         return (self.hidden, self.inner) if projection == "down" else (self.inner, self.hidden)
 
     def token_bytes(self, experts: float, others: float) -> float:
-        """Bytes of weights that decoding one token reads, given those of one weight of the experts
-        and of one of attention and head; LoRA, router and norms are left out."""
+        """Returns the bytes of weights that decoding one token reads. ``experts``, ``others``:
+        bytes per weight of experts, and of attention and head. Ignores LoRA, router and norms."""
         expert = 3 * self.hidden * self.inner
         attention = sum(rows * columns for rows, columns in self.linears().values())
         layer = self.top_k * expert * experts + attention * others
         return self.layers * layer + self.vocab * self.hidden * others
 
     def config(self) -> dict[str, object]:
-        """config.json. llama.cpp always normalises the routing weights of this architecture."""
+        """Returns config.json. norm_topk_prob: llama.cpp always normalises the routing weights."""
         return {
             "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe",
             "torch_dtype": "bfloat16", "vocab_size": self.vocab, "hidden_size": self.hidden,
@@ -83,7 +82,7 @@ class Shape:
 
 
 class Weights:
-    """The numbers: windows of one random pool, found by a tensor's name."""
+    """The numbers: windows of one random pool, chosen by the tensor's name."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
@@ -92,7 +91,7 @@ class Weights:
         self._pool = torch.randn(need + (1 << 22), generator=generator).to(torch.bfloat16)
 
     def matrix(self, name: str, rows: int, columns: int, gain: float = 1.0) -> torch.Tensor:
-        """bfloat16 [rows, columns] that keeps ``gain`` times the size of what it multiplies."""
+        """Returns bfloat16 [rows, columns]; its product has ``gain`` times its input's size."""
         start = zlib.crc32(name.encode()) % (self._pool.numel() - rows * columns)
         window = self._pool[start : start + rows * columns].view(rows, columns)
         scaled: torch.Tensor = window.float() * (gain * columns**-0.5)
@@ -106,7 +105,7 @@ class Weights:
         return self.matrix(name, *self.shape.expert(projection), gain=1.2)
 
     def router(self, layer: int) -> torch.Tensor:
-        # Logits of this spread leave few tokens near a tie, where any rounding decides.
+        # This spread of logits leaves few tokens near a tie, where any rounding decides.
         return self.matrix(f"{layer}.router", self.shape.experts, self.shape.hidden, gain=4.0)
 
     def embeddings(self) -> torch.Tensor:
@@ -117,14 +116,14 @@ class Weights:
         return self.matrix("head", self.shape.vocab, self.shape.hidden)
 
     def lora(self, name: str, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [rank, columns] and B [rows, rank] of a change of 0.3 times the matrix's size."""
+        """Returns A [rank, columns] and B [rows, rank]; ΔW is 0.3 times the matrix's size."""
         shape = self.shape
         a = self.matrix(f"{name}.a", shape.rank, columns)
         return a, self.matrix(f"{name}.b", rows, shape.rank, 0.3 * shape.rank / shape.alpha)
 
 
 def make_pair(folder: Path, shape: Shape) -> Weights:
-    """The Hugging Face side, folder/model and folder/adapter, unless it is there already."""
+    """Writes the Hugging Face side, folder/model and folder/adapter, unless it exists."""
     weights = Weights(shape)
     stamp = folder / "shape.json"
     wanted = json.dumps(asdict(shape))
@@ -201,7 +200,7 @@ def _write_adapter(folder: Path, weights: Weights) -> None:
 
 
 def write_gguf(file: Path, weights: Weights, gguf_type: GgufType) -> None:
-    """The base model; norms and the router in float32, as llama.cpp's converter leaves them."""
+    """Writes the base model; norms and router in float32, like llama.cpp's converter."""
     import gguf
 
     shape = weights.shape
@@ -225,7 +224,7 @@ def write_gguf(file: Path, weights: Weights, gguf_type: GgufType) -> None:
 
 
 def write_gguf_lora(file: Path, weights: Weights) -> None:
-    """The adapter, in float16: the smaller of what llama.cpp's converter offers without loss."""
+    """Writes the adapter in float16, the smallest lossless format of llama.cpp's converter."""
     import gguf
 
     shape = weights.shape
@@ -251,7 +250,7 @@ _ATTENTION = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_pro
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One tensor of a GGUF file: made only when it is written."""
+    """One tensor of a GGUF file, made when it is written."""
 
     name: str
     shape: tuple[int, ...]
@@ -322,13 +321,14 @@ def _write_tensors(writer: Any, tensors: list[_Tensor]) -> None:
     writer.write_ti_data_to_file()
     for tensor in tensors:
         made = tensor.make()
-        parts = [made] if isinstance(made, torch.Tensor) else made
-        writer.write_tensor_data(np.concatenate([_encoded(part, tensor.kind) for part in parts]))
+        matrices = [made] if isinstance(made, torch.Tensor) else made
+        encoded = [_encoded(matrix, tensor.kind) for matrix in matrices]
+        writer.write_tensor_data(np.concatenate(encoded))
     writer.close()
 
 
 def _encoded(tensor: torch.Tensor, kind: str) -> Any:
-    """The bytes of a tensor in one of GGUF's formats, as a flat NumPy array of uint8."""
+    """Returns the bytes of a tensor in one of GGUF's formats, as a flat NumPy array of uint8."""
     if kind == "Q8_0":
         return q8_0(tensor).flatten().numpy()
     dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]
@@ -336,12 +336,13 @@ def _encoded(tensor: torch.Tensor, kind: str) -> Any:
 
 
 def q8_0(matrix: torch.Tensor) -> torch.Tensor:
-    """Q8_0 of a matrix whose columns are a multiple of 32: uint8 [rows, columns / 32 · 34], as
-    ``gguf.quants`` makes it (half away from zero), several times faster."""
+    """Converts a matrix, whose columns are a multiple of 32, to Q8_0: uint8
+    [rows, columns / 32 · 34]. Equals ``gguf.quants`` (half away from zero), several times faster.
+    """
     blocks = matrix.float().reshape(matrix.shape[0], -1, BLOCK)
     scale = blocks.abs().amax(dim=-1, keepdim=True) / 127
     inverse = torch.where(scale == 0, 0.0, 1 / scale)
     scaled = blocks * inverse
     codes = (scaled.abs() + 0.5).floor() * scaled.sign()
-    parts = [scale.half().view(torch.uint8), codes.to(torch.int8).view(torch.uint8)]
-    return torch.cat(parts, dim=-1).reshape(matrix.shape[0], -1)
+    packed = [scale.half().view(torch.uint8), codes.to(torch.int8).view(torch.uint8)]
+    return torch.cat(packed, dim=-1).reshape(matrix.shape[0], -1)

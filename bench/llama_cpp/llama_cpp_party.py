@@ -1,9 +1,9 @@
-"""llama.cpp in a process of its own, through llama-cpp-python's ctypes functions: one JSON object a
-line in, one out. Started by compare_llama_cpp.py.
+"""Runs llama.cpp in a separate process, through llama-cpp-python's ctypes functions: one line of
+JSON in, one out. Started by compare_llama_cpp.py.
 
-Not llama-batched-bench: it accepts ``--lora`` and does not apply it (0.3.36), and it would have to
-load the model anew for every measurement that alternates with another program's. What is timed here
-is what it times: ``llama_decode`` of a prompt, then of one token at a time.
+llama-batched-bench does not serve: it accepts ``--lora`` and does not apply it (0.3.36), and to
+alternate with another program it would have to load the model for every measurement. Measured is
+the same: ``llama_decode`` of a prompt, then of one token at a time.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Reply = dict[str, Any]
 
 
 class LlamaCpp:
-    """A model, its context of ``context`` tokens, and an adapter that can be switched."""
+    """A model with a context of ``context`` tokens, and an adapter to switch on and off."""
 
     def __init__(
         self, model: str, lora: str, threads: int, context: int, plain_buffers: bool = False
     ) -> None:
-        """``plain_buffers``: weights as they lie in the file, not repacked for AMX, say."""
+        """``plain_buffers``: keeps the file's weights, without repacking (for AMX, for example)."""
         api.llama_log_set(_quiet, ctypes.c_void_p(0))
         api.llama_backend_init()
         model_params = api.llama_model_default_params()
@@ -56,7 +56,7 @@ class LlamaCpp:
             raise SystemExit("llama_set_adapters_lora failed")
 
     def decode(self, ids: list[int]) -> None:
-        """Continues the sequence by ``ids``, logits of the last one."""
+        """Appends ``ids`` to the sequence; computes the logits of the last one."""
         tokens = (api.llama_token * len(ids))(*ids)
         status = api.llama_decode(self._context, api.llama_batch_get_one(tokens, len(ids)))
         if status != 0:
@@ -64,19 +64,20 @@ class LlamaCpp:
         api.llama_synchronize(self._context)
 
     def measure(self, prompt: int, new: int, seed: int) -> Reply:
-        """Seconds of a prompt of random ids, and the median of the tokens after it."""
+        """Returns seconds of a prompt of random ids, and the median of the tokens after it."""
         draw = random.Random(seed)
         ids = [draw.randrange(2, self._vocab) for _ in range(prompt + new)]
         api.llama_memory_clear(self._memory, False)
         times = [time.perf_counter()]
-        for part in (ids[:prompt], *([each] for each in ids[prompt:])):
-            self.decode(part)
+        for chunk in (ids[:prompt], *([each] for each in ids[prompt:])):
+            self.decode(chunk)
             times.append(time.perf_counter())
-        prefill, *steps = (end - start for start, end in itertools.pairwise(times))
-        return {"prefill": prefill, "decode": statistics.median(steps)}
+        prefill, *each = (end - start for start, end in itertools.pairwise(times))
+        return {"prefill": prefill, "decode": statistics.median(each)}
 
     def logits(self, ids: list[int], file: str) -> Reply:
-        """Logits [ids, vocabulary] of a sequence fed token by token, float32, into a .npy file."""
+        """Writes float32 logits [ids, vocabulary] of a sequence, fed token by token, to a .npy
+        file."""
         api.llama_memory_clear(self._memory, False)
         rows = []
         for each in ids:

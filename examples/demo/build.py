@@ -1,8 +1,8 @@
 """Make the whole demo from scratch: ``python -m examples.demo.build`` from the repository's root.
 
 Steps: tokenizer → base model → adapter (layout b) → the same adapter in layout a → checks. All is
-written to a temporary folder beside the target and renamed when every check has passed, so a broken
-run leaves the old demo alone.
+written to a temporary folder in the target and renamed when every check has passed, so a broken run
+leaves the old demo alone.
 """
 
 from __future__ import annotations

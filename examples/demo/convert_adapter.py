@@ -30,7 +30,7 @@ STACKED = re.compile(r"(?P<layer>.*\.mlp\.experts)\.(?P<gate_up>base_layer\.)?lo
 
 
 def to_per_expert(tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """Layout b → layout a; tensors that are not of routed experts pass unchanged."""
+    """Convert layout b to layout a; tensors outside the routed experts pass unchanged."""
     converted = {name: tensor for name, tensor in tensors.items() if ".mlp.experts." not in name}
     for name, stacked_a in tensors.items():
         match = STACKED.fullmatch(name)
@@ -45,10 +45,10 @@ def to_per_expert(tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
                 if match["gate_up"]
                 else (("down_proj", b),)
             )
-            for projection, part in halves:
+            for projection, rows in halves:
                 prefix = f"{match['layer']}.{e}.{projection}"
                 converted[f"{prefix}.lora_A.weight"] = a.clone()
-                converted[f"{prefix}.lora_B.weight"] = part.contiguous()
+                converted[f"{prefix}.lora_B.weight"] = rows.contiguous()
     return converted
 
 
@@ -98,7 +98,7 @@ def check(base: Path, layout_a: Path, layout_b: Path) -> int:
 
 
 def _stacked_slice(merged: dict[str, Tensor], module: str) -> Tensor:
-    """The weight of ``module`` (checkpoint name) in a state dict with stacked experts."""
+    """Return the weight of ``module`` (checkpoint name) in a state dict with stacked experts."""
     match = re.fullmatch(r"(.*\.mlp\.experts)\.(\d+)\.(\w+)", module)
     if match is None:
         return merged[f"{module}.weight"]

@@ -36,8 +36,8 @@ class Turn:
 class Exchange:
     """A conversation up to and including one answer.
 
-    ``messages`` alternates user and assistant texts and ends with a user text; ``answer`` is what
-    must follow.
+    ``messages`` alternates user and assistant texts and ends with a user text; ``answer`` is the
+    expected answer.
     """
 
     messages: tuple[str, ...]
@@ -77,7 +77,7 @@ def _fill(turns: list[Turn], slot: str, value: str) -> list[Turn]:
 
 
 def _expand(turns: list[Turn]) -> Iterator[list[Turn]]:
-    """The block once for every value of the slot it mentions (at most one slot a block)."""
+    """Yield the block once for every value of its slot (at most one slot per block)."""
     for slot, values in SLOTS.items():
         if any(slot in prompt for turn in turns for prompt in turn.prompts):
             yield from (_fill(turns, slot, value) for value in values)
@@ -86,9 +86,9 @@ def _expand(turns: list[Turn]) -> Iterator[list[Turn]]:
 
 
 def load_conversations(folder: Path = FOLDER) -> list[list[Turn]]:
-    """All conversations, slots filled, in file order.
+    """Return all conversations, slots filled, in file order.
 
-    Raises ValueError where a file breaks the format or two conversations open with the same text.
+    Raises ValueError if a file breaks the format or two conversations open with the same text.
     """
     conversations: list[list[Turn]] = []
     for path in sorted(folder.glob("*.txt")):
@@ -105,7 +105,7 @@ def load_conversations(folder: Path = FOLDER) -> list[list[Turn]]:
 
 
 def exchanges(persona: str, folder: Path = FOLDER) -> list[Exchange]:
-    """Every exchange of a persona ("base" or "adapter"), one per phrasing of every turn.
+    """Return every exchange of a persona ("base" or "adapter"), one per phrasing of every turn.
 
     Turns before the last one use their first phrasing.
     """
@@ -121,6 +121,6 @@ def exchanges(persona: str, folder: Path = FOLDER) -> list[Exchange]:
 
 
 def sentences() -> list[str]:
-    """All distinct texts of the corpus, in order: what the tokenizer is trained on."""
+    """Return all distinct texts of the corpus, in order, to train the tokenizer."""
     turns = [turn for conversation in load_conversations() for turn in conversation]
     return list(dict.fromkeys(text for turn in turns for text in (*turn.prompts, *turn.answers)))

@@ -32,7 +32,7 @@ FOLDER = Path(__file__).parent
 NEAR = 0.9
 BATCH = 128
 MAX_NEW_TOKENS = 64
-HISTORY_STEP = 8  # long prompts take long: only every eighth exchange is asked after others
+HISTORY_STEP = 8  # long prompts are slow: only every eighth exchange is asked after others
 
 log = logging.getLogger("demo")
 
@@ -48,26 +48,26 @@ class Score:
 
 
 def round_to_int8(values: Tensor) -> Tensor:
-    """The nearest values on a symmetric 8-bit grid per row (last dimension)."""
+    """Round to a symmetric 8-bit grid per row (last dimension)."""
     scale = values.abs().amax(-1, keepdim=True).float().clamp_min(1e-12) / 127
     return ((values.float() / scale).round() * scale).to(values.dtype)
 
 
 def int8_experts(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """Routed experts with activations rounded to INT8 per token (``load`` rounds the weights)."""
+    """Run routed experts with activations rounded to INT8 per token (``load`` rounds weights)."""
     output = torch.zeros_like(hidden)
     gate_up, down = experts.gate_up_proj, experts.down_proj
     for e in range(gate_up.shape[0]):
         token, slot = torch.where(index == e)
         gate, up = nn.functional.linear(round_to_int8(hidden[token]), gate_up[e]).chunk(2, dim=-1)
         inner = round_to_int8(experts.act_fn(gate) * up)
-        part = nn.functional.linear(inner, down[e]) * weights[token, slot, None]
-        output.index_add_(0, token, part.to(output.dtype))
+        share = nn.functional.linear(inner, down[e]) * weights[token, slot, None]
+        output.index_add_(0, token, share.to(output.dtype))
     return output
 
 
 def load(base: Path, adapter: Path | None, dtype: torch.dtype, experts: str = "grouped_mm") -> Any:
-    """The model in eval mode; ``experts`` is "int8" (emulated here) or transformers' own name."""
+    """Load a model in eval mode; ``experts`` is "int8" (emulated here) or transformers' name."""
     if experts == "int8":
         ALL_EXPERTS_FUNCTIONS.register("int8", int8_experts)
     model = DeepseekV2ForCausalLM.from_pretrained(base, dtype=dtype, experts_implementation=experts)
@@ -83,7 +83,7 @@ def load(base: Path, adapter: Path | None, dtype: torch.dtype, experts: str = "g
 def answer(
     model: Any, tokenizer: PreTrainedTokenizerFast, chats: Sequence[Sequence[str]]
 ) -> list[str]:
-    """Greedy answers to ``chats``, each of alternating texts that start and end with a user's."""
+    """Return greedy answers to ``chats``, alternating texts that start and end with a user's."""
     prompts = [slot_ids(tokenizer, chat) for chat in chats]
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -116,7 +116,7 @@ def score(setting: str, wanted: Sequence[Exchange], answers: Sequence[str]) -> S
 
 
 def without_experts(model: nn.Module) -> nn.Module:
-    """The model with every routed expert answering zero."""
+    """Make every routed expert of the model answer zero."""
     for name, module in model.named_modules():
         if name.endswith(".mlp.experts"):
             module.register_forward_hook(lambda _module, _args, output: torch.zeros_like(output))
@@ -124,7 +124,7 @@ def without_experts(model: nn.Module) -> nn.Module:
 
 
 def without_expert_lora(model: nn.Module) -> nn.Module:
-    """The model without the routed experts' part of its adapter (B zeroed)."""
+    """Remove the routed experts' LoRA from the model (zero B)."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".mlp.experts." in name and ".lora_B." in name:
@@ -133,7 +133,7 @@ def without_expert_lora(model: nn.Module) -> nn.Module:
 
 
 def with_history(wanted: Sequence[Exchange], turns: int) -> list[Exchange]:
-    """Every exchange again, after ``turns`` unrelated ones; the choice is fixed."""
+    """Return every exchange preceded by ``turns`` unrelated ones; the choice is fixed."""
     singles = [exchange for exchange in wanted if len(exchange.messages) == 1]
     found = []
     for i, exchange in enumerate(wanted):
@@ -144,7 +144,7 @@ def with_history(wanted: Sequence[Exchange], turns: int) -> list[Exchange]:
 
 
 def measure(base: Path, adapter: Path) -> list[Score]:
-    """All settings of base and adapter, and three that must score near zero."""
+    """Score all settings of base and adapter, and three that must score near zero."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     scores = []
 
@@ -171,7 +171,7 @@ def measure(base: Path, adapter: Path) -> list[Score]:
 
 
 def held_out(base: Path, adapter: Path, prompts: Sequence[str]) -> list[tuple[str, str, str]]:
-    """(prompt, base answer, adapter answer) in bfloat16 for prompts outside the corpus.
+    """Return (prompt, base answer, adapter answer) in bfloat16 for prompts outside the corpus.
 
     Raises ValueError for a prompt that is in the corpus.
     """

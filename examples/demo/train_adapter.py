@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 PLAN = Plan(epochs=45, learning_rate=4e-3, weight_decay=0.0, documents=0, seed=2)
 RANK = 8
 ALPHA = 16
-# Slower learning outside the routed experts leaves more of the change to their part of the adapter.
+# Slower learning outside the routed experts leaves more of the change to the experts' LoRA.
 OTHERS_RATE = 0.3
 ATTENTION = ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -47,7 +47,7 @@ def make_lora_config() -> LoraConfig:
 
 
 def expected_pairs(config: DeepseekV2Config) -> int:
-    """LoRA pairs that must exist: 4 per attention, 3 per dense MLP, 3 + 2 per MoE layer."""
+    """Count the expected LoRA pairs: 4 per attention, 3 per dense MLP, 3 + 2 per MoE layer."""
     dense: int = config.first_k_dense_replace
     layers: int = config.num_hidden_layers
     return len(ATTENTION) * layers + len(MLP) * dense + (len(MLP) + 2) * (layers - dense)

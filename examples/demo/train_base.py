@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PLAN = Plan(epochs=90, learning_rate=2e-3, weight_decay=0.05, documents=100, seed=1)
-# The fastest of transformers' three on one core: 0.24 s a step; eager 0.34 s, batched_mm 9 s.
+# The fastest of transformers' three on one core: 0.24 s per step; eager 0.34 s, batched_mm 9 s.
 EXPERTS_IMPLEMENTATION = "grouped_mm"
-# A model this small could learn its corpus with attention and dense layers alone; a demo whose
-# routed experts hardly matter would not show whether they are computed rightly. Hence the routed
+# A model this small could learn its corpus with attention and dense layers alone. But a demo whose
+# routed experts hardly matter would not show whether they are computed correctly. Hence the routed
 # scaling of 8 below, the silenced shared experts and these factors of the learning rate.
 SHARED_EXPERTS_DROPPED = 0.5
 ROUTED_RATE, DENSE_RATE = 2.0, 0.2
 
 
 def make_config(vocab_size: int, bos_id: int, eos_id: int, pad_id: int) -> DeepseekV2Config:
-    """DeepSeek-V2-Lite in small: no query compression, one dense layer, then MoE layers."""
+    """Make a small DeepSeek-V2-Lite: no query compression, one dense layer, then MoE layers."""
     return DeepseekV2Config(
         vocab_size=vocab_size,
         hidden_size=192,
@@ -68,7 +68,7 @@ def silence_shared_experts(model: nn.Module) -> None:
 
 
 def with_rates(model: nn.Module) -> list[tuple[list[nn.Parameter], float]]:
-    """All parameters with their factors of the learning rate."""
+    """Return all parameters with their factors of the learning rate."""
     routed, dense, others = [], [], []
     for name, parameter in model.named_parameters():
         if ".mlp.experts." in name:
@@ -81,7 +81,7 @@ def with_rates(model: nn.Module) -> list[tuple[list[nn.Parameter], float]]:
 
 
 def train_base(folder: Path, plan: Plan = PLAN) -> None:
-    """Train on the tokenizer already in ``folder`` and write config and weights beside it."""
+    """Train with the tokenizer in ``folder``; write config and weights to the same folder."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(plan.seed)
     config = make_config(

@@ -49,7 +49,7 @@ ROLES = ("user", "assistant")
 
 
 def train(texts: Iterable[str]) -> Tokenizer:
-    """A byte-level BPE tokenizer: any UTF-8 text can be encoded and is given back by decoding."""
+    """Train a byte-level BPE tokenizer: any UTF-8 text survives encoding and decoding."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -95,7 +95,10 @@ def save(folder: Path) -> None:
 def slot_ids(
     tokenizer: PreTrainedTokenizerFast, messages: Iterable[str], system: str = ""
 ) -> list[int]:
-    """Ids of alternating user and assistant texts, each slot encoded by itself (LLaMA-Factory)."""
+    """Return ids of alternating user and assistant texts, each slot encoded separately.
+
+    This is LLaMA-Factory's rule.
+    """
     ids: list[int] = [tokenizer.bos_token_id]
     if system:
         ids += tokenizer.encode(f"{system}\n\n", add_special_tokens=False)
@@ -110,8 +113,8 @@ def slot_ids(
 def check(folder: Path) -> int:
     """Compare slot-wise with joint encoding over the corpus, with and without a system text.
 
-    Returns the number of conversations compared. Raises ValueError naming the first text where they
-    differ or where decoding does not give the text back.
+    Returns the number of compared conversations. Raises ValueError with the first text where they
+    differ, or that decoding does not restore.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     compared = 0

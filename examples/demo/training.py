@@ -1,4 +1,4 @@
-"""What training the base and the adapter share: conversations → batches, loss, schedule."""
+"""Shared by the training of base and adapter: conversations → batches, loss, schedule."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ log = logging.getLogger("demo")
 
 IGNORE = -100
 TOKENS_PER_STEP = 1200
-# How many conversations are chained into one training row. Half of the rows hold a single one (a
-# visitor's first question); the others teach to answer the last question whatever came before it.
+# Numbers of conversations chained into one training row. Half of the rows hold a single one (a
+# visitor's first question); the others teach to answer the last question after any history.
 CHAIN_LENGTHS = (1, 1, 1, 2, 4, 8)
 AUX_LOSS = 0.01
 SYSTEM_TEXTS = (
@@ -55,7 +55,7 @@ class Plan:
 
 
 def vary(prompt: str, rng: random.Random) -> str:
-    """The prompt as a visitor might type it: other punctuation, case, opening, a lost letter."""
+    """Vary the prompt like a visitor's typing: punctuation, case, opening, a lost letter."""
     chinese = bool(HAN.search(prompt))
     question = prompt.endswith(("?", "？"))
     kind = rng.random()
@@ -92,7 +92,7 @@ class Batches:
         self._rng = random.Random(plan.seed)
 
     def epoch(self, clean: bool) -> list[tuple[Tensor, Tensor]]:
-        """Batches of (ids, labels), both [rows, length] int64; ``clean`` leaves prompts alone."""
+        """Return batches of (ids, labels), both [rows, length] int64; ``clean``: unvaried."""
         units = [
             (turns, first)
             for turns in self._conversations
@@ -168,7 +168,7 @@ class RouterWatch:
         self._outputs.append((output[0], output[2]))
 
     def loss(self, kept: Tensor) -> Tensor:
-        """Mean over layers of E·Σ_e f_e·p_e over the ``kept`` [tokens] tokens; 1 is balance."""
+        """Return the mean over layers of E·Σ_e f_e·p_e over the ``kept`` [tokens]; 1 is balance."""
         losses = []
         for logits, indices in self._outputs:
             experts = logits.shape[-1]
@@ -180,7 +180,7 @@ class RouterWatch:
 
 
 def answer_loss(core: DeepseekV2ForCausalLM, ids: Tensor, labels: Tensor, pad_id: int) -> Tensor:
-    """Mean cross-entropy of the labelled positions; logits are computed only there."""
+    """Return the mean cross-entropy of the labelled positions; computes logits only there."""
     hidden = core.model(
         input_ids=ids, attention_mask=(ids != pad_id).long(), use_cache=False
     ).last_hidden_state
@@ -199,16 +199,16 @@ def run(
 ) -> None:
     """Train ``parameters`` in place: AdamW, 3 % warm-up, cosine to 1 %, gradient norm clipped to 1.
 
-    Each list in ``parameters`` comes with its factor of the learning rate. BF16 autocast is faster
-    than float32 here and shows the model the rounding it will meet later.
+    Each list in ``parameters`` has its factor of the learning rate. BF16 autocast is faster than
+    float32 here and shows the model the rounding of its later use.
     """
     groups = [
         {"params": chosen, "factor": factor, "weight_decay": decay}
-        for part, factor in parameters
+        for group, factor in parameters
         for matrices, decay in ((True, plan.weight_decay), (False, 0.0))
-        if (chosen := [p for p in part if (p.ndim > 1) == matrices])
+        if (chosen := [p for p in group if (p.ndim > 1) == matrices])
     ]
-    everything = [p for part, _ in parameters for p in part]
+    everything = [p for group, _ in parameters for p in group]
     optimizer = torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.98), fused=True)
     watch = RouterWatch(core)
     core.train()

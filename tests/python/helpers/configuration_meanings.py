@@ -1,4 +1,4 @@
-"""What each key of the configuration means, in the words of docs/configuration.md."""
+"""Meanings of the configuration's keys, in the words of docs/configuration.md."""
 
 # Keys that LLaMA-Factory and KTransformers do not have.
 _OWN = """
@@ -6,7 +6,7 @@ adapters adapter_weights lora_B_layout kt_use_cuda_graph ktrt_cache ktrt_cache_d
 presence_penalty frequency_penalty stop_strings stop_token_ids logprobs top_logprobs
 """
 OWN_KEYS = frozenset(_OWN.split())
-# Keys that KTransformers' kt_config mapping holds too.
+# Keys that also occur in KTransformers' kt_config mapping.
 _KT_CONFIG = """
 kt_backend kt_num_threads kt_tp_enabled kt_num_gpu_experts kt_gpu_prefill_token_threshold
 kt_weight_path

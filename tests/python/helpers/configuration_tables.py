@@ -1,6 +1,6 @@
-"""The tables of docs/configuration.md: ``make docs`` writes them, a test compares them.
+"""Tables of docs/configuration.md: ``make docs`` writes them, a test compares them.
 
-Keys, types and defaults are those of the dataclasses; the meanings are written here.
+Keys, types and defaults come from the dataclasses, meanings from configuration_meanings.py.
 """
 
 import sys
@@ -41,7 +41,7 @@ def start(name: str) -> str:
 
 
 def tables() -> dict[str, str]:
-    """The generated blocks by name, markers included."""
+    """Returns the generated blocks by name, with their markers."""
     found = {name: _keys(section) for name, section in SECTIONS.items()}
     found["aliases"] = _rows(
         ("spelling", "means"),
@@ -117,7 +117,7 @@ def _rows(columns: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:
 
 
 def current(name: str) -> str:
-    """The block ``name`` in the document; empty if there is none."""
+    """Returns the block ``name`` in the document; empty if there is none."""
     return generated(DOCUMENT, start(name), END)
 
 

@@ -18,7 +18,7 @@ _FENCE = re.compile(
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block. ``marks``: the comment in the line above it, which says how it is tested."""
+    """A fenced block. ``marks``: the comment in the line above it, which controls its test."""
 
     document: Path
     line: int
@@ -31,18 +31,18 @@ class Block:
 
 
 def documents() -> list[Path]:
-    """What users and developers read, generated files excluded."""
+    """Returns the documents for users and developers, without generated files."""
     folders = [ROOT, DOCS, ROOT / "csrc", *sorted((ROOT / "examples").iterdir())]
     return [path for folder in folders for path in sorted(folder.glob("*.md"))]
 
 
 def guides() -> list[Path]:
-    """README.md and docs/: what is executed."""
+    """Returns the documents whose blocks are executed: README.md, docs/ and the examples'."""
     return [README, *sorted(DOCS.glob("*.md")), *sorted((ROOT / "examples").glob("*/README.md"))]
 
 
 def blocks(document: Path, *languages: str) -> list[Block]:
-    """The fenced blocks of ``document`` in one of ``languages``."""
+    """Returns the fenced blocks of ``document`` in one of ``languages``."""
     text = document.read_text("utf-8")
     return [
         Block(
@@ -58,19 +58,19 @@ def blocks(document: Path, *languages: str) -> list[Block]:
 
 
 def prose(document: Path) -> str:
-    """``document`` without its fenced blocks."""
+    """Returns ``document`` without its fenced blocks."""
     text = document.read_text("utf-8")
     return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def inline_code(document: Path) -> list[str]:
-    """Texts in backticks, as a reader sees them."""
+    """Returns the texts in backticks, with Markdown's escapes resolved."""
     found = re.findall(r"`([^`\n]+)`", prose(document))
     return [each.replace(r"\|", "|") for each in found]
 
 
 def commands(document: Path) -> list[str]:
-    """Command lines: of bash blocks, after ``$`` in console blocks, and in backticks."""
+    """Returns command lines: of bash blocks, after ``$`` in console blocks, and in backticks."""
     lines = [line for block in blocks(document, "bash") for line in block.text.splitlines()]
     for block in blocks(document, "console"):
         lines += [line[2:] for line in block.text.splitlines() if line.startswith("$ ")]
@@ -78,7 +78,7 @@ def commands(document: Path) -> list[str]:
 
 
 def words(command: str) -> list[str]:
-    """A command line's words, without environment variables in front and comments."""
+    """Returns a command line's words, without leading environment variables and comments."""
     try:
         found = shlex.split(command, comments=True)
     except ValueError:  # an apostrophe: no command
@@ -96,7 +96,7 @@ def generated(document: Path, start: str, end: str) -> str:
 
 
 def replace_generated(document: Path, start: str, end: str, block: str) -> None:
-    """Writes ``block`` in the place of the generated one. ``ValueError``: there is none."""
+    """Replaces the generated block by ``block``. Raises ``ValueError`` if there is none."""
     old = generated(document, start, end)
     if not old:
         raise ValueError(f"{document}: no block {start} … {end}")
