@@ -40,8 +40,7 @@ class ExpertsSpec:
     class that ``KTExperts`` replaces. ``top_k`` bounds the experts per token. The parameters are
     ``gate_up_proj`` (``up_proj`` without gate) [num_experts, rows, hidden_size] and ``down_proj``
     [num_experts, hidden_size, intermediate_size], the last two dimensions swapped if
-    ``is_transposed``. The rows of gate come before those of up, or alternate with them if
-    ``is_interleaved``.
+    ``is_transposed``. Gate's rows come before up's, or alternate with them if ``is_interleaved``.
     """
 
     path: str
@@ -207,7 +206,7 @@ def _parameter_reasons(spec: ExpertsSpec, shapes: Mapping[str, tuple[int, ...]])
 
 
 def _top_k(path: str, model: nn.Module, num_experts: int) -> int:
-    """Experts per token: what the router beside the experts says, else the config, else all."""
+    """Experts per token: by the router next to the experts, else by the config, else all."""
     block = model.get_submodule(path.rpartition(".")[0])
     candidates = [getattr(child, "top_k", None) for child in block.children()]
     candidates += [getattr(block, "top_k", None)]
