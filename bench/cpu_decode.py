@@ -34,7 +34,6 @@ from ktrt import _core
 from ktrt.checkpoint.folder import Checkpoint
 from ktrt.config import load_config
 from ktrt.experts import KTExperts
-from ktrt.generate.runner import KvCache
 from ktrt.layers.linear import int8_bytes
 from ktrt.loading.model import LoadedModel, load_model
 
@@ -106,7 +105,7 @@ class Party:
         self._cache: Any = None
 
     def prompt(self, length: int) -> None:
-        self._cache = KvCache(self.loaded.model, self.loaded.graphs)
+        self._cache = self.loaded.new_cache()
         self._cache.forward([10 + i % 50 for i in range(length)])
 
     def seconds(self, tokens: int) -> float:

@@ -3,7 +3,7 @@
 from ktrt.adapter.apply.switches import Switch, TorchAdapters
 from ktrt.adapter.apply.words import words_of
 from ktrt.adapter.audit import Audit, AuditRow
-from ktrt.adapter.internal import BaseModel, ExpertLora, Projection
+from ktrt.adapter.internal import BaseModel, ExpertLora
 from ktrt.adapter.plan import AdapterPlan, plan_adapter
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "AuditRow",
     "BaseModel",
     "ExpertLora",
-    "Projection",
     "Switch",
     "TorchAdapters",
     "plan_adapter",

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ktrt.adapter.fit import has_tied_embeddings, is_for_text
-from ktrt.adapter.internal import projections
 from ktrt.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -17,7 +16,8 @@ if TYPE_CHECKING:
 
     from ktrt.adapter.apply.side import TorchSide
     from ktrt.adapter.files.settings import LoraSettings
-    from ktrt.adapter.internal import BaseModel, ExpertLoras, Projection
+    from ktrt.adapter.internal import BaseModel, ExpertLoras
+    from ktrt.experts.spec import Projection
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ def _expected_per_expert(
     expected = []
     for site in base.experts:
         for expert in range(site.num_experts):
-            for projection in projections(site):
+            for projection in site.projections:
                 name = base.expert_modules.get(
                     (site.path, expert, projection), f"{site.path}.{expert}.{projection}_proj"
                 )

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.nn import functional as F
+
+from ktrt.experts.spec import Projection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from torch import nn
 
-Projection = Literal["gate", "up", "down"]
+    from ktrt.experts.spec import ExpertsSpec
 
 
 @dataclass(frozen=True)
@@ -67,17 +69,11 @@ def stack_experts(
     )
 
 
-def split_gate_up(site: ExpertsSite, lora: ExpertLora) -> dict[Projection, ExpertLora]:
-    """Splits LoRA of gate_up_proj, b [num_experts, 2 · intermediate_size, rank] in the order of
-    the parameter's rows, into LoRA of gate and of up with one A."""
-    half = site.intermediate_size
-    gate, up = slice(half), slice(half, None)
-    if site.is_interleaved:
-        gate, up = slice(0, None, 2), slice(1, None, 2)
-    return {
-        "gate": ExpertLora(lora.a, lora.b[:, gate], lora.scaling),
-        "up": ExpertLora(lora.a, lora.b[:, up], lora.scaling),
-    }
+def split_first(site: ExpertsSpec, lora: ExpertLora) -> dict[Projection, ExpertLora]:
+    """Splits LoRA of the first parameter, b [num_experts, rows, rank] in the order of its rows,
+    into LoRA of its projections with one A."""
+    parts = site.split(lora.b, dim=1)
+    return {projection: ExpertLora(lora.a, b, lora.scaling) for projection, b in parts.items()}
 
 
 def _up_reads_gates_a(lora: Mapping[Projection, ExpertLora]) -> bool:
@@ -103,29 +99,6 @@ def engine_numel(lora: Mapping[Projection, ExpertLora]) -> int:
     """Returns the count of numbers that the engine keeps of a layer's LoRA, without padding."""
     shared = lora["up"].a.numel() if _up_reads_gates_a(lora) else 0
     return sum(pair.a.numel() + pair.b.numel() for pair in lora.values()) - shared
-
-
-class ExpertsSite(Protocol):
-    """The description of one experts module."""
-
-    @property
-    def path(self) -> str: ...
-    @property
-    def layer(self) -> int: ...
-    @property
-    def num_experts(self) -> int: ...
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def intermediate_size(self) -> int: ...
-    @property
-    def has_gate(self) -> bool: ...
-    @property
-    def is_transposed(self) -> bool: ...
-    @property
-    def is_interleaved(self) -> bool: ...
-    @property
-    def first_parameter(self) -> str: ...
 
 
 class Target(Protocol):
@@ -157,20 +130,20 @@ class BaseModel:
     """
 
     model: nn.Module
-    experts: Sequence[ExpertsSite]
+    experts: Sequence[ExpertsSpec]
     names: Names
     expert_modules: Mapping[tuple[str, int, Projection], str]
 
-    def site(self, path: str) -> ExpertsSite | None:
+    def site(self, path: str) -> ExpertsSpec | None:
         """Returns the experts module of this path, if it is one."""
         return self._sites.get(path)
 
     @cached_property
-    def _sites(self) -> dict[str, ExpertsSite]:
+    def _sites(self) -> dict[str, ExpertsSpec]:
         """By path: looked up for every tensor, up to 140,000 of them (Kimi-K2)."""
         return {site.path: site for site in self.experts}
 
-    def require_site(self, path: str) -> ExpertsSite:
+    def require_site(self, path: str) -> ExpertsSpec:
         """Returns the experts module of a path that came from ``site``."""
         site = self.site(path)
         assert site is not None, f"{path} is no experts module"
@@ -185,15 +158,3 @@ class BaseModel:
             f"experts, hidden_size {site.hidden_size}, expert intermediate_size "
             f"{site.intermediate_size}"
         )
-
-
-def projections(site: ExpertsSite) -> tuple[Projection, ...]:
-    """Returns the projections of an expert."""
-    return ("gate", "up", "down") if site.has_gate else ("up", "down")
-
-
-def features(site: ExpertsSite, projection: Projection) -> tuple[int, int]:
-    """Returns (in, out) of one expert's projection."""
-    if projection == "down":
-        return site.intermediate_size, site.hidden_size
-    return site.hidden_size, site.intermediate_size

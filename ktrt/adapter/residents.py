@@ -1,4 +1,4 @@
-"""The adapters that a loaded model holds: which act, with what weights, loading and unloading."""
+"""The adapters of a loaded model: loading, unloading, and which are active with what weights."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Resident:
-    """``number``: the engine's, never used again. ``whole``: why it acts wholly or not at all, if
-    so; ``common``: why it acts on all rows of a batch or none."""
+    """``number``: the engine's, never used again. ``whole``: why its weight can only be 1 or 0, if
+    so; ``common``: why all rows of a batch share it."""
 
     number: int
     torch_name: str
@@ -38,11 +38,11 @@ class _Resident:
 
 
 class Adapters:
-    """A model's adapters by name: some are active, each with a weight, and act as their weighted
-    sum; without any the model is the base, bit for bit. Weights are factors of the trained scaling.
+    """A model's adapters by name. The active ones act as their weighted sum; without any the model
+    is the base, bit for bit. A weight is a factor of the trained scaling.
 
-    A change takes effect with the next forward; none may be under way. ``active_set`` has the
-    version of what acts, for everything made from it.
+    A change takes effect with the next forward; none may be running. ``active_set`` is the version
+    of the active adapters, for everything made from them.
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class Adapters:
         experts: Mapping[str, KTExperts] | None = None,
         base: BaseModel | None = None,
     ) -> None:
-        """``experts``: the model's experts modules by path, attached; ``base``: what adapters are
-        checked against. Without a model nothing can be loaded."""
+        """``experts``: the model's attached experts modules by path; ``base``: the model that
+        adapters are checked against. Without a model nothing can be loaded."""
         self._model, self._base = model, base
         self._experts = dict(experts or {})
         self._torch = TorchAdapters(model) if model is not None else None
@@ -64,18 +64,18 @@ class Adapters:
         self._rows: tuple[str | None, ...] | None = None
         self._combined: tuple[str, ...] = ()
         self.active_set = ActiveSet()
-        # Given a name, a folder and the rows of embeddings that there will be, checks the words
-        # that the adapter brings; what it returns adds them.
+        # Takes the name, the folder and the future rows of embeddings, checks the adapter's words,
+        # and returns a function that adds them.
         self.take_words: Callable[[str, Path, int], Callable[[], object]] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What is resident, in the order of loading."""
+        """The resident adapters, in the order of loading."""
         return tuple(self._residents)
 
     @property
     def active(self) -> dict[str, float]:
-        """What acts, with its weight; empty: the base model."""
+        """The active adapters with their weights; empty: the base model."""
         if self._off:
             return {}
         return {name: weight * self._factor for name, weight in self._weights.items()}
@@ -87,7 +87,7 @@ class Adapters:
 
     @property
     def version(self) -> int:
-        """The version of what acts: equal versions mean equal numbers."""
+        """The version of the active adapters: equal versions mean equal numbers."""
         return self.active_set.version
 
     def _key(self) -> Hashable:
@@ -97,43 +97,43 @@ class Adapters:
         return tuple(sorted(numbers.items()))
 
     def refresh(self) -> None:
-        """Follows changes that were made past this object: numbers changed in place, or calls of
-        PEFT's own methods. They act outside the routed experts only."""
+        """Reads the adapters again after changes that bypass this object: numbers changed in place,
+        or calls of PEFT's own methods. Both act outside the routed experts only."""
         self._not_in_rows()
         self.active_set.renew()
         self.active_set.become(self._key())
 
     def audit(self, name: str | None = None) -> Audit:
-        """What each tensor of an adapter acts on; without a name, of the first one that is active,
-        else of the first. Empty without adapters."""
+        """Says what each tensor of an adapter acts on. Without a name: the first active adapter,
+        else the first one. Empty without adapters."""
         name = name or next(iter([*self.active, *self._residents]), None)
         return self._resident(name).audit if name is not None else Audit()
 
     @engine_errors()
     def activate(self, name_or_weights: str | Mapping[str, float]) -> None:
-        """One adapter as it was trained, or the sum of several with these weights; replaces what
-        was active, and its scale.
+        """Activates one adapter as it was trained, or the weighted sum of several, in place of the
+        active ones and their scale.
 
-        The first sum of a set lays its parts side by side, which takes up to a second for a large
-        adapter and is kept until another set is summed. ``AdapterError``, nothing changed: an
-        unknown name, a weight that is no number, a part that cannot be weighed or summed.
+        The first sum of a set copies its adapters into one, which takes up to a second for large
+        ones and is kept until another set is summed. ``AdapterError``, nothing changed: an unknown
+        name, a weight that is no number, an adapter that cannot be weighed or summed.
         """
         given = {name_or_weights: 1.0} if isinstance(name_or_weights, str) else name_or_weights
         self._apply({name: float(weight) for name, weight in given.items()}, 1.0, off=False)
 
     @engine_errors()
     def off(self) -> None:
-        """The base model, until ``on``."""
+        """Turns all adapters off, until ``on``."""
         self._apply(self._weights, self._factor, off=True)
 
     @engine_errors()
     def on(self) -> None:
-        """What was active before ``off``."""
+        """Turns on again what ``off`` turned off."""
         self._apply(self._weights, self._factor, off=False)
 
     @engine_errors()
     def scale(self, factor: float) -> None:
-        """Multiplies the weights that ``activate`` gave (not those of an earlier ``scale``).
+        """Multiplies the weights given to ``activate``; an earlier ``scale`` does not count.
         ``AdapterError`` if nothing is active, else as ``activate``."""
         if self._off or not self._weights:
             raise AdapterError("no adapter is active that could be scaled; activate one first")
@@ -310,7 +310,8 @@ class Adapters:
         self._set(self.active)
 
     def _load_experts(self, number: int, plan: AdapterPlan) -> None:
-        """Every layer gets one, of nothing where the adapter has none, so that all know it."""
+        """Gives every layer the LoRA, an empty one where the adapter has none, so that all layers
+        know its number."""
         for path, module in self._experts.items():
             arguments: dict[str, Any] = plan.engine_arguments(path)
             module.layer.load_lora(number, **arguments)
@@ -318,7 +319,8 @@ class Adapters:
                 plan.mark_experts(path)
 
     def _take_out(self, number: int, torch_name: str) -> None:
-        """Of engine and model, as far as it is there; everything is off in the model afterwards."""
+        """Removes the adapter from the engine and the model, even if it was loaded only in part;
+        leaves all adapters inactive in the model."""
         for module in self._experts.values():
             try:
                 module.layer.unload_lora(number)

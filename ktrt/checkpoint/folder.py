@@ -7,7 +7,7 @@ index (``ktrt.checkpoint.files``). Quantised tensors are read as plain ones.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "ExpertWeights", "Projection"]
+    from ktrt.experts.spec import ExpertsSpec, Projection
 
-Projection = Literal["gate", "up", "down"]
+__all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "ExpertWeights"]
 
 
 class Checkpoint:
@@ -140,34 +140,11 @@ class Checkpoint:
         return made
 
 
-class ExpertsShape(Protocol):
-    """The fields of an experts module's description that its weights must match."""
-
-    @property
-    def path(self) -> str: ...
-    @property
-    def num_experts(self) -> int: ...
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def intermediate_size(self) -> int: ...
-    @property
-    def has_gate(self) -> bool: ...
-    @property
-    def has_bias(self) -> bool: ...
-    @property
-    def is_transposed(self) -> bool: ...
-    @property
-    def is_interleaved(self) -> bool: ...
-    @property
-    def first_parameter(self) -> str: ...
-
-
 class ExpertWeights:
     """Finds the experts of one layer in a checkpoint and reads them one by one."""
 
     def __init__(
-        self, checkpoint: Checkpoint, spec: ExpertsShape, sources: Mapping[WeightTarget, str]
+        self, checkpoint: Checkpoint, spec: ExpertsSpec, sources: Mapping[WeightTarget, str]
     ) -> None:
         self._checkpoint = checkpoint
         self._spec = spec
@@ -199,37 +176,29 @@ class ExpertWeights:
     def _pieces(self, expert: int) -> dict[WeightTarget, tuple[str | None, tuple[int, ...]]]:
         """Returns the tensors of one expert: target → (name on disk or None, expected shape)."""
         spec = self._spec
-        rows = spec.intermediate_size * (2 if spec.has_gate else 1)
         pieces: dict[WeightTarget, tuple[str | None, tuple[int, ...]]] = {}
-        for parameter, pieces_on_disk, shape in (
-            (spec.first_parameter, (2, 1) if spec.has_gate else (1,), (rows, spec.hidden_size)),
-            ("down_proj", (1,), (spec.hidden_size, spec.intermediate_size)),
-        ):
+        for parameter, (rows, columns) in spec.parameters.items():
             path = f"{spec.path}.{parameter}"
             fused = WeightTarget(path)
             if fused in self._sources:
-                stored = shape[::-1] if spec.is_transposed else shape
-                pieces[fused] = (self._sources[fused], (spec.num_experts, *stored))
+                pieces[fused] = (self._sources[fused], spec.stored_shape(parameter))
                 continue
+            # A projection for each tensor, or one tensor for all.
+            counts = sorted({1, len(spec.held_by(parameter))}, reverse=True)
             count = next(
-                (n for n in pieces_on_disk if WeightTarget(path, expert, 0, n) in self._sources),
-                pieces_on_disk[0],
+                (n for n in counts if WeightTarget(path, expert, 0, n) in self._sources), counts[0]
             )
             for piece in range(count):
                 target = WeightTarget(path, expert, piece, count)
-                pieces[target] = (self._sources.get(target), (shape[0] // count, shape[1]))
+                pieces[target] = (self._sources.get(target), (rows // count, columns))
         return pieces
 
     def _biases(self) -> dict[WeightTarget, tuple[int, ...]]:
         """Returns the targets of all experts' biases, with their shapes."""
         spec = self._spec
-        if not spec.has_bias:
-            return {}
-        rows = spec.intermediate_size * (2 if spec.has_gate else 1)
-        path = spec.path
         return {
-            WeightTarget(f"{path}.{spec.first_parameter}_bias"): (spec.num_experts, rows),
-            WeightTarget(f"{path}.down_proj_bias"): (spec.num_experts, spec.hidden_size),
+            WeightTarget(f"{spec.path}.{name}"): (spec.num_experts, size)
+            for name, size in spec.biases.items()
         }
 
     def _check(self, target: WeightTarget, name: str | None, shape: tuple[int, ...]) -> str:
@@ -257,13 +226,10 @@ class ExpertWeights:
     def modules(self) -> dict[tuple[int, Projection], str]:
         """Returns (expert, projection) → module name on disk, if one tensor is one projection."""
         found: dict[tuple[int, Projection], str] = {}
-        rows: tuple[Projection, Projection] = ("gate", "up")
         for target, name in self._sources.items():
-            down = target.name.endswith(".down_proj")
-            if target.expert is None or (self._spec.has_gate and not down and target.pieces != 2):
-                continue
-            projection = rows[target.piece] if self._spec.has_gate else "up"
-            found[target.expert, "down" if down else projection] = name.removesuffix(".weight")
+            held = self._spec.held_by(target.name.rpartition(".")[2])
+            if target.expert is not None and target.pieces == len(held):
+                found[target.expert, held[target.piece]] = name.removesuffix(".weight")
         return found
 
     def biases(self) -> dict[str, torch.Tensor]:
@@ -272,19 +238,8 @@ class ExpertWeights:
         if not self._spec.has_bias:
             return {}
         first, down = (self._checkpoint.read(self._sources[target]) for target in self._biases())
-        gate, up = self._halves(first, dim=1)
-        biases = {"gate": gate, "up": up, "down": down}
-        return {p: bias.float().contiguous() for p, bias in biases.items() if bias is not None}
-
-    def _halves(self, rows: torch.Tensor, dim: int = 0) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Splits a parameter into gate (None if there is none) and up."""
-        if not self._spec.has_gate:
-            return None, rows
-        if self._spec.is_interleaved:
-            pairs = rows.unflatten(dim, (-1, 2))
-            return pairs.select(dim + 1, 0), pairs.select(dim + 1, 1)
-        gate, up = rows.chunk(2, dim)
-        return gate, up
+        biases = {**self._spec.split(first, dim=1), "down": down}
+        return {p: bias.float().contiguous() for p, bias in biases.items()}
 
     def read(self, expert: int) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """Returns gate (None if there is none), up [intermediate_size, hidden_size] and down
@@ -298,34 +253,30 @@ class ExpertWeights:
             matrix = self._checkpoint.read_row(name, expert)
             tensors.append((matrix.T if self._spec.is_transposed else matrix).contiguous())
         down = tensors.pop()
-        gate, up = tensors if len(tensors) == 2 else self._halves(tensors[0])
-        return gate, up, down
+        if len(tensors) == 2:
+            return tensors[0], tensors[1], down
+        parts = self._spec.split(tensors[0], dim=0)
+        return parts.get("gate"), parts["up"], down
 
 
-def holds_experts(
-    checkpoint: Checkpoint, names: WeightNames, specs: Iterable[ExpertsShape]
-) -> bool:
+def holds_experts(checkpoint: Checkpoint, names: WeightNames, specs: Iterable[ExpertsSpec]) -> bool:
     """Returns whether any tensor belongs to the experts."""
     paths = {spec.path for spec in specs}
     return any(names.target(name).name.rpartition(".")[0] in paths for name in checkpoint.names())
 
 
 def find_expert_weights(
-    checkpoint: Checkpoint, names: WeightNames, specs: Iterable[ExpertsShape]
+    checkpoint: Checkpoint, names: WeightNames, specs: Iterable[ExpertsSpec]
 ) -> dict[str, ExpertWeights]:
     """Finds the weights of each experts module; returns them by path.
 
     Raises ``CheckpointError`` with the tensor, the finding and the expectation if a tensor of any
     expert is absent, double, surplus, or of another shape or dtype.
     """
-    by_path: dict[str, tuple[ExpertsShape, dict[WeightTarget, str]]] = {
+    by_path: dict[str, tuple[ExpertsSpec, dict[WeightTarget, str]]] = {
         spec.path: (spec, {}) for spec in specs
     }
-    parameters = {
-        spec.path: {spec.first_parameter, "down_proj"}
-        | ({f"{spec.first_parameter}_bias", "down_proj_bias"} if spec.has_bias else set())
-        for spec, _ in by_path.values()
-    }
+    parameters = {spec.path: {*spec.parameters, *spec.biases} for spec, _ in by_path.values()}
     targets = [(name, names.target(name)) for name in checkpoint.names()]
     conversions = Conversions(names.model)
     for name, target in targets:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
-Projection = Literal["gate", "up", "down"]
-PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
+    from ktrt.experts.spec import ExpertsSpec, Projection
+
+# The projections in the files.
+PROJECTIONS: tuple[Projection, ...] = ("gate", "up", "down")
 # (codes uint8 [bytes], scales float32 [rows]) of each part.
 Shards = list[tuple[Any, Any]]
 
@@ -33,21 +35,6 @@ _TREE_FILE = re.compile(
     r"_layer_(\d+)/_numa_(\d+)/(INT\d)_(gate|up|down)_(\d+)_(\d+)Byte_(quant|scale)_\.kt"
 )
 _TENSOR = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.(\d+)\.numa\.(\d+)\.(weight|scale)")
-
-
-class LayerShape(Protocol):
-    """The used fields of an experts module's description."""
-
-    @property
-    def path(self) -> str: ...
-    @property
-    def layer(self) -> int: ...
-    @property
-    def num_experts(self) -> int: ...
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def intermediate_size(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -70,7 +57,7 @@ class _Array:
 class KtWeights:
     """The files of one folder, with all sizes checked; ``parts``: their number of NUMA nodes."""
 
-    def __init__(self, folder: Path, specs: Sequence[LayerShape], weight_format: str) -> None:
+    def __init__(self, folder: Path, specs: Sequence[ExpertsSpec], weight_format: str) -> None:
         """Raises ``CheckpointError`` with file and size if files are absent, not in
         ``weight_format``, or do not fit ``specs``."""
         self._folder = folder
@@ -91,7 +78,7 @@ class KtWeights:
         found = {array.file for array in self._arrays.values()}
         return sorted(path.resolve() for path in found) if len(found) < len(self._arrays) else []
 
-    def read(self, spec: LayerShape, expert: int) -> tuple[Shards, Shards, Shards]:
+    def read(self, spec: ExpertsSpec, expert: int) -> tuple[Shards, Shards, Shards]:
         """Returns gate, up and down of one expert, each as a list of parts."""
         gate, up, down = (
             [
@@ -104,7 +91,7 @@ class KtWeights:
         return gate, up, down
 
     def _array(
-        self, spec: LayerShape, part: int, projection: str, expert: int, kind: str
+        self, spec: ExpertsSpec, part: int, projection: str, expert: int, kind: str
     ) -> _Array:
         array = self._arrays.get(_Key(spec.layer, part, projection, expert, kind))
         if array is None:
@@ -115,7 +102,7 @@ class KtWeights:
             )
         return array
 
-    def _check(self, spec: LayerShape) -> None:
+    def _check(self, spec: ExpertsSpec) -> None:
         if spec.intermediate_size % (32 * self.parts):
             raise CheckpointError(
                 f"kt_weight_path {self._folder}: files for {self.parts} NUMA nodes do not fit the "
@@ -132,7 +119,7 @@ class KtWeights:
                         if array.size != size:
                             raise CheckpointError(self._wrong_size(spec, array, kind, size))
 
-    def _wrong_size(self, spec: LayerShape, array: _Array, kind: str, expected: int) -> str:
+    def _wrong_size(self, spec: ExpertsSpec, array: _Array, kind: str, expected: int) -> str:
         weights = spec.hidden_size * spec.intermediate_size // self.parts
         other = [name for name, bits in _BITS.items() if array.size == weights * bits // 8]
         hint = "The files are of another model, or damaged."

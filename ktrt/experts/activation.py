@@ -21,8 +21,8 @@ Kind = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "softcap_silu"]
 
 @dataclass(frozen=True)
 class Activation:
-    """What ``ktrt._core.MoeLayer`` makes of the outputs of gate and up (of up alone without gate);
-    the fields are its arguments, and their meaning is written there."""
+    """The function of the outputs of gate and up (of up alone without gate) in
+    ``ktrt._core.MoeLayer``; the fields are its arguments and are documented there."""
 
     activation: Kind = "silu"
     alpha: float = 1.0

@@ -38,8 +38,8 @@ _VIEWS = {
 class Deferred(torch.Tensor):
     """A tensor that a side stream is still writing.
 
-    It has no memory of its own, so that nothing can read it by accident: every operation but a view
-    first makes the current stream wait for the value, and gives plain tensors.
+    It has no memory, so that nothing can read it by accident: every operation but a view first
+    makes the current stream wait for the value, and gives plain tensors.
     """
 
     _value: torch.Tensor
@@ -183,7 +183,7 @@ class HandOff:
             self._join(self._pending[1])
 
     def begin(self) -> None:
-        """Before a forward: what an interrupted one left behind is waited for and forgotten."""
+        """Before a forward: waits for the work of an interrupted one and drops its result."""
         try:
             self.finish()
         except (RuntimeError, TimeoutError) as error:

@@ -28,10 +28,10 @@ _PATCH_LOCK = threading.Lock()
 
 
 class KTExperts(nn.Module):
-    """Routed experts without weights of their own: ``forward`` runs them in the C++ engine.
+    """Routed experts without weights in torch: ``forward`` runs them in the C++ engine.
 
-    Takes the arguments of the class it replaces and keeps of that only a norm that follows each
-    expert; ``attach`` supplies the packed layer once the weights are loaded.
+    Takes the arguments of the class it replaces, and keeps only a norm that follows each expert;
+    ``attach`` supplies the packed layer once the weights are loaded.
     """
 
     # The class that a subclass of this one stands for.
@@ -45,8 +45,8 @@ class KTExperts(nn.Module):
                 plain = self.replaced(*args, **kwargs)
             if getattr(plain, "has_post_expert_norm", False):
                 self.post_expert_norm = plain.get_submodule("post_expert_norm")
-        # transformers' own initialisation would look for the parameters of the replaced class; that
-        # of some families reaches for them from the block around.
+        # transformers' initialisation would look for the parameters of the replaced class; some
+        # families look for them from the surrounding block.
         self._is_hf_initialized = True
         self.gate_up_proj = self.down_proj = torch.empty(0)
         self._layer: MoeLayer | None = None
@@ -56,7 +56,7 @@ class KTExperts(nn.Module):
         # The engine's number of each sequence's LoRA (-1: none) where sequences have their own: the
         # tokens are then equal runs in this order, and go through the CPU's memory.
         self.row_adapters: tuple[int, ...] | None = None
-        # What the GPU does of this layer, if anything.
+        # The GPU's share of this layer, if it has one.
         self.gpu: GpuLayer | None = None
         # The engine gets no expert ids: everything around the experts runs, see ``experts_muted``.
         self.muted = False
@@ -80,7 +80,7 @@ class KTExperts(nn.Module):
 
     @property
     def unusual_form(self) -> list[str]:
-        """What the module computes otherwise than SiLU-gated experts, in words."""
+        """How the module differs from SiLU-gated experts, in words."""
         norm = [] if self.post_expert_norm is None else ["a norm after each expert"]
         return [*self.layer.unusual_form, *norm]
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from ktrt.adapter import AdapterPlan, Projection
+    from ktrt.adapter import AdapterPlan
     from ktrt.adapter.apply.side import TokenRows
     from ktrt.adapter.internal import ExpertLora
     from ktrt.experts import ExpertsSpec
@@ -163,7 +163,7 @@ class Changes:
     def touches(self, parameter: str) -> bool:
         """Returns whether the adapter changes this parameter of the model."""
         path, _, leaf = parameter.rpartition(".")
-        if path in self._specs and (projections := _projections(self._specs[path], leaf)):
+        if path in self._specs and (projections := self._specs[path].held_by(leaf)):
             return any(projection in self._experts.get(path, {}) for projection in projections)
         whole = parameter in self._base or parameter in self._rows
         return whole or bool(self._own_parts(parameter))
@@ -174,7 +174,7 @@ class Changes:
         """Returns ΔW of one expert, float32 [rows, in]: all rows of parameter ``leaf`` in its
         order, or piece ``piece`` of ``pieces`` (gate, up). None without LoRA."""
         spec = self._specs[path]
-        projections = _projections(spec, leaf)
+        projections = spec.held_by(leaf)
         if pieces > 1:
             projections = projections[piece : piece + 1]
         loras = self._experts.get(path, {})
@@ -186,10 +186,7 @@ class Changes:
         if len(projections) == 1:
             return deltas[projections[0]]
         zeros = torch.zeros(spec.intermediate_size, spec.hidden_size)
-        halves = [deltas.get(projection, zeros) for projection in projections]
-        if spec.is_interleaved:
-            return torch.stack(halves, 1).flatten(0, 1)
-        return torch.cat(halves)
+        return spec.join(deltas.get("gate", zeros), deltas.get("up", zeros), dim=0)
 
     def apply(self, parameter: str, weight: torch.Tensor) -> torch.Tensor:
         """Returns a parameter outside the routed experts, in the model's orientation, with its
@@ -251,15 +248,6 @@ def _tied_parameters(model: nn.Module) -> dict[str, list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
     return {name: group for group in names.values() if len(group) > 1 for name in group}
-
-
-def _projections(spec: ExpertsSpec, leaf: str) -> tuple[Projection, ...]:
-    """Returns the projections of an experts module's parameter, in order; empty for biases."""
-    if leaf == "down_proj":
-        return ("down",)
-    if leaf != spec.first_parameter:
-        return ()
-    return ("gate", "up") if spec.has_gate else ("up",)
 
 
 def _expert_delta(lora: ExpertLora, expert: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ktrt.checkpoint.kt_files import PROJECTIONS, KtWeights
+from ktrt.checkpoint.kt_files import KtWeights
 from ktrt.engine.build import build_engine, weight_format_of
 from ktrt.errors import ConfigError
 from ktrt.experts import new_layer
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ktrt.adapter import AdapterPlan
-    from ktrt.checkpoint.kt_files import Projection
     from ktrt.config import ExpertArgs
     from ktrt.engine import Engine, MoeLayer
     from ktrt.experts import ExpertsSpec
+    from ktrt.experts.spec import Projection
     from ktrt.export.changes import Changes
     from ktrt.loading.plan import BaseCheckpoint
 
@@ -149,12 +149,9 @@ class _Packer:
         write_index(folder / INDEX_NAME, files)
 
     def _tensors(self, spec: ExpertsSpec) -> Iterator[OutputTensor]:
-        for expert, projection in product(range(spec.num_experts), PROJECTIONS):
-            rows, columns = spec.intermediate_size, spec.hidden_size
-            if projection == "down":
-                rows, columns = columns, rows
-            leaf = "down_proj" if projection == "down" else spec.first_parameter
-            changed = self._changes.touches(f"{spec.path}.{leaf}")
+        for expert, projection in product(range(spec.num_experts), spec.projections):
+            columns, rows = spec.features(projection)
+            changed = self._changes.touches(f"{spec.path}.{spec.parameter_of(projection)}")
             key = f"blk.{spec.layer}.ffn_{projection}_exps.{expert}.numa.0"
             codes, scales = self._readers(spec.path, expert, projection)
             size = rows * columns * self._bits // 8

@@ -25,12 +25,12 @@ MIN_WINDOW = 512
 # attention kernel rounds otherwise, and where that changes the experts of some layers, much of the
 # logits changes; a mask or position that is wrong gives unrelated logits, of an error past 1.
 _TOLERANCE = 0.7
-# How captures fail: what a step does that cannot be captured, or results that are wrong.
+# How captures fail: a step has an operation that cannot be captured, or the results are wrong.
 _FAILURES = (RuntimeError, ValueError, TypeError, KtrtError)
 
 
 class HandOff(Protocol):
-    """What is needed of the experts' hand-off (``ktrt.experts``) around a graph."""
+    """The experts' hand-off (``ktrt.experts``), as far as graphs use it."""
 
     def recording(self) -> AbstractContextManager[list[int]]:
         """Within the block, the list receives the slots whose hand-offs are captured."""
@@ -40,7 +40,7 @@ class HandOff(Protocol):
 
 
 class NoHandOff:
-    """Of experts that run where the model runs."""
+    """The hand-off of experts that run where the model runs."""
 
     @contextmanager
     def recording(self) -> Iterator[list[int]]:
@@ -152,8 +152,8 @@ class DecodeGraphs:
         """Makes the graph for ``lengths``, after a plain forward of the same step gave ``expected``
         [rows, vocab_size].
 
-        False if that failed, which is logged, and the cache must be filled anew; there
-        are no further attempts then.
+        False if that failed, which is logged: the cache must be filled again, and there are no
+        further attempts.
         """
         window = window_of(lengths)
         if not self._maker.usable:

@@ -18,17 +18,17 @@ from ktrt.generate.runner import KvCache
 from ktrt.generate.sampling import Sampler, log_probabilities, make_sampler
 from ktrt.generate.text_stream import Decoder, StopStrings, TextStream
 
-# Told how many of how many new prompt tokens are done: 0 first, then after each forward.
+# Called with (done, total) of the new prompt tokens: 0 done first, then after each forward.
 OnPrefill = Callable[[int, int], None]
 
 
 def generate_step(
     cache: KvCache, ids: Sequence[int], sampler: Sampler, on_prefill: OnPrefill | None = None
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Token ids without end, each with the logits [vocab_size] it was chosen from.
+    """Yields token ids without end, each with the logits [vocab_size] it was chosen from.
 
     ``ids``: the part of the prompt that ``cache`` does not hold yet. An exception of ``on_prefill``
-    ends the prefill between two forwards; what is done by then stays in the cache.
+    ends the prefill between two forwards; the tokens so far stay in the cache.
     """
     logits = _prefill(cache, ids, on_prefill or (lambda _done, _total: None))
     while True:
@@ -56,8 +56,8 @@ _CONTEXT_HOLDS = "the model's context holds"
 
 
 def check_prompt(model: Any, prompt_ids: Sequence[int], limit: int, bound: str = "") -> int:
-    """How many tokens can follow the prompt in a context of ``limit`` tokens; ``bound``: where the
-    limit comes from, for the message.
+    """Returns how many tokens can follow the prompt in a context of ``limit`` tokens; ``bound``:
+    the limit's origin, for the message.
 
     ``ConfigError``: the prompt leaves no room there, or holds ids without an embedding.
     """
@@ -73,7 +73,7 @@ def check_prompt(model: Any, prompt_ids: Sequence[int], limit: int, bound: str =
     if len(prompt_ids) >= limit:
         raise ConfigError(
             f"the conversation has {len(prompt_ids)} tokens, "
-            f"{bound or _CONTEXT_HOLDS} {limit}: shorten it, or start anew"
+            f"{bound or _CONTEXT_HOLDS} {limit}: shorten it, or start a new one"
         )
     return limit - len(prompt_ids)
 
@@ -89,9 +89,9 @@ def stream_generate(
     shown_tokens: Mapping[int, str] = MappingProxyType({}),
     on_prefill: OnPrefill | None = None,
 ) -> Iterator[TokenResponse]:
-    """The answer to ``prompt_ids``, a response per token; the text of a stop id or stop string is
-    not part of it. ``stop_ids`` and ``max_tokens`` count beside those of ``sampling``, and
-    ``shown_tokens`` (see ``TextStream``) beside ``skip_special_tokens``."""
+    """Yields the answer to ``prompt_ids``, a response per token, without the text of a stop id or
+    stop string. ``stop_ids`` and ``max_tokens`` apply in addition to those in ``sampling``;
+    ``shown_tokens`` are shown despite ``skip_special_tokens`` (see ``TextStream``)."""
     start = time.perf_counter()
     reused = cache.reuse(prompt_ids)
     sampler = make_sampler(sampling, prompt_ids)

@@ -36,7 +36,7 @@ GraphsFor = Callable[[StaticKv], DecodeGraphs]
 
 
 class KvCache:
-    """A model's KV cache together with the token ids it holds."""
+    """A model's KV cache and the token ids that it holds."""
 
     def __init__(
         self,
@@ -59,10 +59,10 @@ class KvCache:
         self._own_cache = makes_own_cache(model)
         self._argument = cache_argument(model)
         self.plain = not unusual_layers(model)
-        # Whether several tokens at once can follow what is held.
+        # Whether several tokens at once can follow the held ones.
         self.continues = continues(model)
         self._graphs: DecodeGraphs | None = None
-        # Of the last plain forward; the first tokens of a prompt always are one.
+        # Logits of the last plain forward; the first tokens of a prompt always are one.
         self._logits = torch.empty(0)
         self._cache: Any = None
         if graphs is not None and self.plain:
@@ -156,8 +156,8 @@ class KvCache:
                 with suppress(Exception):
                     self._go_back(held, len(held))
             raise
-        # Only now: after any other exception nothing is trusted, and no ids make the next `reuse`
-        # start anew.
+        # Only now: after any other exception nothing is trusted, and without ids the next `reuse`
+        # starts from an empty cache.
         held.extend(ids)
         self._ids = held
         return logits

@@ -1,10 +1,10 @@
-"""Choosing the next token from logits, as transformers' generate does.
+"""Chooses the next token from logits, as transformers' generate does.
 
-Order and semantics are those of transformers' processors (generation/logits_process.py, 5.23):
+Order and semantics are the same as in transformers (generation/logits_process.py, 5.23):
 repetition penalty, then, when sampling, temperature, top_k, top_p, min_p and a multinomial draw,
-all in float32. OpenAI's presence and frequency penalties, which transformers lacks, come behind the
-repetition penalty, where its generate puts processors of the caller's. The same logits and seed
-give the same token.
+all in float32. OpenAI's presence and frequency penalties, which transformers lacks, follow the
+repetition penalty, where its generate puts the caller's processors. The same logits and seed give
+the same token.
 """
 
 from collections.abc import Callable, Sequence
@@ -58,8 +58,8 @@ def make_sampler(args: SamplingArgs, prompt_ids: Sequence[int]) -> Sampler:
 def log_probabilities(
     logits: torch.Tensor, token: int, count: int
 ) -> tuple[float, tuple[tuple[int, float], ...]]:
-    """The logarithm of ``token``'s probability, and of the ``count`` likeliest as (id, value), best
-    first: those of the model's ``logits`` [vocab_size] before penalties, temperature and filters.
+    """Returns the log probability of ``token``, and of the ``count`` likeliest as (id, value), best
+    first: from the model's ``logits`` [vocab_size], before penalties, temperature and filters.
     """
     values = logits.to(torch.float32).log_softmax(dim=-1)
     best = torch.topk(values, min(count, values.numel()))

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 
 class Decoder(Protocol):
-    """What is used of a transformers tokenizer here."""
+    """A transformers tokenizer, as far as it is used here."""
 
     def decode(self, token_ids: list[int], **options: Any) -> str: ...
 
@@ -48,8 +48,8 @@ class TextStream:
         piece = text[self._shown : len(text) - held]
         self._shown += len(piece)
         if len(self._ids) > self._WINDOW:
-            # A character has four bytes at most: behind so many tokens, the next ones read as they
-            # do behind all. Special tokens that are skipped hold none, hence the condition.
+            # UTF-8 characters have at most 4 bytes, so the last 8 tokens are enough context to
+            # decode the next one. Skipped special tokens hold no bytes, hence the condition.
             context = self._decode(self._ids[-self._CONTEXT :])
             if context:
                 del self._ids[: -self._CONTEXT]
@@ -65,10 +65,10 @@ class TextStream:
 
 
 class StopStrings:
-    """Pieces of text in, what may be shown out: whatever may yet become a stop string is held back.
+    """Passes pieces of text on, but holds back whatever may still become a stop string.
 
-    The text ends before the stop string that is complete first (the longest, where several are), so
-    the result does not depend on where the pieces' borders are.
+    The text ends before the stop string that is complete first (the longest, if several are), so
+    the result does not depend on the pieces' borders.
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
@@ -90,7 +90,7 @@ class StopStrings:
         return text[: len(text) - held]
 
     def flush(self) -> str:
-        """What is still held, which the answer's end has made plain text."""
+        """Returns the text still held: at the answer's end it is no stop string."""
         held, self._held = self._held, ""
         return held
 

@@ -1,10 +1,10 @@
-"""Going back in transformers' caches: which layers can be cropped, and marks for those that cannot.
+"""Rolls transformers' caches back: by cropping, or to a mark where layers cannot be cropped.
 
 A cache holds the same positions in every layer, in one of three ways. *Full* layers hold each of
 them and can be cropped. *Windows* hold the last ones, and can be cropped as long as they have
 dropped none. *States* (linear attention, convolutions, compressors) hold a summary and cannot be
-cropped at all. A mark keeps what windows and states held at some position, which is little, so that
-the whole cache can go back there.
+cropped at all. A mark keeps the windows and states of one position, which is little memory, so that
+the whole cache can return there.
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ from ktrt.kv.static import StaticLayer, makes_own_cache
 
 
 def _classes(*names: str) -> tuple[type, ...]:
-    """Those that this version of transformers has."""
+    """The classes of these names that this version of transformers has."""
     return tuple(getattr(cache_utils, name) for name in names if hasattr(cache_utils, name))
 
 
@@ -36,8 +36,8 @@ _RESTARTING_MODELS = {"jamba"}
 # Where several tokens after a state were checked with every other model; before, some restarted.
 _CHECKED_VERSION = (5, 23)
 
-# What a mark keeps of a window or state. Tensors directly in a layer are replaced by its updates,
-# and may be shared with the mark; those in a dict or list may be written to.
+# The attributes of a window or state that a mark keeps. An update replaces tensors directly in a
+# layer, which may be shared with the mark; it may write to tensors in a dict or list.
 _KEPT = (
     "keys", "values", "cumulative_length", "is_initialized",
     "conv_states", "recurrent_states", "has_previous_state", "is_conv_states_initialized",
@@ -69,7 +69,7 @@ def _version() -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Mark:
-    """What windows and states of a cache held behind ``length`` positions."""
+    """The windows and states of a cache after ``length`` positions."""
 
     length: int
     kept: tuple[dict[str, Any], ...]
@@ -79,7 +79,7 @@ class Mark:
         return cls(length, tuple(_keep(part) for part in _parts(cache)))
 
     def restore(self, cache: Any) -> bool:
-        """Brings the cache back; False, and the cache is of no use, if that is impossible."""
+        """Rolls the cache back; False if that is impossible: the cache is then unusable."""
         for part, kept in zip(_parts(cache), self.kept, strict=True):
             for name, value in kept.items():
                 setattr(part, name, _copied(value))
@@ -132,7 +132,7 @@ def _is_croppable(layer: Any) -> bool:
 
 
 def _holds_all(part: Any) -> bool:
-    """Whether it has keys and values of all positions, states beside them or not."""
+    """Whether it has keys and values of all positions, with states or without."""
     return type(part) in (*_FULL, *_BOTH)
 
 

@@ -22,13 +22,13 @@ MIN_CAPACITY = 2048
 
 
 def makes_own_cache(model: Any) -> bool:
-    """Whether the model makes a cache of its own in its first forward, as a few do (MiniMax-01)."""
+    """Whether the model makes its own cache in its first forward, as a few do (MiniMax-01)."""
     return not getattr(model, "_supports_default_dynamic_cache", lambda: True)()
 
 
 def cache_argument(model: Any) -> str:
-    """What the model's forward and its output call the KV cache: ``cache`` from transformers 5.24
-    on, which warns of the older name."""
+    """The name of the KV cache in the model's forward and its output: ``cache`` from transformers
+    5.24 on, which warns of the older name."""
     known = inspect.signature(type(model).forward).parameters
     return "cache" if "cache" in known else "past_key_values"
 
@@ -40,7 +40,7 @@ def unusual_layers(model: Any) -> list[str]:
     forgets, and some linear-attention layers restart from nothing (transformers 5.23).
     """
     if makes_own_cache(model):
-        return [f"those of {type(model).__name__} itself"]
+        return [f"the layers of {type(model).__name__} itself"]
     layers = DynamicCache(config=model.config).layers
     return sorted({type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer})
 
@@ -55,7 +55,7 @@ class _Step:
 
 @dataclass
 class _Shared:
-    """What the layers of one cache have in common."""
+    """The state that the layers of one cache share."""
 
     capacity: int
     step: _Step | None = None
@@ -117,7 +117,7 @@ class StaticLayer(CacheLayerMixin):  # type: ignore[misc]
             held.scatter_(2, positions[:, :, None, None].expand_as(new), new)
 
     def grow(self, capacity: int) -> None:
-        """Moves what is held into memory of so many positions."""
+        """Moves the held positions into memory for ``capacity``."""
         if not self.is_initialized:
             return
         # One after the other: only one of them is ever held twice.
@@ -186,7 +186,7 @@ class StaticKv(Cache):  # type: ignore[misc]
             capacity *= 2
         for layer in self.layers:
             layer.grow(capacity)
-        # Last: where Ctrl-C came in between, the next call begins anew.
+        # Last: after Ctrl-C in between, the next call starts over.
         self._shared.capacity = capacity
         return any(layer.is_initialized for layer in self.layers)
 
@@ -198,8 +198,8 @@ class StaticKv(Cache):  # type: ignore[misc]
     @contextmanager
     def step(self, positions: torch.Tensor, window: int) -> Iterator[None]:
         """Within the block the model takes one token per row, at ``positions`` [rows, 1] (int64, on
-        the cache's device), and attends to the first ``window`` positions; the caller masks those
-        behind its own. Lengths do not change."""
+        the cache's device), and attends to the first ``window`` positions; the caller masks
+        later ones. Lengths do not change."""
         self._shared.step = _Step(positions, window)
         try:
             yield

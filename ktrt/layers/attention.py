@@ -29,7 +29,7 @@ _MARK = "kt_one_token_attention"
 _SDPA = "sdpa"
 # Keys and values together; two threads of a machine with 40 GB/s are no faster below.
 _NUMBERS_OF_ONE_THREAD = 2 << 20
-# Keys whose float32 copy the second-level cache holds beside that of the values.
+# Keys whose float32 copy fits into the second-level cache together with the values'.
 _NUMBERS_OF_ONE_PRODUCT = 1 << 19
 
 
@@ -292,7 +292,7 @@ def _products(
     rows, heads, _, size = query.shape
     scaling = size**-0.5 if scaling is None else scaling
     # The heads of a group share keys: they are the rows of one product. In float32, since oneDNN
-    # would compile its BF16 products anew for every length, 0.7 ms each.
+    # would compile its BF16 products for every length, 0.7 ms each.
     grouped = query.reshape(rows, key.shape[1], -1, size).float() * scaling
     if mask is not None:
         mask = _added(mask)

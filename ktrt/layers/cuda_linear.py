@@ -1,6 +1,6 @@
-"""LoRA of a GPU's Linears in one small kernel beside the layer's own GEMM, instead of four.
+"""LoRA of a GPU's Linears in one small kernel after the layer's GEMM, instead of four.
 
-A's rows lie behind the base weight's in one matrix, so that one GEMM gives W x and A x; the expand,
+A's rows follow the base weight's in one matrix, so that one GEMM gives W x and A x; the expand,
 scaling folded into B, is then added in place. PEFT's layer takes four kernels for that, and at one
 token each costs its launch: on an H100, with LoRA on DeepSeek-V2-Lite's 189 Linears, 1.8 ms of a
 decode step.
@@ -104,12 +104,12 @@ class _FusedLinear:
         self._layer = layer
         self._base: nn.Linear = layer.get_base_layer()
         self._peft_forward = layer.forward
-        # [out + ranks, in] and, if the base has one, its bias with zeros behind.
+        # [out + ranks, in] and, if the base has one, its bias followed by zeros.
         self._joint: torch.Tensor | None = None
         self._joint_bias: torch.Tensor | None = None
         self._expand: torch.Tensor | None = None
         self._state: tuple[object, ...] | None = None
-        # Of the last states, so that switching back and forth copies a few rows only.
+        # The LoRA of the last states: switching back and forth copies only a few rows.
         self._known: dict[tuple[object, ...], _Lora] = {}
 
     def refresh(self) -> None:
@@ -163,7 +163,7 @@ class _FusedLinear:
         return lora
 
     def _take(self, lora: _Lora) -> None:
-        """Puts A behind the weight."""
+        """Appends A to the weight's rows."""
         weight, ranks = self._base.weight, lora.a.shape[0]
         size_out, size_in = weight.shape
         joint = self._joint

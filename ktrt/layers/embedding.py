@@ -47,14 +47,14 @@ def tables_to_host(model: nn.Module) -> int:
 
 
 def table_bytes(model: nn.Module, dtype: torch.dtype | None) -> int:
-    """Of the tables of ``host_tables``, in ``dtype`` or (None) their own."""
+    """Bytes of the tables of ``host_tables``; ``dtype`` None keeps each table's own."""
     weights = [table.weight for table in host_tables(model)]
     return sum(weight.numel() * (dtype or weight.dtype).itemsize for weight in weights)
 
 
 def host_tables(model: nn.Module) -> Iterator[nn.Embedding]:
-    """The embeddings of ``model`` that only look rows up: not those whose weight is the head's too,
-    nor those that write to it (``max_norm``)."""
+    """Yields the embeddings of ``model`` that only look rows up: without tables that are the head's
+    weight too, and without embeddings that write to theirs (``max_norm``)."""
     elsewhere = {
         id(parameter)
         for module in model.modules()

@@ -41,7 +41,7 @@ def give_lora(operator: Linear | LatentAttention, lora: Lora | None) -> None:
 
 
 class Shared:
-    """What the layers of one model have in common."""
+    """The engine and settings that the layers of one model share."""
 
     def __init__(self, engine: Engine, active_set: ActiveSet) -> None:
         self.engine = engine
@@ -161,7 +161,7 @@ class DenseForward:
         )
 
     def refresh(self) -> None:
-        """Reads anew what may have changed without a new version."""
+        """Reads everything again that may have changed without a new version."""
         self.update()
 
 

@@ -1,9 +1,8 @@
-"""Which linear layers ``quantization_bit: 8`` makes INT8 on the CPU, and what they take.
+"""The linear layers that ``quantization_bit: 8`` makes INT8 on the CPU, and their memory.
 
 All BF16 ``nn.Linear`` of attention, shared experts, dense MLP and head. Routers and other gates
-stay as they are: a small change of theirs sends a token elsewhere, and they are small. So does the
-projection that latent attention takes apart by heads in a decode step
-(``ktrt.layers.latent``).
+stay as they are: a small change sends a token to other experts, and they are small. So does the
+projection that latent attention splits by heads in a decode step (``ktrt.layers.latent``).
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ if TYPE_CHECKING:
 
 # Parts of a module's path. PEFT's matrices are LoRA, which is exact.
 _EXEMPT = re.compile(r"(?:^|\.)(?:gate|router|\w+_gate|kv_b_proj|lora_\w+)(?:\.|$)")
-# csrc/layout: strips of 32 outputs, tiles of 64 inputs; beside the codes a scale and a sum of codes
-# for every output.
+# csrc/layout: strips of 32 outputs, tiles of 64 inputs; a scale and a sum of codes for every
+# output.
 _STRIP, _TILE, _ROW_BYTES = 32, 64, 8
 # Longer rows could overflow the engine's int32 sums.
 _MAX_IN = 65536
@@ -44,8 +43,8 @@ def int8_bytes(linear: nn.Linear) -> int:
 def int8_layers(
     skeleton: nn.Module, expert_paths: Iterable[str], dtype: torch.dtype | None
 ) -> Iterator[nn.Linear]:
-    """Those of a model on the meta device that is to be loaded in ``dtype``, or (None) in the
-    parameters' own. ``expert_paths``: of the routed experts, which are none of them."""
+    """Yields the linear layers that INT8 applies to, of a model on the meta device. ``dtype`` None
+    keeps each parameter's own; the routed experts at ``expert_paths`` are left out."""
     inside = tuple(f"{path}." for path in expert_paths)
     for path, module in skeleton.named_modules():
         if not isinstance(module, nn.Linear) or path.startswith(inside):

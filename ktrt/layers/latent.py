@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from ktrt.engine.recording import Recorder
     from ktrt.utils.patches import Patches
 
-# What transformers calls it. Arguments of an attention that only some models pass, and that change
-# what it computes.
+# Its name in transformers. Arguments that only some models pass to an attention, and that change
+# its result.
 NAME = "ktrt_latent"
 _UNUSUAL = ("s_aux", "softcap", "sliding_window", "position_bias", "cache")
 

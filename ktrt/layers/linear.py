@@ -5,9 +5,8 @@ processors without BF16 instructions far less; PEFT adds two more linears in flo
 The engine reads the same weights where they lie, and adds LoRA before the one rounding. BF16 is
 therefore the dtype on every processor: its bytes bound decoding, float32 has twice as many.
 
-INT8 (``quantization_bit: 8``) halves them again. The engine then has a packed copy of its own, and
-the parameters in BF16 are what they were: where they are mapped from the checkpoint's files, pages
-that nobody reads, which the kernel takes back.
+INT8 (``quantization_bit: 8``) halves them again, in a packed copy. The BF16 parameters remain, but
+nothing reads them; if they are mapped from the checkpoint the kernel reclaims their pages.
 """
 
 from __future__ import annotations

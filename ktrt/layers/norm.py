@@ -100,7 +100,7 @@ def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 class NormForward:
-    """What stands in for the forward of one RMSNorm."""
+    """The engine's forward of one RMSNorm, in place of torch's."""
 
     def __init__(self, module: Any, eps: float, rounds_twice: bool, offset: float) -> None:
         self._module = module
@@ -109,7 +109,7 @@ class NormForward:
         self._bind()
 
     def _bind(self) -> None:
-        """Takes the weight of now: adapters may put another in its place."""
+        """Takes the present weight: an adapter may have replaced it."""
         eps, rounds_twice, offset = self._how
         self._weight = self._module.weight
         self._address = self._weight.data_ptr()

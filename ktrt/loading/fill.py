@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from contextlib import contextmanager
 from functools import partial
@@ -16,11 +17,10 @@ from ktrt.experts import experts_replaced
 from ktrt.utils.patches import Patches
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from torch import nn
 
-    from ktrt.experts import ExpertsSpec
     from ktrt.loading.plan import BaseCheckpoint
 
 
@@ -30,8 +30,9 @@ def load_without_experts(base: BaseCheckpoint, infer_dtype: str, device: torch.d
     skeleton, checkpoint, specs = base.built.model, base.experts.checkpoint, base.experts.specs
     check_generation_config(checkpoint.folder)
     model_class: Any = type(skeleton)
-    parameters = r"(gate_up_proj|up_proj|down_proj)(_bias)?"
-    experts = [rf"^{path}\.{parameters}$" for path in _escaped(specs)]
+    experts = [
+        rf"^{re.escape(spec.path)}\.({'|'.join(spec.parameters)})(_bias)?$" for spec in specs
+    ]
     source = weight_source(skeleton, specs, checkpoint, base.names, infer_dtype)
     try:
         with experts_replaced({s.class_name for s in specs}), _unexpected(model_class, experts):
@@ -59,10 +60,6 @@ def load_without_experts(base: BaseCheckpoint, infer_dtype: str, device: torch.d
             )
     loaded: nn.Module = model
     return loaded
-
-
-def _escaped(specs: Iterable[ExpertsSpec]) -> list[str]:
-    return [spec.path.replace(".", r"\.") for spec in specs]
 
 
 @contextmanager

@@ -113,8 +113,7 @@ def model_work(
     for spec in specs:
         experts += spec.num_weights // spec.num_experts * spec.top_k
         held += spec.num_weights
-        inner = spec.intermediate_size * (2 if spec.has_gate else 1)
-        rows += spec.top_k * (inner + spec.hidden_size)
+        rows += spec.top_k * sum(size_out for size_out, _ in spec.parameters.values())
     paths = [spec.path for spec in specs]
     counts, size = _other_weights(skeleton, paths, dtype)
     if int8:

@@ -23,7 +23,7 @@ class ActiveSet:
         self.changes = 0
         # Counts the loads that may have put further modules into the model.
         self.modules = 0
-        # Counts changes of an adapter's own numbers: what was made from them has to be made anew.
+        # Counts changes of an adapter's own numbers: everything made from them is outdated.
         self.renewals = 0
         self._versions: dict[Hashable, int] = {(): 0}
         self._last = 0

@@ -27,8 +27,8 @@ class TorchSide:
     """The validated tensors outside the routed experts, by the module (model's name) they act on.
 
     ``loras`` are PEFT's, ``routers`` go on bare weights, ``whole`` are modules_to_save, ``base``
-    replaces numbers of the base itself: biases trained beside LoRA, and the embeddings that PEFT
-    saves along when they are a target or were resized. ``rows`` are of single tokens; ``tables``
+    replaces numbers of the base itself: biases trained with LoRA, and the embeddings that PEFT
+    saves too when they are a target or were resized. ``rows`` replace single tokens'; ``tables``
     has the sizes of the base's embeddings and output layer.
     """
 

@@ -20,7 +20,7 @@ class Switch(Protocol):
     """Something of one adapter in the model."""
 
     def weigh(self, weight: float) -> None:
-        """Acts ``weight`` times from the next forward on; 0 is off."""
+        """Sets the factor from the next forward on; 0 is off."""
 
     def remove(self) -> None:
         """Frees it; it is off."""
@@ -54,7 +54,7 @@ def swap_parameter(
     module: Any = model.get_submodule(where)
     plain = module.get_base_layer() if hasattr(module, "get_base_layer") else module
     base: nn.Parameter = plain.get_parameter(name)
-    # Embeddings of another vocabulary have a size of their own.
+    # Embeddings of another vocabulary have another size.
     own = nn.Parameter(base.new_empty(value.shape).copy_(value), requires_grad=False)
     if torch.equal(own, base):
         return []
@@ -107,7 +107,7 @@ class TorchAdapters:
         for name, weight in active.items():
             for layer, scaling in self._trained.get(name, []):
                 layer.scaling[name] = scaling * weight
-        # What is off first: two adapters may replace the same parameter.
+        # Switch off first: two adapters may replace the same parameter.
         for name in sorted(self._switches, key=active.__contains__):
             for switch in self._switches[name]:
                 switch.weigh(active.get(name, 0.0))

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ktrt.adapter.internal import BaseModel
     from ktrt.adapter.tensors import AdapterTensor
 
-# What PEFT calls a model's first adapter.
+# PEFT's name for a model's first adapter.
 ADAPTER_NAME = "default"
 _Kind = Literal["linear", "embedding", "router", "whole", "base"]
 

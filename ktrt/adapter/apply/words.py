@@ -1,4 +1,4 @@
-"""Words of an adapter's own: tables of embeddings with other rows than the base's, and single rows.
+"""An adapter's own words: tables of embeddings with other rows than the base's, and single rows.
 
 A table is the weight of the input embeddings or of the output layer. Adapters replace one as a
 whole, which may then have more rows (the vocabulary was resized for training), or give the rows of
@@ -192,8 +192,8 @@ def _check_all_there(
 
 
 def check_sizes(base: BaseModel, side: TorchSide) -> None:
-    """``AdapterError`` for tables of new sizes that do not belong together, or beside what keeps
-    the base's size; a log line for those that do."""
+    """Logs the new sizes of tables. ``AdapterError``: they do not belong together, or something of
+    the base's size depends on them."""
     sizes = {}
     names = {module: name for name, module in base.model.named_modules()}
     for module in (input_table(base), output_table(base)):
@@ -297,7 +297,7 @@ class UnknownWords:
         self._grows = rows > len(base)
         self._on = self._grows
         self._ids = torch.empty(0)
-        # What can be read; ``ktrt.generate.loop`` refuses prompts with other ids.
+        # The ids that can be read; ``ktrt.generate.loop`` refuses prompts with others.
         module.num_embeddings = max(module.num_embeddings, rows)
         self._handles = [
             module.register_forward_pre_hook(self._clamp),

@@ -12,24 +12,25 @@ import functools
 import itertools
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from ktrt.adapter.audit import AuditRow
-from ktrt.adapter.internal import Projection
 from ktrt.adapter.layouts.interface import Mlp, Part
 from ktrt.adapter.tensors import put_once
 from ktrt.errors import AdapterError
+from ktrt.experts.spec import PROJECTIONS, Projection
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from ktrt.adapter.files.settings import LoraSettings
-    from ktrt.adapter.internal import BaseModel, ExpertsSite
+    from ktrt.adapter.internal import BaseModel
     from ktrt.adapter.tensors import AdapterTensor
+    from ktrt.experts.spec import ExpertsSpec
 
 TITLE = "extra experts"
 PROVIDES = "extra experts"
@@ -68,7 +69,7 @@ def claim(tensor: AdapterTensor, base: BaseModel) -> ExtraSlot | None:
     )
 
 
-def _block(site: ExpertsSite) -> str:
+def _block(site: ExpertsSpec) -> str:
     return site.path.rpartition(".")[0]
 
 
@@ -111,7 +112,7 @@ def _mlps(found: Mapping[ExtraSlot, AdapterTensor], block: str, count: int) -> l
     mlps = []
     for index in range(count):
         matrices = {}
-        for projection in get_args(Projection):
+        for projection in PROJECTIONS:
             tensor = found.get(ExtraSlot(block, index, projection))
             if tensor is None:
                 raise AdapterError(

@@ -8,12 +8,12 @@ in adapter_config.json apply only to PEFT's tensors.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from ktrt.adapter.files.settings import LoraScale
-from ktrt.adapter.internal import Projection, projections
 from ktrt.adapter.layouts.pairs import Slot, collect_pairs
 from ktrt.errors import AdapterError
+from ktrt.experts.spec import PROJECTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +36,7 @@ def claim(tensor: AdapterTensor, base: BaseModel) -> Slot | None:
     match = _KEY.fullmatch(f"{tensor.module}.{tensor.part}")
     if match is None:
         return None
-    projection = next((p for p in get_args(Projection) if p == match["projection"]), None)
+    projection = next((p for p in PROJECTIONS if p == match["projection"]), None)
     if projection is None:
         return None
     sites = [site for site in base.experts if site.layer == int(match["layer"])]
@@ -56,7 +56,7 @@ def collect(
     missing."""
     found = {(slot.path, slot.projection, slot.part) for _, slot in claimed}
     for site in base.experts:
-        for projection in projections(site):
+        for projection in site.projections:
             for letter, part in _PARTS.items():
                 if (site.path, projection, part) not in found:
                     raise AdapterError(

@@ -13,15 +13,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from ktrt.adapter.audit import AuditRow
-from ktrt.adapter.internal import (
-    features,
-    projections,
-    split_gate_up,
-    stack_experts,
-)
+from ktrt.adapter.internal import split_first, stack_experts
 from ktrt.adapter.layouts.interface import Part, check_expert_part, check_magnitude
 from ktrt.adapter.tensors import put_once
 from ktrt.errors import AdapterError
+from ktrt.experts.spec import Projection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -29,16 +25,11 @@ if TYPE_CHECKING:
     import torch
 
     from ktrt.adapter.files.settings import LoraScale, LoraSettings
-    from ktrt.adapter.internal import (
-        BaseModel,
-        ExpertLora,
-        ExpertLoras,
-        ExpertsSite,
-        Projection,
-    )
+    from ktrt.adapter.internal import BaseModel, ExpertLora, ExpertLoras
     from ktrt.adapter.tensors import AdapterTensor
+    from ktrt.experts.spec import ExpertsSpec
 
-AnyProjection = Literal["gate", "up", "down", "gate_up"]
+AnyProjection = Projection | Literal["gate_up"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +90,7 @@ def collect_pairs(
         _check_sharing(sharing, projection, a, b)
         lora = _stack(a, b, scale_of, settings)
         found: Mapping[Projection, ExpertLora] = (
-            split_gate_up(site, lora) if projection == "gate_up" else {projection: lora}
+            split_first(site, lora) if projection == "gate_up" else {projection: lora}
         )
         _check_once(loras[path], found, a.tensors[0])
         loras[path].update(found)
@@ -108,14 +99,14 @@ def collect_pairs(
 
 def _check_tensor(
     tensor: AdapterTensor, slot: Slot, base: BaseModel, settings: LoraSettings
-) -> ExpertsSite:
+) -> ExpertsSpec:
     site = base.require_site(slot.path)
     if slot.expert is not None and slot.expert >= site.num_experts:
         raise AdapterError(
             f"{tensor.where} is for expert {slot.expert}, but {base.summary()}. The adapter was "
             "trained on another base model."
         )
-    known = projections(site)
+    known = site.projections
     if slot.projection not in known and not (slot.projection == "gate_up" and "gate" in known):
         raise AdapterError(
             f"{tensor.where} adapts {slot.projection}, but the experts of {site.path} have only "
@@ -136,10 +127,11 @@ def _check_tensor(
     return site
 
 
-def _features(site: ExpertsSite, projection: AnyProjection) -> tuple[int, int]:
+def _features(site: ExpertsSpec, projection: AnyProjection) -> tuple[int, int]:
     if projection == "gate_up":
-        return site.hidden_size, 2 * site.intermediate_size
-    return features(site, projection)
+        size_out, size_in = site.parameters[site.first_parameter]
+        return size_in, size_out
+    return site.features(projection)
 
 
 def _check_both(parts: dict[str, dict[int | None, AdapterTensor]]) -> None:
@@ -154,7 +146,7 @@ def _check_both(parts: dict[str, dict[int | None, AdapterTensor]]) -> None:
 
 def _half(
     tensors: dict[int | None, AdapterTensor],
-    site: ExpertsSite,
+    site: ExpertsSpec,
     projection: AnyProjection,
 ) -> _Half:
     whole = tensors.get(None)

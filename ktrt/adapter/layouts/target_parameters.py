@@ -20,7 +20,7 @@ import torch
 from packaging.version import InvalidVersion, Version
 
 from ktrt.adapter.audit import AuditRow
-from ktrt.adapter.internal import ExpertLora, split_gate_up
+from ktrt.adapter.internal import ExpertLora, split_first
 from ktrt.adapter.layouts.interface import Part, check_expert_part, check_magnitude
 from ktrt.adapter.layouts.packing import StackedB, decide_packing, to_rank_major
 from ktrt.adapter.tensors import put_once
@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
     from ktrt.adapter.files.config import Packing
     from ktrt.adapter.files.settings import LoraScale, LoraSettings
-    from ktrt.adapter.internal import BaseModel, ExpertLoras, ExpertsSite
+    from ktrt.adapter.internal import BaseModel, ExpertLoras
     from ktrt.adapter.tensors import AdapterTensor
+    from ktrt.experts.spec import ExpertsSpec
 
 TITLE = "LoRA on stacked parameters (target_parameters)"
 PROVIDES = "the LoRA of routed experts"
@@ -84,10 +85,8 @@ def collect(
         lora = _unstack(site, parts, scale, packing, is_old=old[path, inner])
         if parameter == "down_proj":
             loras[path]["down"] = lora
-        elif site.has_gate:
-            loras[path].update(split_gate_up(site, lora))
         else:
-            loras[path]["up"] = lora
+            loras[path].update(split_first(site, lora))
     rows = []
     for tensor, path in claimed:
         parameter, scale = named[path, tensor.module.endswith(".base_layer")]
@@ -103,13 +102,13 @@ def _plain_path(tensor: AdapterTensor) -> str:
 
 
 def _parameter(
-    site: ExpertsSite, inner: bool, both: bool, lora_a: AdapterTensor, settings: LoraSettings
+    site: ExpertsSpec, inner: bool, both: bool, lora_a: AdapterTensor, settings: LoraSettings
 ) -> str:
     """Returns the stacked parameter of a key. PEFT nests the wrappers in the parameters' order,
     gate_up_proj first (innermost); a single one has the unprefixed name."""
     if both:
         return site.first_parameter if inner else "down_proj"
-    names = (site.first_parameter, "down_proj")
+    names = tuple(site.parameters)
     # The configuration uses the names of training.
     paths = {site.path, lora_a.trained_module.removesuffix(".base_layer")}
     targets = [
@@ -148,15 +147,12 @@ def _old_ones(
 
 
 def _ways(
-    site: ExpertsSite, parameter: str, scale: LoraScale, parts: dict[str, AdapterTensor]
+    site: ExpertsSpec, parameter: str, scale: LoraScale, parts: dict[str, AdapterTensor]
 ) -> tuple[bool, bool]:
     """Returns whether the shapes fit PEFT since 0.19.1, and PEFT before. Raises ``AdapterError`` if
     they fit neither."""
     a, b = parts["lora_A"].value, parts["lora_B"].value
-    size_out = site.intermediate_size * (2 if site.has_gate else 1)
-    size_in = site.hidden_size
-    if parameter == "down_proj":
-        size_out, size_in = site.hidden_size, site.intermediate_size
+    size_out, size_in = site.parameters[parameter]
     stacked = site.num_experts * scale.rank
     new = a.shape == (stacked, size_in) and b.shape == (size_out, stacked)
     old = a.shape == (stacked, size_out) and b.shape == (size_in, stacked)
@@ -174,7 +170,7 @@ def _ways(
 
 
 def _unstack(
-    site: ExpertsSite,
+    site: ExpertsSpec,
     parts: dict[str, AdapterTensor],
     scale: LoraScale,
     packing: Packing,

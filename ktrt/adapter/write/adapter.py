@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import save_file
 
 from ktrt.adapter.files.find import CONFIG_NAME, WEIGHTS_NAME
-from ktrt.adapter.internal import projections
 from ktrt.adapter.plan import plan_adapter
 from ktrt.adapter.write.experts import (
     ExpertTensors,
@@ -186,7 +185,7 @@ def _all_modules(base: BaseModel, layout: Layout) -> list[str]:
             expert_name(layout, base, site.path, expert, projection)
             for site in base.experts
             for expert in range(site.num_experts)
-            for projection in projections(site)
+            for projection in site.projections
         ]
     return found
 

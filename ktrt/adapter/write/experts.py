@@ -9,20 +9,14 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch.nn import functional as F
 
-from ktrt.adapter.internal import features, projections
 from ktrt.adapter.write.names import ScaledName, alpha_for
 from ktrt.errors import AdapterError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from ktrt.adapter.internal import (
-        BaseModel,
-        ExpertLora,
-        ExpertLoras,
-        ExpertsSite,
-        Projection,
-    )
+    from ktrt.adapter.internal import BaseModel, ExpertLora, ExpertLoras
+    from ktrt.experts.spec import ExpertsSpec, Projection
 
 Layout = Literal["a", "b", "c", "f"]
 _PREFIX = "base_model.model."
@@ -106,24 +100,24 @@ def _stacked(loras: ExpertLoras, base: BaseModel, use_rslora: bool) -> ExpertTen
 
 
 def _by_parameter(
-    site: ExpertsSite, parts: Mapping[Projection, ExpertLora]
+    site: ExpertsSpec, parts: Mapping[Projection, ExpertLora]
 ) -> dict[str, dict[Projection, ExpertLora]]:
-    groups: dict[str, dict[Projection, ExpertLora]] = {
-        site.first_parameter: {p: lora for p, lora in parts.items() if p != "down"},
-        "down_proj": {p: lora for p, lora in parts.items() if p == "down"},
+    groups = {
+        parameter: {p: parts[p] for p in site.held_by(parameter) if p in parts}
+        for parameter in site.parameters
     }
     return {parameter: group for parameter, group in groups.items() if group}
 
 
 def _block(
-    site: ExpertsSite,
+    site: ExpertsSpec,
     parameter: str,
     group: Mapping[Projection, ExpertLora],
     scaled: Mapping[Projection, torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns A [E, r, in] and B [E, rows, r] of one parameter. If gate and up differ in A, their
     ranks follow each other, with zeros in B for the other's ranks."""
-    if parameter == "down_proj" or not site.has_gate:
+    if len(site.held_by(parameter)) == 1:
         ((projection, lora),) = group.items()
         return lora.a, scaled[projection]
     a = [group[p].a for p in ("gate", "up") if p in group]
@@ -138,12 +132,7 @@ def _block(
             gate = F.pad(scaled["gate"], (0, total - ranks["gate"]))
         if "up" in group:
             up = F.pad(scaled["up"], (total - ranks["up"], 0))
-    b = (
-        torch.stack([gate, up], 2).flatten(1, 2)
-        if site.is_interleaved
-        else torch.cat([gate, up], 1)
-    )
-    return torch.cat(a, 1), b
+    return torch.cat(a, 1), site.join(gate, up, dim=1)
 
 
 def _fused(loras: ExpertLoras, base: BaseModel) -> ExpertTensors:
@@ -161,8 +150,8 @@ def _fused(loras: ExpertLoras, base: BaseModel) -> ExpertTensors:
     scaling, matrices = _common_scaling(found, every)
     scaled = {id(lora): b for lora, b in zip(every, matrices, strict=True)}
     for site in base.experts:
-        for projection in projections(site):
-            size_in, size_out = features(site, projection)
+        for projection in site.projections:
+            size_in, size_out = site.features(projection)
             a = torch.zeros(site.num_experts, rank, size_in)
             b = torch.zeros(site.num_experts, size_out, rank)
             lora = loras.get(site.path, {}).get(projection)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Products of two INT8 codes stay below 127² in magnitude, so sums of this many are integers below
 # 2^24: float32 holds all of them, in whatever order they are added.
 _EXACT_TERMS = 1024
-# Rows of a grouped computation, to bound its memory: a dozen arrays of so many rows.
+# Rows of a grouped computation, to bound its memory: a dozen arrays have this many.
 _MOST_ROWS = 8192
 
 
@@ -265,7 +265,7 @@ class Grouping:
         pieces: list[tuple[int, int, int]] = []
         for index, expert in enumerate(experts):
             begin, end = self._bounds[expert], self._bounds[expert + 1]
-            # Even pieces: a few rows at the end would cost a GEMM of their own.
+            # Even pieces: a few rows at the end would cost another GEMM.
             count = -(-(end - begin) // _MOST_ROWS)
             cuts = [begin + (end - begin) * cut // max(count, 1) for cut in range(count + 1)]
             pieces += [(index, *limits) for limits in pairwise(cuts)]

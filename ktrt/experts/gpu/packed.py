@@ -98,7 +98,7 @@ def _blocks(strips: int, block_strips: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _split_nibbles(packed: torch.Tensor, out: torch.Tensor) -> None:
-    """Of 128 columns, the low nibbles are the first 64, the high ones the rest."""
+    """Unpacks 128 columns: the low nibbles are the first 64, the high ones the rest."""
     both = packed.unflatten(2, (-1, 64)).view(torch.int8)
     target = out.unflatten(2, (-1, 2, 64))
     target[..., 0, :] = both << 4

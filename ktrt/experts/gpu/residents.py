@@ -37,7 +37,7 @@ MAX_STREAMED_TOKENS = 8192
 class GpuLayer:
     """The GPU's share of one layer. Tensors come and go on the GPU."""
 
-    # Up to so many tokens ``forward_resident`` has static shapes and no synchronisation.
+    # Up to this many tokens ``forward_resident`` has static shapes and no synchronisation.
     CAPTURABLE_TOKENS = 1
 
     @torch.inference_mode(mode=False)  # what is made here is written in and out of it
@@ -68,7 +68,7 @@ class GpuLayer:
         return self._bank.nbytes() if self._bank is not None else 0
 
     def streams(self, tokens: int) -> bool:
-        """Whether a forward of so many tokens belongs to ``forward_streamed``. Never what may be a
+        """Whether a forward of ``tokens`` tokens belongs to ``forward_streamed``: never a possible
         decode step, which a graph captures."""
         return tokens > self.CAPTURABLE_TOKENS and 0 < self._owner.threshold <= tokens
 
@@ -78,7 +78,7 @@ class GpuLayer:
         return counts
 
     def forget_counts(self) -> None:
-        """Starts counting anew."""
+        """Resets the counts."""
         self._counts.zero_()
 
     def cpu_ids(self, top_k_index: torch.Tensor) -> torch.Tensor:
@@ -134,7 +134,7 @@ class GpuLayer:
 
     @torch.inference_mode(mode=False)
     def load(self, experts: Sequence[int]) -> bool:
-        """Makes these experts (ascending ids) the resident ones, with the LoRA of now. Returns
+        """Makes these experts (ascending ids) the resident ones, with the present LoRA. Returns
         whether memory that a captured graph knows has been replaced."""
         self.experts = tuple(experts)
         slots = torch.full_like(self._slots, -1, device="cpu")
@@ -147,7 +147,7 @@ class GpuLayer:
 
     @torch.inference_mode(mode=False)
     def reload_lora(self) -> bool:
-        """Takes the LoRA of now for the resident experts; returns what ``load`` returns."""
+        """Takes the present LoRA for the resident experts; returns what ``load`` returns."""
         if self._bank is None:
             return False
         arrays = self._fetch(self._source.lora_arrays)
@@ -202,7 +202,7 @@ class GpuExperts:
         loaded. Nothing is on the GPU at first: ``select`` and ``threshold`` change that."""
         self.device = torch.empty(0, device=device).device  # with its index
         warm_up(self.device)
-        # Forwards of at least so many tokens are streamed; 0: none.
+        # The fewest tokens of a streamed forward; 0: none is streamed.
         self.threshold = 0
         # Changes when memory that a captured graph knows has been replaced: capture it again.
         self.version = 0
@@ -220,7 +220,7 @@ class GpuExperts:
         return self._by_path[path]
 
     def layer_bytes(self, path: str) -> int:
-        """What streaming this layer copies when none of its experts is resident."""
+        """Bytes that streaming this layer copies when none of its experts is resident."""
         source = self._by_path[path]
         return source.num_experts * source.expert_bytes
 
@@ -262,8 +262,8 @@ class GpuExperts:
             self._load(index, layer, sorted(chosen))
 
     def refresh(self) -> None:
-        """Takes LoRA that the engine was given since. Cheap if there is none; never in a graph
-        capture with some."""
+        """Takes LoRA that the engine was given since. Cheap if there is none; must not happen in a
+        graph capture if there is some."""
         stale = [index for index, source in enumerate(self._sources) if source.stale]
         if not stale:
             return

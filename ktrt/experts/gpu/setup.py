@@ -108,7 +108,7 @@ def _settle(
 
 
 def check_layer(source: LayerSource, layer: MoeLayer, device: torch.device) -> float:
-    """The relative error of one token of this layer on ``device`` beside the engine."""
+    """The relative error of one token of this layer on ``device``, compared with the engine."""
     states = torch.randn(1, layer.hidden_size, generator=torch.Generator().manual_seed(0))
     ids = torch.arange(layer.top_k)[None]
     weights = torch.ones(1, layer.top_k)

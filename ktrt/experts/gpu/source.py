@@ -110,8 +110,8 @@ class LayerSource:
         )
 
     def with_lora(self, bank: ExpertBank, arrays: Mapping[str, torch.Tensor]) -> ExpertBank:
-        """``bank``'s weights with the LoRA of now; ``arrays``: at least those of ``lora_arrays``,
-        of the bank's experts."""
+        """``bank``'s weights with the present LoRA; ``arrays``: at least ``lora_arrays``, for the
+        bank's experts."""
         return ExpertBank(
             gate_up=bank.gate_up,
             down=bank.down,
@@ -122,7 +122,7 @@ class LayerSource:
 
     @property
     def lora_arrays(self) -> dict[str, torch.Tensor]:
-        """Those of ``arrays`` that are LoRA."""
+        """The LoRA among ``arrays``."""
         return {n: array for n, array in self.arrays.items() if n not in self._weight_memories}
 
     def _unpack(self, codes: torch.Tensor, matrix: PackedMatrix, out: torch.Tensor) -> None:

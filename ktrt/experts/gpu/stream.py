@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Large enough for copies at full rate, small enough that unpacking needs little memory beside it.
+# Large enough for copies at full rate, small enough that unpacking needs little more memory.
 PIECE_BYTES = 160 << 20
 # One is computed, the others are on their way: they bridge the attention between two layers.
 RING_SLOTS = 4
@@ -32,7 +32,7 @@ Copy = tuple[torch.Tensor, torch.Tensor]  # target on the device, source on the 
 
 
 class Lane(Protocol):
-    """Copies to one device that run beside its computations. Events are the lane's own."""
+    """Copies to one device during its computations. Events are the lane's own."""
 
     device: torch.device
 
@@ -151,7 +151,7 @@ class Pinning:
 
     @property
     def nbytes(self) -> int:
-        """What is registered."""
+        """Bytes that are registered."""
         return sum(size for _, size in self._regions)
 
     @property

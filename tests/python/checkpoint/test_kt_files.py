@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -18,7 +17,7 @@ from ktrt import _core
 from ktrt.checkpoint.kt_files import PROJECTIONS, KtWeights
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import CheckpointError
-from ktrt.experts import new_layer
+from ktrt.experts import ExpertsSpec, new_layer
 from ktrt.loading.model import load_model
 
 if TYPE_CHECKING:
@@ -172,15 +171,7 @@ def test_slices_compute_what_they_should(slices: int) -> None:
     assert error < 0.25 * least
 
 
-@dataclass(frozen=True)
-class Spec:
-    """The shape that a folder is checked against."""
-
-    num_experts: int
-    hidden_size: int
-    intermediate_size: int
-    path: str = "experts"
-    layer: int = 0
+SPEC = ExpertsSpec("experts", 0, "", num_experts=2, hidden_size=256, intermediate_size=256, top_k=1)
 
 
 @pytest.mark.golden
@@ -190,7 +181,7 @@ def test_files_of_kt_kernel_itself(tmp_path: Path, parts: int) -> None:
         pytest.skip(reason)
     case = Case.random(2, 256, 256)
     theirs = kt_referee.referee(tmp_path, "int8", case.arrays(), parts)["out"]
-    weights = KtWeights(tmp_path, [Spec(2, 256, 256)], "int8")
+    weights = KtWeights(tmp_path, [SPEC], "int8")
     assert weights.parts == parts
     layers = [
         _core.MoeLayer(
@@ -200,7 +191,7 @@ def test_files_of_kt_kernel_itself(tmp_path: Path, parts: int) -> None:
         for _ in range(2)
     ]  # fmt: skip
     for e in range(2):
-        layers[0].load_packed_expert(e, *weights.read(Spec(2, 256, 256), e))
+        layers[0].load_packed_expert(e, *weights.read(SPEC, e))
         layers[1].load_expert(e, case.gate[e], case.up[e], case.down[e])
         for p in PROJECTIONS:
             assert layers[0].packed_codes(e, p) == layers[1].packed_codes(e, p)

@@ -1,4 +1,4 @@
-"""The experts' arithmetic in torch beside the engine's and beside float32."""
+"""The experts' arithmetic in torch, compared with the engine's and with float32."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_input_dtypes(engine: Engine, dtype: torch.dtype) -> None:
 
 
 def test_special_rows_as_in_the_engine(engine: Engine) -> None:
-    """Zeros, values too small to quantise, infinity and NaN, each beside ordinary rows."""
+    """Zeros, values too small to quantise, infinity and NaN, each among ordinary rows."""
     case = LayerCase(2, 1, 64, 64)
     for weight_format in FORMATS:
         layer = case.build(engine, weight_format)

@@ -276,7 +276,7 @@ def test_switched_weighed_and_summed_loras(
 
 
 def test_inference_mode_comes_and_goes(engine: Engine, device: torch.device) -> None:
-    """What is allocated within it must be usable outside."""
+    """Tensors allocated within it must be usable outside."""
     with torch.inference_mode():
         model = make(engine, device)
     model.gpu.select(2)

@@ -1,4 +1,4 @@
-"""What the GPU takes over, decided on the CPU device; and logits of a whole model."""
+"""The GPU's share, decided on the CPU device; and logits of a whole model."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ def load_demo(backend: Any) -> LoadedModel:
 
 @pytest.mark.parametrize("backend", ["AMXBF16", "AMXInt8", "AMXInt4"])
 def test_logits_of_a_model(tmp_path: Path, backend: str) -> None:
-    """Streamed, shared and resident experts beside the engine and a float32 merge."""
+    """Streamed, shared and resident experts, compared with the engine and a float32 merge."""
     from transformers import AutoModelForCausalLM
 
     ids = torch.randint(0, 2000, (1, 90), generator=torch.Generator().manual_seed(0))

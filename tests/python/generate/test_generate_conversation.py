@@ -33,7 +33,7 @@ def demo() -> Iterator[Session]:
 
 
 def generate(model: Any, prompt: Sequence[int], count: int, eos: int | None = None) -> list[int]:
-    """What transformers' generate answers."""
+    """The answer of transformers' generate."""
     inputs = torch.tensor([list(prompt)])
     ids = model.generate(
         inputs, attention_mask=torch.ones_like(inputs), do_sample=False, max_new_tokens=count,
@@ -99,7 +99,7 @@ def test_long_answers_equal_generate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_demo_answers_as_generate_does(demo: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten turns on all kinds of chunks. Where the model has nothing to say, behind its stop id, any
+    """Ten turns on all kinds of chunks. Where the model has nothing to say, after its stop id, any
     other order of sums may decide: 210 tokens are compared for the same forwards only."""
     talk = Chunks(demo, (1, 7, 64, 512), sorted(demo._stop_ids))
     total = sum(talk.ask(question, 60, monkeypatch) for question in QUESTIONS)
@@ -181,7 +181,7 @@ def test_retry_edit_and_another_system_prompt(talk: Talk) -> None:
     talk.messages.append({"role": "user", "content": QUESTIONS[6]})
     talk.answer()
     assert talk.computed < len(asked)
-    # A system prompt comes first: everything behind {bos} is new.
+    # A system prompt comes first: everything after {bos} is new.
     talk.messages.insert(0, {"role": "system", "content": "Be brief."})
     last = talk.answer()
     assert last.reused_tokens <= 2

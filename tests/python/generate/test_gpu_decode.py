@@ -216,7 +216,7 @@ def logged(log: list[str], name: str, function: Any) -> Any:
     return call
 
 
-def test_a_session_captures_anew_for_other_adapters(shared: Shared) -> None:
+def test_a_session_captures_again_for_other_adapters(shared: Shared) -> None:
     tokenizer, adapters = make_tokenizer(vocab_size=380), shared.loaded.adapters
     template = load_template(TemplateArgs("default"), tokenizer)
     sampling = SamplingArgs(do_sample=False, max_new_tokens=4)

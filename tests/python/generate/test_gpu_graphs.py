@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(
     reason="needs a GPU and KTRT_TEST_GPU=1",
 )
 DEMO = Path(__file__).parents[3] / "examples" / "demo" / "chat.yaml"
-# What a token more or less in one forward rounds otherwise must not change a text.
+# Another number of tokens in one forward rounds differently, which must not change a text.
 FLOAT32: dict[str, Any] = {"infer_dtype": "float32", "kt_num_threads": 2}
 FAMILIES = ["deepseek_v2", "qwen3_moe", "mixtral"]
 

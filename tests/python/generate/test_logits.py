@@ -139,8 +139,8 @@ def check_against_reference(case: Case) -> None:
 
 
 def check_int4(case: Case, folder: Path) -> None:
-    """INT4 weights are so coarse that float32 is no measure of the engine's own errors, which are
-    those of INT8 activations: the base's experts are rounded in the reference too."""
+    """INT4 weights are so coarse that float32 is no measure of the engine's own errors, which
+    come from INT8 activations: the base's experts are rounded in the reference too."""
     rounded = merged_logits(
         folder, case.model, case.adapter, case.ids, torch.float32, int4_experts=True
     )

@@ -43,7 +43,7 @@ GENERATES = make_model(make_tokenizer())
 
 
 def transformers_choice(args: SamplingArgs, rows: torch.Tensor) -> list[int]:
-    """What transformers' generate chooses (GenerationMixin._sample) on these logits, with the
+    """The choice of transformers' generate (GenerationMixin._sample) on these logits, with the
     processors that it makes itself."""
     own = LogitsProcessorList()
     if args.presence_penalty or args.frequency_penalty:

@@ -105,7 +105,7 @@ class TestStopStrings:
     def test_any_texts_cut_anywhere(self, stops: list[str], text: str, borders: list[int]) -> None:
         texts, found = shown(stops, cut(text, borders))
         assert (texts[-1], found) == expected(stops, text)
-        # What was shown once stays, and is never the beginning of a stop string that comes.
+        # Shown text stays, and is never the beginning of a stop string that comes.
         assert all(texts[-1].startswith(each) for each in texts)
 
     def test_as_early_as_possible(self) -> None:

@@ -1,4 +1,4 @@
-"""What the load does ahead, so that the first answer does not wait for it."""
+"""Work done at load, so that the first answer does not wait for it."""
 
 from __future__ import annotations
 

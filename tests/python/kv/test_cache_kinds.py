@@ -36,7 +36,7 @@ def ids(count: int, seed: int) -> list[int]:
 
 
 def reference(model: Any, prompt: Sequence[int], count: int = ANSWER) -> list[int]:
-    """What transformers' generate answers."""
+    """The answer of transformers' generate."""
     if type(model).__name__ in WITHOUT_GENERATE:
         return uncached(model, prompt, count)
     inputs = torch.tensor([list(prompt)])

@@ -146,7 +146,7 @@ def test_a_step_that_cannot_be_recorded_changes_nothing(llama: Any) -> None:
 
 
 def test_a_replay_is_a_replay(llama: Any) -> None:
-    """What it computes comes from the static inputs: the captured callable takes no argument."""
+    """Its results come from the static inputs: the captured callable takes no argument."""
     maker = FakeGraphs()
     cache = KvCache(llama, dense_graphs(llama, maker))
     cache.forward(PROMPT)
@@ -258,7 +258,7 @@ def test_an_interrupted_growth_is_repeated(llama: Any, monkeypatch: pytest.Monke
 
 
 def test_rows_of_different_lengths() -> None:
-    """Row 1 holds 8 tokens, and the rubbish of 4 others behind them."""
+    """Row 1 holds 8 tokens, followed by the rubbish of 4 others."""
     model = make("deepseek_v2")
     ids = [tokens(model, 14), tokens(model, 10, seed=1)]
     cache = StaticKv(model.config)
@@ -399,5 +399,5 @@ def test_unusual_layers_are_named() -> None:
     sliding = MistralConfig(num_hidden_layers=2, sliding_window=8)
     assert unusual_layers(SimpleNamespace(config=sliding)) == ["DynamicSlidingWindowLayer"]
     own = SimpleNamespace(config=sliding, _supports_default_dynamic_cache=lambda: False)
-    assert unusual_layers(own) == ["those of SimpleNamespace itself"]
+    assert unusual_layers(own) == ["the layers of SimpleNamespace itself"]
     assert len(DynamicCache(config=sliding).layers) == 2

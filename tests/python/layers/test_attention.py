@@ -72,7 +72,7 @@ def test_numbers_of_torch(
     assert in_engine.takes(q, k, v, mask) == (dtype == torch.bfloat16)
     if dtype == torch.bfloat16:
         results.append(in_engine(q, k, v, mask, 0.2))
-        # Of a cache that has room for more, as a view.
+        # Views of a cache that has room for more.
         room = [torch.full((rows, groups, tokens + 9, n), torch.nan, dtype=dtype)
                 for n in (size, value_size)]  # fmt: skip
         views = [each[:, :, :tokens].copy_(x) for each, x in zip(room, (k, v), strict=True)]

@@ -211,7 +211,7 @@ def test_follows_what_peft_does(engine: Engine, change: Any) -> None:
     assert error(found, before.float()) > 0.05
 
 
-def test_merged_weights_are_packed_anew(engine: Engine) -> None:
+def test_merged_weights_are_packed_again(engine: Engine) -> None:
     model, x = make("a"), inputs(5, IN)
     accelerate(model, engine, int8=True)
     with torch.inference_mode():

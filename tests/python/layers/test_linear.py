@@ -61,7 +61,7 @@ def set_active(model: nn.Module, *names: str) -> None:
 
 
 def in_float32(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """What the same model gives in float32, without the engine."""
+    """The same model's result in float32, without the engine."""
     plain: Any = copy.deepcopy(model)
     assert not any(map(is_accelerated, plain.modules()))
     plain.float()

@@ -1,4 +1,4 @@
-"""What a model leaves in transformers, torch and PEFT after ``close``: nothing."""
+"""A closed model leaves nothing in transformers, torch and PEFT."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# Of the libraries that a load touches. Subclasses of torch.nn.Module know no more than their own.
+# The libraries that a load touches.
 _LIBRARIES = ("transformers.", "peft.", "torch.nn.modules.linear", "torch.nn.modules.sparse")
 
 
@@ -72,7 +72,7 @@ def classes() -> dict[str, dict[str, Any]]:
 
 
 def settings() -> dict[str, Any]:
-    """Of the whole process."""
+    """Settings of the whole process."""
     from transformers.utils import logging as library
 
     return {
