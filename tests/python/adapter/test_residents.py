@@ -153,7 +153,7 @@ class TestOneOfSeveral:
         assert torch.equal(logits(loaded), alone["b"])
         loaded.close()
 
-    def test_off_is_the_base_and_on_what_it_was(
+    def test_off_is_the_base_and_on_restores(
         self, several: LoadedModel, alone: dict[str, torch.Tensor]
     ) -> None:
         adapters = several.adapters

@@ -60,7 +60,7 @@ def as_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, An
 
 
 @pytest.mark.parametrize("layout", ["a", "b"])
-def test_norms_are_those_of_the_product(
+def test_norms_equal_the_products(
     tmp_path: Path,
     model: Path,
     adapters: dict[str, Path],

@@ -421,9 +421,7 @@ def test_an_adapter_merges_into_a_model_whose_config_claims_fp8(
         },
     ],
 )
-def test_the_block_of_scales_is_what_config_json_says(
-    tmp_path: Path, claim: dict[str, Any]
-) -> None:
+def test_config_json_gives_the_block_of_scales(tmp_path: Path, claim: dict[str, Any]) -> None:
     """The scales must fit: they are refused for blocks of 128 x 128."""
     codes = torch.randn(70, 130).to(torch.float8_e4m3fn)
     scales = torch.rand(3, 3)

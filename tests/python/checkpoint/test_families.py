@@ -135,7 +135,7 @@ def make_loras(model: Any, *, share_gate_a: bool) -> dict[str, Lora]:
 
 
 @pytest.mark.parametrize("family", SUPPORTED, ids=str)
-def test_logits_equal_those_of_transformers(family: Family, tmp_path: Path) -> None:
+def test_logits_equal_transformers(family: Family, tmp_path: Path) -> None:
     if family.folder == "inkling" and family.model_type == "inkling_mm_model":
         pytest.importorskip("scipy", reason="transformers' vision tower of Inkling needs scipy")
     model = random_model(family)

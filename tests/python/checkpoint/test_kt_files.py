@@ -155,7 +155,7 @@ def expected_integers(case: Case, parts: int) -> NDArray[np.float64]:
 
 
 @pytest.mark.parametrize("slices", [1, 2, 4])
-def test_slices_compute_what_they_should(slices: int) -> None:
+def test_slices_compute_kt_kernels_numbers(slices: int) -> None:
     case = Case.random(EXPERTS, HIDDEN, INTERMEDIATE)
     layer = _core.MoeLayer(
         _core.Engine(num_threads=1, max_qlen=64), num_experts=EXPERTS, top_k=2, hidden_size=HIDDEN,

@@ -46,7 +46,7 @@ def test_attributes_come_back() -> None:
     patches.undo()
 
 
-def test_what_others_set_since_stays() -> None:
+def test_later_settings_of_others_stay() -> None:
     thing, table = Thing(), {"key": 1}
     with Patches() as patches:
         patches.set(thing, "stored", "ours")
