@@ -1,4 +1,4 @@
-"""Which of a model's adapters act, as a number that everything made from them compares."""
+"""The version of a model's active adapters, for everything that depends on them."""
 
 from __future__ import annotations
 
@@ -11,26 +11,25 @@ if TYPE_CHECKING:
 class ActiveSet:
     """The version of a model's active adapters.
 
-    KV caches, recorded steps, graphs and the LoRA of linear layers keep the version that they were
-    made for, and compare it; none of them looks into PEFT's layers to notice a change. ``adapters``
+    KV caches, recorded steps, graphs and the LoRA of linear layers keep the version of their
+    creation and compare it; none of them looks into PEFT's layers to notice a change. ``adapters``
     writes it, after a change and before the next forward.
     """
 
     def __init__(self) -> None:
         # Equal versions mean equal numbers: a return to an earlier set returns to its version.
         self.version = 0
-        # Counts changes, returns included: for memory that is written again at every change.
+        # Counts changes, including returns: for memory that is rewritten at every change.
         self.changes = 0
         # Counts the loads that may have put further modules into the model.
         self.modules = 0
-        # Counts changes of an adapter's own numbers: everything made from them is outdated.
+        # Counts changes of an adapter's own numbers: anything made from them must be made again.
         self.renewals = 0
         self._versions: dict[Hashable, int] = {(): 0}
         self._last = 0
 
     def become(self, key: Hashable) -> None:
-        """Takes the version of the set that ``key`` describes: its old one, if it has been active
-        before."""
+        """Takes the version of the set ``key``: the old one, if the set was active before."""
         before = self.version
         if key not in self._versions:
             self._last += 1
@@ -47,5 +46,5 @@ class ActiveSet:
         self.renewals += 1
 
     def add_modules(self) -> None:
-        """Tells those who wrap modules that there may be new ones."""
+        """Announces possible new modules to the wrappers of modules."""
         self.modules += 1

@@ -1,7 +1,7 @@
-"""Changes to other libraries' objects, kept in one list so that ``close`` can undo them.
+"""Lists changes of other libraries' objects, so that ``close`` can undo them.
 
 Attributes belong to the objects of one model. Entries belong to tables of the process, which
-several models change at once and give back in any order.
+several models change at once and restore in any order.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _entries: dict[tuple[int, Hashable], _Entry] = {}
 
 
 class Patches:
-    """The patches of one model. ``undo`` takes all of them back; it is the end of a ``with``."""
+    """The patches of one model. ``undo``, also at the end of a ``with``, reverts all of them."""
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], object]] = []
@@ -53,8 +53,8 @@ class Patches:
         self.undo()
 
     def set(self, owner: Any, name: str, value: Any) -> None:
-        """Sets an attribute of an object, a class or a module. Undone unless others have set it
-        since."""
+        """Sets an attribute of an object, a class or a module. It is undone unless others have set
+        it since."""
         before = vars(owner).get(name, _ABSENT)
         if isinstance(inspect.getattr_static(type(owner), name, None), property):
             before = getattr(owner, name)
@@ -71,8 +71,8 @@ class Patches:
         self._undo.append(undo)
 
     def entry(self, mapping: MutableMapping[Any, Any], key: Hashable, value: Any) -> None:
-        """Sets a key of a table that the whole process uses. The newest of several values is in
-        place, whichever of them are undone; after the last one, the table is as it was."""
+        """Sets a key of a table of the whole process. The newest of the remaining values is in
+        place, in any order of undoing; after the last one, the original is back."""
         place = id(mapping), key
         with _LOCK:
             if place not in _entries:
@@ -93,11 +93,11 @@ class Patches:
         self._undo.append(undo)
 
     def add(self, undo: Callable[[], object]) -> None:
-        """Takes a patch that is already made, such as a hook: ``undo`` takes it back."""
+        """Adds a patch that is already made, such as a hook; ``undo`` reverts it."""
         self._undo.append(undo)
 
     def undo(self) -> None:
-        """Takes everything back, the newest first. Idempotent; a failure keeps no other patch."""
+        """Reverts everything, the newest first. Idempotent; a failure stops no other reversal."""
         failure: BaseException | None = None
         while self._undo:
             try:

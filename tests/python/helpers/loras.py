@@ -9,13 +9,13 @@ if TYPE_CHECKING:
 
 
 def apply_lora(layer: MoeLayer, **arrays: Any) -> None:
-    """Loads a LoRA and lets it alone act."""
+    """Loads a LoRA and makes it the only active one."""
     layer.load_lora(0, **arrays)
     layer.activate_loras([0], [1.0])
 
 
 def apply_no_lora(layer: MoeLayer) -> None:
-    """Lets forwards compute the base."""
+    """Deactivates all LoRA: forwards compute the base."""
     layer.activate_loras([], [])
 
 
