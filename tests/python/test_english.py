@@ -93,10 +93,6 @@ NOT_MENDED = [
     "tests/python/config",
     "tests/python/doctor",
     "tests/python/engine",
-    "tests/python/experts",
-    "tests/python/generate",
-    "tests/python/kv",
-    "tests/python/layers",
     "tests/python/loading",
 ]
 
