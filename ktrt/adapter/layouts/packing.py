@@ -80,7 +80,7 @@ def packing_by_zeros(stack: StackedB) -> Packing | None:
     """Returns the packing in which the exactly zero columns form whole experts, or whole ranks that
     are zero in A too (a smaller rank, padded); None if that holds for both or neither."""
     zero, count, rank = ~stack.value.any(0), stack.num_experts, stack.rank
-    if zero.numel() != rank * count or len(stack.a) != rank * count:
+    if zero.numel() != rank * count or stack.a.shape[:1] != (rank * count,):
         return None  # refused later, by shape
     if not zero.any() or zero.all():
         return None
