@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING
 
 from ktrt.config import as_overrides, names_key
 from ktrt.errors import ConfigError, KtrtError
+from ktrt.utils.program import program
 from ktrt.utils.streams import abandon, occupy_descriptors
 
 if TYPE_CHECKING:
@@ -62,13 +63,13 @@ def set_environment(*, quiet: bool = True) -> None:
 
 
 def new_parser(name: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
-    """The parser of ``python -m ktrt.name`` with the arguments that all commands have."""
+    """Returns the parser of a verb with the arguments that all verbs have."""
     from ktrt import __version__
 
-    parser = argparse.ArgumentParser(
-        prog=f"python -m ktrt.{name}", description=description, epilog=epilog
+    parser = argparse.ArgumentParser(prog=program(name), description=description, epilog=epilog)
+    parser.add_argument(
+        "config", nargs="?", help="YAML file with LLaMA-Factory's keys, or a model's folder"
     )
-    parser.add_argument("config", nargs="?", help="YAML file with LLaMA-Factory's keys")
     parser.add_argument(
         "overrides",
         nargs="*",

@@ -51,6 +51,8 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     },
     "pack": {"command_line", "config", "engine", "loading"},
     "__init__": {"api"},
+    # Names the verbs' packages as data, so that `ktrt --help` imports none of them.
+    "__main__": {"config"},
 }  # fmt: skip
 EVERYBODYS = {"errors", "utils"}
 # Stricter than the package around: reads and computes everything a second time, so that it must
@@ -60,10 +62,10 @@ INDEPENDENT = {"audit.reference": {"errors"}}
 ASSEMBLERS = {"config", "api", "audit", "bench", "chat", "doctor", "export", "pack"}
 # Packages and modules that work before torch is imported.
 WITHOUT_TORCH = {
-    "__init__", "audit.reference", "bench.report", "checkpoint.generation_config", "command_line",
-    "config", "doctor.advice", "errors", "folders", "generate.text_stream", "loading.pack_cache",
-    "loading.pack_manifest", "machine.facts", "prompt", "utils.json_files", "utils.owned_folder",
-    "utils.signals", "utils.streams", "utils.temporaries",
+    "__init__", "__main__", "audit.reference", "bench.report", "checkpoint.generation_config",
+    "command_line", "config", "doctor.advice", "errors", "folders", "generate.text_stream",
+    "loading.pack_cache", "loading.pack_manifest", "machine.facts", "prompt", "utils.json_files",
+    "utils.owned_folder", "utils.program", "utils.signals", "utils.streams", "utils.temporaries",
 }  # fmt: skip
 WITHOUT_TORCH |= {
     f"chat.{name}"
