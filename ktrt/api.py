@@ -39,17 +39,7 @@ def open_session(config: Config) -> Session:
     )
     loaded.adapters.take_words = _WordsOfLoaded(tokenizer)
     session = Session(
-        model=loaded.model,
-        tokenizer=tokenizer,
-        template=template,
-        sampling=config.sampling,
-        audit=loaded.audit,
-        adapters=loaded.adapters,
-        close=loaded.close,
-        graphs=loaded.graphs,
-        gpu=loaded.gpu,
-        weight_bytes=loaded.bytes_per_token,
-        cutoff_len=config.model.cutoff_len,
+        loaded, tokenizer, template, config.sampling, cutoff_len=config.model.cutoff_len
     )
     try:
         session.warm_up()

@@ -4,6 +4,12 @@ A message names the file, key or tensor, what was found, what was expected, and 
 points print it as it is and exit with code 2; any other exception is a defect in ktrt.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Packages that call the compiled engine.
+_CALLERS = tuple(f"ktrt.{name}." for name in ("adapter", "engine", "experts", "layers", "loading"))
+
 
 class KtrtError(Exception):
     """Base of every error ktrt raises on purpose."""
@@ -19,3 +25,34 @@ class CheckpointError(KtrtError):
 
 class AdapterError(KtrtError):
     """An adapter that cannot be applied, completely, to the model at hand."""
+
+
+class EngineError(KtrtError):
+    """A call that the compiled engine refused or could not finish; ``__cause__`` is its own
+    ``ValueError``, ``RuntimeError`` or ``MemoryError``."""
+
+
+@contextmanager
+def engine_errors() -> Iterator[None]:
+    """Raises exceptions of the compiled engine within the block as ``EngineError``.
+
+    Functions in C++ have no frame: the engine's exceptions end in the frame of the module that
+    called it. Others, of torch's layers or of a caller's callback, pass as they are.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError, MemoryError) as error:
+        if not _comes_from_engine(error):
+            raise
+        reason = str(error) or (
+            "no memory" if isinstance(error, MemoryError) else "no reason given"
+        )
+        raise EngineError(f"the engine failed: {reason}") from error
+
+
+def _comes_from_engine(error: BaseException) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+    return f"{module}.".startswith(_CALLERS)

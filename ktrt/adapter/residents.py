@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ktrt.adapter import Audit, TorchAdapters, plan_adapter, words_of
-from ktrt.errors import AdapterError, KtrtError
+from ktrt.errors import AdapterError, KtrtError, engine_errors
 from ktrt.utils.active_set import ActiveSet
 
 if TYPE_CHECKING:
@@ -109,6 +109,7 @@ class Adapters:
         name = name or next(iter([*self.active, *self._residents]), None)
         return self._resident(name).audit if name is not None else Audit()
 
+    @engine_errors()
     def activate(self, name_or_weights: str | Mapping[str, float]) -> None:
         """One adapter as it was trained, or the sum of several with these weights; replaces what
         was active, and its scale.
@@ -120,14 +121,17 @@ class Adapters:
         given = {name_or_weights: 1.0} if isinstance(name_or_weights, str) else name_or_weights
         self._apply({name: float(weight) for name, weight in given.items()}, 1.0, off=False)
 
+    @engine_errors()
     def off(self) -> None:
         """The base model, until ``on``."""
         self._apply(self._weights, self._factor, off=True)
 
+    @engine_errors()
     def on(self) -> None:
         """What was active before ``off``."""
         self._apply(self._weights, self._factor, off=False)
 
+    @engine_errors()
     def scale(self, factor: float) -> None:
         """Multiplies the weights that ``activate`` gave (not those of an earlier ``scale``).
         ``AdapterError`` if nothing is active, else as ``activate``."""
@@ -135,6 +139,7 @@ class Adapters:
             raise AdapterError("no adapter is active that could be scaled; activate one first")
         self._apply(self._weights, float(factor), off=False)
 
+    @engine_errors()
     def load(self, name: str, path: str | Path) -> None:
         """Makes the adapter folder ``path`` resident, not active, checked as when a model loads.
 
@@ -189,6 +194,7 @@ class Adapters:
         self.active_set.add_modules()
         self._changed()
 
+    @engine_errors()
     def unload(self, name: str) -> None:
         """Frees an adapter that is not active. ``AdapterError`` for an unknown or active one."""
         resident = self._resident(name)

@@ -24,7 +24,7 @@ from ktrt.errors import KtrtError
 from ktrt.utils.signals import Terminated, shielded
 
 if TYPE_CHECKING:
-    from ktrt.session import Adapters, Response, Session
+    from ktrt.session import Adapters, Session, TokenResponse
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Answer:
     they were asked for."""
 
     text: str = ""
-    last: "Response | None" = None
+    last: "TokenResponse | None" = None
     logprobs: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -80,7 +80,7 @@ class Talk:
         self.stream = stream
         self.as_json = as_json
         self.totals = status.Totals()
-        self.last: Response | None = None
+        self.last: TokenResponse | None = None
         self.attachments: dict[str, str] = {}
         self._limit = limit
         self._configured_thinking = session.template.thinking
@@ -250,7 +250,7 @@ class Talk:
                 answer.logprobs.append(self._logprob_row(response))
             yield response.text
 
-    def _logprob_row(self, response: "Response") -> dict[str, Any]:
+    def _logprob_row(self, response: "TokenResponse") -> dict[str, Any]:
         decode = self.session.tokenizer.decode
         top = [
             {"id": token, "token": decode([token]), "logprob": value}
@@ -267,10 +267,12 @@ class Talk:
             conversation = replace(conversation, turns=conversation.turns[:-2])
         self._left_out = min(self._left_out, len(conversation.turns) // 2)
         messages = conversation.messages(text, self._left_out)
-        fitted, dropped = self.session.fit(messages, self.sampling.max_new_tokens)
+        fitted, dropped = self.session.fit(messages, max_new_tokens=self.sampling.max_new_tokens)
         if dropped:
             # Room for several turns: each time the oldest goes, all the rest is computed anew.
-            fitted, dropped = self.session.fit(messages, self.session.context_limit // 2)
+            fitted, dropped = self.session.fit(
+                messages, max_new_tokens=self.session.context_limit // 2
+            )
             self._left_out += dropped
             self.terminal.note(
                 f"The conversation is too long for the model's context: its {self._left_out} "

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 
 class Counts(Protocol):
-    """What is used of a ``Response`` here, the last one of an answer."""
+    """The counts of an answer: a ``Response``, or its last ``TokenResponse``."""
 
     @property
     def finish_reason(self) -> str | None: ...

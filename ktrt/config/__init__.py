@@ -10,6 +10,7 @@ from ktrt.config.args import (
     ExpertArgs,
     ModelArgs,
     SamplingArgs,
+    SamplingOptions,
     TemplateArgs,
     override_sampling,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "ExpertArgs",
     "ModelArgs",
     "SamplingArgs",
+    "SamplingOptions",
     "TemplateArgs",
     "as_overrides",
     "load_config",

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from math import isfinite
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from ktrt.config.check import check_value, nearest, shown
 from ktrt.errors import ConfigError
@@ -196,6 +196,29 @@ class SamplingArgs:
 
 # OpenAI's name, and the usual one at a prompt.
 SAMPLING_ALIASES = {"stop": "stop_strings"}
+_Texts = str | list[str] | tuple[str, ...]
+_Ids = int | list[int] | tuple[int, ...]
+
+
+class SamplingOptions(TypedDict, total=False):
+    """Keywords that replace ``SamplingArgs`` for one answer; None keeps the configured value."""
+
+    do_sample: bool | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    max_new_tokens: int | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    skip_special_tokens: bool | None
+    seed: int | None
+    stop_strings: _Texts | None
+    stop: _Texts | None
+    stop_token_ids: _Ids | None
+    logprobs: bool | None
+    top_logprobs: int | None
 
 
 @dataclass(frozen=True)

@@ -6,54 +6,20 @@ timings, and sessions build conversations on both. The model itself runs in ``ge
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from ktrt.config import SamplingArgs
 from ktrt.errors import ConfigError
+from ktrt.generate.response import FinishReason, TokenResponse
 from ktrt.generate.runner import KvCache
 from ktrt.generate.sampling import Sampler, log_probabilities, make_sampler
 from ktrt.generate.text_stream import Decoder, StopStrings, TextStream
 
-FinishReason = Literal["stop", "length"]
 # Told how many of how many new prompt tokens are done: 0 first, then after each forward.
 OnPrefill = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Response:
-    """One step of an answer.
-
-    ``text`` may be empty while a character is incomplete; ``finish_reason`` is set on the last one.
-    ``prompt_tokens`` includes ``reused_tokens``, those found in the KV cache. ``prefill_seconds``
-    ends with the first token, ``decode_seconds`` counts from there. With ``logprobs``, ``logprob``
-    is the token's, and ``top_logprobs`` are (token id, logprob) of the likeliest, best first.
-    """
-
-    text: str
-    token: int
-    finish_reason: FinishReason | None
-    prompt_tokens: int
-    reused_tokens: int
-    generated_tokens: int
-    prefill_seconds: float
-    decode_seconds: float
-    logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] = ()
-
-    def summary(self) -> str:
-        """Counts and speeds so far, for a log line."""
-        decoded = self.generated_tokens - 1
-        rate = decoded / self.decode_seconds if decoded else 0.0
-        return (
-            f"prompt {self.prompt_tokens} tokens ({self.reused_tokens} reused), "
-            f"first token after {self.prefill_seconds:.2f} s; "
-            f"{self.generated_tokens} tokens, {rate:.1f} per second, "
-            f"{self.finish_reason or 'interrupted'}"
-        )
 
 
 def generate_step(
@@ -122,7 +88,7 @@ def stream_generate(
     max_tokens: int,
     shown_tokens: Mapping[int, str] = MappingProxyType({}),
     on_prefill: OnPrefill | None = None,
-) -> Iterator[Response]:
+) -> Iterator[TokenResponse]:
     """The answer to ``prompt_ids``, a response per token; the text of a stop id or stop string is
     not part of it. ``stop_ids`` and ``max_tokens`` count beside those of ``sampling``, and
     ``shown_tokens`` (see ``TextStream``) beside ``skip_special_tokens``."""
@@ -143,7 +109,7 @@ def stream_generate(
         now = time.perf_counter()
         if count == 1:
             first = now
-        yield Response(
+        yield TokenResponse(
             text=piece,
             token=token,
             finish_reason=reason,

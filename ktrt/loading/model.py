@@ -15,6 +15,7 @@ from ktrt.adapter import words_of
 from ktrt.adapter.residents import Adapters
 from ktrt.engine import release_file_pages
 from ktrt.engine.recording import RecordedSteps
+from ktrt.errors import engine_errors
 from ktrt.experts import KTExperts, build_gpu_experts, new_hand_off
 from ktrt.generate.graphs import CudaGraphs, DecodeGraphs, NoHandOff
 from ktrt.generate.runner import KvCache
@@ -94,6 +95,7 @@ class LoadedModel:
         self.engine.close()
 
 
+@engine_errors()
 def load_model(
     model: ModelArgs,
     adapter: AdapterArgs,

@@ -10,7 +10,7 @@ from helpers.tiny_models import save_adapter, save_model
 
 import ktrt
 from ktrt import api
-from ktrt.errors import CheckpointError, ConfigError, KtrtError
+from ktrt.errors import CheckpointError, ConfigError, EngineError, KtrtError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -114,3 +114,20 @@ def test_what_the_folder_is_comes_before_its_tokenizer(tmp_path: Path, kind: str
 def test_unknown_override(folder: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'kt_backend'"):
         ktrt.load(folder / "chat.yaml", kt_bakend="AMXInt8")
+
+
+class TestEngineErrors:
+    def test_loading(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("ktrt.engine.build.MAX_QLEN", 0)
+        with pytest.raises(EngineError, match="the engine failed: .*max_qlen") as caught:
+            ktrt.load(folder / "chat.yaml")
+        assert type(caught.value.__cause__) is ValueError
+
+    def test_answers_and_adapters(self, folder: Path) -> None:
+        with ktrt.load(folder / "chat.yaml") as session:
+            session._open().engine.close()
+            with pytest.raises(EngineError, match="the engine failed: .*closed") as caught:
+                session.chat(ASK)
+            assert type(caught.value.__cause__) is RuntimeError
+            with pytest.raises(EngineError, match="closed"):
+                session.adapters.load("again", folder / "adapter")

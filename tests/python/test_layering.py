@@ -36,7 +36,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
         "adapter", "checkpoint", "config", "engine", "experts", "folders", "generate", "kv",
         "layers", "machine", "prompt",
     },
-    "session": {"adapter", "config", "generate", "prompt"},
+    "session": {"adapter", "config", "generate", "loading", "prompt"},
     "api": {"config", "folders", "loading", "prompt", "session"},
     "command_line": {"config"},
     "audit": {"adapter", "command_line", "config", "engine", "experts", "folders", "loading"},
@@ -50,7 +50,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
         "adapter", "checkpoint", "command_line", "config", "engine", "experts", "loading", "prompt",
     },
     "pack": {"command_line", "config", "engine", "loading"},
-    "__init__": {"api"},
+    "__init__": {"api", "config", "generate", "session"},
     # Names the verbs' packages as data, so that `ktrt --help` imports none of them.
     "__main__": {"config"},
 }  # fmt: skip
@@ -63,9 +63,10 @@ ASSEMBLERS = {"config", "api", "audit", "bench", "chat", "doctor", "export", "pa
 # Packages and modules that work before torch is imported.
 WITHOUT_TORCH = {
     "__init__", "__main__", "audit.reference", "bench.report", "checkpoint.generation_config",
-    "command_line", "config", "doctor.advice", "errors", "folders", "generate.text_stream",
-    "loading.pack_cache", "loading.pack_manifest", "machine.facts", "prompt", "utils.json_files",
-    "utils.owned_folder", "utils.program", "utils.signals", "utils.streams", "utils.temporaries",
+    "command_line", "config", "doctor.advice", "errors", "folders", "generate.response",
+    "generate.text_stream", "loading.pack_cache", "loading.pack_manifest", "machine.facts",
+    "prompt", "utils.json_files", "utils.owned_folder", "utils.program", "utils.signals",
+    "utils.streams", "utils.temporaries",
 }  # fmt: skip
 WITHOUT_TORCH |= {
     f"chat.{name}"
@@ -128,7 +129,7 @@ def imports_of(path: Path) -> Iterator[tuple[str, str]]:
 def ktrt_imports(path: Path) -> Iterator[tuple[str, str]]:
     """The imports from ktrt as (module directly under ktrt/, imported name).
 
-    A bare `import ktrt` brings the version and the lazy `load`, which is nobody's layer.
+    A bare `import ktrt` brings the version and lazy names, which are in no layer.
     """
     for module, name in imports_of(path):
         parts = module.split(".")

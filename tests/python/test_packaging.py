@@ -43,17 +43,33 @@ def test_installed_package_elsewhere(tmp_path: Path) -> None:
 
 
 def test_import_is_light() -> None:
-    out = run_python(
-        "import json, sys, time; t = time.perf_counter(); import ktrt; t = time.perf_counter() - t;"
-        "print(json.dumps([t, sorted({m.split('.')[0] for m in sys.modules})]))"
+    """The best of several processes: others take the cores meanwhile."""
+    code = (
+        "import json, sys, time; before = set(sys.modules); t = time.perf_counter(); import ktrt; "
+        "t = time.perf_counter() - t; print(json.dumps([t, sorted(set(sys.modules) - before)]))"
     )
-    seconds, modules = json.loads(out)
-    print(f"import ktrt: {1000 * seconds:.1f} ms")
-    assert not {"torch", "numpy", "transformers", "peft", "pydantic", "rich"} & set(modules)
+    found = [json.loads(run_python(code)) for _ in range(5)]
+    seconds, modules = min(found)
+    print(f"import ktrt: {1000 * seconds:.1f} ms, {len(modules)} modules")
+    assert seconds < 0.02
+    assert [each for each in modules if each.startswith("ktrt")] == ["ktrt"]
+    # Beyond ktrt only the standard library's, for pkgutil and typing.
+    assert {each.split(".")[0] for each in modules} <= {"ktrt", *sys.stdlib_module_names}
+    assert len(modules) < 40
 
 
-def test_load_is_lazy_but_there() -> None:
-    assert run_python("from ktrt import load; print(load.__module__)").strip() == "ktrt.api"
+def test_public_names_are_imported_when_used() -> None:
+    code = (
+        "import json, sys, ktrt; found = {}\n"
+        "for name in sorted(ktrt.__all__, key=lambda n: n in ('Session', 'load')):\n"
+        "    found[name] = [getattr(ktrt, name).__class__.__name__, 'torch' in sys.modules]\n"
+        "print(json.dumps([found, dir(ktrt)]))"
+    )
+    found, listed = json.loads(run_python(code))
+    assert [name for name, (_, torch) in found.items() if torch] == ["Session", "load"]
+    assert set(found) <= set(listed)
+    for name, (kind, _) in found.items():
+        assert kind == {"load": "function", "__version__": "str"}.get(name, kind)
     message = run_python("import ktrt\ntry: ktrt.lod\nexcept AttributeError as e: print(e)")
     assert "lod" in message
 

@@ -1,19 +1,21 @@
 """Tests of ktrt.session, over a tiny dense model."""
 
+import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Unpack
 
 import pytest
 import torch
-from helpers.tiny_chat import make_session
+from helpers.raising import raising_in
+from helpers.tiny_chat import make_loaded, make_session
 
 from ktrt.adapter.residents import Adapters
-from ktrt.config import SamplingArgs, TemplateArgs
-from ktrt.errors import ConfigError, KtrtError
+from ktrt.config import SamplingArgs, SamplingOptions, TemplateArgs
+from ktrt.errors import ConfigError, EngineError, KtrtError
 from ktrt.prompt.template.load import load_template
-from ktrt.session import Session, check_messages
+from ktrt.session import Session
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -87,20 +89,14 @@ class TestStream:
         tokenizer = plain.tokenizer
         tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
         plain.model.generation_config.eos_token_id = [7, 9]
-        session = Session(
-            model=plain.model,
-            tokenizer=tokenizer,
-            template=load_template(TemplateArgs(template), tokenizer),
-            sampling=SamplingArgs(),
-            audit=plain.audit,
-            close=lambda: None,
-        )
+        loaded, args = make_loaded(plain.model), TemplateArgs(template)
+        session = Session(loaded, tokenizer, load_template(args, tokenizer), SamplingArgs())
         assert ({7, 9} <= session._stop_ids) is stops
         assert tokenizer.eos_token_id in session._stop_ids
 
     def test_errors_come_before_the_first_piece(self, session: Session) -> None:
         with pytest.raises(ConfigError, match="did you mean 'temperature'"):
-            session.stream(ASK, temprature=1)
+            session.stream(ASK, temprature=1)  # type: ignore[call-arg]
         with pytest.raises(ConfigError, match="expected"):
             session.stream([])
 
@@ -130,6 +126,142 @@ class TestStream:
         next(pieces)
         del pieces
         assert "".join(session.stream(ASK)) == expected
+
+
+class TestChat:
+    def test_is_the_whole_answer(self, session: Session) -> None:
+        steps = list(session.stream_responses(ASK))
+        found = session.chat(ASK)
+        assert found.text == "".join(session.stream(ASK)) == expected_answer(session, ASK)
+        assert found.token_ids == tuple(each.token for each in steps)
+        assert found.finish_reason == steps[-1].finish_reason
+        assert found.generated_tokens == len(steps)
+        assert found.prompt_tokens == session.count_tokens(ASK)
+        assert found.reused_tokens == found.prompt_tokens - 1
+        assert session.chat(ASK, max_new_tokens=3).finish_reason == "length"
+
+    def test_on_prefill_and_logprobs(self, session: Session) -> None:
+        seen: list[tuple[int, int]] = []
+        found = session.chat(
+            ASK, on_prefill=lambda *each: seen.append(each), logprobs=True, top_logprobs=2
+        )
+        assert seen == [(0, found.prompt_tokens), (found.prompt_tokens,) * 2]
+        assert len(found.logprobs) == len(found.top_logprobs) == found.generated_tokens
+        assert all(len(each) == 2 for each in found.top_logprobs)
+
+    def test_content_parts_are_text(self, session: Session) -> None:
+        parts = [{"type": "text", "text": each} for each in ("你好，", "请介绍一下你自己。")]
+        messages = [{"role": "user", "content": parts}]
+        assert session.chat(messages).text == session.chat(ASK).text
+        assert session.count_tokens(messages) == session.count_tokens(ASK)
+        assert session.fit(messages) == (ASK, 0)
+
+    @pytest.mark.parametrize(
+        "method", [Session.chat, Session.stream, Session.stream_responses, Session.fit]
+    )
+    def test_keywords_are_typed(self, method: Callable[..., Any]) -> None:
+        sampling = inspect.signature(method).parameters["sampling"]
+        assert sampling.kind is inspect.Parameter.VAR_KEYWORD
+        assert sampling.annotation == Unpack[SamplingOptions]
+
+
+class TestThreads:
+    def test_two_at_once_are_refused(self, session: Session) -> None:
+        """The second thread asks while the first one is within a forward."""
+        expected = session.chat(ASK).text
+        found: list[Exception] = []
+
+        def other() -> None:
+            for call in (session.warm_up, lambda: session.chat(ASK)):
+                try:
+                    call()
+                except KtrtError as error:
+                    found.append(error)
+
+        def on_prefill(done: int, total: int) -> None:
+            if done == 0:
+                thread = threading.Thread(target=other)
+                thread.start()
+                thread.join()
+
+        assert session.chat(ASK, on_prefill=on_prefill).text == expected
+        assert ["another thread is using this session" in str(each) for each in found] == [True] * 2
+        assert session.chat(ASK).text == expected
+
+    def test_one_after_another_may(self, session: Session) -> None:
+        """Also in the middle of an answer."""
+        expected = session.chat(ASK).text
+        pieces, texts = session.stream(ASK), list[str]()
+        texts.append(next(pieces))
+        thread = threading.Thread(target=lambda: texts.extend(pieces))
+        thread.start()
+        thread.join()
+        assert "".join(texts) == expected
+
+    def test_one_thread_may_ask_within_its_callback(self, session: Session) -> None:
+        inner: list[str] = []
+        expected = session.chat(ASK).text
+
+        def on_prefill(done: int, total: int) -> None:
+            if done == 0 and not inner:
+                inner.append(session.chat(ASK).text)
+
+        assert [session.chat(ASK, on_prefill=on_prefill).text, *inner] == [expected] * 2
+
+    def test_close_waits_for_the_token_under_way(self) -> None:
+        order: list[str] = []
+        session = make_session(close=lambda: order.append("closed"))
+        threads: list[threading.Thread] = []
+
+        def on_prefill(done: int, total: int) -> None:
+            if done == 0:
+                threads.append(threading.Thread(target=session.close))
+                threads[0].start()
+                threads[0].join(0.05)
+                order.append("computed")
+
+        with pytest.raises(KtrtError, match="closed"):
+            session.chat(ASK, on_prefill=on_prefill)
+        threads[0].join()
+        assert order == ["computed", "closed"]
+
+
+def failing(error: Exception) -> Callable[..., Any]:
+    return raising_in("ktrt.layers.linear", error)
+
+
+class TestEngineErrors:
+    @pytest.mark.parametrize("kind", [ValueError, RuntimeError, MemoryError])
+    def test_an_answer(
+        self, session: Session, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        expected = session.chat(ASK).text
+        pieces = session.stream(ASK)
+        next(pieces)
+        with monkeypatch.context() as patch:
+            patch.setattr(session.model, "forward", failing(kind("x: expected 3, found 4")))
+            with pytest.raises(EngineError, match="the engine failed: x: expected 3") as caught:
+                list(pieces)
+            with pytest.raises(EngineError):
+                session.chat(ASK)
+        assert type(caught.value.__cause__) is kind
+        assert session.chat(ASK).text == expected
+
+    def test_others_stay(self, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+        def on_prefill(done: int, total: int) -> None:
+            raise ValueError("the caller's")
+
+        with pytest.raises(ValueError, match="the caller's"):
+            session.chat(ASK, on_prefill=on_prefill)
+        monkeypatch.setattr(session.model, "forward", lambda **_: torch.ones(2).view(3))
+        with pytest.raises(RuntimeError, match="shape") as caught:
+            session.chat(ASK)
+        assert not isinstance(caught.value, KtrtError)
+
+    def test_warming_up(self, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(session.model, "forward", failing(ValueError("bad")))
+        with pytest.raises(EngineError, match="the engine failed: bad"):
+            session.warm_up()
 
 
 class TestClose:
@@ -178,43 +310,6 @@ def test_no_thread_is_started(session: Session) -> None:
     assert threading.active_count() == before
 
 
-U, A, S = ({"role": role, "content": "x"} for role in ("user", "assistant", "system"))
-NOT_TEXT: Any = {"role": "user", "content": 3}
-NO_ROLE: Any = {"content": "x"}
-
-
-@pytest.mark.parametrize("messages", [[U], [S, U], [U, A, U], [S, U, A, U]])
-def test_good_messages(messages: list[dict[str, str]]) -> None:
-    check_messages(messages)
-
-
-@pytest.mark.parametrize(
-    ("messages", "expected"),
-    [
-        ([], "messages: expected a last message of the user"),
-        ([S], "messages: expected a last message of the user"),
-        ([U, A], "messages: expected a last message of the user"),
-        ([A], r"messages\[0\]: expected a message of the user, found one of the assistant"),
-        ([U, U], r"messages\[1\]: expected a message of the assistant"),
-        ([U, S], r"messages\[1\]: expected a message of the assistant, found one of the system"),
-        ([{"role": "tool", "content": "x"}], r"messages\[0\]: role: .* found 'tool'"),
-        ([{"role": "user", "content": " \n"}], r"messages\[0\]: content: expected text, not empty"),
-        (
-            [{"role": "user", "content": "a\udc80"}],
-            r"messages\[0\]: content: 'a\\udc80' holds half a character",
-        ),
-        ([NOT_TEXT], r"messages\[0\]: content: expected text, not empty, found 3"),
-        ([NO_ROLE], r"messages\[0\]: expected a mapping of role and content"),
-        (None, "messages: expected a list of messages, found None"),
-        ("hello", "messages: expected a list of messages, found 'hello'"),
-        (U, "messages: expected a list of messages, found {'role'"),
-    ],
-)
-def test_bad_messages(messages: Any, expected: str) -> None:
-    with pytest.raises(ConfigError, match=expected):
-        check_messages(messages)
-
-
 LONG = [
     {"role": "assistant" if index % 2 else "user", "content": f"{index} " + "你好" * 20}
     for index in range(9)
@@ -251,9 +346,8 @@ class TestContext:
     def test_cutoff_len(self) -> None:
         plain = make_session()
         session = Session(
-            model=plain.model, tokenizer=plain.tokenizer, template=plain.template,
-            sampling=plain.sampling, audit=plain.audit, close=lambda: None, cutoff_len=64,
-        )  # fmt: skip
+            make_loaded(plain.model), plain.tokenizer, plain.template, plain.sampling, cutoff_len=64
+        )
         assert plain.context_limit == 2048
         assert session.context_limit == 64
         with pytest.raises(ConfigError, match="tokens, cutoff_len allows 64"):

@@ -12,7 +12,8 @@ from helpers.tiny_chat import make_session
 import ktrt
 from ktrt.config import SamplingArgs
 from ktrt.generate import runner
-from ktrt.generate.loop import Response, stream_generate
+from ktrt.generate.loop import stream_generate
+from ktrt.generate.response import TokenResponse
 from ktrt.generate.runner import KvCache
 from ktrt.session import Session
 
@@ -74,7 +75,7 @@ class Chunks:
         self.prompt += expected
         return len(expected)
 
-    def _compare(self, responses: list[Response], expected: list[int]) -> None:
+    def _compare(self, responses: list[TokenResponse], expected: list[int]) -> None:
         """The engine rounds to bfloat16 between its GEMMs, so another number of tokens in a forward
         may decide between two tokens that are as good as equal."""
         pairs = enumerate(zip(responses, expected, strict=False))
@@ -126,7 +127,7 @@ class Talk:
 
         patch.setattr(KvCache, "forward", spy)
 
-    def answer(self) -> Response:
+    def answer(self) -> TokenResponse:
         """The last response to the messages so far; counts only the prompt's tokens."""
         self.computed = 0
         responses = list(self.session.stream_responses(self.messages))
@@ -136,7 +137,7 @@ class Talk:
         self.text = "".join(each.text for each in responses)
         return last
 
-    def say(self, text: str) -> Response:
+    def say(self, text: str) -> TokenResponse:
         self.messages.append({"role": "user", "content": text})
         last = self.answer()
         self.messages.append({"role": "assistant", "content": self.text})

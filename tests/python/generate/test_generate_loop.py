@@ -1,6 +1,5 @@
 """Tests of ktrt.generate.loop: the loop against transformers' generate, text, the KV cache."""
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from ktrt.config import SamplingArgs
 from ktrt.errors import ConfigError
 from ktrt.generate import graphs, runner
-from ktrt.generate.loop import Response, check_prompt, stream_generate
+from ktrt.generate.loop import check_prompt, stream_generate
+from ktrt.generate.response import TokenResponse
 from ktrt.generate.runner import KvCache
 from ktrt.kv import static
 
@@ -48,13 +48,13 @@ def run(
     args: SamplingArgs = GREEDY,
     count: int = 25,
     stop_ids: frozenset[int] = frozenset(),
-) -> list[Response]:
+) -> list[TokenResponse]:
     return list(
         stream_generate(tokenizer, cache, prompt, args, stop_ids=stop_ids, max_tokens=count)
     )
 
 
-def tokens(responses: list[Response]) -> list[int]:
+def tokens(responses: list[TokenResponse]) -> list[int]:
     return [response.token for response in responses]
 
 
@@ -243,9 +243,3 @@ class TestCheckPrompt:
     def test_foreign_tokenizer(self, model: Any) -> None:
         with pytest.raises(ConfigError, match="does not belong"):
             check_prompt(model, [3, 10**6], 2048)
-
-
-def test_response_is_immutable() -> None:
-    response = Response("", 0, None, 1, 0, 1, 0.1, 0.0)
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        response.text = "x"  # type: ignore[misc]

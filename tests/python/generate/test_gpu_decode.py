@@ -218,16 +218,9 @@ def logged(log: list[str], name: str, function: Any) -> Any:
 
 def test_a_session_captures_anew_for_other_adapters(shared: Shared) -> None:
     tokenizer, adapters = make_tokenizer(vocab_size=380), shared.loaded.adapters
-    session = Session(
-        model=shared.loaded.model,
-        tokenizer=tokenizer,
-        template=load_template(TemplateArgs("default"), tokenizer),
-        sampling=SamplingArgs(do_sample=False, max_new_tokens=4),
-        audit=shared.loaded.audit,
-        close=lambda: None,
-        graphs=shared.loaded.graphs,
-        adapters=adapters,
-    )
+    template = load_template(TemplateArgs("default"), tokenizer)
+    sampling = SamplingArgs(do_sample=False, max_new_tokens=4)
+    session = Session(shared.loaded, tokenizer, template, sampling)
 
     def reused() -> int:
         question = [{"role": "user", "content": "hello, who are you?"}]

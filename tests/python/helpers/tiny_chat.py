@@ -8,9 +8,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ktrt.adapter.residents import Adapters
 from ktrt.config import SamplingArgs, TemplateArgs
+from ktrt.loading.model import LoadedModel
 from ktrt.prompt.template.load import load_template
 from ktrt.session import Session
+from ktrt.utils.patches import Patches
 
 TEXT = [
     "你好，请介绍一下你自己。我是一个混合专家模型，很高兴见到你！",
@@ -62,6 +65,12 @@ def make_model(tokenizer: PreTrainedTokenizerFast, **options: Any) -> LlamaForCa
     return LlamaForCausalLM(config).eval()
 
 
+def make_loaded(model: Any, close: Callable[[], None] = lambda: None) -> LoadedModel:
+    """A model without an engine; ``close`` is called in its place."""
+    engine: Any = SimpleNamespace(close=close)
+    return LoadedModel(model, Adapters(), engine, Patches())
+
+
 def make_session(
     *,
     template: str = "default",
@@ -72,12 +81,5 @@ def make_session(
     """Returns a session; by default greedy, with at most 40 tokens."""
     tokenizer = make_tokenizer()
     args = SamplingArgs(**{"do_sample": False, "max_new_tokens": 40} | sampling)
-    empty: Any = SimpleNamespace(rows=[])
-    return Session(
-        model=make_model(tokenizer, **(model_options or {})),
-        tokenizer=tokenizer,
-        template=load_template(TemplateArgs(template), tokenizer),
-        sampling=args,
-        audit=empty,
-        close=close,
-    )
+    loaded = make_loaded(make_model(tokenizer, **(model_options or {})), close)
+    return Session(loaded, tokenizer, load_template(TemplateArgs(template), tokenizer), args)
