@@ -44,7 +44,10 @@ EXIT_FAILURE = 2
 EXIT_INTERRUPTED = 130
 EXIT_NO_READER = 141
 
-NO_CONFIG = "expected a configuration: a YAML file, or model_name_or_path=DIR and other keys"
+NO_CONFIG = (
+    "expected a configuration: a YAML file, a model's folder, or model_name_or_path=DIR and other "
+    "keys"
+)
 _CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
 
@@ -106,8 +109,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
         parser.error(str(error))
     args = parser.parse_intermixed_args(_with_bare_options(parser, words))
     given = [each for each in (args.config, *args.overrides, *overrides) if each is not None]
-    files = [each for each in given if _is_file(each) and each not in overrides]
-    args.config = files[0] if files else {} if given else None
+    sources = [each for each in given if _is_source(each) and each not in overrides]
+    args.config = sources[0] if sources else {} if given else None
     args.overrides = [each for each in given if each is not args.config]
     return args
 
@@ -128,13 +131,13 @@ def _with_bare_options(parser: argparse.ArgumentParser, words: list[str]) -> lis
     ]
 
 
-def _is_file(argument: str) -> bool:
+def _is_source(argument: str) -> bool:
     if "=" not in argument:
         return True
     if argument.endswith(_CONFIG_SUFFIXES) and not names_key(argument):
         return True
     try:
-        return Path(argument).is_file()
+        return Path(argument).exists()
     except OSError:
         return False
 

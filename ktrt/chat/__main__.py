@@ -79,7 +79,7 @@ def main(
             return _run(_talk(session, config, terminal, start, args), start, args)
 
     try:
-        with _logging_to(terminal.stderr, _log_level(args)), terminations():
+        with _logging_to(terminal.stderr, _log_level(args), block=args.debug), terminations():
             return guarded(body, terminal.error, debug=args.debug)
     except Terminated as end:
         return end.exit_code
@@ -303,19 +303,23 @@ def _log_level(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _logging_to(stream: TextIO, level: int) -> Iterator[None]:
-    """ktrt's own log lines on ``stream``: INFO as they are, others with their level."""
+def _logging_to(stream: TextIO, level: int, *, block: bool = False) -> Iterator[None]:
+    """Shows ktrt's log lines on ``stream``: INFO as they are, others with their level. ``block``:
+    the DEBUG block of the model's structure is complete, unless ``level`` hides it."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_Formatter())
-    logger = logging.getLogger("ktrt")
-    before = logger.level
+    logger, structure = logging.getLogger("ktrt"), logging.getLogger("ktrt.debug")
+    before = logger.level, structure.level
     logger.setLevel(level)
+    if block and level <= logging.INFO:
+        structure.setLevel(logging.DEBUG)
     logger.addHandler(handler)
     try:
         yield
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(before)
+        logger.setLevel(before[0])
+        structure.setLevel(before[1])
 
 
 class _Formatter(logging.Formatter):

@@ -1,7 +1,6 @@
 """From a YAML file (or mapping) and overrides to a ``Config``."""
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
@@ -22,9 +21,15 @@ from ktrt.config.arguments import Takes, convert_options
 from ktrt.config.check import check_value, describe, nearest, shown
 from ktrt.config.keys import IGNORED, MEANT, NOTED, REFUSED, TRAINING
 from ktrt.config.kt_files import check_non_experts
-from ktrt.config.source import find_path, parse_overrides, read_yaml
+from ktrt.config.source import (
+    find_path,
+    hub_advice,
+    parse_overrides,
+    read_source,
+    read_yaml,
+)
 from ktrt.errors import ConfigError
-from ktrt.folders import cached_snapshots, holds_adapter
+from ktrt.folders import holds_adapter
 
 _log = logging.getLogger(__name__)
 
@@ -72,32 +77,24 @@ _BACKENDS = {
 }
 _ACTING = {*_TYPES, *_ALIASES, *_BACKENDS, "kt_config"}
 _KNOWN = {*_ACTING, *IGNORED, *NOTED, *REFUSED}
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load_config(
-    source: str | Path | Mapping[str, object],
+    source: str | PathLike[str] | Mapping[str, object],
     overrides: Mapping[str, object] | Sequence[str] = (),
 ) -> Config:
-    """The configuration in ``source``, a YAML file or a mapping of the same keys.
+    """Returns the configuration in ``source``: a YAML file, a model's folder, or a mapping of the
+    same keys.
 
     ``overrides`` (a mapping, or ``key=value`` texts with YAML scalars) win over it; null resets a
-    key to its default. Relative paths are looked up in the current directory, then beside the YAML
-    file. Keys without effect are reported on this module's logger.
+    key to its default. Relative paths are looked up in the current directory, then in the YAML
+    file's. Keys without effect are reported on this module's logger.
 
     ``ConfigError`` names the source, the key, what was found and what was expected: unknown keys,
     wrong types or ranges, contradicting spellings, and what ktrt cannot do or find.
     """
-    if isinstance(source, Mapping):
-        where, folder = "config", None
-        values = _normalise(source, where)
-    elif not isinstance(source, str | PathLike):
-        raise ConfigError(
-            f"expected the path of a YAML file or a mapping, found {describe(source)}"
-        )
-    else:
-        where, folder = str(source), Path(source).parent
-        values = _normalise(read_yaml(Path(source)), where)
+    given, where, folder = read_source(source)
+    values = _normalise(given, where)
     _drop_cutoff_of_training(values)
     if not isinstance(overrides, Mapping):
         overrides = parse_overrides(overrides, _TEXT_KEYS)
@@ -326,13 +323,4 @@ def _directory(key: str, given: Path, where: str, folder: Path | None) -> Path:
         if given.suffix.lower() == ".gguf":
             advice = "it is a GGUF file, expected a Hugging Face folder with safetensors"
         raise ConfigError(f"{found}: {advice}")
-    if _HUB_ID.fullmatch(str(given)):
-        name = given.name
-        if cached := cached_snapshots(str(given)):
-            raise ConfigError(f"{found}. The hub's cache holds it: set {key} to {cached[-1]}")
-        raise ConfigError(
-            f"{found}. ktrt downloads nothing; if this is a Hugging Face id, run\n"
-            f"  huggingface-cli download {given} --local-dir {name}\n"
-            f"and set {key} to {name}"
-        )
-    raise ConfigError(found)
+    raise ConfigError(f"{found}{hub_advice(given, f'set {key} to')}")

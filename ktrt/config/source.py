@@ -1,7 +1,8 @@
-"""Where settings come from: a YAML file read strictly, and ``key=value`` overrides."""
+"""Where settings come from: YAML files, read strictly; models' folders; ``key=value`` overrides."""
 
 import re
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,12 @@ import yaml
 
 from ktrt.config.check import describe, shown
 from ktrt.errors import ConfigError
+from ktrt.folders import cached_snapshots, holds_adapter, holds_model
 
 _SHOWN = 200
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_YAML = (".yaml", ".yml", ".json")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 _FLOAT_TAG = "tag:yaml.org,2002:float"
 
@@ -40,6 +45,79 @@ _StrictLoader.add_implicit_resolver(
 )
 
 
+def read_source(source: object) -> tuple[Mapping[str, object], str, Path | None]:
+    """Reads a YAML file, a model's folder, or a mapping of the same keys. Returns its values, its
+    name for messages, and a YAML file's folder.
+
+    ``ConfigError``: none of the three, or what ``read_yaml`` refuses.
+    """
+    if isinstance(source, Mapping):
+        return source, "config", None
+    if not isinstance(source, str | PathLike):
+        raise ConfigError(
+            "expected the path of a YAML file, a model's folder or a mapping, found "
+            f"{describe(source)}"
+        )
+    path = find_path("config", Path(source), "the configuration", None)[0]
+    if path.is_dir():
+        _check_is_model(path)
+        return {"model_name_or_path": str(path)}, str(source), None
+    if path.is_file():
+        _check_is_text(path)
+    elif path.suffix.lower() not in _YAML and not path.exists():
+        raise ConfigError(
+            f"there is no file or folder {path}: expected a YAML file or a model's folder"
+            f"{hub_advice(path, 'name')}"
+        )
+    return read_yaml(path), str(source), path.parent
+
+
+def _check_is_model(folder: Path) -> None:
+    """Refuses a folder that is certainly no model's; what else is wrong, loading says."""
+    if holds_model(folder):
+        return
+    if holds_adapter(folder):
+        raise ConfigError(
+            f"{folder} is an adapter's folder: expected its base model's folder, or a YAML file. "
+            f"The adapter goes with it as adapter_name_or_path={folder}, in Python adapter="
+        )
+    files = sorted(path.name for path in folder.glob("*") if path.suffix in (".yaml", ".yml"))
+    if files:
+        raise ConfigError(
+            f"{folder} is a folder without a model: did you mean {folder / files[0]}?"
+        )
+
+
+def _check_is_text(file: Path) -> None:
+    """Refuses files of models and adapters."""
+    if file.suffix.lower() == ".gguf":
+        raise ConfigError(
+            f"{file} is a GGUF file: expected a YAML file, or a model's folder with safetensors"
+        )
+    model = holds_model(file.parent)
+    weights = file.suffix.lower() in _WEIGHTS
+    if weights or (file.suffix == ".json" and (model or holds_adapter(file.parent))):
+        what = "an adapter" if holds_adapter(file.parent) and not model else "a model"
+        raise ConfigError(
+            f"{file} is a file of {what}: expected a YAML file, or the folder of a model"
+            f"{f': {file.parent}' if model else ''}"
+        )
+
+
+def hub_advice(given: Path, give: str) -> str:
+    """Returns how to get a model that is named by its Hugging Face id; empty for other paths.
+    ``give`` starts the advice: "name", "set KEY to"."""
+    if not _HUB_ID.fullmatch(str(given)):
+        return ""
+    if cached := cached_snapshots(str(given)):
+        return f". The hub's cache holds it: {give} {cached[-1]}"
+    return (
+        ". ktrt downloads nothing; if this is a Hugging Face id, run\n"
+        f"  huggingface-cli download {given} --local-dir {given.name}\n"
+        f"and {give} {given.name}"
+    )
+
+
 def read_yaml(path: Path) -> dict[str, object]:
     """The mapping in a YAML (or JSON) file.
 
@@ -48,11 +126,6 @@ def read_yaml(path: Path) -> dict[str, object]:
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
-    except IsADirectoryError as error:
-        raise ConfigError(
-            f"{path} is a folder, expected a YAML file. For a model's folder without one give "
-            f"model_name_or_path={path}"
-        ) from error
     except OSError as error:
         raise ConfigError(f"cannot read the config file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -230,9 +230,11 @@ class TestArguments:
         assert arguments().config is None
 
     def test_a_file_with_an_equals_sign(self, tmp_path: Path) -> None:
-        file = tmp_path / "a=b"
+        file, folder = tmp_path / "a=b", tmp_path / "model=1"
         file.touch()
+        folder.mkdir()
         assert arguments("top_k=3", str(file)).config == str(file)
+        assert arguments("top_k=3", str(folder)).config == str(folder)
         assert arguments("a=b.yaml").config == "a=b.yaml"
 
     @pytest.mark.parametrize("value", ["model_name_or_path=m/config.json", "template=a.yaml"])

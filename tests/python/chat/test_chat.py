@@ -326,6 +326,30 @@ class TestLog:
         assert err == "".join(lines[each] for each in shown)
         assert out == ""
 
+    @pytest.mark.parametrize(
+        ("flags", "complete"),
+        [
+            ([], False),
+            (["-v"], True),
+            (["--debug"], True),
+            (["-q"], None),
+            (["-q", "--debug"], None),
+        ],
+    )
+    def test_the_debug_block(self, config: str, flags: list[str], complete: bool | None) -> None:
+        """The model's structure, complete at DEBUG; None: hidden."""
+
+        def talk(_: Config) -> Any:
+            logger = logging.getLogger("ktrt.debug")
+            logger.info("complete" if logger.isEnabledFor(logging.DEBUG) else "short")
+            logging.getLogger("ktrt.loading.model").debug("details")
+            return fake_chat.EchoSession()
+
+        _, _, err = run(config, "", *flags, open_session=talk)
+        shown = {True: "complete\n", False: "short\n", None: ""}[complete]
+        assert err == shown + ("DEBUG: details\n" if "-v" in flags else "")
+        assert logging.getLogger("ktrt.debug").level == logging.NOTSET
+
     def test_speeds_come_after_the_answer(self, config: str) -> None:
         log = io.StringIO()
         terminal = Terminal(io.BytesIO(b"a\n"), log, log)

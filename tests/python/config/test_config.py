@@ -402,11 +402,6 @@ class TestFiles:
     def test_missing(self, tmp_path: Path) -> None:
         assert "No such file" in refused(tmp_path / "none.yaml")
 
-    def test_folder(self, tmp_path: Path) -> None:
-        error = refused(tmp_path)
-        assert "is a folder" in error
-        assert f"model_name_or_path={tmp_path}" in error
-
     def test_syntax_error_names_file_and_line(self, write: Callable[[str], Path]) -> None:
         path = write("top_k: 3\n  bad: [\n")
         assert f"{path}:3:" in refused(path)

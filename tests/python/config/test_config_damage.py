@@ -158,5 +158,7 @@ def test_overrides_too(folder: Path, key: str) -> None:
 
 @pytest.mark.parametrize("source", [None, 3, ["model_name_or_path=x"]])
 def test_neither_path_nor_mapping(source: Any) -> None:
-    with pytest.raises(ConfigError, match="expected the path of a YAML file or a mapping, found"):
+    with pytest.raises(
+        ConfigError, match="expected the path of a YAML file, a model.s folder or a mapping"
+    ):
         load_config(source)
