@@ -1,4 +1,4 @@
-"""``ktrt.load``: from a configuration to a session that answers."""
+"""``ktrt.load``: loads what a configuration names and returns a session."""
 
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
@@ -54,7 +54,7 @@ def open_session(config: Config) -> Session:
         config.model.model_name_or_path,
         experts_elsewhere=config.experts.kt_weight_path is not None,
     )
-    # Before the model: a tokenizer or template that does not fit is known after a second.
+    # Before the model: a wrong tokenizer or template is then reported within a second.
     words = load_words(
         config.model, config.adapter.folders,
         own_template=config.template.template in (None, "", "auto"),
@@ -77,13 +77,13 @@ def open_session(config: Config) -> Session:
 
 
 class _WordsOfLoaded:
-    """Puts the words of adapters that are loaded later into the session's tokenizer."""
+    """Adds the words of adapters loaded later to the session's tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
     def __call__(self, name: str, folder: Path, rows: int) -> Callable[[], None]:
-        """Checks them against ``rows`` of embeddings; calling the result adds them."""
+        """Checks the words against the ``rows`` of the embeddings; calling the result adds them."""
         words = read_words(name, folder, self._tokenizer)
         if words is None or not words.tokens:
             return lambda: None

@@ -1,4 +1,4 @@
-"""Where settings come from: YAML files, read strictly; models' folders; ``key=value`` overrides."""
+"""Sources of settings: YAML files, read strictly; models' folders; ``key=value`` overrides."""
 
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -21,7 +21,7 @@ _FLOAT_TAG = "tag:yaml.org,2002:float"
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, with duplicate keys refused (it keeps the last one silently)."""
+    """PyYAML's safe loader, but refuses duplicate keys, of which it would keep the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
@@ -30,7 +30,7 @@ class _StrictLoader(yaml.SafeLoader):
                 continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
-                break  # PyYAML says so, with the line
+                break  # PyYAML reports it, with the line
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} is given twice", key_node.start_mark
@@ -39,7 +39,7 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1, as PyYAML reads it, takes "1e-5" for text; people mean the number.
+# PyYAML reads YAML 1.1, where "1e-5" is text; users mean the number.
 _StrictLoader.add_implicit_resolver(
     _FLOAT_TAG, re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
@@ -73,7 +73,7 @@ def read_source(source: object) -> tuple[Mapping[str, object], str, Path | None]
 
 
 def _check_is_model(folder: Path) -> None:
-    """Refuses a folder that is certainly no model's; what else is wrong, loading says."""
+    """Refuses a folder that is certainly not a model's; loading finds other errors."""
     if holds_model(folder):
         return
     if holds_adapter(folder):
@@ -119,7 +119,7 @@ def hub_advice(given: Path, give: str) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, object]:
-    """The mapping in a YAML (or JSON) file.
+    """Returns the mapping in a YAML (or JSON) file.
 
     ``ConfigError`` with file, line and column: no such file, not UTF-8, a syntax error, a key given
     twice, or something other than a mapping with text keys.
@@ -144,8 +144,8 @@ def read_yaml(path: Path) -> dict[str, object]:
 
 
 def find_path(key: str, given: Path, where: str, folder: Path | None) -> list[Path]:
-    """What a path of a configuration may mean, the first one that exists in front: as given (from
-    the current directory), else beside the YAML file. ``ConfigError``: no path at all."""
+    """Returns the paths that ``given`` may mean, existing ones first: from the current directory,
+    then from the YAML file's. ``ConfigError``: it is no valid path."""
     try:
         path = given.expanduser()
         tried = [path] if folder is None or path.is_absolute() else [path, folder / path]
@@ -156,7 +156,8 @@ def find_path(key: str, given: Path, where: str, folder: Path | None) -> list[Pa
 
 
 def parse_overrides(pairs: Sequence[str], text_keys: Iterable[str]) -> dict[str, object]:
-    """``key=value`` arguments. Values are YAML scalars, those of ``text_keys`` are taken literally.
+    """Parses ``key=value`` arguments. Values are YAML scalars; values of ``text_keys`` are
+    literal.
 
     ``ConfigError``: an argument without ``=``, or a key given twice.
     """
@@ -188,7 +189,7 @@ def _parse(text: str, where: str) -> object:
     except RecursionError as error:
         raise ConfigError(f"{where}: not valid YAML: nested too deeply") from error
     except Exception as error:
-        # What PyYAML's constructors raise of a date, number or tag that is none; they name no line.
+        # Raised by PyYAML's constructors for an invalid date, number or tag, without a line.
         reason = " ".join(str(error).split())[:_SHOWN]
         raise ConfigError(
             f"{where}: not valid YAML: {type(error).__name__}: {reason}; put texts in quotes"

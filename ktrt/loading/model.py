@@ -74,7 +74,7 @@ class LoadedModel:
 
     @property
     def audit(self) -> Audit:
-        """Of the first adapter; empty for the base model."""
+        """The audit of the first adapter; empty for the base model."""
         return self.adapters.audit(next(iter(self.adapters.names), None))
 
     def new_cache(self) -> KvCache:

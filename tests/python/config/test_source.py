@@ -11,7 +11,7 @@ from ktrt.errors import ConfigError
 
 @pytest.fixture
 def folders(tmp_path: Path) -> Path:
-    """A model and an adapter, as far as names tell."""
+    """A model and an adapter, by the names of their files."""
     for name in (
         "model/config.json", "model/model.safetensors", "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
