@@ -1,10 +1,12 @@
-"""``ktrt.load``: from a configuration to a session that answers."""
+"""``ktrt.load``: loads what a configuration names and returns a session."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from ktrt.config import Config, load_config
+from ktrt.errors import ConfigError
 from ktrt.folders import check_model_folder
 from ktrt.loading.model import load_model
 from ktrt.prompt.template.load import load_template
@@ -12,13 +14,38 @@ from ktrt.prompt.tokenizer.words import load_words, read_words
 from ktrt.session import Session
 
 
-def load(source: str | Path | Mapping[str, object], **overrides: object) -> Session:
-    """Loads the model, the adapter and the tokenizer that a configuration names.
+def load(
+    source: str | PathLike[str] | Mapping[str, object],
+    *,
+    adapter: str | PathLike[str] | Sequence[str | PathLike[str]] | None = None,
+    **overrides: object,
+) -> Session:
+    """Loads a model, its adapters and its tokenizer; returns a session that answers.
 
-    ``source``: the path of a YAML file, or a mapping of the same keys; ``overrides`` win over it.
-    ``ConfigError``, ``CheckpointError`` and ``AdapterError`` say what does not fit.
+    ``source``: a YAML file, a model's folder, or a mapping of the YAML's keys. ``adapter``: one
+    folder or several, in place of the adapters that a YAML names. ``overrides``: keys of the YAML,
+    which win over it; ``adapter_name_or_path=None`` loads the base model alone.
+
+    ``ConfigError``, ``CheckpointError`` and ``AdapterError`` say what does not fit;
+    ``EngineError``: the engine failed.
     """
-    return open_session(load_config(source, overrides))
+    return open_session(load_config(source, _with_adapter(adapter, overrides)))
+
+
+def _with_adapter(adapter: object, overrides: Mapping[str, object]) -> Mapping[str, object]:
+    """Returns the overrides for which ``adapter`` replaces what a YAML says about adapters."""
+    if adapter is None:
+        return overrides
+    if adapter in ("", [], ()):
+        raise ConfigError(
+            f"adapter: expected a folder or a list of folders, found {adapter!r}; the base model "
+            "alone is adapter_name_or_path=None"
+        )
+    for key in ("adapter_name_or_path", "adapters"):
+        if overrides.get(key) is not None:
+            raise ConfigError(f"adapter and {key} are both given; keep one of them")
+    of_the_yaml = dict.fromkeys(("adapters", "adapter_weights", "adapter_folder"))
+    return {**of_the_yaml, **overrides, "adapter_name_or_path": adapter}
 
 
 def open_session(config: Config) -> Session:
@@ -27,7 +54,7 @@ def open_session(config: Config) -> Session:
         config.model.model_name_or_path,
         experts_elsewhere=config.experts.kt_weight_path is not None,
     )
-    # Before the model: a tokenizer or template that does not fit is known after a second.
+    # Before the model: a wrong tokenizer or template is then reported within a second.
     words = load_words(
         config.model, config.adapter.folders,
         own_template=config.template.template in (None, "", "auto"),
@@ -50,13 +77,13 @@ def open_session(config: Config) -> Session:
 
 
 class _WordsOfLoaded:
-    """Puts the words of adapters that are loaded later into the session's tokenizer."""
+    """Adds the words of adapters loaded later to the session's tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
     def __call__(self, name: str, folder: Path, rows: int) -> Callable[[], None]:
-        """Checks them against ``rows`` of embeddings; calling the result adds them."""
+        """Checks the words against the ``rows`` of the embeddings; calling the result adds them."""
         words = read_words(name, folder, self._tokenizer)
         if words is None or not words.tokens:
             return lambda: None

@@ -1,18 +1,17 @@
-"""What the commands ``python -m ktrt.…`` share: arguments, environment, failures, exit codes.
+"""Arguments, environment, failures and exit codes of all verbs.
 
-Exit codes mean the same in every command:
+Exit codes mean the same in every verb:
 
-0    it did what was asked, and found nothing wrong;
-1    it did what was asked, and what it found is bad: ``audit --verify`` (the model acts otherwise
-     than the adapter's files say), ``doctor`` (a setting to fix), ``chat --plan`` (the model does
-     not fit into memory);
-2    it could not do it, or could not tell: an argument, a file, the machine, a defect of ktrt;
-129  SIGHUP, in the chat: the terminal has gone;
+0    done, and nothing wrong was found;
+1    done, and something wrong was found: ``audit --verify`` (a layer does not match the adapter's
+     files), ``doctor`` (a setting to fix), ``chat --plan`` (the model does not fit into memory);
+2    not done, or undecided: an argument, a file, the machine, a defect of ktrt;
+129  SIGHUP in the chat: the terminal has gone;
 130  Ctrl-C;
-141  whoever read the output has gone (a closed pipe; nothing is printed);
-143  SIGTERM, in the chat.
+141  the reader of the output has gone (a closed pipe; nothing is printed);
+143  SIGTERM in the chat.
 
-2 comes with one line on standard error, and with the traceback under ``--debug``.
+Code 2 comes with one line on standard error, with ``--debug`` also with the traceback.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ktrt.config import as_overrides, names_key
-from ktrt.errors import ConfigError, KtrtError
+from ktrt.errors import ConfigError, EngineError, KtrtError
 from ktrt.utils.program import program
 from ktrt.utils.streams import abandon, occupy_descriptors
 
@@ -44,15 +43,18 @@ EXIT_FAILURE = 2
 EXIT_INTERRUPTED = 130
 EXIT_NO_READER = 141
 
-NO_CONFIG = "expected a configuration: a YAML file, or model_name_or_path=DIR and other keys"
+NO_CONFIG = (
+    "expected a configuration: a YAML file, a model's folder, or model_name_or_path=DIR and other "
+    "keys"
+)
 _CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
 
 def set_environment(*, quiet: bool = True) -> None:
-    """For torch and transformers, which read it once: before they are imported. ``quiet`` keeps
-    their warnings to themselves."""
+    """Sets the environment for torch and transformers, which read it when they are imported.
+    ``quiet`` hides their warnings."""
     # OpenMP's threads spin after every operation of torch, on cores that the engine's threads need:
-    # with both on 2 busy cores the demo made 3 tokens/s, with sleeping ones 70.
+    # on 2 busy cores the demo made 3 tokens/s with spinning threads, 70 with sleeping ones.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Models are local, and the log is ours.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -83,15 +85,15 @@ def new_parser(name: str, description: str, epilog: str | None = None) -> argpar
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments; ``--key value`` of a configuration's keys are overrides.
+    """Parses the command line; ``--key value`` of a configuration's keys are overrides.
 
-    ``config`` is a path, an empty mapping where overrides come without a file, or None. What cannot
-    be read leaves with exit code 2 and a line, as argparse does.
+    ``config`` becomes a path, an empty mapping for overrides without a file, or None. A wrong
+    argument exits with code 2 and one line, as in argparse.
     """
     occupy_descriptors()
     words = list(sys.argv[1:] if argv is None else argv)
     for word in words:
-        # Bytes of the command line that are no UTF-8 arrive as halves of surrogate pairs.
+        # Bytes of the command line that are not UTF-8 arrive as lone surrogates.
         if any(0xD800 <= ord(character) <= 0xDFFF for character in word):
             raw = word.encode("utf-8", "surrogateescape")
             parser.error(f"the argument {raw!r} is not UTF-8 text")
@@ -106,15 +108,15 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
         parser.error(str(error))
     args = parser.parse_intermixed_args(_with_bare_options(parser, words))
     given = [each for each in (args.config, *args.overrides, *overrides) if each is not None]
-    files = [each for each in given if _is_file(each) and each not in overrides]
-    args.config = files[0] if files else {} if given else None
+    sources = [each for each in given if _is_source(each) and each not in overrides]
+    args.config = sources[0] if sources else {} if given else None
     args.overrides = [each for each in given if each is not args.config]
     return args
 
 
 def _with_bare_options(parser: argparse.ArgumentParser, words: list[str]) -> list[str]:
-    """An option whose value may be missing has none before the configuration or an override;
-    argparse would think so."""
+    """Marks options without a value: argparse would take the configuration or the override that
+    follows an option with an optional value as the value."""
     bare = {
         option
         for action in parser._actions
@@ -128,13 +130,13 @@ def _with_bare_options(parser: argparse.ArgumentParser, words: list[str]) -> lis
     ]
 
 
-def _is_file(argument: str) -> bool:
+def _is_source(argument: str) -> bool:
     if "=" not in argument:
         return True
     if argument.endswith(_CONFIG_SUFFIXES) and not names_key(argument):
         return True
     try:
-        return Path(argument).is_file()
+        return Path(argument).exists()
     except OSError:
         return False
 
@@ -142,13 +144,13 @@ def _is_file(argument: str) -> bool:
 def run_command(
     body: Callable[[], int], args: argparse.Namespace, *, level: int, interrupted: str = ""
 ) -> int:
-    """Runs ``body`` and returns its exit code, or the one of what stopped it (``guarded``), with a
-    line on standard error. ``level``: of ktrt's log lines, which go there too."""
+    """Runs ``body``; returns its exit code, or reports its failure on standard error and returns
+    the failure's code (see ``guarded``). ``level``: of ktrt's log lines, also on standard error."""
     if sys.stdout is None:
         _report("standard output is closed: there is nowhere to write to", None)
         return EXIT_FAILURE
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A path or a sign that the terminal's encoding lacks is no reason to stop.
+        # Characters that the terminal's encoding lacks are no reason to stop.
         sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logger = logging.getLogger("ktrt")
@@ -167,17 +169,17 @@ def guarded(
     debug: bool,
     interrupted: str = "",
 ) -> int:
-    """The boundary of every command: ``body``'s exit code, or that of the exception that ended it.
+    """Runs ``body``; returns its exit code, or the code of the exception that ended it.
 
-    ``report`` gets the line and, with ``debug``, the exception whose traceback is to be shown.
-    ``interrupted``: what Ctrl-C leaves behind.
+    ``report`` gets the message and, with ``debug``, the exception for a traceback.
+    ``interrupted``: the message after Ctrl-C.
     """
     pressed: list[int] = []
     try:
         with _noting_ctrl_c(pressed):
             code = body()
         if sys.stdout is not None:
-            # A full disk shows here, rather than in a complaint of the interpreter at its end.
+            # A full disk is found here, and not by the interpreter as it ends.
             sys.stdout.flush()
     except SystemExit:
         raise
@@ -203,7 +205,7 @@ def guarded(
 def _noting_ctrl_c(pressed: list[int]) -> Iterator[None]:
     """Adds to ``pressed`` each Ctrl-C that raises ``KeyboardInterrupt`` within the block.
 
-    Lazy imports of libraries make other exceptions of it: 2 of 8 Ctrl-Cs in a chat's first 3
+    Lazy imports of libraries turn it into other exceptions: 2 of 8 Ctrl-Cs in a chat's first 3
     seconds ended in transformers' "Could not import module".
     """
 
@@ -223,18 +225,20 @@ def _noting_ctrl_c(pressed: list[int]) -> Iterator[None]:
 
 
 def describe_failure(error: BaseException, *, debug: bool) -> str:
-    """What ktrt says on purpose, as it is; anything else as one line with its type."""
-    if isinstance(error, KtrtError):
+    """Returns the message of a ``KtrtError``; for other exceptions, and the engine's, one line."""
+    if isinstance(error, KtrtError) and not isinstance(error, EngineError):
         return str(error)
     words = " ".join(str(error).split()) or "no message"
+    hint = "" if debug else " (--debug shows where)"
+    if isinstance(error, EngineError):
+        return f"{words}{hint}"
     if isinstance(error, MemoryError):
         words = "there is not enough memory" if words == "no message" else words
-    hint = "" if debug else " (--debug shows where)"
     return f"{type(error).__name__}: {words}{hint}"
 
 
 def _drop_output_that_cannot_be_written() -> str | None:
-    """Why standard output takes nothing (a full disk); None if it does."""
+    """Returns why standard output cannot be written (a full disk); None if it can."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -245,7 +249,7 @@ def _drop_output_that_cannot_be_written() -> str | None:
 
 
 def _report(message: str, error: BaseException | None) -> None:
-    # None with a closed standard error; OSError where nobody can be told either.
+    # None if standard error is closed; OSError if it cannot be written.
     if sys.stderr is None:
         return
     with suppress(OSError):

@@ -1,13 +1,14 @@
 """The exceptions ktrt raises on purpose.
 
 A message names the file, key or tensor, what was found, what was expected, and what to do. Entry
-points print it as it is and exit with code 2; any other exception is a defect in ktrt.
+points print it and exit with code 2; any other exception is a defect in ktrt.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Packages that call the compiled engine.
+# Types that the compiled engine raises, never their subclasses, and the packages that call it.
+_RAISED = (ValueError, RuntimeError, MemoryError)
 _CALLERS = tuple(f"ktrt.{name}." for name in ("adapter", "engine", "experts", "layers", "loading"))
 
 
@@ -24,7 +25,7 @@ class CheckpointError(KtrtError):
 
 
 class AdapterError(KtrtError):
-    """An adapter that cannot be applied, completely, to the model at hand."""
+    """An adapter that cannot be applied completely to the model."""
 
 
 class EngineError(KtrtError):
@@ -37,12 +38,12 @@ def engine_errors() -> Iterator[None]:
     """Raises exceptions of the compiled engine within the block as ``EngineError``.
 
     Functions in C++ have no frame: the engine's exceptions end in the frame of the module that
-    called it. Others, of torch's layers or of a caller's callback, pass as they are.
+    called it. Exceptions of torch's layers or of a caller's callback do not change.
     """
     try:
         yield
     except (ValueError, RuntimeError, MemoryError) as error:
-        if not _comes_from_engine(error):
+        if type(error) not in _RAISED or not _comes_from_engine(error):
             raise
         reason = str(error) or (
             "no memory" if isinstance(error, MemoryError) else "no reason given"

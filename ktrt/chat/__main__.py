@@ -60,9 +60,9 @@ def main(
     open_session: Callable[[Config], "Session"] | None = None,
     terminal: Terminal | None = None,
 ) -> int:
-    """Runs a chat and returns the exit code, as ktrt.command_line says what each means.
+    """Runs a chat and returns the exit code; see ktrt.command_line.
 
-    ``open_session`` and ``terminal`` stand in for ``ktrt.api.open_session`` and the real terminal.
+    ``open_session`` and ``terminal`` replace ``ktrt.api.open_session`` and the real terminal.
     """
     terminal = terminal or Terminal.standard()
     args = _parse_arguments(argv)
@@ -79,7 +79,7 @@ def main(
             return _run(_talk(session, config, terminal, start, args), start, args)
 
     try:
-        with _logging_to(terminal.stderr, _log_level(args)), terminations():
+        with _logging_to(terminal.stderr, _log_level(args), block=args.debug), terminations():
             return guarded(body, terminal.error, debug=args.debug)
     except Terminated as end:
         return end.exit_code
@@ -141,8 +141,8 @@ def _show_plan(config: Config, terminal: Terminal, *, as_json: bool) -> int:
 
 def _open_session(config: Config) -> "Session":
     set_environment(quiet=not _log.isEnabledFor(logging.DEBUG))
-    # Imports and loading make a million objects that stay: looking among them for garbage took 0.5
-    # of 4 seconds, and would cost every later collection as much.
+    # Imports and loading make a million objects that stay: looking for garbage among them took 0.5
+    # of 4 seconds, and would take as long in every later collection.
     gc.disable()
     try:
         from ktrt.api import open_session
@@ -155,7 +155,7 @@ def _open_session(config: Config) -> "Session":
 
 @dataclass
 class _Start:
-    """What a chat begins with, read before the model is."""
+    """The state that a chat starts with; it is read before the model is loaded."""
 
     conversation: Conversation
     notes: list[str] = field(default_factory=list)
@@ -228,7 +228,8 @@ def _talk(
 
 
 def _limit(session: "Session") -> Callable[[], float | None]:
-    """Tokens per second at which the CPU's memory could be read; measured when first asked for."""
+    """Returns a function for the limit in tokens per second that the memory's bandwidth sets; the
+    first call measures it."""
 
     @functools.cache
     def bandwidth() -> float | None:
@@ -270,7 +271,7 @@ def _history_file() -> Path | None:
     try:
         return state_directory() / "history"
     except KtrtError:
-        return None  # said once, when the conversation has no place either
+        return None  # reported once, when the conversation cannot be saved either
 
 
 def _converse(talk: Talk, *, debug: bool) -> int:
@@ -303,19 +304,23 @@ def _log_level(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _logging_to(stream: TextIO, level: int) -> Iterator[None]:
-    """ktrt's own log lines on ``stream``: INFO as they are, others with their level."""
+def _logging_to(stream: TextIO, level: int, *, block: bool = False) -> Iterator[None]:
+    """Shows ktrt's log lines on ``stream``: INFO as they are, others with their level. ``block``:
+    the DEBUG block of the model's structure is complete, unless ``level`` hides it."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_Formatter())
-    logger = logging.getLogger("ktrt")
-    before = logger.level
+    logger, structure = logging.getLogger("ktrt"), logging.getLogger("ktrt.debug")
+    before = logger.level, structure.level
     logger.setLevel(level)
+    if block and level <= logging.INFO:
+        structure.setLevel(logging.DEBUG)
     logger.addHandler(handler)
     try:
         yield
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(before)
+        logger.setLevel(before[0])
+        structure.setLevel(before[1])
 
 
 class _Formatter(logging.Formatter):

@@ -14,15 +14,15 @@ from ktrt.config.check import nearest
 from ktrt.config.source import parse_overrides
 from ktrt.errors import KtrtError
 
-# What a word after a command may be, for completion; "path" stands for the files there are.
+# Words that may follow a command, for completion; "path" stands for existing files.
 _PATH = "path"
 
 
 @dataclass(frozen=True)
 class Command:
-    """``run`` gets the text behind the name, stripped. ``for_people``: it reads or writes files
-    that a line names, which lines from a pipe must not. ``alone``: no text may follow the name, so
-    that a pasted text that begins with it does nothing."""
+    """``run`` gets the text after the name, stripped. ``for_people``: the command reads or writes
+    files that the line names, and is refused in piped input. ``alone``: no text may follow the
+    name, so that a pasted text that begins with it does nothing."""
 
     usage: str
     summary: str
@@ -33,13 +33,13 @@ class Command:
 
 
 class Leave(Exception):  # noqa: N818 - no failure
-    """The user wants to go."""
+    """The user leaves the chat."""
 
 
 def run_line(talk: Talk, line: str) -> None:
-    """Does what ``line`` says: a command, or a message to answer. ``Leave``: it was `exit`.
+    """Runs a command, or answers a message. ``Leave``: the line was `exit`.
 
-    ``KtrtError``: an unknown command, or one that fails. Whatever a message raises on its way.
+    ``KtrtError``: an unknown command, or one that fails. A message raises what the session raises.
     """
     text = line.strip()
     if text in ("exit", "clear"):
@@ -74,13 +74,13 @@ def _run_command(talk: Talk, text: str) -> None:
 
 
 def is_command(line: str) -> bool:
-    """Whether ``run_line`` would take ``line`` for a command."""
+    """Returns whether ``run_line`` takes ``line`` as a command."""
     text = line.strip()
     return text in ("exit", "clear") or (text.startswith("/") and not text.startswith("//"))
 
 
 def completions(talk: Talk, line: str) -> Iterator[str]:
-    """What ``line``, the text before the cursor, may become."""
+    """Returns the completions of ``line``, the text before the cursor."""
     name, space, argument = line.partition(" ")
     if not line.startswith("/"):
         return
@@ -188,7 +188,7 @@ def _set(talk: Talk, argument: str) -> None:
 
 
 def _name_and_value(argument: str) -> tuple[str, str]:
-    """``name value`` or ``name=value``; either may be missing."""
+    """Splits ``name value`` or ``name=value``; either may be missing."""
     words = argument.replace("=", " ", 1) if "=" in argument.split(" ")[0] else argument
     name, _, value = words.partition(" ")
     return name.strip(), value.strip()
@@ -259,7 +259,7 @@ def _adapter_line(name: str, active: Mapping[str, float]) -> str:
 
 
 def _weights(words: list[str]) -> str | dict[str, float]:
-    """An adapter's name, or ``a=0.7 b=0.3``."""
+    """Parses an adapter's name, or weights as in ``a=0.7 b=0.3``."""
     if len(words) == 1 and "=" not in words[0]:
         return words[0]
     pairs = [word.rpartition("=") for word in words]
@@ -298,7 +298,7 @@ def _turns(conversation: Conversation) -> str:
 
 
 def describe(conversation: Conversation) -> str:
-    """How long a conversation is, in words."""
+    """Returns the length of a conversation in words."""
     text = _turns(conversation)
     if conversation.unanswered is not None:
         text += f", and a message without an answer ({_short(conversation.unanswered)})"

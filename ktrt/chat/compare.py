@@ -1,4 +1,4 @@
-"""``/compare``: what the adapter changes, shown on one message."""
+"""``/compare``: shows the adapter's effect on one message."""
 
 import secrets
 from collections.abc import Callable, Iterable, Iterator
@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from ktrt.chat.dialog import Talk
 from ktrt.errors import KtrtError
 
-# Two columns of fewer characters each are harder to read than one after the other.
+# Narrower terminals show the answers one after the other.
 _MIN_WIDTH = 80
 
 
 def compare(talk: Talk, text: str) -> None:
-    """Answers ``text`` after the conversation so far, without and with the adapter, from one seed;
-    neither answer joins the conversation. ``KtrtError``: no adapter is loaded."""
+    """Answers ``text`` in the conversation without and with the adapter, from the same seed;
+    neither answer becomes part of the conversation. ``KtrtError``: no adapter is loaded."""
     adapters = talk.adapters
     seed = talk.sampling.seed
     seed = secrets.randbelow(2**31) if seed is None else seed
@@ -50,7 +50,7 @@ def _show(talk: Talk, name: str, *, quiet: bool) -> Callable[[Iterable[str]], st
 
 @contextmanager
 def _restored(talk: Talk) -> Iterator[None]:
-    """The adapter as it was, whatever the block does."""
+    """Restores the adapter's state after the block."""
     adapters = talk.adapters
     was_on = bool(adapters.active)
     try:

@@ -1,7 +1,7 @@
-"""A conversation: system prompt, turns and settings, and how it is kept on disk.
+"""A conversation: system prompt, turns and settings; saves and reads it.
 
-Files are JSON, written beside their place and moved there, so that a reader finds the old or the
-new conversation and never half of one, whenever the power fails.
+Files are JSON, written under another name and moved into place: after a power failure a reader
+finds the old or the new conversation, never half of one.
 """
 
 import json
@@ -20,21 +20,21 @@ from ktrt.utils.temporaries import remove_all_stale, remove_stale, temporary_fil
 Turn = dict[str, str]
 
 FORMAT = "ktrt conversation 1"
-# Far beyond any model's context; what is larger is some other file.
+# Far beyond any model's context; a larger file is something else.
 _MAX_BYTES = 64 << 20
-# Of the conversations in the state directory, so many newest ones stay.
+# Number of the newest conversations that stay in the state directory.
 _KEPT = 200
 
 
 @dataclass
 class Conversation:
-    """What was said, and what shapes the next answer.
+    """The messages so far, and the settings of the next answer.
 
     ``system`` None: the configured system prompt. ``turns``: messages of user and assistant in
-    turn, the assistant's last. ``unanswered``: a message of the user without an answer yet.
+    turn, the assistant's last. ``unanswered``: the user's message that has no answer yet.
     ``settings``: sampling arguments that replace the configured ones; ``thinking`` None: as
-    configured. ``model`` and ``adapter`` say with whom it was held. ``undone``: turns that were
-    taken back and that no complete answer has replaced yet.
+    configured. ``model`` and ``adapter`` name the partner. ``undone``: turns that were taken back
+    and are not yet replaced by a complete answer.
     """
 
     system: str | None = None
@@ -47,7 +47,7 @@ class Conversation:
     undone: list[Turn] = field(default_factory=list)
 
     def messages(self, text: str, left_out: int = 0) -> list[Turn]:
-        """As messages, without the oldest ``left_out`` turns, followed by ``text`` of the user."""
+        """Returns the messages without the oldest ``left_out`` turns, and the user's ``text``."""
         system = [] if not self.system else [{"role": "system", "content": self.system}]
         return [*system, *self.turns[2 * left_out :], {"role": "user", "content": text}]
 
@@ -59,7 +59,7 @@ class Conversation:
         ]
 
     def undo(self) -> str | None:
-        """Takes the last message back, with its answer if it has one; returns it, None without."""
+        """Takes back the last message with its answer; returns it, None if there is no message."""
         if self.unanswered is not None:
             removed, self.unanswered = self.unanswered, None
             return removed
@@ -71,7 +71,7 @@ class Conversation:
         return last[0]["content"]
 
     def redo(self) -> str | None:
-        """Puts the turn back that was taken back last; returns its message, None without one."""
+        """Restores the turn that was taken back last; returns its message, or None."""
         if not self.undone:
             return None
         again = self.undone[:2]
@@ -80,26 +80,26 @@ class Conversation:
         return again[0]["content"]
 
     def clear(self) -> None:
-        """Forgets what was said, and keeps system prompt and settings."""
+        """Removes all turns; keeps system prompt and settings."""
         self.turns.clear()
         self.undone.clear()
         self.unanswered = None
 
     @property
     def empty(self) -> bool:
-        """Whether nothing was said."""
+        """Whether there are no messages."""
         return not self.turns and not self.undone and self.unanswered is None
 
 
 class ConversationFile:
-    """The file that one chat writes its conversation to, again and again.
+    """The file that a chat saves its conversation in.
 
-    What somebody else wrote there meanwhile is never overwritten.
+    Changes that another program made to it are never overwritten.
     """
 
     def __init__(self, path: Path) -> None:
-        """Takes an absent file, or a conversation that the caller has read from it; removes what
-        killed processes left beside it."""
+        """Takes a path without a file, or of a conversation that the caller has read; removes
+        temporary files that killed processes left."""
         remove_stale(Path(os.path.realpath(path)))
         self.path = path
         self._seen = _identity(path)
@@ -116,7 +116,7 @@ class ConversationFile:
         self._seen = _identity(self.path)
 
     def remove(self) -> None:
-        """Removes what this chat has saved. ``KtrtError``: it cannot be removed."""
+        """Removes the file if this chat wrote it. ``KtrtError``: it cannot be removed."""
         if self._seen is not None and _identity(self.path) == self._seen:
             try:
                 self.path.unlink(missing_ok=True)
@@ -126,7 +126,8 @@ class ConversationFile:
 
 
 def state_directory() -> Path:
-    """$XDG_STATE_HOME/ktrt, else ~/.local/state/ktrt; made for this user alone. ``KtrtError``."""
+    """Returns $XDG_STATE_HOME/ktrt, else ~/.local/state/ktrt, readable by this user only; makes it.
+    ``KtrtError``."""
     root = Path(os.environ.get("XDG_STATE_HOME", ""))
     try:
         if not root.is_absolute():
@@ -152,7 +153,7 @@ def _home() -> Path:
 
 
 def exists(path: Path) -> bool:
-    """Whether something is at ``path``. ``KtrtError``: nobody may look, or a loop of links."""
+    """Returns whether ``path`` exists. ``KtrtError``: it cannot be read, or links form a loop."""
     try:
         return _identity_or_error(path) is not None
     except OSError as error:
@@ -160,7 +161,7 @@ def exists(path: Path) -> bool:
 
 
 def expanded(path: str) -> Path:
-    """``path`` with a leading ~ replaced. ``KtrtError``: there is no such home."""
+    """Replaces a leading ~. ``KtrtError``: there is no such home."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -168,8 +169,8 @@ def expanded(path: str) -> Path:
 
 
 def new_autosave() -> ConversationFile:
-    """A file of this chat's own among the saved conversations; old ones beyond the 200 newest go.
-    ``KtrtError``: there is no place for it."""
+    """Returns a new file among the saved conversations; removes all but the newest 200.
+    ``KtrtError``: it cannot be made."""
     folder = state_directory() / "conversations"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -183,7 +184,7 @@ def new_autosave() -> ConversationFile:
 
 
 def last_conversation() -> Path:
-    """The conversation in the state directory that was saved last. ``KtrtError``: there is none."""
+    """Returns the file of the conversation that was saved last. ``KtrtError``: there is none."""
     folder = state_directory() / "conversations"
     found = _newest_first(folder)
     if not found:
@@ -201,7 +202,7 @@ def _newest_first(folder: Path) -> list[Path]:
 
 
 def _identity(path: Path) -> tuple[int, int, int] | None:
-    """What changes when a file is written anew; None without one that can be seen."""
+    """Returns numbers that change when a file is written again; None if there is no file."""
     try:
         return _identity_or_error(path)
     except OSError:
@@ -217,11 +218,11 @@ def _identity_or_error(path: Path) -> tuple[int, int, int] | None:
 
 
 def write_conversation(path: Path, conversation: Conversation) -> None:
-    """Writes or replaces ``path`` at once, readable by this user alone. ``KtrtError``: it cannot be
-    written; what was there is then as before."""
+    """Writes or replaces ``path`` atomically, readable by this user only. ``KtrtError``: it cannot
+    be written; the old file is then unchanged."""
     content = {"format": FORMAT} | asdict(conversation)
     if not conversation.undone:
-        del content["undone"]  # which earlier versions do not know
+        del content["undone"]  # unknown to earlier versions
     data = json.dumps(content, ensure_ascii=False, indent=1).encode("utf-8", "replace")
     path = Path(os.path.realpath(path))
     try:
@@ -236,7 +237,7 @@ def write_conversation(path: Path, conversation: Conversation) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    # Some file systems refuse; the file itself is safe by now.
+    # Some file systems refuse; the file itself is on disk by now.
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -246,10 +247,10 @@ def _sync_folder(folder: Path) -> None:
 
 
 def read_conversation(path: Path) -> Conversation:
-    """The conversation saved in ``path``. ``KtrtError`` names the file, and what is wrong in it."""
+    """Reads a saved conversation. ``KtrtError`` names the file and the error in it."""
     text = read_text(path, _MAX_BYTES)
     try:
-        # Half of a surrogate pair, escaped, is a character of no file and no tokenizer.
+        # An escaped lone surrogate is valid JSON, but no file or tokenizer takes it.
         plain = json.dumps(json.loads(text), ensure_ascii=False).encode("utf-8", "replace")
         content = json.loads(plain)
     except (ValueError, RecursionError) as error:
@@ -260,10 +261,10 @@ def read_conversation(path: Path) -> Conversation:
 
 
 def read_text(path: Path, max_bytes: int) -> str:
-    """A UTF-8 text file. ``KtrtError`` names the file: none, no regular one, larger than
-    ``max_bytes``, not UTF-8, or holding NUL bytes."""
+    """Reads a UTF-8 text file. ``KtrtError`` names the file: missing, not regular, larger than
+    ``max_bytes``, not UTF-8, or with NUL bytes."""
     try:
-        # Without waiting for a writer, should it be a pipe.
+        # Does not wait for a writer if it is a pipe.
         with os.fdopen(os.open(path.expanduser(), os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise KtrtError(f"{path}: expected a file, found a directory or device")
@@ -277,7 +278,7 @@ def read_text(path: Path, max_bytes: int) -> str:
 
 
 def decode_text(data: bytes, name: str) -> str:
-    """``data`` as text. ``KtrtError`` says where it is not UTF-8, or holds NUL bytes."""
+    """Decodes ``data``. ``KtrtError`` says where it is not UTF-8, or that it has NUL bytes."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -289,7 +290,7 @@ def decode_text(data: bytes, name: str) -> str:
 
 
 class _Checked:
-    """The fields of a saved conversation, each checked before it is used."""
+    """The fields of a saved conversation, checked."""
 
     def __init__(self, path: Path, content: dict[str, Any]) -> None:
         self._path, self._content = path, content

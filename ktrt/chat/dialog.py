@@ -1,4 +1,4 @@
-"""A conversation with a session on a terminal: asks, shows, keeps."""
+"""A conversation with a session on a terminal: asks, shows and saves."""
 
 import json
 import logging
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# A file for a message: more than any context holds.
+# Limit of a file for a message: more than any context holds.
 MAX_FILE_BYTES = 4 << 20
 
 
 @dataclass
 class Answer:
-    """``last`` is the last response; None if there was none. ``logprobs``: a row per token, if
-    they were asked for."""
+    """``last`` is the last token; None if there was none. ``logprobs``: one row per token, if the
+    settings ask for them."""
 
     text: str = ""
     last: "TokenResponse | None" = None
@@ -43,13 +43,13 @@ class Answer:
 
     @property
     def complete(self) -> bool:
-        """Whether it ended by itself."""
+        """Whether the answer ended by itself."""
         return self.last is not None and self.last.finish_reason is not None
 
 
 @dataclass
 class Keeping:
-    """Where a conversation is saved after every turn, and with whom it is held."""
+    """The files that a conversation is saved in after every turn, and its model and adapter."""
 
     model: str = ""
     adapter: str = ""
@@ -58,7 +58,7 @@ class Keeping:
 
 
 class Talk:
-    """A session, the conversation with it, and what the next message brings along."""
+    """A session, the conversation with it, and the files attached to the next message."""
 
     def __init__(
         self,
@@ -71,9 +71,9 @@ class Talk:
         as_json: bool = False,
         limit: Callable[[], float | None] = lambda: None,
     ) -> None:
-        """``limit``: tokens per second at which the machine could read the weights of one token,
-        asked once an answer is to be judged. ``ConfigError``: the conversation's settings do not
-        suit the session."""
+        """``limit`` returns the limit in tokens per second that the memory's bandwidth sets; it is
+        called after an answer. ``ConfigError``: the conversation's settings do not suit the
+        session."""
         self.session = session
         self.terminal = terminal
         self.keeping = keeping or Keeping()
@@ -90,11 +90,11 @@ class Talk:
 
     @property
     def sampling(self) -> SamplingArgs:
-        """The configured sampling with the conversation's settings."""
+        """The configured sampling, with the conversation's settings."""
         return override_sampling(self.session.sampling, self.conversation.settings)
 
     def use(self, conversation: Conversation) -> None:
-        """Goes on with another conversation. ``ConfigError``: settings that do not suit."""
+        """Continues another conversation. ``ConfigError``: its settings do not suit the session."""
         override_sampling(self.session.sampling, conversation.settings)
         self._use_thinking(conversation)
         conversation.model, conversation.adapter = self.keeping.model, self.keeping.adapter
@@ -125,15 +125,15 @@ class Talk:
     def ask(self, text: str) -> None:
         """Sends ``text`` with the files attached, shows the answer and keeps both.
 
-        After Ctrl-C or SIGTERM what was said is kept. A message without a word of answer, and one
-        whose answer failed, waits in ``unanswered``; the turns before stay as they were.
+        After Ctrl-C or SIGTERM the partial answer is kept. A message whose answer is empty or
+        failed waits in ``unanswered``; earlier turns do not change.
         """
         text = with_files(text, self.attachments)
         self.attachments.clear()
         self.resend(text)
 
     def resend(self, text: str) -> None:
-        """``ask``, without files."""
+        """Like ``ask``, without files."""
         self.conversation.unanswered = text
         self.save()
         answer = Answer()
@@ -158,8 +158,8 @@ class Talk:
     def retry(self) -> None:
         """Answers the last message again.
 
-        The answer before stays, on disk too, until the new one is complete: after Ctrl-C, a failure
-        or a kill it is still there. ``KtrtError``: there is no message yet.
+        The old answer stays, also on disk, until the new one is complete; Ctrl-C, a failure or a
+        kill does not lose it. ``KtrtError``: there is no message yet.
         """
         conversation = self.conversation
         if conversation.unanswered is not None:
@@ -214,7 +214,7 @@ class Talk:
         self.terminal.record(json.dumps(record, ensure_ascii=False))
 
     def limit(self) -> float | None:
-        """Tokens per second at the bound of the memory's bandwidth; None if it is not known."""
+        """Returns the tokens per second that the memory's bandwidth allows; None if unknown."""
         return self._limit()
 
     def generate(
@@ -224,8 +224,8 @@ class Talk:
         answer: Answer | None = None,
         **settings: Any,
     ) -> Answer:
-        """The answer to ``messages`` through ``show``, which takes its pieces. ``answer`` is filled
-        on the way: it holds what was said, whatever ends it. ``settings`` win over the
+        """Answers ``messages``; ``show`` consumes the pieces. ``answer`` is filled as they come, so
+        that it holds the partial answer after an interruption. ``settings`` win over the
         conversation's."""
         answer = answer or Answer()
         with closing(self._pieces(messages, answer, settings)) as pieces:
@@ -260,8 +260,8 @@ class Talk:
         return row | {"logprob": response.logprob} | ({"top": top} if top else {})
 
     def fitted(self, text: str, *, again: bool = False) -> Sequence[Mapping[str, str]]:
-        """The conversation followed by ``text``, cut to the model's context, with a note when turns
-        are left out for the first time. ``again``: ``text`` replaces the last turn."""
+        """Returns the conversation and ``text``, cut to the model's context; notes when turns are
+        left out for the first time. ``again``: ``text`` replaces the last turn."""
         conversation = self.conversation
         if again:
             conversation = replace(conversation, turns=conversation.turns[:-2])
@@ -269,7 +269,7 @@ class Talk:
         messages = conversation.messages(text, self._left_out)
         fitted, dropped = self.session.fit(messages, max_new_tokens=self.sampling.max_new_tokens)
         if dropped:
-            # Room for several turns: each time the oldest goes, all the rest is computed anew.
+            # Makes room for several turns: without the oldest turn all others are computed again.
             fitted, dropped = self.session.fit(
                 messages, max_new_tokens=self.session.context_limit // 2
             )
@@ -281,8 +281,8 @@ class Talk:
         return fitted
 
     def save(self) -> None:
-        """Writes the conversation where it is kept. To a person a failure is reported, once;
-        elsewhere it is raised."""
+        """Saves the conversation in its files. A failure is reported once to a person, and raised
+        otherwise."""
         with shielded():
             for file in (self.keeping.autosave, self.keeping.save):
                 if file is not None:
@@ -302,18 +302,18 @@ class Talk:
                 self.terminal.error(str(error))
 
     def save_as(self, path: Path) -> None:
-        """Writes the conversation to ``path``, too. ``KtrtError``: it holds something else."""
+        """Saves the conversation in ``path`` as well. ``KtrtError``: it holds something else."""
         kept = self.keeping.save
         if kept is not None and _same(kept.path, path):
             kept.save(self.conversation)
             return
         if exists(path):
-            read_conversation(path)  # another file is not to be lost
+            read_conversation(path)  # raises for other files
         ConversationFile(path).save(self.conversation)
 
     def load(self, path: Path) -> None:
-        """Goes on with the conversation saved in ``path``. The one before stays where it is saved:
-        ``--save`` ends with a note, unless it names this file. ``KtrtError``."""
+        """Continues the conversation saved in ``path``. The old one stays in its files: ``--save``
+        stops, with a note, unless it names this file. ``KtrtError``."""
         self.use(read_conversation(path))
         kept = self.keeping.save
         if kept is not None and _same(kept.path, path):
@@ -329,7 +329,7 @@ class Talk:
         self.save()
 
     def start_autosave(self) -> None:
-        """Saves in a new file from now on, so that what was said before stays in the old one."""
+        """Saves in a new file from now on; the old file keeps the earlier conversation."""
         try:
             self.keeping.autosave = new_autosave()
         except KtrtError as error:
@@ -342,7 +342,7 @@ def _same(path: Path, other: Path) -> bool:
 
 
 def with_files(text: str, files: Mapping[str, str]) -> str:
-    """``text`` after the contents of ``files``, by name, each between fences that it lacks."""
+    """Returns the contents of ``files``, each by name between fences, followed by ``text``."""
     parts = []
     for name, content in files.items():
         fence = "```"

@@ -1,4 +1,4 @@
-"""The line that the user types: history, several lines, completion. Needs a terminal."""
+"""Edits the user's line, with history, several lines and completion. Needs a terminal."""
 
 import logging
 import os
@@ -21,18 +21,18 @@ from ktrt.utils.signals import is_waiting, shielded
 
 _log = logging.getLogger(__name__)
 
-# From the text before the cursor to what could stand there instead.
+# Maps the text before the cursor to its completions.
 Complete = Callable[[str], Iterable[str]]
 
 
 class Editor:
     """Reads messages: Enter sends, Alt-Enter and pasted line ends begin a new line, Tab completes,
-    the arrows go through the history."""
+    the arrows move through the history."""
 
     def __init__(
         self, prompt: str, keyboard: Keyboard, history: Path | None, complete: Complete | None
     ) -> None:
-        """``history``: its file, made if it is missing; None keeps it in memory."""
+        """``history``: the file, made if it is missing; None keeps the history in memory."""
         self._keyboard = keyboard
         self._session: PromptSession[str] = PromptSession(
             # Without a colour the renderer would put a cursor movement for the space at the end.
@@ -44,12 +44,12 @@ class Editor:
             multiline=True,
             prompt_continuation="",
             input=keyboard.input,
-            # With an output of its own it would draw on a terminal that cannot, too.
+            # With its default output it would also draw on terminals without escape sequences.
             output=None if is_dumb_terminal() else keyboard.output,
         )
 
     def read(self) -> str:
-        """One message. ``EOFError``: Ctrl-D; ``KeyboardInterrupt``: Ctrl-C on an empty line."""
+        """Reads a message. ``EOFError``: Ctrl-D; ``KeyboardInterrupt``: Ctrl-C on an empty line."""
         with self._keyboard.prompting():
             if is_dumb_terminal():  # read by another application, without pre_run
                 return printable(self._session.prompt())
@@ -69,13 +69,13 @@ class Editor:
 
 
 def printable(text: str) -> str:
-    """``text`` in characters only: bytes that are no UTF-8 arrive as lone surrogates, which neither
-    tokenizers nor files take."""
+    """Replaces lone surrogates in ``text``: bytes that are not UTF-8 arrive as such, and neither
+    tokenizers nor files take them."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 class _History(FileHistory):
-    """A history that several chats append to, and that fails with one warning."""
+    """A history that several chats append to; a failure is one warning."""
 
     _failed = False
 
@@ -98,7 +98,7 @@ def _open_history(path: Path | None) -> History:
     if path is None:
         return InMemoryHistory()
     try:
-        # What people say is nobody else's business.
+        # Messages are private.
         os.close(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))
     except OSError as error:
         _log.warning("%s: the history is not kept: %s", path, error.strerror)
@@ -118,7 +118,7 @@ class _Completer(Completer):
 
 def _keys(keyboard: Keyboard) -> KeyBindings:
     keys = KeyBindings()
-    # Elsewhere, in the search through the history, they mean what they always do.
+    # In the search through the history they keep their usual meaning.
     typing = has_focus(DEFAULT_BUFFER)
 
     @keys.add("enter", filter=typing)

@@ -1,8 +1,8 @@
-"""The keyboard for the whole chat, also between two prompts.
+"""The keyboard for the whole chat, also between prompts.
 
-The terminal stays in raw mode and marks what is pasted. What arrives while an answer is made (or
-the model loaded, or a command works) waits for the next prompt: as text that the user may edit and
-has to send, never as commands. Nothing of it reaches the shell after the chat.
+The terminal stays in raw mode and marks pasted text. Input that arrives during an answer (or while
+the model loads, or a command runs) waits for the next prompt: as text that the user may edit and
+must send, never as commands. None of it reaches the shell after the chat.
 """
 
 import os
@@ -24,33 +24,33 @@ from prompt_toolkit.output import Output, create_output
 from ktrt.utils.signals import shielded
 
 _PASTE_END = "\x1b[201~"
-# A terminal gives 4095 bytes at most.
+# A terminal returns at most 4095 bytes.
 _READ_BYTES = 4096
 _ENTER = (Keys.ControlM, Keys.ControlJ)
-# What a user may type ahead, besides text: nothing here sends a line.
+# Keys that a user may type ahead, in addition to text: none of them sends a line.
 _EDITING = {
     Keys.ControlH, Keys.Delete, Keys.Left, Keys.Right, Keys.Home, Keys.End, Keys.ControlA,
     Keys.ControlE, Keys.ControlW, Keys.ControlU, Keys.ControlK, Keys.ControlD,
 }  # fmt: skip
-# At the end, what is still coming is read until so many seconds are quiet (in a paste, whose rest
-# is on its way: longer), in all no longer than the last.
+# At the end, input is dropped until none has come for the first number of seconds (within a paste,
+# the second one); the third one bounds all of it.
 _QUIET, _QUIET_IN_PASTE, _DRAIN = 0.05, 0.5, 3.0
-# How long SIGTSTP may take; in a process group without a shell it does nothing.
+# Seconds that SIGTSTP may take; in a process group without a shell it does nothing.
 _STOPPING = 0.2
 
 
 class Keyboard:
-    """Reads the terminal; ``input`` and ``output`` are for prompts, which take over in
-    ``prompting``."""
+    """Reads the terminal; within ``prompting`` a prompt reads it through ``input`` and
+    ``output``."""
 
     def __init__(
         self, stdin: TextIO, stdout: TextIO, *, marks: bool, is_command: Callable[[str], bool]
     ) -> None:
-        """``marks``: the terminal knows escape sequences, so it can mark what is pasted.
-        ``is_command``: for texts that are never sent without the user."""
+        """``marks``: the terminal knows escape sequences, so it can mark pasted text.
+        ``is_command``: recognises texts that only the user may send."""
         self.input = _Input(stdin)
         self.output: Output = create_output(stdout)
-        # Prompts would switch it off at their end; the chat wants it until its own.
+        # A prompt would switch it off at its end; the chat needs it until the chat ends.
         self.output.disable_bracketed_paste = lambda: None  # type: ignore[method-assign]
         self._marks = marks
         self._is_command = is_command
@@ -62,7 +62,7 @@ class Keyboard:
 
     @contextmanager
     def held(self) -> Iterator[Self]:
-        """Holds the terminal within the block; leaves it as it was, whatever ends the block."""
+        """Keeps the terminal in raw mode within the block; restores it afterwards."""
         with suppress(termios.error):
             self._before = termios.tcgetattr(self._in)
         on_continue = signal.signal(signal.SIGCONT, lambda *_: self._hold())
@@ -82,18 +82,18 @@ class Keyboard:
 
     @contextmanager
     def prompting(self) -> Iterator[None]:
-        """Within the block a prompt reads ``input``; it begins with what was typed before."""
+        """Within the block a prompt reads ``input``, which starts with the text typed before."""
         self._stop_watching()
         store_typeahead(self.input, self._typed_ahead())
         try:
             yield
         finally:
-            # What came in one piece with the Enter that ended the prompt.
+            # Input that arrived together with the Enter that ended the prompt.
             self._take(get_typeahead(self.input))
             self._watch()
 
     def suspend(self) -> None:
-        """Stops the process as Ctrl-Z does, and leaves the shell its terminal meanwhile."""
+        """Stops the process like Ctrl-Z, with the terminal as the shell expects it."""
         self._mark_pastes(on=False)
         self._release()
         os.kill(0, signal.SIGTSTP)
@@ -141,8 +141,8 @@ class Keyboard:
                 self._pending.append(press)
 
     def _typed_ahead(self) -> list[KeyPress]:
-        """The waiting keys as a prompt takes them: Enter begins a new line. One paste, or a text
-        that ends with one, followed by Enter is sent."""
+        """Returns the waiting keys for a prompt: Enter begins a new line. A paste, or a text that
+        ends with one, is sent if Enter follows."""
         keys, self._pending = self._pending, []
         if self._is_sent(keys):
             return keys
@@ -172,7 +172,7 @@ class Keyboard:
         os.kill(os.getpid(), signal.SIGQUIT)
 
     def _hold(self) -> None:
-        """Raw mode, unless the process is in the background, where the change would stop it."""
+        """Sets raw mode, except in the background, where the change would stop the process."""
         if self._in_foreground():
             with suppress(termios.error):
                 self.input.raw_mode().__enter__()
@@ -184,7 +184,7 @@ class Keyboard:
                 termios.tcsetattr(self._in, termios.TCSANOW, self._before)  # type: ignore[arg-type]
 
     def _drain(self) -> None:
-        """Drops what was typed or pasted, also what is still on its way."""
+        """Drops typed and pasted input, including input that is still arriving."""
         poll = select.poll()
         poll.register(self._in, select.POLLIN)
         end = time.monotonic() + _DRAIN
@@ -200,7 +200,7 @@ class Keyboard:
     def _in_foreground(self) -> bool:
         try:
             return os.tcgetpgrp(self._in) == os.getpgrp()
-        except OSError:  # not the terminal that controls the process: nobody else's
+        except OSError:  # not the controlling terminal, so no other process reads it
             return True
 
     def _mark_pastes(self, *, on: bool) -> None:
@@ -215,13 +215,13 @@ class Keyboard:
 class _Input(Vt100Input):
     @property
     def in_paste(self) -> bool:
-        """Whether the beginning of a paste was read and its end was not."""
+        """Returns whether a paste has begun and not ended."""
         return bool(getattr(self.vt100_parser, "_in_bracketed_paste", False))
 
     def read_keys(self) -> list[KeyPress]:
         data = self.stdin_reader.read(_READ_BYTES)
         if data and not data.strip("\x03") and self.in_paste:
-            # Ctrl-C alone was pressed by somebody: the mark at the paste's end is lost.
+            # A separate Ctrl-C was pressed by the user: the mark at the paste's end is lost.
             self.vt100_parser.feed(_PASTE_END)
         self.vt100_parser.feed(data)
         keys, self._buffer = self._buffer, []
@@ -233,5 +233,5 @@ def _text(text: str) -> KeyPress:
 
 
 def _is_text(press: KeyPress) -> bool:
-    # Others have names, as "c-a" and "left".
+    # Other keys have names such as "c-a" and "left".
     return len(press.key) == 1 and ord(press.key) >= 32 and not 127 <= ord(press.key) < 160

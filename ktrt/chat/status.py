@@ -1,4 +1,4 @@
-"""What an answer cost: the line under it, a row of JSON, the totals of a chat."""
+"""The cost of an answer: the line under it, a row of JSON, the totals of a chat."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -25,8 +25,8 @@ _ENDINGS = {"stop": "", "length": " · cut at max_new_tokens", None: " · stoppe
 
 
 def status_line(last: Counts, limit: float | None = None) -> str:
-    """Counts and speeds of an answer. ``limit``: tokens per second at which the machine could read
-    the weights of one token; None if it is not known."""
+    """Returns counts and speeds of an answer in one line. ``limit``: the limit in tokens per second
+    that the memory's bandwidth sets; None if it is not known."""
     read = last.prompt_tokens - last.reused_tokens
     parts = [_count(last.generated_tokens, "token")]
     if rate := _decode_rate(last):
@@ -41,7 +41,7 @@ def status_line(last: Counts, limit: float | None = None) -> str:
 
 
 def as_dict(last: Counts, limit: float | None = None) -> dict[str, Any]:
-    """The same for JSON; seconds, and tokens per second (None where nothing was measured)."""
+    """Returns the same for JSON: seconds, and tokens per second (None if not measured)."""
     read = last.prompt_tokens - last.reused_tokens
     rate = _decode_rate(last)
     return {
@@ -59,7 +59,7 @@ def as_dict(last: Counts, limit: float | None = None) -> dict[str, Any]:
 
 @dataclass
 class Totals:
-    """The sums over a chat's answers, those that were stopped included."""
+    """Sums over a chat's answers, including stopped ones."""
 
     answers: int = 0
     prompt_tokens: int = 0
@@ -70,7 +70,7 @@ class Totals:
     decode_seconds: float = 0.0
 
     def add(self, last: Counts) -> None:
-        """Counts an answer by its last response."""
+        """Adds an answer, by its last response."""
         self.answers += 1
         self.prompt_tokens += last.prompt_tokens
         self.reused_tokens += last.reused_tokens
@@ -80,7 +80,7 @@ class Totals:
         self.decode_seconds += last.decode_seconds
 
     def lines(self) -> list[str]:
-        """For people, one fact a line."""
+        """Returns the totals for people, one fact per line."""
         read = self.prompt_tokens - self.reused_tokens
         return [
             f"answers           {self.answers}",

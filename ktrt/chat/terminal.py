@@ -24,20 +24,21 @@ if TYPE_CHECKING:
 PROMPT = "User: "
 REPLY = "Assistant: "
 _LEAVE_HINT = "Press Ctrl-C once more, or Ctrl-D, or type `exit`, to leave."
-# A prompt that takes longer to read, or is longer, shows how far it is.
+# A prompt that takes longer to compute, or has more tokens, shows its progress.
 _QUIET_SECONDS = 0.5
 _QUIET_TOKENS = 512
 _CLEAR_LINE = "\r\x1b[K"
-# What a model says must not steer the terminal: control characters but tab and newline are shown.
+# Control characters of an answer, except tab and newline, are shown: they must not steer the
+# terminal.
 _HARMLESS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
 
 class Terminal:
     """Reads the user's lines and prints answers as they come.
 
-    Interactive: lines come from an editor with history and multi-line paste, Ctrl-C and Ctrl-D mean
-    what users expect. Otherwise every line of ``stdin`` is one message, in UTF-8 whatever the
-    locale, and Ctrl-C raises ``KeyboardInterrupt``.
+    Interactive: lines come from an editor with history and multi-line paste, and Ctrl-C and Ctrl-D
+    act as users expect. Otherwise every line of ``stdin`` is one message, in UTF-8 for any locale,
+    and Ctrl-C raises ``KeyboardInterrupt``.
 
     ``scripted``: only answers go to ``stdout``, without a prefix; the rest goes to ``stderr``.
     """
@@ -52,7 +53,7 @@ class Terminal:
         self._stdout = stdout
         self._read_line = _line_reader(stdin)
         self._interrupted = False
-        # Signals of Ctrl-C while an answer is made; None elsewhere.
+        # Ctrl-C signals during an answer; None otherwise.
         self._stops: list[int] | None = None
         self._progress = _Progress(stderr)
         self._keyboard: Keyboard | None = None
@@ -60,7 +61,7 @@ class Terminal:
 
     @classmethod
     def standard(cls) -> Self:
-        """The process's own streams; interactive if a person sits at both ends."""
+        """Returns the terminal of the process's streams; interactive if both are terminals."""
         closed = open_standard_streams()
         interactive = sys.stdin.isatty() and sys.stdout.isatty()
         terminal = cls(sys.stdin.buffer, sys.stdout, sys.stderr, interactive=interactive)
@@ -68,7 +69,7 @@ class Terminal:
         return terminal
 
     def require(self, *, stdin: bool) -> None:
-        """``KtrtError``: standard output is closed, or standard input, where ``stdin`` is read."""
+        """``KtrtError``: standard output is closed, or, with ``stdin``, standard input."""
         if "stdout" in self._closed:
             raise KtrtError(
                 "standard output is closed, answers have no place; >/dev/null drops them"
@@ -77,15 +78,15 @@ class Terminal:
             raise KtrtError("standard input is closed; pipe messages in, or give one with -p")
 
     def use_script(self) -> None:
-        """From now on: no editor, and nothing but answers on ``stdout``."""
+        """Switches to scripted output: no editor, and only answers on ``stdout``."""
         self.interactive = False
         self.scripted = True
 
     @contextmanager
     def attended(self, is_command: Callable[[str], bool]) -> Iterator[None]:
-        """Interactive: within the block the keyboard is the chat's. What is typed or pasted between
-        prompts waits for the next one, no text for which ``is_command`` is sent without the user,
-        and nothing reaches the shell afterwards."""
+        """Interactive: the chat owns the keyboard within the block. Text typed or pasted between
+        prompts waits for the next one, only the user sends a text that ``is_command``, and nothing
+        reaches the shell afterwards."""
         if not self.interactive:
             yield
             return
@@ -96,8 +97,8 @@ class Terminal:
             yield
 
     def use_editor(self, history: Path | None, complete: Callable[[str], Iterable[str]]) -> None:
-        """Lets the user edit lines, within ``attended``; ``history``: the file that keeps them
-        (None: none)."""
+        """Lets the user edit lines, within ``attended``; ``history``: the file that keeps them, if
+        any."""
         from ktrt.chat.editor import Editor
 
         if self._keyboard is not None:
@@ -105,7 +106,7 @@ class Terminal:
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Within the block Ctrl-C acts on answers and on what is typed, and on nothing between."""
+        """Within the block Ctrl-C acts only on answers and on the line being typed."""
         before = signal.signal(signal.SIGINT, lambda _number, _frame: None)
         try:
             yield
@@ -113,7 +114,7 @@ class Terminal:
             signal.signal(signal.SIGINT, before or signal.SIG_DFL)
 
     def read(self) -> str | None:
-        """What the user entered; None at the end: Ctrl-D, Ctrl-C twice, or no more lines.
+        """Reads a line of the user; None at the end: Ctrl-D, Ctrl-C twice, or no more lines.
 
         ``KtrtError``: a line of ``stdin`` that is not UTF-8.
         """
@@ -134,7 +135,7 @@ class Terminal:
                 return text
 
     def read_all(self) -> bytes:
-        """What is left of ``stdin``. ``KtrtError``: it cannot be read."""
+        """Reads the rest of ``stdin``. ``KtrtError``: it cannot be read."""
         try:
             return self._stdin.read()
         except OSError as error:
@@ -143,8 +144,8 @@ class Terminal:
     def answer(self, pieces: Iterable[str], prefix: str = REPLY) -> str:
         """Prints an answer piece by piece and returns it.
 
-        Ctrl-C ends it after the piece at hand, a second one at once; interactive, what was said is
-        returned, else ``KeyboardInterrupt``.
+        Ctrl-C stops after the current token, pressed twice immediately. An interactive terminal
+        then returns the partial answer, others raise ``KeyboardInterrupt``.
         """
         shown: list[str] = []
         start = "" if self.scripted else prefix
@@ -161,7 +162,7 @@ class Terminal:
         return "".join(shown)
 
     def collect(self, pieces: Iterable[str], label: str) -> str:
-        """Like ``answer``, printing nothing but, where a person waits, how far it is."""
+        """Like ``answer``, but prints only the progress, if interactive."""
         gathered: list[str] = []
         with self._stoppable(""):
             for count, piece in enumerate(pieces, start=1):
@@ -171,16 +172,15 @@ class Terminal:
         return "".join(gathered)
 
     def show_prefill(self, done: int, total: int) -> None:
-        """Shows how much of a long prompt was read; Ctrl-C pressed meanwhile raises
-        ``KeyboardInterrupt`` here."""
+        """Shows the progress of a long prompt; raises ``KeyboardInterrupt`` after Ctrl-C."""
         self._stop_if_asked()
         if done < total and (total > _QUIET_TOKENS or self._progress.seconds > _QUIET_SECONDS):
             self._progress.show(f"reading the prompt, {done / total:.0%} of {total} tokens")
 
     @contextmanager
     def _stoppable(self, line: str) -> Iterator[None]:
-        """Within the block Ctrl-C is noted for ``_stop_if_asked``, so that the model is left
-        between two tokens, with its KV cache of use. ``line`` is drawn again after progress."""
+        """Within the block Ctrl-C is noted for ``_stop_if_asked``, which stops between two tokens:
+        the KV cache stays usable. ``line`` is drawn again after progress."""
         redrawn = line if self._stdout.isatty() else ""
         try:
             with _noted_interrupts() as self._stops:
@@ -198,24 +198,24 @@ class Terminal:
             raise KeyboardInterrupt
 
     def status(self, text: str) -> None:
-        """A quiet line for a person; nothing elsewhere."""
+        """Prints a quiet line, if interactive."""
         if self.interactive:
             text = text.translate(_HARMLESS)
             self._write(f"\x1b[2m{text}\x1b[0m\n" if _styled() else f"{text}\n")
 
     def note(self, text: str) -> None:
-        """A line that is no answer."""
+        """Prints a line that is not an answer."""
         if self.scripted:
             self._complain(f"{text}\n")
         else:
             self._write(f"{text.translate(_HARMLESS) if self.interactive else text}\n")
 
     def record(self, text: str) -> None:
-        """A line for the program that reads ``stdout``."""
+        """Prints a line for the program that reads ``stdout``."""
         self._write(f"{text}\n")
 
     def columns(self, left: tuple[str, str], right: tuple[str, str]) -> None:
-        """Two texts side by side, each (heading, text)."""
+        """Prints two texts, each (heading, text), in two columns."""
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
@@ -231,17 +231,17 @@ class Terminal:
 
     @property
     def width(self) -> int:
-        """Columns of the terminal, as it is now."""
+        """The terminal's current number of columns."""
         return shutil.get_terminal_size().columns
 
     def error(self, message: str, trace: BaseException | None = None) -> None:
-        """A failure, after the traceback of ``trace`` if that is given."""
+        """Prints an error message, after the traceback of ``trace`` if it is given."""
         shown = "" if trace is None else "".join(traceback.format_exception(trace))
         shown += f"error: {message}\n"
         self._complain(shown.translate(_HARMLESS) if self.interactive else shown)
 
     def finish(self) -> None:
-        """Flushes what was printed; nothing of it is worth a failure at exit."""
+        """Flushes the output; ignores failures at exit."""
         finish(self._stdout, self.stderr)
 
     def _write(self, text: str) -> None:
@@ -259,7 +259,7 @@ class Terminal:
             raise KtrtError(f"standard output cannot be written: {error.strerror}") from error
 
     def _complain(self, text: str) -> None:
-        """On standard error; if that fails, there is nobody to tell."""
+        """Writes to standard error; ignores failures."""
         try:
             self.stderr.write(text)
             self.stderr.flush()
@@ -268,7 +268,7 @@ class Terminal:
 
 
 class _Progress:
-    """A line that vanishes again, where ``stream`` is a terminal; nothing elsewhere."""
+    """A line of progress that is erased at the end; nothing if ``stream`` is not a terminal."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -278,18 +278,18 @@ class _Progress:
 
     @property
     def seconds(self) -> float:
-        """Since ``start``."""
+        """Seconds since ``start``."""
         return time.monotonic() - self._began
 
     def start(self, restore: Callable[[], None]) -> None:
-        """``restore`` draws again what stood in the line before."""
+        """``restore`` draws the line's earlier text again."""
         self._began = time.monotonic()
         self._restore = restore
 
     def show(self, text: str) -> None:
         if not self._stream.isatty() or not _styled():
             return
-        # One column less than there are: a full line would wrap, and half of it stay.
+        # One column is left free: a full line would wrap, and half of it stay.
         text = text[: max(0, shutil.get_terminal_size().columns - 1)]
         self._draw(f"{_CLEAR_LINE}\x1b[2m{text}\x1b[0m")
         self._shown = True
@@ -309,16 +309,16 @@ class _Progress:
 
 
 def _styled() -> bool:
-    """Whether the terminal knows escape sequences."""
+    """Returns whether the terminal knows escape sequences."""
     return os.environ.get("TERM", "dumb") not in ("", "dumb")
 
 
 @contextmanager
 def _noted_interrupts() -> Iterator[list[int]]:
-    """The signals of Ctrl-C since the start of the block; the second one raises at once.
+    """Yields the list of Ctrl-C signals in the block; the second one raises immediately.
 
-    The first one does not: raised in the middle of a forward, it would cost the KV cache, and
-    Python drops an exception raised inside a finaliser or a callback.
+    The first one does not: an exception in the middle of a forward would lose the KV cache, and
+    Python drops exceptions raised inside a finaliser or a callback.
     """
     noted: list[int] = []
 
@@ -331,7 +331,7 @@ def _noted_interrupts() -> Iterator[list[int]]:
         yield noted
         return
     if signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None):
-        yield noted  # as the parent wants it, for a job in the background
+        yield noted  # the parent's choice, for a background job
         return
     before = signal.signal(signal.SIGINT, note)
     try:

@@ -11,13 +11,13 @@ from ktrt.folders import find_adapter_folder
 
 _log = logging.getLogger(__name__)
 
-# Their values are no scalars, or not always.
+# Keys whose values may be lists or mappings.
 ADAPTER_KEYS = ("adapter_name_or_path", "adapters", "adapter_weights")
 
 
 def check_adapter_value(key: str, raw: object, where: str) -> Any:
-    """``raw`` of one of ``ADAPTER_KEYS``, typed: a list of paths (one, where it is one text), a
-    mapping of names to paths, or one of names to numbers."""
+    """Checks the value of one of ``ADAPTER_KEYS`` and returns it typed: a list of paths (a single
+    text gives one path), a mapping of names to paths, or a mapping of names to numbers."""
     if key == "adapter_name_or_path":
         paths = raw if isinstance(raw, list | tuple) else [raw]
         return [check_value(key, path, Path, where) for path in paths]
@@ -33,8 +33,8 @@ def check_adapter_value(key: str, raw: object, where: str) -> Any:
 def resolve_adapters(
     values: dict[str, Any], where: str, directory: Callable[[str, Path], Path]
 ) -> None:
-    """Replaces the keys by existing folders: ``adapters`` by name, ``adapter_name_or_path`` where
-    it is a single one. ``directory`` finds the folder that a key's path means.
+    """Replaces the keys by existing folders: ``adapters`` by name, ``adapter_name_or_path`` for a
+    single adapter. ``directory`` finds the folder that a key's path means.
 
     ``ConfigError``: no such folder, one folder or name twice, weights of unknown names.
     """
@@ -87,7 +87,7 @@ def _inside(path: Path, subfolder: str, where: str) -> Path:
 
 
 def _unique_names(folders: list[Path], where: str) -> list[str]:
-    """The folders' last parts, as many of them as tell the folders apart."""
+    """Returns a name per folder: its last path components, as many as make the names unique."""
     resolved = [folder.resolve() for folder in folders]
     for folder in resolved:
         if resolved.count(folder) > 1:

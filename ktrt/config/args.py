@@ -11,18 +11,18 @@ from ktrt.errors import ConfigError
 
 InferDtype = Literal["auto", "bfloat16", "float16", "float32"]
 KtBackend = Literal["AMXBF16", "AMXInt8", "AMXInt4"]
-# Beyond any machine (Linux ends at 8192 CPUs) and any model; larger numbers are slips.
+# Beyond any machine (Linux ends at 8192 CPUs) and any model; a larger number is a typing error.
 _MAX_THREADS = 8192
 _MAX_COUNT = 2**31
 
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """The base model: its directory, and the dtype of everything but the routed experts.
+    """The base model: its folder, and the dtype of everything but the routed experts.
 
-    ``cutoff_len``: the most tokens a conversation may have, where the model itself allows more.
+    ``cutoff_len``: maximum tokens of a conversation, below the model's own limit.
     ``quantization_bit`` 8: on the CPU the linear layers outside the routed experts are INT8, with a
-    scale per output row (``ktrt.layers.int8`` says which); what a GPU computes stays as it is.
+    scale per output row (``ktrt.layers.int8`` says which); layers on a GPU keep their dtype.
     ``add_tokens`` and ``add_special_tokens`` were added to the tokenizer before training, in this
     order; ``resize_vocab``: the embeddings were resized to the tokenizer.
     """
@@ -51,10 +51,10 @@ class ModelArgs:
 class AdapterArgs:
     """The LoRA adapters: a single one, or several ``adapters`` by name; none means the base model.
 
-    ``adapter_weights``: those that start active, as a sum with these weights; without it the first
-    does, as trained. ``lora_rank`` and ``lora_alpha`` are what the YAML repeats;
-    adapter_config.json decides, and a contradiction is an error of whoever reads both.
-    ``lora_B_layout``: how stacked lora_B is packed, for files that do not say.
+    ``adapter_weights``: the adapters that start active, as a weighted sum; without it the first one
+    starts, as trained. ``lora_rank`` and ``lora_alpha`` repeat values of adapter_config.json, which
+    decides; the reader of both raises an error if they differ. ``lora_B_layout``: packing of
+    stacked lora_B, for files that do not say.
     """
 
     adapter_name_or_path: Path | None = None
@@ -72,15 +72,15 @@ class AdapterArgs:
 
     @property
     def folders(self) -> dict[str, Path]:
-        """All adapters by name; a single one is called by its folder."""
+        """All adapters by name; a single one has its folder's name."""
         if self.adapter_name_or_path is None:
             return dict(self.adapters)
         name = self.adapter_name_or_path.resolve().name
         return {name: self.adapter_name_or_path, **self.adapters}
 
     def single(self) -> Path | None:
-        """The folder of the only adapter; None for the base alone. ``ConfigError``: several, or one
-        that is to act with another weight than 1."""
+        """Returns the folder of the only adapter; None for the base alone. ``ConfigError``: there
+        are several, or its weight is not 1."""
         folders = list(self.folders.values())
         if len(folders) > 1 or any(weight != 1 for weight in self.adapter_weights.values()):
             raise ConfigError(
@@ -98,12 +98,12 @@ class AdapterArgs:
 
 @dataclass(frozen=True)
 class ExpertArgs:
-    """The routed experts' engine. ``kt_num_threads`` None lets the engine choose the count.
+    """Settings of the routed experts' engine. ``kt_num_threads`` None: the engine chooses.
 
     With a GPU: ``kt_num_gpu_experts`` of every layer live there, and forwards of at least
     ``kt_gpu_prefill_token_threshold`` tokens (0: none) get all experts streamed there.
     ``kt_use_cuda_graph``: on a GPU, a decode step is one CUDA graph where the model allows it.
-    ``kt_weight_path``: experts that kt_kernel has packed, instead of the model's own.
+    ``kt_weight_path``: experts packed by kt_kernel, used in place of the model's.
     ``ktrt_cache`` keeps packed experts on disk, in ``ktrt_cache_dir`` (None: the environment
     decides).
     """
@@ -130,10 +130,10 @@ class ExpertArgs:
 
 @dataclass(frozen=True)
 class TemplateArgs:
-    """The chat template; None and "auto" mean the tokenizer's own.
+    """The chat template; None and "auto" mean the tokenizer's.
 
-    ``default_system`` None keeps the template's own default system prompt, "" means none.
-    ``enable_thinking`` concerns reasoning templates only; None and True leave the model free.
+    ``default_system`` None keeps the template's default system prompt, "" means none.
+    ``enable_thinking`` applies to reasoning templates only; None and True let the model decide.
     """
 
     template: str | None = None
@@ -146,10 +146,11 @@ class SamplingArgs:
     """How tokens are chosen, and when an answer ends.
 
     ``temperature`` 0 or ``do_sample`` false is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0
-    switch those filters off; ``seed`` None differs from run to run. ``repetition_penalty`` counts
-    the prompt too, ``presence_penalty`` and ``frequency_penalty`` (OpenAI's) the answer alone.
-    ``stop_strings`` end an answer before their first character, ``stop_token_ids`` join the
-    template's. ``logprobs``: report each token's, and those of the ``top_logprobs`` likeliest.
+    switch those filters off; ``seed`` None gives another answer each time. ``repetition_penalty``
+    counts tokens of the prompt too, ``presence_penalty`` and ``frequency_penalty`` (OpenAI's) only
+    the answer's. ``stop_strings`` end an answer before their first character, ``stop_token_ids``
+    are added to the template's. ``logprobs``: report the log probability of each token, and of the
+    ``top_logprobs`` likeliest tokens.
     """
 
     do_sample: bool = True
@@ -194,7 +195,7 @@ class SamplingArgs:
         _require(self, "top_logprobs", holds, "0 while logprobs is false")
 
 
-# OpenAI's name, and the usual one at a prompt.
+# OpenAI's name.
 SAMPLING_ALIASES = {"stop": "stop_strings"}
 _Texts = str | list[str] | tuple[str, ...]
 _Ids = int | list[int] | tuple[int, ...]
@@ -223,7 +224,7 @@ class SamplingOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Config:
-    """All of a chat's configuration, one part for each consumer."""
+    """The whole configuration of a chat, one part for each consumer."""
 
     model: ModelArgs
     adapter: AdapterArgs = field(default_factory=AdapterArgs)
@@ -233,7 +234,7 @@ class Config:
 
 
 def override_sampling(defaults: SamplingArgs, overrides: Mapping[str, object]) -> SamplingArgs:
-    """``defaults`` with some fields replaced; None keeps the default.
+    """Returns ``defaults`` with some fields replaced; None keeps the default.
 
     ``ConfigError``: an unknown name, or a value of the wrong type or range.
     """

@@ -1,4 +1,4 @@
-"""Keys on a command line: ``--key value`` as people write it, into ``key=value``."""
+"""Turns ``--key value`` on a command line into ``key=value``."""
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -9,7 +9,7 @@ from ktrt.config.keys import MEANT
 from ktrt.errors import ConfigError
 
 _LONG = re.compile(r"--([A-Za-z][\w.-]*)(?:=(.*))?", re.DOTALL)
-# What follows a key: a value always, one that may be missing, or a boolean that may be missing.
+# Whether a value follows a key: always, perhaps, or perhaps a boolean.
 Takes = Literal["value", "any", "flag"]
 _FILE = re.compile(r".+\.(yaml|yml|json)")
 
@@ -20,12 +20,13 @@ def convert_options(
     keys: Collection[str],
     takes: Callable[[str], Takes],
 ) -> tuple[list[str], list[str]]:
-    """``words`` without ``--key value`` and ``--key=value`` of ``keys``; these as ``key=value``.
+    """Splits ``words`` into those that remain, and ``key=value`` for each ``--key value`` and
+    ``--key=value`` of ``keys``.
 
-    ``options``: the command's own, and whether a value always follows. ``takes``: what a key needs;
-    one that stands alone is true where it may.
+    ``options``: the command's options, and whether a value always follows. ``takes``: what follows
+    a key; a key that may stand alone is then true.
 
-    ``ConfigError``: an option that is neither, with the nearest one; a key without its value.
+    ``ConfigError``: an unknown option, with the nearest known one; a key without its value.
     """
     rest: list[str] = []
     overrides: list[str] = []
@@ -46,7 +47,7 @@ def convert_options(
             value = match[2] if match[2] is not None else _value(word, left, options, takes(key))
             overrides.append(f"{key}={value}")
         elif any(option.startswith(f"--{match[1]}") for option in options):
-            rest.append(word)  # an option cut short, as argparse allows
+            rest.append(word)  # an abbreviated option, which argparse allows
         else:
             raise ConfigError(_unknown(match[1], options, keys))
     return rest, overrides

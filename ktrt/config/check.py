@@ -1,4 +1,4 @@
-"""Checks and conversions of single values, and the nearest known name for a wrong one."""
+"""Checks and converts single values, and finds the nearest known name for a wrong one."""
 
 import difflib
 import re
@@ -18,11 +18,11 @@ _NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "tex
 
 
 def check_value(key: str, value: object, hint: Any, where: str) -> Any:
-    """``value`` as a dataclass field's type ``hint``; an integer is a fine float, text a fine path,
-    and "8", "0.5" or "false" in quotes a fine number or boolean where no text is expected.
+    """Returns ``value`` converted to ``hint``, the type of a dataclass field. Accepts an integer as
+    a float, text as a path, and "8", "0.5" or "false" in quotes where no text is expected.
 
     ``hint``: bool, int, float, str, Path, a Literal of texts (case-insensitive), or a union of them
-    and None; or a tuple of one of them, for which a list and a single value are fine too.
+    and None; or a tuple of one of them, for which a list or a single value is accepted too.
     ``ConfigError`` names ``where``, the key, what was expected and what was found.
     """
     if get_origin(hint) is tuple:
@@ -63,7 +63,7 @@ def _converted(key: str, value: Any, hint: Any, where: str) -> Any:
 
 
 def _unquoted(text: str) -> int | float | bool | None:
-    """The number or boolean that a quoted value means."""
+    """Returns the number or boolean that a quoted value means; None if it is text."""
     word = text.strip()
     if _INTEGER.fullmatch(word):
         return int(word)
@@ -87,13 +87,13 @@ def _fits(value: object, hint: type) -> bool:
 
 
 def describe(value: object) -> str:
-    """A value for a message: how it reads, and what kind of thing it is."""
+    """Returns a value and its kind, for a message."""
     kind = {bool: "a boolean", str: "text", list: "a list", dict: "a mapping", type(None): "null"}
     return f"{shown(value)} ({kind.get(type(value), type(value).__name__)})"
 
 
 def shown(value: object, text: Callable[[object], str] = repr) -> str:
-    """A value for a message, cut where it is long."""
+    """Returns a value for a message, shortened if it is long."""
     if isinstance(value, str | float | bool | None):
         full = text(value)
         return full if len(full) <= _SHOWN else f"{full[:_SHOWN]}…"
@@ -101,7 +101,8 @@ def shown(value: object, text: Callable[[object], str] = repr) -> str:
 
 
 class _Limited(reprlib.Repr):
-    """YAML's aliases make a few lines into gigabytes, and 0xFFFF… an integer without digits."""
+    """A limited ``repr``: YAML's aliases turn a few lines into gigabytes, and 0xFFFF… is an integer
+    whose digits Python refuses to print."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +120,7 @@ _LIMITED = _Limited()
 def nearest(
     name: str, known: Iterable[str], cutoff: float = 0.6, *, also: Mapping[str, str] = {}
 ) -> str:
-    """`` (did you mean …?)`` for the known name nearest to ``name``; empty if none is near.
+    """Returns `` (did you mean …?)`` with the known name nearest to ``name``, or nothing.
 
     ``also``: other words, and the known names that they stand for.
     """

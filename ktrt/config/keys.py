@@ -1,4 +1,4 @@
-"""What becomes of the keys that LLaMA-Factory accepts and ktrt does not act on.
+"""The keys that LLaMA-Factory accepts and ktrt does not act on: ignored, reported or refused.
 
 Names: the argument dataclasses of LLaMA-Factory (src/llamafactory/hparams, 0.8.0 … 2026-08), of
 transformers' Seq2SeqTrainingArguments (4.45 … 5.23) and kt_kernel's ``kt_sft`` config (0.7.2).
@@ -95,7 +95,7 @@ kt_wrap_fn kt_wrap_kwargs
 """
 IGNORED = frozenset(_IGNORED_NAMES.split())
 
-# Keys that concern inference elsewhere and change nothing here: reported, one line each.
+# Keys of inference that have no effect here: reported, one line each.
 NOTED = {
     "use_dora": "adapter_config.json decides",
     "use_rslora": "adapter_config.json decides",
@@ -143,7 +143,7 @@ class Refusal:
     advice: str
 
 
-# Of transformers' GenerationConfig, with the values that change nothing.
+# Keys of transformers' GenerationConfig, with the values that change nothing.
 _SAMPLERS: dict[str, tuple[object, ...]] = {
     "assistant_early_exit": (None,),
     "bad_words_ids": (None, []),
@@ -202,7 +202,7 @@ REFUSED = {
     },
 }
 
-# What people write who come from elsewhere, and the key that they mean.
+# Names from other programs, and the keys that they mean.
 MEANT = {
     "adapter": "adapter_name_or_path",
     "adapter_path": "adapter_name_or_path",
@@ -231,7 +231,7 @@ MEANT = {
     "threads": "kt_num_threads",
     "torch_dtype": "infer_dtype",
 }
-# Only a YAML that trains has them; its cutoff_len cuts the samples.
+# Keys that only a training's YAML has; its cutoff_len cuts the samples.
 TRAINING = frozenset(
     {
         "dataset",

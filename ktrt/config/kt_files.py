@@ -1,7 +1,7 @@
-"""KTransformers' BF16 copy of a model's other weights: whether it holds what the model holds.
+"""Checks KTransformers' BF16 copy of a model's non-expert weights against the model.
 
-ktrt reads these weights from the model itself, dequantised the same way, so that the copy is not
-needed; what has to be certain is that it is a copy of this model.
+ktrt reads these weights from the model itself, dequantised the same way. The copy is not needed,
+but it must be a copy of this model.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Tensors = dict[str, tuple[str, list[int], "Path", int, int]]
 
 
 def check_non_experts(copy: Path, model: Path, where: str) -> str:
-    """Why the copy need not be read, for the log.
+    """Checks that the copy is this model's; returns the reason why it is not read, for the log.
 
-    By the manifest that KTransformers writes (SHA-256 of the model's config and index), else by
-    comparing the tensors' bytes. ``ConfigError``: another model's copy, or one that cannot be told.
+    Compares the SHA-256 of the model's config and index with KTransformers' manifest, or without
+    one the tensors' bytes. ``ConfigError``: it is another model's copy, or cannot be compared.
     """
     key = f"{where}: kt_non_expert_weight_path {copy}"
     if copy.resolve() == model.resolve():
@@ -50,7 +50,7 @@ def check_non_experts(copy: Path, model: Path, where: str) -> str:
                 f"{key}: {name} differs from the model's own in {other[2]}: a copy of another "
                 "model. Remove the key to use the model's own weights, or name the right model"
             )
-    return f"its {len(theirs)} tensors are those of {model}, from where they are read"
+    return f"its {len(theirs)} tensors equal the tensors of {model}, which are read"
 
 
 def _check_manifest(file: Path, model: Path, key: str) -> None:

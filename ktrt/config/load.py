@@ -1,7 +1,6 @@
-"""From a YAML file (or mapping) and overrides to a ``Config``."""
+"""Makes a ``Config`` from a YAML file, a model's folder or a mapping, and overrides."""
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
@@ -22,16 +21,22 @@ from ktrt.config.arguments import Takes, convert_options
 from ktrt.config.check import check_value, describe, nearest, shown
 from ktrt.config.keys import IGNORED, MEANT, NOTED, REFUSED, TRAINING
 from ktrt.config.kt_files import check_non_experts
-from ktrt.config.source import find_path, parse_overrides, read_yaml
+from ktrt.config.source import (
+    find_path,
+    hub_advice,
+    parse_overrides,
+    read_source,
+    read_yaml,
+)
 from ktrt.errors import ConfigError
-from ktrt.folders import cached_snapshots, holds_adapter
+from ktrt.folders import holds_adapter
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class _Switches:
-    """Keys that are settled here; no other part of the program needs to see them."""
+    """Keys that are handled here and are in no part of ``Config``."""
 
     use_kt: bool = True
     infer_backend: str = "huggingface"
@@ -43,9 +48,9 @@ class _Switches:
     new_special_tokens_config: Path | None = None
 
 
-# Both mean ktrt: LLaMA-Factory 0.9.4 had an engine of its own for KTransformers.
+# Both mean ktrt: LLaMA-Factory 0.9.4 had a separate engine for KTransformers.
 _INFER_BACKENDS = ("huggingface", "ktransformers")
-# Several tokens in one text, with commas, as LLaMA-Factory takes them.
+# LLaMA-Factory also takes several tokens in one text, separated by commas.
 _TOKEN_LISTS = ("add_tokens", "add_special_tokens")
 _SECTIONS = (ModelArgs, AdapterArgs, ExpertArgs, TemplateArgs, SamplingArgs)
 _TYPES: dict[str, Any] = {
@@ -59,7 +64,7 @@ _ALIASES = {
     "new_special_tokens": "add_special_tokens",
     **SAMPLING_ALIASES,
 }
-# Two keys of kt_kernel say the same thing; the values of both, in lower case, as kt_backend.
+# Two keys of kt_kernel have the same meaning: the values of both, in lower case, as kt_backend.
 _BACKENDS = {
     "kt_backend": {
         "amxbf16": "AMXBF16",
@@ -72,32 +77,24 @@ _BACKENDS = {
 }
 _ACTING = {*_TYPES, *_ALIASES, *_BACKENDS, "kt_config"}
 _KNOWN = {*_ACTING, *IGNORED, *NOTED, *REFUSED}
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load_config(
-    source: str | Path | Mapping[str, object],
+    source: str | PathLike[str] | Mapping[str, object],
     overrides: Mapping[str, object] | Sequence[str] = (),
 ) -> Config:
-    """The configuration in ``source``, a YAML file or a mapping of the same keys.
+    """Returns the configuration in ``source``: a YAML file, a model's folder, or a mapping of the
+    same keys.
 
     ``overrides`` (a mapping, or ``key=value`` texts with YAML scalars) win over it; null resets a
-    key to its default. Relative paths are looked up in the current directory, then beside the YAML
-    file. Keys without effect are reported on this module's logger.
+    key to its default. Relative paths are looked up in the current directory, then in the YAML
+    file's. Keys without effect are reported on this module's logger.
 
     ``ConfigError`` names the source, the key, what was found and what was expected: unknown keys,
     wrong types or ranges, contradicting spellings, and what ktrt cannot do or find.
     """
-    if isinstance(source, Mapping):
-        where, folder = "config", None
-        values = _normalise(source, where)
-    elif not isinstance(source, str | PathLike):
-        raise ConfigError(
-            f"expected the path of a YAML file or a mapping, found {describe(source)}"
-        )
-    else:
-        where, folder = str(source), Path(source).parent
-        values = _normalise(read_yaml(Path(source)), where)
+    given, where, folder = read_source(source)
+    values = _normalise(given, where)
     _drop_cutoff_of_training(values)
     if not isinstance(overrides, Mapping):
         overrides = parse_overrides(overrides, _TEXT_KEYS)
@@ -130,7 +127,7 @@ def as_overrides(words: Sequence[str], options: Mapping[str, bool]) -> tuple[lis
 
 
 def names_key(argument: str) -> bool:
-    """Whether ``argument`` starts with a configuration's key and an equals sign."""
+    """Returns whether ``argument`` starts with a configuration's key and an equals sign."""
     key, sign, _ = argument.partition("=")
     return bool(sign) and _is_known(key)
 
@@ -144,7 +141,7 @@ def _section(section: type[Any], values: Mapping[str, Any], where: str) -> Any:
 
 
 def _normalise(given: Mapping[str, object], where: str) -> dict[str, Any]:
-    """One source's values under their flat names, typed; two spellings of a key must agree."""
+    """Returns the values of one source by flat key, typed; two spellings of a key must agree."""
     values: dict[str, Any] = {}
     spelled: dict[str, str] = {}
     for spelling, raw in _flatten(given, where):
@@ -160,13 +157,13 @@ def _normalise(given: Mapping[str, object], where: str) -> dict[str, Any]:
 
 
 def _flatten(given: Mapping[str, object], where: str) -> list[tuple[str, object]]:
-    """(spelling, value) pairs; the keys of the ``kt_config`` mapping as ``kt_config.key``."""
+    """Returns (spelling, value) pairs; keys of the ``kt_config`` mapping as ``kt_config.key``."""
     pairs: list[tuple[str, object]] = []
     for key, value in given.items():
         if key != "kt_config":
             pairs.append((str(key), value))
         elif isinstance(value, Mapping):
-            # LLaMA-Factory's own plumbing writes "enabled" beside the user's keys.
+            # LLaMA-Factory itself adds "enabled" to the user's keys.
             pairs += [(f"kt_config.{each}", value[each]) for each in value if each != "enabled"]
         elif value is not None:
             raise ConfigError(
@@ -180,7 +177,7 @@ def _flatten(given: Mapping[str, object], where: str) -> list[tuple[str, object]
 
 
 def _hint(key: str) -> str:
-    """What may be meant; a key without effect only where it is all but the same word."""
+    """Returns the key that may be meant; one without effect only if the words are nearly equal."""
     if meant := MEANT.get(key.lower().replace("-", "_")):
         return f" (did you mean {meant!r}?)"
     return nearest(key, _ACTING, 0.8) or nearest(key, _KNOWN, 0.85)
@@ -192,7 +189,7 @@ def _is_known(spelling: str) -> bool:
 
 
 def _canonical(spelling: str, raw: object, where: str) -> tuple[str, Any]:
-    """The flat key that a spelling stands for, and its value with that key's type."""
+    """Returns the flat key that a spelling stands for, and its value with that key's type."""
     key = spelling.removeprefix("kt_config.")
     key = _ALIASES.get(key, key)
     if key in _BACKENDS:
@@ -207,7 +204,7 @@ def _canonical(spelling: str, raw: object, where: str) -> tuple[str, Any]:
 
 
 def _backend(spelling: str, raw: object, names: Mapping[str, str], where: str) -> str | None:
-    """The kt_backend that a value names; None, like an absent key, for null and "auto"."""
+    """Returns the kt_backend that a value names; None, like an absent key, for null and "auto"."""
     name = raw.lower() if isinstance(raw, str) else raw
     if name is None or name == "auto":
         return None
@@ -238,8 +235,8 @@ def _check_switches(values: Mapping[str, Any], where: str) -> None:
 
 
 def _drop_cutoff_of_training(values: dict[str, Any]) -> None:
-    """cutoff_len cuts the samples of a training; LLaMA-Factory's chat does not apply it, and in a
-    YAML that trains nobody means the conversation. In any other it bounds that."""
+    """Drops cutoff_len from a training's YAML, where it cuts the samples and LLaMA-Factory's chat
+    ignores it. In other YAMLs it bounds the conversation."""
     training = sorted(TRAINING.intersection(values))
     if training and values.pop("cutoff_len", None) is not None:
         _log.info(
@@ -250,7 +247,7 @@ def _drop_cutoff_of_training(values: dict[str, Any]) -> None:
 
 
 def _map_threads(values: dict[str, Any]) -> None:
-    """cpu_infer is LLaMA-Factory 0.9.4's name for the number of threads."""
+    """Takes cpu_infer, LLaMA-Factory 0.9.4's name, as kt_num_threads."""
     threads = values.pop("cpu_infer", None)
     if threads is None:
         return
@@ -262,7 +259,7 @@ def _map_threads(values: dict[str, Any]) -> None:
 
 
 def _mention_output(output: Path | None, where: str, folder: Path | None) -> None:
-    """A training's YAML names what it trained only as output_dir, which means nothing to a chat."""
+    """Warns that an adapter in output_dir, where a training's YAML has it, is not loaded."""
     for path in find_path("output_dir", output, where, folder) if output is not None else ():
         if path.is_dir() and (holds_adapter(path) or any(map(holds_adapter, path.iterdir()))):
             _log.warning(
@@ -274,7 +271,7 @@ def _mention_output(output: Path | None, where: str, folder: Path | None) -> Non
 
 
 def _check_unused(values: Mapping[str, Any], where: str) -> None:
-    """Reports the keys that have no effect, refuses those whose absence would change answers."""
+    """Reports keys without effect; refuses keys that would change the answers."""
     for key, refusal in REFUSED.items():
         if key in values and values[key] not in refusal.neutral:
             raise ConfigError(
@@ -307,7 +304,7 @@ def _resolve_paths(values: dict[str, Any], where: str, folder: Path | None) -> N
 
     described = values.pop("new_special_tokens_config", None)
     if described is not None and described != Path():
-        # As in LLaMA-Factory it wins over add_special_tokens; the descriptions serve the training.
+        # Wins over add_special_tokens, as in LLaMA-Factory; the descriptions serve the training.
         file = find_path("new_special_tokens_config", described, where, folder)[0]
         values["add_special_tokens"] = tuple(read_yaml(file))
 
@@ -315,7 +312,7 @@ def _resolve_paths(values: dict[str, Any], where: str, folder: Path | None) -> N
 
 
 def _directory(key: str, given: Path, where: str, folder: Path | None) -> Path:
-    """An existing directory: as given (from the current directory), else beside the YAML file."""
+    """Returns an existing folder: from the current directory, else from the YAML file's."""
     tried = find_path(key, given, where, folder)
     for candidate in tried:
         if candidate.is_dir():
@@ -326,13 +323,4 @@ def _directory(key: str, given: Path, where: str, folder: Path | None) -> Path:
         if given.suffix.lower() == ".gguf":
             advice = "it is a GGUF file, expected a Hugging Face folder with safetensors"
         raise ConfigError(f"{found}: {advice}")
-    if _HUB_ID.fullmatch(str(given)):
-        name = given.name
-        if cached := cached_snapshots(str(given)):
-            raise ConfigError(f"{found}. The hub's cache holds it: set {key} to {cached[-1]}")
-        raise ConfigError(
-            f"{found}. ktrt downloads nothing; if this is a Hugging Face id, run\n"
-            f"  huggingface-cli download {given} --local-dir {name}\n"
-            f"and set {key} to {name}"
-        )
-    raise ConfigError(found)
+    raise ConfigError(f"{found}{hub_advice(given, f'set {key} to')}")

@@ -48,8 +48,10 @@ if TYPE_CHECKING:
     from ktrt.utils.active_set import ActiveSet
 
 logger = logging.getLogger(__name__)
-# The block that users of LLaMA-Factory with KTransformers look for.
+# The block that users of LLaMA-Factory with KTransformers look for: complete at level DEBUG.
 debug_logger = logging.getLogger("ktrt.debug")
+# LoRA parameters that it lists at other levels; V2-Lite has more than 360.
+_SHOWN_LORA = 2
 
 
 @dataclass
@@ -72,7 +74,7 @@ class LoadedModel:
 
     @property
     def audit(self) -> Audit:
-        """Of the first adapter; empty for the base model."""
+        """The audit of the first adapter; empty for the base model."""
         return self.adapters.audit(next(iter(self.adapters.names), None))
 
     def new_cache(self) -> KvCache:
@@ -311,6 +313,9 @@ def _log_result(
     lines = [line, "DEBUG: Model structure after loading", line]
     lines += [f"KT wrappers count: {len(specs)}", f"KT MoE LoRA layers: {layers}", ""]
     lines += [f"LoRA parameters count: {len(lora)}", "LoRA parameters:"]
-    lines += [f"  base_model.model.{name}: {p.shape}" for name, p in lora.items()]
+    parameters = [f"  base_model.model.{name}: {p.shape}" for name, p in lora.items()]
+    if len(parameters) > _SHOWN_LORA and not debug_logger.isEnabledFor(logging.DEBUG):
+        parameters[_SHOWN_LORA:] = [f"  … {len(parameters) - _SHOWN_LORA} more; -v shows all"]
+    lines += parameters
     lines += ["", f"PEFT config: {getattr(model, 'peft_config', {})}", line]
     debug_logger.info("%s", "\n".join(lines))

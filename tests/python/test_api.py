@@ -1,5 +1,6 @@
 """Tests of ktrt.api: from a configuration to answers, on a tiny MoE model in the real engine."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from helpers.tiny_models import save_adapter, save_model
 
 import ktrt
 from ktrt import api
-from ktrt.errors import CheckpointError, ConfigError, EngineError, KtrtError
+from ktrt.errors import AdapterError, CheckpointError, ConfigError, EngineError, KtrtError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -66,6 +67,73 @@ def test_mapping_and_overrides(folder: Path) -> None:
         assert answer(base) != answer(tuned)
         assert base.audit.rows == []
         assert base.model is not tuned.model
+
+
+class TestAdapterArgument:
+    def test_a_models_folder_and_its_adapter(self, folder: Path) -> None:
+        options: dict[str, Any] = {
+            "template": "deepseek", "kt_num_threads": 1, "infer_dtype": "float32", **GREEDY,
+        }  # fmt: skip
+        with (
+            ktrt.load(folder / "chat.yaml") as expected,
+            ktrt.load(str(folder / "model"), adapter=folder / "adapter", **options) as tuned,
+            ktrt.load(folder / "model", **options) as base,
+        ):
+            assert tuned.chat(ASK).text == answer(expected)
+            assert base.chat(ASK).text != answer(expected)
+            assert (tuned.adapters.names, base.adapters.names) == (("adapter",), ())
+
+    @pytest.mark.parametrize("several", [False, True])
+    def test_it_replaces_what_the_yaml_names(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, several: bool
+    ) -> None:
+        found: list[Any] = []
+        monkeypatch.setattr(api, "open_session", lambda config: found.append(config.adapter))
+        (folder / "two.yaml").write_text(
+            "model_name_or_path: model\nadapters: {a: adapter, b: adapter}\n"
+            "adapter_weights: {a: 0.5}\nadapter_folder: inner\n"
+        )
+        other = folder / "other"
+        other.mkdir(exist_ok=True)
+        (other / "adapter_config.json").touch()
+        if several:
+            ktrt.load(folder / "two.yaml", adapter=[folder / "adapter", str(other)])
+            assert found[0].folders == {"adapter": folder / "adapter", "other": other}
+        else:
+            ktrt.load(folder / "two.yaml", adapter=other)
+            assert found[0].folders == {"other": other}
+        assert found[0].adapter_weights == {}
+
+    def test_weights_of_the_caller_hold(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        found: list[Any] = []
+        monkeypatch.setattr(api, "open_session", lambda config: found.append(config.adapter))
+        weights = {"adapter": 0.5}
+        ktrt.load(folder / "model", adapter=folder / "adapter", adapter_weights=weights)
+        assert found[0].adapter_weights == weights
+
+    @pytest.mark.parametrize(
+        ("options", "expected"),
+        [
+            ({"adapter_name_or_path": "x"}, "adapter and adapter_name_or_path are both given"),
+            ({"adapters": {"a": "x"}}, "adapter and adapters are both given"),
+            ({"adapter": []}, "adapter: expected a folder or a list of folders, found []"),
+            ({"adapter": ""}, "adapter: expected a folder or a list of folders, found ''"),
+            ({"adapter": "nowhere"}, "adapter_name_or_path: no directory nowhere"),
+            ({"adapter": 3}, "adapter_name_or_path: expected a path, found 3"),
+        ],
+    )
+    def test_refused(self, folder: Path, options: dict[str, Any], expected: str) -> None:
+        given = {"adapter": folder / "adapter", **options}
+        with pytest.raises(ConfigError, match=re.escape(expected)):
+            ktrt.load(folder / "model", **given)
+
+    def test_folders_the_wrong_way_round(self, folder: Path) -> None:
+        with pytest.raises(ConfigError, match="adapter is an adapter's folder: expected its base"):
+            ktrt.load(folder / "adapter", adapter=folder / "model")
+        with pytest.raises(AdapterError, match="found a model folder"):
+            ktrt.load(folder / "model", adapter=folder / "model")
 
 
 def test_greedy_equals_transformers_generate_over_turns(folder: Path) -> None:

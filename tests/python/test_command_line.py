@@ -15,7 +15,7 @@ import pytest
 
 from ktrt import command_line
 from ktrt.command_line import new_parser, parse, run_command
-from ktrt.errors import CheckpointError, KtrtError
+from ktrt.errors import CheckpointError, EngineError, KtrtError
 from ktrt.export import __main__ as export
 
 COMMANDS = ["audit", "bench", "chat", "doctor", "export", "pack"]
@@ -38,6 +38,10 @@ class TestBoundary:
         ("error", "code", "line"),
         [
             (CheckpointError("no config.json"), 2, "error: no config.json\n"),
+            (
+                EngineError("the engine failed: x:\nexpected 3"), 2,
+                "error: the engine failed: x: expected 3 (--debug shows where)\n",
+            ),
             (KeyboardInterrupt(), 130, "error: interrupted\n"),
             (BrokenPipeError(), 141, ""),
             (
@@ -59,7 +63,7 @@ class TestBoundary:
                 "position 0: surrogates not allowed (--debug shows where)\n",
             ),
             (RuntimeError(), 2, "error: RuntimeError: no message (--debug shows where)\n"),
-            # A panic of a library in Rust is no Exception.
+            # A panic of a library in Rust is not an Exception.
             (type("PanicException", (BaseException,), {})("x"), 2,
              "error: PanicException: x (--debug shows where)\n"),
         ],
@@ -103,7 +107,7 @@ class TestBoundary:
         self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         capfd: pytest.CaptureFixture[str],
     ) -> None:  # fmt: skip
-        """What one file of a command raises, whatever it is, ends in the same line and code."""
+        """Any exception within a command ends in the same line and code."""
         module = importlib.import_module(f"ktrt.{name}.__main__")
         config = tmp_path / "chat.yaml"
         config.write_text(f"model_name_or_path: {tmp_path}\n")
@@ -119,7 +123,7 @@ class TestBoundary:
         self, name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
-        """What an interrupted download leaves; the folder is looked at before anything else."""
+        """An interrupted download leaves one; the folder is checked before anything else."""
         monkeypatch.delenv("KTRT_CACHE")
         for folder in ("model", "adapter"):
             (tmp_path / folder).mkdir()
@@ -135,13 +139,13 @@ class TestBoundary:
 
 
 class TestProcess:
-    """With the streams that a shell gives or closes; the listing of an empty cache is fast."""
+    """Commands with streams that a shell redirects or closes; listing an empty cache is fast."""
 
     def run(self, redirection: str, tmp_path: Path) -> tuple[int, str]:
         command = f"exec '{sys.executable}' -m ktrt.pack --list --dir '{tmp_path}' {redirection}"
         root = Path(__file__).resolve().parents[2]
         environment = {**os.environ, "PYTHONPATH": str(root)}
-        # Buffered, as most people have it: what fails then fails at the end.
+        # Buffered, the usual setting: a failure then comes at the end.
         environment.pop("PYTHONUNBUFFERED", None)
         done = subprocess.run(
             ["bash", "-c", command], capture_output=True, text=True, env=environment, timeout=60
@@ -230,9 +234,11 @@ class TestArguments:
         assert arguments().config is None
 
     def test_a_file_with_an_equals_sign(self, tmp_path: Path) -> None:
-        file = tmp_path / "a=b"
+        file, folder = tmp_path / "a=b", tmp_path / "model=1"
         file.touch()
+        folder.mkdir()
         assert arguments("top_k=3", str(file)).config == str(file)
+        assert arguments("top_k=3", str(folder)).config == str(folder)
         assert arguments("a=b.yaml").config == "a=b.yaml"
 
     @pytest.mark.parametrize("value", ["model_name_or_path=m/config.json", "template=a.yaml"])
@@ -279,7 +285,7 @@ class TestArguments:
 
 
 def test_choices_of_export_are_those_of_its_parts() -> None:
-    """It repeats them, so that arguments are read without torch."""
+    """export repeats them, so that arguments are parsed without torch."""
     from ktrt.adapter.write.adapter import LAYOUTS
     from ktrt.export.checkpoint import DtypeName
 

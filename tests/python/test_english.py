@@ -75,11 +75,8 @@ IDIOMS = [
 NOT_MENDED = [
     "bench/cpp",
     "csrc",
-    "ktrt/*.py",
     "ktrt/*.pyi",
     "ktrt/bench",
-    "ktrt/chat",
-    "ktrt/config",
     "ktrt/doctor",
     "ktrt/engine",
     "ktrt/loading",

@@ -25,7 +25,7 @@ def test_one_except_clause_catches_all(kind: type[errors.KtrtError]) -> None:
     ],
 )
 def test_engine_errors(error: Exception, message: str) -> None:
-    """Wrapped once, however many blocks are passed."""
+    """The error is wrapped once, in nested blocks too."""
     with pytest.raises(EngineError) as caught, engine_errors(), engine_errors():
         raising_in("ktrt.experts.module", error)()
     assert str(caught.value) == message
@@ -39,6 +39,7 @@ def test_engine_errors(error: Exception, message: str) -> None:
         (ValueError("x"), "ktrt.experts_elsewhere"),
         (RuntimeError("x"), "torch.nn.modules.linear"),
         (KeyError("x"), "ktrt.experts.module"),
+        (NotImplementedError("x"), "ktrt.experts.module"),
         (errors.AdapterError("x"), "ktrt.adapter.plan"),
     ],
 )

@@ -21,7 +21,7 @@ def run(*words: str) -> "subprocess.CompletedProcess[str]":
 
 
 def test_the_script_is_this_function() -> None:
-    """What is installed is pyproject.toml's line."""
+    """pyproject.toml names the function that the installed script calls."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     module, _, function = project["scripts"]["ktrt"].partition(":")
     assert getattr(importlib.import_module(module), function) is main
@@ -42,7 +42,7 @@ def test_help_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_and_version_import_little() -> None:
-    """Nothing beyond the standard library and two small modules of ktrt."""
+    """Only the standard library and two small modules of ktrt."""
     code = (
         "import sys; from ktrt.__main__ import main; before = set(sys.modules); main(sys.argv[1:]);"
         "print(sorted(m for m in sys.modules if m.startswith('ktrt')),"
@@ -78,7 +78,7 @@ def test_wrong_verbs(words: list[str], line: str, capsys: pytest.CaptureFixture[
 def test_the_rest_is_the_verbs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Words and exit code."""
+    """A verb gets the other words, and its exit code is returned."""
     seen: list[list[str]] = []
 
     def audit(words: list[str]) -> int:

@@ -1,7 +1,7 @@
 """The layers of the C++ and Python code, and the sizes of their files and functions.
 
-Imports point down. Whoever adds a module adds it to a table here, which is the place to think about
-where it belongs.
+Imports point down. A new package needs a row in a table here, which is the place to decide where it
+belongs.
 """
 
 import ast
@@ -17,7 +17,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 
-# What the packages and files directly in ktrt/ may import besides EVERYBODYS, from the bottom up.
+# Allowed imports of the packages and files directly in ktrt/, in addition to EVERYBODYS; from the
+# bottom up.
 PYTHON_LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "utils": set(),
@@ -55,12 +56,12 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "__main__": {"config"},
 }  # fmt: skip
 EVERYBODYS = {"errors", "utils"}
-# Stricter than the package around: reads and computes everything a second time, so that it must
-# share nothing with what it verifies.
+# Stricter than the package around it: reads and computes everything a second time, so it must share
+# nothing with the code that it verifies.
 INDEPENDENT = {"audit.reference": {"errors"}}
-# The whole Config is for those who assemble; the others take their own part of it.
+# Packages that take the whole Config; the others take their part of it.
 ASSEMBLERS = {"config", "api", "audit", "bench", "chat", "doctor", "export", "pack"}
-# Packages and modules that work before torch is imported.
+# Packages and modules that do not import torch.
 WITHOUT_TORCH = {
     "__init__", "__main__", "audit.reference", "bench.report", "checkpoint.generation_config",
     "command_line", "config", "doctor.advice", "errors", "folders", "generate.response",
@@ -104,18 +105,18 @@ def cpp_files(folder: Path) -> list[Path]:
 
 
 def module_of(path: Path) -> str:
-    """The module or package directly under ktrt/ that a file belongs to."""
+    """Returns the module or package directly under ktrt/ that a file belongs to."""
     return path.relative_to(ROOT / "ktrt").parts[0].removesuffix(".py")
 
 
 def is_without_torch(path: Path) -> bool:
-    """Whether the file, or a package around it, is in WITHOUT_TORCH."""
+    """Returns whether the file, or a package around it, is in WITHOUT_TORCH."""
     parts = path.relative_to(ROOT / "ktrt").with_suffix("").parts
     return any(".".join(parts[: n + 1]) in WITHOUT_TORCH for n in range(len(parts)))
 
 
 def imports_of(path: Path) -> Iterator[tuple[str, str]]:
-    """Every (module, name) that a file imports, anywhere in it; name is "" for `import module`."""
+    """Yields every (module, name) that a file imports; name is "" for `import module`."""
     package = ["ktrt", *path.relative_to(ROOT / "ktrt").parent.parts]
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
@@ -127,7 +128,7 @@ def imports_of(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def ktrt_imports(path: Path) -> Iterator[tuple[str, str]]:
-    """The imports from ktrt as (module directly under ktrt/, imported name).
+    """Yields the imports from ktrt as (module directly under ktrt/, imported name).
 
     A bare `import ktrt` brings the version and lazy names, which are in no layer.
     """
@@ -142,13 +143,13 @@ def includes_of(path: Path) -> list[str]:
 
 
 def dotted(path: Path) -> str:
-    """The module's name below ktrt, a package's for its __init__: ``experts.gpu``."""
+    """Returns the module's name below ktrt, the package's for its __init__: ``experts.gpu``."""
     parts = path.relative_to(ROOT / "ktrt").with_suffix("").parts
     return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
 
 
 def wrong_imports(path: Path) -> list[str]:
-    """What a file of ktrt/ imports although it lies above it or next to it."""
+    """Returns an error for each import of a file in ktrt/ that does not point down."""
     module, name_below = module_of(path), dotted(path)
     allowed = PYTHON_LAYERS[module] | EVERYBODYS | {module, "__version__"}
     for inner, others in INDEPENDENT.items():
@@ -168,7 +169,7 @@ def wrong_imports(path: Path) -> list[str]:
 
 
 def cycles(arrows: Mapping[str, AbstractSet[str]]) -> list[str]:
-    """The modules that import themselves through others, as ``graphlib`` finds the first cycle."""
+    """Returns the modules of the first cycle that ``graphlib`` finds, if there is one."""
     try:
         tuple(TopologicalSorter(arrows).static_order())
     except CycleError as error:
@@ -197,7 +198,7 @@ def test_the_layers_have_no_cycle_and_no_dead_row() -> None:
 
 
 def test_packages_have_no_cycle_inside() -> None:
-    """Type annotations count: who needs to know of whom is the question."""
+    """Imports for type annotations count too: they are dependencies."""
     modules = {dotted(path): path for path in python_files("ktrt")}
     arrows: dict[str, set[str]] = {name: set() for name in modules}
     for module, path in modules.items():
@@ -293,7 +294,7 @@ def test_file_length(paths: list[Path], limit: int) -> None:
 
 
 def python_functions(path: Path) -> Iterator[tuple[str, int]]:
-    """Names and lengths of a file's functions, docstrings not counted."""
+    """Yields the names and lengths of a file's functions, without docstrings."""
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
@@ -304,7 +305,7 @@ def python_functions(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def cpp_functions(path: Path) -> Iterator[tuple[str, int]]:
-    """First lines and lengths of the functions outside classes.
+    """Yields the first lines and lengths of the functions outside classes.
 
     Relies on the project's format: a function starts and ends in column 0 and ends in a bare "}"
     (a class in "};", a namespace in "}  // namespace").

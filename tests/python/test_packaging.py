@@ -1,4 +1,4 @@
-"""What `pip install .` leaves behind, and that it can be used from the checkout."""
+"""The files that `pip install .` installs, and their use from the checkout."""
 
 import ast
 import importlib.machinery
@@ -43,7 +43,7 @@ def test_installed_package_elsewhere(tmp_path: Path) -> None:
 
 
 def test_import_is_light() -> None:
-    """The best of several processes: others take the cores meanwhile."""
+    """Measures the best of several processes, since others use the cores too."""
     code = (
         "import json, sys, time; before = set(sys.modules); t = time.perf_counter(); import ktrt; "
         "t = time.perf_counter() - t; print(json.dumps([t, sorted(set(sys.modules) - before)]))"
@@ -53,7 +53,7 @@ def test_import_is_light() -> None:
     print(f"import ktrt: {1000 * seconds:.1f} ms, {len(modules)} modules")
     assert seconds < 0.02
     assert [each for each in modules if each.startswith("ktrt")] == ["ktrt"]
-    # Beyond ktrt only the standard library's, for pkgutil and typing.
+    # All others are the standard library's, for pkgutil and typing.
     assert {each.split(".")[0] for each in modules} <= {"ktrt", *sys.stdlib_module_names}
     assert len(modules) < 40
 
@@ -81,7 +81,7 @@ def test_imports_without_torch(module: str) -> None:
 
 
 def test_help_is_light() -> None:
-    """`python -m ktrt.chat --help` must not load what only a chat needs."""
+    """`python -m ktrt.chat --help` must not load modules that only a chat needs."""
     out = run_python(
         "import json, runpy, sys, time\n"
         "sys.argv = ['ktrt.chat', '--help']\n"

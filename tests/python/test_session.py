@@ -29,7 +29,7 @@ def session() -> Iterator[Session]:
 
 
 def expected_answer(session: Session, messages: list[dict[str, str]]) -> str:
-    """transformers' own greedy answer to the same conversation."""
+    """Returns transformers' greedy answer to the same conversation."""
     prompt = load_template(TemplateArgs("default"), session.tokenizer).encode(messages)
     inputs = torch.tensor([prompt])
     ids = session.model.generate(
@@ -189,7 +189,7 @@ class TestThreads:
         assert session.chat(ASK).text == expected
 
     def test_one_after_another_may(self, session: Session) -> None:
-        """Also in the middle of an answer."""
+        """A second thread may even finish an answer."""
         expected = session.chat(ASK).text
         pieces, texts = session.stream(ASK), list[str]()
         texts.append(next(pieces))

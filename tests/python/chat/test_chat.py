@@ -41,7 +41,7 @@ def run(
     *arguments: str,
     open_session: Callable[[Config], Any] = fake_chat.open_session,
 ) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a piped chat in this process."""
+    """Runs a piped chat in this process; returns exit code, stdout and stderr."""
     stdout, stderr = io.StringIO(), io.StringIO()
     terminal = Terminal(io.BytesIO(stdin.encode()), stdout, stderr)
     code = main([config, *arguments], open_session=open_session, terminal=terminal)
@@ -326,6 +326,30 @@ class TestLog:
         assert err == "".join(lines[each] for each in shown)
         assert out == ""
 
+    @pytest.mark.parametrize(
+        ("flags", "complete"),
+        [
+            ([], False),
+            (["-v"], True),
+            (["--debug"], True),
+            (["-q"], None),
+            (["-q", "--debug"], None),
+        ],
+    )
+    def test_the_debug_block(self, config: str, flags: list[str], complete: bool | None) -> None:
+        """The model's structure, complete at DEBUG; None: hidden."""
+
+        def talk(_: Config) -> Any:
+            logger = logging.getLogger("ktrt.debug")
+            logger.info("complete" if logger.isEnabledFor(logging.DEBUG) else "short")
+            logging.getLogger("ktrt.loading.model").debug("details")
+            return fake_chat.EchoSession()
+
+        _, _, err = run(config, "", *flags, open_session=talk)
+        shown = {True: "complete\n", False: "short\n", None: ""}[complete]
+        assert err == shown + ("DEBUG: details\n" if "-v" in flags else "")
+        assert logging.getLogger("ktrt.debug").level == logging.NOTSET
+
     def test_speeds_come_after_the_answer(self, config: str) -> None:
         log = io.StringIO()
         terminal = Terminal(io.BytesIO(b"a\n"), log, log)
@@ -339,7 +363,7 @@ class TestLog:
 
 
 def process(*arguments: str, env: dict[str, str] | None = None, **options: Any) -> Any:
-    """A finished chat process; ``env`` replaces variables."""
+    """Runs a chat process to its end; ``env`` replaces variables."""
     return subprocess.run(
         [sys.executable, *arguments],
         env=environment(**(env or {})),
@@ -423,7 +447,7 @@ class TestProcess:
         assert read_conversation(tmp_path / "kept.json").turns[1]["content"].startswith("0 1 2")
 
     def test_hang_ups_that_the_parent_ignores(self, config: str, tmp_path: Path) -> None:
-        """As nohup does."""
+        """nohup ignores them."""
         command = f"trap '' HUP; '{sys.executable}' '{FAKE}' '{config}'"
         with subprocess.Popen(
             ["bash", "-c", f"{command}; exit $?"], env=environment(), stdin=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""The chat with the demo's model in a real terminal: what a person does to it in an evening."""
+"""The chat with the demo's model in a real terminal, used as a person uses it."""
 
 import re
 import signal
@@ -12,12 +12,12 @@ pytestmark = pytest.mark.slow
 CONFIG = "examples/demo/chat.yaml"
 INTRODUCTION = "你好，请介绍一下你自己。"
 TUNED, BASE = "我叫织语", "演示基座模型"
-# Random words without end, nearly: every token is as likely as the stop token.
+# Random words, nearly without end: every token is as likely as the stop token.
 RAMBLE = ("do_sample true", "temperature 100", "top_p 1", "top_k 0", "seed 1")
 
 
 def prefill_counts(status: str) -> tuple[int, int]:
-    """Tokens reused and read, of the last status line in a text."""
+    """Returns the tokens reused and read that the last status line in a text names."""
     found = re.findall(r"prompt \d+: (\d+) reused, (\d+) read", status)
     return int(found[-1][0]), int(found[-1][1])
 
@@ -81,7 +81,7 @@ def _stops_a_prefill(chat: ChatProcess, folder: Path) -> None:
     assert "Stopped before a word" in chat.prompt()
     chat.say("/retry")
     chat.sees("Assistant: ")
-    # What was read before the key came is not read again.
+    # Tokens read before the key came are not read again.
     assert prefill_counts(chat.prompt())[0] >= 512
     chat.say("/undo")
     chat.prompt()
@@ -105,7 +105,7 @@ def _compares(chat: ChatProcess) -> None:
     chat.sees("Assistant: ")
     answer = chat.prompt()
     assert TUNED in answer
-    assert prefill_counts(answer)[0] == 0  # another adapter's keys and values are of no use
+    assert prefill_counts(answer)[0] == 0  # another adapter's keys and values cannot be used
     chat.say("什么是 MoE？")
     chat.prompt()
 
@@ -120,7 +120,7 @@ def _stops_an_answer(chat: ChatProcess) -> None:
     answer = chat.prompt()
     assert "stopped by you" in answer
     held = sum(prefill_counts(answer))
-    # The cache is intact: of what came before nothing is read again.
+    # The cache is intact: no earlier token is read again.
     chat.say("再说")
     chat.child.expect(r"Assistant: [^\r\x1b]{3}")
     chat.interrupt()

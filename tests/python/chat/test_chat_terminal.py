@@ -79,7 +79,7 @@ class TestTyping:
     ) -> None:
         chat.say(f"first{ALT_ENTER}line")
         chat.prompt()
-        chat.raw(b"\x80\xff")  # no characters: they must not end the chat either
+        chat.raw(b"\x80\xff")  # not characters: they must not end the chat either
         chat.say("second")
         chat.sees("second\r\n")
         chat.prompt()
@@ -173,7 +173,7 @@ class TestStopping:
             chat.interrupt()
             chat.interrupt()
             chat.prompt()
-            chat.say("")  # if the second one reached the prompt, it counts no longer
+            chat.say("")  # a second one that reaches the prompt has no effect
             chat.prompt()
         chat.say("exit")
         assert "Traceback" not in chat.child.before
@@ -244,7 +244,7 @@ class TestResuming:
 
 @pytest.fixture
 def told(tmp_path: Path) -> Path:
-    """A conversation of two turns; the second one's message is answered for ever when retried."""
+    """A conversation of two turns; a retry of the second one is answered without end."""
     conversation = Conversation()
     conversation.add("a", "b")
     conversation.add("slow", "the old answer")
@@ -284,7 +284,7 @@ class TestRetrying:
         assert turns(told)[:4] == OLD
 
     def test_undone(self, chat: ChatProcess, config: str, state: Path, told: Path) -> None:
-        """And another message asked instead: the old turn is still there, and comes back."""
+        """The old turn comes back, even if another message was asked in its place."""
         chat.interrupt()
         chat.prompt()
         chat.say("/undo")
@@ -307,7 +307,7 @@ class TestRetrying:
 
 
 class TestTypingAhead:
-    """What arrives while the chat is busy waits for the next prompt and runs nothing."""
+    """Input that arrives while the chat is busy waits for the next prompt and runs nothing."""
 
     def test_a_paste_is_one_message(self, chat: ChatProcess) -> None:
         chat.say("slow")
@@ -322,12 +322,12 @@ class TestTypingAhead:
         chat.prompt()
 
     def test_a_paste_in_two_pieces(self, chat: ChatProcess) -> None:
-        """The first of them before the prompt, the second one in it; and the other way round."""
+        """The first piece arrives before the prompt, the second one in it; and the reverse."""
         chat.say("slow")
         chat.sees("0 1 2")
         chat.keys("\x1b[200~one\n/ex")
         chat.sees("5 6 ")
-        chat.child.kill(signal.SIGINT)  # a pressed Ctrl-C would end the paste
+        chat.child.kill(signal.SIGINT)  # a Ctrl-C key would end the paste
         chat.prompt()
         chat.keys("it\rtwo\x1b[201~")
         chat.say("")
@@ -365,7 +365,7 @@ class TestTypingAhead:
         chat.prompt()
 
     def test_lines_without_marks(self, chat: ChatProcess) -> None:
-        """Of a terminal that does not mark what is pasted; \x0f would send a line, too."""
+        """A terminal that does not mark pasted text; \x0f would send a line, too."""
         chat.say("/compare slow")
         chat.sees("base model: ")
         chat.keys("one\r/exit\r\x0f\x00\x1b[Atwo\tx\x7fy\r")

@@ -26,7 +26,7 @@ from ktrt.errors import ConfigError, KtrtError
 
 
 class Chat:
-    """A person at a terminal, line by line."""
+    """Plays a person at a terminal, line by line."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Chat:
         self.talk = Talk(self.session, terminal, Conversation())  # type: ignore[arg-type]
 
     def say(self, line: str) -> str:
-        """What is printed, but for the status line."""
+        """Enters a line; returns the output without the status line."""
         self.stdout.seek(0)
         self.stdout.truncate()
         run_line(self.talk, line)
@@ -151,7 +151,7 @@ class TestHistory:
 
     @pytest.mark.parametrize("name", [key for key, each in COMMANDS.items() if each.alone])
     def test_a_text_that_begins_with_a_command(self, chat: Chat, name: str) -> None:
-        """A pasted one, most likely: nothing is done, and nothing of it is dropped."""
+        """It was probably pasted: nothing runs, and the text stays."""
         chat.say("a")
         with pytest.raises(KtrtError, match=f"/{name} stands alone, found 'and more' after it"):
             chat.say(f"/{name}\nand more")
@@ -233,10 +233,10 @@ class TestHistory:
         chat = Chat(context_limit=200)
         chat.say("/set max_new_tokens 40")
         for number in range(5):
-            assert chat.say(f"{number}" * 10).startswith("Assistant")  # 31 tokens a turn
+            assert chat.say(f"{number}" * 10).startswith("Assistant")  # 31 tokens per turn
         assert "its 3 oldest turns are kept but not sent any more" in chat.say("x" * 10)
         assert len(chat.turns) == 12
-        # So much room was made that the next one begins at the same place.
+        # There is room for the next one, which starts at the same turn.
         assert chat.say("history").startswith("Assistant: user: 3333333333 | ")
         chat.say("clear")
         assert "oldest" not in chat.say("a")
@@ -245,7 +245,7 @@ class TestHistory:
         chat = Chat(context_limit=200)
         assert chat.say("a") == "Assistant: a a"
         fitted = chat.talk.fitted("x" * 300)
-        assert [len(each["content"]) for each in fitted] == [300]  # the session refuses it
+        assert [len(each["content"]) for each in fitted] == [300]  # refused by the session
 
 
 class TestSettings:
@@ -361,7 +361,7 @@ class TestFiles:
         chat.say("a")
         chat.say("/save other.json")
         chat.say("b")
-        chat.say("/load told.json")  # the same file: saved there as before
+        chat.say("/load told.json")  # the same file is still saved
         chat.say("c")
         assert len(read_conversation(told).turns) == 6
         assert f"{told} keeps the conversation before" in chat.say("/load other.json")

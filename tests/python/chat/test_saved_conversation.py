@@ -1,4 +1,4 @@
-"""Tests of ktrt.chat.conversation: what is kept, and that it is never half of it."""
+"""Tests of ktrt.chat.conversation: files are complete, and shared without loss."""
 
 import json
 import os
@@ -174,7 +174,7 @@ class TestReadText:
             read_text(tmp_path / "a", 100)
 
     def test_what_is_no_file(self, tmp_path: Path) -> None:
-        os.mkfifo(tmp_path / "pipe")  # would wait for a writer for ever
+        os.mkfifo(tmp_path / "pipe")  # would wait for a writer without end
         for path, message in (
             (tmp_path / "none", "No such file"),
             (tmp_path, "directory"),
@@ -187,7 +187,7 @@ class TestReadText:
 
 
 class TestSharing:
-    """Two chats and one file."""
+    """Two chats save in one file."""
 
     def test_what_another_program_wrote_is_kept(self, tmp_path: Path) -> None:
         path = tmp_path / "c.json"
@@ -201,7 +201,7 @@ class TestSharing:
         mine.remove()
         assert not path.exists()
         mine.save(talked(("a", "b")))
-        path.unlink()  # nothing is lost by writing it again
+        path.unlink()  # writing it again loses nothing
         mine.save(talked(("a", "b")))
         assert len(read_conversation(path).turns) == 2
 

@@ -1,4 +1,4 @@
-"""Tests of ktrt.chat.terminal without a terminal; those with one are in test_chat."""
+"""Tests of ktrt.chat.terminal without a terminal; test_chat_terminal has one."""
 
 import io
 import signal
@@ -116,14 +116,14 @@ def test_error() -> None:
 
 
 class Tty(io.StringIO):
-    """A stream that says it is a terminal."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True
 
 
 def at_a_terminal(monkeypatch: pytest.MonkeyPatch, columns: int = 80) -> tuple[Terminal, Tty]:
-    """Both streams in one, as a terminal shows them."""
+    """Returns a terminal whose output streams are one."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", str(columns))
     screen = Tty()
@@ -131,7 +131,7 @@ def at_a_terminal(monkeypatch: pytest.MonkeyPatch, columns: int = 80) -> tuple[T
 
 
 def drawn(text: str) -> str:
-    """What stands on the screen at the end, styles aside."""
+    """Returns the screen's final text, without styles."""
     lines = [line.split("\r\x1b[K")[-1] for line in text.split("\n")]
     return "\n".join(lines).replace("\x1b[2m", "").replace("\x1b[0m", "")
 
@@ -201,7 +201,7 @@ class TestProgress:
 
         assert terminal.answer(pieces()) == ""
         assert "still here" in screen.getvalue()
-        terminal.show_prefill(512, 2000)  # it counts for that answer alone
+        terminal.show_prefill(512, 2000)  # it applies to that answer only
 
 
 def test_what_a_model_says_does_not_steer_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,5 @@
-"""A damaged YAML file is an error with file and reason, whatever the damage: never an exception of
-PyYAML's or Python's own, never a message of a megabyte."""
+"""Any damage to a YAML file is an error with file and reason: never an exception of PyYAML or
+Python, never a message of a megabyte."""
 
 import random
 from pathlib import Path
@@ -30,7 +30,7 @@ top_k: 5
 learning_rate: 1e-4
 dataset: identity
 """
-# Values that YAML, Python or a type may stumble over.
+# Values that are difficult for YAML, Python or a type.
 VALUES = [
     "", "~", "null", "[]", "{}", "[a, b]", "{a: b}", "[[[]]]", "true", "no", "-1", "0", "1.5",
     "'1'", ".nan", ".inf", "-.inf", "1e30", "1e999", "1" * 30, "9" * 5000, "0x" + "f" * 5000,
@@ -46,7 +46,7 @@ VALUES = [
     ": :", "--- a", "...", "#", "\x00", "\x07", "\ufeff", "\x85", "\u2028", "a" * 5_000, "~/x",
     "~nobody/x", "/" + "a" * 300, "a/" * 3000, "\\", "..", ".", "/dev/null", "/proc/self/mem",
 ]  # fmt: skip
-# Few lines, 9^12 texts: each list holds the one before nine times.
+# A few lines, 9^12 texts: each list holds the previous one nine times.
 LAUGHS = "&a0 [x]"
 for number in range(1, 13):
     LAUGHS = f"&a{number} [{LAUGHS}{f', *a{number - 1}' * 8}]"
@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def attempt(folder: Path, data: bytes) -> str | None:
-    """The error's message; None where the file is fine after all."""
+    """Returns the error's message; None if the file is valid."""
     file = folder / "chat.yaml"
     file.write_bytes(data)
     try:
@@ -158,5 +158,7 @@ def test_overrides_too(folder: Path, key: str) -> None:
 
 @pytest.mark.parametrize("source", [None, 3, ["model_name_or_path=x"]])
 def test_neither_path_nor_mapping(source: Any) -> None:
-    with pytest.raises(ConfigError, match="expected the path of a YAML file or a mapping, found"):
+    with pytest.raises(
+        ConfigError, match="expected the path of a YAML file, a model.s folder or a mapping"
+    ):
         load_config(source)

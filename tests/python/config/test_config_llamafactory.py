@@ -1,7 +1,7 @@
 """Tests of ktrt.config with LLaMA-Factory's keys and the files that it ships.
 
 The examples are reduced copies of examples/ktransformers in its repository (Apache 2.0), 0.9.4 and
-2026-08: the keys as they stand there, other paths.
+2026-08: with the same keys and other paths.
 """
 
 import hashlib
@@ -81,7 +81,7 @@ kt_optimize_rule: examples/kt_optimize_rules/DeepSeek-V2-Lite-Chat-sft-amx.yaml
 cpu_infer: 32
 chunk_size: 8192
 """
-# The training files are read like those of a chat.
+# Training files are read like chat files.
 TRAINING = """\
 ### model
 model_name_or_path: model
@@ -178,7 +178,7 @@ kt_config:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A base model, KTransformers' two copies of it, and what a training saved."""
+    """A base model, KTransformers' two copies of it, and the output of a training."""
     for name in ("model", "experts", "non-experts", "saves/checkpoint-300"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "saves/checkpoint-300/adapter_config.json").write_text("{}")
@@ -189,7 +189,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def write_manifest(folder: Path, **changes: object) -> None:
-    """As kt_kernel.sft writes it, as far as it names the model."""
+    """Writes the part of kt_kernel.sft's manifest that names the model."""
     source: dict[str, object] = {"model_name_or_path": str(folder / "model")}
     for key, name in (("config", "config.json"), ("index", "model.safetensors.index.json")):
         digest = hashlib.sha256((folder / "model" / name).read_bytes()).hexdigest()
@@ -344,7 +344,7 @@ class TestAddedTokens:
 class TestKeys:
     @pytest.mark.parametrize("key", KEYS.split())
     def test_every_key_is_known_or_points_to_one(self, folder: Path, key: str) -> None:
-        """Null is fine everywhere; LLaMA-Factory itself refuses compute_dtype in a file."""
+        """Null is accepted everywhere; LLaMA-Factory itself refuses compute_dtype in a file."""
         text = f"model_name_or_path: model\n{key}: null\n"
         if key == "compute_dtype":
             assert "did you mean 'infer_dtype'" in refused(folder, text)
@@ -377,8 +377,8 @@ class TestKeys:
         assert not set(MEANT) & _ACTING
 
     def test_transformers_own_keys(self, folder: Path) -> None:
-        """Of training: known. Of generation: used, refused where they act, or without a hint that
-        leads elsewhere."""
+        """Keys of training are known; keys of generation are used, refused if they have an
+        effect, or unknown without a misleading hint."""
         from transformers import GenerationConfig, Seq2SeqTrainingArguments
 
         known = "\n".join(f"{each.name}: null" for each in fields(Seq2SeqTrainingArguments))

@@ -11,7 +11,7 @@ from ktrt.errors import ConfigError
 
 
 def accepted(hint: Any) -> Any:
-    """The values that a field of this type accepts, None included."""
+    """Returns the type of the values that a field of this type accepts, None included."""
     if get_origin(hint) is tuple:
         each: Any = get_args(hint)[0]
         return each | list[each] | tuple[each, ...] | None
@@ -37,7 +37,7 @@ def test_the_types_are_accepted() -> None:
 
 
 def test_type_checkers_know_the_keywords() -> None:
-    """mypy --strict says so: an ignored error that it does not find is one, too."""
+    """mypy --strict finds both errors: without them it would report unused ignores."""
 
     def chat(**sampling: Unpack[SamplingOptions]) -> None:
         override_sampling(SamplingArgs(), sampling)

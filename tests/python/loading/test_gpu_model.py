@@ -154,7 +154,10 @@ def test_the_demo_talks_as_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     settings: dict[str, Any] = {"infer_dtype": "float32", "kt_num_threads": 2}
     texts = []
     for number, threshold in ((3, 0), ("auto", 0), (0, 4)):
-        share = {"kt_num_gpu_experts": number, "kt_gpu_prefill_token_threshold": threshold}
+        share: dict[str, Any] = {
+            "kt_num_gpu_experts": number,
+            "kt_gpu_prefill_token_threshold": threshold,
+        }
         with ktrt.load(DEMO, **settings, **share) as session:
             experts = [m for m in session.model.modules() if isinstance(m, KTExperts)]
             assert all(module.gpu is not None for module in experts)

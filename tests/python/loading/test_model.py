@@ -140,7 +140,7 @@ def debug_block(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_debug_block_is_true(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG):
         load(folder / "base", folder / "a").close()
     lines = debug_block(caplog)
     assert lines[1] == "DEBUG: Model structure after loading"
@@ -161,6 +161,14 @@ def test_debug_block_is_true(folder: Path, caplog: pytest.LogCaptureFixture) -> 
     assert "'q_proj'" in targets[1]
     assert "'shared_experts.gate_proj'" in targets[1]
     assert "'gate_proj'" not in targets[1]
+    with caplog.at_level(logging.INFO):
+        caplog.clear()
+        load(folder / "base", folder / "a").close()
+    short, start = debug_block(caplog), lines.index("LoRA parameters:") + 1
+    more = f"  … {len(outside) - 2} more; -v shows all"
+    # The order in a set of target modules differs from load to load.
+    assert short[:-2] == [*lines[: start + 2], more, ""]
+    assert short[-2].startswith("PEFT config: {'default'")
 
 
 def test_debug_block_of_a_base_model(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
