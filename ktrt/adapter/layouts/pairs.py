@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ktrt.adapter.tensors import AdapterTensor
     from ktrt.experts.spec import ExpertsSpec
 
-AnyProjection = Projection | Literal["gate_up"]
+AnyProjection = Literal[Projection, "gate_up"]
 
 
 @dataclass(frozen=True)
