@@ -49,12 +49,11 @@ class FusedLora:
         if patches is not None:
             patches.add(self._give_back)
             patches.add(model.register_forward_pre_hook(lambda *_: self.follow()).remove)
+            patches.add(self._active_set.on_modules(self.find))
 
     def follow(self) -> None:
-        """Looks at the version of the active adapters; costs two comparisons."""
-        if self._modules != self._active_set.modules:
-            self.find()
-        elif self._changes != self._active_set.changes:
+        """Looks at the version of the active adapters; costs one comparison."""
+        if self._changes != self._active_set.changes:
             self.refresh()
 
     def _give_back(self) -> None:
@@ -63,7 +62,6 @@ class FusedLora:
 
     def find(self) -> None:
         """Takes over the layers that PEFT has wrapped since."""
-        self._modules = self._active_set.modules
         found = [module for module in self._model.modules() if _is_peft_linear(module)]
         self._linears = {each: self._linears.get(each) or _FusedLinear(each) for each in found}
         self.refresh()

@@ -47,7 +47,7 @@ def accelerate(
 ) -> int:
     """Runs the ``nn.Linear`` layers of ``model`` whose weights are BF16 on the CPU in the engine,
     and PEFT's LoRA layers on them; returns how many. Modules that ``active_set`` announces later
-    are taken before the next forward. The engine must stay open until ``patches`` are undone.
+    are taken at once. The engine must stay open until ``patches`` are undone.
 
     Parameters, names and ``peft_config`` stay as they are. What the engine does not compute (DoRA,
     LoRA with a bias, dropout while training, gradients, other dtypes, per-sample adapters) takes
@@ -61,15 +61,8 @@ def accelerate(
     shared = Shared(engine, ActiveSet() if active_set is None else active_set)
     patches = Patches() if patches is None else patches
     count = _take(model, shared, patches, int8=int8)
-    seen = shared.active_set.modules
-
-    def follow(*_: object) -> None:
-        nonlocal seen
-        if seen != shared.active_set.modules:
-            seen = shared.active_set.modules
-            _take(model, shared, patches, int8=int8)
-
-    patches.add(model.register_forward_pre_hook(follow).remove)
+    # At once, not in the next forward: recorded steps run without one.
+    patches.add(shared.active_set.on_modules(partial(_take, model, shared, patches, int8=int8)))
     if count:
         _decode_on_one_thread(model, patches)
     return count

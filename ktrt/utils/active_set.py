@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Callable, Hashable
 
 
 class ActiveSet:
@@ -21,12 +22,11 @@ class ActiveSet:
         self.version = 0
         # Counts changes, including returns: for memory that is rewritten at every change.
         self.changes = 0
-        # Counts the loads that may have put further modules into the model.
-        self.modules = 0
         # Counts changes of an adapter's own numbers: anything made from them must be made again.
         self.renewals = 0
         self._versions: dict[Hashable, int] = {(): 0}
         self._last = 0
+        self._on_modules: list[Callable[[], object]] = []
 
     def become(self, key: Hashable) -> None:
         """Takes the version of the set ``key``: the old one, if the set was active before."""
@@ -46,5 +46,11 @@ class ActiveSet:
         self.renewals += 1
 
     def add_modules(self) -> None:
-        """Announces possible new modules to the wrappers of modules."""
-        self.modules += 1
+        """Calls everybody who wraps modules: an adapter was loaded, and there may be new ones."""
+        for call in list(self._on_modules):
+            call()
+
+    def on_modules(self, call: Callable[[], object]) -> Callable[[], None]:
+        """Has ``add_modules`` call ``call``; the result of this takes it off the list again."""
+        self._on_modules.append(call)
+        return partial(self._on_modules.remove, call)

@@ -454,10 +454,12 @@ class TestKey:
     def test_loads_are_told_apart(self, several: LoadedModel, folder: Path) -> None:
         adapters, found = several.adapters, several.adapters.active_set
         adapters.activate("a")
-        seen = [(found.version, found.changes, found.modules)]
+        calls: list[None] = []
+        remove = found.on_modules(lambda: calls.append(None))
+        seen = [(found.version, found.changes, len(calls))]
 
         def note() -> None:
-            seen.append((found.version, found.changes, found.modules))
+            seen.append((found.version, found.changes, len(calls)))
 
         adapters.load("x", folder / "attention")
         note()
@@ -471,6 +473,9 @@ class TestKey:
         assert [v == 0 for v in versions] == [True, True, False, True, True]
         assert changes == [0, 0, 1, 2, 2]
         assert modules == [0, 1, 1, 1, 1]
+        remove()
+        found.add_modules()
+        assert len(calls) == 1
 
     def test_numbers_changed_in_place(self, several: LoadedModel) -> None:
         """``refresh`` outdates what was made before, also of adapters that are off."""

@@ -174,7 +174,7 @@ def test_follows_what_peft_does(engine: Engine, change: Any, renewed: bool) -> N
 
 
 def test_modules_that_come_later(engine: Engine) -> None:
-    """Are taken before the next forward, once they are announced; ``undo`` takes all back."""
+    """Modules that are announced are taken at once; ``undo`` takes all back."""
     model, x, active_set, patches = make(), inputs(5, IN), ActiveSet(), Patches()
     accelerate(model, engine, active_set, patches)
     config = LoraConfig(r=4, target_modules=["first"], init_lora_weights=False)
@@ -182,9 +182,9 @@ def test_modules_that_come_later(engine: Engine) -> None:
     model.eval().requires_grad_(False)
     assert not is_accelerated(model.first)
     active_set.add_modules()
+    assert is_accelerated(model.first)
     with torch.inference_mode():
         found = model(x)
-    assert is_accelerated(model.first)
     assert error(found, in_float32(model, x)) < 0.02
     patches.undo()
     assert not any(map(is_accelerated, model.modules()))
