@@ -85,11 +85,8 @@ NOT_MENDED = [
     "pyproject.toml",
     "tests/cpp",
     "tests/python/*.py",
-    "tests/python/bench",
     "tests/python/chat",
     "tests/python/config",
-    "tests/python/doctor",
-    "tests/python/engine",
     "tests/python/loading",
 ]
 
