@@ -81,12 +81,7 @@ NOT_MENDED = [
     "ktrt/engine",
     "ktrt/loading",
     "ktrt/machine",
-    "ktrt/pack",
-    "pyproject.toml",
     "tests/cpp",
-    "tests/python/*.py",
-    "tests/python/chat",
-    "tests/python/config",
     "tests/python/loading",
 ]
 
