@@ -75,7 +75,6 @@ IDIOMS = [
 NOT_MENDED = [
     "bench/cpp",
     "csrc",
-    "ktrt/*.pyi",
     "ktrt/bench",
     "ktrt/doctor",
     "ktrt/engine",
