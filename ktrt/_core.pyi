@@ -3,11 +3,11 @@
 Arrays are passed by DLPack: any object with ``__dlpack__`` whose data lies in CPU memory
 (``torch.Tensor``, ``numpy.ndarray``), with the last dimension contiguous. Every size is checked;
 a mismatch raises ``ValueError`` naming the argument, what was found and what was expected.
-Addresses come with a number of elements; whether memory is there only the caller knows.
+Addresses come with a number of elements; the caller guarantees that the memory is there.
 
-Nothing can be copied or pickled (``TypeError``). In a process that ``fork()`` made every call that
+Nothing can be copied or pickled (``TypeError``). After ``fork()``, every call in the child that
 would use an object's threads or memory raises ``RuntimeError``; ``Engine.close`` and
-``GpuHandoff.close`` do nothing there, and ``closed`` is true of the engine.
+``GpuHandoff.close`` do nothing there, and the engine's ``closed`` is true.
 """
 
 from collections.abc import Sequence
@@ -28,13 +28,13 @@ class Engine:
         max_qlen: int = 1024,
         nodes: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        """``num_threads`` counts the calling thread, which works too and is never pinned.
-        ``nodes``: CPUs by NUMA node (see ``numa_cpus``); the threads are spread over them evenly,
-        every expert is cut into one shard per node, held in that node's memory, and the bits stay
-        those of one node. Without it, experts are whole and threads take the allowed CPUs in order,
-        one hardware thread per core first. ``max_qlen`` bounds the tokens of one ``forward``.
-        ``ValueError``: a count below 1, fewer CPUs than threads; ``ktrt.errors.ConfigError``: a
-        ``KTRT_ISA`` that is unknown or above what the machine has."""
+        """``num_threads`` includes the calling thread, which works too and is never pinned.
+        ``nodes``: CPUs by NUMA node (see ``numa_cpus``). The threads are spread over them evenly,
+        and every expert is cut into one shard per node, in that node's memory; the results have the
+        same bits as with one node. Without ``nodes``, experts are whole and threads take the
+        allowed CPUs in order, one hardware thread per core first. ``max_qlen`` bounds the tokens of
+        one ``forward``. ``ValueError``: a count below 1, fewer CPUs than threads;
+        ``ktrt.errors.ConfigError``: a ``KTRT_ISA`` that is unknown or above the machine's level."""
 
     @property
     def parts(self) -> int:
@@ -46,21 +46,21 @@ class Engine:
     def max_qlen(self) -> int: ...
     @property
     def workspace_bytes(self) -> int:
-        """Bytes of scratch memory that the layers made so far need."""
+        """Bytes of scratch memory for the layers made so far."""
 
     @property
     def closed(self) -> bool: ...
     def close(self) -> None:
-        """Stops the threads and frees the scratch memory and all expert weights of its layers, but
-        for those that a ``PackedMemory`` still shows. Idempotent. A later ``forward`` or
-        ``load_expert`` raises ``RuntimeError``."""
+        """Stops the threads and frees the scratch memory and all expert weights of its layers;
+        weights under a ``PackedMemory`` stay. Idempotent. A later ``forward`` or ``load_expert``
+        raises ``RuntimeError``."""
 
 class ReadProbe:
     """A block of memory to be read: measures the bandwidth that bounds decoding."""
 
     def __init__(self, nbytes: int) -> None:
-        """Reserves ``nbytes``, which the first ``seconds`` fills, each thread what it will read;
-        take several times the L3 cache. ``ValueError``: more than the addresses of a process,
+        """Reserves ``nbytes``; take several times the L3 cache. The first ``seconds`` fills them,
+        each thread the range that it will read. ``ValueError``: more than a process can address.
         ``MemoryError``."""
 
     @property
@@ -71,8 +71,8 @@ class ReadProbe:
 class DenseLinear:
     """A linear layer outside the routed experts on an engine's threads: y = x Wᵀ + bias + LoRA.
 
-    The weight is read where it lies; every output is summed in float32 in one order, so a row's
-    bits depend neither on the rows beside it nor on the number of threads.
+    The weight is read in place. Every output is summed in float32 in one order: a row's bits depend
+    neither on the other rows nor on the number of threads.
     """
 
     def __init__(self, engine: Engine, weight: Any, bias: Any = None) -> None:
@@ -93,18 +93,18 @@ class DenseLinear:
         """``ValueError``: there is none of this number, or it is active."""
 
     def activate_loras(self, ids: Sequence[int], weights: Sequence[float]) -> None:
-        """What forwards apply: one LoRA at weight 1, or none. Add several up, weights folded into
-        ``b``, before loading. ``ValueError``; what was active then stays so."""
+        """Sets the LoRA that forwards apply: one at weight 1, or none. Add several up, weights
+        folded into ``b``, before loading. A ``ValueError`` changes nothing."""
 
     def forward(self, x: int, x_count: int, out: int, out_count: int) -> None:
-        """Addresses and numbers of elements of two contiguous bfloat16 arrays in CPU memory: rows
-        of ``in_features``, and as many of ``out_features``, which are written. (DLPack would take
-        longer than small layers do.) Runs without the GIL. ``RuntimeError``: the engine is
-        closed."""
+        """Reads ``x`` and writes ``out``: addresses and element counts of contiguous bfloat16
+        arrays in CPU memory, rows of ``in_features`` and as many rows of ``out_features``. (DLPack
+        would take longer than small layers do.) Runs without the GIL. ``RuntimeError``: the engine
+        is closed."""
 
 class HeadArray:
-    """Where numbers [heads, tokens, size] lie in CPU memory: number (h, t, i) at ``address`` plus
-    h · ``head_stride`` + t · ``token_stride`` + i elements. Whoever makes it keeps the memory.
+    """An array [heads, tokens, size] in CPU memory: number (h, t, i) lies at ``address`` plus
+    h · ``head_stride`` + t · ``token_stride`` + i elements. The caller keeps the memory alive.
 
     (DLPack would take longer than attention of a few tokens does.)
     """
@@ -117,9 +117,9 @@ class HeadArray:
         token_stride: int = 0,
         float32: bool = False,
     ) -> None:
-        """``count``: elements from ``address`` on that may be touched, against which every use is
-        checked; strides in elements. float32, or else bfloat16. ``ValueError``: an address that
-        does not suit the dtype, a negative number."""
+        """``count``: elements from ``address`` on; every use is checked against it. Strides are in
+        elements. The dtype is float32 or bfloat16. ``ValueError``: an address that is not aligned
+        to the dtype, a negative number."""
 
 class TokenAttention:
     """Attention of one token over cached keys and values, on an engine's threads.
@@ -144,8 +144,8 @@ class TokenAttention:
         sinks: Any | None = None,
     ) -> None:
         """``heads`` of the query, a multiple of the ``groups`` of keys and values. Keys may lie in
-        two arrays, the first ``key_size`` numbers of a key and the ``second_key_size`` behind them
-        (latents and positions). ``sinks`` [heads], float32, float16 or bfloat16: a logit more per
+        two arrays: the first ``key_size`` numbers of a key, and the ``second_key_size`` after them
+        (latents and positions). ``sinks`` [heads], float32, float16 or bfloat16: one more logit per
         head, which only adds to the softmax's denominator; copied. ``ValueError``: sizes below 1 or
         above 4096, heads that are no multiple of groups, a scaling that is not finite."""
 
@@ -162,22 +162,22 @@ class TokenAttention:
         mask: int = 0,
         mask_count: int = 0,
     ) -> None:
-        """Over the tokens ``start`` … ``end`` - 1 of keys [groups, tokens, key_size], second_keys
-        [groups, tokens, second_key_size] and values [groups, tokens, value_size], all bfloat16
-        (values may be the memory of keys); a sliding window is a ``start`` above 0. query
+        """Attends to the tokens ``start`` … ``end`` - 1 of keys [groups, tokens, key_size],
+        second_keys [groups, tokens, second_key_size] and values [groups, tokens, value_size], all
+        bfloat16 (values may be the memory of keys); a sliding window is a ``start`` above 0. query
         [heads, 1, key_size], second_query [heads, 1, second_key_size] and out [heads, 1,
         value_size] are bfloat16 or float32 each. ``mask``: address of float32 [``mask_count``],
         added to the scores of tokens 0 … of all heads; 0: none. Runs without the GIL.
-        ``ValueError``: an array too small for what is asked, ``end`` not above ``start``.
-        ``RuntimeError``: the engine is closed."""
+        ``ValueError``: an array too small, ``end`` not above ``start``. ``RuntimeError``: the
+        engine is closed."""
 
 class LatentAttention:
     """One token's multi-head latent attention over cached latents, on an engine's threads.
 
-    kv_b_proj makes keys U c and values V c of a head from a latent c. The same numbers without
-    them: ``out[h] = V Σ_t p[h, t] c_t``, p the softmax over t of ``scaling · ((query[h, : nope] U)
-    · c_t + query[h, nope :] · position_t)``. Sums are float32, Σ p c is rounded to bfloat16 before
-    V; the bits do not depend on the number of threads.
+    kv_b_proj makes a head's keys U c and values V c from a latent c. This layer gives the same
+    numbers without making them: ``out[h] = V Σ_t p[h, t] c_t``, p the softmax over t of ``scaling ·
+    ((query[h, : nope] U) · c_t + query[h, nope :] · position_t)``. Sums are float32, Σ p c is
+    rounded to bfloat16 before V; the bits do not depend on the number of threads.
     """
 
     def __init__(
@@ -188,8 +188,8 @@ class LatentAttention:
         shapes that do not fit, sizes above 4096."""
 
     def load_lora(self, number: int, a: Any, b: Any) -> None:
-        """kv_b_proj's: ``a`` [rank, kv_lora_rank], ``b`` [heads · (nope + v), rank]. LoRAs are as
-        ``DenseLinear``'s."""
+        """Keeps a LoRA of kv_b_proj: ``a`` [rank, kv_lora_rank], ``b`` [heads · (nope + v), rank].
+        See ``DenseLinear.load_lora``."""
 
     def unload_lora(self, number: int) -> None: ...
     def activate_loras(self, ids: Sequence[int], weights: Sequence[float]) -> None: ...
@@ -201,9 +201,9 @@ class LatentAttention:
         out: HeadArray,
         tokens: int,
     ) -> None:
-        """query [heads, 1, nope + rope]; the first ``tokens`` of latents [1, tokens, kv_lora_rank]
-        and positions [1, tokens, rope]; out [heads, 1, v]; all bfloat16. As
-        ``TokenAttention.forward`` otherwise."""
+        """Reads query [heads, 1, nope + rope] and the first ``tokens`` of latents [1, tokens,
+        kv_lora_rank] and positions [1, tokens, rope]; writes out [heads, 1, v]; all bfloat16. The
+        rest is as in ``TokenAttention.forward``."""
 
 class RmsNorm:
     """RMSNorm of rows of bfloat16: ``x / √(mean(x²) + eps)``, in float32, times a weight.
@@ -223,19 +223,19 @@ class RmsNorm:
     ) -> None:
         """``x``: address of ``rows`` rows of ``size`` bfloat16 numbers, ``row_stride`` elements
         apart, in ``x_count`` elements of CPU memory; ``out``: address of [rows, size], contiguous,
-        which may be ``x``. On the calling thread. ``ValueError``: counts that do not fit."""
+        which may be ``x``. Runs on the calling thread. ``ValueError``: counts that do not fit."""
 
 class PackedLinear:
-    """``DenseLinear`` with the weight in INT8, a scale per output, and inputs that are quantised
-    row by row: the numbers and the packed layout of the INT8 experts; LoRA stays bfloat16.
+    """``DenseLinear`` with the weight in INT8, a scale per output, and inputs quantised row by row:
+    the numbers and the packed layout of the INT8 experts. LoRA stays bfloat16.
 
-    A row's bits depend neither on the rows beside it nor on the number of threads; where the
-    processor has AMX, their number picks the kernel, and with LoRA the last bits.
+    A row's bits depend neither on the other rows nor on the number of threads; on a processor with
+    AMX, the number of rows picks the kernel, and with LoRA the last bits.
     """
 
     def __init__(self, engine: Engine, weight: Any, bias: Any = None) -> None:
         """``weight`` [out_features, in_features], bfloat16, contiguous, in_features at most 65536:
-        packed, without the GIL, and not kept. ``bias`` as of ``DenseLinear``. ``ValueError`` for
+        packed, without the GIL, and not kept. ``bias``: see ``DenseLinear``. ``ValueError`` for
         NaN and infinity too; ``RuntimeError``: the engine is closed."""
 
     max_rank: int
@@ -245,26 +245,26 @@ class PackedLinear:
     def out_features(self) -> int: ...
     @property
     def packed_bytes(self) -> int:
-        """Of codes, scales and sums of codes: what a forward reads."""
+        """Bytes that a forward reads: codes, scales and sums of codes."""
 
     def share(self) -> PackedLinear:
-        """Another one on the same packed weight and bias, without LoRA."""
+        """Returns another layer on the same packed weight and bias, without LoRA."""
 
     def load_lora(self, number: int, a: Any, b: Any) -> None:
-        """LoRAs are as ``DenseLinear``'s."""
+        """See ``DenseLinear.load_lora``."""
 
     def unload_lora(self, number: int) -> None: ...
     def activate_loras(self, ids: Sequence[int], weights: Sequence[float]) -> None: ...
     def forward(self, x: int, x_count: int, out: int, out_count: int) -> None:
-        """As ``DenseLinear.forward``."""
+        """See ``DenseLinear.forward``."""
 
     def kernel_name(self, rows: int) -> str:
-        """The GEMM kernel that multiplies so many rows."""
+        """Returns the GEMM kernel for this number of rows."""
 
 class PackedMemory:
-    """Bytes of the engine, read-only, by the buffer protocol and without a copy.
+    """Read-only memory of the engine: buffer protocol, no copy, page-aligned.
 
-    It keeps the memory alive, also after ``Engine.close``; page-aligned.
+    It keeps the memory alive, also after ``Engine.close``.
     """
 
     @property
@@ -273,17 +273,17 @@ class PackedMemory:
     def nbytes(self) -> int: ...
 
 class PackedMatrix:
-    """Where one part of a projection lies inside every expert's memory of that part."""
+    """Position of one part of a projection inside every expert's memory of that part."""
 
     @property
     def rows(self) -> int:
-        """Output rows in this part, padding not counted."""
+        """Output rows in this part, without padding."""
 
     @property
     def columns(self) -> int: ...
     @property
     def first_row(self) -> int:
-        """The whole matrix's row that is this part's first, a multiple of 32."""
+        """Number of this part's first row in the whole matrix; a multiple of 32."""
 
     @property
     def code_offset(self) -> int:
@@ -313,8 +313,8 @@ class PackedPart:
     def down(self) -> PackedMatrix: ...
 
 class PackedShrink:
-    """A of a layer: bfloat16 [num_experts, ranks / 16, columns / 2, 16, 2], zero-padded; ``a`` is
-    None where there is nothing to shrink."""
+    """A layer's A: bfloat16 [num_experts, ranks / 16, columns / 2, 16, 2], zero-padded; ``a`` is
+    None if there is nothing to shrink."""
 
     @property
     def ranks(self) -> int: ...
@@ -322,14 +322,14 @@ class PackedShrink:
     def columns(self) -> int: ...
     @property
     def factors(self) -> list[float] | None:
-        """What each rank of a shrunk row is multiplied by, before it is rounded again; None: 1."""
+        """A factor for each rank of a shrunk row, applied before the second rounding; None: 1."""
 
     @property
     def a(self) -> PackedMemory | None: ...
 
 class PackedExpand:
     """B of a projection: bfloat16 [num_experts, rows / 32, ranks / 2, 2, 16, 2], zero-padded, for
-    ranks ``first_rank`` … of the shrunk rows; ``b`` is None where it has no LoRA."""
+    ranks ``first_rank`` … of the shrunk rows; ``b`` is None without LoRA."""
 
     @property
     def ranks(self) -> int: ...
@@ -341,8 +341,8 @@ class PackedExpand:
     def b(self) -> PackedMemory | None: ...
 
 class PackedLora:
-    """A layer's LoRA as the engine holds it. ``input`` shrinks what gate and up read,
-    ``intermediate`` what down reads."""
+    """A layer's LoRA in the engine's layout. ``input`` shrinks the inputs of gate and up,
+    ``intermediate`` down's inputs."""
 
     @property
     def input(self) -> PackedShrink: ...
@@ -356,7 +356,7 @@ class PackedLora:
     def down(self) -> PackedExpand: ...
 
 class BoundForward:
-    """A layer's forward between arrays that stay where they are (``MoeLayer.bind``)."""
+    """A layer's forward between fixed arrays (``MoeLayer.bind``)."""
 
     def run(self) -> None:
         """Runs without the GIL. Raises what ``MoeLayer.forward`` raises."""
@@ -370,7 +370,7 @@ class MoeLayer:
     g), ``gelu``, ``gelu_tanh``, ``relu``, ``relu2`` its square. ``softcap_silu`` bends instead:
     gate_limit · tanh(g / gate_limit) · sigmoid(g), and up likewise.
 
-    Weights live in kt_kernel's packed layout; sizes it refuses are zero-padded.
+    Weights have kt_kernel's packed layout; sizes that it refuses are zero-padded.
     """
 
     def __init__(
@@ -391,10 +391,10 @@ class MoeLayer:
         down_slices: int = 1,
     ) -> None:
         """Takes no memory before experts are loaded. The limits are infinite by default.
-        ``down_slices``: down's columns are kept in so many slices with scales of their own
-        (activations likewise), as kt_kernel does for several NUMA nodes; quantised formats only.
-        Results depend on it, unlike on the engine's parts. ``ValueError``: sizes below 1, a limit
-        that is not above 0, an unknown name."""
+        ``down_slices``: number of slices of down's columns, each with its own scales (activations
+        likewise), as in kt_kernel on several NUMA nodes; quantised formats only. Results depend on
+        it; they do not depend on the engine's parts. ``ValueError``: sizes below 1, a limit that is
+        not above 0, an unknown name."""
 
     @property
     def num_experts(self) -> int: ...
@@ -408,11 +408,11 @@ class MoeLayer:
     def weight_format(self) -> str: ...
     @property
     def packed_bytes(self) -> int:
-        """Bytes of packed weights and scales held for all experts, LoRA excluded."""
+        """Bytes of packed weights and scales of all experts, without LoRA."""
 
     @property
     def unusual_form(self) -> list[str]:
-        """What the experts compute otherwise than ``down(silu(gate x) · up x)``, in words."""
+        """Differences of the experts from ``down(silu(gate x) · up x)``, in words."""
 
     def load_expert(self, expert: int, gate: Any, up: Any, down: Any) -> None:
         """Packs (and for int8, int4 quantises) one expert. gate (None where the experts have none)
@@ -424,8 +424,8 @@ class MoeLayer:
         self, *, gate: Any | None = None, up: Any | None = None, down: Any | None = None
     ) -> None:
         """Replaces the biases of all experts: gate, up [num_experts, intermediate_size], down
-        [num_experts, hidden_size], float32; None: no bias on that projection. Added in float32,
-        gate's and up's before the activation, down's before the routing weight."""
+        [num_experts, hidden_size], float32; None: no bias on that projection. They are added in
+        float32: gate's and up's before the activation, down's before the routing weight."""
 
     def load_packed_expert(
         self,
@@ -434,13 +434,13 @@ class MoeLayer:
         up: Sequence[tuple[Any, Any]],
         down: Sequence[tuple[Any, Any]],
     ) -> None:
-        """The same from kt_kernel's packed matrices, each as (codes uint8 [bytes], scales float32
-        [rows]): gate and up in shards of equally many rows, down in ``down_slices`` slices of
-        columns. Bytes are used as they are and not kept. Runs without the GIL, on the pool."""
+        """Loads one expert from kt_kernel's packed matrices, each as (codes uint8 [bytes], scales
+        float32 [rows]): gate and up in shards of equally many rows, down in ``down_slices`` slices
+        of columns. Bytes are copied unchanged. Runs without the GIL, on the pool."""
 
     @property
     def image_bytes(self) -> list[int]:
-        """Bytes of each part's image: everything that packing makes. Empty once closed."""
+        """Bytes of each part's image: all results of packing. Empty once closed."""
 
     def write_image(self, part: int, fd: int) -> int:
         """Appends a part's image to the open file ``fd``; returns its digest (64 bits).
@@ -457,7 +457,7 @@ class MoeLayer:
         pool. Returns True if the files stay mapped (they must not be changed, only replaced),
         False if they were copied. "auto" maps where the page cache holds the file in huge pages and
         there is one part; pages of several parts are copied to their NUMA nodes. ``ValueError``: a
-        file of another size or digest; the layer is then as before. ``OSError``."""
+        file of another size or digest; the layer is then unchanged. ``OSError``."""
 
     def load_lora(
         self,
@@ -480,12 +480,12 @@ class MoeLayer:
         """``ValueError``: there is none of this number, or it is active."""
 
     def activate_loras(self, ids: Sequence[int], weights: Sequence[float]) -> None:
-        """From the next forward on, the sum of these LoRAs, each times its weight; none: the base.
-        One LoRA, or other weights of the same ones, cost nothing; several are laid side by side
-        first (their ranks may be 256 together), which is kept until other ones are. Weights act on
-        shrunk rows, which are then rounded to bfloat16 again; all 1 changes no bit. ``ValueError``:
-        a number that is not held or named twice, a weight that is not finite, too many ranks; all
-        is then as before."""
+        """Applies, from the next forward on, the sum of these LoRAs, each times its weight; none:
+        the base. One LoRA, or other weights of the same LoRAs, cost nothing. Several are joined
+        first (with at most 256 ranks in all); the result is kept until other LoRAs are activated.
+        Weights scale the shrunk rows, which are then rounded to bfloat16 again; weights of 1 change
+        no bit. ``ValueError``: a number that is not held or named twice, a weight that is not
+        finite, too many ranks; nothing changes then."""
 
     @property
     def active_loras(self) -> list[tuple[int, float]]:
@@ -502,7 +502,7 @@ class MoeLayer:
         expert_ids [qlen, k ≤ top_k] int32 or int64; routing_weights [qlen, k] float32, float16 or
         bfloat16. A slot whose id lies outside [0, num_experts) contributes nothing. Writes ``out``.
         ``adapter_ids`` [qlen], int32 or int64: every token gets this one of the active LoRAs, at
-        its weight, or none (-1) instead of their sum; its bits are those of the LoRA alone.
+        its weight, or none (-1) instead of their sum, with the same bits as the LoRA alone.
         Runs without the GIL. ``ValueError``: qlen > max_qlen, an expert not loaded, shapes, dtypes,
         an adapter id that is not active.
         """
@@ -510,43 +510,44 @@ class MoeLayer:
     def bind(
         self, hidden_states: Any, expert_ids: Any, routing_weights: Any, out: Any
     ) -> BoundForward:
-        """``forward`` between these arrays, which the result keeps alive and which must stay where
-        they are; they are checked by every ``run``."""
+        """Returns ``forward`` between these arrays. It keeps them alive; they must not move. Every
+        ``run`` checks them."""
 
     def last_kernels(self) -> dict[str, str]:
-        """Which ISA variant ran in the last ``forward``, e.g. ``{"gemm": "amx", "gemm_few_rows":
-        "avx512_bf16", "lora_shrink": "amx", "lora_shrink_few_rows": "avx512_bf16", "elementwise":
-        "avx512"}``; what did not run is missing."""
+        """Returns the ISA variants of the last ``forward``, e.g. ``{"gemm": "amx",
+        "gemm_few_rows": "avx512_bf16", "lora_shrink": "amx", "lora_shrink_few_rows": "avx512_bf16",
+        "elementwise": "avx512"}``; a kernel that did not run is missing."""
 
     def packed_codes(self, expert: int, projection: Literal["gate", "up", "down"]) -> bytes:
-        """A copy of the packed codes of one matrix (kt_kernel's byte order), shard by shard."""
+        """Copies the packed codes of one matrix (kt_kernel's byte order), shard by shard."""
 
     def packed_scales(self, expert: int, projection: Literal["gate", "up", "down"]) -> bytes:
-        """A copy of the float32 scales, one per padded output row; empty for bf16."""
+        """Copies the float32 scales, one per padded output row; empty for bf16."""
 
     def packed_parts(self) -> list[PackedPart]:
-        """The packed memory itself, one item per ``Engine.parts``. A later ``load_expert`` writes
-        into it. ``ValueError`` while an expert is missing, ``RuntimeError`` once closed."""
+        """Returns the packed memory itself, one item per part of the engine. A later
+        ``load_expert`` writes into it. ``ValueError`` while an expert is missing, ``RuntimeError``
+        once closed."""
 
     def packed_lora(self) -> PackedLora | None:
-        """The memory of the active LoRAs; None without any. A later change makes new memory and
-        leaves this as it is."""
+        """Returns the memory of the active LoRAs; None without any. A later change makes new memory
+        and does not change this one."""
 
     @property
     def lora_version(self) -> int:
-        """Changes whenever another LoRA, or another weight, acts. Never waits for a forward."""
+        """Changes with every change of the active LoRAs or weights. Never waits for a forward."""
 
 class GpuHandoff:
     """Pinned slots through which a CUDA stream starts the engine and waits for it, without the host
-    in between; the stream's part can be captured into a graph and replayed.
+    in between; the stream's work can be captured into a graph and replayed.
 
     All slots of one hand-off run one after the other: on one stream, or on streams ordered by
     events. They share memory. Calls release the GIL.
 
     After a failure (a ``forward`` that raised or took longer than ``timeout``, a slot that started
-    though nothing or another one was expected, Ctrl-C in ``synchronize``, ``close``) nothing keeps
-    a stream waiting: slots that start later are skipped, what they copy to the device is stale.
-    ``submit``, ``expect`` and ``synchronize`` raise it until a ``synchronize`` has seen the stream
+    though no slot or another one was expected, Ctrl-C in ``synchronize``, ``close``) no stream
+    waits any longer: later slots are skipped, and they copy stale data to the device. ``submit``,
+    ``expect`` and ``synchronize`` raise the failure until a ``synchronize`` finds the stream
     drained; the next use starts clean.
     """
 
@@ -558,21 +559,21 @@ class GpuHandoff:
         driver: str = "libcuda.so.1",
         mechanism: Literal["auto", "stream_memory_ops", "host_functions"] = "auto",
     ) -> None:
-        """Uses the CUDA context that is current; not during a capture. ``timeout``: seconds.
-        ``auto``: host functions where driver or device cannot run and capture stream memory
-        operations. ``RuntimeError``: library or entry point missing, driver too old, no current
-        context, not the mechanism asked for."""
+        """Uses the current CUDA context; not during a capture. ``timeout``: seconds. ``auto``: host
+        functions where driver or device cannot run and capture stream memory operations.
+        ``RuntimeError``: library or entry point missing, driver too old, no current context,
+        mechanism not available."""
 
     @property
     def mechanism(self) -> str:
-        """How streams start and await slots: ``stream_memory_ops`` or ``host_functions``."""
+        """Way to start and await slots: ``stream_memory_ops`` or ``host_functions``."""
 
     @property
     def closed(self) -> bool: ...
     @property
     def pinned_bytes(self) -> int:
-        """Page-locked memory held: of the largest slot, and a cache line per slot. Slots added
-        in ascending order of size need memory each."""
+        """Page-locked memory: the largest slot, and a cache line per slot. If slots are added in
+        ascending order of size, each one needs its own memory."""
 
     def add_slot(
         self,
@@ -583,9 +584,9 @@ class GpuHandoff:
         dtype: Literal["float32", "float16", "bfloat16"],
         name: str = "",
     ) -> int:
-        """A slot for ``tokens`` rows: hidden_states and out [tokens, hidden_size] of ``dtype``,
+        """Adds a slot for ``tokens`` rows: hidden_states and out [tokens, hidden_size] (``dtype``),
         expert_ids int64 and routing_weights float32 [tokens, top_k]. Keeps the layer. ``name``
-        stands for the layer in error messages. Not during a capture. ``ValueError``: a layer of
+        names the layer in error messages. Not during a capture. ``ValueError``: a layer of
         another engine, tokens > max_qlen, top_k > the layer's."""
 
     def submit(
@@ -599,12 +600,12 @@ class GpuHandoff:
         """Enqueues the wait for the slot submitted last and the copy of its result to ``out``."""
 
     def expect(self, slots: Sequence[int]) -> None:
-        """A graph is about to be launched in which these slots start in this order."""
+        """Announces the launch of a graph in which these slots start in this order."""
 
     def synchronize(self, stream: int) -> None:
-        """Returns once the stream has drained. ``RuntimeError`` with what went wrong since the last
-        call, naming slot and layer; ``TimeoutError``: a forward took longer than ``timeout``, or
-        the stream is busy though no slot has moved for that long. Ctrl-C interrupts it."""
+        """Returns once the stream has drained. ``RuntimeError``: a failure since the last call; it
+        names slot and layer. ``TimeoutError``: a forward took longer than ``timeout``, or the
+        stream is busy though no slot has moved for that long. Ctrl-C interrupts it."""
 
     def close(self) -> None:
         """Releases and awaits the device, ends the threads, frees the pinned memory. Graphs that
@@ -612,41 +613,43 @@ class GpuHandoff:
         does it too."""
 
 def release_file_pages(path: str) -> int:
-    """Gives back the memory of this process's mappings of a file that were never written to; they
-    stay valid, and are read again where they are used. Returns how many mappings that were."""
+    """Releases the memory of this process's mappings of a file that were never written to. They
+    stay valid and are read again on use. Returns the number of mappings."""
 
 def isa() -> str:
-    """The ISA level in use: ``portable``, ``avx2``, ``avx512`` or ``amx`` (after ``KTRT_ISA``).
-    ``ktrt.errors.ConfigError``: another value of ``KTRT_ISA``, or one above ``detected_isa``."""
+    """Returns the ISA level in use: ``portable``, ``avx2``, ``avx512`` or ``amx``. ``KTRT_ISA``
+    lowers it. ``ktrt.errors.ConfigError``: another value of ``KTRT_ISA``, or one above
+    ``detected_isa``."""
 
 def detected_isa() -> str:
-    """The highest ISA level this machine and build can run."""
+    """Returns the highest ISA level that this machine and build can run."""
 
 def numa_cpus() -> list[list[int]]:
-    """The CPUs this process may use, by NUMA node, one hardware thread per core first."""
+    """Returns the process's allowed CPUs by NUMA node, one hardware thread per core first."""
 
 def num_cores() -> int:
-    """Physical cores among the CPUs this process may use."""
+    """Returns the number of physical cores among the process's allowed CPUs."""
 
 def arithmetic_loops() -> list[tuple[str, str, str]]:
-    """(name, instruction, operands) of every loop of multiply-adds that runs at this ISA level,
-    slowest first, e.g. ``("avx512_bf16", "vdpbf16ps zmm", "bf16")``; operands are ``float32``,
-    ``bf16`` or ``int8``. Empty below AVX2."""
+    """Returns (name, instruction, operands) of every loop of multiply-adds that runs at this ISA
+    level, slowest first, e.g. ``("avx512_bf16", "vdpbf16ps zmm", "bf16")``; operands are
+    ``float32``, ``bf16`` or ``int8``. Empty below AVX2."""
 
 def arithmetic_rate(name: str, seconds: float) -> float:
-    """Multiplications and additions per second of the calling thread in one of these loops, which
-    stay in registers; runs about so long, without the GIL. ``ValueError``: an unknown name."""
+    """Returns the multiplications and additions per second of the calling thread in one of these
+    loops, which stay in registers. Runs for about ``seconds``, without the GIL. ``ValueError``: an
+    unknown name."""
 
 class WeightFormat:
-    """A format of packed weights: a matrix of ``bits`` a code, in blocks of ``block_rows`` ×
-    ``block_columns`` and tiles of 32 × ``tile_columns``, with ``scale_bytes`` (a float32, or 0) and
-    ``sum_bytes`` (of the row's codes) per output row."""
+    """A format of packed weights: codes of ``bits`` bits, in blocks of ``block_rows`` ×
+    ``block_columns`` and tiles of 32 × ``tile_columns``. Every output row has ``scale_bytes`` (a
+    float32, or 0) and ``sum_bytes`` (for the sum of its codes)."""
 
     @property
     def name(self) -> Literal["bf16", "int8", "int4"]: ...
     @property
     def kt_backend(self) -> str:
-        """As users write it: ``AMXBF16``."""
+        """Its name in a configuration: ``AMXBF16``."""
 
     @property
     def kernel_family(self) -> str:
@@ -666,8 +669,8 @@ class WeightFormat:
     def tile_columns(self) -> int: ...
 
 def weight_formats() -> list[WeightFormat]:
-    """Every format that the engine keeps weights in."""
+    """Returns the engine's weight formats."""
 
 def kernels() -> dict[str, str]:
-    """For every kernel family the variant that runs at this ISA level, e.g.
+    """Returns the variant of every kernel family at this ISA level, e.g.
     ``{"gemm_bf16": "amx", "gemm_bf16_few_rows": "avx512_bf16", …}``."""

@@ -1,4 +1,4 @@
-"""``python -m ktrt.pack config.yaml``: packs a model's experts ahead, and looks after the cache."""
+"""``python -m ktrt.pack config.yaml``: packs a model's experts ahead and manages the cache."""
 
 from __future__ import annotations
 
@@ -75,9 +75,9 @@ def _folder(args: argparse.Namespace) -> Path:
 
 
 def pack(config: Config) -> None:
-    """Packs the experts of a model, holding one layer of them at a time.
+    """Packs the experts of a model, with one layer in memory at a time.
 
-    ``ConfigError``: the cache is switched off or could not be written, or kt_weight_path is set.
+    ``ConfigError``: the cache is switched off or cannot be written, or kt_weight_path is set.
     """
     from ktrt.engine.build import build_engine
     from ktrt.loading.experts import (
@@ -92,7 +92,7 @@ def pack(config: Config) -> None:
     if args.kt_weight_path is not None:
         raise ConfigError("kt_weight_path: these experts are packed already, there is no cache")
     if (root := cache_folder(args)) is None:
-        # Without a home folder a line has said so.
+        # A missing home folder has been reported before.
         raise ConfigError(
             "no pack cache: it is switched off (ktrt_cache or KTRT_CACHE), or has no folder"
         )
@@ -111,7 +111,7 @@ def pack(config: Config) -> None:
             if writer is None:
                 raise ConfigError(f"no pack cache can be written to {root}")
             with writer:
-                # A layer gives its memory back once it is written.
+                # A layer's memory is freed after it is written.
                 pack_experts(source, layers, writer, done=layers.pop)
                 finish(writer, cache)
             if cache.mismatch():
@@ -121,7 +121,7 @@ def pack(config: Config) -> None:
 
 
 def entries(root: Path) -> list[dict[str, Any]]:
-    """What lies in the cache folder: sizes, sources, and whether each entry is of use."""
+    """Returns the entries of the cache folder: size, source, and state (current or why not)."""
     found = []
     for folder in cache_folders(root):
         entry: dict[str, Any] = {"folder": str(folder), "bytes": _size(folder)}
@@ -188,7 +188,7 @@ def show(found: list[dict[str, Any]], *, as_json: bool) -> None:
 
 
 def prune(root: Path, *, everything: bool) -> None:
-    """Removes the entries that no start would use, or all."""
+    """Removes the entries that are not current, or all."""
     kept = 0
     for entry in entries(root):
         if entry["state"] == "current" and not everything:

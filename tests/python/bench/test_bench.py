@@ -100,7 +100,7 @@ def test_a_run_on_the_demo(report: dict[str, Any]) -> None:
         assert each["read_bandwidth"] > 1e8
         assert (each["adapter_cost"] is not None) == each["adapter"]
         assert each["of_limit"] is None or 0 < each["of_limit"] < 2
-    # With AMX, one token's rows have a kernel of their own.
+    # With AMX, a separate kernel computes one token.
     assert report["kernels"].keys() & {"gemm", "gemm_few_rows"}
     assert report["memory"]["peak_resident"] >= report["memory"]["resident"] > 10**7
 
@@ -142,7 +142,7 @@ def test_the_switch_is_the_base_model_and_back() -> None:
 def test_plot_without_matplotlib(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Said before the model is loaded."""
+    """The error comes before the model is loaded."""
     monkeypatch.setattr("ktrt.bench.report.importlib.util.find_spec", lambda _: None)
     assert bench.main(["/nowhere.yaml", "--plot", "out.png"]) == 2
     assert "pip install 'ktrt[plot]'" in capsys.readouterr().err

@@ -234,8 +234,8 @@ def tiny_work(tmp_path: Path, model_type: str) -> tuple[ModelWork, torch.nn.Modu
 
 @pytest.mark.parametrize("model_type", ["deepseek_v2", "qwen3_moe", "granitemoe"])
 def test_work_counts_every_weight_once(tmp_path: Path, model_type: str) -> None:
-    """All weights but the embeddings (unless they are the head), and of the routed experts those of
-    one token."""
+    """All weights but the embeddings (unless they are the head); of the routed experts, one
+    token's."""
     work, skeleton = tiny_work(tmp_path, model_type)
     total = sum(weight.numel() for weight in skeleton.parameters())
     model = skeleton

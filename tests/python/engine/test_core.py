@@ -75,7 +75,7 @@ def layer() -> _core.MoeLayer:
     return make_layer()
 
 
-# What is passed in
+# Arguments
 
 
 def test_torch_and_numpy_are_the_same(layer: _core.MoeLayer) -> None:
@@ -156,7 +156,7 @@ def test_wrong_arguments_are_named(
 
 
 class OnADevice:
-    """An array that says, as a CUDA tensor does, that its data lies elsewhere."""
+    """An array that reports data on another device, as a CUDA tensor does."""
 
     def __init__(self, array: np.ndarray[Any, Any]) -> None:
         self.array = array
@@ -284,7 +284,7 @@ def test_bits_do_not_depend_on_threads_or_nodes(weight_format: WeightFormat) -> 
 
 
 def progress_of_a_thread_during(work: Any) -> float:
-    """Share of the seconds in which another Python thread could have run that it did run."""
+    """Returns 1 minus the longest pause of another Python thread, as a share of the time."""
     ticks: list[float] = []
     stop = threading.Event()
 
@@ -322,7 +322,7 @@ def test_forward_and_load_release_the_gil() -> None:
         "load_lora": lambda: layer.load_lora(0, gate_a=lora, gate_b=lora.mT.contiguous()),
     }
     for name, call in calls.items():
-        # Holding the GIL, the other thread would stand still for the whole call: share 0.
+        # If the call held the GIL, the other thread would pause for the whole call: 0.
         best = max(progress_of_a_thread_during(call) for _ in range(5))
         assert best > 0.3, f"{name} stops the other threads"
 

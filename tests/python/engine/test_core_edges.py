@@ -1,4 +1,4 @@
-"""Edges of the compiled module: what no program means to do is an exception, never a crash."""
+"""Edges of the compiled module: a wrong call raises an exception and never crashes."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ COUNTS = [2**62, 2**63 - 1, 2**47, -(2**62), -1]
 @pytest.mark.parametrize("kind", [_core.DenseLinear, _core.PackedLinear])
 @pytest.mark.parametrize("count", COUNTS)
 def test_counts_that_no_array_has(kind: Any, count: int) -> None:
-    # 2^62 elements are 2^63 bytes; times 96 outputs they are none in 64 bits.
+    # 2^62 elements are 2^63 bytes; times 96 outputs they are 0 in 64 bits.
     linear = kind(engine(), bf16(96, 64))
     x, out = bf16(2, 64), bf16(2, 96)
     for counts in ((count, 192), (128, count), (count, count)):
@@ -260,7 +260,7 @@ def test_a_fork_while_a_thread_decodes() -> None:
 
 
 def test_a_forward_needs_little_stack() -> None:
-    """256 KB, what threads of many programs have. in_features above 2,048 takes parts of k."""
+    """256 KB, the stack of threads in many programs. in_features above 2,048 is split along k."""
     done = in_a_process("""
         import threading
         import torch
@@ -295,7 +295,7 @@ def test_a_forward_needs_little_stack() -> None:
 
 
 def test_numpy_arrays_of_any_stride() -> None:
-    """Strides are not trusted to be those of a compact array."""
+    """The strides are read: the arrays need not be compact."""
     layer = _core.MoeLayer(engine(), **LAYER)
     gate, down = np.zeros((32, 64), np.float32), np.zeros((64, 32), np.float32)
     for expert in range(2):

@@ -1,4 +1,4 @@
-"""The packed bytes: equal to an independent packer's, and to those that kt_kernel itself makes."""
+"""The packed bytes equal an independent packer's and kt_kernel's."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ JUDGED = [(f, s) for f in FORMATS for s in SHAPES if not s[2] % NUMBERS[f].KT]
 def judged(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[kt_referee.Format, Case, dict[str, NDArray[Any]]]:
-    """A format, a case, and what kt_kernel makes of it."""
+    """A format, a case, and kt_kernel's results for it."""
     if reason := kt_referee.why_unavailable():
         pytest.skip(reason)
     weight_format, shape = request.param

@@ -1,4 +1,4 @@
-"""Recorded steps: what is run again computes what the step computes, for other numbers."""
+"""Recorded steps: a replay computes what the step computes, also for other numbers."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_runs_again_with_other_numbers(
 
 
 def test_what_depends_on_no_input_runs_once() -> None:
-    """And views are not made again, and what nobody reads is left out."""
+    """Views are not made again, and results that nobody reads are left out."""
 
     def function(x: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
         (x + 1).exp()
