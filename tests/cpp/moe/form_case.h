@@ -91,11 +91,11 @@ struct FormCase {
         return view_of(w.values, {w.n, w.k}, "w");
       };
       const auto gate = form.has_gate ? std::optional<TensorView>(view(0)) : std::nullopt;
-      made->load_expert(e, gate, view(1), view(2));
+      made->experts().load_expert(e, gate, view(1), view(2));
     }
     if (form.has_bias) {
       const auto gate = form.has_gate ? std::optional<TensorView>(bias(0)) : std::nullopt;
-      made->set_biases(gate, bias(1), bias(2));
+      made->experts().set_biases(gate, bias(1), bias(2));
     }
     if (layer.has_lora()) layer.set_lora(*made);
     return made;
