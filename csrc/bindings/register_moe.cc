@@ -93,7 +93,7 @@ std::shared_ptr<MoeLayer> make_layer(std::shared_ptr<Engine> engine, int num_exp
       down_slices);
 }
 
-// What the experts compute otherwise than down(silu(gate x) · up x), in words.
+// How the experts differ from down(silu(gate x) · up x), in words.
 std::vector<std::string> unusual_form(const MoeLayer& layer) {
   std::vector<std::string> found;
   const Activation& activation = layer.activation();

@@ -1,4 +1,4 @@
-// What layers take in and give out in packed form, and what packing needs to know beforehand.
+// Loading and saving of packed weights.
 #include <pybind11/stl.h>
 
 #include <cerrno>

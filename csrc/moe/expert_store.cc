@@ -47,7 +47,7 @@ void ExpertStore::check_expert(int expert) const {
              "expert is " << expert << ", expected 0 to " << shape_.num_experts - 1);
 }
 
-// Every thread packs strips of its own part, so that their pages lie on its NUMA node.
+// Every thread packs strips of its home part, so that their pages lie on its NUMA node.
 void ExpertStore::pack(ThreadPool& pool, int expert, Projection projection,
                        const TensorView& source) {
   std::vector<std::atomic<int>> next(static_cast<std::size_t>(weights_->parts()));

@@ -1,5 +1,5 @@
-// The weights and biases of one layer's routed experts: where they come from, and who may look at
-// them. Every call takes the engine's lock, but for those that a forward makes.
+// The weights and biases of one layer's routed experts: loading, images and views. Every call takes
+// the engine's lock, except the ones marked for a forward and for close.
 #pragma once
 
 #include <cstddef>
@@ -23,7 +23,7 @@ struct PackedShard {
   TensorView scales;
 };
 
-// How image files become the layer's memory. kAuto maps what lies in huge pages (decoding from
+// How image files become the layer's memory. kAuto maps files in huge pages (decoding from
 // small ones is a third slower), and copies everything else and whatever has a NUMA node to lie on.
 enum class ImageUse { kAuto, kMap, kCopy };
 
@@ -70,7 +70,7 @@ class ExpertStore {
   std::vector<std::uint8_t> packed_codes(int expert, Projection projection);
   std::vector<float> packed_scales(int expert, Projection projection);
 
-  // The packed memory itself: whoever holds it keeps it alive, also after the engine is closed.
+  // The packed memory itself, kept alive by the pointer, also after the engine is closed.
   // Throws std::invalid_argument while an expert is missing.
   std::shared_ptr<const ExpertWeights> share_weights();
 

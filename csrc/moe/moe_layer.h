@@ -22,7 +22,7 @@ namespace ktrt {
 // Names of the kernel variants that ran in the last forward; null where the family did not run.
 struct KernelsUsed {
   const char* gemm = nullptr;
-  const char* gemm_few_rows = nullptr;  // only where few rows have a kernel of their own
+  const char* gemm_few_rows = nullptr;  // only where few rows have a separate kernel
   const char* lora_shrink = nullptr;
   const char* lora_shrink_few_rows = nullptr;
   const char* elementwise = nullptr;
@@ -47,7 +47,7 @@ class MoeLayer {
   // LoRAs by number, 0 or more; one without any pair acts on nothing. Throws std::invalid_argument.
   void load_lora(int id, const LoraPair& gate, const LoraPair& up, const LoraPair& down);
   void unload_lora(int id);
-  // What forwards apply from now on: see LoraSet. Waits for a forward under way.
+  // Sets the LoRAs that forwards apply, see LoraSet. Waits for a forward under way.
   void activate_loras(std::span<const int> ids, std::span<const float> weights);
 
   // hidden_states, out [qlen, hidden] of one float dtype; expert_ids [qlen, k ≤ top_k] int32 or
@@ -58,7 +58,7 @@ class MoeLayer {
                const std::optional<TensorView>& adapter_ids = std::nullopt);
 
   KernelsUsed last_kernels() const;
-  // The LoRAs that act, which whoever holds them keeps alive; null if none does.
+  // The LoRAs that act, kept alive by the pointer; null if none does.
   std::shared_ptr<const ActiveLora> share_lora();
   // Numbers and weights, in the order of activate_loras().
   std::vector<std::pair<int, float>> active_loras();

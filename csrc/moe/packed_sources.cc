@@ -1,4 +1,4 @@
-// What a layer takes in packed form: kt_kernel's matrices, and image files of its own.
+// Loading of packed weights: kt_kernel's matrices, and image files that the layer wrote.
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -57,7 +57,7 @@ void ExpertStore::load_packed_expert(int expert, std::span<const PackedShard> ga
   weights_->set_loaded(expert, true);
 }
 
-// Tiles keep their bytes and find new places, those of the thread's own part.
+// Tiles keep their bytes and move to the part of the thread that copies them.
 void ExpertStore::copy_shards(ThreadPool& pool, int expert, Projection projection,
                               std::span<const PackedShard> shards) {
   const PackedLayout& whole = weights_->layout(projection);
@@ -153,7 +153,7 @@ ImageUse ExpertStore::use_images(std::span<const int> fds, std::span<const std::
   return use;
 }
 
-// Every thread copies blocks of its own part, so that their pages lie on its NUMA node.
+// Every thread copies blocks of its home part, so that their pages lie on its NUMA node.
 void ExpertStore::copy_images(ThreadPool& pool, const std::vector<MappedFile>& files) {
   weights_->allocate();
   std::vector<std::atomic<std::size_t>> next(files.size());

@@ -83,7 +83,7 @@ class GemmCase {
     rank_ = rank;
   }
 
-  // What A holds between k and the padded k: a BF16 value or an INT8 code.
+  // The value of A between k and the padded k: a BF16 value or an INT8 code.
   void set_padding(float value) { padding_ = value; }
 
   int n() const { return n_; }
@@ -254,7 +254,7 @@ class GemmCase {
     return args;
   }
 
-  // Odd ranks are padded by a zero in B; T beside it may hold anything finite.
+  // Odd ranks are padded by a zero in B; the T that it meets may be anything finite.
   AlignedVector<std::uint16_t> shrunk(const GemmKernel& kernel, int first, int count) const {
     const int rows = round_up(count, kernel.tile_rows(count));
     AlignedVector<std::uint16_t> t(size(rows * t_stride() + 32), f32_to_bf16(1e30f));

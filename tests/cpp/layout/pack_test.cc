@@ -51,8 +51,8 @@ float scale_of(float amax, WeightFormat format) {
                                        : static_cast<float>(double{amax} * (1.0 / 112.0));
 }
 
-// What the kernels multiply: the INT8 code of a value from the scale of its row, for INT4 rounded
-// again, to a multiple of 16.
+// The code that the kernels multiply: the INT8 code of a value from the scale of its row, for INT4
+// rounded again, to a multiple of 16.
 int code_of(float value, float scale, WeightFormat format) {
   if (scale == 0.0f) return 0;
   const auto code = std::lrint(value * (1.0f / scale));

@@ -112,7 +112,7 @@ TEST(FormatTraits, NamesAreParsed) {
   EXPECT_THROW(parse_format(""), std::invalid_argument);
 }
 
-// What kernels read of a strip at once, and blocks are made of.
+// Tiles, which kernels read at once, and the blocks that are made of them.
 TEST(FormatTraits, TilesFillTheirBytes) {
   for (const FormatTraits& traits : kFormatTraits) {
     EXPECT_EQ(kStripRows * traits.tile_k * traits.bits, kTileBytes * 8) << traits.name;

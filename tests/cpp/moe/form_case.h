@@ -101,7 +101,7 @@ struct FormCase {
     return made;
   }
 
-  // Of one projection of one expert. `x` is rounded to BF16.
+  // Output of one projection of one expert. `x` is rounded to BF16.
   std::vector<double> project(int expert, int p, const std::vector<float>& x) const {
     std::vector<float> codes = x;
     if (is_quantized(layer.format)) {

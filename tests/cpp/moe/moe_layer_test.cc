@@ -246,7 +246,7 @@ TEST_P(MoeLayerTest, SaysWhichKernelsRan) {
   }
 }
 
-// What follows does not depend on the kernels.
+// The following tests do not depend on the kernels.
 
 TEST(MoeLayer, QlenZeroWritesNothing) {
   const LayerCase test(kSmall, WeightFormat::kBf16);

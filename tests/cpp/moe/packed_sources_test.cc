@@ -130,7 +130,8 @@ TEST(Images, AFullDiskIsAnError) {
   close(full);
 }
 
-// What kt_kernel's files hold for `slices` NUMA nodes, cut out of a layer that was packed that way.
+// The contents of kt_kernel's files for `slices` NUMA nodes, cut out of a layer that was packed
+// that way.
 struct KtExpert {
   KtExpert(MoeLayer& layer, int expert, int slices) {
     for (int p = 0; p < kProjections; ++p) {

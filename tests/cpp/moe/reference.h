@@ -1,4 +1,4 @@
-// What a layer must compute: plain loops over dequantised weights, sums in double precision, and
+// The reference of a layer: plain loops over dequantised weights, sums in double precision, and
 // the places where the engine rounds (csrc/README.md lists them), which can be left out.
 #pragma once
 
@@ -60,7 +60,7 @@ struct Matrix {
   }
 };
 
-// What a packed matrix stands for.
+// The weights that a packed matrix stands for.
 inline Matrix dequantized(Matrix w, WeightFormat format) {
   for (float& value : w.values) value = round_to_bf16(value);
   if (format == WeightFormat::kInt8) {
