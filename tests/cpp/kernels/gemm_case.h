@@ -12,6 +12,7 @@
 
 #include "base/bf16.h"
 #include "helpers/aligned_vector.h"
+#include "helpers/format_reference.h"
 #include "helpers/packed.h"
 #include "helpers/random.h"
 #include "kernels/kernel_table.h"
@@ -26,8 +27,8 @@ class GemmCase {
       : format_(format), n_(n), k_(k), rows_(rows), random_(seed) {
     w_ = random_values(n * k, largest_w());
     a_ = random_values(rows * k, 127);
-    if (format == WeightFormat::kInt4) {
-      for (float& value : w_) value = 16.0f * std::trunc(value / 16.0f);
+    if (const auto step = static_cast<float>(reference_of(format).step); step > 1.0f) {
+      for (float& value : w_) value = step * std::trunc(value / step);
     }
     // A row with the largest value has scale 1, so that its integers are its codes.
     if (quantized()) {
@@ -191,7 +192,7 @@ class GemmCase {
   int pairs() const { return (rank_ + 1) / 2; }
   int t_stride() const { return 2 * pairs() + 6; }
 
-  int largest_w() const { return format_ == WeightFormat::kInt4 ? 112 : 127; }
+  int largest_w() const { return reference_of(format_).largest; }
   int a_row_bytes() const { return packed_.layout.padded_k() * (quantized() ? 1 : 2); }
 
   // Normal BF16 values, or integers in [-largest, largest].
