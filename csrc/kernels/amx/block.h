@@ -101,8 +101,8 @@ inline void load_a(const uint8_t* a) {
   }
 }
 
-// C in the tiles += A · W over one tile of W and 64 bytes of A's rows. before(c): what is to be
-// done before tile c's first multiplication.
+// C in the tiles += A · W over one tile of W and 64 bytes of A's rows. before(c) runs
+// before tile c's first multiplication.
 template <class Tiles, class Multiply, bool kTwoTiles, bool kStream, class Before>
 inline void multiply_tile(const uint8_t* w, const uint8_t* a0, const uint8_t* a1, Before before) {
   load_a<Tiles, 4, kStream>(a0);
@@ -268,7 +268,7 @@ class TilesInPlace {
 
 // One strip. Gemm has kLayoutBlock (bytes of W), WeightTiles, Multiply, row_bytes(g) of W, and for
 // the rows of one or two tiles: finish<Tiles, kTwoTiles>(first tile) when their sums are complete
-// in the tiles, which returns where what the tiles then hold is to be stored; stored() once it is,
+// in the tiles, which returns the address to store the tiles at; stored() after the store,
 // after which step() is called between the next multiplications and flush() before the next finish.
 template <class Tiles, class Gemm>
 class TileStrip {

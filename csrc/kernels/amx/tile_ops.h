@@ -40,7 +40,7 @@ struct HardwareTiles {
   }
   static void release() { _tile_release(); }
   // GCC's intrinsics paste their arguments into the register name, so a template parameter needs
-  // assembler of our own. "memory": stores must not move past a later load.
+  // inline assembler. "memory": stores must not move past a later load.
   template <int kTile>
   static void zero() {
     asm volatile("tilezero %%tmm%c0" : : "i"(kTile));

@@ -61,7 +61,7 @@ void weighted_add(const float* c, float weight, float* acc) {
 }
 
 // Four lines of a row at a time, so that neither side's lines crowd one set of the L1 cache; rows
-// come from memory, whose own prefetcher would start anew with every row.
+// come from memory, whose own prefetcher would start again with every row.
 void to_tile(const uint8_t* const* rows, int count, int tile_rows, int bytes, int padded,
              uint8_t* out) {
   constexpr int kPiece = 256;
