@@ -91,7 +91,7 @@ inline std::size_t packed_byte(WeightFormat format, int N, int K, int n, int k) 
 
 // The integer that kernels multiply for W[n][k], from packed codes; not for BF16.
 inline int packed_code(const std::uint8_t* codes, WeightFormat format, int N, int K, int n, int k) {
-  if (format == WeightFormat::kInt8) {
+  if (reference_of(format).bits == 8) {
     return static_cast<std::int8_t>(codes[packed_index(format, N, K, n, k)]);
   }
   const auto [byte, high] = packed_nibble(N, K, n, k);
