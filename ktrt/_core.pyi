@@ -11,9 +11,12 @@ would use an object's threads or memory raises ``RuntimeError``; ``Engine.close`
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 __version__: str
+
+# Not in the module.
+WeightFormatName: TypeAlias = Literal["bf16", "int8", "int4"]
 
 class Engine:
     """A pool of pinned threads and the scratch memory that the layers of one model share.
@@ -381,7 +384,7 @@ class MoeLayer:
         top_k: int,
         hidden_size: int,
         intermediate_size: int,
-        weight_format: Literal["bf16", "int8", "int4"],
+        weight_format: WeightFormatName,
         has_gate: bool = True,
         activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "softcap_silu"] = "silu",
         alpha: float = 1.0,
@@ -646,7 +649,7 @@ class WeightFormat:
     float32, or 0) and ``sum_bytes`` (for the sum of its codes)."""
 
     @property
-    def name(self) -> Literal["bf16", "int8", "int4"]: ...
+    def name(self) -> WeightFormatName: ...
     @property
     def kt_backend(self) -> str:
         """Its name in a configuration: ``AMXBF16``."""

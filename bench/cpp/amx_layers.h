@@ -51,8 +51,8 @@ class Layers {
           engine_, MoeShape{experts_, kTopK, kHidden, kIntermediate}, format));
       for (int e = 0; e < experts_; ++e) {
         const TensorView rows = view(w.data(), DType::kBfloat16, {kIntermediate, kHidden});
-        layers_.back()->load_expert(e, rows, rows,
-                                    view(w.data(), DType::kBfloat16, {kHidden, kIntermediate}));
+        layers_.back()->experts().load_expert(
+            e, rows, rows, view(w.data(), DType::kBfloat16, {kHidden, kIntermediate}));
       }
     }
     std::printf("\nlayers %s: %d threads, %zu layers of %d experts, loaded in %.1f s\n",

@@ -43,7 +43,7 @@ Model make_model(WeightFormat format, int rank) {
     auto layer = std::make_unique<MoeLayer>(model.engine, kShape, format);
     const TensorView rows = view(w.data(), DType::kBfloat16, {i, h});
     for (int e = 0; e < kShape.num_experts; ++e) {
-      layer->load_expert(e, rows, rows, view(w.data(), DType::kBfloat16, {h, i}));
+      layer->experts().load_expert(e, rows, rows, view(w.data(), DType::kBfloat16, {h, i}));
     }
     if (rank > 0) {
       const auto pair = [&](std::int64_t in, std::int64_t out) {

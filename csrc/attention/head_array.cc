@@ -10,7 +10,7 @@ namespace {
 bool holds(const HeadArray& array, std::int64_t heads, std::int64_t tokens, std::int64_t size) {
   std::int64_t rest = array.count - size;
   if (array.data == nullptr || rest < 0) return false;
-  // Tokens 0 apart would be any number of them.
+  // With a stride of 0, any number of tokens would fit.
   if (tokens > 1 && array.token_stride == 0) return false;
   if (heads > 1) {
     if (array.head_stride > rest / (heads - 1)) return false;

@@ -1,4 +1,4 @@
-// What attention reads and writes: numbers of heads and tokens in memory that somebody else keeps.
+// Arrays that attention reads and writes: numbers of heads and tokens in borrowed memory.
 #pragma once
 
 #include <cstdint>

@@ -164,7 +164,7 @@ void LatentAttention::multiply(const std::uint16_t* x, const std::uint16_t* w, s
   engine_->kernels().dense_bf16->dot(dot);
 }
 
-// q U of a head, packed, and the rest of q behind it.
+// Packs q U of a head, then the rest of q.
 void LatentAttention::make_query(const Task& task, const HeadArray& query, std::int64_t head,
                                  int thread) const {
   const KernelTable& kernels = engine_->kernels();
@@ -186,7 +186,7 @@ void LatentAttention::make_query(const Task& task, const HeadArray& query, std::
                           to + attention_.first_width_);
 }
 
-// A head's spans merged, times V.
+// Merges a head's spans and multiplies by V.
 void LatentAttention::make_output(const Task& task, const HeadArray& out, std::int64_t head,
                                   int thread) const {
   const KernelTable& kernels = engine_->kernels();
@@ -213,7 +213,7 @@ void LatentAttention::make_output(const Task& task, const HeadArray& out, std::i
   kernels.attention->pack(nullptr, own.exact, value, own.sums);
   add_lora(own.packed, form_.rank, loras_.active()->a.as<std::uint16_t>(), b, form_.value,
            own.sums);
-  // Of one span, whose weights sum up to 1: back to the natural order.
+  // Merging one span whose weights sum up to 1 only restores the natural order.
   const float max = 0.0f;
   const float sum = 1.0f;
   merge.sums = own.sums;

@@ -4,8 +4,8 @@
 // kv_b_proj makes keys U c and values V c of a head. For one query q · (U c) = (q U) · c and
 // Σ p (V c) = V (Σ p c): U and V are read once, and latents are not expanded. A forward has three
 // steps with a barrier between: q U of every head; attention, as in token_attention.h; each head's
-// spans merged and multiplied with its V. LoRA of kv_b_proj goes along, A and B in BF16 and
-// everything between in float32: scores are differences of large numbers.
+// spans merged and multiplied with its V. LoRA of kv_b_proj is applied on the way, A and B in BF16
+// and everything between in float32: scores are differences of large numbers.
 #pragma once
 
 #include <cstdint>

@@ -15,13 +15,13 @@ namespace {
 
 // Their sums of values of 512 numbers, 32 KB, stay in the L1 and L2 caches.
 constexpr std::int64_t kHeadsTogether = 16;
-// Of a group, at most: what they leave to be merged is then small beside what they read.
+// Spans of a group, at most: their sums are then small compared to the keys that they read.
 constexpr std::int64_t kMaxSpans = 32;
-// Reading a number of the cache takes about as long as so many multiplications.
+// Reading one number of the cache takes about as long as multiplying it for this many heads.
 constexpr std::int64_t kHeadsPerRead = 6;
 // Below this the caller is done before another thread has woken up.
 constexpr std::int64_t kAloneBelow = 128 << 10;
-// Keys are asked for so far ahead.
+// How far ahead keys are prefetched.
 constexpr std::int64_t kAheadBytes = 6144;
 constexpr std::int64_t kLineFloats = kCacheLine / sizeof(float);
 constexpr std::int64_t kScoreFloats = kHeadsTogether * kAttentionBlock;
@@ -90,7 +90,7 @@ void TokenAttention::check(const Arrays& a, std::int64_t start, std::int64_t end
              "mask has " << a.mask_count << " elements, expected " << end);
 }
 
-// `extra`: floats of every thread for the caller, behind those of its own.
+// `extra`: floats per thread for the caller, after the attention's own.
 TokenAttention::Task TokenAttention::make_task(const Arrays& arrays, std::int64_t start,
                                                std::int64_t end, const Engine::Lease& lease,
                                                std::int64_t extra) const {

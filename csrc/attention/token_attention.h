@@ -4,8 +4,8 @@
 // The tokens of a group are cut into spans, whose number depends on nothing but how many tokens
 // there are; threads claim spans. A span goes through in blocks of 64 tokens: scores, their
 // exponentials against the largest so far, weighted sum of values. A head's spans are then merged
-// in their order. So the bits do not depend on the number of threads, and what is written between
-// is small beside the keys that are read.
+// in their order. So the bits do not depend on the number of threads, and the sums that are written
+// between is small compared to the keys that are read.
 #pragma once
 
 #include <atomic>
@@ -73,7 +73,7 @@ class TokenAttention {
     float* sum;          // [spans][heads]
     float* own;          // [threads][own_floats]
     std::int64_t own_floats;
-    std::int64_t used_floats;  // of them, before the caller's
+    std::int64_t used_floats;  // of own_floats, before the caller's
 
     float* of_caller(int thread) const { return own + thread * own_floats + used_floats; }
   };
@@ -95,11 +95,11 @@ class TokenAttention {
   // Heads of a group that are computed together.
   const std::int64_t chunks_;
   std::vector<float> sinks_;  // [heads]
-  // What packed rows take.
+  // Floats of packed rows.
   std::int64_t first_width_ = 0;
   std::int64_t query_width_ = 0;
   std::int64_t value_width_ = 0;
-  int ahead_ = 0;  // tokens whose keys are asked for
+  int ahead_ = 0;  // tokens whose keys are prefetched
 };
 
 }  // namespace ktrt

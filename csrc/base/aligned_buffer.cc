@@ -12,7 +12,7 @@ namespace {
 
 #ifdef __SANITIZE_ADDRESS__
 
-// AddressSanitizer watches the ends of heap blocks, not those of mappings.
+// AddressSanitizer watches the ends of heap blocks, not of mappings.
 void* allocate(std::size_t bytes) {
   void* data = nullptr;
   if (posix_memalign(&data, kCacheLine, bytes) != 0) throw std::bad_alloc();

@@ -1,4 +1,4 @@
-// Zero-initialised memory straight from the kernel, huge pages asked for where it is large.
+// Zero-initialised memory straight from the kernel, with huge pages requested where it is large.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +9,7 @@
 namespace ktrt {
 
 // Anonymous mapping: page-aligned (so 64-byte aligned too), zero until written, first touched by
-// whoever writes it. Throws std::bad_alloc.
+// the thread that writes it. Throws std::bad_alloc.
 class AlignedBuffer {
  public:
   AlignedBuffer() = default;

@@ -7,12 +7,12 @@
 
 namespace ktrt {
 
-// Of a block of any length. Not cryptographic. As fast as memory is read, without special
+// Digest of a block of any length. Not cryptographic. As fast as memory is read, without special
 // instructions: the inner loop is that of XXH3, eight sums of 32 × 32-bit products, in which every
-// word also enters its neighbour's sum as it is, so that a change of one word always shows.
+// word also enters its neighbour's sum unchanged, so that a change of one word always shows.
 std::uint64_t digest(const std::byte* data, std::size_t bytes) noexcept;
 
-// Of a whole whose blocks have these digests, in order; blocks may be digested by several threads.
+// Digest of a whole from its blocks' digests, in order; blocks may be digested by several threads.
 std::uint64_t digest_of_digests(std::span<const std::uint64_t> digests) noexcept;
 
 }  // namespace ktrt

@@ -30,7 +30,7 @@ class MappedFile {
   bool empty() const { return bytes_ == 0; }
   std::byte* data() const { return static_cast<std::byte*>(data_); }
 
-  // Bytes that lie in huge pages now; what was never read does not count.
+  // Bytes that lie in huge pages now; pages that were never read do not count.
   std::size_t huge_bytes() const;
 
  private:

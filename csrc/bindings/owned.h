@@ -9,7 +9,7 @@
 namespace ktrt {
 
 // Leaks the object in a process that fork() made. There another thread may have been in the middle
-// of a forward: what it left half done can be neither waited for nor freed.
+// of a forward, whose half-done state can be neither waited for nor freed.
 struct DeleteWhereMade {
   pid_t owner = getpid();
 

@@ -145,7 +145,7 @@ void register_packed_views(py::module_& module) {
 py::list packed_parts(MoeLayer& layer) {
   const std::shared_ptr<const ExpertWeights> weights = [&] {
     const py::gil_scoped_release release;
-    return layer.share_weights();
+    return layer.experts().share_weights();
   }();
   py::list parts;
   for (int p = 0; p < weights->parts(); ++p) parts.append(view_part(weights, p));

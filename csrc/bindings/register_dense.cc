@@ -74,7 +74,7 @@ void forward(Linear& linear, std::uintptr_t x, std::int64_t x_count, std::uintpt
   linear_of(linear).forward(in, x_count, result, out_count);
 }
 
-// What both kinds of linears have.
+// Methods that both kinds of linears have.
 template <class Linear>
 void define_common(py::class_<Linear, std::shared_ptr<Linear>>& type) {
   using Underlying = std::remove_reference_t<decltype(linear_of(std::declval<Linear&>()))>;

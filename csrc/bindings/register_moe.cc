@@ -93,13 +93,13 @@ std::shared_ptr<MoeLayer> make_layer(std::shared_ptr<Engine> engine, int num_exp
       down_slices);
 }
 
-// What the experts compute otherwise than down(silu(gate x) · up x), in words.
+// How the experts differ from down(silu(gate x) · up x), in words.
 std::vector<std::string> unusual_form(const MoeLayer& layer) {
   std::vector<std::string> found;
   const Activation& activation = layer.activation();
   if (!layer.shape().has_gate) found.emplace_back("no gate");
-  if (layer.down_slices() > 1) found.emplace_back("down in slices of columns");
-  if (layer.has_biases()) found.emplace_back("biases");
+  if (layer.experts().down_slices() > 1) found.emplace_back("down in slices of columns");
+  if (layer.experts().has_biases()) found.emplace_back("biases");
   for (const auto& [name, kind] : kActivationNames) {
     if (kind == activation.kind && kind != ActivationKind::kSilu) {
       found.push_back("activation " + std::string(name));
@@ -120,7 +120,7 @@ void load_expert(MoeLayer& layer, int expert, const py::object& gate, const py::
   const TensorArg u(up, "up");
   const TensorArg d(down, "down");
   const py::gil_scoped_release release;
-  layer.load_expert(expert, view_of(g), u.view(), d.view());
+  layer.experts().load_expert(expert, view_of(g), u.view(), d.view());
 }
 
 void set_biases(MoeLayer& layer, const py::object& gate, const py::object& up,
@@ -129,7 +129,7 @@ void set_biases(MoeLayer& layer, const py::object& gate, const py::object& up,
   const auto u = optional_tensor(up, "up");
   const auto d = optional_tensor(down, "down");
   const py::gil_scoped_release release;
-  layer.set_biases(view_of(g), view_of(u), view_of(d));
+  layer.experts().set_biases(view_of(g), view_of(u), view_of(d));
 }
 
 void load_lora(MoeLayer& layer, int number, const py::object& gate_a, const py::object& gate_b,
@@ -210,12 +210,12 @@ py::dict last_kernels(const MoeLayer& layer) {
 }
 
 py::bytes packed_codes(MoeLayer& layer, int expert, const std::string& projection) {
-  const auto codes = layer.packed_codes(expert, parse_projection(projection));
+  const auto codes = layer.experts().packed_codes(expert, parse_projection(projection));
   return {reinterpret_cast<const char*>(codes.data()), codes.size()};
 }
 
 py::bytes packed_scales(MoeLayer& layer, int expert, const std::string& projection) {
-  const auto scales = layer.packed_scales(expert, parse_projection(projection));
+  const auto scales = layer.experts().packed_scales(expert, parse_projection(projection));
   return {reinterpret_cast<const char*>(scales.data()), scales.size() * sizeof(float)};
 }
 
@@ -259,7 +259,8 @@ void register_layer(py::module_& module) {
                              [](const MoeLayer& l) { return l.shape().intermediate_size; })
       .def_property_readonly("weight_format",
                              [](const MoeLayer& l) { return std::string(name_of(l.format())); })
-      .def_property_readonly("packed_bytes", &MoeLayer::packed_bytes)
+      .def_property_readonly("packed_bytes",
+                             [](const MoeLayer& l) { return l.experts().packed_bytes(); })
       .def_property_readonly("unusual_form", &unusual_form)
       .def("load_expert", &load_expert, py::arg("expert"), py::arg("gate"), py::arg("up"),
            py::arg("down"))

@@ -1,4 +1,4 @@
-// What layers take in and give out in packed form, and what packing needs to know beforehand.
+// Loading and saving of packed weights.
 #include <pybind11/stl.h>
 
 #include <cerrno>
@@ -46,7 +46,7 @@ void load_packed_expert(MoeLayer& layer, int expert, const ShardList& gate, cons
   const ShardArgs u(up, "up");
   const ShardArgs d(down, "down");
   const py::gil_scoped_release release;
-  layer.load_packed_expert(expert, g.shards(), u.shards(), d.shards());
+  layer.experts().load_packed_expert(expert, g.shards(), u.shards(), d.shards());
 }
 
 // Errors of the operating system become OSError, with their number.
@@ -69,7 +69,8 @@ bool use_images(MoeLayer& layer, const std::vector<int>& fds,
   const ImageUse wanted = use == "auto"  ? ImageUse::kAuto
                           : use == "map" ? ImageUse::kMap
                                          : ImageUse::kCopy;
-  return with_os_errors([&] { return layer.use_images(fds, digests, wanted); }) == ImageUse::kMap;
+  return with_os_errors([&] { return layer.experts().use_images(fds, digests, wanted); }) ==
+         ImageUse::kMap;
 }
 
 }  // namespace
@@ -78,11 +79,12 @@ void register_packed(py::module_& module, py::class_<MoeLayer, std::shared_ptr<M
   layer
       .def("load_packed_expert", &load_packed_expert, py::arg("expert"), py::arg("gate"),
            py::arg("up"), py::arg("down"))
-      .def_property_readonly("image_bytes", &MoeLayer::image_bytes)
+      .def_property_readonly("image_bytes",
+                             [](const MoeLayer& l) { return l.experts().image_bytes(); })
       .def(
           "write_image",
           [](MoeLayer& self, int part, int fd) {
-            return with_os_errors([&] { return self.write_image(part, fd); });
+            return with_os_errors([&] { return self.experts().write_image(part, fd); });
           },
           py::arg("part"), py::arg("fd"))
       .def("use_images", &use_images, py::arg("fds"), py::arg("digests"), py::kw_only(),

@@ -11,7 +11,7 @@ namespace ktrt {
 
 namespace {
 
-// AMX tile data (XSAVE component 18) must be asked for, once per process
+// AMX tile data (XSAVE component 18) must be requested, once per process
 // (Linux Documentation/arch/x86/xstate.rst).
 bool request_amx_permission() {
   constexpr long kArchReqXcompPerm = 0x1023;

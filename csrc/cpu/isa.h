@@ -9,7 +9,7 @@ namespace ktrt {
 // Levels in rising order; each includes the ones below.
 enum class Isa { kPortable, kAvx2, kAvx512, kAmx };
 
-// What the processor has and the operating system lets us use.
+// Features that the processor has and the operating system lets us use.
 struct CpuFeatures {
   bool avx2 = false;         // AVX2, FMA, F16C
   bool avx512 = false;       // AVX-512 F, BW, DQ, VL

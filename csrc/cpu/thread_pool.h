@@ -20,7 +20,7 @@ namespace ktrt {
 class Gate {
  public:
   uint32_t value() const noexcept { return value_.load(std::memory_order_acquire); }
-  // Adds one and wakes whoever sleeps; a system call only if somebody does.
+  // Adds one and wakes sleepers; a system call only if there are any.
   void open() noexcept;
   // Returns once value() differs from `old`: spins for `spin`, then sleeps.
   void wait(uint32_t old, std::chrono::nanoseconds spin) noexcept;

@@ -1,4 +1,4 @@
-// What every thread of ours does before and after it is started.
+// Steps that every thread of ours takes before and after it is started.
 #pragma once
 
 #include <signal.h>

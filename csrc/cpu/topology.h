@@ -31,7 +31,7 @@ struct Topology {
 std::vector<int> allowed_cpus();
 
 // Reads `sysfs_root`/devices/system for the `allowed` CPUs. CPUs marked offline are left out. Where
-// a file is missing (containers hide some), a CPU counts as a core of its own in package 0 and node
+// a file is missing (containers hide some), a CPU counts as a separate core in package 0 and node
 // 0. Throws std::invalid_argument if no CPU is left.
 Topology read_topology(const std::vector<int>& allowed, const std::string& sysfs_root = "/sys");
 

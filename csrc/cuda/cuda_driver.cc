@@ -23,7 +23,7 @@ std::string version_text(int version) {
 }  // namespace
 
 CudaDriver::CudaDriver(const std::string& path) {
-  // Never closed: the driver has threads of its own.
+  // Never closed: the driver runs threads.
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) {
     const char* reason = dlerror();

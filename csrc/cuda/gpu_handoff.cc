@@ -181,7 +181,7 @@ void GpuHandoff::synchronize(CuStream stream, const std::function<void()>& inter
   if (drained) forget();
 }
 
-// What the stream has not waited for, and the failure.
+// Drops submits that the stream has not waited for, and the failure.
 void GpuHandoff::forget() {
   const auto lock = lock_own();
   submitted_ = nullptr;
@@ -233,7 +233,7 @@ bool GpuHandoff::drain(CuStream stream, const std::function<void()>& interrupt) 
 
 void GpuHandoff::close() {
   if (getpid() != owner_) return;
-  // First, and without the mutex: whoever holds it may wait for the device.
+  // First, and without the mutex: its holder may wait for the device.
   server_->fail("the hand-off was closed while slots were in use");
   const auto lock = lock_own();
   if (closed_) return;

@@ -32,7 +32,7 @@ namespace ktrt {
 class GpuHandoff {
  public:
   // Uses the context that is current, from then on in any thread. Throws std::invalid_argument
-  // (timeout), std::runtime_error (no usable driver, or not the mechanism that was asked for).
+  // (timeout), std::runtime_error (no usable driver, or not the mechanism that was requested).
   GpuHandoff(std::shared_ptr<Engine> engine, std::chrono::nanoseconds timeout,
              const std::string& driver, std::optional<SignalMechanism> mechanism = std::nullopt);
   ~GpuHandoff();
@@ -85,7 +85,7 @@ class GpuHandoff {
   PinnedMemory memory_;
   SignalMechanism mechanism_;
   std::atomic<bool> closed_{false};
-  // Held by everything that changes slots or enqueues; never asked for by the server's threads,
+  // Held by everything that changes slots or enqueues; never taken by the server's threads,
   // which is why a call of the driver may block under it.
   std::mutex mutex_;
   std::vector<std::unique_ptr<LayerSlot>> slots_;

@@ -36,7 +36,7 @@ struct LayerSlot {
   std::vector<std::int64_t> ids_;
 };
 
-// Of a compact array.
+// Size of a compact array.
 std::size_t bytes_of(const TensorView& view);
 
 }  // namespace ktrt

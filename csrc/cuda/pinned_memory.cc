@@ -21,7 +21,7 @@ PinnedBlock::PinnedBlock(const CudaDriver& driver, std::size_t bytes)
   const CuResult result = driver.api().mem_host_get_device_pointer(&device_, memory, 0);
   if (result != kCuSuccess) (void)driver.api().mem_free_host(memory);
   driver.check(result, "cuMemHostGetDevicePointer");
-  // Also what a stream copies back where a forward was skipped: finite numbers.
+  // Zeros, because a stream copies them back where a forward was skipped: finite numbers.
   std::memset(memory, 0, bytes);
 }
 

@@ -42,9 +42,9 @@ class PinnedMemory {
 
   explicit PinnedMemory(const CudaDriver& driver) : driver_(driver) {}
 
-  // A word of its own cache line, zero.
+  // A word on a separate cache line, zero.
   Word new_word();
-  // At least `bytes`, shared with whoever asked for as much or less.
+  // At least `bytes`, shared with all slots that need as much or less.
   std::byte* shared_buffer(std::size_t bytes);
 
   std::size_t bytes() const;

@@ -29,7 +29,7 @@ class SlotWord {
     std::atomic_ref<std::uint32_t>(*word_).store(static_cast<std::uint32_t>(state),
                                                  std::memory_order_release);
   }
-  // For transitions that several threads may attempt: one of them succeeds.
+  // For transitions that several threads may attempt: one thread succeeds.
   bool advance(SlotState from, SlotState to) noexcept {
     auto expected = static_cast<std::uint32_t>(from);
     return std::atomic_ref<std::uint32_t>(*word_).compare_exchange_strong(

@@ -29,7 +29,7 @@ constexpr nanoseconds kNap = 100us;
 constexpr nanoseconds kLinger = 50us;
 constexpr int kPausesPerYield = 32;
 
-// Some microseconds, and whoever waits for this core gets it.
+// Some microseconds, in which another thread may use this core.
 template <class Done>
 bool pause_until(Done done) noexcept {
   for (int i = 0; i < kPausesPerYield; ++i) {
@@ -115,7 +115,7 @@ void SlotServer::wait_done(const Slot& slot) noexcept {
     if (pause_until(done)) return;
   }
   Lock lock(mutex_);
-  // The watchdog's releases are announced too; the limit is for what is stopped meanwhile.
+  // The watchdog's releases are announced too; the limit is for a server that is stopped meanwhile.
   while (!done()) progress_.wait_for(lock, period_);
 }
 
@@ -194,7 +194,7 @@ void SlotServer::work(int cpu) noexcept {
     const bool claimed = claim(slot, round);
     lock.lock();
     if (!claimed) continue;
-    // Meanwhile what was expected may have become void, and may have been expected again.
+    // Meanwhile the expectation may have become void, and may have been renewed.
     const bool expected = !failure_ && !expected_.empty() && expected_.front() == &slot;
     if (expected && slot.word.state() == SlotState::kRunning) {
       serve(slot, lock);

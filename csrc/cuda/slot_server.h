@@ -110,7 +110,7 @@ class SlotServer {
   std::condition_variable look_;      // the watchdog
   std::condition_variable progress_;  // everybody else
   // Written under the mutex; the worker polls them without.
-  std::atomic<std::uint32_t> round_{0};  // changes when what is expected becomes void
+  std::atomic<std::uint32_t> round_{0};  // changes when expectations become void
   std::atomic<std::size_t> num_expected_{0};
 
   std::thread worker_;

@@ -8,7 +8,7 @@
 namespace ktrt {
 namespace {
 
-// CU_STREAM_WAIT_VALUE_EQ. No flush of remote writes: what is waited for lies in host memory.
+// CU_STREAM_WAIT_VALUE_EQ. No flush of remote writes: the word lies in host memory.
 constexpr unsigned kWaitEqual = 1;
 // CU_STREAM_WRITE_VALUE_DEFAULT: after a system-wide fence, so the host that sees the word sees the
 // copies before it.
@@ -21,7 +21,7 @@ constexpr std::chrono::seconds kProbeTime{1};
 constexpr auto kStarted = static_cast<std::uint32_t>(SlotState::kStarted);
 constexpr auto kDone = static_cast<std::uint32_t>(SlotState::kDone);
 
-// Writes what the wait then finds.
+// Writes the value that the wait then finds.
 bool enqueue_probe(const CudaApi& api, CuStream stream, CuDevicePtr word) {
   return api.stream_write_value32(stream, word, kStarted, kWriteAfterFence) == kCuSuccess &&
          api.stream_wait_value32(stream, word, kStarted, kWaitEqual) == kCuSuccess;

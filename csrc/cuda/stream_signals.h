@@ -22,7 +22,7 @@ const char* name_of(SignalMechanism mechanism);
 std::optional<SignalMechanism> parse_mechanism(const std::string& name);
 
 // Whether this driver and device run stream memory operations on `word`, and capture them. Uses a
-// stream of its own; the context must be current.
+// separate stream; the context must be current.
 bool stream_memory_ops_work(const CudaDriver& driver, const PinnedMemory::Word& word);
 
 // A slot as the device's side needs it, and what host functions are given. Must stay where it is as

@@ -34,8 +34,8 @@ class Engine {
     std::unique_lock<std::mutex> held_;
   };
 
-  // What an operator frees when the engine closes: calls `release` under the lock, unless the
-  // handler is gone by then. Must not outlive the engine.
+  // Lets an operator free its memory when the engine closes: `release` is called under the lock,
+  // unless the handler is destroyed before. Must not outlive the engine.
   class CloseHandler {
    public:
     CloseHandler(Engine& engine, const Lease& lease, std::function<void()> release);

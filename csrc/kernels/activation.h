@@ -1,4 +1,4 @@
-// What makes one intermediate activation of the sums of gate and up: plain data, read by the
+// How the sums of gate and up become one intermediate activation: plain data, read by the
 // kernels.
 #pragma once
 
@@ -25,7 +25,7 @@ struct Activation {
   float up_limit = kNoLimit;
   float up_offset = 0.0f;
 
-  // silu(gate) · up, which has a kernel of its own.
+  // silu(gate) · up, which has its own kernel.
   constexpr bool is_silu_mul() const {
     return kind == ActivationKind::kSilu && alpha == 1.0f && gate_limit == kNoLimit &&
            up_limit == kNoLimit && up_offset == 0.0f;

@@ -1,5 +1,5 @@
-// What the attention kernels take: one token's heads over some tokens of a cache. Plain data, read
-// by the kernels' ISA files.
+// Arguments of the attention kernels: one token's heads over some tokens of a cache. Plain data,
+// read by the kernels' ISA files.
 #pragma once
 
 #include <stddef.h>
@@ -11,7 +11,7 @@ namespace ktrt {
 // numbers, which stay in the L1 and L2 caches meanwhile.
 constexpr int kAttentionBlock = 64;
 
-// Rows that are read next, to be asked for meanwhile; null: none.
+// Rows that are read next, to be prefetched meanwhile; null: none.
 struct AttentionComing {
   const uint16_t* rows = nullptr;
   int64_t stride = 0;  // elements
@@ -29,13 +29,13 @@ struct AttentionScoreArgs {
   int tokens;            // at most kAttentionBlock
   int size;
   bool add;
-  int ahead;               // keys so many tokens further on are asked for; 0: none
-  AttentionComing coming;  // what is read after the keys, token by token
+  int ahead;               // tokens by which keys are prefetched; 0: not at all
+  AttentionComing coming;  // read after the keys, token by token
   float* scores;           // [heads][kAttentionBlock]
 };
 
-// s = cap(scaling · score) + mask, and e^(s - max) in its place, 0 behind `tokens`; max and sum
-// are those of all blocks so far.
+// s = cap(scaling · score) + mask, and e^(s - max) in its place, 0 after `tokens`; max and sum
+// cover all blocks so far.
 struct AttentionSoftmaxArgs {
   float* scores;  // [heads][kAttentionBlock]
   int heads;
@@ -81,7 +81,7 @@ struct AttentionKernel {
   const char* name;
   int width;  // packed rows are multiples of it
   // A row of a query: BF16 or float32, the other null. `out` is [size rounded up to width], in the
-  // kernel's own order, zeros behind.
+  // kernel's own order, zeros after it.
   void (*pack)(const uint16_t* bf16, const float* f32, int size, float* out);
   void (*scores)(const AttentionScoreArgs& args);
   void (*softmax)(const AttentionSoftmaxArgs& args);

@@ -23,7 +23,7 @@ struct GemmArgs {
   //
   // Row-major, or in tile order where the kernel asks for it: 64 bytes of each of the first
   // tile_rows rows, the next 64 bytes of each of them, and so on; a_stride bytes later the next
-  // tile_rows rows. Memory of A and C then holds whole tiles; what is in A's missing rows is not
+  // tile_rows rows. Memory of A and C then holds whole tiles; A's missing rows are not
   // seen, C's are overwritten.
   const uint8_t* a;
   int64_t a_stride;      // bytes of a row, or of tile_rows rows
@@ -37,13 +37,13 @@ struct GemmArgs {
   int k;                   // padded
   const float* w_scale;    // [32] of this strip; null for BF16
   const int32_t* w_sum;  // [32] of this strip: Σ_k of its codes (INT4: of 16 · code); null for BF16
-  const uint8_t* next;  // what is read after this strip, to prefetch; may be null
-  bool cold_rows;       // A may come from memory: worth asking for
+  const uint8_t* next;  // read after this strip: to be prefetched; may be null
+  bool cold_rows;       // A may come from memory: worth prefetching
 
   // BF16 [rank_pairs][2 halves][16 rows][2]; null without LoRA.
   const uint16_t* lora_b;
   // BF16 [rows][2·rank_pairs]. Kernels in tile order read pieces of 32 values, of whole tiles of
-  // rows: what follows a row's ranks must be finite.
+  // rows: the values after a row's ranks must be finite.
   const uint16_t* t;
   int64_t t_stride;  // elements
   int rank_pairs;
@@ -57,7 +57,7 @@ constexpr int kOneRowStrips = 8;
 struct GemmKernel {
   const char* name;
   void (*strip)(const GemmArgs& args);
-  uint8_t activation_offset;  // what quantize_rows adds to each code: 128 where A is unsigned
+  uint8_t activation_offset;  // added to each code by quantize_row: 128 where A is unsigned
   bool tile_order = false;    // of A
   // The same bits for `count` strips with a row each, all of one k, read side by side: a core gets
   // more out of the memory from several streams than from one. Null: strip by strip.
@@ -128,7 +128,7 @@ struct ElementwiseKernels {
 
 // C [rows][columns] = X [rows][k] · Wᵀ for some rows of a BF16 matrix W, row-major as torch holds
 // it. Every C element is one chain of vectors along k whose lanes are added in one order, so its
-// bits do not depend on what is computed beside it.
+// bits do not depend on its neighbours.
 struct DenseDotArgs {
   const uint16_t* x;
   int64_t x_stride;  // elements
@@ -139,13 +139,13 @@ struct DenseDotArgs {
   int k;
   // W comes from memory: it is read once, in the order of its addresses.
   bool cold;
-  // A part of k, a multiple of kDenseStep but for the last: partial sums of kDenseSumBytes for
+  // A part of k, a multiple of kDenseStep except for the last: partial sums of kDenseSumBytes for
   // every C element are taken from `sums` if `resume`, and left there unless `last`. Not with
   // `cold`.
   uint8_t* sums;
   bool resume;
   bool last;
-  const uint8_t* next;  // what to ask for meanwhile, into the L2 cache
+  const uint8_t* next;  // to be prefetched meanwhile, into the L2 cache
   int64_t next_bytes;   // may be 0
   float* c;
   int64_t c_stride;
@@ -185,11 +185,11 @@ struct GemmChoice {
   const GemmKernel& for_rows(int rows) const { return rows < many_from ? *few : *many; }
 };
 
-// What runs for each kernel family.
+// The kernel that runs, by family.
 struct KernelTable {
   GemmChoice gemms[kNumWeightFormats];
   const ShrinkKernel* lora_shrink;
-  const ShrinkKernel* lora_shrink_tiles;  // beside a GEMM in tile order; null without AMX
+  const ShrinkKernel* lora_shrink_tiles;  // for a GEMM in tile order; null without AMX
   const ElementwiseKernels* elementwise;
   const DenseKernel* dense_bf16;
   const AttentionKernel* attention;

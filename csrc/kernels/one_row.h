@@ -1,4 +1,4 @@
-// One row of A times several strips of W side by side. What a core reads from memory is bound by
+// One row of A times several strips of W side by side. A core's reads from memory are bound by
 // the lines it has under way, and the hardware asks for more of them when it sees several streams:
 // on an Emerald Rapids 20 % more from eight than from one, with or without prefetching that one, if
 // it goes from stream to stream every 256 bytes; 2 KB at a time gain nothing. Included by the

@@ -27,7 +27,7 @@ std::vector<const PeakLoop*> peak_loops(Isa level, const CpuFeatures& f) {
 
 double measure_peak(const PeakLoop& loop, double seconds) {
   using Clock = std::chrono::steady_clock;
-  // Some ten microseconds: the clock costs nothing beside it.
+  // Some ten microseconds: reading the clock is negligible.
   constexpr long kIterations = 2000;
   loop.run(kIterations);
   double iterations = 0;

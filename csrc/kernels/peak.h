@@ -8,7 +8,7 @@
 
 namespace ktrt {
 
-// What `features` can run at `level` or below, older instruction sets first.
+// The loops that `features` can run at `level` or below, older instruction sets first.
 std::vector<const PeakLoop*> peak_loops(Isa level, const CpuFeatures& features);
 
 // Multiplications and additions per second of the calling thread over about `seconds`.

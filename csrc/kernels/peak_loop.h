@@ -3,7 +3,7 @@
 
 namespace ktrt {
 
-// One kind of multiply-add. All operands are 1, so that the result counts what was computed.
+// One kind of multiply-add. All operands are 1, so that the result counts the operations.
 struct PeakLoop {
   const char* name;         // "avx512_bf16"
   const char* instruction;  // "vdpbf16ps"

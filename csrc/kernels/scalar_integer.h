@@ -1,4 +1,4 @@
-// What the INT8 and INT4 GEMMs in plain C++ share: exact int32 sums, scaled as kt_kernel does.
+// Shared by the INT8 and INT4 GEMMs in plain C++: exact int32 sums, scaled as kt_kernel does.
 // Included by kernels' ISA files only.
 #pragma once
 

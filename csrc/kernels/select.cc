@@ -45,7 +45,7 @@ template <class Kernel>
 struct Variant {
   const Kernel* kernel;
   Isa level;
-  bool runs;  // the processor has what the variant needs
+  bool runs;  // the processor has the features that the variant needs
 };
 
 // Variants go from best to worst; the last one always runs.

@@ -18,7 +18,7 @@ struct StripChunk {
   const uint8_t* tiles;
   int count;
   int first_byte;              // where the chunk starts in a row of A, in bytes
-  const uint8_t* after_tiles;  // what is read after this chunk
+  const uint8_t* after_tiles;  // read after this chunk
 };
 
 // kBlock: the layout's k-block in bytes of a row (KB · element size).
@@ -56,7 +56,7 @@ inline void prefetch_tile(const StripChunk& chunk, int index, int ahead) {
 constexpr int kPrefetchTiles = 3;
 
 // Calls visit(tile, byte) for every tile of a strip in ascending k, `byte` being where its 64 bytes
-// of k start in a row of A; asks for coming tiles if `prefetch`. The layout's k-block is kBlock
+// of k start in a row of A; prefetches coming tiles if `prefetch`. The layout's k-block is kBlock
 // bytes.
 template <int kBlock, class Visit>
 inline __attribute__((always_inline)) void for_each_tile(const GemmArgs& g, int row_bytes,
@@ -71,7 +71,7 @@ inline __attribute__((always_inline)) void for_each_tile(const GemmArgs& g, int 
 }
 
 // Asks for what turns the strip's integer sums into C, which is read after its last tile, from
-// places of its own.
+// separate places.
 inline void prefetch_scales(const GemmArgs& g) {
   for (int i = 0; i < kStripColumns; i += 16) {
     __builtin_prefetch(g.w_scale + i, 0, 3);
@@ -79,7 +79,7 @@ inline void prefetch_scales(const GemmArgs& g) {
   }
 }
 
-// Asks for the strip's LoRA expand, which is read after its last tile, from a place of its own.
+// Prefetches the strip's LoRA expand, which is read after the last tile and lies elsewhere.
 inline void prefetch_expand(const GemmArgs& g) {
   if (g.lora_b == nullptr) return;
   const int bytes = g.rank_pairs * 128;

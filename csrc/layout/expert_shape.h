@@ -1,4 +1,4 @@
-// Sizes of one layer's routed experts, and the matrices that each of them has.
+// Sizes of one layer's routed experts, and the names of an expert's matrices.
 #pragma once
 
 namespace ktrt {

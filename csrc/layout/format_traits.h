@@ -27,7 +27,7 @@ struct FormatTraits {
   int tile_k;      // KT: columns of a tile, which has 64 bytes of each row
   const WeightCodec* codec;
 
-  // Bytes that an output row has besides its codes: its scale, and the sum of its codes.
+  // Bytes of an output row in addition to its codes: its scale, and the sum of its codes.
   constexpr std::size_t scale_bytes() const {
     return scale == ScaleKind::kPerRow ? sizeof(float) : 0;
   }

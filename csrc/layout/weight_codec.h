@@ -1,4 +1,4 @@
-// How the weights of one format become codes, and what the codes stand for.
+// Codecs: weights to the codes of one format, and back.
 #pragma once
 
 #include <cstdint>

@@ -14,15 +14,15 @@ namespace ktrt {
 
 namespace {
 
-// What threads claim is a multiple of so many output columns.
+// Threads claim multiples of this many output columns.
 constexpr int kUnitColumns = 8;
-// Of W in the L2 cache beside the rows of x that pass over it and the panel that comes next.
+// A panel of W stays in the L2 cache, with the rows of x that pass over it and the next panel.
 constexpr std::int64_t kPanelBytes = 256 << 10;
 constexpr int kMinPanelColumns = 32;
 constexpr int kMaxPanelColumns = 256;
 constexpr int kMaxBlockRows = 8;
-// Longer dot products go in parts of k, so that a block of rows of x and what is multiplied with it
-// stay in the L1 cache; so many blocks take a part one after the other.
+// Longer dot products are cut into parts of k, so that a block of rows of x and the weights that it
+// meets stay in the L1 cache; kGroupBlocks blocks take a part one after the other.
 constexpr std::int64_t kPartOfK = 2048;
 constexpr std::int64_t kGroupBlocks = 8;
 constexpr int kMaxPartColumns = 64;
@@ -31,7 +31,7 @@ constexpr int kThreadSumBytes = kGroupBlocks * kBlockSumBytes;  // 256 KB: too m
 static_assert(kPanelBytes / (kPartOfK * 2) <= kMaxPartColumns);
 constexpr std::int64_t kLineValues = 32;
 constexpr std::int64_t kBlocksToAsk = 3;
-// Reading a value of W takes about as long as multiplying it with so many rows.
+// Reading a value of W takes about as long as multiplying it with this many rows.
 constexpr std::int64_t kRowsPerRead = 12;
 // Below this the caller is done before another thread has woken up: 256 KB for one row.
 constexpr std::int64_t kAloneBelow = (128 << 10) * (kRowsPerRead + 1);
@@ -63,9 +63,9 @@ struct DenseLinear::Task {
 struct DenseLinear::Panel {
   std::int64_t first;
   int columns;
-  std::int64_t next_bytes;  // of W behind the panel, to be asked for
+  std::int64_t next_bytes;  // of W after the panel, to be prefetched
   std::uint8_t* sums;       // [kGroupBlocks] kBlockSumBytes, or null
-  DenseFinishArgs finish;   // but for the rows
+  DenseFinishArgs finish;   // except for the rows
 };
 
 DenseLinear::DenseLinear(std::shared_ptr<Engine> engine, const TensorView& weight,
@@ -151,7 +151,7 @@ void DenseLinear::shrink(const Task& task, Range rows, Range ranks) const {
   }
 }
 
-// Everything about these output columns but the rows and their C.
+// Arguments for these output columns, except for the rows and their C.
 DenseFinishArgs DenseLinear::finish_args(const Task& task, std::int64_t first, int columns) const {
   DenseFinishArgs finish{};
   finish.columns = columns;
@@ -162,7 +162,7 @@ DenseFinishArgs DenseLinear::finish_args(const Task& task, std::int64_t first, i
   finish.b_stride = out_;
   finish.rank_pairs = loras_.active()->rank_pairs;
   finish.t_stride = task.t_stride;
-  // It is read after the panel, from places of its own.
+  // B is read after the panel, and lies elsewhere.
   for (int pair = 0; pair < finish.rank_pairs; ++pair) {
     const std::uint16_t* b = finish.lora_b + 2 * pair * out_;
     for (int i = 0; i < 2 * columns; i += kLineValues) __builtin_prefetch(b + i, 0, 2);
@@ -174,8 +174,8 @@ DenseFinishArgs DenseLinear::finish_args(const Task& task, std::int64_t first, i
 void DenseLinear::compute(const Task& task, Range range, int thread) const {
   const std::int64_t columns = panel_columns();
   const std::int64_t blocks = row_blocks(task.rows);
-  // The next panel comes into the cache while this one is used: every block of rows asks for a
-  // part. A few blocks have no time for that and read each panel from memory as they go.
+  // The next panel comes into the cache while this one is used: every block of rows prefetches a
+  // share. A few blocks have no time for that and read each panel from memory as they go.
   const bool ask = blocks >= kBlocksToAsk;
   auto* const sums = reinterpret_cast<std::uint8_t*>(
       task.sums == nullptr ? nullptr : task.sums + thread * std::ptrdiff_t{kThreadSumBytes});
@@ -195,7 +195,7 @@ void DenseLinear::compute(const Task& task, Range range, int thread) const {
   }
 }
 
-// A part of k for some blocks of rows; behind the last part, their outputs.
+// Computes a part of k for some blocks of rows, and their outputs after the last part.
 void DenseLinear::compute_blocks(const Task& task, const Panel& panel, Range blocks, Range k,
                                  bool cold) const {
   const DenseKernel& kernel = *engine_->kernels().dense_bf16;
@@ -214,7 +214,7 @@ void DenseLinear::compute_blocks(const Task& task, const Panel& panel, Range blo
   DenseFinishArgs finish = panel.finish;
   finish.c = c;
   finish.c_stride = panel.columns;
-  // How far the calls so far have asked for the next panel.
+  // Bytes of the next panel that the calls so far have prefetched.
   const auto asked = [&](std::int64_t block, std::int64_t at_k) {
     return panel.next_bytes / count * block + panel.next_bytes / count * at_k / in_;
   };

@@ -3,8 +3,8 @@
 //
 // Threads claim ranges of output columns. A range goes through in panels of W that fit the L2
 // cache: the first rows of x read a panel from memory, the others find it there. Every output is
-// one dot product in one fixed order, so that the bits of a row depend neither on the rows beside
-// it nor on the number of threads.
+// one dot product in one fixed order, so that the bits of a row depend neither on its
+// neighbours nor on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -50,7 +50,7 @@ class DenseLinear {
     int rank = 0;
     int rank_pairs = 0;
     AlignedBuffer a;  // BF16 [rank][in]
-    AlignedBuffer b;  // BF16 [rank_pairs][out][2], zeros behind an odd rank
+    AlignedBuffer b;  // BF16 [rank_pairs][out][2], zeros after an odd rank
   };
   struct Task;
   struct Panel;

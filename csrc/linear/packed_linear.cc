@@ -19,13 +19,13 @@ static_assert(255 * 127 * PackedLinear::kMaxIn <= std::numeric_limits<std::int32
 
 // Codes of the rows that pass over a range of strips: half of a small L2 cache.
 constexpr std::int64_t kBlockBytes = 512 << 10;
-// Also whole tiles; the C of a strip of them is 40 KB.
+// Whole tiles; their C of one strip is 40 KB.
 constexpr std::int64_t kMaxBlockRows = 320;
-// Reading a value of W takes about as long as multiplying it with so many rows.
+// Reading a value of W takes about as long as multiplying it with this many rows.
 constexpr std::int64_t kRowsPerRead = 12;
 // Below this the caller is done before another thread has woken up: 256 KB for one row.
 constexpr std::int64_t kAloneBelow = (256 << 10) * (kRowsPerRead + 1);
-// LoRA's A of so few rows is read by several threads, a block of ranks each.
+// Up to this many rows, LoRA's A is read by several threads, a block of ranks each.
 constexpr std::int64_t kRowsToSplitRanks = kMaxTileRows;
 
 // The rows of one forward, as the kernels read them; its caller's, so that they are allocated once.
@@ -40,7 +40,7 @@ RowMemory& row_memory() {
   return memory;
 }
 
-// Of one thread, `count` of them.
+// `count` values that belong to the calling thread.
 template <class T>
 T* thread_values(std::size_t count) {
   thread_local std::vector<T> values;
@@ -59,7 +59,7 @@ TensorView as_expert(TensorView matrix) {
 
 }  // namespace
 
-// Consecutive rows, and where they lie in scratch memory.
+// Consecutive rows, and their place in scratch memory.
 struct PackedLinear::Block {
   std::int64_t row;
   int rows;
@@ -190,7 +190,7 @@ PackedLinear::Block PackedLinear::Task::block(std::int64_t index) const {
   return {row, count, index * block_tiles * kMaxTileRows, gemm->tile_rows(count)};
 }
 
-// A tile of rows is quantised, or all or some of its ranks are made.
+// Quantises a tile of rows, or shrinks it: all or some of its ranks.
 void PackedLinear::prepare(const Task& task, std::int64_t unit) const {
   const std::int64_t tiles = task.blocks * task.block_tiles;
   const Block block = task.block(unit % tiles / task.block_tiles);

@@ -1,7 +1,7 @@
-// A linear layer outside the routed experts with an INT8 weight, on the engine's threads: what
-// DenseLinear does, in the numbers and the packed layout of the INT8 experts.
+// A linear layer outside the routed experts with an INT8 weight, on the engine's threads:
+// DenseLinear in the numbers and the packed layout of the INT8 experts.
 //
-// Rows of x are quantised and shrunk for LoRA once, by whichever thread claims them; behind a
+// Rows of x are quantised and shrunk for LoRA once, by whichever thread claims them; after a
 // barrier threads claim ranges of strips of 32 outputs. A range takes the rows in blocks that fit
 // the L2 cache. Sums are exact integers, so neither threads nor blocks change a bit.
 #pragma once
@@ -41,7 +41,7 @@ class PackedLinear {
 
   std::int64_t in_features() const { return base_->matrix.layout.k(); }
   std::int64_t out_features() const { return base_->matrix.layout.n(); }
-  // What forward() reads of the weight: codes, scales and sums of codes.
+  // Bytes of the weight that forward() reads: codes, scales and sums of codes.
   std::size_t packed_bytes() const;
   const char* kernel_name(int rows) const {
     return engine_->kernels().gemm(kFormat).for_rows(rows).name;

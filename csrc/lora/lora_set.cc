@@ -10,7 +10,7 @@ namespace ktrt {
 
 namespace {
 
-// Of each rank the weight of the LoRA that it belongs to.
+// For each rank, the weight of the LoRA that it belongs to.
 std::vector<float> spread(const ExpertLora::Shrink& shrink, std::span<const float> weights) {
   std::vector<float> factors;
   for (const int owner : shrink.owners) factors.push_back(weights[static_cast<std::size_t>(owner)]);

@@ -18,23 +18,24 @@ struct LoraFactors {
   std::vector<float> down;   // [down_shrink().width()]
 };
 
-// What forwards apply: one LoRA, or several side by side, whose ranks `factors` weigh. Immutable.
+// The LoRA that forwards apply: one, or several side by side whose ranks `factors` weigh.
+// Immutable.
 struct ActiveLora {
   std::vector<int> ids;
   std::vector<float> weights;
   std::shared_ptr<const ExpertLora> lora;
-  // What a token gets: [0] all at their weights; [1 + i] only ids[i]; the last one nothing.
+  // A token's factors: [0] all LoRAs at their weights; [1 + i] only ids[i]; the last one none.
   std::vector<LoraFactors> factors;
 
-  // Whether the LoRA acts as it is stored.
+  // Whether all weights are 1.
   bool plain() const;
-  // Whether it acts at all.
+  // Whether all weights are 0.
   bool silent() const;
 };
 
 class LoraSet {
  public:
-  // Adds or replaces; what was active with this number goes on with the new one. Throws
+  // Adds or replaces a LoRA; one that is active is replaced there too. Throws
   // std::invalid_argument for a negative number.
   void put(const MoeShape& shape, int id, std::shared_ptr<const ExpertLora> lora);
   // Throws std::invalid_argument if there is none, or if it is active.

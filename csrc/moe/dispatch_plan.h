@@ -33,8 +33,8 @@ constexpr int max_scratch_rows(int rows) { return rows + rows / kMaxTileRows; }
 // summed, whatever the number of threads. Ids outside [0, num_experts) get no row.
 class DispatchPlan {
  public:
-  // Tokens are cut into blocks for the down phase, so many that an expert has four fifths of
-  // max_job_rows rows in each, on the average: few have more than max_job_rows and so two jobs.
+  // For the down phase, tokens are cut into blocks in which an expert has four fifths of
+  // max_job_rows rows on average: few experts then have more than max_job_rows, and two jobs.
   // expert_ids [qlen, k] int32 or int64, routing_weights [qlen, k] float; checked by the caller.
   void build(const TensorView& expert_ids, const TensorView& routing_weights, int num_experts,
              int max_job_rows);

@@ -14,7 +14,7 @@
 
 namespace ktrt {
 
-// One strip of one expert's matrix, where it lies.
+// Addresses of one strip of one expert's matrix.
 struct StripRef {
   const std::uint8_t* block = nullptr;  // the n-block that holds it
   int block_rows = 0;
@@ -24,12 +24,12 @@ struct StripRef {
   const std::int32_t* sums = nullptr;  // [32], null for BF16
 };
 
-// Every matrix is cut by output rows into `parts` shards of whole strips, each packed as a matrix
-// of its own in its part's memory, so that a NUMA node reads only what is its own. A row's dot
+// Every matrix is cut by output rows into `parts` shards of whole strips, each packed as a separate
+// matrix in its part's memory, so that a NUMA node reads only local memory. A row's dot
 // product is never cut: results do not depend on the number of parts.
 //
 // Files that kt_kernel made for several NUMA nodes cut down's columns instead, every slice with
-// scales of its own; `down_slices` says into how many. That is a property of the numbers, so it is
+// its own scales; `down_slices` is their number. That is a property of the numbers, so it is
 // independent of the parts, and results depend on it.
 //
 // A part's memory is one image, codes, scales, sums, which can be written to a file and mapped.
@@ -51,7 +51,7 @@ class ExpertWeights {
   int slices(Projection projection) const {
     return projection == Projection::kDown ? down_slices_ : 1;
   }
-  // Of the whole matrix; of down, one slice.
+  // Layout of the whole matrix; for down, of one slice.
   const PackedLayout& layout(Projection projection) const {
     return layouts_[static_cast<std::size_t>(projection)];
   }
@@ -73,7 +73,7 @@ class ExpertWeights {
   std::size_t image_bytes(int part) const { return this->part(part).bytes; }
   // The part's memory; empty before allocate().
   std::span<std::byte> image(int part) const;
-  // Puts a file in the place of the part's memory. The caller has checked its size and contents;
+  // Replaces the part's memory by a file. The caller has checked its size and contents;
   // it is never written to.
   void use_file(int part, MappedFile file);
   bool mapped() const { return !parts_.front().file.empty(); }

@@ -11,7 +11,7 @@ namespace ktrt {
 
 namespace {
 
-// What both phases of one thread need.
+// Both phases of one thread.
 class ThreadForward {
  public:
   ThreadForward(const ForwardTask& task, int thread)
@@ -111,7 +111,7 @@ GemmArgs ThreadForward::input_args(int job, Projection projection, int strip, fl
   return args;
 }
 
-// C of one strip of gate or up, bias included. `next`: what is read afterwards.
+// C of one strip of gate or up, bias included. `next`: the tile that is read afterwards.
 void ThreadForward::project_input(int index, Projection projection, int strip, float* c,
                                   const std::uint8_t* next) const {
   const Job& job = job_at(index);
@@ -243,7 +243,7 @@ void ThreadForward::gate_up_one_row(const Piece& piece) const {
   }
 }
 
-// What is read after one slice of one strip of a job; null at the end of the piece.
+// The tile that is read after one slice of one strip of a job; null at the end of the piece.
 const std::uint8_t* ThreadForward::tile_after(std::size_t job, int strip, int slice,
                                               const Piece& piece) const {
   const std::vector<Job>& jobs = task_.plan.jobs();
@@ -367,7 +367,7 @@ void ThreadForward::store_group(const Piece& piece) const {
 // Every piece reads all activations of its tokens, for a job of r rows as many bytes as the weights
 // of r/32 strips: pieces of one strip spent half of a layer's time there (256 rows, 2 threads).
 ColumnCut cut_columns(const DispatchPlan& plan) {
-  // So that they are two thirds of what a piece reads, at most; more strips would leave nothing to
+  // Activations are then two thirds of a piece's reads, at most; more strips would leave nothing to
   // share at the end, or threads without work.
   constexpr int kRowsPerStrip = 64;
   const std::size_t strip_bytes =

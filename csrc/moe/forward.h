@@ -4,8 +4,8 @@
 // intermediate columns of jobs. For every job it touches, a thread gathers the job's rows,
 // quantises them and, where there are many, shrinks them for LoRA; then per strip: gate GEMM, up
 // GEMM, their biases, the activation. Whoever finishes a job's last strip quantises and shrinks its
-// activations for the next phase, so that neither INT8 nor LoRA needs a barrier of its own; a job
-// whose shared shrink another thread is still at is waited for.
+// activations for the next phase, so that neither INT8 nor LoRA adds a barrier. A thread that needs
+// a shared shrink spins until its last block is done.
 //
 // Down: threads claim ranges of output columns, each for all jobs, so that sums need no atomics and
 // are made in plan order; routing weights are applied as the strips are added up.
@@ -29,7 +29,7 @@
 
 namespace ktrt {
 
-// What one part of the weights has to do; kept from forward to forward for its memory.
+// The pieces of one part of the weights; kept from forward to forward for its memory.
 struct PartQueues {
   PieceQueue gate_up;
   PieceQueue down;
@@ -40,7 +40,7 @@ struct ForwardTask {
   const Activation& activation;
   const ExpertBiases* biases;  // null: none
   const ExpertLora* lora;      // null: base
-  const LoraFactors* factors;  // of its shrunk rows; null: all 1
+  const LoraFactors* factors;  // for its shrunk rows; null: all 1
   const int* chosen_factors;   // [qlen] which of them a token has; null: the first
   const DispatchPlan& plan;
   const KernelTable& kernels;

@@ -56,7 +56,7 @@ const std::uint16_t* JobRows::bf16_row(int token, std::uint16_t* converted) cons
   return converted;
 }
 
-// Copies (and rounds) the job's rows, so that they lie together and padded: what the GEMM and the
+// Copies (and rounds) the job's rows, so that they lie together and padded, as the GEMM and the
 // LoRA shrink read.
 void JobRows::gather(const Job& job) const {
   if (gemm_for(job).tile_order) {
@@ -150,7 +150,7 @@ void JobRows::gather_tiles(const Job& job) const {
   }
 }
 
-// Of row `row` of scratch memory.
+// Scale of row `row` of scratch memory.
 float* JobRows::activation_scales(int row, int slice) const {
   const int rows = max_scratch_rows(static_cast<int>(task_.plan.rows().size()));
   return shared_.scales + static_cast<std::int64_t>(slice) * rows + row;
@@ -208,7 +208,7 @@ void JobRows::shrink(const Job& job, const ExpertLora::Shrink& shrink, ShrinkArg
   pad_shrunk(job, shrink, args);
 }
 
-// Multiplies shrunk ranks, `first_rank` and those after it, by what the rows' tokens chose.
+// Multiplies shrunk ranks, from `first_rank` on, by the factors of the rows' tokens.
 void JobRows::weigh(const Job& job, const ShrinkArgs& args,
                     std::vector<float> LoraFactors::*factors, int first_rank) const {
   if (task_.factors == nullptr) return;
@@ -221,7 +221,7 @@ void JobRows::weigh(const Job& job, const ShrinkArgs& args,
   }
 }
 
-// What kernels in tile order read after the ranks.
+// Zeros after the ranks, which kernels in tile order read.
 void JobRows::pad_shrunk(const Job& job, const ExpertLora::Shrink& shrink,
                          const ShrinkArgs& args) const {
   if (!gemm_for(job).tile_order) return;

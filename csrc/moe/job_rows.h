@@ -19,15 +19,15 @@ struct RowStrides {
   std::int64_t t_down;     // elements
 };
 
-// What one thread does for them in one forward.
+// One thread's share of these steps in one forward.
 class JobRows {
  public:
   JobRows(const ForwardTask& task, int thread);
 
   // Input rows of a job into the thread's own memory.
   void gather(const Job& job) const;
-  // What LoRA needs of gathered rows: into the thread's own memory, or one block of 16 ranks of it
-  // into the rows from `first_row` on that all threads share.
+  // Shrinks gathered rows for LoRA: into the thread's own memory, or one block of 16 ranks into the
+  // rows from `first_row` on that all threads share.
   void shrink_input(const Job& job) const;
   void shrink_input_block(const Job& job, int block, int first_row) const;
   // The same for a job's intermediate activations, once all are there.
@@ -41,7 +41,7 @@ class JobRows {
   const RowStrides& strides() const { return strides_; }
   const GemmKernel& gemm_for(const Job& job) const { return task_.gemm.for_rows(job.rows); }
   int tile_rows(const Job& job) const { return gemm_for(job).tile_rows(job.rows); }
-  // Of the BF16 activations: INT8 kernels read codes.
+  // Tile rows of the BF16 activations: INT8 kernels read codes.
   int act_tile_rows(const Job& job) const { return int8_ ? 1 : tile_rows(job); }
 
  private:

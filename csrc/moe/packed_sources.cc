@@ -1,4 +1,4 @@
-// What a layer takes in packed form: kt_kernel's matrices, and image files of its own.
+// Loading of packed weights: kt_kernel's matrices, and image files that the layer wrote.
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -8,7 +8,7 @@
 #include "base/digest.h"
 #include "base/mapped_file.h"
 #include "layout/copy_strip.h"
-#include "moe/moe_layer.h"
+#include "moe/expert_store.h"
 
 namespace ktrt {
 
@@ -40,9 +40,9 @@ void check_shard(const PackedShard& shard, const PackedLayout& layout) {
 
 }  // namespace
 
-void MoeLayer::load_packed_expert(int expert, std::span<const PackedShard> gate,
-                                  std::span<const PackedShard> up,
-                                  std::span<const PackedShard> down) {
+void ExpertStore::load_packed_expert(int expert, std::span<const PackedShard> gate,
+                                     std::span<const PackedShard> up,
+                                     std::span<const PackedShard> down) {
   check_expert(expert);
   KTRT_CHECK(is_quantized(format_), "the layer's format is "
                                         << name_of(format_)
@@ -57,9 +57,9 @@ void MoeLayer::load_packed_expert(int expert, std::span<const PackedShard> gate,
   weights_->set_loaded(expert, true);
 }
 
-// Tiles keep their bytes and find new places, those of the thread's own part.
-void MoeLayer::copy_shards(ThreadPool& pool, int expert, Projection projection,
-                           std::span<const PackedShard> shards) {
+// Tiles keep their bytes and move to the part of the thread that copies them.
+void ExpertStore::copy_shards(ThreadPool& pool, int expert, Projection projection,
+                              std::span<const PackedShard> shards) {
   const PackedLayout& whole = weights_->layout(projection);
   const bool by_columns = projection == Projection::kDown;
   const auto count = static_cast<int>(shards.size());
@@ -91,7 +91,7 @@ void MoeLayer::copy_shards(ThreadPool& pool, int expert, Projection projection,
   });
 }
 
-std::vector<std::size_t> MoeLayer::image_bytes() const {
+std::vector<std::size_t> ExpertStore::image_bytes() const {
   const auto lock = engine_->lock();
   std::vector<std::size_t> bytes;
   for (int part = 0; weights_ && part < weights_->parts(); ++part) {
@@ -100,7 +100,7 @@ std::vector<std::size_t> MoeLayer::image_bytes() const {
   return bytes;
 }
 
-std::uint64_t MoeLayer::write_image(int part, int fd) {
+std::uint64_t ExpertStore::write_image(int part, int fd) {
   const auto lease = engine_->lease();
   KTRT_CHECK(part >= 0 && part < weights_->parts(),
              "part is " << part << ", expected 0 to " << weights_->parts() - 1);
@@ -112,8 +112,8 @@ std::uint64_t MoeLayer::write_image(int part, int fd) {
 }
 
 // The number of threads does not matter: the digests of blocks are combined in their order.
-std::uint64_t MoeLayer::parallel_digest(ThreadPool& pool, const std::byte* data,
-                                        std::size_t bytes) {
+std::uint64_t ExpertStore::parallel_digest(ThreadPool& pool, const std::byte* data,
+                                           std::size_t bytes) {
   std::vector<std::uint64_t> digests(blocks_of(bytes));
   std::atomic<std::size_t> next{0};
   pool.run([&](int) {
@@ -124,8 +124,8 @@ std::uint64_t MoeLayer::parallel_digest(ThreadPool& pool, const std::byte* data,
   return digest_of_digests(digests);
 }
 
-ImageUse MoeLayer::use_images(std::span<const int> fds, std::span<const std::uint64_t> digests,
-                              ImageUse use) {
+ImageUse ExpertStore::use_images(std::span<const int> fds, std::span<const std::uint64_t> digests,
+                                 ImageUse use) {
   const auto lease = engine_->lease();
   const auto parts = static_cast<std::size_t>(weights_->parts());
   KTRT_CHECK(fds.size() == parts && digests.size() == parts,
@@ -153,8 +153,8 @@ ImageUse MoeLayer::use_images(std::span<const int> fds, std::span<const std::uin
   return use;
 }
 
-// Every thread copies blocks of its own part, so that their pages lie on its NUMA node.
-void MoeLayer::copy_images(ThreadPool& pool, const std::vector<MappedFile>& files) {
+// Every thread copies blocks of its home part, so that their pages lie on its NUMA node.
+void ExpertStore::copy_images(ThreadPool& pool, const std::vector<MappedFile>& files) {
   weights_->allocate();
   std::vector<std::atomic<std::size_t>> next(files.size());
   pool.run([&](int thread) {

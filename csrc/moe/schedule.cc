@@ -10,7 +10,8 @@ namespace {
 // A strip costs its compute, about one unit per token row, or the time to read it, which equals
 // that of about 12 rows on the machines measured (16 GB/s and 490 GFLOP/s per core in BF16).
 constexpr std::int64_t kRowsPerStripRead = 12;
-// A piece is at most this share of what is left per thread, and at least that share of the whole.
+// A piece is at most 1 / kRemainingShare of the rest per thread, and at least 1 / kSmallestShare of
+// the whole per thread.
 constexpr std::int64_t kRemainingShare = 2;
 constexpr std::int64_t kSmallestShare = 64;
 // More rows than a tile's take longer to gather and multiply than A takes to read.

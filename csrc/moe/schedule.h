@@ -20,7 +20,7 @@ struct ShrinkQueue {
   std::vector<int> first_row;  // [jobs] in the shared shrunk rows; -1: every thread its own
 };
 
-// `capacity`: shared rows that there are.
+// `capacity`: number of shared rows.
 void schedule_shrinks(const std::vector<Job>& jobs, int blocks, int capacity, ShrinkQueue& queue);
 
 // Gate and up: the strips of every job, weighted by its cost.

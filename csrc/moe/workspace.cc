@@ -23,7 +23,7 @@ std::size_t row_bytes(int values) {
 
 // Rows that a forward computes, at most.
 std::size_t plan_rows(const MoeShape& shape, int max_qlen) {
-  // They, and those of their padded tiles, are counted in int.
+  // Rows are counted in int, padded tiles included.
   constexpr std::int64_t kMaxPlanRows = std::int64_t{1} << 26;
   const std::int64_t rows = std::int64_t{max_qlen} * shape.top_k;
   KTRT_CHECK(rows <= kMaxPlanRows, "max_qlen " << max_qlen << " times top_k " << shape.top_k

@@ -12,7 +12,7 @@
 namespace ktrt {
 
 // Token rows of one job. 128 rows of hidden size 2048 in BF16 are 0.5 MB, which stays in an L2
-// cache of 1 MB beside the strips of gate and up that are multiplied with it.
+// cache of 1 MB together with the strips of gate and up that are multiplied with it.
 inline constexpr int kMaxJobRows = 128;
 // The same for AMX, whose tiles want more rows for every byte of weights and whose machines have L2
 // caches of 2 MB: about 256, and what chance adds to that, or half of all jobs would be cut in two.

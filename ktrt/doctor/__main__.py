@@ -152,15 +152,16 @@ def _reach(
     gpu: GpuRates | None,
 ) -> Iterator[Report]:
     """Tokens per second by kt_backend: bounds, and what to expect."""
+    from ktrt.engine.formats import BACKENDS
     from ktrt.engine.probes import peak_of
 
     gpu_rate = gpu.read if gpu else None
     others = peak_of(work.other_format, peaks) if gpu is None else None
-    for backend, weight_format in (("AMXBF16", "bf16"), ("AMXInt8", "int8"), ("AMXInt4", "int4")):
+    for backend, weight_format in BACKENDS.items():
         decode = 1 / work.decode_seconds(backend, bandwidth, gpu_rate, context)
         row: Report = {"kt_backend": backend, "decode_bound": decode, "prompt": _PROMPT}
         row |= {"decode": DECODE_SHARE * decode, "prefill_bound": None, "prefill": None}
-        if (peak := peak_of(weight_format, peaks)) is not None:
+        if (peak := peak_of(weight_format.name, peaks)) is not None:
             other_peak = others.all_threads if others else None
             seconds = work.prefill_seconds(
                 backend, _PROMPT, bandwidth, peak.all_threads, other_peak

@@ -5,27 +5,23 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
 from ktrt import _core
 from ktrt.engine import Engine
+from ktrt.engine.formats import BACKENDS
 from ktrt.machine.facts import cpu_quota, threads_within
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from ktrt._core import WeightFormatName
     from ktrt.config import ExpertArgs
 
 logger = logging.getLogger(__name__)
 
-# kt_backend → the engine's weight format and the kernel family that reads it.
-BACKENDS: dict[str, tuple[Literal["bf16", "int8", "int4"], str]] = {
-    "AMXBF16": ("bf16", "gemm_bf16"),
-    "AMXInt8": ("int8", "gemm_int8"),
-    "AMXInt4": ("int4", "gemm_int4"),
-}
 # Tokens of one engine call; longer inputs go in slices. It sizes the scratch memory.
 MAX_QLEN = 1024
 
@@ -51,15 +47,15 @@ def num_threads(experts: ExpertArgs) -> int:
     return _num_threads(experts.kt_num_threads, os.environ)
 
 
-def weight_format_of(kt_backend: str) -> Literal["bf16", "int8", "int4"]:
+def weight_format_of(kt_backend: str) -> WeightFormatName:
     """The engine's weight format for a kt_backend."""
-    return BACKENDS[kt_backend][0]
+    return BACKENDS[kt_backend].name
 
 
 def _kernel_line(kt_backend: str, num_threads: int) -> str:
-    weight_format, family = BACKENDS[kt_backend]
-    kernel = _core.kernels()[family]
-    what = f"{weight_format.upper()} experts run on {kernel} kernels, {num_threads} threads"
+    row = BACKENDS[kt_backend]
+    kernel = _core.kernels()[row.kernel_family]
+    what = f"{row.name.upper()} experts run on {kernel} kernels, {num_threads} threads"
     if kernel.startswith("amx"):
         return f"kt_backend {kt_backend}: {what}"
     limit = "no AMX on this CPU" if _core.detected_isa() != "amx" else f"KTRT_ISA={_core.isa()}"

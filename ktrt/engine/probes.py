@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ktrt import _core
+from ktrt.engine.formats import FORMATS
 from ktrt.machine.facts import (
     MachineFacts,
     cpu_quota,
@@ -149,10 +150,10 @@ _LOOPS = {
 
 
 def peak_of(weight_format: str, peaks: list[ArithmeticPeak]) -> ArithmeticPeak | None:
-    """The peak that bounds the engine's GEMM of a weight format (bf16, int8 or int4) on this
-    machine; None on a CPU without AVX2."""
-    kernel = _core.kernels()[f"gemm_{weight_format}"]
-    loop = _LOOPS["bf16" if weight_format == "bf16" else "int8"].get(kernel)
+    """The peak that bounds the engine's GEMM of a weight format on this machine; None on a CPU
+    without AVX2."""
+    row = FORMATS[weight_format]
+    loop = _LOOPS["int8" if row.scale_bytes else "bf16"].get(_core.kernels()[row.kernel_family])
     return next((peak for peak in peaks if peak.name == loop), None)
 
 

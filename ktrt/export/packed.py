@@ -11,6 +11,7 @@ import torch
 
 from ktrt.checkpoint.kt_files import KtWeights
 from ktrt.engine.build import build_engine, weight_format_of
+from ktrt.engine.formats import FORMATS
 from ktrt.errors import ConfigError
 from ktrt.experts import new_layer
 from ktrt.export.checkpoint import (
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
     from ktrt.loading.plan import BaseCheckpoint
 
 EXPERTS_FOLDER = "experts"
-# Weight format → (bits of a code, divisor of the sizes).
-_FORMATS = {"int8": (8, 64), "int4": (4, 128)}
 
 
 def merge_packed(
@@ -90,12 +89,15 @@ def _check_format(experts: ExpertArgs, base: BaseCheckpoint) -> str:
             "--format kt: kt_weight_path is set; its experts are packed without the adapter. "
             "Remove the key to pack them again from model_name_or_path."
         )
-    if weight_format not in _FORMATS:
+    row = FORMATS[weight_format]
+    if not row.scale_bytes:
+        known = [each for each in FORMATS.values() if each.scale_bytes]
         raise ConfigError(
             f"--format kt: kt_kernel has no files of {weight_format.upper()} experts, only of "
-            f"{', '.join(_FORMATS)}; set kt_backend=AMXInt8 or AMXInt4, or use --format hf"
+            f"{', '.join(each.name for each in known)}; set kt_backend="
+            f"{' or '.join(each.kt_backend for each in known)}, or use --format hf"
         )
-    _, multiple = _FORMATS[weight_format]
+    multiple = row.tile_columns
     for spec in base.experts.specs:
         sizes = (spec.hidden_size, spec.intermediate_size)
         if not spec.has_gate or spec.has_bias or any(size % multiple for size in sizes):
@@ -127,7 +129,7 @@ class _Packer:
     ) -> None:
         self._base, self._changes = base, changes
         self._engine, self._backend = engine, experts.kt_backend
-        self._bits = _FORMATS[weight_format][0]
+        self._bits = FORMATS[weight_format].bits
         self._layers: dict[str, MoeLayer] = {}
 
     def files(self) -> dict[str, list[OutputTensor]]:

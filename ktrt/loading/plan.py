@@ -13,7 +13,8 @@ from ktrt.checkpoint.folder import Checkpoint, find_expert_weights, holds_expert
 from ktrt.checkpoint.kt_files import KtWeights
 from ktrt.checkpoint.names import WeightNames
 from ktrt.checkpoint.skeleton import build_skeleton
-from ktrt.engine.build import BACKENDS, build_engine, weight_format_of
+from ktrt.engine.build import build_engine, weight_format_of
+from ktrt.engine.formats import BACKENDS
 from ktrt.errors import CheckpointError
 from ktrt.experts import find_experts, new_layer
 from ktrt.folders import check_model_folder

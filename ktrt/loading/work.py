@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ktrt.engine.formats import BACKENDS
 from ktrt.layers.int8 import int8_bytes, int8_layers
 from ktrt.loading.memory import kv_bytes_per_token
 
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
     from ktrt.experts import ExpertsSpec
 
-# Bytes of a weight by kt_backend; INT8 and INT4 have a float32 scale per output row beside it.
-_EXPERT_BYTES = {"AMXBF16": 2.0, "AMXInt8": 1.0, "AMXInt4": 0.5}
 _ATTENTION = re.compile(r"attn|attention|mixer|ssm|mamba")
 
 
@@ -48,9 +47,10 @@ class ModelWork:
 
     def bytes_by_part(self, kt_backend: str, context: int = 0) -> dict[str, float]:
         """Bytes that decoding one token reads, after ``context`` others."""
-        scales = 0 if kt_backend == "AMXBF16" else 4 * self.expert_rows
+        row = BACKENDS[kt_backend]
+        scales = row.scale_bytes * self.expert_rows
         return {
-            "routed experts": self.experts * _EXPERT_BYTES[kt_backend] + scales,
+            "routed experts": self.experts * row.bits / 8 + scales,
             # The engine keeps LoRA in bfloat16, PEFT in float32.
             "LoRA of the experts": 2.0 * self.expert_lora,
             "attention": self.attention * self.other_bytes,

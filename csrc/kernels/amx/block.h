@@ -1,10 +1,10 @@
-// What the GEMMs on AMX tiles share: how a strip is cut into blocks that the caches hold, and the
+// Shared by the GEMMs on AMX tiles: how a strip is cut into blocks that the caches hold, and the
 // LoRA expand. Included by their bodies only.
 //
 // A block of k (some tiles of W, 2 KB each) stays in the L1 cache while pairs of A tiles, in tile
 // order and from the L2 cache, pass over it; C waits in memory from one block to the next. Sums run
 // in ascending k whatever the blocks. Two tiles multiply for 64 cycles on the 4 KB they are given;
-// beside them the coming weights are asked for, INT4 is unpacked and integer sums are scaled.
+// meanwhile the next weights are prefetched, INT4 is unpacked and integer sums are scaled.
 #pragma once
 
 #include <immintrin.h>
@@ -71,7 +71,7 @@ inline void store_all_c(float* c, int tile_rows) {
   }
 }
 
-// Two tiles of rows, 64 bytes of k each: where they lie, and how far it is to the next 64 bytes.
+// Two tiles of rows, 64 bytes of k each: their addresses, and the stride to the next 64 bytes.
 struct RowTiles {
   const uint8_t* first;
   const uint8_t* second;
@@ -101,8 +101,8 @@ inline void load_a(const uint8_t* a) {
   }
 }
 
-// C in the tiles += A · W over one tile of W and 64 bytes of A's rows. before(c): what is to be
-// done before tile c's first multiplication.
+// C in the tiles += A · W over one tile of W and 64 bytes of A's rows. before(c) runs
+// before tile c's first multiplication.
 template <class Tiles, class Multiply, bool kTwoTiles, bool kStream, class Before>
 inline void multiply_tile(const uint8_t* w, const uint8_t* a0, const uint8_t* a1, Before before) {
   load_a<Tiles, 4, kStream>(a0);
@@ -136,7 +136,7 @@ struct TurnBefore {
   }
 };
 
-// Lines that are asked for evenly over some number of steps.
+// Lines that are prefetched evenly over some number of steps.
 class Prefetch {
  public:
   void start(const uint8_t* begin, int64_t bytes, int64_t steps) {
@@ -268,8 +268,8 @@ class TilesInPlace {
 
 // One strip. Gemm has kLayoutBlock (bytes of W), WeightTiles, Multiply, row_bytes(g) of W, and for
 // the rows of one or two tiles: finish<Tiles, kTwoTiles>(first tile) when their sums are complete
-// in the tiles, which returns where what the tiles then hold is to be stored; stored() once it is,
-// after which step() is called beside the next multiplications and flush() before the next finish.
+// in the tiles, which returns the address to store the tiles at; stored() after the store,
+// after which step() is called between the next multiplications and flush() before the next finish.
 template <class Tiles, class Gemm>
 class TileStrip {
   using WeightTiles = typename Gemm::WeightTiles;
@@ -342,7 +342,7 @@ class TileStrip {
     gemm_.stored();
   }
 
-  // Calls visit(block), whose tiles are ready to be prepared; the next block is asked for
+  // Calls visit(block), whose tiles are ready to be prepared; the next block is prefetched
   // meanwhile.
   template <class Visit>
   void for_each_block(Visit visit) {

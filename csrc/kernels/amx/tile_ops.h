@@ -1,4 +1,4 @@
-// AMX tile registers behind a policy, so that one GEMM body runs on hardware tiles and, in tests,
+// AMX tile registers as a policy class, so that one GEMM body runs on hardware tiles and, in tests,
 // on emulated ones. Tile map of all bodies, for tiles of r ≤ 16 rows of A:
 //
 //   tmm0 tmm1   C of the first r rows: output columns 0 … 15 | 16 … 31
@@ -40,7 +40,7 @@ struct HardwareTiles {
   }
   static void release() { _tile_release(); }
   // GCC's intrinsics paste their arguments into the register name, so a template parameter needs
-  // assembler of our own. "memory": what was stored before a load must have been stored.
+  // inline assembler. "memory": stores must not move past a later load.
   template <int kTile>
   static void zero() {
     asm volatile("tilezero %%tmm%c0" : : "i"(kTile));
@@ -76,7 +76,7 @@ struct HardwareTiles {
 
 #endif
 
-// What the instructions do, on AVX-512: tests only.
+// The instructions' effect, on AVX-512: tests only.
 struct EmulatedTiles {
   struct State {
     alignas(64) uint8_t data[8][kTileRows][64];

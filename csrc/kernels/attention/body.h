@@ -1,4 +1,4 @@
-// Attention of one token, over a vector type V: what the ISA files share. Included by them only.
+// Attention of one token, over a vector type V. Included by the ISA files only.
 //
 // BF16 pairs are widened to two vectors, the values of even and of odd index: a shift and a mask,
 // where the natural order would take a permutation. Packed rows (queries, sums of values) are in
@@ -158,7 +158,7 @@ template <class V, int kHeads>
 void value_heads(const AttentionValueArgs& a, int head) {
   constexpr int kPairs = V::pairs_beside(kHeads);
   const auto load = [](const uint16_t* p) { return V::load(p); };
-  // What comes next is asked for in as many shares as there are passes over the tokens.
+  // The next block is prefetched in as many shares as there are passes over the tokens.
   const int passes = (a.size + kPairs * V::kWidth - 1) / (kPairs * V::kWidth);
   int pass = 0;
   const auto ask = [&] {
@@ -218,7 +218,7 @@ void values(const AttentionValueArgs& a) {
   }
 }
 
-// e^x for x ≤ 0; 0 where a float's would be below e^-87, so that what is cut counts nothing.
+// e^x for x ≤ 0; 0 where a float's would be below e^-87, so that the cut tail counts nothing.
 inline float weight_of(float x) { return choose(x < -87.0f, 0.0f, exp_of_negative(x)); }
 
 // Folds v[0 … 2 · kHalf - 1] into v[0], always in the same order.

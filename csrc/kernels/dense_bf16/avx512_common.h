@@ -1,4 +1,4 @@
-// What the two AVX-512 variants share: lane sums, loads and stores of 16 floats.
+// Shared by the two AVX-512 variants: lane sums, loads and stores of 16 floats.
 #pragma once
 
 #include <immintrin.h>

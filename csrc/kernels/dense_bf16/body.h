@@ -1,8 +1,8 @@
-// Dot products of BF16 rows, over a vector type V: what the ISA files share. Included by them only.
+// Dot products of BF16 rows, over a vector type V. Included by the ISA files only.
 //
 // V::kStreams columns are read side by side for one row (1: none). V::Sum is a vector of partial
 // sums, V::Values the V::kWidth values along k that one step takes, V::load and V::load_tail (zeros
-// behind `count` values) make them, V::add adds their products, and V::total and V::store_totals
+// after `count` values) make them, V::add adds their products, and V::total and V::store_totals
 // add the lanes of one Sum and of four, in the same order.
 #pragma once
 
@@ -15,7 +15,7 @@ namespace ktrt {
 namespace {
 
 constexpr int kLine = 64;
-// Bytes of W between what is used and what is asked for, and how much is asked for at once.
+// Distance of the prefetch of W, in bytes, and bytes that are prefetched at once.
 constexpr int kAheadBytes = 6144;
 constexpr int kBurstBytes = 2048;
 

@@ -61,7 +61,7 @@ void weighted_add(const float* c, float weight, float* acc) {
 }
 
 // Four lines of a row at a time, so that neither side's lines crowd one set of the L1 cache; rows
-// come from memory, whose own prefetcher would start anew with every row.
+// come from memory, whose own prefetcher would start again with every row.
 void to_tile(const uint8_t* const* rows, int count, int tile_rows, int bytes, int padded,
              uint8_t* out) {
   constexpr int kPiece = 256;
@@ -91,7 +91,7 @@ void add_bias(const float* bias, int rows, float* c) {
   }
 }
 
-// Comparisons that leave NaN as it is.
+// Comparisons that keep NaN.
 inline float at_most(float x, float limit) { return x > limit ? limit : x; }
 inline float clamp(float x, float limit) { return at_most(x < -limit ? -limit : x, limit); }
 
@@ -130,7 +130,7 @@ inline __attribute__((always_inline)) void for_strip_rows(int rows, uint16_t* ou
   }
 }
 
-// Squares are added in so many chains, on every ISA.
+// Chains in which squares are added, on every ISA.
 constexpr int kNormLanes = 32;
 
 void rms_norm(const RmsNormArgs& a) {

@@ -1,6 +1,6 @@
 // BF16 GEMM on AVX-512 BF16. Register block: up to 14 rows of A × one strip (two zmm of 16 output
 // columns): 28 accumulators, 2 vectors of W, 1 broadcast of A. One accumulator chain per output, so
-// a row's result does not depend on the rows beside it.
+// a row's result does not depend on its neighbours.
 #include <immintrin.h>
 #include <string.h>
 

@@ -25,7 +25,7 @@ class SplitTiles {
     count_ = block.count;
     split(0);
   }
-  // A packed tile ahead of the multiplications, so that none of them waits for the stores.
+  // A packed tile ahead of the multiplications, so that no multiplication waits for the stores.
   void prepare(int index) {
     const int next = index / kPerPacked + 1;
     if (index % kPerPacked == 0 && next < count_) split(next);

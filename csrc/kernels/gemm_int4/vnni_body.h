@@ -9,7 +9,7 @@ namespace {
 
 struct Int4Weights {
   static constexpr int kBlockBytes = 3584 / 2;
-  // Up to so many rows the products of the high nibbles have accumulators of their own: one row's
+  // Up to this many rows the products of the high nibbles have separate accumulators: one row's
   // two would wait for the last product most of the time.
   static constexpr int kSplitRows = 6;
 

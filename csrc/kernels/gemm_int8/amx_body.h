@@ -1,5 +1,5 @@
 // INT8 GEMM on AMX tiles: signed activations times signed weights, exact int32 sums. They are
-// scaled, and the LoRA expand (which has tiles of its own) is added, while the next rows multiply.
+// scaled, and the LoRA expand (on separate tiles) is added, while the next rows multiply.
 #pragma once
 
 #include "kernels/amx/block.h"
@@ -31,7 +31,7 @@ class AmxInt8Gemm {
     expand_.multiply<Tiles, kTwoTiles>(g_, first_, &turn);
     return expanded_;
   }
-  // What finish() said is stored: its rows may be scaled.
+  // The rows that finish() named are stored and may be scaled.
   void stored() {
     if (coming_end_ == 0) return;
     next_ = first_;
@@ -67,7 +67,7 @@ class AmxInt8Gemm {
 
   const GemmArgs& g_;
   int first_ = 0;       // the rows whose sums are complete,
-  int next_ = 0;        // the first of them that is not scaled yet,
+  int next_ = 0;        // the first row that is not scaled yet,
   int end_ = 0;         // and their end
   int coming_end_ = 0;  // the same until they are stored, then 0
   ExpandTiles expand_;

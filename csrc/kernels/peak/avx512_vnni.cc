@@ -16,7 +16,7 @@ double run(long iterations) noexcept {
   for (long i = 0; i < iterations; ++i) {
 #pragma GCC unroll 12
     for (int c = 0; c < kChains; ++c) {
-      // Of the intrinsic GCC 12 makes copies between registers and to the stack.
+      // GCC 12 turns the intrinsic into copies between registers and to the stack.
       asm volatile("vpdpbusd %1, %1, %0" : "+v"(sums[c]) : "v"(x));
     }
   }

@@ -1,4 +1,4 @@
-// What the INT8 and INT4 GEMMs on AVX-512 VNNI share: a register block of up to 14 rows × one
+// Shared by the INT8 and INT4 GEMMs on AVX-512 VNNI: a register block of up to 14 rows × one
 // strip. VPDPBUSD multiplies unsigned by signed bytes, so activations come with an offset of 128
 // and 128 · w_sum is taken from every int32 accumulator in the end, which leaves exactly the signed
 // sum (|acc| ≤ 255 · 127 · k < 2^31 for k ≤ 65536). Included by the families' bodies only.
@@ -23,7 +23,7 @@ inline __m512i broadcast_word(const uint8_t* p) {
   return _mm512_set1_epi32(word);
 }
 
-// acc += four k of each row (x: row 0's) times those of 32 outputs.
+// acc += four k of each row (x: row 0's) times four k of 32 outputs.
 template <int kRows>
 inline __attribute__((always_inline)) void multiply_group(const uint8_t* x, int64_t x_stride,
                                                           __m512i w0, __m512i w1,

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ktrt.engine.formats import FORMATS
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -29,10 +31,14 @@ class _Format:
 
 
 # INT4 becomes the INT8 codes that the engine's kernels multiply: 16 times its own.
-_FORMATS = {
-    "bf16": _Format(32, 8, 56, torch.bfloat16),
-    "int8": _Format(64, 2, 56, torch.int8),
-    "int4": _Format(128, 4, 28, torch.int8),
+_FORMATS: dict[str, _Format] = {
+    row.name: _Format(
+        row.tile_columns,
+        row.block_rows // STRIP_ROWS,
+        row.block_columns // row.tile_columns,
+        torch.int8 if row.scale_bytes else torch.bfloat16,
+    )
+    for row in FORMATS.values()
 }
 
 
@@ -60,7 +66,7 @@ def unpack_codes(codes: torch.Tensor, weight_format: str, out: torch.Tensor) -> 
             f"codes {tuple(codes.shape)} and out {tuple(out.shape)} {out.dtype} are not the same "
             f"{weight_format} matrices; expected {strips * tiles * _TILE_WORDS * 4} bytes each"
         )
-    if weight_format == "int4":
+    if FORMATS[weight_format].bits == 4:
         packed = torch.empty(count, rows, columns // 2, dtype=torch.uint8, device=out.device)
         _unpack_words(codes, layout, packed.view(torch.int32))
         _split_nibbles(packed, out)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ktrt.engine.formats import FORMATS
 from ktrt.experts.gpu.arithmetic import ExpertBank
 from ktrt.experts.gpu.packed import (
     STRIP_ROWS,
@@ -35,7 +36,7 @@ class LayerSource:
         self.hidden_size = layer.hidden_size
         self.intermediate_size = layer.intermediate_size
         self.weight_format = layer.weight_format
-        self.quantized = layer.weight_format != "bf16"
+        self.quantized = FORMATS[layer.weight_format].scale_bytes > 0
         self._layer = layer
         self._parts = layer.packed_parts()
         self._weight_memories = {f"codes{i}": part.codes for i, part in enumerate(self._parts)}
@@ -126,7 +127,7 @@ class LayerSource:
         return {n: array for n, array in self.arrays.items() if n not in self._weight_memories}
 
     def _unpack(self, codes: torch.Tensor, matrix: PackedMatrix, out: torch.Tensor) -> None:
-        size = out[0].nbytes // (2 if self.weight_format == "int4" else 1)
+        size = out[0].numel() * FORMATS[self.weight_format].bits // 8
         unpack_codes(
             codes[:, matrix.code_offset : matrix.code_offset + size], self.weight_format, out
         )

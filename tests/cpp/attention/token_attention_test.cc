@@ -220,7 +220,7 @@ TEST(TokenAttention, RoundsItsOutputOnce) {
   c.attention(engine)->forward(c.arrays({out.data(), 4 * 50, 50, 0, false}), 0, 100);
   for (std::size_t h = 0; h < 4; ++h) {
     for (std::size_t i = 0; i < 40; ++i) ASSERT_EQ(out[h * 50 + i], f32_to_bf16(exact[h * 40 + i]));
-    ASSERT_EQ(out[h * 50 + 40], 0x1234) << "written behind the head";
+    ASSERT_EQ(out[h * 50 + 40], 0x1234) << "written after the head";
   }
 }
 

@@ -61,7 +61,7 @@ TEST_P(ConversionTest, RoundsToTheNearestEven) {
   for (std::uint16_t low = 0; low < format.infinity(); ++low) {
     const auto high = static_cast<std::uint16_t>(low + 1);
     const bool overflows = high == format.infinity();
-    // What would come next if the exponents went on: rounding up to it gives infinity.
+    // The next number if the exponents went on: rounding up to it gives infinity.
     const double above =
         overflows ? 2 * format.value_of(low) - format.value_of(static_cast<std::uint16_t>(low - 1))
                   : format.value_of(high);

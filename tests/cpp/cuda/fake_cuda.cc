@@ -17,7 +17,7 @@ using namespace fake_cuda;
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// What tests say to the stand-in.
+// Calls of the tests to the stand-in.
 
 // Makes the one context current in the calling thread (0: none).
 EXPORT void fake_cuda_make_current(int current) {

@@ -1,4 +1,4 @@
-// What the stand-in's driver functions share: its streams and memory, and what may go wrong.
+// Shared by the stand-in's driver functions: its streams and memory, and what may go wrong.
 #pragma once
 
 #include <atomic>
@@ -105,7 +105,7 @@ namespace fake_cuda __attribute__((visibility("hidden"))) {
   std::vector<void*>& contexts();
   extern int context_token;
 
-  // Of fake_cuda_set; under the state's mutex.
+  // Set by fake_cuda_set; under the state's mutex.
   int setting(const char* name, int otherwise);
 
   // Counts a call; what it must return, if anything but success.

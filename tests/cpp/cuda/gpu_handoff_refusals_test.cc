@@ -1,4 +1,4 @@
-// What a hand-off refuses, and what it makes of errors of the driver.
+// Calls that a hand-off refuses, and errors of the driver.
 
 #include <gtest/gtest.h>
 
@@ -102,7 +102,7 @@ TEST(GpuHandoffRefusals, SlotsAndAddresses) {
             std::string::npos);
   EXPECT_NE(message_of([&] { handoff.wait(0, test.stream, 0); }).find("null pointer"),
             std::string::npos);
-  // None of which left anything behind.
+  // None of them left anything.
   test.expect_right(1);
 }
 

@@ -43,7 +43,7 @@ struct HandoffCase {
   }
   Batch batch_of(std::uint64_t seed) const { return random_batch(kHandoffShape, tokens, 2, seed); }
 
-  // What the layers make of a batch when they are called directly.
+  // The layers' outputs for a batch when they are called directly.
   std::vector<float> direct(Batch batch) {
     for (const auto& layer : layers) batch.hidden = forward(*layer, batch);
     return batch.hidden;
@@ -74,7 +74,7 @@ struct HandoffCase {
     cuda.launch(graph, stream);
   }
   void synchronize() { handoff->synchronize(stream, nullptr); }
-  // What synchronize throws, "" for nothing.
+  // The message that synchronize throws, "" for none.
   std::string failure() {
     try {
       synchronize();

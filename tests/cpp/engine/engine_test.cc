@@ -85,17 +85,17 @@ TEST(Engine, ClosedItRefusesEverything) {
   test.add_lora(4, 4, 4);
   const auto engine = make_engine();
   const auto layer = test.make_layer(engine);
-  EXPECT_GT(layer->packed_bytes(), 0u);
+  EXPECT_GT(layer->experts().packed_bytes(), 0u);
   engine->close();
   engine->close();
   EXPECT_TRUE(engine->closed());
-  EXPECT_EQ(layer->packed_bytes(), 0u) << "the weights are still there";
+  EXPECT_EQ(layer->experts().packed_bytes(), 0u) << "the weights are still there";
   EXPECT_THROW(forward(*layer, random_batch(kShape, 2)), std::runtime_error);
   EXPECT_THROW(test.load(*layer, 0), std::runtime_error);
   EXPECT_THROW(test.set_lora(*layer), std::runtime_error);
   EXPECT_THROW(testing::apply_no_lora(*layer), std::runtime_error);
-  EXPECT_THROW(layer->packed_codes(0, Projection::kGate), std::runtime_error);
-  EXPECT_THROW(layer->packed_scales(0, Projection::kGate), std::runtime_error);
+  EXPECT_THROW(layer->experts().packed_codes(0, Projection::kGate), std::runtime_error);
+  EXPECT_THROW(layer->experts().packed_scales(0, Projection::kGate), std::runtime_error);
   EXPECT_THROW(MoeLayer(engine, kShape, WeightFormat::kBf16), std::runtime_error);
 }
 
@@ -104,8 +104,8 @@ TEST(Engine, SharedMemoryOutlivesIt) {
   test.add_lora(4, 4, 4);
   const auto engine = make_engine();
   auto layer = test.make_layer(engine);
-  const auto expected = layer->packed_codes(3, Projection::kDown);
-  const auto weights = layer->share_weights();
+  const auto expected = layer->experts().packed_codes(3, Projection::kDown);
+  const auto weights = layer->experts().share_weights();
   const auto lora = layer->share_lora();
   ASSERT_NE(lora, nullptr);
   const int version = layer->lora_version();
@@ -113,7 +113,7 @@ TEST(Engine, SharedMemoryOutlivesIt) {
   EXPECT_NE(layer->lora_version(), version);
   EXPECT_EQ(layer->share_lora(), nullptr);
   engine->close();
-  EXPECT_THROW(layer->share_weights(), std::runtime_error);
+  EXPECT_THROW(layer->experts().share_weights(), std::runtime_error);
   EXPECT_THROW(layer->share_lora(), std::runtime_error);
   layer.reset();
   const PackedMatrix matrix = weights->matrix(3, Projection::kDown, 0);
@@ -124,7 +124,7 @@ TEST(Engine, SharedMemoryOutlivesIt) {
 TEST(Engine, UnfinishedLayersAreNotShared) {
   const auto engine = make_engine();
   MoeLayer layer(engine, kShape, WeightFormat::kBf16);
-  EXPECT_THROW(layer.share_weights(), std::invalid_argument);
+  EXPECT_THROW(layer.experts().share_weights(), std::invalid_argument);
 }
 
 TEST(Engine, LivesAsLongAsItsLayers) {
@@ -256,7 +256,7 @@ TEST(Engine, QuestionsMayBeAskedAtAnyTime) {
   const Batch batch = random_batch(kShape, 30);
   const auto engine = make_engine();
   const auto layer = test.make_layer(engine);
-  const std::size_t bytes = layer->packed_bytes();
+  const std::size_t bytes = layer->experts().packed_bytes();
   std::atomic<int> wrong{0};
   on_threads(2, [&](int thread) {
     if (thread == 0) {
@@ -266,7 +266,7 @@ TEST(Engine, QuestionsMayBeAskedAtAnyTime) {
     }
     for (bool closed = false; !closed;) {
       closed = engine->closed();
-      const std::size_t now = layer->packed_bytes();
+      const std::size_t now = layer->experts().packed_bytes();
       const KernelsUsed used = layer->last_kernels();
       if (now != 0 && (closed || now != bytes)) ++wrong;
       if ((used.elementwise != nullptr) !=

@@ -1,4 +1,4 @@
-// A linear layer's numbers, and what all kinds of linears are made to compute with them.
+// A linear layer's numbers, and calls that run any kind of linear on them.
 #pragma once
 
 #include <cmath>
@@ -74,7 +74,7 @@ struct LinearCase {
     return y;
   }
 
-  // What LoRA adds to every output of a row, in double, and the sum of its terms' magnitudes.
+  // LoRA's share of every output of a row, in double, and the sum of its terms' magnitudes.
   std::vector<std::pair<double, double>> lora(int row) const {
     std::vector<std::pair<double, double>> sums(static_cast<std::size_t>(out));
     for (int i = 0; i < rank; ++i) {

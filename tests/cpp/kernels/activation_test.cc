@@ -186,7 +186,7 @@ TEST_P(ActivationTest, HasTheBitsOfThePortableOneAndKeepsToItsRows) {
       ASSERT_EQ(mine, other) << static_cast<int>(a.kind);
       for (std::size_t i = 0; i < mine.size(); ++i) {
         if (i % kStride >= kStrip) {
-          ASSERT_EQ(mine[i], 0x1234) << "written beside the strip";
+          ASSERT_EQ(mine[i], 0x1234) << "written outside the strip";
         }
       }
     }

@@ -38,7 +38,7 @@ class AttentionTest : public testing::VariantTest<AttentionKernel> {
     return out;
   }
 
-  // What merge makes of one part.
+  // The merge of one part.
   std::vector<float> unpacked(const float* sums, int size) const {
     std::vector<float> scratch(at(1, round_up(size, kernel().width), 0));
     std::vector<float> out(static_cast<std::size_t>(size));
@@ -66,7 +66,7 @@ TEST_P(AttentionTest, PacksEitherDtypeAndMergeUnpacks) {
     EXPECT_EQ(unpacked(from_bits.data(), size), values);
     EXPECT_EQ(static_cast<int>(std::count(from_bits.begin(), from_bits.end(), 0.0f)),
               static_cast<int>(from_bits.size()) - size)
-        << "zeros behind";
+        << "zeros after the values";
   }
 }
 
@@ -77,7 +77,7 @@ TEST_P(AttentionTest, ScoresAreDotProducts) {
       Random random(static_cast<std::uint64_t>(heads * 100 + size));
       const std::vector<float> q = random.normals(at(heads, size, 0));
       const std::int64_t stride = size + 3;
-      // As long as the last token needs: what is behind must not be read.
+      // As long as the last token needs: nothing after it must be read.
       const std::vector<std::uint16_t> keys = random_bf16(random, at(tokens - 1, stride, size));
       const std::vector<float> rows = packed(q, heads, size);
       std::vector<float> scores(at(heads, kAttentionBlock, 0), 3.0f);
@@ -105,7 +105,7 @@ TEST_P(AttentionTest, ScoresAreDotProducts) {
           ASSERT_NEAR(once[at(h, kAttentionBlock, t)], sum, 1e-6 * magnitude) << heads << " " << h;
         }
         if (tokens < kAttentionBlock) {
-          ASSERT_EQ(once[at(h, kAttentionBlock, tokens)], 3.0f) << "written behind the tokens";
+          ASSERT_EQ(once[at(h, kAttentionBlock, tokens)], 3.0f) << "written after the tokens";
         }
       }
       args.add = true;
@@ -159,7 +159,7 @@ TEST_P(AttentionTest, ValuesAreWeightedSums) {
           ASSERT_NEAR(first[n], sum, 2e-6 * magnitude) << heads << " " << h;
           ASSERT_NEAR(second[n], factor * sum, 4e-6 * magnitude * (1 + std::abs(factor)));
         }
-        ASSERT_EQ(sums[at(h, width + 1, width)], 7.0f) << "written behind the head";
+        ASSERT_EQ(sums[at(h, width + 1, width)], 7.0f) << "written after the head";
       }
     }
   }

@@ -232,7 +232,7 @@ TEST_P(ElementwiseTest, SiluMulHasTheBitsOfThePortableOneAndKeepsToItsRows) {
   EXPECT_EQ(mine, expected);
   for (std::size_t i = 0; i < mine.size(); ++i) {
     if (i % kStride >= kStrip) {
-      ASSERT_EQ(mine[i], 0x1234) << "written beside the strip";
+      ASSERT_EQ(mine[i], 0x1234) << "written outside the strip";
     }
   }
 }

@@ -12,6 +12,7 @@
 
 #include "base/bf16.h"
 #include "helpers/aligned_vector.h"
+#include "helpers/format_reference.h"
 #include "helpers/packed.h"
 #include "helpers/random.h"
 #include "kernels/kernel_table.h"
@@ -26,8 +27,8 @@ class GemmCase {
       : format_(format), n_(n), k_(k), rows_(rows), random_(seed) {
     w_ = random_values(n * k, largest_w());
     a_ = random_values(rows * k, 127);
-    if (format == WeightFormat::kInt4) {
-      for (float& value : w_) value = 16.0f * std::trunc(value / 16.0f);
+    if (const auto step = static_cast<float>(reference_of(format).step); step > 1.0f) {
+      for (float& value : w_) value = step * std::trunc(value / step);
     }
     // A row with the largest value has scale 1, so that its integers are its codes.
     if (quantized()) {
@@ -83,7 +84,7 @@ class GemmCase {
     rank_ = rank;
   }
 
-  // What A holds between k and the padded k: a BF16 value or an INT8 code.
+  // The value of A between k and the padded k: a BF16 value or an INT8 code.
   void set_padding(float value) { padding_ = value; }
 
   int n() const { return n_; }
@@ -191,7 +192,7 @@ class GemmCase {
   int pairs() const { return (rank_ + 1) / 2; }
   int t_stride() const { return 2 * pairs() + 6; }
 
-  int largest_w() const { return format_ == WeightFormat::kInt4 ? 112 : 127; }
+  int largest_w() const { return reference_of(format_).largest; }
   int a_row_bytes() const { return packed_.layout.padded_k() * (quantized() ? 1 : 2); }
 
   // Normal BF16 values, or integers in [-largest, largest].
@@ -254,7 +255,7 @@ class GemmCase {
     return args;
   }
 
-  // Odd ranks are padded by a zero in B; T beside it may hold anything finite.
+  // Odd ranks are padded by a zero in B; the T that it meets may be anything finite.
   AlignedVector<std::uint16_t> shrunk(const GemmKernel& kernel, int first, int count) const {
     const int rows = round_up(count, kernel.tile_rows(count));
     AlignedVector<std::uint16_t> t(size(rows * t_stride() + 32), f32_to_bf16(1e30f));

@@ -1,4 +1,4 @@
-// What every GEMM variant of every format must do; exact sums are in gemm_integer_test.cc.
+// Requirements on every GEMM variant of every format; exact sums are in gemm_integer_test.cc.
 #include <gtest/gtest.h>
 
 #include <ostream>
@@ -127,7 +127,7 @@ TEST_P(GemmTest, ARowDoesNotDependOnTheRowsBesideIt) {
   }
 }
 
-// Of several rows, as the experts of a token have them, and over the ends of k-blocks.
+// Several rows, as the experts of a token have them, and over the ends of k-blocks.
 TEST_P(GemmTest, StripsSideBySideHaveTheBitsOfSingleOnes) {
   if (kernel().one_row == nullptr) GTEST_SKIP() << "strip by strip";
   for (const auto& [n, k] : {std::pair(96, 160), std::pair(288, 1856), std::pair(64, 3648)}) {

@@ -10,19 +10,20 @@
 #include <tuple>
 #include <vector>
 
+#include "helpers/format_reference.h"
 #include "helpers/packed.h"
 #include "helpers/random.h"
 #include "helpers/views.h"
-#include "layout/packed_index.h"
 
 namespace ktrt {
 namespace {
 
+using testing::code_of;
 using testing::OwnedMatrix;
 using testing::packed_index;
-using testing::packed_nibble;
 using testing::Random;
 using testing::round_to_bf16;
+using testing::scale_of;
 using testing::view_of;
 using Shape = std::tuple<WeightFormat, int, int>;
 
@@ -46,30 +47,10 @@ float max_abs(const float* row, int k) {
   return largest;
 }
 
-float scale_of(float amax, WeightFormat format) {
-  return format == WeightFormat::kInt8 ? amax * (1.0f / 127.0f)
-                                       : static_cast<float>(double{amax} * (1.0 / 112.0));
-}
-
-// What the kernels multiply: the INT8 code of a value from the scale of its row, for INT4 rounded
-// again, to a multiple of 16.
-int code_of(float value, float scale, WeightFormat format) {
-  if (scale == 0.0f) return 0;
-  const auto code = std::lrint(value * (1.0f / scale));
-  if (format == WeightFormat::kInt8) return static_cast<int>(code);
-  return static_cast<int>(std::lround(static_cast<double>(code) / 16.0)) * 16;
-}
-
-// The same as it was packed.
+// The integer that the kernels multiply, as it was packed.
 int code_at(const OwnedMatrix& packed, int n, int k) {
-  const int N = packed.layout.padded_n();
-  const int K = packed.layout.padded_k();
-  if (packed.layout.format() == WeightFormat::kInt8) {
-    return static_cast<std::int8_t>(packed.codes[packed_index(WeightFormat::kInt8, N, K, n, k)]);
-  }
-  const auto [byte, high] = packed_nibble(N, K, n, k);
-  const int nibble = high ? packed.codes[byte] >> 4 : packed.codes[byte] & 15;
-  return (nibble < 8 ? nibble : nibble - 16) * 16;
+  return testing::packed_code(packed.codes.data(), packed.layout.format(), packed.layout.padded_n(),
+                              packed.layout.padded_k(), n, k);
 }
 
 class PackTest : public ::testing::TestWithParam<Shape> {
@@ -127,9 +108,8 @@ TEST_P(PackTest, UnpackGivesTheValuesBack) {
       continue;
     }
     const std::size_t n = i / static_cast<std::size_t>(k_);
-    // Half a step (of INT4 half an INT8 step and half of 16), and the rounding of w / scale, which
-    // is at most 127.
-    const float step = (format_ == WeightFormat::kInt8 ? 0.5f : 8.5f) + 127.0f * 0x1p-22f;
+    // The rounding of w / scale, which is at most 127, comes on top.
+    const float step = testing::reference_of(format_).max_error + 127.0f * 0x1p-22f;
     ASSERT_LE(std::fabs(back[i] - w_[i]), packed.scales[n] * step) << i;
   }
 }
@@ -231,7 +211,8 @@ TEST(Quantisation, Int4ScaleIsADoubleProduct) {
 }
 
 TEST(Quantisation, RowsOfZerosAndOfNearlyZeros) {
-  for (const WeightFormat format : {WeightFormat::kInt8, WeightFormat::kInt4}) {
+  for (const WeightFormat format : kWeightFormats) {
+    if (!is_quantized(format)) continue;
     // 1 / (1e-37 / 127) is infinite.
     for (const float amax : {0.0f, -0.0f, 1e-40f, 1e-37f}) {
       const OwnedMatrix packed = pack_row(format, {amax, -amax, amax});
@@ -243,7 +224,7 @@ TEST(Quantisation, RowsOfZerosAndOfNearlyZeros) {
     }
     const OwnedMatrix small = pack_row(format, {1e-36f, -1e-36f});
     EXPECT_GT(small.scales[0], 0.0f);
-    EXPECT_EQ(code_at(small, 0, 0), format == WeightFormat::kInt8 ? 127 : 112);
+    EXPECT_EQ(code_at(small, 0, 0), testing::reference_of(format).largest);
   }
 }
 
@@ -251,12 +232,13 @@ TEST(Quantisation, TheLargestValueHasTheLargestCode) {
   Random random(8);
   for (int i = 0; i < 20'000; ++i) {
     const float amax = round_to_bf16(static_cast<float>(std::exp(random.uniform(-80.0, 80.0))));
-    const OwnedMatrix int8 = pack_row(WeightFormat::kInt8, {amax, -amax});
-    ASSERT_EQ(code_at(int8, 0, 0), 127) << amax;
-    ASSERT_EQ(code_at(int8, 0, 1), -127) << amax;
-    const OwnedMatrix int4 = pack_row(WeightFormat::kInt4, {amax, -amax});
-    ASSERT_EQ(code_at(int4, 0, 0), 112) << amax;
-    ASSERT_EQ(code_at(int4, 0, 1), -112) << amax;
+    for (const WeightFormat format : kWeightFormats) {
+      if (!is_quantized(format)) continue;
+      const int largest = testing::reference_of(format).largest;
+      const OwnedMatrix packed = pack_row(format, {amax, -amax});
+      ASSERT_EQ(code_at(packed, 0, 0), largest) << name_of(format) << " " << amax;
+      ASSERT_EQ(code_at(packed, 0, 1), -largest) << name_of(format) << " " << amax;
+    }
   }
 }
 

@@ -9,12 +9,11 @@
 #include <utility>
 #include <vector>
 
-#include "layout/packed_index.h"
+#include "helpers/format_reference.h"
 
 namespace ktrt {
 namespace {
 
-using testing::packed_index;
 using Case = std::tuple<WeightFormat, std::pair<int, int>>;
 
 std::string name_of_case(const ::testing::TestParamInfo<Case>& test) {
@@ -48,7 +47,7 @@ TEST_P(PackedLayoutTest, Sizes) {
   EXPECT_EQ(layout_.padded_n(), testing::padded_rows(n_));
   EXPECT_EQ(layout_.padded_k(), testing::padded_columns(format_, k_));
   EXPECT_EQ(layout_.strips(), layout_.padded_n() / 32);
-  const int bits = testing::numbers_of(format_).bits;
+  const int bits = testing::reference_of(format_).bits;
   EXPECT_EQ(layout_.row_bytes(), layout_.padded_k() * bits / 8);
   EXPECT_EQ(layout_.code_bytes(), static_cast<std::size_t>(layout_.padded_n()) *
                                       static_cast<std::size_t>(layout_.padded_k() * bits / 8));
@@ -56,10 +55,7 @@ TEST_P(PackedLayoutTest, Sizes) {
 
 TEST_P(PackedLayoutTest, TilesLieWhereTheFormulaSays) {
   const auto byte_of = [&](int n, int k) {
-    const int N = layout_.padded_n();
-    const int K = layout_.padded_k();
-    if (format_ == WeightFormat::kInt4) return testing::packed_nibble(N, K, n, k).byte;
-    return packed_index(format_, N, K, n, k) * (format_ == WeightFormat::kBf16 ? 2 : 1);
+    return testing::packed_byte(format_, layout_.padded_n(), layout_.padded_k(), n, k);
   };
   const int tile_k = layout_.traits().tile_k;
   for (int strip = 0; strip < layout_.strips(); ++strip) {
@@ -112,7 +108,7 @@ TEST(FormatTraits, NamesAreParsed) {
   EXPECT_THROW(parse_format(""), std::invalid_argument);
 }
 
-// What kernels read of a strip at once, and blocks are made of.
+// Tiles, which kernels read at once, and the blocks that are made of them.
 TEST(FormatTraits, TilesFillTheirBytes) {
   for (const FormatTraits& traits : kFormatTraits) {
     EXPECT_EQ(kStripRows * traits.tile_k * traits.bits, kTileBytes * 8) << traits.name;

@@ -157,7 +157,7 @@ TEST_P(ExpertLoraTest, CanBeReplacedAndTakenAway) {
   EXPECT_EQ(layer->last_kernels().lora_shrink, nullptr);
 }
 
-// What load_lora() says to one wrong array; the LoRA that was there stays.
+// The error of load_lora() for one wrong array; the LoRA that was there stays.
 std::string error_of(const LayerCase& test, MoeLayer& layer, void (*spoil)(LoraPair (&)[3])) {
   LoraPair pairs[3];
   const char* names[] = {"gate", "up", "down"};

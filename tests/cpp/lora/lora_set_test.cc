@@ -47,7 +47,7 @@ LayerCase scaled(LayerCase test, float weight) {
   return test;
 }
 
-// Rows of `count` matrices, those of `left` above those of `right`.
+// Rows of `count` matrices, `left`'s above `right`'s.
 Values stack(const Values& left, const Values& right, int count) {
   Values result;
   const std::size_t of_left = left.size() / size(count);
@@ -86,7 +86,7 @@ class LoraSetTest : public ::testing::TestWithParam<WeightFormat> {
     for (LoraArrays& lora : base_.lora) lora = {};
     return test;
   }
-  // A layer of its own with this LoRA only.
+  // The outputs of a separate layer with this LoRA only.
   static Values alone(const LayerCase& test, const Batch& batch, Isa isa = detected_isa()) {
     return forward(*test.make_layer(make_engine(2, 64, isa)), batch);
   }
@@ -242,7 +242,7 @@ TEST_P(LoraSetTest, TheSameTokenAloneAndAmongOthers) {
     }
     load(*layer, 2, two);
     activate(*layer, {1, 2}, {1.0f, 0.0f});
-    EXPECT_EQ(forward(*layer, testing::select(batch_, {4})), first) << "beside another, silent one";
+    EXPECT_EQ(forward(*layer, testing::select(batch_, {4})), first) << "with another, silent one";
   });
 }
 

@@ -1,4 +1,4 @@
-// The same tokens give the same bits, whoever computes them and whatever lies beside them.
+// The same tokens give the same bits, whoever computes them and whatever their neighbours are.
 #include <gtest/gtest.h>
 
 #include <algorithm>

@@ -95,7 +95,7 @@ TEST(DispatchPlan, TokensAreCutIntoBlocksThatGiveAnExpertAboutFourFifthsOfAJob) 
     }
     const std::vector<float> weights(ids.size(), 1.0f);
     const DispatchPlan plan = plan_of(ids, weights, 4, 10, 128);
-    // 103 rows of each of 10 experts are those of 257.5 tokens.
+    // 103 rows of each of 10 experts belong to 257.5 tokens.
     EXPECT_EQ(plan.token_blocks(), std::max(1, (qlen * 4 + 515) / 1030)) << qlen;
     EXPECT_LT((plan.token_blocks() - 1) * plan.block_tokens(), qlen);
     EXPECT_GE(plan.token_blocks() * plan.block_tokens(), qlen);

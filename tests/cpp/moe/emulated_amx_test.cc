@@ -1,5 +1,5 @@
 // Whole layers on the AMX kernels' bodies, with emulated tiles: their order of rows, jobs of many
-// rows, and what they do beside the tiles, on machines without AMX.
+// rows, and their steps around the tiles, on machines without AMX.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -22,7 +22,7 @@ using testing::random_batch;
 
 constexpr int kMaxQlen = 700;
 
-// The tables of an AMX machine, but for the tiles; from `rows` rows of an expert on.
+// The kernels of an AMX machine, on emulated tiles, for experts with `rows` rows or more.
 KernelTable emulated_kernels(int rows) {
   KernelTable table = select_kernels(Isa::kAvx512, cpu_features());
   for (const WeightFormat format : kWeightFormats) {

@@ -89,22 +89,24 @@ TEST(ExpertForms, ArgumentsThatDoNotFitAreNamed) {
     const testing::Matrix& m = plain.layer.weight(0, p);
     return view_of(m.values, {m.n, m.k}, "w");
   };
-  EXPECT_EQ(message_of([&] { gated->load_expert(0, std::nullopt, w(1), w(2)); }),
+  EXPECT_EQ(message_of([&] { gated->experts().load_expert(0, std::nullopt, w(1), w(2)); }),
             "gate is missing, but the experts have one");
-  EXPECT_EQ(message_of([&] { ungated->load_expert(0, w(0), w(1), w(2)); }),
+  EXPECT_EQ(message_of([&] { ungated->experts().load_expert(0, w(0), w(1), w(2)); }),
             "gate is given, but the experts have none");
-  EXPECT_EQ(message_of([&] { ungated->set_biases(plain.bias(0), std::nullopt, std::nullopt); }),
-            "bias is given, but the experts have no gate");
-  EXPECT_EQ(message_of([&] { gated->set_biases(plain.bias(0), plain.bias(2), std::nullopt); }),
-            "bias has shape [5, 150], expected [5, 90]");
+  EXPECT_EQ(
+      message_of([&] { ungated->experts().set_biases(plain.bias(0), std::nullopt, std::nullopt); }),
+      "bias is given, but the experts have no gate");
+  EXPECT_EQ(
+      message_of([&] { gated->experts().set_biases(plain.bias(0), plain.bias(2), std::nullopt); }),
+      "bias has shape [5, 150], expected [5, 90]");
   std::vector<float> damaged = plain.biases[1];
   damaged[91] = std::nanf("");
   const TensorView bad = view_of(damaged, {5, 90}, "up");
-  EXPECT_EQ(message_of([&] { gated->set_biases(std::nullopt, bad, std::nullopt); }),
+  EXPECT_EQ(message_of([&] { gated->experts().set_biases(std::nullopt, bad, std::nullopt); }),
             "up of expert 1 holds NaN or infinity; the weights are damaged");
   TensorView integers = plain.bias(1);
   integers.dtype = DType::kInt32;
-  EXPECT_EQ(message_of([&] { gated->set_biases(std::nullopt, integers, std::nullopt); }),
+  EXPECT_EQ(message_of([&] { gated->experts().set_biases(std::nullopt, integers, std::nullopt); }),
             "bias is int32, expected float32");
   LayerCase lora(no_gate.layer.shape, WeightFormat::kBf16);
   lora.add_lora(4, 4, 0);
@@ -128,10 +130,12 @@ TEST(ExpertForms, ExpertsWithoutGateHoldNoMemoryForIt) {
   const auto engine = make_engine();
   const auto gated = plain.make(engine);
   const auto ungated = no_gate.make(engine);
-  const std::size_t gate = gated->packed_codes(0, Projection::kGate).size() +
-                           gated->packed_scales(0, Projection::kGate).size() * sizeof(float);
-  EXPECT_EQ(ungated->packed_bytes() + kFormShape.num_experts * gate, gated->packed_bytes());
-  EXPECT_TRUE(ungated->packed_codes(0, Projection::kGate).empty());
+  const std::size_t gate =
+      gated->experts().packed_codes(0, Projection::kGate).size() +
+      gated->experts().packed_scales(0, Projection::kGate).size() * sizeof(float);
+  EXPECT_EQ(ungated->experts().packed_bytes() + kFormShape.num_experts * gate,
+            gated->experts().packed_bytes());
+  EXPECT_TRUE(ungated->experts().packed_codes(0, Projection::kGate).empty());
 }
 
 }  // namespace

@@ -91,17 +91,17 @@ struct FormCase {
         return view_of(w.values, {w.n, w.k}, "w");
       };
       const auto gate = form.has_gate ? std::optional<TensorView>(view(0)) : std::nullopt;
-      made->load_expert(e, gate, view(1), view(2));
+      made->experts().load_expert(e, gate, view(1), view(2));
     }
     if (form.has_bias) {
       const auto gate = form.has_gate ? std::optional<TensorView>(bias(0)) : std::nullopt;
-      made->set_biases(gate, bias(1), bias(2));
+      made->experts().set_biases(gate, bias(1), bias(2));
     }
     if (layer.has_lora()) layer.set_lora(*made);
     return made;
   }
 
-  // Of one projection of one expert. `x` is rounded to BF16.
+  // Output of one projection of one expert. `x` is rounded to BF16.
   std::vector<double> project(int expert, int p, const std::vector<float>& x) const {
     std::vector<float> codes = x;
     if (is_quantized(layer.format)) {

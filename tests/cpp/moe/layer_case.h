@@ -166,7 +166,7 @@ struct LayerCase {
       const Matrix& w = weight(expert, p);
       views[p] = view_of(w.values, {w.n, w.k}, names[p]);
     }
-    layer.load_expert(expert, views[0], views[1], views[2]);
+    layer.experts().load_expert(expert, views[0], views[1], views[2]);
   }
   void set_lora(MoeLayer& layer) const {
     const int e = shape.num_experts;

@@ -246,7 +246,7 @@ TEST_P(MoeLayerTest, SaysWhichKernelsRan) {
   }
 }
 
-// What follows does not depend on the kernels.
+// The following tests do not depend on the kernels.
 
 TEST(MoeLayer, QlenZeroWritesNothing) {
   const LayerCase test(kSmall, WeightFormat::kBf16);
@@ -349,17 +349,17 @@ TEST(MoeLayer, EveryExpertMustBeLoaded) {
 TEST(MoeLayer, LoadExpertChecksItsArguments) {
   const LayerCase test(kSmall, WeightFormat::kBf16);
   MoeLayer layer(make_engine(), kSmall, WeightFormat::kBf16);
-  EXPECT_THROW(layer.packed_codes(0, Projection::kUp), std::invalid_argument);
-  EXPECT_THROW(layer.packed_scales(-1, Projection::kUp), std::invalid_argument);
+  EXPECT_THROW(layer.experts().packed_codes(0, Projection::kUp), std::invalid_argument);
+  EXPECT_THROW(layer.experts().packed_scales(-1, Projection::kUp), std::invalid_argument);
   const TensorView gate = view_of(test.weight(0, 0).values, {96, 160}, "gate");
   const TensorView down = view_of(test.weight(0, 2).values, {160, 96}, "down");
-  EXPECT_THROW(layer.load_expert(-1, gate, gate, down), std::invalid_argument);
-  EXPECT_THROW(layer.load_expert(5, gate, gate, down), std::invalid_argument);
-  EXPECT_THROW(layer.load_expert(0, gate, down, down), std::invalid_argument);
-  EXPECT_THROW(layer.load_expert(0, gate, gate, gate), std::invalid_argument);
+  EXPECT_THROW(layer.experts().load_expert(-1, gate, gate, down), std::invalid_argument);
+  EXPECT_THROW(layer.experts().load_expert(5, gate, gate, down), std::invalid_argument);
+  EXPECT_THROW(layer.experts().load_expert(0, gate, down, down), std::invalid_argument);
+  EXPECT_THROW(layer.experts().load_expert(0, gate, gate, gate), std::invalid_argument);
   TensorView integers = gate;
   integers.dtype = DType::kInt32;
-  EXPECT_THROW(layer.load_expert(0, gate, integers, down), std::invalid_argument);
+  EXPECT_THROW(layer.experts().load_expert(0, gate, integers, down), std::invalid_argument);
 }
 
 TEST(MoeLayer, DamagedWeightsAreRefusedAndNotUsed) {
@@ -395,8 +395,10 @@ TEST(MoeLayer, PackedMatricesAreThoseOfTheLayout) {
       for (int p = 0; p < kProjections; ++p) {
         const testing::Matrix& w = test.weight(expert, p);
         const PackedLayout layout(format, w.n, w.k);
-        std::vector<std::uint8_t> codes = layer->packed_codes(expert, static_cast<Projection>(p));
-        std::vector<float> scales = layer->packed_scales(expert, static_cast<Projection>(p));
+        std::vector<std::uint8_t> codes =
+            layer->experts().packed_codes(expert, static_cast<Projection>(p));
+        std::vector<float> scales =
+            layer->experts().packed_scales(expert, static_cast<Projection>(p));
         ASSERT_EQ(codes.size(), layout.code_bytes());
         ASSERT_EQ(scales.size(),
                   is_quantized(format) ? static_cast<std::size_t>(layout.padded_n()) : 0u);
@@ -407,7 +409,7 @@ TEST(MoeLayer, PackedMatricesAreThoseOfTheLayout) {
         bytes += codes.size() + scales.size() * sizeof(float);
       }
     }
-    EXPECT_EQ(layer->packed_bytes(), bytes);
+    EXPECT_EQ(layer->experts().packed_bytes(), bytes);
   }
 }
 

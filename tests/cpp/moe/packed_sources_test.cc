@@ -27,11 +27,11 @@ constexpr MoeShape kShape{4, 2, 160, 256};
 class Images {
  public:
   explicit Images(MoeLayer& layer) {
-    for (std::size_t part = 0; part < layer.image_bytes().size(); ++part) {
+    for (std::size_t part = 0; part < layer.experts().image_bytes().size(); ++part) {
       std::string name = "/tmp/ktrt_image_XXXXXX";
       fds.push_back(mkstemp(name.data()));
       unlink(name.c_str());
-      digests.push_back(layer.write_image(static_cast<int>(part), fds.back()));
+      digests.push_back(layer.experts().write_image(static_cast<int>(part), fds.back()));
     }
   }
   ~Images() {
@@ -62,15 +62,16 @@ TEST_P(ImagesTest, MappedAndCopiedLayersAreThePackedOne) {
   const std::vector<float> expected = forward(*packed, batch);
   for (const ImageUse use : {ImageUse::kAuto, ImageUse::kMap, ImageUse::kCopy}) {
     MoeLayer layer(engine, kShape, format_);
-    EXPECT_THROW(layer.write_image(0, images.fds[0]), std::invalid_argument);
-    const ImageUse used = layer.use_images(images.fds, images.digests, use);
+    EXPECT_THROW(layer.experts().write_image(0, images.fds[0]), std::invalid_argument);
+    const ImageUse used = layer.experts().use_images(images.fds, images.digests, use);
     EXPECT_EQ(used, use == ImageUse::kAuto ? used : use);
     // LoRA is the adapter's, not the image's.
     EXPECT_NE(forward(layer, batch), expected);
     case_.set_lora(layer);
     EXPECT_EQ(forward(layer, batch), expected);
-    EXPECT_EQ(layer.packed_codes(1, Projection::kDown), packed->packed_codes(1, Projection::kDown));
-    EXPECT_EQ(layer.packed_bytes(), packed->packed_bytes());
+    EXPECT_EQ(layer.experts().packed_codes(1, Projection::kDown),
+              packed->experts().packed_codes(1, Projection::kDown));
+    EXPECT_EQ(layer.experts().packed_bytes(), packed->experts().packed_bytes());
   }
 }
 
@@ -79,9 +80,9 @@ TEST_P(ImagesTest, PackingReplacesAMappedFile) {
   const auto packed = case_.make_layer(engine);
   const Images images(*packed);
   MoeLayer layer(engine, kShape, format_);
-  layer.use_images(images.fds, images.digests, ImageUse::kMap);
+  layer.experts().use_images(images.fds, images.digests, ImageUse::kMap);
   case_.load(layer, 0);
-  EXPECT_THROW(layer.packed_codes(1, Projection::kGate), std::invalid_argument);
+  EXPECT_THROW(layer.experts().packed_codes(1, Projection::kGate), std::invalid_argument);
   for (int e = 1; e < kShape.num_experts; ++e) case_.load(layer, e);
   const auto batch = random_batch(kShape, 3);
   EXPECT_EQ(forward(layer, batch), forward(*packed, batch));
@@ -90,7 +91,7 @@ TEST_P(ImagesTest, PackingReplacesAMappedFile) {
 TEST_P(ImagesTest, DamageIsFound) {
   const auto engine = make_engine(parts_, 64, detected_isa(), parts_);
   const auto packed = case_.make_layer(engine);
-  const std::vector<std::size_t> sizes = packed->image_bytes();
+  const std::vector<std::size_t> sizes = packed->experts().image_bytes();
   for (int part = 0; part < parts_; ++part) {
     const auto p = static_cast<std::size_t>(part);
     for (const std::size_t where : {std::size_t{0}, sizes[p] / 2, sizes[p] - 1}) {
@@ -100,16 +101,17 @@ TEST_P(ImagesTest, DamageIsFound) {
       byte = static_cast<char>(byte ^ 16);
       ASSERT_EQ(pwrite(images.fds[p], &byte, 1, static_cast<off_t>(where)), 1);
       MoeLayer layer(engine, kShape, format_);
-      EXPECT_THROW(layer.use_images(images.fds, images.digests, ImageUse::kAuto),
+      EXPECT_THROW(layer.experts().use_images(images.fds, images.digests, ImageUse::kAuto),
                    std::invalid_argument);
-      EXPECT_THROW(layer.packed_codes(0, Projection::kGate), std::invalid_argument);
+      EXPECT_THROW(layer.experts().packed_codes(0, Projection::kGate), std::invalid_argument);
     }
     const Images images(*packed);
     ASSERT_EQ(ftruncate(images.fds[p], static_cast<off_t>(sizes[p] - 4096)), 0);
     MoeLayer layer(engine, kShape, format_);
-    EXPECT_THROW(layer.use_images(images.fds, images.digests, ImageUse::kAuto),
+    EXPECT_THROW(layer.experts().use_images(images.fds, images.digests, ImageUse::kAuto),
                  std::invalid_argument);
-    EXPECT_THROW(layer.use_images({}, images.digests, ImageUse::kAuto), std::invalid_argument);
+    EXPECT_THROW(layer.experts().use_images({}, images.digests, ImageUse::kAuto),
+                 std::invalid_argument);
   }
 }
 
@@ -123,18 +125,19 @@ TEST(Images, AFullDiskIsAnError) {
   const auto engine = make_engine(1);
   const auto packed = LayerCase(kShape, WeightFormat::kInt8).make_layer(engine);
   const int full = open("/dev/full", O_WRONLY);
-  EXPECT_THROW(packed->write_image(0, full), std::system_error);
-  EXPECT_THROW(packed->write_image(1, full), std::invalid_argument);
+  EXPECT_THROW(packed->experts().write_image(0, full), std::system_error);
+  EXPECT_THROW(packed->experts().write_image(1, full), std::invalid_argument);
   close(full);
 }
 
-// What kt_kernel's files hold for `slices` NUMA nodes, cut out of a layer that was packed that way.
+// The contents of kt_kernel's files for `slices` NUMA nodes, cut out of a layer that was packed
+// that way.
 struct KtExpert {
   KtExpert(MoeLayer& layer, int expert, int slices) {
     for (int p = 0; p < kProjections; ++p) {
       const auto projection = static_cast<Projection>(p);
-      codes[p] = layer.packed_codes(expert, projection);
-      scales[p] = layer.packed_scales(expert, projection);
+      codes[p] = layer.experts().packed_codes(expert, projection);
+      scales[p] = layer.experts().packed_scales(expert, projection);
       const auto count = static_cast<std::size_t>(slices);
       for (std::size_t s = 0; s < count; ++s) {
         const auto c = codes[p].size() / count;
@@ -170,7 +173,7 @@ TEST_P(KtMatrices, LoadedAsTheyAreEqualOwnPacking) {
                   Activation{}, slices);
   for (int e = 0; e < kShape.num_experts; ++e) {
     const KtExpert kt(own, e, slices);
-    loaded.load_packed_expert(e, kt.shards[0], kt.shards[1], kt.shards[2]);
+    loaded.experts().load_packed_expert(e, kt.shards[0], kt.shards[1], kt.shards[2]);
   }
   test.set_lora(loaded);
   const auto batch = random_batch(kShape, 13);
@@ -184,17 +187,19 @@ TEST(KtMatricesChecks, WrongShardsAreRefused) {
   const auto own = test.make_layer(engine);
   KtExpert kt(*own, 0, 1);
   MoeLayer layer(engine, kShape, WeightFormat::kInt8);
-  const auto load = [&] { layer.load_packed_expert(0, kt.shards[0], kt.shards[1], kt.shards[2]); };
+  const auto load = [&] {
+    layer.experts().load_packed_expert(0, kt.shards[0], kt.shards[1], kt.shards[2]);
+  };
   EXPECT_NO_THROW(load());
   kt.scales[1][3] = std::numeric_limits<float>::quiet_NaN();
   EXPECT_THROW(load(), std::invalid_argument);
-  EXPECT_THROW(layer.packed_codes(0, Projection::kGate), std::invalid_argument);
+  EXPECT_THROW(layer.experts().packed_codes(0, Projection::kGate), std::invalid_argument);
   kt.scales[1][3] = 1.0f;
   EXPECT_NO_THROW(load());
   --kt.shards[2][0].codes.shape[0];
   EXPECT_THROW(load(), std::invalid_argument);
   MoeLayer two(engine, kShape, WeightFormat::kInt8, Activation{}, 2);
-  EXPECT_THROW(two.load_packed_expert(0, kt.shards[0], kt.shards[1], kt.shards[2]),
+  EXPECT_THROW(two.experts().load_packed_expert(0, kt.shards[0], kt.shards[1], kt.shards[2]),
                std::invalid_argument);
   EXPECT_THROW(MoeLayer(engine, kShape, WeightFormat::kBf16, Activation{}, 2),
                std::invalid_argument);

@@ -1,4 +1,4 @@
-// What a layer must compute: plain loops over dequantised weights, sums in double precision, and
+// The reference of a layer: plain loops over dequantised weights, sums in double precision, and
 // the places where the engine rounds (csrc/README.md lists them), which can be left out.
 #pragma once
 
@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "helpers/format_reference.h"
 #include "helpers/views.h"
 #include "layout/packed_layout.h"
 #include "moe/expert_weights.h"
@@ -27,15 +28,6 @@ inline void quantize_and_back(float* row, int count) {
   const float scale = largest_of(row, count) * (1.0f / 127.0f);
   for (int i = 0; i < count; ++i) {
     row[i] = scale > 0.0f ? scale * std::nearbyintf(row[i] * (1.0f / scale)) : 0.0f;
-  }
-}
-
-// One row of INT4 weights: the same with 1/112, then to multiples of 16, halves away from zero.
-inline void quantize_and_back_int4(float* row, int count) {
-  const auto scale = static_cast<float>(double{largest_of(row, count)} * (1.0 / 112.0));
-  for (int i = 0; i < count; ++i) {
-    const float code = scale > 0.0f ? std::nearbyintf(row[i] * (1.0f / scale)) : 0.0f;
-    row[i] = scale * (16.0f * std::round(code / 16.0f));
   }
 }
 
@@ -60,13 +52,15 @@ struct Matrix {
   }
 };
 
-// What a packed matrix stands for.
+// The weights that a packed matrix stands for.
 inline Matrix dequantized(Matrix w, WeightFormat format) {
   for (float& value : w.values) value = round_to_bf16(value);
-  if (format == WeightFormat::kInt8) {
-    for (int i = 0; i < w.n; ++i) quantize_and_back(w.row(i), w.k);
-  } else if (format == WeightFormat::kInt4) {
-    for (int i = 0; i < w.n; ++i) quantize_and_back_int4(w.row(i), w.k);
+  if (!is_quantized(format)) return w;
+  for (int i = 0; i < w.n; ++i) {
+    const float scale = scale_of(largest_of(w.row(i), w.k), format);
+    for (int j = 0; j < w.k; ++j) {
+      w.row(i)[j] = scale * static_cast<float>(code_of(w.row(i)[j], scale, format));
+    }
   }
   return w;
 }

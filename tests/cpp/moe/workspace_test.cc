@@ -17,7 +17,7 @@ namespace {
 
 using Part = std::pair<std::uintptr_t, std::size_t>;  // address, bytes
 
-// What a layer of this shape may write, and that it can be written.
+// The memory that a layer of this shape may write; checks that it can be written.
 std::vector<Part> parts_of(const Workspace& workspace, const Scratch& scratch, int threads,
                            int max_qlen, const MoeShape& shape) {
   const auto job_rows = static_cast<std::size_t>(max_scratch_rows(workspace.max_job_rows()));
