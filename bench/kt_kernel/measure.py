@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -27,6 +26,8 @@ from engines import (
 )
 
 from ktrt import _core
+from ktrt.engine.threads import num_threads
+from ktrt.engine.torch_threads import set_torch_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -204,8 +205,8 @@ def measure(
     zipf: bool,
 ) -> Iterator[dict[str, Any]]:
     """Yields the rows of one dtype, each with the machine."""
-    threads = threads or len({_core_of(cpu) for cpu in os.sched_getaffinity(0)})
-    torch.set_num_threads(threads)
+    threads = num_threads(threads or None)
+    set_torch_threads(threads)
     base = make_weights()
     ktrt = Ktrt(base, dtype, layers, threads, max(qlens))
     keep = []  # kt_kernel's destructors are slow and noisy
@@ -242,8 +243,3 @@ def describe_machine(kt: KtKernel, threads: int, layers: int) -> dict[str, Any]:
         "shape": f"{EXPERTS} experts top-{TOP_K}, hidden {HIDDEN}, intermediate {INTER}",
         "layers": layers,
     }
-
-
-def _core_of(cpu: int) -> str:
-    path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-    return path.read_text().strip() if path.exists() else str(cpu)

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ktrt.engine.build import num_threads, weight_format_of
+from ktrt.engine.build import weight_format_of
 from ktrt.engine.probes import (
     BandwidthProbe,
     arithmetic_peaks,
     gpu_rates,
     peak_of,
 )
+from ktrt.engine.threads import num_threads
 from ktrt.experts import KTExperts
 from ktrt.generate.loop import generate_step
 from ktrt.machine.memory import resident_bytes
@@ -46,7 +47,7 @@ class Bench:
         self._work = work
         model: Any = session.model
         self._model = model
-        self._threads = num_threads(experts)
+        self._threads = num_threads(experts.kt_num_threads)
         self._probe = BandwidthProbe(self._threads)
         self._states = (True, False) if session.adapters.names else (False,)
         peaks = arithmetic_peaks(self._threads)

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
     from ktrt.engine.probes import ArithmeticPeak, GpuRates
     from ktrt.loading.work import ModelWork
-    from ktrt.machine.facts import MachineFacts
 
 # Shares of the limits that whole models reached on machines measured so far (docs/performance.md).
 DECODE_SHARE = 0.85
@@ -65,7 +64,7 @@ def examine(args: argparse.Namespace, environment: Mapping[str, str]) -> Report:
     from ktrt.engine import probes
 
     facts = probes.machine_facts(environment)
-    threads = _threads(facts, config.experts if config else None)
+    threads = facts.threads(config.experts.kt_num_threads if config else None).count
     bandwidth = probes.read_bandwidth(threads)
     peaks = probes.arithmetic_peaks(threads)
     driver = probes.has_nvidia_gpu()
@@ -93,15 +92,6 @@ def examine(args: argparse.Namespace, environment: Mapping[str, str]) -> Report:
     )  # fmt: skip
     report["advice"] = [asdict(each) for each in advice]
     return report
-
-
-def _threads(facts: MachineFacts, experts: ExpertArgs | None) -> int:
-    """How many the engine would run."""
-    wanted = experts.kt_num_threads if experts else None
-    if wanted is None:
-        first = facts.environment.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-        wanted = int(first) if first.isdecimal() and int(first) > 0 else facts.cores
-    return min(wanted, facts.allowed)
 
 
 def _examine_model(

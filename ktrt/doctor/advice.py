@@ -70,9 +70,8 @@ def _isa(facts: MachineFacts) -> Iterator[Advice]:
 
 
 def _threads(facts: MachineFacts, experts: ExpertArgs | None) -> Iterator[Advice]:
-    wanted, name = _wanted_threads(facts, experts)
-    threads = min(wanted or facts.usable_cores, facts.allowed)
-    usable = facts.usable_cores
+    chosen = facts.threads(experts.kt_num_threads if experts else None)
+    threads, wanted, name, usable = chosen.count, chosen.wanted, chosen.setting, chosen.default
     if facts.cpu_quota is not None and threads > facts.cpu_quota:
         yield Advice(
             "fix", f"kt_num_threads: {usable}, or raise the quota",
@@ -105,15 +104,6 @@ def _threads(facts: MachineFacts, experts: ExpertArgs | None) -> Iterator[Advice
             "consider", "cpupower frequency-set -g performance",
             "the frequency governor is powersave: clocks rise late after each wait",
         )  # fmt: skip
-
-
-def _wanted_threads(facts: MachineFacts, experts: ExpertArgs | None) -> tuple[int | None, str]:
-    if experts is not None and experts.kt_num_threads is not None:
-        return experts.kt_num_threads, "kt_num_threads"
-    first = facts.environment.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    if first.isdecimal() and int(first) > 0:
-        return int(first), "OMP_NUM_THREADS"
-    return None, "kt_num_threads"
 
 
 def _memory(facts: MachineFacts) -> Iterator[Advice]:

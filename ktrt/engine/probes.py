@@ -11,12 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ktrt import _core
-from ktrt.machine.facts import (
-    MachineFacts,
-    cpu_quota,
-    read_facts,
-    threads_within,
-)
+from ktrt.engine.threads import thread_count
+from ktrt.machine.facts import MachineFacts, read_facts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -66,11 +62,6 @@ def machine_facts(environment: Mapping[str, str], root: Path = Path("/")) -> Mac
     )
 
 
-def default_threads() -> int:
-    """What an engine starts without settings."""
-    return threads_within(_core.num_cores(), cpu_quota()[0])
-
-
 class BandwidthProbe:
     """Reads a block of memory that is in no cache, on as many pool threads as an engine has."""
 
@@ -90,9 +81,9 @@ class BandwidthProbe:
 
 
 def read_bandwidth(threads: int | None = None, *, passes: int = 7) -> float:
-    """Bytes per second that ``threads`` pool threads (default: one per core) read from memory: the
+    """Bytes per second that ``threads`` pool threads (default: an engine's) read from memory: the
     best of some passes over several times what the caches hold."""
-    probe = BandwidthProbe(threads or default_threads(), _probe_bytes())
+    probe = BandwidthProbe(threads or thread_count().count, _probe_bytes())
     try:
         return max(probe.rate() for _ in range(passes))
     finally:
@@ -106,10 +97,10 @@ def _probe_bytes() -> int:
 
 
 def arithmetic_peaks(threads: int | None = None, *, seconds: float = 0.1) -> list[ArithmeticPeak]:
-    """Of every instruction set that this process may use, one thread and ``threads`` (default: one
-    per core) at once, pinned; older instruction sets first."""
+    """Of every instruction set that this process may use, one thread and ``threads`` (default: an
+    engine's) at once, pinned; older instruction sets first."""
     cpus = [cpu for node in _core.numa_cpus() for cpu in node]
-    cpus = cpus[: threads or default_threads()]
+    cpus = cpus[: threads or thread_count().count]
     found = []
     for name, instruction, operands in _core.arithmetic_loops():
         one = _rate_on(cpus[:1], name, seconds)

@@ -28,6 +28,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from ktrt.engine.torch_threads import set_torch_threads
 from ktrt.errors import KtrtError
 
 if TYPE_CHECKING:
@@ -300,13 +301,12 @@ class RecordedSteps:
         def replay(_held: object = calls) -> None:
             # What is left to torch is small: waking its threads would take longer, and they would
             # get in the way of the engine's.
-            threads = torch.get_num_threads()
-            torch.set_num_threads(1)
+            threads = set_torch_threads(1)
             try:
                 for run in steps:
                     run()
             finally:
-                torch.set_num_threads(threads)
+                set_torch_threads(threads)
 
         return replay
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ktrt.machine.memory import Limit, ram_limit
+from ktrt.machine.threads import ThreadCount, count_threads, threads_within
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -79,6 +80,13 @@ class MachineFacts:
         """Threads that are of use: physical cores, less what a quota takes away."""
         return threads_within(self.cores, self.cpu_quota)
 
+    def threads(self, kt_num_threads: int | None = None) -> ThreadCount:
+        """How many threads an engine would run."""
+        return count_threads(
+            kt_num_threads, self.environment,
+            cores=self.cores, allowed=self.allowed, quota=self.cpu_quota,
+        )  # fmt: skip
+
 
 def read_facts(
     *,
@@ -119,12 +127,6 @@ def read_facts(
         kernel=_text(root / "proc/sys/kernel/osrelease").strip(),
         environment={name: environment[name] for name in ENVIRONMENT if name in environment},
     )
-
-
-def threads_within(cores: int, quota: float | None) -> int:
-    """How many threads run by default: one per physical core, and no more than whole CPUs of a
-    quota. With more, the kernel stops all of them for the rest of every period."""
-    return cores if quota is None else max(1, min(cores, int(quota)))
 
 
 def cpu_quota(root: Path = Path("/")) -> tuple[float | None, str]:

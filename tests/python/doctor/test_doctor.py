@@ -183,6 +183,13 @@ def test_what_to_change(
     assert all(each.reason for each in found)
 
 
+def test_the_threads_that_are_measured_follow_the_quota() -> None:
+    limited = replace(GOOD, cpu_quota=2.5, quota_from="/x")
+    assert (GOOD.threads().count, limited.threads().count, limited.threads(6).count) == (8, 2, 6)
+    named = replace(limited, environment={"OMP_NUM_THREADS": "20,2"})
+    assert named.threads().count == 16
+
+
 def test_backend_by_memory_and_gain() -> None:
     def settings(args: ExpertArgs, **known: object) -> list[Advice]:
         return advise(GOOD, args, **known)  # type: ignore[arg-type]
