@@ -133,8 +133,9 @@ def test_without_a_quota_below_the_cores_torch_is_left_alone(
 def test_omp_num_threads_is_the_users_word_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch, 8, 2.5)
     monkeypatch.setenv("OMP_NUM_THREADS", "6")
-    build_one().close()
+    engine = build_one()
     assert machine.torch_threads == 8
+    engine.close()
 
 
 def test_one_module_sets_torchs_threads() -> None:
