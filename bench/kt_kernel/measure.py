@@ -26,13 +26,13 @@ from engines import (
 )
 
 from ktrt import _core
+from ktrt.engine.formats import format_named
 from ktrt.engine.threads import num_threads
 from ktrt.engine.torch_threads import set_torch_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-ELEMENT_BYTES = {"bf16": 2.0, "int8": 1.0, "int4": 0.5}
 PROBE_BYTES = 256 << 20
 SETTLE_SECONDS = 0.08
 ERROR_TOKENS = 64
@@ -163,7 +163,7 @@ def measure_qlen(
     onednn = onednn_party(weights, qlen) if qlen >= 64 else None
     experts = batch.distinct_experts()
     lora_bytes = 2 * rank * 3 * (HIDDEN + INTER)
-    nbytes = experts * (3 * HIDDEN * INTER * ELEMENT_BYTES[dtype] + lora_bytes)
+    nbytes = experts * (3 * HIDDEN * INTER * format_named(dtype).bits / 8 + lora_bytes)
     flops = 2.0 * qlen * TOP_K * 3 * (HIDDEN * INTER + rank * (HIDDEN + INTER))
     samples = sample_rounds(ktrt, kt, batch, onednn, rounds)
 

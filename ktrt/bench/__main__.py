@@ -105,19 +105,13 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def run(config: Config, sizes: Sizes) -> Report:
     """Loads the model, measures it, and returns all figures in basic types; times in seconds.
     ``KtrtError``: what loading says."""
-    import torch
-
     from ktrt.api import open_session
     from ktrt.bench.measure import Bench
     from ktrt.loading.plan import open_base
-    from ktrt.loading.work import model_work
 
-    base = open_base(config.model)
-    int8 = config.model.quantization_bit == 8 and not torch.cuda.is_available()
-    work = model_work(base.built.model, base.experts.specs, config.model.infer_dtype, int8=int8)
-    del base
+    specs = open_base(config.model, config.experts.kt_weight_path).experts.specs
     with open_session(config) as session:
-        bench = Bench(session, config.experts, work)
+        bench = Bench(session, config.experts, specs)
         sizes = sizes.within(bench.context)
         for note in sizes.notes:
             print(note, file=sys.stderr, flush=True)

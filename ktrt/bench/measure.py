@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ktrt.engine.build import weight_format_of
+from ktrt.engine.formats import format_named, format_of
 from ktrt.engine.probes import (
     BandwidthProbe,
     arithmetic_peaks,
@@ -20,13 +20,15 @@ from ktrt.engine.probes import (
 from ktrt.engine.threads import num_threads
 from ktrt.experts import KTExperts
 from ktrt.generate.loop import generate_step
+from ktrt.loading.inventory import loaded_inventory
+from ktrt.loading.work import ModelWork
 from ktrt.machine.memory import resident_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from ktrt.config import ExpertArgs
-    from ktrt.loading.work import ModelWork
+    from ktrt.experts import ExpertsSpec
     from ktrt.session import Session
 
 Row = dict[str, Any]
@@ -40,19 +42,22 @@ class Bench:
     """One loaded session. With an adapter every phase is measured with it and without it, by turns,
     a read of the memory beside each."""
 
-    def __init__(self, session: Session, experts: ExpertArgs, work: ModelWork) -> None:
-        """``work``: of the base model, whose limits those with an adapter are compared with too."""
+    def __init__(self, session: Session, experts: ExpertArgs, specs: Sequence[ExpertsSpec]) -> None:
+        """``specs``: of the routed experts. With an adapter, too, times are compared with the
+        limits of the base model."""
         self._session = session
         self._kt_backend = experts.kt_backend
-        self._work = work
+        session.adapters.off()
+        self._work = work = ModelWork(loaded_inventory(session.model, specs))
+        session.adapters.on()
         model: Any = session.model
         self._model = model
         self._threads = num_threads(experts.kt_num_threads)
         self._probe = BandwidthProbe(self._threads)
         self._states = (True, False) if session.adapters.names else (False,)
         peaks = arithmetic_peaks(self._threads)
-        self._expert_peak = peak_of(weight_format_of(experts.kt_backend), peaks)
-        self._other_peak = peak_of(work.other_format, peaks)
+        self._expert_peak = peak_of(format_of(experts.kt_backend), peaks)
+        self._other_peak = peak_of(format_named(work.other_format), peaks)
         self._gpu = gpu_rates()
         self._vocab = min(model.get_input_embeddings().weight.shape[0], len(session.tokenizer))
 

@@ -1,4 +1,4 @@
-"""Builds the compiled engine from the user's settings, and says what it will run on."""
+"""Builds the compiled engine from the user's settings, and logs the kernels that it will run."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import importlib.util
 import logging
 import os
 import weakref
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ktrt import _core
 from ktrt.engine import Engine
+from ktrt.engine.formats import format_of
 from ktrt.engine.threads import num_threads
 from ktrt.engine.torch_threads import torch_limit
 from ktrt.machine.facts import cpu_quota
@@ -24,18 +25,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# kt_backend → the engine's weight format and the kernel family that reads it.
-BACKENDS: dict[str, tuple[Literal["bf16", "int8", "int4"], str]] = {
-    "AMXBF16": ("bf16", "gemm_bf16"),
-    "AMXInt8": ("int8", "gemm_int8"),
-    "AMXInt4": ("int4", "gemm_int4"),
-}
-# Tokens of one engine call; longer inputs go in slices. It sizes the scratch memory.
+# Most tokens of one engine call; longer inputs go in slices. It sizes the scratch memory.
 MAX_QLEN = 1024
 
 
 class _ModelEngine(Engine):
-    """An engine beside which torch keeps to the CPU quota; closing it lifts that limit."""
+    """Keeps torch within the CPU quota as well, until it is closed."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -48,7 +43,7 @@ class _ModelEngine(Engine):
 
 
 def build_engine(experts: ExpertArgs) -> Engine:
-    """Returns the engine of one model; a log line names every setting that was not taken as is."""
+    """Returns the engine of one model; log lines name the settings that could not be followed."""
     _notice_missing_kt_kernel()
     threads = num_threads(experts.kt_num_threads)
     if affinity := os.environ.get("KMP_AFFINITY"):
@@ -63,22 +58,18 @@ def build_engine(experts: ExpertArgs) -> Engine:
 
 
 def _hold_torch_to_quota() -> Callable[[], None]:
-    """Torch counts CPUs and knows of no quota. Where OMP_NUM_THREADS is set, the user decides."""
+    """Lowers torch's threads, which follow the number of CPUs, to the quota; returns the undo.
+    OMP_NUM_THREADS is the user's decision and stays."""
     quota, _ = cpu_quota()
     if quota is None or os.environ.get("OMP_NUM_THREADS"):
         return lambda: None
     return torch_limit.hold(threads_within(torch.get_num_threads(), quota))
 
 
-def weight_format_of(kt_backend: str) -> Literal["bf16", "int8", "int4"]:
-    """The engine's weight format for a kt_backend."""
-    return BACKENDS[kt_backend][0]
-
-
 def _kernel_line(kt_backend: str, num_threads: int) -> str:
-    weight_format, family = BACKENDS[kt_backend]
-    kernel = _core.kernels()[family]
-    what = f"{weight_format.upper()} experts run on {kernel} kernels, {num_threads} threads"
+    weight_format = format_of(kt_backend)
+    kernel = _core.kernels()[weight_format.kernel_family]
+    what = f"{weight_format.name.upper()} experts run on {kernel} kernels, {num_threads} threads"
     if kernel.startswith("amx"):
         return f"kt_backend {kt_backend}: {what}"
     limit = "no AMX on this CPU" if _core.detected_isa() != "amx" else f"KTRT_ISA={_core.isa()}"
@@ -94,7 +85,7 @@ def _notice_missing_kt_kernel() -> None:
 
 
 def _nodes(num_threads: int) -> list[list[int]] | None:
-    """The CPUs of each NUMA node to shard the experts over; None to keep experts whole."""
+    """Returns the CPUs of each NUMA node to shard experts over; None to keep experts whole."""
     nodes = _core.numa_cpus()
     if len(nodes) == 1:
         logger.info("kt_tp_enabled: there is one NUMA node, so the experts are kept whole")

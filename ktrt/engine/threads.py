@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 def num_threads(
     kt_num_threads: int | None = None, environment: Mapping[str, str] = os.environ
 ) -> int:
-    """Returns the number of threads that an engine starts; a log line says where it is not the
-    number of cores or the user's."""
+    """Returns the number of threads that an engine starts; a log line explains a number that is
+    neither the cores' nor the user's."""
     chosen = thread_count(kt_num_threads, environment)
     given = environment.get("OMP_NUM_THREADS")
     if kt_num_threads is None and given and omp_threads(environment) is None:
@@ -49,7 +49,7 @@ def num_threads(
 def thread_count(
     kt_num_threads: int | None = None, environment: Mapping[str, str] = os.environ
 ) -> ThreadCount:
-    """The same with what decided, and without log lines."""
+    """Returns the same number with the setting that decided, without log lines."""
     return count_threads(
         kt_num_threads, environment,
         cores=_core.num_cores(), allowed=_allowed(), quota=cpu_quota()[0],

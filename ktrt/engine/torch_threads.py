@@ -19,8 +19,8 @@ def set_torch_threads(count: int) -> int:
 
 
 class TorchLimit:
-    """An upper limit of torch's thread count that several models share: the last one to release it
-    restores the count from before, unless somebody else has changed it since."""
+    """An upper limit on torch's thread count that several models share. The last release restores
+    the earlier count, unless somebody else has changed it since."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -29,8 +29,8 @@ from ktrt.layers.linear import OneRowProducts, accelerate, int8_bytes
 from ktrt.layers.norm import accelerate_norms
 from ktrt.loading.experts import cache_folder, load_experts
 from ktrt.loading.fill import load_without_experts
+from ktrt.loading.inventory import bytes_per_token
 from ktrt.loading.plan import prepare
-from ktrt.loading.traffic import bytes_per_token
 from ktrt.prompt.fit import context_limit
 from ktrt.utils.patches import Patches
 

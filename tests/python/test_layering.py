@@ -28,10 +28,10 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "prompt": {"config", "folders"},
     "engine": {"_core", "config", "machine"},
     "experts": {"config", "engine"},
-    "checkpoint": {"experts", "folders"},
+    "checkpoint": {"engine", "experts", "folders"},
     "layers": {"engine"},
     "kv": set(),
-    "adapter": {"experts"},
+    "adapter": {"engine", "experts"},
     "generate": {"config", "engine", "experts", "kv"},
     "loading": {
         "adapter", "checkpoint", "config", "engine", "experts", "folders", "generate", "kv",
