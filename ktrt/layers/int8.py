@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # Parts of a module's path. PEFT's matrices are LoRA, which is exact.
 _EXEMPT = re.compile(r"(?:^|\.)(?:gate|router|\w+_gate|kv_b_proj|lora_\w+)(?:\.|$)")
-# Beside the codes each output has a scale and the sum of its codes.
+# Each output has codes, a scale, and the sum of its codes.
 INT8 = format_named("int8")
 # Longer rows could overflow the engine's int32 sums.
 _MAX_IN = 65536

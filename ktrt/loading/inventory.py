@@ -7,7 +7,6 @@ the two. The memory plan, the doctor, the chat's status line and the benches are
 
 from __future__ import annotations
 
-import logging
 import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -17,9 +16,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ktrt.adapter.apply.router import RouterLora
 from ktrt.engine.formats import STRIP_ROWS, format_named, round_up
-from ktrt.errors import CheckpointError
 from ktrt.experts import KTExperts
-from ktrt.kv.static import cache_argument
+from ktrt.kv.size import kv_bytes_per_token
 from ktrt.layers import linear as linears
 from ktrt.layers.embedding import host_tables
 from ktrt.layers.int8 import INT8, int8_bytes, int8_layers
@@ -31,8 +29,6 @@ if TYPE_CHECKING:
 
     from ktrt.engine import MoeLayer
     from ktrt.experts import ExpertsSpec
-
-logger = logging.getLogger(__name__)
 
 EXPERTS = "routed experts"
 EXPERT_BIASES = "biases of the experts"
@@ -192,46 +188,6 @@ def _lora_rows(
         for values, each in ((peft, dtype), (lora.router_values, torch.float32)):
             size = each.itemsize * values
             yield Row(LORA, _form(each), size, acts * size, acts * values, gpu=gpu)
-
-
-def kv_bytes_per_token(
-    skeleton: nn.Module, expert_paths: Iterable[str], dtype: torch.dtype | None
-) -> int:
-    """Runs two tokens through the model on the meta device and returns the bytes of KV cache per
-    token; 0, with a log line, for a model that cannot run there. ``dtype`` None: the model's."""
-    from transformers import DynamicCache
-
-    modules: list[Any] = [skeleton.get_submodule(path) for path in expert_paths]
-    for module in modules:
-        module.forward = lambda hidden_states, *_args, **_kwargs: torch.empty_like(hidden_states)
-    cache = DynamicCache(config=skeleton.config)
-    tokens = 2
-    try:
-        ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-        with torch.no_grad():
-            skeleton(input_ids=ids, use_cache=True, **{cache_argument(skeleton): cache})
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
-        logger.info("The size of the KV cache is not known beforehand (%s)", error)
-        return 0
-    except (LookupError, ArithmeticError) as error:  # not the meta device's fault
-        raise CheckpointError(
-            f"config.json describes a {type(skeleton).__name__} that cannot run: "
-            f"{type(error).__name__}: {error}. Correct the file, or download it again."
-        ) from error
-    finally:
-        for module in modules:
-            del module.forward
-    return sum(t.numel() * (dtype or t.dtype).itemsize for t in cached_tensors(cache)) // tokens
-
-
-def cached_tensors(cache: Any) -> list[torch.Tensor]:
-    """Returns the tensors in a cache of transformers."""
-    return [
-        value
-        for layer in cache.layers
-        for value in vars(layer).values()
-        if isinstance(value, torch.Tensor)
-    ]
 
 
 # ---- after loading

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from ktrt import _core
 from ktrt.checkpoint.kt_files import PROJECTIONS, KtWeights
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
-from ktrt.errors import CheckpointError
+from ktrt.errors import CheckpointError, EngineError
 from ktrt.experts import ExpertsSpec, new_layer
 from ktrt.loading.model import load_model
 
@@ -241,5 +241,5 @@ def test_files_of_another_model_or_format(base: Path, tmp_path: Path) -> None:
     scale = key.replace(".weight", ".scale")
     tensors[scale][5] = float("nan")
     save_file(tensors, file)
-    with pytest.raises(ValueError, match="down scales of row 5"):
+    with pytest.raises(EngineError, match="down scales of row 5"):
         logits(base, "int8", kt_weight_path=folder)

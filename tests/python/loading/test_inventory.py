@@ -14,6 +14,7 @@ from torch import nn
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.engine.formats import FORMATS, format_of
 from ktrt.experts import find_experts
+from ktrt.kv.size import cached_tensors
 from ktrt.kv.static import cache_argument
 from ktrt.layers import embedding
 from ktrt.loading.inventory import (
@@ -28,7 +29,6 @@ from ktrt.loading.inventory import (
     Inventory,
     Row,
     bytes_per_token,
-    cached_tensors,
     loaded_inventory,
     planned_inventory,
 )

@@ -20,7 +20,7 @@ import ktrt.loading.model
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import ConfigError
 from ktrt.experts import find_experts
-from ktrt.loading.inventory import kv_bytes_per_token
+from ktrt.kv.size import kv_bytes_per_token
 from ktrt.loading.memory import MIN_CONTEXT, Item, MemoryPlan, check_addresses
 from ktrt.loading.model import load_model
 from ktrt.loading.plan import plan_memory
