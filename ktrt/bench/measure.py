@@ -1,4 +1,4 @@
-"""The measuring half of ``ktrt.bench``: a loaded session's phases, beside the machine's limits."""
+"""Measures for ``ktrt.bench``: a loaded session's phases, compared with the machine's limits."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ if TYPE_CHECKING:
     from ktrt.session import Session
 
 Row = dict[str, Any]
-# Words of a conversation's first message, and of its second.
+# Number of words in a conversation's first and second message.
 _LONG, _SHORT = 256, 8
 # Steps that warm up and, on a GPU, capture the graph of a decode step.
 _WARM_UP = 3
 
 
 class Bench:
-    """One loaded session. With an adapter every phase is measured with it and without it, by turns,
-    a read of the memory beside each."""
+    """Measures one loaded session. With an adapter, each phase runs with and without it by turns;
+    a read of the memory before and after each run gives its limit."""
 
     def __init__(self, session: Session, experts: ExpertArgs, specs: Sequence[ExpertsSpec]) -> None:
-        """``specs``: of the routed experts. With an adapter, too, times are compared with the
+        """``specs`` describe the routed experts. Times with an adapter are also compared with the
         limits of the base model."""
         self._session = session
         self._kt_backend = experts.kt_backend
@@ -63,7 +63,7 @@ class Bench:
 
     @property
     def context(self) -> int:
-        """Tokens that the model's context holds."""
+        """Length of the model's context in tokens."""
         config = self._model.config.get_text_config()
         return int(getattr(config, "max_position_embeddings", None) or 1 << 20)
 
@@ -72,7 +72,7 @@ class Bench:
         self._probe.close()
 
     def settings(self) -> Row:
-        """What ran, and the limits that were measured."""
+        """Returns the kernels and threads that ran, and the measured limits."""
         layer = next(m.layer for m in self._model.modules() if isinstance(m, KTExperts))
         return {
             "threads": self._threads,
@@ -85,7 +85,7 @@ class Bench:
     def phases(
         self, prefill: Sequence[int], decode: int, decode_prompt: int, rounds: int
     ) -> list[Row]:
-        """A row per phase and adapter state: the medians over the rounds."""
+        """Returns a row per phase and adapter state, with medians over the rounds."""
         adapters = self._session.adapters
         cases = [("prefill", size) for size in prefill] + [("decode", decode)]
         samples: dict[tuple[str, int, bool], list[tuple[float, float]]] = {}
@@ -103,8 +103,8 @@ class Bench:
         return [self._row(phase, size, adapter, samples) for phase, size, adapter in samples]
 
     def _times(self, phase: str, size: int, decode_prompt: int, seed: int) -> float:
-        """Seconds of a prompt of ``size`` tokens to its first token, or of one of ``size`` decoded
-        tokens."""
+        """Returns the seconds from a prompt of ``size`` tokens to its first token, or the seconds
+        per token of ``size`` decoded ones."""
         draw = random.Random(seed)
         length = size if phase == "prefill" else decode_prompt
         ids = [draw.randrange(self._vocab) for _ in range(length)]
@@ -155,7 +155,7 @@ class Bench:
         return row
 
     def _limit(self, phase: str, size: int, rate: float) -> float | None:
-        """The least seconds that the base model's bytes and multiplications allow."""
+        """Returns the lower bound in seconds from the base model's bytes and multiplications."""
         gpu_rate = self._gpu.read if self._gpu else None
         if phase == "decode":
             return self._work.decode_seconds(self._kt_backend, rate, gpu_rate)
@@ -168,8 +168,8 @@ class Bench:
         )  # fmt: skip
 
     def first_token(self, rounds: int) -> Row:
-        """Seconds to the first token of a conversation's first turn, nothing of it known, and of
-        its second, short turn, which reuses the first."""
+        """Returns the seconds to the first token of a conversation's first turn, with an empty
+        cache, and of its short second turn, which reuses the first."""
         self._session.adapters.on()
         turns: list[list[Any]] = [[], []]
         for number in range(rounds):
@@ -194,10 +194,10 @@ class Bench:
         }
 
     def memory(self) -> Row:
-        """Bytes: resident now and at most, and of the GPU."""
+        """Returns the resident bytes, their peak, and the GPU's."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         resident = resident_bytes()
-        # The kernel updates the peak now and then only.
+        # The kernel updates the peak at intervals.
         found: Row = {"resident": resident, "peak_resident": max(peak, resident), "gpu_peak": None}
         if self._gpu is not None:
             found["gpu_peak"] = torch.cuda.max_memory_reserved()
@@ -207,7 +207,7 @@ class Bench:
 
 
 def _words(number: int, turn: int, count: int) -> Iterator[str]:
-    """Text that no earlier prompt begins with."""
+    """Yields words; no two prompts begin with the same text."""
     draw = random.Random(f"{number} {turn}")
     for _ in range(count):
         yield draw.choice(("river", "stone", "seven", "light", "paper", "green", "north", "music"))

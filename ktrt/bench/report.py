@@ -1,4 +1,4 @@
-"""What ``ktrt.bench`` measured, as a markdown table and as a chart."""
+"""Reports of ``ktrt.bench``: a markdown table and a chart."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Report = dict[str, Any]
 
 
 def markdown(report: Report) -> str:
-    """Headline, table of phases, first token and memory."""
+    """Returns a headline, a table of phases, and lines for first token and memory."""
     kernels = ", ".join(sorted(set(report["kernels"].values())))
     lines = [
         f"{report['model']}, {report['kt_backend']}, {report['threads']} threads, {kernels}"
@@ -59,13 +59,13 @@ def _phase_lines(rows: list[Report]) -> Iterator[str]:
 
 
 def require_matplotlib() -> None:
-    """``KtrtError`` if there is none."""
+    """Raises ``KtrtError`` if matplotlib is missing."""
     if importlib.util.find_spec("matplotlib") is None:
         raise KtrtError("--plot needs matplotlib: pip install 'ktrt[plot]', or leave --plot out")
 
 
 def plot(report: Report, file: str) -> None:
-    """Bars of tokens per second, prefill and decoding each on a scale of its own."""
+    """Draws bars of tokens per second; prefill and decoding have separate scales."""
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -36,7 +36,7 @@ EXPERT_LORA = "LoRA of the experts"
 ATTENTION = "attention"
 MLP = "dense and shared MLP, routers"
 HEAD = "head"
-# Of both a token looks up one row. Tables are large, and in RAM whatever computes the rest.
+# A token looks up one row of either. Tables are the large ones, which stay in RAM with a GPU, too.
 TABLES = "tables of embeddings"
 EMBEDDINGS = "embeddings"
 BUFFERS = "buffers"

@@ -1,5 +1,4 @@
-"""How fast a machine can decode and read prompts at best: the inventory's bytes and values at the
-rates that were measured."""
+"""Lower bounds of decoding and prefill times: the inventory's numbers at measured rates."""
 
 from __future__ import annotations
 
@@ -22,9 +21,6 @@ from ktrt.loading.inventory import (
 if TYPE_CHECKING:
     from ktrt.loading.inventory import Inventory
 
-# What a token reads besides the routed experts and their LoRA, in the doctor's order.
-_OTHERS = (ATTENTION, MLP, HEAD, LORA)
-
 
 @dataclass(frozen=True)
 class ModelWork:
@@ -40,7 +36,7 @@ class ModelWork:
         return INT8.name if any(row.form == INT8.name for row in rows) else "bf16"
 
     def bytes_by_part(self, kt_backend: str, context: int = 0) -> dict[str, float]:
-        """Bytes that decoding one token reads, after ``context`` others."""
+        """Returns the bytes that decoding a token reads, after ``context`` others."""
         inventory = self.inventory
         return {
             EXPERTS: inventory.experts[kt_backend].read + inventory.read(EXPERT_BIASES),
@@ -55,8 +51,8 @@ class ModelWork:
     def decode_seconds(
         self, kt_backend: str, cpu_rate: float, gpu_rate: float | None = None, context: int = 0
     ) -> float:
-        """The least time of a token: every byte is read once, experts and their LoRA from the CPU's
-        memory, the rest from the GPU's if there is one."""
+        """Returns the lower bound for a token: every byte is read once, experts and their LoRA from
+        the CPU's memory, the rest from the GPU's if there is one."""
         parts = self.bytes_by_part(kt_backend, context)
         experts = parts.pop(EXPERTS) + parts.pop(EXPERT_LORA)
         return experts / cpu_rate + sum(parts.values()) / (gpu_rate or cpu_rate)
@@ -69,9 +65,9 @@ class ModelWork:
         expert_peak: float,
         other_peak: float | None,
     ) -> float:
-        """The least time of a prompt of ``tokens``: the larger of the arithmetic at its peak and
-        one read of the weights. ``other_peak`` None: the rest is on a GPU, which takes no time
-        besides the CPU's. Attention's own products, which grow with the square, are left out."""
+        """Returns the lower bound for a prompt of ``tokens``: the larger of the arithmetic at its
+        peak and one read of the weights. ``other_peak`` None: the rest is on a GPU, which is taken
+        to be faster. Leaves out attention's own products, which grow with the square."""
         experts = self.inventory.experts[kt_backend]
         operations = 2.0 * tokens * (experts.values + self.inventory.values(EXPERT_LORA))
         # Tokens that are routed evenly read this share of the experts.

@@ -76,21 +76,11 @@ NOT_MENDED = [
     "bench/cpp",
     "csrc",
     "ktrt/*.pyi",
-    "ktrt/bench",
-    "ktrt/doctor",
-    "ktrt/engine",
-    "ktrt/loading",
-    "ktrt/machine",
-    "ktrt/pack",
     "pyproject.toml",
     "tests/cpp",
     "tests/python/*.py",
-    "tests/python/bench",
     "tests/python/chat",
     "tests/python/config",
-    "tests/python/doctor",
-    "tests/python/engine",
-    "tests/python/loading",
 ]
 
 CODE = ("ktrt", "csrc", "bench", "tools", "examples")

@@ -257,7 +257,7 @@ def tiny_work(model_type: str, folder: Path) -> tuple[ModelWork, torch.nn.Module
 
 @pytest.mark.parametrize("model_type", ["deepseek_v2", "qwen3_moe", "granitemoe"])
 def test_work_counts_every_weight_once(tmp_path: Path, model_type: str) -> None:
-    """All weights but the embeddings (unless they are the head), and of the routed experts those of
+    """All weights but the embeddings (unless they are the head), and the routed experts that act on
     one token."""
     work, skeleton = tiny_work(model_type, tmp_path / model_type)
     total = sum(weight.numel() for weight in skeleton.parameters())

@@ -75,7 +75,7 @@ def layer() -> _core.MoeLayer:
     return make_layer()
 
 
-# What is passed in
+# Arguments
 
 
 def test_torch_and_numpy_are_the_same(layer: _core.MoeLayer) -> None:

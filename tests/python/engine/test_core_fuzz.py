@@ -1,4 +1,4 @@
-"""Random calls of the compiled module and of the hand-off, in processes of their own.
+"""Random calls of the compiled module and of the hand-off, in separate processes.
 
 A crash or a hang fails the test and prints the last calls. ``make fuzz`` runs more of them.
 """
