@@ -5,10 +5,10 @@
     python bench/cpu_decode.py /tmp/v2lite [--backends AMXBF16 AMXInt8 INT8] [--rank 8] [--json]
     python bench/cpu_decode.py --quick                       # the demo model, for a smoke test
 
-The limit of a token is the bytes of its weights (all except the embeddings, and top_k of each
-layer's experts) at the bandwidth of a plain read on the engine's threads. Probe, base and adapter
-take turns in one process; ratios are medians over neighbouring runs. The adapter is random, on
-every linear layer including routed experts; its bytes count as overhead. INT8 is AMXInt8 with
+The limit of a token is the bytes of its weights (one row of the embeddings, top_k of each layer's
+experts, all others) at the bandwidth of a plain read on the engine's threads. Probe, base and
+adapter take turns in one process; ratios are medians over neighbouring runs. The adapter is random,
+on every linear layer including routed experts; its bytes count as overhead. INT8 is AMXInt8 with
 quantization_bit: 8, the other linear layers in INT8 too.
 """
 
@@ -33,8 +33,7 @@ from safetensors.torch import save_file
 from ktrt import _core
 from ktrt.checkpoint.folder import Checkpoint
 from ktrt.config import load_config
-from ktrt.experts import KTExperts
-from ktrt.layers.linear import int8_bytes
+from ktrt.loading.inventory import BASE, loaded_inventory
 from ktrt.loading.model import LoadedModel, load_model
 
 if TYPE_CHECKING:
@@ -77,16 +76,8 @@ def write_adapter(model: Path, folder: Path, rank: int) -> Path:
 
 def bytes_per_token(model: Any) -> tuple[int, int]:
     """Returns the bytes (other weights, experts) that one token reads, without LoRA."""
-    embeddings = model.get_input_embeddings().weight
-    tied = any(parameter is embeddings for parameter in model.get_output_embeddings().parameters())
-    packed = int8_bytes(model)
-    others = sum(
-        packed.get(id(parameter), parameter.nbytes)
-        for name, parameter in model.named_parameters()
-        if ".lora_" not in name and (tied or parameter is not embeddings)
-    )
-    layers = [module.layer for module in model.modules() if isinstance(module, KTExperts)]
-    return others, sum(each.packed_bytes * each.top_k // each.num_experts for each in layers)
+    inventory = loaded_inventory(model)
+    return round(inventory.read(*BASE)), round(sum(r.read for r in inventory.experts.values()))
 
 
 class Party:

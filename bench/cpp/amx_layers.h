@@ -1,4 +1,4 @@
-// What bench_amx measures of whole layers of DeepSeek-V2-Lite's shape.
+// The part of bench_amx that measures whole layers of DeepSeek-V2-Lite's shape.
 #pragma once
 
 #include <algorithm>
@@ -82,7 +82,7 @@ class Layers {
     }
   }
 
-  // Prints one line; the layers in turn, each forward with routing of its own and right after the
+  // Prints one line; the layers in turn, each forward with its own routing and right after the
   // tile peak that it is compared with.
   void measure(int qlen, int rank, const Peaks& peaks) {
     const std::vector<float> weights(static_cast<std::size_t>(qlen) * kTopK, 1.0f / kTopK);

@@ -1,4 +1,4 @@
-// What a dispatch and a barrier of the thread pool cost, workers spinning or asleep.
+// Costs of a dispatch and of a barrier of the thread pool, with spinning and with sleeping workers.
 
 #include <benchmark/benchmark.h>
 

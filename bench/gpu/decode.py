@@ -26,15 +26,15 @@ from reference import offloaded_seconds_per_token, reference_model
 from sections import Sections
 
 from ktrt._core import ReadProbe
+from ktrt.config.args import WEIGHT_FORMATS
 from ktrt.generate.loop import generate_step
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ktrt.config.args import KtBackend
     from ktrt.generate.runner import KvCache
 
-BACKENDS: dict[str, KtBackend] = {"bf16": "AMXBF16", "int8": "AMXInt8"}
+BACKENDS = {weight_format: backend for backend, weight_format in WEIGHT_FORMATS.items()}
 PROBE_BYTES = 1 << 30
 WARM_UP = 10
 Result = dict[str, Any]

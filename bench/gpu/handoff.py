@@ -27,6 +27,7 @@ import torch
 from sections import Sections
 
 from ktrt import _core
+from ktrt.engine.threads import num_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -265,7 +266,7 @@ def check_timeout(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--threads", type=int, default=0, help="default: the physical cores")
+    parser.add_argument("--threads", type=int, default=0, help="default: as an engine chooses")
     parser.add_argument("--layers", type=int, default=26, help="of the larger model")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -274,7 +275,7 @@ def main() -> int:
     faulthandler.dump_traceback_later(120, exit=True)  # if it is stuck
     start = time.perf_counter()
     torch.zeros(1, device="cuda")
-    engine = _core.Engine(num_threads=args.threads or _core.num_cores(), max_qlen=MAX_QLEN)
+    engine = _core.Engine(num_threads=num_threads(args.threads or None), max_qlen=MAX_QLEN)
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {engine.num_threads} threads"
     )

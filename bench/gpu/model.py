@@ -25,6 +25,7 @@ from ktrt.generate.graphs import CudaGraphs, DecodeGraphs
 from ktrt.generate.runner import KvCache
 from ktrt.layers.cuda_linear import FusedLora
 from ktrt.layers.embedding import tables_to_host
+from ktrt.loading.inventory import experts_row
 from ktrt.utils.patches import Patches
 
 if TYPE_CHECKING:
@@ -211,7 +212,7 @@ class Bench:
     @property
     def bytes_per_token(self) -> float:
         """Bytes of packed expert weights that decoding one token reads."""
-        return sum(layer.packed_bytes / layer.num_experts * layer.top_k for _, layer in self.layers)
+        return experts_row(layer for _, layer in self.layers).read
 
     def close(self) -> None:
         if self.hand_off is not None:

@@ -22,6 +22,7 @@ from sections import Sections
 
 from ktrt import _core
 from ktrt._core import Engine, MoeLayer
+from ktrt.engine.threads import num_threads
 from ktrt.experts.gpu.costs import measure_engine, measure_gpu, streaming_threshold
 from ktrt.experts.gpu.residents import GpuExperts
 
@@ -59,7 +60,7 @@ def main() -> int:
     sections = Sections()
     sizes = SMALL if args.small else V2_LITE
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    engine = Engine(num_threads=_core.num_cores(), max_qlen=MAX_QLEN)
+    engine = Engine(num_threads=num_threads(), max_qlen=MAX_QLEN)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "no GPU"
     print(f"torch {torch.__version__}, {name}, {engine.num_threads} threads, {_core.isa()}")
     print(

@@ -40,7 +40,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="1 and 256 tokens, rank 0 and 8")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--threads", type=int, default=0, help="default: the physical cores")
+    parser.add_argument("--threads", type=int, default=0, help="default: as an engine chooses")
     parser.add_argument("--layers", type=int, default=3, help="distinct layers to cycle")
     parser.add_argument("--dtypes", default=",".join(DTYPES), help="bf16,int8; int4 on demand")
     parser.add_argument("--ranks", default="")

@@ -9,17 +9,16 @@ import os
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from ktrt import _core
+from ktrt.engine.formats import format_named
 
 # DeepSeek-V2-Lite.
 EXPERTS, TOP_K, HIDDEN, INTER = 64, 6, 2048, 1408
 LORA_SCALE = 2.0
-FORMATS: tuple[Literal["bf16", "int8", "int4"], ...] = ("bf16", "int8", "int4")
-KT_CLASS = {"bf16": "AMXBF16", "int8": "AMXInt8", "int4": "AMXInt4"}
 
 
 @dataclass
@@ -77,7 +76,7 @@ class Ktrt:
             top_k=TOP_K,
             hidden_size=HIDDEN,
             intermediate_size=INTER,
-            weight_format=next(each for each in FORMATS if each == dtype),
+            weight_format=format_named(dtype).name,
         )
         for expert in range(EXPERTS):
             layer.load_expert(
@@ -128,14 +127,14 @@ class KtKernel:
         config.gate_proj, config.up_proj = w.gate.data_ptr(), w.up.data_ptr()
         config.down_proj = w.down.data_ptr()
         if not w.lora:
-            layer = getattr(self.kt.moe, f"{KT_CLASS[dtype]}_MOE")(config)
+            layer = getattr(self.kt.moe, f"{format_named(dtype).kt_backend}_MOE")(config)
             self.cpu.submit(layer.load_weights_task(self.identity.data_ptr()))
             self.cpu.sync()
             return layer
         config.lora_rank, config.lora_alpha = w.rank, LORA_SCALE * w.rank
         config.lora_dropout = 0.0  # else it is applied at inference
         config.share_backward_bb = config.share_cache_pool = True  # else weights double
-        layer = getattr(self.kt.moe, f"{KT_CLASS[dtype]}_SFT_MOE")(config)
+        layer = getattr(self.kt.moe, f"{format_named(dtype).kt_backend}_SFT_MOE")(config)
         self.cpu.submit(layer.load_weights_task())
         self.cpu.sync()
         names = ("gate_a", "gate_b", "up_a", "up_b", "down_a", "down_b")

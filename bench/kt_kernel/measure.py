@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -27,11 +26,13 @@ from engines import (
 )
 
 from ktrt import _core
+from ktrt.engine.formats import format_named
+from ktrt.engine.threads import num_threads
+from ktrt.engine.torch_threads import set_torch_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-ELEMENT_BYTES = {"bf16": 2.0, "int8": 1.0, "int4": 0.5}
 PROBE_BYTES = 256 << 20
 SETTLE_SECONDS = 0.08
 ERROR_TOKENS = 64
@@ -162,7 +163,7 @@ def measure_qlen(
     onednn = onednn_party(weights, qlen) if qlen >= 64 else None
     experts = batch.distinct_experts()
     lora_bytes = 2 * rank * 3 * (HIDDEN + INTER)
-    nbytes = experts * (3 * HIDDEN * INTER * ELEMENT_BYTES[dtype] + lora_bytes)
+    nbytes = experts * (3 * HIDDEN * INTER * format_named(dtype).bits / 8 + lora_bytes)
     flops = 2.0 * qlen * TOP_K * 3 * (HIDDEN * INTER + rank * (HIDDEN + INTER))
     samples = sample_rounds(ktrt, kt, batch, onednn, rounds)
 
@@ -204,8 +205,8 @@ def measure(
     zipf: bool,
 ) -> Iterator[dict[str, Any]]:
     """Yields the rows of one dtype, each with the machine."""
-    threads = threads or len({_core_of(cpu) for cpu in os.sched_getaffinity(0)})
-    torch.set_num_threads(threads)
+    threads = num_threads(threads or None)
+    set_torch_threads(threads)
     base = make_weights()
     ktrt = Ktrt(base, dtype, layers, threads, max(qlens))
     keep = []  # kt_kernel's destructors are slow and noisy
@@ -242,8 +243,3 @@ def describe_machine(kt: KtKernel, threads: int, layers: int) -> dict[str, Any]:
         "shape": f"{EXPERTS} experts top-{TOP_K}, hidden {HIDDEN}, intermediate {INTER}",
         "layers": layers,
     }
-
-
-def _core_of(cpu: int) -> str:
-    path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-    return path.read_text().strip() if path.exists() else str(cpu)

@@ -68,7 +68,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--llama-cpp", type=Path, help="folder with libllama.so")
     parser.add_argument("--layers", type=int, default=4, help="1.1 GB each, in BF16")
     parser.add_argument("--vocab", type=int, default=8192)
-    parser.add_argument("--threads", type=int, default=0, help="default: the physical cores")
+    parser.add_argument("--threads", type=int, default=0, help="default: as an engine chooses")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=96, help="tokens to decode")
     parser.add_argument("--rounds", type=int, default=5)
@@ -328,8 +328,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from ktrt import _core
+    from ktrt.engine.threads import num_threads
 
-    args.threads = args.threads or _core.num_cores()
+    args.threads = num_threads(args.threads or None)
     os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
     args.out.mkdir(parents=True, exist_ok=True)
     weights = prepare(args)

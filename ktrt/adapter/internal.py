@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch.nn import functional as F
 
+from ktrt.engine.formats import STRIP_ROWS, round_up
 from ktrt.experts.spec import Projection
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ktrt.experts.spec import ExpertsSpec
+_BLOCK_RANKS = 16
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,22 @@ def engine_numel(lora: Mapping[Projection, ExpertLora]) -> int:
     """Returns the count of numbers that the engine keeps of a layer's LoRA, without padding."""
     shared = lora["up"].a.numel() if _up_reads_gates_a(lora) else 0
     return sum(pair.a.numel() + pair.b.numel() for pair in lora.values()) - shared
+
+
+def engine_bytes(lora: Mapping[Projection, ExpertLora]) -> int:
+    """Returns the engine's bytes for a layer's LoRA, in the layout of csrc/lora/expert_lora.h: A in
+    blocks of 16 ranks, gate's and up's together, B in strips of 32 rows and pairs of ranks."""
+    shrinks: dict[str, tuple[int, int]] = {}  # by input: ranks and columns
+    numbers = 0
+    for projection, pair in lora.items():
+        experts, rank, columns = pair.a.shape
+        own = 0 if projection == "up" and _up_reads_gates_a(lora) else rank
+        source = "down" if projection == "down" else "input"
+        shrinks[source] = shrinks.get(source, (0, 0))[0] + own, columns
+        numbers += experts * round_up(pair.b.shape[1], STRIP_ROWS) * round_up(rank, 2)
+    for ranks, columns in shrinks.values():
+        numbers += experts * round_up(ranks, _BLOCK_RANKS) * round_up(columns, STRIP_ROWS)
+    return 2 * numbers
 
 
 class Target(Protocol):

@@ -21,7 +21,7 @@ from ktrt.adapter.files.read import read_adapter
 from ktrt.adapter.files.settings import LoraSettings
 from ktrt.adapter.files.zeros import warn_of_zeros
 from ktrt.adapter.fit import fit_names, is_raw_tinker
-from ktrt.adapter.internal import engine_arguments, engine_numel
+from ktrt.adapter.internal import engine_arguments, engine_bytes, engine_numel
 from ktrt.adapter.layouts import (
     extra_experts,
     fused,
@@ -89,6 +89,14 @@ class AdapterPlan:
         others = (t.value.numel() for t in self.files.tensors if t.key not in inside)
         outside = sum(others) + copied_numel(self.side)
         return sum(engine_numel(lora) for lora in self.experts.values()), outside
+
+    def router_numel(self) -> int:
+        """Returns the numbers of the LoRA on routers, which torch holds in float32."""
+        return sum(each.value.numel() for parts in self.side.routers.values() for each in parts)
+
+    def engine_bytes(self) -> int:
+        """Returns the bytes of the engine's LoRA on routed experts, padding included."""
+        return sum(engine_bytes(lora) for lora in self.experts.values())
 
     @property
     def vocabulary(self) -> int | None:

@@ -1,4 +1,4 @@
-"""``python -m ktrt.bench config.yaml``: how fast a configuration is, and how near its limits."""
+"""``python -m ktrt.bench config.yaml``: speeds of a configuration, and their limits."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
     from ktrt.config import Config
 
-# Tokens before those that are decoded.
+# Length of the prompt before the decoded tokens.
 DECODE_PROMPT = 32
 Report = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured: ``prefill`` lengths, ``decode`` tokens, ``rounds`` of each."""
+    """The measurements: ``prefill`` lengths, ``decode`` tokens, ``rounds`` of each."""
 
     prefill: tuple[int, ...] = (32, 512, 2048)
     decode: int = 128
@@ -35,10 +35,10 @@ class Sizes:
     notes: tuple[str, ...] = field(default=(), compare=False)
 
     def within(self, context: int) -> Sizes:
-        """The sizes that a model with so much context can run, with a note for each that cannot."""
+        """Returns sizes that fit into ``context`` tokens, with a note for each that was reduced."""
         notes, prefill = list(self.notes), []
         for size in self.prefill:
-            # One more token follows a prompt.
+            # The prompt is followed by one token.
             fitting = size if size < context else 1 << (context - 1).bit_length() - 1
             if fitting >= context:
                 fitting //= 2
@@ -61,7 +61,7 @@ class Sizes:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures and prints; 0, 2 after a failure, 130 after Ctrl-C."""
+    """Measures and prints. Returns 0, 2 on failure, 130 after Ctrl-C."""
     args = _parse_arguments(argv)
 
     def body() -> int:
@@ -104,20 +104,14 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(config: Config, sizes: Sizes) -> Report:
     """Loads the model, measures it, and returns all figures in basic types; times in seconds.
-    ``KtrtError``: what loading says."""
-    import torch
-
+    ``KtrtError``: the model cannot be loaded."""
     from ktrt.api import open_session
     from ktrt.bench.measure import Bench
     from ktrt.loading.plan import open_base
-    from ktrt.loading.work import model_work
 
-    base = open_base(config.model)
-    int8 = config.model.quantization_bit == 8 and not torch.cuda.is_available()
-    work = model_work(base.built.model, base.experts.specs, config.model.infer_dtype, int8=int8)
-    del base
+    specs = open_base(config.model, config.experts.kt_weight_path).experts.specs
     with open_session(config) as session:
-        bench = Bench(session, config.experts, work)
+        bench = Bench(session, config.experts, specs)
         sizes = sizes.within(bench.context)
         for note in sizes.notes:
             print(note, file=sys.stderr, flush=True)

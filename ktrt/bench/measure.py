@@ -1,4 +1,4 @@
-"""The measuring half of ``ktrt.bench``: a loaded session's phases, beside the machine's limits."""
+"""Measures for ``ktrt.bench``: a loaded session's phases, compared with the machine's limits."""
 
 from __future__ import annotations
 
@@ -10,54 +10,60 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ktrt.engine.build import num_threads, weight_format_of
+from ktrt.engine.formats import format_named, format_of
 from ktrt.engine.probes import (
     BandwidthProbe,
     arithmetic_peaks,
     gpu_rates,
     peak_of,
 )
+from ktrt.engine.threads import num_threads
 from ktrt.experts import KTExperts
 from ktrt.generate.loop import generate_step
+from ktrt.loading.inventory import loaded_inventory
+from ktrt.loading.work import ModelWork
 from ktrt.machine.memory import resident_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from ktrt.config import ExpertArgs
-    from ktrt.loading.work import ModelWork
+    from ktrt.experts import ExpertsSpec
     from ktrt.session import Session
 
 Row = dict[str, Any]
-# Words of a conversation's first message, and of its second.
+# Number of words in a conversation's first and second message.
 _LONG, _SHORT = 256, 8
 # Steps that warm up and, on a GPU, capture the graph of a decode step.
 _WARM_UP = 3
 
 
 class Bench:
-    """One loaded session. With an adapter every phase is measured with it and without it, by turns,
-    a read of the memory beside each."""
+    """Measures one loaded session. With an adapter, each phase runs with and without it by turns;
+    a read of the memory before and after each run gives its limit."""
 
-    def __init__(self, session: Session, experts: ExpertArgs, work: ModelWork) -> None:
-        """``work``: of the base model, whose limits those with an adapter are compared with too."""
+    def __init__(self, session: Session, experts: ExpertArgs, specs: Sequence[ExpertsSpec]) -> None:
+        """``specs`` describe the routed experts. Times with an adapter are also compared with the
+        limits of the base model."""
         self._session = session
         self._kt_backend = experts.kt_backend
-        self._work = work
+        session.adapters.off()
+        self._work = work = ModelWork(loaded_inventory(session.model, specs))
+        session.adapters.on()
         model: Any = session.model
         self._model = model
-        self._threads = num_threads(experts)
+        self._threads = num_threads(experts.kt_num_threads)
         self._probe = BandwidthProbe(self._threads)
         self._states = (True, False) if session.adapters.names else (False,)
         peaks = arithmetic_peaks(self._threads)
-        self._expert_peak = peak_of(weight_format_of(experts.kt_backend), peaks)
-        self._other_peak = peak_of(work.other_format, peaks)
+        self._expert_peak = peak_of(format_of(experts.kt_backend), peaks)
+        self._other_peak = peak_of(format_named(work.other_format), peaks)
         self._gpu = gpu_rates()
         self._vocab = min(model.get_input_embeddings().weight.shape[0], len(session.tokenizer))
 
     @property
     def context(self) -> int:
-        """Tokens that the model's context holds."""
+        """Length of the model's context in tokens."""
         config = self._model.config.get_text_config()
         return int(getattr(config, "max_position_embeddings", None) or 1 << 20)
 
@@ -66,7 +72,7 @@ class Bench:
         self._probe.close()
 
     def settings(self) -> Row:
-        """What ran, and the limits that were measured."""
+        """Returns the kernels and threads that ran, and the measured limits."""
         layer = next(m.layer for m in self._model.modules() if isinstance(m, KTExperts))
         return {
             "threads": self._threads,
@@ -79,7 +85,7 @@ class Bench:
     def phases(
         self, prefill: Sequence[int], decode: int, decode_prompt: int, rounds: int
     ) -> list[Row]:
-        """A row per phase and adapter state: the medians over the rounds."""
+        """Returns a row per phase and adapter state, with medians over the rounds."""
         adapters = self._session.adapters
         cases = [("prefill", size) for size in prefill] + [("decode", decode)]
         samples: dict[tuple[str, int, bool], list[tuple[float, float]]] = {}
@@ -97,8 +103,8 @@ class Bench:
         return [self._row(phase, size, adapter, samples) for phase, size, adapter in samples]
 
     def _times(self, phase: str, size: int, decode_prompt: int, seed: int) -> float:
-        """Seconds of a prompt of ``size`` tokens to its first token, or of one of ``size`` decoded
-        tokens."""
+        """Returns the seconds from a prompt of ``size`` tokens to its first token, or the seconds
+        per token of ``size`` decoded ones."""
         draw = random.Random(seed)
         length = size if phase == "prefill" else decode_prompt
         ids = [draw.randrange(self._vocab) for _ in range(length)]
@@ -149,7 +155,7 @@ class Bench:
         return row
 
     def _limit(self, phase: str, size: int, rate: float) -> float | None:
-        """The least seconds that the base model's bytes and multiplications allow."""
+        """Returns the lower bound in seconds from the base model's bytes and multiplications."""
         gpu_rate = self._gpu.read if self._gpu else None
         if phase == "decode":
             return self._work.decode_seconds(self._kt_backend, rate, gpu_rate)
@@ -162,8 +168,8 @@ class Bench:
         )  # fmt: skip
 
     def first_token(self, rounds: int) -> Row:
-        """Seconds to the first token of a conversation's first turn, nothing of it known, and of
-        its second, short turn, which reuses the first."""
+        """Returns the seconds to the first token of a conversation's first turn, with an empty
+        cache, and of its short second turn, which reuses the first."""
         self._session.adapters.on()
         turns: list[list[Any]] = [[], []]
         for number in range(rounds):
@@ -188,10 +194,10 @@ class Bench:
         }
 
     def memory(self) -> Row:
-        """Bytes: resident now and at most, and of the GPU."""
+        """Returns the resident bytes, their peak, and the GPU's."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         resident = resident_bytes()
-        # The kernel updates the peak now and then only.
+        # The kernel updates the peak at intervals.
         found: Row = {"resident": resident, "peak_resident": max(peak, resident), "gpu_peak": None}
         if self._gpu is not None:
             found["gpu_peak"] = torch.cuda.max_memory_reserved()
@@ -201,7 +207,7 @@ class Bench:
 
 
 def _words(number: int, turn: int, count: int) -> Iterator[str]:
-    """Text that no earlier prompt begins with."""
+    """Yields words; no two prompts begin with the same text."""
     draw = random.Random(f"{number} {turn}")
     for _ in range(count):
         yield draw.choice(("river", "stone", "seven", "light", "paper", "green", "north", "music"))

@@ -1,4 +1,4 @@
-"""The results of ``ktrt.bench`` as a markdown table and as a chart."""
+"""Reports of ``ktrt.bench``: a markdown table and a chart."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Report = dict[str, Any]
 
 
 def markdown(report: Report) -> str:
-    """Returns the headline, the table of phases, the first token and the memory."""
+    """Returns a headline, a table of phases, and lines for first token and memory."""
     kernels = ", ".join(sorted(set(report["kernels"].values())))
     lines = [
         f"{report['model']}, {report['kt_backend']}, {report['threads']} threads, {kernels}"
@@ -59,7 +59,7 @@ def _phase_lines(rows: list[Report]) -> Iterator[str]:
 
 
 def require_matplotlib() -> None:
-    """Raises ``KtrtError`` without matplotlib."""
+    """Raises ``KtrtError`` if matplotlib is missing."""
     if importlib.util.find_spec("matplotlib") is None:
         raise KtrtError("--plot needs matplotlib: pip install 'ktrt[plot]', or leave --plot out")
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ktrt.checkpoint.folder import INDEX_NAME, SINGLE_NAME, Checkpoint
+from ktrt.engine.formats import FORMATS, format_named, is_quantized
 from ktrt.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ PROJECTIONS: tuple[Projection, ...] = ("gate", "up", "down")
 # (codes uint8 [bytes], scales float32 [rows]) of each part.
 Shards = list[tuple[Any, Any]]
 
-# Bits of a code, by weight format.
-_BITS = {"int8": 8, "int4": 4}
+# kt_kernel writes files of quantised experts only.
+FILE_FORMATS = tuple(each for each in FORMATS if is_quantized(each))
 _TREE_FILE = re.compile(
     r"_layer_(\d+)/_numa_(\d+)/(INT\d)_(gate|up|down)_(\d+)_(\d+)Byte_(quant|scale)_\.kt"
 )
@@ -63,11 +64,13 @@ class KtWeights:
         self._folder = folder
         self._arrays = _find(folder)
         self.parts = 1 + max(key.part for key in self._arrays)
-        self._weight_format = weight_format
-        if weight_format not in _BITS:
+        self._format = format_named(weight_format)
+        if self._format not in FILE_FORMATS:
             raise CheckpointError(
-                f"kt_weight_path {folder}: kt_kernel has files of {', '.join(_BITS)} experts only; "
-                f"expected kt_backend AMXInt8 or AMXInt4, found {weight_format} experts."
+                f"kt_weight_path {folder}: kt_kernel has files of "
+                f"{', '.join(each.name for each in FILE_FORMATS)} experts only; expected "
+                f"kt_backend {' or '.join(each.kt_backend for each in FILE_FORMATS)}, found "
+                f"{weight_format} experts."
             )
         for spec in specs:
             self._check(spec)
@@ -111,7 +114,7 @@ class KtWeights:
         local = spec.intermediate_size // self.parts
         for projection in PROJECTIONS:
             rows = spec.hidden_size if projection == "down" else local
-            codes = spec.hidden_size * local * _BITS[self._weight_format] // 8
+            codes = spec.hidden_size * local * self._format.bits // 8
             for part in range(self.parts):
                 for expert in range(spec.num_experts):
                     for kind, size in (("codes", codes), ("scales", 4 * rows)):
@@ -121,13 +124,13 @@ class KtWeights:
 
     def _wrong_size(self, spec: ExpertsSpec, array: _Array, kind: str, expected: int) -> str:
         weights = spec.hidden_size * spec.intermediate_size // self.parts
-        other = [name for name, bits in _BITS.items() if array.size == weights * bits // 8]
+        other = [each for each in FILE_FORMATS if array.size == weights * each.bits // 8]
         hint = "The files are of another model, or damaged."
         if kind == "codes" and other:
-            hint = f"The files hold {other[0]} experts: set kt_backend: AMX{other[0].title()}."
+            hint = f"The files hold {other[0].name} experts: set kt_backend: {other[0].kt_backend}."
         return (
             f"kt_weight_path: {array.where} has {array.size} bytes, expected {expected} for "
-            f"{self._weight_format} {kind} of {spec.path}. {hint}"
+            f"{self._format.name} {kind} of {spec.path}. {hint}"
         )
 
 

@@ -11,6 +11,8 @@ from ktrt.errors import ConfigError
 
 InferDtype = Literal["auto", "bfloat16", "float16", "float32"]
 KtBackend = Literal["AMXBF16", "AMXInt8", "AMXInt4"]
+# The engine's weight format that each kt_backend means; a test compares it with the engine's.
+WEIGHT_FORMATS: Mapping[KtBackend, str] = {"AMXBF16": "bf16", "AMXInt8": "int8", "AMXInt4": "int4"}
 # Beyond any machine (Linux ends at 8192 CPUs) and any model; a larger number is a typing error.
 _MAX_THREADS = 8192
 _MAX_COUNT = 2**31

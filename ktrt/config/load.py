@@ -10,6 +10,7 @@ from typing import Any, Literal
 from ktrt.config.adapters import ADAPTER_KEYS, check_adapter_value, resolve_adapters
 from ktrt.config.args import (
     SAMPLING_ALIASES,
+    WEIGHT_FORMATS,
     AdapterArgs,
     Config,
     ExpertArgs,
@@ -67,13 +68,10 @@ _ALIASES = {
 # Two keys of kt_kernel have the same meaning: the values of both, in lower case, as kt_backend.
 _BACKENDS = {
     "kt_backend": {
-        "amxbf16": "AMXBF16",
-        "amxint8": "AMXInt8",
-        "int8": "AMXInt8",
-        "amxint4": "AMXInt4",
-        "int4": "AMXInt4",
+        **{name.lower(): name for name in WEIGHT_FORMATS},
+        **{each: name for name, each in WEIGHT_FORMATS.items() if each != "bf16"},
     },
-    "kt_expert_weight_format": {"bf16": "AMXBF16", "int8": "AMXInt8", "int4": "AMXInt4"},
+    "kt_expert_weight_format": {each: name for name, each in WEIGHT_FORMATS.items()},
 }
 _ACTING = {*_TYPES, *_ALIASES, *_BACKENDS, "kt_config"}
 _KNOWN = {*_ACTING, *IGNORED, *NOTED, *REFUSED}
@@ -210,7 +208,8 @@ def _backend(spelling: str, raw: object, names: Mapping[str, str], where: str) -
         return None
     if isinstance(name, str) and name in names:
         return names[name]
-    expected = "AMXBF16, AMXInt8 or AMXInt4" if "amxbf16" in names else "bf16, int8 or int4"
+    *others, last = WEIGHT_FORMATS if "amxbf16" in names else names
+    expected = f"{', '.join(others)} or {last}"
     raise ConfigError(f"{where}: {spelling}: expected {expected}, found {describe(raw)}")
 
 

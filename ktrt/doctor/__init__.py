@@ -1,1 +1,1 @@
-"""What this machine has and reaches, and what to change: ``python -m ktrt.doctor``."""
+"""Examines this machine and advises on settings: ``python -m ktrt.doctor``."""

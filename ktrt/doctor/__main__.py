@@ -1,5 +1,5 @@
-"""``python -m ktrt.doctor [config.yaml]``: what this machine has and reaches, what a model would
-reach on it, and which settings to change."""
+"""``python -m ktrt.doctor [config.yaml]``: the machine and its speed, a model's speed on it, and
+advice on settings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
     from ktrt.engine.probes import ArithmeticPeak, GpuRates
     from ktrt.loading.work import ModelWork
-    from ktrt.machine.facts import MachineFacts
 
 # Shares of the limits that whole models reached on machines measured so far (docs/performance.md).
 DECODE_SHARE = 0.85
@@ -32,9 +31,9 @@ Report = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the report; 0 if all is well, 1 if something should be fixed, 2 after a failure."""
+    """Prints the report. Returns 0 if all is well, 1 if something should be fixed, 2 on failure."""
     args = _parse_arguments(argv)
-    # What the user set, before imports of ours and torch's set what they need.
+    # The user's settings: imports of ktrt and torch change the environment later.
     environment = environment_of_process()
 
     def body() -> int:
@@ -49,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = new_parser(
         "doctor",
-        "Examines this machine, and what a model would reach on it.",
+        "Examines this machine, and the speed of a model on it.",
         "Exit code: 0 all is well, 1 something should be fixed, 2 the examination failed.",
     )
     parser.add_argument(
@@ -59,13 +58,13 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def examine(args: argparse.Namespace, environment: Mapping[str, str]) -> Report:
-    """The whole report, in basic types. ``KtrtError``: no engine, or a configuration that is
-    wrong."""
+    """Returns the whole report in basic types. ``KtrtError``: no engine, or a wrong
+    configuration."""
     config = None if args.config is None else load_config(args.config, args.overrides)
     from ktrt.engine import probes
 
     facts = probes.machine_facts(environment)
-    threads = _threads(facts, config.experts if config else None)
+    threads = facts.threads(config.experts.kt_num_threads if config else None).count
     bandwidth = probes.read_bandwidth(threads)
     peaks = probes.arithmetic_peaks(threads)
     driver = probes.has_nvidia_gpu()
@@ -95,15 +94,6 @@ def examine(args: argparse.Namespace, environment: Mapping[str, str]) -> Report:
     return report
 
 
-def _threads(facts: MachineFacts, experts: ExpertArgs | None) -> int:
-    """How many the engine would run."""
-    wanted = experts.kt_num_threads if experts else None
-    if wanted is None:
-        first = facts.environment.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-        wanted = int(first) if first.isdecimal() and int(first) > 0 else facts.cores
-    return min(wanted, facts.allowed)
-
-
 def _examine_model(
     model: ModelArgs,
     adapter: AdapterArgs,
@@ -112,18 +102,13 @@ def _examine_model(
     peaks: list[ArithmeticPeak],
     gpu: GpuRates | None,
 ) -> Report:
-    """What the model takes and would reach, from its headers alone."""
+    """Returns the model's memory and speed limits, computed from its headers alone."""
     from ktrt.loading.plan import prepare
-    from ktrt.loading.work import model_work
+    from ktrt.loading.work import ModelWork
 
     ready = prepare(model, adapter, experts)
     ready.engine.close()
-    first = next(iter(ready.adapters.values()), None)
-    lora = first.planned_numel() if first else (0, 0)
-    skeleton, specs = ready.base.built.model, ready.base.experts.specs
-    int8 = model.quantization_bit == 8 and gpu is None
-    work = model_work(skeleton, specs, model.infer_dtype, lora, int8=int8)
-    memory = ready.memory
+    work, memory = ModelWork(ready.inventory), ready.memory
     context = min(2048, memory.max_context)
     fits = memory.fitting_backends()
     return {
@@ -151,17 +136,18 @@ def _reach(
     peaks: list[ArithmeticPeak],
     gpu: GpuRates | None,
 ) -> Iterator[Report]:
-    """Tokens per second by kt_backend: bounds, and what to expect."""
-    from ktrt.engine.formats import BACKENDS
+    """Yields tokens per second by kt_backend: upper bounds and expected values."""
+    from ktrt.engine.formats import FORMATS, format_named
     from ktrt.engine.probes import peak_of
 
     gpu_rate = gpu.read if gpu else None
-    others = peak_of(work.other_format, peaks) if gpu is None else None
-    for backend, weight_format in BACKENDS.items():
+    others = peak_of(format_named(work.other_format), peaks) if gpu is None else None
+    for weight_format in FORMATS:
+        backend = weight_format.kt_backend
         decode = 1 / work.decode_seconds(backend, bandwidth, gpu_rate, context)
         row: Report = {"kt_backend": backend, "decode_bound": decode, "prompt": _PROMPT}
         row |= {"decode": DECODE_SHARE * decode, "prefill_bound": None, "prefill": None}
-        if (peak := peak_of(weight_format.name, peaks)) is not None:
+        if (peak := peak_of(weight_format, peaks)) is not None:
             other_peak = others.all_threads if others else None
             seconds = work.prefill_seconds(
                 backend, _PROMPT, bandwidth, peak.all_threads, other_peak
@@ -175,7 +161,7 @@ def _reach(
 
 
 def lines(report: Report) -> Iterator[str]:
-    """The report for people."""
+    """Yields the report as text."""
     yield from _machine_lines(report)
     if report["model"] is not None:
         yield from _model_lines(report["model"])

@@ -1,4 +1,4 @@
-"""Which settings of this machine and configuration to change, each with the reason."""
+"""Advice on settings of this machine and the configuration, each with its reason."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ if TYPE_CHECKING:
     from ktrt.config import ExpertArgs
     from ktrt.machine.facts import MachineFacts
 
-# "fix": it does not run, or at a fraction of its speed; "consider": a choice of the user's.
+# "fix": the model does not run, or at a fraction of its speed; "consider": the user's choice.
 Level = Literal["fix", "consider"]
-# A gain in speed below this is not worth INT8's rounding.
+# INT8's rounding is not worth a smaller speed-up than this.
 _WORTH_IT = 1.2
 
 
 @dataclass(frozen=True)
 class Advice:
-    """``setting``: what to change, and to what."""
+    """``setting`` is the change to make."""
 
     level: Level
     setting: str
@@ -35,10 +35,10 @@ def advise(
     int8_gain: float = 1.0,
     cuda_missing: bool = False,
 ) -> list[Advice]:
-    """What to change, the urgent first. ``experts``: the configuration's; ``fits``: its backends
-    for which memory suffices, ``excess``: why the configured one does not fit, ``int8_gain``: how
-    many times as fast INT8 decodes as BF16; ``cuda_missing``: there is an NVIDIA driver, but torch
-    finds no GPU."""
+    """Returns the advice, urgent items first. ``experts`` is from the configuration; ``fits``
+    lists every kt_backend that memory suffices for; ``excess`` says why the configured one does not
+    fit; ``int8_gain`` is the speed of decoding INT8 over BF16; ``cuda_missing``: there is an NVIDIA
+    driver, but torch finds no GPU."""
     found = [*_isa(facts), *_threads(facts, experts), *_memory(facts), *_openmp(facts)]
     if experts is not None:
         found += [*_backend(experts, fits, excess, int8_gain), *_numa(facts, experts)]
@@ -70,9 +70,8 @@ def _isa(facts: MachineFacts) -> Iterator[Advice]:
 
 
 def _threads(facts: MachineFacts, experts: ExpertArgs | None) -> Iterator[Advice]:
-    wanted, name = _wanted_threads(facts, experts)
-    threads = min(wanted or facts.usable_cores, facts.allowed)
-    usable = facts.usable_cores
+    chosen = facts.threads(experts.kt_num_threads if experts else None)
+    threads, wanted, name, usable = chosen.count, chosen.wanted, chosen.setting, chosen.default
     if facts.cpu_quota is not None and threads > facts.cpu_quota:
         yield Advice(
             "fix", f"kt_num_threads: {usable}, or raise the quota",
@@ -105,15 +104,6 @@ def _threads(facts: MachineFacts, experts: ExpertArgs | None) -> Iterator[Advice
             "consider", "cpupower frequency-set -g performance",
             "the frequency governor is powersave: clocks rise late after each wait",
         )  # fmt: skip
-
-
-def _wanted_threads(facts: MachineFacts, experts: ExpertArgs | None) -> tuple[int | None, str]:
-    if experts is not None and experts.kt_num_threads is not None:
-        return experts.kt_num_threads, "kt_num_threads"
-    first = facts.environment.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    if first.isdecimal() and int(first) > 0:
-        return int(first), "OMP_NUM_THREADS"
-    return None, "kt_num_threads"
 
 
 def _memory(facts: MachineFacts) -> Iterator[Advice]:

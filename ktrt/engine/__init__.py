@@ -1,7 +1,8 @@
 """The compiled engine ``ktrt._core``: the only package that imports it.
 
-The classes below are ``_core``'s; ``build`` makes an engine of the user's settings, ``recording``
-replays a step's calls, ``probes`` measures the machine. Importing this package needs no torch.
+The classes below are ``_core``'s. ``build`` makes an engine from the user's settings, ``formats``
+has the weight formats, ``threads`` and ``torch_threads`` the thread counts; ``recording`` replays a
+step's calls, ``probes`` measures the machine. Importing this package needs no torch.
 """
 
 import ktrt
@@ -21,6 +22,7 @@ try:
         PackedMemory,
         RmsNorm,
         TokenAttention,
+        WeightFormat,
         release_file_pages,
     )
     from ktrt._core import isa as active_isa
@@ -47,6 +49,7 @@ __all__ = [
     "PackedMemory",
     "RmsNorm",
     "TokenAttention",
+    "WeightFormat",
     "active_isa",
     "release_file_pages",
 ]

@@ -1,4 +1,4 @@
-"""What this machine reaches: memory read bandwidth, arithmetic per instruction set, GPU and bus."""
+"""Measures this machine: memory read bandwidth, arithmetic per instruction set, GPU and bus."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ktrt import _core
-from ktrt.engine.formats import FORMATS
-from ktrt.machine.facts import (
-    MachineFacts,
-    cpu_quota,
-    read_facts,
-    threads_within,
-)
+from ktrt.engine.formats import is_quantized
+from ktrt.engine.threads import thread_count
+from ktrt.machine.facts import MachineFacts, read_facts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from ktrt._core import WeightFormat
+
 _LEAST_PROBE = 256 << 20
-# A machine's caches, several times over, but not all of its memory.
+# Several times the caches, but not all of the memory.
 _L3_TIMES = 4
 _MOST_PROBE = 4 << 30
 _GPU_BYTES = 256 << 20
@@ -33,7 +31,7 @@ _SLICES = 5
 
 @dataclass(frozen=True)
 class ArithmeticPeak:
-    """Multiplications and additions per second of one instruction, in registers; ``operands`` is
+    """Multiplications and additions per second of one instruction on registers; ``operands`` is
     float32, bf16 or int8."""
 
     name: str
@@ -45,7 +43,7 @@ class ArithmeticPeak:
 
 @dataclass(frozen=True)
 class GpuRates:
-    """Bytes per second: of the GPU's memory, and of the bus with page-locked memory."""
+    """Bytes per second of the GPU's memory, and of the bus with page-locked memory."""
 
     name: str
     memory: int
@@ -56,7 +54,7 @@ class GpuRates:
 
 
 def machine_facts(environment: Mapping[str, str], root: Path = Path("/")) -> MachineFacts:
-    """What is known without measuring."""
+    """Returns the facts that need no measurement."""
     return read_facts(
         isa=_core.isa(),
         detected_isa=_core.detected_isa(),
@@ -67,22 +65,17 @@ def machine_facts(environment: Mapping[str, str], root: Path = Path("/")) -> Mac
     )
 
 
-def default_threads() -> int:
-    """What an engine starts without settings."""
-    return threads_within(_core.num_cores(), cpu_quota()[0])
-
-
 class BandwidthProbe:
-    """Reads a block of memory that is in no cache, on as many pool threads as an engine has."""
+    """Reads a block of uncached memory on a pool of threads like an engine's."""
 
     def __init__(self, threads: int, nbytes: int = _LEAST_PROBE) -> None:
-        """``MemoryError`` if there is no room for ``nbytes``."""
+        """Raises ``MemoryError`` if there is no room for ``nbytes``."""
         self._engine = _core.Engine(num_threads=threads, max_qlen=1)
         self._probe = _core.ReadProbe(nbytes)
-        self.rate()  # the first pass gets the memory from the kernel
+        self.rate()  # the first pass makes the kernel allocate the pages
 
     def rate(self) -> float:
-        """Bytes per second of one pass."""
+        """Returns the bytes per second of one pass."""
         return self._probe.nbytes / self._probe.seconds(self._engine)
 
     def close(self) -> None:
@@ -91,9 +84,9 @@ class BandwidthProbe:
 
 
 def read_bandwidth(threads: int | None = None, *, passes: int = 7) -> float:
-    """Bytes per second that ``threads`` pool threads (default: one per core) read from memory: the
-    best of some passes over several times what the caches hold."""
-    probe = BandwidthProbe(threads or default_threads(), _probe_bytes())
+    """Returns the bytes per second that ``threads`` pool threads (default: an engine's) read from
+    memory: the best of ``passes`` over a block several times as large as the caches."""
+    probe = BandwidthProbe(threads or thread_count().count, _probe_bytes())
     try:
         return max(probe.rate() for _ in range(passes))
     finally:
@@ -107,10 +100,10 @@ def _probe_bytes() -> int:
 
 
 def arithmetic_peaks(threads: int | None = None, *, seconds: float = 0.1) -> list[ArithmeticPeak]:
-    """Of every instruction set that this process may use, one thread and ``threads`` (default: one
-    per core) at once, pinned; older instruction sets first."""
+    """Measures every instruction set that this process may use, older ones first: on one pinned
+    thread, and on ``threads`` (default: an engine's) at once."""
     cpus = [cpu for node in _core.numa_cpus() for cpu in node]
-    cpus = cpus[: threads or default_threads()]
+    cpus = cpus[: threads or thread_count().count]
     found = []
     for name, instruction, operands in _core.arithmetic_loops():
         one = _rate_on(cpus[:1], name, seconds)
@@ -120,11 +113,11 @@ def arithmetic_peaks(threads: int | None = None, *, seconds: float = 0.1) -> lis
 
 
 def _rate_on(cpus: list[int], name: str, seconds: float) -> float:
-    """The best of some slices of time in which all threads run: other programs disturb some."""
+    """Returns the best rate of several slices of time, since other programs disturb some."""
     barrier = threading.Barrier(len(cpus))
 
     def run(cpu: int) -> list[float]:
-        os.sched_setaffinity(0, {cpu})  # of this thread
+        os.sched_setaffinity(0, {cpu})  # this thread only
         found = []
         for _ in range(_SLICES):
             barrier.wait()
@@ -136,8 +129,8 @@ def _rate_on(cpus: list[int], name: str, seconds: float) -> float:
     return max(map(sum, zip(*slices, strict=True)))
 
 
-# The kernel's name in the engine → the loop whose peak bounds it. AVX2 multiplies integers of two
-# bytes: twice what its float32 loop does, which is near enough for a bound of old machines.
+# The engine's kernel → the loop whose peak bounds it. AVX2 multiplies two-byte integers, twice as
+# many as its float32 loop: near enough for a bound on old machines.
 _LOOPS = {
     "bf16": {
         "amx": "amx_bf16", "avx512_bf16": "avx512_bf16", "avx512": "avx512", "avx2": "avx2",
@@ -149,21 +142,21 @@ _LOOPS = {
 }  # fmt: skip
 
 
-def peak_of(weight_format: str, peaks: list[ArithmeticPeak]) -> ArithmeticPeak | None:
-    """The peak that bounds the engine's GEMM of a weight format on this machine; None on a CPU
-    without AVX2."""
-    row = FORMATS[weight_format]
-    loop = _LOOPS["int8" if row.scale_bytes else "bf16"].get(_core.kernels()[row.kernel_family])
+def peak_of(weight_format: WeightFormat, peaks: list[ArithmeticPeak]) -> ArithmeticPeak | None:
+    """Returns the peak that bounds the engine's GEMM of a weight format on this machine; None on a
+    CPU without AVX2."""
+    kernel = _core.kernels()[weight_format.kernel_family]
+    loop = _LOOPS["int8" if is_quantized(weight_format) else "bf16"].get(kernel)
     return next((peak for peak in peaks if peak.name == loop), None)
 
 
 def has_nvidia_gpu(root: Path = Path("/")) -> bool:
-    """Whether the driver is there: known without importing torch."""
+    """Returns whether an NVIDIA driver is loaded; does not import torch."""
     return (root / "proc/driver/nvidia/version").exists() or (root / "dev/nvidiactl").exists()
 
 
 def gpu_rates() -> GpuRates | None:
-    """None where torch finds no GPU."""
+    """Measures the GPU; returns None where torch finds none."""
     import torch
 
     if not torch.cuda.is_available():
@@ -183,7 +176,8 @@ def gpu_rates() -> GpuRates | None:
 
 
 def _gpu_rate(action: Callable[[], object]) -> float:
-    """Bytes per second of an action on _GPU_BYTES bytes: several in a row, the best try."""
+    """Returns the bytes per second of an action on _GPU_BYTES: the best of four runs of several
+    repeats."""
     import torch
 
     best = float("inf")

@@ -1,17 +1,17 @@
 """A decode step on the CPU as a flat list of operations: recorded once, then run without the model.
 
-What transformers' modules do between the large products of one token is a hundred small operations
-a layer, and the Python around them takes longer than they do. A recorder sees every operation of a
-step that runs once for real; all tensors of the step keep their memory, so that running the list
-again computes the step for whatever then lies in its inputs.
+Between the large products of one token, transformers' modules run a hundred small operations a
+layer, and the Python around them takes longer than they do. A recorder sees every operation while a
+step runs once. All tensors of the step keep their memory, so that running the list again computes
+the step for the new contents of its inputs.
 
-- Operations of torch write into the memory that they returned the first time. Views of it need not
-  be made again; what depends on no input is computed once; what nobody reads is left out.
-- Work of the engine is recorded as a whole, by ``Recorder.call``: its modules ask for ``active``.
-- What looks at numbers (``item``, boolean indexing) or draws random ones cannot be recorded.
+- Torch's operations write into the memory that they returned the first time. Views need not be made
+  again; results that depend on no input are computed once; results that nobody reads are left out.
+- The engine's work is recorded as a whole, by ``Recorder.call``: its modules ask for ``active``.
+- Operations that look at numbers (``item``, boolean indexing) or draw random ones are refused.
 
-Parameters, and everything else that is neither an input nor written to within the step, must stay
-as they are for as long as the list is used.
+Parameters, and all other tensors that are neither inputs nor written to in the step, must not
+change while the list is in use.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from ktrt.engine.torch_threads import set_torch_threads
 from ktrt.errors import KtrtError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-# The memory that one step's results may take: those of one token are far smaller.
+# Limit for the memory of a step's results; the results of one token are far smaller.
 _MOST_BYTES = 1 << 30
-# What cannot be run again with other numbers.
+# Operations that cannot run again on other numbers.
 _REFUSED = {
     torch.Tag.data_dependent_output,
     torch.Tag.dynamic_output_shape,
@@ -45,13 +46,13 @@ _local = threading.local()
 
 
 def active() -> Recorder | None:
-    """The recorder that watches this thread, unless it looks away."""
+    """Returns this thread's recorder; None without one, or while it is paused."""
     found: Recorder | None = getattr(_local, "recorder", None)
     return None if found is None or found.paused else found
 
 
-# Given an operation, its arguments and its results, which lie where they are to be written again:
-# what computes it, or None.
+# Takes an operation, its arguments and its results; returns a function that computes the results
+# again, in place, or None.
 Shortcut = Callable[[Any, tuple[Any, ...], Sequence[torch.Tensor]], Callable[[], object] | None]
 
 
@@ -62,7 +63,7 @@ class _Call:
     run: Callable[[], object]
     reads: frozenset[int]
     writes: frozenset[int]
-    # What ``run`` may know by address alone.
+    # Keeps tensors alive that ``run`` may know by address alone.
     held: tuple[torch.Tensor, ...]
 
 
@@ -70,7 +71,7 @@ class Recorder(TorchDispatchMode):
     """Within its ``recording`` block, every operation of this thread is recorded."""
 
     def __init__(self, shortcut: Shortcut | None = None) -> None:
-        """``shortcut``: what computes an operation faster than torch."""
+        """``shortcut`` may replace an operation by a faster function."""
         super().__init__()  # type: ignore[no-untyped-call]
         self._shortcut = shortcut
         self.paused = False
@@ -79,7 +80,7 @@ class Recorder(TorchDispatchMode):
         self._inputs: frozenset[int] = frozenset()
         self._calls: list[_Call] = []
         self._made: set[int] = set()
-        # As long as they live, no other memory gets their name.
+        # While they live, no other memory gets the same address.
         self._kept: list[torch.Tensor] = []
         self._bytes = 0
 
@@ -89,14 +90,15 @@ class Recorder(TorchDispatchMode):
         mask: torch.Tensor,
         length: Callable[[], int] | None,
     ) -> None:
-        """What only the step's caller knows, before anything else. ``inputs``: the tensors whose
-        numbers differ from run to run; ``mask`` hides what lies behind the step's token from
-        attention, and nothing else; ``length()``: the tokens that are attended to, whenever the
-        step runs, if that is one number."""
+        """Must be called before the first operation, with the facts that only the step's caller
+        knows. ``inputs``: the tensors whose numbers differ from run to run; ``mask`` hides from
+        attention the tokens after the step's, and nothing else; ``length()``: the number of tokens
+        that the step attends to, if it is one number."""
         self._inputs, self._mask, self.length = _memories(inputs), _memory(mask), length
 
     def length_behind(self, mask: torch.Tensor | None) -> Callable[[], int] | None:
-        """Attention may take so many tokens instead of looking at ``mask``; None: it may not."""
+        """Returns the function for the number of tokens that attention may use instead of ``mask``;
+        None: it must look at the mask."""
         known = mask is not None and _memory(mask) == self._mask
         return self.length if known else None
 
@@ -106,7 +108,7 @@ class Recorder(TorchDispatchMode):
             raise KtrtError("a step is being recorded in this thread already")
         _local.recorder = self
         try:
-            # Not in inference mode, where some operations would arrive here as a whole.
+            # Inference mode would hand some composite operations over undivided.
             with torch.inference_mode(False), torch.no_grad(), self:
                 yield
         finally:
@@ -118,9 +120,8 @@ class Recorder(TorchDispatchMode):
         reads: Sequence[torch.Tensor],
         bind: Callable[[torch.Tensor], Callable[[], object]],
     ) -> torch.Tensor:
-        """A new tensor of ``shape``, in the dtype of the first of ``reads``, which
-        ``bind(tensor)()`` fills, now and whenever the step runs: work between tensors that torch
-        does not see."""
+        """Records work that torch does not see: ``bind(tensor)()`` fills a new tensor of ``shape``,
+        in the dtype of the first of ``reads``, now and whenever the step runs. Returns it."""
         before, self.paused = self.paused, True
         try:
             out = reads[0].new_empty(tuple(shape))
@@ -174,18 +175,18 @@ class Recorder(TorchDispatchMode):
             )
 
     def calls(self) -> list[_Call]:
-        """What has to run, in order, to write again what was written to memory from outside."""
+        """Returns the calls, in order, that the step's writes to outside memory depend on."""
         if not self._inputs:
             raise KtrtError("the step has not been described: its inputs are not known")
         return _needed(self._changing(), self._made)
 
     def _changing(self) -> list[_Call]:
-        """The calls but for those whose results are the same in every run."""
+        """Returns the calls whose results may differ between runs."""
         counts: dict[int, int] = {}
         for call in self._calls:
             for memory in call.writes:
                 counts[memory] = counts.get(memory, 0) + 1
-        # Memory that is written to more than once, or that was there before.
+        # Memory that is written to more than once, or that existed before the step.
         changing = {m for m, count in counts.items() if count > 1 or m not in self._made}
         changing |= self._inputs
         found = []
@@ -197,7 +198,7 @@ class Recorder(TorchDispatchMode):
 
 
 def _needed(calls: Sequence[_Call], made: set[int]) -> list[_Call]:
-    """The calls that memory from outside of the step depends on."""
+    """Returns the calls that outside memory depends on."""
     needed: set[int] = set()
     found = []
     for call in reversed(calls):
@@ -208,8 +209,8 @@ def _needed(calls: Sequence[_Call], made: set[int]) -> list[_Call]:
 
 
 def _is_fixed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an operation that may depend on numbers does not, as it is called: integers index
-    without surprises, and attention without dropout draws nothing."""
+    """Whether this call of an operation that may depend on numbers does not: indexing by integers,
+    attention without dropout."""
     if func is torch.ops.aten.index.Tensor:
         return all(each.dtype not in (torch.bool, torch.uint8) for each in _tensors(args[1]))
     names = [argument.name for argument in func._schema.arguments]
@@ -230,7 +231,7 @@ def _memories(tensors: Iterable[torch.Tensor]) -> frozenset[int]:
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """The arguments that an operation changes in place."""
+    """Returns the arguments that an operation changes in place."""
     found: list[torch.Tensor] = []
     for index, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
@@ -242,7 +243,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[t
 def _into(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: Sequence[Any]
 ) -> Callable[[], object]:
-    """The call that writes into the tensors that the first one returned."""
+    """Returns a call that writes into the tensors that the first one returned."""
     if func is torch.ops.aten._to_copy.default and not args[0].is_sparse:
         return functools.partial(results[0].copy_, args[0])
     variant = _out_variant(func)
@@ -259,7 +260,8 @@ def _into(
 
 @functools.cache
 def _out_variant(func: Any) -> tuple[Any, tuple[str, ...]] | None:
-    """The overload of an operation that takes its results' memory, and the names of those."""
+    """Returns the overload of an operation that takes memory for its results, and the names of
+    these arguments."""
     wanted = [(a.name, str(a.type)) for a in func._schema.arguments]
     if any(str(each.type) != "Tensor" for each in func._schema.returns):
         return None
@@ -276,7 +278,7 @@ def _out_variant(func: Any) -> tuple[Any, tuple[str, ...]] | None:
 
 
 class RecordedSteps:
-    """Makes of decode steps what runs them again: what ``torch.cuda`` has graphs for."""
+    """Turns decode steps into functions that repeat them: the CPU's counterpart of CUDA graphs."""
 
     what = "recorded step"
     failure_level = logging.WARNING
@@ -288,9 +290,8 @@ class RecordedSteps:
         self._shortcut = shortcut
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
-        """Runs ``step`` once, which describes itself to the recorder; returns what runs it again,
-        for the memory outside of the step that it writes to. ``KtrtError``: it cannot be recorded.
-        """
+        """Runs ``step`` once, which describes itself to the recorder; returns a function that
+        repeats its writes to outside memory. ``KtrtError``: the step cannot be recorded."""
         recorder = Recorder(self._shortcut)
         with recorder.recording():
             step()
@@ -298,15 +299,14 @@ class RecordedSteps:
         steps = [call.run for call in calls]
 
         def replay(_held: object = calls) -> None:
-            # What is left to torch is small: waking its threads would take longer, and they would
-            # get in the way of the engine's.
-            threads = torch.get_num_threads()
-            torch.set_num_threads(1)
+            # Torch's share is small: waking its threads would take longer, and they would disturb
+            # the engine's.
+            threads = set_torch_threads(1)
             try:
                 for run in steps:
                     run()
             finally:
-                torch.set_num_threads(threads)
+                set_torch_threads(threads)
 
         return replay
 

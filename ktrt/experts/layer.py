@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ktrt.engine import MoeLayer
-from ktrt.engine.build import weight_format_of
+from ktrt.engine.formats import format_of
 
 if TYPE_CHECKING:
     from ktrt.engine import Engine
@@ -21,7 +21,7 @@ def new_layer(engine: Engine, spec: ExpertsSpec, kt_backend: str, down_slices: i
         top_k=spec.top_k,
         hidden_size=spec.hidden_size,
         intermediate_size=spec.intermediate_size,
-        weight_format=weight_format_of(kt_backend),
+        weight_format=format_of(kt_backend).name,
         down_slices=down_slices,
         has_gate=spec.has_gate,
         **spec.activation.arguments(),

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ktrt.checkpoint.kt_files import KtWeights
-from ktrt.engine.build import build_engine, weight_format_of
-from ktrt.engine.formats import FORMATS
+from ktrt.checkpoint.kt_files import FILE_FORMATS, KtWeights
+from ktrt.engine.build import build_engine
+from ktrt.engine.formats import format_of
 from ktrt.errors import ConfigError
 from ktrt.experts import new_layer
 from ktrt.export.checkpoint import (
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from ktrt.adapter import AdapterPlan
     from ktrt.config import ExpertArgs
-    from ktrt.engine import Engine, MoeLayer
+    from ktrt.engine import Engine, MoeLayer, WeightFormat
     from ktrt.experts import ExpertsSpec
     from ktrt.experts.spec import Projection
     from ktrt.export.changes import Changes
@@ -75,36 +75,35 @@ def merge_packed(
                 merge.write(folder, advance)
                 packer.write(inner, files, advance)
             used = merge.changes.check_complete()
-            KtWeights(inner, base.experts.specs, weight_format)
+            KtWeights(inner, base.experts.specs, weight_format.name)
     finally:
         engine.close()
     named = {f"{EXPERTS_FOLDER}/{file}": tensors for file, tensors in files.items()}
     return summarise(out, "kt", merge, merge.files | named, used, start)
 
 
-def _check_format(experts: ExpertArgs, base: BaseCheckpoint) -> str:
-    weight_format = weight_format_of(experts.kt_backend)
+def _check_format(experts: ExpertArgs, base: BaseCheckpoint) -> WeightFormat:
+    weight_format = format_of(experts.kt_backend)
     if experts.kt_weight_path is not None:
         raise ConfigError(
             "--format kt: kt_weight_path is set; its experts are packed without the adapter. "
             "Remove the key to pack them again from model_name_or_path."
         )
-    row = FORMATS[weight_format]
-    if not row.scale_bytes:
-        known = [each for each in FORMATS.values() if each.scale_bytes]
+    if weight_format not in FILE_FORMATS:
         raise ConfigError(
-            f"--format kt: kt_kernel has no files of {weight_format.upper()} experts, only of "
-            f"{', '.join(each.name for each in known)}; set kt_backend="
-            f"{' or '.join(each.kt_backend for each in known)}, or use --format hf"
+            f"--format kt: kt_kernel has no files of {weight_format.name.upper()} experts, only of "
+            f"{', '.join(each.name for each in FILE_FORMATS)}; set "
+            f"kt_backend={' or '.join(each.kt_backend for each in FILE_FORMATS)}, or use --format "
+            "hf"
         )
-    multiple = row.tile_columns
+    multiple = weight_format.tile_columns
     for spec in base.experts.specs:
         sizes = (spec.hidden_size, spec.intermediate_size)
         if not spec.has_gate or spec.has_bias or any(size % multiple for size in sizes):
             raise ConfigError(
                 f"--format kt: {spec.path} (hidden_size {sizes[0]}, intermediate_size {sizes[1]}, "
                 f"gate: {spec.has_gate}, biases: {spec.has_bias}) does not fit kt_kernel's "
-                f"{weight_format.upper()} files, which hold gate, up and down in multiples of "
+                f"{weight_format.name.upper()} files, which hold gate, up and down in multiples of "
                 f"{multiple}, without biases; use --format hf"
             )
     layers = [spec.layer for spec in base.experts.specs]
@@ -125,11 +124,11 @@ class _Packer:
         changes: Changes,
         engine: Engine,
         experts: ExpertArgs,
-        weight_format: str,
+        weight_format: WeightFormat,
     ) -> None:
         self._base, self._changes = base, changes
         self._engine, self._backend = engine, experts.kt_backend
-        self._bits = FORMATS[weight_format].bits
+        self._bits = weight_format.bits
         self._layers: dict[str, MoeLayer] = {}
 
     def files(self) -> dict[str, list[OutputTensor]]:

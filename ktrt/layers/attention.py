@@ -15,6 +15,7 @@ import torch
 
 from ktrt.engine import HeadArray, TokenAttention
 from ktrt.engine.recording import active
+from ktrt.engine.torch_threads import set_torch_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -275,11 +276,11 @@ def _threads_for(numbers: int) -> Iterator[None]:
     if threads == 1 or numbers > _NUMBERS_OF_ONE_THREAD:
         yield
         return
-    torch.set_num_threads(1)
+    set_torch_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        set_torch_threads(threads)
 
 
 def _products(

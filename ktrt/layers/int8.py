@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ktrt.engine.formats import code_bytes, format_named, padded_shape
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 # Parts of a module's path. PEFT's matrices are LoRA, which is exact.
 _EXEMPT = re.compile(r"(?:^|\.)(?:gate|router|\w+_gate|kv_b_proj|lora_\w+)(?:\.|$)")
-# csrc/layout: strips of 32 outputs, tiles of 64 inputs; a scale and a sum of codes for every
-# output.
-_STRIP, _TILE, _ROW_BYTES = 32, 64, 8
+# Each output has codes, a scale, and the sum of its codes.
+INT8 = format_named("int8")
 # Longer rows could overflow the engine's int32 sums.
 _MAX_IN = 65536
 
@@ -36,8 +37,9 @@ def is_int8(path: str, module: nn.Module) -> bool:
 
 def int8_bytes(linear: nn.Linear) -> int:
     """Memory that the layer takes in INT8, which is also what one token reads of it."""
-    rows = -(-linear.out_features // _STRIP) * _STRIP
-    return rows * (-(-linear.in_features // _TILE) * _TILE + _ROW_BYTES)
+    rows, columns = linear.out_features, linear.in_features
+    padded, _ = padded_shape(INT8, rows, columns)
+    return code_bytes(INT8, rows, columns) + padded * (INT8.scale_bytes + INT8.sum_bytes)
 
 
 def int8_layers(

@@ -21,6 +21,7 @@ from torch import nn
 
 from ktrt.engine import DenseLinear
 from ktrt.engine.recording import active
+from ktrt.engine.torch_threads import set_torch_threads
 from ktrt.layers.forward import DenseForward, LoraForward, Shared
 from ktrt.layers.int8 import is_int8
 from ktrt.utils.active_set import ActiveSet
@@ -107,10 +108,10 @@ def _decode_on_one_thread(model: nn.Module, patches: Patches) -> None:
         threads.append(torch.get_num_threads())
         one = ids is not None and ids.numel() == 1
         if active() is not None or (one and _length(past) < _SHORT_CONTEXT):
-            torch.set_num_threads(1)
+            set_torch_threads(1)
 
     def after(*_: object) -> None:
-        torch.set_num_threads(threads.pop())
+        set_torch_threads(threads.pop())
 
     patches.add(model.register_forward_pre_hook(before, with_kwargs=True).remove)
     patches.add(model.register_forward_hook(after, always_call=True).remove)

@@ -1,4 +1,4 @@
-"""Fills the engine's layers: from the pack cache, from kt_kernel's files, or by packing."""
+"""Fills the engine's layers from the pack cache, from kt_kernel's files, or by packing."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ _OFF = ("0", "off", "false", "no")
 
 @dataclass(frozen=True)
 class ExpertSource:
-    """The routed experts of a checkpoint: where each layer's lie (by module path)."""
+    """The routed experts of a checkpoint; ``weights`` locates each layer's by module path."""
 
     checkpoint: Checkpoint
     specs: Sequence[ExpertsSpec]
     weights: Mapping[str, ExpertWeights]
 
     def files(self) -> list[Path]:
-        """The weight files, without symbolic links."""
+        """Returns the weight files, with symbolic links resolved."""
         found = {self.checkpoint.file(name) for name in self.checkpoint.names()}
         return sorted(path.resolve() for path in found)
 
@@ -49,9 +49,9 @@ class ExpertSource:
 def cache_folder(
     args: ExpertArgs, environ: Mapping[str, str] = os.environ, *, quiet: bool = False
 ) -> Path | None:
-    """Where packed experts are kept: ``ktrt_cache_dir``, else KTRT_CACHE_DIR, else ~/.cache/ktrt;
-    None if ``ktrt_cache: false`` or KTRT_CACHE=0 switches the cache off, or (with a line, unless
-    ``quiet``) if the user has no home."""
+    """Returns the folder of packed experts: ``ktrt_cache_dir``, else KTRT_CACHE_DIR, else
+    ~/.cache/ktrt. None if ``ktrt_cache: false`` or KTRT_CACHE=0 switches the cache off, or, with a
+    log line unless ``quiet``, if the user has no home."""
     if not args.ktrt_cache or environ.get("KTRT_CACHE", "").lower() in _OFF:
         return None
     if args.ktrt_cache_dir is not None:
@@ -77,13 +77,13 @@ def _expanded(path: Path) -> Path:
 
 
 def seems_cached(root: Path, source: ExpertSource, layers: Mapping[str, MoeLayer]) -> bool:
-    """Whether there is a cache for these layers; it may be outdated. Reads nothing."""
+    """Returns whether there is a cache for these layers, which may be outdated. Reads no file."""
     return (root / _key(source, layers, []).folder_name).is_dir()
 
 
 def cache_of(root: Path, source: ExpertSource, layers: Mapping[str, MoeLayer]) -> PackCache:
-    """The cache in ``root`` for these layers. ``CheckpointError`` if a file cannot be read."""
-    # config.json says what the tensors of the files mean.
+    """Returns the cache in ``root`` for these layers. ``CheckpointError``: an unreadable file."""
+    # config.json gives the tensors their meaning.
     files = [*source.files(), source.checkpoint.folder.resolve() / "config.json"]
     return PackCache(root, _key(source, layers, fingerprint(files)))
 
@@ -103,16 +103,16 @@ def load_experts(
     root: Path | None,
     kt_weights: KtWeights | None = None,
 ) -> None:
-    """Loads all experts into ``layers`` (by module path). ``root``: the cache's folder, None for no
+    """Loads all experts into ``layers`` (by module path). ``root``: the cache's folder, None: no
     cache. ``kt_weights``: kt_kernel's files, used instead of the checkpoint's experts."""
     if kt_weights is not None:
         _load(source, layers, "Loaded", lambda spec, expert: layers[spec.path].load_packed_expert(
             expert, *kt_weights.read(spec, expert)), kt_weights.files)  # fmt: skip
-        # A flipped bit of a code is as good a weight as any other.
+        # A flipped bit in a code makes another valid weight.
         logger.info(
             "The files of kt_weight_path carry no checksums: damage is noticed in sizes, names and "
-            "scales only. Keep sha256sum's output with them, or use the checkpoint: the pack cache "
-            "that ktrt makes of it is checked at every start."
+            "scales only. Keep sha256sum's output with them, or use the checkpoint: ktrt checks "
+            "its pack cache at every start."
         )
         return
     if root is None:
@@ -146,7 +146,7 @@ def _load_cached(
 
 
 def finish(writer: CacheWriter, cache: PackCache) -> None:
-    """Completes the cache and says where it is."""
+    """Completes the cache and logs its folder."""
     start = time.perf_counter()
     if writer.finish():
         seconds = time.perf_counter() - start
@@ -159,7 +159,7 @@ def pack_experts(
     writer: CacheWriter | None = None,
     done: Callable[[str], object] = lambda _path: None,
 ) -> None:
-    """Packs the checkpoint's experts, layer by layer; ``done`` is called after each, by path."""
+    """Packs the checkpoint's experts layer by layer; calls ``done(path)`` after each."""
 
     def load(spec: ExpertsSpec, expert: int) -> None:
         layers[spec.path].load_expert(expert, *source.weights[spec.path].read(expert))
@@ -180,8 +180,8 @@ def _load(
     files: Iterable[Path],
     after: Callable[[str], None] = lambda _path: None,
 ) -> None:
-    """Loads expert by expert; the pages of ``files`` are given back after every layer, so that
-    never more than one layer of them counts as this process's memory."""
+    """Loads expert by expert. Gives the pages of ``files`` back after every layer, so that at most
+    one layer of them counts as this process's memory."""
     start = time.perf_counter()
     sizes = {path: layer.packed_bytes for path, layer in layers.items()}
     with byte_progress(f"{verb.removesuffix('ed')}ing experts", sum(sizes.values())) as advance:

@@ -1,4 +1,4 @@
-"""The weights of a model but its routed experts': loaded by transformers, checked by ktrt."""
+"""Loads a model's weights except the routed experts: by transformers, with ktrt's checks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def load_without_experts(base: BaseCheckpoint, infer_dtype: str, device: torch.device) -> nn.Module:
-    """All weights but the routed experts', which are never materialised in torch, on ``device``.
+    """Loads the model onto ``device`` without its routed experts, which torch never materialises.
     ``CheckpointError``: missing or left-over tensors, wrong shapes."""
     skeleton, checkpoint, specs = base.built.model, base.experts.checkpoint, base.experts.specs
     check_generation_config(checkpoint.folder)
@@ -42,7 +42,7 @@ def load_without_experts(base: BaseCheckpoint, infer_dtype: str, device: torch.d
                 local_files_only=True,
                 output_loading_info=True,
             )
-    # What a config.json says meets the library's code here; memory is no matter of the folder.
+    # Any error may come from config.json's values; only memory is not the folder's fault.
     except Exception as error:
         if isinstance(error, (KtrtError, MemoryError, torch.OutOfMemoryError)):
             raise
@@ -64,8 +64,8 @@ def load_without_experts(base: BaseCheckpoint, infer_dtype: str, device: torch.d
 
 @contextmanager
 def _unexpected(model_class: Any, patterns: list[str]) -> Iterator[None]:
-    """transformers loads in silence: these keys are expected to find no parameter, and a report on
-    others would come before the error that says the same."""
+    """Silences transformers: these keys are expected to have no parameter, and its report on others
+    would repeat ktrt's error."""
     from transformers.utils import logging as library
 
     name = "_keys_to_ignore_on_load_unexpected"

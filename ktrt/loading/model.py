@@ -29,8 +29,8 @@ from ktrt.layers.linear import OneRowProducts, accelerate, int8_bytes
 from ktrt.layers.norm import accelerate_norms
 from ktrt.loading.experts import cache_folder, load_experts
 from ktrt.loading.fill import load_without_experts
+from ktrt.loading.inventory import bytes_per_token
 from ktrt.loading.plan import prepare
-from ktrt.loading.traffic import bytes_per_token
 from ktrt.prompt.fit import context_limit
 from ktrt.utils.patches import Patches
 
@@ -108,7 +108,7 @@ def load_model(
 ) -> LoadedModel:
     """Loads base and adapters: attention, router, shared experts and head on the GPU if there is
     one, else on the CPU, as the tables of embeddings; routed experts in the engine.
-    ``only_layers``: the routed experts of these layers alone, packed anew; the others get their
+    ``only_layers``: the routed experts of these layers alone, packed again; the others get their
     LoRA, but cannot run. ``check_vocabulary`` is called with the most rows of embeddings that base
     and adapters have, and may raise.
 
@@ -254,7 +254,7 @@ def _attach(model: nn.Module, ready: Prepared, hand_off: HandOff | None) -> None
 
 
 def _apply_adapters(ready: Prepared, model: nn.Module, weights: Mapping[str, float]) -> Adapters:
-    """Makes the planned adapters resident and those of ``weights`` active."""
+    """Makes the planned adapters resident and activates the ones in ``weights``."""
     specs = ready.base.experts.specs
     experts: dict[str, Any] = {spec.path: model.get_submodule(spec.path) for spec in specs}
     adapters = Adapters(model, experts, ready.adapter_base)

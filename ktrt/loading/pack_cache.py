@@ -1,9 +1,9 @@
 """Packed experts on disk: written once, mapped into memory by every later start.
 
-A cache is a folder with one image file per layer and NUMA part and a manifest, which says what the
-images were made from and how, and holds a digest of each. It is written under a temporary name and
-renamed when complete. LoRA is never in it. What a manifest does not vouch for is never used, nor
-what another user could have written.
+A cache is a folder with one image file per layer and NUMA part, and a manifest with the images'
+origin and digests. It is written under a temporary name and renamed when complete. It never
+contains LoRA. Files without a valid digest are never used, nor files that another user could have
+written.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ logger = logging.getLogger(__name__)
 
 _TEMPORARY = ".tmp-"
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-# Beside the images; a file system without a reserve behaves badly when it is full.
+# In addition to the images: full file systems behave badly.
 _SPARE_BYTES = 64 << 20
-# A writer that has written nothing for so long is not waited for.
+# A writer that makes no progress for this time is not waited for.
 _STALL_SECONDS = 120.0
 
 
 class PackedLayer(Protocol):
-    """The part of the engine's layer that the cache uses."""
+    """The engine's layer, as far as the cache uses it."""
 
     @property
     def image_bytes(self) -> Sequence[int]: ...
@@ -64,7 +64,7 @@ class PackedLayer(Protocol):
 
 
 def default_folder() -> Path | None:
-    """$XDG_CACHE_HOME/ktrt, else ~/.cache/ktrt; None for a user without a home."""
+    """Returns $XDG_CACHE_HOME/ktrt, else ~/.cache/ktrt; None for a user without a home."""
     base = os.environ.get("XDG_CACHE_HOME")
     if base and Path(base).is_absolute():
         return Path(base) / "ktrt"
@@ -83,12 +83,11 @@ class PackCache:
         self._refused = False
 
     def load(self, layers: Mapping[str, PackedLayer]) -> str | None:
-        """Gives every layer its images; "mapped" or "copied", or None if there is no cache.
+        """Gives every layer its images; returns "mapped" or "copied", or None without a cache.
 
-        A cache that is damaged, or was made from other files or in another way, is reported,
-        removed and not used; layers that were loaded before damage was found have to be packed.
-        One that others could have written is not used either; if it is not this user's to replace,
-        nothing will be written.
+        A cache that is damaged or outdated is reported, removed and not used; layers that were
+        loaded before the damage was found must be packed again. A cache that others could have
+        written is not used either; if this user may not replace it, nothing is written.
         """
         if self._refused or not self.folder.is_dir():
             return None
@@ -120,7 +119,7 @@ class PackCache:
         )  # fmt: skip
 
     def mismatch(self) -> str | None:
-        """Why there is nothing to load; None if there is a cache. Its images are not read."""
+        """Says why there is nothing to load; None if there is a cache. Reads no image."""
         if not self.folder.is_dir():
             return "not there yet"
         try:
@@ -134,7 +133,7 @@ class PackCache:
             return _words(error)
 
     def _difference(self, manifest: Manifest) -> str | None:
-        """In what the manifest's key differs from this one."""
+        """Says how the manifest's key differs from this cache's; None if it does not."""
         if manifest["layout"] != LAYOUT:
             return f"its layout is {manifest['layout']}, now {LAYOUT}"
         found, expected = manifest["key"], asdict(self._key)
@@ -156,7 +155,7 @@ class PackCache:
             with contextlib.ExitStack() as stack:
                 fds = [stack.enter_context(_open_file(folder, i["file"])) for i in images]
                 digests = [int(i["digest"], 16) for i in images]
-                # Files of one cache lie in the page cache in one way.
+                # The first layer decides for all: their files are alike in the page cache.
                 use: Literal["auto", "map", "copy"] = "auto"
                 if mapped is not None:
                     use = "map" if mapped else "copy"
@@ -167,7 +166,7 @@ class PackCache:
         return "mapped" if mapped else "copied"
 
     def discard(self) -> None:
-        """Removes the cache, at once for whoever looks."""
+        """Removes the cache; other processes see it vanish in one step."""
         doomed = f"{self.folder.name}{_TEMPORARY}{os.getpid()}-old"
         lost = contextlib.suppress(OSError, NotTrustedError)
         with lost, OwnedFolder.root(self.folder.parent) as root:
@@ -176,10 +175,10 @@ class PackCache:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[bool]:
-        """Waits until no other process writes this cache; yields whether this one may.
+        """Waits until no other process writes this cache; yields whether this process may.
 
-        False if the folder cannot be written or others can, or the other process has stopped
-        getting on.
+        Yields False if the folder is not writable, if others can write to it, or if the other
+        process makes no progress.
         """
         if self._refused:
             yield False
@@ -210,13 +209,13 @@ class PackCache:
             if (now := _written(self.folder)) != size:
                 size, since = now, time.monotonic()
             elif time.monotonic() - since > _STALL_SECONDS:
-                logger.warning("The other process does not get on: packing without the cache")
+                logger.warning("The other process makes no progress: packing without the cache")
                 return False
             time.sleep(0.1)
         return True
 
     def writer(self) -> CacheWriter | None:
-        """Starts a new cache, under the lock; None, with a message, if there is no room."""
+        """Starts a new cache, under the lock; None, with a warning, if there is no room."""
         for path in _temporaries(self.folder):
             shutil.rmtree(path, ignore_errors=True)
         try:
@@ -231,7 +230,7 @@ class PackCache:
 
 
 class CacheWriter:
-    """Writes a cache, one layer after the other; a failure is a message, never an error."""
+    """Writes a cache layer by layer; a failure is a warning, never an error."""
 
     def __init__(self, folder: Path, key: CacheKey) -> None:
         """``OSError`` or ``NotTrustedError`` if the folder cannot be made."""
@@ -263,7 +262,7 @@ class CacheWriter:
         self._images[path] = images
 
     def finish(self) -> bool:
-        """Makes the cache valid; whether there is one now."""
+        """Makes the cache valid; returns whether there is one now."""
         if self._temporary is None:
             return False
         manifest = {
@@ -294,7 +293,7 @@ class CacheWriter:
         self.abort()
 
     def abort(self) -> None:
-        """Removes what was written, unless it is finished."""
+        """Removes an unfinished cache."""
         if self._temporary is not None:
             self._root.remove_folder(self._temporary.path.name)
             self._temporary.close()
@@ -309,14 +308,14 @@ class CacheWriter:
 
 
 def cache_folders(root: Path) -> list[Path]:
-    """The finished caches in ``root``, by name."""
+    """Returns the finished caches in ``root``, by name."""
     if not root.is_dir():
         return []
     return sorted(p for p in root.iterdir() if p.is_dir() and _TEMPORARY not in p.name)
 
 
 def unfinished(root: Path) -> list[Path]:
-    """Temporary folders in ``root`` that no living process writes."""
+    """Returns the temporary folders in ``root`` that no living process writes."""
     if not root.is_dir():
         return []
     return sorted(p for p in root.iterdir() if _TEMPORARY in p.name and not _being_written(p))
@@ -340,7 +339,7 @@ def _try_lock(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        # A file system without locks: writers have folders of their own, and the last one wins.
+        # A file system without locks: each writer has a separate folder, and the last one wins.
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
             raise
     return True
@@ -351,7 +350,7 @@ def _temporaries(folder: Path) -> list[Path]:
 
 
 def _written(folder: Path) -> int:
-    """Bytes in the temporary folders of a cache."""
+    """Returns the bytes in the temporary folders of a cache."""
     total = 0
     for temporary in _temporaries(folder):
         with contextlib.suppress(OSError):
@@ -361,7 +360,7 @@ def _written(folder: Path) -> int:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[OwnedFolder]:
-    """The folder of a cache. ``NotTrustedError``, ``OSError``."""
+    """Opens the folder of a cache. ``NotTrustedError``, ``OSError``."""
     with OwnedFolder.root(path.parent) as root, root.folder(path.name) as folder:
         yield folder
 

@@ -1,4 +1,4 @@
-"""The manifest of a pack cache: what its images were made from, and their digests."""
+"""The manifest of a pack cache: the origin of its images, and their digests."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from ktrt.utils.owned_folder import OwnedFolder
 
 MANIFEST = "manifest.json"
-# Of the images: kt_kernel's layouts, then scales and sums of codes, each from a multiple of 4096.
+# An image has kt_kernel's layouts, then scales, then sums of codes, each at a multiple of 4096.
 LAYOUT = "kt-0.7.2/image-1"
 SCHEMA = 1
 
 
 class CacheDamagedError(KtrtError):
-    """A manifest that is not what was written."""
+    """A manifest that differs from what was written."""
 
 
 DAMAGE = (OSError, ValueError, NotTrustedError, CacheDamagedError)
@@ -51,7 +51,7 @@ class Key(TypedDict):
 
 
 class Manifest(TypedDict):
-    """``images``: by layer, one per part."""
+    """``images`` has one per NUMA part, by layer."""
 
     schema: int
     layout: str
@@ -62,9 +62,9 @@ class Manifest(TypedDict):
 
 @dataclass(frozen=True)
 class CacheKey:
-    """What a cache is made from: the model folder, its files, and how they are packed.
+    """The origin of a cache: the model folder, its files, and the way of packing.
 
-    ``layers``: the path of each experts module and the bytes of its images, one per NUMA part.
+    ``layers`` has the bytes of each image, one per NUMA part, by the experts module's path.
     """
 
     source: str
@@ -84,7 +84,8 @@ class CacheKey:
 
     @property
     def folder_name(self) -> str:
-        """One folder per model folder, format and parts: a newer version replaces an older one."""
+        """A name for the model folder, format and number of parts, so that a new cache replaces an
+        outdated one."""
         text = f"{self.source}\0{self.weight_format}\0{self.parts}"
         name = f"{Path(self.source).name}-{self.weight_format}"
         if self.parts > 1:
@@ -93,7 +94,7 @@ class CacheKey:
 
 
 def read_manifest(folder: OwnedFolder) -> Manifest:
-    """The manifest of a cache. Raises what ``DAMAGE`` lists if it is not what was written."""
+    """Returns the manifest of a cache. Raises an error in ``DAMAGE`` if it is not as written."""
     manifest = parse_json(folder.read(MANIFEST), MANIFEST, CacheDamagedError)
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         raise CacheDamagedError(f"{MANIFEST} is not of schema {SCHEMA}")
@@ -104,5 +105,5 @@ def read_manifest(folder: OwnedFolder) -> Manifest:
 
 
 def checksum_of(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of a manifest without its checksum."""
+    """Returns the SHA-256 of a manifest without its checksum."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

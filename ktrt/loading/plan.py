@@ -1,4 +1,4 @@
-"""All that can be known of a load before the first weight is read: sizes, adapter, memory."""
+"""Plans a load before the first weight is read: sizes, adapters, bytes, memory."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from ktrt.checkpoint.folder import Checkpoint, find_expert_weights, holds_expert
 from ktrt.checkpoint.kt_files import KtWeights
 from ktrt.checkpoint.names import WeightNames
 from ktrt.checkpoint.skeleton import build_skeleton
-from ktrt.engine.build import build_engine, weight_format_of
-from ktrt.engine.formats import BACKENDS
+from ktrt.engine.build import build_engine
+from ktrt.engine.formats import FORMATS, format_of
 from ktrt.errors import CheckpointError
 from ktrt.experts import find_experts, new_layer
 from ktrt.folders import check_model_folder
 from ktrt.loading.experts import ExpertSource, cache_folder, seems_cached
+from ktrt.loading.inventory import LoraSize, planned_inventory
 from ktrt.loading.memory import MemoryPlan, check_addresses, make_plan
+from ktrt.machine.memory import gpu_limit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
     from ktrt.engine import Engine, MoeLayer
     from ktrt.experts import ExpertsSpec
+    from ktrt.loading.inventory import Inventory
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +42,7 @@ logger = logging.getLogger(__name__)
 class BaseCheckpoint:
     """A model folder whose headers and shapes have been checked; no weight has been read.
 
-    ``built``: the plain model on the meta device, and how its folder is read.
+    ``built`` has the plain model on the meta device and the way to read its folder.
     """
 
     built: Skeleton
@@ -48,8 +51,8 @@ class BaseCheckpoint:
 
 
 def open_base(model: ModelArgs, kt_weight_path: Path | None = None) -> BaseCheckpoint:
-    """Looks at a model folder. ``CheckpointError`` if it is incomplete or has no routed experts;
-    with ``kt_weight_path`` their weights may all be absent."""
+    """Checks a model folder. ``CheckpointError`` if it is incomplete or has no routed experts; with
+    ``kt_weight_path`` the experts' weights may be absent."""
     folder = model.model_name_or_path
     check_model_folder(folder, experts_elsewhere=kt_weight_path is not None)
     config = read_model_config(folder)
@@ -73,7 +76,7 @@ def open_base(model: ModelArgs, kt_weight_path: Path | None = None) -> BaseCheck
 
 
 def open_checkpoint(config: ModelConfig, *, experts_elsewhere: bool = False) -> Checkpoint:
-    """The tensors of the folder that ``config`` describes. ``CheckpointError``."""
+    """Opens the tensors of the folder that ``config`` describes. ``CheckpointError``."""
     return Checkpoint(
         config.file.parent,
         config.quantization.block,
@@ -83,23 +86,24 @@ def open_checkpoint(config: ModelConfig, *, experts_elsewhere: bool = False) -> 
 
 
 def _log_files(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """What lies in the folder and is not used; what config.json claims and the tensors are not."""
+    """Logs unused files of the folder, and a quantisation that config.json claims wrongly."""
     files, method = checkpoint.files, config.quantization.method
     if files.ignored:
         logger.log(
             logging.WARNING if files.doubtful else logging.INFO,
-            "%s: the weights are those of %s, as transformers takes them; ignored: %s",
+            "%s: the weights are read from %s, as transformers does; ignored: %s",
             checkpoint.folder, files.main.name, ", ".join(files.ignored),
         )  # fmt: skip
     if method is not None and not checkpoint.is_quantized():
         logger.info(
-            "%s: quantization_config says %s, but no tensor is quantised: read as they are",
+            "%s: quantization_config says %s, but no tensor is quantised: they are read as they "
+            "are",
             config.file, method,
         )  # fmt: skip
 
 
 def open_adapter(args: AdapterArgs, base: BaseModel) -> AdapterPlan | None:
-    """The one adapter that is configured, checked against the base; None for the base alone.
+    """Plans the configured adapter and checks it against the base; None without one.
     ``ConfigError``: several, or one with a weight. ``AdapterError``."""
     folder = args.single()
     if folder is None:
@@ -108,7 +112,7 @@ def open_adapter(args: AdapterArgs, base: BaseModel) -> AdapterPlan | None:
 
 
 def plan_memory(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> MemoryPlan:
-    """What ``load_model`` with these arguments will take, without reading a weight of the base."""
+    """Plans the memory of ``load_model`` with these arguments; reads no weight of the base."""
     ready = prepare(model, adapter, experts)
     ready.engine.close()
     return ready.memory
@@ -116,9 +120,10 @@ def plan_memory(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> 
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that is known before the first weight is read; the engine's threads run.
+    """The result of ``prepare``; the engine's threads run.
 
-    ``adapters``: the plans by name; ``adapter_base``: what further ones are checked against.
+    ``adapters`` has the plans by name; further adapters are checked against ``adapter_base``.
+    ``inventory`` has the routed experts in every weight format.
     """
 
     base: BaseCheckpoint
@@ -127,6 +132,7 @@ class Prepared:
     kt_weights: KtWeights | None
     engine: Engine
     layers: dict[str, MoeLayer]
+    inventory: Inventory
     memory: MemoryPlan
 
 
@@ -137,35 +143,49 @@ def prepare(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> Prep
     adapter_base = base_of_adapters(base)
     plans = _plan_adapters(adapter, adapter_base)
     for plan in plans.values():
-        plan.warn_of_format(weight_format_of(experts.kt_backend))
+        plan.warn_of_format(format_of(experts.kt_backend).name)
     kt_weights = open_kt_weights(experts, base.experts.specs)
     engine = build_engine(experts)
     try:
         layers = new_layers(engine, base.experts.specs, experts, kt_weights)
-        sizes = [plan.planned_numel() for plan in plans.values()]
-        lora = (sum(inside for inside, _ in sizes), sum(outside for _, outside in sizes))
-        memory = make_plan(
+        gpu = gpu_limit()
+        all_layers = _layers_by_backend(engine, base.experts.specs, experts, layers)
+        inventory = planned_inventory(
             base.built.model,
-            experts=_expert_bytes(engine, base.experts.specs, experts, layers),
-            kt_backend=experts.kt_backend,
-            expert_paths=[spec.path for spec in base.experts.specs],
+            base.experts.specs,
+            all_layers,
+            infer_dtype=model.infer_dtype,
+            int8=model.quantization_bit == 8 and gpu is None,
+            mapped=not base.experts.checkpoint.is_quantized(),
+            gpu=gpu is not None,
+            loras=[
+                LoraSize(
+                    *plan.planned_numel(),
+                    router_values=plan.router_numel(),
+                    expert_bytes=plan.engine_bytes(),
+                    active=name in adapter.start_weights,
+                )
+                for name, plan in plans.items()
+            ],
+            workspace=engine.workspace_bytes,
+        )
+        memory = make_plan(
+            inventory,
+            base.built.model.config,
+            experts.kt_backend,
             layer_source=_layer_source(base.experts, layers, experts),
             mapped_files=check_addresses(model.model_name_or_path),
-            workspace=engine.workspace_bytes,
-            lora=lora,
-            infer_dtype=model.infer_dtype,
-            int8=model.quantization_bit == 8,
-            mapped=not base.experts.checkpoint.is_quantized(),
+            gpu=gpu,
         )
     except BaseException:
         engine.close()
         raise
-    return Prepared(base, plans, adapter_base, kt_weights, engine, layers, memory)
+    return Prepared(base, plans, adapter_base, kt_weights, engine, layers, inventory, memory)
 
 
 def _layer_source(source: ExpertSource, layers: Mapping[str, MoeLayer], experts: ExpertArgs) -> int:
-    """Bytes that are mapped beside the experts while they are loaded: a layer of the checkpoint in
-    BF16, or of a cache that is copied, which is sure where there are several NUMA parts."""
+    """Returns the bytes that are mapped in addition to the experts while they are loaded: a BF16
+    layer of the checkpoint, or of a cache that is copied, as it is with several NUMA parts."""
     root = cache_folder(experts, quiet=True) if experts.kt_weight_path is None else None
     if root is None or not seems_cached(root, source, layers):
         return 2 * max(spec.num_weights for spec in source.specs)
@@ -173,25 +193,26 @@ def _layer_source(source: ExpertSource, layers: Mapping[str, MoeLayer], experts:
     return max(sum(parts) for parts in images) if len(images[0]) > 1 else 0
 
 
-def _expert_bytes(
+def _layers_by_backend(
     engine: Engine,
     specs: Sequence[ExpertsSpec],
     experts: ExpertArgs,
     layers: Mapping[str, MoeLayer],
-) -> dict[str, int]:
-    """Bytes of the packed experts by kt_backend; layers without experts take no memory."""
-    sizes: dict[str, Mapping[str, MoeLayer]] = {experts.kt_backend: layers}
-    for backend in BACKENDS:
-        if backend not in sizes:
-            sizes[backend] = {spec.path: new_layer(engine, spec, backend) for spec in specs}
-    return {name: sum(sum(each.image_bytes) for each in of.values()) for name, of in sizes.items()}
+) -> dict[str, Mapping[str, MoeLayer]]:
+    """Returns ``layers``, and empty layers of the other weight formats, by kt_backend. Empty layers
+    take no memory."""
+    found: dict[str, Mapping[str, MoeLayer]] = {experts.kt_backend: layers}
+    for backend in (each.kt_backend for each in FORMATS):
+        if backend not in found:
+            found[backend] = {spec.path: new_layer(engine, spec, backend) for spec in specs}
+    return found
 
 
 def open_kt_weights(experts: ExpertArgs, specs: Sequence[ExpertsSpec]) -> KtWeights | None:
-    """kt_kernel's files, if kt_weight_path names them. ``CheckpointError`` if they do not fit."""
+    """Opens kt_kernel's files, if kt_weight_path names any. ``CheckpointError``: wrong files."""
     if experts.kt_weight_path is None:
         return None
-    return KtWeights(experts.kt_weight_path, specs, weight_format_of(experts.kt_backend))
+    return KtWeights(experts.kt_weight_path, specs, format_of(experts.kt_backend).name)
 
 
 def new_layers(
@@ -200,13 +221,13 @@ def new_layers(
     experts: ExpertArgs,
     kt_weights: KtWeights | None = None,
 ) -> dict[str, MoeLayer]:
-    """An empty layer for every experts module, by path."""
+    """Returns an empty layer for every experts module, by path."""
     slices = kt_weights.parts if kt_weights else 1
     return {spec.path: new_layer(engine, spec, experts.kt_backend, slices) for spec in specs}
 
 
 def base_of_adapters(base: BaseCheckpoint) -> BaseModel:
-    """What adapters are checked against."""
+    """Returns the description of the base that adapters are checked against."""
     modules = {
         (path, expert, projection): name
         for path, layer in base.experts.weights.items()

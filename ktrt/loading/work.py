@@ -1,77 +1,60 @@
-"""What one token makes a model read and compute, and how fast a machine can do that at best."""
+"""Lower bounds of decoding and prefill times: the inventory's numbers at measured rates."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-
-from ktrt.engine.formats import BACKENDS
-from ktrt.layers.int8 import int8_bytes, int8_layers
-from ktrt.loading.memory import kv_bytes_per_token
+from ktrt.layers.int8 import INT8
+from ktrt.loading.inventory import (
+    ATTENTION,
+    EMBEDDINGS,
+    EXPERT_BIASES,
+    EXPERT_LORA,
+    EXPERTS,
+    HEAD,
+    LORA,
+    MLP,
+    TABLES,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import nn
-
-    from ktrt.experts import ExpertsSpec
-
-_ATTENTION = re.compile(r"attn|attention|mixer|ssm|mamba")
+    from ktrt.loading.inventory import Inventory
 
 
 @dataclass(frozen=True)
 class ModelWork:
-    """Of decoding one token: numbers of weights that are read and multiplied once each.
+    """The work of a model whose routed experts are all computed on the CPU. Rates are bytes,
+    peaks operations per second."""
 
-    ``experts``: of the routed experts that a token meets, with ``expert_rows`` output rows;
-    ``experts_held``: of all of them; ``expert_lora``: of the adapter on those experts, ``lora``: on
-    the rest. ``attention``, ``head`` and ``other`` (dense and shared MLP, routers, norms) take
-    ``other_bytes`` bytes per weight, on average; ``other_format``: what multiplies most of them.
-    ``kv_token_bytes``: of the KV cache, read for every token before.
-    """
+    inventory: Inventory
 
-    experts: int
-    expert_rows: int
-    experts_held: int
-    expert_lora: int
-    lora: int
-    attention: int
-    head: int
-    other: int
-    other_bytes: float
-    kv_token_bytes: int
-    other_format: str = "bf16"
+    @property
+    def other_format(self) -> str:
+        """The weight format of most products outside the routed experts."""
+        rows = self.inventory.of(ATTENTION, MLP, HEAD)
+        return INT8.name if any(row.form == INT8.name for row in rows) else "bf16"
 
     def bytes_by_part(self, kt_backend: str, context: int = 0) -> dict[str, float]:
-        """Bytes that decoding one token reads, after ``context`` others."""
-        row = BACKENDS[kt_backend]
-        scales = row.scale_bytes * self.expert_rows
+        """Returns the bytes that decoding a token reads, after ``context`` others."""
+        inventory = self.inventory
         return {
-            "routed experts": self.experts * row.bits / 8 + scales,
-            # The engine keeps LoRA in bfloat16, PEFT in float32.
-            "LoRA of the experts": 2.0 * self.expert_lora,
-            "attention": self.attention * self.other_bytes,
-            "dense and shared MLP, routers": self.other * self.other_bytes,
-            "head": self.head * self.other_bytes,
-            "LoRA elsewhere": 4.0 * self.lora,
-            f"KV cache of {context} tokens": float(context * self.kv_token_bytes),
+            EXPERTS: inventory.experts[kt_backend].read + inventory.read(EXPERT_BIASES),
+            EXPERT_LORA: inventory.read(EXPERT_LORA),
+            ATTENTION: inventory.read(ATTENTION),
+            MLP: inventory.read(MLP, TABLES, EMBEDDINGS),
+            HEAD: inventory.read(HEAD),
+            LORA: inventory.read(LORA),
+            f"KV cache of {context} tokens": float(context * inventory.kv_token_bytes),
         }
-
-    def expert_bytes_held(self, kt_backend: str) -> float:
-        """Bytes of all routed experts."""
-        token = self.bytes_by_part(kt_backend)["routed experts"]
-        return token * self.experts_held / self.experts
 
     def decode_seconds(
         self, kt_backend: str, cpu_rate: float, gpu_rate: float | None = None, context: int = 0
     ) -> float:
-        """The least time of a token: every byte is read once, experts and their LoRA from the CPU's
-        memory, the rest from the GPU's if there is one. Rates in bytes per second."""
+        """Returns the lower bound for a token: every byte is read once, experts and their LoRA from
+        the CPU's memory, the rest from the GPU's if there is one."""
         parts = self.bytes_by_part(kt_backend, context)
-        experts = parts.pop("routed experts") + parts.pop("LoRA of the experts")
+        experts = parts.pop(EXPERTS) + parts.pop(EXPERT_LORA)
         return experts / cpu_rate + sum(parts.values()) / (gpu_rate or cpu_rate)
 
     def prefill_seconds(
@@ -82,77 +65,17 @@ class ModelWork:
         expert_peak: float,
         other_peak: float | None,
     ) -> float:
-        """The least time of a prompt of ``tokens``: what is larger, arithmetic at its peak
-        (operations per second; None: on a GPU, which takes no time beside the CPU) or one read of
-        the weights. Attention's own products, which grow with the square, are left out."""
-        operations = 2.0 * tokens * (self.experts + self.expert_lora)
-        # Tokens that are routed evenly meet so many of the experts together.
-        met = 1 - (1 - self.experts / self.experts_held) ** tokens
-        size = met * self.expert_bytes_held(kt_backend)
-        seconds = max(operations / expert_peak, size / cpu_rate)
+        """Returns the lower bound for a prompt of ``tokens``: the larger of the arithmetic at its
+        peak and one read of the weights. ``other_peak`` None: the rest is on a GPU, which is taken
+        to be faster. Leaves out attention's own products, which grow with the square."""
+        experts = self.inventory.experts[kt_backend]
+        operations = 2.0 * tokens * (experts.values + self.inventory.values(EXPERT_LORA))
+        # Tokens that are routed evenly read this share of the experts.
+        met = 1 - (1 - experts.share) ** tokens
+        seconds = max(operations / expert_peak, met * experts.read / experts.share / cpu_rate)
         if other_peak is not None:
-            others = self.attention + self.other + self.lora
-            operations = 2.0 * (tokens * others + self.head)
-            size = (others + self.head) * self.other_bytes
+            values = tokens * self.inventory.values(ATTENTION, MLP, LORA)
+            operations = 2.0 * (values + self.inventory.values(HEAD))
+            size = self.inventory.read(ATTENTION, MLP, HEAD)
             seconds += max(operations / other_peak, size / cpu_rate)
         return seconds
-
-
-def model_work(
-    skeleton: nn.Module,
-    specs: Sequence[ExpertsSpec],
-    infer_dtype: str,
-    lora: tuple[int, int] = (0, 0),
-    *,
-    int8: bool = False,
-) -> ModelWork:
-    """Counted on the meta device. ``lora``: values of the adapter on routed experts (all of them)
-    and elsewhere. ``int8``: the linear layers of ``ktrt.layers.int8`` are."""
-    dtype = None if infer_dtype == "auto" else getattr(torch, infer_dtype)
-    experts = rows = held = 0
-    for spec in specs:
-        experts += spec.num_weights // spec.num_experts * spec.top_k
-        held += spec.num_weights
-        rows += spec.top_k * sum(size_out for size_out, _ in spec.parameters.values())
-    paths = [spec.path for spec in specs]
-    counts, size = _other_weights(skeleton, paths, dtype)
-    if int8:
-        for linear in int8_layers(skeleton, paths, dtype):
-            size += int8_bytes(linear) - linear.weight.numel() * torch.bfloat16.itemsize
-    total = sum(counts.values())
-    return ModelWork(
-        experts=experts,
-        expert_rows=rows,
-        experts_held=held,
-        expert_lora=round(lora[0] * experts / held) if held else 0,
-        lora=lora[1],
-        attention=counts["attention"],
-        head=counts["head"],
-        other=counts["other"],
-        other_bytes=size / total if total else 0.0,
-        kv_token_bytes=kv_bytes_per_token(skeleton, paths, dtype),
-        other_format="int8" if int8 else "bf16",
-    )
-
-
-def _other_weights(
-    skeleton: nn.Module, expert_paths: Sequence[str], dtype: torch.dtype | None
-) -> tuple[dict[str, int], int]:
-    """Weights that decoding a token reads, by part, and their bytes. Of the embeddings it reads one
-    row, unless they are the head too."""
-    model: Any = skeleton
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    head_weight = getattr(head, "weight", None)
-    paths = tuple(f"{path}." for path in expert_paths)
-    counts = {"attention": 0, "head": 0, "other": 0}
-    size = 0
-    for name, weight in skeleton.named_parameters():
-        if weight is head_weight:
-            part = "head"
-        elif weight is getattr(embeddings, "weight", None) or name.startswith(paths):
-            continue
-        else:
-            part = "attention" if _ATTENTION.search(name) else "other"
-        counts[part] += weight.numel()
-        size += weight.numel() * (dtype or weight.dtype).itemsize
-    return counts, size

@@ -1,4 +1,4 @@
-"""What /proc, /sys and the environment say about this machine, without measuring anything."""
+"""Reads /proc, /sys and the environment of this machine; measures nothing."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ktrt.machine.memory import Limit, ram_limit
+from ktrt.machine.threads import ThreadCount, count_threads, threads_within
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-# Of /proc/cpuinfo's flags, those that decide which kernels run.
+# The flags in /proc/cpuinfo that decide which kernels run.
 ISA_FLAGS = (
     "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni",
     "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16",
@@ -30,9 +31,8 @@ _HUGE_PAGE = 2 << 20
 
 @dataclass(frozen=True)
 class HugePages:
-    """``setting``: always, madvise or never (empty: unknown to this kernel). ``on_fault`` and
-    ``on_collapse``: whether memory got 2 MB pages when it was tried, by MADV_HUGEPAGE and by
-    MADV_COLLAPSE."""
+    """``setting`` is always, madvise or never (empty: this kernel has none). ``on_fault`` and
+    ``on_collapse``: whether a trial got 2 MB pages with MADV_HUGEPAGE and with MADV_COLLAPSE."""
 
     setting: str
     on_fault: bool
@@ -45,10 +45,10 @@ class HugePages:
 
 @dataclass(frozen=True)
 class MachineFacts:
-    """Sizes in bytes. ``cpus``: all that are online; ``allowed``: those this process may use, of
-    which ``cores`` are physical cores; ``nodes``: the allowed CPUs by NUMA node. ``cpu_quota``:
-    CPUs worth of time that the cgroup grants, None without a limit, by the file ``quota_from``.
-    ``isa`` is in use, ``detected_isa`` possible. ``ram``: what is free, and what bounds it."""
+    """Sizes in bytes. ``cpus`` counts the online CPUs, ``allowed`` the ones this process may use
+    and ``cores`` their physical cores; ``nodes`` has the allowed CPUs by NUMA node. ``cpu_quota``
+    is the time that the cgroup grants, in CPUs (None: no limit), by the file ``quota_from``.
+    ``isa`` is in use, ``detected_isa`` possible. ``ram``: free bytes, and their bound."""
 
     cpu: str
     flags: tuple[str, ...]
@@ -76,8 +76,15 @@ class MachineFacts:
 
     @property
     def usable_cores(self) -> int:
-        """Threads that are of use: physical cores, less what a quota takes away."""
+        """Number of useful threads: one per physical core, within the quota."""
         return threads_within(self.cores, self.cpu_quota)
+
+    def threads(self, kt_num_threads: int | None = None) -> ThreadCount:
+        """Returns the thread count of an engine on this machine."""
+        return count_threads(
+            kt_num_threads, self.environment,
+            cores=self.cores, allowed=self.allowed, quota=self.cpu_quota,
+        )  # fmt: skip
 
 
 def read_facts(
@@ -90,8 +97,8 @@ def read_facts(
     root: Path = Path("/"),
     huge_pages: HugePages | None = None,
 ) -> MachineFacts:
-    """``isa``, ``detected_isa``, ``nodes`` and ``cores`` come from the engine. ``root`` stands for
-    the file system's root; ``huge_pages`` replaces the trial of this process's own memory."""
+    """Reads the facts. ``isa``, ``detected_isa``, ``nodes`` and ``cores`` come from the engine;
+    ``root`` replaces the file system's root, ``huge_pages`` the trial with real memory."""
     info = _text(root / "proc/cpuinfo")
     model = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
     flags = re.search(r"^flags\s*:\s*(.+)$", info, re.MULTILINE)
@@ -121,15 +128,9 @@ def read_facts(
     )
 
 
-def threads_within(cores: int, quota: float | None) -> int:
-    """How many threads run by default: one per physical core, and no more than whole CPUs of a
-    quota. With more, the kernel stops all of them for the rest of every period."""
-    return cores if quota is None else max(1, min(cores, int(quota)))
-
-
 def cpu_quota(root: Path = Path("/")) -> tuple[float | None, str]:
-    """The least that this process's cgroup or one above it grants, in CPUs, and the file that says
-    so; None without a limit."""
+    """Returns the lowest quota of this process's cgroup and its parents, in CPUs, with its file;
+    None without a limit."""
     found: list[tuple[float, str]] = []
     for folder, version in _cgroup_folders(root, "cpu"):
         if version == 2:
@@ -144,7 +145,7 @@ def cpu_quota(root: Path = Path("/")) -> tuple[float | None, str]:
 
 
 def _cpuset(root: Path) -> str:
-    """CPUs that the cgroup allows, as the kernel writes them; empty if it does not say."""
+    """Returns the cgroup's CPUs as the kernel writes them; empty if it has no such file."""
     for folder, version in _cgroup_folders(root, "cpuset"):
         name = "cpuset.cpus.effective" if version == 2 else "cpuset.effective_cpus"
         if text := _text(folder / name).strip():
@@ -153,7 +154,7 @@ def _cpuset(root: Path) -> str:
 
 
 def _cgroup_folders(root: Path, controller: str) -> Iterator[tuple[Path, int]]:
-    """The folders of this process's cgroup and of those above it, with the cgroup version."""
+    """Yields the folders of this process's cgroup and its parents, with the cgroup version."""
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
@@ -166,13 +167,13 @@ def _cgroup_folders(root: Path, controller: str) -> Iterator[tuple[Path, int]]:
             continue
         for base in bases:
             folder = base / path.strip("/")
-            # In a container the path may be that of the host; the root is then the own one.
+            # In a container the path may be the host's; its own cgroup is then at the root.
             chain = [folder, *folder.parents] if folder.is_dir() else [base]
             yield from ((each, version) for each in chain if each.is_relative_to(base))
 
 
 def try_huge_pages(root: Path = Path("/")) -> HugePages:
-    """Asks for huge pages as the engine does, and looks at what the kernel gave."""
+    """Asks for huge pages as the engine does, and checks whether the kernel gave them."""
     setting = re.search(
         r"\[(\w+)\]", _text(root / "sys/kernel/mm/transparent_hugepage/enabled") or ""
     )
@@ -201,7 +202,7 @@ def _huge_bytes() -> int:
 
 
 def _size(text: str) -> int:
-    """Bytes of "32768K"; 0 if it is not known."""
+    """Parses "32768K" into bytes; returns 0 for other text."""
     match = re.fullmatch(r"(\d+)([KMG]?)", text)
     return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]] if match else 0
 
@@ -214,5 +215,5 @@ def _text(path: Path) -> str:
 
 
 def environment_of_process() -> dict[str, str]:
-    """A copy, so that what imports set later does not show."""
+    """Returns a copy of the environment: later changes by imported libraries do not show in it."""
     return dict(os.environ)

@@ -1,4 +1,4 @@
-"""How much memory this process may still take: the machine, its cgroup, ulimit -v and the GPU."""
+"""The memory that this process may still take: of the machine, its cgroup, ulimit -v, the GPU."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ _UNLIMITED = 1 << 60
 
 @dataclass(frozen=True)
 class Limit:
-    """Bytes that are still free, and what bounds them, for a message."""
+    """Free bytes, and the name of their bound for messages."""
 
     free: int
     what: str
 
 
 def ram_limit(root: Path = Path("/")) -> Limit:
-    """The smallest of what MemAvailable and the memory cgroups (v2 and v1) leave. Page cache counts
-    as free. ``root`` stands for the file system's root."""
+    """Returns the lower of MemAvailable and the limits of the memory cgroups (v2 and v1). Page
+    cache counts as free. ``root`` replaces the file system's root."""
     limits = [Limit(_meminfo(root, "MemAvailable"), "MemAvailable"), *_cgroups(root)]
     return min(limits, key=lambda limit: limit.free)
 
 
 def address_limit(root: Path = Path("/")) -> Limit | None:
-    """What ulimit -v (RLIMIT_AS) leaves; None without a limit."""
+    """Returns the addresses that ulimit -v (RLIMIT_AS) leaves; None without a limit."""
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     if soft == resource.RLIM_INFINITY:
         return None
@@ -34,13 +34,13 @@ def address_limit(root: Path = Path("/")) -> Limit | None:
 
 
 def resident_bytes(root: Path = Path("/")) -> int:
-    """What this process holds now."""
+    """Returns the RAM that this process holds now."""
     fields = _read(root / "proc/self/statm").split()
     return int(fields[1]) * resource.getpagesize() if len(fields) > 1 else 0
 
 
 def gpu_limit() -> Limit | None:
-    """What is free on the GPU that the model goes to; None without one."""
+    """Returns the free memory of the GPU that the model goes to; None without a GPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -58,7 +58,7 @@ def _meminfo(root: Path, key: str) -> int:
 
 
 def _cgroups(root: Path) -> list[Limit]:
-    """The memory limits of this process's cgroup and of those above it."""
+    """Returns the memory limits of this process's cgroup and its parents."""
     found = []
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")
@@ -73,7 +73,7 @@ def _cgroups(root: Path) -> list[Limit]:
             continue
         for base in bases:
             folder = base / path.strip("/")
-            # In a container the path may be that of the host; the root is then the own one.
+            # In a container the path may be the host's; its own cgroup is then at the root.
             chain = [folder, *folder.parents] if folder.is_dir() else [base]
             found += [
                 limit

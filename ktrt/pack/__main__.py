@@ -1,4 +1,4 @@
-"""``python -m ktrt.pack config.yaml``: packs a model's experts ahead and manages the cache."""
+"""``python -m ktrt.pack config.yaml``: packs a model's experts in advance; manages the cache."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def pack(config: Config) -> None:
     if args.kt_weight_path is not None:
         raise ConfigError("kt_weight_path: these experts are packed already, there is no cache")
     if (root := cache_folder(args)) is None:
-        # A missing home folder has been reported before.
+        # A missing home folder has been logged.
         raise ConfigError(
             "no pack cache: it is switched off (ktrt_cache or KTRT_CACHE), or has no folder"
         )
@@ -111,7 +111,7 @@ def pack(config: Config) -> None:
             if writer is None:
                 raise ConfigError(f"no pack cache can be written to {root}")
             with writer:
-                # A layer's memory is freed after it is written.
+                # A layer frees its memory once it is written.
                 pack_experts(source, layers, writer, done=layers.pop)
                 finish(writer, cache)
             if cache.mismatch():
@@ -121,7 +121,7 @@ def pack(config: Config) -> None:
 
 
 def entries(root: Path) -> list[dict[str, Any]]:
-    """Returns the entries of the cache folder: size, source, and state (current or why not)."""
+    """Lists the cache folder: size, source and state of each entry."""
     found = []
     for folder in cache_folders(root):
         entry: dict[str, Any] = {"folder": str(folder), "bytes": _size(folder)}

@@ -28,10 +28,10 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "prompt": {"config", "folders"},
     "engine": {"_core", "config", "machine"},
     "experts": {"config", "engine"},
-    "checkpoint": {"experts", "folders"},
+    "checkpoint": {"engine", "experts", "folders"},
     "layers": {"engine"},
     "kv": set(),
-    "adapter": {"experts"},
+    "adapter": {"engine", "experts"},
     "generate": {"config", "engine", "experts", "kv"},
     "loading": {
         "adapter", "checkpoint", "config", "engine", "experts", "folders", "generate", "kv",
@@ -66,8 +66,8 @@ WITHOUT_TORCH = {
     "__init__", "__main__", "audit.reference", "bench.report", "checkpoint.generation_config",
     "command_line", "config", "doctor.advice", "errors", "folders", "generate.response",
     "generate.text_stream", "loading.pack_cache", "loading.pack_manifest", "machine.facts",
-    "prompt", "utils.json_files", "utils.owned_folder", "utils.program", "utils.signals",
-    "utils.streams", "utils.temporaries",
+    "machine.threads", "prompt", "utils.json_files", "utils.owned_folder", "utils.program",
+    "utils.signals", "utils.streams", "utils.temporaries",
 }  # fmt: skip
 WITHOUT_TORCH |= {
     f"chat.{name}"

@@ -5,80 +5,57 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from ktrt.engine.formats import FORMATS
+from ktrt.engine.formats import STRIP_ROWS, code_bytes, is_quantized
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-STRIP_ROWS = 32
+    from ktrt.engine import WeightFormat
+
 _HALF_ROWS = 16
 _TILE_WORDS = 512  # 4-byte words of a tile: 32 rows of 16
 _ROW_WORDS = 16  # of one row in a tile
 _BLOCK_RANKS = 16
 
 
-@dataclass(frozen=True)
-class _Format:
-    tile_columns: int
-    block_strips: int
-    block_tiles: int
-    dtype: torch.dtype
-
-
-# INT4 becomes the INT8 codes that the engine's kernels multiply: 16 times its own.
-_FORMATS: dict[str, _Format] = {
-    row.name: _Format(
-        row.tile_columns,
-        row.block_rows // STRIP_ROWS,
-        row.block_columns // row.tile_columns,
-        torch.int8 if row.scale_bytes else torch.bfloat16,
-    )
-    for row in FORMATS.values()
-}
-
-
-def padded_shape(rows: int, columns: int, weight_format: str) -> tuple[int, int]:
-    """Rows and columns of a packed matrix with its padding."""
-    return _up(rows, STRIP_ROWS), _up(columns, _FORMATS[weight_format].tile_columns)
-
-
-def code_dtype(weight_format: str) -> torch.dtype:
+def code_dtype(weight_format: WeightFormat) -> torch.dtype:
     """The dtype that ``unpack_codes`` gives: bfloat16, or int8 for quantised weights."""
-    return _FORMATS[weight_format].dtype
+    return torch.int8 if is_quantized(weight_format) else torch.bfloat16
 
 
-def unpack_codes(codes: torch.Tensor, weight_format: str, out: torch.Tensor) -> None:
-    """Writes packed matrices row-major, padding included.
+def unpack_codes(codes: torch.Tensor, weight_format: WeightFormat, out: torch.Tensor) -> None:
+    """Writes packed matrices row-major, padding included. INT4 becomes the INT8 codes that the
+    engine's kernels multiply: 16 times its own.
 
     codes: uint8 [n, bytes of one matrix], the last dimension contiguous; out: [n, padded rows,
     padded columns] of ``code_dtype``, the last dimension contiguous.
     """
-    layout = _FORMATS[weight_format]
     count, rows, columns = out.shape
-    strips, tiles = rows // STRIP_ROWS, columns // layout.tile_columns
-    if codes.shape != (count, strips * tiles * _TILE_WORDS * 4) or out.dtype != layout.dtype:
+    size = code_bytes(weight_format, rows, columns)
+    if codes.shape != (count, size) or out.dtype != code_dtype(weight_format):
         raise ValueError(
             f"codes {tuple(codes.shape)} and out {tuple(out.shape)} {out.dtype} are not the same "
-            f"{weight_format} matrices; expected {strips * tiles * _TILE_WORDS * 4} bytes each"
+            f"{weight_format.name} matrices; expected {size} bytes each"
         )
-    if FORMATS[weight_format].bits == 4:
+    if weight_format.bits == 4:
         packed = torch.empty(count, rows, columns // 2, dtype=torch.uint8, device=out.device)
-        _unpack_words(codes, layout, packed.view(torch.int32))
+        _unpack_words(codes, weight_format, packed.view(torch.int32))
         _split_nibbles(packed, out)
     else:
-        _unpack_words(codes, layout, out.view(torch.int32))
+        _unpack_words(codes, weight_format, out.view(torch.int32))
 
 
-def _unpack_words(codes: torch.Tensor, layout: _Format, out: torch.Tensor) -> None:
+def _unpack_words(codes: torch.Tensor, weight_format: WeightFormat, out: torch.Tensor) -> None:
     """Every half tile is the transpose of 16 rows of 16 words, whatever the element type."""
     words = codes.view(torch.int32)
     tiles = out.shape[2] // _ROW_WORDS
-    for first, strips, blocks in _blocks(out.shape[1] // STRIP_ROWS, layout.block_strips):
+    block_strips = weight_format.block_rows // STRIP_ROWS
+    block_tiles = weight_format.block_columns // weight_format.tile_columns
+    for first, strips, blocks in _blocks(out.shape[1] // STRIP_ROWS, block_strips):
         block_words = strips * tiles * _TILE_WORDS
         start = first * tiles * _TILE_WORDS
         source = words[:, start : start + blocks * block_words].unflatten(1, (blocks, block_words))
@@ -86,8 +63,8 @@ def _unpack_words(codes: torch.Tensor, layout: _Format, out: torch.Tensor) -> No
         target = rows.unflatten(2, (tiles, _ROW_WORDS)).unflatten(
             1, (blocks, strips, 2, _HALF_ROWS)
         )
-        for tile in range(0, tiles, layout.block_tiles):
-            end = min(tile + layout.block_tiles, tiles)
+        for tile in range(0, tiles, block_tiles):
+            end = min(tile + block_tiles, tiles)
             piece = source[:, :, tile * strips * _TILE_WORDS : end * strips * _TILE_WORDS]
             # [n, block, strip, tile, half, word, row] → [n, block, strip, half, row, tile, word]
             shaped = piece.unflatten(2, (strips, end - tile, 2, _ROW_WORDS, _HALF_ROWS))
@@ -125,7 +102,3 @@ def unpack_expand(b: torch.Tensor, rows: int, ranks: int) -> torch.Tensor:
     strips = b.view(torch.bfloat16).unflatten(1, shape)
     unpacked: torch.Tensor = strips.permute(0, 1, 3, 4, 2, 5).reshape(-1, rows, ranks)
     return unpacked
-
-
-def _up(value: int, unit: int) -> int:
-    return (value + unit - 1) // unit * unit

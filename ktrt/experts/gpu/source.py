@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ktrt.engine.formats import FORMATS
-from ktrt.experts.gpu.arithmetic import ExpertBank
-from ktrt.experts.gpu.packed import (
+from ktrt.engine.formats import (
     STRIP_ROWS,
-    code_dtype,
+    code_bytes,
+    format_named,
+    is_quantized,
     padded_shape,
-    unpack_codes,
-    unpack_expand,
-    unpack_shrink,
+    round_up,
 )
+from ktrt.experts.gpu.arithmetic import ExpertBank
+from ktrt.experts.gpu.packed import code_dtype, unpack_codes, unpack_expand, unpack_shrink
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,8 +35,8 @@ class LayerSource:
         self.num_experts = layer.num_experts
         self.hidden_size = layer.hidden_size
         self.intermediate_size = layer.intermediate_size
-        self.weight_format = layer.weight_format
-        self.quantized = FORMATS[layer.weight_format].scale_bytes > 0
+        self.weight_format = format_named(layer.weight_format)
+        self.quantized = is_quantized(self.weight_format)
         self._layer = layer
         self._parts = layer.packed_parts()
         self._weight_memories = {f"codes{i}": part.codes for i, part in enumerate(self._parts)}
@@ -86,8 +86,8 @@ class LayerSource:
         [n, bytes of one expert] each, n experts in any order."""
         count, device = arrays["codes0"].shape[0], arrays["codes0"].device
         dtype = code_dtype(self.weight_format)
-        inner, columns = padded_shape(self.intermediate_size, self.hidden_size, self.weight_format)
-        outer, depth = padded_shape(self.hidden_size, self.intermediate_size, self.weight_format)
+        inner, columns = padded_shape(self.weight_format, self.intermediate_size, self.hidden_size)
+        outer, depth = padded_shape(self.weight_format, self.hidden_size, self.intermediate_size)
         gate_up = torch.empty(count, 2, inner, columns, dtype=dtype, device=device)
         down = torch.empty(count, outer, depth, dtype=dtype, device=device)
         gate_up_scale = torch.empty(count, 2, inner, device=device)
@@ -127,7 +127,7 @@ class LayerSource:
         return {n: array for n, array in self.arrays.items() if n not in self._weight_memories}
 
     def _unpack(self, codes: torch.Tensor, matrix: PackedMatrix, out: torch.Tensor) -> None:
-        size = out[0].numel() * FORMATS[self.weight_format].bits // 8
+        size = code_bytes(self.weight_format, *out.shape[1:])
         unpack_codes(
             codes[:, matrix.code_offset : matrix.code_offset + size], self.weight_format, out
         )
@@ -161,7 +161,7 @@ def _padded_rows(matrix: PackedMatrix) -> int:
 
 
 def _up(rows: int) -> int:
-    return (rows + STRIP_ROWS - 1) // STRIP_ROWS * STRIP_ROWS
+    return round_up(rows, STRIP_ROWS)
 
 
 def _scales(scales: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:

@@ -100,7 +100,7 @@ def test_a_run_on_the_demo(report: dict[str, Any]) -> None:
         assert each["read_bandwidth"] > 1e8
         assert (each["adapter_cost"] is not None) == each["adapter"]
         assert each["of_limit"] is None or 0 < each["of_limit"] < 2
-    # With AMX, a separate kernel computes one token.
+    # With AMX, one token's rows have a separate kernel.
     assert report["kernels"].keys() & {"gemm", "gemm_few_rows"}
     assert report["memory"]["peak_resident"] >= report["memory"]["resident"] > 10**7
 

@@ -18,9 +18,21 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ktrt.config import ExpertArgs
 from ktrt.doctor import __main__ as doctor
 from ktrt.doctor.advice import Advice, advise
-from ktrt.engine import probes
-from ktrt.experts import find_experts
-from ktrt.loading.work import ModelWork, model_work
+from ktrt.engine import Engine, probes
+from ktrt.engine.formats import format_named
+from ktrt.experts import find_experts, new_layer
+from ktrt.loading.inventory import (
+    ATTENTION,
+    EXPERT_LORA,
+    EXPERTS,
+    HEAD,
+    LORA,
+    MLP,
+    Inventory,
+    Row,
+    planned_inventory,
+)
+from ktrt.loading.work import ModelWork
 from ktrt.machine.facts import (
     HugePages,
     MachineFacts,
@@ -183,6 +195,13 @@ def test_what_to_change(
     assert all(each.reason for each in found)
 
 
+def test_the_threads_that_are_measured_follow_the_quota() -> None:
+    limited = replace(GOOD, cpu_quota=2.5, quota_from="/x")
+    assert (GOOD.threads().count, limited.threads().count, limited.threads(6).count) == (8, 2, 6)
+    named = replace(limited, environment={"OMP_NUM_THREADS": "20,2"})
+    assert named.threads().count == 16
+
+
 def test_backend_by_memory_and_gain() -> None:
     def settings(args: ExpertArgs, **known: object) -> list[Advice]:
         return advise(GOOD, args, **known)  # type: ignore[arg-type]
@@ -219,42 +238,60 @@ def test_rates_of_this_machine() -> None:
     assert 1e8 < rate < 1e13
     peaks = {peak.name: peak for peak in probes.arithmetic_peaks(1, seconds=0.01)}
     assert all(1e8 < peak.one_thread < 1e14 for peak in peaks.values())
-    found = probes.peak_of("bf16", list(peaks.values()))
+    found = probes.peak_of(format_named("bf16"), list(peaks.values()))
     assert (found is None) == (not peaks)
 
 
-def tiny_work(tmp_path: Path, model_type: str) -> tuple[ModelWork, torch.nn.Module]:
-    folder = save_model(tmp_path / model_type, model_type, 96)
+def tiny_work(model_type: str, folder: Path) -> tuple[ModelWork, torch.nn.Module]:
+    """The work of a tiny model whose experts have twice as many bytes as weights."""
+    save_model(folder, model_type, 96)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(folder), dtype=torch.bfloat16
         )
-    return model_work(skeleton, find_experts(skeleton), "auto"), skeleton
+    specs = find_experts(skeleton)
+    engine = Engine(num_threads=1, max_qlen=8)
+    layers = {spec.path: new_layer(engine, spec, "AMXBF16") for spec in specs}
+    return ModelWork(planned_inventory(skeleton, specs, {"AMXBF16": layers})), skeleton
 
 
 @pytest.mark.parametrize("model_type", ["deepseek_v2", "qwen3_moe", "granitemoe"])
 def test_work_counts_every_weight_once(tmp_path: Path, model_type: str) -> None:
-    """All weights but the embeddings (unless they are the head); of the routed experts, one
-    token's."""
-    work, skeleton = tiny_work(tmp_path, model_type)
+    """All weights but the embeddings (unless they are the head), and the routed experts that act on
+    one token."""
+    work, skeleton = tiny_work(model_type, tmp_path / model_type)
     total = sum(weight.numel() for weight in skeleton.parameters())
     model = skeleton
     embeddings = model.get_input_embeddings().weight  # type: ignore[operator]
     tied = model.get_output_embeddings().weight is embeddings  # type: ignore[operator]
-    others = work.attention + work.head + work.other
-    assert others + work.experts_held + (0 if tied else embeddings.numel()) == total
-    assert work.head == embeddings.numel()
-    assert work.experts * 16 == work.experts_held * 4  # top 4 of 16
+    inventory, experts = work.inventory, work.inventory.experts["AMXBF16"]
+    others = inventory.values(ATTENTION, MLP, HEAD)
+    held = experts.values * 16 / 4  # top 4 of 16
+    assert others + held + (0 if tied else embeddings.numel()) == total
+    assert inventory.values(HEAD) == embeddings.numel()
+    assert experts.share == 4 / 16
     # transformers may keep routers in float32.
-    assert 2 <= work.other_bytes < 2.05
-    assert work.attention > 0
-    assert work.other > 0
+    assert 2 <= inventory.read(ATTENTION, MLP, HEAD) / others < 2.05
+    assert inventory.values(ATTENTION) > 0
+    assert inventory.values(MLP) > 0
 
 
 WORK = ModelWork(
-    experts=1000, expert_rows=10, experts_held=8000, expert_lora=50, lora=20, attention=300,
-    head=200, other=100, other_bytes=2.0, kv_token_bytes=4,
-)  # fmt: skip
+    Inventory(
+        (
+            Row(EXPERT_LORA, "bfloat16", held=800, read=100, values=50),
+            Row(LORA, "float32", held=80, read=80, values=20),
+            Row(ATTENTION, "bfloat16", held=600, read=600, values=300),
+            Row(HEAD, "bfloat16", held=400, read=400, values=200),
+            Row(MLP, "bfloat16", held=200, read=200, values=100),
+        ),
+        {
+            "AMXBF16": Row(EXPERTS, "bf16", held=16000, read=2000, values=1000, share=0.125),
+            "AMXInt8": Row(EXPERTS, "int8", held=8400, read=1040, values=1000, share=0.125),
+        },
+        kv_token_bytes=4,
+    )
+)
 
 
 def test_bytes_and_times_by_hand() -> None:

@@ -295,7 +295,7 @@ def test_a_forward_needs_little_stack() -> None:
 
 
 def test_numpy_arrays_of_any_stride() -> None:
-    """The strides are read: the arrays need not be compact."""
+    """Arrays need not be compact."""
     layer = _core.MoeLayer(engine(), **LAYER)
     gate, down = np.zeros((32, 64), np.float32), np.zeros((64, 32), np.float32)
     for expert in range(2):

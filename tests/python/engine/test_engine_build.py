@@ -9,11 +9,8 @@ import os
 import sys
 
 import pytest
-import torch
 
 import ktrt.engine
-import ktrt.engine.build
-import ktrt.engine.build as engine_module
 from ktrt import _core
 from ktrt.config import ExpertArgs
 from ktrt.engine.build import build_engine
@@ -67,47 +64,6 @@ def test_more_than_allowed_is_clamped_with_one_line(caplog: pytest.LogCaptureFix
     assert lines == [
         f"kt_num_threads {CPUS + 58}: this process may use {CPUS} CPUs; {CPUS} threads run"
     ]
-
-
-@pytest.mark.parametrize(
-    ("quota", "cores", "expected"), [(1.5, 8, 1), (0.2, 8, 1), (2.9, 8, 2), (64.0, 8, 8)]
-)
-def test_threads_follow_the_quota_of_a_container(
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    quota: float,
-    cores: int,
-    expected: int,
-) -> None:
-    monkeypatch.setattr(engine_module, "cpu_quota", lambda: (quota, "/sys/fs/cgroup/cpu.max"))
-    monkeypatch.setattr(_core, "num_cores", lambda: cores)
-    given: list[int] = []
-    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
-    monkeypatch.setattr(torch, "set_num_threads", given.append)
-    assert ktrt.engine.build.num_threads(ExpertArgs()) == expected
-    line = f"{expected} threads on 8 cores: /sys/fs/cgroup/cpu.max grants {quota:g} CPUs"
-    assert caplog.messages == ([line] if expected < cores else [])
-    threads(kt_num_threads=1)
-    assert given == ([expected] if expected < cores else [])
-
-
-def test_more_threads_than_the_quota_are_the_users_wish(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(engine_module, "cpu_quota", lambda: (1.5, "/cpu.max"))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    wish = "is more than the 1.5 CPUs that /cpu.max grants"
-    assert ktrt.engine.build.num_threads(ExpertArgs(kt_num_threads=4)) == 4
-    assert [wish in message for message in caplog.messages] == [True]
-    assert caplog.messages[0].endswith("set it to 1")
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    before = torch.get_num_threads()
-    engine_module._limit_torch(os.environ)
-    assert torch.get_num_threads() == before
-    assert ktrt.engine.build.num_threads(ExpertArgs()) == 2
-    assert caplog.messages[1].startswith("OMP_NUM_THREADS 2 is more than")
-    assert ktrt.engine.build.num_threads(ExpertArgs(kt_num_threads=1)) == 1
-    assert len(caplog.messages) == 2
 
 
 @pytest.mark.parametrize("value", ["many", "0", "-3"])

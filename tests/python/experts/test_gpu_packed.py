@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ktrt.experts.gpu.packed import code_dtype, padded_shape, unpack_codes
+from ktrt.engine.formats import format_named, padded_shape
+from ktrt.experts.gpu.packed import code_dtype, unpack_codes
 
 # n-block, k-block and tile in elements, values in a 4-byte word: kt_kernel 0.7.2's.
 NUMBERS = {"bf16": (256, 1792, 32, 2), "int8": (64, 3584, 64, 4), "int4": (128, 3584, 128, 8)}
@@ -43,9 +44,10 @@ def test_equals_the_packing_loop(shape: tuple[int, int], weight_format: str) -> 
     packed = np.empty((2, index.size + 16), np.uint32)  # more than one matrix in a row
     packed[:, index] = row_words
     codes = torch.from_numpy(packed.view(np.uint8))[:, : index.size * 4]
-    assert padded_shape(*shape, weight_format) == shape
-    out = torch.zeros(2, *shape, dtype=code_dtype(weight_format))
-    unpack_codes(codes, weight_format, out)
+    traits = format_named(weight_format)
+    assert padded_shape(traits, *shape) == shape
+    out = torch.zeros(2, *shape, dtype=code_dtype(traits))
+    unpack_codes(codes, traits, out)
     if weight_format != "int4":
         assert (out.view(torch.int32).numpy().view(np.uint32) == row_words).all()
         return
@@ -57,12 +59,12 @@ def test_equals_the_packing_loop(shape: tuple[int, int], weight_format: str) -> 
 
 
 def test_padding_is_counted() -> None:
-    assert padded_shape(176, 160, "bf16") == (192, 160)
-    assert padded_shape(176, 160, "int8") == (192, 192)
-    assert padded_shape(176, 160, "int4") == (192, 256)
+    assert padded_shape(format_named("bf16"), 176, 160) == (192, 160)
+    assert padded_shape(format_named("int8"), 176, 160) == (192, 192)
+    assert padded_shape(format_named("int4"), 176, 160) == (192, 256)
 
 
 def test_sizes_must_agree() -> None:
     out = torch.empty(1, 32, 64, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="expected 4096 bytes"):
-        unpack_codes(torch.zeros(1, 2048, dtype=torch.uint8), "bf16", out)
+        unpack_codes(torch.zeros(1, 2048, dtype=torch.uint8), format_named("bf16"), out)

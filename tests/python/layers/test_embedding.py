@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ktrt.experts import find_experts
 from ktrt.layers import embedding
 from ktrt.layers.embedding import table_bytes, tables_to_host
-from ktrt.loading import memory
+from ktrt.loading.inventory import planned_inventory
 from ktrt.loading.memory import make_plan
 from ktrt.machine.memory import Limit
 
@@ -57,17 +58,15 @@ def test_on_the_cpu_nothing_moves() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_plan_puts_them_in_ram(monkeypatch: pytest.MonkeyPatch, tied: bool) -> None:
+def test_the_plan_puts_them_in_ram(tied: bool) -> None:
     skeleton = model(tied=tied)
     size = 96 * 32 * 2
 
     def plan(gpu: Limit | None) -> dict[str, tuple[int, int]]:
-        monkeypatch.setattr(memory, "gpu_limit", lambda: gpu)
-        made = make_plan(
-            skeleton, experts={"AMXBF16": 1000}, kt_backend="AMXBF16",
-            expert_paths=["model.layers.0.mlp.experts"], layer_source=0, mapped_files=0,
-            workspace=0, lora=(0, 0), infer_dtype="auto",
-        )  # fmt: skip
+        inventory = planned_inventory(
+            skeleton, find_experts(skeleton), {"AMXBF16": {}}, gpu=gpu is not None
+        )
+        made = make_plan(inventory, skeleton.config, "AMXBF16", gpu=gpu)
         return {item.name: (item.ram, item.gpu) for item in made.items}
 
     without, with_gpu = plan(None), plan(Limit(1 << 30, "a GPU"))

@@ -16,14 +16,11 @@ from torch import nn
 
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.engine import Engine
-from ktrt.experts import KTExperts, find_experts
 from ktrt.layers import int8
 from ktrt.layers.forward import DenseForward
 from ktrt.layers.linear import accelerate, int8_bytes, refresh
 from ktrt.loading.model import load_model
-from ktrt.loading.plan import open_base, plan_memory
-from ktrt.loading.traffic import bytes_per_token
-from ktrt.loading.work import model_work
+from ktrt.loading.plan import plan_memory
 from ktrt.utils.active_set import ActiveSet
 
 if TYPE_CHECKING:
@@ -340,7 +337,7 @@ def test_logits_against_float32(folder: Path, family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sizes_known_before_and_after_loading(folder: Path, family: str) -> None:
-    """The plan's, the doctor's and the loaded model's count of bytes agree."""
+    """The plan's count of bytes is the loaded model's. Row by row: loading/test_inventory.py."""
     model = save_model(folder / f"{family}-sizes", family, 96)
     args = ModelArgs(model, quantization_bit=8)
     plan = plan_memory(args, AdapterArgs(), ExpertArgs(kt_num_threads=1))
@@ -355,17 +352,8 @@ def test_sizes_known_before_and_after_loading(folder: Path, family: str) -> None
         parameters = {id(each): each for each in loaded.model.parameters()}
         table = loaded.model.get_input_embeddings().weight
         unread = sum(parameters[key].nbytes for key in packed if parameters[key] is not table)
-        read = bytes_per_token(loaded.model)
-        layers = [m.layer for m in loaded.model.modules() if isinstance(m, KTExperts)]
-        experts = sum(each.packed_bytes * each.top_k / each.num_experts for each in layers)
     finally:
         loaded.close()
     assert items["linear layers in INT8"] == sum(packed.values()) > 0
     assert items["other weights"] == before["other weights"] - unread
     assert "linear layers in INT8" not in before
-    skeleton = open_base(args).built.model
-    work = model_work(skeleton, find_experts(skeleton), "auto", int8=True)
-    parts = work.bytes_by_part("AMXInt8")
-    del parts["routed experts"]
-    assert read is not None
-    assert sum(parts.values()) == pytest.approx(read - experts, rel=0.02)

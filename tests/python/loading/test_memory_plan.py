@@ -1,4 +1,4 @@
-"""The memory plan: its numbers are those of a run, and what cannot fit is refused beforehand."""
+"""The memory plan: its numbers match a run, and a model that cannot fit is refused beforehand."""
 
 from __future__ import annotations
 
@@ -20,13 +20,8 @@ import ktrt.loading.model
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import ConfigError
 from ktrt.experts import find_experts
-from ktrt.loading.memory import (
-    MIN_CONTEXT,
-    Item,
-    MemoryPlan,
-    check_addresses,
-    kv_bytes_per_token,
-)
+from ktrt.kv.size import kv_bytes_per_token
+from ktrt.loading.memory import MIN_CONTEXT, Item, MemoryPlan, check_addresses
 from ktrt.loading.model import load_model
 from ktrt.loading.plan import plan_memory
 from ktrt.machine.memory import Limit, address_limit, ram_limit
@@ -224,7 +219,7 @@ def test_a_start_from_the_cache_needs_no_source(
 
     name, layer = "sources while packing", 64 * 3 * 512 * 512 * 2
     before = items()
-    # What is read later takes the same room; buffers, counted with the weights, are made at once.
+    # Weights that are read later take the same room; buffers, counted with them, are made at once.
     assert before[name] == pytest.approx(layer - before["other weights"], rel=0.01)
     load_model(ModelArgs(model), AdapterArgs(), args).close()
     assert name not in items()

@@ -272,7 +272,7 @@ def test_incomplete_or_foreign_weights(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"n_routed_experts": 8}, "to expert 10, but config.json says 8 experts"),
+        ({"n_routed_experts": 8}, "belongs to expert 10, but config.json says 8 experts"),
         ({"moe_intermediate_size": 64}, r"shape \[96, 160\], expected \[64, 160\]"),
         ({"hidden_act": "mish"}, r"its activation \(Mish.* is none of the engine's"),
         ({"model_type": "llama"}, "no routed experts"),

@@ -405,7 +405,7 @@ def test_a_writer_that_stopped_is_not_waited_for(
         begin = time.monotonic()
         assert torch.equal(loader.logits(), expected)
         assert time.monotonic() - begin < 60
-    assert loader.said("does not get on")
+    assert loader.said("makes no progress")
     assert not [p for p in loader.root.iterdir() if p.is_dir()]
 
 

@@ -1,4 +1,4 @@
-"""Tests of ktrt.loading.traffic: counted again from shapes."""
+"""Bytes that a token reads of the demo, counted again from shapes."""
 
 from pathlib import Path
 from typing import Any
