@@ -13,7 +13,7 @@ from ktrt.utils.json_files import JsonObject, shown, typed
 if TYPE_CHECKING:
     from pathlib import Path
 
-Packing = Literal["rank_major", "grouped_by_expert"]
+Packing = Literal["grouped_by_expert", "rank_major"]
 
 # Keys without influence on names and numbers in inference. The configurations of initialisations
 # apply only if init_lora_weights names them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -195,11 +196,27 @@ def test_what_to_change(
     assert all(each.reason for each in found)
 
 
-def test_the_threads_that_are_measured_follow_the_quota() -> None:
+def test_the_threads_that_are_measured_follow_the_quota(monkeypatch: pytest.MonkeyPatch) -> None:
     limited = replace(GOOD, cpu_quota=2.5, quota_from="/x")
     assert (GOOD.threads().count, limited.threads().count, limited.threads(6).count) == (8, 2, 6)
     named = replace(limited, environment={"OMP_NUM_THREADS": "20,2"})
     assert named.threads().count == 16
+    asked: list[int] = []
+
+    def bandwidth(threads: int) -> float:
+        asked.append(threads)
+        return 1e9
+
+    def peaks(threads: int) -> list[probes.ArithmeticPeak]:
+        asked.append(threads)
+        return []
+
+    monkeypatch.setattr(probes, "machine_facts", lambda _: limited)
+    monkeypatch.setattr(probes, "read_bandwidth", bandwidth)
+    monkeypatch.setattr(probes, "arithmetic_peaks", peaks)
+    monkeypatch.setattr(probes, "has_nvidia_gpu", lambda: False)
+    assert doctor.examine(argparse.Namespace(config=None, overrides=[]), {})["threads"] == 2
+    assert asked == [2, 2]
 
 
 def test_backend_by_memory_and_gain() -> None:
