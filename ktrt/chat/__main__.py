@@ -106,7 +106,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--system", metavar="TEXT", help="the system prompt")
     parser.add_argument(
         "--resume", nargs="?", const="", metavar="FILE",
-        help="go on with a saved conversation; without FILE, the last one held in a terminal",
+        help="continue a saved conversation; without FILE, the last one held in a terminal",
     )  # fmt: skip
     parser.add_argument("--save", metavar="FILE", help="save the conversation after every turn")
     parser.add_argument(

@@ -334,7 +334,7 @@ COMMANDS: dict[str, Command] = {
     "redo": Command("/redo", "undo /undo, until another answer is complete", _redo, alone=True),
     "clear": Command("/clear, clear", "forget what was said", _clear, alone=True),
     "save": Command("/save [FILE]", "save the conversation", _save, True, _path_words),
-    "load": Command("/load FILE", "go on with a saved conversation", _load, True, _path_words),
+    "load": Command("/load FILE", "continue a saved conversation", _load, True, _path_words),
     "set": Command(
         "/set [NAME [VALUE]]",
         "show or change sampling; `default`: as configured",

@@ -75,11 +75,6 @@ def run(command: str, stdin: str, folder: Path) -> "subprocess.CompletedProcess[
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)
 def test_python(block: Block) -> None:
-    if (needed := re.fullmatch(r"needs: ktrt\.(\w+)", block.marks)) is not None:
-        import ktrt
-
-        if not hasattr(ktrt, needed[1]):
-            pytest.skip(f"ktrt.{needed[1]} is not there")
     result = subprocess.run(
         [sys.executable, "-c", block.text],
         cwd=ROOT, capture_output=True, text=True, encoding="utf-8", timeout=300,
