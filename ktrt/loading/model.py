@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -89,12 +89,19 @@ class LoadedModel:
     def close(self) -> None:
         """Stops the engine's threads, frees the experts and leaves transformers as it was; the
         model cannot run afterwards."""
-        self.patches.undo()
-        if self.hand_off is not None:
-            self.hand_off.close()
-        if self.gpu is not None:
-            self.gpu.close()
-        self.engine.close()
+        _close(self.patches, self.hand_off, self.gpu, self.engine)
+
+
+def _close(
+    patches: Patches, hand_off: HandOff | None, gpu: GpuExperts | None, engine: Engine
+) -> None:
+    """Undoes and closes in this order; a failure stops none of the later ones."""
+    with ExitStack() as last_first:
+        last_first.callback(engine.close)
+        for each in (gpu, hand_off):
+            if each is not None:
+                last_first.callback(each.close)
+        last_first.callback(patches.undo)
 
 
 @engine_errors()
@@ -119,7 +126,7 @@ def load_model(
     logger.info("Loading model with KTransformers MoE backend")
     ready = prepare(model, adapter, experts)
     engine, specs = ready.engine, ready.base.experts.specs
-    hand_off, patches = None, Patches()
+    hand_off, gpu, patches = None, None, Patches()
     try:
         if check_vocabulary is not None:
             check_vocabulary(_vocabulary(ready))
@@ -134,7 +141,6 @@ def load_model(
             _load_experts(ready, experts, only_layers)
         _attach(loaded, ready, hand_off)
         adapters = _apply_adapters(ready, loaded, adapter.start_weights)
-        gpu = None
         if only_layers is None:
             gpu = _share_with_gpu(engine, loaded, specs, experts, device)
         loaded.eval().requires_grad_(False)
@@ -145,10 +151,7 @@ def load_model(
         _log_result(loaded, specs, ready.adapters)
         graphs = _graphs(loaded, engine, hand_off, patches, experts.kt_use_cuda_graph)
     except BaseException:
-        patches.undo()
-        if hand_off is not None:
-            hand_off.close()
-        engine.close()
+        _close(patches, hand_off, gpu, engine)
         raise
     return LoadedModel(loaded, adapters, engine, patches, hand_off, graphs, gpu)
 

@@ -102,7 +102,7 @@ class Patches:
         while self._undo:
             try:
                 self._undo.pop()()
-            except Exception as error:  # noqa: BLE001 - the others must be undone first
+            except BaseException as error:  # noqa: BLE001 - the others must be undone first
                 failure = failure or error
         if failure is not None:
             raise failure

@@ -200,3 +200,33 @@ def test_a_load_that_fails(
     with pytest.raises(ZeroDivisionError):
         load(folder, "deepseek_v2")
     check_as_before(before)
+
+
+def fail() -> None:
+    raise ZeroDivisionError
+
+
+def test_a_close_that_fails_closes_the_rest(folder: Path) -> None:
+    before = registries()
+    loaded = load(folder, "deepseek_v2")
+    loaded.patches.add(fail)
+    with pytest.raises(ZeroDivisionError):
+        loaded.close()
+    assert loaded.engine.closed
+    assert registries() == before
+
+
+def test_a_load_that_fails_closes_the_gpus_share(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[bool] = []
+
+    class Share:
+        def close(self) -> None:
+            closed.append(True)
+
+    monkeypatch.setattr(ktrt.loading.model, "_share_with_gpu", lambda *_: Share())
+    monkeypatch.setattr(ktrt.loading.model, "_accelerate", lambda *_, **__: fail())
+    with pytest.raises(ZeroDivisionError):
+        load(folder, "deepseek_v2")
+    assert closed == [True]

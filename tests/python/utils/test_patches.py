@@ -71,15 +71,16 @@ def test_entries_are_given_back_in_any_order(order: Sequence[int]) -> None:
     assert table == {"old": "original"}
 
 
-def test_a_failure_keeps_no_other_patch() -> None:
+@pytest.mark.parametrize("kind", [ZeroDivisionError, KeyboardInterrupt])
+def test_a_failure_keeps_no_other_patch(kind: type[BaseException]) -> None:
     thing, patches = Thing(), Patches()
     patches.set(thing, "stored", "ours")
 
     def fail() -> None:
-        raise ZeroDivisionError
+        raise kind
 
     patches.add(fail)
     patches.set(thing, "extra", 1)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(kind):
         patches.undo()
     assert vars(thing) == {"stored": "before"}
