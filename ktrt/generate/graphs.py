@@ -220,7 +220,8 @@ class DecodeGraphs:
         return logits.clone() if self._maker.captures_compute else self.step(ids, lengths)
 
     def _logits_memory(self, like: torch.Tensor) -> torch.Tensor:
-        if self._logits is None:
+        if self._logits is None or self._logits.shape != like.shape:
+            # An adapter's vocabulary may differ from the base's; the graphs were cleared for it.
             # Memory from before the capture, and no inference tensor, which only inference mode
             # could write to.
             with torch.inference_mode(False):

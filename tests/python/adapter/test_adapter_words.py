@@ -124,6 +124,22 @@ def test_same_logits_as_peft(model: Base, tmp_path: Path, options: dict[str, Any
         loaded.close()
 
 
+def test_a_kept_cache_decodes_with_both_vocabularies(model: Base, tmp_path: Path) -> None:
+    """The recorded steps of all caches of a model share the knowledge that recording works."""
+    save_trained(tmp_path, model.folder, resized=True, modules_to_save=BOTH)
+    loaded = load(model.folder, tmp_path, dtype="bfloat16")
+    try:
+        cache, prompt = loaded.new_cache(), token_ids(1, 9)[0].tolist()
+        for switch, rows in ((loaded.adapters.on, ROWS), (loaded.adapters.off, VOCAB_SIZE)) * 2:
+            switch()
+            cache.forward(prompt[cache.reuse(prompt) :])
+            found = [cache.forward([token]) for token in (3, 4, 5)]
+            assert [len(each) for each in found] == [rows] * 3
+            assert cache.has_graphs
+    finally:
+        loaded.close()
+
+
 def without_copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Removes PEFT's copies of the untrained tables."""
     saved = [key for key in tensors if ".modules_to_save." in key]
