@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _MARK = "kt_one_token_attention"
 _SDPA = "sdpa"
+# On the function in the table: the one that it stands in for.
+_ORIGINAL = "kt_original"
 # Keys and values together; two threads of a machine with 40 GB/s are no faster below.
 _NUMBERS_OF_ONE_THREAD = 2 << 20
 # Keys whose float32 copy fits into the second-level cache together with the values'.
@@ -48,7 +50,9 @@ def accelerate_attention(model: nn.Module, engine: Engine, patches: Patches) -> 
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     table = type(ALL_ATTENTION_FUNCTIONS)._global_mapping
-    patches.entry(table, _SDPA, _by_mark(table[_SDPA]))
+    # Of another loaded model, perhaps: one function in the chain is enough for all.
+    original = getattr(table[_SDPA], _ORIGINAL, table[_SDPA])
+    patches.entry(table, _SDPA, _by_mark(original))
     attention, count = EngineAttention(engine), 0
     for module in model.modules():
         if type(module).__name__.endswith("Attention"):
@@ -76,6 +80,7 @@ def _by_mark(original: Callable[..., Any]) -> Callable[..., Any]:
             return engine.record(recorder, length, query, key, value, scaling), None
         return engine(query, key, value, mask, scaling), None
 
+    setattr(attention, _ORIGINAL, original)
     return attention
 
 

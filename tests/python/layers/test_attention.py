@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from helpers.tiny_models import VOCAB_SIZE, save_model
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ktrt.engine import Engine
 from ktrt.layers import attention
@@ -19,12 +21,11 @@ from ktrt.layers.attention import (
     head_array,
     one_token,
 )
+from ktrt.utils.patches import Patches
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
-
-    from ktrt.utils.patches import Patches
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-3}
 
@@ -136,6 +137,24 @@ def test_models_with_other_attention_are_left_alone(
     folder = save_model(tmp_path / "model", "qwen3_moe", 96)
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     assert accelerate_attention(model, engine, patches) == 0
+
+
+def test_many_models_make_no_chain_of_functions(engine: Engine, tmp_path: Path) -> None:
+    """Each one is loaded before the last one is closed."""
+    folder = save_model(tmp_path / "model", "qwen3_moe", 96)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+    table = type(ALL_ATTENTION_FUNCTIONS)._global_mapping
+    original, before = table["sdpa"], Patches()
+    try:
+        for _ in range(3):
+            patches = Patches()
+            accelerate_attention(model, engine, patches)
+            before.undo()
+            before = patches
+            assert inspect.getclosurevars(table["sdpa"]).nonlocals == {"original": original}
+    finally:
+        before.undo()
+    assert table["sdpa"] is original
 
 
 def test_torchs_threads_are_given_back() -> None:
