@@ -9,6 +9,7 @@ import torch
 
 from ktrt.errors import CheckpointError
 from ktrt.kv.static import cache_argument
+from ktrt.utils.patches import Patches
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -25,14 +26,13 @@ def kv_bytes_per_token(
     token; 0, with a log line, for a model that cannot run there. ``dtype`` None: the model's."""
     from transformers import DynamicCache
 
-    modules: list[Any] = [skeleton.get_submodule(path) for path in expert_paths]
-    for module in modules:
-        module.forward = lambda hidden_states, *_args, **_kwargs: torch.empty_like(hidden_states)
     cache = DynamicCache(config=skeleton.config)
     tokens = 2
     try:
         ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-        with torch.no_grad():
+        with torch.no_grad(), Patches() as patches:
+            for path in expert_paths:
+                patches.set(skeleton.get_submodule(path), "forward", _without_experts)
             skeleton(input_ids=ids, use_cache=True, **{cache_argument(skeleton): cache})
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         logger.info("The size of the KV cache is not known beforehand (%s)", error)
@@ -42,10 +42,11 @@ def kv_bytes_per_token(
             f"config.json describes a {type(skeleton).__name__} that cannot run: "
             f"{type(error).__name__}: {error}. Correct the file, or download it again."
         ) from error
-    finally:
-        for module in modules:
-            del module.forward
     return sum(t.numel() * (dtype or t.dtype).itemsize for t in cached_tensors(cache)) // tokens
+
+
+def _without_experts(hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+    return torch.empty_like(hidden_states)
 
 
 def cached_tensors(cache: Any) -> list[torch.Tensor]:
