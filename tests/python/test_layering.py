@@ -76,6 +76,11 @@ WITHOUT_TORCH |= {
     )
 }  # fmt: skip
 
+# The only files that call the model, and the one that calls a model on the meta device.
+CALLERS = {"generate/runner.py", "generate/graphs.py", "kv/size.py"}
+# Sets PEFT's forward anew with every set of adapters; one entry in ``Patches`` undoes all.
+SETS_FORWARD = {"layers/cuda_linear.py"}
+
 # Layers of csrc/ and the layers below each.
 CPP_LAYERS: dict[str, set[str]] = {
     "base": set(),
@@ -195,6 +200,39 @@ def test_the_layers_have_no_cycle_and_no_dead_row() -> None:
     unused = {m: allowed - arrows[m] for m, allowed in PYTHON_LAYERS.items()}
     assert not {m: names for m, names in unused.items() if names}
     assert len(list((ROOT / "ktrt").glob("*.py"))) <= 8
+
+
+def calls_of_the_model(tree: ast.AST) -> list[int]:
+    """Returns the lines that call something named model, or pass input_ids."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func).rpartition(".")[2]
+            keywords = {keyword.arg for keyword in node.keywords}
+            if name in ("model", "_model") or "input_ids" in keywords:
+                found.append(node.lineno)
+    return found
+
+
+def patches_by_hand(tree: ast.AST) -> list[int]:
+    """Returns the lines that set or delete an attribute ``forward``, or change a table of
+    transformers' functions."""
+    changed: list[ast.expr] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign | ast.Delete):
+            changed += node.targets
+    ends = (".forward", "_global_mapping", "_FUNCTIONS")
+    texts = {each.lineno: ast.unparse(each).partition("[")[0] for each in changed}
+    return [line for line, text in texts.items() if text.endswith(ends)]
+
+
+def test_only_the_runner_calls_the_model() -> None:
+    trees = {
+        str(path.relative_to(ROOT / "ktrt")): ast.parse(path.read_text("utf-8"))
+        for path in python_files("ktrt")
+    }
+    assert {name for name, tree in trees.items() if calls_of_the_model(tree)} == CALLERS
+    assert {name for name, tree in trees.items() if patches_by_hand(tree)} == SETS_FORWARD
 
 
 def test_packages_have_no_cycle_inside() -> None:
