@@ -97,7 +97,11 @@ def load_config(
     if not isinstance(overrides, Mapping):
         overrides = parse_overrides(overrides, _TEXT_KEYS)
     if overrides:
-        values |= _normalise(overrides, "override")
+        replaced = _normalise(overrides, "override")
+        if _takes_the_base_alone(replaced):
+            for key in ("adapters", "adapter_weights", "adapter_folder"):
+                values.pop(key, None)
+        values |= replaced
         where = f"{where} with overrides"
     chosen = {"adapter_name_or_path", "adapters"}.intersection(values)
     values = {key: value for key, value in values.items() if value is not None}
@@ -109,6 +113,14 @@ def load_config(
     if not chosen:
         _mention_output(values.get("output_dir"), where, folder)
     return Config(*(_section(section, values, where) for section in _SECTIONS))
+
+
+def _takes_the_base_alone(overrides: Mapping[str, Any]) -> bool:
+    """Whether overrides empty adapter_name_or_path and name no adapters: the file's adapters do not
+    count, however it names them."""
+    paths = overrides.get("adapter_name_or_path") or [Path()]
+    empty = all(path == Path() for path in paths)
+    return "adapter_name_or_path" in overrides and empty and not overrides.get("adapters")
 
 
 def as_overrides(words: Sequence[str], options: Mapping[str, bool]) -> tuple[list[str], list[str]]:

@@ -11,6 +11,7 @@ from helpers.tiny_models import save_adapter, save_model
 
 import ktrt
 from ktrt import api
+from ktrt.config import load_config
 from ktrt.errors import AdapterError, CheckpointError, ConfigError, EngineError, KtrtError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -104,6 +105,19 @@ class TestAdapterArgument:
             assert found[0].folders == {"other": other}
         assert found[0].adapter_weights == {}
 
+    def test_the_base_alone(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """However the YAML names adapters, and as the command line does."""
+        found: list[Any] = []
+        monkeypatch.setattr(api, "open_session", lambda config: found.append(config.adapter))
+        (folder / "named.yaml").write_text(
+            "model_name_or_path: model\nadapters: {a: adapter}\nadapter_weights: {a: 0.5}\n"
+        )
+        ktrt.load(folder / "named.yaml", adapter_name_or_path=None)
+        found.append(load_config(folder / "named.yaml", ["adapter_name_or_path="]).adapter)
+        assert [each.folders for each in found] == [{}, {}]
+        named = {"adapter_name_or_path": None, "adapters": {"z": folder / "adapter"}}
+        assert list(load_config(folder / "chat.yaml", named).adapter.folders) == ["z"]
+
     def test_weights_of_the_caller_hold(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -120,6 +134,11 @@ class TestAdapterArgument:
             ({"adapters": {"a": "x"}}, "adapter and adapters are both given"),
             ({"adapter": []}, "adapter: expected a folder or a list of folders, found []"),
             ({"adapter": ""}, "adapter: expected a folder or a list of folders, found ''"),
+            (
+                {"adapter": Path()},
+                "adapter: expected a folder or a list of folders, found PosixPath",
+            ),
+            ({"adapter": [""]}, "adapter: expected a folder or a list of folders, found ['']"),
             ({"adapter": "nowhere"}, "adapter_name_or_path: no directory nowhere"),
             ({"adapter": 3}, "adapter_name_or_path: expected a path, found 3"),
         ],
