@@ -81,11 +81,6 @@ class Adapters:
         return {name: weight * self._factor for name, weight in self._weights.items()}
 
     @property
-    def rows_active(self) -> tuple[str | None, ...] | None:
-        """Within ``rows``: the adapter of every batch row."""
-        return self._rows
-
-    @property
     def version(self) -> int:
         """The version of the active adapters: equal versions mean equal numbers."""
         return self.active_set.version

@@ -46,12 +46,6 @@ def tables_to_host(model: nn.Module) -> int:
     return moved
 
 
-def table_bytes(model: nn.Module, dtype: torch.dtype | None) -> int:
-    """Bytes of the tables of ``host_tables``; ``dtype`` None keeps each table's own."""
-    weights = [table.weight for table in host_tables(model)]
-    return sum(weight.numel() * (dtype or weight.dtype).itemsize for weight in weights)
-
-
 def host_tables(model: nn.Module) -> Iterator[nn.Embedding]:
     """Yields the embeddings of ``model`` that only look rows up: without tables that are the head's
     weight too, and without embeddings that write to theirs (``max_norm``)."""

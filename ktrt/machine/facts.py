@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ktrt.machine.memory import Limit, ram_limit
-from ktrt.machine.threads import ThreadCount, count_threads, threads_within
+from ktrt.machine.threads import ThreadCount, count_threads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -73,11 +73,6 @@ class MachineFacts:
     def amx_denied(self) -> bool:
         """The CPU has AMX, but this process could not get permission to use it."""
         return set(self.flags) >= _AMX_FLAGS and self.detected_isa != "amx"
-
-    @property
-    def usable_cores(self) -> int:
-        """Number of useful threads: one per physical core, within the quota."""
-        return threads_within(self.cores, self.cpu_quota)
 
     def threads(self, kt_num_threads: int | None = None) -> ThreadCount:
         """Returns the thread count of an engine on this machine."""

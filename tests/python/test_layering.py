@@ -214,16 +214,20 @@ def calls_of_the_model(tree: ast.AST) -> list[int]:
     return found
 
 
-def patches_by_hand(tree: ast.AST) -> list[int]:
-    """Returns the lines that set or delete an attribute ``forward``, or change a table of
-    transformers' functions."""
-    changed: list[ast.expr] = []
+def patches_by_hand(tree: ast.AST) -> list[str]:
+    """Returns the targets that set or delete an attribute ``forward``, or a function in a table of
+    transformers."""
+    targets: list[ast.expr] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign | ast.Delete):
-            changed += node.targets
-    ends = (".forward", "_global_mapping", "_FUNCTIONS")
-    texts = {each.lineno: ast.unparse(each).partition("[")[0] for each in changed}
-    return [line for line, text in texts.items() if text.endswith(ends)]
+            targets += node.targets
+    tables = ("_global_mapping", "_FUNCTIONS")
+    return [
+        ast.unparse(each)
+        for each in targets
+        if (isinstance(each, ast.Attribute) and each.attr == "forward")
+        or (isinstance(each, ast.Subscript) and ast.unparse(each.value).endswith(tables))
+    ]
 
 
 def test_only_the_runner_calls_the_model() -> None:

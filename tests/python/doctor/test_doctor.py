@@ -96,7 +96,7 @@ def test_facts_of_a_faked_system(tmp_path: Path) -> None:
     assert facts.kernel == "6.18.1"
     assert facts.environment == {"KTRT_ISA": "avx512"}
     assert facts.amx_denied
-    assert facts.usable_cores == 1
+    assert facts.threads().default == 1
 
 
 def test_facts_of_an_empty_system(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_facts_of_an_empty_system(tmp_path: Path) -> None:
     facts = facts_of(tmp_path)
     assert (facts.cpu, facts.cpus, facts.cpu_quota, facts.cpuset) == ("unknown", 0, None, "")
     assert not facts.amx_denied
-    assert facts.usable_cores == 2
+    assert facts.threads().default == 2
 
 
 @pytest.mark.parametrize(
