@@ -9,6 +9,7 @@ from typing import Any, Self, Unpack
 from ktrt.adapter.residents import Adapters
 from ktrt.config import SamplingArgs, SamplingOptions, override_sampling
 from ktrt.errors import KtrtError, engine_errors
+from ktrt.experts import GpuExperts
 from ktrt.generate.loop import OnPrefill, check_prompt, stream_generate
 from ktrt.generate.response import Response, TokenResponse
 from ktrt.generate.runner import KvCache
@@ -174,6 +175,11 @@ class Session:
         """Switches the model's thinking on or off for the answers from now on. ``ConfigError``: the
         template has no such switch (``template.thinking`` is None)."""
         self.template = self.template.with_thinking(thinking)
+
+    @property
+    def gpu(self) -> GpuExperts | None:
+        """The GPU's share of the routed experts; None without one."""
+        return self._open().gpu
 
     @property
     def bytes_per_token(self) -> int | None:

@@ -37,7 +37,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
         "adapter", "checkpoint", "config", "engine", "experts", "folders", "generate", "kv",
         "layers", "machine", "prompt",
     },
-    "session": {"adapter", "config", "generate", "loading", "prompt"},
+    "session": {"adapter", "config", "experts", "generate", "loading", "prompt"},
     "api": {"config", "folders", "loading", "prompt", "session"},
     "command_line": {"config"},
     "audit": {"adapter", "command_line", "config", "engine", "experts", "folders", "loading"},

@@ -304,6 +304,16 @@ def test_the_model_works_as_a_model(session: Session) -> None:
     assert logits.shape == (1, 3, len(session.tokenizer))
 
 
+def test_the_gpus_share_is_the_models() -> None:
+    plain = make_session()
+    loaded = make_loaded(plain.model)
+    share: Any = object()
+    loaded.gpu = share
+    session = Session(loaded, plain.tokenizer, plain.template, plain.sampling)
+    assert plain.gpu is None
+    assert session.gpu is share
+
+
 def test_no_thread_is_started(session: Session) -> None:
     before = threading.active_count()
     assert list(session.stream(ASK))
