@@ -179,14 +179,15 @@ class Adapters:
             raise
         finally:
             self._restore()
-        model.eval().requires_grad_(False)
+            model.eval().requires_grad_(False)
+            # Also after a failure: PEFT's layers stay, and recorded steps look for their forwards.
+            self.active_set.add_modules()
         replaced = torch.replaced(torch_name)
         whole = f"replaces {replaced} of the base model" if replaced else None
         whole = "is a DoRA" if plan.settings.use_dora else whole
         common = "has LoRA on routers" if plan.side.routers else None
         common = "has extra experts" if plan.extra else common
         self._residents[name] = _Resident(number, torch_name, plan.audit, whole, whole or common)
-        self.active_set.add_modules()
         self._changed()
 
     @engine_errors()

@@ -106,3 +106,29 @@ def test_decoding_over_latents_follows_an_adapter_that_came_later(tmp_path: Path
     assert not torch.allclose(plain, expected, atol=0.1)
     first.close()
     later.close()
+
+
+def test_recorded_steps_survive_a_load_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT's layers stay where the adapter put them."""
+    base = save_model(tmp_path / "base", "deepseek_v2", 96)
+    save_adapter(tmp_path / "a", base, "a")
+    loaded = load(tmp_path)
+    cache, ids = loaded.new_cache(), IDS[0].tolist()
+
+    def decode() -> torch.Tensor:
+        cache.forward(ids[cache.reuse(ids) :])
+        return torch.stack([cache.forward([each]) for each in ids[:5]])
+
+    decode()  # the later ones reuse all of the prompt but its last token
+    expected = decode()
+    assert cache.has_graphs
+    with monkeypatch.context() as patch:
+        patch.setattr(loaded.adapters, "_load_experts", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            loaded.adapters.load("a", tmp_path / "a")
+    assert torch.equal(decode(), expected)
+    loaded.adapters.load("a", tmp_path / "a")
+    assert torch.equal(decode(), expected)
+    loaded.close()
