@@ -6,6 +6,7 @@ from importlib import import_module
 
 from ktrt import __version__
 from ktrt.utils.program import program
+from ktrt.utils.streams import abandon, escape_unknown
 
 # In the order of use; each is a package with a command, ``python -m ktrt.VERB``.
 VERBS = {
@@ -23,17 +24,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     match words[:1]:
         case ["-h" | "--help"]:
-            print(_usage())
-            return 0
+            return _show(_usage())
         case ["--version"]:
-            print(f"ktrt {__version__}")
-            return 0
+            return _show(f"ktrt {__version__}")
         case [verb] if verb in VERBS:
             command = import_module(f"ktrt.{verb}.__main__")
             return int(command.main(words[1:]))
-    if sys.stderr is not None:
-        print(f"{program()}: error: {_refusal(words)}", file=sys.stderr)
+    _complain(_refusal(words))
     return 2
+
+
+def _show(text: str) -> int:
+    """Prints on standard output; returns the exit code as verbs do (``ktrt.command_line``)."""
+    escape_unknown(sys.stdout)
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        from ktrt.command_line import EXIT_FAILURE, EXIT_NO_READER
+
+        abandon(sys.stdout)
+        if isinstance(error, BrokenPipeError):
+            return EXIT_NO_READER
+        _complain(f"standard output cannot be written: {error.strerror or error}")
+        return EXIT_FAILURE
+    return 0
+
+
+def _complain(message: str) -> None:
+    if sys.stderr is not None:
+        print(f"{program()}: error: {message}", file=sys.stderr)
 
 
 def _usage() -> str:

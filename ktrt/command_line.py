@@ -17,7 +17,6 @@ Code 2 comes with one line on standard error, with ``--debug`` also with the tra
 from __future__ import annotations
 
 import argparse
-import io
 import logging
 import os
 import signal
@@ -32,7 +31,7 @@ from typing import TYPE_CHECKING
 from ktrt.config import as_overrides, names_key
 from ktrt.errors import ConfigError, EngineError, KtrtError
 from ktrt.utils.program import program
-from ktrt.utils.streams import abandon, occupy_descriptors
+from ktrt.utils.streams import abandon, escape_unknown, occupy_descriptors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -91,6 +90,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     argument exits with code 2 and one line, as in argparse.
     """
     occupy_descriptors()
+    escape_unknown(sys.stdout)  # --help has such characters
     words = list(sys.argv[1:] if argv is None else argv)
     for word in words:
         # Bytes of the command line that are not UTF-8 arrive as lone surrogates.
@@ -149,9 +149,7 @@ def run_command(
     if sys.stdout is None:
         _report("standard output is closed: there is nowhere to write to", None)
         return EXIT_FAILURE
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # Characters that the terminal's encoding lacks are no reason to stop.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    escape_unknown(sys.stdout)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logger = logging.getLogger("ktrt")
     before = logger.level

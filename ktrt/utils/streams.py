@@ -37,6 +37,12 @@ def open_standard_streams() -> frozenset[str]:
     return frozenset(closed)
 
 
+def escape_unknown(stream: Any) -> None:
+    """Lets ``stream`` show characters that its encoding lacks as escapes instead of raising."""
+    if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        stream.reconfigure(errors="backslashreplace")
+
+
 def abandon(stream: Any) -> None:
     """Redirects further output of ``stream`` to /dev/null: its reader has gone or its disk is full,
     and Python's flush at exit would complain."""

@@ -1,6 +1,7 @@
 """Tests of the command `ktrt`: verbs, help, version, and how usage lines call it."""
 
 import importlib
+import os
 import subprocess
 import sys
 import tomllib
@@ -42,7 +43,7 @@ def test_help_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_and_version_import_little() -> None:
-    """Only the standard library and two small modules of ktrt."""
+    """Only the standard library and three small modules of ktrt."""
     code = (
         "import sys; from ktrt.__main__ import main; before = set(sys.modules); main(sys.argv[1:]);"
         "print(sorted(m for m in sys.modules if m.startswith('ktrt')),"
@@ -51,8 +52,33 @@ def test_help_and_version_import_little() -> None:
     for word, line in (("--help", "usage: "), ("--version", f"ktrt {__version__}\n")):
         done = run("-c", code, word)
         assert done.stdout.startswith(line)
-        modules = ["ktrt", "ktrt.__main__", "ktrt.utils", "ktrt.utils.program"]
+        modules = ["ktrt", "ktrt.__main__", "ktrt.utils"]
+        modules += ["ktrt.utils.program", "ktrt.utils.streams"]
         assert done.stderr == f"{modules} []\n"
+
+
+@pytest.mark.parametrize("words", ["ktrt --help", "ktrt audit --help"])
+def test_help_in_ascii(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = run("-m", *words.split())
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\" in done.stdout
+
+
+@pytest.mark.parametrize("words", ["--help", "--version"])
+def test_output_that_cannot_be_written(words: str) -> None:
+    """No traceback, and the codes of the verbs."""
+    command = [sys.executable, "-m", "ktrt", words]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    expected = "standard output cannot be written: No space left on device"
+    assert done.stderr == f"python -m ktrt: error: {expected}\n"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "pack": {"command_line", "config", "engine", "loading"},
     "__init__": {"api", "config", "generate", "session"},
     # Names the verbs' packages as data, so that `ktrt --help` imports none of them.
-    "__main__": {"config"},
+    "__main__": {"command_line", "config"},
 }  # fmt: skip
 EVERYBODYS = {"errors", "utils"}
 # Stricter than the package around it: reads and computes everything a second time, so it must share
