@@ -238,7 +238,8 @@ class Config:
 def override_sampling(defaults: SamplingArgs, overrides: Mapping[str, object]) -> SamplingArgs:
     """Returns ``defaults`` with some fields replaced; None keeps the default.
 
-    ``ConfigError``: an unknown name, or a value of the wrong type or range.
+    ``ConfigError``: an unknown name, a value of the wrong type or range, two spellings of a name
+    that contradict each other.
     """
     types = {each.name: each.type for each in fields(SamplingArgs)}
     changes: dict[str, Any] = {}
@@ -246,8 +247,14 @@ def override_sampling(defaults: SamplingArgs, overrides: Mapping[str, object]) -
         name = SAMPLING_ALIASES.get(spelling, spelling)
         if name not in types:
             raise ConfigError(f"unknown sampling argument {name!r}{nearest(name, types)}")
-        if value is not None:
-            changes[name] = check_value(spelling, value, types[name], "sampling")
+        if value is None:
+            continue
+        checked = check_value(spelling, value, types[name], "sampling")
+        if changes.setdefault(name, checked) != checked:
+            raise ConfigError(
+                f"sampling: two spellings of {name} contradict each other ({changes[name]} and "
+                f"{checked}); keep one of them"
+            )
     return replace(defaults, **changes)
 
 

@@ -36,6 +36,14 @@ def test_the_types_are_accepted() -> None:
     assert (args.stop_strings, args.stop_token_ids) == (("a", "b"), (3,))
 
 
+def test_two_spellings_must_agree() -> None:
+    same = override_sampling(SamplingArgs(), {"stop": "a", "stop_strings": ["a"]})
+    assert same.stop_strings == ("a",)
+    assert override_sampling(same, {"stop": None, "stop_strings": "b"}).stop_strings == ("b",)
+    with pytest.raises(ConfigError, match="stop_strings contradict each other"):
+        override_sampling(SamplingArgs(), {"stop": "a", "stop_strings": "b"})
+
+
 def test_type_checkers_know_the_keywords() -> None:
     """mypy --strict finds both errors: without them it would report unused ignores."""
 
