@@ -327,4 +327,5 @@ class Adapters:
             self._torch.remove(torch_name)
 
     def _changed(self) -> None:
+        self.active_set.by_row = self._rows is not None
         self.active_set.become(self._key())

@@ -138,6 +138,9 @@ class KTExperts(nn.Module):
         if recorder is not None and rows is None and states.shape[0] <= self._max_qlen:
             reads = states, index, weights
             return recorder.call(states.shape, reads, lambda out: layer.bind(*reads, out).run)
+        if recorder is not None:
+            # The recorder would see an output that nobody fills.
+            raise KtrtError("experts cannot be recorded while rows have their own adapters")
         out = torch.empty_like(states)
         adapters = None
         if rows is not None:

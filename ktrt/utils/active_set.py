@@ -24,6 +24,8 @@ class ActiveSet:
         self.changes = 0
         # Counts changes of an adapter's own numbers: anything made from them must be made again.
         self.renewals = 0
+        # Whether rows of a batch have their own adapters: no step of one row can then be recorded.
+        self.by_row = False
         self._versions: dict[Hashable, int] = {(): 0}
         self._last = 0
         self._on_modules: list[Callable[[], object]] = []
