@@ -83,7 +83,7 @@ test-tsan: build-tsan ## C++ tests of everything with threads under ThreadSaniti
 	ctest --preset tsan
 
 test-python: ## Python tests (of the checkout's Python and the installed module)
-	$(PYTEST) --dist loadfile -m 'not long'
+	$(PYTEST) --dist loadfile -m 'not long' --durations=25
 
 test-isa: ## End-to-end Python tests on each instruction set below the machine's own
 	@for isa in $$($(PYTHON) -c 'from ktrt import _core as c; \
