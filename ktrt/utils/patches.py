@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
@@ -20,16 +21,17 @@ _LOCK = threading.RLock()
 
 @dataclass
 class _Entry:
-    """One key of a table: its value before any patch, and the patches' values, newest last."""
+    """One key of a table: its value before any patch, and the patches' values, newest last, each in
+    a list that identifies it."""
 
     mapping: MutableMapping[Any, Any]
     key: Hashable
     original: Any
-    values: list[tuple[Patches, Any]] = field(default_factory=list)
+    values: list[list[Any]] = field(default_factory=list)
 
     def write(self) -> None:
         """Puts the newest value in place, or the original."""
-        value = self.values[-1][1] if self.values else self.original
+        value = self.values[-1][0] if self.values else self.original
         if value is _ABSENT:
             self.mapping.pop(self.key, None)
         else:
@@ -73,24 +75,27 @@ class Patches:
     def entry(self, mapping: MutableMapping[Any, Any], key: Hashable, value: Any) -> None:
         """Sets a key of a table of the whole process. The newest of the remaining values is in
         place, in any order of undoing; after the last one, the original is back."""
-        place = id(mapping), key
+        place, mine = (id(mapping), key), [value]
         with _LOCK:
-            if place not in _entries:
-                _entries[place] = _Entry(mapping, key, mapping.get(key, _ABSENT))
-            entry = _entries[place]
-            entry.values.append((self, value))
+            entry = _entries.get(place) or _Entry(mapping, key, mapping.get(key, _ABSENT))
+            entry.values.append(mine)
+            _entries[place] = entry
             entry.write()
 
         def undo() -> None:
             with _LOCK:
-                in_place = entry.values[-1][1]
-                entry.values.remove((self, value))
+                in_place = entry.values[-1][0]
+                entry.values[:] = [each for each in entry.values if each is not mine]
                 if mapping.get(key, _ABSENT) is in_place:
                     entry.write()
                 if not entry.values:
-                    del _entries[place]
+                    _entries.pop(place, None)
 
-        self._undo.append(undo)
+        # Also when these patches are dropped without ``undo``. The table keeps neither them nor,
+        # through them, the model.
+        finalizer = weakref.finalize(self, undo)
+        finalizer.atexit = False
+        self._undo.append(finalizer)
 
     def add(self, undo: Callable[[], object]) -> None:
         """Adds a patch that is already made, such as a hook; ``undo`` reverts it."""

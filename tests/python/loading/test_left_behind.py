@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 import warnings
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -230,3 +232,15 @@ def test_a_load_that_fails_closes_the_gpus_share(
     with pytest.raises(ZeroDivisionError):
         load(folder, "deepseek_v2")
     assert closed == [True]
+
+
+def test_a_dropped_model_is_freed(folder: Path) -> None:
+    """Without ``close``: in a notebook, a name gets the next model."""
+    before = registries()
+    loaded = load(folder, "deepseek_v2")
+    use(loaded)
+    model = weakref.ref(loaded.model)
+    del loaded
+    gc.collect()
+    assert model() is None
+    assert registries() == before
