@@ -66,14 +66,14 @@ def open_session(config: Config) -> Session:
     loaded = load_model(
         config.model, config.adapter, config.experts, check_vocabulary=words.check_rows
     )
-    loaded.adapters.take_words = _WordsOfLoaded(tokenizer)
-    session = Session(
-        loaded, tokenizer, template, config.sampling, cutoff_len=config.model.cutoff_len
-    )
     try:
+        loaded.adapters.take_words = _WordsOfLoaded(tokenizer)
+        session = Session(
+            loaded, tokenizer, template, config.sampling, cutoff_len=config.model.cutoff_len
+        )
         session.warm_up()
     except BaseException:
-        session.close()
+        loaded.close()
         raise
     return session
 

@@ -13,6 +13,7 @@ import ktrt
 from ktrt import api
 from ktrt.config import load_config
 from ktrt.errors import AdapterError, CheckpointError, ConfigError, EngineError, KtrtError
+from ktrt.loading.model import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -196,6 +197,26 @@ def test_what_the_folder_is_comes_before_its_tokenizer(tmp_path: Path, kind: str
         (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(CheckpointError, match=f"{tmp_path} is {kind}"):
         ktrt.load({"model_name_or_path": tmp_path})
+
+
+@pytest.mark.parametrize("where", ["__init__", "warm_up"])
+def test_a_session_that_fails_to_start_closes_the_model(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    found: list[Any] = []
+
+    def load_and_note(*args: Any, **more: Any) -> Any:
+        found.append(load_model(*args, **more))
+        return found[0]
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "load_model", load_and_note)
+    monkeypatch.setattr(ktrt.Session, where, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ktrt.load(folder / "chat.yaml")
+    assert found[0].engine.closed
 
 
 def test_unknown_override(folder: Path) -> None:
