@@ -2,6 +2,7 @@
 tables are up to date."""
 
 import functools
+import inspect
 import re
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from ktrt.chat.commands import COMMANDS
 from ktrt.config import load_config
 from ktrt.config.load import names_key
 from ktrt.prompt.template.table import TEMPLATES
+from ktrt.session import Adapters, Session
 
 VERBS = ("chat", "audit", "doctor", "bench", "pack", "export")
 DOCUMENTS = documents.documents()
@@ -54,7 +56,9 @@ def anchors(document: Path) -> set[str]:
     return {heading.strip().replace(" ", "-") for heading in plain}
 
 
-@pytest.mark.parametrize("document", GUIDES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "document", [*GUIDES, ROOT / "CHANGELOG.md"], ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_named_files_exist(document: Path) -> None:
     folders = {"bench", "csrc", "docs", "examples", "ktrt", "tests", "tools"}
     texts = [*documents.inline_code(document), *documents.commands(document)]
@@ -62,6 +66,19 @@ def test_named_files_exist(document: Path) -> None:
         name = word.strip("'\"")
         if name.split("/")[0] in folders and re.fullmatch(r"[\w.-]+(/[\w.*-]+)+/?", name):
             assert list(ROOT.glob(name.rstrip("/"))), name
+
+
+def test_named_members_of_a_session_exist() -> None:
+    """`session.adapters.off()` and `session.chat(…)`, in text and in Python blocks."""
+    made = set(re.findall(r"self\.([a-z]\w*)\b", inspect.getsource(Session.__init__)))
+    texts = [path.read_text("utf-8") for path in DOCUMENTS]
+    names = {each for text in texts for each in re.findall(r"\bsession((?:\.\w+)+)", text)}
+    for _, name, *inner in (each.split(".") for each in names):
+        assert name in made or hasattr(Session, name), name
+        if name == "adapters" and inner:
+            assert hasattr(Adapters, inner[0]) or inner[0] in vars(Adapters()), inner
+        assert not (name == "model" and inner and inner[0].startswith("kt")), inner
+    assert len(names) > 10
 
 
 @pytest.mark.parametrize("document", GUIDES, ids=lambda path: str(path.relative_to(ROOT)))
