@@ -50,7 +50,7 @@ def accelerate_attention(model: nn.Module, engine: Engine, patches: Patches) -> 
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     table = type(ALL_ATTENTION_FUNCTIONS)._global_mapping
-    # Of another loaded model, perhaps: one function in the chain is enough for all.
+    # Another loaded model may have put its function there; one in the chain is enough for all.
     original = getattr(table[_SDPA], _ORIGINAL, table[_SDPA])
     patches.entry(table, _SDPA, _by_mark(original))
     attention, count = EngineAttention(engine), 0

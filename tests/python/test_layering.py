@@ -78,7 +78,7 @@ WITHOUT_TORCH |= {
 
 # The only files that call the model, and the one that calls a model on the meta device.
 CALLERS = {"generate/runner.py", "generate/graphs.py", "kv/size.py"}
-# Sets PEFT's forward anew with every set of adapters; one entry in ``Patches`` undoes all.
+# Sets PEFT's forward again with every set of adapters; one entry in ``Patches`` undoes all.
 SETS_FORWARD = {"layers/cuda_linear.py"}
 
 # Layers of csrc/ and the layers below each.
