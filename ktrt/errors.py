@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 # Types that the compiled engine raises, never their subclasses, and the packages that call it.
-_RAISED = (ValueError, RuntimeError, MemoryError)
+_RAISED = (ValueError, RuntimeError, MemoryError, TimeoutError)
 _CALLERS = tuple(f"ktrt.{name}." for name in ("adapter", "engine", "experts", "layers", "loading"))
 
 
@@ -30,7 +30,8 @@ class AdapterError(KtrtError):
 
 class EngineError(KtrtError):
     """A call that the compiled engine refused or could not finish; ``__cause__`` is its own
-    ``ValueError``, ``RuntimeError`` or ``MemoryError``."""
+    ``ValueError``, ``RuntimeError`` or ``MemoryError``, or the ``TimeoutError`` of a GPU's hand-off
+    that got no answer."""
 
 
 @contextmanager
@@ -42,7 +43,7 @@ def engine_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, RuntimeError, MemoryError) as error:
+    except _RAISED as error:
         if type(error) not in _RAISED or not _comes_from_engine(error):
             raise
         reason = str(error) or (

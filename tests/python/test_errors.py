@@ -22,6 +22,7 @@ def test_one_except_clause_catches_all(kind: type[errors.KtrtError]) -> None:
         (ValueError("rank: expected 8, found 4"), "the engine failed: rank: expected 8, found 4"),
         (RuntimeError(), "the engine failed: no reason given"),
         (MemoryError(), "the engine failed: no memory"),
+        (TimeoutError("no answer"), "the engine failed: no answer"),
     ],
 )
 def test_engine_errors(error: Exception, message: str) -> None:
