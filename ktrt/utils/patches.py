@@ -10,6 +10,7 @@ import inspect
 import threading
 import weakref
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
@@ -61,16 +62,8 @@ class Patches:
         if isinstance(inspect.getattr_static(type(owner), name, None), property):
             before = getattr(owner, name)
         setattr(owner, name, value)
-
-        def undo() -> None:
-            if getattr(owner, name, _ABSENT) is not value:
-                return
-            if before is _ABSENT:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, before)
-
-        self._undo.append(undo)
+        # Weakly: an unloaded adapter's modules, and their forwards, must be freed before ``undo``.
+        self._undo.append(partial(_reset, _weakly(owner), name, _weakly(value), before))
 
     def entry(self, mapping: MutableMapping[Any, Any], key: Hashable, value: Any) -> None:
         """Sets a key of a table of the whole process. The newest of the remaining values is in
@@ -111,3 +104,24 @@ class Patches:
                 failure = failure or error
         if failure is not None:
             raise failure
+
+
+def _reset(
+    owner_of: Callable[[], Any], name: str, value_of: Callable[[], Any], before: Any
+) -> None:
+    """Restores an attribute, unless its object has gone or others have set it since."""
+    owner, value = owner_of(), value_of()
+    if owner is None or getattr(owner, name, _ABSENT) is not value:
+        return
+    if before is _ABSENT:
+        delattr(owner, name)
+    else:
+        setattr(owner, name, before)
+
+
+def _weakly(thing: Any) -> Callable[[], Any]:
+    """Returns a function that returns ``thing``, or None once it has gone."""
+    try:
+        return weakref.ref(thing)
+    except TypeError:  # text, numbers, None
+        return lambda: thing

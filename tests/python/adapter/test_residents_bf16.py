@@ -3,6 +3,8 @@ adapter alone, including its biases and output layers."""
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import TYPE_CHECKING
 
 import pytest
@@ -157,4 +159,18 @@ def test_rows_with_their_own_adapters_are_not_recorded(tmp_path: Path) -> None:
         with pytest.raises(KtrtError, match="cannot be recorded"):
             RecordedSteps().capture(lambda: experts(states, slots.long(), slots))
     assert (found - expected).norm() / expected.norm() < 0.1
+    loaded.close()
+
+
+def test_an_unloaded_adapter_is_freed(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", "deepseek_v2", 96)
+    save_adapter(tmp_path / "a", base, "a")
+    loaded = load(tmp_path)
+    for name in ("a", "again"):
+        loaded.adapters.load(name, tmp_path / "a")
+        lora = [weakref.ref(p) for n, p in loaded.model.named_parameters() if ".lora_" in n]
+        loaded.adapters.unload(name)
+        gc.collect()
+        assert lora
+        assert not any(each() is not None for each in lora)
     loaded.close()
