@@ -38,7 +38,7 @@ def _with_adapter(adapter: object, overrides: Mapping[str, object]) -> Mapping[s
         return overrides
     folders = list(adapter) if isinstance(adapter, list | tuple) else [adapter]
     # An empty path, of an unset variable say, must not load the base alone.
-    if not folders or any(isinstance(e, str | PathLike) and Path(e) == Path() for e in folders):
+    if not folders or any(each in ("", Path()) for each in folders):
         raise ConfigError(
             f"adapter: expected a folder or a list of folders, found {adapter!r}; the base model "
             "alone is adapter_name_or_path=None"

@@ -20,7 +20,7 @@ def check_adapter_value(key: str, raw: object, where: str) -> Any:
     text gives one path), a mapping of names to paths, or a mapping of names to numbers."""
     if key == "adapter_name_or_path":
         paths = raw if isinstance(raw, list | tuple) else [raw]
-        return [check_value(key, path, Path, where) for path in paths]
+        return [_path(key, path, where) for path in paths]
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{where}: {key}: expected a mapping of names, found {describe(raw)}")
     hint = Path if key == "adapters" else float
@@ -28,6 +28,12 @@ def check_adapter_value(key: str, raw: object, where: str) -> Any:
         if not isinstance(name, str) or not name.strip() or name != name.strip():
             raise ConfigError(f"{where}: {key}: expected names of adapters, found {describe(name)}")
     return {name: check_value(f"{key}.{name}", value, hint, where) for name, value in raw.items()}
+
+
+def _path(key: str, raw: object, where: str) -> Path:
+    """Returns the path, empty only for an empty text: "." must not mean the base alone."""
+    path: Path = check_value(key, raw, Path, where)
+    return Path.cwd() if raw and isinstance(raw, str) and path == Path() else path
 
 
 def resolve_adapters(

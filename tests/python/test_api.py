@@ -119,6 +119,16 @@ class TestAdapterArgument:
         named = {"adapter_name_or_path": None, "adapters": {"z": folder / "adapter"}}
         assert list(load_config(folder / "chat.yaml", named).adapter.folders) == ["z"]
 
+    def test_the_current_folder(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        found: list[Any] = []
+        monkeypatch.setattr(api, "open_session", lambda config: found.append(config.adapter))
+        monkeypatch.chdir(folder / "adapter")
+        ktrt.load(folder / "model", adapter=".")
+        for text in (".", "./"):
+            overrides = [f"adapter_name_or_path={text}"]
+            found.append(load_config(folder / "model", overrides).adapter)
+        assert [each.folders for each in found] == [{"adapter": folder / "adapter"}] * 3
+
     def test_weights_of_the_caller_hold(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
