@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ktrt.adapter import Audit, TorchAdapters, plan_adapter, words_of
+from ktrt.engine.active_set import ActiveSet
 from ktrt.errors import AdapterError, KtrtError, engine_errors
-from ktrt.utils.active_set import ActiveSet
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence

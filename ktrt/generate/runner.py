@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache
 
+from ktrt.engine.active_set import ActiveSet
 from ktrt.generate.graphs import DecodeGraphs
 from ktrt.kv.snapshots import Mark, continues, crop, needs_marks
 from ktrt.kv.static import StaticKv, cache_argument, makes_own_cache, unusual_layers
-from ktrt.utils.active_set import ActiveSet
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ktrt.utils.active_set import ActiveSet
+from ktrt.engine.active_set import ActiveSet
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

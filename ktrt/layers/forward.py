@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ktrt.engine import Engine, LatentAttention
+    from ktrt.engine.active_set import ActiveSet
     from ktrt.engine.recording import Recorder
-    from ktrt.utils.active_set import ActiveSet
 
 # With AMX, torch computes from this many rows on: it has tiles for BF16, the engine's linears have
 # none. Elsewhere one kernel takes all rows, so a row's bits do not depend on the chunks.

@@ -20,11 +20,11 @@ import torch
 from torch import nn
 
 from ktrt.engine import DenseLinear
+from ktrt.engine.active_set import ActiveSet
 from ktrt.engine.recording import active
 from ktrt.engine.torch_threads import set_torch_threads
 from ktrt.layers.forward import DenseForward, LoraForward, Shared
 from ktrt.layers.int8 import is_int8
-from ktrt.utils.active_set import ActiveSet
 from ktrt.utils.patches import Patches
 
 if TYPE_CHECKING:

@@ -42,10 +42,10 @@ if TYPE_CHECKING:
     from ktrt.adapter import AdapterPlan, Audit
     from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
     from ktrt.engine import Engine
+    from ktrt.engine.active_set import ActiveSet
     from ktrt.experts import ExpertsSpec, GpuExperts, HandOff
     from ktrt.kv.static import StaticKv
     from ktrt.loading.plan import Prepared
-    from ktrt.utils.active_set import ActiveSet
 
 logger = logging.getLogger(__name__)
 # The block that users of LLaMA-Factory with KTransformers look for: complete at level DEBUG.

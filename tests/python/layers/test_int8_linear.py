@@ -16,12 +16,12 @@ from torch import nn
 
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.engine import Engine
+from ktrt.engine.active_set import ActiveSet
 from ktrt.layers import int8
 from ktrt.layers.forward import DenseForward
 from ktrt.layers.linear import accelerate, int8_bytes, refresh
 from ktrt.loading.model import load_model
 from ktrt.loading.plan import plan_memory
-from ktrt.utils.active_set import ActiveSet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,9 +11,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from ktrt.engine import Engine
+from ktrt.engine.active_set import ActiveSet
 from ktrt.layers.forward import DenseForward
 from ktrt.layers.linear import accelerate, refresh
-from ktrt.utils.active_set import ActiveSet
 from ktrt.utils.patches import Patches
 
 if TYPE_CHECKING:
