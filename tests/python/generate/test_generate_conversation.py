@@ -98,6 +98,13 @@ def test_long_answers_equal_generate(monkeypatch: pytest.MonkeyPatch) -> None:
     assert talk.ties == 0
 
 
+def test_the_demo_in_two_turns(demo: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = Chunks(demo, (7, 512), sorted(demo._stop_ids))
+    assert sum(talk.ask(question, 40, monkeypatch) for question in QUESTIONS[:2]) >= 20
+    assert talk.ties <= 1, "of 4 answers"
+
+
+@pytest.mark.long
 def test_the_demo_answers_as_generate_does(demo: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten turns on all kinds of chunks. Where the model has nothing to say, after its stop id, any
     other order of sums may decide: 210 tokens are compared for the same forwards only."""

@@ -12,18 +12,26 @@ import pytest
 import torch
 from helpers.families_table import REFUSED
 from helpers.family_models import FIRST_SPECIAL, Family, families, random_model
-from transformers import Llama4ForCausalLM, Llama4TextConfig
+from transformers import DynamicCache, Llama4ForCausalLM, Llama4TextConfig
 
 from ktrt.generate import loop, runner
 from ktrt.generate.runner import KvCache
 from ktrt.kv import snapshots
 from ktrt.kv.snapshots import continues
+from ktrt.kv.static import cache_argument, makes_own_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FAMILIES = [family for family in families() if family.class_name not in REFUSED]
 # Model types that take a prompt in one forward only.
 WHOLE_PROMPTS = {"jamba", "unlimited_ocr"}
+# At least one model type for every kind of cache; `make check-long` holds conversations with all.
+REPRESENTATIVES = {
+    "cohere2_moe", "deepseek_v2", "deepseek_v32", "deepseek_v4", "gemma4_text", "glm5_next",
+    "gpt_oss", "granitemoehybrid", "inkling2_text", "inkling_text", "jamba", "kimi_linear",
+    "lfm2_moe", "minimax", "mixtral", "nemotron_h", "qwen3_moe", "qwen3_next", "unlimited_ocr",
+    "zaya",
+}  # fmt: skip
 # Its config lacks what its own generate reads.
 WITHOUT_GENERATE = {"Qwen3OmniMoeThinkerForConditionalGeneration"}
 ANSWER = 9
@@ -113,7 +121,31 @@ def check_talk(chat: Talk, *, whole: bool) -> None:
         chat.answer(edited)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def kind_of(model: Any) -> object:
+    layers = DynamicCache(config=model.config).layers
+    own = makes_own_cache(model), cache_argument(model), continues(model)
+    return frozenset(map(type, layers)), *own
+
+
+@pytest.mark.long
+def test_every_kind_is_represented() -> None:
+    kinds: dict[object, set[str]] = {}
+    for family in FAMILIES:
+        if family.model_type != "inkling_mm_model":  # needs scipy
+            kinds.setdefault(kind_of(random_model(family)), set()).add(family.model_type)
+    assert not {kind: types for kind, types in kinds.items() if not types & REPRESENTATIVES}
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(
+            family, marks=[] if family.model_type in REPRESENTATIVES else [pytest.mark.long]
+        )
+        for family in FAMILIES
+    ],
+    ids=str,
+)
 def test_conversations(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     if family.folder == "inkling" and family.model_type == "inkling_mm_model":
         pytest.importorskip("scipy", reason="transformers' vision tower of Inkling needs scipy")
