@@ -83,10 +83,10 @@ def first_of(row: BitsRow) -> str:
 
 def show_speed(rows: Sequence[SpeedRow]) -> None:
     head = f"median of {rows[0].rounds} rounds"
-    print(f"\n{head:<36}{'old ms':>10}{'new ms':>10}{'ratio':>8}")
+    print(f"\n{head:<44}{'old':>10}{'new':>10}{'ratio':>8}")
     for row in rows:
         mark = ("  slower" if row.ratio > 1 else "  faster") if row.flagged else ""
-        print(f"{row.name:<36}{row.old:>10.3f}{row.new:>10.3f}{row.ratio:>8.3f}{mark}")
+        print(f"{row.name:<44}{row.old:>10.3f}{row.new:>10.3f}{row.ratio:>8.3f}{mark}")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -85,9 +85,13 @@ def test_medians_are_compared_and_flagged() -> None:
 
 def test_answers_of_the_benches_become_rows() -> None:
     answer: Any = {"results": {"INT8": {"ms": 3.0, "lora_ms": 4.0, "limit_ms": 2.0}}}
-    assert decode_row(answer) == {"decode INT8": 3.0, "decode INT8 + LoRA": 4.0}
-    answer = {"rows": [{"method": "int8+lora8", "qlen": 1, "ktrt_ms": 0.5, "kt_ms": 1.0}]}
-    assert layer_row(answer) == {"layer int8+lora8, 1 tokens": 0.5}
+    assert decode_row(answer) == {"decode INT8, x limit": 1.5, "decode INT8 + LoRA, x limit": 2.0}
+    layer = {"method": "int8+lora8", "ktrt_ms": 0.5, "bandwidth_fraction": 0.8}
+    answer = {"rows": [layer | {"qlen": 1}, layer | {"qlen": 256}]}
+    assert layer_row(answer) == {
+        "layer int8+lora8, 1 tokens, x limit": 1.25,
+        "layer int8+lora8, 256 tokens, ms": 0.5,
+    }
 
 
 def test_scripts_are_found_where_a_commit_has_them(tmp_path: Path) -> None:
