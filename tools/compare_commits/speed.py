@@ -70,9 +70,9 @@ def run_bench(build: Build, candidates: Sequence[str], options: Sequence[str]) -
 
 
 def decode_row(answer: Any) -> dict[str, float]:
-    """Times of a decoded token, with and without LoRA, by backend: multiples of the time that reading
-    the same bytes took in the same run. Milliseconds follow the bandwidth that a shared machine's
-    neighbours leave, which doubles within seconds."""
+    """Times of a decoded token, with and without LoRA, by backend: multiples of the time that
+    reading the same bytes took in the same run. Milliseconds follow the bandwidth that a shared
+    machine's neighbours leave, which doubles within seconds."""
     row = {}
     for backend, result in answer["results"].items():
         row[f"decode {backend}, x limit"] = result["ms"] / result["limit_ms"]
