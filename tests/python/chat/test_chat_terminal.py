@@ -461,8 +461,8 @@ class TestLeaving:
             before = chat.modes
             chat.prompt()
             assert chat.modes != before
-            chat.keys("exit\rrm -r left\r")
-            chat.keys(paste("rm -r right\n"))
+            # At once: what is typed after the chat has left belongs to the shell.
+            chat.keys("exit\rrm -r left\r" + paste("rm -r right\n"))
             chat.sees("\x1b[?2004l")
             while chat.modes != before:
                 time.sleep(0.01)
