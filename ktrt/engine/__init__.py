@@ -2,7 +2,8 @@
 
 The classes below are ``_core``'s. ``build`` makes an engine from the user's settings, ``formats``
 has the weight formats, ``threads`` and ``torch_threads`` the thread counts; ``recording`` replays a
-step's calls, ``probes`` measures the machine. Importing this package needs no torch.
+step's calls, ``step_rows`` says what differs between its tokens, ``probes`` measures the machine.
+Importing this package needs no torch.
 """
 
 import ktrt

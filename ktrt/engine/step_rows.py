@@ -1,0 +1,75 @@
+"""What differs from token to token within one forward: each token's LoRA and its place in the cache.
+
+A forward may hold tokens of many sequences: first the *decode rows*, one token each, then *spans*
+of several tokens of one sequence. ``generate.runner`` fills a ``StepRows`` for each forward, and
+the layers read it there and then; nothing of it outlives the forward, but for a recorded step,
+which reads the same memory again when it runs again.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# A token's LoRA is the engine's number of a resident adapter, at weight 1, or one of these.
+BASE = -1
+# The adapters that are active in the model, with their weights.
+ACTIVE = -2
+
+
+@dataclass(frozen=True)
+class TokenSpan:
+    """Tokens ``first`` … ``first + count - 1`` of a forward: positions ``start`` and on of the
+    sequence in ``slot``, whose keys and values before ``start`` are held."""
+
+    slot: int
+    first: int
+    start: int
+    count: int
+
+
+class StepRows:
+    """The tokens of one forward [1, tokens]: ``decode`` single ones, then those of ``spans``.
+
+    On the CPU, contiguous, in memory that stays: ``adapters`` [tokens] int32, each token's LoRA;
+    for the decode rows ``slots`` and ``lengths`` [decode] int64: the slot, and how many positions
+    of it the token attends to, its own included; 0 for a row that stands for nothing, whose results
+    nobody reads. ``device_adapters``: a copy of ``adapters`` on the model's GPU; None without one.
+    """
+
+    def __init__(
+        self, tokens: int, decode: int, device: torch.device | None = None,
+        spans: tuple[TokenSpan, ...] = (),
+    ) -> None:  # fmt: skip
+        self.tokens, self.decode, self.spans = tokens, decode, spans
+        self.adapters = torch.full((tokens,), BASE, dtype=torch.int32)
+        self.slots = torch.zeros(decode, dtype=torch.int64)
+        self.lengths = torch.zeros(decode, dtype=torch.int64)
+        self.device_adapters: torch.Tensor | None = None
+        if device is not None and device.type != "cpu":
+            self.device_adapters = self.adapters.to(device)
+
+
+class RunningStep:
+    """The step that a model runs now, for its layers. One per model; only ``generate.runner``
+    writes it."""
+
+    def __init__(self) -> None:
+        # None: a forward of somebody else, whose tokens all have the active adapters and whose
+        # cache knows its own places.
+        self.rows: StepRows | None = None
+
+    @contextmanager
+    def running(self, rows: StepRows) -> Iterator[None]:
+        """Within the block, the model's forward is that of ``rows``."""
+        self.rows = rows
+        try:
+            yield
+        finally:
+            self.rows = None
