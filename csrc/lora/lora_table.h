@@ -39,7 +39,7 @@ class LoraTable {
     float weight;  // not 0
     bool operator==(const Part&) const = default;
   };
-  // What a row adds: nothing, one LoRA, or a weighted sum of several, in the order of activate().
+  // The LoRA of a row: nothing, one, or a weighted sum of several, in the order of activate().
   using Mix = std::vector<Part>;
 
   // The mixes of a forward's rows, each once. Valid as long as the table is not changed: a forward

@@ -1,9 +1,9 @@
-"""What differs from token to token within one forward: each token's LoRA and its place in the cache.
+"""The facts of one forward that differ by token: each token's LoRA and its place in the cache.
 
 A forward may hold tokens of many sequences: first the *decode rows*, one token each, then *spans*
 of several tokens of one sequence. ``generate.runner`` fills a ``StepRows`` for each forward, and
-the layers read it there and then; nothing of it outlives the forward, but for a recorded step,
-which reads the same memory again when it runs again.
+the layers read it during that forward. Only a recorded step keeps it, and reads the same memory
+again whenever it runs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class TokenSpan:
 
 
 class StepRows:
-    """The tokens of one forward [1, tokens]: ``decode`` single ones, then those of ``spans``.
+    """The tokens of one forward [1, tokens]: ``decode`` single ones, then the tokens of ``spans``.
 
     On the CPU, contiguous, in memory that stays: ``adapters`` [tokens] int32, each token's LoRA;
     for the decode rows ``slots`` and ``lengths`` [decode] int64: the slot, and how many positions
