@@ -15,9 +15,22 @@ namespace ktrt {
 // Rows of one AMX tile, at most.
 constexpr int kMaxTileRows = 16;
 
+// C [rows][32] += T [rows][rank] · Lᵀ for one strip of a LoRA's B.
+struct ExpandArgs {
+  int rows;
+  // BF16 [rank_pairs][2 halves][16 rows][2]; in GemmArgs null without LoRA.
+  const uint16_t* lora_b;
+  // BF16 [rows][2·rank_pairs]. Kernels in tile order read pieces of 32 values, in GemmArgs of whole
+  // tiles of rows: the values after a row's ranks must be finite.
+  const uint16_t* t;
+  int64_t t_stride;  // elements
+  int rank_pairs;
+  float* c;  // [rows][32]
+};
+
 // C [rows][32] = A [rows][k] · Wᵀ for one strip of 32 rows of a packed W (layout/packed_layout.h),
 // then += T [rows][rank] · Lᵀ, the LoRA expand, while C is in registers.
-struct GemmArgs {
+struct GemmArgs : ExpandArgs {
   // Activations: BF16 [rows][k], or INT8 codes plus the kernel's activation_offset. k is padded as
   // in the layout; A's padding may hold anything finite, since W's is zero.
   //
@@ -29,7 +42,6 @@ struct GemmArgs {
   int64_t a_stride;      // bytes of a row, or of tile_rows rows
   int tile_rows;         // GemmKernel::tile_rows(rows); 1 is row-major
   const float* a_scale;  // [rows]; null for BF16
-  int rows;
 
   const uint8_t* w_block;  // the n-block that holds the strip
   int block_rows;          // rows of that n-block
@@ -39,16 +51,6 @@ struct GemmArgs {
   const int32_t* w_sum;  // [32] of this strip: Σ_k of its codes (INT4: of 16 · code); null for BF16
   const uint8_t* next;  // read after this strip: to be prefetched; may be null
   bool cold_rows;       // A may come from memory: worth prefetching
-
-  // BF16 [rank_pairs][2 halves][16 rows][2]; null without LoRA.
-  const uint16_t* lora_b;
-  // BF16 [rows][2·rank_pairs]. Kernels in tile order read pieces of 32 values, of whole tiles of
-  // rows: the values after a row's ranks must be finite.
-  const uint16_t* t;
-  int64_t t_stride;  // elements
-  int rank_pairs;
-
-  float* c;  // [rows][32]
 };
 
 // Strips of one row each that GemmKernel::one_row takes at most.
@@ -57,11 +59,16 @@ constexpr int kOneRowStrips = 8;
 struct GemmKernel {
   const char* name;
   void (*strip)(const GemmArgs& args);
+  // The LoRA expand by itself, for rows whose C is in the L1 cache: strip() without LoRA and then
+  // this give the bits of strip() with it.
+  void (*expand)(const ExpandArgs& args);
   uint8_t activation_offset;  // added to each code by quantize_row: 128 where A is unsigned
   bool tile_order = false;    // of A
   // The same bits for `count` strips with a row each, all of one k, read side by side: a core gets
   // more out of the memory from several streams than from one. Null: strip by strip.
   void (*one_row)(const GemmArgs* strips, int count) = nullptr;
+  // For tiles: the variant of KernelTable::fixed.
+  const GemmKernel* fixed = nullptr;
 
   // As few tiles as possible, evenly filled: a tile of r rows takes r cycles.
   int tile_rows(int rows) const {
@@ -77,6 +84,8 @@ struct ShrinkArgs {
   const uint16_t* x;
   int64_t x_stride;  // elements, of a row or of tile_rows rows
   int tile_rows;     // as in GemmArgs; 1, row-major, for kernels without tiles
+  // Elements from 32 values of a row to its next 32, for some rows of one tile; 0: 32 · tile_rows.
+  int64_t x_step;
   int rows;
   const uint16_t* a;
   int blocks;
@@ -193,6 +202,10 @@ struct KernelTable {
   const ElementwiseKernels* elementwise;
   const DenseKernel* dense_bf16;
   const AttentionKernel* attention;
+  // A row's bits do not depend on the number of rows, on AMX either. There BF16 has the tiles'
+  // kernel for any number of rows; INT8 and INT4, whose sums are exact on tiles and off them, keep
+  // both kernels, and LoRA is the same for both.
+  bool fixed;
 
   const GemmChoice& gemm(WeightFormat format) const { return gemms[static_cast<int>(format)]; }
   GemmChoice& gemm(WeightFormat format) { return gemms[static_cast<int>(format)]; }

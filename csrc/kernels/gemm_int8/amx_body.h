@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/amx/block.h"
+#include "kernels/vnni/expand.h"
 
 namespace ktrt {
 namespace {
@@ -28,7 +29,7 @@ class AmxInt8Gemm {
     float* c = g_.c + static_cast<int64_t>(first_) * kStripColumns;
     if (g_.lora_b == nullptr) return c;
     const Turn turn{c, nullptr};
-    expand_.multiply<Tiles, kTwoTiles>(g_, first_, &turn);
+    expand_.multiply<Tiles, kTwoTiles>(g_, g_.tile_rows, first_, &turn);
     return expanded_;
   }
   // The rows that finish() named are stored and may be scaled.
@@ -73,6 +74,15 @@ class AmxInt8Gemm {
   ExpandTiles expand_;
   alignas(64) float expanded_[2 * kTileRows * kStripColumns];
 };
+
+template <class Tiles, class Gemm>
+void tile_strip_then_expand(const GemmArgs& g) {
+  GemmArgs base = g;
+  base.lora_b = nullptr;
+  prefetch_expand(g);
+  tile_strip<Tiles, Gemm>(base);
+  if (g.lora_b != nullptr) expand_rows<Bf16Expand>(g);
+}
 
 }  // namespace
 }  // namespace ktrt
