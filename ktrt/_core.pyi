@@ -201,7 +201,8 @@ class LatentAttention:
         kv_lora_rank], V of every head: bfloat16, contiguous, kept, not copied. ``ValueError``:
         shapes that do not fit, sizes above 4096."""
 
-    def load_lora(self, number: int, a: Any, b: Any) -> None:
+    max_rank: int
+    def load_lora(self, number: int, a: Any = None, b: Any = None) -> None:
         """Keeps a LoRA of kv_b_proj: ``a`` [rank, kv_lora_rank], ``b`` [heads · (nope + v), rank].
         See ``DenseLinear.load_lora``."""
 

@@ -118,6 +118,11 @@ void LatentAttention::load_lora(int number, const TensorView& a, const TensorVie
   loras_.put(number, std::make_shared<const Lora>(std::move(lora)));
 }
 
+void LatentAttention::load_empty_lora(int number) {
+  const auto lease = engine_->lease();
+  loras_.put(number, std::make_shared<const Lora>());
+}
+
 void LatentAttention::unload_lora(int number) {
   const auto lease = engine_->lease();
   loras_.remove(number);

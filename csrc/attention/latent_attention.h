@@ -54,6 +54,8 @@ class LatentAttention {
   // kv_b_proj's LoRAs by number: see LoraTable. a [r, rank], b [heads · (nope + value), r]:
   // float32, scaling folded into b; each is rounded to BF16 once. Throw std::invalid_argument.
   void load_lora(int number, const TensorView& a, const TensorView& b);
+  // A LoRA without ranks: its rows are those of the base, bit for bit.
+  void load_empty_lora(int number);
   void unload_lora(int number);
   void activate_loras(std::span<const int> numbers, std::span<const float> weights);
 

@@ -18,7 +18,7 @@ from torch import nn
 from ktrt.engine import LatentAttention
 from ktrt.engine.recording import active
 from ktrt.layers.attention import head_array
-from ktrt.layers.forward import DenseForward
+from ktrt.layers.forward import DenseForward, LoraForward
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -183,12 +183,12 @@ class LatentDecoder:
         tensors = query, latents, positions, out
 
         def attend(length: int, _kept: object = tensors) -> None:
-            step.follow(self._lora())
+            step.follow(self._present())
             step.attention.forward(first, *cached, last, length)
 
         return attend
 
-    def _lora(self) -> Lora | None:
+    def _present(self) -> DenseForward:
         projection = self._projection
         if projection is not None:
             projection.follow()
@@ -197,7 +197,7 @@ class LatentDecoder:
                 "kv_b_proj has other weights, or an adapter that the engine does not compute: this "
                 "step was made for what it had before"
             )
-        return projection.lora
+        return projection
 
     def _holds(self, projection: DenseForward) -> bool:
         return projection.base.weight.data_ptr() == self._address
@@ -214,16 +214,17 @@ class LatentDecoder:
 
 
 class _Step:
-    """The engine's attention, and the LoRA that it has been given."""
+    """The engine's attention, which has kv_b_proj's adapters."""
 
     def __init__(self, attention: LatentAttention) -> None:
         self.attention = attention
-        self._lora: Lora | None = None
+        self._projection: DenseForward | None = None
 
-    def follow(self, lora: Lora | None) -> None:
-        if lora is not self._lora:
-            give_lora(self.attention, lora)
-            self._lora = lora
+    def follow(self, projection: DenseForward) -> None:
+        if projection is not self._projection:
+            if isinstance(projection, LoraForward):
+                projection.loras.add(self.attention)
+            self._projection = projection
 
 
 def attention(
