@@ -24,6 +24,8 @@ class ActiveSet:
         self.changes = 0
         # Counts changes of an adapter's own numbers: anything made from them must be made again.
         self.renewals = 0
+        # The engine's numbers of the resident adapters: a row of a step may name any of them.
+        self.numbers: frozenset[int] = frozenset()
         # Whether rows of a batch have their own adapters: no step of one row can then be recorded.
         self.by_row = False
         self._versions: dict[Hashable, int] = {(): 0}
