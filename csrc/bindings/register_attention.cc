@@ -194,8 +194,8 @@ void register_attention(py::module_& module) {
            }),
            py::arg("engine").none(false), py::arg("keys"), py::arg("values"), py::kw_only(),
            py::arg("heads"), py::arg("rope"), py::arg("scaling"))
-      .def_property_readonly_static("max_rank",
-                                    [](const py::object&) { return LatentAttention::kMaxRank; })
+      .def_property_readonly_static(
+          "max_rank", [](const py::object&) { return int{LatentAttention::kMaxRank}; })
       .def("load_lora", &load_latent_lora, py::arg("number"), py::arg("a") = py::none(),
            py::arg("b") = py::none())
       .def(
