@@ -118,6 +118,7 @@ class FixedProducts(TorchFunctionMode):
     ) -> Callable[[], None]:
         products = self._products
         multiply = products.multiply_f32 if x.dtype == torch.float32 else products.multiply_bf16
-        columns, size = weight.shape
-        addresses = x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr()
-        return partial(multiply, *addresses, out.data_ptr(), x.numel() // size, size, columns)
+        return partial(
+            multiply, x.data_ptr(), x.numel(), weight.data_ptr(), weight.numel(),
+            0 if bias is None else bias.data_ptr(), out.data_ptr(), out.numel(), weight.shape[1],
+        )  # fmt: skip
