@@ -26,8 +26,8 @@ from ktrt.layers.cuda_linear import FusedLora
 from ktrt.layers.embedding import tables_to_host
 from ktrt.layers.latent import use_latents
 from ktrt.layers.linear import accelerate, int8_bytes
-from ktrt.layers.row_products import use_row_products
 from ktrt.layers.norm import accelerate_norms
+from ktrt.layers.row_products import use_row_products
 from ktrt.loading.experts import cache_folder, load_experts
 from ktrt.loading.fill import load_without_experts
 from ktrt.loading.inventory import bytes_per_token
@@ -150,7 +150,7 @@ def load_model(
         for file in ready.base.experts.files() if model.quantization_bit == 8 else ():
             release_file_pages(str(file))  # what was packed is not read any more
         _log_result(loaded, specs, ready.adapters)
-        graphs = _graphs(loaded, engine, hand_off, patches, experts.kt_use_cuda_graph)
+        graphs = _graphs(loaded, hand_off, patches, experts.kt_use_cuda_graph)
     except BaseException:
         _close(patches, hand_off, gpu, engine)
         raise
@@ -227,7 +227,7 @@ def _device() -> torch.device:
 
 
 def _graphs(
-    model: Any, engine: Engine, hand_off: HandOff | None, patches: Patches, wanted: bool
+    model: Any, hand_off: HandOff | None, patches: Patches, wanted: bool
 ) -> Callable[[StaticKv], DecodeGraphs] | None:
     """The maker of the graphs of decode steps: recorded on the CPU, CUDA's with a hand-off; None,
     with a log line, where there are none."""

@@ -403,7 +403,8 @@ class Calls:
     def one(self) -> tuple[str, Call]:
         kinds = [
             self.make, self.method, self.method, self.protocol, self.forward, self.forward,
-            self.change, self.change, self.linear, self.multiply, self.attend, self.normalise, self.function,
+            self.change, self.change, self.linear, self.multiply, self.attend, self.normalise,
+            self.function,
         ]  # fmt: skip
         chosen: tuple[str, Call] = self.pick(*kinds)()
         return chosen

@@ -88,8 +88,8 @@ class Case:
             rows.adapters.copy_(torch.tensor(adapters, dtype=torch.int32))
             rows.logits = wanted
             with self.running.running(rows):
-                out = self.model(x, wanted)
-                return out
+                mixed: torch.Tensor = self.model(x, wanted)
+            return mixed
 
 
 def inputs(rows: int) -> torch.Tensor:
