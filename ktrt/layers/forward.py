@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ktrt.engine import DenseLinear, PackedLinear, active_isa
+from ktrt.engine import DenseLinear, PackedLinear
 from ktrt.engine.recording import active
 from ktrt.engine.step_rows import ACTIVE, BASE, RunningStep
 from ktrt.errors import KtrtError
 from ktrt.layers.module_loras import ModuleLoras, Numbers
+from ktrt.layers.row_products import FixedProducts, torch_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,11 +25,6 @@ if TYPE_CHECKING:
     from ktrt.engine.recording import Recorder
     from ktrt.engine.step_rows import StepRows
 
-# With AMX, torch computes from this many rows on: it has tiles for BF16, the engine's linears have
-# none. Elsewhere, and with fixed kernels, one kernel takes all rows, so a row's bits do not depend
-# on the others.
-_AMX_ROWS = 16
-
 Linear = DenseLinear | PackedLinear
 
 
@@ -38,9 +34,9 @@ class Shared:
     def __init__(self, engine: Engine, active_set: ActiveSet, running: RunningStep) -> None:
         self.engine, self.active_set, self.running = engine, active_set, running
         self.numbers = Numbers()
-        # From how many rows on torch computes; INT8 kernels have tiles and take all rows.
-        amx = active_isa() == "amx" and not getattr(engine, "fixed_kernels", False)
-        self.most_rows = _AMX_ROWS if amx else sys.maxsize
+        self.products = FixedProducts(engine)
+        # INT8 kernels have tiles and take all rows.
+        self.most_rows = torch_rows(engine)
         self._step: StepRows | None = None
         self._common: int | None = None
 

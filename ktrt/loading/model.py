@@ -192,7 +192,7 @@ def _accelerate(
         FusedLora(model, active_set, patches)
     else:
         accelerate_attention(model, engine, patches)
-        accelerate_norms(model, patches)
+        accelerate_norms(model, patches, engine)
         accelerate(model, engine, active_set, patches, int8=int8)
         use_row_products(model, engine, patches)
         if int8:
