@@ -55,6 +55,12 @@ class StepRows:
         if device is not None and device.type != "cpu":
             self.device_adapters = self.adapters.to(device)
 
+    @property
+    def by_row(self) -> bool:
+        """Whether any token has something other than the active adapters. A captured graph of a
+        step that had not serves no step that has."""
+        return not bool(((self.adapters == ACTIVE) | (self.adapters == IDLE)).all())
+
 
 class RunningStep:
     """The step that a model runs now, for its layers. One per model; only ``generate.runner``
