@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 BASE = -1
 # The adapters that are active in the model, with their weights.
 ACTIVE = -2
+# None, for a row that stands for nothing: nobody reads its results, and no expert is read for it.
+IDLE = -3
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class StepRows:
     On the CPU, contiguous, in memory that stays: ``adapters`` [tokens] int32, each token's LoRA;
     for the decode rows ``slots`` and ``lengths`` [decode] int64: the slot, and how many positions
     of it the token attends to, its own included; 0 for a row that stands for nothing, whose results
-    nobody reads. ``device_adapters``: a copy of ``adapters`` on the model's GPU; None without one.
+    nobody reads and whose adapter is ``IDLE``. ``device_adapters``: a copy of ``adapters`` on the model's GPU; None without one.
     """
 
     def __init__(
