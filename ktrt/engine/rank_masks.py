@@ -82,9 +82,7 @@ class RankMask:
 
     def take(self, index: torch.Tensor) -> RankMask:
         """The mask of the tokens at ``index`` (integers of any shape)."""
-        return RankMask(
-            self.present[index], None if self.factors is None else self.factors[index]
-        )
+        return RankMask(self.present[index], None if self.factors is None else self.factors[index])
 
 
 class RankMasks:
