@@ -296,9 +296,11 @@ class _FusedLinear:
 
     def _mask(self, rows: StepRows, count: int) -> RankMask:
         assert self._owners is not None
-        mask = self._masks.of(self._owners, rows)
+        mask, wanted = self._masks.of(self._owners, rows), rows.logits
         if count == rows.tokens:
             return mask
+        if wanted is not None and count == len(wanted):
+            return mask.take(wanted.to(self._base.weight.device))
         raise KtrtError(
             f"a linear layer with LoRA is given {count} rows in a step of {rows.tokens} tokens, so "
             "its rows cannot have adapters of their own; use one adapter for all"

@@ -234,3 +234,13 @@ def test_rows_that_are_no_tokens_are_refused() -> None:
         pytest.raises(KtrtError, match="given 3 rows in a step of 2 tokens"),
     ):
         model.net(torch.randn(3, SIZE_IN))
+
+
+def test_the_output_layer_sees_the_wanted_tokens() -> None:
+    model = Model()
+    x, rows = torch.randn(4, SIZE_IN), rows_of([0, 1, BASE, 4])
+    expected = model.by_row(x, [0, 1, BASE, 4])
+    rows.logits = torch.tensor([1, 3])
+    with model.running.running(rows), torch.no_grad():
+        found = model.net(x[[1, 3]])
+    torch.testing.assert_close(found, expected[[1, 3]], rtol=1e-5, atol=1e-5)
