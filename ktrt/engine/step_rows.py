@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 BASE = -1
 # The adapters that are active in the model, with their weights.
 ACTIVE = -2
+# None, for a row that stands for nothing: nobody reads its results, and no expert is read for it.
+IDLE = -3
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class StepRows:
     On the CPU, contiguous, in memory that stays: ``adapters`` [tokens] int32, each token's LoRA;
     for the decode rows ``slots`` and ``lengths`` [decode] int64: the slot, and how many positions
     of it the token attends to, its own included; 0 for a row that stands for nothing, whose results
-    nobody reads. ``device_adapters``: a copy of ``adapters`` on the model's GPU; None without one.
+    nobody reads and whose adapter is ``IDLE``. ``device_adapters``: a copy of ``adapters`` on the
+    model's GPU; None without one.
 
     ``logits``: the tokens [wanted] int64 that the output layer computes, whose input has no others;
     None: all. A forward of one sequence whose place the cache itself knows has neither decode rows
@@ -62,6 +65,12 @@ class StepRows:
         self.device_adapters: torch.Tensor | None = None
         if device is not None and device.type != "cpu":
             self.device_adapters = self.adapters.to(device)
+
+    @property
+    def by_row(self) -> bool:
+        """Whether any token has something other than the active adapters. A captured graph of a
+        step that had not serves no step that has."""
+        return not bool(((self.adapters == ACTIVE) | (self.adapters == IDLE)).all())
 
 
 class RunningStep:
