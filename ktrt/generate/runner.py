@@ -77,8 +77,8 @@ class ModelRunner:
         self.device = self._forwards.device
         self.plain = not unusual_layers(model)
         self.cache: StaticKv | None = None
+        reserved = capacity is not None and self.device.type == "cpu"
         if self.plain:
-            reserved = capacity is not None and self.device.type == "cpu"
             self.cache = _static(model, slots, capacity, reserved=reserved)
             store: PlainStore | OwnStore = PlainStore(self.cache, None if reserved else slots)
         else:
@@ -90,7 +90,7 @@ class ModelRunner:
         self._graphs_for = graphs
         self.graphs: dict[int, DecodeGraphs] = {}
         self.row_steps: RowSteps | None = None
-        if self.cache is not None and maker is not None and self.mixes:
+        if self.cache is not None and maker is not None and self.mixes and reserved:
             self.row_steps = RowSteps(model, self.cache, self._forwards.running, maker)
         # The version of the GPU's memory, and the adapters, that the graphs were captured with.
         self._gpu_version = -1
