@@ -176,7 +176,7 @@ class KvCache:
         self._changes = self._active_set.changes
         if moved or changed:
             graphs.clear()
-        if len(ids) > 1 or changed or self._active_set.by_row:
+        if len(ids) > 1 or changed:
             return self._plain_forward(ids)
         found = graphs.step(ids, [len(held)])
         if found is None:
