@@ -78,14 +78,17 @@ class Scheduler:
         choose: Callable[[Any, Any], Sequence[int | Exception]],
         limits: SchedulerLimits | None = None,
         *,
+        by_row: bool = True,
         clock: Callable[[], float] = time.perf_counter,
         union: Callable[[], float | None] = lambda: None,
     ) -> None:
-        """``union``: the share of the experts that the last step chose, if it was counted."""
+        """``by_row``: the model's layers take the adapter that a row names; if not, requests of
+        different adapters take turns. ``union``: the share of the experts that the last step chose,
+        if it was counted."""
         self._runner, self._pool = runner, runner.pool
         self._adapters, self._cost, self._choose_tokens = adapters, cost, choose
         self.limits = limits or SchedulerLimits()
-        self._clock, self._union = clock, union
+        self._by_row, self._clock, self._union = by_row, clock, union
         self._lock = threading.Lock()
         self._inbox: deque[Request | Callable[[], object]] = deque()
         self._woken: Callable[[], None] = lambda: None
@@ -106,7 +109,8 @@ class Scheduler:
         closed."""
         handle = Handle(self.wake)
         handle.paused = new.paused
-        group = None if new.choice.row is not None else new.choice.key
+        mixes = self._by_row and new.choice.row is not None
+        group = None if mixes else new.choice.weights
         self._post(Request(new, handle, group))
         return handle
 
@@ -181,6 +185,12 @@ class Scheduler:
             for request in list(self._running):
                 error = KtrtError("the adapters were changed during the answer; ask again")
                 self._end(request, State.FAILED, error)
+
+    def rest(self) -> None:
+        """Has the active adapters act in the model again, as callers of the model expect where no
+        answer is under way. Nothing within a step."""
+        if not self._stepping:
+            self._adapters.restore()
 
     def close(self, reason: KtrtError) -> None:
         """Ends all requests with ``reason``, which later ones get, too."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -12,7 +13,7 @@ from ktrt.errors import KtrtError
 from ktrt.generate.response import Response
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator, Sequence
+    from collections.abc import Hashable, Iterator, Sequence
 
     from ktrt.engine.active_set import AdapterChoice
     from ktrt.generate.response import TokenResponse
@@ -64,6 +65,10 @@ class NewRequest:
     progress: bool = False
     paused: bool = False
     release: Callable[[], None] = lambda: None
+
+
+# Makes a request that was checked before one of the scheduler, with some fields given.
+Begin = Callable[..., NewRequest]
 
 
 class Handle:
