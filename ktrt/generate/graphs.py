@@ -7,7 +7,7 @@ load (``generate.warm_up``) or at the first token that needs it, and replayed fo
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -117,11 +117,12 @@ class DecodeGraphs:
 
     def __init__(
         self, model: Any, cache: StaticKv, handoff: HandOff, maker: GraphMaker, *, rows: int = 1,
-        first: int = 0,
+        first: int = 0, step: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:  # fmt: skip
-        """``first``: the slot of the first row; the others follow."""
+        """``first``: the slot of the first row; the others follow. ``step``: a block around the
+        model's forward, in which its layers find the rows' adapters."""
         self._model, self._cache, self._handoff, self._maker = model, cache, handoff, maker
-        self._argument, self._first = cache_argument(model), first
+        self._argument, self._first, self._step = cache_argument(model), first, step
         device = model.get_input_embeddings().weight.device
         # Ids and positions, in the memory that the graphs read.
         self._inputs = torch.zeros(2, rows, 1, dtype=torch.int64, device=device)
@@ -150,9 +151,12 @@ class DecodeGraphs:
         return self._replay(window, ids, lengths) if window in self._graphs else None
 
     @torch.inference_mode()
-    def prepare(self, ids: Sequence[int], lengths: Sequence[int], expected: torch.Tensor) -> bool:
+    def prepare(
+        self, ids: Sequence[int], lengths: Sequence[int], expected: torch.Tensor,
+        rows: Sequence[int] | slice = slice(None),
+    ) -> bool:  # fmt: skip
         """Makes the graph for ``lengths``, after a plain forward of the same step gave ``expected``
-        [rows, vocab_size].
+        [rows, vocab_size], for those of ``rows``.
 
         False if that failed, which is logged: the cache must be filled again, and there are no
         further attempts.
@@ -171,7 +175,7 @@ class DecodeGraphs:
             unharmed = False
             # A replay that writes nothing must not pass by what the capture has written.
             logits.fill_(torch.nan)
-            check_logits(self._replay(window, ids, lengths), expected)
+            check_logits(self._replay(window, ids, lengths)[rows], expected[rows])
         except FAILURES as error:
             self._maker.usable = False
             self.clear()
@@ -251,8 +255,6 @@ class DecodeGraphs:
 
     def _set_inputs(self, ids: Sequence[int], lengths: Sequence[int]) -> None:
         self._length = max(lengths) + 1
-        for slot, length in enumerate(lengths, self._first):
-            self._cache.will_write(slot, length + 1)
         values = torch.tensor([list(ids), list(lengths)], dtype=torch.int64)
         self._inputs.copy_(values.unsqueeze(-1))
 
@@ -263,7 +265,7 @@ class DecodeGraphs:
         if recorder is not None:
             one = len(positions) == 1
             recorder.describe([self._inputs], mask, (lambda: self._length) if one else None)
-        with self._cache.window(positions, window, self._first):
+        with self._cache.window(positions, window, self._first), self._step():
             output = self._model(
                 input_ids=ids,
                 position_ids=positions,
