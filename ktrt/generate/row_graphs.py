@@ -73,6 +73,8 @@ class RowGraphs:
         self._device = model.get_input_embeddings().weight.device
         # By first slot, rows, and whether rows have adapters of their own.
         self._blocks: dict[tuple[int, int, bool], _Block] = {}
+        # Logits [vocab_size] of a forward since the last ``clear``.
+        self._like = torch.empty(0)
         # Forwards that the host launched, to prepare captures.
         self.eager_forwards = 0
 
@@ -95,6 +97,7 @@ class RowGraphs:
         """Forgets the graphs, whose memory has moved."""
         self._blocks.clear()
         self._maker.clear()
+        self._like = torch.empty(0)  # an adapter's vocabulary may be another
 
     def capacity_for(self, end: int) -> int:
         """The positions that a step needs which stores some before ``end``, with a place for what
@@ -103,23 +106,27 @@ class RowGraphs:
 
     @torch.inference_mode()
     def run(
-        self, parts: Sequence[Part], like: torch.Tensor, expected: torch.Tensor | None = None
+        self, parts: Sequence[Part], plain: Callable[[Part], torch.Tensor]
     ) -> list[torch.Tensor] | None:
-        """Runs one token of each part; returns their logits [1, vocab_size]. ``like``: logits
-        [vocab_size] of an earlier forward.
+        """Runs one token of each part; returns their logits [1, vocab_size]. ``plain`` runs a part
+        without a graph: to compare with the first graph of a model, and where there can be none.
 
-        ``expected`` [parts, vocab_size] are the logits of plain forwards of the same tokens, which
-        the first graph of a model needs. None if a capture failed, which is logged: the slots may
-        hold anything, and there are no further attempts.
+        None if that first graph failed, which is logged: the slots may hold anything, and there
+        are no further attempts.
         """
-        found: dict[int, torch.Tensor] = {}
+        if not parts:
+            return []
+        expected = None
+        if not (self.proven and self.usable):
+            expected = [plain(part) for part in parts]
+            if not self.usable:
+                return expected
+        if not len(self._like):
+            self._like = expected[0][0] if expected else plain(parts[0])[0]
         try:
-            for at in _blocks(parts):
-                own = [parts[index] for index in at]
-                logits = self._run_block(own, like)
-                if expected is not None:
-                    check_logits(logits, expected[at])
-                found |= dict(zip(at, logits.split(1), strict=True))
+            found = self._run_blocks(parts)
+            if expected is not None:
+                check_logits(torch.cat(found), torch.cat(expected))
         except FAILURES as error:
             if self.proven:
                 raise
@@ -131,10 +138,17 @@ class RowGraphs:
             )  # fmt: skip
             return None
         self._maker.proven = True
+        return found
+
+    def _run_blocks(self, parts: Sequence[Part]) -> list[torch.Tensor]:
+        found: dict[int, torch.Tensor] = {}
+        for at in _blocks(parts):
+            logits = self._run_block([parts[index] for index in at])
+            found |= dict(zip(at, logits.split(1), strict=True))
         return [found[index] for index in range(len(parts))]
 
-    def _run_block(self, parts: Sequence[Part], like: torch.Tensor) -> torch.Tensor:
-        block = self._block(parts, like)
+    def _run_block(self, parts: Sequence[Part]) -> torch.Tensor:
+        block = self._block(parts)
         window = window_of([part.start for part in parts])
         self._fill(block, parts)
         graph = block.graphs.get(window)
@@ -150,11 +164,11 @@ class RowGraphs:
             graph.replay()
         return block.logits[block.places(parts)]
 
-    def _block(self, parts: Sequence[Part], like: torch.Tensor) -> _Block:
+    def _block(self, parts: Sequence[Part]) -> _Block:
         first, count = _place([part.span.slot.index for part in parts])
         key = first, count, any(part.span.adapter != ACTIVE for part in parts)
         block = self._blocks.get(key)
-        if block is None or block.logits.shape[1] != like.shape[-1]:
+        if block is None:
             # Memory from before the capture, and no inference tensors, which only inference mode
             # could write to.
             with torch.inference_mode(False):
@@ -162,7 +176,7 @@ class RowGraphs:
                     first,
                     StepRows(count, count, self._device),
                     torch.zeros(2, count, 1, dtype=torch.int64, device=self._device),
-                    like.new_empty(count, like.shape[-1]),
+                    self._like.new_empty(count, len(self._like)),
                 )
         return block
 
@@ -210,6 +224,14 @@ class RowGraphs:
                 **{self._argument: self._cache},
             )
         block.logits.copy_(output.logits[:, -1])
+
+
+def shares_a_graph(parts: Sequence[Part]) -> list[int]:
+    """Returns the indices of the parts that a step's graphs decode; none where there is but one,
+    with the active adapters, which has a graph of its own."""
+    rows = [at for at, part in enumerate(parts) if part.is_row and part.span.logits is None]
+    alone = len(rows) == 1 and parts[rows[0]].span.adapter == ACTIVE
+    return [] if alone else rows
 
 
 def _place(slots: Sequence[int]) -> tuple[int, int]:

@@ -16,8 +16,10 @@ import torch
 from ktrt.engine.active_set import ActiveSet
 from ktrt.engine.step_rows import RunningStep
 from ktrt.errors import KtrtError
-from ktrt.generate.forwards import Forwards, Part, why_not_mixed
+from ktrt.generate.device_memory import DeviceMemory
+from ktrt.generate.forwards import Forwards, Part, why_alone
 from ktrt.generate.graphs import DecodeGraphs
+from ktrt.generate.row_graphs import RowGraphs, shares_a_graph
 from ktrt.generate.row_steps import RowSteps
 from ktrt.generate.step import Span, Step
 from ktrt.kv.pool import MOST_SLOTS, KvPool, Slot
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
 
     from ktrt.experts import GpuExperts
+    from ktrt.generate.device_memory import DeviceLora
     from ktrt.generate.graphs import GraphMaker
 
 logger = logging.getLogger(__name__)
@@ -59,6 +62,8 @@ class ModelRunner:
         *,
         running: RunningStep | None = None,
         maker: GraphMaker | None = None,
+        row_graphs: Callable[[StaticKv, RunningStep], RowGraphs] | None = None,
+        linears: DeviceLora | None = None,
         slots: int = MOST_SLOTS,
         capacity: int | None = None,
         budget: int | None = None,
@@ -67,8 +72,9 @@ class ModelRunner:
         GPU's share of the model's routed experts; ``active_set``: its adapters'.
 
         ``running`` is the step that the model's layers look at; None: they do not, and sequences
-        run one after the other. ``maker`` records the steps of many. ``capacity``: positions of a
-        slot, reserved at once; None: memory grows as needed, and moves. ``budget``: bytes for keys
+        run one after the other. ``maker`` records the steps of many, ``row_graphs`` captures them
+        on a GPU, where ``linears`` keeps LoRA. ``capacity``: positions of a slot, reserved at once;
+        None: memory grows as needed, and moves. ``budget``: bytes for keys
         and values.
         """
         self.model, self.gpu = model, gpu
@@ -79,12 +85,13 @@ class ModelRunner:
         self.cache: StaticKv | None = None
         reserved = capacity is not None and self.device.type == "cpu"
         if self.plain:
-            self.cache = _static(model, slots, capacity, reserved=reserved)
+            size = (slots, capacity) if reserved else (1, None)
+            self.cache = StaticKv(model.config, *size, reserved=reserved)
             store: PlainStore | OwnStore = PlainStore(self.cache, None if reserved else slots)
         else:
             store = OwnStore(model, slots)
         self.pool = KvPool(store, continues=continues(model), budget=budget)
-        self._why_alone = _why_alone(model, running, self.device)
+        self._why_alone = why_alone(model, running, self.device)
         # Whether a model that may mix has shown that its attention knows the step.
         self._proven = False
         self._graphs_for = graphs
@@ -92,8 +99,11 @@ class ModelRunner:
         self.row_steps: RowSteps | None = None
         if self.cache is not None and maker is not None and self.mixes and reserved:
             self.row_steps = RowSteps(model, self.cache, self._forwards.running, maker)
-        # The version of the GPU's memory, and the adapters, that the graphs were captured with.
-        self._gpu_version = -1
+        self.row_graphs: RowGraphs | None = None
+        if self.cache is not None and row_graphs is not None:
+            self.row_graphs = row_graphs(self.cache, self._forwards.running)
+        self._memory = DeviceMemory(gpu, linears)
+        # The adapters that the graphs were captured with.
         self._structure = self._structure_now()
         # Logits of the last plain forward; the first tokens of a prompt always are one.
         self._logits = torch.empty(0)
@@ -106,8 +116,8 @@ class ModelRunner:
     @property
     def has_graphs(self) -> bool:
         """Whether decode steps of single sequences are replayed."""
-        count = 0 if self.row_steps is None else self.row_steps.count
-        return count > 0 or any(graphs.count for graphs in self.graphs.values())
+        kept = (self.row_steps, self.row_graphs, *self.graphs.values())
+        return any(each is not None and each.count for each in kept)
 
     def prefill_chunk(self, remaining: int) -> int:
         """Tokens of a prompt's next forward."""
@@ -165,10 +175,24 @@ class ModelRunner:
                 return self._mixed(parts, changed=changed)
             except CannotMixError as error:
                 self._run_alone(str(error), parts)
+        graphs = self.row_graphs
+        found = {} if graphs is None else self._by_row_graphs(graphs, parts, held)
         return [
-            self._alone(part, tokens, changed=changed)
-            for part, tokens in zip(parts, held, strict=True)
+            found[at] if at in found else self._alone(part, held[at], changed=changed)
+            for at, part in enumerate(parts)
         ]
+
+    def _by_row_graphs(
+        self, graphs: RowGraphs, parts: Sequence[Part], held: Sequence[array[int]]
+    ) -> dict[int, torch.Tensor]:
+        """Runs the decode rows of a step that share a graph; returns their logits."""
+        at = shares_a_graph(parts)
+        self._intact = graphs.proven
+        found = graphs.run([parts[index] for index in at], self._plain)
+        if found is None:  # the slots may hold anything
+            found = [self._again(parts[index], held[index]) for index in at]
+        self._intact = True
+        return dict(zip(at, found, strict=True))
 
     def _run_alone(self, reason: str, parts: Sequence[Part]) -> None:
         """From now on sequences run one after the other; ``parts`` are as they were."""
@@ -187,18 +211,19 @@ class ModelRunner:
         moved = False
         if self.cache is not None:
             slots = 1 + max(part.span.slot.index for part in parts)
-            moved = self.cache.reserve(max(part.end for part in parts), slots)
-        if self.gpu is not None:
-            self.gpu.refresh()
-            moved |= self.gpu.version != self._gpu_version
-            self._gpu_version = self.gpu.version
+            end = max(part.end for part in parts)
+            if self.row_graphs is not None:
+                end = self.row_graphs.capacity_for(end)
+            moved = self.cache.reserve(end, slots)
+        moved |= self._memory.moved()
         changed = self._structure != self._structure_now()
         self._structure = self._structure_now()
         if moved or changed:
             for graphs in self.graphs.values():
                 graphs.clear()
-            if self.row_steps is not None:
-                self.row_steps.clear()
+            for kept in (self.row_steps, self.row_graphs):
+                if kept is not None:
+                    kept.clear()
         return changed
 
     def _on_own_cache(self, part: Part) -> torch.Tensor:
@@ -290,27 +315,6 @@ class ModelRunner:
             place = {"first": slot} if slot else {}
             self.graphs[slot] = self._graphs_for(self.cache, **place)
         return self.graphs[slot]
-
-
-def _static(model: Any, slots: int, capacity: int | None, *, reserved: bool) -> StaticKv:
-    if not reserved:
-        return StaticKv(model.config)
-    return StaticKv(model.config, slots=slots, capacity=capacity, reserved=True)
-
-
-def _why_alone(model: Any, running: RunningStep | None, device: torch.device) -> str | None:
-    """Returns why sequences run one after the other; None: they may share a forward."""
-    unusual = unusual_layers(model)
-    if unusual:
-        reason = f"the model's KV cache has layers that are not plain ({', '.join(unusual)})"
-    elif running is None:
-        return "the model's layers do not look at steps"
-    elif device.type != "cpu":
-        return "the model is on a GPU"
-    else:
-        return why_not_mixed(model)
-    logger.info("Sequences run one after the other, not in one forward: %s", reason)
-    return reason
 
 
 class KvCache:
