@@ -6,18 +6,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import torch
-
 from ktrt.engine.step_rows import ACTIVE
-from ktrt.generate.batch_graphs import BUCKETS, BatchGraphs
 from ktrt.generate.forwards import Part
+from ktrt.generate.row_graphs import shares_a_graph
 from ktrt.generate.step import Span
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import torch
+
     from ktrt.generate.forwards import Forwards
     from ktrt.generate.graphs import DecodeGraphs
+    from ktrt.generate.row_graphs import RowGraphs
     from ktrt.kv.static import StaticKv
 
 # Makes the graphs that decode on a cache, as ``DecodeGraphs`` with its keywords.
@@ -27,18 +28,17 @@ _CHUNK = 512
 
 
 class Alone:
-    """``graphs``: makes graphs; None: the host launches every step. ``batched``: decode steps of
-    several sequences are one graph."""
+    """``graphs``: makes the graphs of one sequence; None: the host launches every step. ``rows``:
+    the graphs of many."""
 
     def __init__(
-        self, forwards: Forwards, cache: StaticKv, graphs: GraphsFor | None, *, batched: bool
-    ) -> None:
+        self, forwards: Forwards, cache: StaticKv, graphs: GraphsFor | None,
+        rows: RowGraphs | None,
+    ) -> None:  # fmt: skip
         self._forwards, self.cache, self._graphs_for = forwards, cache, graphs
         # By slot.
         self.graphs: dict[int, DecodeGraphs] = {}
-        self._batches: BatchGraphs | None = None
-        if graphs is not None and batched:
-            self._batches = BatchGraphs(cache, forwards.running, forwards.device, graphs)
+        self.rows = rows
         # Cleared while a graph may spoil what the slots hold.
         self.intact = True
 
@@ -46,48 +46,38 @@ class Alone:
     def count(self) -> int:
         """Graphs that can be replayed."""
         count = sum(graphs.count for graphs in self.graphs.values())
-        return count + (self._batches.count if self._batches is not None else 0)
+        return count + (0 if self.rows is None else self.rows.count)
 
     def clear(self) -> None:
         """Forgets the graphs, whose memory has moved or whose adapters have changed."""
-        for each in (*self.graphs.values(), self._batches):
+        for each in (*self.graphs.values(), self.rows):
             if each is not None:
                 each.clear()
 
     def run(
-        self, parts: Sequence[Part], held: Sequence[Sequence[int]], lengths: Sequence[int],
-        *, changed: bool,
-    ) -> list[torch.Tensor]:  # fmt: skip
-        """Returns the wanted logits of each part. ``held``: the tokens of its slot; ``lengths``: of
-        all slots of the pool; ``changed``: the adapters have, whose numbers the next forward must
-        take, which a graph cannot while it is captured."""
+        self, parts: Sequence[Part], held: Sequence[Sequence[int]], *, changed: bool
+    ) -> list[torch.Tensor]:
+        """Returns the wanted logits of each part. ``held``: the tokens of its slot; ``changed``:
+        the adapters have, whose numbers the next forward must take, which a graph cannot while it
+        is captured."""
         self.intact = True
-        rows = [at for at, part in enumerate(parts) if _is_decode(part)]
-        found: dict[int, torch.Tensor] = {}
-        most = max((parts[at].span.slot.index for at in rows), default=0)
-        if self._batches is not None and len(rows) > 1 and not changed and most < BUCKETS[-1]:
-            logits = self._batch(self._batches, [parts[at] for at in rows],
-                                 [held[at] for at in rows], lengths)  # fmt: skip
-            found = dict(zip(rows, logits, strict=True))
-        for at, part in enumerate(parts):
-            if at not in found:
-                found[at] = self._one(part, held[at], changed=changed)
-        return [found[at] for at in range(len(parts))]
+        found = self._rows(self.rows, parts, held) if self.rows is not None else {}
+        return [
+            found[at] if at in found else self._one(part, held[at], changed=changed)
+            for at, part in enumerate(parts)
+        ]
 
-    def _batch(
-        self, batches: BatchGraphs, parts: Sequence[Part], held: Sequence[Sequence[int]],
-        lengths: Sequence[int],
-    ) -> list[torch.Tensor]:  # fmt: skip
-        def plain() -> torch.Tensor:
-            logits = torch.cat([self._plain(part) for part in parts])
-            self.intact = False
-            return logits
-
-        logits, right = batches.run(parts, lengths, plain, self._forwards.latest)
-        if not right:
-            logits = torch.cat([self._again(p, ids) for p, ids in zip(parts, held, strict=True)])
+    def _rows(
+        self, graphs: RowGraphs, parts: Sequence[Part], held: Sequence[Sequence[int]]
+    ) -> dict[int, torch.Tensor]:
+        """Runs the decode rows of a step that share a graph; returns their logits."""
+        at = shares_a_graph(parts)
+        self.intact = graphs.proven
+        found = graphs.run([parts[index] for index in at], self._plain)
+        if found is None:  # the slots may hold anything
+            found = [self._again(parts[index], held[index]) for index in at]
         self.intact = True
-        return list(logits.split(1))
+        return dict(zip(at, found, strict=True))
 
     def _one(self, part: Part, held: Sequence[int], *, changed: bool) -> torch.Tensor:
         graphs = self._graphs_of(part.span.slot.index)

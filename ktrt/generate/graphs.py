@@ -7,7 +7,7 @@ load (``generate.warm_up``) or at the first token that needs it, and replayed fo
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -117,12 +117,11 @@ class DecodeGraphs:
 
     def __init__(
         self, model: Any, cache: StaticKv, handoff: HandOff, maker: GraphMaker, *, rows: int = 1,
-        first: int = 0, step: Callable[[], AbstractContextManager[object]] = nullcontext,
+        first: int = 0,
     ) -> None:  # fmt: skip
-        """``first``: the slot of the first row; the others follow. ``step``: a block around the
-        model's forward, in which its layers find the rows' adapters."""
+        """``first``: the slot of the first row; the others follow."""
         self._model, self._cache, self._handoff, self._maker = model, cache, handoff, maker
-        self._argument, self._first, self._step = cache_argument(model), first, step
+        self._argument, self._first = cache_argument(model), first
         device = model.get_input_embeddings().weight.device
         # Ids and positions, in the memory that the graphs read.
         self._inputs = torch.zeros(2, rows, 1, dtype=torch.int64, device=device)
@@ -151,12 +150,9 @@ class DecodeGraphs:
         return self._replay(window, ids, lengths) if window in self._graphs else None
 
     @torch.inference_mode()
-    def prepare(
-        self, ids: Sequence[int], lengths: Sequence[int], expected: torch.Tensor,
-        rows: Sequence[int] | slice = slice(None),
-    ) -> bool:  # fmt: skip
+    def prepare(self, ids: Sequence[int], lengths: Sequence[int], expected: torch.Tensor) -> bool:
         """Makes the graph for ``lengths``, after a plain forward of the same step gave ``expected``
-        [rows, vocab_size], for those of ``rows``.
+        [rows, vocab_size].
 
         False if that failed, which is logged: the cache must be filled again, and there are no
         further attempts.
@@ -175,7 +171,7 @@ class DecodeGraphs:
             unharmed = False
             # A replay that writes nothing must not pass by what the capture has written.
             logits.fill_(torch.nan)
-            check_logits(self._replay(window, ids, lengths)[rows], expected[rows])
+            check_logits(self._replay(window, ids, lengths), expected)
         except FAILURES as error:
             self._maker.usable = False
             self.clear()
@@ -260,12 +256,12 @@ class DecodeGraphs:
 
     def _run(self, window: int) -> None:
         ids, positions = self._inputs
-        mask = self._mask(positions, window)
+        mask = attention_mask(self._model, positions, window)
         recorder = active()
         if recorder is not None:
             one = len(positions) == 1
             recorder.describe([self._inputs], mask, (lambda: self._length) if one else None)
-        with self._cache.window(positions, window, self._first), self._step():
+        with self._cache.window(positions, window, self._first):
             output = self._model(
                 input_ids=ids,
                 position_ids=positions,
@@ -278,17 +274,19 @@ class DecodeGraphs:
         assert self._logits is not None
         self._logits.copy_(logits)
 
-    def _mask(self, positions: torch.Tensor, window: int) -> torch.Tensor:
-        """[rows, 1, 1, window], in the form that the model's attention takes."""
-        seen = torch.arange(window, device=positions.device) <= positions
-        seen = seen[:, None, None, :]
-        implementation = self._model.config._attn_implementation
-        if implementation == "sdpa" or _takes_sdpa_mask(implementation):
-            return seen
-        if implementation != "eager":
-            raise KtrtError(f"attention {implementation} takes no mask of a fixed length")
-        dtype = self._model.get_input_embeddings().weight.dtype
-        return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+
+def attention_mask(model: Any, positions: torch.Tensor, window: int) -> torch.Tensor:
+    """[rows, 1, 1, window], in the form that the model's attention takes: the positions up to each
+    row's own."""
+    seen = torch.arange(window, device=positions.device) <= positions
+    seen = seen[:, None, None, :]
+    implementation = model.config._attn_implementation
+    if implementation == "sdpa" or _takes_sdpa_mask(implementation):
+        return seen
+    if implementation != "eager":
+        raise KtrtError(f"attention {implementation} takes no mask of a fixed length")
+    dtype = model.get_input_embeddings().weight.dtype
+    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
 
 def check_logits(logits: torch.Tensor, expected: torch.Tensor) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 import weakref
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ktrt.engine.active_set import ActiveSet
 from ktrt.engine.step_rows import RunningStep
 from ktrt.errors import KtrtError
 from ktrt.generate.alone import Alone
-from ktrt.generate.forwards import Forwards, Part, why_not_mixed
+from ktrt.generate.device_memory import DeviceMemory
+from ktrt.generate.forwards import Forwards, Part, why_alone
 from ktrt.generate.mixed import Mixed
 from ktrt.generate.row_steps import RowSteps
 from ktrt.generate.step import Span, Step
@@ -25,13 +26,15 @@ from ktrt.kv.stores import OwnStore, PlainStore
 
 if TYPE_CHECKING:
     from array import array
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Callable, Hashable, Sequence
 
     import torch
 
     from ktrt.experts import GpuExperts
     from ktrt.generate.alone import GraphsFor
+    from ktrt.generate.device_memory import DeviceLora
     from ktrt.generate.graphs import GraphMaker
+    from ktrt.generate.row_graphs import RowGraphs
 
 logger = logging.getLogger(__name__)
 
@@ -40,15 +43,6 @@ logger = logging.getLogger(__name__)
 PREFILL_CHUNK = 512
 # With a GPU: the engine's maximum per call, since every forward reads all experts' weights.
 GPU_PREFILL_CHUNK = 1024
-
-
-class Watched(Protocol):
-    """Owns memory that graphs were captured with: another version, and they must go."""
-
-    version: int
-
-    def follow(self) -> None:
-        """Brings the memory up to date before a step."""
 
 
 class ModelRunner:
@@ -64,23 +58,21 @@ class ModelRunner:
         gpu: GpuExperts | None = None,
         active_set: ActiveSet | None = None,
         *,
-        watched: Sequence[Watched] = (),
         running: RunningStep | None = None,
         maker: GraphMaker | None = None,
+        row_graphs: Callable[[StaticKv, RunningStep], RowGraphs] | None = None,
+        linears: DeviceLora | None = None,
         slots: int = MOST_SLOTS,
         capacity: int | None = None,
         budget: int | None = None,
-        batched: bool | None = None,
     ) -> None:
         """``graphs`` decode single sequences (None: the host launches every step). ``gpu``: the
-        GPU's share of the model's routed experts; ``active_set``: its adapters'; ``watched``: other
-        owners of memory that graphs were captured with.
+        GPU's share of the model's routed experts; ``active_set``: its adapters'.
 
         ``running`` is the step that the model's layers look at; None: they do not, and sequences
-        run one after the other. ``maker`` records the steps of many. ``capacity``: positions of a
-        slot, reserved at once; None: memory grows as needed, and moves. ``budget``: bytes for keys
-        and values. ``batched``: decode steps of several sequences that do not mix are one graph
-        (None: with a GPU).
+        run one after the other. ``maker`` records the steps of many, ``row_graphs`` captures them
+        on a GPU, where ``linears`` keeps LoRA. ``capacity``: positions of a slot, reserved at once;
+        None: memory grows as needed, and moves. ``budget``: bytes for keys and values.
         """
         self.model, self.gpu = model, gpu
         self.active_set = ActiveSet() if active_set is None else active_set
@@ -98,18 +90,17 @@ class ModelRunner:
         self._alone: Alone | None = None
         self._mixed: Mixed | None = None
         if self.cache is not None:
-            batched = self.device.type == "cuda" if batched is None else batched
-            self._alone = Alone(self._forwards, self.cache, graphs, batched=batched)
-        if self.cache is not None and not _why_alone(model, running, self.device):
-            rows = None
+            rows = row_graphs and row_graphs(self.cache, self._forwards.running)
+            self._alone = Alone(self._forwards, self.cache, graphs, rows)
+        if self.cache is not None and not why_alone(model, running, self.device):
+            steps = None
             if maker is not None and reserved:
-                rows = RowSteps(model, self.cache, self._forwards.running, maker)
-            self._mixed = Mixed(self._forwards, self.cache, rows)
+                steps = RowSteps(model, self.cache, self._forwards.running, maker)
+            self._mixed = Mixed(self._forwards, self.cache, steps)
         # Whether the model's layers take the adapter that a span names.
         self.by_row = running is not None
-        self._watched = watched
-        # The versions of memory, and the adapters, that the graphs were captured with.
-        self._versions: list[int] = []
+        self._memory = DeviceMemory(gpu, linears)
+        # The adapters that the graphs were captured with.
         self._structure = self.active_set.structure
 
     @property
@@ -188,12 +179,11 @@ class ModelRunner:
                 reason = str(error)
             for part in parts:
                 self.cache.truncate(part.span.slot.index, part.start)
-        lengths = [slot.length for slot in self.pool.slots]
-        logits = self._alone.run(parts, held, lengths, changed=changed)
+        logits = self._alone.run(parts, held, changed=changed)
         if reason:
             # Only now: what also fails one by one has another reason.
             self._mixed = None
-            _log_alone(reason)
+            logger.info("Sequences run one after the other, not in one forward: %s", reason)
         return logits
 
     def _follow(self, parts: Sequence[Part]) -> bool:
@@ -201,19 +191,12 @@ class ModelRunner:
         numbers the next forward must take, which a graph cannot while it is captured."""
         moved = False
         if self.cache is not None:
-            slots = 1 + max(part.span.slot.index for part in parts)
-            # One more for the graphs' idle rows, which write after what their slots hold.
-            longest = max(slot.length for slot in self.pool.slots) + 1
-            moved = self.cache.reserve(max(longest, *(part.end for part in parts)), slots)
-        if self.gpu is not None:
-            self.gpu.refresh()
-        for each in self._watched:
-            each.follow()
-        versions: list[int] = [
-            each.version for each in (self.gpu, *self._watched) if each is not None
-        ]
-        moved |= versions != self._versions
-        self._versions = versions
+            assert self._alone is not None
+            end = max(part.end for part in parts)
+            if self._alone.rows is not None:
+                end = self._alone.rows.capacity_for(end)
+            moved = self.cache.reserve(end, 1 + max(part.span.slot.index for part in parts))
+        moved |= self._memory.moved()
         changed = self._structure != self.active_set.structure
         self._structure = self.active_set.structure
         if moved or changed:
@@ -235,26 +218,6 @@ def _static(model: Any, slots: int, capacity: int | None, *, reserved: bool) -> 
     if not reserved:
         return StaticKv(model.config)
     return StaticKv(model.config, slots=slots, capacity=capacity, reserved=True)
-
-
-def _why_alone(model: Any, running: RunningStep | None, device: torch.device) -> str:
-    """Returns why sequences run one after the other; empty: they may share a forward."""
-    unusual = unusual_layers(model)
-    if unusual:
-        reason = f"the model's KV cache has layers that are not plain ({', '.join(unusual)})"
-    elif running is None:
-        return "the model's layers do not look at steps"
-    elif device.type != "cpu":
-        return "the model is on a GPU"
-    else:
-        reason = why_not_mixed(model) or ""
-    if reason:
-        _log_alone(reason)
-    return reason
-
-
-def _log_alone(reason: str) -> None:
-    logger.info("Sequences run one after the other, not in one forward: %s", reason)
 
 
 class KvCache:
