@@ -105,6 +105,7 @@ class ModelRunner:
         self._memory = DeviceMemory(gpu, linears)
         # The adapters that the graphs were captured with.
         self._structure = self._structure_now()
+        self._moves = 0
         # Logits of the last plain forward; the first tokens of a prompt always are one.
         self._logits = torch.empty(0)
 
@@ -214,7 +215,8 @@ class ModelRunner:
             end = max(part.end for part in parts)
             if self.row_graphs is not None:
                 end = self.row_graphs.capacity_for(end)
-            moved = self.cache.reserve(end, slots)
+            self.cache.reserve(end, slots)
+            moved, self._moves = self._moves != self.cache.moves, self.cache.moves
         moved |= self._memory.moved()
         changed = self._structure != self._structure_now()
         self._structure = self._structure_now()
