@@ -172,15 +172,24 @@ def test_adapters_are_data_of_a_captured_graph() -> None:
 def test_base_rows_have_the_bits_of_a_graph_of_base_rows() -> None:
     model = Model()
     talks = [Talk(model, BASE, 4 + i, i) for i in range(4)]
-    twins = [Talk(model, BASE, 4 + i, i) for i in range(4)]
     compare(model, talks)
-    alone = model.step(model.runner, *(talk.next(0) for talk in talks))
-    compare(model, twins)
-    for twin, adapter in zip(twins, [BASE, 0, BASE, 1], strict=True):
-        twin.adapter = adapter
-    mixed = model.step(model.runner, *(twin.next(0) for twin in twins))
-    assert torch.equal(mixed[[0, 2]], alone[[0, 2]])
-    assert not close(mixed[1], alone[1])
+    base = model.step(model.runner, *(talk.next(0) for talk in talks))
+    for talk, adapter in zip(talks, [BASE, 0, BASE, 1], strict=True):
+        model.runner.pool.rollback(talk.slots[0], talk.slots[0].length - 1)
+        talk.adapter = adapter
+    mixed = model.step(model.runner, *(talk.next(0) for talk in talks))
+    assert torch.equal(mixed[[0, 2]], base[[0, 2]])
+    assert not close(mixed[1], base[1])
+
+
+def test_a_copied_prefix_takes_a_new_slot() -> None:
+    """The memory grows, and graphs of the old one end."""
+    model = Model()
+    talks = [Talk(model, i, 9, i) for i in range(2)]
+    compare(model, talks)
+    talks.append(Talk(model, 1, 12, 1))
+    assert talks[2].slots[0].index == 2
+    compare(model, talks)
 
 
 def test_slots_that_do_not_take_part_keep_what_they_hold() -> None:
