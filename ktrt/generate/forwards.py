@@ -52,6 +52,9 @@ class Forwards:
         self.model, self.running = model, running
         self.device = model.get_input_embeddings().weight.device
         self._argument = cache_argument(model)
+        # Logits [vocab_size] of the last forward that gave any; the first tokens of a prompt always
+        # are one of these.
+        self.latest = torch.empty(0)
 
     def alone(self, part: Part, cache: Any) -> tuple[torch.Tensor, Any]:
         """Runs one sequence on ``cache``, a static one or one of transformers (None: the model
@@ -69,6 +72,7 @@ class Forwards:
                 input_ids=inputs, use_cache=True, logits_to_keep=tail, **{self._argument: cache}
             )
             logits = output.logits[0, -tail:]
+            self.latest = logits[-1]
             if len(wanted) != tail:
                 logits = logits[[index - len(ids) + tail for index in wanted]]
         return logits, getattr(output, self._argument) if cache is None else cache
@@ -111,6 +115,7 @@ class Forwards:
                 **{self._argument: cache},
             )
         check_attended(rows)
+        self.latest = output.logits[0, -1]
         logits = output.logits[0, : len(wanted)]
         return list(logits.split([len(part.span.wanted) for part in parts]))
 

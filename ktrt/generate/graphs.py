@@ -251,8 +251,6 @@ class DecodeGraphs:
 
     def _set_inputs(self, ids: Sequence[int], lengths: Sequence[int]) -> None:
         self._length = max(lengths) + 1
-        for slot, length in enumerate(lengths, self._first):
-            self._cache.will_write(slot, length + 1)
         values = torch.tensor([list(ids), list(lengths)], dtype=torch.int64)
         self._inputs.copy_(values.unsqueeze(-1))
 

@@ -28,7 +28,8 @@ from ktrt.layers.attention import accelerate_attention
 from ktrt.layers.cuda_linear import FusedLora
 from ktrt.layers.embedding import tables_to_host
 from ktrt.layers.latent import use_latents
-from ktrt.layers.linear import OneRowProducts, accelerate, int8_bytes
+from ktrt.layers.linear import accelerate, int8_bytes
+from ktrt.layers.row_products import use_row_products
 from ktrt.layers.norm import accelerate_norms
 from ktrt.loading.experts import cache_folder, load_experts
 from ktrt.loading.fill import load_without_experts
@@ -170,7 +171,7 @@ def load_model(
         loaded.eval().requires_grad_(False)
         changes = adapters.active_set, patches
         int8 = model.quantization_bit == 8
-        linears = _accelerate(loaded, engine, *changes, device, masks, int8=int8)
+        linears = _accelerate(loaded, engine, *changes, device, running, masks, int8=int8)
         for file in ready.base.experts.files() if model.quantization_bit == 8 else ():
             release_file_pages(str(file))  # what was packed is not read any more
         _log_result(loaded, specs, ready.adapters)
@@ -210,6 +211,7 @@ def _accelerate(
     active_set: ActiveSet,
     patches: Patches,
     device: torch.device,
+    running: RunningStep,
     masks: RankMasks,
     *,
     int8: bool,
@@ -226,7 +228,8 @@ def _accelerate(
         return FusedLora(model, active_set, patches, masks)
     accelerate_attention(model, engine, patches)
     accelerate_norms(model, patches)
-    accelerate(model, engine, active_set, patches, int8=int8)
+    accelerate(model, engine, active_set, patches, int8=int8, running=running)
+    use_row_products(model, engine, patches)
     if int8:
         _log_int8(model)
     use_latents(model, engine, patches)
@@ -265,7 +268,7 @@ def _graphs(
     """The maker of the graphs of decode steps: recorded on the CPU, CUDA's with a hand-off; None,
     with a log line, where there are none."""
     if hand_off is None:
-        maker = RecordedSteps(OneRowProducts(engine))
+        maker = RecordedSteps()
         return partial(DecodeGraphs, model, handoff=NoHandOff(), maker=maker)
     hand_off.guard(model, patches)
     reason = "kt_use_cuda_graph is false"
