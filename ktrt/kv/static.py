@@ -269,6 +269,8 @@ class StaticKv(Cache):  # type: ignore[misc]
         self._shared = _Shared(slots, capacity, reserved, count)
         # For each slot, the end of what may have been stored.
         self.written = [0] * slots
+        # Counts the moves of the memory, which end the graphs that were captured on it.
+        self.moves = 0
         super().__init__(layers=[StaticLayer(self._shared) for _ in range(count)])
 
     @property
@@ -296,7 +298,9 @@ class StaticKv(Cache):  # type: ignore[misc]
         # Last: after Ctrl-C in between, the next call starts over.
         self._shared.capacity, self._shared.slots = capacity, count
         self.written += [0] * (count - len(self.written))
-        return any(layer.is_initialized for layer in self.layers)
+        moved = any(layer.is_initialized for layer in self.layers)
+        self.moves += moved
+        return moved
 
     def truncate(self, slot: int, length: int) -> None:
         """Forgets all of a slot but the first ``length`` positions; gives their memory back where
@@ -312,6 +316,7 @@ class StaticKv(Cache):  # type: ignore[misc]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Gives ``target``, which is empty, the first ``length`` positions of ``source``."""
+        self.reserve(length, target + 1)
         self.written[target] = max(self.written[target], length)
         for layer in self.layers:
             for region in layer.regions:
