@@ -29,8 +29,8 @@ from ktrt.layers.cuda_linear import FusedLora
 from ktrt.layers.embedding import tables_to_host
 from ktrt.layers.latent import use_latents
 from ktrt.layers.linear import accelerate, int8_bytes
-from ktrt.layers.row_products import use_row_products
 from ktrt.layers.norm import accelerate_norms
+from ktrt.layers.row_products import use_row_products
 from ktrt.loading.experts import cache_folder, load_experts
 from ktrt.loading.fill import load_without_experts
 from ktrt.loading.inventory import bytes_per_token
@@ -175,8 +175,8 @@ def load_model(
         for file in ready.base.experts.files() if model.quantization_bit == 8 else ():
             release_file_pages(str(file))  # what was packed is not read any more
         _log_result(loaded, specs, ready.adapters)
-        graphs = _graphs(loaded, engine, hand_off, patches, experts.kt_use_cuda_graph)
-        recorder = RecordedSteps(OneRowProducts(engine)) if hand_off is None else None
+        graphs = _graphs(loaded, hand_off, patches, experts.kt_use_cuda_graph)
+        recorder = RecordedSteps() if hand_off is None else None
         row_graphs: Callable[[StaticKv, RunningStep], RowGraphs] | None = None
         if hand_off is not None and graphs is not None:
             row_graphs = partial(RowGraphs, loaded, handoff=hand_off, maker=CudaGraphs())
@@ -225,14 +225,16 @@ def _accelerate(
                 "experts stay %s: it makes those on the CPU INT8", model.dtype,
             )  # fmt: skip
         masks.watch(model, patches)
+        accelerate_attention(model, engine, patches, running)
+        use_latents(model, engine, patches, running)
         return FusedLora(model, active_set, patches, masks)
-    accelerate_attention(model, engine, patches)
+    accelerate_attention(model, engine, patches, running)
     accelerate_norms(model, patches)
     accelerate(model, engine, active_set, patches, int8=int8, running=running)
     use_row_products(model, engine, patches)
     if int8:
         _log_int8(model)
-    use_latents(model, engine, patches)
+    use_latents(model, engine, patches, running)
     return None
 
 
@@ -263,7 +265,7 @@ def _device() -> torch.device:
 
 
 def _graphs(
-    model: Any, engine: Engine, hand_off: HandOff | None, patches: Patches, wanted: bool
+    model: Any, hand_off: HandOff | None, patches: Patches, wanted: bool
 ) -> Callable[..., DecodeGraphs] | None:
     """The maker of the graphs of decode steps: recorded on the CPU, CUDA's with a hand-off; None,
     with a log line, where there are none."""
