@@ -284,8 +284,7 @@ class StaticKv(Cache):  # type: ignore[misc]
         return self._shared.slots
 
     def reserve(self, length: int, slots: int = 1) -> bool:
-        """Makes room for ``length`` positions in each of ``slots``; True if the memory moved, which
-        ends the graphs that were captured on it."""
+        """Makes room for ``length`` positions in each of ``slots``; True if the memory moved."""
         if length <= self.capacity and slots <= self.slots:
             return False
         capacity, count = self.capacity, self.slots
