@@ -29,8 +29,8 @@ from ktrt.layers.cuda_linear import FusedLora
 from ktrt.layers.embedding import tables_to_host
 from ktrt.layers.latent import use_latents
 from ktrt.layers.linear import accelerate, int8_bytes
-from ktrt.layers.row_products import use_row_products
 from ktrt.layers.norm import accelerate_norms
+from ktrt.layers.row_products import use_row_products
 from ktrt.loading.experts import cache_folder, load_experts
 from ktrt.loading.fill import load_without_experts
 from ktrt.loading.inventory import bytes_per_token
@@ -164,7 +164,7 @@ def load_model(
         limit = context_limit(loaded)
         with kernels_loaded_beside(loaded, limit) if answers else nullcontext():
             _load_experts(ready, experts, only_layers)
-        _attach(loaded, ready, hand_off)
+        _attach(loaded, ready, hand_off, running)
         adapters = _apply_adapters(ready, loaded, adapter.start_weights)
         if only_layers is None:
             gpu = _share_with_gpu(engine, loaded, specs, experts, device, running, masks)
@@ -175,8 +175,8 @@ def load_model(
         for file in ready.base.experts.files() if model.quantization_bit == 8 else ():
             release_file_pages(str(file))  # what was packed is not read any more
         _log_result(loaded, specs, ready.adapters)
-        graphs = _graphs(loaded, engine, hand_off, patches, experts.kt_use_cuda_graph)
-        recorder = RecordedSteps(OneRowProducts(engine)) if hand_off is None else None
+        graphs = _graphs(loaded, hand_off, patches, experts.kt_use_cuda_graph)
+        recorder = RecordedSteps() if hand_off is None else None
         row_graphs: Callable[[StaticKv, RunningStep], RowGraphs] | None = None
         if hand_off is not None and graphs is not None:
             row_graphs = partial(RowGraphs, loaded, handoff=hand_off, maker=CudaGraphs())
@@ -263,7 +263,7 @@ def _device() -> torch.device:
 
 
 def _graphs(
-    model: Any, engine: Engine, hand_off: HandOff | None, patches: Patches, wanted: bool
+    model: Any, hand_off: HandOff | None, patches: Patches, wanted: bool
 ) -> Callable[..., DecodeGraphs] | None:
     """The maker of the graphs of decode steps: recorded on the CPU, CUDA's with a hand-off; None,
     with a log line, where there are none."""
@@ -282,7 +282,9 @@ def _graphs(
     return None
 
 
-def _attach(model: nn.Module, ready: Prepared, hand_off: HandOff | None) -> None:
+def _attach(
+    model: nn.Module, ready: Prepared, hand_off: HandOff | None, running: RunningStep
+) -> None:
     """Gives every experts module its packed layer, and that layer the biases, which are in no pack
     cache."""
     for path, layer in ready.layers.items():
@@ -291,7 +293,7 @@ def _attach(model: nn.Module, ready: Prepared, hand_off: HandOff | None) -> None
             layer.set_biases(**biases)
         module = model.get_submodule(path)
         assert isinstance(module, KTExperts), f"{path} was not replaced"
-        module.attach(layer, ready.engine.max_qlen, hand_off, path)
+        module.attach(layer, ready.engine.max_qlen, hand_off, path, running)
 
 
 def _apply_adapters(ready: Prepared, model: nn.Module, weights: Mapping[str, float]) -> Adapters:
