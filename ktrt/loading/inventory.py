@@ -8,7 +8,7 @@ the two. The memory plan, the doctor, the chat's status line and the benches are
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from ktrt.adapter.apply.router import RouterLora
 from ktrt.engine.formats import STRIP_ROWS, format_named, round_up
 from ktrt.experts import KTExperts
-from ktrt.kv.size import kv_bytes_per_token
+from ktrt.kv.size import KvSize, kv_size
 from ktrt.layers import linear as linears
 from ktrt.layers.embedding import host_tables
 from ktrt.layers.int8 import INT8, int8_bytes, int8_layers
@@ -86,12 +86,12 @@ class LoraSize:
 
 @dataclass(frozen=True)
 class Inventory:
-    """``rows`` has everything but the routed experts, which ``experts`` has by kt_backend. The KV
-    cache takes ``kv_token_bytes`` for every token."""
+    """``rows`` has everything but the routed experts, which ``experts`` has by kt_backend, and the
+    KV cache, whose arrays are ``kv``."""
 
     rows: tuple[Row, ...]
     experts: Mapping[str, Row]
-    kv_token_bytes: int = 0
+    kv: KvSize = field(default_factory=KvSize)
 
     def of(self, *kinds: str) -> list[Row]:
         """Returns the rows of these kinds."""
@@ -147,7 +147,7 @@ def planned_inventory(
     experts = {
         backend: _experts_row(of.values(), weights_of(specs)) for backend, of in layers.items()
     }
-    return Inventory(_summed(rows), experts, kv_bytes_per_token(skeleton, paths, dtype))
+    return Inventory(_summed(rows), experts, kv_size(skeleton, paths, dtype))
 
 
 def _outside(
