@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import mmap
-from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from ktrt.kv.static import cache_argument
 from ktrt.utils.patches import Patches
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from torch import nn
 
@@ -38,26 +37,11 @@ class KvSize:
         """Bytes of a token, without the rest of its pages."""
         return sum(heads * row for heads, row in self.arrays) + self.others
 
-    def committed(self, lengths: Sequence[int], capacity: int, page: int = mmap.PAGESIZE) -> int:
-        """Returns the bytes of the pages that slots 0 … hold with these numbers of tokens, in
-        arrays of ``capacity`` positions that are committed by writing."""
-        total = sum(lengths) * self.others
-        for (heads, row), count in Counter(self.arrays).items():
-            pages, last = 0, -1
-            for start, length in _regions(lengths, heads, capacity):
-                first = max(start * row // page, last + 1)
-                end = ((start + length) * row - 1) // page
-                if length and end >= first:
-                    pages, last = pages + end - first + 1, end
-            total += count * pages * page
-        return total
-
-
-def _regions(lengths: Sequence[int], heads: int, capacity: int) -> Iterable[tuple[int, int]]:
-    """Yields the first position in the array, and the number of positions, by slot and head."""
-    for slot, length in enumerate(lengths):
-        for head in range(heads):
-            yield (slot * heads + head) * capacity, length
+    def slot_bytes(self, tokens: int, page: int = mmap.PAGESIZE) -> int:
+        """Returns the bytes of the pages that a slot of ``tokens`` holds where arrays are committed
+        by writing, and every head begins with a page."""
+        heads = sum(count * (-(-tokens * row // page) * page) for count, row in self.arrays)
+        return heads + tokens * self.others
 
 
 def kv_size(skeleton: nn.Module, expert_paths: Iterable[str], dtype: torch.dtype | None) -> KvSize:

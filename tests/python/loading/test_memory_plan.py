@@ -152,23 +152,13 @@ def test_the_kv_budget_is_a_share_of_what_is_left() -> None:
     assert PLAN.as_dict()["kv_token_bytes"] == 10**5
 
 
-def test_committed_pages_of_slots() -> None:
-    """Against the set of pages that a walk over all positions touches."""
-    for heads, row, capacity in ((2, 24, 50), (1, 1024, 2048), (3, 100, 64), (4, 4096, 8)):
-        for lengths in ((0,), (1,), (capacity, 0, 7), (5, 5, 5, capacity)):
-            touched = {
-                byte // 4096
-                for slot, length in enumerate(lengths)
-                for head in range(heads)
-                for position in range(length)
-                for byte in (
-                    ((slot * heads + head) * capacity + position) * row,
-                    ((slot * heads + head) * capacity + position + 1) * row - 1,
-                )
-            }
-            size = KvSize(((heads, row), (heads, row)))
-            assert size.committed(lengths, capacity, 4096) == 2 * 4096 * len(touched)
-            assert size.token_bytes == 2 * heads * row
+def test_pages_of_a_slot() -> None:
+    size = KvSize(((2, 24), (1, 1024)), others=3)
+    assert size.token_bytes == 2 * 24 + 1024 + 3
+    assert size.slot_bytes(0, 4096) == 0
+    # 170 positions of 24 bytes fit into a page, four of 1024.
+    assert size.slot_bytes(1, 4096) == 2 * 4096 + 4096 + 3
+    assert size.slot_bytes(171, 4096) == 2 * 2 * 4096 + 43 * 4096 + 171 * 3
 
 
 def test_kv_cache_per_token() -> None:
