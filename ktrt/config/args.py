@@ -105,6 +105,8 @@ class ExpertArgs:
     With a GPU: ``kt_num_gpu_experts`` of every layer live there, and forwards of at least
     ``kt_gpu_prefill_token_threshold`` tokens (0: none) get all experts streamed there.
     ``kt_use_cuda_graph``: on a GPU, a decode step is one CUDA graph where the model allows it.
+    ``kt_fixed_kernels``: with AMX, one kernel for any number of tokens, so that a token's bits do
+    not depend on its company; other machines do that anyway.
     ``kt_weight_path``: experts packed by kt_kernel, used in place of the model's.
     ``ktrt_cache`` keeps packed experts on disk, in ``ktrt_cache_dir`` (None: the environment
     decides).
@@ -114,6 +116,7 @@ class ExpertArgs:
     kt_num_threads: int | None = None
     kt_tp_enabled: bool = False
     kt_use_cuda_graph: bool = True
+    kt_fixed_kernels: bool = False
     kt_num_gpu_experts: int | Literal["auto"] = 0
     kt_gpu_prefill_token_threshold: int | Literal["auto"] = "auto"
     kt_weight_path: Path | None = None

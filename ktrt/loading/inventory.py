@@ -21,6 +21,7 @@ from ktrt.kv.size import KvSize, kv_size
 from ktrt.layers import linear as linears
 from ktrt.layers.embedding import host_tables
 from ktrt.layers.int8 import INT8, int8_bytes, int8_layers
+from ktrt.loading.lora_sizes import linear_lora_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from ktrt.engine import MoeLayer
     from ktrt.experts import ExpertsSpec
+    from ktrt.loading.lora_sizes import LoraSize
 
 EXPERTS = "routed experts"
 EXPERT_BIASES = "biases of the experts"
@@ -40,7 +42,9 @@ HEAD = "head"
 TABLES = "tables of embeddings"
 EMBEDDINGS = "embeddings"
 BUFFERS = "buffers"
+# PEFT's parameters, and the engine's copies of those on linear layers.
 LORA = "LoRA elsewhere"
+LINEAR_LORA = "LoRA of linear layers in the engine"
 WORKSPACE = "workspace of the experts"
 # The base model without its routed experts.
 BASE = (ATTENTION, MLP, HEAD, TABLES, EMBEDDINGS, BUFFERS)
@@ -70,18 +74,6 @@ class Row:
 
 
 _NUMBERS = ("held", "read", "values", "mapped", "replaced")
-
-
-@dataclass(frozen=True)
-class LoraSize:
-    """An adapter's numbers on the routed experts and elsewhere, of the latter on routers, and the
-    engine's bytes for the experts, padding included. ``active``: it acts after loading."""
-
-    expert_values: int
-    values: int
-    router_values: int
-    expert_bytes: int
-    active: bool = True
 
 
 @dataclass(frozen=True)
@@ -141,7 +133,7 @@ def planned_inventory(
     rows = [
         *base.rows(_outside(skeleton, specs)),
         *(_bias_row(spec) for spec in specs if spec.has_bias),
-        *_lora_rows(loras, specs, dtype or _dtype(skeleton), gpu=gpu),
+        *_lora_rows(loras, skeleton, specs, dtype, int8=int8, gpu=gpu),
         Row(WORKSPACE, "float32", workspace),
     ]
     experts = {
@@ -172,10 +164,16 @@ def _bias_row(spec: ExpertsSpec) -> Row:
 
 
 def _lora_rows(
-    loras: Iterable[LoraSize], specs: Sequence[ExpertsSpec], dtype: torch.dtype, *, gpu: bool
+    loras: Iterable[LoraSize],
+    skeleton: nn.Module,
+    specs: Sequence[ExpertsSpec],
+    dtype: torch.dtype | None,
+    *,
+    int8: bool,
+    gpu: bool,
 ) -> Iterator[Row]:
     """PEFT's matrices have the dtype of the weights that they are added to, ``RouterLora``'s are
-    float32."""
+    float32. A token reads PEFT's or the engine's, which are as large but for padding."""
     total = sum(spec.num_weights for spec in specs)
     share = weights_of(specs) / total if total else 0.0
     for lora in loras:
@@ -185,9 +183,14 @@ def _lora_rows(
             acts * share * lora.expert_values,
         )  # fmt: skip
         peft = lora.values - lora.router_values
-        for values, each in ((peft, dtype), (lora.router_values, torch.float32)):
+        for values, each in (
+            (peft, dtype or _dtype(skeleton)), (lora.router_values, torch.float32)
+        ):  # fmt: skip
             size = each.itemsize * values
             yield Row(LORA, _form(each), size, acts * size, acts * values, gpu=gpu)
+        if not gpu:
+            held = linear_lora_bytes(skeleton, lora.linears, dtype, int8=int8)
+            yield Row(LINEAR_LORA, "bfloat16", held)
 
 
 # ---- after loading

@@ -13,6 +13,7 @@ from ktrt.loading.inventory import (
     EXPERT_BIASES,
     EXPERT_LORA,
     EXPERTS,
+    LINEAR_LORA,
     LORA,
     TABLES,
     WORKSPACE,
@@ -217,6 +218,7 @@ def make_plan(
         Item(EXPERT_BIASES, ram=inventory.held(EXPERT_BIASES)),
         Item(WORKSPACE, ram=inventory.held(WORKSPACE)),
         Item(EXPERT_LORA, ram=inventory.held(EXPERT_LORA)),
+        Item(LINEAR_LORA, ram=inventory.held(LINEAR_LORA)),
         Item(LORA, **({"gpu": torch_lora} if gpu else {"ram": torch_lora})),
         Item("Python and libraries", ram=already + _RUNTIME_BYTES),
     ]
