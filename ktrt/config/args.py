@@ -200,6 +200,21 @@ class SamplingArgs:
         _require(self, "top_logprobs", holds, "0 while logprobs is false")
 
 
+@dataclass(frozen=True)
+class SchedulerArgs:
+    """How many answers are computed at once: at most ``max_num_seqs``, and no more than leave each
+    stream ``min_tokens_per_second`` by predictions (0: no floor)."""
+
+    max_num_seqs: int = 32
+    min_tokens_per_second: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self, "max_num_seqs", self.max_num_seqs >= 1, "at least 1")
+        _require(self, "max_num_seqs", self.max_num_seqs < _MAX_COUNT, f"less than {_MAX_COUNT}")
+        holds = 0 <= self.min_tokens_per_second < float("inf")
+        _require(self, "min_tokens_per_second", holds, "0 (off) or more")
+
+
 # OpenAI's name.
 SAMPLING_ALIASES = {"stop": "stop_strings"}
 _Texts = str | list[str] | tuple[str, ...]
@@ -236,6 +251,7 @@ class Config:
     experts: ExpertArgs = field(default_factory=ExpertArgs)
     template: TemplateArgs = field(default_factory=TemplateArgs)
     sampling: SamplingArgs = field(default_factory=SamplingArgs)
+    scheduler: SchedulerArgs = field(default_factory=SchedulerArgs)
 
 
 def override_sampling(defaults: SamplingArgs, overrides: Mapping[str, object]) -> SamplingArgs:

@@ -3,7 +3,7 @@
 # Keys that LLaMA-Factory and KTransformers do not have.
 _OWN = """
 adapters adapter_weights lora_B_layout kt_use_cuda_graph kt_fixed_kernels ktrt_cache ktrt_cache_dir
-min_p
+min_p max_num_seqs min_tokens_per_second
 presence_penalty frequency_penalty stop_strings stop_token_ids logprobs top_logprobs
 """
 OWN_KEYS = frozenset(_OWN.split())
@@ -69,6 +69,10 @@ MEANINGS = {
     "tokenizer's own. An adapter needs the template it was trained with.",
     "default_system": 'System prompt instead of the template\'s own; `""`: none.',
     "enable_thinking": "Switches thinking on or off, in templates of reasoning models.",
+    # The scheduler.
+    "max_num_seqs": "Most answers that are computed at once; others wait.",
+    "min_tokens_per_second": "Floor for every stream: a request waits while one more would push "
+    "streams below it, by predictions. `0`: no floor.",
     # Sampling.
     "do_sample": "`false`: greedy.",
     "temperature": "`0` is greedy.",
