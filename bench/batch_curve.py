@@ -6,7 +6,7 @@
     python bench/batch_curve.py DIR --many --docs "Emerald 2"   # the table and chart of docs/
     python bench/batch_curve.py --quick                 # the demo model, for a smoke test
 
-Each conversation holds ``--context`` tokens of its own. A step decodes one token of each: all on
+Each conversation holds ``--context`` tokens. A step decodes one token of each: all on
 the base, all on one adapter, or on ``--adapters`` adapters in turn. The three take turns with a
 plain read of memory, in one process; ratios are medians over neighbouring turns.
 
