@@ -45,7 +45,7 @@ def milliseconds(response: Response) -> float:
 
 def plain(session: Session, cache: KvCache, tokens: int) -> float:
     sampling = override_sampling(session.sampling, {"do_sample": False, "max_new_tokens": tokens})
-    ids = session.template.encode(MESSAGES)  # type: ignore[arg-type]
+    ids = session.template.encode(MESSAGES)
     responses = stream_generate(
         session.tokenizer, cache, ids, sampling, stop_ids=(), max_tokens=tokens
     )
@@ -53,8 +53,7 @@ def plain(session: Session, cache: KvCache, tokens: int) -> float:
 
 
 def scheduled(session: Session, tokens: int) -> float:
-    handle = session.submit(MESSAGES, do_sample=False, max_new_tokens=tokens)
-    return milliseconds(handle.result())
+    return milliseconds(session.chat(MESSAGES, do_sample=False, max_new_tokens=tokens))
 
 
 def measure(session: Session, rounds: int, tokens: int) -> dict[str, float]:

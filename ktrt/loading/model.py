@@ -74,6 +74,8 @@ class LoadedModel:
     gpu: GpuExperts | None = None
     # Positions of a slot of the KV cache; None: its memory grows.
     capacity: int | None = None
+    # Bytes that keys and values may take; None: no bound.
+    kv_budget: int | None = None
 
     @property
     def audit(self) -> Audit:
@@ -85,8 +87,9 @@ class LoadedModel:
         """Runs the model on slots of one KV pool, by the graphs and with the GPU's share, if
         any."""
         return ModelRunner(
-            self.model, self.graphs, self.gpu, self.adapters.active_set, capacity=self.capacity
-        )
+            self.model, self.graphs, self.gpu, self.adapters.active_set,
+            capacity=self.capacity, budget=self.kv_budget,
+        )  # fmt: skip
 
     def new_cache(self) -> KvCache:
         """Returns a client of the runner that holds nothing."""
@@ -165,7 +168,8 @@ def load_model(
         _close(patches, hand_off, gpu, engine)
         raise
     capacity = min(limit, _MOST_RESERVED)
-    return LoadedModel(loaded, adapters, engine, patches, hand_off, graphs, gpu, capacity)
+    budget = ready.memory.kv_budget()
+    return LoadedModel(loaded, adapters, engine, patches, hand_off, graphs, gpu, capacity, budget)
 
 
 def _vocabulary(ready: Prepared) -> int:
