@@ -39,6 +39,7 @@ class RankOwners:
         self._numbers = torch.tensor(self._list, dtype=torch.int32, device=device)
         self._active = torch.zeros(len(self._list), dtype=torch.bool, device=device)
         self._factors = torch.ones(len(self._list), dtype=torch.float32, device=device)
+        self.all_active = torch.full((1,), ACTIVE, dtype=torch.int32, device=device)
         self._weights: Weights = ()
         # Whether a weight of the active sum is neither 0 nor 1.
         self._weighed = False
@@ -81,7 +82,9 @@ class RankMask:
         return torch.where(self.present, shrunk, 0.0)
 
     def take(self, index: torch.Tensor) -> RankMask:
-        """The mask of the tokens at ``index`` (integers of any shape)."""
+        """The mask of the tokens at ``index`` (integers of any shape); one row stands for all."""
+        if self.present.shape[0] == 1:
+            return self
         return RankMask(self.present[index], None if self.factors is None else self.factors[index])
 
 
@@ -95,7 +98,7 @@ class RankMasks:
             weakref.WeakValueDictionary()
         )
         # Of the forward between its hooks; None outside of one, where nothing is kept.
-        self._made: dict[RankOwners, RankMask] | None = None
+        self._made: dict[tuple[RankOwners, int], RankMask] | None = None
         self._by_row: StepRows | None = None
 
     def watch(self, model: nn.Module, patches: Patches) -> None:
@@ -119,14 +122,16 @@ class RankMasks:
         active ones. Asks the host's copy of the ids, once per forward."""
         return self._by_row if self._made is not None else self._ask()
 
-    def of(self, owners: RankOwners, rows: StepRows) -> RankMask:
-        """The mask of all tokens of ``rows``, which ``self.rows`` gave."""
-        adapters = rows.adapters if rows.device_adapters is None else rows.device_adapters
+    def of(self, owners: RankOwners, adapters: torch.Tensor | None) -> RankMask:
+        """The mask of tokens with these ``adapters`` [tokens] on the device, which the running step
+        keeps (``StepRows.on_device``); None: of one token with the active ones, for all."""
+        ids = owners.all_active if adapters is None else adapters
         if self._made is None:
-            return owners.mask(adapters)
-        if owners not in self._made:
-            self._made[owners] = owners.mask(adapters)
-        return self._made[owners]
+            return owners.mask(ids)
+        key = owners, id(ids)
+        if key not in self._made:
+            self._made[key] = owners.mask(ids)
+        return self._made[key]
 
     def _ask(self) -> StepRows | None:
         rows = self._running.rows

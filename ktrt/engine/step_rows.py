@@ -67,6 +67,11 @@ class StepRows:
             self.device_adapters = self.adapters.to(device)
 
     @property
+    def on_device(self) -> torch.Tensor:
+        """``adapters`` where the model is."""
+        return self.adapters if self.device_adapters is None else self.device_adapters
+
+    @property
     def by_row(self) -> bool:
         """Whether any token has something other than the active adapters. A captured graph of a
         step that had not serves no step that has."""

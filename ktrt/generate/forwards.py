@@ -96,7 +96,8 @@ class Forwards:
         positions = [at for part in parts for at in range(part.start, part.end)]
         with torch.inference_mode(), cache.many(rows, most), self.running.running(rows):
             if len(wanted) < len(tokens):
-                rows.logits = torch.tensor(wanted)
+                # No output layer takes zero tokens for granted.
+                rows.logits = torch.tensor(wanted or [len(tokens) - 1])
             keep: Any = 0 if rows.logits is None else rows.logits.to(self.device)
             output = self.model(
                 input_ids=torch.tensor([tokens], device=self.device),
@@ -107,7 +108,8 @@ class Forwards:
                 **{self._argument: cache},
             )
         check_attended(rows)
-        return list(output.logits[0].split([len(part.span.wanted) for part in parts]))
+        logits = output.logits[0, : len(wanted)]
+        return list(logits.split([len(part.span.wanted) for part in parts]))
 
 
 def _rows(parts: Sequence[Part], device: torch.device) -> tuple[StepRows, list[int]]:

@@ -1,8 +1,5 @@
 """Recorded decode steps of many sequences on the CPU: one recording per number of rows, in which
 slots, lengths and adapters are data.
-
-A step of fewer rows than a recording repeats its first row, whose results are equal: such rows read
-no other experts.
 """
 
 from __future__ import annotations
@@ -14,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ktrt.engine.recording import active
-from ktrt.engine.step_rows import StepRows
+from ktrt.engine.step_rows import IDLE, StepRows
 from ktrt.errors import KtrtError
 from ktrt.generate.forwards import check_attended, mask_of_many
 from ktrt.generate.graphs import FAILURES, check_logits
@@ -115,7 +112,7 @@ class RowSteps:
 
     def _record(self, bucket: int, parts: Sequence[Part], like: torch.Tensor) -> _Recording | None:
         made = self._new(bucket, like)
-        _fill(made, parts)
+        self._fill(made, parts)
         try:
             made.replay = self._maker.capture(lambda: self._run(made))
         except FAILURES as error:
@@ -146,7 +143,7 @@ class RowSteps:
 
     def _replay(self, made: _Recording, parts: Sequence[Part]) -> None:
         assert made.replay is not None
-        _fill(made, parts)
+        self._fill(made, parts)
         # A recorded layer may ask for the adapters of the step that runs.
         with torch.inference_mode(), self._running.running(made.rows):
             made.replay()
@@ -172,18 +169,16 @@ class RowSteps:
         check_attended(rows)
         made.logits.copy_(output.logits[0])
 
-
-def _fill(made: _Recording, parts: Sequence[Part]) -> None:
-    """Writes the step's facts into the memory that the recording reads."""
-    padded = [*parts, *[parts[0]] * (made.rows.tokens - len(parts))]
-    rows = [
-        (p.span.ids[0], p.start, p.end, p.span.slot.index, p.span.adapter) for p in padded
-    ]  # fmt: skip
-    table = torch.tensor(rows, dtype=torch.int64).T
-    made.inputs.copy_(table[:2].unsqueeze(1))
-    made.rows.lengths.copy_(table[2])
-    made.rows.slots.copy_(table[3])
-    made.rows.adapters.copy_(table[4])
+    def _fill(self, made: _Recording, parts: Sequence[Part]) -> None:
+        """Writes the step's facts into the memory that the recording reads."""
+        rows = [(p.span.ids[0], p.start, p.end, p.span.slot.index, p.span.adapter) for p in parts]
+        idle = (parts[0].span.ids[0], 0, 0, self._cache.idle_slot, IDLE)
+        rows += [idle] * (made.rows.tokens - len(parts))
+        table = torch.tensor(rows, dtype=torch.int64).T
+        made.inputs.copy_(table[:2].unsqueeze(1))
+        made.rows.lengths.copy_(table[2])
+        made.rows.slots.copy_(table[3])
+        made.rows.adapters.copy_(table[4])
 
 
 def _bucket(rows: int) -> int | None:

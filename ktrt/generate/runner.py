@@ -77,8 +77,8 @@ class ModelRunner:
         self.device = self._forwards.device
         self.plain = not unusual_layers(model)
         self.cache: StaticKv | None = None
+        reserved = capacity is not None and self.device.type == "cpu"
         if self.plain:
-            reserved = capacity is not None and self.device.type == "cpu"
             self.cache = _static(model, slots, capacity, reserved=reserved)
             store: PlainStore | OwnStore = PlainStore(self.cache, None if reserved else slots)
         else:
@@ -90,7 +90,7 @@ class ModelRunner:
         self._graphs_for = graphs
         self.graphs: dict[int, DecodeGraphs] = {}
         self.row_steps: RowSteps | None = None
-        if self.cache is not None and maker is not None and self.mixes:
+        if self.cache is not None and maker is not None and self.mixes and reserved:
             self.row_steps = RowSteps(model, self.cache, self._forwards.running, maker)
         # The version of the GPU's memory, and the adapters, that the graphs were captured with.
         self._gpu_version = -1
@@ -179,8 +179,7 @@ class ModelRunner:
             self.cache.truncate(part.span.slot.index, part.start)
 
     def _structure_now(self) -> Hashable:
-        found: Hashable = getattr(self.active_set, "structure", self.active_set.changes)
-        return found
+        return self.active_set.structure
 
     def _follow(self, parts: Sequence[Part]) -> bool:
         """Drops the graphs whose memory or adapters have changed; whether adapters have, whose
@@ -249,8 +248,7 @@ class ModelRunner:
         """Runs one sequence, by its graph if it is a decode step that has one."""
         index = part.span.slot.index
         graphs = self._graphs_of(index)
-        by_row = getattr(self.active_set, "by_row", False)
-        if graphs is None or not part.is_row or part.span.logits is not None or changed or by_row:
+        if graphs is None or not part.is_row or part.span.logits is not None or changed:
             return self._plain(part)
         ids, lengths = part.span.ids, [part.start]
         found = graphs.step(ids, lengths)

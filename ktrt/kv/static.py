@@ -142,7 +142,8 @@ class StaticLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _new(self, like: torch.Tensor) -> Region:
         shared = self._shared
-        shape = shared.slots, like.shape[1], shared.capacity, like.shape[3]
+        slots = shared.slots + shared.reserved  # the last one for rows that stand for nothing
+        shape = slots, like.shape[1], shared.capacity, like.shape[3]
         kind = ReservedRegion if shared.reserved and like.device.type == "cpu" else TensorRegion
         return kind(shape, like)
 
@@ -201,7 +202,9 @@ class StaticLayer(CacheLayerMixin):  # type: ignore[misc]
         rows, (heads, size) = place.rows, (held.shape[1], held.shape[3])
         if heads not in place.places:
             first = rows.slots[:, None] * heads + torch.arange(heads)
-            places = first * self._shared.capacity + (rows.lengths - 1)[:, None]
+            # Rows that stand for nothing have length 0.
+            positions = (rows.lengths - 1).clamp(min=0)
+            places = first * self._shared.capacity + positions[:, None]
             place.places[heads] = places.view(-1)
         vectors = new[0, :, : rows.decode].transpose(0, 1).reshape(-1, size)
         held.view(-1, size).index_copy_(0, place.places[heads], vectors)
@@ -317,6 +320,11 @@ class StaticKv(Cache):  # type: ignore[misc]
     def bytes_of(self, tokens: int) -> int:
         """Returns the memory of a slot of ``tokens``; 0 before the first forward."""
         return sum(r.bytes_of(tokens) for layer in self.layers for r in layer.regions)
+
+    @property
+    def idle_slot(self) -> int:
+        """The slot for rows that stand for nothing, in reserved memory."""
+        return self._shared.slots
 
     def will_write(self, slot: int, end: int) -> None:
         """Must come before a forward that stores positions before ``end``."""

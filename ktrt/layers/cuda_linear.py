@@ -296,7 +296,7 @@ class _FusedLinear:
 
     def _mask(self, rows: StepRows, count: int) -> RankMask:
         assert self._owners is not None
-        mask, wanted = self._masks.of(self._owners, rows), rows.logits
+        mask, wanted = self._masks.of(self._owners, rows.on_device), rows.logits
         if count == rows.tokens:
             return mask
         if wanted is not None and count == len(wanted):

@@ -15,6 +15,7 @@ from ktrt.adapter import words_of
 from ktrt.adapter.residents import Adapters
 from ktrt.engine import release_file_pages
 from ktrt.engine.recording import RecordedSteps
+from ktrt.engine.step_rows import RunningStep
 from ktrt.errors import engine_errors
 from ktrt.experts import KTExperts, build_gpu_experts, new_hand_off
 from ktrt.generate.graphs import CudaGraphs, DecodeGraphs, NoHandOff
@@ -74,6 +75,9 @@ class LoadedModel:
     gpu: GpuExperts | None = None
     # Positions of a slot of the KV cache; None: its memory grows.
     capacity: int | None = None
+    # What the model's layers look at for the step that runs; None: they look at nothing.
+    running: RunningStep | None = None
+    recorder: RecordedSteps | None = None
     # Bytes that keys and values may take; None: no bound.
     kv_budget: int | None = None
 
@@ -87,8 +91,8 @@ class LoadedModel:
         """Runs the model on slots of one KV pool, by the graphs and with the GPU's share, if
         any."""
         return ModelRunner(
-            self.model, self.graphs, self.gpu, self.adapters.active_set,
-            capacity=self.capacity, budget=self.kv_budget,
+            self.model, self.graphs, self.gpu, self.adapters.active_set, running=self.running,
+            maker=self.recorder, capacity=self.capacity, budget=self.kv_budget,
         )  # fmt: skip
 
     def new_cache(self) -> KvCache:
@@ -140,7 +144,7 @@ def load_model(
     logger.info("Loading model with KTransformers MoE backend")
     ready = prepare(model, adapter, experts)
     engine, specs = ready.engine, ready.base.experts.specs
-    hand_off, gpu, patches = None, None, Patches()
+    hand_off, gpu, patches, running = None, None, Patches(), RunningStep()
     try:
         if check_vocabulary is not None:
             check_vocabulary(_vocabulary(ready))
@@ -164,12 +168,15 @@ def load_model(
             release_file_pages(str(file))  # what was packed is not read any more
         _log_result(loaded, specs, ready.adapters)
         graphs = _graphs(loaded, engine, hand_off, patches, experts.kt_use_cuda_graph)
+        recorder = RecordedSteps(OneRowProducts(engine)) if hand_off is None else None
     except BaseException:
         _close(patches, hand_off, gpu, engine)
         raise
     capacity = min(limit, _MOST_RESERVED)
-    budget = ready.memory.kv_budget()
-    return LoadedModel(loaded, adapters, engine, patches, hand_off, graphs, gpu, capacity, budget)
+    return LoadedModel(
+        loaded, adapters, engine, patches, hand_off, graphs, gpu, capacity, running, recorder,
+        ready.memory.kv_budget(),
+    )  # fmt: skip
 
 
 def _vocabulary(ready: Prepared) -> int:
