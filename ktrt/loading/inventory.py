@@ -43,9 +43,9 @@ HEAD = "head"
 TABLES = "tables of embeddings"
 EMBEDDINGS = "embeddings"
 BUFFERS = "buffers"
-# PEFT's parameters, and the engine's copies of those on linear layers.
+# The engine's, without a GPU, and PEFT's parameters.
+LINEAR_LORA = "LoRA of the linear layers"
 LORA = "LoRA elsewhere"
-LINEAR_LORA = "LoRA of linear layers in the engine"
 WORKSPACE = "workspace of the experts"
 # The base model without its routed experts.
 BASE = (ATTENTION, MLP, HEAD, TABLES, EMBEDDINGS, BUFFERS)
@@ -217,6 +217,7 @@ def loaded_inventory(
             form = _form(parameter.dtype)
             rows.append(Row(LORA, form, parameter.nbytes, read, values, gpu=on_gpu))
     rows += [_expert_lora_row(layer) for layer in layers]
+    rows.append(Row(LINEAR_LORA, "bfloat16", linears.lora_bytes(model)))
     experts = {}
     if layers:
         backend = format_named(layers[0].weight_format).kt_backend

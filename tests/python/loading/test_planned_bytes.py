@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import mmap
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from helpers.tiny_models import save_model
+from helpers.tiny_models import LoraPlan, save_adapter, save_model
 
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.generate.step import Span, Step
+from ktrt.loading.inventory import EXPERT_LORA, LINEAR_LORA, LORA, loaded_inventory
 from ktrt.loading.model import LoadedModel, load_model
 from ktrt.loading.plan import prepare
 
@@ -79,3 +82,57 @@ def test_kv_bytes(loaded: tuple[LoadedModel, KvSize], slots: int) -> None:
             pool.close(slot, keep=False)
     assert pool.committed_bytes == 0
     assert resident(tensors) == 0
+
+
+KINDS = (EXPERT_LORA, LINEAR_LORA, LORA)
+
+
+def private_bytes() -> int:
+    """Returns the memory that is this process's alone and no file's."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    lines = Path("/proc/self/smaps_rollup").read_text("utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:"))
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("name", MODELS)
+def test_lora_bytes(tmp_path: Path, name: str, bits: int | None, one_thread: None) -> None:
+    """One adapter and three: planned from their headers, then counted by who holds them, and in the
+    larger model by the kernel."""
+    family, sizes = MODELS[name]
+    if name == "larger":
+        sizes = {**sizes, "n_routed_experts": 64}
+    folder = save_model(tmp_path / "model", family, 512 if name == "larger" else 96, **sizes)
+    ranks = {f"r{rank}": rank for rank in (8, 16, 5)}
+    paths = {
+        each: save_adapter(tmp_path / each, folder, "a", LoraPlan(rank=rank, seed=rank))
+        for each, rank in ranks.items()
+    }
+    args = ModelArgs(folder, quantization_bit=bits)
+
+    def planned(names: list[str]) -> dict[str, int]:
+        adapters = AdapterArgs(adapters={each: paths[each] for each in names})
+        ready = prepare(args, adapters, EXPERTS)
+        ready.engine.close()
+        return {kind: ready.inventory.held(kind) for kind in KINDS}
+
+    loaded = load_model(args, AdapterArgs(adapters={"r8": paths["r8"]}), EXPERTS)
+    try:
+        held = loaded_inventory(loaded.model)
+        one = planned(["r8"])
+        assert {kind: held.held(kind) for kind in KINDS} == one
+        assert all(one.values())
+        loaded.adapters.load("again", paths["r8"])  # what the first load of all makes stays
+        before = private_bytes()
+        for each in ("r16", "r5"):
+            loaded.adapters.load(each, paths[each])
+        after = private_bytes()
+        three, held = planned(list(paths)), loaded_inventory(loaded.model)
+        again = {kind: three[kind] + one[kind] for kind in KINDS}
+        assert {kind: held.held(kind) for kind in KINDS} == again
+        if name == "larger":
+            more = sum(three.values()) - sum(one.values())
+            assert more == pytest.approx(after - before, rel=0.05)
+    finally:
+        loaded.close()
