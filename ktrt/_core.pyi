@@ -122,7 +122,8 @@ class DenseLinear:
 
 class HeadArray:
     """An array [heads, tokens, size] in CPU memory: number (h, t, i) lies at ``address`` plus
-    h · ``head_stride`` + t · ``token_stride`` + i elements. The caller keeps the memory alive.
+    h · ``head_stride`` + t · ``token_stride`` + i elements. Or one [slots, heads, tokens, size],
+    slots ``slot_stride`` elements apart. The caller keeps the memory alive.
 
     (DLPack would take longer than attention of a few tokens does.)
     """
@@ -134,10 +135,20 @@ class HeadArray:
         head_stride: int,
         token_stride: int = 0,
         float32: bool = False,
+        slot_stride: int = 0,
     ) -> None:
         """``count``: elements from ``address`` on; every use is checked against it. Strides are in
         elements. The dtype is float32 or bfloat16. ``ValueError``: an address that is not aligned
         to the dtype, a negative number."""
+
+class SlotRows:
+    """Which sequence each row of a forward attends to, in arrays [slots, heads, tokens, size]."""
+
+    def __init__(self, slots: int, lengths: int, rows: int, slot_count: int, capacity: int) -> None:
+        """``slots`` and ``lengths``: addresses of int64 [``rows``], read by every forward: a row's
+        slot, below ``slot_count``, and how many tokens of it the row attends to, ``capacity`` at
+        most. A row of length 0 gives zeros, whatever its slot. The caller keeps the memory alive.
+        ``ValueError``: an address that is not aligned, a number below 1."""
 
 class TokenAttention:
     """Attention of one token over cached keys and values, on an engine's threads.
@@ -189,6 +200,20 @@ class TokenAttention:
         ``ValueError``: an array too small, ``end`` not above ``start``. ``RuntimeError``: the
         engine is closed."""
 
+    def forward_rows(
+        self,
+        query: HeadArray,
+        keys: HeadArray,
+        values: HeadArray,
+        out: HeadArray,
+        rows: SlotRows,
+    ) -> None:
+        """The same for a token of each of many sequences, over the first tokens of its slot: query
+        [heads, rows, key_size], keys [slots, groups, capacity, key_size], values [slots, groups,
+        capacity, value_size], out [heads, rows, value_size]. A row's bits are those that it has
+        alone. Only for keys in one array. ``ValueError``: also a slot or length that is not
+        there."""
+
 class LatentAttention:
     """One token's multi-head latent attention over cached latents, on an engine's threads.
 
@@ -205,11 +230,13 @@ class LatentAttention:
         kv_lora_rank], V of every head: bfloat16, contiguous, kept, not copied. ``ValueError``:
         shapes that do not fit, sizes above 4096."""
 
+    # Of a LoRA.
+    max_rank: int
     @property
     def lora_bytes(self) -> int:
         """Memory of all LoRAs that are held, in whole pages."""
 
-    def load_lora(self, number: int, a: Any, b: Any) -> None:
+    def load_lora(self, number: int, a: Any = None, b: Any = None) -> None:
         """Keeps a LoRA of kv_b_proj: ``a`` [rank, kv_lora_rank], ``b`` [heads · (nope + v), rank].
         See ``DenseLinear.load_lora``."""
 
@@ -226,6 +253,21 @@ class LatentAttention:
         """Reads query [heads, 1, nope + rope] and the first ``tokens`` of latents [1, tokens,
         kv_lora_rank] and positions [1, tokens, rope]; writes out [heads, 1, v]; all bfloat16. The
         rest is as in ``TokenAttention.forward``."""
+
+    def forward_rows(
+        self,
+        query: HeadArray,
+        latents: HeadArray,
+        positions: HeadArray | None,
+        out: HeadArray,
+        rows: SlotRows,
+        adapter_ids: int = 0,
+    ) -> None:
+        """The same for a token of each of many sequences, over the first tokens of its slot: query
+        [heads, rows, nope + rope], latents [slots, 1, capacity, kv_lora_rank], positions [slots, 1,
+        capacity, rope], out [heads, rows, v]. ``adapter_ids``: address of int32 [rows], each row's
+        LoRA: its number, -1 or -3 for none, -2 for the active ones; 0: these for all. A row's bits
+        are those that it has alone. ``ValueError``: also a LoRA that is not held."""
 
 class RmsNorm:
     """RMSNorm of rows of bfloat16: ``x / √(mean(x²) + eps)``, in float32, times a weight.

@@ -54,6 +54,8 @@ class LatentAttention {
   // kv_b_proj's LoRAs by number: see LoraTable. a [r, rank], b [heads · (nope + value), r]:
   // float32, scaling folded into b; each is rounded to BF16 once. Throw std::invalid_argument.
   void load_lora(int number, const TensorView& a, const TensorView& b);
+  // One that adds nothing.
+  void load_empty_lora(int number);
   void unload_lora(int number);
   void activate_loras(std::span<const int> numbers, std::span<const float> weights);
   // The memory of all that are held, in whole pages.
@@ -93,6 +95,7 @@ class LatentAttention {
   void make_outputs(const Task& task, const HeadArray& out, std::int64_t head, int thread) const;
   void store(const Task& task, std::int64_t row, std::int64_t head, const float* product,
              std::uint16_t* to, int thread) const;
+  static bool adds(const Loras::Mix& mix);
   void add_lora(const float* x, std::int64_t in, const std::uint16_t* shrink,
                 const std::uint16_t* expand, std::int64_t out, const Lora& lora, float weight,
                 float* sums) const;

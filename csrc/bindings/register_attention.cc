@@ -112,6 +112,10 @@ struct HeldLatentAttention {
 
 void load_latent_lora(HeldLatentAttention& held, int number, const py::object& a,
                       const py::object& b) {
+  if (a.is_none() && b.is_none()) {
+    const py::gil_scoped_release release;
+    return held.attention.load_empty_lora(number);
+  }
   const TensorArg lora_a(a, "a");
   const TensorArg lora_b(b, "b");
   const py::gil_scoped_release release;
@@ -190,7 +194,10 @@ void register_attention(py::module_& module) {
            }),
            py::arg("engine").none(false), py::arg("keys"), py::arg("values"), py::kw_only(),
            py::arg("heads"), py::arg("rope"), py::arg("scaling"))
-      .def("load_lora", &load_latent_lora, py::arg("number"), py::arg("a"), py::arg("b"))
+      .def_property_readonly_static(
+          "max_rank", [](const py::object&) { return int{LatentAttention::kMaxRank}; })
+      .def("load_lora", &load_latent_lora, py::arg("number"), py::arg("a") = py::none(),
+           py::arg("b") = py::none())
       .def(
           "unload_lora",
           [](HeldLatentAttention& held, int number) { held.attention.unload_lora(number); },
