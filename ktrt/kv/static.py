@@ -258,7 +258,7 @@ class StaticKv(Cache):  # type: ignore[misc]
     """
 
     def __init__(
-        self, config: Any, *, slots: int = 1, capacity: int | None = None, reserved: bool = False
+        self, config: Any, slots: int = 1, capacity: int | None = None, *, reserved: bool = False
     ) -> None:
         """``reserved``: on the CPU, addresses for all slots and positions at once, which never
         move (``kv.memory``)."""

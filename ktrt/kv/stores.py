@@ -13,7 +13,7 @@ from ktrt.kv.snapshots import Mark, crop, needs_marks
 from ktrt.kv.static import StaticKv, makes_own_cache
 
 if TYPE_CHECKING:
-    from ktrt.kv.pool import Slot
+    from ktrt.kv.slot import Slot
 
 # Snapshots that a cache with windows or states keeps: three for each of two turns.
 _MOST_MARKS = 6
