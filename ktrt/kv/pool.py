@@ -117,10 +117,13 @@ class KvPool:
             target.put(source._tokens[:copied])
 
     def _free(self) -> Slot | None:
-        """Returns the first slot without tokens that is not in use, a new one if there may be."""
+        """Returns the first slot without tokens that is not in use, a new one if there may be: where
+        memory would grow for it, only if no slot is idle."""
         for slot in self.slots:
             if not slot.in_use and not slot.length:
                 return slot
+        if self.store.grows and not all(slot.in_use for slot in self.slots):
+            return None
         if len(self.slots) < self.store.slots:
             self.slots.append(Slot(len(self.slots)))
             return self.slots[-1]

@@ -269,6 +269,8 @@ class StaticKv(Cache):  # type: ignore[misc]
         self._shared = _Shared(slots, capacity, reserved, count)
         # For each slot, the end of what may have been stored.
         self.written = [0] * slots
+        # Counts moves of the memory, which end the graphs that were captured on it.
+        self.moves = 0
         super().__init__(layers=[StaticLayer(self._shared) for _ in range(count)])
 
     @property
@@ -282,8 +284,7 @@ class StaticKv(Cache):  # type: ignore[misc]
         return self._shared.slots
 
     def reserve(self, length: int, slots: int = 1) -> bool:
-        """Makes room for ``length`` positions in each of ``slots``; True if the memory moved, which
-        ends the graphs that were captured on it."""
+        """Makes room for ``length`` positions in each of ``slots``; True if the memory moved."""
         if length <= self.capacity and slots <= self.slots:
             return False
         capacity, count = self.capacity, self.slots
@@ -296,7 +297,9 @@ class StaticKv(Cache):  # type: ignore[misc]
         # Last: after Ctrl-C in between, the next call starts over.
         self._shared.capacity, self._shared.slots = capacity, count
         self.written += [0] * (count - len(self.written))
-        return any(layer.is_initialized for layer in self.layers)
+        moved = any(layer.is_initialized for layer in self.layers)
+        self.moves += moved
+        return moved
 
     def truncate(self, slot: int, length: int) -> None:
         """Forgets all of a slot but the first ``length`` positions; gives their memory back where

@@ -26,6 +26,10 @@ class Store(Protocol):
     def slots(self) -> int:
         """The most slots there can be."""
 
+    @property
+    def grows(self) -> bool:
+        """Whether another slot takes other memory than a closed one's."""
+
     def truncate(self, slot: Slot, length: int) -> int:
         """Rolls a slot back to ``length`` positions, or fewer where its cache cannot be cropped;
         returns how many it then holds. After an interrupted forward too."""
@@ -50,10 +54,13 @@ class PlainStore:
     def __init__(self, cache: StaticKv, slots: int | None = None) -> None:
         """``slots``: the most that the cache may grow to; None: as many as it has."""
         self.cache, self._slots = cache, slots
-
     @property
     def slots(self) -> int:
         return self.cache.slots if self._slots is None else self._slots
+
+    @property
+    def grows(self) -> bool:
+        return self._slots is not None
 
     def truncate(self, slot: Slot, length: int) -> int:
         if slot.index < self.cache.slots:
@@ -61,6 +68,7 @@ class PlainStore:
         return length
 
     def copy(self, source: Slot, target: Slot, length: int) -> int:
+        self.cache.reserve(length, target.index + 1)
         self.cache.copy(source.index, target.index, length)
         return length
 
@@ -91,6 +99,10 @@ class OwnStore:
     @property
     def slots(self) -> int:
         return self._slots
+
+    @property
+    def grows(self) -> bool:
+        return True
 
     def cache(self, slot: Slot) -> Any:
         """Returns the slot's cache, a new one if it has none; None: the model makes it."""
