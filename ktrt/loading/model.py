@@ -29,8 +29,8 @@ from ktrt.layers.cuda_linear import FusedLora
 from ktrt.layers.embedding import tables_to_host
 from ktrt.layers.latent import use_latents
 from ktrt.layers.linear import accelerate, int8_bytes
-from ktrt.layers.row_products import use_row_products
 from ktrt.layers.norm import accelerate_norms
+from ktrt.layers.row_products import use_row_products
 from ktrt.loading.experts import cache_folder, load_experts
 from ktrt.loading.fill import load_without_experts
 from ktrt.loading.inventory import bytes_per_token
@@ -228,13 +228,13 @@ def _accelerate(
             )  # fmt: skip
         masks.watch(model, patches)
         return FusedLora(model, active_set, patches, masks)
-    accelerate_attention(model, engine, patches)
+    accelerate_attention(model, engine, patches, running)
     accelerate_norms(model, patches)
     accelerate(model, engine, active_set, patches, int8=int8, running=running)
     use_row_products(model, engine, patches)
     if int8:
         _log_int8(model)
-    use_latents(model, engine, patches)
+    use_latents(model, engine, patches, running)
     return None
 
 
