@@ -102,6 +102,7 @@ class ModelRunner:
         self._memory = DeviceMemory(gpu, linears)
         # The adapters that the graphs were captured with.
         self._structure = self.active_set.structure
+        self._moves = 0
 
     @property
     def mixes(self) -> bool:
@@ -195,7 +196,8 @@ class ModelRunner:
             end = max(part.end for part in parts)
             if self._alone.rows is not None:
                 end = self._alone.rows.capacity_for(end)
-            moved = self.cache.reserve(end, 1 + max(part.span.slot.index for part in parts))
+            self.cache.reserve(end, 1 + max(part.span.slot.index for part in parts))
+            moved, self._moves = self._moves != self.cache.moves, self.cache.moves
         moved |= self._memory.moved()
         changed = self._structure != self.active_set.structure
         self._structure = self.active_set.structure

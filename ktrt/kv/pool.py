@@ -117,8 +117,8 @@ class KvPool:
             target.put(source._tokens[:copied])
 
     def _free(self) -> Slot | None:
-        """Returns the first slot without tokens that is not in use, a new one if there may be: where
-        memory would grow for it, only if no slot is idle."""
+        """Returns the first slot without tokens that is not in use, or a new one if there may be:
+        where memory would grow for it, only if no slot is idle."""
         for slot in self.slots:
             if not slot.in_use and not slot.length:
                 return slot

@@ -269,7 +269,7 @@ class StaticKv(Cache):  # type: ignore[misc]
         self._shared = _Shared(slots, capacity, reserved, count)
         # For each slot, the end of what may have been stored.
         self.written = [0] * slots
-        # Counts moves of the memory, which end the graphs that were captured on it.
+        # Counts the moves of the memory, which end the graphs that were captured on it.
         self.moves = 0
         super().__init__(layers=[StaticLayer(self._shared) for _ in range(count)])
 
@@ -315,6 +315,7 @@ class StaticKv(Cache):  # type: ignore[misc]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Gives ``target``, which is empty, the first ``length`` positions of ``source``."""
+        self.reserve(length, target + 1)
         self.written[target] = max(self.written[target], length)
         for layer in self.layers:
             for region in layer.regions:

@@ -54,6 +54,7 @@ class PlainStore:
     def __init__(self, cache: StaticKv, slots: int | None = None) -> None:
         """``slots``: the most that the cache may grow to; None: as many as it has."""
         self.cache, self._slots = cache, slots
+
     @property
     def slots(self) -> int:
         return self.cache.slots if self._slots is None else self._slots
