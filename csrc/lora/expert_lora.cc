@@ -223,4 +223,10 @@ ExpertLora::ExpertLora(const MoeShape& shape, std::span<const ExpertLora* const>
   join(shape, Projection::kDown, parts, down_shrink_, 0, true);
 }
 
+std::size_t ExpertLora::bytes() const {
+  std::size_t sum = input_shrink_.a.page_bytes() + down_shrink_.a.page_bytes();
+  for (const Expand& expand : expands_) sum += expand.b.page_bytes();
+  return sum;
+}
+
 }  // namespace ktrt

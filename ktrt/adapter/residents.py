@@ -266,6 +266,7 @@ class Adapters:
             torch.add(torch_name, lambda: plan.apply_to_torch(model, torch_name))
             self._load_experts(number, plan)
             plan.audit.check()
+            self.active_set.numbers |= {number}
         except BaseException:
             self._take_out(number, torch_name)
             raise
@@ -304,6 +305,7 @@ class Adapters:
             del self._residents[name]
         if name in self._weights:  # it would come back with `on`
             self._weights, self._factor = {}, 1.0
+        self.active_set.numbers -= {resident.number}
         self._take_out(resident.number, resident.torch_name)
         self._restore()
         self.active_set.note_load()

@@ -28,8 +28,9 @@ from ktrt.layers.attention import accelerate_attention
 from ktrt.layers.cuda_linear import FusedLora
 from ktrt.layers.embedding import tables_to_host
 from ktrt.layers.latent import use_latents
-from ktrt.layers.linear import OneRowProducts, accelerate, int8_bytes
+from ktrt.layers.linear import accelerate, int8_bytes
 from ktrt.layers.norm import accelerate_norms
+from ktrt.layers.row_products import use_row_products
 from ktrt.loading.experts import cache_folder, load_experts
 from ktrt.loading.fill import load_without_experts
 from ktrt.loading.inventory import bytes_per_token
@@ -84,6 +85,8 @@ class LoadedModel:
     # A GPU's LoRA, and what makes the graphs of many rows there.
     linears: FusedLora | None = None
     row_graphs: Callable[[StaticKv, RunningStep], RowGraphs] | None = None
+    # Bytes that keys and values may take; None: no bound.
+    kv_budget: int | None = None
 
     @property
     def audit(self) -> Audit:
@@ -97,7 +100,7 @@ class LoadedModel:
         return ModelRunner(
             self.model, self.graphs, self.gpu, self.adapters.active_set, running=self.running,
             maker=self.recorder, row_graphs=self.row_graphs, linears=self.linears,
-            capacity=self.capacity,
+            capacity=self.capacity, budget=self.kv_budget,
         )  # fmt: skip
 
     def new_cache(self) -> KvCache:
@@ -170,12 +173,12 @@ def load_model(
         loaded.eval().requires_grad_(False)
         changes = adapters.active_set, patches
         int8 = model.quantization_bit == 8
-        linears = _accelerate(loaded, engine, *changes, device, masks, int8=int8)
+        linears = _accelerate(loaded, engine, *changes, device, running, masks, int8=int8)
         for file in ready.base.experts.files() if model.quantization_bit == 8 else ():
             release_file_pages(str(file))  # what was packed is not read any more
         _log_result(loaded, specs, ready.adapters)
         graphs = _graphs(loaded, engine, hand_off, patches, experts.kt_use_cuda_graph)
-        recorder = RecordedSteps(OneRowProducts(engine)) if hand_off is None else None
+        recorder = RecordedSteps() if hand_off is None else None
         row_graphs: Callable[[StaticKv, RunningStep], RowGraphs] | None = None
         if hand_off is not None and graphs is not None:
             row_graphs = partial(RowGraphs, loaded, handoff=hand_off, maker=CudaGraphs())
@@ -185,7 +188,7 @@ def load_model(
     capacity = min(limit, _MOST_RESERVED)
     return LoadedModel(
         loaded, adapters, engine, patches, hand_off, graphs, gpu, capacity, running, recorder,
-        linears, row_graphs,
+        linears, row_graphs, ready.memory.kv_budget(),
     )  # fmt: skip
 
 
@@ -210,6 +213,7 @@ def _accelerate(
     active_set: ActiveSet,
     patches: Patches,
     device: torch.device,
+    running: RunningStep,
     masks: RankMasks,
     *,
     int8: bool,
@@ -224,12 +228,13 @@ def _accelerate(
             )  # fmt: skip
         masks.watch(model, patches)
         return FusedLora(model, active_set, patches, masks)
-    accelerate_attention(model, engine, patches)
+    accelerate_attention(model, engine, patches, running)
     accelerate_norms(model, patches)
-    accelerate(model, engine, active_set, patches, int8=int8)
+    accelerate(model, engine, active_set, patches, int8=int8, running=running)
+    use_row_products(model, engine, patches)
     if int8:
         _log_int8(model)
-    use_latents(model, engine, patches)
+    use_latents(model, engine, patches, running)
     return None
 
 
@@ -265,7 +270,7 @@ def _graphs(
     """The maker of the graphs of decode steps: recorded on the CPU, CUDA's with a hand-off; None,
     with a log line, where there are none."""
     if hand_off is None:
-        maker = RecordedSteps(OneRowProducts(engine))
+        maker = RecordedSteps()
         return partial(DecodeGraphs, model, handoff=NoHandOff(), maker=maker)
     hand_off.guard(model, patches)
     reason = "kt_use_cuda_graph is false"

@@ -76,6 +76,12 @@ class Model:
         self.forwards: list[int] = []
         model.register_forward_pre_hook(self._note, with_kwargs=True)
 
+    @property
+    def graphs(self) -> RowGraphs:
+        assert self.runner._alone is not None
+        assert self.runner._alone.rows is not None
+        return self.runner._alone.rows
+
     def _note(self, _module: Any, _args: Any, options: dict[str, Any]) -> None:
         self.forwards.append(options["input_ids"].numel())
 
@@ -85,7 +91,7 @@ class Model:
             self.model, active_set=self.active_set, running=self.running, linears=self.linears,
             row_graphs=made if graphs else None, slots=64,
         )  # fmt: skip
-        runner._why_alone = "as on a GPU"
+        runner._mixed = None  # as on a GPU
         return runner
 
     def activate(self, **weights: float) -> None:
@@ -136,8 +142,7 @@ def test_rows_of_four_adapters_are_one_graph(family: str) -> None:
     adapters, lengths = [0, BASE, 2, 1], [3, 9, 5, 7]
     talks = [Talk(model, a, n, i) for i, (a, n) in enumerate(zip(adapters, lengths, strict=True))]
     compare(model, talks)
-    graphs = model.runner.row_graphs
-    assert graphs is not None
+    graphs = model.graphs
     assert (model.maker.captures, graphs.count, graphs.eager_forwards) == (1, 1, 1)
     # Over two windows and a growth of the memory, each of which takes another capture.
     for _ in range(12):
@@ -230,8 +235,7 @@ def test_more_rows_than_one_graph_holds(monkeypatch: pytest.MonkeyPatch) -> None
     talks = [Talk(model, i % 3, 3 + i, i) for i in range(5)]
     compare(model, talks)
     compare(model, talks[::-1])
-    assert model.runner.row_graphs is not None
-    assert model.runner.row_graphs.count >= 3
+    assert model.graphs.count >= 3
 
 
 def test_active_adapters_for_all_rows_are_another_graph() -> None:
@@ -257,8 +261,7 @@ def test_a_graph_that_computes_something_else_is_not_used(
     with caplog.at_level(logging.WARNING):
         compare(model, talks)
     assert "No CUDA graph for decoding" in caplog.text
-    assert model.runner.row_graphs is not None
-    assert not model.runner.row_graphs.usable
+    assert not model.graphs.usable
     compare(model, talks)
 
 
