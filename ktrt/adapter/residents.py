@@ -267,6 +267,7 @@ class Adapters:
             self._load_experts(number, plan)
             self.active_set.numbers |= {number}
             plan.audit.check()
+            self.active_set.numbers |= {number}
         except BaseException:
             self._take_out(number, torch_name)
             raise
@@ -305,6 +306,7 @@ class Adapters:
             del self._residents[name]
         if name in self._weights:  # it would come back with `on`
             self._weights, self._factor = {}, 1.0
+        self.active_set.numbers -= {resident.number}
         self._take_out(resident.number, resident.torch_name)
         self._restore()
         self.active_set.note_load()
