@@ -47,6 +47,9 @@ class Store(Protocol):
     def written_bytes(self, slot: Slot) -> int:
         """Returns the memory that the slot takes now."""
 
+    def shrink(self) -> None:
+        """Lets go of memory that has grown, while no slot holds anything."""
+
 
 class PlainStore:
     """Slots of one static cache."""
@@ -83,6 +86,10 @@ class PlainStore:
         if slot.index >= self.cache.slots:
             return 0
         return self.cache.bytes_of(self.cache.written[slot.index])
+
+    def shrink(self) -> None:
+        if self._slots is not None:
+            self.cache.shrink()
 
 
 class OwnStore:
@@ -161,3 +168,6 @@ class OwnStore:
         if slot.length and size > self._largest[0]:
             self._largest = size, slot.length
         return size
+
+    def shrink(self) -> None:
+        """There is nothing: each slot has its own memory."""
