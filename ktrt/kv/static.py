@@ -231,7 +231,7 @@ class StaticLayer(CacheLayerMixin):  # type: ignore[misc]
     def release(self) -> None:
         """Lets go of the memory."""
         self.regions = []
-        del self.keys, self.values
+        self.keys = self.values = None  # type: ignore[assignment]
         self.is_initialized = False
 
     def get_seq_length(self) -> Any:
