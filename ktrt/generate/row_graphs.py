@@ -172,9 +172,11 @@ class RowGraphs:
             # Memory from before the capture, and no inference tensors, which only inference mode
             # could write to.
             with torch.inference_mode(False):
+                rows = StepRows(count, 0, self._device)
+                rows.batch = True
                 block = self._blocks[key] = _Block(
                     first,
-                    StepRows(count, count, self._device),
+                    rows,
                     torch.zeros(2, count, 1, dtype=torch.int64, device=self._device),
                     self._like.new_empty(count, len(self._like)),
                 )
@@ -185,14 +187,12 @@ class RowGraphs:
         rows, written = block.rows, self._cache.written[block.first :]
         # Token 0, one position after what the slot may hold, for rows that stand for nothing.
         ids, positions = [0] * rows.tokens, written[: rows.tokens]
-        lengths, adapters = [0] * rows.tokens, [IDLE] * rows.tokens
+        adapters = [IDLE] * rows.tokens
         for row, part in zip(block.places(parts), parts, strict=True):
-            ids[row], positions[row], lengths[row] = part.span.ids[0], part.start, part.end
+            ids[row], positions[row] = part.span.ids[0], part.start
             adapters[row] = part.span.adapter
             self._cache.will_write(part.span.slot.index, part.end)
         block.inputs.copy_(torch.tensor([ids, positions]).unsqueeze(-1))
-        rows.slots.copy_(torch.arange(block.first, block.first + rows.tokens))
-        rows.lengths.copy_(torch.tensor(lengths))
         set_adapters(rows, adapters)
 
     def _capture(self, block: _Block, window: int) -> _Graph:
