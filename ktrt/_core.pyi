@@ -93,6 +93,10 @@ class DenseLinear:
     def in_features(self) -> int: ...
     @property
     def out_features(self) -> int: ...
+    @property
+    def lora_bytes(self) -> int:
+        """Memory of all LoRAs that are held, in whole pages."""
+
     def load_lora(self, number: int, a: Any = None, b: Any = None) -> None:
         """Keeps a LoRA under a number (0 or more; one of this number is replaced): ``a`` [rank,
         in_features], ``b`` [out_features, rank], float32, the scaling folded into ``b``; each is
@@ -234,6 +238,9 @@ class LatentAttention:
 
     # Of a LoRA.
     max_rank: int
+    @property
+    def lora_bytes(self) -> int:
+        """Memory of all LoRAs that are held, in whole pages."""
 
     def load_lora(self, number: int, a: Any = None, b: Any = None) -> None:
         """Keeps a LoRA of kv_b_proj: ``a`` [rank, kv_lora_rank], ``b`` [heads · (nope + v), rank].
@@ -309,6 +316,10 @@ class PackedLinear:
     @property
     def packed_bytes(self) -> int:
         """Bytes that a forward reads: codes, scales and sums of codes."""
+
+    @property
+    def lora_bytes(self) -> int:
+        """Memory of all LoRAs that are held, in whole pages."""
 
     def load_lora(self, number: int, a: Any = None, b: Any = None) -> None:
         """See ``DenseLinear.load_lora``."""

@@ -85,6 +85,8 @@ class LoadedModel:
     # A GPU's LoRA, and what makes the graphs of many rows there.
     linears: FusedLora | None = None
     row_graphs: Callable[[StaticKv, RunningStep], RowGraphs] | None = None
+    # Bytes that keys and values may take; None: no bound.
+    kv_budget: int | None = None
 
     @property
     def audit(self) -> Audit:
@@ -98,7 +100,7 @@ class LoadedModel:
         return ModelRunner(
             self.model, self.graphs, self.gpu, self.adapters.active_set, running=self.running,
             maker=self.recorder, row_graphs=self.row_graphs, linears=self.linears,
-            capacity=self.capacity,
+            capacity=self.capacity, budget=self.kv_budget,
         )  # fmt: skip
 
     def new_cache(self) -> KvCache:
@@ -186,7 +188,7 @@ def load_model(
     capacity = min(limit, _MOST_RESERVED)
     return LoadedModel(
         loaded, adapters, engine, patches, hand_off, graphs, gpu, capacity, running, recorder,
-        linears, row_graphs,
+        linears, row_graphs, ready.memory.kv_budget(),
     )  # fmt: skip
 
 
@@ -225,14 +227,16 @@ def _accelerate(
                 "experts stay %s: it makes those on the CPU INT8", model.dtype,
             )  # fmt: skip
         masks.watch(model, patches)
+        accelerate_attention(model, engine, patches, running)
+        use_latents(model, engine, patches, running)
         return FusedLora(model, active_set, patches, masks)
-    accelerate_attention(model, engine, patches)
+    accelerate_attention(model, engine, patches, running)
     accelerate_norms(model, patches)
     accelerate(model, engine, active_set, patches, int8=int8, running=running)
     use_row_products(model, engine, patches)
     if int8:
         _log_int8(model)
-    use_latents(model, engine, patches)
+    use_latents(model, engine, patches, running)
     return None
 
 
