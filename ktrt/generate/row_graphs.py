@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MOST_ROWS = 32
+# Graphs that are kept; one of V2-Lite has 3,000 kernels.
+_MOST_GRAPHS = 64
 
 
 @dataclass
@@ -153,6 +155,7 @@ class RowGraphs:
         self._fill(block, parts)
         graph = block.graphs.get(window)
         if graph is None:
+            self._forget_one(block)
             # The host first: libraries allocate their workspaces, the hand-off its slots, LoRA
             # takes the adapters' numbers.
             self._forward(block, window)
@@ -163,6 +166,12 @@ class RowGraphs:
         with self._running.running(block.rows), self._handoff.launching(graph.slots):
             graph.replay()
         return block.logits[block.places(parts)]
+
+    def _forget_one(self, keep: _Block) -> None:
+        """Makes room for a graph: those of the oldest other block go."""
+        oldest = next((key for key, block in self._blocks.items() if block is not keep), None)
+        if self.count >= _MOST_GRAPHS and oldest is not None:
+            del self._blocks[oldest]
 
     def _block(self, parts: Sequence[Part]) -> _Block:
         first, count = _place([part.span.slot.index for part in parts])

@@ -242,6 +242,15 @@ def test_more_rows_than_one_graph_holds(monkeypatch: pytest.MonkeyPatch) -> None
     assert model.graphs.count >= 3
 
 
+def test_graphs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_graphs, "_MOST_GRAPHS", 2)
+    model = Model()
+    talks = [Talk(model, i % 3, 3 + i, i) for i in range(4)]
+    for some in ([0], [1], [2, 3], [0], [0, 1, 2, 3]):
+        compare(model, [talks[i] for i in some])
+        assert model.graphs.count <= 2
+
+
 def test_active_adapters_for_all_rows_are_another_graph() -> None:
     model = Model()
     model.activate(adapter1=1.0)
