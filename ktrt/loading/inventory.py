@@ -270,11 +270,15 @@ def _lora_parameters(model: nn.Module) -> dict[int, bool]:
 
 
 def _expert_lora_row(layer: MoeLayer) -> Row:
-    if (lora := layer.packed_lora()) is None:
-        return Row(EXPERT_LORA, "bfloat16")
+    sizes = {number: _lora_bytes(layer.lora_view(number)) for number in layer.loras}
+    read = sum(sizes[number] for number, weight in layer.active_loras if weight)
+    held = sum(sizes.values())
+    return Row(EXPERT_LORA, "bfloat16", held, read * layer.top_k / layer.num_experts)
+
+
+def _lora_bytes(lora: PackedLora) -> int:
     arrays = (lora.input.a, lora.intermediate.a, lora.gate.b, lora.up.b, lora.down.b)
-    held = sum(array.nbytes for array in arrays if array is not None)
-    return Row(EXPERT_LORA, "bfloat16", held, held * layer.top_k / layer.num_experts)
+    return sum(array.nbytes for array in arrays if array is not None)
 
 
 # ---- both

@@ -177,7 +177,7 @@ def load_model(
         for file in ready.base.experts.files() if model.quantization_bit == 8 else ():
             release_file_pages(str(file))  # what was packed is not read any more
         _log_result(loaded, specs, ready.adapters)
-        graphs = _graphs(loaded, engine, hand_off, patches, experts.kt_use_cuda_graph)
+        graphs = _graphs(loaded, hand_off, patches, experts.kt_use_cuda_graph)
         recorder = RecordedSteps() if hand_off is None else None
         row_graphs: Callable[[StaticKv, RunningStep], RowGraphs] | None = None
         if hand_off is not None and graphs is not None:
@@ -265,7 +265,7 @@ def _device() -> torch.device:
 
 
 def _graphs(
-    model: Any, engine: Engine, hand_off: HandOff | None, patches: Patches, wanted: bool
+    model: Any, hand_off: HandOff | None, patches: Patches, wanted: bool
 ) -> Callable[..., DecodeGraphs] | None:
     """The maker of the graphs of decode steps: recorded on the CPU, CUDA's with a hand-off; None,
     with a log line, where there are none."""
