@@ -265,6 +265,7 @@ class Adapters:
         try:
             torch.add(torch_name, lambda: plan.apply_to_torch(model, torch_name))
             self._load_experts(number, plan)
+            self.active_set.numbers |= {number}
             plan.audit.check()
             self.active_set.numbers |= {number}
         except BaseException:
@@ -386,6 +387,7 @@ class Adapters:
                 break
         if self._torch is not None:
             self._torch.remove(torch_name)
+        self.active_set.numbers -= {number}
 
     def _changed(self) -> None:
         self.active_set.become(self._key(), self._fixed())

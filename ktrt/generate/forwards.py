@@ -170,15 +170,13 @@ def _why_not_mixed(model: Any) -> str | None:
     return None
 
 
-def why_alone(model: Any, running: RunningStep | None, device: torch.device) -> str | None:
+def why_alone(model: Any, running: RunningStep | None) -> str | None:
     """Returns why sequences run one after the other; None: they may share a forward."""
     unusual = unusual_layers(model)
     if unusual:
         reason = f"the model's KV cache has layers that are not plain ({', '.join(unusual)})"
     elif running is None:
         return "the model's layers do not look at steps"
-    elif device.type != "cpu":
-        return "the model is on a GPU"
     else:
         return _why_not_mixed(model)
     logger.info("Sequences run one after the other, not in one forward: %s", reason)

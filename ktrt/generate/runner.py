@@ -92,7 +92,7 @@ class ModelRunner:
         if self.cache is not None:
             rows = row_graphs and row_graphs(self.cache, self._forwards.running)
             self._alone = Alone(self._forwards, self.cache, graphs, rows)
-        if self.cache is not None and not why_alone(model, running, self.device):
+        if self.cache is not None and not why_alone(model, running):
             steps = None
             if maker is not None and reserved:
                 steps = RowSteps(model, self.cache, self._forwards.running, maker)
@@ -173,7 +173,7 @@ class ModelRunner:
             return [self._on_own_cache(part) for part in parts]
         assert self._alone is not None
         reason = ""
-        if self._mixed is not None:
+        if self._mixed is not None and self._shares(parts):
             try:
                 return self._mixed.run(parts, changed=changed)
             except CannotMixError as error:
@@ -186,6 +186,12 @@ class ModelRunner:
             self._mixed = None
             logger.info("Sequences run one after the other, not in one forward: %s", reason)
         return logits
+
+    def _shares(self, parts: Sequence[Part]) -> bool:
+        """Whether the step is one forward: on the CPU always, so that bits do not depend on
+        company; on a GPU decode rows have graphs, and a prompt alone is as before."""
+        rows = all(part.is_row for part in parts)
+        return self.device.type == "cpu" or (len(parts) > 1 and not rows)
 
     def _follow(self, parts: Sequence[Part]) -> bool:
         """Drops the graphs whose memory or adapters have changed; whether adapters have, whose

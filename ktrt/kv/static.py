@@ -205,7 +205,7 @@ class StaticLayer(CacheLayerMixin):  # type: ignore[misc]
             # Rows that stand for nothing have length 0.
             positions = (rows.lengths - 1).clamp(min=0)
             places = first * self._shared.capacity + positions[:, None]
-            place.places[heads] = places.view(-1)
+            place.places[heads] = places.view(-1).to(held.device)
         vectors = new[0, :, : rows.decode].transpose(0, 1).reshape(-1, size)
         held.view(-1, size).index_copy_(0, place.places[heads], vectors)
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from ktrt.engine import MoeLayer
+    from ktrt.engine import MoeLayer, PackedLora
     from ktrt.experts import ExpertsSpec
     from ktrt.loading.lora_sizes import LoraSize
 

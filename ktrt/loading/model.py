@@ -166,7 +166,7 @@ def load_model(
         limit = context_limit(loaded)
         with kernels_loaded_beside(loaded, limit) if answers else nullcontext():
             _load_experts(ready, experts, only_layers)
-        _attach(loaded, ready, hand_off)
+        _attach(loaded, ready, hand_off, running)
         adapters = _apply_adapters(ready, loaded, adapter.start_weights)
         if only_layers is None:
             gpu = _share_with_gpu(engine, loaded, specs, experts, device, running, masks)
@@ -227,6 +227,8 @@ def _accelerate(
                 "experts stay %s: it makes those on the CPU INT8", model.dtype,
             )  # fmt: skip
         masks.watch(model, patches)
+        accelerate_attention(model, engine, patches, running)
+        use_latents(model, engine, patches, running)
         return FusedLora(model, active_set, patches, masks)
     accelerate_attention(model, engine, patches, running)
     accelerate_norms(model, patches)
@@ -284,7 +286,9 @@ def _graphs(
     return None
 
 
-def _attach(model: nn.Module, ready: Prepared, hand_off: HandOff | None) -> None:
+def _attach(
+    model: nn.Module, ready: Prepared, hand_off: HandOff | None, running: RunningStep
+) -> None:
     """Gives every experts module its packed layer, and that layer the biases, which are in no pack
     cache."""
     for path, layer in ready.layers.items():
@@ -293,7 +297,7 @@ def _attach(model: nn.Module, ready: Prepared, hand_off: HandOff | None) -> None
             layer.set_biases(**biases)
         module = model.get_submodule(path)
         assert isinstance(module, KTExperts), f"{path} was not replaced"
-        module.attach(layer, ready.engine.max_qlen, hand_off, path)
+        module.attach(layer, ready.engine.max_qlen, hand_off, path, running)
 
 
 def _apply_adapters(ready: Prepared, model: nn.Module, weights: Mapping[str, float]) -> Adapters:

@@ -157,7 +157,8 @@ class TestChat:
         assert session.fit(messages) == (ASK, 0)
 
     @pytest.mark.parametrize(
-        "method", [Session.chat, Session.stream, Session.stream_responses, Session.fit]
+        "method",
+        [Session.chat, Session.stream, Session.stream_responses, Session.submit, Session.fit],
     )
     def test_keywords_are_typed(self, method: Callable[..., Any]) -> None:
         sampling = inspect.signature(method).parameters["sampling"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from ktrt.engine.rank_masks import RankMasks
-from ktrt.engine.step_rows import RunningStep
+from ktrt.engine.step_rows import IDLE, RunningStep
 from ktrt.errors import KtrtError
 from ktrt.experts.gpu.arithmetic import (
     ALL_RANKS,
@@ -225,8 +225,13 @@ class GpuLayer:
             self._owner.refresh()
 
     def _keys(self, ids: torch.Tensor) -> torch.Tensor:
-        count = self.source.num_experts
-        return torch.where((ids >= 0) & (ids < count), ids, count).to(torch.int64)
+        """``ids``, or one more than the last expert where there is none: as for all ids of rows
+        that stand for nothing."""
+        count, rows = self.source.num_experts, self._owner.running.rows
+        inside = (ids >= 0) & (ids < count)
+        if rows is not None and 1 < rows.decode == len(ids):
+            inside &= (rows.on_device != IDLE)[:, None]
+        return torch.where(inside, ids, count).to(torch.int64)
 
     def _count(self, keys: torch.Tensor) -> None:
         flat = keys.flatten()
