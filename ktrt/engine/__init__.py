@@ -25,6 +25,7 @@ try:
         TokenAttention,
         WeightFormat,
         release_file_pages,
+        torch_exponentials,
     )
     from ktrt._core import isa as active_isa
 except ImportError as error:
@@ -53,4 +54,5 @@ __all__ = [
     "WeightFormat",
     "active_isa",
     "release_file_pages",
+    "torch_exponentials",
 ]

@@ -10,10 +10,13 @@ could change the choice, which is rare, ``draw`` returns None and takes no rando
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+from ktrt.engine import torch_exponentials
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -58,9 +61,30 @@ def draw(scores: Floats, filters: Filters, generator: torch.Generator) -> int | 
 
 
 def exponentials(generator: torch.Generator, count: int, ids: Indices) -> Floats:
-    """Returns the values at ``ids`` of ``count`` exponential draws."""
-    drawn: Floats = torch.empty(count).exponential_(1, generator=generator).numpy()
-    return drawn[ids]
+    """Returns the values at ``ids``, ascending, of ``count`` exponential draws."""
+    if not _draws_serially():
+        drawn: Floats = torch.empty(count).exponential_(1, generator=generator).numpy()
+        return drawn[ids]
+    # 0.1 ms instead of 2 for 102400 tokens.
+    found = np.empty(len(ids), np.float32)
+    state = generator.get_state()
+    torch_exponentials(state.numpy().view(np.uint64), count, ids, found)
+    generator.set_state(state)
+    return found
+
+
+@cache
+def _draws_serially() -> bool:
+    """Returns whether this torch, on this CPU, draws as the engine's function expects."""
+    generator = torch.Generator().manual_seed(1)
+    state = generator.get_state()
+    drawn = torch.empty(1000).exponential_(1, generator=generator)
+    found = np.empty(1000, np.float32)
+    try:
+        torch_exponentials(state.numpy().view(np.uint64), 1000, np.arange(1000), found)
+    except ValueError:  # another torch's state
+        return False
+    return bool((drawn.numpy() == found).all()) and torch.equal(state, generator.get_state())
 
 
 @dataclass(frozen=True)
@@ -89,7 +113,9 @@ def _candidates(scores: Floats, filters: Filters) -> _Candidates | None:
     if filters.top_p < 1:
         return _most_of_the_mass(scores, blocks, best, filters.top_p)
     if filters.min_p > 0:
-        ids = np.flatnonzero(_weights(scores, best) >= filters.min_p * (1 - _SURE))
+        # Rounded down by more than the difference's rounding, which grows with the scores.
+        least = best + np.float32(np.log(filters.min_p) - _SURE) - abs(best) * np.float32(_SURE)
+        ids = np.flatnonzero(scores >= least)
         return _Candidates(ids, _weights(scores[ids], best), 1.0)
     return None
 
