@@ -23,6 +23,7 @@ namespace ktrt {
 // A row names its LoRA by its number (at weight 1), or by one of these.
 inline constexpr std::int32_t kBaseRow = -1;    // none
 inline constexpr std::int32_t kActiveRow = -2;  // the active sum
+inline constexpr std::int32_t kIdleRow = -3;    // none, and nobody reads the row's results
 
 // [count] the LoRA of each row, checked against the rows by whoever reads them; null: kActiveRow
 // for all.
@@ -97,6 +98,12 @@ class LoraTable {
   const std::vector<float>& active_weights() const { return weights_; }
   const Mix& active() const { return active_; }
   std::size_t size() const { return loras_.size(); }
+  // The numbers that are held, ascending.
+  std::vector<int> numbers() const {
+    std::vector<int> found;
+    for (const auto& [id, lora] : loras_) found.push_back(id);
+    return found;
+  }
   // Null if there is none.
   std::shared_ptr<const Lora> find(int id) const {
     const auto found = loras_.find(id);
@@ -126,7 +133,7 @@ class LoraTable {
  private:
   void fill(std::int32_t id, std::int64_t row, Mix& mix) const {
     mix.clear();
-    if (id == kBaseRow) return;
+    if (id == kBaseRow || id == kIdleRow) return;
     if (id == kActiveRow) {
       mix = active_;
       return;

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 BASE = -1
 # The adapters that are active in the model, with their weights.
 ACTIVE = -2
+# None, for a row that stands for nothing: nobody reads its results, and no expert is read for it.
+IDLE = -3
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,12 @@ class StepRows:
     On the CPU, contiguous, in memory that stays: ``adapters`` [tokens] int32, each token's LoRA;
     for the decode rows ``slots`` and ``lengths`` [decode] int64: the slot, and how many positions
     of it the token attends to, its own included; 0 for a row that stands for nothing, whose results
-    nobody reads. ``device_adapters``: a copy of ``adapters`` on the model's GPU; None without one.
+    nobody reads and whose adapter is ``IDLE``. ``device_adapters``: a copy of ``adapters`` on the
+    model's GPU; None without one.
+
+    ``logits``: the tokens [wanted] int64 that the output layer computes, whose input has no others;
+    None: all. A forward of one sequence whose place the cache itself knows has neither decode rows
+    nor spans, and adapters all the same.
     """
 
     def __init__(
@@ -51,9 +58,24 @@ class StepRows:
         self.adapters = torch.full((tokens,), BASE, dtype=torch.int32)
         self.slots = torch.zeros(decode, dtype=torch.int64)
         self.lengths = torch.zeros(decode, dtype=torch.int64)
+        self.logits: torch.Tensor | None = None
+        # Layers whose cache has stored the tokens by these facts, and whose attention has read
+        # them: a model in which the counts differ cannot run such a forward.
+        self.stored = self.attended = 0
         self.device_adapters: torch.Tensor | None = None
         if device is not None and device.type != "cpu":
             self.device_adapters = self.adapters.to(device)
+
+    @property
+    def on_device(self) -> torch.Tensor:
+        """``adapters`` where the model is."""
+        return self.adapters if self.device_adapters is None else self.device_adapters
+
+    @property
+    def by_row(self) -> bool:
+        """Whether any token has something other than the active adapters. A captured graph of a
+        step that had not serves no step that has."""
+        return not bool(((self.adapters == ACTIVE) | (self.adapters == IDLE)).all())
 
 
 class RunningStep:

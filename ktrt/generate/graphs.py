@@ -26,7 +26,7 @@ MIN_WINDOW = 512
 # logits changes; a mask or position that is wrong gives unrelated logits, of an error past 1.
 _TOLERANCE = 0.7
 # How captures fail: a step has an operation that cannot be captured, or the results are wrong.
-_FAILURES = (RuntimeError, ValueError, TypeError, KtrtError)
+FAILURES = (RuntimeError, ValueError, TypeError, KtrtError)
 
 
 class HandOff(Protocol):
@@ -116,10 +116,12 @@ class DecodeGraphs:
     """
 
     def __init__(
-        self, model: Any, cache: StaticKv, handoff: HandOff, maker: GraphMaker, *, rows: int = 1
-    ) -> None:
+        self, model: Any, cache: StaticKv, handoff: HandOff, maker: GraphMaker, *, rows: int = 1,
+        first: int = 0,
+    ) -> None:  # fmt: skip
+        """``first``: the slot of the first row; the others follow."""
         self._model, self._cache, self._handoff, self._maker = model, cache, handoff, maker
-        self._argument = cache_argument(model)
+        self._argument, self._first = cache_argument(model), first
         device = model.get_input_embeddings().weight.device
         # Ids and positions, in the memory that the graphs read.
         self._inputs = torch.zeros(2, rows, 1, dtype=torch.int64, device=device)
@@ -169,8 +171,8 @@ class DecodeGraphs:
             unharmed = False
             # A replay that writes nothing must not pass by what the capture has written.
             logits.fill_(torch.nan)
-            self._check(self._replay(window, ids, lengths), expected)
-        except _FAILURES as error:
+            check_logits(self._replay(window, ids, lengths), expected)
+        except FAILURES as error:
             self._maker.usable = False
             self.clear()
             logger.log(
@@ -191,7 +193,7 @@ class DecodeGraphs:
         while window <= window_of([length - 1]):
             try:
                 self._capture(window)
-            except _FAILURES as error:
+            except FAILURES as error:
                 logger.debug("No %s ahead for window %d: %s", self._maker.what, window, error)
                 return
             window *= 2
@@ -214,7 +216,7 @@ class DecodeGraphs:
         logits = self._logits_memory(like.expand(len(ids), -1))
         try:
             self._capture(window_of(lengths))
-        except _FAILURES as error:
+        except FAILURES as error:
             logger.debug("No %s without a plain forward first: %s", self._maker.what, error)
             return None
         return logits.clone() if self._maker.captures_compute else self.step(ids, lengths)
@@ -249,6 +251,8 @@ class DecodeGraphs:
 
     def _set_inputs(self, ids: Sequence[int], lengths: Sequence[int]) -> None:
         self._length = max(lengths) + 1
+        for slot, length in enumerate(lengths, self._first):
+            self._cache.will_write(slot, length + 1)
         values = torch.tensor([list(ids), list(lengths)], dtype=torch.int64)
         self._inputs.copy_(values.unsqueeze(-1))
 
@@ -259,7 +263,7 @@ class DecodeGraphs:
         if recorder is not None:
             one = len(positions) == 1
             recorder.describe([self._inputs], mask, (lambda: self._length) if one else None)
-        with self._cache.step(positions, window):
+        with self._cache.window(positions, window, self._first):
             output = self._model(
                 input_ids=ids,
                 position_ids=positions,
@@ -284,14 +288,15 @@ class DecodeGraphs:
         dtype = self._model.get_input_embeddings().weight.dtype
         return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
-    @staticmethod
-    def _check(logits: torch.Tensor, expected: torch.Tensor) -> None:
-        error = float((logits.float() - expected.float()).norm() / expected.float().norm())
-        if not error <= _TOLERANCE:  # NaN is no match either
-            raise KtrtError(
-                f"its logits differ from the plain forward's, relative error {error:.2f}, expected "
-                f"below {_TOLERANCE}"
-            )
+
+def check_logits(logits: torch.Tensor, expected: torch.Tensor) -> None:
+    """``KtrtError``: a replay's logits are not the plain forward's."""
+    error = float((logits.float() - expected.float()).norm() / expected.float().norm())
+    if not error <= _TOLERANCE:  # NaN is no match either
+        raise KtrtError(
+            f"its logits differ from the plain forward's, relative error {error:.2f}, expected "
+            f"below {_TOLERANCE}"
+        )
 
 
 def _takes_sdpa_mask(implementation: str) -> bool:

@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from ktrt.adapter.apply.router import RouterLora
 from ktrt.engine.formats import STRIP_ROWS, format_named, round_up
 from ktrt.experts import KTExperts
+from ktrt.generate.scheduler.cost import CostFacts
 from ktrt.kv.size import kv_bytes_per_token
 from ktrt.layers import linear as linears
 from ktrt.layers.embedding import host_tables
@@ -229,6 +230,22 @@ def bytes_per_token(model: nn.Module) -> int | None:
             return None
     found = loaded_inventory(model)
     return round(sum(row.read for row in (*found.rows, *found.experts.values()) if not row.gpu))
+
+
+def cost_facts(model: nn.Module, kv_token_bytes: float, *, mixes: bool) -> CostFacts:
+    """Returns the bytes that a step reads from the CPU's memory, with LoRA as it is switched
+    now."""
+    found = loaded_inventory(model)
+    rows = [row for row in found.rows if not row.gpu]
+    experts = [*found.experts.values(), *(row for row in rows if row.kind == EXPERT_LORA)]
+    share = next((row.share for row in found.experts.values()), 1.0)
+    return CostFacts(
+        other_bytes=sum(row.read for row in rows if row.kind != EXPERT_LORA),
+        expert_bytes=sum(row.read for row in experts) / (share or 1.0),
+        share=share or 1.0,
+        kv_token_bytes=kv_token_bytes,
+        mixes=mixes,
+    )
 
 
 def _lora_parameters(model: nn.Module) -> dict[int, bool]:

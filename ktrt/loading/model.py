@@ -6,7 +6,7 @@ import logging
 import os
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,10 +15,11 @@ from ktrt.adapter import words_of
 from ktrt.adapter.residents import Adapters
 from ktrt.engine import release_file_pages
 from ktrt.engine.recording import RecordedSteps
+from ktrt.engine.step_rows import RunningStep
 from ktrt.errors import engine_errors
 from ktrt.experts import KTExperts, build_gpu_experts, new_hand_off
 from ktrt.generate.graphs import CudaGraphs, DecodeGraphs, NoHandOff
-from ktrt.generate.runner import KvCache
+from ktrt.generate.runner import KvCache, ModelRunner
 from ktrt.generate.warm_up import kernels_loaded_beside
 from ktrt.kv.static import unusual_layers
 from ktrt.layers.attention import accelerate_attention
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from ktrt.engine import Engine
     from ktrt.engine.active_set import ActiveSet
     from ktrt.experts import ExpertsSpec, GpuExperts, HandOff
-    from ktrt.kv.static import StaticKv
     from ktrt.loading.plan import Prepared
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,8 @@ logger = logging.getLogger(__name__)
 debug_logger = logging.getLogger("ktrt.debug")
 # LoRA parameters that it lists at other levels; V2-Lite has more than 360.
 _SHOWN_LORA = 2
+# Positions that a slot of the KV cache reserves addresses for; more are another allocation.
+_MOST_RESERVED = 1 << 20
 
 
 @dataclass
@@ -69,17 +71,31 @@ class LoadedModel:
     engine: Engine
     patches: Patches
     hand_off: HandOff | None = None
-    graphs: Callable[[StaticKv], DecodeGraphs] | None = None
+    graphs: Callable[..., DecodeGraphs] | None = None
     gpu: GpuExperts | None = None
+    # Positions of a slot of the KV cache; None: its memory grows.
+    capacity: int | None = None
+    # What the model's layers look at for the step that runs; None: they look at nothing.
+    running: RunningStep | None = None
+    recorder: RecordedSteps | None = None
 
     @property
     def audit(self) -> Audit:
         """The audit of the first adapter; empty for the base model."""
         return self.adapters.audit(next(iter(self.adapters.names), None))
 
+    @cached_property
+    def runner(self) -> ModelRunner:
+        """Runs the model on slots of one KV pool, by the graphs and with the GPU's share, if
+        any."""
+        return ModelRunner(
+            self.model, self.graphs, self.gpu, self.adapters.active_set, running=self.running,
+            maker=self.recorder, capacity=self.capacity,
+        )  # fmt: skip
+
     def new_cache(self) -> KvCache:
-        """Returns an empty KV cache, decoded by the graphs and with the GPU's share, if any."""
-        return KvCache(self.model, self.graphs, self.gpu, self.adapters.active_set)
+        """Returns a client of the runner that holds nothing."""
+        return KvCache(self.model, runner=self.runner)
 
     def bytes_per_token(self) -> int | None:
         """Bytes of weights that decoding a token reads from the CPU's memory, with the adapter as
@@ -126,7 +142,7 @@ def load_model(
     logger.info("Loading model with KTransformers MoE backend")
     ready = prepare(model, adapter, experts)
     engine, specs = ready.engine, ready.base.experts.specs
-    hand_off, gpu, patches = None, None, Patches()
+    hand_off, gpu, patches, running = None, None, Patches(), RunningStep()
     try:
         if check_vocabulary is not None:
             check_vocabulary(_vocabulary(ready))
@@ -150,10 +166,14 @@ def load_model(
             release_file_pages(str(file))  # what was packed is not read any more
         _log_result(loaded, specs, ready.adapters)
         graphs = _graphs(loaded, engine, hand_off, patches, experts.kt_use_cuda_graph)
+        recorder = RecordedSteps(OneRowProducts(engine)) if hand_off is None else None
     except BaseException:
         _close(patches, hand_off, gpu, engine)
         raise
-    return LoadedModel(loaded, adapters, engine, patches, hand_off, graphs, gpu)
+    capacity = min(limit, _MOST_RESERVED)
+    return LoadedModel(
+        loaded, adapters, engine, patches, hand_off, graphs, gpu, capacity, running, recorder
+    )
 
 
 def _vocabulary(ready: Prepared) -> int:
@@ -226,7 +246,7 @@ def _device() -> torch.device:
 
 def _graphs(
     model: Any, engine: Engine, hand_off: HandOff | None, patches: Patches, wanted: bool
-) -> Callable[[StaticKv], DecodeGraphs] | None:
+) -> Callable[..., DecodeGraphs] | None:
     """The maker of the graphs of decode steps: recorded on the CPU, CUDA's with a hand-off; None,
     with a log line, where there are none."""
     if hand_off is None:

@@ -238,16 +238,3 @@ def test_a_session_captures_again_for_other_adapters(shared: Shared) -> None:
         change()
         assert (reused(), shared.maker.captures) == (0, captures)
         assert reused() > 0
-
-
-def test_rows_with_adapters_of_their_own_go_by_the_host(shared: Shared) -> None:
-    shared.gpu.select(3)
-    shared.core.log.clear()
-    results = []
-    for loaded in (shared.loaded, shared.plain):
-        with loaded.adapters.rows(["lora", None]), torch.no_grad():
-            results.append(loaded.model(torch.tensor([IDS[:9], IDS[:9]])).logits)
-    assert torch.equal(*results)
-    first, second = results[0]
-    assert not torch.allclose(first, second, atol=1e-2)
-    assert not shared.core.log
