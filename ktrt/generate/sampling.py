@@ -103,20 +103,27 @@ class RowSampler:
         return token
 
 
-def sample_rows(samplers: Sequence[RowSampler], logits: torch.Tensor) -> list[int | KtrtError]:
-    """Returns each row's next token from ``logits`` [rows, vocab_size], or why that row has none:
-    NaN among its logits. A row that fails changes neither its sampler nor another row.
+def sample_rows(
+    samplers: Sequence[RowSampler], logits: Sequence[torch.Tensor] | torch.Tensor
+) -> list[int | KtrtError]:
+    """Returns each row's next token from ``logits``, rows of [vocab_size], or why that row has
+    none: NaN among its logits. A row that fails changes neither its sampler nor another row.
 
     Logits on a GPU come to the CPU in one copy, or only their largest's indices where that is all
     that the rows ask for: a seed gives the same answer on every device.
     """
     if len(samplers) != len(logits):
         raise ValueError(f"{len(samplers)} samplers, {len(logits)} rows of logits")
+    if not samplers:
+        return []
     with torch.inference_mode():
-        if logits.device.type != "cpu" and all(each.plain_greedy for each in samplers):
-            return _largest(logits)
+        if logits[0].device.type != "cpu":
+            logits = logits if isinstance(logits, torch.Tensor) else torch.stack(tuple(logits))
+            if all(each.plain_greedy for each in samplers):
+                return _largest(logits)
+            logits = logits.cpu()
         # NumPy, so that a thread per row is one thread: torch's operations start threads.
-        rows = logits.to("cpu").to(torch.float32).numpy()
+        rows = [row.to(torch.float32).numpy() for row in logits]
     threads = min(_threads(), len(samplers) // _ROWS_PER_THREAD)
     if threads < 2:
         return [_choose(*pair) for pair in zip(samplers, rows, strict=True)]
