@@ -87,23 +87,34 @@ class DenseLinear:
     def in_features(self) -> int: ...
     @property
     def out_features(self) -> int: ...
-    def load_lora(self, number: int, a: Any, b: Any) -> None:
+    def load_lora(self, number: int, a: Any = None, b: Any = None) -> None:
         """Keeps a LoRA under a number (0 or more; one of this number is replaced): ``a`` [rank,
         in_features], ``b`` [out_features, rank], float32, the scaling folded into ``b``; each is
-        rounded to bfloat16 once. ``ValueError``: other shapes, or a rank above ``max_rank``."""
+        rounded to bfloat16 once. Neither: a LoRA that adds nothing. ``ValueError``: other shapes,
+        or a rank above ``max_rank``."""
 
     def unload_lora(self, number: int) -> None:
         """``ValueError``: there is none of this number, or it is active."""
 
     def activate_loras(self, ids: Sequence[int], weights: Sequence[float]) -> None:
-        """Sets the LoRA that forwards apply: one at weight 1, or none. Add several up, weights
-        folded into ``b``, before loading. A ``ValueError`` changes nothing."""
+        """Sets the sum of LoRAs, each times its weight, that forwards add; none: the base. A
+        ``ValueError`` changes nothing."""
 
-    def forward(self, x: int, x_count: int, out: int, out_count: int) -> None:
+    def forward(
+        self,
+        x: int,
+        x_count: int,
+        out: int,
+        out_count: int,
+        adapter_ids: int = 0,
+        adapter_count: int = 0,
+    ) -> None:
         """Reads ``x`` and writes ``out``: addresses and element counts of contiguous bfloat16
         arrays in CPU memory, rows of ``in_features`` and as many rows of ``out_features``. (DLPack
-        would take longer than small layers do.) Runs without the GIL. ``RuntimeError``: the engine
-        is closed."""
+        would take longer than small layers do.) ``adapter_ids``, int32: each row's LoRA, a number
+        that is held, -1 for none or -2 for the active sum; 0: the active sum for all. A row's bits
+        are the same alone and next to rows of other LoRAs. Runs without the GIL. ``ValueError``:
+        sizes, and a number that is not held; ``RuntimeError``: the engine is closed."""
 
 class HeadArray:
     """An array [heads, tokens, size] in CPU memory: number (h, t, i) lies at ``address`` plus
@@ -250,19 +261,43 @@ class PackedLinear:
     def packed_bytes(self) -> int:
         """Bytes that a forward reads: codes, scales and sums of codes."""
 
-    def share(self) -> PackedLinear:
-        """Returns another layer on the same packed weight and bias, without LoRA."""
-
-    def load_lora(self, number: int, a: Any, b: Any) -> None:
+    def load_lora(self, number: int, a: Any = None, b: Any = None) -> None:
         """See ``DenseLinear.load_lora``."""
 
     def unload_lora(self, number: int) -> None: ...
     def activate_loras(self, ids: Sequence[int], weights: Sequence[float]) -> None: ...
-    def forward(self, x: int, x_count: int, out: int, out_count: int) -> None:
+    def forward(
+        self,
+        x: int,
+        x_count: int,
+        out: int,
+        out_count: int,
+        adapter_ids: int = 0,
+        adapter_count: int = 0,
+    ) -> None:
         """See ``DenseLinear.forward``."""
 
     def kernel_name(self, rows: int) -> str:
         """Returns the GEMM kernel for this number of rows."""
+
+class RowProducts:
+    """x · Wᵀ + bias for any matrix in CPU memory, on an engine's threads, with float32 sums. Every
+    output is summed in one order: a row's bits depend neither on the other rows nor on the number
+    of threads."""
+
+    def __init__(self, engine: Engine) -> None: ...
+    def multiply_f32(
+        self, x: int, weight: int, bias: int, out: int, rows: int, columns_in: int, columns_out: int
+    ) -> None:
+        """Writes ``out`` [rows, columns_out] for ``x`` [rows, columns_in], ``weight`` [columns_out,
+        columns_in] and ``bias`` [columns_out], or 0 without: addresses of contiguous float32
+        arrays. Runs without the GIL. ``ValueError``: sizes; ``RuntimeError``: the engine is
+        closed."""
+
+    def multiply_bf16(
+        self, x: int, weight: int, bias: int, out: int, rows: int, columns_in: int, columns_out: int
+    ) -> None:
+        """The same in bfloat16, rounded once, after the bias."""
 
 class PackedMemory:
     """Read-only memory of the engine: buffer protocol, no copy, page-aligned.

@@ -41,12 +41,33 @@ inline void multiply_pairs(const uint8_t* half0, const uint8_t* half1, const uin
 }
 
 template <int kRows>
-inline void expand_lora(const GemmArgs& g, int first_row, __m256 (&acc)[kRows][4]) {
+inline void expand_lora(const ExpandArgs& g, int first_row, __m256 (&acc)[kRows][4]) {
   const uint8_t* b = reinterpret_cast<const uint8_t*>(g.lora_b);
   const uint8_t* t = reinterpret_cast<const uint8_t*>(g.t + first_row * g.t_stride);
   for (int pair = 0; pair < g.rank_pairs; ++pair) {
     multiply_pairs<kRows>(b + pair * 128, b + pair * 128 + 64, t + pair * 4, g.t_stride * 2, acc);
   }
+}
+
+// c [kRows][32] in the L1 cache += the LoRA expand.
+template <int kRows>
+inline void add_lora(const ExpandArgs& g, int first_row) {
+  float* c = g.c + static_cast<int64_t>(first_row) * 32;
+  __m256 acc[kRows][4];
+  for (int i = 0; i < kRows; ++i) {
+    for (int q = 0; q < 4; ++q) acc[i][q] = _mm256_loadu_ps(c + i * 32 + q * 8);
+  }
+  expand_lora<kRows>(g, first_row, acc);
+  for (int i = 0; i < kRows; ++i) {
+    for (int q = 0; q < 4; ++q) _mm256_storeu_ps(c + i * 32 + q * 8, acc[i][q]);
+  }
+}
+
+// There are registers for two rows.
+inline void expand_rows(const ExpandArgs& g) {
+  int row = 0;
+  for (; row + 2 <= g.rows; row += 2) add_lora<2>(g, row);
+  if (row < g.rows) add_lora<1>(g, row);
 }
 
 }  // namespace

@@ -15,9 +15,22 @@ namespace ktrt {
 // Rows of one AMX tile, at most.
 constexpr int kMaxTileRows = 16;
 
+// C [rows][32] += T [rows][rank] · Lᵀ for one strip of a LoRA's B.
+struct ExpandArgs {
+  int rows;
+  // BF16 [rank_pairs][2 halves][16 rows][2]; in GemmArgs null without LoRA.
+  const uint16_t* lora_b;
+  // BF16 [rows][2·rank_pairs]. Kernels in tile order read pieces of 32 values, in GemmArgs of whole
+  // tiles of rows: the values after a row's ranks must be finite.
+  const uint16_t* t;
+  int64_t t_stride;  // elements
+  int rank_pairs;
+  float* c;  // [rows][32]
+};
+
 // C [rows][32] = A [rows][k] · Wᵀ for one strip of 32 rows of a packed W (layout/packed_layout.h),
 // then += T [rows][rank] · Lᵀ, the LoRA expand, while C is in registers.
-struct GemmArgs {
+struct GemmArgs : ExpandArgs {
   // Activations: BF16 [rows][k], or INT8 codes plus the kernel's activation_offset. k is padded as
   // in the layout; A's padding may hold anything finite, since W's is zero.
   //
@@ -29,7 +42,6 @@ struct GemmArgs {
   int64_t a_stride;      // bytes of a row, or of tile_rows rows
   int tile_rows;         // GemmKernel::tile_rows(rows); 1 is row-major
   const float* a_scale;  // [rows]; null for BF16
-  int rows;
 
   const uint8_t* w_block;  // the n-block that holds the strip
   int block_rows;          // rows of that n-block
@@ -39,16 +51,6 @@ struct GemmArgs {
   const int32_t* w_sum;  // [32] of this strip: Σ_k of its codes (INT4: of 16 · code); null for BF16
   const uint8_t* next;  // read after this strip: to be prefetched; may be null
   bool cold_rows;       // A may come from memory: worth prefetching
-
-  // BF16 [rank_pairs][2 halves][16 rows][2]; null without LoRA.
-  const uint16_t* lora_b;
-  // BF16 [rows][2·rank_pairs]. Kernels in tile order read pieces of 32 values, of whole tiles of
-  // rows: the values after a row's ranks must be finite.
-  const uint16_t* t;
-  int64_t t_stride;  // elements
-  int rank_pairs;
-
-  float* c;  // [rows][32]
 };
 
 // Strips of one row each that GemmKernel::one_row takes at most.
@@ -57,6 +59,9 @@ constexpr int kOneRowStrips = 8;
 struct GemmKernel {
   const char* name;
   void (*strip)(const GemmArgs& args);
+  // The LoRA expand by itself, for rows whose C is in the L1 cache: strip() without LoRA and then
+  // this give the bits of strip() with it.
+  void (*expand)(const ExpandArgs& args);
   uint8_t activation_offset;  // added to each code by quantize_row: 128 where A is unsigned
   bool tile_order = false;    // of A
   // The same bits for `count` strips with a row each, all of one k, read side by side: a core gets
@@ -77,6 +82,8 @@ struct ShrinkArgs {
   const uint16_t* x;
   int64_t x_stride;  // elements, of a row or of tile_rows rows
   int tile_rows;     // as in GemmArgs; 1, row-major, for kernels without tiles
+  // Elements from 32 values of a row to its next 32, for some rows of one tile; 0: 32 · tile_rows.
+  int64_t x_step;
   int rows;
   const uint16_t* a;
   int blocks;
@@ -126,14 +133,15 @@ struct ElementwiseKernels {
   void (*rms_norm)(const RmsNormArgs& args);
 };
 
-// C [rows][columns] = X [rows][k] · Wᵀ for some rows of a BF16 matrix W, row-major as torch holds
-// it. Every C element is one chain of vectors along k whose lanes are added in one order, so its
-// bits do not depend on its neighbours.
-struct DenseDotArgs {
-  const uint16_t* x;
+// C [rows][columns] = X [rows][k] · Wᵀ for some rows of a matrix W, row-major as torch holds it; X
+// and W are both BF16 or both float32. Every C element is one chain of vectors along k whose lanes
+// are added in one order, so its bits do not depend on its neighbours.
+template <class Value>
+struct DotArgs {
+  const Value* x;
   int64_t x_stride;  // elements
-  int rows;          // at most DenseKernel::block_rows
-  const uint16_t* w;
+  int rows;          // at most the kernel's block_rows
+  const Value* w;
   int64_t w_stride;  // elements
   int columns;
   int k;
@@ -150,21 +158,31 @@ struct DenseDotArgs {
   float* c;
   int64_t c_stride;
 };
+using DenseDotArgs = DotArgs<uint16_t>;
+using DenseF32DotArgs = DotArgs<float>;
 constexpr int kDenseStep = 32;
 constexpr int kDenseSumBytes = 64;
 
-// out [rows][columns] = bf16(C + bias + T · Bᵀ): the LoRA expand and the one rounding.
+// One LoRA's B for the expand: BF16 [rank_pairs][outputs][2].
+struct DenseLoraB {
+  const uint16_t* b;
+  int rank_pairs;
+};
+
+// out [rows][columns] = bf16(C + bias + T · Bᵀ + …): the LoRA expand and the one rounding.
 struct DenseFinishArgs {
   const float* c;
   int64_t c_stride;
   int rows;
   int columns;
-  const float* bias;       // [columns]; may be null
-  const uint16_t* lora_b;  // BF16 [rank_pairs][b_stride][2]; null without LoRA
-  int64_t b_stride;        // outputs
-  const uint16_t* t;       // BF16 [rows][2·rank_pairs]
+  const float* bias;  // [columns]; may be null
+  // [loras] of all rows; a row of T has their ranks one after the other, each padded to even.
+  const DenseLoraB* lora_b;
+  int loras;  // 0: T is not read
+  int64_t outputs;
+  int64_t first_output;  // the first column's place in B
+  const uint16_t* t;     // BF16 [rows]
   int64_t t_stride;
-  int rank_pairs;
   uint16_t* out;
   int64_t out_stride;
 };
@@ -174,6 +192,12 @@ struct DenseKernel {
   int block_rows;
   void (*dot)(const DenseDotArgs& args);
   void (*finish)(const DenseFinishArgs& args);
+};
+
+struct DenseF32Kernel {
+  const char* name;
+  int block_rows;
+  void (*dot)(const DenseF32DotArgs& args);
 };
 
 // AMX tiles pay off from some number of rows on; below it, and without AMX, `few` runs.
@@ -192,6 +216,7 @@ struct KernelTable {
   const ShrinkKernel* lora_shrink_tiles;  // for a GEMM in tile order; null without AMX
   const ElementwiseKernels* elementwise;
   const DenseKernel* dense_bf16;
+  const DenseF32Kernel* dense_f32;
   const AttentionKernel* attention;
 
   const GemmChoice& gemm(WeightFormat format) const { return gemms[static_cast<int>(format)]; }

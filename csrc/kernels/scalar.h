@@ -20,12 +20,16 @@ inline void multiply_pairs(const uint16_t* pairs, const uint16_t* x, float* c) {
 }
 
 // The LoRA expand of row `r` into c[0..31].
-inline void expand_row(const GemmArgs& g, int r, float* c) {
+inline void expand_row(const ExpandArgs& g, int r, float* c) {
   const uint16_t* t = g.t + r * g.t_stride;
   for (int pair = 0; pair < g.rank_pairs; ++pair) {
     multiply_pairs(g.lora_b + pair * 64, t + 2 * pair, c);
     multiply_pairs(g.lora_b + pair * 64 + 32, t + 2 * pair, c + 16);
   }
+}
+
+inline void expand_rows(const ExpandArgs& g) {
+  for (int r = 0; r < g.rows; ++r) expand_row(g, r, g.c + static_cast<int64_t>(r) * 32);
 }
 
 }  // namespace

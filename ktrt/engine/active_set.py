@@ -45,6 +45,8 @@ class ActiveSet:
         self.structure: Hashable = (0, 0, ())
         self._loads = 0
         self._fixed: Hashable = ()
+        # The engine's numbers of the resident adapters: a row of a step may name any of them.
+        self.numbers: frozenset[int] = frozenset()
         self._versions: dict[Hashable, int] = {(): 0}
         self._last = 0
         self._on_modules: list[Callable[[], object]] = []

@@ -89,9 +89,9 @@ class RunningStep:
 
     @contextmanager
     def running(self, rows: StepRows) -> Iterator[None]:
-        """Within the block, the model's forward is that of ``rows``."""
-        self.rows = rows
+        """Within the block, the model's forward is that of ``rows``, or a part of it."""
+        before, self.rows = self.rows, rows
         try:
             yield
         finally:
-            self.rows = None
+            self.rows = before

@@ -18,7 +18,7 @@ from torch import nn
 from ktrt.engine import LatentAttention
 from ktrt.engine.recording import active
 from ktrt.layers.attention import head_array
-from ktrt.layers.forward import DenseForward, Lora, give_lora
+from ktrt.layers.forward import DenseForward
 
 if TYPE_CHECKING:
     from collections.abc import Callable

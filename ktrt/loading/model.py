@@ -26,7 +26,8 @@ from ktrt.layers.attention import accelerate_attention
 from ktrt.layers.cuda_linear import FusedLora
 from ktrt.layers.embedding import tables_to_host
 from ktrt.layers.latent import use_latents
-from ktrt.layers.linear import OneRowProducts, accelerate, int8_bytes
+from ktrt.layers.linear import accelerate, int8_bytes
+from ktrt.layers.row_products import use_row_products
 from ktrt.layers.norm import accelerate_norms
 from ktrt.loading.experts import cache_folder, load_experts
 from ktrt.loading.fill import load_without_experts
@@ -213,6 +214,7 @@ def _accelerate(
         accelerate_attention(model, engine, patches)
         accelerate_norms(model, patches)
         accelerate(model, engine, active_set, patches, int8=int8)
+        use_row_products(model, engine, patches)
         if int8:
             _log_int8(model)
         use_latents(model, engine, patches)
@@ -250,7 +252,7 @@ def _graphs(
     """The maker of the graphs of decode steps: recorded on the CPU, CUDA's with a hand-off; None,
     with a log line, where there are none."""
     if hand_off is None:
-        maker = RecordedSteps(OneRowProducts(engine))
+        maker = RecordedSteps()
         return partial(DecodeGraphs, model, handoff=NoHandOff(), maker=maker)
     hand_off.guard(model, patches)
     reason = "kt_use_cuda_graph is false"

@@ -3,6 +3,6 @@
 namespace ktrt {
 
 extern const GemmKernel gemm_bf16_amx;
-const GemmKernel gemm_bf16_amx = {"amx", tile_strip<HardwareTiles, AmxBf16Gemm>, 0, true};
+const GemmKernel gemm_bf16_amx = {"amx", tile_strip<HardwareTiles, AmxBf16Gemm>, tile_expand<HardwareTiles, false>, 0, true};
 
 }  // namespace ktrt

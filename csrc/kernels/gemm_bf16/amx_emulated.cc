@@ -4,7 +4,6 @@
 namespace ktrt {
 
 extern const GemmKernel gemm_bf16_amx_emulated;
-const GemmKernel gemm_bf16_amx_emulated = {"amx_emulated", tile_strip<EmulatedTiles, AmxBf16Gemm>,
-                                           0, true};
+const GemmKernel gemm_bf16_amx_emulated = {"amx_emulated", tile_strip<EmulatedTiles, AmxBf16Gemm>, tile_expand<EmulatedTiles, false>, 0, true};
 
 }  // namespace ktrt

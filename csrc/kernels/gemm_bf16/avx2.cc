@@ -49,6 +49,6 @@ void strip(const GemmArgs& g) {
 }  // namespace
 
 extern const GemmKernel gemm_bf16_avx2;
-const GemmKernel gemm_bf16_avx2 = {"avx2", strip, 0};
+const GemmKernel gemm_bf16_avx2 = {"avx2", strip, expand_rows, 0};
 
 }  // namespace ktrt

@@ -40,6 +40,15 @@ inline void multiply_pair(const void* half0, const void* half1, const uint8_t* x
 }
 
 template <int kRows>
+inline void expand_lora(const ExpandArgs& g, int first_row, __m512 (&acc)[kRows][2]) {
+  const uint8_t* t = reinterpret_cast<const uint8_t*>(g.t + first_row * g.t_stride);
+  for (int pair = 0; pair < g.rank_pairs; ++pair) {
+    multiply_pair<kRows>(g.lora_b + pair * 64, g.lora_b + pair * 64 + 32, t + pair * 4,
+                         g.t_stride * 2, acc);
+  }
+}
+
+template <int kRows>
 void row_block(const GemmArgs& g, int first_row, bool first) {
   __m512 acc[kRows][2];
 #pragma GCC unroll 12
@@ -52,11 +61,7 @@ void row_block(const GemmArgs& g, int first_row, bool first) {
       multiply_pair<kRows>(w + pair * 64, w + kTileHalf + pair * 64, x + pair * 4, g.a_stride, acc);
     }
   });
-  const uint8_t* t = reinterpret_cast<const uint8_t*>(g.t + first_row * g.t_stride);
-  for (int pair = 0; pair < (g.lora_b != nullptr ? g.rank_pairs : 0); ++pair) {
-    multiply_pair<kRows>(g.lora_b + pair * 64, g.lora_b + pair * 64 + 32, t + pair * 4,
-                         g.t_stride * 2, acc);
-  }
+  if (g.lora_b != nullptr) expand_lora<kRows>(g, first_row, acc);
   float* c = g.c + static_cast<int64_t>(first_row) * kStripColumns;
 #pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i) {
@@ -71,6 +76,29 @@ constexpr RowBlock kRowBlocks[kMaxRows + 1] = {
     row_block<5>,  row_block<6>,  row_block<7>, row_block<8>, row_block<9>,
     row_block<10>, row_block<11>, row_block<12>};
 
+template <int kRows>
+void expand_block(const ExpandArgs& g, int first_row) {
+  float* c = g.c + static_cast<int64_t>(first_row) * kStripColumns;
+  __m512 acc[kRows][2];
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) {
+    acc[i][0] = _mm512_loadu_ps(c + i * kStripColumns);
+    acc[i][1] = _mm512_loadu_ps(c + i * kStripColumns + 16);
+  }
+  expand_lora<kRows>(g, first_row, acc);
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) {
+    _mm512_storeu_ps(c + i * kStripColumns, acc[i][0]);
+    _mm512_storeu_ps(c + i * kStripColumns + 16, acc[i][1]);
+  }
+}
+
+void expand(const ExpandArgs& g) {
+  int row = 0;
+  for (; row + 4 <= g.rows; row += 4) expand_block<4>(g, row);
+  for (; row < g.rows; ++row) expand_block<1>(g, row);
+}
+
 void strip(const GemmArgs& g) {
   prefetch_expand(g);
   for_each_row_block<kMaxRows>(
@@ -80,6 +108,6 @@ void strip(const GemmArgs& g) {
 }  // namespace
 
 extern const GemmKernel gemm_bf16_avx512;
-const GemmKernel gemm_bf16_avx512 = {"avx512", strip, 0};
+const GemmKernel gemm_bf16_avx512 = {"avx512", strip, expand, 0};
 
 }  // namespace ktrt

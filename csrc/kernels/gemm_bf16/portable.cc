@@ -36,6 +36,6 @@ void strip(const GemmArgs& g) {
 }  // namespace
 
 extern const GemmKernel gemm_bf16_portable;
-const GemmKernel gemm_bf16_portable = {"portable", strip, 0};
+const GemmKernel gemm_bf16_portable = {"portable", strip, expand_rows, 0};
 
 }  // namespace ktrt

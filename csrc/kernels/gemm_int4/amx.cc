@@ -3,6 +3,6 @@
 namespace ktrt {
 
 extern const GemmKernel gemm_int4_amx;
-const GemmKernel gemm_int4_amx = {"amx", tile_strip<HardwareTiles, AmxInt4Gemm>, 0, true};
+const GemmKernel gemm_int4_amx = {"amx", tile_strip<HardwareTiles, AmxInt4Gemm>, tile_expand<HardwareTiles, true>, 0, true};
 
 }  // namespace ktrt

@@ -4,7 +4,6 @@
 namespace ktrt {
 
 extern const GemmKernel gemm_int4_amx_emulated;
-const GemmKernel gemm_int4_amx_emulated = {"amx_emulated", tile_strip<EmulatedTiles, AmxInt4Gemm>,
-                                           0, true};
+const GemmKernel gemm_int4_amx_emulated = {"amx_emulated", tile_strip<EmulatedTiles, AmxInt4Gemm>, tile_expand<EmulatedTiles, true>, 0, true};
 
 }  // namespace ktrt

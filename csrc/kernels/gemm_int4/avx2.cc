@@ -81,20 +81,6 @@ inline void store_half(const GemmArgs& g, int first_row, int half, const __m256i
   }
 }
 
-// c [kRows][32], just written, += the LoRA expand.
-template <int kRows>
-void add_lora(const GemmArgs& g, int first_row) {
-  float* c = g.c + static_cast<int64_t>(first_row) * kStripColumns;
-  __m256 acc[kRows][4];
-  for (int i = 0; i < kRows; ++i) {
-    for (int q = 0; q < 4; ++q) acc[i][q] = _mm256_loadu_ps(c + i * kStripColumns + q * 8);
-  }
-  expand_lora<kRows>(g, first_row, acc);
-  for (int i = 0; i < kRows; ++i) {
-    for (int q = 0; q < 4; ++q) _mm256_storeu_ps(c + i * kStripColumns + q * 8, acc[i][q]);
-  }
-}
-
 template <int kRows>
 void row_block(const GemmArgs& g, int first_row, bool first) {
   const uint8_t* a = g.a + first_row * g.a_stride;
@@ -127,6 +113,6 @@ void strip(const GemmArgs& g) {
 }  // namespace
 
 extern const GemmKernel gemm_int4_avx2;
-const GemmKernel gemm_int4_avx2 = {"avx2", strip, kActivationOffset};
+const GemmKernel gemm_int4_avx2 = {"avx2", strip, expand_rows, kActivationOffset};
 
 }  // namespace ktrt

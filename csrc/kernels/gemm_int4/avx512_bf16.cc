@@ -5,6 +5,6 @@ namespace ktrt {
 
 extern const GemmKernel gemm_int4_avx512_bf16;
 const GemmKernel gemm_int4_avx512_bf16 = {"avx512_vnni_bf16", vnni_strip<Int4Weights, Bf16Expand>,
-                                          kActivationOffset};
+                                          expand_rows<Bf16Expand>, kActivationOffset};
 
 }  // namespace ktrt

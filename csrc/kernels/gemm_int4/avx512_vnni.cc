@@ -5,6 +5,6 @@ namespace ktrt {
 
 extern const GemmKernel gemm_int4_avx512_vnni;
 const GemmKernel gemm_int4_avx512_vnni = {"avx512_vnni", vnni_strip<Int4Weights, Float32Expand>,
-                                          kActivationOffset};
+                                          expand_rows<Float32Expand>, kActivationOffset};
 
 }  // namespace ktrt

@@ -29,6 +29,6 @@ void accumulate_row(const GemmArgs& g, const int8_t* a, int32_t* acc) {
 }  // namespace
 
 extern const GemmKernel gemm_int4_portable;
-const GemmKernel gemm_int4_portable = {"portable", integer_strip<accumulate_row>, 0};
+const GemmKernel gemm_int4_portable = {"portable", integer_strip<accumulate_row>, expand_rows, 0};
 
 }  // namespace ktrt

@@ -25,8 +25,9 @@ struct XTiles {
 
 inline XTiles x_tiles(const ShrinkArgs& s) {
   const uint8_t* x = reinterpret_cast<const uint8_t*>(s.x);
-  if (s.tile_rows > 1) {
-    return {x, s.tile_rows, s.x_stride * 2, 64, 64 * static_cast<int64_t>(s.tile_rows)};
+  if (s.tile_rows > 1 || s.x_step != 0) {
+    const int64_t step = s.x_step != 0 ? s.x_step * 2 : 64 * static_cast<int64_t>(s.tile_rows);
+    return {x, s.tile_rows, s.x_stride * 2, 64, step};
   }
   const int tiles = (s.rows + kTileRows - 1) / kTileRows;
   const int rows = (s.rows + tiles - 1) / tiles;

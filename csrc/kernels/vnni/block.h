@@ -17,12 +17,6 @@ namespace {
 constexpr int kMaxRows = 14;
 constexpr uint8_t kActivationOffset = 128;
 
-inline __m512i broadcast_word(const uint8_t* p) {
-  int word;
-  memcpy(&word, p, 4);
-  return _mm512_set1_epi32(word);
-}
-
 // acc += four k of each row (x: row 0's) times four k of 32 outputs.
 template <int kRows>
 inline __attribute__((always_inline)) void multiply_group(const uint8_t* x, int64_t x_stride,
@@ -33,34 +27,6 @@ inline __attribute__((always_inline)) void multiply_group(const uint8_t* x, int6
     const __m512i xi = broadcast_word(x + i * x_stride);
     acc[i][0] = _mm512_dpbusd_epi32(acc[i][0], xi, w0);
     acc[i][1] = _mm512_dpbusd_epi32(acc[i][1], xi, w1);
-  }
-}
-
-// c [kRows][32] in the L1 cache, just written, += the LoRA expand; Expand::multiply adds one k pair
-// of 16 outputs.
-template <class Expand, int kRows>
-inline void expand_lora(const GemmArgs& g, const uint16_t* t, float* c) {
-  __m512 acc[kRows][2];
-#pragma GCC unroll 14
-  for (int i = 0; i < kRows; ++i) {
-    acc[i][0] = _mm512_loadu_ps(c + i * kStripColumns);
-    acc[i][1] = _mm512_loadu_ps(c + i * kStripColumns + 16);
-  }
-  for (int pair = 0; pair < g.rank_pairs; ++pair) {
-    const __m512i b0 = _mm512_loadu_si512(g.lora_b + pair * 64);
-    const __m512i b1 = _mm512_loadu_si512(g.lora_b + pair * 64 + 32);
-    const uint8_t* x = reinterpret_cast<const uint8_t*>(t + 2 * pair);
-#pragma GCC unroll 14
-    for (int i = 0; i < kRows; ++i) {
-      const __m512i a = broadcast_word(x + i * g.t_stride * 2);
-      acc[i][0] = Expand::multiply(acc[i][0], b0, a);
-      acc[i][1] = Expand::multiply(acc[i][1], b1, a);
-    }
-  }
-#pragma GCC unroll 14
-  for (int i = 0; i < kRows; ++i) {
-    _mm512_storeu_ps(c + i * kStripColumns, acc[i][0]);
-    _mm512_storeu_ps(c + i * kStripColumns + 16, acc[i][1]);
   }
 }
 

@@ -1,0 +1,42 @@
+// Products of rows with any matrix in memory, on the engine's threads: y = x Wᵀ + bias in BF16 or
+// float32, for the small layers that are no DenseLinear (routers) and for models in float32.
+//
+// torch's own products choose kernels and blocks by the number of rows, so that a row's bits depend
+// on its neighbours; here they do not (linear/dense_panels.h).
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <utility>
+
+#include "engine/engine.h"
+#include "engine/work_queue.h"
+
+namespace ktrt {
+
+// Contiguous arrays by address. x [rows, in], weight [columns, in], bias [columns] or null, out
+// [rows, columns].
+template <class Value>
+struct RowProduct {
+  const Value* x;
+  const Value* weight;
+  const Value* bias;
+  Value* out;
+  std::int64_t rows, in, columns;
+};
+
+class RowProducts {
+ public:
+  explicit RowProducts(std::shared_ptr<Engine> engine);
+
+  // BF16 with float32 sums, one rounding after the bias; or float32. Throw std::invalid_argument:
+  // sizes, addresses; std::runtime_error once the engine is closed.
+  void multiply(const RowProduct<std::uint16_t>& product);
+  void multiply(const RowProduct<float>& product);
+
+ private:
+  const std::shared_ptr<Engine> engine_;
+  PieceQueue queue_;
+};
+
+}  // namespace ktrt
