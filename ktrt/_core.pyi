@@ -30,13 +30,15 @@ class Engine:
         num_threads: int,
         max_qlen: int = 1024,
         nodes: Sequence[Sequence[int]] | None = None,
+        fixed_kernels: bool = False,
     ) -> None:
         """``num_threads`` includes the calling thread, which works too and is never pinned.
         ``nodes``: CPUs by NUMA node (see ``numa_cpus``). The threads are spread over them evenly,
         and every expert is cut into one shard per node, in that node's memory; the results have the
         same bits as with one node. Without ``nodes``, experts are whole and threads take the
         allowed CPUs in order, one hardware thread per core first. ``max_qlen`` bounds the tokens of
-        one ``forward``. ``ValueError``: a count below 1, fewer CPUs than threads;
+        one ``forward``. ``fixed_kernels``: a row's bits do not depend on the other rows of a
+        forward on AMX either. ``ValueError``: a count below 1, fewer CPUs than threads;
         ``ktrt.errors.ConfigError``: a ``KTRT_ISA`` that is unknown or above the machine's level."""
 
     @property
@@ -47,6 +49,10 @@ class Engine:
     def num_threads(self) -> int: ...
     @property
     def max_qlen(self) -> int: ...
+    @property
+    def fixed_kernels(self) -> bool:
+        """Whether a row's bits do not depend on the other rows of a forward: always below AMX."""
+
     @property
     def workspace_bytes(self) -> int:
         """Bytes of scratch memory for the layers made so far."""
@@ -87,6 +93,10 @@ class DenseLinear:
     def in_features(self) -> int: ...
     @property
     def out_features(self) -> int: ...
+    @property
+    def lora_bytes(self) -> int:
+        """Memory of all LoRAs that are held, in whole pages."""
+
     def load_lora(self, number: int, a: Any = None, b: Any = None) -> None:
         """Keeps a LoRA under a number (0 or more; one of this number is replaced): ``a`` [rank,
         in_features], ``b`` [out_features, rank], float32, the scaling folded into ``b``; each is
@@ -118,7 +128,8 @@ class DenseLinear:
 
 class HeadArray:
     """An array [heads, tokens, size] in CPU memory: number (h, t, i) lies at ``address`` plus
-    h · ``head_stride`` + t · ``token_stride`` + i elements. The caller keeps the memory alive.
+    h · ``head_stride`` + t · ``token_stride`` + i elements. Or one [slots, heads, tokens, size],
+    slots ``slot_stride`` elements apart. The caller keeps the memory alive.
 
     (DLPack would take longer than attention of a few tokens does.)
     """
@@ -130,10 +141,20 @@ class HeadArray:
         head_stride: int,
         token_stride: int = 0,
         float32: bool = False,
+        slot_stride: int = 0,
     ) -> None:
         """``count``: elements from ``address`` on; every use is checked against it. Strides are in
         elements. The dtype is float32 or bfloat16. ``ValueError``: an address that is not aligned
         to the dtype, a negative number."""
+
+class SlotRows:
+    """Which sequence each row of a forward attends to, in arrays [slots, heads, tokens, size]."""
+
+    def __init__(self, slots: int, lengths: int, rows: int, slot_count: int, capacity: int) -> None:
+        """``slots`` and ``lengths``: addresses of int64 [``rows``], read by every forward: a row's
+        slot, below ``slot_count``, and how many tokens of it the row attends to, ``capacity`` at
+        most. A row of length 0 gives zeros, whatever its slot. The caller keeps the memory alive.
+        ``ValueError``: an address that is not aligned, a number below 1."""
 
 class TokenAttention:
     """Attention of one token over cached keys and values, on an engine's threads.
@@ -185,6 +206,20 @@ class TokenAttention:
         ``ValueError``: an array too small, ``end`` not above ``start``. ``RuntimeError``: the
         engine is closed."""
 
+    def forward_rows(
+        self,
+        query: HeadArray,
+        keys: HeadArray,
+        values: HeadArray,
+        out: HeadArray,
+        rows: SlotRows,
+    ) -> None:
+        """The same for a token of each of many sequences, over the first tokens of its slot: query
+        [heads, rows, key_size], keys [slots, groups, capacity, key_size], values [slots, groups,
+        capacity, value_size], out [heads, rows, value_size]. A row's bits are those that it has
+        alone. Only for keys in one array. ``ValueError``: also a slot or length that is not
+        there."""
+
 class LatentAttention:
     """One token's multi-head latent attention over cached latents, on an engine's threads.
 
@@ -201,7 +236,13 @@ class LatentAttention:
         kv_lora_rank], V of every head: bfloat16, contiguous, kept, not copied. ``ValueError``:
         shapes that do not fit, sizes above 4096."""
 
-    def load_lora(self, number: int, a: Any, b: Any) -> None:
+    # Of a LoRA.
+    max_rank: int
+    @property
+    def lora_bytes(self) -> int:
+        """Memory of all LoRAs that are held, in whole pages."""
+
+    def load_lora(self, number: int, a: Any = None, b: Any = None) -> None:
         """Keeps a LoRA of kv_b_proj: ``a`` [rank, kv_lora_rank], ``b`` [heads · (nope + v), rank].
         See ``DenseLinear.load_lora``."""
 
@@ -218,6 +259,21 @@ class LatentAttention:
         """Reads query [heads, 1, nope + rope] and the first ``tokens`` of latents [1, tokens,
         kv_lora_rank] and positions [1, tokens, rope]; writes out [heads, 1, v]; all bfloat16. The
         rest is as in ``TokenAttention.forward``."""
+
+    def forward_rows(
+        self,
+        query: HeadArray,
+        latents: HeadArray,
+        positions: HeadArray | None,
+        out: HeadArray,
+        rows: SlotRows,
+        adapter_ids: int = 0,
+    ) -> None:
+        """The same for a token of each of many sequences, over the first tokens of its slot: query
+        [heads, rows, nope + rope], latents [slots, 1, capacity, kv_lora_rank], positions [slots, 1,
+        capacity, rope], out [heads, rows, v]. ``adapter_ids``: address of int32 [rows], each row's
+        LoRA: its number, -1 or -3 for none, -2 for the active ones; 0: these for all. A row's bits
+        are those that it has alone. ``ValueError``: also a LoRA that is not held."""
 
 class RmsNorm:
     """RMSNorm of rows of bfloat16: ``x / √(mean(x²) + eps)``, in float32, times a weight.
@@ -260,6 +316,10 @@ class PackedLinear:
     @property
     def packed_bytes(self) -> int:
         """Bytes that a forward reads: codes, scales and sums of codes."""
+
+    @property
+    def lora_bytes(self) -> int:
+        """Memory of all LoRAs that are held, in whole pages."""
 
     def load_lora(self, number: int, a: Any = None, b: Any = None) -> None:
         """See ``DenseLinear.load_lora``."""
@@ -358,10 +418,6 @@ class PackedShrink:
     def ranks(self) -> int: ...
     @property
     def columns(self) -> int: ...
-    @property
-    def factors(self) -> list[float] | None:
-        """A factor for each rank of a shrunk row, applied before the second rounding; None: 1."""
-
     @property
     def a(self) -> PackedMemory | None: ...
 
@@ -518,12 +574,15 @@ class MoeLayer:
         """``ValueError``: there is none of this number, or it is active."""
 
     def activate_loras(self, ids: Sequence[int], weights: Sequence[float]) -> None:
-        """Applies, from the next forward on, the sum of these LoRAs, each times its weight; none:
-        the base. One LoRA, or other weights of the same LoRAs, cost nothing. Several are joined
-        first (with at most 256 ranks in all); the result is kept until other LoRAs are activated.
-        Weights scale the shrunk rows, which are then rounded to bfloat16 again; weights of 1 change
-        no bit. ``ValueError``: a number that is not held or named twice, a weight that is not
-        finite, too many ranks; nothing changes then."""
+        """Makes the sum of these LoRAs, each times its weight, the active one from the next forward
+        on; none: the base. Costs nothing; ranks may sum to anything. Weights scale the shrunk rows,
+        which are then rounded to bfloat16 again; weights of 1 change no bit. ``ValueError``: a
+        number that is not held or named twice, a weight that is not finite; nothing changes
+        then."""
+
+    @property
+    def loras(self) -> list[int]:
+        """The numbers of the LoRAs that are held, ascending."""
 
     @property
     def active_loras(self) -> list[tuple[int, float]]:
@@ -539,17 +598,23 @@ class MoeLayer:
         """hidden_states, out [qlen, hidden_size], one dtype of float32, float16, bfloat16;
         expert_ids [qlen, k ≤ top_k] int32 or int64; routing_weights [qlen, k] float32, float16 or
         bfloat16. A slot whose id lies outside [0, num_experts) contributes nothing. Writes ``out``.
-        ``adapter_ids`` [qlen], int32 or int64: every token gets this one of the active LoRAs, at
-        its weight, or none (-1) instead of their sum, with the same bits as the LoRA alone.
-        Runs without the GIL. ``ValueError``: qlen > max_qlen, an expert not loaded, shapes, dtypes,
-        an adapter id that is not active.
+        ``adapter_ids`` [qlen], int32 or int64: each token's LoRA, with the bits that it has alone:
+        the number of any that is held (at weight 1), -1 for none, -2 for the active sum, -3 for a
+        token that adds nothing and costs nothing. None: the active sum for all. Runs without the
+        GIL. ``ValueError``: qlen > max_qlen, an expert not loaded, shapes, dtypes, an adapter id
+        that is not held.
         """
 
     def bind(
-        self, hidden_states: Any, expert_ids: Any, routing_weights: Any, out: Any
+        self,
+        hidden_states: Any,
+        expert_ids: Any,
+        routing_weights: Any,
+        out: Any,
+        adapter_ids: Any | None = None,
     ) -> BoundForward:
         """Returns ``forward`` between these arrays. It keeps them alive; they must not move. Every
-        ``run`` checks them."""
+        ``run`` reads and checks them again."""
 
     def last_kernels(self) -> dict[str, str]:
         """Returns the ISA variants of the last ``forward``, e.g. ``{"gemm": "amx",
@@ -567,13 +632,14 @@ class MoeLayer:
         ``load_expert`` writes into it. ``ValueError`` while an expert is missing, ``RuntimeError``
         once closed."""
 
-    def packed_lora(self) -> PackedLora | None:
-        """Returns the memory of the active LoRAs; None without any. A later change makes new memory
-        and does not change this one."""
+    def lora_view(self, number: int) -> PackedLora:
+        """Returns the memory of a LoRA. A LoRA loaded later under the same number has other memory.
+        ``ValueError``: there is none of this number."""
 
     @property
     def lora_version(self) -> int:
-        """Changes with every change of the active LoRAs or weights. Never waits for a forward."""
+        """Changes when a LoRA is loaded, replaced or unloaded, and when others, or other weights,
+        become active. Never waits for a forward."""
 
 class GpuHandoff:
     """Pinned slots through which a CUDA stream starts the engine and waits for it, without the host
@@ -621,17 +687,26 @@ class GpuHandoff:
         top_k: int,
         dtype: Literal["float32", "float16", "bfloat16"],
         name: str = "",
+        adapters: bool = False,
     ) -> int:
         """Adds a slot for ``tokens`` rows: hidden_states and out [tokens, hidden_size] (``dtype``),
-        expert_ids int64 and routing_weights float32 [tokens, top_k]. Keeps the layer. ``name``
-        names the layer in error messages. Not during a capture. ``ValueError``: a layer of
-        another engine, tokens > max_qlen, top_k > the layer's."""
+        expert_ids int64 and routing_weights float32 [tokens, top_k]; with ``adapters``, adapter_ids
+        int32 [tokens] (see ``MoeLayer.forward``), else all rows have the active LoRAs. Keeps the
+        layer. ``name`` names the layer in error messages. Not during a capture. ``ValueError``: a
+        layer of another engine, tokens > max_qlen, top_k > the layer's."""
 
     def submit(
-        self, slot: int, stream: int, hidden_states: int, expert_ids: int, routing_weights: int
+        self,
+        slot: int,
+        stream: int,
+        hidden_states: int,
+        expert_ids: int,
+        routing_weights: int,
+        adapter_ids: int = 0,
     ) -> None:
-        """Enqueues the copies of three contiguous arrays (device addresses) and the start on a
-        stream (``torch.cuda.Stream.cuda_stream``). Outside a capture it also expects the slot.
+        """Enqueues the copies of contiguous arrays (device addresses; ``adapter_ids`` where the
+        slot has them) and the start on a stream (``torch.cuda.Stream.cuda_stream``). Outside a
+        capture it also expects the slot.
         ``RuntimeError``: the last submitted slot has no ``wait`` yet, an earlier failure."""
 
     def wait(self, slot: int, stream: int, out: int) -> None:

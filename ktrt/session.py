@@ -145,8 +145,7 @@ class Session:
         its ``result``; ``cancel`` ends it.
 
         Starts the thread that owns the model, if there is none. Any thread may call this; requests
-        share steps, those of different ``client`` and adapters fairly. Raises what ``stream``
-        raises.
+        share steps, fairly among clients and adapters. Raises what ``stream`` raises.
         """
         begin = self._prepare(messages, adapter, sampling)
         self._steps.start()

@@ -118,6 +118,11 @@ void LatentAttention::load_lora(int number, const TensorView& a, const TensorVie
   loras_.put(number, std::make_shared<const Lora>(std::move(lora)));
 }
 
+void LatentAttention::load_empty_lora(int number) {
+  const auto lease = engine_->lease();
+  loras_.put(number, std::make_shared<const Lora>());
+}
+
 void LatentAttention::unload_lora(int number) {
   const auto lease = engine_->lease();
   loras_.remove(number);
@@ -126,6 +131,11 @@ void LatentAttention::unload_lora(int number) {
 void LatentAttention::activate_loras(std::span<const int> numbers, std::span<const float> weights) {
   const auto lease = engine_->lease();
   loras_.activate(numbers, weights);
+}
+
+std::size_t LatentAttention::lora_bytes() const {
+  const auto lock = engine_->lock();
+  return loras_.bytes();
 }
 
 void LatentAttention::check(const Arrays& a, std::int64_t rows, std::int64_t tokens,
@@ -175,6 +185,10 @@ void LatentAttention::ask_for_lora(std::int64_t head, bool values) const {
     const std::int64_t count = part.lora->rank * width;
     ask_for(b.as<std::uint16_t>() + head * count, count);
   }
+}
+
+bool LatentAttention::adds(const Loras::Mix& mix) {
+  return std::ranges::any_of(mix, [](const Loras::Part& part) { return part.lora->rank > 0; });
 }
 
 // sums [out] += weight · (x [in] · shrinkᵀ) · expand, x and sums as the kernels pack rows; shrink
@@ -227,7 +241,7 @@ void LatentAttention::make_queries(const Task& task, const HeadArray& query, std
       float* const to = spans_.query(task, row, head);
       kernel.pack(nullptr, own.exact + i * form_.rank, static_cast<int>(form_.rank), to);
       const Loras::Mix& mix = chosen_.mix(row);
-      if (!mix.empty()) kernel.pack(q, nullptr, static_cast<int>(form_.nope), own.packed);
+      if (adds(mix)) kernel.pack(q, nullptr, static_cast<int>(form_.nope), own.packed);
       for (const auto& [lora, weight] : mix) {
         add_lora(own.packed, form_.nope,
                  lora->b_keys.as<std::uint16_t>() + head * lora->rank * form_.nope,
@@ -281,7 +295,7 @@ void LatentAttention::store(const Task& task, std::int64_t row, std::int64_t hea
   const AttentionKernel& kernel = *kernels.attention;
   const auto value = static_cast<int>(form_.value);
   const Loras::Mix& mix = chosen_.mix(row);
-  if (mix.empty() || task.row(row).empty()) {
+  if (!adds(mix) || task.row(row).empty()) {
     kernels.elementwise->f32_to_bf16(product, value, to);
     return;
   }

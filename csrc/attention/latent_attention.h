@@ -54,8 +54,12 @@ class LatentAttention {
   // kv_b_proj's LoRAs by number: see LoraTable. a [r, rank], b [heads · (nope + value), r]:
   // float32, scaling folded into b; each is rounded to BF16 once. Throw std::invalid_argument.
   void load_lora(int number, const TensorView& a, const TensorView& b);
+  // One that adds nothing.
+  void load_empty_lora(int number);
   void unload_lora(int number);
   void activate_loras(std::span<const int> numbers, std::span<const float> weights);
+  // The memory of all that are held, in whole pages.
+  std::size_t lora_bytes() const;
 
   // One row with the active LoRAs, over the first `tokens` of slot 0. Throws as
   // TokenAttention::forward() does.
@@ -69,6 +73,9 @@ class LatentAttention {
     AlignedBuffer a;         // BF16 [r][rank]
     AlignedBuffer b_keys;    // BF16 [heads][r][nope]
     AlignedBuffer b_values;  // BF16 [heads][r][value]
+    std::size_t bytes() const {
+      return a.page_bytes() + b_keys.page_bytes() + b_values.page_bytes();
+    }
   };
   using Loras = LoraTable<Lora>;
   using Task = SpanAttention::Task;
@@ -88,6 +95,7 @@ class LatentAttention {
   void make_outputs(const Task& task, const HeadArray& out, std::int64_t head, int thread) const;
   void store(const Task& task, std::int64_t row, std::int64_t head, const float* product,
              std::uint16_t* to, int thread) const;
+  static bool adds(const Loras::Mix& mix);
   void add_lora(const float* x, std::int64_t in, const std::uint16_t* shrink,
                 const std::uint16_t* expand, std::int64_t out, const Lora& lora, float weight,
                 float* sums) const;

@@ -18,6 +18,7 @@ void check_slot_rows(const SlotRows& rows) {
 
 SlotRow slot_row(const SlotRows& rows, std::int64_t row) {
   const SlotRow found{rows.slots[row], rows.lengths[row]};
+  if (found.length == 0) return {};
   KTRT_CHECK(found.slot >= 0 && found.slot < rows.slot_count,
              "slots[" << row << "] is " << found.slot << ", expected 0 to " << rows.slot_count - 1);
   KTRT_CHECK(found.length >= 0 && found.length <= rows.capacity,

@@ -24,7 +24,8 @@ struct SlotRow {
   std::int64_t slot = 0;
   std::int64_t length = 0;
 };
-// Throws std::invalid_argument unless there are such a slot and length.
+// Throws std::invalid_argument unless there are such a slot and length; of length 0, any slot is
+// slot 0.
 SlotRow slot_row(const SlotRows& rows, std::int64_t row);
 
 }  // namespace ktrt

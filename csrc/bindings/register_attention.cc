@@ -112,6 +112,10 @@ struct HeldLatentAttention {
 
 void load_latent_lora(HeldLatentAttention& held, int number, const py::object& a,
                       const py::object& b) {
+  if (a.is_none() && b.is_none()) {
+    const py::gil_scoped_release release;
+    return held.attention.load_empty_lora(number);
+  }
   const TensorArg lora_a(a, "a");
   const TensorArg lora_b(b, "b");
   const py::gil_scoped_release release;
@@ -190,12 +194,17 @@ void register_attention(py::module_& module) {
            }),
            py::arg("engine").none(false), py::arg("keys"), py::arg("values"), py::kw_only(),
            py::arg("heads"), py::arg("rope"), py::arg("scaling"))
-      .def("load_lora", &load_latent_lora, py::arg("number"), py::arg("a"), py::arg("b"))
+      .def_property_readonly_static(
+          "max_rank", [](const py::object&) { return int{LatentAttention::kMaxRank}; })
+      .def("load_lora", &load_latent_lora, py::arg("number"), py::arg("a") = py::none(),
+           py::arg("b") = py::none())
       .def(
           "unload_lora",
           [](HeldLatentAttention& held, int number) { held.attention.unload_lora(number); },
           py::arg("number"), py::call_guard<py::gil_scoped_release>())
       .def("activate_loras", &activate_latent_loras, py::arg("ids"), py::arg("weights"))
+      .def_property_readonly(
+          "lora_bytes", [](const HeldLatentAttention& held) { return held.attention.lora_bytes(); })
       .def("forward", &attend_to_latents, py::arg("query"), py::arg("latents"),
            py::arg("positions").none(true), py::arg("out"), py::arg("tokens"))
       .def("forward_rows", &attend_to_latent_rows, py::arg("query"), py::arg("latents"),

@@ -111,6 +111,13 @@ class AdapterPlan:
         """Returns the numbers of the LoRA on routers, which torch holds in float32."""
         return sum(each.value.numel() for parts in self.side.routers.values() for each in parts)
 
+    def linear_ranks(self) -> dict[str, int]:
+        """Returns the ranks of the linear layers by path, where LoRA is all that acts."""
+        if self.settings.use_dora or self.settings.lora_bias:
+            return {}
+        found = ((name, t) for name, parts in self.side.loras.items() for t in parts)
+        return {name: t.value.shape[0] for name, t in found if t.part == "lora_A"}
+
     def engine_bytes(self) -> int:
         """Returns the bytes of the engine's LoRA on routed experts, padding included."""
         return sum(engine_bytes(lora) for lora in self.experts.values())

@@ -265,7 +265,9 @@ class Adapters:
         try:
             torch.add(torch_name, lambda: plan.apply_to_torch(model, torch_name))
             self._load_experts(number, plan)
+            self.active_set.numbers |= {number}
             plan.audit.check()
+            self.active_set.numbers |= {number}
         except BaseException:
             self._take_out(number, torch_name)
             raise
@@ -304,6 +306,7 @@ class Adapters:
             del self._residents[name]
         if name in self._weights:  # it would come back with `on`
             self._weights, self._factor = {}, 1.0
+        self.active_set.numbers -= {resident.number}
         self._take_out(resident.number, resident.torch_name)
         self._restore()
         self.active_set.note_load()
@@ -384,6 +387,7 @@ class Adapters:
                 break
         if self._torch is not None:
             self._torch.remove(torch_name)
+        self.active_set.numbers -= {number}
 
     def _changed(self) -> None:
         self.active_set.become(self._key(), self._fixed())

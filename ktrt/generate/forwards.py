@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ktrt.engine.step_rows import ACTIVE, StepRows, TokenSpan
-from ktrt.kv.static import CannotMixError, StaticKv, cache_argument
+from ktrt.kv.static import CannotMixError, StaticKv, cache_argument, unusual_layers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
     from ktrt.engine.step_rows import RunningStep
     from ktrt.generate.step import Span
+
+logger = logging.getLogger(__name__)
 
 # Whose frequencies follow the longest position of a forward: a token's would depend on company.
 _ROPE_OF_THE_LONGEST = {"dynamic", "longrope"}
@@ -49,6 +52,9 @@ class Forwards:
         self.model, self.running = model, running
         self.device = model.get_input_embeddings().weight.device
         self._argument = cache_argument(model)
+        # Logits [vocab_size] of the last forward that gave any; the first tokens of a prompt always
+        # are one of these.
+        self.latest = torch.empty(0)
 
     def alone(self, part: Part, cache: Any) -> tuple[torch.Tensor, Any]:
         """Runs one sequence on ``cache``, a static one or one of transformers (None: the model
@@ -66,6 +72,7 @@ class Forwards:
                 input_ids=inputs, use_cache=True, logits_to_keep=tail, **{self._argument: cache}
             )
             logits = output.logits[0, -tail:]
+            self.latest = logits[-1]
             if len(wanted) != tail:
                 logits = logits[[index - len(ids) + tail for index in wanted]]
         return logits, getattr(output, self._argument) if cache is None else cache
@@ -108,6 +115,7 @@ class Forwards:
                 **{self._argument: cache},
             )
         check_attended(rows)
+        self.latest = output.logits[0, -1]
         logits = output.logits[0, : len(wanted)]
         return list(logits.split([len(part.span.wanted) for part in parts]))
 
@@ -151,7 +159,7 @@ def check_attended(rows: StepRows) -> None:
         )
 
 
-def why_not_mixed(model: Any) -> str | None:
+def _why_not_mixed(model: Any) -> str | None:
     """Returns why the tokens of many sequences cannot share a forward; None: nothing is known that
     prevents it."""
     for module in model.modules():
@@ -160,3 +168,16 @@ def why_not_mixed(model: Any) -> str | None:
         if kinds & _ROPE_OF_THE_LONGEST:
             return f"its rotary embedding ({kinds.pop()}) follows the longest sequence"
     return None
+
+
+def why_alone(model: Any, running: RunningStep | None) -> str | None:
+    """Returns why sequences run one after the other; None: they may share a forward."""
+    unusual = unusual_layers(model)
+    if unusual:
+        reason = f"the model's KV cache has layers that are not plain ({', '.join(unusual)})"
+    elif running is None:
+        return "the model's layers do not look at steps"
+    else:
+        return _why_not_mixed(model)
+    logger.info("Sequences run one after the other, not in one forward: %s", reason)
+    return reason

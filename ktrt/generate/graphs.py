@@ -251,14 +251,12 @@ class DecodeGraphs:
 
     def _set_inputs(self, ids: Sequence[int], lengths: Sequence[int]) -> None:
         self._length = max(lengths) + 1
-        for slot, length in enumerate(lengths, self._first):
-            self._cache.will_write(slot, length + 1)
         values = torch.tensor([list(ids), list(lengths)], dtype=torch.int64)
         self._inputs.copy_(values.unsqueeze(-1))
 
     def _run(self, window: int) -> None:
         ids, positions = self._inputs
-        mask = self._mask(positions, window)
+        mask = attention_mask(self._model, positions, window)
         recorder = active()
         if recorder is not None:
             one = len(positions) == 1
@@ -276,17 +274,19 @@ class DecodeGraphs:
         assert self._logits is not None
         self._logits.copy_(logits)
 
-    def _mask(self, positions: torch.Tensor, window: int) -> torch.Tensor:
-        """[rows, 1, 1, window], in the form that the model's attention takes."""
-        seen = torch.arange(window, device=positions.device) <= positions
-        seen = seen[:, None, None, :]
-        implementation = self._model.config._attn_implementation
-        if implementation == "sdpa" or _takes_sdpa_mask(implementation):
-            return seen
-        if implementation != "eager":
-            raise KtrtError(f"attention {implementation} takes no mask of a fixed length")
-        dtype = self._model.get_input_embeddings().weight.dtype
-        return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+
+def attention_mask(model: Any, positions: torch.Tensor, window: int) -> torch.Tensor:
+    """[rows, 1, 1, window], in the form that the model's attention takes: the positions up to each
+    row's own."""
+    seen = torch.arange(window, device=positions.device) <= positions
+    seen = seen[:, None, None, :]
+    implementation = model.config._attn_implementation
+    if implementation == "sdpa" or _takes_sdpa_mask(implementation):
+        return seen
+    if implementation != "eager":
+        raise KtrtError(f"attention {implementation} takes no mask of a fixed length")
+    dtype = model.get_input_embeddings().weight.dtype
+    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
 
 def check_logits(logits: torch.Tensor, expected: torch.Tensor) -> None:

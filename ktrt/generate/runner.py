@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from ktrt.engine.active_set import ActiveSet
 from ktrt.engine.step_rows import RunningStep
 from ktrt.errors import KtrtError
-from ktrt.generate.forwards import Forwards, Part, why_not_mixed
-from ktrt.generate.graphs import DecodeGraphs
+from ktrt.generate.alone import Alone
+from ktrt.generate.device_memory import DeviceMemory
+from ktrt.generate.forwards import Forwards, Part, why_alone
+from ktrt.generate.mixed import Mixed
 from ktrt.generate.row_steps import RowSteps
 from ktrt.generate.step import Span, Step
 from ktrt.kv.pool import MOST_SLOTS, KvPool, Slot
@@ -27,10 +26,15 @@ from ktrt.kv.stores import OwnStore, PlainStore
 
 if TYPE_CHECKING:
     from array import array
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Callable, Hashable, Sequence
+
+    import torch
 
     from ktrt.experts import GpuExperts
+    from ktrt.generate.alone import GraphsFor
+    from ktrt.generate.device_memory import DeviceLora
     from ktrt.generate.graphs import GraphMaker
+    from ktrt.generate.row_graphs import RowGraphs
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +43,6 @@ logger = logging.getLogger(__name__)
 PREFILL_CHUNK = 512
 # With a GPU: the engine's maximum per call, since every forward reads all experts' weights.
 GPU_PREFILL_CHUNK = 1024
-
-# Makes the graphs that decode one sequence on a cache: the slot is the argument ``first``.
-GraphsFor = Callable[..., DecodeGraphs]
 
 
 class ModelRunner:
@@ -59,6 +60,8 @@ class ModelRunner:
         *,
         running: RunningStep | None = None,
         maker: GraphMaker | None = None,
+        row_graphs: Callable[[StaticKv, RunningStep], RowGraphs] | None = None,
+        linears: DeviceLora | None = None,
         slots: int = MOST_SLOTS,
         capacity: int | None = None,
         budget: int | None = None,
@@ -67,9 +70,9 @@ class ModelRunner:
         GPU's share of the model's routed experts; ``active_set``: its adapters'.
 
         ``running`` is the step that the model's layers look at; None: they do not, and sequences
-        run one after the other. ``maker`` records the steps of many. ``capacity``: positions of a
-        slot, reserved at once; None: memory grows as needed, and moves. ``budget``: bytes for keys
-        and values.
+        run one after the other. ``maker`` records the steps of many, ``row_graphs`` captures them
+        on a GPU, where ``linears`` keeps LoRA. ``capacity``: positions of a slot, reserved at once;
+        None: memory grows as needed, and moves. ``budget``: bytes for keys and values.
         """
         self.model, self.gpu = model, gpu
         self.active_set = ActiveSet() if active_set is None else active_set
@@ -84,30 +87,39 @@ class ModelRunner:
         else:
             store = OwnStore(model, slots)
         self.pool = KvPool(store, continues=continues(model), budget=budget)
-        self._why_alone = _why_alone(model, running, self.device)
-        # Whether a model that may mix has shown that its attention knows the step.
-        self._proven = False
-        self._graphs_for = graphs
-        self.graphs: dict[int, DecodeGraphs] = {}
-        self.row_steps: RowSteps | None = None
-        if self.cache is not None and maker is not None and self.mixes and reserved:
-            self.row_steps = RowSteps(model, self.cache, self._forwards.running, maker)
-        # The version of the GPU's memory, and the adapters, that the graphs were captured with.
-        self._gpu_version = -1
-        self._structure = self._structure_now()
-        # Logits of the last plain forward; the first tokens of a prompt always are one.
-        self._logits = torch.empty(0)
+        self._alone: Alone | None = None
+        self._mixed: Mixed | None = None
+        if self.cache is not None:
+            rows = row_graphs and row_graphs(self.cache, self._forwards.running)
+            self._alone = Alone(self._forwards, self.cache, graphs, rows)
+        if self.cache is not None and not why_alone(model, running):
+            steps = None
+            if maker is not None and reserved:
+                steps = RowSteps(model, self.cache, self._forwards.running, maker)
+            self._mixed = Mixed(self._forwards, self.cache, steps)
+        # Whether the model's layers take the adapter that a span names.
+        self.by_row = running is not None
+        self._memory = DeviceMemory(gpu, linears)
+        # The adapters that the graphs were captured with.
+        self._structure = self.active_set.structure
+        self._moves = 0
 
     @property
     def mixes(self) -> bool:
         """Whether tokens of several slots share a forward."""
-        return self._why_alone is None
+        return self._mixed is not None
 
     @property
     def has_graphs(self) -> bool:
         """Whether decode steps of single sequences are replayed."""
-        count = 0 if self.row_steps is None else self.row_steps.count
-        return count > 0 or any(graphs.count for graphs in self.graphs.values())
+        return any(each.count for each in (self._alone, self._mixed) if each is not None)
+
+    def capture_ahead(self, slot: int, length: int) -> None:
+        """Captures a slot's decode steps for up to ``length`` positions, after a step whose graph
+        was compared with the plain forward's."""
+        graphs = None if self._alone is None else self._alone.graphs.get(slot)
+        if graphs is not None and graphs.count and self.cache is not None:
+            graphs.capture_up_to(min(length, self.cache.capacity))
 
     def prefill_chunk(self, remaining: int) -> int:
         """Tokens of a prompt's next forward."""
@@ -124,7 +136,6 @@ class ModelRunner:
         parts = [Part(span, span.slot.length) for span in step.spans]
         self._check(parts)
         held = [part.span.slot.take() for part in parts]
-        self._intact = True
         try:
             logits = self._run(parts, held)
         except KeyboardInterrupt:
@@ -150,7 +161,7 @@ class ModelRunner:
 
     def _restore(self, parts: Sequence[Part], held: Sequence[array[int]]) -> None:
         for part, tokens in zip(parts, held, strict=True):
-            if self._intact:
+            if self._alone is None or self._alone.intact:
                 part.span.slot.put(tokens)
                 self.pool.rollback(part.span.slot, part.start)
             else:
@@ -160,45 +171,46 @@ class ModelRunner:
         changed = self._follow(parts)
         if self.cache is None:
             return [self._on_own_cache(part) for part in parts]
-        if self.mixes:
+        assert self._alone is not None
+        reason = ""
+        if self._mixed is not None and self._shares(parts):
             try:
-                return self._mixed(parts, changed=changed)
+                return self._mixed.run(parts, changed=changed)
             except CannotMixError as error:
-                self._run_alone(str(error), parts)
-        return [
-            self._alone(part, tokens, changed=changed)
-            for part, tokens in zip(parts, held, strict=True)
-        ]
+                reason = str(error)
+            for part in parts:
+                self.cache.truncate(part.span.slot.index, part.start)
+        logits = self._alone.run(parts, held, changed=changed)
+        if reason:
+            # Only now: what also fails one by one has another reason.
+            self._mixed = None
+            logger.info("Sequences run one after the other, not in one forward: %s", reason)
+        return logits
 
-    def _run_alone(self, reason: str, parts: Sequence[Part]) -> None:
-        """From now on sequences run one after the other; ``parts`` are as they were."""
-        self._why_alone, self.row_steps = reason, None
-        logger.info("Sequences run one after the other, not in one forward: %s", reason)
-        assert self.cache is not None
-        for part in parts:
-            self.cache.truncate(part.span.slot.index, part.start)
-
-    def _structure_now(self) -> Hashable:
-        return self.active_set.structure
+    def _shares(self, parts: Sequence[Part]) -> bool:
+        """Whether the step is one forward: on the CPU always, so that bits do not depend on
+        company; on a GPU decode rows have graphs, and a prompt alone is as before."""
+        rows = all(part.is_row for part in parts)
+        return self.device.type == "cpu" or (len(parts) > 1 and not rows)
 
     def _follow(self, parts: Sequence[Part]) -> bool:
         """Drops the graphs whose memory or adapters have changed; whether adapters have, whose
         numbers the next forward must take, which a graph cannot while it is captured."""
         moved = False
         if self.cache is not None:
-            slots = 1 + max(part.span.slot.index for part in parts)
-            moved = self.cache.reserve(max(part.end for part in parts), slots)
-        if self.gpu is not None:
-            self.gpu.refresh()
-            moved |= self.gpu.version != self._gpu_version
-            self._gpu_version = self.gpu.version
-        changed = self._structure != self._structure_now()
-        self._structure = self._structure_now()
+            assert self._alone is not None
+            end = max(part.end for part in parts)
+            if self._alone.rows is not None:
+                end = self._alone.rows.capacity_for(end)
+            self.cache.reserve(end, 1 + max(part.span.slot.index for part in parts))
+            moved, self._moves = self._moves != self.cache.moves, self.cache.moves
+        moved |= self._memory.moved()
+        changed = self._structure != self.active_set.structure
+        self._structure = self.active_set.structure
         if moved or changed:
-            for graphs in self.graphs.values():
-                graphs.clear()
-            if self.row_steps is not None:
-                self.row_steps.clear()
+            for kept in (self._alone, self._mixed):
+                if kept is not None:
+                    kept.clear()
         return changed
 
     def _on_own_cache(self, part: Part) -> torch.Tensor:
@@ -209,108 +221,11 @@ class ModelRunner:
         store.caches[slot.index] = cache
         return logits
 
-    def _mixed(self, parts: Sequence[Part], *, changed: bool) -> list[torch.Tensor]:
-        """Runs all parts in one forward. ``CannotMixError``: the model cannot."""
-        order = sorted(range(len(parts)), key=lambda at: not parts[at].is_row)
-        ordered = [parts[at] for at in order]
-        logits = self._recorded(ordered) if not changed else None
-        if logits is None:
-            logits = self._many(ordered)
-        found = dict(zip(order, logits, strict=True))
-        return [found[at] for at in range(len(parts))]
-
-    def _many(self, parts: Sequence[Part]) -> list[torch.Tensor]:
-        assert self.cache is not None
-        try:
-            logits = self._forwards.many(parts, self.cache, proven=self._proven)
-        except Exception as error:
-            if self._proven:
-                raise
-            # Most likely an attention that takes other shapes; if not, the forwards one by one
-            # fail as well.
-            raise CannotMixError(str(error)) from error
-        self._proven = True
-        self._logits = next((each[-1] for each in logits if len(each)), self._logits)
-        return logits
-
-    def _recorded(self, parts: Sequence[Part]) -> list[torch.Tensor] | None:
-        """Runs decode rows by a recorded step; None: there is none."""
-        steps = self.row_steps
-        rows = all(part.is_row and part.span.logits is None for part in parts)
-        if steps is None or not rows or not steps.usable or not self._proven:
-            return None
-        if steps.proven:
-            return steps.run(parts, self._logits)
-        logits = self._many(parts)
-        return logits if steps.prove(parts, logits) else None
-
-    def _alone(self, part: Part, held: array[int], *, changed: bool) -> torch.Tensor:
-        """Runs one sequence, by its graph if it is a decode step that has one."""
-        index = part.span.slot.index
-        graphs = self._graphs_of(index)
-        if graphs is None or not part.is_row or part.span.logits is not None or changed:
-            return self._plain(part)
-        ids, lengths = part.span.ids, [part.start]
-        found = graphs.step(ids, lengths)
-        if found is None:
-            found = graphs.capture(ids, lengths, self._logits)
-        if found is not None:
-            return found
-        logits = self._plain(part)
-        self._intact = False
-        if not graphs.prepare(ids, lengths, logits):
-            # It may have stored anything anywhere.
-            logits = self._again(part, held)
-        self._intact = True
-        return logits
-
-    def _again(self, part: Part, held: array[int]) -> torch.Tensor:
-        """Computes everything that the slot held and the part's tokens once more."""
-        assert self.cache is not None
-        slot = part.span.slot
-        self.cache.truncate(slot.index, 0)
-        everything = [*held, *part.span.ids]
-        for start in range(0, len(everything), PREFILL_CHUNK):
-            ids = everything[start : start + PREFILL_CHUNK]
-            again = Span(slot=slot, ids=ids, adapter=part.span.adapter)
-            logits = self._plain(Part(again, start))
-        return logits
-
-    def _plain(self, part: Part) -> torch.Tensor:
-        logits, _ = self._forwards.alone(part, self.cache)
-        if len(logits):
-            self._logits = logits[-1]
-        return logits
-
-    def _graphs_of(self, slot: int) -> DecodeGraphs | None:
-        """Returns the graphs that decode a slot's sequence alone."""
-        if self._graphs_for is None or self.cache is None:
-            return None
-        if slot not in self.graphs:
-            place = {"first": slot} if slot else {}
-            self.graphs[slot] = self._graphs_for(self.cache, **place)
-        return self.graphs[slot]
-
 
 def _static(model: Any, slots: int, capacity: int | None, *, reserved: bool) -> StaticKv:
     if not reserved:
         return StaticKv(model.config)
     return StaticKv(model.config, slots=slots, capacity=capacity, reserved=True)
-
-
-def _why_alone(model: Any, running: RunningStep | None, device: torch.device) -> str | None:
-    """Returns why sequences run one after the other; None: they may share a forward."""
-    unusual = unusual_layers(model)
-    if unusual:
-        reason = f"the model's KV cache has layers that are not plain ({', '.join(unusual)})"
-    elif running is None:
-        return "the model's layers do not look at steps"
-    elif device.type != "cpu":
-        return "the model is on a GPU"
-    else:
-        return why_not_mixed(model)
-    logger.info("Sequences run one after the other, not in one forward: %s", reason)
-    return reason
 
 
 class KvCache:
@@ -345,10 +260,8 @@ class KvCache:
     def capture_ahead(self, length: int) -> None:
         """Captures the decode steps for up to ``length`` positions, after a decode step whose graph
         was compared with the plain forward's; nothing where there are no graphs."""
-        slot, cache = self._slot, self.runner.cache
-        graphs = None if slot is None else self.runner.graphs.get(slot.index)
-        if graphs is not None and graphs.count and cache is not None:
-            graphs.capture_up_to(min(length, cache.capacity))
+        if self._slot is not None:
+            self.runner.capture_ahead(self._slot.index, length)
 
     def reuse(self, prompt_ids: Sequence[int]) -> int:
         """Keeps the longest usable prefix of the prompt; returns its length.

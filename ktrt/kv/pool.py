@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import logging
 import time
-from array import array
 from itertools import count
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ktrt.errors import KtrtError
+from ktrt.kv.slot import Slot
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Sequence
+    from collections.abc import Hashable, Sequence
 
     from ktrt.kv.stores import Store
+
+__all__ = ["MOST_SLOTS", "KvPool", "Slot"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,51 +31,6 @@ MOST_SLOTS = 64
 # An idle slot is taken over, and what differs from the prompt is lost, where at least this share of
 # its tokens is reused; where less is, the beginning of a long sequence, it is copied.
 _TAKEN_SHARE = 0.5
-
-
-class Slot:
-    """One sequence's place. Only the pool and the runner change it."""
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-        self.key: Hashable = None
-        # Whether somebody has opened it.
-        self.in_use = False
-        # Tokens that it may grow to, as promised by ``KvPool.reserve``.
-        self.promised = 0
-        # The pool's count at the latest use.
-        self.used = 0
-        self._tokens = array("q")
-
-    @property
-    def ids(self) -> list[int]:
-        """Returns the tokens that are held, a copy."""
-        return self._tokens.tolist()
-
-    @property
-    def length(self) -> int:
-        """How many tokens are held."""
-        return len(self._tokens)
-
-    def shared(self, ids: np.ndarray) -> int:
-        """Returns how many of the first ``ids`` [n] int64 are the first tokens held."""
-        size = min(len(ids), len(self._tokens))
-        differ = np.frombuffer(self._tokens, np.int64, size) != ids[:size] if size else ids[:0]
-        return int(differ.argmax()) if differ.any() else size
-
-    def take(self) -> array[int]:
-        """Returns the tokens, and holds none while a forward runs that may leave anything."""
-        taken, self._tokens = self._tokens, array("q")
-        return taken
-
-    def put(self, tokens: array[int], more: Iterable[int] = ()) -> None:
-        """Holds ``tokens`` and ``more``."""
-        tokens.extend(more)
-        self._tokens = tokens
-
-    def cut(self, length: int) -> None:
-        """Holds the first ``length`` tokens."""
-        del self._tokens[length:]
 
 
 class KvPool:
@@ -160,10 +117,13 @@ class KvPool:
             target.put(source._tokens[:copied])
 
     def _free(self) -> Slot | None:
-        """Returns the first slot without tokens that is not in use, a new one if there may be."""
+        """Returns the first slot without tokens that is not in use, or a new one if there may be:
+        where memory would grow for it, only if no slot is idle."""
         for slot in self.slots:
             if not slot.in_use and not slot.length:
                 return slot
+        if self.store.grows and not all(slot.in_use for slot in self.slots):
+            return None
         if len(self.slots) < self.store.slots:
             self.slots.append(Slot(len(self.slots)))
             return self.slots[-1]

@@ -205,7 +205,7 @@ class StaticLayer(CacheLayerMixin):  # type: ignore[misc]
             # Rows that stand for nothing have length 0.
             positions = (rows.lengths - 1).clamp(min=0)
             places = first * self._shared.capacity + positions[:, None]
-            place.places[heads] = places.view(-1)
+            place.places[heads] = places.view(-1).to(held.device)
         vectors = new[0, :, : rows.decode].transpose(0, 1).reshape(-1, size)
         held.view(-1, size).index_copy_(0, place.places[heads], vectors)
 
@@ -258,7 +258,7 @@ class StaticKv(Cache):  # type: ignore[misc]
     """
 
     def __init__(
-        self, config: Any, *, slots: int = 1, capacity: int | None = None, reserved: bool = False
+        self, config: Any, slots: int = 1, capacity: int | None = None, *, reserved: bool = False
     ) -> None:
         """``reserved``: on the CPU, addresses for all slots and positions at once, which never
         move (``kv.memory``)."""
@@ -269,6 +269,8 @@ class StaticKv(Cache):  # type: ignore[misc]
         self._shared = _Shared(slots, capacity, reserved, count)
         # For each slot, the end of what may have been stored.
         self.written = [0] * slots
+        # Counts the moves of the memory, which end the graphs that were captured on it.
+        self.moves = 0
         super().__init__(layers=[StaticLayer(self._shared) for _ in range(count)])
 
     @property
@@ -282,8 +284,7 @@ class StaticKv(Cache):  # type: ignore[misc]
         return self._shared.slots
 
     def reserve(self, length: int, slots: int = 1) -> bool:
-        """Makes room for ``length`` positions in each of ``slots``; True if the memory moved, which
-        ends the graphs that were captured on it."""
+        """Makes room for ``length`` positions in each of ``slots``; True if the memory moved."""
         if length <= self.capacity and slots <= self.slots:
             return False
         capacity, count = self.capacity, self.slots
@@ -296,7 +297,9 @@ class StaticKv(Cache):  # type: ignore[misc]
         # Last: after Ctrl-C in between, the next call starts over.
         self._shared.capacity, self._shared.slots = capacity, count
         self.written += [0] * (count - len(self.written))
-        return any(layer.is_initialized for layer in self.layers)
+        moved = any(layer.is_initialized for layer in self.layers)
+        self.moves += moved
+        return moved
 
     def truncate(self, slot: int, length: int) -> None:
         """Forgets all of a slot but the first ``length`` positions; gives their memory back where
@@ -312,6 +315,7 @@ class StaticKv(Cache):  # type: ignore[misc]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Gives ``target``, which is empty, the first ``length`` positions of ``source``."""
+        self.reserve(length, target + 1)
         self.written[target] = max(self.written[target], length)
         for layer in self.layers:
             for region in layer.regions:

@@ -13,7 +13,7 @@ from ktrt.kv.snapshots import Mark, crop, needs_marks
 from ktrt.kv.static import StaticKv, makes_own_cache
 
 if TYPE_CHECKING:
-    from ktrt.kv.pool import Slot
+    from ktrt.kv.slot import Slot
 
 # Snapshots that a cache with windows or states keeps: three for each of two turns.
 _MOST_MARKS = 6
@@ -25,6 +25,10 @@ class Store(Protocol):
     @property
     def slots(self) -> int:
         """The most slots there can be."""
+
+    @property
+    def grows(self) -> bool:
+        """Whether another slot takes other memory than a closed one's."""
 
     def truncate(self, slot: Slot, length: int) -> int:
         """Rolls a slot back to ``length`` positions, or fewer where its cache cannot be cropped;
@@ -55,12 +59,17 @@ class PlainStore:
     def slots(self) -> int:
         return self.cache.slots if self._slots is None else self._slots
 
+    @property
+    def grows(self) -> bool:
+        return self._slots is not None
+
     def truncate(self, slot: Slot, length: int) -> int:
         if slot.index < self.cache.slots:
             self.cache.truncate(slot.index, length)
         return length
 
     def copy(self, source: Slot, target: Slot, length: int) -> int:
+        self.cache.reserve(length, target.index + 1)
         self.cache.copy(source.index, target.index, length)
         return length
 
@@ -91,6 +100,10 @@ class OwnStore:
     @property
     def slots(self) -> int:
         return self._slots
+
+    @property
+    def grows(self) -> bool:
+        return True
 
     def cache(self, slot: Slot) -> Any:
         """Returns the slot's cache, a new one if it has none; None: the model makes it."""

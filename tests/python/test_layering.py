@@ -38,7 +38,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
         "layers", "machine", "prompt",
     },
     "session": {"adapter", "config", "experts", "generate", "loading", "prompt"},
-    "api": {"config", "folders", "loading", "prompt", "session"},
+    "api": {"config", "folders", "generate", "loading", "prompt", "session"},
     "command_line": {"config"},
     "audit": {"adapter", "command_line", "config", "engine", "experts", "folders", "loading"},
     "bench": {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from ktrt.engine.rank_masks import RankMasks
-from ktrt.engine.step_rows import RunningStep
+from ktrt.engine.step_rows import IDLE, RunningStep
 from ktrt.errors import KtrtError
 from ktrt.experts.gpu.arithmetic import (
     ALL_RANKS,
@@ -50,7 +50,7 @@ class GpuLayer:
     def __init__(self, owner: GpuExperts, index: int, source: LayerSource) -> None:
         self._owner = owner
         self._index = index
-        self._source = source
+        self.source = source
         self._bank: ExpertBank | None = None
         self.experts: tuple[int, ...] = ()  # resident, ascending
         # One more entry than experts, for ids that are none.
@@ -71,7 +71,7 @@ class GpuLayer:
     @property
     def complete(self) -> bool:
         """All experts of this layer live on the GPU: the engine has nothing to do."""
-        return len(self.experts) == self._source.num_experts
+        return len(self.experts) == self.source.num_experts
 
     @property
     def nbytes(self) -> int:
@@ -118,9 +118,9 @@ class GpuLayer:
         if self._bank is None:
             raise KtrtError("no expert of this layer lives on the GPU")
         slots = self._slots[self._keys(top_k_index)]
-        rows = make_rows(hidden_states, self._source.quantized)
-        lora = self._lora(adapters)
-        count, hidden = len(self.experts), self._source.hidden_size
+        rows = make_rows(hidden_states, self.source.quantized)
+        lora = self.lora(adapters)
+        count, hidden = len(self.experts), self.source.hidden_size
         if slots.shape[0] <= self.CAPTURABLE_TOKENS:
             return static_sums(self._bank, rows, slots, top_k_weights.float(), lora)[:, :hidden]
         grouping = Grouping(slots, top_k_weights, count, hidden)
@@ -139,7 +139,7 @@ class GpuLayer:
         self._refresh()
         stream = self._owner.stream
         stream.start(self._index)
-        source, lora = self._source, self._lora(adapters)
+        source, lora = self.source, self.lora(adapters)
         self._count(self._keys(top_k_index))
         rows = make_rows(hidden_states, source.quantized)
         grouping = Grouping(top_k_index, top_k_weights, source.num_experts, source.hidden_size)
@@ -160,23 +160,23 @@ class GpuLayer:
         old, self._bank = self._bank, None
         if not experts:
             return old is not None
-        return self._keep(old, self._source.bank(self._fetch(self._source.arrays)))
+        return self._keep(old, self.source.bank(self._fetch(self.source.arrays)))
 
     @torch.inference_mode(mode=False)
     def refresh_lora(self) -> tuple[bool, bool]:
         """Takes the LoRAs that the engine holds now, and the active ones; returns whether the
         source's arrays have changed, and whether captured graphs are stale."""
-        changed = self._source.refresh_lora()
+        changed = self.source.refresh_lora()
         stale = self._weigh()
         if changed and self._bank is not None:
-            arrays = self._fetch(self._source.lora_arrays)
-            stale |= self._keep(self._bank, self._source.with_lora(self._bank, arrays))
+            arrays = self._fetch(self.source.lora_arrays)
+            stale |= self._keep(self._bank, self.source.with_lora(self._bank, arrays))
         return changed, stale
 
     def _weigh(self) -> bool:
         """Looks at the active adapters; returns whether captured graphs lack an operation for
         them, or read memory that is no longer theirs."""
-        source, device = self._source, self._owner.device
+        source, device = self.source, self._owner.device
         before, stale = (self._owners, self._uniform), False
         self._owners = [
             self._owner.masks.owners(owners, device) if owners else None
@@ -192,7 +192,8 @@ class GpuLayer:
             self._uniform = "all ranks"
         return stale or before != (self._owners, self._uniform)
 
-    def _lora(self, adapters: torch.Tensor | None) -> LoraChoice | None:
+    def lora(self, adapters: torch.Tensor | None = None) -> LoraChoice | None:
+        """The ranks of the bank that each token takes; ``adapters`` as for ``forward_resident``."""
         if adapters is None and self._uniform != "masked":
             return ALL_RANKS if self._uniform == "all ranks" else None
         of = self._owner.masks.of
@@ -217,15 +218,20 @@ class GpuLayer:
     def release(self) -> None:
         """Leaves everything to the engine and lets go of its memory."""
         self.load(())
-        self._source.release()
+        self.source.release()
 
     def _refresh(self) -> None:
-        if self._source.stale:
+        if self.source.stale:
             self._owner.refresh()
 
     def _keys(self, ids: torch.Tensor) -> torch.Tensor:
-        count = self._source.num_experts
-        return torch.where((ids >= 0) & (ids < count), ids, count).to(torch.int64)
+        """``ids``, or one more than the last expert where there is none: as for all ids of rows
+        that stand for nothing."""
+        count, rows = self.source.num_experts, self._owner.running.rows
+        inside = (ids >= 0) & (ids < count)
+        if rows is not None and 1 < rows.decode == len(ids):
+            inside &= (rows.on_device != IDLE)[:, None]
+        return torch.where(inside, ids, count).to(torch.int64)
 
     def _count(self, keys: torch.Tensor) -> None:
         flat = keys.flatten()

@@ -36,7 +36,7 @@ class CostFacts:
 
 @dataclass(frozen=True)
 class StepSize:
-    """What a step computes: one token of each of ``rows`` sequences, ``prompt`` tokens of
+    """Sizes of a step: one token of each of ``rows`` sequences, ``prompt`` tokens of
     ``prompts`` others; ``held``: the positions before them all."""
 
     rows: int
@@ -52,7 +52,7 @@ class CostModel:
         self._facts = facts
         self._bandwidths: deque[float] = deque(maxlen=_STEPS)
         self._token_seconds: deque[float] = deque(maxlen=_STEPS)
-        # Of the experts that even routing would choose: related texts choose fewer.
+        # Measured unions as a share of even routing's: related texts choose fewer experts.
         self._unions: deque[float] = deque(maxlen=_STEPS)
 
     @property

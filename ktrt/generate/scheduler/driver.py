@@ -156,6 +156,8 @@ class Driver:
     def _turn(self) -> Iterator[bool]:
         """Within the block this thread may run the model (True), or the worker thread does.
         ``KtrtError``: another thread may."""
+        if self._closed is not None:
+            raise self._closed
         if self._worker is None and self._owned.acquire(blocking=False):
             try:
                 yield True

@@ -207,7 +207,7 @@ class Scheduler:
     # ---- admission
 
     def _admit(self, group: Hashable, now: float) -> bool:
-        """Gives waiting requests of the group slots; returns whether one wants to hear of it."""
+        """Gives waiting requests of the group slots; returns whether a caller has to hear of it."""
         told = False
         while self._queue and (request := self._queue.first(group)) is not None:
             if not self._may_start(request):
@@ -217,6 +217,7 @@ class Scheduler:
                 told |= self._start(request, now)
             except Exception as error:  # noqa: BLE001 - belongs to this request alone
                 self._end(request, State.FAILED, error)
+                told = True
         return told
 
     def _may_start(self, request: Request) -> bool:

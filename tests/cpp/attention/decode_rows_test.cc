@@ -214,6 +214,8 @@ TEST(DecodeRows, RefusesRowsThatAreNotThere) {
   EXPECT_EQ(refusal(), "slots[1] is 7, expected 0 to 6");
   slots[1] = -1;
   EXPECT_EQ(refusal(), "slots[1] is -1, expected 0 to 6");
+  lengths[1] = 0;
+  EXPECT_EQ(refusal(), "nothing was thrown") << "a row of nothing has no slot";
   slots[1] = 5;
   lengths[0] = kCapacity + 1;
   EXPECT_EQ(refusal(), "lengths[0] is 2101, expected 0 to 2100");
@@ -352,6 +354,47 @@ TEST(DecodeRows, LatentsOfManyRows) {
           << row;
     }
   }
+}
+
+// Weights act between A and B: a LoRA at weight 0.5 is one of half of B, which is exact in BF16;
+// two parts are one LoRA of both ranks, apart from the order of the sums.
+TEST(DecodeRows, LatentsAddWeightedSums) {
+  LatentRows c({4, 16, 8, 40, 12, 0.2f}, 1);
+  const auto attention = c.attention(engine_of(1, best_kernels()));
+  const std::vector<std::int64_t> slots{5};
+  const std::vector<std::int64_t> lengths{300};
+  const SlotRows rows = rows_of(slots, lengths);
+  Random numbers(7);
+  std::vector<float> a = numbers.normals(8 * 40, c.scale());
+  std::vector<float> b = numbers.normals(4 * 28 * 8, 0.5f);
+  const auto load = [&](int number) {
+    attention->load_lora(number, view_of(a, {8, 40}, "a"), view_of(b, {4 * 28, 8}, "b"));
+  };
+  load(2);
+  attention->activate_loras(std::vector<int>{2}, std::vector<float>{0.5f});
+  const Bits weighted = c.alone(*attention, rows, 0);
+  for (float& each : b) each *= 0.5f;
+  load(3);
+  activate(*attention, 3);
+  EXPECT_EQ(c.alone(*attention, rows, 0), weighted);
+  // The same LoRA at 1.5 and at -0.5 is it at 1, and with nothing the base.
+  attention->load_empty_lora(9);
+  const auto near = [&](const std::vector<int>& ids, const std::vector<float>& weights,
+                        const Bits& expected) {
+    attention->activate_loras(ids, weights);
+    const Bits found = c.alone(*attention, rows, 0);
+    for (std::size_t i = 0; i < found.size(); ++i) {
+      ASSERT_NEAR(bf16_to_f32(found[i]), bf16_to_f32(expected[i]), 0.02) << i;
+    }
+  };
+  near({2, 3}, {1.0f, -1.0f}, weighted);
+  activate(*attention, kBaseRow);
+  const Bits base = c.alone(*attention, rows, 0);
+  EXPECT_NE(base, weighted);
+  near({2, 3}, {0.5f, -1.0f}, base);
+  activate(*attention, 9);
+  EXPECT_EQ(c.alone(*attention, rows, 0), base);
+  EXPECT_EQ(c.together(*attention, rows, {9}), base);
 }
 
 TEST(DecodeRows, LatentsRefuseAdaptersThatAreNotHeld) {

@@ -185,3 +185,17 @@ def test_decode_steps_are_never_streamed(engine: Engine, spans: bool) -> None:
     assert not model.share.streams(1)
     with model.running.running(StepRows(4, 2 if spans else 4)):
         assert model.share.streams(4) == spans
+
+
+def test_rows_that_stand_for_nothing(engine: Engine) -> None:
+    """They are counted for no expert, and the GPU adds nothing."""
+    model = Model(engine, resident=3)
+    states, ids, weights = model.case.inputs(3)
+    rows = StepRows(3, 3)
+    rows.adapters.copy_(ids_of([0, IDLE, BASE]))
+    with model.running.running(rows):
+        left = model.share.cpu_ids(ids)
+        found = model.share.forward_resident(states, ids, weights, rows.adapters)
+    assert (left[[0, 2]] == ids[[0, 2]].where(ids[[0, 2]] >= 3, -1)).all()
+    assert sum(model.share.counts()) == 2 * K
+    assert not found[1].any()

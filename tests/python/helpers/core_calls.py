@@ -267,11 +267,10 @@ class Calls:
         arguments = {
             "hidden_states": self.array(rows, H), "expert_ids": self.ids(rows, K),
             "routing_weights": self.array(rows, K), "out": torch.empty(rows, H),
-            "adapter_ids": self.pick(None, None, torch.full((rows,), -1)),
+            "adapter_ids": self.pick(None, torch.full((rows,), self.pick(-3, -2, -1, 0, 1))),
         }  # fmt: skip
         spoiled = self.spoil(arguments)
         if self.random.randrange(3) == 0:
-            spoiled.pop("adapter_ids")
             return f"bind({_shown(spoiled)}).run()", lambda: layer.bind(**spoiled).run()
         return f"MoeLayer.forward({_shown(spoiled)})", lambda: layer.forward(**spoiled)
 
@@ -307,7 +306,7 @@ class Calls:
             ("packed_codes", {"expert": 1, "projection": "up"}),
             ("packed_scales", {"expert": 1, "projection": "down"}),
             ("packed_parts", {}),
-            ("packed_lora", {}),
+            ("lora_view", {"number": self.random.randrange(3)}),
             ("write_image", {"part": self.pick(0, 1, -1), "fd": descriptor}),
             ("use_images", images),
         )

@@ -147,7 +147,7 @@ class FakeSets:
 
 
 def next_token(ids: Sequence[int]) -> int:
-    """What the fake model answers: depends on all tokens before."""
+    """Returns the fake model's answer, which depends on all tokens before."""
     return hash(tuple(ids)) % 997
 
 
@@ -207,7 +207,7 @@ class Bench:
         self, prompt: Sequence[int] | int = 10, tokens: int = 5,
         choice: AdapterChoice = BASE_CHOICE, **options: Any,
     ) -> Handle:  # fmt: skip
-        """Submits a prompt (a number: that many ids of its own) for an answer of ``tokens``."""
+        """Submits a prompt (a number: that many new ids) for an answer of ``tokens``."""
         ids = prompt
         if isinstance(ids, int):
             start = 1000 * self.released + 7 * len(self.runner.steps) + id(options) % 1000

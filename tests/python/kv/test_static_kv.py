@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Mistral
 
 from ktrt.engine.recording import RecordedSteps
 from ktrt.errors import KtrtError
+from ktrt.generate import alone
 from ktrt.generate import graphs as decode_graph
-from ktrt.generate import runner
 from ktrt.generate.graphs import (
     CudaGraphs,
     DecodeGraphs,
@@ -387,7 +387,7 @@ def test_a_graph_that_computes_something_else_is_not_used(
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(DecodeGraphs, "_mask", broken)
-    monkeypatch.setattr(runner, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(alone, "_CHUNK", chunk)
     cache = KvCache(llama, dense_graphs(llama))
     cache.forward(PROMPT)
     assert close(cache.forward([3]), whole(llama, [*PROMPT, 3]))
