@@ -347,15 +347,31 @@ class RowProducts:
 
     def __init__(self, engine: Engine) -> None: ...
     def multiply_f32(
-        self, x: int, weight: int, bias: int, out: int, rows: int, columns_in: int, columns_out: int
+        self,
+        x: int,
+        x_count: int,
+        weight: int,
+        weight_count: int,
+        bias: int,
+        out: int,
+        out_count: int,
+        in_features: int,
     ) -> None:
-        """Writes ``out`` [rows, columns_out] for ``x`` [rows, columns_in], ``weight`` [columns_out,
-        columns_in] and ``bias`` [columns_out], or 0 without: addresses of contiguous float32
-        arrays. Runs without the GIL. ``ValueError``: sizes; ``RuntimeError``: the engine is
-        closed."""
+        """Writes ``out`` [rows, out_features] for ``x`` [rows, in_features], ``weight``
+        [out_features, in_features] and ``bias`` [out_features], or 0 without: addresses and element
+        counts of contiguous float32 arrays. Runs without the GIL. ``ValueError``: counts that do
+        not fit; ``RuntimeError``: the engine is closed."""
 
     def multiply_bf16(
-        self, x: int, weight: int, bias: int, out: int, rows: int, columns_in: int, columns_out: int
+        self,
+        x: int,
+        x_count: int,
+        weight: int,
+        weight_count: int,
+        bias: int,
+        out: int,
+        out_count: int,
+        in_features: int,
     ) -> None:
         """The same in bfloat16, rounded once, after the bias."""
 

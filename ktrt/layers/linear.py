@@ -56,8 +56,8 @@ def accelerate(
     ``running``: the model's step, whose tokens may have adapters of their own.
 
     Parameters, names and ``peft_config`` stay as they are. What the engine does not compute (DoRA,
-    LoRA with a bias, dropout while training, gradients, other dtypes, PEFT's adapters by sample) takes
-    the ordinary path, call by call. A change of adapters is followed when the version of
+    LoRA with a bias, dropout while training, gradients, other dtypes, PEFT's adapters by sample)
+    takes the ordinary path, call by call. A change of adapters is followed when the version of
     ``active_set`` changes; whoever calls PEFT's methods directly calls ``refresh`` afterwards.
 
     ``int8``: quantises the layers that ``layers.int8`` names, by their present numbers; LoRA stays

@@ -44,7 +44,7 @@ def use_row_products(model: nn.Module, engine: Engine, patches: Patches) -> None
 
     def after(*_: object) -> None:
         if entered:
-            entered.pop().__exit__(None, None, None)
+            entered.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     patches.add(model.register_forward_pre_hook(before).remove)
     patches.add(model.register_forward_hook(after, always_call=True).remove)
@@ -63,7 +63,9 @@ class FixedProducts(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func is _LINEAR:
-            found = self._linear(*args, **(kwargs or {}))
+            given = dict(kwargs or {})
+            first = (given.pop("input"),) if "input" in given else ()
+            found = self._linear(*first, *args, **given)
         elif func in _MATMUL and not kwargs and len(args) == 2:
             found = self._matmul(*args)
         else:
@@ -71,9 +73,9 @@ class FixedProducts(TorchFunctionMode):
         return func(*args, **(kwargs or {})) if found is None else found
 
     def _linear(
-        self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor | None:
-        return self._multiply(input, weight, bias) if weight.dim() == 2 else None
+        return self._multiply(x, weight, bias) if weight.dim() == 2 else None
 
     def _matmul(self, x: Any, matrix: Any) -> torch.Tensor | None:
         if not isinstance(x, torch.Tensor) or not isinstance(matrix, torch.Tensor):
@@ -118,6 +120,7 @@ class FixedProducts(TorchFunctionMode):
     ) -> Callable[[], None]:
         products = self._products
         multiply = products.multiply_f32 if x.dtype == torch.float32 else products.multiply_bf16
-        columns, size = weight.shape
-        addresses = x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr()
-        return partial(multiply, *addresses, out.data_ptr(), x.numel() // size, size, columns)
+        return partial(
+            multiply, x.data_ptr(), x.numel(), weight.data_ptr(), weight.numel(),
+            0 if bias is None else bias.data_ptr(), out.data_ptr(), out.numel(), weight.shape[1],
+        )  # fmt: skip

@@ -318,13 +318,40 @@ class Calls:
         layer, rows = self._only(self.pick(_core.DenseLinear, _core.PackedLinear)), self.pick(1, 5)
         x, x_count = self.addressed(self.array(rows, H, dtype=torch.bfloat16))
         out, out_count = self.addressed(torch.empty(rows, INTERMEDIATE, dtype=torch.bfloat16))
-        arguments = {"x": x, "x_count": x_count, "out": out, "out_count": out_count}
+        ids = torch.tensor([self.pick(-1, -2, 0, 7) for _ in range(rows)], dtype=torch.int32)
+        adapters, adapter_count = self.addressed(ids)
+        arguments = {
+            "x": x, "x_count": x_count, "out": out, "out_count": out_count,
+            "adapter_ids": adapters, "adapter_count": adapter_count,
+        }  # fmt: skip
+        if self.random.randrange(2):
+            del arguments["adapter_ids"], arguments["adapter_count"]
         spoiled = self.spoil(
-            arguments, x=ADDRESSES, out=ADDRESSES, x_count=COUNTS, out_count=COUNTS
-        )
+            arguments, x=ADDRESSES, out=ADDRESSES, x_count=COUNTS, out_count=COUNTS,
+            adapter_ids=ADDRESSES, adapter_count=COUNTS,
+        )  # fmt: skip
         return f"{type(layer).__name__}.forward({_shown(spoiled)})", lambda: layer.forward(
             **spoiled
         )
+
+    def multiply(self) -> tuple[str, Call]:
+        """Multiplies arrays by address."""
+        rows, dtype = self.pick(1, 5), self.pick(torch.float32, torch.bfloat16)
+        products = _core.RowProducts(self.any_engine())
+        name = "multiply_f32" if dtype == torch.float32 else "multiply_bf16"
+        x, x_count = self.addressed(self.array(rows, H, dtype=dtype))
+        weight, weight_count = self.addressed(self.array(INTERMEDIATE, H, dtype=dtype))
+        bias, _ = self.addressed(self.array(INTERMEDIATE, dtype=dtype))
+        out, out_count = self.addressed(torch.empty(rows, INTERMEDIATE, dtype=dtype))
+        arguments = {
+            "x": x, "x_count": x_count, "weight": weight, "weight_count": weight_count,
+            "bias": self.pick(0, bias), "out": out, "out_count": out_count, "in_features": H,
+        }  # fmt: skip
+        spoiled = self.spoil(
+            arguments, x=ADDRESSES, weight=ADDRESSES, bias=ADDRESSES, out=ADDRESSES,
+            x_count=COUNTS, weight_count=COUNTS, out_count=COUNTS, in_features=COUNTS,
+        )  # fmt: skip
+        return f"RowProducts.{name}({_shown(spoiled)})", lambda: getattr(products, name)(**spoiled)
 
     def attend(self) -> tuple[str, Call]:
         mask, mask_count = self.addressed(self.array(70))
@@ -375,7 +402,8 @@ class Calls:
     def one(self) -> tuple[str, Call]:
         kinds = [
             self.make, self.method, self.method, self.protocol, self.forward, self.forward,
-            self.change, self.change, self.linear, self.attend, self.normalise, self.function,
+            self.change, self.change, self.linear, self.multiply, self.attend, self.normalise,
+            self.function,
         ]  # fmt: skip
         chosen: tuple[str, Call] = self.pick(*kinds)()
         return chosen
