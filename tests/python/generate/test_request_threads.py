@@ -7,6 +7,7 @@ import faulthandler
 import random
 import threading
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -69,58 +70,62 @@ def nothing_is_held(session: Session) -> bool:
     return not users and not pool.slots_in_use and not pool.committed_bytes
 
 
+CHOICES: tuple[Any, ...] = (None, "a", "b", "router", {"a": 0.5})
+Alone = dict[tuple[str, int], tuple[int, ...]]
+
+
+def call(session: Session, seed: int, alone: Alone) -> None:
+    """Reads, waits for or cancels answers; each is what the request says alone."""
+    chance = random.Random(seed)
+    for _ in range(6):
+        text, index = chance.choice(TEXTS), chance.randrange(len(CHOICES))
+        handle = session.submit(ask(text), adapter=CHOICES[index], client=seed % 3)
+        expected = alone[text, index]
+        if chance.random() < 0.3:
+            found = tuple(next(handle).token for _ in range(2))
+            handle.pause()
+            handle.cancel()
+            assert found == expected[:2]
+        elif chance.random() < 0.5:
+            assert tuple(each.token for each in handle) == expected
+        else:
+            assert handle.result(timeout=SECONDS).token_ids == expected
+
+
+def load_and_unload(session: Session, folder: Path) -> None:
+    for turn in range(6):
+        session.adapters.load("more", folder / "bc"[turn % 2])
+        handle = session.submit(ask(TEXTS[turn % 3]), adapter="more")
+        if turn % 2:
+            handle.cancel()
+        else:
+            handle.result(timeout=SECONDS)
+        while "more" in session.adapters.names:
+            try:
+                session.adapters.unload("more")
+            except AdapterError:  # not cancelled yet
+                time.sleep(0.01)
+
+
 def test_many_threads(session: Session, folder: Path) -> None:
-    choices = (None, "a", "b", "router", {"a": 0.5})
-    alone = {}
+    alone: Alone = {}
     for text in TEXTS:
-        for index, choice in enumerate(choices):
+        for index, choice in enumerate(CHOICES):
             forget(session)
             alone[text, index] = session.chat(ask(text), adapter=choice).token_ids
     session._steps.start()
 
-    def caller(seed: int) -> None:
-        chance = random.Random(seed)
-        for _ in range(6):
-            text, index = chance.choice(TEXTS), chance.randrange(len(choices))
-            handle = session.submit(ask(text), adapter=choices[index], client=seed % 3)
-            expected = alone[text, index]
-            if chance.random() < 0.3:
-                found = tuple(next(handle).token for _ in range(2))
-                handle.pause()
-                handle.cancel()
-            elif chance.random() < 0.5:
-                found = tuple(each.token for each in handle)
-                assert len(found) == len(expected)
-            else:
-                found = handle.result(timeout=SECONDS).token_ids
-                assert len(found) == len(expected)
-            assert found == expected[: len(found)]
-
-    def loader() -> None:
-        for turn in range(6):
-            session.adapters.load("more", folder / "bc"[turn % 2])
-            handle = session.submit(ask(TEXTS[turn % 3]), adapter="more")
-            if turn % 2:
-                handle.cancel()
-            else:
-                handle.result(timeout=SECONDS)
-            while "more" in session.adapters.names:
-                try:
-                    session.adapters.unload("more")
-                except AdapterError:  # not cancelled yet
-                    time.sleep(0.01)
-
-    def switcher() -> None:
+    def switch() -> None:
         for turn in range(10):
             session.adapters.activate("ab"[turn % 2])
             session.adapters.off()
 
-    def counter() -> None:
+    def count() -> None:
         for turn in range(20):
             assert session.count_tokens(ask(TEXTS[turn % 3])) > 0
 
-    callers = [lambda seed=seed: caller(seed) for seed in range(8)]
-    together(*callers, loader, switcher, counter)
+    callers = [partial(call, session, seed, alone) for seed in range(8)]
+    together(*callers, partial(load_and_unload, session, folder), switch, count)
     end = time.monotonic() + 10
     while session._steps.scheduler.counts != (0, 0) and time.monotonic() < end:
         time.sleep(0.01)
@@ -139,8 +144,7 @@ def test_close_ends_what_others_wait_for(session: Session) -> None:
             handle.result()
         seen.append("closed")
 
-    readers = [lambda handle=handle: read(handle) for handle in handles]
-    together(*readers, session.close)
+    together(*(partial(read, handle) for handle in handles), session.close)
     assert seen == ["closed"] * len(handles)
     with pytest.raises(KtrtError, match="closed"):
         session.submit(ask("hello"))
