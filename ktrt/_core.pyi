@@ -93,6 +93,10 @@ class DenseLinear:
     def in_features(self) -> int: ...
     @property
     def out_features(self) -> int: ...
+    @property
+    def lora_bytes(self) -> int:
+        """Memory of all LoRAs that are held, in whole pages."""
+
     def load_lora(self, number: int, a: Any = None, b: Any = None) -> None:
         """Keeps a LoRA under a number (0 or more; one of this number is replaced): ``a`` [rank,
         in_features], ``b`` [out_features, rank], float32, the scaling folded into ``b``; each is
@@ -234,6 +238,9 @@ class LatentAttention:
 
     # Of a LoRA.
     max_rank: int
+    @property
+    def lora_bytes(self) -> int:
+        """Memory of all LoRAs that are held, in whole pages."""
 
     def load_lora(self, number: int, a: Any = None, b: Any = None) -> None:
         """Keeps a LoRA of kv_b_proj: ``a`` [rank, kv_lora_rank], ``b`` [heads · (nope + v), rank].
@@ -320,6 +327,10 @@ class PackedLinear:
     @property
     def packed_bytes(self) -> int:
         """Bytes that a forward reads: codes, scales and sums of codes."""
+
+    @property
+    def lora_bytes(self) -> int:
+        """Memory of all LoRAs that are held, in whole pages."""
 
     def load_lora(self, number: int, a: Any = None, b: Any = None) -> None:
         """See ``DenseLinear.load_lora``."""
@@ -740,6 +751,12 @@ class GpuHandoff:
         """Releases and awaits the device, ends the threads, frees the pinned memory. Graphs that
         captured a slot must not be launched afterwards. Idempotent; the end of the interpreter
         does it too."""
+
+def torch_exponentials(state: Any, draws: int, indices: Any, out: Any) -> None:
+    """Sets ``out[i]`` (float32) to ``torch.empty(draws).exponential_(1, generator=g)[indices[i]]``
+    of a generator with this ``state``: ``g.get_state()`` as uint64, which moves on by as many
+    draws. Holds where torch draws serially: not in its builds with MKL on Intel's CPUs.
+    ``indices``: ascending, int64. Without the GIL. ``ValueError``: arrays or indices do not fit."""
 
 def release_file_pages(path: str) -> int:
     """Releases the memory of this process's mappings of a file that were never written to. They

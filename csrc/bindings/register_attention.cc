@@ -210,6 +210,8 @@ void register_attention(py::module_& module) {
           [](HeldLatentAttention& held, int number) { held.attention.unload_lora(number); },
           py::arg("number"), py::call_guard<py::gil_scoped_release>())
       .def("activate_loras", &activate_latent_loras, py::arg("ids"), py::arg("weights"))
+      .def_property_readonly(
+          "lora_bytes", [](const HeldLatentAttention& held) { return held.attention.lora_bytes(); })
       .def("forward", &attend_to_latents, py::arg("query"), py::arg("latents"),
            py::arg("positions").none(true), py::arg("out"), py::arg("tokens"))
       .def("forward_rows", &attend_to_latent_rows, py::arg("query"), py::arg("latents"),

@@ -169,6 +169,12 @@ def int8_bytes(model: nn.Module) -> dict[int, int]:
     }
 
 
+def lora_bytes(model: nn.Module) -> int:
+    """Returns the engine's memory of all resident adapters on linear layers."""
+    found = (module.__dict__.get("forward") for module in model.modules())
+    return sum(each.loras.bytes_held for each in found if isinstance(each, LoraForward))
+
+
 def _forwards(model: nn.Module) -> Iterator[DenseForward]:
     for module in model.modules():
         if (forward := _forward_of(module)) is not None:

@@ -27,6 +27,8 @@ class Operator(Protocol):
 
     max_rank: int
 
+    @property
+    def lora_bytes(self) -> int: ...
     def load_lora(self, number: int, a: Any = None, b: Any = None) -> None: ...
     def unload_lora(self, number: int) -> None: ...
     def activate_loras(self, ids: Sequence[int], weights: Sequence[float]) -> None: ...
@@ -69,6 +71,11 @@ class ModuleLoras:
         """Loads the adapters into one more operator, which follows from now on."""
         self._operators.append((operator, {}))
         self.read()
+
+    @property
+    def bytes_held(self) -> int:
+        """The engine's memory of all adapters, in all operators."""
+        return sum(operator.lora_bytes for operator, _ in self._operators)
 
     @property
     def renewed(self) -> bool:

@@ -70,9 +70,11 @@ def _products(
     if key.numel() <= _NUMBERS_OF_ONE_PRODUCT:
         out = _attend(grouped, key, value, mask)
     else:
-        # One group after the other: its float32 copies stay in the cache.
+        # One group after the other: its float32 copies stay in the cache. Products of three
+        # dimensions, as above: those of matrices go elsewhere within the model's forward
+        # (``row_products``), and a recorded step would have other bits.
         parts = [
-            _attend(grouped[row, group], key[row, group], value[row, group], _row(mask, row))
+            _attend(*(x[row, group][None] for x in (grouped, key, value)), _row(mask, row))
             for row in range(rows)
             for group in range(key.shape[1])
         ]

@@ -125,11 +125,7 @@ def _prefill(
     adapter = int(rows.adapters[span.first])
     if query.device.type != "cpu":
         key, value = held.sequence(span.slot, end, adapter, end)
-        heads = query.shape[1] // key.shape[1]
-        # With a mask and groups of heads, torch has no fused kernel on a GPU.
-        key, value = (x.repeat_interleave(heads, 1) if heads > 1 else x for x in (key, value))
-        mask = _later_hidden(span.start, span.count, end, query.dtype, query.device)
-        out.copy_(_by_torch(query, key, value, mask, scaling).transpose(1, 2))
+        out.copy_(at_once(query, key, value, scaling))
         return
     key, value = held.sequence(span.slot, end, adapter, -(-end // _BLOCK) * _BLOCK)
     # torch computes values of another width without its fused kernel, in float32 and with copies.
@@ -144,6 +140,18 @@ def _prefill(
         found = _by_torch(block, key[:, :, :keys], value[:, :, :keys], mask, scaling)
         out[:, first:last] = found[:, :, : last - first, : out.shape[-1]].transpose(1, 2)
         at = edge
+
+
+def at_once(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    """Attention of the last positions of one sequence, as a GPU computes it: query [1, heads, n,
+    size], key and value [1, groups, positions, …]; returns [1, n, heads, value size]."""
+    heads, count, end = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
+    # With a mask and groups of heads, torch has no fused kernel there.
+    key, value = (x.repeat_interleave(heads, 1) if heads > 1 else x for x in (key, value))
+    mask = _later_hidden(end - count, count, end, query.dtype, query.device)
+    return _by_torch(query, key, value, mask, scaling).transpose(1, 2)
 
 
 def _by_torch(

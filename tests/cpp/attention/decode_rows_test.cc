@@ -1,12 +1,14 @@
 // Many rows in one call against each row in a call for itself, bit for bit.
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <limits>
 #include <memory>
 #include <optional>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "attention/latent_attention.h"
@@ -214,6 +216,8 @@ TEST(DecodeRows, RefusesRowsThatAreNotThere) {
   EXPECT_EQ(refusal(), "slots[1] is 7, expected 0 to 6");
   slots[1] = -1;
   EXPECT_EQ(refusal(), "slots[1] is -1, expected 0 to 6");
+  lengths[1] = 0;
+  EXPECT_EQ(refusal(), "nothing was thrown") << "a row of nothing has no slot";
   slots[1] = 5;
   lengths[0] = kCapacity + 1;
   EXPECT_EQ(refusal(), "lengths[0] is 2101, expected 0 to 2100");
@@ -352,6 +356,70 @@ TEST(DecodeRows, LatentsOfManyRows) {
           << row;
     }
   }
+}
+
+// Weights act between A and B: a LoRA at weight 0.5 is one of half of B, which is exact in BF16;
+// two parts are one LoRA of both ranks, apart from the order of the sums.
+TEST(DecodeRows, LatentsAddWeightedSums) {
+  LatentRows c({4, 16, 8, 40, 12, 0.2f}, 1);
+  const auto attention = c.attention(engine_of(1, best_kernels()));
+  const std::vector<std::int64_t> slots{5};
+  const std::vector<std::int64_t> lengths{300};
+  const SlotRows rows = rows_of(slots, lengths);
+  Random numbers(7);
+  std::vector<float> a = numbers.normals(8 * 40, c.scale());
+  std::vector<float> b = numbers.normals(4 * 28 * 8, 0.5f);
+  const auto load = [&](int number) {
+    attention->load_lora(number, view_of(a, {8, 40}, "a"), view_of(b, {4 * 28, 8}, "b"));
+  };
+  load(2);
+  attention->activate_loras(std::vector<int>{2}, std::vector<float>{0.5f});
+  const Bits weighted = c.alone(*attention, rows, 0);
+  for (float& each : b) each *= 0.5f;
+  load(3);
+  activate(*attention, 3);
+  EXPECT_EQ(c.alone(*attention, rows, 0), weighted);
+  // The same LoRA at 1.5 and at -0.5 is it at 1, and with nothing the base.
+  attention->load_empty_lora(9);
+  const auto near = [&](const std::vector<int>& ids, const std::vector<float>& weights,
+                        const Bits& expected) {
+    attention->activate_loras(ids, weights);
+    const Bits found = c.alone(*attention, rows, 0);
+    for (std::size_t i = 0; i < found.size(); ++i) {
+      ASSERT_NEAR(bf16_to_f32(found[i]), bf16_to_f32(expected[i]), 0.02) << i;
+    }
+  };
+  near({2, 3}, {1.0f, -1.0f}, weighted);
+  activate(*attention, kBaseRow);
+  const Bits base = c.alone(*attention, rows, 0);
+  EXPECT_NE(base, weighted);
+  near({2, 3}, {0.5f, -1.0f}, base);
+  activate(*attention, 9);
+  EXPECT_EQ(c.alone(*attention, rows, 0), base);
+  EXPECT_EQ(c.together(*attention, rows, {9}), base);
+}
+
+TEST(DecodeRows, LatentsWhoseSetChangesDuringForwards) {
+  LatentRows c({4, 16, 8, 40, 12, 0.2f}, static_cast<std::int64_t>(kSlots.size()));
+  const SlotRows rows = rows_of(kSlots, kLengths);
+  const auto attention = c.attention(engine_of(2, best_kernels()));
+  const std::vector<std::int32_t> ids{0, 1, -1, 4, 1, 0, -1, -1};
+  const Bits before = c.together(*attention, rows, ids);
+  Random numbers(3);
+  const std::vector<float> a = numbers.normals(8 * 40, c.scale());
+  const std::vector<float> b = numbers.normals(4 * 28 * 8, 0.5f);
+  std::atomic<bool> stop{false};
+  std::thread changing([&] {
+    for (int i = 0; !stop.load(); ++i) {
+      attention->load_lora(2, view_of(a, {8, 40}, "a"), view_of(b, {4 * 28, 8}, "b"));
+      attention->activate_loras(std::vector<int>{i % 2 == 0 ? 2 : 0}, std::vector<float>{1.0f});
+      if (i % 2 == 1) attention->unload_lora(2);
+      EXPECT_GT(attention->lora_bytes(), 0U);
+    }
+  });
+  for (int i = 0; i < 50; ++i) EXPECT_EQ(c.together(*attention, rows, ids), before);
+  stop.store(true);
+  changing.join();
 }
 
 TEST(DecodeRows, LatentsRefuseAdaptersThatAreNotHeld) {
