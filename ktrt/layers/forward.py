@@ -34,15 +34,9 @@ class Shared:
     def __init__(self, engine: Engine, active_set: ActiveSet, running: RunningStep) -> None:
         self.engine, self.active_set, self.running = engine, active_set, running
         self.numbers = Numbers()
-<<<<<<< HEAD
         self.products = FixedProducts(engine)
         # INT8 kernels have tiles and take all rows.
         self.most_rows = torch_rows(engine)
-=======
-        # From how many rows on torch computes; INT8 kernels have tiles and take all rows.
-        amx = active_isa() == "amx" and not engine.fixed_kernels
-        self.most_rows = _AMX_ROWS if amx else sys.maxsize
->>>>>>> int
         self._step: StepRows | None = None
         self._common: int | None = None
 

@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers in dtypes that the engine's linears do not have, for rows of different adapters.
+"""PEFT's LoRA layers in dtypes that the engine's linears lack, for rows of different adapters.
 
 Every row gets what PEFT's layer computes with the row's adapter alone, adapter by adapter.
 """

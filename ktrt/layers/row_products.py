@@ -64,12 +64,7 @@ class FixedProducts(TorchFunctionMode):
 
     def __init__(self, engine: Engine) -> None:
         self._products = RowProducts(engine)
-<<<<<<< HEAD
         self._bf16_rows = torch_rows(engine)
-=======
-        amx = active_isa() == "amx" and not engine.fixed_kernels
-        self._bf16_rows = _AMX_ROWS if amx else None
->>>>>>> int
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
