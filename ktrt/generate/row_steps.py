@@ -171,14 +171,18 @@ class RowSteps:
 
     def _fill(self, made: _Recording, parts: Sequence[Part]) -> None:
         """Writes the step's facts into the memory that the recording reads."""
-        rows = [(p.span.ids[0], p.start, p.end, p.span.slot.index, p.span.adapter) for p in parts]
-        idle = (parts[0].span.ids[0], 0, 0, self._cache.idle_slot, IDLE)
-        rows += [idle] * (made.rows.tokens - len(parts))
-        table = torch.tensor(rows, dtype=torch.int64).T
-        made.inputs.copy_(table[:2].unsqueeze(1))
-        made.rows.lengths.copy_(table[2])
-        made.rows.slots.copy_(table[3])
-        made.rows.adapters.copy_(table[4])
+        rows = made.rows
+        idle = rows.tokens - len(parts)
+        spans = [part.span for part in parts]
+        # By numpy: ten small operations of torch would take 50 µs of every token.
+        made.inputs.numpy()[:] = [
+            [[*(span.ids[0] for span in spans), *[spans[0].ids[0]] * idle]],
+            [[*(part.start for part in parts), *[0] * idle]],
+        ]
+        rows.lengths.numpy()[:] = [*(part.end for part in parts), *[0] * idle]
+        slots = [span.slot.index for span in spans]
+        rows.slots.numpy()[:] = [*slots, *[self._cache.idle_slot] * idle]
+        rows.adapters.numpy()[:] = [*(span.adapter for span in spans), *[IDLE] * idle]
 
 
 def _bucket(rows: int) -> int | None:
