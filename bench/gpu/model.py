@@ -177,11 +177,13 @@ class Bench:
     fused_lora: FusedLora | None = None
 
     @classmethod
-    def make(cls, config: Any, backend: KtBackend, threads: int | None) -> Bench:
+    def make(
+        cls, config: Any, backend: KtBackend, threads: int | None, *, fixed_kernels: bool = False
+    ) -> Bench:
         running = RunningStep()
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         model = make_torch_model(config, device)
-        engine = build_engine(ExpertArgs(backend, threads))
+        engine = build_engine(ExpertArgs(backend, threads, kt_fixed_kernels=fixed_kernels))
         hand_off = new_hand_off(engine, device)
         experts, layers = Experts(config), []
         for index, module in experts_of(model):
