@@ -173,6 +173,8 @@ class Bench:
     running: RunningStep
     masks: RankMasks
     active_set: ActiveSet = field(default_factory=ActiveSet)
+    # Dropped, they are undone.
+    patches: Patches = field(default_factory=Patches)
     gpu: GpuExperts | None = None
     fused_lora: FusedLora | None = None
 
@@ -219,7 +221,7 @@ class Bench:
         for module in self.model.modules():
             if "lora_A" in module._modules:
                 module._active_adapter = []
-        masks, patches = self.masks, Patches()
+        masks, patches = self.masks, self.patches
         masks.watch(self.model, patches)
         accelerate_attention(self.model, self.engine, patches, self.running)
         use_latents(self.model, self.engine, patches, self.running)
@@ -268,6 +270,7 @@ class Bench:
         return experts_row(layer for _, layer in self.layers).read
 
     def close(self) -> None:
+        self.patches.undo()
         if self.hand_off is not None:
             self.hand_off.close()
         if self.gpu is not None:
