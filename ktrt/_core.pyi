@@ -741,6 +741,12 @@ class GpuHandoff:
         captured a slot must not be launched afterwards. Idempotent; the end of the interpreter
         does it too."""
 
+def torch_exponentials(state: Any, draws: int, indices: Any, out: Any) -> None:
+    """Sets ``out[i]`` (float32) to ``torch.empty(draws).exponential_(1, generator=g)[indices[i]]``
+    of a generator with this ``state``: ``g.get_state()`` as uint64, which moves on by as many
+    draws. Holds where torch draws serially: not in its builds with MKL on Intel's CPUs.
+    ``indices``: ascending, int64. Without the GIL. ``ValueError``: arrays or indices do not fit."""
+
 def release_file_pages(path: str) -> int:
     """Releases the memory of this process's mappings of a file that were never written to. They
     stay valid and are read again on use. Returns the number of mappings."""

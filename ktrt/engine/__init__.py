@@ -29,6 +29,7 @@ try:
         TokenAttention,
         WeightFormat,
         release_file_pages,
+        torch_exponentials,
     )
     from ktrt._core import isa as active_isa
 except ImportError as error:
@@ -61,4 +62,5 @@ __all__ = [
     "WeightFormat",
     "active_isa",
     "release_file_pages",
+    "torch_exponentials",
 ]

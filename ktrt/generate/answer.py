@@ -6,18 +6,24 @@ import time
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from ktrt.errors import KtrtError
+import torch
+
 from ktrt.generate.response import TokenResponse
-from ktrt.generate.sampling import log_probabilities, make_sampler
+from ktrt.generate.sampling import (
+    log_probabilities,
+    log_probability_rows,
+    make_sampler,
+    sample_rows,
+)
 from ktrt.generate.text_stream import StopStrings, TextStream
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
-    import torch
-
     from ktrt.config import SamplingArgs
+    from ktrt.errors import KtrtError
     from ktrt.generate.response import FinishReason
+    from ktrt.generate.sampling import LogProbabilities
     from ktrt.generate.text_stream import Decoder
 
 
@@ -40,7 +46,11 @@ class Answer:
         shown_tokens: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
         self._start = self._first = time.perf_counter()
-        self._sampling = sampling
+        # How many tokens are listed with their log probabilities, next to the chosen one; -1: none
+        # is scored.
+        self.top_logprobs = sampling.top_logprobs if sampling.logprobs else -1
+        # The next token's, where they were computed for the rows of a step at once.
+        self.scored: LogProbabilities | None = None
         self.sampler = make_sampler(sampling, prompt_ids)
         stream = TextStream(
             tokenizer, skip_special_tokens=sampling.skip_special_tokens, shown=shown_tokens
@@ -57,9 +67,9 @@ class Answer:
         """Appends a token that ``sampler`` chose from ``logits`` [vocab_size]."""
         self._count += 1
         piece, reason = self._text.push(token, self._count)
-        scored = None
-        if self._sampling.logprobs:
-            scored = log_probabilities(logits, token, self._sampling.top_logprobs)
+        scored, self.scored = self.scored, None
+        if scored is None and self.top_logprobs >= 0:
+            scored = log_probabilities(logits, token, self.top_logprobs)
         now = time.perf_counter()
         if self._count == 1:
             self._first = now
@@ -80,13 +90,18 @@ class Answer:
 def next_tokens(answers: Sequence[Answer], logits: Sequence[torch.Tensor]) -> list[int | KtrtError]:
     """Returns the next token of each answer from its ``logits`` [1, vocab_size], or why it has
     none."""
-    found: list[int | KtrtError] = []
-    for answer, row in zip(answers, logits, strict=True):
-        try:
-            found.append(answer.sampler(row[0]))
-        except KtrtError as error:
-            found.append(error)
-    return found
+    rows = [row[0] for row in logits]
+    tokens = sample_rows([answer.sampler for answer in answers], rows)
+    chosen = zip(answers, rows, tokens, strict=True)
+    scored = [(a, row, t) for a, row, t in chosen if a.top_logprobs >= 0 and isinstance(t, int)]
+    if scored:
+        asked, wanted, ids = zip(*scored, strict=True)
+        found = log_probability_rows(
+            torch.stack(wanted), ids, [each.top_logprobs for each in asked]
+        )
+        for answer, each in zip(asked, found, strict=True):
+            answer.scored = each
+    return tokens
 
 
 class _AnswerText:

@@ -91,6 +91,7 @@ CPP_LAYERS: dict[str, set[str]] = {
     "kernels": {"layout", "base"},  # and cpu/isa.h
     "lora": {"layout", "base"},
     "engine": {"kernels", "cpu", "base"},
+    "random": {"base"},
     # Operators, side by side.
     "moe": {"engine", "lora", "kernels", "layout", "cpu", "base"},
     "linear": {"engine", "lora", "kernels", "layout", "base"},
