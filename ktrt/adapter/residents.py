@@ -266,7 +266,6 @@ class Adapters:
         try:
             torch.add(torch_name, lambda: plan.apply_to_torch(model, torch_name))
             self._load_experts(number, plan)
-            self.active_set.numbers |= {number}
             plan.audit.check()
             self.active_set.numbers |= {number}
         except BaseException:
@@ -311,7 +310,8 @@ class Adapters:
         self.active_set.numbers -= {resident.number}
         self._take_out(resident.number, resident.torch_name)
         self._restore()
-        self.active_set.note_load()
+        # The engine's linears unload it.
+        self.active_set.add_modules()
         self._changed()
 
     def _resident(self, name: str) -> _Resident:
