@@ -135,6 +135,7 @@ class ModelRunner:
         """
         parts = [Part(span, span.slot.length) for span in step.spans]
         self._check(parts)
+        self.pool.make_room([p.span.slot for p in parts], [p.end for p in parts])
         held = [part.span.slot.take() for part in parts]
         try:
             logits = self._run(parts, held)

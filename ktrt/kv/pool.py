@@ -150,6 +150,8 @@ class KvPool:
         self.touch(slot)
         if not keep:
             self.empty(slot)
+            if not any(each.in_use or each.length for each in self.slots):
+                self.store.shrink()
 
     def reserve(self, slot: Slot, tokens: int) -> bool:
         """Promises an open slot memory for ``tokens`` in all; False, with nothing promised, where
@@ -165,6 +167,20 @@ class KvPool:
         as needed."""
         slots = any(not slot.in_use for slot in self.slots) or len(self.slots) < self.store.slots
         return slots and self._evict_for(self.bytes_of(tokens))
+
+    def make_room(self, slots: Sequence[Slot], ends: Sequence[int]) -> None:
+        """Gives up idle slots, as far as needed, before open ``slots`` grow to ``ends``."""
+        if self.budget_bytes is None or not any(s.length and not s.in_use for s in self.slots):
+            return
+        more = sum(
+            max(0, self.bytes_of(end) - self._bytes(slot))
+            for slot, end in zip(slots, ends, strict=True)
+        )
+        if more and not self._evict_for(more):
+            # Beyond the budget all the same: the caller has promised nothing.
+            for slot in self.slots:
+                if not slot.in_use:
+                    self.empty(slot)
 
     def _bytes(self, slot: Slot) -> int:
         """What the slot takes, or may come to take by promise."""

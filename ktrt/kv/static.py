@@ -9,6 +9,7 @@ what the attention function reads there.
 
 import inspect
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -227,6 +228,12 @@ class StaticLayer(CacheLayerMixin):  # type: ignore[misc]
         finally:
             self._shared.slots, self._shared.capacity = before
 
+    def release(self) -> None:
+        """Lets go of the memory."""
+        self.regions = []
+        self.keys = self.values = None  # type: ignore[assignment]
+        self.is_initialized = False
+
     def get_seq_length(self) -> Any:
         place = self._shared.place
         if isinstance(place, _Many):
@@ -269,6 +276,8 @@ class StaticKv(Cache):  # type: ignore[misc]
         self._shared = _Shared(slots, capacity, reserved, count)
         # For each slot, the end of what may have been stored.
         self.written = [0] * slots
+        self._least = capacity, slots
+        self._sizes: list[tuple[Region, int]] = []
         # Counts the moves of the memory, which end the graphs that were captured on it.
         self.moves = 0
         super().__init__(layers=[StaticLayer(self._shared) for _ in range(count)])
@@ -299,6 +308,7 @@ class StaticKv(Cache):  # type: ignore[misc]
         self.written += [0] * (count - len(self.written))
         moved = any(layer.is_initialized for layer in self.layers)
         self.moves += moved
+        self._sizes = []
         return moved
 
     def truncate(self, slot: int, length: int) -> None:
@@ -323,7 +333,23 @@ class StaticKv(Cache):  # type: ignore[misc]
 
     def bytes_of(self, tokens: int) -> int:
         """Returns the memory of a slot of ``tokens``; 0 before the first forward."""
-        return sum(r.bytes_of(tokens) for layer in self.layers for r in layer.regions)
+        if not self._sizes:
+            # Of each kind of array one, and how many there are: this is asked for every step.
+            regions = [region for layer in self.layers for region in layer.regions]
+            kinds = {region.tensor.shape: region for region in regions}
+            shapes = Counter(region.tensor.shape for region in regions)
+            self._sizes = [(kinds[shape], count) for shape, count in shapes.items()]
+        return sum(count * region.bytes_of(tokens) for region, count in self._sizes)
+
+    def shrink(self) -> None:
+        """Lets go of memory that has grown, while no slot holds anything; graphs that were captured
+        on it end."""
+        self._shared.capacity, self._shared.slots = self._least
+        self.written = [0] * self.slots
+        for layer in self.layers:
+            layer.release()
+        self._sizes = []
+        self.moves += 1
 
     @property
     def idle_slot(self) -> int:

@@ -6,13 +6,16 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
+from torch.utils._pytree import tree_iter
 from transformers import DynamicCache
 
-from ktrt.kv.size import cached_tensors
 from ktrt.kv.snapshots import Mark, crop, needs_marks
 from ktrt.kv.static import StaticKv, makes_own_cache
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ktrt.kv.slot import Slot
 
 # Snapshots that a cache with windows or states keeps: three for each of two turns.
@@ -46,6 +49,9 @@ class Store(Protocol):
 
     def written_bytes(self, slot: Slot) -> int:
         """Returns the memory that the slot takes now."""
+
+    def shrink(self) -> None:
+        """Lets go of memory that has grown, while no slot holds anything."""
 
 
 class PlainStore:
@@ -83,6 +89,10 @@ class PlainStore:
         if slot.index >= self.cache.slots:
             return 0
         return self.cache.bytes_of(self.cache.written[slot.index])
+
+    def shrink(self) -> None:
+        if self._slots is not None:
+            self.cache.shrink()
 
 
 class OwnStore:
@@ -157,7 +167,21 @@ class OwnStore:
         cache = self.caches.get(slot.index)
         if cache is None:
             return 0
-        size = sum(each.untyped_storage().nbytes() for each in cached_tensors(cache))
+        kept = [vars(layer) for layer in cache.layers], getattr(cache, "linear_cache", None)
+        marks = [mark.kept for mark in self._marks.get(slot.index, [])]
+        # A mark shares what its cache has not replaced since.
+        storages = {
+            each.untyped_storage().data_ptr(): each.untyped_storage().nbytes()
+            for each in _tensors((kept, marks))
+        }
+        size = sum(storages.values())
         if slot.length and size > self._largest[0]:
             self._largest = size, slot.length
         return size
+
+    def shrink(self) -> None:
+        """There is nothing: each slot has its own memory."""
+
+
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    return (each for each in tree_iter(tree) if isinstance(each, torch.Tensor))

@@ -115,7 +115,7 @@ def test_two_rows(folder: Path) -> None:
     gpu = load(folder, "deepseek_v2", "a")
     model: Any = gpu.model
     assert gpu.hand_off is not None
-    cache = StaticKv(model.config)
+    cache = StaticKv(model.config, slots=2)
     graphs = DecodeGraphs(model, cache, gpu.hand_off, CudaGraphs(), rows=2)
     ids = token_ids(2, 30).cuda()
     with torch.no_grad():
@@ -125,7 +125,9 @@ def test_two_rows(folder: Path) -> None:
             )
             for n in range(12, 16)
         ]
-        model(ids[:, :12], past_key_values=cache)
+        for slot in (0, 1):
+            with cache.sequence(slot, 0, 12):
+                model(ids[slot : slot + 1, :12], cache=cache)
     for n, reference in zip(range(12, 16), expected, strict=True):
         step = [int(ids[0, n]), int(ids[1, n - 4])], [n, n - 4]
         found = graphs.step(*step)

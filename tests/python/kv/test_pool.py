@@ -208,6 +208,20 @@ def test_a_budget_gives_up_idle_slots_and_keeps_promises() -> None:
     assert filled.pool.committed_bytes <= filled.pool.budget_bytes
 
 
+def test_growth_gives_up_idle_slots() -> None:
+    filled = Filled()
+    a, b, c = (filled.write(filled.pool.open(key, ()), range(100)) for key in "abc")
+    filled.pool.budget_bytes = filled.pool.committed_bytes
+    filled.pool.close(a)
+    filled.pool.close(b)
+    filled.pool.make_room([c], [101])
+    assert (a.length, b.length) == (100, 100), "the page is there"
+    filled.pool.make_room([c], [200])
+    assert (a.length, b.length, c.length) == (0, 100, 100)
+    filled.pool.make_room([c], [4000])
+    assert (b.length, c.length) == (0, 100)
+
+
 def test_a_copy_for_which_there_is_no_room_is_not_made() -> None:
     filled = Filled()
     a = filled.write(filled.pool.open("x", ()), range(1, 101))
@@ -230,3 +244,19 @@ def test_copied_prefixes_compute_what_recomputed_ones_do(llama: Any) -> None:
         runner.run(Step((Span(slot=slot, ids=[7, 8]),)))[0] for slot in (copied, fresh)
     )
     assert torch.equal(found, expected)
+
+
+def test_memory_that_grew_goes_with_the_last_sequence(llama: Any) -> None:
+    runner = ModelRunner(llama)
+    assert runner.cache is not None
+    slots = [runner.pool.open(n, ()) for n in range(3)]
+    for slot in slots:
+        runner.run(Step((Span(slot=slot, ids=[5, 6, 7]),)))
+    assert runner.cache.slots == 4
+    for slot in slots:
+        runner.pool.close(slot, keep=False)
+    assert runner.cache.slots == 1
+    assert runner.cache.bytes_of(1) == 0
+    slot = runner.pool.open("x", ())
+    runner.run(Step((Span(slot=slot, ids=[5, 6, 7]),)))
+    assert slot.length == 3
