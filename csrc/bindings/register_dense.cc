@@ -115,7 +115,8 @@ void define_common(py::class_<Linear, std::shared_ptr<Linear>>& type) {
           "unload_lora", [](Linear& linear, int number) { linear_of(linear).unload_lora(number); },
           py::arg("number"), py::call_guard<py::gil_scoped_release>())
       .def("activate_loras", &activate_loras<Linear>, py::arg("ids"), py::arg("weights"))
-      .def_property_readonly("lora_bytes", &Linear::lora_bytes)
+      .def_property_readonly("lora_bytes",
+                             [](Linear& linear) { return linear_of(linear).lora_bytes(); })
       .def("forward", &forward<Linear>, py::arg("x"), py::arg("x_count"), py::arg("out"),
            py::arg("out_count"), py::arg("adapter_ids") = 0, py::arg("adapter_count") = 0);
 }
