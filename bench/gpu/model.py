@@ -18,6 +18,7 @@ from ktrt.engine.build import build_engine
 from ktrt.engine.rank_masks import RankMasks
 from ktrt.engine.step_rows import RunningStep
 from ktrt.experts import (
+    GpuExperts,
     KTExperts,
     build_gpu_experts,
     experts_replaced,
@@ -28,8 +29,10 @@ from ktrt.experts.spec import ExpertsSpec
 from ktrt.generate.graphs import CudaGraphs, DecodeGraphs, NoHandOff
 from ktrt.generate.row_graphs import RowGraphs
 from ktrt.generate.runner import KvCache, ModelRunner
+from ktrt.layers.attention import accelerate_attention
 from ktrt.layers.cuda_linear import FusedLora
 from ktrt.layers.embedding import tables_to_host
+from ktrt.layers.latent import use_latents
 from ktrt.loading.inventory import experts_row
 from ktrt.utils.patches import Patches
 
@@ -39,7 +42,7 @@ if TYPE_CHECKING:
     from ktrt._core import MoeLayer
     from ktrt.config.args import KtBackend
     from ktrt.engine import Engine
-    from ktrt.experts import GpuExperts, HandOff
+    from ktrt.experts import HandOff
     from ktrt.generate.graphs import GraphMaker
 
 RANK, ALPHA = 8, 16
@@ -168,6 +171,7 @@ class Bench:
     experts: Experts
     layers: list[tuple[int, MoeLayer]]
     running: RunningStep
+    masks: RankMasks
     active_set: ActiveSet = field(default_factory=ActiveSet)
     gpu: GpuExperts | None = None
     fused_lora: FusedLora | None = None
@@ -193,7 +197,7 @@ class Bench:
         assert len(layers) == config.num_hidden_layers - config.first_k_dense_replace
         if hand_off is not None:
             hand_off.guard(model, Patches())
-        return cls(model, engine, hand_off, experts, layers, running)
+        return cls(model, engine, hand_off, experts, layers, running, RankMasks(running))
 
     def add_lora(self) -> None:
         """Adds LoRA to everything."""
@@ -213,15 +217,27 @@ class Bench:
         for module in self.model.modules():
             if "lora_A" in module._modules:
                 module._active_adapter = []
-        masks, patches = RankMasks(self.running), Patches()
+        masks, patches = self.masks, Patches()
         masks.watch(self.model, patches)
+        accelerate_attention(self.model, self.engine, patches, self.running)
+        use_latents(self.model, self.engine, patches, self.running)
         self.fused_lora = FusedLora(self.model, self.active_set, patches, masks)
+
+    def share_resident(self, number: int) -> None:
+        """Puts ``number`` experts of each layer on the GPU, for later runners."""
+        layers = {f"layers.{index}": layer for index, layer in self.layers}
+        device = self.model.get_input_embeddings().weight.device
+        self.gpu = GpuExperts(layers, device, running=self.running, masks=self.masks)
+        self.gpu.select(number)
+        for index, module in experts_of(self.model):
+            module.gpu = self.gpu.layers[f"layers.{index}"]
 
     def runner(self, maker: GraphMaker) -> ModelRunner:
         """Returns a runner whose steps of many rows are captured by ``maker``."""
         hand_off = self.hand_off or NoHandOff()
         return ModelRunner(
-            self.model, active_set=self.active_set, running=self.running, linears=self.fused_lora,
+            self.model, gpu=self.gpu, active_set=self.active_set, running=self.running,
+            linears=self.fused_lora,
             row_graphs=partial(RowGraphs, self.model, handoff=hand_off, maker=maker),
         )  # fmt: skip
 

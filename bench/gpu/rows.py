@@ -14,6 +14,7 @@ the bandwidth measured in the same run.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import statistics
@@ -63,6 +64,13 @@ def main() -> int:
                 report.append({"format": weight_format, **check(bench, args)})
             with sections.section(f"{weight_format}: speed"):
                 report += measure(bench, args, weight_format)
+            if args.gpu_experts:
+                bench.share_resident(args.gpu_experts)
+                what = f"{weight_format}, {args.gpu_experts} experts on the GPU"
+                with sections.section(f"{what}: checks"):
+                    report.append({"format": what, **check(bench, args)})
+                with sections.section(f"{what}: speed"):
+                    report += measure(bench, args, what)
         finally:
             bench.close()
     if args.json:
@@ -75,6 +83,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--moe-layers", type=int, default=8)
     parser.add_argument("--formats", default="bf16,int8", type=lambda text: text.split(","))
     parser.add_argument("--threads", type=int, help="of the experts' engine; default: one per core")
+    parser.add_argument("--gpu-experts", type=int, default=0, help="of each layer, once more")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 8, 16, 32])
     parser.add_argument("--steps", type=int, default=30, help="timed in each measurement")
     parser.add_argument("--prompt", type=int, default=64, help="tokens in a slot before the steps")
@@ -267,6 +276,9 @@ def measure(bench: Bench, args: argparse.Namespace, weight_format: str) -> list[
             print_result(results[-1])
         routing.remove()
         del batch
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     return results
 
 

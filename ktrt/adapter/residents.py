@@ -138,15 +138,16 @@ class Adapters:
         with self._names:
             self._users.subtract(names)
 
-    def prepare(self, choices: Iterable[AdapterChoice]) -> bool:
+    def prepare(self, choices: Iterable[AdapterChoice], *, by_row: bool = True) -> bool:
         """Readies the model for a step whose rows have these adapters. Returns whether what acts in
-        the model is the adapters of all rows; else each row has to name its own."""
+        the model is the adapters of all rows; else each row has to name its own, which it can
+        ``by_row`` only."""
         one, *others = choices
         if others:
             if self._fixed():
                 self._act({})
             return False
-        if one.row is None or self._fixed():
+        if one.row is None or not by_row or self._fixed():
             self._act(dict(one.weights))
         return self._acting == dict(one.weights)
 

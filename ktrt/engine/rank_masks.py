@@ -81,6 +81,11 @@ class RankMask:
             shrunk = (shrunk.float() * self.factors).to(shrunk.dtype)
         return torch.where(self.present, shrunk, 0.0)
 
+    def of_sequences(self) -> RankMask:
+        """The mask of [sequences, tokens, ranks] with a row of this one for each sequence."""
+        factors = None if self.factors is None else self.factors[:, None]
+        return RankMask(self.present[:, None], factors)
+
     def take(self, index: torch.Tensor) -> RankMask:
         """The mask of the tokens at ``index`` (integers of any shape); one row stands for all."""
         if self.present.shape[0] == 1:
@@ -98,7 +103,10 @@ class RankMasks:
             weakref.WeakValueDictionary()
         )
         # Of the forward between its hooks; None outside of one, where nothing is kept.
-        self._made: dict[tuple[RankOwners, int], RankMask] | None = None
+        self._made: dict[RankOwners, RankMask] | None = None
+        # The step that the forward began with, and what ``rows`` is for it; a layer may compute
+        # other tokens than the step's in between.
+        self._begun: StepRows | None = None
         self._by_row: StepRows | None = None
 
     def watch(self, model: nn.Module, patches: Patches) -> None:
@@ -120,26 +128,30 @@ class RankMasks:
     def rows(self) -> StepRows | None:
         """The running step if its tokens may differ in their adapters; None: all of them have the
         active ones. Asks the host's copy of the ids, once per forward."""
-        return self._by_row if self._made is not None else self._ask()
+        rows = self._running.rows
+        if self._made is not None and rows is self._begun:
+            return self._by_row
+        return _differing(rows)
 
     def of(self, owners: RankOwners, adapters: torch.Tensor | None) -> RankMask:
-        """The mask of tokens with these ``adapters`` [tokens] on the device, which the running step
-        keeps (``StepRows.on_device``); None: of one token with the active ones, for all."""
-        ids = owners.all_active if adapters is None else adapters
-        if self._made is None:
-            return owners.mask(ids)
-        key = owners, id(ids)
-        if key not in self._made:
-            self._made[key] = owners.mask(ids)
-        return self._made[key]
-
-    def _ask(self) -> StepRows | None:
-        rows = self._running.rows
-        return rows if rows is not None and rows.by_row else None
+        """The mask of tokens with these ``adapters`` [tokens] on the device, such as
+        ``StepRows.on_device``; None: of one token with the active ones, for all."""
+        if adapters is None:
+            return owners.mask(owners.all_active)
+        if self._made is None or self._begun is None or adapters is not self._begun.on_device:
+            return owners.mask(adapters)
+        if owners not in self._made:
+            self._made[owners] = owners.mask(adapters)
+        return self._made[owners]
 
     def _begin(self) -> None:
         # Never what an earlier forward has left: a graph must compute its own.
-        self._made, self._by_row = {}, self._ask()
+        self._made, self._begun = {}, self._running.rows
+        self._by_row = _differing(self._begun)
 
     def _end(self) -> None:
-        self._made = self._by_row = None
+        self._made = self._begun = self._by_row = None
+
+
+def _differing(rows: StepRows | None) -> StepRows | None:
+    return rows if rows is not None and rows.by_row else None

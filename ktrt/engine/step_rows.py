@@ -59,6 +59,8 @@ class StepRows:
         self.slots = torch.zeros(decode, dtype=torch.int64)
         self.lengths = torch.zeros(decode, dtype=torch.int64)
         self.logits: torch.Tensor | None = None
+        # A decode step [tokens, 1] of a GPU's graph, whose places the cache knows: no decode rows.
+        self.batch = False
         # Layers whose cache has stored the tokens by these facts, and whose attention has read
         # them: a model in which the counts differ cannot run such a forward.
         self.stored = self.attended = 0

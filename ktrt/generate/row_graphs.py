@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MOST_ROWS = 32
+# Graphs that are kept; one of V2-Lite has 3,000 kernels.
+_MOST_GRAPHS = 64
 
 
 @dataclass
@@ -153,6 +155,7 @@ class RowGraphs:
         self._fill(block, parts)
         graph = block.graphs.get(window)
         if graph is None:
+            self._forget_one(block)
             # The host first: libraries allocate their workspaces, the hand-off its slots, LoRA
             # takes the adapters' numbers.
             self._forward(block, window)
@@ -164,6 +167,12 @@ class RowGraphs:
             graph.replay()
         return block.logits[block.places(parts)]
 
+    def _forget_one(self, keep: _Block) -> None:
+        """Makes room for a graph: those of the oldest other block go."""
+        oldest = next((key for key, block in self._blocks.items() if block is not keep), None)
+        if self.count >= _MOST_GRAPHS and oldest is not None:
+            del self._blocks[oldest]
+
     def _block(self, parts: Sequence[Part]) -> _Block:
         first, count = _place([part.span.slot.index for part in parts])
         key = first, count, any(part.span.adapter != ACTIVE for part in parts)
@@ -172,9 +181,11 @@ class RowGraphs:
             # Memory from before the capture, and no inference tensors, which only inference mode
             # could write to.
             with torch.inference_mode(False):
+                rows = StepRows(count, 0, self._device)
+                rows.batch = True
                 block = self._blocks[key] = _Block(
                     first,
-                    StepRows(count, count, self._device),
+                    rows,
                     torch.zeros(2, count, 1, dtype=torch.int64, device=self._device),
                     self._like.new_empty(count, len(self._like)),
                 )
@@ -185,14 +196,12 @@ class RowGraphs:
         rows, written = block.rows, self._cache.written[block.first :]
         # Token 0, one position after what the slot may hold, for rows that stand for nothing.
         ids, positions = [0] * rows.tokens, written[: rows.tokens]
-        lengths, adapters = [0] * rows.tokens, [IDLE] * rows.tokens
+        adapters = [IDLE] * rows.tokens
         for row, part in zip(block.places(parts), parts, strict=True):
-            ids[row], positions[row], lengths[row] = part.span.ids[0], part.start, part.end
+            ids[row], positions[row] = part.span.ids[0], part.start
             adapters[row] = part.span.adapter
             self._cache.will_write(part.span.slot.index, part.end)
         block.inputs.copy_(torch.tensor([ids, positions]).unsqueeze(-1))
-        rows.slots.copy_(torch.arange(block.first, block.first + rows.tokens))
-        rows.lengths.copy_(torch.tensor(lengths))
         set_adapters(rows, adapters)
 
     def _capture(self, block: _Block, window: int) -> _Graph:

@@ -130,12 +130,15 @@ def head_array(numbers: torch.Tensor) -> HeadArray:
 
 def slot_array(numbers: torch.Tensor) -> HeadArray:
     """The same for numbers [slots, heads, tokens, size] in bfloat16."""
-    slots, stride = numbers.shape[0], numbers.stride(0)
-    one = head_array(numbers[0])
-    return HeadArray(
-        numbers.data_ptr(), (slots - 1) * stride + one.count, numbers.stride(1), numbers.stride(2),
-        slot_stride=stride,
-    )  # fmt: skip
+    slots, heads, tokens, size = numbers.shape
+    strides = numbers.stride()
+    if strides[3] != 1 and size > 1:
+        raise ValueError(f"the numbers of a head are {strides[3]} elements apart, expected 1")
+    if numbers.dtype != torch.bfloat16 or numbers.device.type != "cpu":
+        raise ValueError(f"found {numbers.dtype} on {numbers.device}, expected bfloat16 on the CPU")
+    steps = zip((slots, heads, tokens), strides, strict=False)
+    count = sum((n - 1) * stride for n, stride in steps) + size
+    return HeadArray(numbers.data_ptr(), count, strides[1], strides[2], slot_stride=strides[0])
 
 
 def slot_rows(rows: StepRows, held: torch.Tensor) -> SlotRows:

@@ -30,7 +30,7 @@ from ktrt.errors import KtrtError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ktrt.engine.rank_masks import RankMask, RankOwners
+    from ktrt.engine.rank_masks import RankOwners
     from ktrt.engine.step_rows import StepRows
     from ktrt.utils.patches import Patches
 
@@ -286,21 +286,25 @@ class _FusedLinear:
         return y
 
     def _forward_by_row(self, x: torch.Tensor, lora: _Lora, rows: StepRows) -> torch.Tensor:
-        size_out = lora.expand.shape[1]
+        size_out, ranks = lora.expand.shape[1], lora.a.shape[0]
         y = F.linear(x, self._base.weight, self._base.bias)
-        flat = x.reshape(-1, x.shape[-1])
-        own = self._mask(rows, flat.shape[0])(F.linear(flat, lora.a))
+        shrunk = F.linear(x, lora.a).reshape(-1, ranks)
+        own = self._own(rows, shrunk, x.shape[0])
         # Zeros add nothing: a base row keeps its bits.
         y.view(-1, size_out).addmm_(own, lora.expand)
         return y
 
-    def _mask(self, rows: StepRows, count: int) -> RankMask:
+    def _own(self, rows: StepRows, shrunk: torch.Tensor, sequences: int) -> torch.Tensor:
+        """``shrunk`` [rows, ranks] with zeros where a rank is not of the row's adapter."""
         assert self._owners is not None
-        mask, wanted = self._masks.of(self._owners, rows.on_device), rows.logits
+        mask, wanted, count = self._masks.of(self._owners, rows.on_device), rows.logits, len(shrunk)
         if count == rows.tokens:
-            return mask
+            return mask(shrunk)
         if wanted is not None and count == len(wanted):
-            return mask.take(wanted.to(self._base.weight.device))
+            return mask.take(wanted.to(shrunk.device))(shrunk)
+        if rows.batch and sequences == rows.tokens:  # of whole sequences: latents
+            each = shrunk.view(sequences, count // sequences, -1)
+            return mask.of_sequences()(each).view(count, -1)
         raise KtrtError(
             f"a linear layer with LoRA is given {count} rows in a step of {rows.tokens} tokens, so "
             "its rows cannot have adapters of their own; use one adapter for all"

@@ -39,7 +39,7 @@ class Shared:
         self.engine, self.active_set, self.running = engine, active_set, running
         self.numbers = Numbers()
         # From how many rows on torch computes; INT8 kernels have tiles and take all rows.
-        amx = active_isa() == "amx" and not getattr(engine, "fixed_kernels", False)
+        amx = active_isa() == "amx" and not engine.fixed_kernels
         self.most_rows = _AMX_ROWS if amx else sys.maxsize
         self._step: StepRows | None = None
         self._common: int | None = None

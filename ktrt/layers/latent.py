@@ -11,6 +11,7 @@ keys' width: torch computes attention of different widths in float32, with copie
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,7 +56,7 @@ def use_latents(
         decoder = LatentDecoder(module, engine) if _is_plain(module) else None
         latents = Latents(module.expand_kv, decoder, running)
         patches.set(module, "kt_latent", latents)
-        patches.set(module, "expand_kv", latents.keep)
+        patches.set(module, "expand_kv", latents)
         decoders += decoder is not None
     if found:
         _register(patches)
@@ -93,7 +94,7 @@ def _is_plain(module: Any) -> bool:
 
 
 class Latents:
-    """One layer's latents, between its cache and its attention function."""
+    """Stands in for the ``expand_kv`` of one layer; ``attention`` expands latents, if it has to."""
 
     def __init__(
         self,
@@ -103,13 +104,13 @@ class Latents:
     ) -> None:
         self.decoder, self.running, self._expand = decoder, running, expand_kv
 
-    def __deepcopy__(self, _memo: dict[int, Any]) -> None:
-        """A copied module has neither: it expands for itself."""
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copied module has no engine, and its step runs elsewhere: it expands for itself."""
+        return copy.deepcopy(self._expand, memo)
 
-    def keep(
+    def __call__(
         self, latents: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stands in for ``expand_kv``: ``attention`` expands them, if it has to."""
         return latents, positions
 
     def expand(
@@ -118,7 +119,9 @@ class Latents:
         """Returns keys and values [1, heads, tokens, size] of latents [1, 1, tokens, rank], with
         the adapter of the sequence that the forward is of."""
         rows = self.running.rows
-        return self.expand_with(None if rows is None else int(rows.adapters[0]), latents, positions)
+        if rows is None or rows.batch:  # kv_b_proj itself knows a batch's sequences
+            return self._expand(latents, positions)
+        return self.expand_with(int(rows.adapters[0]), latents, positions)
 
     def expand_with(
         self, adapter: int | None, latents: torch.Tensor, positions: torch.Tensor
@@ -352,13 +355,13 @@ def attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: latents as ``Latents.keep`` left them, or keys and values
+    """transformers' attention interface: latents as ``Latents`` left them, or keys and values
     as in ``sdpa``."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    latents: Latents | None = getattr(module, "kt_latent", None)
+    latents = getattr(module, "kt_latent", None)
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if latents is not None:
+    if isinstance(latents, Latents):
         if (rows := places(latents.running)) is not None:
             held = HeldLatents(latents, key, value, int(module.v_head_dim), factor)
             return attend(rows, query, held, factor, options), None

@@ -56,7 +56,7 @@ class FixedProducts(TorchFunctionMode):
 
     def __init__(self, engine: Engine) -> None:
         self._products = RowProducts(engine)
-        amx = active_isa() == "amx" and not getattr(engine, "fixed_kernels", False)
+        amx = active_isa() == "amx" and not engine.fixed_kernels
         self._bf16_rows = _AMX_ROWS if amx else None
 
     def __torch_function__(

@@ -82,7 +82,7 @@ class GpuLayer:
         """Whether a forward of ``tokens`` tokens belongs to ``forward_streamed``: never a decode
         step, which a graph may capture."""
         rows = self._owner.running.rows
-        decodes = tokens == 1 if rows is None else rows.decode == tokens
+        decodes = tokens == 1 or (rows is not None and (rows.batch or rows.decode == tokens))
         return not decodes and 0 < self._owner.threshold <= tokens
 
     def counts(self) -> list[int]:
@@ -229,7 +229,7 @@ class GpuLayer:
         that stand for nothing."""
         count, rows = self.source.num_experts, self._owner.running.rows
         inside = (ids >= 0) & (ids < count)
-        if rows is not None and 1 < rows.decode == len(ids):
+        if rows is not None and rows.batch and rows.tokens == len(ids):
             inside &= (rows.on_device != IDLE)[:, None]
         return torch.where(inside, ids, count).to(torch.int64)
 

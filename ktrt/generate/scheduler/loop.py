@@ -57,7 +57,7 @@ class AdapterSets(Protocol):
 
     @property
     def renewals(self) -> int: ...
-    def prepare(self, choices: Iterable[AdapterChoice]) -> bool: ...
+    def prepare(self, choices: Iterable[AdapterChoice], *, by_row: bool = True) -> bool: ...
     def restore(self) -> None: ...
 
 
@@ -326,7 +326,7 @@ class Scheduler:
         choices = [first]
         if any(request.new.choice != first for request, _ in chosen):
             choices = list(dict.fromkeys(request.new.choice for request, _ in chosen))
-        shared = self._adapters.prepare(choices)
+        shared = self._adapters.prepare(choices, by_row=self._by_row)
         spans, rows, prompt, held = [], 0, 0, 0
         for request, count in chosen:
             start, row = request.held, request.new.choice.row

@@ -177,21 +177,24 @@ def test_a_switch_of_adapters_leaves_the_memory(engine: Engine) -> None:
     assert error(found, expected) < SAME
 
 
-@pytest.mark.parametrize("spans", [False, True])
-def test_decode_steps_are_never_streamed(engine: Engine, spans: bool) -> None:
+def test_decode_steps_are_never_streamed(engine: Engine) -> None:
     model = Model(engine)
     model.gpu.threshold = 1
     assert model.share.streams(4)
     assert not model.share.streams(1)
-    with model.running.running(StepRows(4, 2 if spans else 4)):
-        assert model.share.streams(4) == spans
+    batch = StepRows(4, 0)
+    batch.batch = True
+    for rows, streams in ((StepRows(4, 4), False), (StepRows(4, 2), True), (batch, False)):
+        with model.running.running(rows):
+            assert model.share.streams(4) == streams
 
 
 def test_rows_that_stand_for_nothing(engine: Engine) -> None:
     """They are counted for no expert, and the GPU adds nothing."""
     model = Model(engine, resident=3)
     states, ids, weights = model.case.inputs(3)
-    rows = StepRows(3, 3)
+    rows = StepRows(3, 0)
+    rows.batch = True
     rows.adapters.copy_(ids_of([0, IDLE, BASE]))
     with model.running.running(rows):
         left = model.share.cpu_ids(ids)

@@ -23,6 +23,7 @@ from ktrt.generate.runner import ModelRunner
 from ktrt.generate.step import Span, Step
 from ktrt.kv import static
 from ktrt.layers.cuda_linear import FusedLora
+from ktrt.layers.latent import use_latents
 from ktrt.utils.patches import Patches
 
 if TYPE_CHECKING:
@@ -58,8 +59,9 @@ class Model:
         torch.manual_seed(0)
         config = AutoConfig.for_model(family, **SIZES)
         model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        targets = ["o_proj", "down_proj", "q_proj", "kv_b_proj", "lm_head"]
         for name in NAMES:
-            lora = LoraConfig(r=4, lora_alpha=8, target_modules=["o_proj", "down_proj"])
+            lora = LoraConfig(r=4, lora_alpha=8, target_modules=targets)
             inject_adapter_in_model(lora, model, name)
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -69,6 +71,8 @@ class Model:
         masks = RankMasks(self.running)
         masks.watch(model, self.patches)
         self.activate()
+        engine: Any = None  # where no layer is the engine's
+        use_latents(model, engine, self.patches, self.running)
         self.linears = FusedLora(model, self.active_set, self.patches, masks)
         self.maker = FakeGraphs()
         self.runner = self.new_runner(graphs=True)
@@ -236,6 +240,15 @@ def test_more_rows_than_one_graph_holds(monkeypatch: pytest.MonkeyPatch) -> None
     compare(model, talks)
     compare(model, talks[::-1])
     assert model.graphs.count >= 3
+
+
+def test_graphs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_graphs, "_MOST_GRAPHS", 2)
+    model = Model()
+    talks = [Talk(model, i % 3, 3 + i, i) for i in range(4)]
+    for some in ([0], [1], [2, 3], [0], [0, 1, 2, 3]):
+        compare(model, [talks[i] for i in some])
+        assert model.graphs.count <= 2
 
 
 def test_active_adapters_for_all_rows_are_another_graph() -> None:

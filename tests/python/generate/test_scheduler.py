@@ -348,6 +348,15 @@ class TestTurns:
             assert max(gaps) <= 6
         bench.run()
 
+    def test_layers_without_rows(self) -> None:
+        """Where layers do not take a row's adapter, all adapters take turns."""
+        bench = Bench(turn_steps=2, by_row=False)
+        handles = [bench.submit(PROMPTS[n], 6, row(n)) for n in range(3)]
+        bench.run()
+        for handle, prompt in zip(handles, PROMPTS, strict=False):
+            assert tokens_of(handle) == expected_tokens(prompt, 6)
+        assert {adapter for step in bench.runner.steps for *_, adapter in step} == {ACTIVE}
+
     def test_alone_there_is_no_switching(self) -> None:
         bench = Bench(turn_steps=2)
         bench.submit(10, 50, turn("x"))

@@ -133,9 +133,10 @@ class FakeSets:
         self.acting: AdapterChoice = BASE_CHOICE
         self.switches = 0
 
-    def prepare(self, choices: Iterable[AdapterChoice]) -> bool:
+    def prepare(self, choices: Iterable[AdapterChoice], *, by_row: bool = True) -> bool:
         one, *others = choices
         if others:
+            assert by_row
             assert all(each.row is not None for each in (one, *others))
             return False
         self.switches += self.acting != one
@@ -191,7 +192,12 @@ class Bench:
     """A scheduler on fakes."""
 
     def __init__(
-        self, facts: CostFacts | None = None, *, budget: int = 10**9, **limits: Any
+        self,
+        facts: CostFacts | None = None,
+        *,
+        budget: int = 10**9,
+        by_row: bool = True,
+        **limits: Any,
     ) -> None:
         self.clock = FakeClock()
         self.pool = FakePool(budget)
@@ -199,8 +205,9 @@ class Bench:
         self.sets = FakeSets()
         self.cost = CostModel(facts or CostFacts(other_bytes=1e6))
         self.scheduler = Scheduler(
-            self.runner, self.sets, self.cost, choose, SchedulerLimits(**limits), clock=self.clock
-        )
+            self.runner, self.sets, self.cost, choose, SchedulerLimits(**limits),
+            by_row=by_row, clock=self.clock,
+        )  # fmt: skip
         self.released = 0
 
     def submit(
