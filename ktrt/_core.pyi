@@ -93,27 +93,43 @@ class DenseLinear:
     def in_features(self) -> int: ...
     @property
     def out_features(self) -> int: ...
-    def load_lora(self, number: int, a: Any, b: Any) -> None:
+    @property
+    def lora_bytes(self) -> int:
+        """Memory of all LoRAs that are held, in whole pages."""
+
+    def load_lora(self, number: int, a: Any = None, b: Any = None) -> None:
         """Keeps a LoRA under a number (0 or more; one of this number is replaced): ``a`` [rank,
         in_features], ``b`` [out_features, rank], float32, the scaling folded into ``b``; each is
-        rounded to bfloat16 once. ``ValueError``: other shapes, or a rank above ``max_rank``."""
+        rounded to bfloat16 once. Neither: a LoRA that adds nothing. ``ValueError``: other shapes,
+        or a rank above ``max_rank``."""
 
     def unload_lora(self, number: int) -> None:
         """``ValueError``: there is none of this number, or it is active."""
 
     def activate_loras(self, ids: Sequence[int], weights: Sequence[float]) -> None:
-        """Sets the LoRA that forwards apply: one at weight 1, or none. Add several up, weights
-        folded into ``b``, before loading. A ``ValueError`` changes nothing."""
+        """Sets the sum of LoRAs, each times its weight, that forwards add; none: the base. A
+        ``ValueError`` changes nothing."""
 
-    def forward(self, x: int, x_count: int, out: int, out_count: int) -> None:
+    def forward(
+        self,
+        x: int,
+        x_count: int,
+        out: int,
+        out_count: int,
+        adapter_ids: int = 0,
+        adapter_count: int = 0,
+    ) -> None:
         """Reads ``x`` and writes ``out``: addresses and element counts of contiguous bfloat16
         arrays in CPU memory, rows of ``in_features`` and as many rows of ``out_features``. (DLPack
-        would take longer than small layers do.) Runs without the GIL. ``RuntimeError``: the engine
-        is closed."""
+        would take longer than small layers do.) ``adapter_ids``, int32: each row's LoRA, a number
+        that is held, -1 for none or -2 for the active sum; 0: the active sum for all. A row's bits
+        are the same alone and next to rows of other LoRAs. Runs without the GIL. ``ValueError``:
+        sizes, and a number that is not held; ``RuntimeError``: the engine is closed."""
 
 class HeadArray:
     """An array [heads, tokens, size] in CPU memory: number (h, t, i) lies at ``address`` plus
-    h · ``head_stride`` + t · ``token_stride`` + i elements. The caller keeps the memory alive.
+    h · ``head_stride`` + t · ``token_stride`` + i elements. Or one [slots, heads, tokens, size],
+    slots ``slot_stride`` elements apart. The caller keeps the memory alive.
 
     (DLPack would take longer than attention of a few tokens does.)
     """
@@ -125,10 +141,20 @@ class HeadArray:
         head_stride: int,
         token_stride: int = 0,
         float32: bool = False,
+        slot_stride: int = 0,
     ) -> None:
         """``count``: elements from ``address`` on; every use is checked against it. Strides are in
         elements. The dtype is float32 or bfloat16. ``ValueError``: an address that is not aligned
         to the dtype, a negative number."""
+
+class SlotRows:
+    """Which sequence each row of a forward attends to, in arrays [slots, heads, tokens, size]."""
+
+    def __init__(self, slots: int, lengths: int, rows: int, slot_count: int, capacity: int) -> None:
+        """``slots`` and ``lengths``: addresses of int64 [``rows``], read by every forward: a row's
+        slot, below ``slot_count``, and how many tokens of it the row attends to, ``capacity`` at
+        most. A row of length 0 gives zeros, whatever its slot. The caller keeps the memory alive.
+        ``ValueError``: an address that is not aligned, a number below 1."""
 
 class TokenAttention:
     """Attention of one token over cached keys and values, on an engine's threads.
@@ -180,6 +206,20 @@ class TokenAttention:
         ``ValueError``: an array too small, ``end`` not above ``start``. ``RuntimeError``: the
         engine is closed."""
 
+    def forward_rows(
+        self,
+        query: HeadArray,
+        keys: HeadArray,
+        values: HeadArray,
+        out: HeadArray,
+        rows: SlotRows,
+    ) -> None:
+        """The same for a token of each of many sequences, over the first tokens of its slot: query
+        [heads, rows, key_size], keys [slots, groups, capacity, key_size], values [slots, groups,
+        capacity, value_size], out [heads, rows, value_size]. A row's bits are those that it has
+        alone. Only for keys in one array. ``ValueError``: also a slot or length that is not
+        there."""
+
 class LatentAttention:
     """One token's multi-head latent attention over cached latents, on an engine's threads.
 
@@ -196,7 +236,12 @@ class LatentAttention:
         kv_lora_rank], V of every head: bfloat16, contiguous, kept, not copied. ``ValueError``:
         shapes that do not fit, sizes above 4096."""
 
-    def load_lora(self, number: int, a: Any, b: Any) -> None:
+    max_rank: int
+    @property
+    def lora_bytes(self) -> int:
+        """Memory of all LoRAs that are held, in whole pages."""
+
+    def load_lora(self, number: int, a: Any = None, b: Any = None) -> None:
         """Keeps a LoRA of kv_b_proj: ``a`` [rank, kv_lora_rank], ``b`` [heads · (nope + v), rank].
         See ``DenseLinear.load_lora``."""
 
@@ -214,6 +259,21 @@ class LatentAttention:
         kv_lora_rank] and positions [1, tokens, rope]; writes out [heads, 1, v]; all bfloat16. The
         rest is as in ``TokenAttention.forward``."""
 
+    def forward_rows(
+        self,
+        query: HeadArray,
+        latents: HeadArray,
+        positions: HeadArray | None,
+        out: HeadArray,
+        rows: SlotRows,
+        adapter_ids: int = 0,
+    ) -> None:
+        """The same for a token of each of many sequences, over the first tokens of its slot: query
+        [heads, rows, nope + rope], latents [slots, 1, capacity, kv_lora_rank], positions [slots, 1,
+        capacity, rope], out [heads, rows, v]. ``adapter_ids``: address of int32 [rows], each row's
+        LoRA: its number, -1 or -3 for none, -2 for the active ones; 0: these for all. A row's bits
+        are those that it has alone. ``ValueError``: also a LoRA that is not held."""
+
 class RmsNorm:
     """RMSNorm of rows of bfloat16: ``x / √(mean(x²) + eps)``, in float32, times a weight.
 
@@ -221,9 +281,18 @@ class RmsNorm:
     DeepSeek); otherwise the product is rounded alone (Gemma, gpt_oss).
     """
 
-    def __init__(self, weight: Any, eps: float, *, rounds_twice: bool, offset: float = 0.0) -> None:
+    def __init__(
+        self,
+        weight: Any,
+        eps: float,
+        *,
+        rounds_twice: bool,
+        offset: float = 0.0,
+        engine: Engine | None = None,
+    ) -> None:
         """``weight`` [size], bfloat16 or float32, contiguous: kept, not copied. ``offset`` is added
-        to it in float32 (Gemma's 1 + w). ``ValueError``: eps below 0."""
+        to it in float32 (Gemma's 1 + w). ``engine``: shares many rows among its threads.
+        ``ValueError``: eps below 0."""
 
     @property
     def size(self) -> int: ...
@@ -232,7 +301,9 @@ class RmsNorm:
     ) -> None:
         """``x``: address of ``rows`` rows of ``size`` bfloat16 numbers, ``row_stride`` elements
         apart, in ``x_count`` elements of CPU memory; ``out``: address of [rows, size], contiguous,
-        which may be ``x``. Runs on the calling thread. ``ValueError``: counts that do not fit."""
+        which may be ``x``. A few rows run on the calling thread, and many without an engine; a
+        row's bits are the same. ``ValueError``: counts that do not fit; ``RuntimeError``: the
+        engine is closed."""
 
 class PackedLinear:
     """``DenseLinear`` with the weight in INT8, a scale per output, and inputs quantised row by row:
@@ -256,19 +327,63 @@ class PackedLinear:
     def packed_bytes(self) -> int:
         """Bytes that a forward reads: codes, scales and sums of codes."""
 
-    def share(self) -> PackedLinear:
-        """Returns another layer on the same packed weight and bias, without LoRA."""
+    @property
+    def lora_bytes(self) -> int:
+        """Memory of all LoRAs that are held, in whole pages."""
 
-    def load_lora(self, number: int, a: Any, b: Any) -> None:
+    def load_lora(self, number: int, a: Any = None, b: Any = None) -> None:
         """See ``DenseLinear.load_lora``."""
 
     def unload_lora(self, number: int) -> None: ...
     def activate_loras(self, ids: Sequence[int], weights: Sequence[float]) -> None: ...
-    def forward(self, x: int, x_count: int, out: int, out_count: int) -> None:
+    def forward(
+        self,
+        x: int,
+        x_count: int,
+        out: int,
+        out_count: int,
+        adapter_ids: int = 0,
+        adapter_count: int = 0,
+    ) -> None:
         """See ``DenseLinear.forward``."""
 
     def kernel_name(self, rows: int) -> str:
         """Returns the GEMM kernel for this number of rows."""
+
+class RowProducts:
+    """x · Wᵀ + bias for any matrix in CPU memory, on an engine's threads, with float32 sums. Every
+    output is summed in one order: a row's bits depend neither on the other rows nor on the number
+    of threads."""
+
+    def __init__(self, engine: Engine) -> None: ...
+    def multiply_f32(
+        self,
+        x: int,
+        x_count: int,
+        weight: int,
+        weight_count: int,
+        bias: int,
+        out: int,
+        out_count: int,
+        in_features: int,
+    ) -> None:
+        """Writes ``out`` [rows, out_features] for ``x`` [rows, in_features], ``weight``
+        [out_features, in_features] and ``bias`` [out_features], or 0 without: addresses and element
+        counts of contiguous float32 arrays. Runs without the GIL. ``ValueError``: counts that do
+        not fit; ``RuntimeError``: the engine is closed."""
+
+    def multiply_bf16(
+        self,
+        x: int,
+        x_count: int,
+        weight: int,
+        weight_count: int,
+        bias: int,
+        out: int,
+        out_count: int,
+        in_features: int,
+    ) -> None:
+        """The same in bfloat16, rounded once, after the bias."""
 
 class PackedMemory:
     """Read-only memory of the engine: buffer protocol, no copy, page-aligned.
@@ -635,6 +750,12 @@ class GpuHandoff:
         """Releases and awaits the device, ends the threads, frees the pinned memory. Graphs that
         captured a slot must not be launched afterwards. Idempotent; the end of the interpreter
         does it too."""
+
+def torch_exponentials(state: Any, draws: int, indices: Any, out: Any) -> None:
+    """Sets ``out[i]`` (float32) to ``torch.empty(draws).exponential_(1, generator=g)[indices[i]]``
+    of a generator with this ``state``: ``g.get_state()`` as uint64, which moves on by as many
+    draws. Holds where torch draws serially: not in its builds with MKL on Intel's CPUs.
+    ``indices``: ascending, int64. Without the GIL. ``ValueError``: arrays or indices do not fit."""
 
 def release_file_pages(path: str) -> int:
     """Releases the memory of this process's mappings of a file that were never written to. They

@@ -30,6 +30,7 @@ py::dict kernels() {
   names["lora_shrink_few_rows"] = table.lora_shrink->name;
   names["elementwise"] = table.elementwise->name;
   names["dense_bf16"] = table.dense_bf16->name;
+  names["dense_f32"] = table.dense_f32->name;
   names["attention"] = table.attention->name;
   return names;
 }

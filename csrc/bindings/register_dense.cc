@@ -13,6 +13,7 @@
 #include "bindings/tensor_arg.h"
 #include "linear/dense_linear.h"
 #include "linear/packed_linear.h"
+#include "linear/row_products.h"
 
 namespace ktrt {
 
@@ -45,13 +46,20 @@ std::shared_ptr<PackedLinear> pack_linear(std::shared_ptr<Engine> engine, const 
   return make_owned<PackedLinear>(std::move(engine), weight_arg.view(), view_of(bias_arg));
 }
 
-const std::uint16_t* address(std::uintptr_t value, const char* name) {
-  KTRT_CHECK(value % sizeof(std::uint16_t) == 0, name << " starts at an odd address");
-  return reinterpret_cast<const std::uint16_t*>(value);  // NOLINT: Python's data_ptr()
+// Python's data_ptr().
+template <class Value>
+Value* address(std::uintptr_t value, const char* name) {
+  KTRT_CHECK(value % sizeof(Value) == 0,
+             name << " starts at " << value << ", expected a multiple of " << sizeof(Value));
+  return reinterpret_cast<Value*>(value);  // NOLINT
 }
 
 template <class Linear>
 void load_lora(Linear& linear, int number, const py::object& a, const py::object& b) {
+  if (a.is_none() && b.is_none()) {
+    const py::gil_scoped_release release;
+    return linear_of(linear).load_empty_lora(number);
+  }
   const TensorArg lora_a(a, "a");
   const TensorArg lora_b(b, "b");
   const py::gil_scoped_release release;
@@ -67,11 +75,28 @@ void activate_loras(Linear& linear, const std::vector<int>& ids,
 
 template <class Linear>
 void forward(Linear& linear, std::uintptr_t x, std::int64_t x_count, std::uintptr_t out,
-             std::int64_t out_count) {
-  const std::uint16_t* in = address(x, "x");
-  auto* result = const_cast<std::uint16_t*>(address(out, "out"));
+             std::int64_t out_count, std::uintptr_t adapter_ids, std::int64_t adapter_count) {
+  const auto* in = address<const std::uint16_t>(x, "x");
+  auto* result = address<std::uint16_t>(out, "out");
+  const AdapterIds adapters{address<const std::int32_t>(adapter_ids, "adapter_ids"), adapter_count};
   const py::gil_scoped_release release;
-  linear_of(linear).forward(in, x_count, result, out_count);
+  linear_of(linear).forward(in, x_count, result, out_count, adapters);
+}
+
+template <class Value>
+void multiply(RowProducts& products, std::uintptr_t x, std::int64_t x_count, std::uintptr_t weight,
+              std::int64_t weight_count, std::uintptr_t bias, std::uintptr_t out,
+              std::int64_t out_count, std::int64_t in) {
+  const RowProduct<Value> product{address<const Value>(x, "x"),
+                                  x_count,
+                                  address<const Value>(weight, "weight"),
+                                  weight_count,
+                                  address<const Value>(bias, "bias"),
+                                  address<Value>(out, "out"),
+                                  out_count,
+                                  in};
+  const py::gil_scoped_release release;
+  products.multiply(product);
 }
 
 // Methods that both kinds of linears have.
@@ -84,13 +109,16 @@ void define_common(py::class_<Linear, std::shared_ptr<Linear>>& type) {
                              [](Linear& linear) { return linear_of(linear).in_features(); })
       .def_property_readonly("out_features",
                              [](Linear& linear) { return linear_of(linear).out_features(); })
-      .def("load_lora", &load_lora<Linear>, py::arg("number"), py::arg("a"), py::arg("b"))
+      .def("load_lora", &load_lora<Linear>, py::arg("number"), py::arg("a") = py::none(),
+           py::arg("b") = py::none())
       .def(
           "unload_lora", [](Linear& linear, int number) { linear_of(linear).unload_lora(number); },
           py::arg("number"), py::call_guard<py::gil_scoped_release>())
       .def("activate_loras", &activate_loras<Linear>, py::arg("ids"), py::arg("weights"))
+      .def_property_readonly("lora_bytes",
+                             [](Linear& linear) { return linear_of(linear).lora_bytes(); })
       .def("forward", &forward<Linear>, py::arg("x"), py::arg("x_count"), py::arg("out"),
-           py::arg("out_count"));
+           py::arg("out_count"), py::arg("adapter_ids") = 0, py::arg("adapter_count") = 0);
 }
 
 }  // namespace
@@ -108,13 +136,21 @@ void register_dense(py::module_& module) {
   packed.def(py::init(&pack_linear), py::arg("engine").none(false), py::arg("weight"),
              py::arg("bias") = py::none());
   define_common(packed);
-  packed
-      .def("share",
-           [](const PackedLinear& linear) {
-             return std::shared_ptr<PackedLinear>(linear.share().release(), DeleteWhereMade{});
-           })
-      .def_property_readonly("packed_bytes", &PackedLinear::packed_bytes)
+  packed.def_property_readonly("packed_bytes", &PackedLinear::packed_bytes)
       .def("kernel_name", &PackedLinear::kernel_name, py::arg("rows"));
+
+  py::class_<RowProducts, std::shared_ptr<RowProducts>> products(module, "RowProducts");
+  products.def(py::init([](std::shared_ptr<Engine> engine) {
+                 return make_owned<RowProducts>(std::move(engine));
+               }),
+               py::arg("engine").none(false));
+  const auto define = [&](const char* name, auto function) {
+    products.def(name, function, py::arg("x"), py::arg("x_count"), py::arg("weight"),
+                 py::arg("weight_count"), py::arg("bias"), py::arg("out"), py::arg("out_count"),
+                 py::arg("in_features"));
+  };
+  define("multiply_bf16", &multiply<std::uint16_t>);
+  define("multiply_f32", &multiply<float>);
 }
 
 }  // namespace ktrt

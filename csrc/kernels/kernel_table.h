@@ -135,14 +135,15 @@ struct ElementwiseKernels {
   void (*rms_norm)(const RmsNormArgs& args);
 };
 
-// C [rows][columns] = X [rows][k] · Wᵀ for some rows of a BF16 matrix W, row-major as torch holds
-// it. Every C element is one chain of vectors along k whose lanes are added in one order, so its
-// bits do not depend on its neighbours.
-struct DenseDotArgs {
-  const uint16_t* x;
+// C [rows][columns] = X [rows][k] · Wᵀ for some rows of a matrix W, row-major as torch holds it; X
+// and W are both BF16 or both float32. Every C element is one chain of vectors along k whose lanes
+// are added in one order, so its bits do not depend on its neighbours.
+template <class Value>
+struct DotArgs {
+  const Value* x;
   int64_t x_stride;  // elements
-  int rows;          // at most DenseKernel::block_rows
-  const uint16_t* w;
+  int rows;          // at most the kernel's block_rows
+  const Value* w;
   int64_t w_stride;  // elements
   int columns;
   int k;
@@ -159,21 +160,31 @@ struct DenseDotArgs {
   float* c;
   int64_t c_stride;
 };
+using DenseDotArgs = DotArgs<uint16_t>;
+using DenseF32DotArgs = DotArgs<float>;
 constexpr int kDenseStep = 32;
 constexpr int kDenseSumBytes = 64;
 
-// out [rows][columns] = bf16(C + bias + T · Bᵀ): the LoRA expand and the one rounding.
+// One LoRA's B for the expand: BF16 [rank_pairs][outputs][2].
+struct DenseLoraB {
+  const uint16_t* b;
+  int rank_pairs;
+};
+
+// out [rows][columns] = bf16(C + bias + T · Bᵀ + …): the LoRA expand and the one rounding.
 struct DenseFinishArgs {
   const float* c;
   int64_t c_stride;
   int rows;
   int columns;
-  const float* bias;       // [columns]; may be null
-  const uint16_t* lora_b;  // BF16 [rank_pairs][b_stride][2]; null without LoRA
-  int64_t b_stride;        // outputs
-  const uint16_t* t;       // BF16 [rows][2·rank_pairs]
+  const float* bias;  // [columns]; may be null
+  // [loras] of all rows; a row of T has their ranks one after the other, each padded to even.
+  const DenseLoraB* lora_b;
+  int loras;  // 0: T is not read
+  int64_t outputs;
+  int64_t first_output;  // the first column's place in B
+  const uint16_t* t;     // BF16 [rows]
   int64_t t_stride;
-  int rank_pairs;
   uint16_t* out;
   int64_t out_stride;
 };
@@ -183,6 +194,12 @@ struct DenseKernel {
   int block_rows;
   void (*dot)(const DenseDotArgs& args);
   void (*finish)(const DenseFinishArgs& args);
+};
+
+struct DenseF32Kernel {
+  const char* name;
+  int block_rows;
+  void (*dot)(const DenseF32DotArgs& args);
 };
 
 // AMX tiles pay off from some number of rows on; below it, and without AMX, `few` runs.
@@ -201,6 +218,7 @@ struct KernelTable {
   const ShrinkKernel* lora_shrink_tiles;  // for a GEMM in tile order; null without AMX
   const ElementwiseKernels* elementwise;
   const DenseKernel* dense_bf16;
+  const DenseF32Kernel* dense_f32;
   const AttentionKernel* attention;
   // A row's bits do not depend on the number of rows, on AMX either. There BF16 has the tiles'
   // kernel for any number of rows; INT8 and INT4, whose sums are exact on tiles and off them, keep

@@ -35,6 +35,9 @@ extern const DenseKernel dense_bf16_portable;
 extern const DenseKernel dense_bf16_avx2;
 extern const DenseKernel dense_bf16_avx512;
 extern const DenseKernel dense_bf16_avx512_bf16;
+extern const DenseF32Kernel dense_f32_portable;
+extern const DenseF32Kernel dense_f32_avx2;
+extern const DenseF32Kernel dense_f32_avx512;
 extern const AttentionKernel attention_portable;
 extern const AttentionKernel attention_avx2;
 extern const AttentionKernel attention_avx512;
@@ -106,6 +109,11 @@ KernelTable select_kernels(Isa level, const CpuFeatures& f) {
       {&dense_bf16_avx2, Isa::kAvx2, f.avx2},
       {&dense_bf16_portable, Isa::kPortable, true},
   }};
+  const std::array<Variant<DenseF32Kernel>, 3> dense_f32 = {{
+      {&dense_f32_avx512, Isa::kAvx512, f.avx512},
+      {&dense_f32_avx2, Isa::kAvx2, f.avx2},
+      {&dense_f32_portable, Isa::kPortable, true},
+  }};
   const std::array<Variant<AttentionKernel>, 3> attention = {{
       {&attention_avx512, Isa::kAvx512, f.avx512},
       {&attention_avx2, Isa::kAvx2, f.avx2},
@@ -123,6 +131,7 @@ KernelTable select_kernels(Isa level, const CpuFeatures& f) {
   table.lora_shrink_tiles = amx ? &lora_shrink_amx : nullptr;
   table.elementwise = first_that_runs(elementwise, level);
   table.dense_bf16 = first_that_runs(dense_bf16, level);
+  table.dense_f32 = first_that_runs(dense_f32, level);
   table.attention = first_that_runs(attention, level);
   table.fixed = !amx;
   return table;

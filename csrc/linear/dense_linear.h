@@ -1,9 +1,8 @@
 // A linear layer outside the routed experts, on the engine's threads: y = x Wᵀ + bias + LoRA, all
 // BF16 with float32 sums. The weight stays where torch has it, row-major.
 //
-// Threads claim ranges of output columns. A range goes through in panels of W that fit the L2
-// cache: the first rows of x read a panel from memory, the others find it there. Every output is
-// one dot product in one fixed order, so that the bits of a row depend neither on its
+// Every output is one dot product in one fixed order (linear/dense_panels.h), and a row is shrunk
+// and expanded by the ranks of its own LoRA alone, so that the bits of a row depend neither on its
 // neighbours nor on the number of threads.
 #pragma once
 
@@ -11,12 +10,15 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <vector>
 
 #include "base/aligned_buffer.h"
 #include "base/tensor_view.h"
 #include "engine/engine.h"
 #include "engine/work_queue.h"
-#include "lora/one_of_loras.h"
+#include "linear/dense_panels.h"
+#include "linear/row_groups.h"
+#include "lora/lora_table.h"
 
 namespace ktrt {
 
@@ -33,17 +35,21 @@ class DenseLinear {
   std::int64_t out_features() const { return out_; }
   const char* kernel_name() const { return engine_->kernels().dense_bf16->name; }
 
-  // LoRAs by number, of which one acts, or none: see OneOfLoras. a [rank, in], b [out, rank]:
-  // float32, scaling folded into b; each is rounded to BF16 once. Throw std::invalid_argument.
+  // LoRAs by number, and the sum that acts: see LoraTable. a [rank, in], b [out, rank]: float32,
+  // scaling folded into b; each is rounded to BF16 once. Throw std::invalid_argument.
   void load_lora(int number, const TensorView& a, const TensorView& b);
+  // A LoRA without ranks: its rows are those of the base, bit for bit.
+  void load_empty_lora(int number);
   void unload_lora(int number);
   void activate_loras(std::span<const int> numbers, std::span<const float> weights);
+  // The memory of all that are held, in whole pages.
+  std::size_t lora_bytes() const;
 
   // out [rows, out] = x [rows, in] · Wᵀ + …, BF16, contiguous. `x_count` and `out_count`: elements
   // of the two arrays, which must fit each other. Throws std::invalid_argument; std::runtime_error
   // once the engine is closed.
   void forward(const std::uint16_t* x, std::int64_t x_count, std::uint16_t* out,
-               std::int64_t out_count);
+               std::int64_t out_count, const AdapterIds& adapters = {});
 
  private:
   struct Lora {
@@ -51,28 +57,35 @@ class DenseLinear {
     int rank_pairs = 0;
     AlignedBuffer a;  // BF16 [rank][in]
     AlignedBuffer b;  // BF16 [rank_pairs][out][2], zeros after an odd rank
+    std::size_t bytes() const { return a.page_bytes() + b.page_bytes(); }
+  };
+  using Loras = LoraTable<Lora>;
+  // One LoRA's ranks for one group of rows.
+  struct Shrink {
+    RowGroup rows;
+    const Loras::Part* part;
+    std::int64_t t_offset;  // where they start in a row of T
   };
   struct Task;
-  struct Panel;
-  struct Range {
-    std::int64_t begin, end;
-  };
+  class Epilogue;
 
-  void shrink(const Task& task, Range rows, Range ranks) const;
-  DenseFinishArgs finish_args(const Task& task, std::int64_t first, int columns) const;
-  void compute(const Task& task, Range range, int thread) const;
-  void compute_blocks(const Task& task, const Panel& panel, Range blocks, Range k, bool cold) const;
-  std::int64_t row_blocks(std::int64_t rows) const;
-  int panel_columns() const;
+  void plan(std::int64_t rows, Task& task);
+  void shrink(const Task& task, int threads, int thread) const;
+  void shrink_group(const Task& task, const Shrink& shrink, DenseRange ranks, bool cold) const;
 
   const std::shared_ptr<Engine> engine_;
   const std::uint16_t* weight_ = nullptr;
   std::int64_t out_ = 0;
   std::int64_t in_ = 0;
-  std::int64_t part_of_k_ = 0;
   AlignedBuffer bias_;  // float32 [out]; empty without
-  OneOfLoras<Lora> loras_;
+  Loras loras_;
   PieceQueue queue_;
+  // Of the forward that runs.
+  Loras::Rows chosen_;
+  RowGroups groups_;
+  std::vector<Shrink> shrinks_;
+  std::vector<DenseLoraB> expands_;  // each mix's parts one after the other
+  std::vector<int> first_expand_;    // [mixes + 1]
 };
 
 }  // namespace ktrt

@@ -21,4 +21,8 @@ std::int64_t check_rows(const void* x, std::int64_t x_count, const void* out,
   return rows;
 }
 
+void check_adapter_ids(const AdapterIds& adapters) {
+  check_address_range("adapter_ids", adapters.ids, adapters.count, sizeof(std::int32_t));
+}
+
 }  // namespace ktrt

@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/bf16.h"
 #include "base/check.h"
 #include "engine/weight_args.h"
 #include "linear/linear_args.h"
@@ -77,11 +78,11 @@ struct PackedLinear::Task {
   std::uint8_t* codes;
   std::int64_t code_stride;  // bytes of a row
   float* scales;
-  std::uint16_t* t;
+  std::uint16_t* t;       // null where no row has LoRA
   std::int64_t t_stride;  // elements
-  int rank_blocks;        // of kBlockRanks; 0 without LoRA
-  int rank_parts;         // into which they are split
-  float* c;               // [threads][kMaxBlockRows][kStripRows]
+  // The LoRA of all rows, at most one at a time: the strips add it. Else each row's is added after.
+  const Loras::Part* fused;
+  float* c;  // [threads][kMaxBlockRows][kStripRows]
 
   Block block(std::int64_t index) const;
 };
@@ -104,7 +105,7 @@ PackedLinear::PackedLinear(std::shared_ptr<Engine> engine, const TensorView& wei
   base.matrix = {layout, base.codes.as<std::uint8_t>(), base.scales.as<float>(),
                  base.sums.as<std::int32_t>()};
   pack(weight, base.matrix);
-  base_ = std::make_shared<const Base>(std::move(base));
+  base_ = std::make_unique<const Base>(std::move(base));
 }
 
 void PackedLinear::pack(const TensorView& weight, const PackedMatrix& matrix) {
@@ -119,25 +120,26 @@ void PackedLinear::pack(const TensorView& weight, const PackedMatrix& matrix) {
   KTRT_CHECK(finite.load(), weight.name << " holds NaN or infinity; the weights are damaged");
 }
 
-std::unique_ptr<PackedLinear> PackedLinear::share() const {
-  return std::unique_ptr<PackedLinear>(new PackedLinear(engine_, base_));
-}
-
 std::size_t PackedLinear::packed_bytes() const {
   const PackedLayout& layout = base_->matrix.layout;
   return layout.code_bytes() + layout.scale_bytes() + layout.sum_bytes();
 }
 
-// The matrix is the only expert's up projection.
 void PackedLinear::load_lora(int number, const TensorView& a, const TensorView& b) {
   check_lora(a, b, in_features(), out_features(), kMaxRank);
+  put_lora(number, {as_expert(a), as_expert(b)});
+}
+
+void PackedLinear::load_empty_lora(int number) { put_lora(number, {}); }
+
+// The matrix is the only expert's up projection.
+void PackedLinear::put_lora(int number, const LoraPair& pair) {
   const MoeShape shape{.num_experts = 1,
                        .top_k = 1,
                        .hidden_size = base_->matrix.layout.k(),
                        .intermediate_size = base_->matrix.layout.n(),
                        .has_gate = false};
-  auto lora = std::make_shared<const ExpertLora>(shape, LoraPair{},
-                                                 LoraPair{as_expert(a), as_expert(b)}, LoraPair{});
+  auto lora = std::make_shared<const ExpertLora>(shape, LoraPair{}, pair, LoraPair{});
   const auto lease = engine_->lease();
   loras_.put(number, std::move(lora));
 }
@@ -150,6 +152,11 @@ void PackedLinear::unload_lora(int number) {
 void PackedLinear::activate_loras(std::span<const int> numbers, std::span<const float> weights) {
   const auto lease = engine_->lease();
   loras_.activate(numbers, weights);
+}
+
+std::size_t PackedLinear::lora_bytes() const {
+  const auto lock = engine_->lock();
+  return loras_.bytes();
 }
 
 // Scratch memory for all rows: a byte for every value of x, which has two.
@@ -175,13 +182,49 @@ PackedLinear::Task PackedLinear::make_task(const std::uint16_t* x, std::int64_t 
   if (memory.scales.size() < room) memory.scales.resize(room);
   task.codes = memory.codes.as<std::uint8_t>();
   task.scales = memory.scales.data();
-  if (loras_.active() == nullptr) return task;
-  task.rank_blocks = loras_.active()->input_shrink().blocks;
-  task.rank_parts = rows <= kRowsToSplitRanks ? task.rank_blocks : 1;
-  task.t_stride = loras_.active()->input_shrink().width() + kShrunkPadding;
-  memory.t.assign(room * static_cast<std::size_t>(task.t_stride), 0);
-  task.t = memory.t.data();
   return task;
+}
+
+// Where the rows' ranks go in T, and which of them are to be shrunk for which rows.
+void PackedLinear::plan_loras(Task& task) {
+  shrinks_.clear();
+  if (chosen_.silent()) return;
+  std::int64_t widest = 0;
+  for (const Loras::Mix& mix : chosen_.mixes) {
+    std::int64_t width = 0;
+    for (const Loras::Part& part : mix) width += part.lora->input_shrink().width();
+    widest = std::max(widest, width);
+  }
+  task.t_stride = widest + kShrunkPadding;
+  std::vector<std::uint16_t>& t = row_memory().t;
+  t.assign(static_cast<std::size_t>(task.blocks * task.block_tiles * kMaxTileRows * task.t_stride),
+           0);
+  task.t = t.data();
+  if (chosen_.mixes.size() == 1 && chosen_.mixes[0].size() == 1) {
+    task.fused = chosen_.mixes[0].data();
+  }
+  for (std::int64_t index = 0; index < task.blocks; ++index) {
+    const Block block = task.block(index);
+    groups_.clear();
+    groups_.add(chosen_.of_row, static_cast<int>(chosen_.mixes.size()), block.row,
+                block.row + block.rows, kMaxTileRows);
+    for (std::size_t i = 0; i < groups_.size(); ++i) {
+      plan_shrinks(groups_[i], block.scratch_row + groups_[i].first - block.row,
+                   task.rows <= kRowsToSplitRanks);
+    }
+  }
+}
+
+void PackedLinear::plan_shrinks(const RowGroup& group, std::int64_t scratch_row, bool split_ranks) {
+  std::int64_t offset = 0;
+  for (const Loras::Part& part : chosen_.mixes[static_cast<std::size_t>(group.mix)]) {
+    const ExpertLora::Shrink& lora = part.lora->input_shrink();
+    const int step = split_ranks ? 1 : lora.blocks;
+    for (int first = 0; first < lora.blocks; first += step) {
+      shrinks_.push_back({group, scratch_row, &part, offset, first, step});
+    }
+    offset += lora.width();
+  }
 }
 
 PackedLinear::Block PackedLinear::Task::block(std::int64_t index) const {
@@ -190,22 +233,16 @@ PackedLinear::Block PackedLinear::Task::block(std::int64_t index) const {
   return {row, count, index * block_tiles * kMaxTileRows, gemm->tile_rows(count)};
 }
 
-// Quantises a tile of rows, or shrinks it: all or some of its ranks.
+// Quantises a tile of rows, or shrinks a group of them.
 void PackedLinear::prepare(const Task& task, std::int64_t unit) const {
   const std::int64_t tiles = task.blocks * task.block_tiles;
-  const Block block = task.block(unit % tiles / task.block_tiles);
+  if (unit >= tiles) return shrink(task, shrinks_[static_cast<std::size_t>(unit - tiles)]);
+  const Block block = task.block(unit / task.block_tiles);
   const int step = task.gemm->tile_order ? block.tile_rows : kMaxTileRows;
   const int first = static_cast<int>(unit % task.block_tiles) * step;
   if (first >= block.rows) return;
-  const Block tile{block.row + first, std::min(step, block.rows - first), block.scratch_row + first,
-                   block.tile_rows};
-  if (unit < tiles) {
-    quantize(task, tile);
-  } else {
-    const auto part = static_cast<int>(unit / tiles - 1);
-    const int begin = task.rank_blocks * part / task.rank_parts;
-    shrink(task, tile, begin, task.rank_blocks * (part + 1) / task.rank_parts - begin);
-  }
+  quantize(task, {block.row + first, std::min(step, block.rows - first), block.scratch_row + first,
+                  block.tile_rows});
 }
 
 void PackedLinear::quantize(const Task& task, const Block& tile) const {
@@ -230,32 +267,39 @@ void PackedLinear::quantize(const Task& task, const Block& tile) const {
   }
 }
 
-void PackedLinear::shrink(const Task& task, const Block& tile, int first_block, int blocks) const {
-  const ExpertLora::Shrink& lora = loras_.active()->input_shrink();
+void PackedLinear::shrink(const Task& task, const Shrink& shrink) const {
+  const ExpertLora::Shrink& lora = shrink.part->lora->input_shrink();
   const std::int64_t in = in_features();
-  const std::int64_t first_rank = std::int64_t{first_block} * ExpertLora::kBlockRanks;
+  const std::int64_t first_rank = std::int64_t{shrink.first_block} * ExpertLora::kBlockRanks;
   ShrinkArgs args{};
-  args.x = task.x + tile.row * in;
-  args.x_stride = in;
+  args.x = task.x + shrink.rows.first * in;
+  args.x_stride = shrink.rows.step * in;
+  args.rows = shrink.rows.rows;
   if (in != lora.k) {
     auto* padded = thread_values<std::uint16_t>(static_cast<std::size_t>(kMaxTileRows) *
                                                 static_cast<std::size_t>(lora.k));
-    for (int r = 0; r < tile.rows; ++r) {
+    for (int r = 0; r < args.rows; ++r) {
       std::uint16_t* row = padded + std::int64_t{r} * lora.k;
-      std::copy_n(args.x + r * in, in, row);
+      std::copy_n(args.x + r * args.x_stride, in, row);
       std::fill(row + in, row + lora.k, std::uint16_t{0});
     }
     args.x = padded;
     args.x_stride = lora.k;
   }
   args.tile_rows = 1;
-  args.rows = tile.rows;
   args.a = lora.of(0) + first_rank * lora.k;
-  args.blocks = blocks;
+  args.blocks = shrink.blocks;
   args.k = lora.k;
-  args.t = task.t + tile.scratch_row * task.t_stride + first_rank;
-  args.t_stride = task.t_stride;
+  args.t = task.t + shrink.scratch_row * task.t_stride + shrink.t_offset + first_rank;
+  args.t_stride = shrink.rows.step * task.t_stride;
   engine_->kernels().shrink_for(*task.gemm).run(args);
+  if (shrink.part->weight == 1.0f) return;
+  for (int r = 0; r < args.rows; ++r) {
+    std::uint16_t* const row = args.t + r * args.t_stride;
+    for (int i = 0; i < args.blocks * ExpertLora::kBlockRanks; ++i) {
+      row[i] = f32_to_bf16(bf16_to_f32(row[i]) * shrink.part->weight);
+    }
+  }
 }
 
 const std::uint8_t* PackedLinear::first_tile(int strip) const {
@@ -277,13 +321,37 @@ GemmArgs PackedLinear::gemm_args(const Task& task, const Block& block, int strip
   args.k = matrix.layout.padded_k();
   args.w_scale = matrix.scales + column;
   args.w_sum = matrix.sums + column;
-  if (task.rank_blocks == 0) return args;
-  const ExpertLora::Expand& expand = loras_.active()->expand(Projection::kUp);
+  if (task.fused == nullptr) return args;
+  const ExpertLora::Expand& expand = task.fused->lora->expand(Projection::kUp);
   args.lora_b = expand.of(0, strip);
   args.t = task.t + block.scratch_row * task.t_stride;
   args.t_stride = task.t_stride;
   args.rank_pairs = expand.rank_pairs;
   return args;
+}
+
+// c [rows][32] of one strip += each row's LoRA, where the strip has not added it.
+void PackedLinear::expand(const Task& task, const Block& block, int strip, float* c) const {
+  if (task.t == nullptr || task.fused != nullptr) return;
+  const auto mix_of = [&](int r) {
+    return chosen_.of_row[static_cast<std::size_t>(block.row + r)];
+  };
+  for (int r = 0, end = 0; r < block.rows; r = end) {
+    const int mix = mix_of(r);
+    for (end = r + 1; end < block.rows && mix_of(end) == mix;) ++end;
+    ExpandArgs args{};
+    args.rows = end - r;
+    args.t = task.t + (block.scratch_row + r) * task.t_stride;
+    args.t_stride = task.t_stride;
+    args.c = c + std::int64_t{r} * kStripRows;
+    for (const Loras::Part& part : chosen_.mixes[static_cast<std::size_t>(mix)]) {
+      const ExpertLora::Expand& expand = part.lora->expand(Projection::kUp);
+      args.lora_b = expand.of(0, strip);
+      args.rank_pairs = expand.rank_pairs;
+      task.gemm->expand(args);
+      args.t += part.lora->input_shrink().width();
+    }
+  }
 }
 
 // All rows of a range of strips.
@@ -301,6 +369,7 @@ void PackedLinear::multiply(const Task& task, const Piece& piece, int thread) co
         args.next = first_tile(piece.first_strip);
       }
       task.gemm->strip(args);
+      expand(task, block, strip, c);
       store(task, block, strip, c);
     }
   }
@@ -318,7 +387,10 @@ void PackedLinear::multiply_one_row(const Task& task, const Piece& piece) const 
       args[i].c = c + i * kStripRows;
     }
     task.gemm->one_row(args, count);
-    for (int i = 0; i < count; ++i) store(task, row, first + i, args[i].c);
+    for (int i = 0; i < count; ++i) {
+      expand(task, row, first + i, args[i].c);
+      store(task, row, first + i, args[i].c);
+    }
   }
 }
 
@@ -335,17 +407,21 @@ void PackedLinear::store(const Task& task, const Block& block, int strip, float*
 }
 
 void PackedLinear::forward(const std::uint16_t* x, std::int64_t x_count, std::uint16_t* out,
-                           std::int64_t out_count) {
+                           std::int64_t out_count, const AdapterIds& adapters) {
   const std::int64_t in = in_features();
   const std::int64_t rows = check_rows(x, x_count, out, out_count, in, out_features());
+  check_adapter_ids(adapters);
   if (rows == 0) return;
   const auto lease = engine_->lease();
   ThreadPool& pool = lease.pool();
+  loras_.choose(adapters, rows, chosen_);
   Task task = make_task(x, rows, out);
+  plan_loras(task);
   // 40 KB a thread: too much for a stack.
   task.c = reinterpret_cast<float*>(lease.scratch().block(static_cast<std::size_t>(
       pool.size() * kMaxBlockRows * kStripRows * std::int64_t{sizeof(float)})));
-  const std::int64_t units = task.blocks * task.block_tiles * (1 + task.rank_parts);
+  const std::int64_t units =
+      task.blocks * task.block_tiles + static_cast<std::int64_t>(shrinks_.size());
   // In floating point: a few sizes at their limits multiply to more than 2^63.
   const double work = static_cast<double>(out_features()) * static_cast<double>(in) *
                       static_cast<double>(kRowsPerRead + rows);

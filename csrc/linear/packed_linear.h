@@ -11,14 +11,16 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <vector>
 
 #include "base/aligned_buffer.h"
 #include "base/tensor_view.h"
 #include "engine/engine.h"
 #include "engine/work_queue.h"
 #include "layout/pack.h"
+#include "linear/row_groups.h"
 #include "lora/expert_lora.h"
-#include "lora/one_of_loras.h"
+#include "lora/lora_table.h"
 
 namespace ktrt {
 
@@ -36,9 +38,6 @@ class PackedLinear {
   PackedLinear(std::shared_ptr<Engine> engine, const TensorView& weight,
                const std::optional<TensorView>& bias);
 
-  // Another one with the same weight and bias in the same memory, without LoRA.
-  std::unique_ptr<PackedLinear> share() const;
-
   std::int64_t in_features() const { return base_->matrix.layout.k(); }
   std::int64_t out_features() const { return base_->matrix.layout.n(); }
   // Bytes of the weight that forward() reads: codes, scales and sums of codes.
@@ -49,10 +48,13 @@ class PackedLinear {
 
   // As DenseLinear's.
   void load_lora(int number, const TensorView& a, const TensorView& b);
+  void load_empty_lora(int number);
   void unload_lora(int number);
   void activate_loras(std::span<const int> numbers, std::span<const float> weights);
+  // The memory of all that are held, in whole pages.
+  std::size_t lora_bytes() const;
   void forward(const std::uint16_t* x, std::int64_t x_count, std::uint16_t* out,
-               std::int64_t out_count);
+               std::int64_t out_count, const AdapterIds& adapters = {});
 
  private:
   struct Base {
@@ -60,27 +62,41 @@ class PackedLinear {
     AlignedBuffer codes, scales, sums;
     AlignedBuffer bias;  // float32 [padded_n]; empty without
   };
+  using Loras = LoraTable<ExpertLora>;
+  // Some blocks of one LoRA's ranks for one group of rows.
+  struct Shrink {
+    RowGroup rows;
+    std::int64_t scratch_row;  // of the first
+    const Loras::Part* part;
+    std::int64_t t_offset;  // where the LoRA's ranks start in a row of T
+    int first_block, blocks;
+  };
   struct Task;
   struct Block;
 
-  PackedLinear(std::shared_ptr<Engine> engine, std::shared_ptr<const Base> base)
-      : engine_(std::move(engine)), base_(std::move(base)) {}
-
+  void put_lora(int number, const LoraPair& lora);
   void pack(const TensorView& weight, const PackedMatrix& matrix);
   Task make_task(const std::uint16_t* x, std::int64_t rows, std::uint16_t* out) const;
+  void plan_loras(Task& task);
+  void plan_shrinks(const RowGroup& group, std::int64_t scratch_row, bool split_ranks);
   void prepare(const Task& task, std::int64_t unit) const;
   void quantize(const Task& task, const Block& tile) const;
-  void shrink(const Task& task, const Block& tile, int first_block, int blocks) const;
+  void shrink(const Task& task, const Shrink& shrink) const;
   void multiply(const Task& task, const Piece& piece, int thread) const;
   void multiply_one_row(const Task& task, const Piece& piece) const;
+  void expand(const Task& task, const Block& block, int strip, float* c) const;
   void store(const Task& task, const Block& block, int strip, float* c) const;
   GemmArgs gemm_args(const Task& task, const Block& block, int strip) const;
   const std::uint8_t* first_tile(int strip) const;
 
   const std::shared_ptr<Engine> engine_;
-  std::shared_ptr<const Base> base_;
-  OneOfLoras<ExpertLora> loras_;
+  std::unique_ptr<const Base> base_;
+  Loras loras_;
   PieceQueue queue_;
+  // Of the forward that runs.
+  Loras::Rows chosen_;
+  RowGroups groups_;
+  std::vector<Shrink> shrinks_;
 };
 
 }  // namespace ktrt

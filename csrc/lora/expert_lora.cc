@@ -129,4 +129,10 @@ ExpertLora::ExpertLora(const MoeShape& shape, const LoraPair& gate, const LoraPa
   }
 }
 
+std::size_t ExpertLora::bytes() const {
+  std::size_t sum = input_shrink_.a.page_bytes() + down_shrink_.a.page_bytes();
+  for (const Expand& expand : expands_) sum += expand.b.page_bytes();
+  return sum;
+}
+
 }  // namespace ktrt

@@ -57,6 +57,8 @@ class ExpertLora {
     }
   };
 
+  // In whole pages.
+  std::size_t bytes() const;
   const Shrink& input_shrink() const { return input_shrink_; }
   const Shrink& down_shrink() const { return down_shrink_; }
   const Expand& expand(Projection projection) const {

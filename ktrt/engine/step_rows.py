@@ -44,6 +44,10 @@ class StepRows:
     of it the token attends to, its own included; 0 for a row that stands for nothing, whose results
     nobody reads and whose adapter is ``IDLE``. ``device_adapters``: a copy of ``adapters`` on the
     model's GPU; None without one.
+
+    ``logits``: the tokens [wanted] int64 that the output layer computes, whose input has no others;
+    None: all. A forward of one sequence whose place the cache itself knows has neither decode rows
+    nor spans, and adapters all the same.
     """
 
     def __init__(
@@ -54,9 +58,26 @@ class StepRows:
         self.adapters = torch.full((tokens,), BASE, dtype=torch.int32)
         self.slots = torch.zeros(decode, dtype=torch.int64)
         self.lengths = torch.zeros(decode, dtype=torch.int64)
+        self.logits: torch.Tensor | None = None
+        # A decode step [tokens, 1] of a GPU's graph, whose places the cache knows: no decode rows.
+        self.batch = False
+        # Layers whose cache has stored the tokens by these facts, and whose attention has read
+        # them: a model in which the counts differ cannot run such a forward.
+        self.stored = self.attended = 0
         self.device_adapters: torch.Tensor | None = None
         if device is not None and device.type != "cpu":
             self.device_adapters = self.adapters.to(device)
+
+    @property
+    def on_device(self) -> torch.Tensor:
+        """``adapters`` where the model is."""
+        return self.adapters if self.device_adapters is None else self.device_adapters
+
+    @property
+    def by_row(self) -> bool:
+        """Whether any token has something other than the active adapters. A captured graph of a
+        step that had not serves no step that has."""
+        return not bool(((self.adapters == ACTIVE) | (self.adapters == IDLE)).all())
 
 
 class RunningStep:
@@ -67,12 +88,16 @@ class RunningStep:
         # None: a forward of somebody else, whose tokens all have the active adapters and whose
         # cache knows its own places.
         self.rows: StepRows | None = None
+        # Counts the beginnings and ends of steps: for what layers know of one step's tokens.
+        self.changes = 0
 
     @contextmanager
     def running(self, rows: StepRows) -> Iterator[None]:
-        """Within the block, the model's forward is that of ``rows``."""
-        self.rows = rows
+        """Within the block, the model's forward is that of ``rows``, or a part of it."""
+        before, self.rows = self.rows, rows
+        self.changes += 1
         try:
             yield
         finally:
-            self.rows = None
+            self.rows = before
+            self.changes += 1

@@ -1,44 +1,46 @@
-"""Attention of one token on the CPU: over the keys and values as they lie, in the engine.
+"""Attention of single tokens on the CPU: over the keys and values as they lie, in the engine.
 
 torch's fused kernel gives a head's query of one token to one thread and multiplies without tiles:
 on two cores it takes 1.4 to 6 ms per layer at 600 tokens, several times as long as reading keys and
 values. The engine reads them once, with float32 sums; other dtypes than bfloat16 are computed
-by torch's products, in float32 throughout.
+by torch's products, in float32 throughout (``one_token``). A forward of many sequences, which
+``engine.step_rows`` describes, is computed as ``step_attention`` says.
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ktrt.engine import HeadArray, TokenAttention
+from ktrt.engine import HeadArray, SlotRows, TokenAttention
 from ktrt.engine.recording import active
-from ktrt.engine.torch_threads import set_torch_threads
+from ktrt.engine.step_rows import RunningStep
+from ktrt.layers.one_token import added, one_token
+from ktrt.layers.step_attention import attend, is_nothing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from torch import nn
 
     from ktrt.engine import Engine
     from ktrt.engine.recording import Recorder
+    from ktrt.engine.step_rows import StepRows
     from ktrt.utils.patches import Patches
 
 _MARK = "kt_one_token_attention"
 _SDPA = "sdpa"
 # On the function in the table: the one that it stands in for.
 _ORIGINAL = "kt_original"
-# Keys and values together; two threads of a machine with 40 GB/s are no faster below.
-_NUMBERS_OF_ONE_THREAD = 2 << 20
-# Keys whose float32 copy fits into the second-level cache together with the values'.
-_NUMBERS_OF_ONE_PRODUCT = 1 << 19
 
 
-def accelerate_attention(model: nn.Module, engine: Engine, patches: Patches) -> int:
-    """Runs the attention of single tokens on the CPU in the engine, for the layers of ``model``
-    that transformers runs by ``sdpa``; returns how many there are.
+def accelerate_attention(
+    model: nn.Module, engine: Engine, patches: Patches, running: RunningStep | None = None
+) -> int:
+    """Runs the attention of single tokens on the CPU in the engine, and on any device that of
+    ``running``'s steps, for the layers of ``model`` that transformers runs by ``sdpa``; returns how
+    many there are.
 
     transformers keeps its attention functions in one table for all models. While ``patches`` are in
     effect, the entry for ``sdpa`` is a function that looks for a mark on the layer and leaves other
@@ -53,7 +55,7 @@ def accelerate_attention(model: nn.Module, engine: Engine, patches: Patches) -> 
     # Another loaded model may have put its function there; one in the chain is enough for all.
     original = getattr(table[_SDPA], _ORIGINAL, table[_SDPA])
     patches.entry(table, _SDPA, _by_mark(original))
-    attention, count = EngineAttention(engine), 0
+    attention, count = EngineAttention(engine, running), 0
     for module in model.modules():
         if type(module).__name__.endswith("Attention"):
             patches.set(module, _MARK, attention)
@@ -70,6 +72,10 @@ def _by_mark(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:  # fmt: skip
         engine: EngineAttention | None = getattr(module, _MARK, None)
         scaling, recorder = arguments.get("scaling"), active()
+        if engine is not None and (rows := places(engine.running)) is not None:
+            return attend(
+                rows, query, HeldKeys(engine, key, value, scaling), scaling, arguments
+            ), None
         length = None if recorder is None else recorder.length_behind(attention_mask)
         mask = attention_mask if length is None else None
         if engine is None or not _is_plain(query, key, mask, arguments):
@@ -97,12 +103,14 @@ def _is_plain(
         and not torch.is_grad_enabled()
         and query.shape[1] % key.shape[1] == 0
         and (mask is None or (mask.ndim == 4 and mask.shape[1:3] == (1, 1)))
-        and all(_is_nothing(arguments.get(name)) for name in _CHANGES)
+        and all(is_nothing(arguments.get(name)) for name in _CHANGES)
     )
 
 
-def _is_nothing(value: object) -> bool:
-    return value is None or value is False or (isinstance(value, int | float) and value == 0)
+def places(running: RunningStep) -> StepRows | None:
+    """Returns the forward that runs if it is one of many sequences, by slots."""
+    rows = running.rows
+    return rows if rows is not None and (rows.decode or rows.spans) else None
 
 
 def head_array(numbers: torch.Tensor) -> HeadArray:
@@ -120,11 +128,31 @@ def head_array(numbers: torch.Tensor) -> HeadArray:
     return HeadArray(numbers.data_ptr(), count, head_stride, token_stride, is_float)
 
 
-class EngineAttention:
-    """One token's attention in the engine, for layers of any form."""
+def slot_array(numbers: torch.Tensor) -> HeadArray:
+    """The same for numbers [slots, heads, tokens, size] in bfloat16."""
+    slots, heads, tokens, size = numbers.shape
+    strides = numbers.stride()
+    if strides[3] != 1 and size > 1:
+        raise ValueError(f"the numbers of a head are {strides[3]} elements apart, expected 1")
+    if numbers.dtype != torch.bfloat16 or numbers.device.type != "cpu":
+        raise ValueError(f"found {numbers.dtype} on {numbers.device}, expected bfloat16 on the CPU")
+    steps = zip((slots, heads, tokens), strides, strict=False)
+    count = sum((n - 1) * stride for n, stride in steps) + size
+    return HeadArray(numbers.data_ptr(), count, strides[1], strides[2], slot_stride=strides[0])
 
-    def __init__(self, engine: Engine) -> None:
+
+def slot_rows(rows: StepRows, held: torch.Tensor) -> SlotRows:
+    """The decode rows, whose sequences are in ``held`` [slots, heads, capacity, size]."""
+    slots, lengths = rows.slots, rows.lengths
+    return SlotRows(slots.data_ptr(), lengths.data_ptr(), rows.decode, held.shape[0], held.shape[2])
+
+
+class EngineAttention:
+    """Attention of single tokens in the engine, for layers of any form."""
+
+    def __init__(self, engine: Engine, running: RunningStep | None = None) -> None:
         self._engine = engine
+        self.running = RunningStep() if running is None else running
         self._forms: dict[object, TokenAttention] = {}
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> None:
@@ -157,9 +185,9 @@ class EngineAttention:
         """Shapes as in ``one_token``; what ``takes`` has looked at."""
         rows, heads, _, _ = query.shape
         out = query.new_empty(rows, 1, heads, value.shape[-1])
-        added = None if mask is None else _added(mask).float()
+        whole = None if mask is None else added(mask).float()
         for row in range(rows):
-            cut = None if added is None else added[row if added.shape[0] > 1 else 0, 0, 0]
+            cut = None if whole is None else whole[row if whole.shape[0] > 1 else 0, 0, 0]
             step = self.bind(
                 query[row, :, 0], key[row], value[row], out[row, 0], scaling=scaling, mask=cut
             )
@@ -227,6 +255,33 @@ class EngineAttention:
 
         return attend
 
+    def bind_rows(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        out: torch.Tensor,
+        rows: StepRows,
+        scaling: float | None,
+    ) -> Callable[[], None]:
+        """A function that fills ``out`` with the attention of ``rows``' decode rows, each over the
+        first positions of its slot, as slots, lengths and the arrays say when it is called.
+
+        query [heads, rows, d], keys [slots, groups, capacity, d], values [slots, groups, capacity,
+        dv], out [rows, heads, dv]; the rest is as in ``bind``.
+        """
+        (heads, _, size), (_, groups, _, value_size) = query.shape, values.shape
+        factor = size**-0.5 if scaling is None else scaling
+        form = self._form(heads, groups, size, value_size, factor, 0.0, None)
+        arrays = head_array(query), slot_array(keys), slot_array(values)
+        last, places = head_array(out.transpose(0, 1)), slot_rows(rows, keys)
+        forward, tensors = form.forward_rows, (query, keys, values, out, rows)
+
+        def attend(_kept: object = tensors) -> None:
+            forward(*arrays, last, places)
+
+        return attend
+
     def _form(
         self, heads: int, groups: int, size: int, value_size: int, scaling: float, softcap: float,
         sinks: torch.Tensor | None,
@@ -253,77 +308,33 @@ def _numbers_of(mask: torch.Tensor | None) -> tuple[int, int]:
     return mask.data_ptr(), mask.numel()
 
 
-def _added(mask: torch.Tensor) -> torch.Tensor:
-    """A mask to be added for one of bool (True: seen)."""
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros(mask.shape).masked_fill_(~mask, float("-inf"))
+class HeldKeys:
+    """Keys and values of all slots, for ``step_attention``."""
 
+    def __init__(
+        self, engine: EngineAttention, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+    ) -> None:
+        self._engine, self._scaling = engine, scaling
+        self._key, self._value = key, value
+        self.value_size = value.shape[-1]
 
-def one_token(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float | None,
-) -> torch.Tensor:
-    """query [rows, heads, 1, d]; key [rows, groups, tokens, d], value [rows, groups, tokens, dv],
-    ``groups`` a divisor of ``heads``; mask None, or bool (True: seen) or to be added, [rows, 1, 1,
-    tokens]. Returns [rows, 1, heads, dv] in the query's dtype."""
-    with _threads_for(key.numel() + value.numel()):
-        return _products(query, key, value, mask, scaling)
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self._key, self._value
 
+    def bind(
+        self, query: torch.Tensor, rows: StepRows, out: torch.Tensor
+    ) -> Callable[[], None] | None:
+        states = query, self._key, self._value
+        if query.device.type != "cpu" or any(
+            x.dtype != torch.bfloat16 or x.stride(-1) != 1 for x in states
+        ):
+            return None
+        return self._engine.bind_rows(*states, out, rows, self._scaling)
 
-@contextmanager
-def _threads_for(numbers: int) -> Iterator[None]:
-    """Little work is done by one thread of torch: to wake others takes longer (0.1 ms)."""
-    threads = torch.get_num_threads()
-    if threads == 1 or numbers > _NUMBERS_OF_ONE_THREAD:
-        yield
-        return
-    set_torch_threads(1)
-    try:
-        yield
-    finally:
-        set_torch_threads(threads)
-
-
-def _products(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float | None,
-) -> torch.Tensor:
-    rows, heads, _, size = query.shape
-    scaling = size**-0.5 if scaling is None else scaling
-    # The heads of a group share keys: they are the rows of one product. In float32, since oneDNN
-    # would compile its BF16 products for every length, 0.7 ms each.
-    grouped = query.reshape(rows, key.shape[1], -1, size).float() * scaling
-    if mask is not None:
-        mask = _added(mask)
-    if key.numel() <= _NUMBERS_OF_ONE_PRODUCT:
-        out = _attend(grouped, key, value, mask)
-    else:
-        # One group after the other: its float32 copies stay in the cache.
-        parts = [
-            _attend(grouped[row, group], key[row, group], value[row, group], _row(mask, row))
-            for row in range(rows)
-            for group in range(key.shape[1])
-        ]
-        out = torch.stack(parts)
-    return out.to(query.dtype).reshape(rows, 1, heads, -1)
-
-
-def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-) -> torch.Tensor:
-    """query [..., n, d] float32, key [..., tokens, d], value [..., tokens, dv]; float32."""
-    scores = query @ key.float().transpose(-1, -2)
-    if mask is not None:
-        scores += mask
-    return scores.softmax(dim=-1) @ value.float()
-
-
-def _row(mask: torch.Tensor | None, row: int) -> torch.Tensor | None:
-    return None if mask is None else mask[row if mask.shape[0] > 1 else 0, 0]
+    def sequence(
+        self, slot: int, length: int, _adapter: int, room: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # After what a slot holds, the pool has zeros.
+        end = max(length, room)
+        return self._key[slot : slot + 1, :, :end], self._value[slot : slot + 1, :, :end]

@@ -8,54 +8,82 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from ktrt.engine import DenseLinear, PackedLinear, active_isa
+from ktrt.engine import DenseLinear, PackedLinear
 from ktrt.engine.recording import active
+from ktrt.engine.step_rows import ACTIVE, BASE, RunningStep
+from ktrt.errors import KtrtError
+from ktrt.layers.module_loras import ModuleLoras, Numbers
+from ktrt.layers.row_products import FixedProducts, torch_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ktrt.engine import Engine, LatentAttention
+    from torch import nn
+
+    from ktrt.engine import Engine
     from ktrt.engine.active_set import ActiveSet
     from ktrt.engine.recording import Recorder
-
-# With AMX, torch computes from this many rows on: it has tiles for BF16, the engine's linears have
-# none. Elsewhere one kernel takes all rows, so a row's bits do not depend on the chunks.
-_AMX_ROWS = 16
+    from ktrt.engine.step_rows import StepRows
 
 Linear = DenseLinear | PackedLinear
-# A [rank, in] and B [out, rank].
-Lora = tuple[torch.Tensor, torch.Tensor]
-# Sets of adapters, with their scaling, that each layer remembers.
-_REMEMBERED = 4
-
-
-def give_lora(operator: Linear | LatentAttention, lora: Lora | None) -> None:
-    """Makes ``lora`` the one that an operator of the engine adds; None: it adds none."""
-    if lora is None:
-        operator.activate_loras([], [])
-    else:
-        operator.load_lora(0, *lora)
-        operator.activate_loras([0], [1.0])
 
 
 class Shared:
-    """The engine and settings that the layers of one model share."""
+    """The engine and settings that the layers of one model share, and the step that runs."""
 
-    def __init__(self, engine: Engine, active_set: ActiveSet) -> None:
-        self.engine = engine
-        self.active_set = active_set
-        # From how many rows on torch computes; INT8 kernels have tiles and take all rows.
-        self.most_rows = _AMX_ROWS if active_isa() == "amx" else sys.maxsize
+    def __init__(self, engine: Engine, active_set: ActiveSet, running: RunningStep) -> None:
+        self.engine, self.active_set, self.running = engine, active_set, running
+        self.numbers = Numbers()
+        self.products = FixedProducts(engine)
+        # INT8 kernels have tiles and take all rows.
+        self.most_rows = torch_rows(engine)
+        # The adapter that all tokens of the step have, and the step's count.
+        self._common: tuple[int, int | None] = -1, None
+
+    def adapters(self, rows: int) -> torch.Tensor | None:
+        """Returns the adapter of each of ``rows`` rows, int32; None: the active ones for all.
+
+        They are those of the step's tokens, or of the tokens whose logits are wanted.
+        ``KtrtError``: the rows are neither.
+        """
+        step = self.running.rows
+        if step is None:
+            return None
+        if active() is None and (common := self._common_of(step)) is not None:
+            return None if common == ACTIVE else _all(common, rows)
+        wanted = step.logits
+        if rows == step.tokens and (wanted is None or len(wanted) != rows or _in_order(wanted)):
+            return step.adapters
+        if wanted is not None and rows == len(wanted) != step.tokens:
+            return step.adapters[wanted]
+        known = "" if wanted is None else f" or the {len(wanted)} whose logits are wanted"
+        raise KtrtError(
+            f"a layer has {rows} rows in a step of {step.tokens} tokens: expected these{known}, in "
+            "their order, so that each row's adapter is known"
+        )
+
+    def _common_of(self, step: StepRows) -> int | None:
+        """Returns the adapter that all tokens have; None: they differ."""
+        if self._common[0] != self.running.changes:
+            first = int(step.adapters[0])
+            same = bool((step.adapters == first).all())
+            self._common = self.running.changes, first if same else None
+        return self._common[1]
+
+
+def _all(adapter: int, rows: int) -> torch.Tensor:
+    return torch.full((rows,), adapter, dtype=torch.int32)
+
+
+def _in_order(wanted: torch.Tensor) -> bool:
+    return torch.equal(wanted.cpu(), torch.arange(len(wanted)))
 
 
 class DenseForward:
     """The engine's forward of one linear, in place of torch's."""
 
-    # A [rank, in] and B [out, rank] of the active adapters in float32, the scaling in B.
-    lora: Lora | None = None
-    # Whether ``lora`` is all that the active adapters do.
+    # Whether the engine computes all that the active adapters do.
     usual = True
 
     def __init__(self, base: nn.Linear, shared: Shared, *, int8: bool = False) -> None:
@@ -66,6 +94,8 @@ class DenseForward:
         self._rows = sys.maxsize if int8 else shared.most_rows
         self._int8 = int8
         self._in, self._out = base.in_features, base.out_features
+        # Whether PEFT's layer around the linear has its LoRA in the same engine linear.
+        self.wrapped = False
         self._bind()
 
     def _bind(self) -> None:
@@ -74,21 +104,13 @@ class DenseForward:
         self._version = self._active_set.version
         kind = PackedLinear if self._int8 else DenseLinear
         bias = None if self._bias is None else self._bias.detach()
-        self._linear: Linear = kind(self._shared.engine, self._weight.detach(), bias)
+        self.linear: Linear = kind(self._shared.engine, self._weight.detach(), bias)
 
     def _take_parameters(self) -> None:
         self._weight, self._bias = self.base.weight, self.base.bias
         # An adapter's output layer may have more words.
         self._out = len(self._weight)
         self._address = self._weight.data_ptr()
-
-    def new_linear(self) -> Linear:
-        """Returns another one with the base's present parameters, without LoRA."""
-        self.update()
-        if isinstance(self._linear, PackedLinear):
-            return self._linear.share()
-        bias = None if self._bias is None else self._bias.detach()
-        return DenseLinear(self._shared.engine, self._weight.detach(), bias)
 
     @property
     def weight_format(self) -> str:
@@ -98,53 +120,72 @@ class DenseForward:
     @property
     def packed_bytes(self) -> int:
         """Bytes of the INT8 weight; 0 for BF16, which has no copy."""
-        return self._linear.packed_bytes if isinstance(self._linear, PackedLinear) else 0
+        return self.linear.packed_bytes if isinstance(self.linear, PackedLinear) else 0
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args or kwargs or not self._ready(x):
+        self.follow()
+        adapters = self._adapters(x)
+        if args or kwargs or not self._ready(x, adapters):
             plain: torch.Tensor = self._plain(x, *args, **kwargs)
             return plain
         if (recorder := active()) is not None:
-            return self._record(recorder, x.contiguous())
+            return self._record(recorder, x.contiguous(), adapters)
         out = x.new_empty((*x.shape[:-1], self._out))
-        self._run(x, out)
+        self._run(x, out, adapters)
         return out
 
-    def _record(self, recorder: Recorder, x: torch.Tensor) -> torch.Tensor:
+    def _record(
+        self, recorder: Recorder, x: torch.Tensor, adapters: torch.Tensor | None
+    ) -> torch.Tensor:
         def bind(out: torch.Tensor) -> Callable[[], None]:
-            places = x.data_ptr(), x.numel(), out.data_ptr(), out.numel()
-            return partial(self._linear.forward, *places)
+            places = x.data_ptr(), x.numel(), out.data_ptr(), out.numel(), *_place(adapters)
+            return self._again(partial(self.linear.forward, *places))
 
-        return recorder.call((*x.shape[:-1], self._out), (x,), bind)
+        reads = (x,) if adapters is None else (x, adapters)
+        return recorder.call((*x.shape[:-1], self._out), reads, bind)
+
+    def _again(self, forward: Callable[[], None]) -> Callable[[], None]:
+        """Returns what a recorded step runs."""
+        return forward
 
     def into(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Writes what calling it with ``x`` gives to ``out``: that shape, contiguous, BF16. Without
         allocations where the engine computes it; elsewhere a copy."""
-        if self._ready(x) and out.dtype == torch.bfloat16 and out.is_contiguous():
-            self._run(x, out)
+        self.follow()
+        adapters = self._adapters(x)
+        if self._ready(x, adapters) and out.dtype == torch.bfloat16 and out.is_contiguous():
+            self._run(x, out, adapters)
         else:
             out.copy_(self(x))
 
-    def _ready(self, x: torch.Tensor) -> bool:
-        """Whether the engine computes it, after a look at the version of the active adapters."""
-        self.follow()
-        return self.usual and self._takes(x)
+    def _adapters(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Returns each row's adapter; None: the active ones."""
+        # A linear within PEFT's layer is the base alone, whatever acts.
+        return _all(BASE, x.numel() // self._in) if self.wrapped else None
+
+    def _ready(self, x: torch.Tensor, _adapters: torch.Tensor | None) -> bool:
+        """Whether the engine computes it."""
+        return x.numel() < self._rows * self._in and self._takes(x)
 
     def follow(self) -> None:
-        """Makes ``lora`` and ``usual`` true for the active adapters; costs one comparison."""
+        """Takes the active adapters; costs one comparison while they are the same."""
         if self._version != self._active_set.version:
             self.update()
 
     def update(self) -> None:
         """Reads the active adapters, which may have replaced parameters of the base."""
         self._version = self._active_set.version
-        held = self.base._parameters
-        if held["weight"] is not self._weight or held["bias"] is not self._bias:
+        if self._moved():
             self._bind()
 
-    def _run(self, x: torch.Tensor, out: torch.Tensor) -> None:
+    def _moved(self) -> bool:
+        held = self.base._parameters
+        return held["weight"] is not self._weight or held["bias"] is not self._bias
+
+    def _run(self, x: torch.Tensor, out: torch.Tensor, adapters: torch.Tensor | None) -> None:
         x = x.contiguous()
-        self._linear.forward(x.data_ptr(), x.numel(), out.data_ptr(), out.numel())
+        places = x.data_ptr(), x.numel(), out.data_ptr(), out.numel()
+        self.linear.forward(*places, *_place(adapters))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy of the module has weights elsewhere: torch computes it."""
@@ -155,18 +196,24 @@ class DenseForward:
             x.dtype == torch.bfloat16
             and x.shape[-1] == self._in
             and x.device.type == "cpu"
-            and x.numel() < self._rows * self._in
             and self.base.weight.data_ptr() == self._address
             and not (torch.is_grad_enabled() and (x.requires_grad or self._module.training))
         )
+
+    def load(self) -> None:
+        """Loads and unloads adapters that have come and gone."""
 
     def refresh(self) -> None:
         """Reads everything again that may have changed without a new version."""
         self.update()
 
 
+def _place(adapters: torch.Tensor | None) -> tuple[int, ...]:
+    return () if adapters is None else (adapters.data_ptr(), adapters.numel())
+
+
 class LoraForward(DenseForward):
-    """The same for PEFT's layer around a linear."""
+    """The same for PEFT's layer around a linear, in the linear's own engine linear."""
 
     def __init__(self, module: Any, inner: DenseForward) -> None:
         """``inner``: the forward of the linear itself."""
@@ -176,67 +223,89 @@ class LoraForward(DenseForward):
         self.base = inner.base
         self._plain = module.forward
         self._rows, self._int8 = inner._rows, inner._int8
-        self._in, self._out = inner._in, inner._out
+        self._in = inner._in
+        self.wrapped = False
         self._merged = module.merged
-        # By the active adapters with their scaling: a switch back costs nothing.
-        self._made: dict[object, tuple[Linear, Lora | None, bool]] = {}
+        # Also of others that compute the linear or a part of it.
+        self.loras = ModuleLoras(module, self._shared.numbers, self._active_set)
         self._bind()
 
     def _bind(self) -> None:
+        self._version = self._active_set.version
+        self._inner.wrapped = True
         self._take_parameters()
-        self._made.clear()
-        self._renewals = self._active_set.renewals
-        self._choose()
+        self.linear = self._inner.linear
+        self.loras.add(self.linear)
+
+    @property
+    def usual(self) -> bool:  # type: ignore[override]
+        """Whether the engine computes all that the active adapters do."""
+        return self.loras.usual
 
     def update(self) -> None:
-        held = self.base._parameters
-        moved = held["weight"] is not self._weight or held["bias"] is not self._bias
-        if moved or self._renewals != self._active_set.renewals:
-            self._bind()
-        else:
-            self._choose()
-
-    def refresh(self) -> None:
-        self._made.clear()
-        self.update()
-
-    def _choose(self) -> None:
-        """Takes A and B of the active adapters, the scaling folded into B."""
-        module = self._module
         self._version = self._active_set.version
-        if self._int8 and self._merged != module.merged:
+        if self._int8 and self._merged != self._module.merged:
             # PEFT has added B A to the parameters, or taken it out again.
             self._inner._bind()
-            self._made.clear()
-        self._merged = module.merged
-        active = [name for name in module.active_adapters if name in module.lora_A]
-        if module.disable_adapters or module.merged:
-            active = []
-        key = tuple((name, module.scaling[name]) for name in active)
-        if key not in self._made:
-            if len(self._made) == _REMEMBERED:
-                del self._made[next(iter(self._made))]
-            self._made[key] = self._make(active)
-        self._linear, self.lora, self.usual = self._made[key]
+        self._merged = self._module.merged
+        self._inner.update()
+        if self.linear is not self._inner.linear:
+            self.loras.discard(self.linear)
+            self._bind()
+        elif self.loras.renewed:
+            self.loras.read()
+        else:
+            self.loras.choose()
 
-    def _make(self, active: list[str]) -> tuple[Linear, Lora | None, bool]:
-        module, linear = self._module, self._inner.new_linear()
-        ranks = sum(module.lora_A[name].weight.shape[0] for name in active)
-        usual = (
-            not any(
-                name in module.lora_variant
-                or module.lora_bias.get(name)
-                or not isinstance(module.lora_dropout[name], nn.Identity)
-                for name in active
+    def _again(self, forward: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            # A recorded step does not call the module: the active sum changes here.
+            if self._version != self._active_set.version:
+                self.follow()
+                if not self.usual:
+                    raise KtrtError(
+                        "a recorded step has adapters of a kind or rank that the engine does not "
+                        "compute; it was recorded with others"
+                    )
+            forward()
+
+        return run
+
+    def load(self) -> None:
+        self.loras.read()
+
+    def refresh(self) -> None:
+        self.loras.read(again=True)
+        self.update()
+
+    def _adapters(self, x: torch.Tensor) -> torch.Tensor | None:
+        return self._shared.adapters(x.numel() // self._in)
+
+    def _ready(self, x: torch.Tensor, adapters: torch.Tensor | None) -> bool:
+        if adapters is None:
+            return self.usual and super()._ready(x, None)
+        # Nobody else computes rows that have adapters of their own.
+        if not self.usual and bool((adapters == ACTIVE).any()):
+            raise KtrtError(
+                "a step has rows of other adapters next to the active ones, which act in a way "
+                "that all rows of a step share; run them in steps of their own"
             )
-            and not getattr(module, "fan_in_fan_out", False)
-            and ranks <= linear.max_rank
-        )
-        if not active or not usual:
-            return linear, None, usual
-        with torch.no_grad():
-            a = [module.lora_A[name].weight.float() for name in active]
-            b = [module.lora_B[name].weight.float() * module.scaling[name] for name in active]
-            lora = torch.cat(a), torch.cat(b, dim=1).contiguous()
-        give_lora(linear, lora)
-        return linear, lora, usual
+        if not self._takes(x):
+            raise KtrtError(
+                f"a step has rows with adapters of their own, and a layer's input is {x.dtype} "
+                f"{[*x.shape]} on {x.device}: expected bfloat16 on the CPU, without gradients"
+            )
+        return True
+
+    def _run(self, x: torch.Tensor, out: torch.Tensor, adapters: torch.Tensor | None) -> None:
+        try:
+            super()._run(x, out, adapters)
+        except ValueError as error:
+            for number in [] if adapters is None else adapters.tolist():
+                if not self.loras.knows(number):
+                    raise KtrtError(
+                        f"a step has a row of adapter number {number}, which is not resident or "
+                        "acts in a way that all rows of a step share (DoRA, a bias, dropout); run "
+                        "it in steps of its own"
+                    ) from error
+            raise

@@ -1,15 +1,17 @@
-"""Multi-head latent attention on the CPU: a decode step that leaves the cached latents as they are.
+"""Multi-head latent attention: latents stay as they are until attention has to expand them.
 
 transformers keeps latents c [1, 1, L, kv_lora_rank] in the KV cache, and expands them by kv_b_proj
 into keys and values of all heads in every step: work that grows with the conversation. For one
 query, q · (U c) = (q U) · c and Σ p (V c) = V (Σ p c): U and V, the halves of kv_b_proj, are read
-once, and the latents are used as they are, in the engine. Longer inputs are expanded as before,
-their values padded to the keys' width: torch computes attention of different widths in float32,
-with copies.
+once, and the latents are used as they are, in the engine: on the CPU, in bfloat16. Everything else
+is expanded, by the module's own function: longer inputs as before, and in a forward of many
+sequences (``engine.step_rows``) each one's own positions. On the CPU, values are padded to the
+keys' width: torch computes attention of different widths in float32, with copies.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,8 +19,10 @@ from torch import nn
 
 from ktrt.engine import LatentAttention
 from ktrt.engine.recording import active
-from ktrt.layers.attention import head_array
-from ktrt.layers.forward import DenseForward, Lora, give_lora
+from ktrt.engine.step_rows import RunningStep, StepRows
+from ktrt.layers.attention import head_array, places, slot_array, slot_rows
+from ktrt.layers.forward import DenseForward, LoraForward
+from ktrt.layers.step_attention import attend
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,24 +37,31 @@ NAME = "ktrt_latent"
 _UNUSUAL = ("s_aux", "softcap", "sliding_window", "position_bias", "cache")
 
 
-def use_latents(model: nn.Module, engine: Engine, patches: Patches) -> int:
-    """Gives every latent attention of ``model`` a decode step on its latents; returns how many.
+def use_latents(
+    model: nn.Module, engine: Engine, patches: Patches, running: RunningStep | None = None
+) -> int:
+    """Leaves the latents of every latent attention of ``model`` unexpanded up to its attention
+    function, on any device; returns how many layers decode on them in the engine.
 
-    Call it after ``linear.accelerate``: it takes only layers whose kv_b_proj runs in the engine and
-    whose ``expand_kv`` computes what is undone here. Others stay as they are.
+    Call it after ``accelerate_attention`` and, on the CPU, ``linear.accelerate``: the engine takes
+    only layers whose kv_b_proj it computes and whose ``expand_kv`` does what is undone here.
     """
     config: Any = model.config
     if getattr(config, "_attn_implementation", None) != "sdpa":
         return 0
-    found = [module for module in model.modules() if _is_latent(module)]
+    running = RunningStep() if running is None else running
+    found: list[Any] = [module for module in model.modules() if hasattr(module, "expand_kv")]
+    decoders = 0
     for module in found:
-        latent = LatentDecoder(module, engine)
-        patches.set(module, "kt_latent", latent)
-        patches.set(module, "expand_kv", latent.keep)
+        decoder = LatentDecoder(module, engine) if _is_plain(module) else None
+        latents = Latents(module.expand_kv, decoder, running)
+        patches.set(module, "kt_latent", latents)
+        patches.set(module, "expand_kv", latents)
+        decoders += decoder is not None
     if found:
         _register(patches)
         patches.set(config, "_attn_implementation", NAME)
-    return len(found)
+    return decoders
 
 
 def _register(patches: Patches) -> None:
@@ -61,10 +72,11 @@ def _register(patches: Patches) -> None:
     patches.entry(AttentionMaskInterface._global_mapping, NAME, sdpa_mask)
 
 
-def _is_latent(module: Any) -> bool:
-    """Whether the module's ``expand_kv`` is kv_b_proj, halves split by head, positions appended."""
+def _is_plain(module: Any) -> bool:
+    """Whether the module's ``expand_kv`` is kv_b_proj, halves split by head, positions appended,
+    and the engine computes kv_b_proj."""
     forward = getattr(getattr(module, "kv_b_proj", None), "forward", None)
-    if not isinstance(forward, DenseForward) or not hasattr(module, "expand_kv"):
+    if not isinstance(forward, DenseForward):
         return False
     heads, nope, width = module.num_heads, module.qk_nope_head_dim, module.v_head_dim
     if forward.base.weight.shape[0] != heads * (nope + width) or forward.base.bias is not None:
@@ -81,12 +93,56 @@ def _is_latent(module: Any) -> bool:
         return torch.equal(key[0], expected) and torch.equal(value[0], both[..., nope:])
 
 
+class Latents:
+    """Stands in for the ``expand_kv`` of one layer; ``attention`` expands latents, if it has to."""
+
+    def __init__(
+        self,
+        expand_kv: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+        decoder: LatentDecoder | None,
+        running: RunningStep,
+    ) -> None:
+        self.decoder, self.running, self._expand = decoder, running, expand_kv
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copied module has no engine, and its step runs elsewhere: it expands for itself."""
+        return copy.deepcopy(self._expand, memo)
+
+    def __call__(
+        self, latents: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return latents, positions
+
+    def expand(
+        self, latents: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns keys and values [1, heads, tokens, size] of latents [1, 1, tokens, rank], with
+        the adapter of the sequence that the forward is of."""
+        rows = self.running.rows
+        if rows is None or rows.batch:  # kv_b_proj itself knows a batch's sequences
+            return self._expand(latents, positions)
+        return self.expand_with(int(rows.adapters[0]), latents, positions)
+
+    def expand_with(
+        self, adapter: int | None, latents: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same with an adapter by number; None: the active ones."""
+        if adapter is None:
+            return self._expand(latents, positions)
+        # kv_b_proj's tokens are not the step's.
+        tokens = StepRows(latents.shape[2], 0, latents.device)
+        tokens.adapters.fill_(adapter)
+        if tokens.device_adapters is not None:
+            tokens.device_adapters.fill_(adapter)
+        with self.running.running(tokens):
+            return self._expand(latents, positions)
+
+
 class LatentDecoder:
     """One layer's kv_b_proj [heads · (nope + v), kv_lora_rank] as its halves."""
 
     def __init__(self, module: Any, engine: Engine) -> None:
         forward: DenseForward = module.kv_b_proj.forward
-        self.expand_kv = module.expand_kv
         self._module = module
         self.heads = int(module.num_heads)
         self.nope, self.value = int(module.qk_nope_head_dim), int(module.v_head_dim)
@@ -104,26 +160,28 @@ class LatentDecoder:
         forward = self._module.kv_b_proj.__dict__.get("forward")
         return forward if isinstance(forward, DenseForward) else None
 
-    def keep(
-        self, latents: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stands in for ``expand_kv``: ``attention`` expands them, if it has to."""
-        return latents, positions
-
     def takes(self, query: torch.Tensor, mask: torch.Tensor | None, options: Any) -> bool:
-        projection = self._projection
-        if projection is not None:
-            projection.follow()
+        """Whether this is one token's query, over all latents and of the present kv_b_proj."""
         return (
             query.shape[0] == 1
             and query.shape[2] == 1
             and mask is None
-            and query.dtype == torch.bfloat16
+            and self.takes_rows(query)
+            and not any(options.get(name) is not None for name in _UNUSUAL)
+        )
+
+    def takes_rows(self, query: torch.Tensor) -> bool:
+        """Whether the engine computes queries of this kind."""
+        projection = self._projection
+        if projection is not None:
+            projection.follow()
+        return (
+            query.dtype == torch.bfloat16
+            and query.stride(-1) == 1
             and projection is not None
             and self._holds(projection)
             and projection.usual
             and not torch.is_grad_enabled()
-            and not any(options.get(name) is not None for name in _UNUSUAL)
         )
 
     def decode(
@@ -183,12 +241,42 @@ class LatentDecoder:
         tensors = query, latents, positions, out
 
         def attend(length: int, _kept: object = tensors) -> None:
-            step.follow(self._lora())
+            step.follow(self._present())
             step.attention.forward(first, *cached, last, length)
 
         return attend
 
-    def _lora(self) -> Lora | None:
+    def bind_rows(
+        self,
+        query: torch.Tensor,
+        latents: torch.Tensor,
+        positions: torch.Tensor,
+        out: torch.Tensor,
+        rows: StepRows,
+        scaling: float,
+    ) -> Callable[[], None]:
+        """A function that fills ``out`` with the attention of ``rows``' decode rows, each over the
+        first positions of its slot and with its own adapter, as ``rows`` and the arrays say when it
+        is called.
+
+        query [heads, rows, nope + rope], latents [slots, 1, capacity, rank], positions [slots, 1,
+        capacity, rope], out [rows, heads, v]; the rest is as in ``bind``.
+        """
+        step = self._step(scaling, query.shape[2] - self.nope)
+        arrays = head_array(query), slot_array(latents), slot_array(positions)
+        last, sequences = head_array(out.transpose(0, 1)), slot_rows(rows, latents)
+        adapters, tensors = rows.adapters.data_ptr(), (query, latents, positions, out, rows)
+
+        def attend(_kept: object = tensors) -> None:
+            projection = self._present()
+            step.follow(projection)
+            # Without adapters of kv_b_proj, none has a number there.
+            ids = adapters if isinstance(projection, LoraForward) else 0
+            step.attention.forward_rows(*arrays, last, sequences, ids)
+
+        return attend
+
+    def _present(self) -> DenseForward:
         projection = self._projection
         if projection is not None:
             projection.follow()
@@ -197,7 +285,7 @@ class LatentDecoder:
                 "kv_b_proj has other weights, or an adapter that the engine does not compute: this "
                 "step was made for what it had before"
             )
-        return projection.lora
+        return projection
 
     def _holds(self, projection: DenseForward) -> bool:
         return projection.base.weight.data_ptr() == self._address
@@ -214,20 +302,55 @@ class LatentDecoder:
 
 
 class _Step:
-    """The engine's attention, and the LoRA that it has been given."""
+    """The engine's attention, which has kv_b_proj's adapters."""
 
     def __init__(self, attention: LatentAttention) -> None:
         self.attention = attention
-        self._lora: Lora | None = None
+        self._projection: DenseForward | None = None
 
-    def follow(self, lora: Lora | None) -> None:
-        if lora is not self._lora:
-            give_lora(self.attention, lora)
-            self._lora = lora
+    def follow(self, projection: DenseForward) -> None:
+        if projection is not self._projection:
+            if isinstance(projection, LoraForward):
+                projection.loras.add(self.attention)
+            self._projection = projection
+
+
+class HeldLatents:
+    """Latents and positions of all slots, for ``step_attention``."""
+
+    def __init__(
+        self, owner: Latents, latents: torch.Tensor, positions: torch.Tensor, value_size: int,
+        scaling: float,
+    ) -> None:  # fmt: skip
+        self._owner, self._scaling = owner, scaling
+        self._latents, self._positions = latents, positions
+        self.value_size = value_size
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self._latents, self._positions
+
+    def bind(
+        self, query: torch.Tensor, rows: StepRows, out: torch.Tensor
+    ) -> Callable[[], None] | None:
+        decoder = self._owner.decoder
+        if decoder is None or not decoder.takes_rows(query):
+            return None
+        states = query, self._latents, self._positions
+        return decoder.bind_rows(*states, out, rows, self._scaling)
+
+    def sequence(
+        self, slot: int, length: int, adapter: int, room: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        held = (each[slot : slot + 1, :, :length] for each in self.tensors)
+        key, value = self._owner.expand_with(adapter, *held)
+        if (more := room - length) > 0:
+            key, value = (nn.functional.pad(each, (0, 0, 0, more)) for each in (key, value))
+        return key, value
 
 
 def attention(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -235,26 +358,46 @@ def attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: latents as ``LatentDecoder.keep`` left them, or keys and
-    values as in ``sdpa``."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    """transformers' attention interface: latents as ``Latents`` left them, or keys and values
+    as in ``sdpa``."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    latent: LatentDecoder | None = getattr(module, "kt_latent", None)
-    if latent is not None:
-        factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-        recorder = active()
-        if recorder is None and latent.takes(query, attention_mask, options):
-            return latent.decode(query, key, value, factor), None
-        length = None if recorder is None else recorder.length_behind(attention_mask)
-        if recorder is not None and length is not None and latent.takes(query, None, options):
-            return latent.record(recorder, length, query, key, value, factor), None
-        key, value = latent.expand_kv(key, value)
+    latents = getattr(module, "kt_latent", None)
+    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(latents, Latents):
+        if (rows := places(latents.running)) is not None:
+            held = HeldLatents(latents, key, value, int(module.v_head_dim), factor)
+            return attend(rows, query, held, factor, options), None
+        found = _decode(latents, query, key, value, attention_mask, factor, options)
+        if found is not None:
+            return found, None
+        key, value = latents.expand(key, value)
     width = value.shape[-1]
-    pad = key.shape[-1] - width if query.shape[2] > 1 else 0
+    on_cpu = query.device.type == "cpu"
+    pad = key.shape[-1] - width if on_cpu and query.shape[2] > 1 else 0
     if pad > 0:
         value = nn.functional.pad(value, (0, pad))
-    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out, _ = sdpa_attention_forward(
+    out, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
         module, query, key, value, attention_mask, scaling=factor, **options
     )
     return (out[..., :width] if pad > 0 else out), None
+
+
+def _decode(
+    latents: Latents, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    mask: torch.Tensor | None, scaling: float, options: dict[str, Any],
+) -> torch.Tensor | None:  # fmt: skip
+    """Computes one token in the engine; None: it does not take it."""
+    decoder, recorder, rows = latents.decoder, active(), latents.running.rows
+    if decoder is None or rows is not None:
+        return None
+    if recorder is None:
+        return (
+            decoder.decode(query, key, value, scaling)
+            if decoder.takes(query, mask, options)
+            else None
+        )
+    length = recorder.length_behind(mask)
+    if length is None or not decoder.takes(query, None, options):
+        return None
+    return decoder.record(recorder, length, query, key, value, scaling)

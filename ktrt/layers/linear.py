@@ -19,16 +19,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ktrt.engine import DenseLinear
 from ktrt.engine.active_set import ActiveSet
 from ktrt.engine.recording import active
+from ktrt.engine.step_rows import RunningStep
 from ktrt.engine.torch_threads import set_torch_threads
 from ktrt.layers.forward import DenseForward, LoraForward, Shared
 from ktrt.layers.int8 import is_int8
+from ktrt.layers.row_lora import RowLora
 from ktrt.utils.patches import Patches
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator
 
     from ktrt.engine import Engine
 
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 # Tokens in the KV cache up to which a decode step leaves torch one thread.
 _SHORT_CONTEXT = 2048
+# Tokens of a step of several sequences up to which it leaves torch one thread.
+_FEW_TOKENS = 64
 
 
 def accelerate(
@@ -45,38 +48,45 @@ def accelerate(
     patches: Patches | None = None,
     *,
     int8: bool = False,
+    running: RunningStep | None = None,
 ) -> int:
     """Runs the ``nn.Linear`` layers of ``model`` whose weights are BF16 on the CPU in the engine,
     and PEFT's LoRA layers on them; returns how many. Modules that ``active_set`` announces later
     are taken at once. The engine must stay open until ``patches`` are undone.
 
+    ``running``: the model's step, whose tokens may have adapters of their own.
+
     Parameters, names and ``peft_config`` stay as they are. What the engine does not compute (DoRA,
-    LoRA with a bias, dropout while training, gradients, other dtypes, per-sample adapters) takes
-    the ordinary path, call by call. A change of adapters is followed when the version of
+    LoRA with a bias, dropout while training, gradients, other dtypes, PEFT's adapters by sample)
+    takes the ordinary path, call by call. A change of adapters is followed when the version of
     ``active_set`` changes; whoever calls PEFT's methods directly calls ``refresh`` afterwards.
 
     ``int8``: quantises the layers that ``layers.int8`` names, by their present numbers; LoRA stays
     exact. Gradients and other dtypes go through the parameters in BF16. ``ValueError``: NaN or
     infinity in a weight.
     """
-    shared = Shared(engine, ActiveSet() if active_set is None else active_set)
+    running = RunningStep() if running is None else running
+    shared = Shared(engine, ActiveSet() if active_set is None else active_set, running)
     patches = Patches() if patches is None else patches
     count = _take(model, shared, patches, int8=int8)
     # At once, not in the next forward: recorded steps run without one.
     patches.add(shared.active_set.on_modules(partial(_take, model, shared, patches, int8=int8)))
     if count:
-        _decode_on_one_thread(model, patches)
+        _decode_on_one_thread(model, running, patches)
     return count
 
 
 def _take(model: nn.Module, shared: Shared, patches: Patches, *, int8: bool) -> int:
-    """Takes the layers that do not run in the engine yet; returns how many."""
+    """Takes the layers that do not run in the engine yet, and adapters that have come or gone in
+    the others; returns how many layers."""
     lora_linear = _peft_linear()
     count = 0
     each: Any
     for path, each in model.named_modules():
         is_lora = type(each) is lora_linear
         base = each.base_layer if is_lora else each
+        if is_lora and not _fits(base):
+            _take_rows(each, shared, patches)
         if not _fits(base):
             continue
         inner = _forward_of(base)
@@ -84,17 +94,28 @@ def _take(model: nn.Module, shared: Shared, patches: Patches, *, int8: bool) -> 
             inner = DenseForward(base, shared, int8=int8 and is_int8(path, base))
             patches.set(base, "forward", inner)
             count += 1
-        if is_lora and _forward_of(each) is None:
+        if is_lora and (forward := _forward_of(each)) is not None:
+            forward.load()
+        elif is_lora:
             patches.set(each, "forward", LoraForward(each, inner))
     if count:
         logger.debug("%d BF16 linear layers run in the engine", count)
     return count
 
 
-def _decode_on_one_thread(model: nn.Module, patches: Patches) -> None:
+def _take_rows(module: Any, shared: Shared, patches: Patches) -> None:
+    """Has a LoRA layer that torch computes follow the rows of a step."""
+    forward = module.__dict__.get("forward")
+    if isinstance(forward, RowLora):
+        forward.load()
+    elif module.weight.device.type == "cpu":
+        patches.set(module, "forward", RowLora(module, shared))
+
+
+def _decode_on_one_thread(model: nn.Module, running: RunningStep, patches: Patches) -> None:
     """Gives torch one thread in decode steps: its share of them is so small that waking threads
     takes longer, and they would compete with the engine's. Long conversations have attention to
-    share out."""
+    share out, except in a step of many sequences, whose attention is the engine's."""
     weights = [
         m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.numel() > 1 << 20
     ]
@@ -102,12 +123,17 @@ def _decode_on_one_thread(model: nn.Module, patches: Patches) -> None:
         return
     threads: list[int] = []
 
-    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def is_small(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        step = running.rows
+        if step is not None and step.decode:
+            return step.tokens <= _FEW_TOKENS
         ids = kwargs.get("input_ids", args[0] if args else None)
         past = kwargs.get("cache", kwargs.get("past_key_values"))
+        return ids is not None and ids.numel() == 1 and _length(past) < _SHORT_CONTEXT
+
+    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         threads.append(torch.get_num_threads())
-        one = ids is not None and ids.numel() == 1
-        if active() is not None or (one and _length(past) < _SHORT_CONTEXT):
+        if active() is not None or is_small(args, kwargs):
             set_torch_threads(1)
 
     def after(*_: object) -> None:
@@ -143,6 +169,12 @@ def int8_bytes(model: nn.Module) -> dict[int, int]:
     }
 
 
+def lora_bytes(model: nn.Module) -> int:
+    """Returns the engine's memory of all resident adapters on linear layers."""
+    found = (module.__dict__.get("forward") for module in model.modules())
+    return sum(each.loras.bytes_held for each in found if isinstance(each, LoraForward))
+
+
 def _forwards(model: nn.Module) -> Iterator[DenseForward]:
     for module in model.modules():
         if (forward := _forward_of(module)) is not None:
@@ -169,23 +201,3 @@ def _fits(module: Any) -> bool:
         and module.weight.is_contiguous()
         and module.weight.numel() > 0
     )
-
-
-class OneRowProducts:
-    """Products of one row with a BF16 matrix that is no ``nn.Linear`` (routers), for recorded
-    steps: torch's take 70 µs for a router of 64 × 2048, the engine's 10."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def __call__(
-        self, operation: Any, arguments: tuple[Any, ...], results: Sequence[torch.Tensor]
-    ) -> Callable[[], object] | None:
-        if operation is not torch.ops.aten.mm.default:
-            return None
-        x, matrix = arguments[0], arguments[1].t()
-        fits = all(t.dtype == torch.bfloat16 and t.is_contiguous() for t in (x, matrix, *results))
-        if not fits or x.shape[0] != 1:
-            return None
-        linear, out = DenseLinear(self._engine, matrix.detach()), results[0]
-        return partial(linear.forward, x.data_ptr(), x.numel(), out.data_ptr(), out.numel())

@@ -10,6 +10,7 @@ namespace ktrt {
 namespace {
 
 struct Vector {
+  using Value = uint16_t;
   struct Values {
     __m256 even, odd;
   };

@@ -10,6 +10,7 @@ namespace ktrt {
 namespace {
 
 struct Vector : Outputs512 {
+  using Value = uint16_t;
   struct Values {
     __m512 even, odd;
   };

@@ -11,6 +11,7 @@ namespace {
 inline __m512bh as_bf16(__m512i v) { return reinterpret_cast<__m512bh>(v); }
 
 struct Vector : Outputs512 {
+  using Value = uint16_t;
   using Sum = __m512;
   using Values = __m512bh;
   static constexpr int kWidth = 32;

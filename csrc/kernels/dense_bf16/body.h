@@ -1,9 +1,10 @@
-// Dot products of BF16 rows, over a vector type V. Included by the ISA files only.
+// Dot products of BF16 or float32 rows, over a vector type V. Included by the ISA files only.
 //
-// V::kStreams columns are read side by side for one row (1: none). V::Sum is a vector of partial
-// sums, V::Values the V::kWidth values along k that one step takes, V::load and V::load_tail (zeros
-// after `count` values) make them, V::add adds their products, and V::total and V::store_totals
-// add the lanes of one Sum and of four, in the same order.
+// V::Value is the type of X's and W's numbers. V::kStreams columns are read side by side for one
+// row (1: none). V::Sum is a vector of partial sums, V::Values the V::kWidth values along k that
+// one step takes, V::load and V::load_tail (zeros after `count` values) make them, V::add adds
+// their products, and V::total and V::store_totals add the lanes of one Sum and of four, in the
+// same order.
 #pragma once
 
 #include <stdint.h>
@@ -33,25 +34,27 @@ struct DotBlock {
 
   // kCold: W is prefetched; for one column, whose successor follows it in memory.
   template <bool kCold>
-  inline __attribute__((always_inline)) void run(const DenseDotArgs& d, const uint16_t* w) {
+  inline __attribute__((always_inline)) void run(const DotArgs<typename V::Value>& d,
+                                                 const typename V::Value* w) {
     const int whole = d.k - d.k % V::kWidth;
     for (int k = 0; k < whole; k += V::kWidth) {
-      if (kCold && k % (kBurstBytes / 2) == 0) {
+      if (kCold && k % (kBurstBytes / static_cast<int>(sizeof(typename V::Value))) == 0) {
         const uint8_t* ahead = reinterpret_cast<const uint8_t*>(w + k) + kAheadBytes;
         for (int i = 0; i < kBurstBytes; i += kLine) __builtin_prefetch(ahead + i, 0, 3);
       }
-      step(d, w + k, d.x + k, [](const uint16_t* p) { return V::load(p); });
+      step(d, w + k, d.x + k, [](const typename V::Value* p) { return V::load(p); });
     }
     if (whole < d.k) {
       const int count = d.k - whole;
       step(d, w + whole, d.x + whole,
-           [count](const uint16_t* p) { return V::load_tail(p, count); });
+           [count](const typename V::Value* p) { return V::load_tail(p, count); });
     }
   }
 
   template <class Load>
-  inline __attribute__((always_inline)) void step(const DenseDotArgs& d, const uint16_t* w,
-                                                  const uint16_t* x, Load load) {
+  inline __attribute__((always_inline)) void step(const DotArgs<typename V::Value>& d,
+                                                  const typename V::Value* w,
+                                                  const typename V::Value* x, Load load) {
     typename V::Values values[kColumns];
 #pragma GCC unroll 8
     for (int n = 0; n < kColumns; ++n) values[n] = load(w + n * d.w_stride);
@@ -81,12 +84,12 @@ struct DotBlock {
 // does (kernels/one_row.h): kStreamSteps steps of a column, then of the next one. The sums of a
 // column are made in the same order as ever.
 template <class V, int kStreams>
-inline void dot_streams(const DenseDotArgs& d, int n) {
-  constexpr int kStreamSteps = 256 / (V::kWidth * 2);
+inline void dot_streams(const DotArgs<typename V::Value>& d, int n) {
+  constexpr int kStreamSteps = 256 / (V::kWidth * static_cast<int>(sizeof(typename V::Value)));
   constexpr int kStride = V::kWidth * kStreamSteps;
   typename V::Sum sums[kStreams];
   unrolled<kStreams>([&](auto s) { sums[s] = V::zero(); });
-  const uint16_t* w = d.w + n * d.w_stride;
+  const typename V::Value* w = d.w + n * d.w_stride;
   const auto add = [&](int k, auto load) {
     const typename V::Values x = load(d.x + k);
     unrolled<kStreams>([&](auto s) { sums[s] = V::add(sums[s], load(w + s * d.w_stride + k), x); });
@@ -96,22 +99,22 @@ inline void dot_streams(const DenseDotArgs& d, int n) {
     typename V::Values x[kStreamSteps];
     unrolled<kStreamSteps>([&](auto i) { x[i] = V::load(d.x + k + i * V::kWidth); });
     unrolled<kStreams>([&](auto s) {
-      const uint16_t* column = w + s * d.w_stride + k;
+      const typename V::Value* column = w + s * d.w_stride + k;
       unrolled<kStreamSteps>(
           [&](auto i) { sums[s] = V::add(sums[s], V::load(column + i * V::kWidth), x[i]); });
     });
   }
   for (; k + V::kWidth <= d.k; k += V::kWidth) {
-    add(k, [](const uint16_t* p) { return V::load(p); });
+    add(k, [](const typename V::Value* p) { return V::load(p); });
   }
   if (k < d.k) {
-    add(k, [count = d.k - k](const uint16_t* p) { return V::load_tail(p, count); });
+    add(k, [count = d.k - k](const typename V::Value* p) { return V::load_tail(p, count); });
   }
   unrolled<kStreams>([&](auto s) { d.c[n + s] = V::total(sums[s]); });
 }
 
 template <class V, int kRows>
-void dot_cold(const DenseDotArgs& d) {
+void dot_cold(const DotArgs<typename V::Value>& d) {
   int first = 0;
   if constexpr (kRows == 1 && V::kStreams > 1) {
     for (; first + V::kStreams <= d.columns; first += V::kStreams) {
@@ -129,7 +132,7 @@ void dot_cold(const DenseDotArgs& d) {
 
 // Columns [n, n + kColumns), W in the cache.
 template <class V, int kRows, int kColumns>
-inline __attribute__((always_inline)) void dot_columns(const DenseDotArgs& d, int n) {
+inline __attribute__((always_inline)) void dot_columns(const DotArgs<typename V::Value>& d, int n) {
   using Sum = typename V::Sum;
   DotBlock<V, kColumns, kRows> block;
   const int64_t place = static_cast<int64_t>(n) * kRows * kDenseSumBytes;
@@ -155,7 +158,7 @@ inline __attribute__((always_inline)) void dot_columns(const DenseDotArgs& d, in
 }
 
 template <class V, int kRows>
-void dot_warm(const DenseDotArgs& d) {
+void dot_warm(const DotArgs<typename V::Value>& d) {
   constexpr int kColumns = 4;
   const int blocks = (d.columns + kColumns - 1) / kColumns;
   const int64_t share = (d.next_bytes / blocks + kLine) / kLine * kLine;
@@ -172,7 +175,7 @@ void dot_warm(const DenseDotArgs& d) {
 }
 
 template <class V, int kRows>
-inline void dot_rows(const DenseDotArgs& d) {
+inline void dot_rows(const DotArgs<typename V::Value>& d) {
   if (d.rows == kRows) {
     d.cold ? dot_cold<V, kRows>(d) : dot_warm<V, kRows>(d);
   } else if constexpr (kRows > 1) {
@@ -181,7 +184,7 @@ inline void dot_rows(const DenseDotArgs& d) {
 }
 
 template <class V>
-void dot(const DenseDotArgs& d) {
+void dot(const DotArgs<typename V::Value>& d) {
   dot_rows<V, V::kBlockRows>(d);
 }
 
@@ -198,8 +201,12 @@ void finish(const DenseFinishArgs& f) {
       const int count = f.columns - n < V::kOutputs ? f.columns - n : V::kOutputs;
       typename V::Outputs sum = V::load_floats(c + n, count);
       if (f.bias != nullptr) sum = V::add_floats(sum, V::load_floats(f.bias + n, count));
-      for (int pair = 0; pair < (f.lora_b != nullptr ? f.rank_pairs : 0); ++pair) {
-        sum = V::expand(sum, f.lora_b + (pair * f.b_stride + n) * 2, t + 2 * pair, count);
+      const uint16_t* ranks = t;
+      for (int i = 0; i < f.loras; ++i) {
+        const uint16_t* b = f.lora_b[i].b + (f.first_output + n) * 2;
+        for (int pair = 0; pair < f.lora_b[i].rank_pairs; ++pair, ranks += 2) {
+          sum = V::expand(sum, b + pair * f.outputs * 2, ranks, count);
+        }
       }
       V::store_bf16(sum, out + n, count);
     }

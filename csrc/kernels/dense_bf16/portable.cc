@@ -8,6 +8,7 @@ namespace {
 constexpr int kLanes = 4;
 
 struct Vector {
+  using Value = uint16_t;
   struct Values {
     float at[kLanes];
   };

@@ -17,6 +17,7 @@
 #include "helpers/random.h"
 #include "helpers/views.h"
 #include "kernels/select.h"
+#include "lora/lora_table.h"
 
 namespace ktrt::testing {
 
@@ -66,11 +67,12 @@ struct LinearCase {
     apply_lora(linear);
   }
 
-  std::vector<std::uint16_t> run(auto& linear, int first = 0, int count = -1) const {
+  std::vector<std::uint16_t> run(auto& linear, int first = 0, int count = -1,
+                                 const AdapterIds& adapters = {}) const {
     if (count < 0) count = rows;
     std::vector<std::uint16_t> y(at(count, out, 0));
     linear.forward(x.data() + first * in, std::int64_t{count} * in, y.data(),
-                   static_cast<std::int64_t>(y.size()));
+                   static_cast<std::int64_t>(y.size()), adapters);
     return y;
   }
 

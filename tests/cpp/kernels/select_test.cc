@@ -12,8 +12,8 @@ namespace {
 
 constexpr CpuFeatures kAll{true, true, true, true, true};
 
-// BF16, INT8 and INT4 GEMM, shrink, elementwise, dense, attention; what differs for few rows as
-// "many/few".
+// BF16, INT8 and INT4 GEMM, shrink, elementwise, dense BF16 and float32, attention; what differs
+// for few rows as "many/few".
 std::string names(const KernelTable& table) {
   const auto gemm = [](const GemmChoice& choice) {
     const std::string many = choice.many->name;
@@ -26,33 +26,35 @@ std::string names(const KernelTable& table) {
     shrink = std::string(table.lora_shrink_tiles->name) + "/" + shrink;
   }
   return gemms + shrink + " " + table.elementwise->name + " " + table.dense_bf16->name + " " +
-         table.attention->name;
+         table.dense_f32->name + " " + table.attention->name;
 }
 
 TEST(SelectKernels, ByLevel) {
   EXPECT_EQ(names(select_kernels(Isa::kPortable, kAll)),
-            "portable portable portable portable portable portable portable");
-  EXPECT_EQ(names(select_kernels(Isa::kAvx2, kAll)), "avx2 avx2 avx2 avx2 avx2 avx2 avx2");
+            "portable portable portable portable portable portable portable portable");
+  EXPECT_EQ(names(select_kernels(Isa::kAvx2, kAll)), "avx2 avx2 avx2 avx2 avx2 avx2 avx2 avx2");
   EXPECT_EQ(names(select_kernels(Isa::kAvx512, kAll)),
-            "avx512_bf16 avx512_vnni_bf16 avx512_vnni_bf16 avx512_bf16 avx512 avx512_bf16 avx512");
+            "avx512_bf16 avx512_vnni_bf16 avx512_vnni_bf16 avx512_bf16 avx512 avx512_bf16 avx512 "
+            "avx512");
   EXPECT_EQ(names(select_kernels(Isa::kAmx, kAll)),
             "amx/avx512_bf16 amx/avx512_vnni_bf16 amx/avx512_vnni_bf16 amx/avx512_bf16 avx512 "
-            "avx512_bf16 avx512");
+            "avx512_bf16 avx512 avx512");
 }
 
 TEST(SelectKernels, FallsBackWhereAFeatureIsMissing) {
   CpuFeatures features = kAll;
   features.amx = false;
   EXPECT_EQ(names(select_kernels(Isa::kAmx, features)),
-            "avx512_bf16 avx512_vnni_bf16 avx512_vnni_bf16 avx512_bf16 avx512 avx512_bf16 avx512");
+            "avx512_bf16 avx512_vnni_bf16 avx512_vnni_bf16 avx512_bf16 avx512 avx512_bf16 avx512 "
+            "avx512");
   features.avx512_bf16 = false;
   EXPECT_EQ(names(select_kernels(Isa::kAvx512, features)),
-            "avx512 avx512_vnni avx512_vnni avx2 avx512 avx512 avx512");
+            "avx512 avx512_vnni avx512_vnni avx2 avx512 avx512 avx512 avx512");
   features.avx512_vnni = false;
   EXPECT_EQ(names(select_kernels(Isa::kAvx512, features)),
-            "avx512 avx2 avx2 avx2 avx512 avx512 avx512");
+            "avx512 avx2 avx2 avx2 avx512 avx512 avx512 avx512");
   EXPECT_EQ(names(select_kernels(Isa::kAmx, CpuFeatures{})),
-            "portable portable portable portable portable portable portable");
+            "portable portable portable portable portable portable portable portable");
 }
 
 TEST(SelectKernels, TilesFromSomeNumberOfRowsOn) {
@@ -123,7 +125,7 @@ TEST(SelectKernels, NeverAboveTheLevelOrTheFeatures) {
       const CpuFeatures features = testing::features_of(mask);
       const KernelTable table = select_kernels(level, features);
       std::vector<const char*> chosen = {table.elementwise->name, table.dense_bf16->name,
-                                         table.attention->name};
+                                         table.dense_f32->name, table.attention->name};
       for (const ShrinkKernel* shrink : testing::shrinks(table)) chosen.push_back(shrink->name);
       for (const GemmChoice& gemm : table.gemms) {
         chosen.insert(chosen.end(), {gemm.few->name, gemm.many->name});
@@ -143,6 +145,7 @@ TEST(Variants, AreAllFound) {
   EXPECT_EQ(testing::all_shrinks().size(), 5u);
   EXPECT_EQ(testing::variants_of(testing::elementwises).size(), 3u);
   EXPECT_EQ(testing::variants_of(testing::dense_kernels).size(), 4u);
+  EXPECT_EQ(testing::variants_of(testing::dense_f32_kernels).size(), 3u);
   EXPECT_EQ(testing::variants_of(testing::attention_kernels).size(), 3u);
 }
 

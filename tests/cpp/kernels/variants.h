@@ -55,6 +55,10 @@ inline std::vector<const DenseKernel*> dense_kernels(const KernelTable& table) {
   return {table.dense_bf16};
 }
 
+inline std::vector<const DenseF32Kernel*> dense_f32_kernels(const KernelTable& table) {
+  return {table.dense_f32};
+}
+
 // A variant runs here if a machine with a part of our features would choose it.
 template <class KernelsIn>
 auto variants_of(const KernelsIn& kernels_in) {

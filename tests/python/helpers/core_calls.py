@@ -186,6 +186,16 @@ class Calls:
         spoiled = self.spoil(arguments, address=ADDRESSES, count=COUNTS)
         return _core.HeadArray(**spoiled, float32=False)
 
+    def slots(self, heads: int, tokens: int, size: int) -> Any:
+        """An array of two sequences."""
+        numbers = self.array(2, heads, tokens, size, dtype=torch.bfloat16)
+        address, count = self.addressed(numbers)
+        arguments = {
+            "address": address, "count": count, "head_stride": tokens * size, "token_stride": size,
+            "slot_stride": heads * tokens * size,
+        }  # fmt: skip
+        return _core.HeadArray(**self.spoil(arguments, address=ADDRESSES, count=COUNTS))
+
     # Calls
 
     def make(self) -> tuple[str, Call]:
@@ -232,7 +242,7 @@ class Calls:
         owner = self.pick(*self.objects, self.attention(), self.latent(), self.norm())
         cls: Any = type(owner)
         name = self.pick(*[n for n in dir(cls) if not n.startswith("__")] or ["__class__"])
-        if cls in SAFE_ONLY or name in ("forward", "write_image", "seconds"):
+        if cls in SAFE_ONLY or name in ("forward", "forward_rows", "write_image", "seconds"):
             return "nothing", lambda: None
         member: Any = getattr(cls, name)
         empty: Any = cls.__new__(cls)
@@ -318,13 +328,40 @@ class Calls:
         layer, rows = self._only(self.pick(_core.DenseLinear, _core.PackedLinear)), self.pick(1, 5)
         x, x_count = self.addressed(self.array(rows, H, dtype=torch.bfloat16))
         out, out_count = self.addressed(torch.empty(rows, INTERMEDIATE, dtype=torch.bfloat16))
-        arguments = {"x": x, "x_count": x_count, "out": out, "out_count": out_count}
+        ids = torch.tensor([self.pick(-1, -2, 0, 7) for _ in range(rows)], dtype=torch.int32)
+        adapters, adapter_count = self.addressed(ids)
+        arguments = {
+            "x": x, "x_count": x_count, "out": out, "out_count": out_count,
+            "adapter_ids": adapters, "adapter_count": adapter_count,
+        }  # fmt: skip
+        if self.random.randrange(2):
+            del arguments["adapter_ids"], arguments["adapter_count"]
         spoiled = self.spoil(
-            arguments, x=ADDRESSES, out=ADDRESSES, x_count=COUNTS, out_count=COUNTS
-        )
+            arguments, x=ADDRESSES, out=ADDRESSES, x_count=COUNTS, out_count=COUNTS,
+            adapter_ids=ADDRESSES, adapter_count=COUNTS,
+        )  # fmt: skip
         return f"{type(layer).__name__}.forward({_shown(spoiled)})", lambda: layer.forward(
             **spoiled
         )
+
+    def multiply(self) -> tuple[str, Call]:
+        """Multiplies arrays by address."""
+        rows, dtype = self.pick(1, 5), self.pick(torch.float32, torch.bfloat16)
+        products = _core.RowProducts(self.any_engine())
+        name = "multiply_f32" if dtype == torch.float32 else "multiply_bf16"
+        x, x_count = self.addressed(self.array(rows, H, dtype=dtype))
+        weight, weight_count = self.addressed(self.array(INTERMEDIATE, H, dtype=dtype))
+        bias, _ = self.addressed(self.array(INTERMEDIATE, dtype=dtype))
+        out, out_count = self.addressed(torch.empty(rows, INTERMEDIATE, dtype=dtype))
+        arguments = {
+            "x": x, "x_count": x_count, "weight": weight, "weight_count": weight_count,
+            "bias": self.pick(0, bias), "out": out, "out_count": out_count, "in_features": H,
+        }  # fmt: skip
+        spoiled = self.spoil(
+            arguments, x=ADDRESSES, weight=ADDRESSES, bias=ADDRESSES, out=ADDRESSES,
+            x_count=COUNTS, weight_count=COUNTS, out_count=COUNTS, in_features=COUNTS,
+        )  # fmt: skip
+        return f"RowProducts.{name}({_shown(spoiled)})", lambda: getattr(products, name)(**spoiled)
 
     def attend(self) -> tuple[str, Call]:
         mask, mask_count = self.addressed(self.array(70))
@@ -343,6 +380,33 @@ class Calls:
         spoiled = self.spoil(arguments, mask=ADDRESSES, mask_count=COUNTS)
         return f"{type(owner).__name__}.forward({_shown(spoiled)})", lambda: owner.forward(
             **spoiled
+        )
+
+    def attend_rows(self) -> tuple[str, Call]:
+        """Runs tokens of sequences that are not all there."""
+        slots, _ = self.addressed(torch.tensor([self.pick(0, 1, 2, -1), 0]))
+        lengths, _ = self.addressed(torch.tensor([self.pick(0, 1, 35, 36, -1, 1 << 62), 2]))
+        places = {
+            "slots": slots, "lengths": lengths, "rows": 2, "slot_count": 2, "capacity": 35,
+        }  # fmt: skip
+        spoiled = self.spoil(places, slots=ADDRESSES, lengths=ADDRESSES, rows=(0, -1, None, 1))
+        rows = _core.SlotRows(**spoiled)
+        arguments = {
+            "query": self.heads(4, 2, 32), "keys": self.slots(2, 35, 32),
+            "values": self.slots(2, 35, 16), "out": self.heads(4, 2, 16), "rows": rows,
+        }  # fmt: skip
+        owner: Any = self.attention()
+        if self.random.randrange(2):
+            owner = self.latent()
+            ids, _ = self.addressed(torch.tensor([self.pick(-3, 0, 7), -2], dtype=torch.int32))
+            arguments = {
+                "query": self.heads(4, 2, 24), "latents": self.slots(1, 35, 32),
+                "positions": self.slots(1, 35, 8), "out": self.heads(4, 2, 16), "rows": rows,
+                "adapter_ids": ids,
+            }  # fmt: skip
+        spoiled = self.spoil(arguments, adapter_ids=ADDRESSES)
+        return f"{type(owner).__name__}.forward_rows({_shown(spoiled)})", (
+            lambda: owner.forward_rows(**spoiled)
         )
 
     def normalise(self) -> tuple[str, Call]:
@@ -375,7 +439,9 @@ class Calls:
     def one(self) -> tuple[str, Call]:
         kinds = [
             self.make, self.method, self.method, self.protocol, self.forward, self.forward,
-            self.change, self.change, self.linear, self.attend, self.normalise, self.function,
+            self.change, self.change, self.linear, self.multiply, self.attend, self.attend_rows,
+            self.normalise,
+            self.function,
         ]  # fmt: skip
         chosen: tuple[str, Call] = self.pick(*kinds)()
         return chosen

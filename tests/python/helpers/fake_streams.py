@@ -10,6 +10,7 @@ import ctypes
 import logging
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from ktrt._core import Engine, MoeLayer
     from ktrt.generate.graphs import GraphMaker
-    from ktrt.kv.static import StaticKv
 
 
 @dataclass
@@ -188,11 +188,11 @@ class FakeGraphs:
         pass
 
 
-def dense_graphs(model: Any, maker: GraphMaker | None = None) -> Callable[[StaticKv], DecodeGraphs]:
+def dense_graphs(model: Any, maker: GraphMaker | None = None) -> Callable[..., DecodeGraphs]:
     """Returns a KvCache's argument for decoding a model without experts by graphs (default: fake
     ones)."""
     made: GraphMaker = maker or FakeGraphs()
-    return lambda cache: DecodeGraphs(model, cache, NoHandOff(), made)
+    return partial(DecodeGraphs, model, handoff=NoHandOff(), maker=made)
 
 
 def fake_hand_off(max_qlen: int) -> tuple[HandOff, FakeCore]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,13 +12,14 @@ from peft import LoraConfig, inject_adapter_in_model
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from ktrt.engine import Engine
-from ktrt.layers.latent import NAME, LatentDecoder, use_latents
+from ktrt.engine.recording import RecordedSteps, active
+from ktrt.engine.step_rows import RunningStep, StepRows, TokenSpan
+from ktrt.layers.latent import NAME, LatentDecoder, attention, use_latents
 from ktrt.layers.linear import accelerate, refresh
+from ktrt.utils.patches import Patches
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from ktrt.utils.patches import Patches
 
 FAMILIES = ("deepseek_v2", "deepseek_v3")
 PROMPT, STEPS = 13, 40
@@ -118,14 +120,34 @@ def test_several_sequences_and_masks_are_expanded(
     assert float(errors(last[:, -1].float(), ordinary[:, -1].float()).max()) < 0.03
 
 
-def test_other_models_stay(engine: Engine, patches: Patches) -> None:
-    model = make("deepseek_v2", lora=False)
-    assert use_latents(model, engine, patches) == 0, "kv_b_proj is not the engine's"
-    accelerate(model, engine)
-    layer = model.model.layers[0].self_attn
-    layer.expand_kv = lambda *states: type(layer).expand_kv(layer, *(2 * s for s in states))
-    assert use_latents(model, engine, patches) == 1, "one expands otherwise, by factors of its own"
-    assert model.model.layers[0].self_attn.__dict__.get("kt_latent") is None
+def test_other_layers_expand_for_themselves(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LatentDecoder, "decode", None)
+    for dtype in (torch.float32, torch.bfloat16):
+        model, patches = make("deepseek_v2", lora=False).to(dtype), Patches()
+        layers = [layer.self_attn for layer in model.model.layers]
+        for layer in layers:
+            layer.expand_kv = partial(_expand_doubled, type(layer).expand_kv, layer)
+        ids = torch.randint(0, 60, (1, PROMPT + 5), generator=torch.Generator().manual_seed(1))
+        expected = step_by_step(model, ids)
+        try:
+            if dtype == torch.bfloat16:
+                accelerate(model, engine, patches=patches)
+            assert use_latents(model, engine, patches) == 0, "they expand with factors of their own"
+            assert model.config._attn_implementation == NAME
+            assert all(layer.kt_latent.decoder is None for layer in layers)
+            limit = 1e-5 if dtype == torch.float32 else 0.03
+            assert float(errors(step_by_step(model, ids), expected).max()) < limit
+            copied = step_by_step(copy.deepcopy(model), ids)
+            assert float(errors(copied, expected).max()) < limit, "a copy, outside of the engine"
+        finally:
+            patches.undo()
+        assert step_by_step(model, ids).equal(expected)
+
+
+def _expand_doubled(expand: Any, layer: Any, *states: torch.Tensor) -> Any:
+    return expand(layer, *(2 * each for each in states))
 
 
 def test_decode_steps_leave_torch_one_thread(engine: Engine) -> None:
@@ -152,7 +174,7 @@ def test_a_bound_step_follows_its_arrays_and_adapters(
     accelerate(model, engine)
     use_latents(model, engine, patches)
     module = model.model.layers[0].self_attn
-    latent: LatentDecoder = module.kt_latent
+    latent: LatentDecoder = module.kt_latent.decoder
     generator = torch.Generator().manual_seed(0)
 
     def states(*shape: int) -> torch.Tensor:
@@ -165,7 +187,7 @@ def test_a_bound_step_follows_its_arrays_and_adapters(
         for length in (1, 65, 200):
             query.copy_(states(4, 24))
             step(length)
-            key, value = latent.expand_kv(
+            key, value = module.kt_latent.expand(
                 latents[None, None, :length], positions[None, None, :length]
             )
             exact = torch.nn.functional.scaled_dot_product_attention(
@@ -180,3 +202,102 @@ def test_a_bound_step_follows_its_arrays_and_adapters(
         weight.data = weight.data.clone()
         with pytest.raises(RuntimeError, match=r"kv_b_proj has other weights"):
             step(1)
+
+
+def several_adapters(engine: Engine, patches: Patches, running: RunningStep) -> Any:
+    """Adapters 0 and 3 of different ranks; 3 is active."""
+    model = make("deepseek_v2", lora=True)
+    other = LoraConfig(r=7, lora_alpha=8, target_modules=["kv_b_proj"], init_lora_weights=False)
+    inject_adapter_in_model(other, model, "adapter3")
+    model.eval().requires_grad_(False)
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.set_adapter("adapter3" if "adapter3" in module.lora_A else [])
+    model.requires_grad_(False)
+    accelerate(model, engine, patches=patches, running=running)
+    use_latents(model, engine, patches, running)
+    return model
+
+
+def test_rows_have_adapters_of_their_own(engine: Engine, patches: Patches) -> None:
+    """In one call of the engine, recorded too: each row's bits alone, and the expanded numbers."""
+    running = RunningStep()
+    module = several_adapters(engine, patches, running).model.layers[0].self_attn
+    generator = torch.Generator().manual_seed(0)
+    query, latents, positions = (
+        torch.randn(shape, generator=generator).to(torch.bfloat16)
+        for shape in ((1, 4, 5, 24), (3, 1, 200, 40), (3, 1, 200, 8))
+    )
+    rows = StepRows(5, 5)
+    out = torch.empty(5, 4, 12, dtype=torch.bfloat16)
+
+    def attended(rows: StepRows, query: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode(), running.running(rows):
+            found, _ = attention(module, query, latents, positions, None, 0.3)
+        return found[0]
+
+    def step() -> None:
+        recorder = active()
+        assert recorder is not None
+        inputs = [query, rows.slots, rows.lengths, rows.adapters]
+        recorder.describe(inputs, torch.empty(1), None)
+        with running.running(rows):
+            out.copy_(attention(module, query + 0, latents, positions, None, 0.3)[0][0])
+
+    replay = None
+    for slots, lengths, adapters in (
+        ([0, 1, 2, 0, 1], [200, 65, 1, 0, 65], [0, 3, -1, -3, -2]),
+        ([2, 2, 0, 1, 0], [64, 64, 64, 199, 200], [3, -1, 0, 0, -2]),
+    ):
+        rows.slots.copy_(torch.tensor(slots))
+        rows.lengths.copy_(torch.tensor(lengths))
+        rows.adapters.copy_(torch.tensor(adapters))
+        together = attended(rows, query)
+        replay = replay or RecordedSteps().capture(step)
+        out.fill_(torch.nan)
+        with running.running(rows):
+            replay()
+        assert torch.equal(out, together)
+        for row, (slot, length, adapter) in enumerate(zip(slots, lengths, adapters, strict=True)):
+            alone = StepRows(1, 1)
+            alone.slots[0], alone.lengths[0], alone.adapters[0] = slot, length, adapter
+            one = query[:, :, row : row + 1]
+            assert torch.equal(attended(alone, one)[0], together[row])
+            if length == 0:
+                continue
+            with torch.inference_mode():
+                key, value = module.kt_latent.expand_with(
+                    adapter, latents[slot : slot + 1, :, :length],
+                    positions[slot : slot + 1, :, :length],
+                )  # fmt: skip
+            exact = torch.nn.functional.scaled_dot_product_attention(
+                one.float(), key.float(), value.float(), scale=0.3
+            )
+            assert float(errors(together[row].float(), exact[0, :, 0]).max()) < 0.02
+
+
+def test_a_spans_tokens_are_expanded_with_its_adapter(engine: Engine, patches: Patches) -> None:
+    running = RunningStep()
+    module = several_adapters(engine, patches, running).model.layers[0].self_attn
+    generator = torch.Generator().manual_seed(0)
+    query, latents, positions = (
+        torch.randn(shape, generator=generator).to(torch.bfloat16)
+        for shape in ((1, 4, 30, 24), (3, 1, 200, 40), (3, 1, 200, 8))
+    )
+    spans = TokenSpan(1, 0, 0, 10), TokenSpan(2, 10, 7, 20)
+    rows = StepRows(30, 0, spans=spans)
+    rows.adapters[:10], rows.adapters[10:] = 3, 0
+    with torch.inference_mode(), running.running(rows):
+        found = attention(module, query, latents, positions, None, 0.3)[0][0]
+        assert running.rows is rows
+    for span, adapter in zip(spans, (3, 0), strict=True):
+        places, end = slice(span.first, span.first + span.count), span.start + span.count
+        with torch.inference_mode():
+            key, value = module.kt_latent.expand_with(
+                adapter, latents[span.slot, None, :, :end], positions[span.slot, None, :, :end]
+            )
+        mask = torch.ones(end, end, dtype=torch.bool).tril()[span.start :]
+        exact = torch.nn.functional.scaled_dot_product_attention(
+            query[:, :, places].float(), key.float(), value.float(), mask, scale=0.3
+        )[0].transpose(0, 1)
+        assert float(errors(found[places].float(), exact).max()) < 0.02

@@ -1,0 +1,31 @@
+// Which sequence each row of a forward attends to, in arrays that hold several.
+#pragma once
+
+#include <cstdint>
+
+namespace ktrt {
+
+// Addresses that are read whenever a forward runs: a recorded step runs again for other numbers.
+struct SlotRows {
+  const std::int64_t* slots = nullptr;    // [rows]
+  const std::int64_t* lengths = nullptr;  // [rows] tokens; 0: the row's output is zeros
+  std::int64_t rows = 0;
+  // The arrays are [slot_count, heads, capacity, size].
+  std::int64_t slot_count = 0;
+  std::int64_t capacity = 0;
+};
+
+// Throws std::invalid_argument: sizes below 1, addresses that cannot be. What they hold is checked
+// by slot_row().
+void check_slot_rows(const SlotRows& rows);
+
+// Tokens [0, length) of a slot.
+struct SlotRow {
+  std::int64_t slot = 0;
+  std::int64_t length = 0;
+};
+// Throws std::invalid_argument unless there are such a slot and length; of length 0, any slot is
+// slot 0.
+SlotRow slot_row(const SlotRows& rows, std::int64_t row);
+
+}  // namespace ktrt

@@ -1,0 +1,130 @@
+"""Products of rows with a matrix on the CPU whose bits do not depend on the number of rows.
+
+torch chooses its kernels and their blocks by the number of rows, so a token's last bits would
+depend on the tokens next to it. The products that no engine linear computes (routers, models in
+float32) run in the engine too: in float32 sums of one order. float16 stays torch's.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from ktrt.engine import RowProducts
+from ktrt.engine.recording import active
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+    from ktrt.engine import Engine
+    from ktrt.utils.patches import Patches
+
+# With AMX, torch computes from this many rows on: it has tiles for BF16, the engine's linears have
+# none. Elsewhere, and with fixed kernels, one kernel takes all rows, so a row's bits do not depend
+# on the others.
+_AMX_ROWS = 16
+
+_LINEAR = torch.nn.functional.linear
+_MATMUL: set[Any] = {
+    torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__,
+}  # fmt: skip
+
+
+def torch_rows(engine: Engine) -> int:
+    """Returns the number of rows from which on torch computes BF16 products."""
+    return sys.maxsize if engine.fixed_kernels else _AMX_ROWS
+
+
+def use_row_products(model: nn.Module, engine: Engine, patches: Patches) -> None:
+    """Has the forwards of ``model``, on the CPU, compute their products by ``FixedProducts``."""
+    products = FixedProducts(engine)
+    entered: list[FixedProducts] = []
+
+    def before(*_: object) -> None:
+        products.__enter__()  # type: ignore[no-untyped-call]
+        entered.append(products)
+
+    def after(*_: object) -> None:
+        if entered:
+            entered.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    patches.add(model.register_forward_pre_hook(before).remove)
+    patches.add(model.register_forward_hook(after, always_call=True).remove)
+
+
+class FixedProducts(TorchFunctionMode):
+    """Within the block, the engine computes x · Wᵀ + bias of BF16 and float32 tensors on the CPU
+    without gradients, where W is a matrix."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._products = RowProducts(engine)
+        self._bf16_rows = torch_rows(engine)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is _LINEAR:
+            given = dict(kwargs or {})
+            first = (given.pop("input"),) if "input" in given else ()
+            found = self._linear(*first, *args, **given)
+        elif func in _MATMUL and not kwargs and len(args) == 2:
+            found = self._matmul(*args)
+        else:
+            found = None
+        return func(*args, **(kwargs or {})) if found is None else found
+
+    def _linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        return self._multiply(x, weight, bias) if weight.dim() == 2 else None
+
+    def _matmul(self, x: Any, matrix: Any) -> torch.Tensor | None:
+        if not isinstance(x, torch.Tensor) or not isinstance(matrix, torch.Tensor):
+            return None
+        if x.dim() < 2 or matrix.dim() != 2:
+            return None
+        return self._multiply(x, matrix.t(), None)
+
+    def _multiply(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        if not self._takes(x, weight, bias):
+            return None
+        x, weight = x.contiguous(), weight.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        shape = *x.shape[:-1], len(weight)
+        recorder = active()
+        if recorder is not None:
+            reads = (x, weight) if bias is None else (x, weight, bias)
+            return recorder.call(shape, reads, partial(self._bind, x, weight, bias))
+        out = x.new_empty(shape)
+        self._bind(x, weight, bias, out)()
+        return out
+
+    def _takes(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+        tensors = (x, weight) if bias is None else (x, weight, bias)
+        return (
+            x.dtype in (torch.float32, torch.bfloat16)
+            and all(each.dtype == x.dtype and each.device.type == "cpu" for each in tensors)
+            and 0 < x.shape[-1] == weight.shape[1]
+            and len(weight) > 0
+            and (bias is None or bias.shape == weight.shape[:1])
+            and not (torch.is_grad_enabled() and any(each.requires_grad for each in tensors))
+            and (x.dtype == torch.float32 or x.numel() < self._bf16_rows * x.shape[-1])
+        )
+
+    def _bind(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+    ) -> Callable[[], None]:
+        products = self._products
+        multiply = products.multiply_f32 if x.dtype == torch.float32 else products.multiply_bf16
+        return partial(
+            multiply, x.data_ptr(), x.numel(), weight.data_ptr(), weight.numel(),
+            0 if bias is None else bias.data_ptr(), out.data_ptr(), out.numel(), weight.shape[1],
+        )  # fmt: skip
