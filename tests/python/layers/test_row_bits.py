@@ -1,4 +1,4 @@
-"""What a decoder layer computes outside attention: a row's bits are the same in any company."""
+"""A decoder layer's parts outside attention: a row's bits are the same in any company."""
 
 from __future__ import annotations
 
