@@ -47,8 +47,10 @@ _FUNCTIONS: set[Any] = {
 }  # fmt: skip
 # Numbers that torch takes at once, of BF16 with AVX-512, at most.
 _STEP = 64
-# Up to this many numbers torch leaves to one thread.
+# Numbers that torch leaves to one thread. More are shared by as many threads as then have this many
+# each; GELU's by all threads.
 _GRAIN = 32768
+_GELU_GRAIN = 16384
 
 
 def torch_rows(engine: Engine) -> int:
@@ -156,10 +158,10 @@ def _in_whole_steps(
     if x.device.type != "cpu" or not x.is_floating_point() or learns or options.get("inplace"):
         return None
     count, threads = x.numel(), torch.get_num_threads()
-    if count < _GRAIN * threads:
-        head = count // _GRAIN * _GRAIN
-    else:
+    if count > (_GELU_GRAIN if func is torch.nn.functional.gelu else _GRAIN * threads):
         head = count // (_STEP * threads) * (_STEP * threads)
+    else:
+        head = 0 if func is torch.nn.functional.gelu else count // _GRAIN * _GRAIN
     flat = x.reshape(-1)
     rest = flat[head:]
     if not len(rest) or (not head and len(rest) % _STEP == 0):
