@@ -100,6 +100,8 @@ bench: build-release ## All micro-benchmarks (the comparison with kt_kernel: pyt
 bench-smoke: build-release ## Each micro-benchmark once, briefly, so that none rots
 	for b in build/release/bench/bench_*; do [ ! -x $$b ] || $$b --benchmark_min_time=0.001 || exit 1; done
 	$(PYTHON) bench/cpu_decode.py --quick --cache build/bench-cache
+	$(PYTHON) bench/batch_curve.py --quick --many --cache build/bench-cache
+	$(PYTHON) bench/one_row.py --quick --cache build/bench-cache
 	@if $(PYTHON) -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("kt_kernel") is None)'; then \
 	  $(PYTHON) bench/kt_kernel/compare.py --dtypes int8 --ranks 8 --qlens 1 --layers 1 --rounds 1; \
 	else echo "kt_kernel is not installed: no comparison with it"; fi

@@ -43,10 +43,10 @@ DEMO = Path(__file__).resolve().parents[1] / "examples/demo/model"
 PROBE_BYTES = 512 << 20
 
 
-def write_adapter(model: Path, folder: Path, rank: int) -> Path:
+def write_adapter(model: Path, folder: Path, rank: int, seed: int = 0) -> Path:
     """Writes random LoRA on every linear layer of the checkpoint except head and routers."""
     checkpoint = Checkpoint(model, (128, 128))
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
     targets = set()
     for name in checkpoint.names():
@@ -80,13 +80,18 @@ def bytes_per_token(model: Any) -> tuple[int, int]:
     return round(inventory.read(*BASE)), round(sum(r.read for r in inventory.experts.values()))
 
 
+def model_settings(model: Path, backend: str) -> dict[str, object]:
+    """Returns the configuration of a model; ``backend``: a kt_backend, or INT8."""
+    if backend == "INT8":
+        return {"model_name_or_path": str(model), "kt_backend": "AMXInt8", "quantization_bit": 8}
+    return {"model_name_or_path": str(model), "kt_backend": backend}
+
+
 class Party:
     """A loaded model that decodes after a prompt."""
 
     def __init__(self, model: Path, adapter: Path | None, backend: str, cache: str | None) -> None:
-        values: dict[str, object] = {"model_name_or_path": str(model), "kt_backend": backend}
-        if backend == "INT8":
-            values |= {"kt_backend": "AMXInt8", "quantization_bit": 8}
+        values = model_settings(model, backend)
         if cache:
             values["ktrt_cache_dir"] = cache
         if adapter is not None:

@@ -30,13 +30,15 @@ class Engine:
         num_threads: int,
         max_qlen: int = 1024,
         nodes: Sequence[Sequence[int]] | None = None,
+        fixed_kernels: bool = False,
     ) -> None:
         """``num_threads`` includes the calling thread, which works too and is never pinned.
         ``nodes``: CPUs by NUMA node (see ``numa_cpus``). The threads are spread over them evenly,
         and every expert is cut into one shard per node, in that node's memory; the results have the
         same bits as with one node. Without ``nodes``, experts are whole and threads take the
         allowed CPUs in order, one hardware thread per core first. ``max_qlen`` bounds the tokens of
-        one ``forward``. ``ValueError``: a count below 1, fewer CPUs than threads;
+        one ``forward``. ``fixed_kernels``: a row's bits do not depend on the other rows of a
+        forward on AMX either. ``ValueError``: a count below 1, fewer CPUs than threads;
         ``ktrt.errors.ConfigError``: a ``KTRT_ISA`` that is unknown or above the machine's level."""
 
     @property
@@ -47,6 +49,10 @@ class Engine:
     def num_threads(self) -> int: ...
     @property
     def max_qlen(self) -> int: ...
+    @property
+    def fixed_kernels(self) -> bool:
+        """Whether a row's bits do not depend on the other rows of a forward: always below AMX."""
+
     @property
     def workspace_bytes(self) -> int:
         """Bytes of scratch memory for the layers made so far."""
@@ -87,6 +93,10 @@ class DenseLinear:
     def in_features(self) -> int: ...
     @property
     def out_features(self) -> int: ...
+    @property
+    def lora_bytes(self) -> int:
+        """Memory of all LoRAs that are held, in whole pages."""
+
     def load_lora(self, number: int, a: Any = None, b: Any = None) -> None:
         """Keeps a LoRA under a number (0 or more; one of this number is replaced): ``a`` [rank,
         in_features], ``b`` [out_features, rank], float32, the scaling folded into ``b``; each is
@@ -227,6 +237,9 @@ class LatentAttention:
         shapes that do not fit, sizes above 4096."""
 
     max_rank: int
+    @property
+    def lora_bytes(self) -> int:
+        """Memory of all LoRAs that are held, in whole pages."""
 
     def load_lora(self, number: int, a: Any = None, b: Any = None) -> None:
         """Keeps a LoRA of kv_b_proj: ``a`` [rank, kv_lora_rank], ``b`` [heads · (nope + v), rank].
@@ -268,9 +281,18 @@ class RmsNorm:
     DeepSeek); otherwise the product is rounded alone (Gemma, gpt_oss).
     """
 
-    def __init__(self, weight: Any, eps: float, *, rounds_twice: bool, offset: float = 0.0) -> None:
+    def __init__(
+        self,
+        weight: Any,
+        eps: float,
+        *,
+        rounds_twice: bool,
+        offset: float = 0.0,
+        engine: Engine | None = None,
+    ) -> None:
         """``weight`` [size], bfloat16 or float32, contiguous: kept, not copied. ``offset`` is added
-        to it in float32 (Gemma's 1 + w). ``ValueError``: eps below 0."""
+        to it in float32 (Gemma's 1 + w). ``engine``: shares many rows among its threads.
+        ``ValueError``: eps below 0."""
 
     @property
     def size(self) -> int: ...
@@ -279,7 +301,9 @@ class RmsNorm:
     ) -> None:
         """``x``: address of ``rows`` rows of ``size`` bfloat16 numbers, ``row_stride`` elements
         apart, in ``x_count`` elements of CPU memory; ``out``: address of [rows, size], contiguous,
-        which may be ``x``. Runs on the calling thread. ``ValueError``: counts that do not fit."""
+        which may be ``x``. A few rows run on the calling thread, and many without an engine; a
+        row's bits are the same. ``ValueError``: counts that do not fit; ``RuntimeError``: the
+        engine is closed."""
 
 class PackedLinear:
     """``DenseLinear`` with the weight in INT8, a scale per output, and inputs quantised row by row:
@@ -302,6 +326,10 @@ class PackedLinear:
     @property
     def packed_bytes(self) -> int:
         """Bytes that a forward reads: codes, scales and sums of codes."""
+
+    @property
+    def lora_bytes(self) -> int:
+        """Memory of all LoRAs that are held, in whole pages."""
 
     def load_lora(self, number: int, a: Any = None, b: Any = None) -> None:
         """See ``DenseLinear.load_lora``."""
@@ -329,15 +357,31 @@ class RowProducts:
 
     def __init__(self, engine: Engine) -> None: ...
     def multiply_f32(
-        self, x: int, weight: int, bias: int, out: int, rows: int, columns_in: int, columns_out: int
+        self,
+        x: int,
+        x_count: int,
+        weight: int,
+        weight_count: int,
+        bias: int,
+        out: int,
+        out_count: int,
+        in_features: int,
     ) -> None:
-        """Writes ``out`` [rows, columns_out] for ``x`` [rows, columns_in], ``weight`` [columns_out,
-        columns_in] and ``bias`` [columns_out], or 0 without: addresses of contiguous float32
-        arrays. Runs without the GIL. ``ValueError``: sizes; ``RuntimeError``: the engine is
-        closed."""
+        """Writes ``out`` [rows, out_features] for ``x`` [rows, in_features], ``weight``
+        [out_features, in_features] and ``bias`` [out_features], or 0 without: addresses and element
+        counts of contiguous float32 arrays. Runs without the GIL. ``ValueError``: counts that do
+        not fit; ``RuntimeError``: the engine is closed."""
 
     def multiply_bf16(
-        self, x: int, weight: int, bias: int, out: int, rows: int, columns_in: int, columns_out: int
+        self,
+        x: int,
+        x_count: int,
+        weight: int,
+        weight_count: int,
+        bias: int,
+        out: int,
+        out_count: int,
+        in_features: int,
     ) -> None:
         """The same in bfloat16, rounded once, after the bias."""
 
@@ -400,10 +444,6 @@ class PackedShrink:
     def ranks(self) -> int: ...
     @property
     def columns(self) -> int: ...
-    @property
-    def factors(self) -> list[float] | None:
-        """A factor for each rank of a shrunk row, applied before the second rounding; None: 1."""
-
     @property
     def a(self) -> PackedMemory | None: ...
 
@@ -560,12 +600,15 @@ class MoeLayer:
         """``ValueError``: there is none of this number, or it is active."""
 
     def activate_loras(self, ids: Sequence[int], weights: Sequence[float]) -> None:
-        """Applies, from the next forward on, the sum of these LoRAs, each times its weight; none:
-        the base. One LoRA, or other weights of the same LoRAs, cost nothing. Several are joined
-        first (with at most 256 ranks in all); the result is kept until other LoRAs are activated.
-        Weights scale the shrunk rows, which are then rounded to bfloat16 again; weights of 1 change
-        no bit. ``ValueError``: a number that is not held or named twice, a weight that is not
-        finite, too many ranks; nothing changes then."""
+        """Makes the sum of these LoRAs, each times its weight, the active one from the next forward
+        on; none: the base. Costs nothing; ranks may sum to anything. Weights scale the shrunk rows,
+        which are then rounded to bfloat16 again; weights of 1 change no bit. ``ValueError``: a
+        number that is not held or named twice, a weight that is not finite; nothing changes
+        then."""
+
+    @property
+    def loras(self) -> list[int]:
+        """The numbers of the LoRAs that are held, ascending."""
 
     @property
     def active_loras(self) -> list[tuple[int, float]]:
@@ -581,17 +624,23 @@ class MoeLayer:
         """hidden_states, out [qlen, hidden_size], one dtype of float32, float16, bfloat16;
         expert_ids [qlen, k ≤ top_k] int32 or int64; routing_weights [qlen, k] float32, float16 or
         bfloat16. A slot whose id lies outside [0, num_experts) contributes nothing. Writes ``out``.
-        ``adapter_ids`` [qlen], int32 or int64: every token gets this one of the active LoRAs, at
-        its weight, or none (-1) instead of their sum, with the same bits as the LoRA alone.
-        Runs without the GIL. ``ValueError``: qlen > max_qlen, an expert not loaded, shapes, dtypes,
-        an adapter id that is not active.
+        ``adapter_ids`` [qlen], int32 or int64: each token's LoRA, with the bits that it has alone:
+        the number of any that is held (at weight 1), -1 for none, -2 for the active sum, -3 for a
+        token that adds nothing and costs nothing. None: the active sum for all. Runs without the
+        GIL. ``ValueError``: qlen > max_qlen, an expert not loaded, shapes, dtypes, an adapter id
+        that is not held.
         """
 
     def bind(
-        self, hidden_states: Any, expert_ids: Any, routing_weights: Any, out: Any
+        self,
+        hidden_states: Any,
+        expert_ids: Any,
+        routing_weights: Any,
+        out: Any,
+        adapter_ids: Any | None = None,
     ) -> BoundForward:
         """Returns ``forward`` between these arrays. It keeps them alive; they must not move. Every
-        ``run`` checks them."""
+        ``run`` reads and checks them again."""
 
     def last_kernels(self) -> dict[str, str]:
         """Returns the ISA variants of the last ``forward``, e.g. ``{"gemm": "amx",
@@ -609,13 +658,14 @@ class MoeLayer:
         ``load_expert`` writes into it. ``ValueError`` while an expert is missing, ``RuntimeError``
         once closed."""
 
-    def packed_lora(self) -> PackedLora | None:
-        """Returns the memory of the active LoRAs; None without any. A later change makes new memory
-        and does not change this one."""
+    def lora_view(self, number: int) -> PackedLora:
+        """Returns the memory of a LoRA. A LoRA loaded later under the same number has other memory.
+        ``ValueError``: there is none of this number."""
 
     @property
     def lora_version(self) -> int:
-        """Changes with every change of the active LoRAs or weights. Never waits for a forward."""
+        """Changes when a LoRA is loaded, replaced or unloaded, and when others, or other weights,
+        become active. Never waits for a forward."""
 
 class GpuHandoff:
     """Pinned slots through which a CUDA stream starts the engine and waits for it, without the host
@@ -663,17 +713,26 @@ class GpuHandoff:
         top_k: int,
         dtype: Literal["float32", "float16", "bfloat16"],
         name: str = "",
+        adapters: bool = False,
     ) -> int:
         """Adds a slot for ``tokens`` rows: hidden_states and out [tokens, hidden_size] (``dtype``),
-        expert_ids int64 and routing_weights float32 [tokens, top_k]. Keeps the layer. ``name``
-        names the layer in error messages. Not during a capture. ``ValueError``: a layer of
-        another engine, tokens > max_qlen, top_k > the layer's."""
+        expert_ids int64 and routing_weights float32 [tokens, top_k]; with ``adapters``, adapter_ids
+        int32 [tokens] (see ``MoeLayer.forward``), else all rows have the active LoRAs. Keeps the
+        layer. ``name`` names the layer in error messages. Not during a capture. ``ValueError``: a
+        layer of another engine, tokens > max_qlen, top_k > the layer's."""
 
     def submit(
-        self, slot: int, stream: int, hidden_states: int, expert_ids: int, routing_weights: int
+        self,
+        slot: int,
+        stream: int,
+        hidden_states: int,
+        expert_ids: int,
+        routing_weights: int,
+        adapter_ids: int = 0,
     ) -> None:
-        """Enqueues the copies of three contiguous arrays (device addresses) and the start on a
-        stream (``torch.cuda.Stream.cuda_stream``). Outside a capture it also expects the slot.
+        """Enqueues the copies of contiguous arrays (device addresses; ``adapter_ids`` where the
+        slot has them) and the start on a stream (``torch.cuda.Stream.cuda_stream``). Outside a
+        capture it also expects the slot.
         ``RuntimeError``: the last submitted slot has no ``wait`` yet, an earlier failure."""
 
     def wait(self, slot: int, stream: int, out: int) -> None:
@@ -691,6 +750,12 @@ class GpuHandoff:
         """Releases and awaits the device, ends the threads, frees the pinned memory. Graphs that
         captured a slot must not be launched afterwards. Idempotent; the end of the interpreter
         does it too."""
+
+def torch_exponentials(state: Any, draws: int, indices: Any, out: Any) -> None:
+    """Sets ``out[i]`` (float32) to ``torch.empty(draws).exponential_(1, generator=g)[indices[i]]``
+    of a generator with this ``state``: ``g.get_state()`` as uint64, which moves on by as many
+    draws. Holds where torch draws serially: not in its builds with MKL on Intel's CPUs.
+    ``indices``: ascending, int64. Without the GIL. ``ValueError``: arrays or indices do not fit."""
 
 def release_file_pages(path: str) -> int:
     """Releases the memory of this process's mappings of a file that were never written to. They

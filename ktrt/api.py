@@ -8,6 +8,7 @@ from typing import Any
 from ktrt.config import Config, load_config
 from ktrt.errors import ConfigError
 from ktrt.folders import check_model_folder
+from ktrt.generate.scheduler import SchedulerLimits
 from ktrt.loading.model import load_model
 from ktrt.prompt.template.load import load_template
 from ktrt.prompt.tokenizer.words import load_words, read_words
@@ -68,9 +69,14 @@ def open_session(config: Config) -> Session:
     )
     try:
         loaded.adapters.take_words = _WordsOfLoaded(tokenizer)
-        session = Session(
-            loaded, tokenizer, template, config.sampling, cutoff_len=config.model.cutoff_len
+        limits = SchedulerLimits(
+            rows=config.scheduler.max_num_seqs,
+            min_tokens_per_second=config.scheduler.min_tokens_per_second,
         )
+        session = Session(
+            loaded, tokenizer, template, config.sampling,
+            cutoff_len=config.model.cutoff_len, limits=limits,
+        )  # fmt: skip
         session.warm_up()
     except BaseException:
         loaded.close()

@@ -1,28 +1,45 @@
-"""A session: a loaded model that answers conversations, and the KV cache between them."""
+"""A session: a loaded model that answers conversations, of one caller or of many at once."""
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from types import TracebackType
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from functools import partial
+from types import EllipsisType, TracebackType
 from typing import Any, Self, Unpack
+
+import torch
 
 from ktrt.adapter.residents import Adapters
 from ktrt.config import SamplingArgs, SamplingOptions, override_sampling
-from ktrt.errors import KtrtError, engine_errors
+from ktrt.errors import ConfigError, KtrtError, engine_errors
 from ktrt.experts import GpuExperts
-from ktrt.generate.loop import OnPrefill, check_prompt, stream_generate
+from ktrt.generate.answer import Answer, next_tokens
+from ktrt.generate.loop import OnPrefill, check_prompt
 from ktrt.generate.response import Response, TokenResponse
 from ktrt.generate.runner import KvCache
+from ktrt.generate.scheduler import (
+    Begin,
+    CostModel,
+    Driver,
+    Handle,
+    NewRequest,
+    Scheduler,
+    SchedulerLimits,
+)
 from ktrt.generate.warm_up import warm_up
+from ktrt.loading.inventory import cost_facts
 from ktrt.loading.model import LoadedModel
 from ktrt.prompt.fit import context_limit, drop_turns
 from ktrt.prompt.messages import check_messages, plain_messages
 from ktrt.prompt.template.base import Message, Template
 
-__all__ = ["Adapters", "Response", "Session", "TokenResponse"]
+__all__ = ["Adapters", "Handle", "Response", "Session", "TokenResponse"]
 
 # As callers give them; content is text or a list of OpenAI's text parts.
 Messages = Sequence[Mapping[str, object]]
+# A name, weights of a sum by name, None for the base; left out (...): the active adapters.
+Adapter = str | Mapping[str, float] | EllipsisType | None
+# Tokens whose memory is asked for, to know a token's.
+_SOME = 1024
 
 
 class Session:
@@ -33,10 +50,11 @@ class Session:
     ``context_limit`` bounds the tokens of a conversation with its answer; ``audit`` lists the first
     adapter's tensors.
 
-    One thread at a time uses a session, with its model and adapters. Within a thread, answers may
-    be streamed one after another or interleaved; a conversation that continues the last one
-    computes only its new tokens. A thread that asks for a token while another one computes gets a
-    ``KtrtError``.
+    Answers of ``chat``, ``stream`` and ``stream_responses`` are computed in the thread that reads
+    them: one thread at a time, another one that asks meanwhile gets a ``KtrtError``. Within a
+    thread they may be streamed one after another or interleaved. ``submit`` starts a thread that
+    owns the model; from then on any number of threads may ask at once, and what they ask for shares
+    the model's steps. A conversation that continues an earlier one computes only its new tokens.
 
     ``EngineError``, from every method that runs the model: the engine failed.
     """
@@ -49,8 +67,10 @@ class Session:
         sampling: SamplingArgs,
         *,
         cutoff_len: int | None = None,
+        limits: SchedulerLimits | None = None,
     ) -> None:
-        """Takes ``loaded``, which ``close`` closes. ``cutoff_len`` lowers the context's limit."""
+        """Takes ``loaded``, which ``close`` closes. ``cutoff_len`` lowers the context's limit;
+        ``limits`` bound what runs at once."""
         self._loaded: LoadedModel | None = loaded
         self.model: Any = loaded.model
         self.adapters = loaded.adapters
@@ -60,8 +80,9 @@ class Session:
         self.sampling = sampling
         self.context_limit = context_limit(loaded.model, cutoff_len)
         self._bound = "cutoff_len allows" if self.context_limit == cutoff_len else ""
-        self._running = threading.RLock()
-        self._idle_cache: tuple[int, KvCache] | None = None
+        self._encoding = threading.Lock()
+        self._steps = Driver(partial(_scheduler, loaded, limits), partial(_use_device, loaded))
+        self.adapters.between = self._steps.between
         self._stop_ids = template.stop_ids
         if template.name == "auto":
             self._stop_ids |= _model_stop_ids(loaded.model)
@@ -70,28 +91,36 @@ class Session:
         self,
         messages: Messages,
         *,
+        adapter: Adapter = ...,
         on_prefill: OnPrefill | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Response:
         """Returns the whole answer to ``messages``; see ``stream`` and ``stream_responses``."""
-        return Response.whole(self.stream_responses(messages, on_prefill=on_prefill, **sampling))
+        found = self.stream_responses(messages, adapter=adapter, on_prefill=on_prefill, **sampling)
+        return Response.whole(found)
 
-    def stream(self, messages: Messages, **sampling: Unpack[SamplingOptions]) -> Iterator[str]:
+    def stream(
+        self, messages: Messages, *, adapter: Adapter = ..., **sampling: Unpack[SamplingOptions]
+    ) -> Iterator[str]:
         """Yields the answer to ``messages`` in pieces of text, never half a character.
 
         ``messages``: an optional system message, then user and assistant in turn, a user's last.
-        ``sampling``: fields of ``SamplingArgs`` that replace the configured ones.
+        ``adapter``: a resident one, weights of a sum by name, or None for the base; left out, the
+        adapters that are active now. ``sampling``: fields of ``SamplingArgs`` that replace the
+        configured ones.
 
         ``ConfigError``, before the first piece: malformed messages, an unknown sampling argument, a
-        conversation longer than the model's context. ``KtrtError``: the session is closed.
+        conversation longer than the model's context. ``AdapterError``: an adapter that is not
+        there. ``KtrtError``: the session is closed.
         """
-        responses = self.stream_responses(messages, **sampling)
+        responses = self.stream_responses(messages, adapter=adapter, **sampling)
         return (response.text for response in responses if response.text)
 
     def stream_responses(
         self,
         messages: Messages,
         *,
+        adapter: Adapter = ...,
         on_prefill: OnPrefill | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Iterator[TokenResponse]:
@@ -101,42 +130,72 @@ class Session:
         first, then after every forward. Reused tokens are not counted. An exception that it raises
         (Ctrl-C, for example) ends the answer; the next one reuses what was computed.
         """
+        begin = self._prepare(messages, adapter, sampling)
+        return self._steps.stream(begin, on_prefill)
+
+    def submit(
+        self,
+        messages: Messages,
+        *,
+        adapter: Adapter = ...,
+        client: Hashable = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Handle:
+        """Asks for an answer and returns at once: iterate over the handle for its tokens, or take
+        its ``result``; ``cancel`` ends it.
+
+        Starts the thread that owns the model, if there is none. Any thread may call this; requests
+        share steps, fairly among clients and adapters. Raises what ``stream`` raises.
+        """
+        begin = self._prepare(messages, adapter, sampling)
+        self._steps.start()
+        return self._steps.submit(begin(client=client))
+
+    def batch(self, requests: Sequence[Mapping[str, Any]]) -> list[Response]:
+        """Returns the answers to several conversations, which share the model's steps.
+
+        Each request has ``messages``, and may have ``adapter`` and fields of ``SamplingArgs``, with
+        the meanings that ``stream`` gives them. The first one that fails ends all. ``ConfigError``
+        and ``AdapterError``, before anything runs, name the request by its index.
+        """
+        begins = []
+        for index, request in enumerate(requests):
+            try:
+                begins.append(self._prepare_one(request))
+            except KtrtError as error:
+                raise type(error)(f"request {index}: {error}") from error
+        return self._steps.batch(begins)
+
+    def _prepare_one(self, request: Mapping[str, Any]) -> Begin:
+        if not isinstance(request, Mapping) or "messages" not in request:
+            raise ConfigError(f"expected a mapping with messages, found {request!r:.80}")
+        options = dict(request)
+        return self._prepare(options.pop("messages"), options.pop("adapter", ...), options)
+
+    def _prepare(
+        self, messages: Messages, adapter: Adapter, sampling: Mapping[str, object]
+    ) -> Begin:
+        """Checks a request; calling the result makes it one of the scheduler."""
         loaded = self._open()
         args = override_sampling(self.sampling, sampling)
-        prompt_ids = self.template.encode(check_messages(messages))
-        max_tokens = check_prompt(loaded.model, prompt_ids, self.context_limit, self._bound)
-        return self._responses(prompt_ids, args, max_tokens, on_prefill)
+        with self._encoding:
+            prompt_ids = self.template.encode(check_messages(messages))
+        room = check_prompt(loaded.model, prompt_ids, self.context_limit, self._bound)
+        choice = self.adapters.choose(adapter)
+        template, stop_ids = self.template, self._stop_ids
 
-    def _responses(
-        self,
-        prompt_ids: Sequence[int],
-        args: SamplingArgs,
-        max_tokens: int,
-        on_prefill: OnPrefill | None,
-    ) -> Iterator[TokenResponse]:
-        # Taken while in use: a second answer meanwhile gets another cache. Keys, values and
-        # captured graphs belong to the adapters that they were made with.
-        version = self.adapters.version
-        idle, self._idle_cache = self._idle_cache, None
-        cache = idle[1] if idle and idle[0] == version else self.new_cache()
-        responses = stream_generate(
-            self.tokenizer, cache, prompt_ids, args,
-            stop_ids=self._stop_ids, max_tokens=max_tokens,
-            shown_tokens=self.template.shown_tokens, on_prefill=on_prefill,
-        )  # fmt: skip
-        try:
-            while True:
-                with self._run():
-                    response = next(responses, None)
-                if response is None:
-                    return
-                yield response
-                self._open()
-                if self.adapters.version != version:
-                    raise KtrtError("the adapters were changed during the answer; ask again")
-        finally:
-            if self._loaded is not None:
-                self._idle_cache = version, cache
+        def begin(**options: Any) -> NewRequest:
+            self._open()
+            answer = Answer(
+                self.tokenizer, prompt_ids, args,
+                stop_ids=stop_ids, max_tokens=room, shown_tokens=template.shown_tokens,
+            )  # fmt: skip
+            return NewRequest(
+                prompt_ids=prompt_ids, answer=answer, choice=choice,
+                most_tokens=answer.most_tokens, release=self.adapters.hold(choice), **options,
+            )  # fmt: skip
+
+        return begin
 
     def new_cache(self) -> KvCache:
         """Returns an empty KV cache for the adapters that are active now, for callers of
@@ -146,17 +205,19 @@ class Session:
     def warm_up(self) -> None:
         """Prepares the first answer: kernels, memory, and the graph of a decode step. Takes about a
         second; ``ktrt.load`` has called it."""
-        with self._run():
-            cache = self.new_cache()
-            warm_up(cache, self.context_limit)
-        self._idle_cache = self.adapters.version, cache
+        self._steps.between(self._warm_up)
+
+    def _warm_up(self) -> None:
+        with engine_errors():
+            warm_up(self.new_cache(), self.context_limit)
 
     def count_tokens(self, messages: Messages) -> int:
         """Returns the number of tokens of the prompt for ``messages``; 0 for none."""
         return self._count(plain_messages(messages))
 
     def _count(self, messages: Sequence[Message]) -> int:
-        return len(self.template.encode(messages)) if messages else 0
+        with self._encoding:
+            return len(self.template.encode(messages)) if messages else 0
 
     def fit(
         self, messages: Messages, **sampling: Unpack[SamplingOptions]
@@ -188,14 +249,12 @@ class Session:
         return self._open().bytes_per_token()
 
     def close(self) -> None:
-        """Frees threads and memory; the session answers no more. Idempotent. Another thread's
-        token is waited for."""
+        """Ends all answers, frees threads and memory; the session answers no more. Idempotent.
+        Another thread's token is waited for."""
         # First, so that a thread with an answer under way reads why it ends.
         loaded, self._loaded = self._loaded, None
-        with self._running:
-            self._idle_cache = None
-            if loaded is not None:
-                loaded.close()
+        if loaded is not None:
+            self._steps.close(_closed(), loaded.close)
 
     def __enter__(self) -> Self:
         return self
@@ -210,26 +269,26 @@ class Session:
 
     def _open(self) -> LoadedModel:
         if self._loaded is None:
-            raise KtrtError("this session is closed; load the model again with ktrt.load")
+            raise _closed()
         return self._loaded
 
-    @contextmanager
-    def _run(self) -> Iterator[None]:
-        """Within the block the model runs. ``KtrtError``: the session is closed, or another thread
-        is in such a block."""
-        self._open()
-        # Reentrant: `on_prefill` may ask the session for something.
-        if not self._running.acquire(blocking=False):
-            raise KtrtError(
-                "another thread is using this session: one thread at a time may; use a lock, or a "
-                "queue to the thread that owns it"
-            )
-        try:
-            self._open()
-            with engine_errors():
-                yield
-        finally:
-            self._running.release()
+
+def _closed() -> KtrtError:
+    return KtrtError("this session is closed; load the model again with ktrt.load")
+
+
+def _scheduler(loaded: LoadedModel, limits: SchedulerLimits | None) -> Scheduler:
+    runner = loaded.runner
+    facts = cost_facts(loaded.model, runner.pool.bytes_of(_SOME) / _SOME, mixes=runner.mixes)
+    return Scheduler(
+        runner, loaded.adapters, CostModel(facts), next_tokens, limits, by_row=runner.by_row
+    )
+
+
+def _use_device(loaded: LoadedModel) -> None:
+    device = loaded.runner.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def _model_stop_ids(model: Any) -> frozenset[int]:

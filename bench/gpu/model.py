@@ -5,15 +5,20 @@ from __future__ import annotations
 import gc
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ktrt.config import ExpertArgs
+from ktrt.engine.active_set import ActiveSet
 from ktrt.engine.build import build_engine
+from ktrt.engine.rank_masks import RankMasks
+from ktrt.engine.step_rows import RunningStep
 from ktrt.experts import (
+    GpuExperts,
     KTExperts,
     build_gpu_experts,
     experts_replaced,
@@ -21,10 +26,13 @@ from ktrt.experts import (
     new_layer,
 )
 from ktrt.experts.spec import ExpertsSpec
-from ktrt.generate.graphs import CudaGraphs, DecodeGraphs
-from ktrt.generate.runner import KvCache
+from ktrt.generate.graphs import CudaGraphs, DecodeGraphs, NoHandOff
+from ktrt.generate.row_graphs import RowGraphs
+from ktrt.generate.runner import KvCache, ModelRunner
+from ktrt.layers.attention import accelerate_attention
 from ktrt.layers.cuda_linear import FusedLora
 from ktrt.layers.embedding import tables_to_host
+from ktrt.layers.latent import use_latents
 from ktrt.loading.inventory import experts_row
 from ktrt.utils.patches import Patches
 
@@ -34,7 +42,8 @@ if TYPE_CHECKING:
     from ktrt._core import MoeLayer
     from ktrt.config.args import KtBackend
     from ktrt.engine import Engine
-    from ktrt.experts import GpuExperts, HandOff
+    from ktrt.experts import HandOff
+    from ktrt.generate.graphs import GraphMaker
 
 RANK, ALPHA = 8, 16
 V2_LITE: dict[str, Any] = {
@@ -76,9 +85,9 @@ class Experts:
             self._window(at + 2, self.hidden, self.inner, out),
         )
 
-    def lora(self, layer: int) -> dict[str, torch.Tensor]:
+    def lora(self, layer: int, number: int = 0) -> dict[str, torch.Tensor]:
         """Returns ``MoeLayer.load_lora``'s arguments, float32, with the scaling in B."""
-        arguments, at = {}, 100_000 + 6 * layer
+        arguments, at = {}, 100_000 + 6 * layer + 10_007 * number
         sizes = {"gate": (self.hidden, self.inner), "up": (self.hidden, self.inner)}
         for index, (name, (size_in, size_out)) in enumerate(
             {**sizes, "down": (self.inner, self.hidden)}.items()
@@ -129,21 +138,25 @@ def experts_of(model: Any) -> Iterator[tuple[int, KTExperts]]:
             yield index, module
 
 
-def add_torch_lora(model: Any) -> None:
+def add_torch_lora(model: Any, adapter: str = "default") -> None:
     """Adds PEFT's LoRA to every Linear except the head: attention, dense MLP, shared experts."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+    names = [
+        name.removesuffix(".base_layer") for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != "lm_head" and ".lora_" not in name
+    ]  # fmt: skip
     state = {f"{name}.lora_{part}.weight": None for name in names for part in "AB"}
     lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["none"], inference_mode=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        inject_adapter_in_model(lora, model, "default", state_dict=state)
+        warnings.simplefilter("ignore", UserWarning)
+        inject_adapter_in_model(lora, model, adapter, state_dict=state)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if ".lora_A." in name:
+            if f".lora_A.{adapter}." in name:
                 parameter.normal_(0, 1 / math.sqrt(parameter.shape[1]))
-            elif ".lora_B." in name:
+            elif f".lora_B.{adapter}." in name:
                 parameter.normal_(0, 0.3 / (ALPHA / RANK * math.sqrt(RANK)))
     model.eval().requires_grad_(False)
 
@@ -157,14 +170,22 @@ class Bench:
     hand_off: HandOff | None
     experts: Experts
     layers: list[tuple[int, MoeLayer]]
+    running: RunningStep
+    masks: RankMasks
+    active_set: ActiveSet = field(default_factory=ActiveSet)
+    # Dropped, they are undone.
+    patches: Patches = field(default_factory=Patches)
     gpu: GpuExperts | None = None
     fused_lora: FusedLora | None = None
 
     @classmethod
-    def make(cls, config: Any, backend: KtBackend, threads: int | None) -> Bench:
+    def make(
+        cls, config: Any, backend: KtBackend, threads: int | None, *, fixed_kernels: bool = False
+    ) -> Bench:
+        running = RunningStep()
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         model = make_torch_model(config, device)
-        engine = build_engine(ExpertArgs(backend, threads))
+        engine = build_engine(ExpertArgs(backend, threads, kt_fixed_kernels=fixed_kernels))
         hand_off = new_hand_off(engine, device)
         experts, layers = Experts(config), []
         for index, module in experts_of(model):
@@ -175,12 +196,12 @@ class Bench:
             layer = new_layer(engine, spec, backend)
             for expert in range(experts.count):
                 layer.load_expert(expert, *experts.weights(index, expert))
-            module.attach(layer, engine.max_qlen, hand_off)
+            module.attach(layer, engine.max_qlen, hand_off, spec.path, running)
             layers.append((index, layer))
         assert len(layers) == config.num_hidden_layers - config.first_k_dense_replace
         if hand_off is not None:
             hand_off.guard(model, Patches())
-        return cls(model, engine, hand_off, experts, layers)
+        return cls(model, engine, hand_off, experts, layers, running, RankMasks(running))
 
     def add_lora(self) -> None:
         """Adds LoRA to everything."""
@@ -189,6 +210,40 @@ class Bench:
         for index, layer in self.layers:
             layer.load_lora(0, **self.experts.lora(index))
             layer.activate_loras([0], [1.0])
+
+    def add_loras(self, count: int) -> None:
+        """Adds ``count`` LoRAs to everything, for rows that choose theirs by number; none is
+        active."""
+        for number in range(count):
+            add_torch_lora(self.model, f"adapter{number}" if number else "default")
+            for index, layer in self.layers:
+                layer.load_lora(number, **self.experts.lora(index, number))
+        for module in self.model.modules():
+            if "lora_A" in module._modules:
+                module._active_adapter = []
+        masks, patches = self.masks, self.patches
+        masks.watch(self.model, patches)
+        accelerate_attention(self.model, self.engine, patches, self.running)
+        use_latents(self.model, self.engine, patches, self.running)
+        self.fused_lora = FusedLora(self.model, self.active_set, patches, masks)
+
+    def share_resident(self, number: int) -> None:
+        """Puts ``number`` experts of each layer on the GPU, for later runners."""
+        layers = {f"layers.{index}": layer for index, layer in self.layers}
+        device = self.model.get_input_embeddings().weight.device
+        self.gpu = GpuExperts(layers, device, running=self.running, masks=self.masks)
+        self.gpu.select(number)
+        for index, module in experts_of(self.model):
+            module.gpu = self.gpu.layers[f"layers.{index}"]
+
+    def runner(self, maker: GraphMaker) -> ModelRunner:
+        """Returns a runner whose steps of many rows are captured by ``maker``."""
+        hand_off = self.hand_off or NoHandOff()
+        return ModelRunner(
+            self.model, gpu=self.gpu, active_set=self.active_set, running=self.running,
+            linears=self.fused_lora,
+            row_graphs=partial(RowGraphs, self.model, handoff=hand_off, maker=maker),
+        )  # fmt: skip
 
     def cache(self, *, graph: bool) -> KvCache:
         """Returns the cache of a new conversation, decoded by CUDA graphs or the host."""
@@ -215,6 +270,7 @@ class Bench:
         return experts_row(layer for _, layer in self.layers).read
 
     def close(self) -> None:
+        self.patches.undo()
         if self.hand_off is not None:
             self.hand_off.close()
         if self.gpu is not None:

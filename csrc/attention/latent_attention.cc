@@ -133,6 +133,11 @@ void LatentAttention::activate_loras(std::span<const int> numbers, std::span<con
   loras_.activate(numbers, weights);
 }
 
+std::size_t LatentAttention::lora_bytes() const {
+  const auto lock = engine_->lock();
+  return loras_.bytes();
+}
+
 void LatentAttention::check(const Arrays& a, std::int64_t rows, std::int64_t tokens,
                             std::int64_t slots) const {
   check_head_array("query", a.query, false, {form_.heads, rows, form_.nope + form_.rope});

@@ -58,6 +58,8 @@ class LatentAttention {
   void load_empty_lora(int number);
   void unload_lora(int number);
   void activate_loras(std::span<const int> numbers, std::span<const float> weights);
+  // The memory of all that are held, in whole pages.
+  std::size_t lora_bytes() const;
 
   // One row with the active LoRAs, over the first `tokens` of slot 0. Throws as
   // TokenAttention::forward() does.
@@ -71,6 +73,9 @@ class LatentAttention {
     AlignedBuffer a;         // BF16 [r][rank]
     AlignedBuffer b_keys;    // BF16 [heads][r][nope]
     AlignedBuffer b_values;  // BF16 [heads][r][value]
+    std::size_t bytes() const {
+      return a.page_bytes() + b_keys.page_bytes() + b_values.page_bytes();
+    }
   };
   using Loras = LoraTable<Lora>;
   using Task = SpanAttention::Task;

@@ -1,6 +1,7 @@
 #include "base/aligned_buffer.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -38,6 +39,11 @@ void release(void* data, std::size_t bytes) { munmap(data, bytes); }
 #endif
 
 }  // namespace
+
+std::size_t AlignedBuffer::page_bytes() const {
+  static const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  return round_up(bytes_, page);
+}
 
 AlignedBuffer::AlignedBuffer(std::size_t bytes) {
   if (bytes == 0) return;

@@ -9,5 +9,6 @@ PYBIND11_MODULE(_core, module) {
   ktrt::register_gpu(module);
   ktrt::register_dense(module);
   ktrt::register_attention(module);
+  ktrt::register_random(module);
   ktrt::seal_types(module);
 }

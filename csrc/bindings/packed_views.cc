@@ -46,7 +46,6 @@ struct PackedPart {
 struct ShrinkView {
   int ranks = 0;
   int columns = 0;
-  std::optional<std::vector<float>> factors;
   std::optional<PackedMemory> a;
 };
 
@@ -127,7 +126,6 @@ void register_packed_views(py::module_& module) {
   py::class_<ShrinkView>(module, "PackedShrink")
       .def_readonly("ranks", &ShrinkView::ranks)
       .def_readonly("columns", &ShrinkView::columns)
-      .def_readonly("factors", &ShrinkView::factors)
       .def_readonly("a", &ShrinkView::a);
   py::class_<ExpandView>(module, "PackedExpand")
       .def_readonly("ranks", &ExpandView::ranks)
@@ -152,22 +150,15 @@ py::list packed_parts(MoeLayer& layer) {
   return parts;
 }
 
-py::object packed_lora(MoeLayer& layer) {
-  const std::shared_ptr<const ActiveLora> active = [&] {
+py::object lora_view(MoeLayer& layer, int number) {
+  const std::shared_ptr<const ExpertLora> lora = [&] {
     const py::gil_scoped_release release;
-    return layer.share_lora();
+    return layer.share_lora(number);
   }();
-  if (!active) return py::none();
-  const std::shared_ptr<const ExpertLora>& lora = active->lora;
   PackedLora view;
   const ExpertLora::Shrink* shrinks[] = {&lora->input_shrink(), &lora->down_shrink()};
   for (std::size_t s = 0; s < 2; ++s) {
-    view.shrinks[s] = {shrinks[s]->width(), shrinks[s]->k, std::nullopt,
-                       memory_of(lora, shrinks[s]->a)};
-  }
-  if (!active->plain()) {
-    view.shrinks[0].factors = active->factors.front().input;
-    view.shrinks[1].factors = active->factors.front().down;
+    view.shrinks[s] = {shrinks[s]->width(), shrinks[s]->k, memory_of(lora, shrinks[s]->a)};
   }
   for (std::size_t p = 0; p < kProjections; ++p) {
     const ExpertLora::Expand& expand = lora->expand(static_cast<Projection>(p));

@@ -14,6 +14,6 @@ void register_packed_views(pybind11::module_& module);
 pybind11::list packed_parts(MoeLayer& layer);
 
 // PackedLora, or None.
-pybind11::object packed_lora(MoeLayer& layer);
+pybind11::object lora_view(MoeLayer& layer, int number);
 
 }  // namespace ktrt

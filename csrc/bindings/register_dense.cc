@@ -84,15 +84,17 @@ void forward(Linear& linear, std::uintptr_t x, std::int64_t x_count, std::uintpt
 }
 
 template <class Value>
-void multiply(RowProducts& products, std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias,
-              std::uintptr_t out, std::int64_t rows, std::int64_t in, std::int64_t columns) {
+void multiply(RowProducts& products, std::uintptr_t x, std::int64_t x_count, std::uintptr_t weight,
+              std::int64_t weight_count, std::uintptr_t bias, std::uintptr_t out,
+              std::int64_t out_count, std::int64_t in) {
   const RowProduct<Value> product{address<const Value>(x, "x"),
+                                  x_count,
                                   address<const Value>(weight, "weight"),
+                                  weight_count,
                                   address<const Value>(bias, "bias"),
                                   address<Value>(out, "out"),
-                                  rows,
-                                  in,
-                                  columns};
+                                  out_count,
+                                  in};
   const py::gil_scoped_release release;
   products.multiply(product);
 }
@@ -113,6 +115,8 @@ void define_common(py::class_<Linear, std::shared_ptr<Linear>>& type) {
           "unload_lora", [](Linear& linear, int number) { linear_of(linear).unload_lora(number); },
           py::arg("number"), py::call_guard<py::gil_scoped_release>())
       .def("activate_loras", &activate_loras<Linear>, py::arg("ids"), py::arg("weights"))
+      .def_property_readonly("lora_bytes",
+                             [](Linear& linear) { return linear_of(linear).lora_bytes(); })
       .def("forward", &forward<Linear>, py::arg("x"), py::arg("x_count"), py::arg("out"),
            py::arg("out_count"), py::arg("adapter_ids") = 0, py::arg("adapter_count") = 0);
 }
@@ -141,8 +145,9 @@ void register_dense(py::module_& module) {
                }),
                py::arg("engine").none(false));
   const auto define = [&](const char* name, auto function) {
-    products.def(name, function, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("out"),
-                 py::arg("rows"), py::arg("columns_in"), py::arg("columns_out"));
+    products.def(name, function, py::arg("x"), py::arg("x_count"), py::arg("weight"),
+                 py::arg("weight_count"), py::arg("bias"), py::arg("out"), py::arg("out_count"),
+                 py::arg("in_features"));
   };
   define("multiply_bf16", &multiply<std::uint16_t>);
   define("multiply_f32", &multiply<float>);

@@ -71,15 +71,16 @@ DType parse_float_dtype(const std::string& name) {
 }
 
 int add_slot(GpuHandoff& handoff, std::shared_ptr<MoeLayer> layer, int tokens, int top_k,
-             const std::string& dtype, const std::string& name) {
-  return handoff.add_slot(std::move(layer), tokens, top_k, parse_float_dtype(dtype), name);
+             const std::string& dtype, const std::string& name, bool adapters) {
+  return handoff.add_slot(std::move(layer), tokens, top_k, parse_float_dtype(dtype), name,
+                          adapters);
 }
 
 CuStream stream_of(std::uintptr_t handle) { return reinterpret_cast<CuStream>(handle); }
 
 void submit(GpuHandoff& handoff, int slot, std::uintptr_t stream, CuDevicePtr hidden_states,
-            CuDevicePtr expert_ids, CuDevicePtr routing_weights) {
-  handoff.submit(slot, stream_of(stream), hidden_states, expert_ids, routing_weights);
+            CuDevicePtr expert_ids, CuDevicePtr routing_weights, CuDevicePtr adapter_ids) {
+  handoff.submit(slot, stream_of(stream), hidden_states, expert_ids, routing_weights, adapter_ids);
 }
 
 void wait(GpuHandoff& handoff, int slot, std::uintptr_t stream, CuDevicePtr out) {
@@ -113,9 +114,11 @@ void register_gpu(py::module_& module) {
       .def_property_readonly("pinned_bytes",
                              py::cpp_function(&GpuHandoff::pinned_bytes, Released()))
       .def("add_slot", &add_slot, py::arg("layer").none(false), py::kw_only(), py::arg("tokens"),
-           py::arg("top_k"), py::arg("dtype"), py::arg("name") = "", Released())
+           py::arg("top_k"), py::arg("dtype"), py::arg("name") = "", py::arg("adapters") = false,
+           Released())
       .def("submit", &submit, py::arg("slot"), py::arg("stream"), py::arg("hidden_states"),
-           py::arg("expert_ids"), py::arg("routing_weights"), Released())
+           py::arg("expert_ids"), py::arg("routing_weights"), py::arg("adapter_ids") = 0,
+           Released())
       .def("wait", &wait, py::arg("slot"), py::arg("stream"), py::arg("out"), Released())
       .def("expect", &GpuHandoff::expect, py::arg("slots"), Released())
       .def("synchronize", &synchronize, py::arg("stream"), Released())

@@ -25,7 +25,8 @@ namespace {
 
 // Threads are spread over the nodes evenly, node after node; without nodes all CPUs are one part.
 std::shared_ptr<Engine> make_engine(int num_threads, int max_qlen,
-                                    std::optional<std::vector<std::vector<int>>> nodes) {
+                                    std::optional<std::vector<std::vector<int>>> nodes,
+                                    bool fixed_kernels) {
   KTRT_CHECK(num_threads >= 1, "num_threads is " << num_threads << ", expected at least 1");
   // sched_setaffinity(2) knows no larger numbers (CONFIG_NR_CPUS).
   constexpr int kMaxCpus = 8192;
@@ -50,7 +51,7 @@ std::shared_ptr<Engine> make_engine(int num_threads, int max_qlen,
     cpus.insert(cpus.end(), node.begin(), node.begin() + count);
     home.insert(home.end(), static_cast<std::size_t>(count), part);
   }
-  return make_owned<Engine>(cpus, home, max_qlen);
+  return make_owned<Engine>(cpus, home, max_qlen, fixed_kernels);
 }
 
 Projection parse_projection(const std::string& name) {
@@ -170,15 +171,16 @@ class BoundForward {
  public:
   BoundForward(std::shared_ptr<MoeLayer> layer, const py::object& hidden_states,
                const py::object& expert_ids, const py::object& routing_weights,
-               const py::object& out)
+               const py::object& out, const py::object& adapter_ids)
       : layer_(std::move(layer)),
         hidden_(hidden_states, "hidden_states"),
         ids_(expert_ids, "expert_ids"),
         weights_(routing_weights, "routing_weights"),
-        out_(out, "out") {}
+        out_(out, "out"),
+        adapters_(optional_tensor(adapter_ids, "adapter_ids")) {}
 
   void run() const {
-    layer_->forward(hidden_.view(), ids_.view(), weights_.view(), out_.view(), std::nullopt);
+    layer_->forward(hidden_.view(), ids_.view(), weights_.view(), out_.view(), view_of(adapters_));
   }
 
  private:
@@ -187,13 +189,14 @@ class BoundForward {
   const TensorArg ids_;
   const TensorArg weights_;
   const TensorArg out_;
+  const std::optional<TensorArg> adapters_;
 };
 
 std::shared_ptr<BoundForward> bind(std::shared_ptr<MoeLayer> layer, const py::object& hidden_states,
                                    const py::object& expert_ids, const py::object& routing_weights,
-                                   const py::object& out) {
-  return make_owned<BoundForward>(std::move(layer), hidden_states, expert_ids, routing_weights,
-                                  out);
+                                   const py::object& out, const py::object& adapter_ids) {
+  return make_owned<BoundForward>(std::move(layer), hidden_states, expert_ids, routing_weights, out,
+                                  adapter_ids);
 }
 
 py::dict last_kernels(const MoeLayer& layer) {
@@ -222,10 +225,12 @@ py::bytes packed_scales(MoeLayer& layer, int expert, const std::string& projecti
 void register_engine(py::module_& module) {
   py::class_<Engine, std::shared_ptr<Engine>>(module, "Engine")
       .def(py::init(&make_engine), py::kw_only(), py::arg("num_threads"),
-           py::arg("max_qlen") = 1024, py::arg("nodes") = py::none())
+           py::arg("max_qlen") = 1024, py::arg("nodes") = py::none(),
+           py::arg("fixed_kernels") = false)
       .def_property_readonly("num_threads", &Engine::num_threads)
       .def_property_readonly("parts", &Engine::parts)
       .def_property_readonly("max_qlen", &Engine::max_qlen)
+      .def_property_readonly("fixed_kernels", &Engine::fixed_kernels)
       .def_property_readonly("closed", &Engine::closed)
       .def_property_readonly("workspace_bytes", &Engine::workspace_bytes)
       .def("close", &Engine::close, py::call_guard<py::gil_scoped_release>());
@@ -283,12 +288,19 @@ void register_layer(py::module_& module) {
       .def("forward", &forward, py::arg("hidden_states"), py::arg("expert_ids"),
            py::arg("routing_weights"), py::arg("out"), py::arg("adapter_ids") = py::none())
       .def("bind", &bind, py::arg("hidden_states"), py::arg("expert_ids"),
-           py::arg("routing_weights"), py::arg("out"))
+           py::arg("routing_weights"), py::arg("out"), py::arg("adapter_ids") = py::none())
       .def("last_kernels", &last_kernels)
       .def("packed_codes", &packed_codes, py::arg("expert"), py::arg("projection"))
       .def("packed_scales", &packed_scales, py::arg("expert"), py::arg("projection"))
       .def("packed_parts", &packed_parts)
-      .def("packed_lora", &packed_lora)
+      .def("lora_view", &lora_view, py::arg("number"))
+      .def_property_readonly("loras",
+                             [](MoeLayer& l) {
+                               return py::cast([&] {
+                                 const py::gil_scoped_release release;
+                                 return l.loras();
+                               }());
+                             })
       .def_property_readonly("lora_version", &MoeLayer::lora_version);
   register_packed(module, layer);
 }

@@ -64,10 +64,10 @@ std::size_t GpuHandoff::pinned_bytes() {
 }
 
 int GpuHandoff::add_slot(std::shared_ptr<MoeLayer> layer, int tokens, int top_k, DType dtype,
-                         const std::string& name) {
+                         const std::string& name, bool adapters) {
   KTRT_CHECK(layer != nullptr && &layer->engine() == engine_.get(),
              "the layer belongs to another engine than the hand-off");
-  auto slot = std::make_unique<LayerSlot>(std::move(layer), tokens, top_k, dtype);
+  auto slot = std::make_unique<LayerSlot>(std::move(layer), tokens, top_k, dtype, adapters);
   const auto lock = lock_own();
   check_open();
   const CurrentContext current(driver_);
@@ -96,12 +96,17 @@ std::size_t GpuHandoff::number_of(const MoeLayer& layer) const {
 }
 
 void GpuHandoff::submit(int slot, CuStream stream, CuDevicePtr hidden_states,
-                        CuDevicePtr expert_ids, CuDevicePtr routing_weights) {
+                        CuDevicePtr expert_ids, CuDevicePtr routing_weights,
+                        CuDevicePtr adapter_ids) {
   KTRT_CHECK(hidden_states != 0 && expert_ids != 0 && routing_weights != 0,
              "hidden_states, expert_ids and routing_weights must be device addresses, found a null "
              "pointer");
   const auto lock = lock_own();
   LayerSlot& found = find(slot);
+  KTRT_CHECK((adapter_ids != 0) == found.adapter_ids.has_value(),
+             found.signalled.slot.name << " was made " << (adapter_ids == 0 ? "with" : "without")
+                                       << " adapter ids, and submit was called "
+                                       << (adapter_ids == 0 ? "without" : "with") << " them");
   if (submitted_ != nullptr) {
     throw std::runtime_error(submitted_->signalled.slot.name +
                              " was submitted and not waited for; " + found.signalled.slot.name +
@@ -121,6 +126,7 @@ void GpuHandoff::submit(int slot, CuStream stream, CuDevicePtr hidden_states,
     copy(found.hidden_states, hidden_states);
     copy(found.expert_ids, expert_ids);
     copy(found.routing_weights, routing_weights);
+    if (found.adapter_ids) copy(*found.adapter_ids, adapter_ids);
     enqueue_start(driver_, mechanism_, found.signalled, stream);
   } catch (...) {
     if (!capturing) server_->retract();

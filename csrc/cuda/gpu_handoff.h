@@ -44,15 +44,16 @@ class GpuHandoff {
   std::size_t pinned_bytes();
 
   // Not during a capture. `name`: the layer's, for error messages; empty for its number.
-  // Throws std::invalid_argument: sizes, a layer of another engine.
+  // `adapters`: every submit brings the tokens' adapter ids. Throws std::invalid_argument: sizes, a
+  // layer of another engine.
   int add_slot(std::shared_ptr<MoeLayer> layer, int tokens, int top_k, DType dtype,
-               const std::string& name);
+               const std::string& name, bool adapters = false);
 
   // Device addresses of contiguous arrays: hidden_states [tokens, hidden_size] of the slot's dtype,
-  // expert_ids int64 and routing_weights float32 [tokens, top_k]. Outside a capture this expects
-  // the slot too.
+  // expert_ids int64 and routing_weights float32 [tokens, top_k]; adapter_ids int32 [tokens] where
+  // the slot has them, else 0. Outside a capture this expects the slot too.
   void submit(int slot, CuStream stream, CuDevicePtr hidden_states, CuDevicePtr expert_ids,
-              CuDevicePtr routing_weights);
+              CuDevicePtr routing_weights, CuDevicePtr adapter_ids = 0);
   // out [tokens, hidden_size]. Belongs to the last submit, which was captured if this is.
   void wait(int slot, CuStream stream, CuDevicePtr out);
   // A graph is about to be launched in which these slots start in this order.

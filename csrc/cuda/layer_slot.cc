@@ -27,7 +27,8 @@ std::size_t bytes_of(const TensorView& view) {
   return static_cast<std::size_t>(view.shape[0] * view.shape[1]) * size_of(view.dtype);
 }
 
-LayerSlot::LayerSlot(std::shared_ptr<MoeLayer> layer_, int tokens, int top_k, DType dtype)
+LayerSlot::LayerSlot(std::shared_ptr<MoeLayer> layer_, int tokens, int top_k, DType dtype,
+                     bool adapters)
     : layer(std::move(layer_)) {
   const int max_qlen = layer->engine().max_qlen();
   KTRT_CHECK(tokens >= 1 && tokens <= max_qlen,
@@ -41,18 +42,25 @@ LayerSlot::LayerSlot(std::shared_ptr<MoeLayer> layer_, int tokens, int top_k, DT
   routing_weights = compact("routing_weights", DType::kFloat32, tokens, top_k);
   out = compact("out", dtype, tokens, shape.hidden_size);
   ids_.resize(static_cast<std::size_t>(tokens) * static_cast<std::size_t>(top_k));
+  if (!adapters) return;
+  adapter_ids = compact("adapter_ids", DType::kInt32, tokens, 1);
+  adapters_.resize(static_cast<std::size_t>(tokens));
 }
 
-std::size_t LayerSlot::pinned_bytes() const {
+std::vector<TensorView*> LayerSlot::arrays() {
+  std::vector<TensorView*> all = {&hidden_states, &expert_ids, &routing_weights, &out};
+  if (adapter_ids) all.push_back(&*adapter_ids);
+  return all;
+}
+
+std::size_t LayerSlot::pinned_bytes() {
   std::size_t sum = 0;
-  for (const TensorView* view : {&hidden_states, &expert_ids, &routing_weights, &out}) {
-    sum += round_up(bytes_of(*view), kArrayAlignment);
-  }
+  for (const TensorView* view : arrays()) sum += round_up(bytes_of(*view), kArrayAlignment);
   return sum;
 }
 
 void LayerSlot::place(std::byte* memory) {
-  for (TensorView* view : {&hidden_states, &expert_ids, &routing_weights, &out}) {
+  for (TensorView* view : arrays()) {
     view->data = memory;
     memory += round_up(bytes_of(*view), kArrayAlignment);
   }
@@ -61,8 +69,15 @@ void LayerSlot::place(std::byte* memory) {
 void LayerSlot::forward() {
   std::memcpy(ids_.data(), expert_ids.data, bytes_of(expert_ids));
   TensorView ids = expert_ids;
-  ids.data = ids_.data();
-  layer->forward(hidden_states, ids, routing_weights, out);
+  ids.data = reinterpret_cast<std::byte*>(ids_.data());
+  std::optional<TensorView> adapters;
+  if (adapter_ids) {
+    std::memcpy(adapters_.data(), adapter_ids->data, bytes_of(*adapter_ids));
+    adapters = *adapter_ids;
+    adapters->data = reinterpret_cast<std::byte*>(adapters_.data());
+    adapters->ndim = 1;
+  }
+  layer->forward(hidden_states, ids, routing_weights, out, adapters);
 }
 
 }  // namespace ktrt

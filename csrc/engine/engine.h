@@ -52,8 +52,10 @@ class Engine {
 
   // cpus[i]: where thread i runs; one thread each, the first being the caller of forward().
   // home[i]: which part of the weights is thread i's own, 0 … parts - 1, every part at least once;
-  // one part per NUMA node, or one in all. Throws std::invalid_argument (also for a bad KTRT_ISA).
-  Engine(const std::vector<int>& cpus, const std::vector<int>& home, int max_qlen);
+  // one part per NUMA node, or one in all. `fixed_kernels`: see KernelTable. Throws
+  // std::invalid_argument (also for a bad KTRT_ISA).
+  Engine(const std::vector<int>& cpus, const std::vector<int>& home, int max_qlen,
+         bool fixed_kernels = false);
   Engine(const std::vector<int>& cpus, int max_qlen)
       : Engine(cpus, std::vector<int>(cpus.size(), 0), max_qlen) {}
   // With kernels of the caller's choice: for tests and benchmarks.
@@ -73,6 +75,8 @@ class Engine {
   int caller_cpu() const { return caller_cpu_; }
   Isa isa() const { return isa_; }
   const KernelTable& kernels() const { return kernels_; }
+  // Whether a row's bits do not depend on the number of rows: always below AMX.
+  bool fixed_kernels() const { return kernels_.fixed; }
   // Also true in a process that fork() made: the engine is of no use there.
   bool closed() const;
   // Scratch memory that the operators so far need.

@@ -67,6 +67,8 @@ struct GemmKernel {
   // The same bits for `count` strips with a row each, all of one k, read side by side: a core gets
   // more out of the memory from several streams than from one. Null: strip by strip.
   void (*one_row)(const GemmArgs* strips, int count) = nullptr;
+  // For tiles: the variant of KernelTable::fixed.
+  const GemmKernel* fixed = nullptr;
 
   // As few tiles as possible, evenly filled: a tile of r rows takes r cycles.
   int tile_rows(int rows) const {
@@ -218,6 +220,10 @@ struct KernelTable {
   const DenseKernel* dense_bf16;
   const DenseF32Kernel* dense_f32;
   const AttentionKernel* attention;
+  // A row's bits do not depend on the number of rows, on AMX either. There BF16 has the tiles'
+  // kernel for any number of rows; INT8 and INT4, whose sums are exact on tiles and off them, keep
+  // both kernels, and LoRA is the same for both.
+  bool fixed;
 
   const GemmChoice& gemm(WeightFormat format) const { return gemms[static_cast<int>(format)]; }
   GemmChoice& gemm(WeightFormat format) { return gemms[static_cast<int>(format)]; }

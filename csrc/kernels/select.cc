@@ -133,6 +133,20 @@ KernelTable select_kernels(Isa level, const CpuFeatures& f) {
   table.dense_bf16 = first_that_runs(dense_bf16, level);
   table.dense_f32 = first_that_runs(dense_f32, level);
   table.attention = first_that_runs(attention, level);
+  table.fixed = !amx;
+  return table;
+}
+
+KernelTable fixed(KernelTable table) {
+  table.fixed = true;
+  if (table.lora_shrink_tiles == nullptr) return table;
+  for (int i = 0; i < kNumWeightFormats; ++i) {
+    GemmChoice& gemm = table.gemms[i];
+    gemm.many = gemm.many->fixed;
+    if (static_cast<WeightFormat>(i) == WeightFormat::kBf16) gemm = {gemm.many, gemm.many, 0};
+  }
+  // It reads rows in either order.
+  table.lora_shrink = table.lora_shrink_tiles;
   return table;
 }
 

@@ -8,6 +8,8 @@ namespace ktrt {
 
 // The best variant of every family that `features` can run at `level` or below.
 KernelTable select_kernels(Isa level, const CpuFeatures& features);
+// The same with kernels that give a row its bits in any company, see KernelTable::fixed.
+KernelTable fixed(KernelTable table);
 
 // The AMX bodies on emulated tiles, for tests and benchmarks on machines without AMX; around the
 // tiles is AVX-512 code. Never selected.

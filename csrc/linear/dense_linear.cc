@@ -79,6 +79,11 @@ void DenseLinear::activate_loras(std::span<const int> numbers, std::span<const f
   loras_.activate(numbers, weights);
 }
 
+std::size_t DenseLinear::lora_bytes() const {
+  const auto lock = engine_->lock();
+  return loras_.bytes();
+}
+
 // Adds bias and each row's LoRA, and rounds.
 class DenseLinear::Epilogue {
  public:

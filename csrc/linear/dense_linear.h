@@ -42,6 +42,8 @@ class DenseLinear {
   void load_empty_lora(int number);
   void unload_lora(int number);
   void activate_loras(std::span<const int> numbers, std::span<const float> weights);
+  // The memory of all that are held, in whole pages.
+  std::size_t lora_bytes() const;
 
   // out [rows, out] = x [rows, in] · Wᵀ + …, BF16, contiguous. `x_count` and `out_count`: elements
   // of the two arrays, which must fit each other. Throws std::invalid_argument; std::runtime_error
@@ -55,6 +57,7 @@ class DenseLinear {
     int rank_pairs = 0;
     AlignedBuffer a;  // BF16 [rank][in]
     AlignedBuffer b;  // BF16 [rank_pairs][out][2], zeros after an odd rank
+    std::size_t bytes() const { return a.page_bytes() + b.page_bytes(); }
   };
   using Loras = LoraTable<Lora>;
   // One LoRA's ranks for one group of rows.

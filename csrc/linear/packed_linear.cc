@@ -154,6 +154,11 @@ void PackedLinear::activate_loras(std::span<const int> numbers, std::span<const 
   loras_.activate(numbers, weights);
 }
 
+std::size_t PackedLinear::lora_bytes() const {
+  const auto lock = engine_->lock();
+  return loras_.bytes();
+}
+
 // Scratch memory for all rows: a byte for every value of x, which has two.
 PackedLinear::Task PackedLinear::make_task(const std::uint16_t* x, std::int64_t rows,
                                            std::uint16_t* out) const {

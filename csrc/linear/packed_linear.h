@@ -51,6 +51,8 @@ class PackedLinear {
   void load_empty_lora(int number);
   void unload_lora(int number);
   void activate_loras(std::span<const int> numbers, std::span<const float> weights);
+  // The memory of all that are held, in whole pages.
+  std::size_t lora_bytes() const;
   void forward(const std::uint16_t* x, std::int64_t x_count, std::uint16_t* out,
                std::int64_t out_count, const AdapterIds& adapters = {});
 

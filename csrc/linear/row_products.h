@@ -14,15 +14,21 @@
 
 namespace ktrt {
 
-// Contiguous arrays by address. x [rows, in], weight [columns, in], bias [columns] or null, out
-// [rows, columns].
+// Contiguous arrays by address, with their numbers of elements. x [rows, in], weight [columns, in],
+// bias [columns] or null, out [rows, columns].
 template <class Value>
 struct RowProduct {
   const Value* x;
+  std::int64_t x_count;
   const Value* weight;
+  std::int64_t weight_count;
   const Value* bias;
   Value* out;
-  std::int64_t rows, in, columns;
+  std::int64_t out_count;
+  std::int64_t in;
+
+  std::int64_t rows() const { return x_count / in; }
+  std::int64_t columns() const { return weight_count / in; }
 };
 
 class RowProducts {

@@ -1,7 +1,5 @@
 #include "lora/expert_lora.h"
 
-#include <algorithm>
-#include <cstring>
 #include <string>
 
 #include "base/bf16.h"
@@ -68,55 +66,7 @@ ExpertLora::Shrink make_shrink(int num_experts, int ranks, int in) {
   shrink.a = AlignedBuffer(static_cast<std::size_t>(num_experts) *
                            static_cast<std::size_t>(shrink.width()) *
                            static_cast<std::size_t>(shrink.k) * sizeof(bf16_t));
-  shrink.owners.assign(static_cast<std::size_t>(shrink.width()), 0);
   return shrink;
-}
-
-// Two neighbouring k of one rank.
-using KPair = std::uint32_t;
-
-// Where a rank's first k pair lies in an expert's A; the others follow kBlockRanks pairs apart.
-std::size_t rank_offset(const ExpertLora::Shrink& shrink, int rank) {
-  return static_cast<std::size_t>(rank / ExpertLora::kBlockRanks) * ExpertLora::kBlockRanks *
-             static_cast<std::size_t>(shrink.k / 2) +
-         static_cast<std::size_t>(rank % ExpertLora::kBlockRanks);
-}
-
-// Copies `count` ranks of every expert's A.
-void copy_ranks(const ExpertLora::Shrink& from, int from_first, int count, int num_experts,
-                const ExpertLora::Shrink& to, int to_first) {
-  for (int e = 0; e < num_experts; ++e) {
-    const auto* source = reinterpret_cast<const KPair*>(from.of(e));
-    auto* target = reinterpret_cast<KPair*>(const_cast<std::uint16_t*>(to.of(e)));
-    int run = 0;  // ranks that lie in one block of both
-    for (int r = 0; r < count; r += run) {
-      const auto left_in_block = [r](int first) {
-        return ExpertLora::kBlockRanks - (first + r) % ExpertLora::kBlockRanks;
-      };
-      run = std::min({count - r, left_in_block(from_first), left_in_block(to_first)});
-      const KPair* in = source + rank_offset(from, from_first + r);
-      KPair* out = target + rank_offset(to, to_first + r);
-      for (int k = 0; k < from.k / 2; ++k) {
-        std::copy_n(in + k * ExpertLora::kBlockRanks, run, out + k * ExpertLora::kBlockRanks);
-      }
-    }
-  }
-}
-
-int sum_of_ranks(std::span<const ExpertLora* const> parts, Projection projection) {
-  int sum = 0;
-  for (const ExpertLora* part : parts) sum += 2 * part->expand(projection).rank_pairs;
-  KTRT_CHECK(sum <= ExpertLora::kMaxRank,
-             "the ranks of " << parts.size() << " LoRAs of " << name_of(projection) << " are "
-                             << sum << " together, expected at most " << ExpertLora::kMaxRank);
-  return sum;
-}
-
-// Whether gate and up read the same shrunk ranks.
-bool shares_a(const ExpertLora& lora) {
-  const ExpertLora::Expand& gate = lora.expand(Projection::kGate);
-  const ExpertLora::Expand& up = lora.expand(Projection::kUp);
-  return gate.rank_pairs == up.rank_pairs && gate.t_offset == up.t_offset;
 }
 
 }  // namespace
@@ -179,48 +129,10 @@ ExpertLora::ExpertLora(const MoeShape& shape, const LoraPair& gate, const LoraPa
   }
 }
 
-// Lays the parts' ranks of one projection side by side, from rank `first` of `shrink` on; their A
-// only where no other projection has brought it.
-void ExpertLora::join(const MoeShape& shape, Projection projection,
-                      std::span<const ExpertLora* const> parts, Shrink& shrink, int first,
-                      bool with_a) {
-  const int ranks = sum_of_ranks(parts, projection);
-  if (ranks == 0) return;
-  Expand& joined = new_expand(shape, projection, ranks / 2, first);
-  constexpr std::size_t kPair = 2 * kStripRows;  // values of B for a pair of ranks
-  int at = 0;
-  for (std::size_t index = 0; index < parts.size(); ++index) {
-    const Expand& expand = parts[index]->expand(projection);
-    if (expand.rank_pairs == 0) continue;
-    const Shrink& source =
-        projection == Projection::kDown ? parts[index]->down_shrink_ : parts[index]->input_shrink_;
-    const int width = 2 * expand.rank_pairs;
-    if (with_a) {
-      copy_ranks(source, expand.t_offset, width, shape.num_experts, shrink, first + at);
-      std::fill_n(shrink.owners.begin() + first + at, width, static_cast<int>(index));
-    }
-    for (int e = 0; e < shape.num_experts; ++e) {
-      for (int strip = 0; strip < joined.strips; ++strip) {
-        auto* to = const_cast<std::uint16_t*>(joined.of(e, strip));
-        std::memcpy(to + static_cast<std::size_t>(at / 2) * kPair, expand.of(e, strip),
-                    static_cast<std::size_t>(expand.rank_pairs) * kPair * sizeof(bf16_t));
-      }
-    }
-    at += width;
-  }
-}
-
-ExpertLora::ExpertLora(const MoeShape& shape, std::span<const ExpertLora* const> parts) {
-  const int gate = sum_of_ranks(parts, Projection::kGate);
-  const int up = sum_of_ranks(parts, Projection::kUp);
-  const int down = sum_of_ranks(parts, Projection::kDown);
-  const bool shared =
-      std::all_of(parts.begin(), parts.end(), [](const ExpertLora* p) { return shares_a(*p); });
-  input_shrink_ = make_shrink(shape.num_experts, shared ? gate : gate + up, shape.hidden_size);
-  join(shape, Projection::kGate, parts, input_shrink_, 0, true);
-  join(shape, Projection::kUp, parts, input_shrink_, shared ? 0 : gate, !shared);
-  down_shrink_ = make_shrink(shape.num_experts, down, shape.intermediate_size);
-  join(shape, Projection::kDown, parts, down_shrink_, 0, true);
+std::size_t ExpertLora::bytes() const {
+  std::size_t sum = input_shrink_.a.page_bytes() + down_shrink_.a.page_bytes();
+  for (const Expand& expand : expands_) sum += expand.b.page_bytes();
+  return sum;
 }
 
 }  // namespace ktrt

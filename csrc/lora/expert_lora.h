@@ -3,8 +3,6 @@
 
 #include <cstdint>
 #include <optional>
-#include <span>
-#include <vector>
 
 #include "base/aligned_buffer.h"
 #include "base/tensor_view.h"
@@ -34,17 +32,12 @@ class ExpertLora {
 
   // Throws std::invalid_argument naming the array, found and expected.
   ExpertLora(const MoeShape& shape, const LoraPair& gate, const LoraPair& up, const LoraPair& down);
-  // Several side by side: their sum, and a rank of each projection that is the sum of theirs.
-  // Throws std::invalid_argument if that is beyond kMaxRank.
-  ExpertLora(const MoeShape& shape, std::span<const ExpertLora* const> parts);
 
   // Shrink of the expert's input (gate and up together) or of its intermediate activations.
   struct Shrink {
     int blocks = 0;  // 0: nothing to do
     int k = 0;
     AlignedBuffer a;
-    // [width()] which of the LoRAs side by side a rank belongs to; padding is the first one's.
-    std::vector<int> owners;
     int width() const { return blocks * kBlockRanks; }
     const std::uint16_t* of(int expert) const {
       const auto size =
@@ -64,6 +57,8 @@ class ExpertLora {
     }
   };
 
+  // In whole pages.
+  std::size_t bytes() const;
   const Shrink& input_shrink() const { return input_shrink_; }
   const Shrink& down_shrink() const { return down_shrink_; }
   const Expand& expand(Projection projection) const {
@@ -73,8 +68,6 @@ class ExpertLora {
  private:
   Expand& new_expand(const MoeShape& shape, Projection projection, int rank_pairs, int t_offset);
   void pack_expand(const MoeShape& shape, Projection projection, const TensorView& b, int t_offset);
-  void join(const MoeShape& shape, Projection projection, std::span<const ExpertLora* const> parts,
-            Shrink& shrink, int first, bool with_a);
 
   Shrink input_shrink_;
   Shrink down_shrink_;

@@ -104,6 +104,12 @@ class LoraTable {
     for (const auto& [id, lora] : loras_) found.push_back(id);
     return found;
   }
+  // The memory of all that are held, in whole pages.
+  std::size_t bytes() const {
+    std::size_t sum = 0;
+    for (const auto& [id, lora] : loras_) sum += lora->bytes();
+    return sum;
+  }
   // Null if there is none.
   std::shared_ptr<const Lora> find(int id) const {
     const auto found = loras_.find(id);

@@ -1,6 +1,7 @@
 #include "moe/dispatch_plan.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "base/aligned_buffer.h"
 #include "base/bf16.h"
@@ -45,16 +46,38 @@ void DispatchPlan::cut_tokens(std::int64_t qlen, std::int64_t slots, int num_exp
   token_blocks_ = static_cast<int>(std::max(one, (qlen + tokens - 1) / tokens));
 }
 
-void DispatchPlan::build(const TensorView& expert_ids, const TensorView& routing_weights,
-                         int num_experts, int max_job_rows) {
+// Tokens by mix, so that rows which are placed in this order are by mix within every expert.
+void DispatchPlan::sort_tokens(std::int64_t qlen, const TokenMixes& mixes) {
+  order_.resize(static_cast<std::size_t>(qlen));
+  if (mixes.of_token == nullptr) {
+    std::iota(order_.begin(), order_.end(), 0);
+    return;
+  }
+  mix_offsets_.assign(static_cast<std::size_t>(mixes.count) + 1, 0);
+  for (std::int64_t t = 0; t < qlen; ++t) {
+    if (mixes.of_token[t] != kNoMix)
+      ++mix_offsets_[static_cast<std::size_t>(mixes.of_token[t]) + 1];
+  }
+  std::partial_sum(mix_offsets_.begin(), mix_offsets_.end(), mix_offsets_.begin());
+  order_.resize(static_cast<std::size_t>(mix_offsets_.back()));
+  for (std::int64_t t = 0; t < qlen; ++t) {
+    if (mixes.of_token[t] == kNoMix) continue;
+    auto& next = mix_offsets_[static_cast<std::size_t>(mixes.of_token[t])];
+    order_[static_cast<std::size_t>(next++)] = static_cast<int>(t);
+  }
+}
+
+// The bucket of every (token, slot), and where each bucket's rows start.
+void DispatchPlan::count_rows(const TensorView& expert_ids, int num_experts,
+                              const TokenMixes& mixes) {
   const std::int64_t qlen = expert_ids.shape[0];
   const std::int64_t slots = expert_ids.shape[1];
-  cut_tokens(qlen, slots, num_experts, max_job_rows);
   buckets_.clear();
   offsets_.assign(static_cast<std::size_t>(num_experts * token_blocks_) + 1, 0);
   for (std::int64_t t = 0; t < qlen; ++t) {
+    const bool idle = mixes.of_token != nullptr && mixes.of_token[t] == kNoMix;
     for (std::int64_t s = 0; s < slots; ++s) {
-      const std::int64_t id = read_id(expert_ids, t, s);
+      const std::int64_t id = idle ? -1 : read_id(expert_ids, t, s);
       const bool valid = id >= 0 && id < num_experts;
       const std::int64_t bucket = valid ? id * token_blocks_ + t / block_tokens_ : -1;
       buckets_.push_back(static_cast<int>(bucket));
@@ -62,7 +85,9 @@ void DispatchPlan::build(const TensorView& expert_ids, const TensorView& routing
     }
   }
   for (std::size_t b = 1; b < offsets_.size(); ++b) offsets_[b] += offsets_[b - 1];
+}
 
+void DispatchPlan::cut_jobs(int num_experts, int max_job_rows) {
   jobs_.clear();
   int scratch_row = 0;
   for (int b = 0; b < num_experts * token_blocks_; ++b) {
@@ -77,18 +102,47 @@ void DispatchPlan::build(const TensorView& expert_ids, const TensorView& routing
       scratch_row += whole_tiles(last - first);
     }
   }
+}
+
+void DispatchPlan::cut_runs(const TokenMixes& mixes) {
+  runs_.clear();
+  for (Job& job : jobs_) {
+    job.first_run = static_cast<int>(runs_.size());
+    const PlanRow* rows = rows_.data() + job.first_row;
+    const auto mix_of = [&](int row) {
+      return mixes.of_token == nullptr ? 0 : mixes.of_token[rows[row].token];
+    };
+    for (int first = 0; first < job.rows;) {
+      const int mix = mix_of(first);
+      int end = mixes.of_token == nullptr ? job.rows : first + 1;
+      while (end < job.rows && mix_of(end) == mix) ++end;
+      runs_.push_back({first, end - first, mix});
+      first = end;
+    }
+    job.runs = static_cast<int>(runs_.size()) - job.first_run;
+  }
+}
+
+void DispatchPlan::build(const TensorView& expert_ids, const TensorView& routing_weights,
+                         int num_experts, int max_job_rows, const TokenMixes& mixes) {
+  const std::int64_t qlen = expert_ids.shape[0];
+  const std::int64_t slots = expert_ids.shape[1];
+  cut_tokens(qlen, slots, num_experts, max_job_rows);
+  sort_tokens(qlen, mixes);
+  count_rows(expert_ids, num_experts, mixes);
+  cut_jobs(num_experts, max_job_rows);
 
   rows_.resize(static_cast<std::size_t>(offsets_.back()));
-  std::size_t entry = 0;
-  for (std::int64_t t = 0; t < qlen; ++t) {
-    for (std::int64_t s = 0; s < slots; ++s, ++entry) {
-      if (buckets_[entry] < 0) continue;
+  for (const int t : order_) {
+    const int* buckets = buckets_.data() + t * slots;
+    for (std::int64_t s = 0; s < slots; ++s) {
+      if (buckets[s] < 0) continue;
       // offsets_[b] moves from the start of b's rows to their end.
-      auto& next = offsets_[static_cast<std::size_t>(buckets_[entry])];
-      rows_[static_cast<std::size_t>(next++)] = {static_cast<int>(t),
-                                                 read_weight(routing_weights, t, s)};
+      auto& next = offsets_[static_cast<std::size_t>(buckets[s])];
+      rows_[static_cast<std::size_t>(next++)] = {t, read_weight(routing_weights, t, s)};
     }
   }
+  cut_runs(mixes);
 }
 
 }  // namespace ktrt

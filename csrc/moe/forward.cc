@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <thread>
+#include <utility>
 
 #include "base/bf16.h"
 #include "moe/job_rows.h"
@@ -31,8 +32,17 @@ class ThreadForward {
   void gather(int job);
   void await_shrink(int job) const;
   GemmArgs input_args(int job, Projection projection, int strip, float* c) const;
+  void add_lora(GemmArgs& args, const Job& job, Projection projection, int strip,
+                const std::uint16_t* t) const;
+  template <class Visit>
+  void for_each_expand(const Job& job, Projection projection, const Visit& visit) const;
+  void prefetch_expands(const Job& job, Projection projection, int strip) const;
+  void expand_runs(const Job& job, Projection projection, int strip, const std::uint16_t* t,
+                   float* c) const;
   void project_input(int job, Projection projection, int strip, float* c,
                      const std::uint8_t* next) const;
+  void finish_input(int job, Projection projection, int strip, float* c) const;
+  std::int64_t t_stride(Projection projection) const;
   void gate_up_strips(const Piece& piece) const;
   void gate_up_one_row(const Piece& piece) const;
   void add_down_strips(const Piece& piece) const;
@@ -81,7 +91,7 @@ class ThreadForward {
   int gathered_job_ = -1;  // whose rows are in scratch_
 };
 
-// Everything but the activations: weights of one strip and, with the first slice, its LoRA expand.
+// Everything but the activations and LoRA: weights of one strip.
 GemmArgs ThreadForward::gemm_args(const Job& job, Projection projection, int strip, float* c,
                                   int slice) const {
   const StripRef w = task_.weights.strip(job.expert, projection, strip, slice);
@@ -94,30 +104,99 @@ GemmArgs ThreadForward::gemm_args(const Job& job, Projection projection, int str
   args.k = task_.weights.layout(projection).padded_k();
   args.w_scale = w.scales;
   args.w_sum = w.sums;
-  if (task_.lora != nullptr && slice == 0) {
-    const ExpertLora::Expand& expand = task_.lora->expand(projection);
-    if (expand.rank_pairs > 0) {
-      args.lora_b = expand.of(job.expert, strip);
-      args.rank_pairs = expand.rank_pairs;
-    }
-  }
   args.c = c;
   return args;
 }
 
-GemmArgs ThreadForward::input_args(int job, Projection projection, int strip, float* c) const {
-  GemmArgs args = gemm_args(job_at(job), projection, strip, c);
-  rows_.use_input(args, projection, shared_row(job));
+// Where the shrunk ranks of a part start in a row.
+int first_rank(const RowMixes::Part& part, Projection projection) {
+  return (projection == Projection::kDown ? part.down_first : part.input_first) +
+         part.lora->expand(projection).t_offset;
+}
+
+std::int64_t ThreadForward::t_stride(Projection projection) const {
+  return projection == Projection::kDown ? rows_.strides().t_down : rows_.strides().t_input;
+}
+
+// Lets the GEMM add the first LoRA of a job whose rows all have the same. `t`: the job's shrunk
+// rows.
+void ThreadForward::add_lora(GemmArgs& args, const Job& job, Projection projection, int strip,
+                             const std::uint16_t* t) const {
+  if (job.runs > 1) return;
+  for (const RowMixes::Part& part : task_.mixes.mix(task_.plan.runs(job)[0].mix).parts) {
+    const ExpertLora::Expand& expand = part.lora->expand(projection);
+    if (expand.rank_pairs == 0) continue;
+    args.lora_b = expand.of(job.expert, strip);
+    args.rank_pairs = expand.rank_pairs;
+    args.t = t + first_rank(part, projection);
+    args.t_stride = t_stride(projection);
+    return;
+  }
+}
+
+// Calls visit(run, part) for the expands that add_lora() leaves.
+template <class Visit>
+void ThreadForward::for_each_expand(const Job& job, Projection projection,
+                                    const Visit& visit) const {
+  bool added = job.runs == 1;
+  for (const MixRun& run : task_.plan.runs(job)) {
+    for (const RowMixes::Part& part : task_.mixes.mix(run.mix).parts) {
+      if (part.lora->expand(projection).rank_pairs == 0) continue;
+      if (!std::exchange(added, false)) visit(run, part);
+    }
+  }
+}
+
+// B of a strip lies in as many places as there are LoRAs, and is read right after the GEMM.
+void ThreadForward::prefetch_expands(const Job& job, Projection projection, int strip) const {
+  for_each_expand(job, projection, [&](const MixRun&, const RowMixes::Part& part) {
+    const ExpertLora::Expand& expand = part.lora->expand(projection);
+    const auto* b = reinterpret_cast<const std::byte*>(expand.of(job.expert, strip));
+    for (int pair = 0; pair < 2 * expand.rank_pairs; ++pair) {
+      __builtin_prefetch(b + pair * 64, 0, 2);
+    }
+  });
+}
+
+void ThreadForward::expand_runs(const Job& job, Projection projection, int strip,
+                                const std::uint16_t* t, float* c) const {
+  const GemmKernel& kernel = rows_.gemm_for(job);
+  const std::int64_t stride = t_stride(projection);
+  for_each_expand(job, projection, [&](const MixRun& run, const RowMixes::Part& part) {
+    const ExpertLora::Expand& expand = part.lora->expand(projection);
+    ExpandArgs args{};
+    args.rows = run.rows;
+    args.lora_b = expand.of(job.expert, strip);
+    args.rank_pairs = expand.rank_pairs;
+    args.t = t + run.first * stride + first_rank(part, projection);
+    args.t_stride = stride;
+    args.c = c + run.first * kStripRows;
+    kernel.expand(args);
+  });
+}
+
+GemmArgs ThreadForward::input_args(int index, Projection projection, int strip, float* c) const {
+  const Job& job = job_at(index);
+  GemmArgs args = gemm_args(job, projection, strip, c);
+  rows_.use_input(args);
+  add_lora(args, job, projection, strip, rows_.shrunk_input(shared_row(index)));
   return args;
 }
 
-// C of one strip of gate or up, bias included. `next`: the tile that is read afterwards.
+// C of one strip of gate or up, LoRA and bias included. `next`: the tile that is read afterwards.
 void ThreadForward::project_input(int index, Projection projection, int strip, float* c,
                                   const std::uint8_t* next) const {
   const Job& job = job_at(index);
   GemmArgs args = input_args(index, projection, strip, c);
   args.next = next;
+  prefetch_expands(job, projection, strip);
   rows_.gemm_for(job).strip(args);
+  finish_input(index, projection, strip, c);
+}
+
+void ThreadForward::finish_input(int index, Projection projection, int strip, float* c) const {
+  const Job& job = job_at(index);
+  expand_runs(job, projection, strip, rows_.shrunk_input(shared_row(index)), c);
   add_bias(job, projection, strip, c);
 }
 
@@ -161,7 +240,9 @@ void ThreadForward::gather(int job) {
 void ThreadForward::shrink_input(const Piece& piece) {
   gather(piece.job);
   for (int block = piece.first_strip; block < piece.end_strip; ++block) {
-    rows_.shrink_input_block(job_at(piece.job), block, shared_row(piece.job));
+    rows_.shrink_input_block(job_at(piece.job),
+                             task_.shrinks.blocks[static_cast<std::size_t>(block)],
+                             shared_row(piece.job));
   }
   task_.shrunk_blocks[piece.job].fetch_add(piece.end_strip - piece.first_strip,
                                            std::memory_order_release);
@@ -172,7 +253,7 @@ void ThreadForward::shrink_input(const Piece& piece) {
 void ThreadForward::await_shrink(int job) const {
   constexpr int kPausesPerYield = 256;
   if (shared_row(job) < 0) return;
-  const int blocks = task_.lora->input_shrink().blocks;
+  const int blocks = task_.shrinks.job_blocks[static_cast<std::size_t>(job)];
   for (int pauses = 1; task_.shrunk_blocks[job].load(std::memory_order_acquire) < blocks;
        ++pauses) {
     if (pauses % kPausesPerYield == 0) {
@@ -236,8 +317,8 @@ void ThreadForward::gate_up_one_row(const Piece& piece) const {
     for (int i = 0; i < strips; ++i) {
       float* gate = scratch_.c + i * kStripRows;
       float* up = scratch_.c_up + i * kStripRows;
-      if (has_gate_) add_bias(job, Projection::kGate, strip + i, gate);
-      add_bias(job, Projection::kUp, strip + i, up);
+      if (has_gate_) finish_input(piece.job, Projection::kGate, strip + i, gate);
+      finish_input(piece.job, Projection::kUp, strip + i, up);
       activate(job, strip + i, gate, up);
     }
   }
@@ -276,6 +357,9 @@ void ThreadForward::down(const Piece& piece) const {
 GemmArgs ThreadForward::down_args(const Job& job, int strip, int slice, float* c) const {
   GemmArgs args = gemm_args(job, Projection::kDown, strip, c, slice);
   rows_.use_activations(args, job, slice);
+  if (slice == 0) {
+    add_lora(args, job, Projection::kDown, strip, rows_.shrunk_activations(job));
+  }
   return args;
 }
 
@@ -283,7 +367,10 @@ void ThreadForward::finish_down(const Piece& piece, const Job& job, int strip, i
                                 float* c) const {
   const std::int64_t columns =
       static_cast<std::int64_t>(piece.end_strip - piece.first_strip) * kStripRows;
-  if (slice == 0) add_bias(job, Projection::kDown, strip, c);
+  if (slice == 0) {
+    expand_runs(job, Projection::kDown, strip, rows_.shrunk_activations(job), c);
+    add_bias(job, Projection::kDown, strip, c);
+  }
   float* out = scratch_.out + (strip - piece.first_strip) * kStripRows;
   add_weighted(job, c, out, first_token(piece), columns);
 }
@@ -294,6 +381,7 @@ void ThreadForward::add_down_strips(const Piece& piece) const {
     GemmArgs args = down_args(jobs[j], strip, slice, scratch_.c);
     args.next = tile_after(j, strip, slice, piece);
     args.cold_rows = strip == piece.first_strip;
+    if (slice == 0) prefetch_expands(jobs[j], Projection::kDown, strip);
     rows_.gemm_for(jobs[j]).strip(args);
     finish_down(piece, jobs[j], strip, slice, scratch_.c);
   });
@@ -395,11 +483,10 @@ void run_forward(const ForwardTask& task, ThreadPool& pool) {
     schedule_jobs(task.plan.jobs(), strips(Projection::kUp), threads_per_part, queues.gate_up);
     schedule_columns(strips(Projection::kDown), columns, threads_per_part, queues.down);
   }
-  schedule_shrinks(task.plan.jobs(), task.lora != nullptr ? task.lora->input_shrink().blocks : 0,
-                   kSharedInputRows, task.shrinks);
+  schedule_shrinks(task.plan, task.mixes, pool.size(), kSharedInputRows, task.shrinks);
   pool.run([&](int thread) {
     ThreadForward forward(task, thread);
-    while (const Piece* piece = task.shrinks.blocks.claim()) forward.shrink_input(*piece);
+    while (const Piece* piece = task.shrinks.pieces.claim()) forward.shrink_input(*piece);
     const int home = task.home[static_cast<std::size_t>(thread)];
     for (int p = 0; p < parts; ++p) {
       PartQueues& queues = task.queues[static_cast<std::size_t>((home + p) % parts)];

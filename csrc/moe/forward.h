@@ -3,9 +3,11 @@
 // Gate and up: threads first claim the LoRA shrinks of jobs with few rows, then strips of 32
 // intermediate columns of jobs. For every job it touches, a thread gathers the job's rows,
 // quantises them and, where there are many, shrinks them for LoRA; then per strip: gate GEMM, up
-// GEMM, their biases, the activation. Whoever finishes a job's last strip quantises and shrinks its
-// activations for the next phase, so that neither INT8 nor LoRA adds a barrier. A thread that needs
-// a shared shrink spins until its last block is done.
+// GEMM, their LoRA expands and biases, the activation. The GEMM adds the expand itself where all
+// rows of a job have one LoRA; other rows get theirs run by run, while C is in the L1 cache.
+// Whoever finishes a job's last strip quantises and shrinks its activations for the next phase, so
+// that neither INT8 nor LoRA adds a barrier. A thread that needs a shared shrink spins until its
+// last block is done.
 //
 // Down: threads claim ranges of output columns, each for all jobs, so that sums need no atomics and
 // are made in plan order; routing weights are applied as the strips are added up.
@@ -19,11 +21,10 @@
 #include "base/tensor_view.h"
 #include "cpu/thread_pool.h"
 #include "kernels/kernel_table.h"
-#include "lora/expert_lora.h"
-#include "lora/lora_set.h"
 #include "moe/dispatch_plan.h"
 #include "moe/expert_biases.h"
 #include "moe/expert_weights.h"
+#include "moe/row_mixes.h"
 #include "moe/schedule.h"
 #include "moe/workspace.h"
 
@@ -39,9 +40,7 @@ struct ForwardTask {
   const ExpertWeights& weights;
   const Activation& activation;
   const ExpertBiases* biases;  // null: none
-  const ExpertLora* lora;      // null: base
-  const LoraFactors* factors;  // for its shrunk rows; null: all 1
-  const int* chosen_factors;   // [qlen] which of them a token has; null: the first
+  const RowMixes& mixes;
   const DispatchPlan& plan;
   const KernelTable& kernels;
   const GemmChoice& gemm;

@@ -1,7 +1,6 @@
 #include "moe/job_rows.h"
 
 #include <algorithm>
-#include <span>
 
 #include "base/bf16.h"
 
@@ -20,15 +19,16 @@ RowStrides strides_of(const ForwardTask& task) {
           bytes(task.weights.layout(Projection::kUp).padded_k(), 1),
           bytes(act, 2) / 2,
           bytes(task.weights.layout(Projection::kDown).padded_k() * task.weights.down_slices(), 1),
-          task.lora != nullptr ? task.lora->input_shrink().width() + kShrunkPadding : 0,
-          task.lora != nullptr ? task.lora->down_shrink().width() + kShrunkPadding : 0};
+          task.mixes.input_width() + kShrunkPadding,
+          task.mixes.down_width() + kShrunkPadding};
 }
 
-// Rounds once more, where the factor is neither 1 nor 0.
-void scale_row(std::span<const float> factors, std::uint16_t* t) {
-  for (std::size_t i = 0; i < factors.size(); ++i) {
-    // Not a product with 0, which would keep NaN.
-    t[i] = factors[i] == 0.0f ? bf16_t{0} : f32_to_bf16(factors[i] * bf16_to_f32(t[i]));
+// Rounds once more.
+void weigh(const ShrinkArgs& args, float weight) {
+  const int ranks = args.blocks * ExpertLora::kBlockRanks;
+  for (int r = 0; r < args.rows; ++r) {
+    std::uint16_t* t = args.t + r * args.t_stride;
+    for (int i = 0; i < ranks; ++i) t[i] = f32_to_bf16(weight * bf16_to_f32(t[i]));
   }
 }
 
@@ -76,25 +76,40 @@ ShrinkArgs JobRows::input_shrink_args(const Job& job) const {
 }
 
 void JobRows::shrink_input(const Job& job) const {
-  if (task_.lora == nullptr) return;
-  ShrinkArgs args = input_shrink_args(job);
-  args.t = scratch_.t;
-  shrink(job, task_.lora->input_shrink(), args, &LoraFactors::input);
+  if (task_.mixes.input_width() == 0) return;
+  for (const MixRun& run : task_.plan.runs(job)) {
+    const RowMixes::Mix& mix = task_.mixes.mix(run.mix);
+    ShrinkArgs args = input_shrink_args(job);
+    args.t = scratch_.t;
+    pad_shrunk(job, run, mix.input_width, args);
+    for (const RowMixes::Part& part : mix.parts) {
+      const ExpertLora::Shrink& shrink = part.lora->input_shrink();
+      args.t = scratch_.t + part.input_first;
+      args.a = shrink.of(job.expert);
+      args.blocks = shrink.blocks;
+      args.k = shrink.k;
+      shrink_run(job, run, args, part.weight);
+    }
+  }
 }
 
-void JobRows::shrink_input_block(const Job& job, int block, int first_row) const {
-  const ExpertLora::Shrink& shrink = task_.lora->input_shrink();
+void JobRows::shrink_input_block(const Job& job, const ShrinkBlock& block, int first_row) const {
+  const MixRun& run = task_.plan.runs(job)[static_cast<std::size_t>(block.run)];
+  const RowMixes::Mix& mix = task_.mixes.mix(run.mix);
+  const RowMixes::Part& part = mix.parts[static_cast<std::size_t>(block.part)];
+  const ExpertLora::Shrink& shrink = part.lora->input_shrink();
+  const int ranks = block.block * ExpertLora::kBlockRanks;
   ShrinkArgs args = input_shrink_args(job);
   args.t = shared_.t_input + first_row * strides_.t_input;
-  if (block + 1 == shrink.blocks) pad_shrunk(job, shrink, args);
-  const std::int64_t ranks = static_cast<std::int64_t>(block) * ExpertLora::kBlockRanks;
-  args.rows = job.rows;
-  args.a = shrink.of(job.expert) + ranks * shrink.k;
+  // Whoever shrinks the row's last ranks.
+  if (part.input_first + ranks + ExpertLora::kBlockRanks == mix.input_width) {
+    pad_shrunk(job, run, mix.input_width, args);
+  }
+  args.t += part.input_first + ranks;
+  args.a = shrink.of(job.expert) + static_cast<std::int64_t>(ranks) * shrink.k;
   args.blocks = 1;
   args.k = shrink.k;
-  args.t += ranks;
-  task_.kernels.shrink_for(gemm_for(job)).run(args);
-  weigh(job, args, &LoraFactors::input, block * ExpertLora::kBlockRanks);
+  shrink_run(job, run, args, part.weight);
 }
 
 void JobRows::gather_rows(const Job& job) const {
@@ -124,7 +139,7 @@ void JobRows::gather_tiles(const Job& job) const {
   const int count = task_.weights.shape().hidden_size;
   const int padded = task_.weights.layout(Projection::kUp).padded_k();
   const int rows_in_tile = tile_rows(job);
-  const bool shrinks = task_.lora != nullptr && task_.lora->input_shrink().blocks > 0;
+  const bool shrinks = task_.mixes.input_width() > 0;
   for (int first = 0; first < job.rows; first += rows_in_tile) {
     const int rows = std::min(rows_in_tile, job.rows - first);
     const PlanRow* plan = task_.plan.rows().data() + job.first_row + first;
@@ -185,60 +200,69 @@ void JobRows::quantize_activations(const Job& job) const {
 
 void JobRows::quantize_and_shrink_activations(const Job& job) const {
   if (int8_) quantize_activations(job);
-  if (task_.lora == nullptr) return;
-  ShrinkArgs args{};
-  args.x = shared_.act + job.scratch_row * strides_.act;
-  args.x_stride = act_tile_rows(job) * strides_.act;
-  args.tile_rows = act_tile_rows(job);
-  args.t = shared_.t + job.scratch_row * strides_.t_down;
-  args.t_stride = strides_.t_down;
-  shrink(job, task_.lora->down_shrink(), args, &LoraFactors::down);
+  if (task_.mixes.down_width() == 0) return;
+  std::uint16_t* const t = shared_.t + job.scratch_row * strides_.t_down;
+  for (const MixRun& run : task_.plan.runs(job)) {
+    const RowMixes::Mix& mix = task_.mixes.mix(run.mix);
+    ShrinkArgs args{};
+    args.x = shared_.act + job.scratch_row * strides_.act;
+    args.x_stride = act_tile_rows(job) * strides_.act;
+    args.tile_rows = act_tile_rows(job);
+    args.t = t;
+    args.t_stride = strides_.t_down;
+    pad_shrunk(job, run, mix.down_width, args);
+    for (const RowMixes::Part& part : mix.parts) {
+      const ExpertLora::Shrink& shrink = part.lora->down_shrink();
+      args.t = t + part.down_first;
+      args.a = shrink.of(job.expert);
+      args.blocks = shrink.blocks;
+      args.k = shrink.k;
+      shrink_run(job, run, args, part.weight);
+    }
+  }
 }
 
-// `args` says where X and T are.
-void JobRows::shrink(const Job& job, const ExpertLora::Shrink& shrink, ShrinkArgs args,
-                     std::vector<float> LoraFactors::*factors) const {
-  if (shrink.blocks == 0) return;
-  args.rows = job.rows;
-  args.a = shrink.of(job.expert);
-  args.blocks = shrink.blocks;
-  args.k = shrink.k;
-  task_.kernels.shrink_for(gemm_for(job)).run(args);
-  weigh(job, args, factors, 0);
-  pad_shrunk(job, shrink, args);
-}
-
-// Multiplies shrunk ranks, from `first_rank` on, by the factors of the rows' tokens.
-void JobRows::weigh(const Job& job, const ShrinkArgs& args,
-                    std::vector<float> LoraFactors::*factors, int first_rank) const {
-  if (task_.factors == nullptr) return;
-  const PlanRow* rows = task_.plan.rows().data() + job.first_row;
-  const auto ranks = static_cast<std::size_t>(args.blocks * ExpertLora::kBlockRanks);
-  for (int r = 0; r < job.rows; ++r) {
-    const int chosen = task_.chosen_factors ? task_.chosen_factors[rows[r].token] : 0;
-    const std::span<const float> all(task_.factors[chosen].*factors);
-    scale_row(all.subspan(static_cast<std::size_t>(first_rank), ranks), args.t + r * args.t_stride);
+// `args` is that of the job's rows.
+void JobRows::shrink_run(const Job& job, const MixRun& run, ShrinkArgs args, float weight) const {
+  if (args.blocks == 0) return;
+  const ShrinkKernel& kernel = task_.kernels.shrink_for(gemm_for(job));
+  const int tile_rows = args.tile_rows;
+  const std::uint16_t* const x = args.x;
+  args.t += run.first * args.t_stride;
+  args.rows = run.rows;
+  if (tile_rows == 1 || run.rows == job.rows) {
+    args.x = x + run.first * args.x_stride;  // run.first is 0 in tile order
+    kernel.run(args);
+    if (weight != 1.0f) weigh(args, weight);
+    return;
+  }
+  // The run's share of one tile after the other.
+  args.x_step = std::int64_t{kStripRows} * tile_rows;
+  for (int row = run.first; row < run.first + run.rows; row += args.rows) {
+    const int in_tile = row % tile_rows;
+    args.rows = std::min(tile_rows - in_tile, run.first + run.rows - row);
+    args.tile_rows = args.rows;
+    args.x = x + row / tile_rows * args.x_stride + in_tile * kStripRows;
+    kernel.run(args);
+    if (weight != 1.0f) weigh(args, weight);
+    args.t += args.rows * args.t_stride;
   }
 }
 
 // Zeros after the ranks, which kernels in tile order read.
-void JobRows::pad_shrunk(const Job& job, const ExpertLora::Shrink& shrink,
+void JobRows::pad_shrunk(const Job& job, const MixRun& run, int width,
                          const ShrinkArgs& args) const {
   if (!gemm_for(job).tile_order) return;
-  for (int r = 0; r < job.rows; ++r) {
-    std::uint16_t* after = args.t + r * args.t_stride + shrink.width();
+  for (int r = run.first; r < run.first + run.rows; ++r) {
+    std::uint16_t* after = args.t + r * args.t_stride + width;
     std::fill(after, after + kShrunkPadding, std::uint16_t{0});
   }
 }
 
-void JobRows::use_input(GemmArgs& args, Projection projection, int first_row) const {
+void JobRows::use_input(GemmArgs& args) const {
   args.a = int8_ ? scratch_.codes : reinterpret_cast<const std::uint8_t*>(scratch_.x);
   args.a_stride = args.tile_rows * (int8_ ? strides_.x_codes : strides_.x * 2);
   args.a_scale = scratch_.scales;
-  if (task_.lora == nullptr) return;
-  args.t = first_row < 0 ? scratch_.t : shared_.t_input + first_row * strides_.t_input;
-  args.t += task_.lora->expand(projection).t_offset;
-  args.t_stride = strides_.t_input;
 }
 
 void JobRows::use_activations(GemmArgs& args, const Job& job, int slice) const {
@@ -247,8 +271,14 @@ void JobRows::use_activations(GemmArgs& args, const Job& job, int slice) const {
                  : reinterpret_cast<const std::uint8_t*>(shared_.act + row * strides_.act);
   args.a_stride = args.tile_rows * (int8_ ? strides_.act_codes : strides_.act * 2);
   args.a_scale = activation_scales(job.scratch_row, slice);
-  args.t = shared_.t + row * strides_.t_down;
-  args.t_stride = strides_.t_down;
+}
+
+const std::uint16_t* JobRows::shrunk_input(int first_row) const {
+  return first_row < 0 ? scratch_.t : shared_.t_input + first_row * strides_.t_input;
+}
+
+const std::uint16_t* JobRows::shrunk_activations(const Job& job) const {
+  return shared_.t + job.scratch_row * strides_.t_down;
 }
 
 }  // namespace ktrt

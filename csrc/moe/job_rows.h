@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "moe/forward.h"
 
@@ -26,17 +25,19 @@ class JobRows {
 
   // Input rows of a job into the thread's own memory.
   void gather(const Job& job) const;
-  // Shrinks gathered rows for LoRA: into the thread's own memory, or one block of 16 ranks into the
-  // rows from `first_row` on that all threads share.
+  // Shrinks gathered rows for LoRA: into the thread's own memory, or one block of 16 ranks of a run
+  // into the rows from `first_row` on that all threads share.
   void shrink_input(const Job& job) const;
-  void shrink_input_block(const Job& job, int block, int first_row) const;
+  void shrink_input_block(const Job& job, const ShrinkBlock& block, int first_row) const;
   // The same for a job's intermediate activations, once all are there.
   void quantize_and_shrink_activations(const Job& job) const;
 
-  // Make A and T of a GEMM the gathered rows, or the job's activations. `first_row`: of the shared
-  // shrunk rows, or -1.
-  void use_input(GemmArgs& args, Projection projection, int first_row) const;
+  // Make A of a GEMM the gathered rows, or the job's activations.
+  void use_input(GemmArgs& args) const;
   void use_activations(GemmArgs& args, const Job& job, int slice) const;
+  // The shrunk rows of a job. `first_row`: of the shared ones, or -1.
+  const std::uint16_t* shrunk_input(int first_row) const;
+  const std::uint16_t* shrunk_activations(const Job& job) const;
 
   const RowStrides& strides() const { return strides_; }
   const GemmKernel& gemm_for(const Job& job) const { return task_.gemm.for_rows(job.rows); }
@@ -51,11 +52,8 @@ class JobRows {
   void quantize_activations(const Job& job) const;
   float* activation_scales(int row, int slice) const;
   ShrinkArgs input_shrink_args(const Job& job) const;
-  void shrink(const Job& job, const ExpertLora::Shrink& shrink, ShrinkArgs args,
-              std::vector<float> LoraFactors::*factors) const;
-  void weigh(const Job& job, const ShrinkArgs& args, std::vector<float> LoraFactors::*factors,
-             int first_rank) const;
-  void pad_shrunk(const Job& job, const ExpertLora::Shrink& shrink, const ShrinkArgs& args) const;
+  void shrink_run(const Job& job, const MixRun& run, ShrinkArgs args, float weight) const;
+  void pad_shrunk(const Job& job, const MixRun& run, int width, const ShrinkArgs& args) const;
 
   const ForwardTask& task_;
   const RowStrides strides_;

@@ -23,12 +23,6 @@ void check_activation(const Activation& a) {
              "the softcaps of the activation are infinite, expected finite ones");
 }
 
-void check_adapter_ids(const TensorView& ids, std::int64_t qlen) {
-  ids.expect_shape({qlen});
-  KTRT_CHECK(ids.dtype == DType::kInt32 || ids.dtype == DType::kInt64,
-             ids.name << " is " << name_of(ids.dtype) << ", expected int32 or int64");
-}
-
 }  // namespace
 
 MoeLayer::MoeLayer(std::shared_ptr<Engine> engine, const MoeShape& shape, WeightFormat format,
@@ -52,35 +46,40 @@ void MoeLayer::release() {
 void MoeLayer::load_lora(int id, const LoraPair& gate, const LoraPair& up, const LoraPair& down) {
   auto lora = std::make_shared<const ExpertLora>(shape(), gate, up, down);
   const auto lease = engine_->lease();
-  const auto before = loras_.active();
-  loras_.put(shape(), id, std::move(lora));
-  if (loras_.active() != before) ++lora_version_;
+  loras_.put(id, std::move(lora));
+  ++lora_version_;
 }
 
 void MoeLayer::unload_lora(int id) {
   const auto lease = engine_->lease();
   loras_.remove(id);
+  ++lora_version_;
 }
 
 void MoeLayer::activate_loras(std::span<const int> ids, std::span<const float> weights) {
   const auto lease = engine_->lease();
-  if (loras_.activate(shape(), ids, weights)) ++lora_version_;
+  if (loras_.activate(ids, weights)) ++lora_version_;
 }
 
 std::vector<std::pair<int, float>> MoeLayer::active_loras() {
   const auto lease = engine_->lease();
   std::vector<std::pair<int, float>> found;
-  if (const ActiveLora* active = loras_.active().get()) {
-    for (std::size_t i = 0; i < active->ids.size(); ++i) {
-      found.emplace_back(active->ids[i], active->weights[i]);
-    }
+  for (std::size_t i = 0; i < loras_.active_ids().size(); ++i) {
+    found.emplace_back(loras_.active_ids()[i], loras_.active_weights()[i]);
   }
   return found;
 }
 
-const ActiveLora* MoeLayer::acting_lora() const {
-  const ActiveLora* active = loras_.active().get();
-  return active != nullptr && !active->silent() ? active : nullptr;
+std::vector<int> MoeLayer::loras() {
+  const auto lease = engine_->lease();
+  return loras_.numbers();
+}
+
+std::shared_ptr<const ExpertLora> MoeLayer::share_lora(int id) {
+  const auto lease = engine_->lease();
+  auto found = loras_.find(id);
+  KTRT_CHECK(found != nullptr, "there is no LoRA " << id << "; " << loras_.size() << " are held");
+  return found;
 }
 
 void MoeLayer::check_forward(const TensorView& hidden_states, const TensorView& expert_ids,
@@ -111,23 +110,19 @@ void MoeLayer::forward(const TensorView& hidden_states, const TensorView& expert
                        const TensorView& routing_weights, const TensorView& out,
                        const std::optional<TensorView>& adapter_ids) {
   check_forward(hidden_states, expert_ids, routing_weights, out);
-  if (adapter_ids) check_adapter_ids(*adapter_ids, hidden_states.shape[0]);
   const auto lease = engine_->lease();
   experts_.check_all_loaded();
-  const int* chosen = adapter_ids ? loras_.choose(*adapter_ids).data() : nullptr;
-  const ActiveLora* active = acting_lora();
-  const bool weighed = active != nullptr && (chosen != nullptr || !active->plain());
-  workspace_->place(lease.scratch());
-  plan_.build(expert_ids, routing_weights, shape().num_experts, workspace_->max_job_rows());
+  mixes_.choose(loras_, adapter_ids, hidden_states.shape[0]);
+  workspace_->place(lease.scratch(), mixes_.input_width(), mixes_.down_width());
+  plan_.build(expert_ids, routing_weights, shape().num_experts, workspace_->max_job_rows(),
+              mixes_.of_tokens());
 
   const KernelTable& kernels = engine_->kernels();
   std::atomic<int>* counters = lease.scratch().counters(2 * plan_.jobs().size());
   ForwardTask task{.weights = experts_.weights(),
                    .activation = activation_,
                    .biases = experts_.biases(),
-                   .lora = active ? active->lora.get() : nullptr,
-                   .factors = weighed ? active->factors.data() : nullptr,
-                   .chosen_factors = chosen,
+                   .mixes = mixes_,
                    .plan = plan_,
                    .kernels = kernels,
                    .gemm = kernels.gemm(format()),
@@ -140,27 +135,25 @@ void MoeLayer::forward(const TensorView& hidden_states, const TensorView& expert
                    .hidden_states = hidden_states,
                    .out = out};
   run_forward(task, lease.pool());
+  name_kernels(task);
+}
+
+void MoeLayer::name_kernels(const ForwardTask& task) {
   used_ = {};
-  const bool shrinks = task.lora != nullptr && (task.lora->input_shrink().blocks > 0 ||
-                                                task.lora->down_shrink().blocks > 0);
+  const bool shrinks = mixes_.input_width() > 0 || mixes_.down_width() > 0;
   for (const Job& job : plan_.jobs()) {
     const bool many = job.rows >= task.gemm.many_from;
     const GemmKernel& gemm = task.gemm.for_rows(job.rows);
     (many ? used_.gemm : used_.gemm_few_rows) = gemm.name;
     if (!shrinks) continue;
-    (many ? used_.lora_shrink : used_.lora_shrink_few_rows) = kernels.shrink_for(gemm).name;
+    (many ? used_.lora_shrink : used_.lora_shrink_few_rows) = task.kernels.shrink_for(gemm).name;
   }
-  used_.elementwise = kernels.elementwise->name;
+  used_.elementwise = task.kernels.elementwise->name;
 }
 
 KernelsUsed MoeLayer::last_kernels() const {
   const auto lock = engine_->lock();
   return used_;
-}
-
-std::shared_ptr<const ActiveLora> MoeLayer::share_lora() {
-  const auto lease = engine_->lease();
-  return acting_lora() != nullptr ? loras_.active() : nullptr;
 }
 
 }  // namespace ktrt

@@ -12,10 +12,11 @@
 #include "base/tensor_view.h"
 #include "engine/engine.h"
 #include "lora/expert_lora.h"
-#include "lora/lora_set.h"
+#include "lora/lora_table.h"
 #include "moe/dispatch_plan.h"
 #include "moe/expert_store.h"
 #include "moe/forward.h"
+#include "moe/row_mixes.h"
 
 namespace ktrt {
 
@@ -47,36 +48,40 @@ class MoeLayer {
   // LoRAs by number, 0 or more; one without any pair acts on nothing. Throws std::invalid_argument.
   void load_lora(int id, const LoraPair& gate, const LoraPair& up, const LoraPair& down);
   void unload_lora(int id);
-  // Sets the LoRAs that forwards apply, see LoraSet. Waits for a forward under way.
+  // Sets the active sum, see LoraTable. Waits for a forward under way.
   void activate_loras(std::span<const int> ids, std::span<const float> weights);
 
   // hidden_states, out [qlen, hidden] of one float dtype; expert_ids [qlen, k ≤ top_k] int32 or
   // int64; routing_weights [qlen, k] float. `out` must not overlap `hidden_states`. `adapter_ids`
-  // [qlen] int32 or int64: each token's own of the active LoRAs, -1 for none; missing: their sum.
+  // [qlen] int32 or int64: each token's LoRA as LoraTable reads it; missing: the active sum. An
+  // idle token adds nothing and costs nothing.
   void forward(const TensorView& hidden_states, const TensorView& expert_ids,
                const TensorView& routing_weights, const TensorView& out,
                const std::optional<TensorView>& adapter_ids = std::nullopt);
 
   KernelsUsed last_kernels() const;
-  // The LoRAs that act, kept alive by the pointer; null if none does.
-  std::shared_ptr<const ActiveLora> share_lora();
+  // The numbers of the LoRAs that are held, ascending.
+  std::vector<int> loras();
+  // One of them, kept alive by the pointer. Throws std::invalid_argument if there is none.
+  std::shared_ptr<const ExpertLora> share_lora(int id);
   // Numbers and weights, in the order of activate_loras().
   std::vector<std::pair<int, float>> active_loras();
-  // Changes whenever another LoRA, or another weight, acts.
+  // Changes whenever a LoRA is loaded, replaced or unloaded, or others or other weights are active.
   int lora_version() const { return lora_version_.load(std::memory_order_relaxed); }
 
  private:
   void release();
   void check_forward(const TensorView& hidden_states, const TensorView& expert_ids,
                      const TensorView& routing_weights, const TensorView& out) const;
-  const ActiveLora* acting_lora() const;
+  void name_kernels(const ForwardTask& task);
 
   const std::shared_ptr<Engine> engine_;
   const Activation activation_;
   ExpertStore experts_;
-  LoraSet loras_;
+  LoraTable<ExpertLora> loras_;
   std::atomic<int> lora_version_{0};
   std::optional<Workspace> workspace_;
+  RowMixes mixes_;
   DispatchPlan plan_;
   ShrinkQueue shrinks_;
   std::vector<PartQueues> queues_;

@@ -16,6 +16,8 @@ constexpr std::int64_t kRemainingShare = 2;
 constexpr std::int64_t kSmallestShare = 64;
 // More rows than a tile's take longer to gather and multiply than A takes to read.
 constexpr int kSharedShrinkRows = kMaxTileRows;
+// A piece of shrinks is at most 1 / kShrinkShare of all blocks per thread.
+constexpr int kShrinkShare = 4;
 
 }  // namespace
 
@@ -40,18 +42,42 @@ void schedule_jobs(const std::vector<Job>& jobs, StripRange strips, int threads,
   }
 }
 
-void schedule_shrinks(const std::vector<Job>& jobs, int blocks, int capacity, ShrinkQueue& queue) {
-  queue.blocks.reset();
+void schedule_shrinks(const DispatchPlan& plan, const RowMixes& mixes, int threads, int capacity,
+                      ShrinkQueue& queue) {
+  const std::vector<Job>& jobs = plan.jobs();
+  queue.pieces.reset();
+  queue.blocks.clear();
   queue.first_row.assign(jobs.size(), -1);
-  if (blocks == 0) return;
+  queue.job_blocks.assign(jobs.size(), 0);
+  if (mixes.input_width() == 0) return;
   int row = 0;
   for (std::size_t j = 0; j < jobs.size(); ++j) {
     if (jobs[j].rows > kSharedShrinkRows || row + jobs[j].rows > capacity) continue;
     queue.first_row[j] = row;
     row += jobs[j].rows;
-    for (int block = 0; block < blocks; ++block) {
-      queue.blocks.pieces.push_back({static_cast<int>(j), block, block + 1});
+    const std::size_t before = queue.blocks.size();
+    const std::span<const MixRun> runs = plan.runs(jobs[j]);
+    for (std::size_t run = 0; run < runs.size(); ++run) {
+      const std::vector<RowMixes::Part>& parts = mixes.mix(runs[run].mix).parts;
+      for (std::size_t part = 0; part < parts.size(); ++part) {
+        for (int block = 0; block < parts[part].lora->input_shrink().blocks; ++block) {
+          queue.blocks.push_back({static_cast<int>(run), static_cast<int>(part), block});
+        }
+      }
     }
+    queue.job_blocks[j] = static_cast<int>(queue.blocks.size() - before);
+  }
+  // Every piece gathers its job's rows: where there are many, as few as all threads have work.
+  const int all = static_cast<int>(queue.blocks.size());
+  const int most = std::max(1, all / (threads * kShrinkShare));
+  int first = 0;
+  for (std::size_t j = 0; j < jobs.size(); ++j) {
+    const int end = first + queue.job_blocks[j];
+    for (; first < end; first += most) {
+      const int last = std::min(first + most, end);
+      queue.pieces.pieces.push_back({static_cast<int>(j), first, last});
+    }
+    first = end;
   }
 }
 

@@ -9,19 +9,30 @@
 
 #include "engine/work_queue.h"
 #include "moe/dispatch_plan.h"
+#include "moe/row_mixes.h"
 
 namespace ktrt {
 
+// 16 ranks of a part of a run's mix.
+struct ShrinkBlock {
+  int run = 0;  // of the job
+  int part = 0;
+  int block = 0;
+};
+
 // The LoRA shrink of the input of jobs with few rows. Threads that share such a job would each read
-// all of A for their strips; instead blocks of 16 ranks are claimed one by one before the strips
-// are, and the shrunk rows are everybody's.
+// all of A for their strips; instead blocks of 16 ranks are claimed before the strips are, and the
+// shrunk rows are everybody's.
 struct ShrinkQueue {
-  PieceQueue blocks;           // strips are blocks of ranks here
-  std::vector<int> first_row;  // [jobs] in the shared shrunk rows; -1: every thread its own
+  PieceQueue pieces;  // strips are indices of `blocks`
+  std::vector<ShrinkBlock> blocks;
+  std::vector<int> first_row;   // [jobs] in the shared shrunk rows; -1: every thread its own
+  std::vector<int> job_blocks;  // [jobs]
 };
 
 // `capacity`: number of shared rows.
-void schedule_shrinks(const std::vector<Job>& jobs, int blocks, int capacity, ShrinkQueue& queue);
+void schedule_shrinks(const DispatchPlan& plan, const RowMixes& mixes, int threads, int capacity,
+                      ShrinkQueue& queue);
 
 // Gate and up: the strips of every job, weighted by its cost.
 void schedule_jobs(const std::vector<Job>& jobs, StripRange strips, int threads, PieceQueue& queue);

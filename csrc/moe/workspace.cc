@@ -12,7 +12,11 @@ namespace ktrt {
 namespace {
 
 // Gate and up may both have the maximal rank.
-constexpr std::size_t kInputRanks = 2 * ExpertLora::kMaxRank;
+constexpr int kInputRanks = 2 * ExpertLora::kMaxRank;
+
+std::size_t shrunk_bytes(int ranks) {
+  return static_cast<std::size_t>(ranks + kShrunkPadding) * sizeof(std::uint16_t);
+}
 
 // Bytes of a BF16 scratch row of `values`, padded for any weight format; more than enough for the
 // INT8 codes of the same row.
@@ -63,8 +67,7 @@ Workspace::Thread Workspace::carve(Carver& carver, const Sizes& size) {
   thread.x = carver.take<std::uint16_t>(rows * size.x_row);
   thread.codes = carver.take<std::uint8_t>(rows * size.x_row);
   thread.scales = carver.take<float>(rows * sizeof(float));
-  thread.t =
-      carver.take<std::uint16_t>(rows * (kInputRanks + kShrunkPadding) * sizeof(std::uint16_t));
+  thread.t = carver.take<std::uint16_t>(rows * size.t_input_row);
   thread.c = carver.take<float>(rows * kStripRows * sizeof(float));
   thread.c_up = carver.take<float>(rows * kStripRows * sizeof(float));
   thread.tile_x = carver.take<std::uint16_t>(kMaxTileRows * size.x_row);
@@ -79,20 +82,26 @@ Workspace::Shared Workspace::carve_shared(Carver& carver, const Sizes& size) {
   shared.act = carver.take<std::uint16_t>(rows * size.act_row);
   shared.codes = carver.take<std::uint8_t>(rows * size.act_row);
   shared.scales = carver.take<float>(rows * ExpertWeights::kMaxDownSlices * sizeof(float));
-  shared.t = carver.take<std::uint16_t>(rows * (ExpertLora::kMaxRank + kShrunkPadding) *
-                                        sizeof(std::uint16_t));
-  shared.t_input = carver.take<std::uint16_t>(kSharedInputRows * (kInputRanks + kShrunkPadding) *
-                                              sizeof(std::uint16_t));
+  shared.t = carver.take<std::uint16_t>(rows * size.t_down_row);
+  shared.t_input = carver.take<std::uint16_t>(kSharedInputRows * size.t_input_row);
   return shared;
 }
 
 Workspace::Workspace(Scratch& scratch, const MoeShape& shape, int num_threads, int max_qlen,
                      int max_job_rows)
     : max_job_rows_(max_job_rows),
-      sizes_{static_cast<std::size_t>(max_scratch_rows(max_job_rows)), plan_rows(shape, max_qlen),
-             row_bytes(shape.hidden_size), row_bytes(shape.intermediate_size),
-             output_bytes(shape, max_qlen)},
+      sizes_{static_cast<std::size_t>(max_scratch_rows(max_job_rows)),
+             plan_rows(shape, max_qlen),
+             row_bytes(shape.hidden_size),
+             row_bytes(shape.intermediate_size),
+             output_bytes(shape, max_qlen),
+             shrunk_bytes(kInputRanks),
+             shrunk_bytes(ExpertLora::kMaxRank)},
       threads_(static_cast<std::size_t>(num_threads)) {
+  reserve(scratch);
+}
+
+void Workspace::reserve(Scratch& scratch) const {
   Carver thread(nullptr);
   carve(thread, sizes_);
   Carver shared(nullptr);
@@ -100,7 +109,15 @@ Workspace::Workspace(Scratch& scratch, const MoeShape& shape, int num_threads, i
   scratch.reserve(thread.used(), shared.used());
 }
 
-void Workspace::place(const Scratch& scratch) {
+void Workspace::place(Scratch& scratch, int input_ranks, int down_ranks) {
+  const std::size_t input_row = shrunk_bytes(input_ranks);
+  const std::size_t down_row = shrunk_bytes(down_ranks);
+  if (input_row > sizes_.t_input_row || down_row > sizes_.t_down_row) {
+    sizes_.t_input_row = std::max(sizes_.t_input_row, input_row);
+    sizes_.t_down_row = std::max(sizes_.t_down_row, down_row);
+    reserve(scratch);
+    generation_ = 0;
+  }
   if (generation_ == scratch.generation()) return;
   for (std::size_t i = 0; i < threads_.size(); ++i) {
     Carver carver(scratch.of_thread(i));

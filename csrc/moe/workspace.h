@@ -51,8 +51,9 @@ class Workspace {
   Workspace(Scratch& scratch, const MoeShape& shape, int num_threads, int max_qlen,
             int max_job_rows);
 
-  // Before a forward: other operators may have made the memory grow, and move.
-  void place(const Scratch& scratch);
+  // Before a forward: other operators may have made the memory grow, and move. It grows here where
+  // shrunk rows of `input_ranks` and `down_ranks` are wider than a single LoRA's.
+  void place(Scratch& scratch, int input_ranks = 0, int down_ranks = 0);
 
   int max_job_rows() const { return max_job_rows_; }
   const Thread& thread(int index) const { return threads_[static_cast<std::size_t>(index)]; }
@@ -61,14 +62,15 @@ class Workspace {
  private:
   // Bytes of rows, and of the output block.
   struct Sizes {
-    std::size_t job_rows, plan_rows, x_row, act_row, out;
+    std::size_t job_rows, plan_rows, x_row, act_row, out, t_input_row, t_down_row;
   };
   class Carver;
   static Thread carve(Carver& carver, const Sizes& size);
   static Shared carve_shared(Carver& carver, const Sizes& size);
+  void reserve(Scratch& scratch) const;
 
   const int max_job_rows_;
-  const Sizes sizes_;
+  Sizes sizes_;
   std::vector<Thread> threads_;
   Shared shared_;
   std::uint64_t generation_ = 0;  // of the scratch memory that the addresses are in

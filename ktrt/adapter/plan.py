@@ -17,6 +17,7 @@ from ktrt.adapter.apply.words import copied_numel, plain_names, vocabulary
 from ktrt.adapter.audit import Audit, AuditRow
 from ktrt.adapter.coverage import check_coverage, check_tying
 from ktrt.adapter.delta_norms import add_norms
+from ktrt.adapter.digest import adapter_digest
 from ktrt.adapter.files.read import read_adapter
 from ktrt.adapter.files.settings import LoraSettings
 from ktrt.adapter.files.zeros import warn_of_zeros
@@ -58,7 +59,7 @@ class AdapterPlan:
     """A whole adapter, checked against the base and not applied yet.
 
     ``audit`` has one row per tensor; ``experts`` is the internal form by experts path, ``extra``
-    the MLPs added to MoE blocks, by the block's path.
+    the MLPs added to MoE blocks, by the block's path; ``digest`` tells contents apart.
     """
 
     files: AdapterFiles
@@ -67,6 +68,7 @@ class AdapterPlan:
     side: TorchSide
     audit: Audit
     extra: Mapping[str, Sequence[Mlp]] = field(default_factory=dict)
+    digest: str = ""
 
     def engine_arguments(self, path: str) -> dict[str, torch.Tensor | None]:
         """Returns the arguments of ``MoeLayer.load_lora`` for one layer; empty without LoRA."""
@@ -90,9 +92,31 @@ class AdapterPlan:
         outside = sum(others) + copied_numel(self.side)
         return sum(engine_numel(lora) for lora in self.experts.values()), outside
 
+    @property
+    def row_reason(self) -> str | None:
+        """Why the adapter cannot be chosen for single rows of a step, apart from numbers of the
+        base that it replaces; None if it can."""
+        if self.settings.use_dora:
+            return "is a DoRA"
+        if self.side.routers:
+            return "has LoRA on routers"
+        if self.extra:
+            return "has extra experts"
+        parts = {each.part for group in self.side.loras.values() for each in group}
+        if any(part.startswith("lora_embedding") for part in parts):
+            return "has LoRA on embeddings"
+        return "has biases in its LoRA" if "lora_B.bias" in parts else None
+
     def router_numel(self) -> int:
         """Returns the numbers of the LoRA on routers, which torch holds in float32."""
         return sum(each.value.numel() for parts in self.side.routers.values() for each in parts)
+
+    def linear_ranks(self) -> dict[str, int]:
+        """Returns the ranks of the linear layers by path, where LoRA is all that acts."""
+        if self.settings.use_dora or self.settings.lora_bias:
+            return {}
+        found = ((name, t) for name, parts in self.side.loras.items() for t in parts)
+        return {name: t.value.shape[0] for name, t in found if t.part == "lora_A"}
 
     def engine_bytes(self) -> int:
         """Returns the bytes of the engine's LoRA on routed experts, padding included."""
@@ -150,6 +174,7 @@ def plan_adapter(
     configuration. Raises ``AdapterError`` with file, tensor, finding and expectation.
     """
     files = read_adapter(folder)
+    digest = adapter_digest(files, packing)
     files = replace(files, tensors=plain_names(files.tensors))
     settings = LoraSettings(files)
     settings.check_against_yaml(lora_rank, lora_alpha)
@@ -172,7 +197,7 @@ def plan_adapter(
         for each in files.idle
     ]  # fmt: skip
     audit = Audit(files.file, rows, settings.notes)
-    return AdapterPlan(files, settings, part.experts, side, audit, part.extra)
+    return AdapterPlan(files, settings, part.experts, side, audit, part.extra, digest)
 
 
 def _is_claimed(tensor: AdapterTensor, base: BaseModel) -> bool:

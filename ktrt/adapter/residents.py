@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 import math
-import time
-from contextlib import contextmanager
+import threading
+from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ktrt.adapter import Audit, TorchAdapters, plan_adapter, words_of
-from ktrt.engine.active_set import ActiveSet
+from ktrt.engine.active_set import ActiveSet, AdapterChoice
+from ktrt.engine.step_rows import BASE
 from ktrt.errors import AdapterError, KtrtError, engine_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Mapping
+    from types import EllipsisType
 
     from torch import nn
 
@@ -27,22 +30,25 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Resident:
-    """``number``: the engine's, never used again. ``whole``: why its weight can only be 1 or 0, if
-    so; ``common``: why all rows of a batch share it."""
+    """``number``: the engine's, never used again; ``digest`` tells contents apart. ``whole``: why
+    its weight can only be 1 or 0, if so; ``row_reason``: why it cannot be chosen for single rows of
+    a step, if so."""
 
     number: int
     torch_name: str
     audit: Audit
+    digest: str
     whole: str | None
-    common: str | None
+    row_reason: str | None
 
 
 class Adapters:
     """A model's adapters by name. The active ones act as their weighted sum; without any the model
     is the base, bit for bit. A weight is a factor of the trained scaling.
 
-    A change takes effect with the next forward; none may be running. ``active_set`` is the version
-    of the active adapters, for everything made from them.
+    A change takes effect with the next forward; none may be running: ``between`` runs a change when
+    that is so. ``active_set`` is the version of the adapters that act in the model: the active
+    ones, except while ``prepare`` has it run a step of other ones.
     """
 
     def __init__(
@@ -61,9 +67,12 @@ class Adapters:
         self._weights: dict[str, float] = {}
         self._factor = 1.0
         self._off = False
-        self._rows: tuple[str | None, ...] | None = None
-        self._combined: tuple[str, ...] = ()
+        self._acting: dict[str, float] = {}
+        # Answers under way by the adapters that they use.
+        self._users: Counter[str] = Counter()
+        self._names = threading.Lock()
         self.active_set = ActiveSet()
+        self.between: Callable[[Callable[[], object]], object] = lambda change: change()
         # Takes the name, the folder and the future rows of embeddings, checks the adapter's words,
         # and returns a function that adds them.
         self.take_words: Callable[[str, Path, int], Callable[[], object]] | None = None
@@ -85,18 +94,99 @@ class Adapters:
         """The version of the active adapters: equal versions mean equal numbers."""
         return self.active_set.version
 
+    def number(self, name: str | None) -> int:
+        """Returns the engine's number of a resident adapter; None: of the base."""
+        return BASE if name is None else self._resident(name).number
+
+    def prefix_key(self, weights: Mapping[str, float]) -> Hashable:
+        """Returns the key of keys and values that were computed with these adapters: by their
+        contents, so that another adapter under an old name has another key."""
+        digests = [(self._resident(name).digest, weight) for name, weight in weights.items()]
+        form = next((each.layer.weight_format for each in self._experts.values()), "")
+        return form, self.renewals, tuple(sorted(each for each in digests if each[1]))
+
+    def choose(
+        self, adapter: str | Mapping[str, float] | EllipsisType | None = ...
+    ) -> AdapterChoice:
+        """Returns the choice of an adapter as it was trained, a weighted sum, the base (None), or
+        the adapters that are active now (left out). ``AdapterError`` as for ``activate``."""
+        given = {adapter: 1.0} if isinstance(adapter, str) else adapter
+        weights = self.active if given is ... else {n: float(w) for n, w in (given or {}).items()}
+        self._check(weights)
+        ordered = sorted((each for each in weights.items() if each[1]), key=self._order)
+        key = self.prefix_key(dict(ordered))
+        row = BASE if not ordered else None
+        if len(ordered) == 1 and ordered[0][1] == 1:
+            resident = self._resident(ordered[0][0])
+            row = resident.number if resident.row_reason is None else None
+        return AdapterChoice(tuple(ordered), row, key)
+
+    def hold(self, choice: AdapterChoice) -> Callable[[], None]:
+        """Keeps the adapters of a choice from being unloaded until the result is called.
+        ``AdapterError``: one of them has been."""
+        names = [name for name, _ in choice.weights]
+        with self._names:
+            if choice.key != self.prefix_key(dict(choice.weights)):
+                shown = ", ".join(names) or "(none)"
+                raise AdapterError(
+                    f"adapters {shown} were changed before the answer began; ask again"
+                )
+            self._users.update(names)
+        return partial(self._release, names)
+
+    def _release(self, names: Iterable[str]) -> None:
+        with self._names:
+            self._users.subtract(names)
+
+    def prepare(self, choices: Iterable[AdapterChoice], *, by_row: bool = True) -> bool:
+        """Readies the model for a step whose rows have these adapters. Returns whether what acts in
+        the model is the adapters of all rows; else each row has to name its own, which it can
+        ``by_row`` only."""
+        one, *others = choices
+        if others:
+            if self._fixed():
+                self._act({})
+            return False
+        if one.row is None or not by_row or self._fixed():
+            self._act(dict(one.weights))
+        return self._acting == dict(one.weights)
+
+    @property
+    def renewals(self) -> int:
+        """Counts the calls of ``refresh``, which outdate everything that was computed before."""
+        return self.active_set.renewals
+
+    def restore(self) -> None:
+        """Ends what ``prepare`` began: the active adapters act in the model again."""
+        self._act(self.active)
+
+    def _act(self, weights: dict[str, float]) -> None:
+        if weights != self._acting:
+            self._switch(weights)
+            self._changed()
+
+    def _order(self, each: tuple[str, float]) -> int:
+        return self.number(each[0])
+
     def _key(self) -> Hashable:
-        if self._rows is not None:
-            return ("rows", *(self._number(name) for name in self._rows))
-        numbers = {self._number(name): weight for name, weight in self.active.items() if weight}
-        return tuple(sorted(numbers.items()))
+        return tuple((self.number(name), w) for name, w in self._ordered(self._acting) if w)
+
+    def _fixed(self) -> Hashable:
+        """Returns the acting adapters that change modules themselves, as ``_key`` does."""
+        acting = ((self._resident(name), w) for name, w in self._ordered(self._acting) if w)
+        return tuple((each.number, w) for each, w in acting if each.row_reason is not None)
+
+    def _ordered(self, weights: Mapping[str, float]) -> list[tuple[str, float]]:
+        return sorted(weights.items(), key=self._order)
 
     def refresh(self) -> None:
         """Reads the adapters again after changes that bypass this object: numbers changed in place,
         or calls of PEFT's own methods. Both act outside the routed experts only."""
-        self._not_in_rows()
+        self.between(self._renew)
+
+    def _renew(self) -> None:
         self.active_set.renew()
-        self.active_set.become(self._key())
+        self._changed()
 
     def audit(self, name: str | None = None) -> Audit:
         """Says what each tensor of an adapter acts on. Without a name: the first active adapter,
@@ -109,9 +199,8 @@ class Adapters:
         """Activates one adapter as it was trained, or the weighted sum of several, in place of the
         active ones and their scale.
 
-        The first sum of a set copies its adapters into one, which takes up to a second for large
-        ones and is kept until another set is summed. ``AdapterError``, nothing changed: an unknown
-        name, a weight that is no number, an adapter that cannot be weighed or summed.
+        ``AdapterError``, nothing changed: an unknown name, a weight that is no number, an adapter
+        that cannot be weighed or summed.
         """
         given = {name_or_weights: 1.0} if isinstance(name_or_weights, str) else name_or_weights
         self._apply({name: float(weight) for name, weight in given.items()}, 1.0, off=False)
@@ -148,12 +237,16 @@ class Adapters:
         for module in [*self._experts.values()][:1]:
             plan.warn_of_format(module.layer.weight_format)
         if self.take_words is None or self._model is None:
-            self.add(name, plan)
+            self.between(partial(self.add, name, plan))
             return
         rows = max(words_of(self._model), plan.vocabulary or 0)
         add_words = self.take_words(name, folder, rows)
-        self.add(name, plan)
-        add_words()
+
+        def add() -> None:
+            self.add(name, plan)
+            add_words()
+
+        self.between(add)
 
     def check_name(self, name: str) -> None:
         """``AdapterError`` unless an adapter could be loaded under this name."""
@@ -164,7 +257,7 @@ class Adapters:
 
     def add(self, name: str, plan: AdapterPlan) -> None:
         """Makes a planned adapter resident, not active. Everything stays as it was if it fails."""
-        self._not_in_rows()
+        self.check_name(name)
         model, torch = self._model, self._torch
         if model is None or torch is None:
             raise KtrtError("this session has no model that an adapter could be loaded into")
@@ -174,6 +267,7 @@ class Adapters:
             torch.add(torch_name, lambda: plan.apply_to_torch(model, torch_name))
             self._load_experts(number, plan)
             plan.audit.check()
+            self.active_set.numbers |= {number}
         except BaseException:
             self._take_out(number, torch_name)
             raise
@@ -185,63 +279,40 @@ class Adapters:
         replaced = torch.replaced(torch_name)
         whole = f"replaces {replaced} of the base model" if replaced else None
         whole = "is a DoRA" if plan.settings.use_dora else whole
-        common = "has LoRA on routers" if plan.side.routers else None
-        common = "has extra experts" if plan.extra else common
-        self._residents[name] = _Resident(number, torch_name, plan.audit, whole, whole or common)
+        row_reason = whole or plan.row_reason or torch.row_reason(torch_name)
+        self._residents[name] = _Resident(
+            number, torch_name, plan.audit, plan.digest, whole, row_reason
+        )
         self._changed()
 
     @engine_errors()
     def unload(self, name: str) -> None:
-        """Frees an adapter that is not active. ``AdapterError`` for an unknown or active one."""
+        """Frees an adapter that is not active. ``AdapterError`` for an unknown or active one, and
+        for one that answers under way use."""
+        self.between(partial(self._unload, name))
+
+    def _unload(self, name: str) -> None:
         resident = self._resident(name)
-        self._not_in_rows()
         if name in self.active:
             raise AdapterError(
                 f"adapter {name!r} is active; activate another one, or none, before unloading it"
             )
+        with self._names:
+            if users := self._users[name]:
+                raise AdapterError(
+                    f"adapter {name!r} is used by {users} answer{'s' * (users > 1)} under way or "
+                    "waiting; cancel them, or unload it when they have ended"
+                )
+            self.restore()
+            del self._residents[name]
         if name in self._weights:  # it would come back with `on`
             self._weights, self._factor = {}, 1.0
+        self.active_set.numbers -= {resident.number}
         self._take_out(resident.number, resident.torch_name)
-        del self._residents[name]
-        self._combined = () if name in self._combined else self._combined
         self._restore()
+        # The engine's linears unload it.
+        self.active_set.add_modules()
         self._changed()
-
-    @contextmanager
-    def rows(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Within the block, row i of the model's batch has the adapter ``names[i]`` as it was
-        trained, or none (None).
-
-        For forwards of the model itself, not for a session's answers. ``AdapterError``: an unknown
-        name, or an adapter that acts on routers or replaces numbers of the base.
-        """
-        self._not_in_rows()
-        names = tuple(names)
-        chosen = sorted({n for n in names if n is not None}, key=self._number)
-        for name in chosen:
-            if reason := self._resident(name).common:
-                raise AdapterError(f"adapter {name!r} {reason}: it cannot be chosen row by row")
-        if not names or self._torch is None or self._model is None:
-            raise KtrtError("rows: expected a loaded model and one name for every row of a batch")
-        self._switch(dict.fromkeys(chosen, 1.0))
-        numbers = tuple(-1 if name is None else self._number(name) for name in names)
-        torch_names = [None if n is None else self._resident(n).torch_name for n in names]
-        self._rows = names
-        try:
-            with self._torch.rows(torch_names):
-                for module in self._experts.values():
-                    module.row_adapters = numbers
-                self._changed()
-                yield
-        finally:
-            for module in self._experts.values():
-                module.row_adapters = None
-            self._rows = None
-            self._restore()
-            self._changed()
-
-    def _number(self, name: str | None) -> int:
-        return -1 if name is None else self._resident(name).number
 
     def _resident(self, name: str) -> _Resident:
         if name not in self._residents:
@@ -249,12 +320,10 @@ class Adapters:
             raise AdapterError(f"there is no adapter {name!r}; resident: {known}")
         return self._residents[name]
 
-    def _not_in_rows(self) -> None:
-        if self._rows is not None:
-            raise AdapterError("adapters cannot be changed while rows of a batch have their own")
-
     def _apply(self, weights: Mapping[str, float], factor: float, *, off: bool) -> None:
-        self._not_in_rows()
+        self.between(partial(self._apply_now, weights, factor, off=off))
+
+    def _apply_now(self, weights: Mapping[str, float], factor: float, *, off: bool) -> None:
         effective = {} if off else {name: weight * factor for name, weight in weights.items()}
         self._check(effective)
         self._switch(effective)
@@ -276,31 +345,22 @@ class Adapters:
                 )
 
     def _switch(self, weights: Mapping[str, float]) -> None:
-        """``AdapterError`` with everything as it was if the engine refuses."""
-        started, parts = time.perf_counter(), tuple(sorted(weights, key=self._number))
-        combines = len(parts) > 1 and parts != self._combined
-        if combines:
-            logger.info("Combining adapters %s …", ", ".join(parts))
+        """Has these act, or after an exception the active ones."""
         try:
             self._set(weights)
-        except ValueError as error:
-            self._restore()
-            raise AdapterError(f"adapters {', '.join(parts)} cannot be summed: {error}") from error
         except BaseException:
             self._restore()
             raise
-        if combines:
-            self._combined = parts
-            logger.info("Combined in %.2f s", time.perf_counter() - started)
 
     def _set(self, weights: Mapping[str, float]) -> None:
-        ordered = sorted(weights.items(), key=lambda each: self._number(each[0]))
-        numbers = [self._number(name) for name, _ in ordered]
+        ordered = self._ordered(weights)
+        numbers = [self.number(name) for name, _ in ordered]
         values = [weight for _, weight in ordered]
         for module in self._experts.values():
             module.layer.activate_loras(numbers, values)
         if self._torch is not None:
             self._torch.weigh({self._residents[name].torch_name: w for name, w in ordered})
+        self._acting = dict(weights)
 
     def _restore(self) -> None:
         self._set(self.active)
@@ -325,7 +385,7 @@ class Adapters:
                 break
         if self._torch is not None:
             self._torch.remove(torch_name)
+        self.active_set.numbers -= {number}
 
     def _changed(self) -> None:
-        self.active_set.by_row = self._rows is not None
-        self.active_set.become(self._key())
+        self.active_set.become(self._key(), self._fixed())

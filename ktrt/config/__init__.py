@@ -11,6 +11,7 @@ from ktrt.config.args import (
     ModelArgs,
     SamplingArgs,
     SamplingOptions,
+    SchedulerArgs,
     TemplateArgs,
     override_sampling,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "ModelArgs",
     "SamplingArgs",
     "SamplingOptions",
+    "SchedulerArgs",
     "TemplateArgs",
     "as_overrides",
     "load_config",

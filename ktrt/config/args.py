@@ -105,6 +105,8 @@ class ExpertArgs:
     With a GPU: ``kt_num_gpu_experts`` of every layer live there, and forwards of at least
     ``kt_gpu_prefill_token_threshold`` tokens (0: none) get all experts streamed there.
     ``kt_use_cuda_graph``: on a GPU, a decode step is one CUDA graph where the model allows it.
+    ``kt_fixed_kernels``: with AMX, one kernel for any number of tokens, so that a token's bits do
+    not depend on its company; other machines do that anyway.
     ``kt_weight_path``: experts packed by kt_kernel, used in place of the model's.
     ``ktrt_cache`` keeps packed experts on disk, in ``ktrt_cache_dir`` (None: the environment
     decides).
@@ -114,6 +116,7 @@ class ExpertArgs:
     kt_num_threads: int | None = None
     kt_tp_enabled: bool = False
     kt_use_cuda_graph: bool = True
+    kt_fixed_kernels: bool = False
     kt_num_gpu_experts: int | Literal["auto"] = 0
     kt_gpu_prefill_token_threshold: int | Literal["auto"] = "auto"
     kt_weight_path: Path | None = None
@@ -197,6 +200,21 @@ class SamplingArgs:
         _require(self, "top_logprobs", holds, "0 while logprobs is false")
 
 
+@dataclass(frozen=True)
+class SchedulerArgs:
+    """How many answers are computed at once: at most ``max_num_seqs``, and no more than leave each
+    stream ``min_tokens_per_second`` by predictions (0: no floor)."""
+
+    max_num_seqs: int = 32
+    min_tokens_per_second: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self, "max_num_seqs", self.max_num_seqs >= 1, "at least 1")
+        _require(self, "max_num_seqs", self.max_num_seqs < _MAX_COUNT, f"less than {_MAX_COUNT}")
+        holds = 0 <= self.min_tokens_per_second < float("inf")
+        _require(self, "min_tokens_per_second", holds, "0 (off) or more")
+
+
 # OpenAI's name.
 SAMPLING_ALIASES = {"stop": "stop_strings"}
 _Texts = str | list[str] | tuple[str, ...]
@@ -233,6 +251,7 @@ class Config:
     experts: ExpertArgs = field(default_factory=ExpertArgs)
     template: TemplateArgs = field(default_factory=TemplateArgs)
     sampling: SamplingArgs = field(default_factory=SamplingArgs)
+    scheduler: SchedulerArgs = field(default_factory=SchedulerArgs)
 
 
 def override_sampling(defaults: SamplingArgs, overrides: Mapping[str, object]) -> SamplingArgs:

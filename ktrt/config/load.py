@@ -16,6 +16,7 @@ from ktrt.config.args import (
     ExpertArgs,
     ModelArgs,
     SamplingArgs,
+    SchedulerArgs,
     TemplateArgs,
 )
 from ktrt.config.arguments import Takes, convert_options
@@ -53,7 +54,7 @@ class _Switches:
 _INFER_BACKENDS = ("huggingface", "ktransformers")
 # LLaMA-Factory also takes several tokens in one text, separated by commas.
 _TOKEN_LISTS = ("add_tokens", "add_special_tokens")
-_SECTIONS = (ModelArgs, AdapterArgs, ExpertArgs, TemplateArgs, SamplingArgs)
+_SECTIONS = (ModelArgs, AdapterArgs, ExpertArgs, TemplateArgs, SamplingArgs, SchedulerArgs)
 _TYPES: dict[str, Any] = {
     each.name: each.type for section in (*_SECTIONS, _Switches) for each in fields(section)
 }

@@ -18,7 +18,9 @@ try:
         HeadArray,
         LatentAttention,
         MoeLayer,
+        PackedExpand,
         PackedLinear,
+        PackedLora,
         PackedMatrix,
         PackedMemory,
         RmsNorm,
@@ -27,6 +29,7 @@ try:
         TokenAttention,
         WeightFormat,
         release_file_pages,
+        torch_exponentials,
     )
     from ktrt._core import isa as active_isa
 except ImportError as error:
@@ -47,7 +50,9 @@ __all__ = [
     "HeadArray",
     "LatentAttention",
     "MoeLayer",
+    "PackedExpand",
     "PackedLinear",
+    "PackedLora",
     "PackedMatrix",
     "PackedMemory",
     "RmsNorm",
@@ -57,4 +62,5 @@ __all__ = [
     "WeightFormat",
     "active_isa",
     "release_file_pages",
+    "torch_exponentials",
 ]

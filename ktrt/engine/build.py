@@ -52,7 +52,9 @@ def build_engine(experts: ExpertArgs) -> Engine:
             affinity,
         )
     nodes = _nodes(threads) if experts.kt_tp_enabled else None
-    engine = _ModelEngine(num_threads=threads, max_qlen=MAX_QLEN, nodes=nodes)
+    engine = _ModelEngine(
+        num_threads=threads, max_qlen=MAX_QLEN, nodes=nodes, fixed_kernels=experts.kt_fixed_kernels
+    )
     logger.info("%s", _kernel_line(experts.kt_backend, threads))
     return engine
 

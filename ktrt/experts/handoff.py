@@ -15,6 +15,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from ktrt.engine import GpuHandoff
+from ktrt.engine.step_rows import IDLE
 from ktrt.errors import KtrtError
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class HandOff:
         """``max_qlen``: the most tokens of one engine call. ``cuda`` is replaced in tests."""
         self._core, self._device, self._max_qlen, self._cuda = core, device, max_qlen, cuda
         self._side = cuda.Stream(device)
-        self._slots: dict[tuple[int, int, int, torch.dtype], int] = {}
+        self._slots: dict[tuple[int, int, int, torch.dtype, bool], int] = {}
         # A result that is not joined yet, kept alive until it is.
         self._pending: tuple[torch.Tensor, Any] | None = None
         self._recorded: list[int] | None = None
@@ -113,9 +114,12 @@ class HandOff:
         index: torch.Tensor,
         weights: torch.Tensor,
         path: str = "",
+        adapters: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Enqueues the experts of ``layer`` on states [tokens, hidden_size]; index and weights
-        [tokens, k]. Returns their weighted sum, ``Deferred``, of the shape and dtype of states.
+        [tokens, k]; ``adapters`` [tokens], each token's LoRA, None: the active ones. A captured
+        graph reads all of them when it is launched. Returns their weighted sum, ``Deferred``, of
+        the shape and dtype of states.
 
         Errors of the engine are raised by ``finish``, and name the module's ``path``.
         """
@@ -129,8 +133,9 @@ class HandOff:
             part = slice(at, at + self._max_qlen)
             # Slots have fixed sizes, powers of two.
             rows = min(1 << (len(states[part]) - 1).bit_length(), self._max_qlen)
-            slot = self._slot(layer, rows, index.shape[1], states.dtype, path)
-            parts.append(self._start(slot, rows, states[part], index[part], weights[part]))
+            chosen = None if adapters is None else adapters[part]
+            slot = self._slot(layer, rows, index.shape[1], states.dtype, path, chosen is not None)
+            parts.append(self._start(slot, rows, states[part], index[part], weights[part], chosen))
         if not parts:
             return torch.empty_like(states)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -142,19 +147,23 @@ class HandOff:
         states: torch.Tensor,
         index: torch.Tensor,
         weights: torch.Tensor,
+        adapters: torch.Tensor | None,
     ) -> torch.Tensor:
         tokens = states.shape[0]
         # An expert of -1 adds nothing and costs nothing.
         states = _padded(states, rows, 0)
         index = _padded(index.to(torch.int64), rows, -1)
         weights = _padded(weights.to(torch.float32), rows, 0)
+        if adapters is not None:
+            adapters = _padded(adapters.to(torch.int32), rows, IDLE)
         out = torch.empty_like(states)
         self._join_pending()
         main = self._cuda.current_stream(self._device)
         self._unfinished = True
         self._core.submit(
-            slot, main.cuda_stream, states.data_ptr(), index.data_ptr(), weights.data_ptr()
-        )
+            slot, main.cuda_stream, states.data_ptr(), index.data_ptr(), weights.data_ptr(),
+            0 if adapters is None else adapters.data_ptr(),
+        )  # fmt: skip
         if self._recorded is not None:
             self._recorded.append(slot)
         self._side.wait_stream(main)
@@ -163,13 +172,15 @@ class HandOff:
         self._pending = (out, done)
         return Deferred(out[:tokens], lambda: self._join(done))
 
-    def _slot(self, layer: MoeLayer, rows: int, top_k: int, dtype: torch.dtype, path: str) -> int:
-        key = (id(layer), rows, top_k, dtype)
+    def _slot(
+        self, layer: MoeLayer, rows: int, top_k: int, dtype: torch.dtype, path: str, adapters: bool
+    ) -> int:
+        key = (id(layer), rows, top_k, dtype, adapters)
         if key not in self._slots:
             if self._recorded is not None:
                 raise KtrtError(f"no hand-off of {rows} tokens was made before the capture")
             self._slots[key] = self._core.add_slot(
-                layer, tokens=rows, top_k=top_k, dtype=_name(dtype), name=path
+                layer, tokens=rows, top_k=top_k, dtype=_name(dtype), name=path, adapters=adapters
             )
         return self._slots[key]
 

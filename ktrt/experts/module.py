@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ktrt.engine.recording import active
+from ktrt.engine.step_rows import ACTIVE, RunningStep
 from ktrt.errors import KtrtError
 from ktrt.experts.handoff import Deferred
 from ktrt.utils.patches import Patches
@@ -53,23 +54,30 @@ class KTExperts(nn.Module):
         self._max_qlen = 0
         self._hand_off: HandOff | None = None
         self._path = ""
-        # The engine's number of each sequence's LoRA (-1: none) where sequences have their own: the
-        # tokens are then equal runs in this order, and go through the CPU's memory.
-        self.row_adapters: tuple[int, ...] | None = None
+        # What the model runs now: each token's LoRA.
+        self.running = RunningStep()
         # The GPU's share of this layer, if it has one.
         self.gpu: GpuLayer | None = None
         # The engine gets no expert ids: everything around the experts runs, see ``experts_muted``.
         self.muted = False
 
     def attach(
-        self, layer: MoeLayer, max_qlen: int, hand_off: HandOff | None = None, path: str = ""
+        self,
+        layer: MoeLayer,
+        max_qlen: int,
+        hand_off: HandOff | None = None,
+        path: str = "",
+        running: RunningStep | None = None,
     ) -> None:
         """Binds the packed experts; ``max_qlen`` is the most tokens of one engine call. With
-        ``hand_off`` the module takes tensors of that device only, and errors name its ``path``."""
+        ``hand_off`` the module takes tensors of that device only, and errors name its ``path``.
+        ``running`` tells each token's LoRA; without it all tokens have the active ones."""
         self._layer = layer
         self._max_qlen = max_qlen
         self._hand_off = hand_off
         self._path = path
+        if running is not None:
+            self.running = running
 
     @property
     def layer(self) -> MoeLayer:
@@ -105,51 +113,70 @@ class KTExperts(nn.Module):
     def _forward(
         self, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        gpu = self.gpu if self.row_adapters is None else None
+        gpu, adapters = self.gpu, self._adapters(states)
         if gpu is not None and gpu.streams(states.shape[0]) and not self.muted:
-            return gpu.forward_streamed(states, index, weights)
+            return gpu.forward_streamed(states, index, weights, adapters)
         if gpu is None or not gpu.resident:
             return self._run_engine(states, index, weights)
         ids = gpu.cpu_ids(index)
         if gpu.complete:
-            return gpu.forward_resident(states, index, weights).to(states.dtype)
+            return gpu.forward_resident(states, index, weights, adapters).to(states.dtype)
         # The engine first: through a hand-off, the GPU computes its share meanwhile. The sum is
         # made in float32 and rounded once.
         others = self._run_engine(states.float(), ids, weights)
-        share = gpu.forward_resident(states, index, weights)
+        share = gpu.forward_resident(states, index, weights, adapters)
         if isinstance(others, Deferred):
             return others.plus(share, states.dtype)
         return (share + others).to(states.dtype)
+
+    def _adapters(self, states: torch.Tensor) -> torch.Tensor | None:
+        """Returns the LoRA of each of the rows, on their device; None: the active ones for all."""
+        rows = self.running.rows
+        if rows is None:
+            return None
+        adapters = rows.adapters
+        if rows.device_adapters is not None:
+            # A conversation's decode step spares the stream a copy.
+            if rows.tokens == 1 and int(adapters[0]) == ACTIVE:
+                return None
+            adapters = rows.device_adapters
+        each, rest = divmod(states.shape[0], rows.tokens)
+        if rest or not each:
+            raise KtrtError(
+                f"the experts of {self._path or 'a layer'} were given {states.shape[0]} rows in a "
+                f"step of {rows.tokens} tokens"
+            )
+        return adapters if each == 1 else adapters[:, None].expand(-1, each).reshape(-1)
 
     def _run_engine(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         if self.muted and self._layer is None:
             return torch.zeros_like(hidden_states)
-        layer, rows = self.layer, self.row_adapters
+        layer, adapters = self.layer, self._adapters(hidden_states)
         if self.muted:
             top_k_index = torch.full_like(top_k_index, -1)  # adds nothing and costs nothing
-        if self._hand_off is not None and rows is None:
-            return self._hand_off.run(layer, hidden_states, top_k_index, top_k_weights, self._path)
+        if self._hand_off is not None:
+            return self._hand_off.run(
+                layer, hidden_states, top_k_index, top_k_weights, self._path, adapters
+            )
         states = hidden_states.to("cpu").contiguous()
-        index = top_k_index.to("cpu").contiguous()
-        weights = top_k_weights.to("cpu").contiguous()
+        reads = [states, top_k_index.to("cpu").contiguous(), top_k_weights.to("cpu").contiguous()]
+        if adapters is not None:
+            reads.append(adapters.to("cpu"))
         recorder = active()
-        if recorder is not None and rows is None and states.shape[0] <= self._max_qlen:
-            reads = states, index, weights
-            return recorder.call(states.shape, reads, lambda out: layer.bind(*reads, out).run)
-        if recorder is not None:
-            # The recorder would see an output that nobody fills.
-            raise KtrtError("experts cannot be recorded while rows have their own adapters")
+        if recorder is not None and states.shape[0] <= self._max_qlen:
+            # ``bind`` reads the adapters again at every run of the step.
+            index, weights, *chosen = reads[1:]
+            return recorder.call(
+                states.shape, reads,
+                lambda out: layer.bind(states, index, weights, out, *chosen).run,
+            )  # fmt: skip
         out = torch.empty_like(states)
-        adapters = None
-        if rows is not None:
-            each = torch.tensor(rows, dtype=torch.int64)
-            adapters = each.repeat_interleave(len(states) // len(rows))
         for start in range(0, states.shape[0], self._max_qlen):
             part = slice(start, start + self._max_qlen)
-            chosen = None if adapters is None else adapters[part]
-            layer.forward(states[part], index[part], weights[part], out[part], chosen)
+            hidden, index, weights, *chosen = (each[part] for each in reads)
+            layer.forward(hidden, index, weights, out[part], *chosen)
         return out.to(hidden_states.device)
 
     def extra_repr(self) -> str:

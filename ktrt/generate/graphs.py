@@ -26,7 +26,7 @@ MIN_WINDOW = 512
 # logits changes; a mask or position that is wrong gives unrelated logits, of an error past 1.
 _TOLERANCE = 0.7
 # How captures fail: a step has an operation that cannot be captured, or the results are wrong.
-_FAILURES = (RuntimeError, ValueError, TypeError, KtrtError)
+FAILURES = (RuntimeError, ValueError, TypeError, KtrtError)
 
 
 class HandOff(Protocol):
@@ -116,10 +116,12 @@ class DecodeGraphs:
     """
 
     def __init__(
-        self, model: Any, cache: StaticKv, handoff: HandOff, maker: GraphMaker, *, rows: int = 1
-    ) -> None:
+        self, model: Any, cache: StaticKv, handoff: HandOff, maker: GraphMaker, *, rows: int = 1,
+        first: int = 0,
+    ) -> None:  # fmt: skip
+        """``first``: the slot of the first row; the others follow."""
         self._model, self._cache, self._handoff, self._maker = model, cache, handoff, maker
-        self._argument = cache_argument(model)
+        self._argument, self._first = cache_argument(model), first
         device = model.get_input_embeddings().weight.device
         # Ids and positions, in the memory that the graphs read.
         self._inputs = torch.zeros(2, rows, 1, dtype=torch.int64, device=device)
@@ -169,8 +171,8 @@ class DecodeGraphs:
             unharmed = False
             # A replay that writes nothing must not pass by what the capture has written.
             logits.fill_(torch.nan)
-            self._check(self._replay(window, ids, lengths), expected)
-        except _FAILURES as error:
+            check_logits(self._replay(window, ids, lengths), expected)
+        except FAILURES as error:
             self._maker.usable = False
             self.clear()
             logger.log(
@@ -191,7 +193,7 @@ class DecodeGraphs:
         while window <= window_of([length - 1]):
             try:
                 self._capture(window)
-            except _FAILURES as error:
+            except FAILURES as error:
                 logger.debug("No %s ahead for window %d: %s", self._maker.what, window, error)
                 return
             window *= 2
@@ -214,7 +216,7 @@ class DecodeGraphs:
         logits = self._logits_memory(like.expand(len(ids), -1))
         try:
             self._capture(window_of(lengths))
-        except _FAILURES as error:
+        except FAILURES as error:
             logger.debug("No %s without a plain forward first: %s", self._maker.what, error)
             return None
         return logits.clone() if self._maker.captures_compute else self.step(ids, lengths)
@@ -254,12 +256,12 @@ class DecodeGraphs:
 
     def _run(self, window: int) -> None:
         ids, positions = self._inputs
-        mask = self._mask(positions, window)
+        mask = attention_mask(self._model, positions, window)
         recorder = active()
         if recorder is not None:
             one = len(positions) == 1
             recorder.describe([self._inputs], mask, (lambda: self._length) if one else None)
-        with self._cache.step(positions, window):
+        with self._cache.window(positions, window, self._first):
             output = self._model(
                 input_ids=ids,
                 position_ids=positions,
@@ -272,26 +274,29 @@ class DecodeGraphs:
         assert self._logits is not None
         self._logits.copy_(logits)
 
-    def _mask(self, positions: torch.Tensor, window: int) -> torch.Tensor:
-        """[rows, 1, 1, window], in the form that the model's attention takes."""
-        seen = torch.arange(window, device=positions.device) <= positions
-        seen = seen[:, None, None, :]
-        implementation = self._model.config._attn_implementation
-        if implementation == "sdpa" or _takes_sdpa_mask(implementation):
-            return seen
-        if implementation != "eager":
-            raise KtrtError(f"attention {implementation} takes no mask of a fixed length")
-        dtype = self._model.get_input_embeddings().weight.dtype
-        return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
-    @staticmethod
-    def _check(logits: torch.Tensor, expected: torch.Tensor) -> None:
-        error = float((logits.float() - expected.float()).norm() / expected.float().norm())
-        if not error <= _TOLERANCE:  # NaN is no match either
-            raise KtrtError(
-                f"its logits differ from the plain forward's, relative error {error:.2f}, expected "
-                f"below {_TOLERANCE}"
-            )
+def attention_mask(model: Any, positions: torch.Tensor, window: int) -> torch.Tensor:
+    """[rows, 1, 1, window], in the form that the model's attention takes: the positions up to each
+    row's own."""
+    seen = torch.arange(window, device=positions.device) <= positions
+    seen = seen[:, None, None, :]
+    implementation = model.config._attn_implementation
+    if implementation == "sdpa" or _takes_sdpa_mask(implementation):
+        return seen
+    if implementation != "eager":
+        raise KtrtError(f"attention {implementation} takes no mask of a fixed length")
+    dtype = model.get_input_embeddings().weight.dtype
+    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def check_logits(logits: torch.Tensor, expected: torch.Tensor) -> None:
+    """``KtrtError``: a replay's logits are not the plain forward's."""
+    error = float((logits.float() - expected.float()).norm() / expected.float().norm())
+    if not error <= _TOLERANCE:  # NaN is no match either
+        raise KtrtError(
+            f"its logits differ from the plain forward's, relative error {error:.2f}, expected "
+            f"below {_TOLERANCE}"
+        )
 
 
 def _takes_sdpa_mask(implementation: str) -> bool:

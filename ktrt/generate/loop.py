@@ -4,7 +4,6 @@ Three layers: ``generate_step`` yields token ids, ``stream_generate`` adds stop 
 timings, and sessions build conversations on both. The model itself runs in ``generate.runner``.
 """
 
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -13,10 +12,11 @@ import torch
 
 from ktrt.config import SamplingArgs
 from ktrt.errors import ConfigError
-from ktrt.generate.response import FinishReason, TokenResponse
+from ktrt.generate.answer import Answer
+from ktrt.generate.response import TokenResponse
 from ktrt.generate.runner import KvCache
-from ktrt.generate.sampling import Sampler, log_probabilities, make_sampler
-from ktrt.generate.text_stream import Decoder, StopStrings, TextStream
+from ktrt.generate.sampling import Sampler
+from ktrt.generate.text_stream import Decoder
 
 # Called with (done, total) of the new prompt tokens: 0 done first, then after each forward.
 OnPrefill = Callable[[int, int], None]
@@ -92,58 +92,14 @@ def stream_generate(
     """Yields the answer to ``prompt_ids``, a response per token, without the text of a stop id or
     stop string. ``stop_ids`` and ``max_tokens`` apply in addition to those in ``sampling``;
     ``shown_tokens`` are shown despite ``skip_special_tokens`` (see ``TextStream``)."""
-    start = time.perf_counter()
+    answer = Answer(
+        tokenizer, prompt_ids, sampling,
+        stop_ids=stop_ids, max_tokens=max_tokens, shown_tokens=shown_tokens,
+    )  # fmt: skip
     reused = cache.reuse(prompt_ids)
-    sampler = make_sampler(sampling, prompt_ids)
-    stream = TextStream(
-        tokenizer, skip_special_tokens=sampling.skip_special_tokens, shown=shown_tokens
-    )
-    text = _AnswerText(stream, sampling, stop_ids, min(max_tokens, sampling.max_new_tokens))
-    first = start
-    steps = generate_step(cache, prompt_ids[reused:], sampler, on_prefill)
-    for count, (token, logits) in enumerate(steps, start=1):
-        piece, reason = text.push(token, count)
-        scored = None
-        if sampling.logprobs:
-            scored = log_probabilities(logits, token, sampling.top_logprobs)
-        now = time.perf_counter()
-        if count == 1:
-            first = now
-        yield TokenResponse(
-            text=piece,
-            token=token,
-            finish_reason=reason,
-            prompt_tokens=len(prompt_ids),
-            reused_tokens=reused,
-            generated_tokens=count,
-            prefill_seconds=first - start,
-            decode_seconds=now - first,
-            logprob=scored[0] if scored else None,
-            top_logprobs=scored[1] if scored else (),
-        )
-        if reason:
+    answer.begin(reused)
+    for token, logits in generate_step(cache, prompt_ids[reused:], answer.sampler, on_prefill):
+        response = answer.push(token, logits)
+        yield response
+        if response.finish_reason:
             return
-
-
-class _AnswerText:
-    """An answer's text as it may be shown, and its end."""
-
-    def __init__(
-        self, text: TextStream, args: SamplingArgs, stop_ids: Collection[int], max_tokens: int
-    ) -> None:
-        self._text = text
-        self._strings = StopStrings(args.stop_strings)
-        self._stop_ids = {*stop_ids, *args.stop_token_ids}
-        self._max_tokens = max_tokens
-
-    def push(self, token: int, count: int) -> tuple[str, FinishReason | None]:
-        """The text to show after the ``count``-th token, and why the answer ends with it, if it
-        does."""
-        if token in self._stop_ids:
-            return self._strings.flush(), "stop"
-        piece = self._strings.push(self._text.push(token))
-        if self._strings.found:
-            return piece, "stop"
-        if count == self._max_tokens:
-            return piece + self._strings.flush(), "length"
-        return piece, None

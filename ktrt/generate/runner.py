@@ -1,42 +1,55 @@
-"""Runs the model: a KV cache together with its token ids, and the forward that extends both.
+"""Runs the model: steps of many sequences on the slots of a KV pool, and one conversation's client.
 
-Only this module and ``generate.graphs`` call the model for an answer.
+Only this package calls the model for an answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import weakref
 from contextlib import suppress
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import DynamicCache
-
 from ktrt.engine.active_set import ActiveSet
-from ktrt.generate.graphs import DecodeGraphs
-from ktrt.kv.snapshots import Mark, continues, crop, needs_marks
-from ktrt.kv.static import StaticKv, cache_argument, makes_own_cache, unusual_layers
+from ktrt.engine.step_rows import RunningStep
+from ktrt.errors import KtrtError
+from ktrt.generate.alone import Alone
+from ktrt.generate.device_memory import DeviceMemory
+from ktrt.generate.forwards import Forwards, Part, why_alone
+from ktrt.generate.mixed import Mixed
+from ktrt.generate.row_steps import RowSteps
+from ktrt.generate.step import Span, Step
+from ktrt.kv.pool import MOST_SLOTS, KvPool, Slot
+from ktrt.kv.snapshots import continues
+from ktrt.kv.static import CannotMixError, StaticKv, unusual_layers
+from ktrt.kv.stores import OwnStore, PlainStore
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from array import array
+    from collections.abc import Callable, Hashable, Sequence
+
+    import torch
 
     from ktrt.experts import GpuExperts
+    from ktrt.generate.alone import GraphsFor
+    from ktrt.generate.device_memory import DeviceLora
+    from ktrt.generate.graphs import GraphMaker
+    from ktrt.generate.row_graphs import RowGraphs
+
+logger = logging.getLogger(__name__)
 
 # Tokens per forward of a prompt: enough for efficient GEMMs, few enough that Ctrl-C acts soon and
 # the attention's memory stays small.
 PREFILL_CHUNK = 512
 # With a GPU: the engine's maximum per call, since every forward reads all experts' weights.
 GPU_PREFILL_CHUNK = 1024
-# Snapshots that a cache with windows or states keeps: three for each of two turns.
-_MOST_MARKS = 6
-
-# Makes the graphs that decode on a cache.
-GraphsFor = Callable[[StaticKv], DecodeGraphs]
 
 
-class KvCache:
-    """A model's KV cache and the token ids that it holds."""
+class ModelRunner:
+    """A model together with the slots of its KV cache; the only caller of the model for answers.
+
+    Not for several threads. ``pool`` opens and closes the slots.
+    """
 
     def __init__(
         self,
@@ -44,162 +57,253 @@ class KvCache:
         graphs: GraphsFor | None = None,
         gpu: GpuExperts | None = None,
         active_set: ActiveSet | None = None,
+        *,
+        running: RunningStep | None = None,
+        maker: GraphMaker | None = None,
+        row_graphs: Callable[[StaticKv, RunningStep], RowGraphs] | None = None,
+        linears: DeviceLora | None = None,
+        slots: int = MOST_SLOTS,
+        capacity: int | None = None,
+        budget: int | None = None,
     ) -> None:
-        """Without ``graphs``, and where the cache is not ``plain``, the host launches each step.
-        ``gpu``: the GPU's share of the model's routed experts; ``active_set``: its adapters'."""
-        self.model = model
-        self.device = model.get_input_embeddings().weight.device
-        self._gpu = gpu
-        # The version of the GPU's memory that the graphs were captured with.
-        self._gpu_version = -1
-        # The adapters that the keys and values, and the graphs, were made with.
-        self._active_set = ActiveSet() if active_set is None else active_set
-        self._version, self._changes = self._active_set.version, self._active_set.changes
-        self._intact = True
-        self._own_cache = makes_own_cache(model)
-        self._argument = cache_argument(model)
+        """``graphs`` decode single sequences (None: the host launches every step). ``gpu``: the
+        GPU's share of the model's routed experts; ``active_set``: its adapters'.
+
+        ``running`` is the step that the model's layers look at; None: they do not, and sequences
+        run one after the other. ``maker`` records the steps of many, ``row_graphs`` captures them
+        on a GPU, where ``linears`` keeps LoRA. ``capacity``: positions of a slot, reserved at once;
+        None: memory grows as needed, and moves. ``budget``: bytes for keys and values.
+        """
+        self.model, self.gpu = model, gpu
+        self.active_set = ActiveSet() if active_set is None else active_set
+        self._forwards = Forwards(model, RunningStep() if running is None else running)
+        self.device = self._forwards.device
         self.plain = not unusual_layers(model)
+        self.cache: StaticKv | None = None
+        reserved = capacity is not None and self.device.type == "cpu"
+        if self.plain:
+            self.cache = _static(model, slots, capacity, reserved=reserved)
+            store: PlainStore | OwnStore = PlainStore(self.cache, None if reserved else slots)
+        else:
+            store = OwnStore(model, slots)
+        self.pool = KvPool(store, continues=continues(model), budget=budget)
+        self._alone: Alone | None = None
+        self._mixed: Mixed | None = None
+        if self.cache is not None:
+            rows = row_graphs and row_graphs(self.cache, self._forwards.running)
+            self._alone = Alone(self._forwards, self.cache, graphs, rows)
+        if self.cache is not None and not why_alone(model, running):
+            steps = None
+            if maker is not None and reserved:
+                steps = RowSteps(model, self.cache, self._forwards.running, maker)
+            self._mixed = Mixed(self._forwards, self.cache, steps)
+        # Whether the model's layers take the adapter that a span names.
+        self.by_row = running is not None
+        self._memory = DeviceMemory(gpu, linears)
+        # The adapters that the graphs were captured with.
+        self._structure = self.active_set.structure
+        self._moves = 0
+
+    @property
+    def mixes(self) -> bool:
+        """Whether tokens of several slots share a forward."""
+        return self._mixed is not None
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether decode steps of single sequences are replayed."""
+        return any(each.count for each in (self._alone, self._mixed) if each is not None)
+
+    def capture_ahead(self, slot: int, length: int) -> None:
+        """Captures a slot's decode steps for up to ``length`` positions, after a step whose graph
+        was compared with the plain forward's."""
+        graphs = None if self._alone is None else self._alone.graphs.get(slot)
+        if graphs is not None and graphs.count and self.cache is not None:
+            graphs.capture_up_to(min(length, self.cache.capacity))
+
+    def prefill_chunk(self, remaining: int) -> int:
+        """Tokens of a prompt's next forward."""
+        streamed = None if self.gpu is None else self.gpu.prefill_chunk(remaining)
+        return streamed or (GPU_PREFILL_CHUNK if self.device.type == "cuda" else PREFILL_CHUNK)
+
+    def run(self, step: Step) -> list[torch.Tensor]:
+        """Runs the step; returns the wanted logits [wanted, vocab_size] of each span. The slots
+        hold its tokens then.
+
+        After ``KeyboardInterrupt`` they hold what they held before, where that is possible; after
+        any other exception they are empty.
+        """
+        parts = [Part(span, span.slot.length) for span in step.spans]
+        self._check(parts)
+        self.pool.make_room([p.span.slot for p in parts], [p.end for p in parts])
+        held = [part.span.slot.take() for part in parts]
+        try:
+            logits = self._run(parts, held)
+        except KeyboardInterrupt:
+            # Some layers hold the new tokens by now and others do not.
+            with suppress(Exception):
+                self._restore(parts, held)
+            raise
+        except BaseException:
+            for part in parts:
+                self.pool.empty(part.span.slot)
+            raise
+        for part, tokens in zip(parts, held, strict=True):
+            part.span.slot.put(tokens, part.span.ids)
+            self.pool.touch(part.span.slot)
+        return logits
+
+    @staticmethod
+    def _check(parts: Sequence[Part]) -> None:
+        if not parts or any(not part.count for part in parts):
+            raise KtrtError("a step needs a token of every sequence in it, and a sequence")
+        if len({part.span.slot.index for part in parts}) < len(parts):
+            raise KtrtError("a step has one span of a slot, and found two of one")
+
+    def _restore(self, parts: Sequence[Part], held: Sequence[array[int]]) -> None:
+        for part, tokens in zip(parts, held, strict=True):
+            if self._alone is None or self._alone.intact:
+                part.span.slot.put(tokens)
+                self.pool.rollback(part.span.slot, part.start)
+            else:
+                self.pool.empty(part.span.slot)
+
+    def _run(self, parts: Sequence[Part], held: Sequence[array[int]]) -> list[torch.Tensor]:
+        changed = self._follow(parts)
+        if self.cache is None:
+            return [self._on_own_cache(part) for part in parts]
+        assert self._alone is not None
+        reason = ""
+        if self._mixed is not None and self._shares(parts):
+            try:
+                return self._mixed.run(parts, changed=changed)
+            except CannotMixError as error:
+                reason = str(error)
+            for part in parts:
+                self.cache.truncate(part.span.slot.index, part.start)
+        logits = self._alone.run(parts, held, changed=changed)
+        if reason:
+            # Only now: what also fails one by one has another reason.
+            self._mixed = None
+            logger.info("Sequences run one after the other, not in one forward: %s", reason)
+        return logits
+
+    def _shares(self, parts: Sequence[Part]) -> bool:
+        """Whether the step is one forward: on the CPU always, so that bits do not depend on
+        company; on a GPU decode rows have graphs, and a prompt alone is as before."""
+        rows = all(part.is_row for part in parts)
+        return self.device.type == "cpu" or (len(parts) > 1 and not rows)
+
+    def _follow(self, parts: Sequence[Part]) -> bool:
+        """Drops the graphs whose memory or adapters have changed; whether adapters have, whose
+        numbers the next forward must take, which a graph cannot while it is captured."""
+        moved = False
+        if self.cache is not None:
+            assert self._alone is not None
+            end = max(part.end for part in parts)
+            if self._alone.rows is not None:
+                end = self._alone.rows.capacity_for(end)
+            self.cache.reserve(end, 1 + max(part.span.slot.index for part in parts))
+            moved, self._moves = self._moves != self.cache.moves, self.cache.moves
+        moved |= self._memory.moved()
+        changed = self._structure != self.active_set.structure
+        self._structure = self.active_set.structure
+        if moved or changed:
+            for kept in (self._alone, self._mixed):
+                if kept is not None:
+                    kept.clear()
+        return changed
+
+    def _on_own_cache(self, part: Part) -> torch.Tensor:
+        store = self.pool.store
+        assert isinstance(store, OwnStore)
+        slot = part.span.slot
+        logits, cache = self._forwards.alone(part, store.cache(slot))
+        store.caches[slot.index] = cache
+        return logits
+
+
+def _static(model: Any, slots: int, capacity: int | None, *, reserved: bool) -> StaticKv:
+    if not reserved:
+        return StaticKv(model.config)
+    return StaticKv(model.config, slots=slots, capacity=capacity, reserved=True)
+
+
+class KvCache:
+    """One conversation's client: a slot, opened when it is first needed."""
+
+    def __init__(
+        self,
+        model: Any,
+        graphs: GraphsFor | None = None,
+        gpu: GpuExperts | None = None,
+        active_set: ActiveSet | None = None,
+        *,
+        runner: ModelRunner | None = None,
+    ) -> None:
+        """On a pool of its own, or on that of ``runner``, which then knows all the rest."""
+        self.runner = runner or ModelRunner(model, graphs, gpu, active_set, slots=1)
+        self.model, self.device, self.plain = model, self.runner.device, self.runner.plain
         # Whether several tokens at once can follow the held ones.
-        self.continues = continues(model)
-        self._graphs: DecodeGraphs | None = None
-        # Logits of the last plain forward; the first tokens of a prompt always are one.
-        self._logits = torch.empty(0)
-        self._cache: Any = None
-        if graphs is not None and self.plain:
-            self._cache = StaticKv(model.config)
-            self._graphs = graphs(self._cache)
-        self._reset()
+        self.continues = self.runner.pool.continues
+        self._slot: Slot | None = None
 
     @property
     def length(self) -> int:
         """How many tokens are held."""
-        return len(self._ids)
+        return 0 if self._slot is None else self._slot.length
 
     @property
     def has_graphs(self) -> bool:
         """Whether decode steps have been captured, and replays are used."""
-        return self._graphs is not None and self._graphs.count > 0
+        return self.runner.has_graphs
 
     def capture_ahead(self, length: int) -> None:
         """Captures the decode steps for up to ``length`` positions, after a decode step whose graph
         was compared with the plain forward's; nothing where there are no graphs."""
-        if self._graphs is not None and self.has_graphs:
-            self._graphs.capture_up_to(min(length, self._cache.capacity))
-
-    def _reset(self) -> None:
-        self._ids: list[int] = []
-        self._marks: list[Mark] = []
-        if self._graphs is not None:
-            self._cache.reset()
-        else:
-            self._cache = None if self._own_cache else DynamicCache(config=self.model.config)
+        if self._slot is not None:
+            self.runner.capture_ahead(self._slot.index, length)
 
     def reuse(self, prompt_ids: Sequence[int]) -> int:
         """Keeps the longest usable prefix of the prompt; returns its length.
 
         It never includes the prompt's last token, whose logits are needed.
         """
-        if self._version != self._active_set.version:
-            self._reset()
-            self._version = self._active_set.version
-        pairs = zip(self._ids, prompt_ids[:-1], strict=False)
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        if shared == 0 or not self.continues:
-            self._reset()
-        elif shared < len(self._ids):
-            self._go_back(self._ids, shared)
-        self.mark()
-        return len(self._ids)
+        key = self._key()
+        if self._slot is None or self._slot.key != key:
+            self._drop()
+            self._open(key, prompt_ids)
+        else:
+            self.runner.pool.reuse(self._slot, prompt_ids)
+        return self.length
+
+    def _key(self) -> Hashable:
+        """Says what the keys and values are computed with."""
+        return "version", self.runner.active_set.version
+
+    def _open(self, key: Hashable, prompt_ids: Sequence[int]) -> Slot:
+        pool = self.runner.pool
+        self._slot = pool.open(key, prompt_ids)
+        # Idle when this object goes.
+        self._close = weakref.finalize(self, pool.close, self._slot)
+        return self._slot
+
+    def _drop(self) -> None:
+        if self._slot is not None:
+            self._close()
+            self._slot = None
 
     def mark(self, *, replace: bool = False) -> None:
         """Saves a snapshot of the cache where cropping may be impossible later; ``replace``: in
         place of the latest snapshot."""
-        if not self._ids or not self.continues or not needs_marks(self._cache):
-            return
-        if replace and self._marks:
-            self._marks.pop()
-        if all(mark.length != len(self._ids) for mark in self._marks):
-            self._marks = [*self._marks[1 - _MOST_MARKS :], Mark.of(self._cache, len(self._ids))]
-
-    def _go_back(self, ids: Sequence[int], length: int) -> None:
-        """Rolls the cache back to at most ``length`` tokens of ``ids``; an interrupted forward may
-        have left extra ones."""
-        self._ids = []  # an exception in here leaves nothing that is trusted
-        marks = [mark for mark in self._marks if mark.length <= length]
-        if not crop(self._cache, length):
-            length = marks[-1].length if marks else 0
-            if not marks or not marks[-1].restore(self._cache):
-                self._reset()
-                return
-        self._marks = marks
-        self._ids = list(ids[:length])
+        if self._slot is not None:
+            self.runner.pool.mark(self._slot, replace=replace)
 
     def prefill_chunk(self, remaining: int) -> int:
         """Tokens of a prompt's next forward."""
-        streamed: int | None = None
-        if self._gpu is not None:
-            streamed = self._gpu.prefill_chunk(remaining)
-        return streamed or (GPU_PREFILL_CHUNK if self.device.type == "cuda" else PREFILL_CHUNK)
+        return self.runner.prefill_chunk(remaining)
 
     def forward(self, ids: Sequence[int]) -> torch.Tensor:
         """Runs the model on the next ``ids``; returns the last position's logits [vocab_size]."""
-        held, self._ids = self._ids, []
-        self._intact = True
-        try:
-            if self._graphs is None:
-                logits = self._plain_forward(ids)
-            else:
-                logits = self._graph_forward(self._graphs, held, ids)
-        except KeyboardInterrupt:
-            # Some layers hold the new tokens by now and others do not.
-            if self._intact and self._cache is not None:
-                with suppress(Exception):
-                    self._go_back(held, len(held))
-            raise
-        # Only now: after any other exception nothing is trusted, and without ids the next `reuse`
-        # starts from an empty cache.
-        held.extend(ids)
-        self._ids = held
-        return logits
-
-    def _graph_forward(
-        self, graphs: DecodeGraphs, held: Sequence[int], ids: Sequence[int]
-    ) -> torch.Tensor:
-        moved = self._cache.reserve(len(held) + len(ids))
-        if self._gpu is not None:
-            self._gpu.refresh()
-            moved |= self._gpu.version != self._gpu_version
-            self._gpu_version = self._gpu.version
-        # The next forward must be the model's own: it takes the adapters' numbers, which a graph
-        # cannot while it is captured.
-        changed = self._changes != self._active_set.changes
-        self._changes = self._active_set.changes
-        if moved or changed:
-            graphs.clear()
-        if len(ids) > 1 or changed or self._active_set.by_row:
-            return self._plain_forward(ids)
-        found = graphs.step(ids, [len(held)])
-        if found is None:
-            found = graphs.capture(ids, [len(held)], self._logits)
-        if found is not None:
-            self._cache.set_length(len(held) + 1)
-            return found[0]
-        logits = self._plain_forward(ids)
-        self._intact = False
-        if not graphs.prepare(ids, [len(held)], logits.unsqueeze(0)):
-            # It may have stored anything anywhere.
-            self._cache.reset()
-            everything = [*held, *ids]
-            for start in range(0, len(everything), PREFILL_CHUNK):
-                logits = self._plain_forward(everything[start : start + PREFILL_CHUNK])
-        return logits
-
-    def _plain_forward(self, ids: Sequence[int]) -> torch.Tensor:
-        inputs = torch.tensor([list(ids)], device=self.device)
-        with torch.inference_mode():
-            held = {self._argument: self._cache}
-            output = self.model(input_ids=inputs, use_cache=True, logits_to_keep=1, **held)
-        if self._cache is None:
-            self._cache = getattr(output, self._argument)
-        self._logits = output.logits[0, -1]
-        return self._logits
+        slot = self._slot or self._open(self._key(), ())
+        return self.runner.run(Step((Span(slot=slot, ids=ids),)))[0][-1]

@@ -4,117 +4,238 @@ Order and semantics are the same as in transformers (generation/logits_process.p
 repetition penalty, then, when sampling, temperature, top_k, top_p, min_p and a multinomial draw,
 all in float32. OpenAI's presence and frequency penalties, which transformers lacks, follow the
 repetition penalty, where its generate puts the caller's processors. The same logits and seed give
-the same token.
+the same token, in any company.
+
+``_exact_draw`` is the definition. ``generate.race`` finds the same token among a few candidates, or
+finds that rounding could decide, and then the definition does.
 """
 
-from collections.abc import Callable, Sequence
+from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import TYPE_CHECKING
+
+import numpy as np
 import torch
 
-from ktrt.config import SamplingArgs
 from ktrt.errors import KtrtError
+from ktrt.generate.race import Filters, draw
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from ktrt.config import SamplingArgs
+
+    Scores = NDArray[np.float32]
+    # From scores and counts, which are 1 or more, to scores.
+    Rule = Callable[[Scores, Scores], Scores]
 
 Sampler = Callable[[torch.Tensor], int]
 
 # Divided by less, ordinary logits leave float32's range. Two different logits are at least 1e-9
 # apart there, so that even at this temperature all but the best have the probability 0.
 _COLDEST = 1e-30
+# A thread's start costs about as much as one row.
+_ROWS_PER_THREAD = 4
+_MOST_THREADS = 16
 
 
-def make_sampler(args: SamplingArgs, prompt_ids: Sequence[int]) -> Sampler:
-    """A function from the next position's logits [vocab_size] (any float dtype) to a token id.
+def make_sampler(args: SamplingArgs, prompt_ids: Sequence[int]) -> RowSampler:
+    """Returns a function from the next position's logits [vocab_size] (any float dtype) to a token
+    id.
 
     It remembers what it chose: one sampler serves one answer, called once per token. The repetition
     penalty counts ``prompt_ids`` too. ``KtrtError``: NaN among the logits.
     """
-    greedy = not args.do_sample or args.temperature < _COLDEST
-    generator: torch.Generator | None = None
-    penalties = [each for each in (_repetition(args, prompt_ids), _openai(args)) if each]
+    return RowSampler(args, prompt_ids)
 
-    def sample(logits: torch.Tensor) -> int:
-        nonlocal generator
-        scores = logits.to(torch.float32)
-        if torch.isnan(scores).any():
-            raise KtrtError(
-                "the model's logits hold NaN: weights or adapter are damaged, or infer_dtype "
-                "float16 overflowed (try bfloat16)"
-            )
-        for penalty in penalties:
-            scores = penalty.apply(scores)
-        if greedy:
+
+class RowSampler:
+    """One answer's settings, penalties and random numbers."""
+
+    def __init__(self, args: SamplingArgs, prompt_ids: Sequence[int]) -> None:
+        self._args = args
+        self._greedy = not args.do_sample or args.temperature < _COLDEST
+        self._penalties = [each for each in (_repetition(args, prompt_ids), _openai(args)) if each]
+        self._generator: torch.Generator | None = None
+
+    def __call__(self, logits: torch.Tensor) -> int:
+        (token,) = sample_rows([self], logits.unsqueeze(0))
+        if isinstance(token, KtrtError):
+            raise token
+        return token
+
+    @property
+    def plain_greedy(self) -> bool:
+        """Whether the choice is the largest logit."""
+        return self._greedy and not self._penalties
+
+    def choose(self, scores: Scores) -> int | KtrtError:
+        """Returns the token for ``scores`` [vocab_size], the logits in float32."""
+        token = int(scores.argmax())  # NaN, if there is one
+        if np.isnan(scores[token]):
+            return _nan_error()
+        if self._penalties:
+            scores = scores.copy()
+            for penalty in self._penalties:
+                penalty.apply(scores)
+        if not self._greedy:
+            token = self._draw(scores)
+        elif self._penalties:
             token = int(scores.argmax())
-        else:
-            if generator is None:
-                generator = _generator(args.seed, scores.device)
-            probabilities = _filter(scores / args.temperature, args).softmax(dim=-1)
-            token = int(torch.multinomial(probabilities, 1, generator=generator))
-        for penalty in penalties:
+        for penalty in self._penalties:
             penalty.count(token)
         return token
 
-    return sample
+    def _draw(self, scores: Scores) -> int:
+        if self._generator is None:
+            self._generator = _generator(self._args.seed)
+        args = self._args
+        scores = scores / np.float32(args.temperature)
+        token = draw(scores, Filters(args.top_k, args.top_p, args.min_p), self._generator)
+        if token is None:
+            token = _exact_draw(torch.from_numpy(scores), args, self._generator)
+        return token
 
 
-def log_probabilities(
-    logits: torch.Tensor, token: int, count: int
-) -> tuple[float, tuple[tuple[int, float], ...]]:
+def sample_rows(
+    samplers: Sequence[RowSampler], logits: Sequence[torch.Tensor] | torch.Tensor
+) -> list[int | KtrtError]:
+    """Returns each row's next token from ``logits``, rows of [vocab_size], or why that row has
+    none: NaN among its logits. A row that fails changes neither its sampler nor another row.
+
+    Logits on a GPU come to the CPU in one copy, or only their largest's indices where that is all
+    that the rows ask for: a seed gives the same answer on every device.
+    """
+    if len(samplers) != len(logits):
+        raise ValueError(f"{len(samplers)} samplers, {len(logits)} rows of logits")
+    if not samplers:
+        return []
+    with torch.inference_mode():
+        if logits[0].device.type != "cpu":
+            logits = logits if isinstance(logits, torch.Tensor) else torch.stack(tuple(logits))
+            if all(each.plain_greedy for each in samplers):
+                return _largest(logits)
+            logits = logits.cpu()
+        # NumPy, so that a thread per row is one thread: torch's operations start threads.
+        rows = [row.to(torch.float32).numpy() for row in logits]
+    threads = min(_threads(), len(samplers) // _ROWS_PER_THREAD)
+    if threads < 2:
+        return [_choose(*pair) for pair in zip(samplers, rows, strict=True)]
+    return list(_pool().map(_choose, samplers, rows))
+
+
+def _choose(sampler: RowSampler, scores: Scores) -> int | KtrtError:
+    return sampler.choose(scores)
+
+
+def _largest(logits: torch.Tensor) -> list[int | KtrtError]:
+    best = logits.to(torch.float32).argmax(dim=-1)
+    values = logits.gather(-1, best.unsqueeze(-1)).squeeze(-1)
+    found = torch.where(torch.isnan(values), -1, best).tolist()
+    return [_nan_error() if token < 0 else token for token in found]
+
+
+def _nan_error() -> KtrtError:
+    return KtrtError(
+        "the model's logits hold NaN: weights or adapter are damaged, or infer_dtype float16 "
+        "overflowed (try bfloat16)"
+    )
+
+
+def _threads() -> int:
+    return min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_threads(), thread_name_prefix="ktrt-sampling")
+
+
+LogProbabilities = tuple[float, tuple[tuple[int, float], ...]]
+
+
+def log_probabilities(logits: torch.Tensor, token: int, count: int) -> LogProbabilities:
     """Returns the log probability of ``token``, and of the ``count`` likeliest as (id, value), best
     first: from the model's ``logits`` [vocab_size], before penalties, temperature and filters.
     """
-    values = logits.to(torch.float32).log_softmax(dim=-1)
-    best = torch.topk(values, min(count, values.numel()))
-    top = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return float(values[token]), tuple(top)
+    return log_probability_rows(logits.unsqueeze(0), [token], [count])[0]
+
+
+def log_probability_rows(
+    logits: torch.Tensor, tokens: Sequence[int], counts: Sequence[int]
+) -> list[LogProbabilities]:
+    """Returns ``log_probabilities`` of each row of ``logits`` [rows, vocab_size]."""
+    with torch.inference_mode():
+        values = logits.to(torch.float32).log_softmax(dim=-1)
+        best = torch.topk(values, min(max(counts), values.shape[-1]))
+        chosen = values.gather(-1, torch.tensor(tokens, device=values.device).unsqueeze(-1))
+        found = chosen.squeeze(-1).tolist()
+        indices, top = best.indices.tolist(), best.values.tolist()
+    return [
+        (value, tuple(zip(ids[:count], values[:count], strict=True)))
+        for value, ids, values, count in zip(found, indices, top, counts, strict=True)
+    ]
 
 
 class _Penalty:
-    """Lowers the scores of tokens by how often they were there, in a tensor [vocab_size]."""
+    """Lowers the scores of the tokens that were there, by how often, in place."""
 
-    def __init__(self, rule: "_Rule", ids: Sequence[int] = ()) -> None:
-        self._rule, self._ids = rule, ids
-        self._counts: torch.Tensor | None = None
+    def __init__(self, rule: Rule, ids: Sequence[int] = ()) -> None:
+        self._rule = rule
+        self._places = {token: place for place, token in enumerate(dict.fromkeys(ids))}
+        self._ids = np.fromiter(self._places, np.int64, len(self._places))
+        self._counts = np.ones(len(self._places), np.float32)
 
-    def apply(self, scores: torch.Tensor) -> torch.Tensor:
-        if self._counts is None:
-            self._counts = torch.zeros_like(scores)
-            # A prompt may have words of an adapter that is off: the base cannot answer them.
-            self._counts[[each for each in self._ids if each < len(scores)]] = 1
-        return self._rule(scores, self._counts)
+    def apply(self, scores: Scores) -> None:
+        # A prompt may have words of an adapter that is off: the base cannot answer them.
+        known = self._ids < len(scores)
+        ids = self._ids[known]
+        scores[ids] = self._rule(scores[ids], self._counts[known])
 
     def count(self, token: int) -> None:
-        assert self._counts is not None
-        self._counts[token] += 1
-
-
-_Rule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+        place = self._places.setdefault(token, len(self._ids))
+        if place == len(self._ids):
+            self._ids = np.append(self._ids, token)
+            self._counts = np.append(self._counts, np.float32(0))
+        self._counts[place] += 1
 
 
 def _repetition(args: SamplingArgs, prompt_ids: Sequence[int]) -> _Penalty | None:
-    factor = args.repetition_penalty
+    factor = np.float32(args.repetition_penalty)
 
-    def rule(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        lowered = torch.where(scores < 0, scores * factor, scores / factor)
-        return torch.where(counts > 0, lowered, scores)
+    def rule(scores: Scores, _counts: Scores) -> Scores:
+        return np.where(scores < 0, scores * factor, scores / factor)
 
-    return None if factor == 1 else _Penalty(rule, prompt_ids)
+    return None if args.repetition_penalty == 1 else _Penalty(rule, prompt_ids)
 
 
 def _openai(args: SamplingArgs) -> _Penalty | None:
-    presence, frequency = args.presence_penalty, args.frequency_penalty
+    presence, frequency = np.float32(args.presence_penalty), np.float32(args.frequency_penalty)
 
-    def rule(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        return scores - counts * frequency - (counts > 0).to(scores.dtype) * presence
+    def rule(scores: Scores, counts: Scores) -> Scores:
+        return scores - counts * frequency - presence
 
-    return None if presence == frequency == 0 else _Penalty(rule)
+    return None if args.presence_penalty == args.frequency_penalty == 0 else _Penalty(rule)
 
 
-def _generator(seed: int | None, device: torch.device) -> torch.Generator:
-    generator = torch.Generator(device)
+def _generator(seed: int | None) -> torch.Generator:
+    generator = torch.Generator()
     if seed is None:
         generator.seed()
     else:
         generator.manual_seed(seed)
     return generator
+
+
+def _exact_draw(scores: torch.Tensor, args: SamplingArgs, generator: torch.Generator) -> int:
+    probabilities = _filter(scores, args).softmax(dim=-1)
+    return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
 def _filter(scores: torch.Tensor, args: SamplingArgs) -> torch.Tensor:

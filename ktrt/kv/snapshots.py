@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import DynamicCache, cache_utils
 
-from ktrt.kv.static import StaticLayer, makes_own_cache
+from ktrt.kv.static import makes_own_cache
 
 
 def _classes(*names: str) -> tuple[type, ...]:
@@ -23,7 +23,7 @@ def _classes(*names: str) -> tuple[type, ...]:
     return tuple(getattr(cache_utils, name) for name in names if hasattr(cache_utils, name))
 
 
-_FULL = (*_classes("DynamicLayer", "DynamicIndexedLayer"), StaticLayer)
+_FULL = _classes("DynamicLayer", "DynamicIndexedLayer")
 _WINDOW = _classes("DynamicSlidingWindowLayer")
 _BOTH = _classes("LinearAttentionAndFullAttentionLayer")
 _STATES = _classes("LinearAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer") + _BOTH
@@ -141,9 +141,6 @@ def _crop_all(layers: Iterable[Any], length: int) -> bool:
     if not all(_reaches(layer, length) for layer in layers):
         return False
     for layer in layers:
-        if isinstance(layer, StaticLayer):
-            layer.truncate(length)
-            continue
         layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
         if _is_window(layer):
             layer.cumulative_length = length
@@ -156,8 +153,6 @@ def _crop_all(layers: Iterable[Any], length: int) -> bool:
 
 def _reaches(layer: Any, length: int) -> bool:
     """Whether a layer holds all of the first ``length`` positions."""
-    if isinstance(layer, StaticLayer):
-        return layer.length >= length
-    held = min(layer.keys.shape[-2], layer.values.shape[-2])
+    held: int = min(layer.keys.shape[-2], layer.values.shape[-2])
     dropped = _is_window(layer) and layer.cumulative_length > held
     return held >= length and not dropped

@@ -119,7 +119,9 @@ class Latents:
         """Returns keys and values [1, heads, tokens, size] of latents [1, 1, tokens, rank], with
         the adapter of the sequence that the forward is of."""
         rows = self.running.rows
-        return self.expand_with(None if rows is None else int(rows.adapters[0]), latents, positions)
+        if rows is None or rows.batch:  # kv_b_proj itself knows a batch's sequences
+            return self._expand(latents, positions)
+        return self.expand_with(int(rows.adapters[0]), latents, positions)
 
     def expand_with(
         self, adapter: int | None, latents: torch.Tensor, positions: torch.Tensor

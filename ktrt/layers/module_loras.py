@@ -27,6 +27,8 @@ class Operator(Protocol):
 
     max_rank: int
 
+    @property
+    def lora_bytes(self) -> int: ...
     def load_lora(self, number: int, a: Any = None, b: Any = None) -> None: ...
     def unload_lora(self, number: int) -> None: ...
     def activate_loras(self, ids: Sequence[int], weights: Sequence[float]) -> None: ...
@@ -69,6 +71,11 @@ class ModuleLoras:
         """Loads the adapters into one more operator, which follows from now on."""
         self._operators.append((operator, {}))
         self.read()
+
+    @property
+    def bytes_held(self) -> int:
+        """The engine's memory of all adapters, in all operators."""
+        return sum(operator.lora_bytes for operator, _ in self._operators)
 
     @property
     def renewed(self) -> bool:
@@ -142,15 +149,19 @@ class ModuleLoras:
             operator.activate_loras(numbers, weights)
 
     def _is_usual(self, name: str) -> bool:
-        module = self._module
-        rank = module.lora_A[name].weight.shape[0]
-        return (
-            name not in module.lora_variant
-            and not module.lora_bias.get(name)
-            and isinstance(module.lora_dropout[name], nn.Identity)
-            and not getattr(module, "fan_in_fan_out", False)
-            and all(rank <= operator.max_rank for operator, _ in self._operators)
-        )
+        rank = self._module.lora_A[name].weight.shape[0]
+        fits = all(rank <= operator.max_rank for operator, _ in self._operators)
+        return fits and is_usual(self._module, name)
+
+
+def is_usual(module: Any, name: str) -> bool:
+    """Whether an adapter of PEFT's layer adds B A x times a factor, and nothing else."""
+    return (
+        name not in module.lora_variant
+        and not module.lora_bias.get(name)
+        and isinstance(module.lora_dropout[name], nn.Identity)
+        and not getattr(module, "fan_in_fan_out", False)
+    )
 
 
 def _load(operator: Operator, number: int, source: _Source) -> None:

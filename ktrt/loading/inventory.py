@@ -8,7 +8,7 @@ the two. The memory plan, the doctor, the chat's status line and the benches are
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,18 +17,21 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from ktrt.adapter.apply.router import RouterLora
 from ktrt.engine.formats import STRIP_ROWS, format_named, round_up
 from ktrt.experts import KTExperts
-from ktrt.kv.size import kv_bytes_per_token
+from ktrt.generate.scheduler.cost import CostFacts
+from ktrt.kv.size import KvSize, kv_size
 from ktrt.layers import linear as linears
 from ktrt.layers.embedding import host_tables
 from ktrt.layers.int8 import INT8, int8_bytes, int8_layers
+from ktrt.loading.lora_sizes import linear_lora_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import nn
 
-    from ktrt.engine import MoeLayer
+    from ktrt.engine import MoeLayer, PackedLora
     from ktrt.experts import ExpertsSpec
+    from ktrt.loading.lora_sizes import LoraSize
 
 EXPERTS = "routed experts"
 EXPERT_BIASES = "biases of the experts"
@@ -40,6 +43,8 @@ HEAD = "head"
 TABLES = "tables of embeddings"
 EMBEDDINGS = "embeddings"
 BUFFERS = "buffers"
+# The engine's, without a GPU, and PEFT's parameters.
+LINEAR_LORA = "LoRA of the linear layers"
 LORA = "LoRA elsewhere"
 WORKSPACE = "workspace of the experts"
 # The base model without its routed experts.
@@ -73,25 +78,13 @@ _NUMBERS = ("held", "read", "values", "mapped", "replaced")
 
 
 @dataclass(frozen=True)
-class LoraSize:
-    """An adapter's numbers on the routed experts and elsewhere, of the latter on routers, and the
-    engine's bytes for the experts, padding included. ``active``: it acts after loading."""
-
-    expert_values: int
-    values: int
-    router_values: int
-    expert_bytes: int
-    active: bool = True
-
-
-@dataclass(frozen=True)
 class Inventory:
-    """``rows`` has everything but the routed experts, which ``experts`` has by kt_backend. The KV
-    cache takes ``kv_token_bytes`` for every token."""
+    """``rows`` has everything but the routed experts, which ``experts`` has by kt_backend, and the
+    KV cache, whose arrays are ``kv``."""
 
     rows: tuple[Row, ...]
     experts: Mapping[str, Row]
-    kv_token_bytes: int = 0
+    kv: KvSize = field(default_factory=KvSize)
 
     def of(self, *kinds: str) -> list[Row]:
         """Returns the rows of these kinds."""
@@ -141,13 +134,13 @@ def planned_inventory(
     rows = [
         *base.rows(_outside(skeleton, specs)),
         *(_bias_row(spec) for spec in specs if spec.has_bias),
-        *_lora_rows(loras, specs, dtype or _dtype(skeleton), gpu=gpu),
+        *_lora_rows(loras, skeleton, specs, dtype, int8=int8, gpu=gpu),
         Row(WORKSPACE, "float32", workspace),
     ]
     experts = {
         backend: _experts_row(of.values(), weights_of(specs)) for backend, of in layers.items()
     }
-    return Inventory(_summed(rows), experts, kv_bytes_per_token(skeleton, paths, dtype))
+    return Inventory(_summed(rows), experts, kv_size(skeleton, paths, dtype))
 
 
 def _outside(
@@ -172,10 +165,16 @@ def _bias_row(spec: ExpertsSpec) -> Row:
 
 
 def _lora_rows(
-    loras: Iterable[LoraSize], specs: Sequence[ExpertsSpec], dtype: torch.dtype, *, gpu: bool
+    loras: Iterable[LoraSize],
+    skeleton: nn.Module,
+    specs: Sequence[ExpertsSpec],
+    dtype: torch.dtype | None,
+    *,
+    int8: bool,
+    gpu: bool,
 ) -> Iterator[Row]:
     """PEFT's matrices have the dtype of the weights that they are added to, ``RouterLora``'s are
-    float32."""
+    float32. A token reads PEFT's or the engine's, which are as large but for padding."""
     total = sum(spec.num_weights for spec in specs)
     share = weights_of(specs) / total if total else 0.0
     for lora in loras:
@@ -185,9 +184,14 @@ def _lora_rows(
             acts * share * lora.expert_values,
         )  # fmt: skip
         peft = lora.values - lora.router_values
-        for values, each in ((peft, dtype), (lora.router_values, torch.float32)):
+        for values, each in (
+            (peft, dtype or _dtype(skeleton)), (lora.router_values, torch.float32)
+        ):  # fmt: skip
             size = each.itemsize * values
             yield Row(LORA, _form(each), size, acts * size, acts * values, gpu=gpu)
+        if not gpu:
+            held = linear_lora_bytes(skeleton, lora.linears, dtype, int8=int8)
+            yield Row(LINEAR_LORA, "bfloat16", held)
 
 
 # ---- after loading
@@ -213,6 +217,7 @@ def loaded_inventory(
             form = _form(parameter.dtype)
             rows.append(Row(LORA, form, parameter.nbytes, read, values, gpu=on_gpu))
     rows += [_expert_lora_row(layer) for layer in layers]
+    rows.append(Row(LINEAR_LORA, "bfloat16", linears.lora_bytes(model)))
     experts = {}
     if layers:
         backend = format_named(layers[0].weight_format).kt_backend
@@ -229,6 +234,22 @@ def bytes_per_token(model: nn.Module) -> int | None:
             return None
     found = loaded_inventory(model)
     return round(sum(row.read for row in (*found.rows, *found.experts.values()) if not row.gpu))
+
+
+def cost_facts(model: nn.Module, kv_token_bytes: float, *, mixes: bool) -> CostFacts:
+    """Returns the bytes that a step reads from the CPU's memory, with LoRA as it is switched
+    now."""
+    found = loaded_inventory(model)
+    rows = [row for row in found.rows if not row.gpu]
+    experts = [*found.experts.values(), *(row for row in rows if row.kind == EXPERT_LORA)]
+    share = next((row.share for row in found.experts.values()), 1.0)
+    return CostFacts(
+        other_bytes=sum(row.read for row in rows if row.kind != EXPERT_LORA),
+        expert_bytes=sum(row.read for row in experts) / (share or 1.0),
+        share=share or 1.0,
+        kv_token_bytes=kv_token_bytes,
+        mixes=mixes,
+    )
 
 
 def _lora_parameters(model: nn.Module) -> dict[int, bool]:
@@ -249,11 +270,15 @@ def _lora_parameters(model: nn.Module) -> dict[int, bool]:
 
 
 def _expert_lora_row(layer: MoeLayer) -> Row:
-    if (lora := layer.packed_lora()) is None:
-        return Row(EXPERT_LORA, "bfloat16")
+    sizes = {number: _lora_bytes(layer.lora_view(number)) for number in layer.loras}
+    read = sum(sizes[number] for number, weight in layer.active_loras if weight)
+    held = sum(sizes.values())
+    return Row(EXPERT_LORA, "bfloat16", held, read * layer.top_k / layer.num_experts)
+
+
+def _lora_bytes(lora: PackedLora) -> int:
     arrays = (lora.input.a, lora.intermediate.a, lora.gate.b, lora.up.b, lora.down.b)
-    held = sum(array.nbytes for array in arrays if array is not None)
-    return Row(EXPERT_LORA, "bfloat16", held, held * layer.top_k / layer.num_experts)
+    return sum(array.nbytes for array in arrays if array is not None)
 
 
 # ---- both

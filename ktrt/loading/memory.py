@@ -13,6 +13,7 @@ from ktrt.loading.inventory import (
     EXPERT_BIASES,
     EXPERT_LORA,
     EXPERTS,
+    LINEAR_LORA,
     LORA,
     TABLES,
     WORKSPACE,
@@ -20,9 +21,10 @@ from ktrt.loading.inventory import (
 from ktrt.machine.memory import Limit, address_limit, ram_limit, resident_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+    from ktrt.kv.size import KvSize
     from ktrt.loading.inventory import Inventory
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,9 @@ logger = logging.getLogger(__name__)
 MIN_CONTEXT = 2048
 # Activations, allocator slack and later imports of libraries; measured on CPU-only starts.
 _RUNTIME_BYTES = 32 << 20
+# Share of the memory left after loading that KV caches may take; the rest is for activations of
+# long prompts, the page cache and other programs.
+_KV_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -44,13 +49,13 @@ class Item:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """``items`` has everything but the KV cache, which takes ``kv_token_bytes`` per token of up to
-    ``max_context`` tokens, on the GPU if ``on_gpu``. ``already``: RAM that the process holds now;
-    ``other_formats``: bytes of the experts by kt_backend; ``mapped_files``: addresses, not memory,
-    that transformers takes for the checkpoint's files."""
+    """``items`` has everything but the KV cache, whose arrays ``kv_size`` describes, for contexts
+    of up to ``max_context`` tokens, on the GPU if ``on_gpu``. ``already``: RAM that the process
+    holds; ``other_formats``: bytes of the experts by kt_backend; ``mapped_files``: addresses, not
+    memory, that transformers takes for the checkpoint's files."""
 
     items: tuple[Item, ...]
-    kv_token_bytes: int
+    kv_size: KvSize
     max_context: int
     on_gpu: bool
     already: int
@@ -62,7 +67,7 @@ class MemoryPlan:
 
     def kv(self, context: int) -> Item:
         """Returns the KV cache of ``context`` tokens."""
-        size = context * self.kv_token_bytes
+        size = context * self.kv_size.token_bytes
         name = f"KV cache, {context} tokens"
         return Item(name, gpu=size) if self.on_gpu else Item(name, ram=size)
 
@@ -74,14 +79,25 @@ class MemoryPlan:
     def excess(self, context: int) -> str | None:
         """Says what does not fit with a KV cache of ``context`` tokens; None if everything does."""
         total = self.total(context)
-        for what, need, limit in (
-            ("RAM", total.ram - self.already, self.ram),
-            ("address space", total.ram - self.already + self.mapped_files, self.addresses),
-            ("GPU memory", total.gpu, self.gpu),
-        ):
-            if limit is not None and need > limit.free:
+        for what, need, limit in self._needs(total):
+            if need > limit.free:
                 return f"{_gb(need)} more {what} needed, {_gb(limit.free)} free ({limit.what})"
         return None
+
+    def _needs(self, total: Item) -> Iterator[tuple[str, int, Limit]]:
+        """Yields what ``total`` takes in addition to what the process holds, by limit in force."""
+        more = total.ram - self.already
+        yield "RAM", more, self.ram
+        if self.addresses is not None:
+            yield "address space", more + self.mapped_files, self.addresses
+        if self.gpu is not None:
+            yield "GPU memory", total.gpu, self.gpu
+
+    def kv_budget(self) -> int:
+        """Returns the bytes that KV caches may take on their device next to everything else."""
+        left = (limit.free - need for what, need, limit in self._needs(self.total(0))
+                if (what == "GPU memory") == self.on_gpu)  # fmt: skip
+        return max(0, int(min(left) * _KV_SHARE))
 
     def fitting_context(self) -> int:
         """Returns the longest context that fits, up to ``max_context``; 0 below MIN_CONTEXT."""
@@ -154,6 +170,8 @@ class MemoryPlan:
         """Returns the plan for JSON, in bytes."""
         result = asdict(self)
         context = self.fitting_context()
+        del result["kv_size"]
+        result |= {"kv_token_bytes": self.kv_size.token_bytes, "kv_budget": self.kv_budget()}
         result |= {"fitting_context": context, "fits": context > 0}
         result["total"] = asdict(self.total(self.max_context))
         return result
@@ -200,12 +218,13 @@ def make_plan(
         Item(EXPERT_BIASES, ram=inventory.held(EXPERT_BIASES)),
         Item(WORKSPACE, ram=inventory.held(WORKSPACE)),
         Item(EXPERT_LORA, ram=inventory.held(EXPERT_LORA)),
+        Item(LINEAR_LORA, ram=inventory.held(LINEAR_LORA)),
         Item(LORA, **({"gpu": torch_lora} if gpu else {"ram": torch_lora})),
         Item("Python and libraries", ram=already + _RUNTIME_BYTES),
     ]
     return MemoryPlan(
         items=tuple(each for each in items if each.ram or each.gpu),
-        kv_token_bytes=inventory.kv_token_bytes,
+        kv_size=inventory.kv,
         max_context=_max_context(config),
         on_gpu=gpu is not None,
         already=already,

@@ -6,7 +6,7 @@ import logging
 import os
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,11 +14,14 @@ import torch
 from ktrt.adapter import words_of
 from ktrt.adapter.residents import Adapters
 from ktrt.engine import release_file_pages
+from ktrt.engine.rank_masks import RankMasks
 from ktrt.engine.recording import RecordedSteps
+from ktrt.engine.step_rows import RunningStep
 from ktrt.errors import engine_errors
 from ktrt.experts import KTExperts, build_gpu_experts, new_hand_off
 from ktrt.generate.graphs import CudaGraphs, DecodeGraphs, NoHandOff
-from ktrt.generate.runner import KvCache
+from ktrt.generate.row_graphs import RowGraphs
+from ktrt.generate.runner import KvCache, ModelRunner
 from ktrt.generate.warm_up import kernels_loaded_beside
 from ktrt.kv.static import unusual_layers
 from ktrt.layers.attention import accelerate_attention
@@ -26,8 +29,8 @@ from ktrt.layers.cuda_linear import FusedLora
 from ktrt.layers.embedding import tables_to_host
 from ktrt.layers.latent import use_latents
 from ktrt.layers.linear import accelerate, int8_bytes
-from ktrt.layers.row_products import use_row_products
 from ktrt.layers.norm import accelerate_norms
+from ktrt.layers.row_products import use_row_products
 from ktrt.loading.experts import cache_folder, load_experts
 from ktrt.loading.fill import load_without_experts
 from ktrt.loading.inventory import bytes_per_token
@@ -53,6 +56,8 @@ logger = logging.getLogger(__name__)
 debug_logger = logging.getLogger("ktrt.debug")
 # LoRA parameters that it lists at other levels; V2-Lite has more than 360.
 _SHOWN_LORA = 2
+# Positions that a slot of the KV cache reserves addresses for; more are another allocation.
+_MOST_RESERVED = 1 << 20
 
 
 @dataclass
@@ -70,17 +75,37 @@ class LoadedModel:
     engine: Engine
     patches: Patches
     hand_off: HandOff | None = None
-    graphs: Callable[[StaticKv], DecodeGraphs] | None = None
+    graphs: Callable[..., DecodeGraphs] | None = None
     gpu: GpuExperts | None = None
+    # Positions of a slot of the KV cache; None: its memory grows.
+    capacity: int | None = None
+    # What the model's layers look at for the step that runs; None: they look at nothing.
+    running: RunningStep | None = None
+    recorder: RecordedSteps | None = None
+    # A GPU's LoRA, and what makes the graphs of many rows there.
+    linears: FusedLora | None = None
+    row_graphs: Callable[[StaticKv, RunningStep], RowGraphs] | None = None
+    # Bytes that keys and values may take; None: no bound.
+    kv_budget: int | None = None
 
     @property
     def audit(self) -> Audit:
         """The audit of the first adapter; empty for the base model."""
         return self.adapters.audit(next(iter(self.adapters.names), None))
 
+    @cached_property
+    def runner(self) -> ModelRunner:
+        """Runs the model on slots of one KV pool, by the graphs and with the GPU's share, if
+        any."""
+        return ModelRunner(
+            self.model, self.graphs, self.gpu, self.adapters.active_set, running=self.running,
+            maker=self.recorder, row_graphs=self.row_graphs, linears=self.linears,
+            capacity=self.capacity, budget=self.kv_budget,
+        )  # fmt: skip
+
     def new_cache(self) -> KvCache:
-        """Returns an empty KV cache, decoded by the graphs and with the GPU's share, if any."""
-        return KvCache(self.model, self.graphs, self.gpu, self.adapters.active_set)
+        """Returns a client of the runner that holds nothing."""
+        return KvCache(self.model, runner=self.runner)
 
     def bytes_per_token(self) -> int | None:
         """Bytes of weights that decoding a token reads from the CPU's memory, with the adapter as
@@ -127,7 +152,8 @@ def load_model(
     logger.info("Loading model with KTransformers MoE backend")
     ready = prepare(model, adapter, experts)
     engine, specs = ready.engine, ready.base.experts.specs
-    hand_off, gpu, patches = None, None, Patches()
+    hand_off, gpu, patches, running = None, None, Patches(), RunningStep()
+    masks = RankMasks(running)
     try:
         if check_vocabulary is not None:
             check_vocabulary(_vocabulary(ready))
@@ -140,21 +166,30 @@ def load_model(
         limit = context_limit(loaded)
         with kernels_loaded_beside(loaded, limit) if answers else nullcontext():
             _load_experts(ready, experts, only_layers)
-        _attach(loaded, ready, hand_off)
+        _attach(loaded, ready, hand_off, running)
         adapters = _apply_adapters(ready, loaded, adapter.start_weights)
         if only_layers is None:
-            gpu = _share_with_gpu(engine, loaded, specs, experts, device)
+            gpu = _share_with_gpu(engine, loaded, specs, experts, device, running, masks)
         loaded.eval().requires_grad_(False)
         changes = adapters.active_set, patches
-        _accelerate(loaded, engine, *changes, device, int8=model.quantization_bit == 8)
+        int8 = model.quantization_bit == 8
+        linears = _accelerate(loaded, engine, *changes, device, running, masks, int8=int8)
         for file in ready.base.experts.files() if model.quantization_bit == 8 else ():
             release_file_pages(str(file))  # what was packed is not read any more
         _log_result(loaded, specs, ready.adapters)
-        graphs = _graphs(loaded, engine, hand_off, patches, experts.kt_use_cuda_graph)
+        graphs = _graphs(loaded, hand_off, patches, experts.kt_use_cuda_graph)
+        recorder = RecordedSteps() if hand_off is None else None
+        row_graphs: Callable[[StaticKv, RunningStep], RowGraphs] | None = None
+        if hand_off is not None and graphs is not None:
+            row_graphs = partial(RowGraphs, loaded, handoff=hand_off, maker=CudaGraphs())
     except BaseException:
         _close(patches, hand_off, gpu, engine)
         raise
-    return LoadedModel(loaded, adapters, engine, patches, hand_off, graphs, gpu)
+    capacity = min(limit, _MOST_RESERVED)
+    return LoadedModel(
+        loaded, adapters, engine, patches, hand_off, graphs, gpu, capacity, running, recorder,
+        linears, row_graphs, ready.memory.kv_budget(),
+    )  # fmt: skip
 
 
 def _vocabulary(ready: Prepared) -> int:
@@ -178,26 +213,31 @@ def _accelerate(
     active_set: ActiveSet,
     patches: Patches,
     device: torch.device,
+    running: RunningStep,
+    masks: RankMasks,
     *,
     int8: bool,
-) -> None:
+) -> FusedLora | None:
     """Patches the forwards of the layers outside the experts, which stay transformers' and PEFT's,
-    with faster ones."""
+    with faster ones. Returns a GPU's."""
     if device.type == "cuda":
         if int8:
             logger.warning(
                 "quantization_bit: 8 has no effect with a GPU, where the layers outside the "
                 "experts stay %s: it makes those on the CPU INT8", model.dtype,
             )  # fmt: skip
-        FusedLora(model, active_set, patches)
-    else:
-        accelerate_attention(model, engine, patches)
-        accelerate_norms(model, patches)
-        accelerate(model, engine, active_set, patches, int8=int8)
-        use_row_products(model, engine, patches)
-        if int8:
-            _log_int8(model)
-        use_latents(model, engine, patches)
+        masks.watch(model, patches)
+        accelerate_attention(model, engine, patches, running)
+        use_latents(model, engine, patches, running)
+        return FusedLora(model, active_set, patches, masks)
+    accelerate_attention(model, engine, patches, running)
+    accelerate_norms(model, patches, engine)
+    accelerate(model, engine, active_set, patches, int8=int8, running=running)
+    use_row_products(model, engine, patches)
+    if int8:
+        _log_int8(model)
+    use_latents(model, engine, patches, running)
+    return None
 
 
 def _log_int8(model: nn.Module) -> None:
@@ -227,8 +267,8 @@ def _device() -> torch.device:
 
 
 def _graphs(
-    model: Any, engine: Engine, hand_off: HandOff | None, patches: Patches, wanted: bool
-) -> Callable[[StaticKv], DecodeGraphs] | None:
+    model: Any, hand_off: HandOff | None, patches: Patches, wanted: bool
+) -> Callable[..., DecodeGraphs] | None:
     """The maker of the graphs of decode steps: recorded on the CPU, CUDA's with a hand-off; None,
     with a log line, where there are none."""
     if hand_off is None:
@@ -246,7 +286,9 @@ def _graphs(
     return None
 
 
-def _attach(model: nn.Module, ready: Prepared, hand_off: HandOff | None) -> None:
+def _attach(
+    model: nn.Module, ready: Prepared, hand_off: HandOff | None, running: RunningStep
+) -> None:
     """Gives every experts module its packed layer, and that layer the biases, which are in no pack
     cache."""
     for path, layer in ready.layers.items():
@@ -255,7 +297,7 @@ def _attach(model: nn.Module, ready: Prepared, hand_off: HandOff | None) -> None
             layer.set_biases(**biases)
         module = model.get_submodule(path)
         assert isinstance(module, KTExperts), f"{path} was not replaced"
-        module.attach(layer, ready.engine.max_qlen, hand_off, path)
+        module.attach(layer, ready.engine.max_qlen, hand_off, path, running)
 
 
 def _apply_adapters(ready: Prepared, model: nn.Module, weights: Mapping[str, float]) -> Adapters:
@@ -299,10 +341,12 @@ def _share_with_gpu(
     specs: Sequence[ExpertsSpec],
     args: ExpertArgs,
     device: torch.device,
+    running: RunningStep,
+    masks: RankMasks,
 ) -> GpuExperts | None:
     """Gives the GPU its share of the routed experts, if it takes any."""
     modules: dict[str, Any] = {spec.path: model.get_submodule(spec.path) for spec in specs}
-    return build_gpu_experts(modules, device, args, engine.max_qlen)
+    return build_gpu_experts(modules, device, args, engine.max_qlen, running, masks)
 
 
 def _log_result(

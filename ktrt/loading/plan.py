@@ -19,7 +19,8 @@ from ktrt.errors import CheckpointError
 from ktrt.experts import find_experts, new_layer
 from ktrt.folders import check_model_folder
 from ktrt.loading.experts import ExpertSource, cache_folder, seems_cached
-from ktrt.loading.inventory import LoraSize, planned_inventory
+from ktrt.loading.inventory import planned_inventory
+from ktrt.loading.lora_sizes import LoraSize
 from ktrt.loading.memory import MemoryPlan, check_addresses, make_plan
 from ktrt.machine.memory import gpu_limit
 
@@ -163,6 +164,7 @@ def prepare(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> Prep
                     *plan.planned_numel(),
                     router_values=plan.router_numel(),
                     expert_bytes=plan.engine_bytes(),
+                    linears=plan.linear_ranks(),
                     active=name in adapter.start_weights,
                 )
                 for name, plan in plans.items()

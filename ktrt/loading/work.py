@@ -45,7 +45,7 @@ class ModelWork:
             MLP: inventory.read(MLP, TABLES, EMBEDDINGS),
             HEAD: inventory.read(HEAD),
             LORA: inventory.read(LORA),
-            f"KV cache of {context} tokens": float(context * inventory.kv_token_bytes),
+            f"KV cache of {context} tokens": float(context * inventory.kv.token_bytes),
         }
 
     def decode_seconds(

@@ -30,7 +30,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "experts": {"config", "engine"},
     "checkpoint": {"engine", "experts", "folders"},
     "layers": {"engine"},
-    "kv": set(),
+    "kv": {"engine"},
     "adapter": {"engine", "experts"},
     "generate": {"config", "engine", "experts", "kv"},
     "loading": {
@@ -38,7 +38,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
         "layers", "machine", "prompt",
     },
     "session": {"adapter", "config", "experts", "generate", "loading", "prompt"},
-    "api": {"config", "folders", "loading", "prompt", "session"},
+    "api": {"config", "folders", "generate", "loading", "prompt", "session"},
     "command_line": {"config"},
     "audit": {"adapter", "command_line", "config", "engine", "experts", "folders", "loading"},
     "bench": {
@@ -77,7 +77,9 @@ WITHOUT_TORCH |= {
 }  # fmt: skip
 
 # The only files that call the model, and the one that calls a model on the meta device.
-CALLERS = {"generate/runner.py", "generate/graphs.py", "kv/size.py"}
+CALLERS = {
+    "generate/forwards.py", "generate/graphs.py", "generate/row_steps.py", "kv/size.py",
+}  # fmt: skip
 # Sets PEFT's forward again with every set of adapters; one entry in ``Patches`` undoes all.
 SETS_FORWARD = {"layers/cuda_linear.py"}
 
@@ -89,11 +91,12 @@ CPP_LAYERS: dict[str, set[str]] = {
     "kernels": {"layout", "base"},  # and cpu/isa.h
     "lora": {"layout", "base"},
     "engine": {"kernels", "cpu", "base"},
+    "random": {"base"},
     # Operators, side by side.
     "moe": {"engine", "lora", "kernels", "layout", "cpu", "base"},
     "linear": {"engine", "lora", "kernels", "layout", "base"},
     "attention": {"engine", "lora", "kernels", "base"},
-    "norm": {"kernels", "base"},
+    "norm": {"engine", "kernels", "base"},
     "cuda": {"moe", "engine", "cpu", "base"},
 }
 CPP_LAYERS["bindings"] = set(CPP_LAYERS)

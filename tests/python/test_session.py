@@ -157,7 +157,8 @@ class TestChat:
         assert session.fit(messages) == (ASK, 0)
 
     @pytest.mark.parametrize(
-        "method", [Session.chat, Session.stream, Session.stream_responses, Session.fit]
+        "method",
+        [Session.chat, Session.stream, Session.stream_responses, Session.submit, Session.fit],
     )
     def test_keywords_are_typed(self, method: Callable[..., Any]) -> None:
         sampling = inspect.signature(method).parameters["sampling"]
@@ -412,10 +413,10 @@ def test_thinking(session: Session) -> None:
         session.set_thinking(True)
 
 
-def test_a_cache_of_another_version_is_not_reused(
+def test_a_prefix_of_other_adapters_is_not_reused(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     list(session.stream_responses(ASK))
     assert next(session.stream_responses(ASK)).reused_tokens > 0
-    monkeypatch.setattr(Adapters, "version", 7)
+    monkeypatch.setattr(Adapters, "prefix_key", lambda *_: "other contents")
     assert next(session.stream_responses(ASK)).reused_tokens == 0

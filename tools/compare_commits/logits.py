@@ -39,11 +39,10 @@ CHUNKS = (0, 1, 6, 38, 133, PROMPT)
 STEPS = 8
 
 
-def forwards(model: Any, batch: int = 1) -> Iterator[tuple[str, np.ndarray]]:
+def forwards(model: Any) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the logits of a prompt at once, in chunks, and of steps of one token after it."""
     vocabulary = model.config.vocab_size
     ids = torch.tensor([[(17 * i * i + 29 * i + 7) % vocabulary for i in range(PROMPT + STEPS)]])
-    ids = ids.expand(batch, -1)
     with torch.inference_mode():
         yield "prompt", array(model(input_ids=ids[:, :PROMPT]).logits)
         cache = None
@@ -53,8 +52,8 @@ def forwards(model: Any, batch: int = 1) -> Iterator[tuple[str, np.ndarray]]:
             cache = out.past_key_values
             logits.append(array(out.logits))
     joined = np.concatenate(logits)
-    yield "chunks", joined[: batch * PROMPT]
-    yield "steps", joined[batch * PROMPT :]
+    yield "chunks", joined[:PROMPT]
+    yield "steps", joined[PROMPT:]
 
 
 def array(logits: torch.Tensor) -> np.ndarray:
@@ -75,8 +74,6 @@ def compute(demo: Path) -> dict[str, np.ndarray]:
                 found |= {f"{label}/{name}/{key}": each for key, each in forwards(session.model)}
             session.adapters.activate(SUM)
             found |= {f"{label}/sum/{key}": each for key, each in forwards(session.model)}
-            with session.adapters.rows([None, *ADAPTERS]):
-                found |= {f"{label}/rows/{key}": each for key, each in forwards(session.model, 3)}
     check(found)
     return found
 

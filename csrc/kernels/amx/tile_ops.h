@@ -113,7 +113,8 @@ struct EmulatedTiles {
       memcpy(static_cast<uint8_t*>(data) + r * stride, state().data[kTile][r], 64);
     }
   }
-  // Products of BF16 are exact in float32: one rounding per addition, the lower k first.
+  // Products of even and of odd k are added apart, from zero, one rounding per addition; then both
+  // sums to C (Intel SDM, volume 2).
   template <int kC, int kA, int kB>
   static void multiply_bf16() {
     const auto widened = [](__m512i pairs, int v) {
@@ -121,11 +122,19 @@ struct EmulatedTiles {
                                   : _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff << 16));
       return _mm512_castsi512_ps(bits);
     };
-    multiply<kC, kA, kB>([&](__m512i sum, __m512i a, __m512i b) {
-      __m512 c = _mm512_castsi512_ps(sum);
-      for (int v = 0; v < 2; ++v) c = _mm512_fmadd_ps(widened(a, v), widened(b, v), c);
-      return _mm512_castps_si512(c);
-    });
+    State& s = state();
+    for (int m = 0; m < s.rows[kC]; ++m) {
+      __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+      for (int k = 0; k < kTileRows; ++k) {
+        const __m512i a = pair_of(s.data[kA][m], k);
+        const __m512i b = _mm512_load_si512(s.data[kB][k]);
+        for (int v = 0; v < 2; ++v) {
+          sums[v] = _mm512_fmadd_ps(widened(a, v), widened(b, v), sums[v]);
+        }
+      }
+      const __m512 c = _mm512_load_ps(s.data[kC][m]);
+      _mm512_store_ps(s.data[kC][m], _mm512_add_ps(c, _mm512_add_ps(sums[0], sums[1])));
+    }
   }
   template <int kC, int kA, int kB>
   static void multiply_int8() {
@@ -133,28 +142,26 @@ struct EmulatedTiles {
       const __m128i up = _mm_cvtsi32_si128(24 - 8 * v);
       return _mm512_srai_epi32(_mm512_sll_epi32(bytes, up), 24);
     };
-    multiply<kC, kA, kB>([&](__m512i sum, __m512i a, __m512i b) {
-      for (int v = 0; v < 4; ++v) {
-        sum = _mm512_add_epi32(sum, _mm512_mullo_epi32(widened(a, v), widened(b, v)));
-      }
-      return sum;
-    });
-  }
-
- private:
-  // C[m] = dot(C[m], 4 bytes of A[m][k] in every lane, the 16 times 4 bytes of B[k]), k = 0 … 15.
-  template <int kC, int kA, int kB, class Dot>
-  static void multiply(Dot dot) {
     State& s = state();
     for (int m = 0; m < s.rows[kC]; ++m) {
       __m512i sum = _mm512_load_si512(s.data[kC][m]);
       for (int k = 0; k < kTileRows; ++k) {
-        int a;
-        memcpy(&a, s.data[kA][m] + 4 * k, 4);
-        sum = dot(sum, _mm512_set1_epi32(a), _mm512_load_si512(s.data[kB][k]));
+        const __m512i a = pair_of(s.data[kA][m], k);
+        const __m512i b = _mm512_load_si512(s.data[kB][k]);
+        for (int v = 0; v < 4; ++v) {
+          sum = _mm512_add_epi32(sum, _mm512_mullo_epi32(widened(a, v), widened(b, v)));
+        }
       }
       _mm512_store_si512(s.data[kC][m], sum);
     }
+  }
+
+ private:
+  // 4 bytes of a row of A in every lane.
+  static __m512i pair_of(const uint8_t* row, int k) {
+    int four;
+    memcpy(&four, row + 4 * k, 4);
+    return _mm512_set1_epi32(four);
   }
 };
 

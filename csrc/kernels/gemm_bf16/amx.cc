@@ -1,8 +1,19 @@
 #include "kernels/gemm_bf16/amx_body.h"
+#include "kernels/gemm_bf16/amx_one_row.h"
 
 namespace ktrt {
 
+namespace {
+
+void strip(const GemmArgs& g) { tile_strip<HardwareTiles, AmxBf16Gemm>(g); }
+
+// The same bits for one row off the tiles.
+constexpr GemmKernel kFixed = {"amx", strip, tile_expand<HardwareTiles, false>,
+                               0,     true,  tile_ordered_rows<strip, AmxBf16Gemm::kLayoutBlock>};
+
+}  // namespace
+
 extern const GemmKernel gemm_bf16_amx;
-const GemmKernel gemm_bf16_amx = {"amx", tile_strip<HardwareTiles, AmxBf16Gemm>, tile_expand<HardwareTiles, false>, 0, true};
+const GemmKernel gemm_bf16_amx = {"amx", kFixed.strip, kFixed.expand, 0, true, nullptr, &kFixed};
 
 }  // namespace ktrt

@@ -1,9 +1,25 @@
 // The AMX body on emulated tiles, for tests on machines without AMX.
 #include "kernels/gemm_bf16/amx_body.h"
+#include "kernels/gemm_bf16/amx_one_row.h"
 
 namespace ktrt {
 
+namespace {
+
+void strip(const GemmArgs& g) { tile_strip<EmulatedTiles, AmxBf16Gemm>(g); }
+
+// The same bits for one row off the tiles.
+constexpr GemmKernel kFixed = {"amx_emulated",
+                               strip,
+                               tile_expand<EmulatedTiles, false>,
+                               0,
+                               true,
+                               tile_ordered_rows<strip, AmxBf16Gemm::kLayoutBlock>};
+
+}  // namespace
+
 extern const GemmKernel gemm_bf16_amx_emulated;
-const GemmKernel gemm_bf16_amx_emulated = {"amx_emulated", tile_strip<EmulatedTiles, AmxBf16Gemm>, tile_expand<EmulatedTiles, false>, 0, true};
+const GemmKernel gemm_bf16_amx_emulated = {"amx_emulated", kFixed.strip, kFixed.expand, 0,
+                                           true,           nullptr,      &kFixed};
 
 }  // namespace ktrt

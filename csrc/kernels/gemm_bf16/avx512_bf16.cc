@@ -108,6 +108,7 @@ void one_row(const GemmArgs* strips, int count) {
 }  // namespace
 
 extern const GemmKernel gemm_bf16_avx512_bf16;
-const GemmKernel gemm_bf16_avx512_bf16 = {"avx512_bf16", strip, expand_rows<Bf16Expand>, 0, false, one_row};
+const GemmKernel gemm_bf16_avx512_bf16 = {"avx512_bf16", strip,  expand_rows<Bf16Expand>, 0,
+                                          false,         one_row};
 
 }  // namespace ktrt

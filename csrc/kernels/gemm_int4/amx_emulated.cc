@@ -3,7 +3,21 @@
 
 namespace ktrt {
 
+namespace {
+
+// LoRA as the kernel for few rows adds it.
+constexpr GemmKernel kFixed = {"amx_emulated", tile_strip_then_expand<EmulatedTiles, AmxInt4Gemm>,
+                               expand_rows<Bf16Expand>, 0, true};
+
+}  // namespace
+
 extern const GemmKernel gemm_int4_amx_emulated;
-const GemmKernel gemm_int4_amx_emulated = {"amx_emulated", tile_strip<EmulatedTiles, AmxInt4Gemm>, tile_expand<EmulatedTiles, true>, 0, true};
+const GemmKernel gemm_int4_amx_emulated = {"amx_emulated",
+                                           tile_strip<EmulatedTiles, AmxInt4Gemm>,
+                                           tile_expand<EmulatedTiles, true>,
+                                           0,
+                                           true,
+                                           nullptr,
+                                           &kFixed};
 
 }  // namespace ktrt

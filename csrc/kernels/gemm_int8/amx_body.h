@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/amx/block.h"
+#include "kernels/vnni/expand.h"
 
 namespace ktrt {
 namespace {
@@ -73,6 +74,15 @@ class AmxInt8Gemm {
   ExpandTiles expand_;
   alignas(64) float expanded_[2 * kTileRows * kStripColumns];
 };
+
+template <class Tiles, class Gemm>
+void tile_strip_then_expand(const GemmArgs& g) {
+  GemmArgs base = g;
+  base.lora_b = nullptr;
+  prefetch_expand(g);
+  tile_strip<Tiles, Gemm>(base);
+  if (g.lora_b != nullptr) expand_rows<Bf16Expand>(g);
+}
 
 }  // namespace
 }  // namespace ktrt

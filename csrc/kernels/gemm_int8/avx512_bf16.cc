@@ -4,7 +4,11 @@
 namespace ktrt {
 
 extern const GemmKernel gemm_int8_avx512_bf16;
-const GemmKernel gemm_int8_avx512_bf16 = {"avx512_vnni_bf16", vnni_strip<Int8Weights, Bf16Expand>,
-                                          expand_rows<Bf16Expand>, kActivationOffset, false, int8_one_row<Bf16Expand>};
+const GemmKernel gemm_int8_avx512_bf16 = {"avx512_vnni_bf16",
+                                          vnni_strip<Int8Weights, Bf16Expand>,
+                                          expand_rows<Bf16Expand>,
+                                          kActivationOffset,
+                                          false,
+                                          int8_one_row<Bf16Expand>};
 
 }  // namespace ktrt

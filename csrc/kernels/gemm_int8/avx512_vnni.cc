@@ -4,7 +4,11 @@
 namespace ktrt {
 
 extern const GemmKernel gemm_int8_avx512_vnni;
-const GemmKernel gemm_int8_avx512_vnni = {"avx512_vnni", vnni_strip<Int8Weights, Float32Expand>,
-                                          expand_rows<Float32Expand>, kActivationOffset, false, int8_one_row<Float32Expand>};
+const GemmKernel gemm_int8_avx512_vnni = {"avx512_vnni",
+                                          vnni_strip<Int8Weights, Float32Expand>,
+                                          expand_rows<Float32Expand>,
+                                          kActivationOffset,
+                                          false,
+                                          int8_one_row<Float32Expand>};
 
 }  // namespace ktrt

@@ -3,17 +3,14 @@ factors only: no number of the base is ever written."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
-from ktrt.errors import AdapterError
-
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 
 class Switch(Protocol):
@@ -117,25 +114,20 @@ class TorchAdapters:
         swaps = (each for each in self._switches[name] if isinstance(each, ParameterSwap))
         return next((swap.where for swap in swaps), None)
 
+    def row_reason(self, name: str) -> str | None:
+        """Why PEFT computes the adapter's LoRA on some linear for all rows alike; None: it does
+        not. The engine's linears, and PEFT's on a GPU, know each row's adapter; the engine has BF16
+        ones."""
+        for layer, _ in self._trained.get(name, []):
+            weight = layer.get_base_layer().weight
+            if weight.device.type == "cpu" and weight.dtype != torch.bfloat16:
+                return f"has LoRA on {str(weight.dtype).removeprefix('torch.')} linears"
+        return None
+
     @property
     def layers(self) -> Sequence[Any]:
         """PEFT's layers."""
         return self._layers
-
-    @contextmanager
-    def rows(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Within the block, row i of the model's batch has LoRA ``names[i]`` or none.
-        ``AdapterError`` in a forward of a batch of another size."""
-        handles = [
-            self._model.register_forward_pre_hook(_check_batch(len(names)), with_kwargs=True)
-        ]
-        pick = _pick_rows([name or "__base__" for name in names])
-        handles += [e.register_forward_pre_hook(pick, with_kwargs=True) for e in self._layers]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _find_layers(self) -> None:
         from peft.tuners.lora import LoraLayer
@@ -147,26 +139,3 @@ class TorchAdapters:
                     (each, each.scaling[name]) for each in self._layers if name in each.scaling
                 ]
                 self._trained[name] = found
-
-
-_Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-def _check_batch(rows: int) -> Callable[..., None]:
-    def check(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        values = [*args, *(kwargs.get(name) for name in ("input_ids", "inputs_embeds"))]
-        found = next(len(each) for each in values if isinstance(each, torch.Tensor))
-        if found != rows:
-            raise AdapterError(f"adapters were chosen for {rows} rows, the batch has {found}")
-
-    return check
-
-
-def _pick_rows(names: Sequence[str]) -> Callable[..., _Call]:
-    """PEFT's argument for layers that see sequences, or their tokens one after the other."""
-
-    def pick(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
-        tokens = len(args[0]) // len(names)
-        return args, {**kwargs, "adapter_names": [n for n in names for _ in range(tokens)]}
-
-    return pick

@@ -17,6 +17,8 @@ from torch.nn import functional
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ktrt.engine.rank_masks import RankMask
+
 # Products of two INT8 codes stay below 127² in magnitude, so sums of this many are integers below
 # 2^24: float32 holds all of them, in whatever order they are added.
 _EXACT_TERMS = 1024
@@ -30,10 +32,9 @@ class ExpertBank:
     padded to 32 where it counts outputs.
 
     gate_up [n, 2p, hidden_size] (gate's rows first) and down [n, h, p]: bfloat16 or INT8 codes, the
-    latter with scales [n, 2p] and [n, h], float32. LoRA, bfloat16: input_a [n, ranks, hidden_size]
-    for gate and up, down_a [n, ranks, p]; gate_b, up_b [n, p, rank], down_b [n, h, rank]; the ranks
-    of gate and up start at gate_first and up_first of input_a's. input_factor, down_factor
-    [n, 1, ranks], float32, the same for all experts: what shrunk rows are multiplied by.
+    latter with scales [n, 2p] and [n, h], float32. LoRA of all resident adapters side by side,
+    bfloat16: input_a [n, ranks, hidden_size], gate's and then from up_first up's; down_a
+    [n, ranks, p]; gate_b, up_b [n, p, ranks], down_b [n, h, ranks].
     """
 
     gate_up: torch.Tensor
@@ -45,9 +46,6 @@ class ExpertBank:
     up_b: torch.Tensor | None = None
     down_a: torch.Tensor | None = None
     down_b: torch.Tensor | None = None
-    input_factor: torch.Tensor | None = None
-    down_factor: torch.Tensor | None = None
-    gate_first: int = 0
     up_first: int = 0
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -59,12 +57,16 @@ class ExpertBank:
         """Copies of the experts at ``index`` (integers [m] on the device, repetitions allowed)."""
         return self._map(lambda tensor: tensor.index_select(0, index))
 
+    def part(self, experts: slice) -> ExpertBank:
+        """Some of the experts, without a copy."""
+        return self._map(lambda tensor: tensor[experts])
+
     def accepts(self, other: ExpertBank) -> bool:
         """Whether ``other``'s values can be copied into these tensors."""
         mine, theirs = self.tensors(), other.tensors()
         return {name: tensor.shape for name, tensor in mine.items()} == {
             name: tensor.shape for name, tensor in theirs.items()
-        } and (self.gate_first, self.up_first) == (other.gate_first, other.up_first)
+        } and self.up_first == other.up_first
 
     def nbytes(self) -> int:
         """Bytes of all tensors."""
@@ -72,7 +74,7 @@ class ExpertBank:
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> ExpertBank:
         changed = {name: change(tensor) for name, tensor in self.tensors().items()}
-        return ExpertBank(**changed, gate_first=self.gate_first, up_first=self.up_first)
+        return ExpertBank(**changed, up_first=self.up_first)
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,29 @@ class Rows:
         if self.codes is None or self.scale is None:
             return Rows(self.values[index])
         return Rows(self.values[index], self.codes[index], self.scale[index])
+
+    def for_each(self, count: int) -> Rows:
+        """Two-dimensional rows for each of ``count`` experts, without a copy."""
+        values = self.values.expand(count, -1, -1)
+        if self.codes is None or self.scale is None:
+            return Rows(values)
+        return Rows(values, self.codes.expand(count, -1, -1), self.scale.expand(count, -1, -1))
+
+
+@dataclass(frozen=True)
+class LoraChoice:
+    """Which ranks of a bank's LoRA each row takes; None: all ranks."""
+
+    input: RankMask | None = None
+    down: RankMask | None = None
+
+    def take(self, index: torch.Tensor) -> LoraChoice:
+        """The choice of the rows at ``index`` (integers of any shape)."""
+        masks = (None if mask is None else mask.take(index) for mask in (self.input, self.down))
+        return LoraChoice(*masks)
+
+
+ALL_RANKS = LoraChoice()
 
 
 def make_rows(values: torch.Tensor, quantized: bool) -> Rows:
@@ -119,8 +144,13 @@ def _reciprocal(value: int) -> float:
 Groups = Sequence[tuple[int, slice]]
 
 
-def expert_outputs(rows: Rows, bank: ExpertBank, groups: Groups | None = None) -> torch.Tensor:
-    """down(silu(gate x) · up x) in float32.
+def expert_outputs(
+    rows: Rows,
+    bank: ExpertBank,
+    groups: Groups | None = None,
+    lora: LoraChoice | None = ALL_RANKS,
+) -> torch.Tensor:
+    """down(silu(gate x) · up x) in float32; ``lora`` None: without LoRA.
 
     ``groups`` cut ``rows`` [m, hidden_size] in order, without gaps: [m, h]. Without them ``rows``
     are [n, m, hidden_size], as many as there are experts: [n, m, h].
@@ -128,14 +158,14 @@ def expert_outputs(rows: Rows, bank: ExpertBank, groups: Groups | None = None) -
     half = bank.gate_up.shape[-2] // 2
     both = _multiply(rows, bank.gate_up, bank.gate_up_scale, groups)
     gate, up = both[..., :half], both[..., half:]
-    if bank.input_a is not None:
-        shrunk = _shrink(rows, bank.input_a, bank.input_factor, groups)
-        _expand(gate, shrunk, bank.gate_b, bank.gate_first, groups)
+    if bank.input_a is not None and lora is not None:
+        shrunk = _shrink(rows, bank.input_a, lora.input, groups)
+        _expand(gate, shrunk, bank.gate_b, 0, groups)
         _expand(up, shrunk, bank.up_b, bank.up_first, groups)
     inner = make_rows(functional.silu(gate) * up, bank.down_scale is not None)
     out = _multiply(inner, bank.down, bank.down_scale, groups)
-    if bank.down_a is not None:
-        shrunk = _shrink(inner, bank.down_a, bank.down_factor, groups)
+    if bank.down_a is not None and lora is not None:
+        shrunk = _shrink(inner, bank.down_a, lora.down, groups)
         _expand(out, shrunk, bank.down_b, 0, groups)
     return out
 
@@ -163,14 +193,10 @@ def _product(a: torch.Tensor, w: torch.Tensor, groups: Groups | None) -> torch.T
 
 
 def _shrink(
-    rows: Rows, a: torch.Tensor, factor: torch.Tensor | None, groups: Groups | None
+    rows: Rows, a: torch.Tensor, mask: RankMask | None, groups: Groups | None
 ) -> torch.Tensor:
     shrunk = _product(rows.values, a, groups).to(torch.bfloat16)
-    if factor is None:
-        return shrunk
-    each = factor if groups is None else factor[0]
-    # Not a product with 0, which would keep NaN.
-    return torch.where(each == 0, 0.0, shrunk.float() * each).to(torch.bfloat16)
+    return shrunk if mask is None else mask(shrunk)
 
 
 def _expand(
@@ -257,10 +283,16 @@ class Grouping:
         self._outputs = torch.zeros(tokens * slots, hidden_size, device=ids.device)
         self._shape = (tokens, slots, hidden_size)
 
-    def add(self, experts: Sequence[int], bank: ExpertBank, rows: Rows) -> None:
+    def add(
+        self,
+        experts: Sequence[int],
+        bank: ExpertBank,
+        rows: Rows,
+        lora: LoraChoice | None = ALL_RANKS,
+    ) -> None:
         """Computes what the experts of ``bank`` owe; ``experts``: their ids, in its order.
 
-        ``rows``: all tokens.
+        ``rows`` and ``lora`` (None: without): of all tokens.
         """
         pieces: list[tuple[int, int, int]] = []
         for index, expert in enumerate(experts):
@@ -274,11 +306,15 @@ class Grouping:
             while taken < len(pieces) and size + pieces[taken][2] - pieces[taken][1] <= _MOST_ROWS:
                 size += pieces[taken][2] - pieces[taken][1]
                 taken += 1
-            self._compute(pieces[:taken], bank, rows)
+            self._compute(pieces[:taken], bank, rows, lora)
             del pieces[:taken]
 
     def _compute(
-        self, pieces: Sequence[tuple[int, int, int]], bank: ExpertBank, rows: Rows
+        self,
+        pieces: Sequence[tuple[int, int, int]],
+        bank: ExpertBank,
+        rows: Rows,
+        lora: LoraChoice | None,
     ) -> None:
         """(index in the bank, first row, end) of pieces whose rows fit into memory together."""
         slots, hidden = self._shape[1:]
@@ -287,8 +323,9 @@ class Grouping:
         for index, begin, end in pieces:
             groups.append((index, slice(at, at + end - begin)))
             at += end - begin
-        mine = rows.take(positions.div(slots, rounding_mode="floor"))
-        out = expert_outputs(mine, bank, groups)
+        tokens = positions.div(slots, rounding_mode="floor")
+        own = None if lora is None else lora.take(tokens)
+        out = expert_outputs(rows.take(tokens), bank, groups, own)
         self._outputs.index_copy_(0, positions, out[:, :hidden])
 
     def total(self) -> torch.Tensor:

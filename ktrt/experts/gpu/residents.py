@@ -3,18 +3,22 @@ resident."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from ktrt.engine.rank_masks import RankMasks
+from ktrt.engine.step_rows import IDLE, RunningStep
 from ktrt.errors import KtrtError
 from ktrt.experts.gpu.arithmetic import (
+    ALL_RANKS,
     Grouping,
-    expert_outputs,
+    LoraChoice,
     make_rows,
     warm_up,
 )
 from ktrt.experts.gpu.source import LayerSource
+from ktrt.experts.gpu.static import static_sums
 from ktrt.experts.gpu.stream import (
     ExpertStream,
     Pinning,
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from ktrt.engine import MoeLayer
+    from ktrt.engine.rank_masks import RankOwners
     from ktrt.experts.gpu.arithmetic import ExpertBank
     from ktrt.experts.gpu.stream import Lane
 
@@ -37,20 +42,26 @@ MAX_STREAMED_TOKENS = 8192
 class GpuLayer:
     """The GPU's share of one layer. Tensors come and go on the GPU."""
 
-    # Up to this many tokens ``forward_resident`` has static shapes and no synchronisation.
-    CAPTURABLE_TOKENS = 1
+    # Up to this many tokens, the largest step that is captured, ``forward_resident`` has static
+    # shapes and no synchronisation.
+    CAPTURABLE_TOKENS = 32
 
     @torch.inference_mode(mode=False)  # what is made here is written in and out of it
     def __init__(self, owner: GpuExperts, index: int, source: LayerSource) -> None:
         self._owner = owner
         self._index = index
-        self._source = source
+        self.source = source
         self._bank: ExpertBank | None = None
         self.experts: tuple[int, ...] = ()  # resident, ascending
         # One more entry than experts, for ids that are none.
         size = source.num_experts + 1
         self._slots = torch.full((size,), -1, dtype=torch.int64, device=owner.device)
         self._counts = torch.zeros(size, dtype=torch.int64, device=owner.device)
+        # Of the ranks of the bank's input_a and down_a.
+        self._owners: list[RankOwners | None] = []
+        # What a forward whose tokens all have the active adapters takes, where no mask is needed.
+        self._uniform: Literal["nothing", "all ranks", "masked"] = "nothing"
+        self._weigh()
 
     @property
     def resident(self) -> bool:
@@ -60,7 +71,7 @@ class GpuLayer:
     @property
     def complete(self) -> bool:
         """All experts of this layer live on the GPU: the engine has nothing to do."""
-        return len(self.experts) == self._source.num_experts
+        return len(self.experts) == self.source.num_experts
 
     @property
     def nbytes(self) -> int:
@@ -68,9 +79,11 @@ class GpuLayer:
         return self._bank.nbytes() if self._bank is not None else 0
 
     def streams(self, tokens: int) -> bool:
-        """Whether a forward of ``tokens`` tokens belongs to ``forward_streamed``: never a possible
-        decode step, which a graph captures."""
-        return tokens > self.CAPTURABLE_TOKENS and 0 < self._owner.threshold <= tokens
+        """Whether a forward of ``tokens`` tokens belongs to ``forward_streamed``: never a decode
+        step, which a graph may capture."""
+        rows = self._owner.running.rows
+        decodes = tokens == 1 or (rows is not None and (rows.batch or rows.decode == tokens))
+        return not decodes and 0 < self._owner.threshold <= tokens
 
     def counts(self) -> list[int]:
         """Routed (token, slot) pairs of every expert so far."""
@@ -90,51 +103,55 @@ class GpuLayer:
         return torch.where(self._slots[keys] >= 0, -1, top_k_index.to(torch.int64)).contiguous()
 
     def forward_resident(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        adapters: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The weighted sums over the slots of resident experts, float32 [tokens, hidden_size].
 
-        hidden_states [tokens, hidden_size] float, top_k_index and top_k_weights [tokens, k].
-        Beyond ``CAPTURABLE_TOKENS`` it synchronises with the host once.
+        hidden_states [tokens, hidden_size] float, top_k_index and top_k_weights [tokens, k];
+        ``adapters`` [tokens] int32, on the device: each token's LoRA (``engine.step_rows``), None:
+        the active ones for all. Beyond ``CAPTURABLE_TOKENS`` it synchronises with the host once.
         """
         if self._bank is None:
             raise KtrtError("no expert of this layer lives on the GPU")
         slots = self._slots[self._keys(top_k_index)]
-        rows = make_rows(hidden_states, self._source.quantized)
-        hidden = self._source.hidden_size
-        tokens, width = slots.shape
-        if tokens > self.CAPTURABLE_TOKENS:
-            grouping = Grouping(slots, top_k_weights, len(self.experts), hidden)
-            grouping.add(range(len(self.experts)), self._bank, rows)
-            return grouping.total()
-        # Absent slots read the first resident expert, which costs bandwidth but keeps shapes.
-        of_token = torch.arange(tokens, device=slots.device)[:, None].expand(-1, width).flatten()
-        bank = self._bank.take(slots.clamp_min(0).flatten())
-        out = expert_outputs(rows.take(of_token[:, None]), bank)[:, 0, :hidden]
-        weighted = out.unflatten(0, (tokens, width)) * top_k_weights.float().unsqueeze(-1)
-        return torch.where((slots >= 0).unsqueeze(-1), weighted, 0.0).sum(1)
+        rows = make_rows(hidden_states, self.source.quantized)
+        lora = self.lora(adapters)
+        count, hidden = len(self.experts), self.source.hidden_size
+        if slots.shape[0] <= self.CAPTURABLE_TOKENS:
+            return static_sums(self._bank, rows, slots, top_k_weights.float(), lora)[:, :hidden]
+        grouping = Grouping(slots, top_k_weights, count, hidden)
+        grouping.add(range(count), self._bank, rows, lora)
+        return grouping.total()
 
     def forward_streamed(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        adapters: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """All experts on the GPU, those that are not resident streamed there: shape, dtype and
-        device of hidden_states."""
+        device of hidden_states. ``adapters`` as for ``forward_resident``."""
         self._refresh()
         stream = self._owner.stream
         stream.start(self._index)
-        source = self._source
+        source, lora = self.source, self.lora(adapters)
         self._count(self._keys(top_k_index))
         rows = make_rows(hidden_states, source.quantized)
         grouping = Grouping(top_k_index, top_k_weights, source.num_experts, source.hidden_size)
         if self._bank is not None:
-            grouping.add(self.experts, self._bank, rows)
+            grouping.add(self.experts, self._bank, rows, lora)
         for experts, arrays in stream.pieces(self._index):
-            grouping.add(experts, source.bank(arrays), rows)
+            grouping.add(experts, source.bank(arrays), rows, lora)
         return grouping.total().to(hidden_states.dtype)
 
     @torch.inference_mode(mode=False)
     def load(self, experts: Sequence[int]) -> bool:
-        """Makes these experts (ascending ids) the resident ones, with the present LoRA. Returns
+        """Makes these experts (ascending ids) the resident ones, with the present LoRAs. Returns
         whether memory that a captured graph knows has been replaced."""
         self.experts = tuple(experts)
         slots = torch.full_like(self._slots, -1, device="cpu")
@@ -143,15 +160,44 @@ class GpuLayer:
         old, self._bank = self._bank, None
         if not experts:
             return old is not None
-        return self._keep(old, self._source.bank(self._fetch(self._source.arrays)))
+        return self._keep(old, self.source.bank(self._fetch(self.source.arrays)))
 
     @torch.inference_mode(mode=False)
-    def reload_lora(self) -> bool:
-        """Takes the present LoRA for the resident experts; returns what ``load`` returns."""
-        if self._bank is None:
-            return False
-        arrays = self._fetch(self._source.lora_arrays)
-        return self._keep(self._bank, self._source.with_lora(self._bank, arrays))
+    def refresh_lora(self) -> tuple[bool, bool]:
+        """Takes the LoRAs that the engine holds now, and the active ones; returns whether the
+        source's arrays have changed, and whether captured graphs are stale."""
+        changed = self.source.refresh_lora()
+        stale = self._weigh()
+        if changed and self._bank is not None:
+            arrays = self._fetch(self.source.lora_arrays)
+            stale |= self._keep(self._bank, self.source.with_lora(self._bank, arrays))
+        return changed, stale
+
+    def _weigh(self) -> bool:
+        """Looks at the active adapters; returns whether captured graphs lack an operation for
+        them, or read memory that is no longer theirs."""
+        source, device = self.source, self._owner.device
+        before, stale = (self._owners, self._uniform), False
+        self._owners = [
+            self._owner.masks.owners(owners, device) if owners else None
+            for owners in (source.input_owners, source.down_owners)
+        ]
+        for each in self._owners:
+            # Layers share these objects, and the first one has changed them for all.
+            stale |= each is not None and each.weigh(source.active)
+        held = {number for number, _ in (*source.input_owners, *source.down_owners)}
+        weights = {number: weight for number, weight in source.active if number in held}
+        self._uniform = "masked" if weights else "nothing"
+        if weights and weights == dict.fromkeys(held, 1.0):
+            self._uniform = "all ranks"
+        return stale or before != (self._owners, self._uniform)
+
+    def lora(self, adapters: torch.Tensor | None = None) -> LoraChoice | None:
+        """The ranks of the bank that each token takes; ``adapters`` as for ``forward_resident``."""
+        if adapters is None and self._uniform != "masked":
+            return ALL_RANKS if self._uniform == "all ranks" else None
+        of = self._owner.masks.of
+        return LoraChoice(*(None if each is None else of(each, adapters) for each in self._owners))
 
     def _fetch(self, arrays: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         index = torch.tensor(self.experts)
@@ -172,15 +218,20 @@ class GpuLayer:
     def release(self) -> None:
         """Leaves everything to the engine and lets go of its memory."""
         self.load(())
-        self._source.release()
+        self.source.release()
 
     def _refresh(self) -> None:
-        if self._source.stale:
+        if self.source.stale:
             self._owner.refresh()
 
     def _keys(self, ids: torch.Tensor) -> torch.Tensor:
-        count = self._source.num_experts
-        return torch.where((ids >= 0) & (ids < count), ids, count).to(torch.int64)
+        """``ids``, or one more than the last expert where there is none: as for all ids of rows
+        that stand for nothing."""
+        count, rows = self.source.num_experts, self._owner.running.rows
+        inside = (ids >= 0) & (ids < count)
+        if rows is not None and rows.batch and rows.tokens == len(ids):
+            inside &= (rows.on_device != IDLE)[:, None]
+        return torch.where(inside, ids, count).to(torch.int64)
 
     def _count(self, keys: torch.Tensor) -> None:
         flat = keys.flatten()
@@ -197,11 +248,16 @@ class GpuExperts:
         *,
         lane: Lane | None = None,
         pinning: Pinning | None = None,
+        running: RunningStep | None = None,
+        masks: RankMasks | None = None,
     ) -> None:
         """``layers``: the engine's layers by experts path, in the order of a forward, all experts
-        loaded. Nothing is on the GPU at first: ``select`` and ``threshold`` change that."""
+        loaded. Nothing is on the GPU at first: ``select`` and ``threshold`` change that.
+        ``running``: the model's step; ``masks``: its masks, which other layers may share."""
         self.device = torch.empty(0, device=device).device  # with its index
         warm_up(self.device)
+        self.running = RunningStep() if running is None else running
+        self.masks = RankMasks(self.running) if masks is None else masks
         # The fewest tokens of a streamed forward; 0: none is streamed.
         self.threshold = 0
         # Changes when memory that a captured graph knows has been replaced: capture it again.
@@ -262,19 +318,18 @@ class GpuExperts:
             self._load(index, layer, sorted(chosen))
 
     def refresh(self) -> None:
-        """Takes LoRA that the engine was given since. Cheap if there is none; must not happen in a
-        graph capture if there is some."""
+        """Takes the LoRAs that the engine holds now, and the active ones. Cheap if there is no
+        change; must not happen in a graph capture if there is one."""
         stale = [index for index, source in enumerate(self._sources) if source.stale]
         if not stale:
             return
-        for index in stale:
-            self._sources[index].refresh_lora()
-        self.stream.reset()
-        if self._pinning.active:
-            self.pin()
-        for index, layer in enumerate(self.layers.values()):
-            if index in stale and layer.reload_lora():
-                self.version += 1
+        layers = list(self.layers.values())
+        found = [layers[index].refresh_lora() for index in stale]
+        if any(changed for changed, _ in found):
+            self.stream.reset()
+            if self._pinning.active:
+                self.pin()
+        self.version += any(replaced for _, replaced in found)
 
     def prefill_chunk(self, remaining: int) -> int | None:
         """Tokens of a prompt that the next forward should take, where streaming decides it."""

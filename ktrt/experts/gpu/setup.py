@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
     from ktrt.config import ExpertArgs
     from ktrt.engine import MoeLayer
-    from ktrt.experts.gpu.source import LayerSource
+    from ktrt.engine.rank_masks import RankMasks
+    from ktrt.engine.step_rows import RunningStep
+    from ktrt.experts.gpu.residents import GpuLayer
     from ktrt.experts.module import KTExperts
 
 logger = logging.getLogger(__name__)
@@ -32,13 +34,19 @@ _SAME = 0.02
 
 
 def build_gpu_experts(
-    modules: Mapping[str, KTExperts], device: torch.device, args: ExpertArgs, max_qlen: int
+    modules: Mapping[str, KTExperts],
+    device: torch.device,
+    args: ExpertArgs,
+    max_qlen: int,
+    running: RunningStep | None = None,
+    masks: RankMasks | None = None,
 ) -> GpuExperts | None:
     """Gives the modules the GPU's share by ``kt_num_gpu_experts`` and
     ``kt_gpu_prefill_token_threshold``; None if it has none. Logs what was decided and why.
 
-    ``modules``: by path in the order of a forward, weights and LoRA loaded. ``KtrtError``: a number
-    of experts that was asked for does not fit.
+    ``modules``: by path in the order of a forward, weights and LoRA loaded; ``running`` and
+    ``masks``: as ``GpuExperts`` takes them. ``KtrtError``: a number of experts that was asked for
+    does not fit.
     """
     number, threshold = args.kt_num_gpu_experts, args.kt_gpu_prefill_token_threshold
     if device.type != "cuda":
@@ -58,7 +66,7 @@ def build_gpu_experts(
             )  # fmt: skip
             return None
     layers = {path: module.layer for path, module in modules.items()}
-    experts = GpuExperts(layers, device)
+    experts = GpuExperts(layers, device, running=running, masks=masks)
     try:
         used = _settle(experts, layers, number, threshold, max_qlen)
     except BaseException:
@@ -81,7 +89,7 @@ def _settle(
 ) -> bool:
     """Whether the GPU got anything to do."""
     for path, layer in layers.items():
-        if (difference := check_layer(experts.source(path), layer, experts.device)) > _SAME:
+        if (difference := check_layer(experts.layers[path], layer, experts.device)) > _SAME:
             logger.info(
                 "All routed experts run on the CPU: %s on the GPU differs by %.3f from the engine",
                 path, difference,
@@ -107,8 +115,9 @@ def _settle(
     return bool(count or experts.threshold)
 
 
-def check_layer(source: LayerSource, layer: MoeLayer, device: torch.device) -> float:
+def check_layer(gpu: GpuLayer, layer: MoeLayer, device: torch.device) -> float:
     """The relative error of one token of this layer on ``device``, compared with the engine."""
+    source = gpu.source
     states = torch.randn(1, layer.hidden_size, generator=torch.Generator().manual_seed(0))
     ids = torch.arange(layer.top_k)[None]
     weights = torch.ones(1, layer.top_k)
@@ -117,7 +126,7 @@ def check_layer(source: LayerSource, layer: MoeLayer, device: torch.device) -> f
     arrays = {name: array[: layer.top_k].to(device) for name, array in source.arrays.items()}
     grouping = Grouping(ids.to(device), weights.to(device), layer.num_experts, layer.hidden_size)
     rows = make_rows(states.to(device), source.quantized)
-    grouping.add(range(layer.top_k), source.bank(arrays), rows)
+    grouping.add(range(layer.top_k), source.bank(arrays), rows, gpu.lora())
     # A layer of zeros differs by zero.
     size = max(float(expected.norm()), torch.finfo(torch.float32).tiny)
     difference = float((grouping.total().cpu() - expected).norm()) / size

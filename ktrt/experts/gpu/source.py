@@ -21,7 +21,8 @@ from ktrt.experts.gpu.packed import code_dtype, unpack_codes, unpack_expand, unp
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ktrt.engine import MoeLayer, PackedMatrix, PackedMemory
+    from ktrt.engine import MoeLayer, PackedExpand, PackedLora, PackedMatrix, PackedMemory
+    from ktrt.engine.rank_masks import Owners, Weights
 
 
 class LayerSource:
@@ -43,20 +44,43 @@ class LayerSource:
         for i, part in enumerate(self._parts):
             if part.scales is not None:
                 self._weight_memories[f"scales{i}"] = part.scales
+        self._loras: dict[int, PackedLora] = {}
+        self.memories: dict[str, PackedMemory] = {}
         self.refresh_lora()
 
-    def refresh_lora(self) -> None:
-        """Takes the LoRA that the engine has now."""
+    def refresh_lora(self) -> bool:
+        """Takes the LoRAs that the engine holds now, and which of them are active. Returns whether
+        ``arrays`` have changed."""
         self.lora_version = self._layer.lora_version
-        self._lora = self._layer.packed_lora()
-        self.memories = self._weight_memories | self._lora_memories()
+        self.active: Weights = tuple((n, w) for n, w in self._layer.active_loras if w)
+        views = {number: self._layer.lora_view(number) for number in self._layer.loras}
+        self._loras = {number: lora for number, lora in views.items() if lora is not None}
+        before, self.memories = self.memories, self._weight_memories | self._lora_memories()
+        if _places(before) == _places(self.memories):
+            return False
         self.arrays = {
             name: _view(memory, self.num_experts) for name, memory in self.memories.items()
         }
+        return True
+
+    @property
+    def input_owners(self) -> Owners:
+        """The adapters of the ranks of ``ExpertBank.input_a``."""
+        loras = self._loras.items()
+        return (
+            *((n, lora.gate.ranks) for n, lora in loras if lora.gate.b is not None),
+            *((n, lora.up.ranks) for n, lora in loras if lora.up.b is not None),
+        )
+
+    @property
+    def down_owners(self) -> Owners:
+        """The adapters of the ranks of ``ExpertBank.down_a``."""
+        loras = self._loras.items()
+        return tuple((n, lora.down.ranks) for n, lora in loras if lora.down.b is not None)
 
     def release(self) -> None:
         """Lets go of the engine's memory."""
-        self._parts, self._lora = [], None
+        self._parts, self._loras = [], {}
         self._weight_memories, self.memories, self.arrays = {}, {}, {}
 
     @property
@@ -74,12 +98,14 @@ class LayerSource:
         return self.bank({name: array[:1] for name, array in self.arrays.items()}).nbytes()
 
     def _lora_memories(self) -> dict[str, PackedMemory]:
-        if (lora := self._lora) is None:
-            return {}
-        shrinks = {"input_a": lora.input.a, "down_a": lora.intermediate.a}
-        expands = {"gate_b": lora.gate.b, "up_b": lora.up.b, "down_b": lora.down.b}
-        found = (shrinks | expands).items()
-        return {name: memory for name, memory in found if memory is not None}
+        found: dict[str, PackedMemory | None] = {}
+        for number, lora in self._loras.items():
+            found |= {
+                f"input_a@{number}": lora.input.a, f"down_a@{number}": lora.intermediate.a,
+                f"gate_b@{number}": lora.gate.b, f"up_b@{number}": lora.up.b,
+                f"down_b@{number}": lora.down.b,
+            }  # fmt: skip
+        return {name: memory for name, memory in found.items() if memory is not None}
 
     def bank(self, arrays: Mapping[str, torch.Tensor]) -> ExpertBank:
         """Row-major weights of some experts, on the device of ``arrays``: the same names, uint8
@@ -111,7 +137,7 @@ class LayerSource:
         )
 
     def with_lora(self, bank: ExpertBank, arrays: Mapping[str, torch.Tensor]) -> ExpertBank:
-        """``bank``'s weights with the present LoRA; ``arrays``: at least ``lora_arrays``, for the
+        """``bank``'s weights with the present LoRAs; ``arrays``: at least ``lora_arrays``, for the
         bank's experts."""
         return ExpertBank(
             gate_up=bank.gate_up,
@@ -133,27 +159,37 @@ class LayerSource:
         )
 
     def _lora_fields(self, arrays: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        if (lora := self._lora) is None:
-            return {}
-        shrinks = {"input_a": lora.input, "down_a": lora.intermediate}
-        expands = {"gate_b": lora.gate, "up_b": lora.up, "down_b": lora.down}
-        sizes = {"input_a": self.hidden_size, "down_a": _up(self.intermediate_size)}
-        tensors = {
-            name: unpack_shrink(arrays[name], shrink.ranks, shrink.columns)[:, :, : sizes[name]]
-            for name, shrink in shrinks.items()
-            if name in arrays
+        """All adapters side by side; A of gate and up apart, even if they are the same."""
+        found: dict[str, list[torch.Tensor]] = {}
+
+        def add(number: int, lora: PackedLora, projection: str) -> None:
+            down = projection == "down"
+            expand: PackedExpand = getattr(lora, projection)
+            if expand.b is None:
+                return
+            name, shrink = ("down_a", lora.intermediate) if down else ("input_a", lora.input)
+            size = _up(self.intermediate_size) if down else self.hidden_size
+            a = unpack_shrink(arrays[f"{name}@{number}"], shrink.ranks, shrink.columns)
+            ranks = slice(expand.first_rank, expand.first_rank + expand.ranks)
+            found.setdefault(f"{projection}_a", []).append(a[:, ranks, :size])
+            b = unpack_expand(arrays[f"{projection}_b@{number}"], expand.rows, expand.ranks)
+            found.setdefault(f"{projection}_b", []).append(b)
+
+        for number, lora in self._loras.items():
+            for projection in ("gate", "up", "down"):
+                add(number, lora, projection)
+        fields: dict[str, Any] = {
+            name: torch.cat(found[name], dim=2) for name in found if name.endswith("_b")
         }
-        tensors |= {
-            name: unpack_expand(arrays[name], expand.rows, expand.ranks)
-            for name, expand in expands.items()
-            if name in arrays
-        }
-        for name, shrink in (("input", lora.input), ("down", lora.intermediate)):
-            if shrink.factors is not None and f"{name}_a" in tensors:
-                a = tensors[f"{name}_a"]
-                row = torch.tensor(shrink.factors, device=a.device)
-                tensors[f"{name}_factor"] = row.repeat(a.shape[0], 1, 1)
-        return {**tensors, "gate_first": lora.gate.first_rank, "up_first": lora.up.first_rank}
+        if both := [*found.get("gate_a", ()), *found.get("up_a", ())]:
+            fields["input_a"] = torch.cat(both, dim=1)
+        if "down_a" in found:
+            fields["down_a"] = torch.cat(found["down_a"], dim=1)
+        return {**fields, "up_first": sum(a.shape[1] for a in found.get("gate_a", ()))}
+
+
+def _places(memories: Mapping[str, PackedMemory]) -> dict[str, tuple[int, int]]:
+    return {name: (memory.address, memory.nbytes) for name, memory in memories.items()}
 
 
 def _padded_rows(matrix: PackedMatrix) -> int:

@@ -1,12 +1,14 @@
 // Many rows in one call against each row in a call for itself, bit for bit.
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <limits>
 #include <memory>
 #include <optional>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "attention/latent_attention.h"
@@ -395,6 +397,29 @@ TEST(DecodeRows, LatentsAddWeightedSums) {
   activate(*attention, 9);
   EXPECT_EQ(c.alone(*attention, rows, 0), base);
   EXPECT_EQ(c.together(*attention, rows, {9}), base);
+}
+
+TEST(DecodeRows, LatentsWhoseSetChangesDuringForwards) {
+  LatentRows c({4, 16, 8, 40, 12, 0.2f}, static_cast<std::int64_t>(kSlots.size()));
+  const SlotRows rows = rows_of(kSlots, kLengths);
+  const auto attention = c.attention(engine_of(2, best_kernels()));
+  const std::vector<std::int32_t> ids{0, 1, -1, 4, 1, 0, -1, -1};
+  const Bits before = c.together(*attention, rows, ids);
+  Random numbers(3);
+  const std::vector<float> a = numbers.normals(8 * 40, c.scale());
+  const std::vector<float> b = numbers.normals(4 * 28 * 8, 0.5f);
+  std::atomic<bool> stop{false};
+  std::thread changing([&] {
+    for (int i = 0; !stop.load(); ++i) {
+      attention->load_lora(2, view_of(a, {8, 40}, "a"), view_of(b, {4 * 28, 8}, "b"));
+      attention->activate_loras(std::vector<int>{i % 2 == 0 ? 2 : 0}, std::vector<float>{1.0f});
+      if (i % 2 == 1) attention->unload_lora(2);
+      EXPECT_GT(attention->lora_bytes(), 0U);
+    }
+  });
+  for (int i = 0; i < 50; ++i) EXPECT_EQ(c.together(*attention, rows, ids), before);
+  stop.store(true);
+  changing.join();
 }
 
 TEST(DecodeRows, LatentsRefuseAdaptersThatAreNotHeld) {

@@ -339,5 +339,52 @@ TEST_P(GpuHandoffTest, TwoAtOnce) {
   for (std::thread& thread : threads) thread.join();
 }
 
+// Each token's LoRA comes through pinned memory like its states: a graph reads the ids that the
+// device holds when it is launched.
+TEST_P(GpuHandoffTest, AdapterIdsOfTokens) {
+  HandoffCase test(cuda_, GetParam());
+  MoeLayer& layer = *test.layers[0];
+  for (const int number : {0, 1}) {
+    LayerCase lora = test.cases[0];
+    lora.add_lora(4 + number, 3, 8);
+    lora.load_lora(layer, number);
+    test.cases[0].random.normal();
+  }
+  layer.activate_loras(std::vector<int>{1}, std::vector<float>{0.5f});
+  const int slot = test.handoff->add_slot(test.layers[0], test.tokens, 2, DType::kFloat32, "", true);
+  const CuDevicePtr ids = cuda_.allocate(4 * sizeof(std::int32_t));
+  const auto enqueue = [&] {
+    test.handoff->submit(slot, test.stream, test.states[0], test.ids, test.weights, ids);
+    test.handoff->wait(slot, test.stream, test.states.back());
+  };
+  const Batch batch = test.batch_of(3);
+  test.upload(batch);
+  cuda_.begin_capture(test.stream);
+  enqueue();
+  void* graph = cuda_.end_capture(test.stream);
+  const std::vector<std::int32_t> choices[] = {{0, 1, -1, -2}, {1, 1, 0, -3}, {-2, -2, -2, -2}};
+  for (const auto& chosen : choices) {
+    cuda_.overwrite(ids, chosen);
+    const std::vector<float> expected = forward(layer, batch, chosen);
+    enqueue();
+    test.synchronize();
+    EXPECT_EQ(test.result(), expected);
+    cuda_.overwrite(test.states.back(), std::vector<float>(test.size()));
+    test.handoff->expect({slot});
+    cuda_.launch(graph, test.stream);
+    test.synchronize();
+    EXPECT_EQ(test.result(), expected);
+  }
+  cuda_.overwrite(ids, std::vector<std::int32_t>{0, 7, 0, 0});
+  enqueue();
+  EXPECT_NE(test.failure().find("adapter_ids[1] is 7"), std::string::npos);
+  EXPECT_THROW(test.handoff->submit(slot, test.stream, test.states[0], test.ids, test.weights),
+               std::invalid_argument);
+  EXPECT_THROW(
+      test.handoff->submit(test.slots[0], test.stream, test.states[0], test.ids, test.weights, ids),
+      std::invalid_argument);
+  cuda_.destroy_graph(graph);
+}
+
 }  // namespace
 }  // namespace ktrt

@@ -106,19 +106,19 @@ TEST(Engine, SharedMemoryOutlivesIt) {
   auto layer = test.make_layer(engine);
   const auto expected = layer->experts().packed_codes(3, Projection::kDown);
   const auto weights = layer->experts().share_weights();
-  const auto lora = layer->share_lora();
+  const auto lora = layer->share_lora(0);
   ASSERT_NE(lora, nullptr);
   const int version = layer->lora_version();
   testing::apply_no_lora(*layer);
   EXPECT_NE(layer->lora_version(), version);
-  EXPECT_EQ(layer->share_lora(), nullptr);
+  EXPECT_THROW(layer->share_lora(1), std::invalid_argument);
   engine->close();
   EXPECT_THROW(layer->experts().share_weights(), std::runtime_error);
-  EXPECT_THROW(layer->share_lora(), std::runtime_error);
+  EXPECT_THROW(layer->share_lora(0), std::runtime_error);
   layer.reset();
   const PackedMatrix matrix = weights->matrix(3, Projection::kDown, 0);
   EXPECT_EQ(std::vector<std::uint8_t>(matrix.codes, matrix.codes + expected.size()), expected);
-  EXPECT_EQ(lora->lora->expand(Projection::kGate).rank_pairs, 2);
+  EXPECT_EQ(lora->expand(Projection::kGate).rank_pairs, 2);
 }
 
 TEST(Engine, UnfinishedLayersAreNotShared) {

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -93,7 +94,8 @@ class GemmCase {
   bool quantized() const { return is_quantized(format_); }
 
   // Rows [first, first + count) of C, [count][n].
-  std::vector<float> run(const GemmKernel& kernel, int first, int count) {
+  // `apart`: LoRA by GemmKernel::expand.
+  std::vector<float> run(const GemmKernel& kernel, int first, int count, bool apart = false) {
     std::vector<float> c(size(count * n_));
     const AlignedVector<std::uint8_t> a = activations(kernel, first, count);
     const AlignedVector<std::uint16_t> t = shrunk(kernel, first, count);
@@ -110,9 +112,10 @@ class GemmCase {
       args.a_stride = args.tile_rows * a_row_bytes();
       args.a_scale = quantized() ? a_scale_.data() + first : nullptr;
       args.rows = count;
-      use_lora(args, b, t);
       args.c = block.data();
+      if (!apart) use_lora(args, b, t);
       kernel.strip(args);
+      if (apart) expand_runs(kernel, args, b, t);
       for (int column = 0; column < kStripRows; ++column) {
         EXPECT_EQ(block[at(whole, kStripRows, column)], kGuard) << "row " << whole << " written";
         const int n = strip * kStripRows + column;
@@ -184,6 +187,25 @@ class GemmCase {
   }
 
  private:
+  // Rows in three runs, as rows of three LoRAs are; C beyond them stays.
+  void expand_runs(const GemmKernel& kernel, GemmArgs args, const AlignedVector<std::uint16_t>& b,
+                   const AlignedVector<std::uint16_t>& t) const {
+    use_lora(args, b, t);
+    const int ends[] = {args.rows / 3, args.rows - args.rows / 2, args.rows};
+    int first = 0;
+    for (const int end : ends) {
+      ExpandArgs run = args;
+      run.rows = end - first;
+      run.t = args.t + first * args.t_stride;
+      run.c = args.c + first * kStripRows;
+      const std::vector<float> after(run.c + run.rows * kStripRows,
+                                     args.c + args.rows * kStripRows);
+      if (run.rows > 0) kernel.expand(run);
+      EXPECT_TRUE(std::equal(after.begin(), after.end(), run.c + run.rows * kStripRows));
+      first = end;
+    }
+  }
+
   static std::size_t size(int value) { return static_cast<std::size_t>(value); }
   static std::size_t at(int row, int width, int column) {
     return static_cast<std::size_t>(row) * static_cast<std::size_t>(width) +

@@ -90,6 +90,14 @@ TEST_P(LoraExpandTest, AddsTheProductOfTAndB) {
   }
 }
 
+TEST_P(LoraExpandTest, ApartItHasTheSameBits) {
+  for (const int rows : {1, 2, 19, 37, 64}) {
+    GemmCase gemm = make(96, 160, rows);
+    gemm.add_lora(rank_);
+    EXPECT_EQ(gemm.run(kernel(), 0, rows, true), gemm.run(kernel())) << rows << " rows";
+  }
+}
+
 TEST_P(LoraExpandTest, ZeroBChangesNoBit) {
   GemmCase gemm = make(96, 160, 15);
   const std::vector<float> base = gemm.run(kernel());

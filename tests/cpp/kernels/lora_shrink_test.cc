@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <tuple>
@@ -37,9 +38,24 @@ struct ShrinkCase {
 
   int width() const { return blocks * kBlockRanks; }
 
+  // `piece_rows` rows of one tile after the other.
+  static void run_pieces(const ShrinkKernel& kernel, const ShrinkArgs& all, int piece_rows) {
+    for (int row = 0; row < all.rows;) {
+      ShrinkArgs args = all;
+      const int in_tile = row % all.tile_rows;
+      args.rows = std::min({piece_rows, all.tile_rows - in_tile, all.rows - row});
+      args.tile_rows = args.rows;
+      args.x_step = 32 * all.tile_rows;
+      args.x = all.x + row / all.tile_rows * all.x_stride + in_tile * 32;
+      args.t = all.t + row * all.t_stride;
+      kernel.run(args);
+      row += args.rows;
+    }
+  }
+
   // Rows [first, first + count) of T, [count][width], as BF16 bits.
   std::vector<std::uint16_t> run(const ShrinkKernel& kernel, int first, int count,
-                                 int tile_rows = 1) const {
+                                 int tile_rows = 1, int piece_rows = 0) const {
     constexpr std::uint16_t kNan = 0x7fff;
     const int x_stride = k + 6;
     const int t_stride = width() + 3;
@@ -60,8 +76,21 @@ struct ShrinkCase {
       }
     }
     AlignedVector<std::uint16_t> t(at(count, t_stride, 0), kGuard);
-    kernel.run({rows_of_x.data(), tile_rows * x_stride, tile_rows, count, packed.data(), blocks, k,
-                t.data(), t_stride});
+    ShrinkArgs args{rows_of_x.data(),
+                    tile_rows * x_stride,
+                    tile_rows,
+                    0,
+                    count,
+                    packed.data(),
+                    blocks,
+                    k,
+                    t.data(),
+                    t_stride};
+    if (piece_rows > 0) {
+      run_pieces(kernel, args, piece_rows);
+    } else {
+      kernel.run(args);
+    }
     std::vector<std::uint16_t> result;
     for (int row = 0; row < count; ++row) {
       for (int i = 0; i < t_stride; ++i) {
@@ -124,7 +153,11 @@ TEST_P(LoraShrinkTest, TileOrderChangesNoBit) {
   for (const int rows : {2, 15, 16, 17, 31, 33, 50}) {
     const ShrinkCase shrink(rows, 160, 3);
     const int tile_rows = emulated_amx_gemm(WeightFormat::kBf16).tile_rows(rows);
-    EXPECT_EQ(shrink.run(kernel(), 0, rows, tile_rows), shrink.run(kernel(), 0, rows)) << rows;
+    const std::vector<std::uint16_t> all = shrink.run(kernel(), 0, rows);
+    EXPECT_EQ(shrink.run(kernel(), 0, rows, tile_rows), all) << rows;
+    for (const int piece : {1, 3, 16}) {
+      EXPECT_EQ(shrink.run(kernel(), 0, rows, tile_rows, piece), all) << rows << ", " << piece;
+    }
   }
 }
 

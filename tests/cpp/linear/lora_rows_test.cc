@@ -2,10 +2,12 @@
 // are those of a layer whose active LoRA is the row's.
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <cstdint>
 #include <map>
 #include <memory>
 #include <stdexcept>
+#include <thread>
 #include <vector>
 
 #include "base/bf16.h"
@@ -192,6 +194,31 @@ TYPED_TEST(LoraRows, ComeAndGo) {
   EXPECT_TRUE(message_of([&] {
                 c.run(*linear, 0, 1, {&base, -1});
               }).starts_with("adapter_ids has -1 elements"));
+}
+
+// A LoRA may be loaded, replaced, activated and removed while forwards run: each sees one set.
+TYPED_TEST(LoraRows, TheSetChangesDuringForwards) {
+  const LinearCase c(3, 40, 64, 0);
+  const auto linear = with_loras<TypeParam>(c, engine_of(2, testing::best_kernels()), 4);
+  const std::vector<std::int32_t> ids = {7, kBaseRow, kActiveRow};
+  const AdapterIds adapters{ids.data(), 3};
+  const auto before = c.run(*linear, 0, -1, adapters);
+  std::atomic<bool> stop{false};
+  std::thread changing([&] {
+    const LoraValues other(c, 1, 30);
+    for (int i = 0; !stop.load(); ++i) {
+      other.load(*linear, c, 1);
+      linear->activate_loras(std::vector<int>{i % 2 == 0 ? 1 : 3}, std::vector<float>{1.0f});
+      if (i % 2 == 1) linear->unload_lora(1);
+      EXPECT_GT(linear->lora_bytes(), 0U);
+    }
+  });
+  for (int i = 0; i < 200; ++i) {
+    const auto found = c.run(*linear, 0, -1, adapters);
+    for (const int r : {0, 1}) EXPECT_EQ(row_of(c, found, r), row_of(c, before, r));
+  }
+  stop.store(true);
+  changing.join();
 }
 
 }  // namespace

@@ -33,9 +33,10 @@ struct ProductCase {
                          int count = -1) const {
     if (count < 0) count = rows;
     std::vector<Value> y(at(count, columns, 0));
-    RowProducts(engine).multiply(RowProduct<Value>{x.data() + first * in, weight.data(),
-                                                   with_bias ? bias.data() : nullptr, y.data(),
-                                                   count, in, columns});
+    RowProducts(engine).multiply(RowProduct<Value>{
+        x.data() + first * in, std::int64_t{count} * in, weight.data(),
+        static_cast<std::int64_t>(weight.size()), with_bias ? bias.data() : nullptr, y.data(),
+        static_cast<std::int64_t>(y.size()), in});
     return y;
   }
 
@@ -111,22 +112,25 @@ TEST(RowProducts, RefusesWhatDoesNotFit) {
   RowProducts products(engine);
   const ProductCase<float> c(2, 3, 4);
   std::vector<float> y(6);
-  const RowProduct<float> good{c.x.data(), c.weight.data(), nullptr, y.data(), 2, 4, 3};
+  const RowProduct<float> good{c.x.data(), 8, c.weight.data(), 12, nullptr, y.data(), 6, 4};
   const auto message = [&](auto change) {
     RowProduct<float> product = good;
     change(product);
     return message_of([&] { products.multiply(product); });
   };
-  EXPECT_EQ(message([](auto& p) { p.in = 0; }),
-            "the weight is [3, 0], expected at least one number");
-  EXPECT_EQ(message([](auto& p) { p.columns = -1; }),
-            "the weight is [-1, 4], expected at least one number");
-  EXPECT_EQ(message([](auto& p) { p.rows = -1; }), "x is [-1, 4], expected a size in memory");
-  EXPECT_EQ(message([](auto& p) { p.rows = std::numeric_limits<std::int64_t>::max(); }),
-            "x is [9223372036854775807, 4], expected a size in memory");
-  EXPECT_EQ(message([](auto& p) { p.x = nullptr; }), "x is a null pointer");
-  EXPECT_EQ(message([](auto& p) { p.out = nullptr; }), "out is a null pointer");
-  EXPECT_EQ(message([](auto& p) { p.rows = 0; }), "nothing was thrown");
+  EXPECT_EQ(message([](auto& p) { p.in = 0; }), "weight has 12 elements, expected rows of 0");
+  EXPECT_EQ(message([](auto& p) { p.in = 5; }), "weight has 12 elements, expected rows of 5");
+  EXPECT_EQ(message([](auto& p) { p.weight_count = 0; }),
+            "weight has 0 elements, expected rows of 4");
+  EXPECT_EQ(message([](auto& p) { p.out_count = 5; }),
+            "x has 8 elements and out 5, expected rows of 4 and as many of 3");
+  EXPECT_EQ(message([](auto& p) { p.x_count = 7; }),
+            "x has 7 elements and out 6, expected rows of 4 and as many of 3");
+  EXPECT_EQ(message([](auto& p) { p.x = nullptr; }), "x, weight or out is a null pointer");
+  EXPECT_TRUE(message([](auto& p) {
+                p.x_count = std::numeric_limits<std::int64_t>::max();
+              }).starts_with("x has 9223372036854775807 elements of 4 bytes"));
+  EXPECT_EQ(message([](auto& p) { p.x_count = p.out_count = 0; }), "nothing was thrown");
   engine->close();
   EXPECT_THROW(products.multiply(good), std::runtime_error);
 }

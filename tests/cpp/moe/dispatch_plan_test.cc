@@ -78,7 +78,7 @@ TEST(DispatchPlan, LongJobsAreSplitEvenly) {
       EXPECT_LE(job.rows, std::min(even + 1, 128));
       next += job.rows;
       EXPECT_EQ(job.scratch_row, scratch);
-      const int tile_rows = GemmKernel{"", nullptr, 0, true}.tile_rows(job.rows);
+      const int tile_rows = GemmKernel{"", nullptr, nullptr, 0, true}.tile_rows(job.rows);
       scratch += (job.rows + tile_rows - 1) / tile_rows * tile_rows;
     }
     EXPECT_EQ(next, count);
@@ -106,6 +106,49 @@ TEST(DispatchPlan, TokensAreCutIntoBlocksThatGiveAnExpertAboutFourFifthsOfAJob) 
       }
     }
     EXPECT_EQ(row, ids.size());
+  }
+}
+
+TEST(DispatchPlan, RowsOfAnExpertAreInRunsByMix) {
+  testing::Random random(4);
+  constexpr int kTokens = 200;
+  std::vector<std::int64_t> ids;
+  std::vector<float> weights;
+  std::vector<int> mix;
+  for (int t = 0; t < kTokens; ++t) {
+    mix.push_back(random.integer(kNoMix, 3));
+    for (int s = 0; s < 3; ++s) {
+      ids.push_back(random.integer(-1, 6));
+      weights.push_back(static_cast<float>(t * 3 + s));  // names the slot
+    }
+  }
+  DispatchPlan plan;
+  plan.build(view_of(ids.data(), DType::kInt64, {kTokens, 3}), view_of(weights, {kTokens, 3}), 7,
+             16, {mix.data(), 4});
+  std::size_t expected = 0;
+  for (std::size_t i = 0; i < ids.size(); ++i) expected += mix[i / 3] != kNoMix && ids[i] >= 0;
+  EXPECT_EQ(plan.rows().size(), expected);
+  std::vector<int> last(kTokens, -1);  // expert of a token's last row
+  for (const Job& job : plan.jobs()) {
+    int next = 0;
+    int before = -1;
+    for (const MixRun& run : plan.runs(job)) {
+      EXPECT_EQ(run.first, next);
+      EXPECT_GT(run.rows, 0);
+      EXPECT_GT(run.mix, before);
+      before = run.mix;
+      float slot = -1.0f;
+      for (int r = run.first; r < run.first + run.rows; ++r) {
+        const PlanRow& row = plan.rows()[static_cast<std::size_t>(job.first_row + r)];
+        EXPECT_EQ(mix[static_cast<std::size_t>(row.token)], run.mix);
+        EXPECT_GT(row.weight, slot) << "not by token and slot";
+        slot = row.weight;
+        EXPECT_LE(last[static_cast<std::size_t>(row.token)], job.expert);
+        last[static_cast<std::size_t>(row.token)] = job.expert;
+      }
+      next += run.rows;
+    }
+    EXPECT_EQ(next, job.rows);
   }
 }
 

@@ -87,14 +87,19 @@ inline Batch select(const Batch& batch, const std::vector<int>& order) {
   return result;
 }
 
-// [qlen][hidden_size], float32 in and out.
-inline std::vector<float> forward(MoeLayer& layer, const Batch& batch) {
+// [qlen][hidden_size], float32 in and out. `adapters`: each token's LoRA; none: the active ones.
+inline std::vector<float> forward(MoeLayer& layer, const Batch& batch,
+                                  const std::vector<std::int32_t>& adapters = {}) {
   const int hidden = layer.shape().hidden_size;
+  std::optional<TensorView> ids;
+  if (!adapters.empty()) {
+    ids = view_of(adapters.data(), DType::kInt32, {batch.qlen}, "adapter_ids");
+  }
   std::vector<float> out(batch.hidden.size(), std::nanf(""));
   layer.forward(view_of(batch.hidden, {batch.qlen, hidden}, "hidden_states"),
                 view_of(batch.ids.data(), DType::kInt64, {batch.qlen, batch.slots}, "expert_ids"),
                 view_of(batch.weights, {batch.qlen, batch.slots}, "routing_weights"),
-                view_of(out, {batch.qlen, hidden}, "out"));
+                view_of(out, {batch.qlen, hidden}, "out"), ids);
   return out;
 }
 
@@ -168,9 +173,13 @@ struct LayerCase {
     }
     layer.experts().load_expert(expert, views[0], views[1], views[2]);
   }
-  void set_lora(MoeLayer& layer) const {
+  void load_lora(MoeLayer& layer, int number) const {
     const int e = shape.num_experts;
-    layer.load_lora(0, lora[0].pair(e, "gate"), lora[1].pair(e, "up"), lora[2].pair(e, "down"));
+    layer.load_lora(number, lora[0].pair(e, "gate"), lora[1].pair(e, "up"),
+                    lora[2].pair(e, "down"));
+  }
+  void set_lora(MoeLayer& layer) const {
+    load_lora(layer, 0);
     apply_lora(layer);
   }
   bool has_lora() const { return lora[0].rank + lora[1].rank + lora[2].rank > 0; }

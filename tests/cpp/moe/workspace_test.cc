@@ -94,6 +94,30 @@ TEST(Workspace, FollowsMemoryThatMoves) {
   expect_apart(parts_of(small, scratch, 1, 4, {1, 1, 32, 32}));
 }
 
+TEST(Workspace, WiderShrunkRowsMakeItGrow) {
+  Scratch scratch(2);
+  Workspace workspace(scratch, {4, 2, 64, 64}, 2, 10, 128);
+  Workspace other(scratch, {4, 2, 96, 32}, 2, 10, 128);
+  workspace.place(scratch);
+  const std::size_t before = scratch.bytes();
+  workspace.place(scratch, 2 * ExpertLora::kMaxRank, ExpertLora::kMaxRank);
+  EXPECT_EQ(scratch.bytes(), before);
+  workspace.place(scratch, 4000, 3000);
+  EXPECT_GT(scratch.bytes(), before);
+  const auto job_rows = static_cast<std::size_t>(max_scratch_rows(128));
+  const auto end = [](const std::uint16_t* rows, std::size_t count, std::size_t ranks) {
+    return reinterpret_cast<const std::byte*>(rows + count * (ranks + kShrunkPadding));
+  };
+  EXPECT_GE(reinterpret_cast<const std::byte*>(workspace.thread(1).c),
+            end(workspace.thread(1).t, job_rows, 4000));
+  EXPECT_GE(reinterpret_cast<const std::byte*>(workspace.shared().t_input),
+            end(workspace.shared().t, 20, 3000));
+  EXPECT_LE(end(workspace.shared().t_input, kSharedInputRows, 4000),
+            scratch.shared() + scratch.shared_bytes());
+  other.place(scratch);
+  expect_apart(parts_of(other, scratch, 2, 10, {4, 2, 96, 32}));
+}
+
 TEST(Workspace, LongForwardsNeedAWiderOutputBlock) {
   Scratch scratch(1);
   Workspace workspace(scratch, {1, 1, 32, 32}, 1, 10'000, 128);

@@ -1,23 +1,18 @@
-"""Several adapters in one model: switching, weights, sums, rows, loading and unloading."""
+"""Several adapters in one model: switching, weights, sums, choices, loading and unloading."""
 
 from __future__ import annotations
 
-import logging
 import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from helpers.merge import load_weights, merge
-from helpers.tiny_chat import make_session
+from helpers.resident_folder import save_residents
 from helpers.tiny_models import (
-    HIDDEN_SIZE,
-    NUM_EXPERTS,
-    VOCAB_SIZE,
     LoraPlan,
     read_folder,
     save_adapter,
-    save_model,
     token_ids,
     write_adapter,
 )
@@ -34,41 +29,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 IDS = token_ids(2, 30)
-PREFIX = "base_model.model.model.layers"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base and adapters: a (layout a), b (layout b), attention, router, saved (lm_head), dora."""
-    folder = tmp_path_factory.mktemp("adapters")
-    base = save_model(folder / "base", "deepseek_v2", 96)
-    save_adapter(folder / "a", base, "a", LoraPlan(seed=1, experts=0.5))
-    save_adapter(folder / "b", base, "b", LoraPlan(rank=6, alpha=9, seed=2, experts=0.5))
-    tensors, config = read_folder(folder / "a")
-    attention = {key: 2 * value for key, value in tensors.items() if "self_attn" in key}
-    targets = sorted({key.split(".lora_")[0].rpartition(".")[2] for key in attention})
-    config = config | {"target_modules": targets, "use_rslora": True}
-    write_adapter(folder / "attention", attention, config)
-    generator = torch.Generator().manual_seed(9)
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    router = {}
-    for layer in (1, 2):
-        router[f"{PREFIX}.{layer}.mlp.gate.lora_A.weight"] = noise(8, HIDDEN_SIZE) * 0.08
-        router[f"{PREFIX}.{layer}.mlp.gate.lora_B.weight"] = noise(NUM_EXPERTS, 8)
-    only_router = {"target_modules": None, "target_parameters": ["gate.weight"]}
-    write_adapter(folder / "router", router, config | only_router | {"use_rslora": False})
-    saved = {"base_model.model.lm_head.weight": noise(VOCAB_SIZE, HIDDEN_SIZE) * 0.08}
-    write_adapter(folder / "saved", attention | saved, config | {"modules_to_save": ["lm_head"]})
-    dora = dict(attention)
-    for key, value in attention.items():
-        if "lora_B" in key:
-            name = key.replace("lora_B.weight", "lora_magnitude_vector")
-            dora[name] = 1 + 0.3 * noise(value.shape[0]).abs()
-    write_adapter(folder / "dora", dora, config | {"use_dora": True})
-    return folder
+    return save_residents(tmp_path_factory.mktemp("adapters"))
 
 
 def load(folder: Path, *names: str, **options: Any) -> LoadedModel:
@@ -186,6 +151,18 @@ class TestWeights:
         several.adapters.activate(weights)
         assert error(logits(several), merged_logits(folder, tmp_path, weights)) <= 0.01
 
+    def test_of_many_ranks(self, several: LoadedModel, folder: Path, tmp_path: Path) -> None:
+        adapters = several.adapters
+        plan = LoraPlan(rank=250, seed=4, experts=0.5)
+        save_adapter(folder / "wide", folder / "base", "a", plan)
+        adapters.load("wide", folder / "wide")
+        weights = {"a": 1, "wide": 0.5}
+        adapters.activate(weights)
+        found = logits(several)
+        adapters.activate("a")
+        adapters.unload("wide")
+        assert error(found, merged_logits(folder, tmp_path, weights)) <= 0.01
+
     def test_of_router_and_attention(
         self, several: LoadedModel, folder: Path, tmp_path: Path
     ) -> None:
@@ -220,17 +197,6 @@ class TestWeights:
         assert torch.equal(logits(loaded), logits(several))
         loaded.close()
 
-    def test_the_first_sum_is_announced(
-        self, several: LoadedModel, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        with caplog.at_level(logging.INFO, logger="ktrt.adapter.residents"):
-            several.adapters.activate({"a": 1, "attention": 1})
-            several.adapters.activate("b")
-            several.adapters.activate({"attention": 2, "a": 1})
-        assert [m for m in caplog.messages if m.startswith("Combin")][0::2] == [
-            "Combining adapters a, attention …"
-        ]
-
 
 class TestRefusals:
     @pytest.mark.parametrize(
@@ -254,14 +220,26 @@ class TestRefusals:
         assert several.adapters.version == key
         assert torch.equal(logits(several), alone["a"])
 
-    def test_too_many_ranks(self, several: LoadedModel, tmp_path: Path, folder: Path) -> None:
+    def test_an_engine_that_refuses(
+        self,
+        several: LoadedModel,
+        alone: dict[str, torch.Tensor],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
         adapters = several.adapters
-        wide = save_adapter(tmp_path / "w", folder / "base", "a", LoraPlan(rank=250, seed=4))
-        adapters.load("wide", wide)
-        with pytest.raises(AdapterError, match="a, wide cannot be summed: .* expected at most 256"):
-            adapters.activate({"a": 1, "wide": 1})
+        with monkeypatch.context() as patch:
+            weigh = adapters._torch.weigh  # type: ignore[union-attr]
+
+            def refuse(weights: Mapping[str, float]) -> None:
+                if len(weights) > 1:
+                    raise RuntimeError("no")
+                weigh(weights)
+
+            patch.setattr(adapters._torch, "weigh", refuse)
+            with pytest.raises(RuntimeError, match="no"):
+                adapters.activate({"a": 1, "b": 1})
         assert adapters.active == {"a": 1.0}
-        adapters.unload("wide")
+        assert torch.equal(logits(several), alone["a"])
 
     def test_scaling_the_base(self, several: LoadedModel) -> None:
         several.adapters.off()
@@ -387,44 +365,46 @@ class TestLoading:
         adapters.on()
 
 
-class TestRows:
-    def test_each_row_has_its_own(
-        self, several: LoadedModel, alone: dict[str, torch.Tensor]
-    ) -> None:
-        ids = torch.cat([IDS, IDS])
-        with several.adapters.rows(["a", None, "b", "attention"]):
-            found = logits(several, ids)
-        # On the CPU torch's products may depend on the number of rows in the batch.
-        for row, name in enumerate(["a", "base", "b", "attention"]):
-            assert error(found[row], alone[name][row % 2]) <= 1e-3, name
-        assert several.adapters.active == {"a": 1.0}
-        assert torch.equal(logits(several), alone["a"])
-
-    def test_one_adapter_and_the_base(
-        self, several: LoadedModel, alone: dict[str, torch.Tensor]
-    ) -> None:
-        several.adapters.off()
-        with several.adapters.rows([None, "b"]):
-            found = logits(several)
-        assert error(found[0], alone["base"][0]) <= 1e-3
-        assert error(found[1], alone["b"][1]) <= 1e-3
-        assert torch.equal(logits(several), alone["base"])
-
-    def test_refusals(self, several: LoadedModel, alone: dict[str, torch.Tensor]) -> None:
+class TestChoices:
+    def test_linears_in_float32_take_turns(self, several: LoadedModel) -> None:
+        """PEFT computes them, for all rows alike."""
         adapters = several.adapters
-        for name, message in (
-            ("router", "has LoRA on routers: it cannot be chosen row by row"),
-            ("saved", "replaces lm_head"),
-            ("c", "no adapter 'c'"),
-        ):
-            with pytest.raises(AdapterError, match=message), adapters.rows([name, None]):
-                pass
-        wrong_size = pytest.raises(AdapterError, match="chosen for 1 rows, the batch has 2")
-        with wrong_size, adapters.rows(["b"]):
-            logits(several)
-        with adapters.rows(["b"]), pytest.raises(AdapterError, match="rows of a batch"):
-            adapters.activate("b")
-        assert torch.equal(logits(several), alone["a"])
+        for name in ALL:
+            assert adapters.choose(name).row is None
+        assert adapters.choose(None).row == adapters.number(None) == -1
+        assert adapters._residents["a"].row_reason == "has LoRA on float32 linears"
+
+    def test_one_that_is_used_stays(self, several: LoadedModel, folder: Path) -> None:
+        adapters = several.adapters
+        adapters.load("x", folder / "attention")
+        choice = adapters.choose("x")
+        releases = [adapters.hold(choice) for _ in range(2)]
+        for release, words in zip(releases, ("2 answers", "1 answer "), strict=True):
+            with pytest.raises(AdapterError, match=f"'x' is used by {words}"):
+                adapters.unload("x")
+            release()
+        adapters.unload("x")
+        with pytest.raises(AdapterError, match="no adapter 'x'"):
+            adapters.hold(choice)
+
+    def test_prefixes_belong_to_contents(self, several: LoadedModel, folder: Path) -> None:
+        """Not to names: the same contents have one key, other contents under a name another."""
+        adapters = several.adapters
+        first = adapters.choose("a")
+        adapters.load("x", folder / "a")
+        held = adapters.choose("x")
+        assert held.key == first.key
+        adapters.unload("x")
+        adapters.load("x", folder / "b")
+        assert adapters.choose("x").key == adapters.choose("b").key != first.key
+        with pytest.raises(AdapterError, match="changed before the answer"):
+            adapters.hold(held)
+        adapters.unload("x")
+        chosen: tuple[Any, ...] = ("a", None, {"a": 0.5}, {"a": 1, "b": 1})
+        keys = {adapters.choose(each).key for each in chosen}
+        assert len(keys) == 4
+        adapters.refresh()
+        assert not keys & {adapters.choose(each).key for each in chosen}
 
 
 class TestKey:
@@ -440,8 +420,6 @@ class TestKey:
         )
         for change in changes:
             change()
-            keys.append(adapters.version)
-        with adapters.rows(["a", "b"]):
             keys.append(adapters.version)
         assert len(set(keys)) == len(keys)
         adapters.activate({"b": 0})
@@ -491,36 +469,3 @@ class TestKey:
         assert adapters.version not in (before, off, after)
         adapters.on()
         assert adapters.version == after
-
-
-class _OtherVersion(Adapters):
-    """Adapters whose version the test sets."""
-
-    current = 0
-
-    @property
-    def version(self) -> int:
-        return self.current
-
-
-class TestSessions:
-    MESSAGES = ({"role": "user", "content": "hello, who are you?"},)
-
-    def test_no_cache_across_adapters(self) -> None:
-        session = make_session()
-        session.adapters = adapters = _OtherVersion()
-        list(session.stream_responses(self.MESSAGES))
-        assert list(session.stream_responses(self.MESSAGES))[-1].reused_tokens > 0
-        adapters.current = 1
-        assert list(session.stream_responses(self.MESSAGES))[-1].reused_tokens == 0
-        assert list(session.stream_responses(self.MESSAGES))[-1].reused_tokens > 0
-
-    def test_a_change_during_an_answer_ends_it(self) -> None:
-        session = make_session()
-        session.adapters = adapters = _OtherVersion()
-        responses = session.stream_responses(self.MESSAGES)
-        next(responses)
-        adapters.current = 1
-        with pytest.raises(KtrtError, match="changed during the answer"):
-            list(responses)
-        assert list(session.stream_responses(self.MESSAGES))[-1].reused_tokens == 0

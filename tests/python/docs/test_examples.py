@@ -91,3 +91,17 @@ def test_the_first_chat_shows_both_personas() -> None:
     ]
     (with_adapter,), (without,) = answers
     assert with_adapter != without
+
+
+def test_compare_adapters() -> None:
+    adapters = "adapter_name_or_path: [examples/demo/adapter_a, examples/demo/adapter_b]"
+    done = subprocess.run(
+        [
+            sys.executable, "examples/compare_adapters.py", "/dev/stdin", "什么是 MoE？",
+            "--max-new-tokens", "4",
+        ],
+        cwd=ROOT, input=f"model_name_or_path: examples/demo/model\n{adapters}\n",
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    names = [line.split()[1:3] for line in done.stdout.splitlines()]
+    assert [each[-1] for each in names] == ["[base]", "[adapter_a]", "[adapter_b]"]

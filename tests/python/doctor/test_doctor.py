@@ -22,6 +22,7 @@ from ktrt.doctor.advice import Advice, advise
 from ktrt.engine import Engine, probes
 from ktrt.engine.formats import format_named
 from ktrt.experts import find_experts, new_layer
+from ktrt.kv.size import KvSize
 from ktrt.loading.inventory import (
     ATTENTION,
     EXPERT_LORA,
@@ -306,7 +307,7 @@ WORK = ModelWork(
             "AMXBF16": Row(EXPERTS, "bf16", held=16000, read=2000, values=1000, share=0.125),
             "AMXInt8": Row(EXPERTS, "int8", held=8400, read=1040, values=1000, share=0.125),
         },
-        kv_token_bytes=4,
+        kv=KvSize(others=4),
     )
 )
 

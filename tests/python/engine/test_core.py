@@ -478,20 +478,26 @@ def test_packed_memory_is_what_the_copies_say() -> None:
         layer.packed_parts()
 
 
-def test_packed_lora_and_its_version() -> None:
+def test_lora_views_and_their_version() -> None:
     engine, layer = make_packed_layer()
-    assert (layer.packed_lora(), layer.lora_version) == (None, 0)
+    assert (layer.loras, layer.lora_version) == ([], 0)
+    with pytest.raises(ValueError, match="there is no LoRA 0; 0 are held"):
+        layer.lora_view(0)
     apply_lora(layer, gate_a=torch.ones(3, 5, 96), gate_b=torch.ones(3, 40, 5))
-    lora = layer.packed_lora()
-    assert lora is not None
+    assert (layer.loras, layer.lora_version) == ([0], 2)
+    lora = layer.lora_view(0)
     assert (lora.gate.ranks, lora.gate.rows, lora.gate.first_rank) == (6, 64, 0)
     assert (lora.input.ranks, lora.input.columns) == (16, 96)
     assert lora.input.a is not None
     assert lora.input.a.nbytes == 3 * 16 * 96 * 2
     assert (lora.up.b, lora.down.b, lora.intermediate.a) == (None, None, None)
     apply_no_lora(layer)
-    assert (layer.packed_lora(), layer.lora_version) == (None, 2)
+    assert (layer.loras, layer.lora_version) == ([0], 3)
+    layer.unload_lora(0)
+    assert (layer.loras, layer.lora_version) == ([], 4)
+    view = memoryview(lora.input.a)
     engine.close()
+    assert view[:2] == torch.ones(1, dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes()
 
 
 PROJECTIONS: tuple[Literal["gate", "up", "down"], ...] = ("gate", "up", "down")

@@ -222,7 +222,7 @@ FORKS = """
     calls = {
         name: getattr(owner, name)
         for owner in (layer, linear, packed)
-        for name in ("last_kernels", "packed_parts", "packed_lora")
+        for name in ("last_kernels", "packed_parts", "loras")
         if hasattr(owner, name)
     } | {
         "forward": lambda: layer.forward(x, ids, weights, out),

@@ -148,3 +148,10 @@ def test_missing_compiled_module_says_how_to_build_it(monkeypatch: pytest.Monkey
     monkeypatch.delattr(ktrt, "_core")
     with pytest.raises(KtrtError, match=r"pip install \."):
         importlib.reload(ktrt.engine)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_fixed_kernels_reach_the_engine(fixed: bool) -> None:
+    engine = build_engine(ExpertArgs(kt_num_threads=1, kt_fixed_kernels=fixed))
+    assert engine.fixed_kernels is (fixed or _core.isa() != "amx")
+    engine.close()

@@ -192,15 +192,18 @@ def test_a_new_lora_is_noticed_and_the_old_one_stays() -> None:
     case = LayerCase(2, 1, 64, 64, ranks=(4, 4, 4))
     layer = case.build(engine, "bf16")
     source = LayerSource(layer)
-    old = source.arrays["gate_b"].clone()
+    old = source.arrays["gate_b@0"].clone()
     apply_lora(layer, **case.make_lora((8, 8, 8)))
     assert source.stale
-    assert torch.equal(source.arrays["gate_b"], old)
-    source.refresh_lora()
+    assert torch.equal(source.arrays["gate_b@0"], old)
+    assert source.refresh_lora()
     assert not source.stale
-    assert source.arrays["gate_b"].shape[1] == 2 * old.shape[1]
+    assert source.arrays["gate_b@0"].shape[1] == 2 * old.shape[1]
     apply_no_lora(layer)
-    source.refresh_lora()
+    assert source.stale
+    assert not source.refresh_lora()  # it is held still
+    layer.unload_lora(0)
+    assert source.refresh_lora()
     assert set(source.arrays) == {"codes0"}
     engine.close()
 

@@ -144,7 +144,7 @@ def test_a_layer_that_torch_computes_otherwise_stays_on_the_cpu(
 ) -> None:
     caplog.set_level(logging.INFO)
     for path, layer in layers.items():
-        assert check_layer(experts.source(path), layer, CPU) < 5e-4
+        assert check_layer(experts.layers[path], layer, CPU) < 5e-4
     monkeypatch.setattr(torch.nn.functional, "silu", torch.nn.functional.relu)
     assert not settle(experts, layers, 2, 5)
     assert any("layers.0 on the GPU differs" in message for message in caplog.messages)

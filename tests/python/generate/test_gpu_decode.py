@@ -64,9 +64,12 @@ class Shared:
             patch.setattr(self.maker, "capture", partial(self._capture, self.maker.capture))
             return hand_off
 
-        def build(modules: Mapping[str, KTExperts], device: torch.device, *_: Any) -> GpuExperts:
+        def build(
+            modules: Mapping[str, KTExperts], device: torch.device, _args: ExpertArgs, _most: int,
+            *step: Any,
+        ) -> GpuExperts:  # fmt: skip
             layers = {path: module.layer for path, module in modules.items()}
-            self.gpu = GpuExperts(layers, device)
+            self.gpu = GpuExperts(layers, device, running=step[0], masks=step[1])
             patch.setattr(self.gpu, "refresh", partial(self._refresh, self.gpu.refresh))
             for path, module in modules.items():
                 module.gpu = self.gpu.layers[path]
@@ -164,7 +167,7 @@ def test_a_lora_of_the_same_shape_is_taken_by_the_same_graph(shared: Shared) -> 
         experts, hidden, inner = (
             layers[0].num_experts, layers[0].hidden_size, layers[0].intermediate_size,
         )  # fmt: skip
-        rank = shared.gpu.source(path)._lora.down.ranks  # type: ignore[union-attr]
+        rank = shared.gpu.source(path)._loras[0].down.ranks
         sizes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
         lora = {}
         for name, (out, into) in sizes.items():
@@ -238,16 +241,3 @@ def test_a_session_captures_again_for_other_adapters(shared: Shared) -> None:
         change()
         assert (reused(), shared.maker.captures) == (0, captures)
         assert reused() > 0
-
-
-def test_rows_with_adapters_of_their_own_go_by_the_host(shared: Shared) -> None:
-    shared.gpu.select(3)
-    shared.core.log.clear()
-    results = []
-    for loaded in (shared.loaded, shared.plain):
-        with loaded.adapters.rows(["lora", None]), torch.no_grad():
-            results.append(loaded.model(torch.tensor([IDS[:9], IDS[:9]])).logits)
-    assert torch.equal(*results)
-    first, second = results[0]
-    assert not torch.allclose(first, second, atol=1e-2)
-    assert not shared.core.log

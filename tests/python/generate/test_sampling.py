@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ktrt.config import SamplingArgs
 from ktrt.errors import KtrtError
-from ktrt.generate.sampling import log_probabilities, make_sampler
+from ktrt.generate.sampling import log_probabilities, log_probability_rows, make_sampler
 
 VOCAB = 500
 PROMPT = [3, 3, 7, 100, 499]
@@ -194,3 +194,11 @@ def test_log_probabilities() -> None:
     assert [value for _, value in top] == pytest.approx([float(values[b]) for b in best], abs=1e-5)
     assert [float(row[token]) for token, _ in top] == [float(row[token]) for token in best]
     assert log_probabilities(row, 17, 0)[1] == ()
+
+
+def test_log_probabilities_of_rows() -> None:
+    rows = logits(4, dtype=torch.bfloat16)
+    found = log_probability_rows(rows, [17, 3, 0, 499], [5, 0, 20, 1])
+    alone = zip(rows, [17, 3, 0, 499], [5, 0, 20, 1], strict=True)
+    assert found == [log_probabilities(*each) for each in alone]
+    assert [len(top) for _, top in found] == [5, 0, 20, 1]

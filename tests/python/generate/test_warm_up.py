@@ -54,10 +54,11 @@ def test_the_first_answer_captures_nothing(llama: Any, maker: Any) -> None:
     warm, cold = KvCache(llama, graphs), KvCache(llama)
     warm_up.warm_up(warm, 512)
     assert warm.has_graphs
-    captured = warm._graphs.count  # type: ignore[union-attr]
+    assert warm.runner._alone is not None
+    captured = warm.runner._alone.count
     for ids in (PROMPT, [3], [4]):
         assert torch.allclose(warm.forward(ids), cold.forward(ids), rtol=1e-3, atol=1e-3)
-    assert warm._graphs.count == captured  # type: ignore[union-attr]
+    assert warm.runner._alone.count == captured
 
 
 def test_a_graph_of_a_proven_kind_needs_no_plain_step(
@@ -140,14 +141,14 @@ def test_a_failure_is_a_warning(
     assert torch.allclose(cache.forward(PROMPT), KvCache(llama).forward(PROMPT))
 
 
-def test_a_session_keeps_the_warm_cache() -> None:
+def test_a_warm_session_holds_nothing() -> None:
     with make_session() as session:
         session.warm_up()
-        assert session._idle_cache is not None
-        cache = session._idle_cache[1]
+        pool = session._open().runner.pool
+        assert pool.slots_in_use == 0
         answer = list(session.stream_responses([{"role": "user", "content": "?"}]))
         assert answer[-1].reused_tokens == 0
-        assert session._idle_cache[1] is cache
+        assert pool.slots_in_use == 0
 
 
 class TestMuted:

@@ -2,7 +2,8 @@
 
 # Keys that LLaMA-Factory and KTransformers do not have.
 _OWN = """
-adapters adapter_weights lora_B_layout kt_use_cuda_graph ktrt_cache ktrt_cache_dir min_p
+adapters adapter_weights lora_B_layout kt_use_cuda_graph kt_fixed_kernels ktrt_cache ktrt_cache_dir
+min_p max_num_seqs min_tokens_per_second
 presence_penalty frequency_penalty stop_strings stop_token_ids logprobs top_logprobs
 """
 OWN_KEYS = frozenset(_OWN.split())
@@ -52,6 +53,9 @@ MEANINGS = {
     "kt_num_threads": "CPU threads of the engine; at most the CPU quota of a container.",
     "kt_tp_enabled": "Shards every expert over the NUMA nodes.",
     "kt_use_cuda_graph": "With a GPU: runs each decode step as one CUDA graph.",
+    "kt_fixed_kernels": "With AMX: one kernel for any number of tokens, so that an answer does not "
+    "depend on what else is computed with it ([what it costs](performance.md#many-conversations-"
+    "and-adapters)). Without AMX that holds anyway.",
     "kt_num_gpu_experts": "With a GPU: number of experts per layer that stay there; `auto`: as "
     "many as fit.",
     "kt_gpu_prefill_token_threshold": "With a GPU: forwards of at least this many tokens stream "
@@ -65,6 +69,10 @@ MEANINGS = {
     "tokenizer's own. An adapter needs the template it was trained with.",
     "default_system": 'System prompt instead of the template\'s own; `""`: none.',
     "enable_thinking": "Switches thinking on or off, in templates of reasoning models.",
+    # The scheduler.
+    "max_num_seqs": "Most answers that are computed at once; others wait.",
+    "min_tokens_per_second": "Floor for every stream: a request waits while one more would push "
+    "streams below it, by predictions. `0`: no floor.",
     # Sampling.
     "do_sample": "`false`: greedy.",
     "temperature": "`0` is greedy.",

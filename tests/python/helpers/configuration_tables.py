@@ -20,7 +20,14 @@ from helpers.configuration_meanings import (
 )
 from helpers.documents import DOCS, generated, replace_generated
 
-from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs, SamplingArgs, TemplateArgs
+from ktrt.config import (
+    AdapterArgs,
+    ExpertArgs,
+    ModelArgs,
+    SamplingArgs,
+    SchedulerArgs,
+    TemplateArgs,
+)
 from ktrt.config.keys import IGNORED, MEANT, NOTED, REFUSED
 from ktrt.config.load import _ALIASES, _Switches
 
@@ -32,6 +39,7 @@ SECTIONS = {
     "experts": ExpertArgs,
     "template": TemplateArgs,
     "sampling": SamplingArgs,
+    "scheduler": SchedulerArgs,
     "switches": _Switches,
 }
 

@@ -277,11 +277,10 @@ class Calls:
         arguments = {
             "hidden_states": self.array(rows, H), "expert_ids": self.ids(rows, K),
             "routing_weights": self.array(rows, K), "out": torch.empty(rows, H),
-            "adapter_ids": self.pick(None, None, torch.full((rows,), -1)),
+            "adapter_ids": self.pick(None, torch.full((rows,), self.pick(-3, -2, -1, 0, 1))),
         }  # fmt: skip
         spoiled = self.spoil(arguments)
         if self.random.randrange(3) == 0:
-            spoiled.pop("adapter_ids")
             return f"bind({_shown(spoiled)}).run()", lambda: layer.bind(**spoiled).run()
         return f"MoeLayer.forward({_shown(spoiled)})", lambda: layer.forward(**spoiled)
 
@@ -317,7 +316,7 @@ class Calls:
             ("packed_codes", {"expert": 1, "projection": "up"}),
             ("packed_scales", {"expert": 1, "projection": "down"}),
             ("packed_parts", {}),
-            ("packed_lora", {}),
+            ("lora_view", {"number": self.random.randrange(3)}),
             ("write_image", {"part": self.pick(0, 1, -1), "fd": descriptor}),
             ("use_images", images),
         )
@@ -329,13 +328,40 @@ class Calls:
         layer, rows = self._only(self.pick(_core.DenseLinear, _core.PackedLinear)), self.pick(1, 5)
         x, x_count = self.addressed(self.array(rows, H, dtype=torch.bfloat16))
         out, out_count = self.addressed(torch.empty(rows, INTERMEDIATE, dtype=torch.bfloat16))
-        arguments = {"x": x, "x_count": x_count, "out": out, "out_count": out_count}
+        ids = torch.tensor([self.pick(-1, -2, 0, 7) for _ in range(rows)], dtype=torch.int32)
+        adapters, adapter_count = self.addressed(ids)
+        arguments = {
+            "x": x, "x_count": x_count, "out": out, "out_count": out_count,
+            "adapter_ids": adapters, "adapter_count": adapter_count,
+        }  # fmt: skip
+        if self.random.randrange(2):
+            del arguments["adapter_ids"], arguments["adapter_count"]
         spoiled = self.spoil(
-            arguments, x=ADDRESSES, out=ADDRESSES, x_count=COUNTS, out_count=COUNTS
-        )
+            arguments, x=ADDRESSES, out=ADDRESSES, x_count=COUNTS, out_count=COUNTS,
+            adapter_ids=ADDRESSES, adapter_count=COUNTS,
+        )  # fmt: skip
         return f"{type(layer).__name__}.forward({_shown(spoiled)})", lambda: layer.forward(
             **spoiled
         )
+
+    def multiply(self) -> tuple[str, Call]:
+        """Multiplies arrays by address."""
+        rows, dtype = self.pick(1, 5), self.pick(torch.float32, torch.bfloat16)
+        products = _core.RowProducts(self.any_engine())
+        name = "multiply_f32" if dtype == torch.float32 else "multiply_bf16"
+        x, x_count = self.addressed(self.array(rows, H, dtype=dtype))
+        weight, weight_count = self.addressed(self.array(INTERMEDIATE, H, dtype=dtype))
+        bias, _ = self.addressed(self.array(INTERMEDIATE, dtype=dtype))
+        out, out_count = self.addressed(torch.empty(rows, INTERMEDIATE, dtype=dtype))
+        arguments = {
+            "x": x, "x_count": x_count, "weight": weight, "weight_count": weight_count,
+            "bias": self.pick(0, bias), "out": out, "out_count": out_count, "in_features": H,
+        }  # fmt: skip
+        spoiled = self.spoil(
+            arguments, x=ADDRESSES, weight=ADDRESSES, bias=ADDRESSES, out=ADDRESSES,
+            x_count=COUNTS, weight_count=COUNTS, out_count=COUNTS, in_features=COUNTS,
+        )  # fmt: skip
+        return f"RowProducts.{name}({_shown(spoiled)})", lambda: getattr(products, name)(**spoiled)
 
     def attend(self) -> tuple[str, Call]:
         mask, mask_count = self.addressed(self.array(70))
@@ -413,7 +439,8 @@ class Calls:
     def one(self) -> tuple[str, Call]:
         kinds = [
             self.make, self.method, self.method, self.protocol, self.forward, self.forward,
-            self.change, self.change, self.linear, self.attend, self.attend_rows, self.normalise,
+            self.change, self.change, self.linear, self.multiply, self.attend, self.attend_rows,
+            self.normalise,
             self.function,
         ]  # fmt: skip
         chosen: tuple[str, Call] = self.pick(*kinds)()

@@ -10,6 +10,7 @@ import ctypes
 import logging
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from ktrt._core import Engine, MoeLayer
     from ktrt.generate.graphs import GraphMaker
-    from ktrt.kv.static import StaticKv
 
 
 @dataclass
@@ -85,6 +85,7 @@ class FakeCore:
         self.cuda = cuda
         self.capturing = self.closed = False
         self.slots: list[tuple[MoeLayer, int, int, torch.dtype]] = []
+        self.with_adapters: list[bool] = []
         self.expected: list[int] = []
         self.results: dict[int, torch.Tensor] = {}
         self.log: list[str] = []
@@ -92,8 +93,11 @@ class FakeCore:
         self.fail: Exception | None = None
         self.error: Exception | None = None
 
-    def add_slot(self, layer: MoeLayer, *, tokens: int, top_k: int, dtype: str, name: str) -> int:
+    def add_slot(
+        self, layer: MoeLayer, *, tokens: int, top_k: int, dtype: str, name: str, adapters: bool
+    ) -> int:
         assert not self.capturing
+        self.with_adapters.append(adapters)
         self.slots.append((layer, tokens, top_k, getattr(torch, dtype)))
         return len(self.slots) - 1
 
@@ -101,9 +105,12 @@ class FakeCore:
         assert not self.expected
         self.expected = list(slots)
 
-    def submit(self, slot: int, stream: int, states: int, ids: int, weights: int) -> None:
+    def submit(
+        self, slot: int, stream: int, states: int, ids: int, weights: int, adapters: int
+    ) -> None:
         assert stream == self.cuda.main.cuda_stream
         layer, tokens, top_k, dtype = self.slots[slot]
+        assert bool(adapters) == self.with_adapters[slot]
         if self.expected:
             assert slot == self.expected.pop(0), "a replay out of order"
         self.log.append("submit")
@@ -117,6 +124,7 @@ class FakeCore:
                 array(ids, (tokens, top_k), torch.int64),
                 array(weights, (tokens, top_k), torch.float32),
                 out,
+                array(adapters, (tokens,), torch.int32) if adapters else None,
             )
         self.results[slot] = out
 
@@ -180,11 +188,11 @@ class FakeGraphs:
         pass
 
 
-def dense_graphs(model: Any, maker: GraphMaker | None = None) -> Callable[[StaticKv], DecodeGraphs]:
+def dense_graphs(model: Any, maker: GraphMaker | None = None) -> Callable[..., DecodeGraphs]:
     """Returns a KvCache's argument for decoding a model without experts by graphs (default: fake
     ones)."""
     made: GraphMaker = maker or FakeGraphs()
-    return lambda cache: DecodeGraphs(model, cache, NoHandOff(), made)
+    return partial(DecodeGraphs, model, handoff=NoHandOff(), maker=made)
 
 
 def fake_hand_off(max_qlen: int) -> tuple[HandOff, FakeCore]:
@@ -205,18 +213,26 @@ class DriverCore:
         self.slots: dict[int, tuple[MoeLayer, int, int, torch.dtype]] = {}
         self.device: list[int] = []
 
-    def add_slot(self, layer: MoeLayer, *, tokens: int, top_k: int, dtype: Any, name: str) -> int:
-        slot = self.core.add_slot(layer, tokens=tokens, top_k=top_k, dtype=dtype, name=name)
+    def add_slot(
+        self, layer: MoeLayer, *, tokens: int, top_k: int, dtype: Any, name: str, adapters: bool
+    ) -> int:
+        slot = self.core.add_slot(
+            layer, tokens=tokens, top_k=top_k, dtype=dtype, name=name, adapters=adapters
+        )
         self.slots[slot] = (layer, tokens, top_k, getattr(torch, dtype))
         return slot
 
-    def submit(self, slot: int, _stream: int, states: int, ids: int, weights: int) -> None:
+    def submit(
+        self, slot: int, _stream: int, states: int, ids: int, weights: int, adapters: int
+    ) -> None:
         layer, tokens, top_k, dtype = self.slots[slot]
         arrays = [
             array(states, (tokens, layer.hidden_size), dtype),
             array(ids, (tokens, top_k), torch.int64),
             array(weights, (tokens, top_k), torch.float32),
         ]
+        if adapters:
+            arrays.append(array(adapters, (tokens,), torch.int32))
         self.core.submit(slot, self.stream, *(self.driver.upload(each) for each in arrays))
 
     def wait(self, slot: int, stream: int, out: int) -> None:

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Mistral
 
 from ktrt.engine.recording import RecordedSteps
 from ktrt.errors import KtrtError
+from ktrt.generate import alone
 from ktrt.generate import graphs as decode_graph
-from ktrt.generate import runner
 from ktrt.generate.graphs import (
     CudaGraphs,
     DecodeGraphs,
@@ -73,6 +73,12 @@ def llama() -> Any:
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def store(model: Any, cache: StaticKv, slot: int, ids: list[int]) -> None:
+    """Runs ``ids`` as the first ones of a slot."""
+    with torch.no_grad(), cache.sequence(slot, 0, len(ids)):
+        model(torch.tensor([ids]), cache=cache)
 
 
 def tokens(model: Any, count: int, seed: int = 0) -> list[int]:
@@ -174,9 +180,10 @@ def test_nan_of_another_conversation_is_gone(llama: Any) -> None:
     """A masked value still takes part in a sum, times 0."""
     cache = KvCache(llama, dense_graphs(llama))
     cache.forward(PROMPT)
-    for layer in cache._cache.layers:
-        layer.keys[:, :, 5:].fill_(torch.nan)
-        layer.values[:, :, 5:].fill_(torch.nan)
+    assert cache.runner.cache is not None
+    for layer in cache.runner.cache.layers:
+        layer.keys[:, :, 5:12].fill_(torch.nan)
+        layer.values[:, :, 5:12].fill_(torch.nan)
     assert cache.reuse([*PROMPT[:5], 60, 61]) == 5
     cache.forward([60])
     assert close(cache.forward([61]), whole(llama, [*PROMPT[:5], 60, 61]))
@@ -215,21 +222,29 @@ def test_after_an_exception_what_was_held_before_is_kept(llama: Any) -> None:
 
 def test_plain_forwards_attend_to_no_more_than_is_held(llama: Any) -> None:
     cache = StaticKv(llama.config)
-    with torch.no_grad():
-        llama(torch.tensor([PROMPT[:5]]), past_key_values=cache)
+    store(llama, cache, 0, PROMPT[:5])
+    with cache.sequence(0, 5, 1):
         keys, _ = cache.layers[0].update(torch.ones(1, 2, 1, 8), torch.ones(1, 2, 1, 8))
+        assert cache.get_seq_length() == 5
     assert keys.shape == (1, 2, 6, 8)
-    assert cache.get_seq_length() == 6
-    with pytest.raises(KtrtError, match="holds 16 positions, 17 are needed"):
+    with (
+        cache.sequence(0, 6, 11),
+        pytest.raises(KtrtError, match="holds 16 positions, 17 are needed"),
+    ):
         cache.layers[0].update(torch.ones(1, 2, 11, 8), torch.ones(1, 2, 11, 8))
+
+
+def test_a_forward_whose_slot_is_not_known_is_refused(llama: Any) -> None:
+    cache = StaticKv(llama.config)
+    with torch.no_grad(), pytest.raises(KtrtError, match="say first which one"):
+        llama(torch.tensor([PROMPT[:5]]), cache=cache)
 
 
 def test_reserve_doubles_and_keeps(llama: Any) -> None:
     cache = StaticKv(llama.config)
     assert not cache.reserve(17), "nothing was there to move"
     assert cache.capacity == 32
-    with torch.no_grad():
-        llama(torch.tensor([PROMPT]), past_key_values=cache)
+    store(llama, cache, 0, PROMPT)
     before = cache.layers[1].values[:, :, :12].clone()
     assert not cache.reserve(32)
     assert cache.reserve(65)
@@ -243,8 +258,8 @@ def test_an_interrupted_growth_is_repeated(llama: Any, monkeypatch: pytest.Monke
     cache.forward(PROMPT)
     grow, left = kv_cache.StaticLayer.grow, [1]
 
-    def interrupted(layer: Any, capacity: int) -> None:
-        grow(layer, capacity)
+    def interrupted(layer: Any, *sizes: Any) -> None:
+        grow(layer, *sizes)
         if left:
             left.pop()
             raise KeyboardInterrupt
@@ -261,10 +276,10 @@ def test_rows_of_different_lengths() -> None:
     """Row 1 holds 8 tokens, followed by the rubbish of 4 others."""
     model = make("deepseek_v2")
     ids = [tokens(model, 14), tokens(model, 10, seed=1)]
-    cache = StaticKv(model.config)
-    graphs = DecodeGraphs(model, cache, NoHandOff(), FakeGraphs(), rows=2)
-    with torch.no_grad():
-        model(torch.tensor([ids[0][:12], [*ids[1][:8], 9, 9, 9, 9]]), past_key_values=cache)
+    cache = StaticKv(model.config, slots=3)
+    graphs = DecodeGraphs(model, cache, NoHandOff(), FakeGraphs(), rows=2, first=1)
+    store(model, cache, 1, ids[0][:12])
+    store(model, cache, 2, [*ids[1][:8], 9, 9, 9, 9])
     steps = [([row[at] for row, at in zip(ids, lengths, strict=True)], lengths)
              for lengths in ([12, 8], [13, 9])]  # fmt: skip
     expected = [torch.stack([whole(model, row[:end]) for row, end in zip(ids, ends, strict=True)])
@@ -279,9 +294,9 @@ def test_rows_of_different_lengths() -> None:
 
 def test_one_length_of_many_rows_is_refused() -> None:
     cache = StaticKv(make("llama").config)
-    with cache.step(torch.tensor([[3]]), 8):
+    with cache.window(torch.tensor([[3]]), 8):
         assert int(cache.get_seq_length()) == 3
-    with cache.step(torch.tensor([[3], [4]]), 8), pytest.raises(KtrtError, match="one length"):
+    with cache.window(torch.tensor([[3], [4]]), 8), pytest.raises(KtrtError, match="one length"):
         cache.get_seq_length()
 
 
@@ -372,7 +387,7 @@ def test_a_graph_that_computes_something_else_is_not_used(
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(DecodeGraphs, "_mask", broken)
-    monkeypatch.setattr(runner, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(alone, "_CHUNK", chunk)
     cache = KvCache(llama, dense_graphs(llama))
     cache.forward(PROMPT)
     assert close(cache.forward([3]), whole(llama, [*PROMPT, 3]))

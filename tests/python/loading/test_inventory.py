@@ -170,7 +170,7 @@ def test_the_kv_cache_of_a_token(folder: Path, family: str) -> None:
     with torch.inference_mode():
         loaded.model(token_ids(1, 7), use_cache=True, **{cache_argument(loaded.model): cache})
     loaded.close()
-    assert planned.kv_token_bytes * 7 == sum(each.nbytes for each in cached_tensors(cache))
+    assert planned.kv.token_bytes * 7 == sum(each.nbytes for each in cached_tensors(cache))
 
 
 def test_what_a_token_reads_is_the_sum_of_the_rows(folder: Path) -> None:

@@ -20,7 +20,7 @@ import ktrt.loading.model
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import ConfigError
 from ktrt.experts import find_experts
-from ktrt.kv.size import kv_bytes_per_token
+from ktrt.kv.size import KvSize, kv_size
 from ktrt.loading.memory import MIN_CONTEXT, Item, MemoryPlan, check_addresses
 from ktrt.loading.model import load_model
 from ktrt.loading.plan import plan_memory
@@ -88,7 +88,7 @@ def test_no_address_limit_here() -> None:
 
 PLAN = MemoryPlan(
     items=(Item("experts", ram=30 * GB), Item("others", ram=2 * GB), Item("Python", ram=GB)),
-    kv_token_bytes=10**5,
+    kv_size=KvSize(others=10**5),
     max_context=100_000,
     on_gpu=False,
     already=GB,
@@ -137,6 +137,30 @@ def test_gpu_and_addresses_bound_too() -> None:
         replace(PLAN, addresses=Limit(64 * GB, "ulimit -v 5")).check()
 
 
+def test_the_kv_budget_is_a_share_of_what_is_left() -> None:
+    # 64 GB free, 33 GB in all, of which the process holds 1.
+    assert PLAN.kv_budget() == int(0.9 * (64 - 32) * GB)
+    bounded = replace(PLAN, addresses=Limit(70 * GB, "ulimit -v 5"))
+    assert bounded.kv_budget() == int(0.9 * (70 - 32 - 32) * GB)
+    assert replace(PLAN, ram=Limit(20 * GB, "MemAvailable")).kv_budget() == 0
+    on_gpu = replace(
+        PLAN, items=(Item("experts", ram=GB), Item("others", gpu=GB)), on_gpu=True,
+        gpu=Limit(3 * GB, "a GPU"),
+    )  # fmt: skip
+    assert on_gpu.kv_budget() == int(0.9 * 2 * GB)
+    assert PLAN.as_dict()["kv_budget"] == PLAN.kv_budget()
+    assert PLAN.as_dict()["kv_token_bytes"] == 10**5
+
+
+def test_pages_of_a_slot() -> None:
+    size = KvSize(((2, 24), (1, 1024)), others=3)
+    assert size.token_bytes == 2 * 24 + 1024 + 3
+    assert size.slot_bytes(0, 4096) == 0
+    # 170 positions of 24 bytes fit into a page, four of 1024.
+    assert size.slot_bytes(1, 4096) == 2 * 4096 + 4096 + 3
+    assert size.slot_bytes(171, 4096) == 2 * 2 * 4096 + 43 * 4096 + 171 * 3
+
+
 def test_kv_cache_per_token() -> None:
     # DeepSeek-V2 caches the compressed latent: 48 + 16 values in each of 3 layers, in bfloat16.
     # The others keep keys and values of every head.
@@ -146,8 +170,8 @@ def test_kv_cache_per_token() -> None:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         paths = [spec.path for spec in find_experts(model)]
-        assert kv_bytes_per_token(model, paths, None) == expected
-        assert kv_bytes_per_token(model, paths, torch.float32) == 2 * expected
+        assert kv_size(model, paths, None).token_bytes == expected
+        assert kv_size(model, paths, torch.float32).token_bytes == 2 * expected
 
 
 def _config(family: str) -> AutoConfig:

@@ -1,0 +1,259 @@
+"""CUDA graphs of decode steps of many sequences: row i of a graph is slot ``first`` + i, and which
+rows stand for something, their positions and their adapters are data.
+
+Graphs have 1, 2, 4, … 32 rows, for slots of a block that starts at a multiple of their number. One
+is captured for each block, window and kind of step (all rows with the active adapters, or not) when
+a step needs it first. A row that stands for nothing stores its token after all that its slot holds.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ktrt.engine.step_rows import ACTIVE, IDLE, StepRows
+from ktrt.generate.forwards import set_adapters
+from ktrt.generate.graphs import FAILURES, attention_mask, check_logits, window_of
+from ktrt.kv.static import StaticKv, cache_argument
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from ktrt.engine.step_rows import RunningStep
+    from ktrt.generate.forwards import Part
+    from ktrt.generate.graphs import GraphMaker, HandOff
+
+logger = logging.getLogger(__name__)
+
+MOST_ROWS = 32
+# Graphs that are kept; one of V2-Lite has 3,000 kernels.
+_MOST_GRAPHS = 64
+
+
+@dataclass
+class _Block:
+    """The slots from ``first`` on that a graph decodes, and the memory that it reads: ids and
+    positions ``inputs`` [2, rows, 1], the rows' adapters; and writes: ``logits``."""
+
+    first: int
+    rows: StepRows
+    inputs: torch.Tensor
+    logits: torch.Tensor
+    # By window.
+    graphs: dict[int, _Graph] = field(default_factory=dict)
+
+    def places(self, parts: Sequence[Part]) -> list[int]:
+        """The parts' rows."""
+        return [part.span.slot.index - self.first for part in parts]
+
+
+@dataclass
+class _Graph:
+    """``slots``: the hand-offs in it."""
+
+    replay: Callable[[], None]
+    slots: list[int]
+
+
+class RowGraphs:
+    """The graphs of one model on one cache."""
+
+    def __init__(
+        self,
+        model: Any,
+        cache: StaticKv,
+        running: RunningStep,
+        handoff: HandOff,
+        maker: GraphMaker,
+    ) -> None:
+        self._model, self._cache, self._running = model, cache, running
+        self._handoff, self._maker = handoff, maker
+        self._argument = cache_argument(model)
+        self._device = model.get_input_embeddings().weight.device
+        # By first slot, rows, and whether rows have adapters of their own.
+        self._blocks: dict[tuple[int, int, bool], _Block] = {}
+        # Logits [vocab_size] of a forward since the last ``clear``.
+        self._like = torch.empty(0)
+        # Forwards that the host launched, to prepare captures.
+        self.eager_forwards = 0
+
+    @property
+    def count(self) -> int:
+        """Graphs that can be replayed."""
+        return sum(len(block.graphs) for block in self._blocks.values())
+
+    @property
+    def usable(self) -> bool:
+        """Whether no capture has failed."""
+        return self._maker.usable
+
+    @property
+    def proven(self) -> bool:
+        """Whether a graph was compared with plain forwards."""
+        return self._maker.proven
+
+    def clear(self) -> None:
+        """Forgets the graphs, whose memory has moved."""
+        self._blocks.clear()
+        self._maker.clear()
+        self._like = torch.empty(0)  # an adapter's vocabulary may be another
+
+    def capacity_for(self, end: int) -> int:
+        """The positions that a step needs which stores some before ``end``, with a place for what
+        the rows that stand for nothing store."""
+        return max(end, *(written + 1 for written in self._cache.written))
+
+    @torch.inference_mode()
+    def run(
+        self, parts: Sequence[Part], plain: Callable[[Part], torch.Tensor]
+    ) -> list[torch.Tensor] | None:
+        """Runs one token of each part; returns their logits [1, vocab_size]. ``plain`` runs a part
+        without a graph: to compare with the first graph of a model, and where there can be none.
+
+        None if that first graph failed, which is logged: the slots may hold anything, and there
+        are no further attempts.
+        """
+        if not parts:
+            return []
+        expected = None
+        if not (self.proven and self.usable):
+            expected = [plain(part) for part in parts]
+            if not self.usable:
+                return expected
+        if not len(self._like):
+            self._like = expected[0][0] if expected else plain(parts[0])[0]
+        try:
+            found = self._run_blocks(parts)
+            if expected is not None:
+                check_logits(torch.cat(found), torch.cat(expected))
+        except FAILURES as error:
+            if self.proven:
+                raise
+            self._maker.usable = False
+            self.clear()
+            logger.log(
+                self._maker.failure_level,
+                "No %s for decoding, the model itself runs every step: %s", self._maker.what, error,
+            )  # fmt: skip
+            return None
+        self._maker.proven = True
+        return found
+
+    def _run_blocks(self, parts: Sequence[Part]) -> list[torch.Tensor]:
+        found: dict[int, torch.Tensor] = {}
+        for at in _blocks(parts):
+            logits = self._run_block([parts[index] for index in at])
+            found |= dict(zip(at, logits.split(1), strict=True))
+        return [found[index] for index in range(len(parts))]
+
+    def _run_block(self, parts: Sequence[Part]) -> torch.Tensor:
+        block = self._block(parts)
+        window = window_of([part.start for part in parts])
+        self._fill(block, parts)
+        graph = block.graphs.get(window)
+        if graph is None:
+            self._forget_one(block)
+            # The host first: libraries allocate their workspaces, the hand-off its slots, LoRA
+            # takes the adapters' numbers.
+            self._forward(block, window)
+            self.eager_forwards += 1
+            graph = block.graphs[window] = self._capture(block, window)
+            # A replay that writes nothing must not pass by what was written before.
+            block.logits.fill_(torch.nan)
+        with self._running.running(block.rows), self._handoff.launching(graph.slots):
+            graph.replay()
+        return block.logits[block.places(parts)]
+
+    def _forget_one(self, keep: _Block) -> None:
+        """Makes room for a graph: those of the oldest other block go."""
+        oldest = next((key for key, block in self._blocks.items() if block is not keep), None)
+        if self.count >= _MOST_GRAPHS and oldest is not None:
+            del self._blocks[oldest]
+
+    def _block(self, parts: Sequence[Part]) -> _Block:
+        first, count = _place([part.span.slot.index for part in parts])
+        key = first, count, any(part.span.adapter != ACTIVE for part in parts)
+        block = self._blocks.get(key)
+        if block is None:
+            # Memory from before the capture, and no inference tensors, which only inference mode
+            # could write to.
+            with torch.inference_mode(False):
+                rows = StepRows(count, 0, self._device)
+                rows.batch = True
+                block = self._blocks[key] = _Block(
+                    first,
+                    rows,
+                    torch.zeros(2, count, 1, dtype=torch.int64, device=self._device),
+                    self._like.new_empty(count, len(self._like)),
+                )
+        return block
+
+    def _fill(self, block: _Block, parts: Sequence[Part]) -> None:
+        """Writes the step's facts into the memory that the graph reads."""
+        rows, written = block.rows, self._cache.written[block.first :]
+        # Token 0, one position after what the slot may hold, for rows that stand for nothing.
+        ids, positions = [0] * rows.tokens, written[: rows.tokens]
+        adapters = [IDLE] * rows.tokens
+        for row, part in zip(block.places(parts), parts, strict=True):
+            ids[row], positions[row] = part.span.ids[0], part.start
+            adapters[row] = part.span.adapter
+            self._cache.will_write(part.span.slot.index, part.end)
+        block.inputs.copy_(torch.tensor([ids, positions]).unsqueeze(-1))
+        set_adapters(rows, adapters)
+
+    def _capture(self, block: _Block, window: int) -> _Graph:
+        slots: list[int] = []
+
+        def captured() -> None:
+            with self._handoff.recording() as recorded:
+                self._forward(block, window)
+            slots.extend(recorded)
+
+        graph = _Graph(self._maker.capture(captured), slots)
+        logger.debug(
+            "Captured the decode step of slots %d to %d, window %d, %d hand-offs", block.first,
+            block.first + block.rows.tokens - 1, window, len(slots),
+        )  # fmt: skip
+        return graph
+
+    def _forward(self, block: _Block, window: int) -> None:
+        ids, positions = block.inputs
+        mask = attention_mask(self._model, positions, window)
+        place = self._cache.window(positions, window, block.first)
+        with place, self._running.running(block.rows):
+            output = self._model(
+                input_ids=ids,
+                position_ids=positions,
+                attention_mask=mask,
+                use_cache=True,
+                logits_to_keep=1,
+                **{self._argument: self._cache},
+            )
+        block.logits.copy_(output.logits[:, -1])
+
+
+def shares_a_graph(parts: Sequence[Part]) -> list[int]:
+    """Returns the indices of the parts that a step's graphs decode; none where there is but one,
+    with the active adapters, which has a graph of its own."""
+    rows = [at for at, part in enumerate(parts) if part.is_row and part.span.logits is None]
+    alone = len(rows) == 1 and parts[rows[0]].span.adapter == ACTIVE
+    return [] if alone else rows
+
+
+def _place(slots: Sequence[int]) -> tuple[int, int]:
+    """Returns the first slot and the number of slots of the smallest block that holds them all."""
+    count = 1
+    while min(slots) // count != max(slots) // count:
+        count *= 2
+    return min(slots) // count * count, count
+
+
+def _blocks(parts: Sequence[Part]) -> Iterator[list[int]]:
+    """Yields the indices of the parts that one graph can hold."""
+    found: dict[int, list[int]] = {}
+    for index, part in enumerate(parts):
+        found.setdefault(part.span.slot.index // MOST_ROWS, []).append(index)
+    yield from found.values()

@@ -1,0 +1,130 @@
+"""Products of rows in the engine: torch's numbers, and the same bits for any number of rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ktrt.engine import Engine
+from ktrt.engine.recording import Recorder
+from ktrt.layers.row_products import FixedProducts, use_row_products
+from ktrt.utils.patches import Patches
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+FLOATS = (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    engine = Engine(num_threads=2)
+    yield engine
+    engine.close()
+
+
+def tensor(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, generator=generator).to(dtype)
+
+
+PRODUCTS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "linear": F.linear,
+    "bias": lambda x, w: F.linear(x, w, w[:, 0].contiguous()),
+    "matmul": lambda x, w: torch.matmul(x, w.t()),
+    "mm": lambda x, w: x @ w.t(),
+    "transposed": lambda x, w: x.matmul(w.t().contiguous()),
+    "module": lambda x, w: _module(w)(x),
+}
+
+
+def _module(weight: torch.Tensor) -> nn.Linear:
+    module = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype)
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    module.bias = nn.Parameter(weight[:, 1].contiguous(), requires_grad=False)
+    return module
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("columns", [1, 64, 300])
+def test_rows_have_the_bits_of_each_alone(
+    engine: Engine, dtype: torch.dtype, name: str, columns: int
+) -> None:
+    x, weight = tensor(37, 520, dtype=dtype), tensor(columns, 520, dtype=dtype)
+    product = PRODUCTS[name]
+    expected = product(x.double(), weight.double())
+    with FixedProducts(engine):
+        together = product(x, weight)
+        alone = [product(x[row : row + 1], weight) for row in range(len(x))]
+    assert together.dtype == dtype
+    assert together.shape == expected.shape
+    error = (together.double() - expected).norm() / expected.norm()
+    assert error < (1e-6 if dtype == torch.float32 else 3e-3)
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_leaves_other_products_to_torch(engine: Engine) -> None:
+    x, weight = tensor(3, 40, dtype=torch.float32), tensor(8, 40, dtype=torch.float32)
+    half = x.half(), weight.half()
+    batch = tensor(2, 3, 40, dtype=torch.float32), tensor(2, 40, 5, dtype=torch.float32)
+    expected = F.linear(*half), batch[0] @ batch[1], x[0] @ weight.t()
+    learning = weight.clone().requires_grad_()
+    with FixedProducts(engine):
+        found = F.linear(*half), batch[0] @ batch[1], x[0] @ weight.t()
+        F.linear(x, learning).sum().backward()
+        with pytest.raises(RuntimeError, match="mat1 and mat2"):
+            F.linear(x, weight[:, :7])
+        assert F.linear(x[:0], weight).shape == (0, 8)
+    assert all(map(torch.equal, found, expected))
+    assert learning.grad is not None
+
+
+def test_recorded_products_run_again(engine: Engine) -> None:
+    """Also where the matrix is converted in the step, which is done once."""
+    weight = tensor(8, 40, dtype=torch.bfloat16)
+    with torch.inference_mode(False):
+        x, out = tensor(2, 40, dtype=torch.bfloat16), torch.zeros(2, 8)
+    recorder = Recorder()
+    with recorder.recording(), FixedProducts(engine):
+        recorder.describe([x], torch.ones(1), None)
+        out.copy_(F.linear(x.float(), weight.float()))
+    x.mul_(2)
+    calls = recorder.calls()
+    assert len(calls) == 3
+    for call in calls:
+        call.run()
+    torch.testing.assert_close(out, x.float() @ weight.float().t())
+
+
+def test_a_models_forwards_use_them(engine: Engine) -> None:
+    """And nothing else does; ``undo`` takes it back."""
+    calls: list[Any] = []
+
+    class Router(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(tensor(8, 40, dtype=torch.float32), requires_grad=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            calls.append(torch.overrides._get_current_function_mode())
+            if len(x) == 7:
+                raise ValueError("no")
+            return F.linear(x, self.weight)
+
+    model, patches = Router(), Patches()
+    use_row_products(model, engine, patches)
+    x = tensor(33, 40, dtype=torch.float32)
+    found = model(x)
+    assert torch.equal(found[:1], model(x[:1]))
+    with pytest.raises(ValueError, match="no"):
+        model(x[:7])
+    assert all(isinstance(mode, FixedProducts) for mode in calls)
+    assert torch.overrides._get_current_function_mode() is None
+    patches.undo()
+    model(x)
+    assert calls[-1] is None
