@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# A first forward, whose attention may read all that it is given, gets a multiple of so many
+# positions: as many keys as any other forward gives to a block of queries.
+_CUT = 1024
 # Whose frequencies follow the longest position of a forward: a token's would depend on company.
 _ROPE_OF_THE_LONGEST = {"dynamic", "longrope"}
 
@@ -96,7 +99,8 @@ class Forwards:
         rows, wanted = _rows(parts, self.device)
         most = None
         if not proven:
-            most = 1 + max(p.span.slot.index for p in parts), max(p.end for p in parts)
+            end = -(-max(p.end for p in parts) // _CUT) * _CUT
+            most = 1 + max(p.span.slot.index for p in parts), end
         for part in parts:
             cache.will_write(part.span.slot.index, part.end)
         tokens = [token for part in parts for token in part.span.ids]

@@ -92,7 +92,8 @@ class ModelRunner:
         if self.cache is not None:
             rows = row_graphs and row_graphs(self.cache, self._forwards.running)
             self._alone = Alone(self._forwards, self.cache, graphs, rows)
-        if self.cache is not None and not why_alone(model, running):
+        reason = why_alone(model, running)
+        if self.cache is not None and reason is None:
             steps = None
             if maker is not None and reserved:
                 steps = RowSteps(model, self.cache, self._forwards.running, maker)
