@@ -200,7 +200,7 @@ def check(bench: Bench, args: argparse.Namespace) -> Result:
     assert not (forwards and torch.cuda.is_available()), f"{len(forwards)} forwards by the host"
 
     errors: dict[str, list[float]] = {"mixed": [], "base": []}
-    same_bits = beside = 0
+    same_bits, beside, tuned = 0, 0, list[float]()
     steps = max(4, args.steps // 2)
     for _ in range(steps):
         ids = batch.tokens()
@@ -212,6 +212,7 @@ def check(bench: Bench, args: argparse.Namespace) -> Result:
                 alone = batch.step(ids, adapters, [row])[0]
                 batch.runner.pool.rollback(batch.slots[row], batch.slots[row].length - 1)
                 errors[name].append(error(rows[name][row], alone))
+        tuned.append(error(rows["mixed"], rows["base"]))
         company = batch.step(ids, [BASE, 0, BASE, 1])
         same_bits += torch.equal(company[[0, 2]], rows["base"][[0, 2]])
         beside += sum(value == 0 for value in errors["base"][-4:])
@@ -222,6 +223,7 @@ def check(bench: Bench, args: argparse.Namespace) -> Result:
         f"rows bit for bit, in graphs of four rows and of one); base rows beside tuned ones as "
         f"in a step of base rows: {same_bits} of {steps} steps bit for bit"
     )
+    assert min(tuned) > 0.05, "the adapters change nothing"
     assert same_bits == steps, "base rows beside tuned ones have other bits"
     assert result["mixed"] <= max(0.05, 2 * result["base"]), "mixed rows differ from rows alone"
     return {"errors": result, "base_bits": same_bits / steps, "steps": steps}
