@@ -79,6 +79,7 @@ class Shared:
         patch.setattr(ktrt.loading.model, "CudaGraphs", lambda: self.maker)
         patch.setattr(ktrt.loading.model, "build_gpu_experts", build)
         self.loaded = load(folder)
+        self.loaded.runner._mixed = None  # as on a GPU
         self.ours = self.loaded.new_cache()
         self.reference = KvCache(self.plain.model)
 
