@@ -168,7 +168,9 @@ class GpuLayer:
         source's arrays have changed, and whether captured graphs are stale."""
         changed = self.source.refresh_lora()
         stale = self._weigh()
-        if changed and self._bank is not None:
+        if self._bank is None:
+            return changed, False
+        if changed:
             arrays = self._fetch(self.source.lora_arrays)
             stale |= self._keep(self._bank, self.source.with_lora(self._bank, arrays))
         return changed, stale

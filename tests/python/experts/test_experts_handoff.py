@@ -228,6 +228,7 @@ class Loaded:
         patch.setattr(ktrt.loading.model, "new_hand_off", new_hand_off)
         patch.setattr(ktrt.loading.model, "CudaGraphs", lambda: self.maker)
         self.loaded = load(folder, family)
+        self.loaded.runner._mixed = None  # as on a GPU
         self.model: Any = self.loaded.model
 
 
