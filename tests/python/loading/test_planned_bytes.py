@@ -95,6 +95,14 @@ def private_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:"))
 
 
+def decode(loaded: LoadedModel) -> None:
+    """Decodes a token: latent attention takes its copies at the first one."""
+    slot = loaded.runner.pool.open("decode", [1, 2, 3])
+    for ids in ([1, 2, 3], [4]):
+        loaded.runner.run(Step((Span(slot=slot, ids=ids),)))
+    loaded.runner.pool.close(slot, keep=False)
+
+
 @pytest.mark.parametrize("bits", [None, 8])
 @pytest.mark.parametrize("name", MODELS)
 def test_lora_bytes(tmp_path: Path, name: str, bits: int | None, one_thread: None) -> None:
@@ -119,6 +127,7 @@ def test_lora_bytes(tmp_path: Path, name: str, bits: int | None, one_thread: Non
 
     loaded = load_model(args, AdapterArgs(adapters={"r8": paths["r8"]}), EXPERTS)
     try:
+        decode(loaded)
         held = loaded_inventory(loaded.model)
         one = planned(["r8"])
         assert {kind: held.held(kind) for kind in KINDS} == one
