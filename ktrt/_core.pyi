@@ -236,7 +236,6 @@ class LatentAttention:
         kv_lora_rank], V of every head: bfloat16, contiguous, kept, not copied. ``ValueError``:
         shapes that do not fit, sizes above 4096."""
 
-    # Of a LoRA.
     max_rank: int
     @property
     def lora_bytes(self) -> int:
@@ -282,9 +281,18 @@ class RmsNorm:
     DeepSeek); otherwise the product is rounded alone (Gemma, gpt_oss).
     """
 
-    def __init__(self, weight: Any, eps: float, *, rounds_twice: bool, offset: float = 0.0) -> None:
+    def __init__(
+        self,
+        weight: Any,
+        eps: float,
+        *,
+        rounds_twice: bool,
+        offset: float = 0.0,
+        engine: Engine | None = None,
+    ) -> None:
         """``weight`` [size], bfloat16 or float32, contiguous: kept, not copied. ``offset`` is added
-        to it in float32 (Gemma's 1 + w). ``ValueError``: eps below 0."""
+        to it in float32 (Gemma's 1 + w). ``engine``: shares many rows among its threads.
+        ``ValueError``: eps below 0."""
 
     @property
     def size(self) -> int: ...
@@ -293,7 +301,9 @@ class RmsNorm:
     ) -> None:
         """``x``: address of ``rows`` rows of ``size`` bfloat16 numbers, ``row_stride`` elements
         apart, in ``x_count`` elements of CPU memory; ``out``: address of [rows, size], contiguous,
-        which may be ``x``. Runs on the calling thread. ``ValueError``: counts that do not fit."""
+        which may be ``x``. A few rows run on the calling thread, and many without an engine; a
+        row's bits are the same. ``ValueError``: counts that do not fit; ``RuntimeError``: the
+        engine is closed."""
 
 class PackedLinear:
     """``DenseLinear`` with the weight in INT8, a scale per output, and inputs quantised row by row:

@@ -173,15 +173,19 @@ class Bench:
     running: RunningStep
     masks: RankMasks
     active_set: ActiveSet = field(default_factory=ActiveSet)
+    # Dropped, they are undone.
+    patches: Patches = field(default_factory=Patches)
     gpu: GpuExperts | None = None
     fused_lora: FusedLora | None = None
 
     @classmethod
-    def make(cls, config: Any, backend: KtBackend, threads: int | None) -> Bench:
+    def make(
+        cls, config: Any, backend: KtBackend, threads: int | None, *, fixed_kernels: bool = False
+    ) -> Bench:
         running = RunningStep()
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         model = make_torch_model(config, device)
-        engine = build_engine(ExpertArgs(backend, threads))
+        engine = build_engine(ExpertArgs(backend, threads, kt_fixed_kernels=fixed_kernels))
         hand_off = new_hand_off(engine, device)
         experts, layers = Experts(config), []
         for index, module in experts_of(model):
@@ -217,7 +221,7 @@ class Bench:
         for module in self.model.modules():
             if "lora_A" in module._modules:
                 module._active_adapter = []
-        masks, patches = self.masks, Patches()
+        masks, patches = self.masks, self.patches
         masks.watch(self.model, patches)
         accelerate_attention(self.model, self.engine, patches, self.running)
         use_latents(self.model, self.engine, patches, self.running)
@@ -266,6 +270,7 @@ class Bench:
         return experts_row(layer for _, layer in self.layers).read
 
     def close(self) -> None:
+        self.patches.undo()
         if self.hand_off is not None:
             self.hand_off.close()
         if self.gpu is not None:

@@ -55,27 +55,52 @@ def main() -> int:
     name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU only"
     print(f"device: {name}; {ADAPTERS} adapters; {args.moe_layers + 1} layers")
     for weight_format in args.formats:
-        bench = Bench.make(
-            make_config(args.moe_layers, small=args.small), BACKENDS[weight_format], args.threads
-        )
-        try:
-            bench.add_loras(ADAPTERS)
-            with sections.section(f"{weight_format}: checks"):
-                report.append({"format": weight_format, **check(bench, args)})
-            with sections.section(f"{weight_format}: speed"):
-                report += measure(bench, args, weight_format)
-            if args.gpu_experts:
-                bench.share_resident(args.gpu_experts)
-                what = f"{weight_format}, {args.gpu_experts} experts on the GPU"
-                with sections.section(f"{what}: checks"):
-                    report.append({"format": what, **check(bench, args)})
-                with sections.section(f"{what}: speed"):
-                    report += measure(bench, args, what)
-        finally:
-            bench.close()
+        with sections.section(f"{weight_format}: checks"):
+            report += checks(args, weight_format)
+    for weight_format in args.formats:
+        with sections.section(f"{weight_format}: speed"):
+            report += speeds(args, weight_format)
     if args.json:
         print(json.dumps({"device": name, "results": report}))
     return sections.status()
+
+
+def checks(args: argparse.Namespace, weight_format: str) -> list[Result]:
+    """Checks a model of three layers, whose kernels do not depend on the number of rows (on AMX
+    that is a setting), without and with experts on the GPU."""
+    bench = make(args, weight_format, 2, fixed_kernels=True)
+    try:
+        results = [{"format": weight_format, **check(bench, args)}]
+        bench.share_resident(bench.experts.count // 2)
+        results.append({"format": weight_format, "residents": True, **check(bench, args)})
+        return results
+    finally:
+        bench.close()
+
+
+def speeds(args: argparse.Namespace, weight_format: str) -> list[Result]:
+    """Measures; with ``--gpu-experts`` once more with these on the GPU."""
+    bench = make(args, weight_format, args.moe_layers, fixed_kernels=False)
+    try:
+        results = measure(bench, args, weight_format)
+        if args.gpu_experts:
+            bench.share_resident(args.gpu_experts)
+            print(f"{args.gpu_experts} experts of each layer on the GPU:")
+            results += measure(bench, args, weight_format)
+        return results
+    finally:
+        bench.close()
+
+
+def make(
+    args: argparse.Namespace, weight_format: str, layers: int, *, fixed_kernels: bool
+) -> Bench:
+    bench = Bench.make(
+        make_config(layers, small=args.small), BACKENDS[weight_format], args.threads,
+        fixed_kernels=fixed_kernels,
+    )  # fmt: skip
+    bench.add_loras(ADAPTERS)
+    return bench
 
 
 def parse_args() -> argparse.Namespace:
@@ -175,7 +200,7 @@ def check(bench: Bench, args: argparse.Namespace) -> Result:
     assert not (forwards and torch.cuda.is_available()), f"{len(forwards)} forwards by the host"
 
     errors: dict[str, list[float]] = {"mixed": [], "base": []}
-    same_bits = beside = 0
+    same_bits, beside, tuned = 0, 0, list[float]()
     steps = max(4, args.steps // 2)
     for _ in range(steps):
         ids = batch.tokens()
@@ -187,6 +212,7 @@ def check(bench: Bench, args: argparse.Namespace) -> Result:
                 alone = batch.step(ids, adapters, [row])[0]
                 batch.runner.pool.rollback(batch.slots[row], batch.slots[row].length - 1)
                 errors[name].append(error(rows[name][row], alone))
+        tuned.append(error(rows["mixed"], rows["base"]))
         company = batch.step(ids, [BASE, 0, BASE, 1])
         same_bits += torch.equal(company[[0, 2]], rows["base"][[0, 2]])
         beside += sum(value == 0 for value in errors["base"][-4:])
@@ -197,6 +223,8 @@ def check(bench: Bench, args: argparse.Namespace) -> Result:
         f"rows bit for bit, in graphs of four rows and of one); base rows beside tuned ones as "
         f"in a step of base rows: {same_bits} of {steps} steps bit for bit"
     )
+    assert min(tuned) > 0.05, "the adapters change nothing"
+    assert same_bits == steps, "base rows beside tuned ones have other bits"
     assert result["mixed"] <= max(0.05, 2 * result["base"]), "mixed rows differ from rows alone"
     return {"errors": result, "base_bits": same_bits / steps, "steps": steps}
 

@@ -149,21 +149,28 @@ void attend_to_latent_rows(HeldLatentAttention& held, const HeadArray& query,
 
 // A norm and the array that holds its weight.
 struct HeldNorm {
-  HeldNorm(const py::object& array, float eps, bool rounds_twice, float offset)
+  HeldNorm(const py::object& array, float eps, bool rounds_twice, float offset,
+           std::shared_ptr<Engine> engine)
       : weight(array, "weight"),
         table(select_kernels(active_isa(), cpu_features())),
-        norm(*table.elementwise, weight.view(), eps, offset, rounds_twice) {}
+        norm(*table.elementwise, weight.view(), eps, offset, rounds_twice, std::move(engine)) {}
 
   const TensorArg weight;
   const KernelTable table;
   const RmsNorm norm;
 };
 
-// Holds the GIL: a few rows take less time than to let it go.
+// Holds the GIL for a few rows, which take less time than to let it go.
 void norm_rows(const HeldNorm& held, std::uintptr_t x, std::int64_t x_count, std::int64_t rows,
                std::int64_t row_stride, std::uintptr_t out, std::int64_t out_count) {
-  held.norm.forward(address<std::uint16_t>(x, "x"), x_count, rows, row_stride,
-                    address<std::uint16_t>(out, "out"), out_count);
+  auto* const in = address<std::uint16_t>(x, "x");
+  auto* const result = address<std::uint16_t>(out, "out");
+  if (!held.norm.shares(rows)) {
+    held.norm.forward(in, x_count, rows, row_stride, result, out_count);
+    return;
+  }
+  const py::gil_scoped_release release;
+  held.norm.forward(in, x_count, rows, row_stride, result, out_count);
 }
 
 }  // namespace
@@ -211,8 +218,9 @@ void register_attention(py::module_& module) {
            py::arg("positions").none(true), py::arg("out"), py::arg("rows"),
            py::arg("adapter_ids") = 0);
   py::class_<HeldNorm>(module, "RmsNorm")
-      .def(py::init<const py::object&, float, bool, float>(), py::arg("weight"), py::arg("eps"),
-           py::kw_only(), py::arg("rounds_twice"), py::arg("offset") = 0.0f)
+      .def(py::init<const py::object&, float, bool, float, std::shared_ptr<Engine>>(),
+           py::arg("weight"), py::arg("eps"), py::kw_only(), py::arg("rounds_twice"),
+           py::arg("offset") = 0.0f, py::arg("engine") = py::none())
       .def_property_readonly("size", [](const HeldNorm& held) { return held.norm.size(); })
       .def("forward", &norm_rows, py::arg("x"), py::arg("x_count"), py::arg("rows"),
            py::arg("row_stride"), py::arg("out"), py::arg("out_count"));

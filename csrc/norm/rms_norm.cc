@@ -7,9 +7,16 @@
 
 namespace ktrt {
 
+namespace {
+
+// Numbers of all rows beyond which the threads' waking is worth it: 60 µs of one thread.
+constexpr std::int64_t kAlone = 1 << 16;
+
+}  // namespace
+
 RmsNorm::RmsNorm(const ElementwiseKernels& kernels, const TensorView& weight, float eps,
-                 float offset, bool rounds_twice)
-    : kernels_(kernels) {
+                 float offset, bool rounds_twice, std::shared_ptr<Engine> engine)
+    : kernels_(kernels), engine_(std::move(engine)) {
   weight.expect_shape({-1});
   KTRT_CHECK(
       weight.shape[0] >= 1 && weight.shape[0] <= (1 << 30),
@@ -41,12 +48,23 @@ void RmsNorm::forward(const std::uint16_t* x, std::int64_t x_count, std::int64_t
              "x has " << x_count << " elements, expected " << rows << " rows of " << size << ", "
                       << row_stride << " elements apart");
   KTRT_CHECK(x != nullptr && out != nullptr, "x or out is a null pointer");
-  RmsNormArgs args = args_;
-  for (std::int64_t row = 0; row < rows; ++row) {
-    args.x = x + row * row_stride;
-    args.out = out + row * size;
-    kernels_.rms_norm(args);
-  }
+  const auto norm = [&](std::int64_t begin, std::int64_t end) {
+    RmsNormArgs args = args_;
+    for (std::int64_t row = begin; row < end; ++row) {
+      args.x = x + row * row_stride;
+      args.out = out + row * size;
+      kernels_.rms_norm(args);
+    }
+  };
+  if (!shares(rows)) return norm(0, rows);
+  const auto lease = engine_->lease();
+  const int threads = lease.pool().size();
+  lease.pool().run(
+      [&](int thread) { norm(rows * thread / threads, rows * (thread + 1) / threads); });
+}
+
+bool RmsNorm::shares(std::int64_t rows) const {
+  return engine_ != nullptr && rows > 1 && rows > kAlone / args_.size;
 }
 
 }  // namespace ktrt

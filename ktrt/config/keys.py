@@ -112,7 +112,7 @@ NOTED = {
     "device_map": "the memory plan decides what lies where",
     "attn_implementation": "transformers' default attention is used",
     "use_fast": "transformers chooses the tokenizer",
-    "padding_side": "a chat has one conversation at a time",
+    "padding_side": "sequences of different lengths share a step without padding",
     "flash_attn": "transformers' default attention is used",
     "use_v1_kernels": "ktrt has its own kernels",
     "low_cpu_mem_usage": "the model is always loaded that way",

@@ -76,15 +76,12 @@ class ActiveSet:
         self.structure = self.renewals, self._loads, self._fixed
 
     def add_modules(self) -> None:
-        """Calls everybody who wraps modules: an adapter was loaded, and there may be new ones."""
-        self.note_load()
-        for call in list(self._on_modules):
-            call()
-
-    def note_load(self) -> None:
-        """Outdates kept steps: an adapter came or went, and its memory with it."""
+        """Calls everybody who wraps modules: an adapter came, perhaps with new modules, or went. It
+        outdates kept steps, which know its memory."""
         self._loads += 1
         self._restructure()
+        for call in list(self._on_modules):
+            call()
 
     def on_modules(self, call: Callable[[], object]) -> Callable[[], None]:
         """Has ``add_modules`` call ``call``; the result of this takes it off the list again."""

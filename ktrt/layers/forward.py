@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ktrt.engine import DenseLinear, PackedLinear, active_isa
+from ktrt.engine import DenseLinear, PackedLinear
 from ktrt.engine.recording import active
 from ktrt.engine.step_rows import ACTIVE, BASE, RunningStep
 from ktrt.errors import KtrtError
 from ktrt.layers.module_loras import ModuleLoras, Numbers
+from ktrt.layers.row_products import FixedProducts, torch_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,11 +26,6 @@ if TYPE_CHECKING:
     from ktrt.engine.recording import Recorder
     from ktrt.engine.step_rows import StepRows
 
-# With AMX, torch computes from this many rows on: it has tiles for BF16, the engine's linears have
-# none. Elsewhere, and with fixed kernels, one kernel takes all rows, so a row's bits do not depend
-# on the others.
-_AMX_ROWS = 16
-
 Linear = DenseLinear | PackedLinear
 
 
@@ -38,11 +35,11 @@ class Shared:
     def __init__(self, engine: Engine, active_set: ActiveSet, running: RunningStep) -> None:
         self.engine, self.active_set, self.running = engine, active_set, running
         self.numbers = Numbers()
-        # From how many rows on torch computes; INT8 kernels have tiles and take all rows.
-        amx = active_isa() == "amx" and not engine.fixed_kernels
-        self.most_rows = _AMX_ROWS if amx else sys.maxsize
-        self._step: StepRows | None = None
-        self._common: int | None = None
+        self.products = FixedProducts(engine)
+        # INT8 kernels have tiles and take all rows.
+        self.most_rows = torch_rows(engine)
+        # The adapter that all tokens of the step have, and the step's count.
+        self._common: tuple[int, int | None] = -1, None
 
     def adapters(self, rows: int) -> torch.Tensor | None:
         """Returns the adapter of each of ``rows`` rows, int32; None: the active ones for all.
@@ -68,11 +65,11 @@ class Shared:
 
     def _common_of(self, step: StepRows) -> int | None:
         """Returns the adapter that all tokens have; None: they differ."""
-        if self._step is not step:
+        if self._common[0] != self.running.changes:
             first = int(step.adapters[0])
-            self._step = step
-            self._common = first if bool((step.adapters == first).all()) else None
-        return self._common
+            same = bool((step.adapters == first).all())
+            self._common = self.running.changes, first if same else None
+        return self._common[1]
 
 
 def _all(adapter: int, rows: int) -> torch.Tensor:
@@ -142,20 +139,14 @@ class DenseForward:
     ) -> torch.Tensor:
         def bind(out: torch.Tensor) -> Callable[[], None]:
             places = x.data_ptr(), x.numel(), out.data_ptr(), out.numel(), *_place(adapters)
-            forward, version = self.linear.forward, self._active_set.version
-
-            def run() -> None:
-                # Replays do not call the model: the active sum changes here.
-                nonlocal version
-                if version != self._active_set.version:
-                    self.follow()
-                    version = self._active_set.version
-                forward(*places)
-
-            return run
+            return self._again(partial(self.linear.forward, *places))
 
         reads = (x,) if adapters is None else (x, adapters)
         return recorder.call((*x.shape[:-1], self._out), reads, bind)
+
+    def _again(self, forward: Callable[[], None]) -> Callable[[], None]:
+        """Returns what a recorded step runs."""
+        return forward
 
     def into(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Writes what calling it with ``x`` gives to ``out``: that shape, contiguous, BF16. Without
@@ -265,6 +256,20 @@ class LoraForward(DenseForward):
             self.loras.read()
         else:
             self.loras.choose()
+
+    def _again(self, forward: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            # A recorded step does not call the module: the active sum changes here.
+            if self._version != self._active_set.version:
+                self.follow()
+                if not self.usual:
+                    raise KtrtError(
+                        "a recorded step has adapters of a kind or rank that the engine does not "
+                        "compute; it was recorded with others"
+                    )
+            forward()
+
+        return run
 
     def load(self) -> None:
         self.loras.read()

@@ -25,6 +25,7 @@ from ktrt.engine.step_rows import RunningStep
 from ktrt.engine.torch_threads import set_torch_threads
 from ktrt.layers.forward import DenseForward, LoraForward, Shared
 from ktrt.layers.int8 import is_int8
+from ktrt.layers.row_lora import RowLora
 from ktrt.utils.patches import Patches
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ def _take(model: nn.Module, shared: Shared, patches: Patches, *, int8: bool) -> 
     for path, each in model.named_modules():
         is_lora = type(each) is lora_linear
         base = each.base_layer if is_lora else each
+        if is_lora and not _fits(base):
+            _take_rows(each, shared, patches)
         if not _fits(base):
             continue
         inner = _forward_of(base)
@@ -98,6 +101,15 @@ def _take(model: nn.Module, shared: Shared, patches: Patches, *, int8: bool) -> 
     if count:
         logger.debug("%d BF16 linear layers run in the engine", count)
     return count
+
+
+def _take_rows(module: Any, shared: Shared, patches: Patches) -> None:
+    """Has a LoRA layer that torch computes follow the rows of a step."""
+    forward = module.__dict__.get("forward")
+    if isinstance(forward, RowLora):
+        forward.load()
+    elif module.weight.device.type == "cpu":
+        patches.set(module, "forward", RowLora(module, shared))
 
 
 def _decode_on_one_thread(model: nn.Module, running: RunningStep, patches: Patches) -> None:

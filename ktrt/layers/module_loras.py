@@ -149,15 +149,19 @@ class ModuleLoras:
             operator.activate_loras(numbers, weights)
 
     def _is_usual(self, name: str) -> bool:
-        module = self._module
-        rank = module.lora_A[name].weight.shape[0]
-        return (
-            name not in module.lora_variant
-            and not module.lora_bias.get(name)
-            and isinstance(module.lora_dropout[name], nn.Identity)
-            and not getattr(module, "fan_in_fan_out", False)
-            and all(rank <= operator.max_rank for operator, _ in self._operators)
-        )
+        rank = self._module.lora_A[name].weight.shape[0]
+        fits = all(rank <= operator.max_rank for operator, _ in self._operators)
+        return fits and is_usual(self._module, name)
+
+
+def is_usual(module: Any, name: str) -> bool:
+    """Whether an adapter of PEFT's layer adds B A x times a factor, and nothing else."""
+    return (
+        name not in module.lora_variant
+        and not module.lora_bias.get(name)
+        and isinstance(module.lora_dropout[name], nn.Identity)
+        and not getattr(module, "fan_in_fan_out", False)
+    )
 
 
 def _load(operator: Operator, number: int, source: _Source) -> None:

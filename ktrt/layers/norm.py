@@ -1,7 +1,8 @@
-"""RMSNorm of a few rows on the CPU through the engine: their forward, never their parameters.
+"""RMSNorm on the CPU through the engine: its forward, never its parameters.
 
 torch computes it in six operations, 34 µs for 2048 numbers where the engine's kernel takes 2; a
-decode step has 50 to 200 of them.
+decode step has 50 to 200 of them. The kernel takes any number of rows, whose bits are then those of
+each row alone.
 """
 
 from __future__ import annotations
@@ -20,19 +21,20 @@ from ktrt.utils.patches import Patches
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ktrt.engine import Engine
+
 # Where the models keep eps.
 _EPS = ("variance_epsilon", "eps")
-# Beyond it torch's operations have threads to share out; with two of them, one of the kernel is
-# still twice as fast.
-_MOST_NUMBERS = 1 << 18
 # (rounds_twice, offset): Llama's, gpt_oss's, Gemma's.
 _CONVENTIONS = ((True, 0.0), (False, 0.0), (False, 1.0))
 
 
-def accelerate_norms(model: nn.Module, patches: Patches | None = None) -> int:
-    """Runs a few rows of bfloat16 through the engine's kernels in the RMSNorm layers of ``model``
-    whose weights are bfloat16 or float32 on the CPU; returns how many. A second call takes the
-    layers added since.
+def accelerate_norms(
+    model: nn.Module, patches: Patches | None = None, engine: Engine | None = None
+) -> int:
+    """Runs rows of bfloat16 through the engine's kernels in the RMSNorm layers of ``model`` whose
+    weights are bfloat16 or float32 on the CPU; returns how many. ``engine``: shares many rows among
+    its threads. A second call takes the layers added since.
 
     A layer is taken if it computes what the engine does in one of its conventions: a probe with
     random weights and rows decides, names only choose what is probed.
@@ -44,7 +46,7 @@ def accelerate_norms(model: nn.Module, patches: Patches | None = None) -> int:
         if _may_be(each) and not isinstance(each.__dict__.get("forward"), NormForward):
             found = _convention(each)
             if found is not None:
-                patches.set(each, "forward", NormForward(each, *found))
+                patches.set(each, "forward", NormForward(each, *found, engine))
                 count += 1
     return count
 
@@ -102,8 +104,10 @@ def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
 class NormForward:
     """The engine's forward of one RMSNorm, in place of torch's."""
 
-    def __init__(self, module: Any, eps: float, rounds_twice: bool, offset: float) -> None:
-        self._module = module
+    def __init__(
+        self, module: Any, eps: float, rounds_twice: bool, offset: float, engine: Engine | None
+    ) -> None:
+        self._module, self._engine = module, engine
         self._plain = module.forward
         self._how = eps, rounds_twice, offset
         self._bind()
@@ -113,7 +117,10 @@ class NormForward:
         eps, rounds_twice, offset = self._how
         self._weight = self._module.weight
         self._address = self._weight.data_ptr()
-        self._norm = RmsNorm(self._weight.detach(), eps, rounds_twice=rounds_twice, offset=offset)
+        self._norm = RmsNorm(
+            self._weight.detach(), eps, rounds_twice=rounds_twice, offset=offset,
+            engine=self._engine,
+        )  # fmt: skip
         self.size = self._norm.size
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -121,10 +128,12 @@ class NormForward:
         return copy.deepcopy(self._plain, memo)
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        stride = None if args or kwargs else self._stride(x)
-        if stride is None:
+        if args or kwargs or not self._takes(x):
             plain: torch.Tensor = self._plain(x, *args, **kwargs)
             return plain
+        stride = _row_stride(x)
+        if stride is None:
+            x, stride = x.contiguous(), self.size
         if (recorder := active()) is not None:
             return recorder.call(x.shape, (x,), partial(self.bind, x))
         out = torch.empty(x.shape, dtype=torch.bfloat16)
@@ -171,17 +180,15 @@ class NormForward:
             self._bind()
         return bool(weight.data_ptr() == self._address)
 
-    def _stride(self, x: torch.Tensor) -> int | None:
-        """Elements between the rows of x; None: torch computes it."""
-        taken = (
+    def _takes(self, x: torch.Tensor) -> bool:
+        return (
             x.dtype == torch.bfloat16
             and x.device.type == "cpu"
             and x.shape[-1] == self.size
-            and 0 < x.numel() <= _MOST_NUMBERS
+            and x.numel() > 0
             and self._follows()
             and not (torch.is_grad_enabled() and (x.requires_grad or self._weight.requires_grad))
         )
-        return _row_stride(x) if taken else None
 
 
 def _row_stride(x: torch.Tensor) -> int | None:

@@ -7,13 +7,14 @@ float32) run in the engine too: in float32 sums of one order. float16 stays torc
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ktrt.engine import RowProducts, active_isa
+from ktrt.engine import RowProducts
 from ktrt.engine.recording import active
 
 if TYPE_CHECKING:
@@ -24,13 +25,20 @@ if TYPE_CHECKING:
     from ktrt.engine import Engine
     from ktrt.utils.patches import Patches
 
-# With AMX, torch's BF16 products of this many rows have tiles, see ``layers.forward``.
+# With AMX, torch computes from this many rows on: it has tiles for BF16, the engine's linears have
+# none. Elsewhere, and with fixed kernels, one kernel takes all rows, so a row's bits do not depend
+# on the others.
 _AMX_ROWS = 16
 
 _LINEAR = torch.nn.functional.linear
 _MATMUL: set[Any] = {
     torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__,
 }  # fmt: skip
+
+
+def torch_rows(engine: Engine) -> int:
+    """Returns the number of rows from which on torch computes BF16 products."""
+    return sys.maxsize if engine.fixed_kernels else _AMX_ROWS
 
 
 def use_row_products(model: nn.Module, engine: Engine, patches: Patches) -> None:
@@ -56,8 +64,7 @@ class FixedProducts(TorchFunctionMode):
 
     def __init__(self, engine: Engine) -> None:
         self._products = RowProducts(engine)
-        amx = active_isa() == "amx" and not engine.fixed_kernels
-        self._bf16_rows = _AMX_ROWS if amx else None
+        self._bf16_rows = torch_rows(engine)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -109,11 +116,8 @@ class FixedProducts(TorchFunctionMode):
             and len(weight) > 0
             and (bias is None or bias.shape == weight.shape[:1])
             and not (torch.is_grad_enabled() and any(each.requires_grad for each in tensors))
-            and not (x.dtype == torch.bfloat16 and self._is_for_tiles(x))
+            and (x.dtype == torch.float32 or x.numel() < self._bf16_rows * x.shape[-1])
         )
-
-    def _is_for_tiles(self, x: torch.Tensor) -> bool:
-        return self._bf16_rows is not None and x.numel() >= self._bf16_rows * x.shape[-1]
 
     def _bind(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor

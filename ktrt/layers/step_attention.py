@@ -38,8 +38,10 @@ class Held(Protocol):
     """A layer's keys and values of all slots."""
 
     value_size: int
-    # What the layer reads, for a recorder.
-    tensors: tuple[torch.Tensor, ...]
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Everything that the layer reads, for a recorder."""
 
     def bind(
         self, query: torch.Tensor, rows: StepRows, out: torch.Tensor

@@ -231,7 +231,7 @@ def _accelerate(
         use_latents(model, engine, patches, running)
         return FusedLora(model, active_set, patches, masks)
     accelerate_attention(model, engine, patches, running)
-    accelerate_norms(model, patches)
+    accelerate_norms(model, patches, engine)
     accelerate(model, engine, active_set, patches, int8=int8, running=running)
     use_row_products(model, engine, patches)
     if int8:

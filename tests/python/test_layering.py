@@ -96,7 +96,7 @@ CPP_LAYERS: dict[str, set[str]] = {
     "moe": {"engine", "lora", "kernels", "layout", "cpu", "base"},
     "linear": {"engine", "lora", "kernels", "layout", "base"},
     "attention": {"engine", "lora", "kernels", "base"},
-    "norm": {"kernels", "base"},
+    "norm": {"engine", "kernels", "base"},
     "cuda": {"moe", "engine", "cpu", "base"},
 }
 CPP_LAYERS["bindings"] = set(CPP_LAYERS)

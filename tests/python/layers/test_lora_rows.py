@@ -15,6 +15,7 @@ from ktrt.engine.recording import Recorder
 from ktrt.engine.step_rows import ACTIVE, BASE, RunningStep, StepRows
 from ktrt.errors import KtrtError
 from ktrt.layers.linear import accelerate
+from ktrt.layers.row_products import FixedProducts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -51,12 +52,15 @@ def add(model: nn.Module, name: str, *targets: str, **lora: Any) -> None:
 
 
 class Case:
-    """A BF16 model with adapters 0, 1 and 4 of different ranks, 4 on one layer alone, as
+    """A model with adapters 0, 1 and 4 of different ranks, 4 on one layer alone, as
     ``Adapters`` would load them."""
 
-    def __init__(self, engine: Engine, *, int8: bool = False) -> None:
+    def __init__(
+        self, engine: Engine, dtype: torch.dtype = torch.bfloat16, *, int8: bool = False
+    ) -> None:
         torch.manual_seed(0)
-        self.model: Any = Model().to(torch.bfloat16).eval().requires_grad_(False)
+        self.dtype = dtype
+        self.model: Any = Model().to(dtype).eval().requires_grad_(False)
         self.active_set, self.running = ActiveSet(), RunningStep()
         for name, rank, targets in zip(
             NAMES, (8, 3, 17), (("first", "second", "head"), ("second", "head"), ("first",)),
@@ -213,21 +217,43 @@ def test_unusual_adapters_do_not_mix(engine: Engine, lora: dict[str, Any]) -> No
     assert not torch.equal(case.run(x, [BASE] * 3), found)
 
 
-def test_a_recorded_step_reads_the_adapters_again(engine: Engine) -> None:
+def test_other_dtypes_compute_adapter_by_adapter(engine: Engine) -> None:
+    """In float32 PEFT's layers, each row as with its adapter alone."""
+    case, x = Case(engine, torch.float32), inputs(len(MIXED)).float()
+    with FixedProducts(engine):
+        expected = {BASE: case.run(x), -3: case.run(x)}
+        for name, number in zip(NAMES, NUMBERS, strict=True):
+            case.activate(**{name: 1.0})
+            expected[number] = case.run(x)
+        case.activate(default=0.5, adapter4=2.0)
+        expected[ACTIVE] = case.run(x)
+        mixed = case.run(x, MIXED)
+    for row, adapter in enumerate(MIXED):
+        assert torch.equal(mixed[:, row], expected[adapter][:, row]), (row, adapter)
+    assert not torch.equal(expected[BASE], expected[0])
+    add(case.model, "adapter6", "first", r=4, use_dora=True)
+    case.active_set.add_modules()
+    with pytest.raises(KtrtError, match="adapter number 6"):
+        case.run(x[:, :2], [6, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_recorded_step_reads_the_adapters_again(engine: Engine, dtype: torch.dtype) -> None:
     """Ids and the active sum are data of the step."""
-    case, x = Case(engine), inputs(4)
+    case, x = Case(engine, dtype), inputs(4).to(dtype)
     case.activate(default=1.0)
     with torch.inference_mode(False):
         given, rows = x.clone(), StepRows(4, 4)
-        out = torch.zeros(1, 4, 40, dtype=torch.bfloat16)
+        out = torch.zeros(1, 4, 40, dtype=dtype)
     rows.adapters.copy_(torch.tensor([0, BASE, 4, ACTIVE]))
     recorder = Recorder()
-    with recorder.recording():
+    with recorder.recording(), FixedProducts(engine):
         recorder.describe([given, rows.adapters], torch.ones(1), None)
         with case.running.running(rows):
             out.copy_(case.model(given))
     calls = recorder.calls()
-    assert torch.equal(out, case.run(x, [0, BASE, 4, ACTIVE]))
+    with FixedProducts(engine):
+        assert torch.equal(out, case.run(x, [0, BASE, 4, ACTIVE]))
     for ids, weights in (
         ([1, 1, 0, BASE], {"default": 1.0}), ([ACTIVE, 4, ACTIVE, 0], {"adapter4": 0.5}),
     ):  # fmt: skip
@@ -235,4 +261,5 @@ def test_a_recorded_step_reads_the_adapters_again(engine: Engine) -> None:
         rows.adapters.copy_(torch.tensor(ids))
         for call in calls:
             call.run()
-        assert torch.equal(out, case.run(x, ids))
+        with FixedProducts(engine):
+            assert torch.equal(out, case.run(x, ids))
