@@ -44,7 +44,7 @@ class Shared:
     def adapters(self, rows: int) -> torch.Tensor | None:
         """Returns the adapter of each of ``rows`` rows, int32; None: the active ones for all.
 
-        They are those of the step's tokens, or of the tokens whose logits are wanted.
+        The rows are the step's tokens, or the tokens whose logits are wanted.
         ``KtrtError``: the rows are neither.
         """
         step = self.running.rows
@@ -284,15 +284,15 @@ class LoraForward(DenseForward):
     def _ready(self, x: torch.Tensor, adapters: torch.Tensor | None) -> bool:
         if adapters is None:
             return self.usual and super()._ready(x, None)
-        # Nobody else computes rows that have adapters of their own.
+        # Nobody else computes rows of different adapters.
         if not self.usual and bool((adapters == ACTIVE).any()):
             raise KtrtError(
                 "a step has rows of other adapters next to the active ones, which act in a way "
-                "that all rows of a step share; run them in steps of their own"
+                "that all rows of a step share; run them in separate steps"
             )
         if not self._takes(x):
             raise KtrtError(
-                f"a step has rows with adapters of their own, and a layer's input is {x.dtype} "
+                f"a step has rows of different adapters, and a layer's input is {x.dtype} "
                 f"{[*x.shape]} on {x.device}: expected bfloat16 on the CPU, without gradients"
             )
         return True
@@ -306,6 +306,6 @@ class LoraForward(DenseForward):
                     raise KtrtError(
                         f"a step has a row of adapter number {number}, which is not resident or "
                         "acts in a way that all rows of a step share (DoRA, a bias, dropout); run "
-                        "it in steps of its own"
+                        "it in separate steps"
                     ) from error
             raise
