@@ -378,7 +378,7 @@ class StaticKv(Cache):  # type: ignore[misc]
     def many(self, rows: StepRows, most: tuple[int, int] | None = None) -> Iterator[None]:
         """Within the block the model takes the tokens of ``rows``, and ``update`` returns the whole
         arrays: the attention function knows what it reads of them. ``most``: cuts the arrays to
-        these numbers of slots and positions, for a model whose attention has not been seen to know."""
+        these numbers of slots and positions, for a model whose attention may not know."""
         yield from self._placed(_Many(rows, most))
 
     def _placed(self, place: _Sequence | _Window | _Many) -> Iterator[None]:
