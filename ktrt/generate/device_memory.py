@@ -19,8 +19,8 @@ class DeviceLora(Protocol):
 
 
 class DeviceMemory:
-    """What ``gpu``, the GPU's share of the routed experts, and ``linears`` keep there, if they
-    are there."""
+    """The memory of ``gpu``, the GPU's share of the routed experts, and of ``linears``, where they
+    exist."""
 
     def __init__(self, gpu: GpuExperts | None, linears: DeviceLora | None) -> None:
         self._gpu, self._linears = gpu, linears
