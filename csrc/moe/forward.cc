@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <cstring>
 #include <thread>
-#include <utility>
 
 #include "base/bf16.h"
+#include "moe/expands.h"
 #include "moe/job_rows.h"
 
 namespace ktrt {
@@ -18,6 +18,7 @@ class ThreadForward {
   ThreadForward(const ForwardTask& task, int thread)
       : task_(task),
         rows_(task, thread),
+        expands_(task, rows_),
         scratch_(task.workspace.thread(thread)),
         shared_(task.workspace.shared()),
         has_gate_(task.weights.shape().has_gate) {}
@@ -32,17 +33,9 @@ class ThreadForward {
   void gather(int job);
   void await_shrink(int job) const;
   GemmArgs input_args(int job, Projection projection, int strip, float* c) const;
-  void add_lora(GemmArgs& args, const Job& job, Projection projection, int strip,
-                const std::uint16_t* t) const;
-  template <class Visit>
-  void for_each_expand(const Job& job, Projection projection, const Visit& visit) const;
-  void prefetch_expands(const Job& job, Projection projection, int strip) const;
-  void expand_runs(const Job& job, Projection projection, int strip, const std::uint16_t* t,
-                   float* c) const;
   void project_input(int job, Projection projection, int strip, float* c,
                      const std::uint8_t* next) const;
   void finish_input(int job, Projection projection, int strip, float* c) const;
-  std::int64_t t_stride(Projection projection) const;
   void gate_up_strips(const Piece& piece) const;
   void gate_up_one_row(const Piece& piece) const;
   void add_down_strips(const Piece& piece) const;
@@ -85,6 +78,7 @@ class ThreadForward {
 
   const ForwardTask& task_;
   const JobRows rows_;
+  const Expands expands_;
   const Workspace::Thread& scratch_;
   const Workspace::Shared& shared_;
   const bool has_gate_;
@@ -108,78 +102,11 @@ GemmArgs ThreadForward::gemm_args(const Job& job, Projection projection, int str
   return args;
 }
 
-// Where the shrunk ranks of a part start in a row.
-int first_rank(const RowMixes::Part& part, Projection projection) {
-  return (projection == Projection::kDown ? part.down_first : part.input_first) +
-         part.lora->expand(projection).t_offset;
-}
-
-std::int64_t ThreadForward::t_stride(Projection projection) const {
-  return projection == Projection::kDown ? rows_.strides().t_down : rows_.strides().t_input;
-}
-
-// Lets the GEMM add the first LoRA of a job whose rows all have the same. `t`: the job's shrunk
-// rows.
-void ThreadForward::add_lora(GemmArgs& args, const Job& job, Projection projection, int strip,
-                             const std::uint16_t* t) const {
-  if (job.runs > 1) return;
-  for (const RowMixes::Part& part : task_.mixes.mix(task_.plan.runs(job)[0].mix).parts) {
-    const ExpertLora::Expand& expand = part.lora->expand(projection);
-    if (expand.rank_pairs == 0) continue;
-    args.lora_b = expand.of(job.expert, strip);
-    args.rank_pairs = expand.rank_pairs;
-    args.t = t + first_rank(part, projection);
-    args.t_stride = t_stride(projection);
-    return;
-  }
-}
-
-// Calls visit(run, part) for the expands that add_lora() leaves.
-template <class Visit>
-void ThreadForward::for_each_expand(const Job& job, Projection projection,
-                                    const Visit& visit) const {
-  bool added = job.runs == 1;
-  for (const MixRun& run : task_.plan.runs(job)) {
-    for (const RowMixes::Part& part : task_.mixes.mix(run.mix).parts) {
-      if (part.lora->expand(projection).rank_pairs == 0) continue;
-      if (!std::exchange(added, false)) visit(run, part);
-    }
-  }
-}
-
-// B of a strip lies in as many places as there are LoRAs, and is read right after the GEMM.
-void ThreadForward::prefetch_expands(const Job& job, Projection projection, int strip) const {
-  for_each_expand(job, projection, [&](const MixRun&, const RowMixes::Part& part) {
-    const ExpertLora::Expand& expand = part.lora->expand(projection);
-    const auto* b = reinterpret_cast<const std::byte*>(expand.of(job.expert, strip));
-    for (int pair = 0; pair < 2 * expand.rank_pairs; ++pair) {
-      __builtin_prefetch(b + pair * 64, 0, 2);
-    }
-  });
-}
-
-void ThreadForward::expand_runs(const Job& job, Projection projection, int strip,
-                                const std::uint16_t* t, float* c) const {
-  const GemmKernel& kernel = rows_.gemm_for(job);
-  const std::int64_t stride = t_stride(projection);
-  for_each_expand(job, projection, [&](const MixRun& run, const RowMixes::Part& part) {
-    const ExpertLora::Expand& expand = part.lora->expand(projection);
-    ExpandArgs args{};
-    args.rows = run.rows;
-    args.lora_b = expand.of(job.expert, strip);
-    args.rank_pairs = expand.rank_pairs;
-    args.t = t + run.first * stride + first_rank(part, projection);
-    args.t_stride = stride;
-    args.c = c + run.first * kStripRows;
-    kernel.expand(args);
-  });
-}
-
 GemmArgs ThreadForward::input_args(int index, Projection projection, int strip, float* c) const {
   const Job& job = job_at(index);
   GemmArgs args = gemm_args(job, projection, strip, c);
   rows_.use_input(args);
-  add_lora(args, job, projection, strip, rows_.shrunk_input(shared_row(index)));
+  expands_.fuse(args, job, projection, strip, rows_.shrunk_input(shared_row(index)));
   return args;
 }
 
@@ -189,14 +116,14 @@ void ThreadForward::project_input(int index, Projection projection, int strip, f
   const Job& job = job_at(index);
   GemmArgs args = input_args(index, projection, strip, c);
   args.next = next;
-  prefetch_expands(job, projection, strip);
+  expands_.prefetch(job, projection, strip);
   rows_.gemm_for(job).strip(args);
   finish_input(index, projection, strip, c);
 }
 
 void ThreadForward::finish_input(int index, Projection projection, int strip, float* c) const {
   const Job& job = job_at(index);
-  expand_runs(job, projection, strip, rows_.shrunk_input(shared_row(index)), c);
+  expands_.add(job, projection, strip, rows_.shrunk_input(shared_row(index)), c);
   add_bias(job, projection, strip, c);
 }
 
@@ -358,7 +285,7 @@ GemmArgs ThreadForward::down_args(const Job& job, int strip, int slice, float* c
   GemmArgs args = gemm_args(job, Projection::kDown, strip, c, slice);
   rows_.use_activations(args, job, slice);
   if (slice == 0) {
-    add_lora(args, job, Projection::kDown, strip, rows_.shrunk_activations(job));
+    expands_.fuse(args, job, Projection::kDown, strip, rows_.shrunk_activations(job));
   }
   return args;
 }
@@ -368,7 +295,7 @@ void ThreadForward::finish_down(const Piece& piece, const Job& job, int strip, i
   const std::int64_t columns =
       static_cast<std::int64_t>(piece.end_strip - piece.first_strip) * kStripRows;
   if (slice == 0) {
-    expand_runs(job, Projection::kDown, strip, rows_.shrunk_activations(job), c);
+    expands_.add(job, Projection::kDown, strip, rows_.shrunk_activations(job), c);
     add_bias(job, Projection::kDown, strip, c);
   }
   float* out = scratch_.out + (strip - piece.first_strip) * kStripRows;
@@ -381,7 +308,7 @@ void ThreadForward::add_down_strips(const Piece& piece) const {
     GemmArgs args = down_args(jobs[j], strip, slice, scratch_.c);
     args.next = tile_after(j, strip, slice, piece);
     args.cold_rows = strip == piece.first_strip;
-    if (slice == 0) prefetch_expands(jobs[j], Projection::kDown, strip);
+    if (slice == 0) expands_.prefetch(jobs[j], Projection::kDown, strip);
     rows_.gemm_for(jobs[j]).strip(args);
     finish_down(piece, jobs[j], strip, slice, scratch_.c);
   });

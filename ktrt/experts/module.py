@@ -54,7 +54,7 @@ class KTExperts(nn.Module):
         self._max_qlen = 0
         self._hand_off: HandOff | None = None
         self._path = ""
-        # What the model runs now: each token's LoRA.
+        # The model's present step: each token's LoRA.
         self.running = RunningStep()
         # The GPU's share of this layer, if it has one.
         self.gpu: GpuLayer | None = None

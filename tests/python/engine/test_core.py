@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import pytest
@@ -495,7 +495,7 @@ def test_lora_views_and_their_version() -> None:
     assert (layer.loras, layer.lora_version) == ([0], 3)
     layer.unload_lora(0)
     assert (layer.loras, layer.lora_version) == ([], 4)
-    view = memoryview(lora.input.a)
+    view = memoryview(cast("Any", lora.input.a))
     engine.close()
     assert view[:2] == torch.ones(1, dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes()
 
