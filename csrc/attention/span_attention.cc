@@ -15,9 +15,9 @@ namespace {
 constexpr std::int64_t kHeadsTogether = 16;
 // Spans of a group, at most: their sums are then small compared to the keys that they read.
 constexpr std::int64_t kMaxSpans = 32;
-// Sums of a pass, for each thread: they stay in the L2 caches. 16 rows of 1,000 tokens on one thread
-// take 5.86 ms (32 heads of 128 numbers) or 8.20 ms (latents of 512 numbers), 6.06 and 8.70 ms with
-// 16 MB. A pass costs two barriers.
+// Sums of a pass, for each thread: they stay in the L2 caches. 16 rows of 1,000 tokens on one
+// thread take 5.86 ms (32 heads of 128 numbers) or 8.20 ms (latents of 512 numbers), 6.06 and 8.70
+// ms with 16 MB. A pass costs two barriers.
 constexpr std::int64_t kPassBytes = 512 << 10;
 // Reading one number of the cache takes about as long as multiplying it for this many heads.
 constexpr std::int64_t kHeadsPerRead = 6;

@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from ktrt.engine.recording import Recorder
     from ktrt.utils.patches import Patches
 
-# Its name in transformers. Arguments that only some models pass to an attention, and that change
-# its result.
+# Its name in transformers, and arguments of some models that change an attention's result.
 NAME = "ktrt_latent"
 _UNUSUAL = ("s_aux", "softcap", "sliding_window", "position_bias", "cache")
 
@@ -55,8 +54,8 @@ def use_latents(
     for module in found:
         decoder = LatentDecoder(module, engine) if _is_plain(module) else None
         latents = Latents(module.expand_kv, decoder, running)
-        patches.set(module, "kt_latent", latents)
-        patches.set(module, "expand_kv", latents)
+        for name in ("kt_latent", "expand_kv"):
+            patches.set(module, name, latents)
         decoders += decoder is not None
     if found:
         _register(patches)
@@ -238,9 +237,8 @@ class LatentDecoder:
         step = self._step(scaling, query.shape[1] - self.nope)
         first, last = head_array(query[:, None]), head_array(out[:, None])
         cached = head_array(latents[None]), head_array(positions[None])
-        tensors = query, latents, positions, out
 
-        def attend(length: int, _kept: object = tensors) -> None:
+        def attend(length: int, _kept: object = (query, latents, positions, out)) -> None:
             step.follow(self._present())
             step.attention.forward(first, *cached, last, length)
 
@@ -336,8 +334,7 @@ class HeldLatents:
         decoder = self._owner.decoder
         if decoder is None or not decoder.takes_rows(query):
             return None
-        states = query, self._latents, self._positions
-        return decoder.bind_rows(*states, out, rows, self._scaling)
+        return decoder.bind_rows(query, *self.tensors, out, rows, self._scaling)
 
     def sequence(
         self, slot: int, length: int, adapter: int, room: int

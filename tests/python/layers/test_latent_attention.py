@@ -292,9 +292,11 @@ def test_a_spans_tokens_are_expanded_with_its_adapter(engine: Engine, patches: P
         assert running.rows is rows
     for span, adapter in zip(spans, (3, 0), strict=True):
         places, end = slice(span.first, span.first + span.count), span.start + span.count
-        with torch.inference_mode():
-            key, value = module.kt_latent.expand_with(
-                adapter, latents[span.slot, None, :, :end], positions[span.slot, None, :, :end]
+        tokens = StepRows(end, 0)
+        tokens.adapters.fill_(adapter)
+        with torch.inference_mode(), running.running(tokens):
+            key, value = module.kt_latent._expand(
+                latents[span.slot, None, :, :end], positions[span.slot, None, :, :end]
             )
         mask = torch.ones(end, end, dtype=torch.bool).tril()[span.start :]
         exact = torch.nn.functional.scaled_dot_product_attention(
