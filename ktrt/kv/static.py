@@ -325,7 +325,6 @@ class StaticKv(Cache):  # type: ignore[misc]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Gives ``target``, which is empty, the first ``length`` positions of ``source``."""
-        self.reserve(length, target + 1)
         self.written[target] = max(self.written[target], length)
         for layer in self.layers:
             for region in layer.regions:

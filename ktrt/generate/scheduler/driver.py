@@ -50,6 +50,10 @@ class Driver:
         with self._starting:
             return self.__dict__.get("scheduler") or self._make()
 
+    def begin(self) -> None:
+        """Makes the scheduler, which the first request would wait for."""
+        assert self.scheduler
+
     def start(self) -> None:
         """Starts the worker thread, if there is none."""
         if self._worker is not None:

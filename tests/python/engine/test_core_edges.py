@@ -222,7 +222,7 @@ FORKS = """
     calls = {
         name: getattr(owner, name)
         for owner in (layer, linear, packed)
-        for name in ("last_kernels", "packed_parts", "loras")
+        for name in ("last_kernels", "packed_parts")
         if hasattr(owner, name)
     } | {
         "forward": lambda: layer.forward(x, ids, weights, out),
@@ -231,6 +231,8 @@ FORKS = """
         "image_bytes": lambda: layer.image_bytes,
         "unusual_form": lambda: layer.unusual_form,
         "active_loras": lambda: layer.active_loras,
+        "loras": lambda: layer.loras,
+        "lora_view": lambda: layer.lora_view(0),
         "workspace_bytes": lambda: engine.workspace_bytes,
         "dense forward": lambda: linear.forward(0, 0, 0, 0) or linear.activate_loras([], []),
         "probe": lambda: _core.ReadProbe(64).seconds(engine),
