@@ -135,8 +135,8 @@ def test_rows_that_stand_for_nothing(llama: Any, running: RunningStep) -> None:
     hook.remove()
     (rows,) = seen
     assert rows is not None
-    assert rows.adapters.tolist() == [BASE] * 5 + [IDLE]
-    assert rows.lengths.tolist() == [14, 6, 10, 7, 8, 0]
+    assert rows.adapters.tolist() == [BASE] * 5 + [IDLE] * 3
+    assert rows.lengths.tolist() == [14, 6, 10, 7, 8, 0, 0, 0]
     for slot in slots:
         (logits,) = runner.run(Step((Span(slot=slot, ids=[6]),)))
         assert close(logits, whole(llama, slot.ids)[-1:])
