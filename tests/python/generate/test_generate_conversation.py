@@ -151,9 +151,16 @@ class Talk:
         return last
 
 
+def forget(session: Session) -> None:
+    """Empties the slots of earlier answers."""
+    pool = session._open().runner.pool
+    for slot in pool.slots:
+        pool.empty(slot)
+
+
 @pytest.fixture
 def talk(demo: Session, monkeypatch: pytest.MonkeyPatch) -> Talk:
-    monkeypatch.setattr(demo, "_idle_cache", None)
+    forget(demo)
     return Talk(demo, monkeypatch)
 
 
@@ -201,7 +208,7 @@ def test_ctrl_c_between_chunks_keeps_what_is_done(
     monkeypatch.setattr(runner, "PREFILL_CHUNK", 16)
     talk.messages = [{"role": "user", "content": "专家混合 " * 40}]
     expected = list(talk.session.stream_responses(talk.messages))
-    talk.session._idle_cache = None
+    forget(talk.session)
     seen = []
 
     def progress(done: int, total: int) -> None:
