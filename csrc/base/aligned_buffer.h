@@ -28,7 +28,7 @@ class AlignedBuffer {
   void reset() noexcept;
   std::size_t bytes() const { return bytes_; }
   bool empty() const { return bytes_ == 0; }
-  // Of the pages, which it shares with nobody.
+  // Bytes of its pages, which it shares with nobody.
   std::size_t page_bytes() const;
 
   template <class T>

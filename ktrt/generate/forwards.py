@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# A first forward, whose attention may read all that it is given, gets a multiple of so many
-# positions: as many keys as any other forward gives to a block of queries.
+# The attention of a first forward may read all that it is given: a multiple of this number of
+# positions, and for a block of queries as many keys as in any other forward.
 _CUT = 1024
 # Whose frequencies follow the longest position of a forward: a token's would depend on company.
 _ROPE_OF_THE_LONGEST = {"dynamic", "longrope"}
@@ -66,8 +66,7 @@ class Forwards:
         place: AbstractContextManager[None] = nullcontext()
         if isinstance(cache, StaticKv):
             place = cache.sequence(part.span.slot.index, part.start, part.count)
-        # Of the last token alone without an index, and several as the tail that holds them, which
-        # every model takes.
+        # Every model takes the length of a tail: one token, or up to the first that is wanted.
         tail = len(ids) - min(wanted, default=len(ids) - 1)
         with torch.inference_mode(), place, self._adapters(part, tail):
             inputs = torch.tensor([list(ids)], device=self.device)

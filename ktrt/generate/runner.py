@@ -242,7 +242,7 @@ class KvCache:
         *,
         runner: ModelRunner | None = None,
     ) -> None:
-        """On a pool of its own, or on that of ``runner``, which then knows all the rest."""
+        """On a new pool, or on the pool of ``runner``, which then knows all the rest."""
         self.runner = runner or ModelRunner(model, graphs, gpu, active_set, slots=1)
         self.model, self.device, self.plain = model, self.runner.device, self.runner.plain
         # Whether several tokens at once can follow the held ones.

@@ -57,6 +57,8 @@ class Shared:
             return step.adapters
         if wanted is not None and rows == len(wanted) != step.tokens:
             return step.adapters[wanted]
+        if step.batch and rows % step.tokens == 0:  # whole sequences: latents
+            return step.adapters.repeat_interleave(rows // step.tokens)
         known = "" if wanted is None else f" or the {len(wanted)} whose logits are wanted"
         raise KtrtError(
             f"a layer has {rows} rows in a step of {step.tokens} tokens: expected these{known}, in "

@@ -57,9 +57,9 @@ class GpuLayer:
         size = source.num_experts + 1
         self._slots = torch.full((size,), -1, dtype=torch.int64, device=owner.device)
         self._counts = torch.zeros(size, dtype=torch.int64, device=owner.device)
-        # Of the ranks of the bank's input_a and down_a.
+        # The owners of the ranks of the bank's input_a and down_a.
         self._owners: list[RankOwners | None] = []
-        # What a forward whose tokens all have the active adapters takes, where no mask is needed.
+        # The LoRA of a forward whose tokens all have the active adapters.
         self._uniform: Literal["nothing", "all ranks", "masked"] = "nothing"
         self._weigh()
 

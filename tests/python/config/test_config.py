@@ -590,17 +590,3 @@ def test_config_has_one_part_for_each_consumer() -> None:
     assert list(Config.__dataclass_fields__) == [
         "model", "adapter", "experts", "template", "sampling", "scheduler",
     ]  # fmt: skip
-
-
-def test_many_answers_at_once(write: Callable[[str], Path]) -> None:
-    config = load_config(write("max_num_seqs: 4\nmin_tokens_per_second: 0\nkt_fixed_kernels: true"))
-    assert config.scheduler.max_num_seqs == 4
-    assert config.scheduler.min_tokens_per_second == 0
-    assert config.experts.kt_fixed_kernels is True
-    for text, message in (
-        ("max_num_seqs: 0", "max_num_seqs: expected at least 1, found 0"),
-        ("min_tokens_per_second: -1", "expected 0 \\(off\\) or more, found -1"),
-        ("max_concurrent: 3", "did you mean 'max_num_seqs'"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            load_config(write(text))

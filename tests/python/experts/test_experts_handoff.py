@@ -90,9 +90,7 @@ def test_padding_costs_no_expert(modules: tuple[KTExperts, KTExperts, FakeCore])
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8, 21])
-def test_adapters_of_tokens(
-    modules: tuple[KTExperts, KTExperts, FakeCore], tokens: int
-) -> None:
+def test_adapters_of_tokens(modules: tuple[KTExperts, KTExperts, FakeCore], tokens: int) -> None:
     plain, handed, core = modules
     for number in range(2):
         a, b = torch.randn(E, 4, HIDDEN) / 8, torch.randn(E, INNER, 4)

@@ -221,7 +221,7 @@ def logged(log: list[str], name: str, function: Any) -> Any:
 
 
 def test_a_session_goes_on_with_other_adapters(shared: Shared) -> None:
-    """What a set has computed is found again after another one; no graph has to be captured."""
+    """The tokens of a set are found again after another one; no graph has to be captured."""
     tokenizer, adapters = make_tokenizer(vocab_size=380), shared.loaded.adapters
     template = load_template(TemplateArgs("default"), tokenizer)
     sampling = SamplingArgs(do_sample=False, max_new_tokens=4)

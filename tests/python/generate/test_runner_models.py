@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 LENGTHS = (300, 5, 1, 70)
 DECODED = 4
-# Of the loaded models.
+# The base's folder of each loaded model.
 folders: dict[int, Path] = {}
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from helpers.family_models import families, random_model
+from helpers.one_token import decode_a_token
 from helpers.tiny_models import LoraPlan, save_adapter, save_model, token_ids
 from torch import nn
 
@@ -68,9 +69,10 @@ def both(
     ready = prepare(*args)
     ready.engine.close()
     loaded = load_model(*args)
-    found = loaded_inventory(
-        loaded.model, ready.base.experts.specs, workspace=loaded.engine.workspace_bytes
-    )
+    workspace = loaded.engine.workspace_bytes
+    if adapter is not None:
+        decode_a_token(loaded)  # latent attention takes its copies of LoRA then
+    found = loaded_inventory(loaded.model, ready.base.experts.specs, workspace=workspace)
     return ready.inventory, found, loaded
 
 

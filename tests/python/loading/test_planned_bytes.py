@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from helpers.one_token import decode_a_token
 from helpers.tiny_models import LoraPlan, save_adapter, save_model
 
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
@@ -95,14 +96,6 @@ def private_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:"))
 
 
-def decode(loaded: LoadedModel) -> None:
-    """Decodes a token: latent attention takes its copies at the first one."""
-    slot = loaded.runner.pool.open("decode", [1, 2, 3])
-    for ids in ([1, 2, 3], [4]):
-        loaded.runner.run(Step((Span(slot=slot, ids=ids),)))
-    loaded.runner.pool.close(slot, keep=False)
-
-
 @pytest.mark.parametrize("bits", [None, 8])
 @pytest.mark.parametrize("name", MODELS)
 def test_lora_bytes(tmp_path: Path, name: str, bits: int | None, one_thread: None) -> None:
@@ -127,7 +120,7 @@ def test_lora_bytes(tmp_path: Path, name: str, bits: int | None, one_thread: Non
 
     loaded = load_model(args, AdapterArgs(adapters={"r8": paths["r8"]}), EXPERTS)
     try:
-        decode(loaded)
+        decode_a_token(loaded)  # latent attention takes its copies then
         held = loaded_inventory(loaded.model)
         one = planned(["r8"])
         assert {kind: held.held(kind) for kind in KINDS} == one
