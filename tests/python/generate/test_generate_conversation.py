@@ -15,6 +15,7 @@ from ktrt.generate import runner
 from ktrt.generate.loop import stream_generate
 from ktrt.generate.response import TokenResponse
 from ktrt.generate.runner import KvCache
+from ktrt.generate.step import Step
 from ktrt.session import Session
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -126,13 +127,13 @@ class Talk:
     def __init__(self, session: Session, patch: pytest.MonkeyPatch) -> None:
         self.session, self.computed = session, 0
         self.messages: list[dict[str, str]] = []
-        forward = KvCache.forward
+        run = runner.ModelRunner.run
 
-        def spy(cache: KvCache, ids: Sequence[int]) -> torch.Tensor:
-            self.computed += len(ids)
-            return forward(cache, ids)
+        def spy(model: runner.ModelRunner, step: Step) -> list[torch.Tensor]:
+            self.computed += sum(len(span.ids) for span in step.spans)
+            return run(model, step)
 
-        patch.setattr(KvCache, "forward", spy)
+        patch.setattr(runner.ModelRunner, "run", spy)
 
     def answer(self) -> TokenResponse:
         """The last response to the messages so far; counts only the prompt's tokens."""
@@ -151,9 +152,16 @@ class Talk:
         return last
 
 
+def forget(session: Session) -> None:
+    """Empties the slots of earlier answers."""
+    pool = session._open().runner.pool
+    for slot in pool.slots:
+        pool.empty(slot)
+
+
 @pytest.fixture
 def talk(demo: Session, monkeypatch: pytest.MonkeyPatch) -> Talk:
-    monkeypatch.setattr(demo, "_idle_cache", None)
+    forget(demo)
     return Talk(demo, monkeypatch)
 
 
@@ -201,7 +209,7 @@ def test_ctrl_c_between_chunks_keeps_what_is_done(
     monkeypatch.setattr(runner, "PREFILL_CHUNK", 16)
     talk.messages = [{"role": "user", "content": "专家混合 " * 40}]
     expected = list(talk.session.stream_responses(talk.messages))
-    talk.session._idle_cache = None
+    forget(talk.session)
     seen = []
 
     def progress(done: int, total: int) -> None:
