@@ -236,7 +236,6 @@ class LatentAttention:
         kv_lora_rank], V of every head: bfloat16, contiguous, kept, not copied. ``ValueError``:
         shapes that do not fit, sizes above 4096."""
 
-    # Of a LoRA.
     max_rank: int
     @property
     def lora_bytes(self) -> int:

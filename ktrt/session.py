@@ -210,6 +210,7 @@ class Session:
     def _warm_up(self) -> None:
         with engine_errors():
             warm_up(self.new_cache(), self.context_limit)
+            self._steps.begin()  # counts the model's bytes
 
     def count_tokens(self, messages: Messages) -> int:
         """Returns the number of tokens of the prompt for ``messages``; 0 for none."""
@@ -277,6 +278,7 @@ def _closed() -> KtrtError:
     return KtrtError("this session is closed; load the model again with ktrt.load")
 
 
+@engine_errors()
 def _scheduler(loaded: LoadedModel, limits: SchedulerLimits | None) -> Scheduler:
     runner = loaded.runner
     facts = cost_facts(loaded.model, runner.pool.bytes_of(_SOME) / _SOME, mixes=runner.mixes)

@@ -1,11 +1,11 @@
-"""Checks and measures decode steps of many rows with adapters of their own, on a GPU.
+"""Checks and measures decode steps of many rows with separate adapters, on a GPU.
 
     python bench/gpu/rows.py                 # V2-Lite's shape, 9 layers, BF16 and INT8, about 3 min
     python bench/gpu/rows.py --small         # a trial of this script, without a GPU too
 
 All but the routed experts is on the GPU, with LoRA of r 8 on everything, experts included; weights
 are random and made in place. First the checks: four rows with four adapters are one CUDA graph,
-other adapters and slots take no other one; their logits equal those of each row alone up to
+other adapters and slots take no other one; their logits equal the logits of each row alone up to
 rounding; base rows have the bits of a step of base rows. Then the speed of 1 to 32 rows: all base,
 one adapter, four adapters in turn. ``bound``: the time to read the experts that the steps chose, at
 the bandwidth measured in the same run.
@@ -200,7 +200,7 @@ def check(bench: Bench, args: argparse.Namespace) -> Result:
     assert not (forwards and torch.cuda.is_available()), f"{len(forwards)} forwards by the host"
 
     errors: dict[str, list[float]] = {"mixed": [], "base": []}
-    same_bits = beside = 0
+    same_bits, beside, tuned = 0, 0, list[float]()
     steps = max(4, args.steps // 2)
     for _ in range(steps):
         ids = batch.tokens()
@@ -212,6 +212,7 @@ def check(bench: Bench, args: argparse.Namespace) -> Result:
                 alone = batch.step(ids, adapters, [row])[0]
                 batch.runner.pool.rollback(batch.slots[row], batch.slots[row].length - 1)
                 errors[name].append(error(rows[name][row], alone))
+        tuned.append(error(rows["mixed"], rows["base"]))
         company = batch.step(ids, [BASE, 0, BASE, 1])
         same_bits += torch.equal(company[[0, 2]], rows["base"][[0, 2]])
         beside += sum(value == 0 for value in errors["base"][-4:])
@@ -219,10 +220,11 @@ def check(bench: Bench, args: argparse.Namespace) -> Result:
     print(
         f"one graph for four rows with four adapters; against each row alone, median of {steps} "
         f"steps: {result['mixed']:.5f} mixed, {result['base']:.5f} base ({beside} of {4 * steps} "
-        f"rows bit for bit, in graphs of four rows and of one); base rows beside tuned ones as "
+        f"rows bit for bit, in graphs of four rows and of one); base rows with tuned ones as "
         f"in a step of base rows: {same_bits} of {steps} steps bit for bit"
     )
-    assert same_bits == steps, "base rows beside tuned ones have other bits"
+    assert min(tuned) > 0.05, "the adapters change nothing"
+    assert same_bits == steps, "base rows with tuned ones have other bits"
     assert result["mixed"] <= max(0.05, 2 * result["base"]), "mixed rows differ from rows alone"
     return {"errors": result, "base_bits": same_bits / steps, "steps": steps}
 

@@ -329,7 +329,7 @@ void LatentAttention::run(const Arrays& arrays, std::int64_t first_row,
   layout.keys.token = layout.values.token = arrays.latents.token_stride;
   layout.second_keys.token = arrays.positions.token_stride;
   layout.values_are_keys = true;
-  // Of every thread: a block of rows in floats and in BF16, and three rows more.
+  // A thread needs a block of rows in floats and in BF16, and three rows more.
   const std::int64_t block = engine_->kernels().dense_bf16->block_rows;
   const Task task = spans_.plan(layout, rows_, lease, (block + 3 + (block + 1) / 2) * width_);
   const auto from_first = [first_row](HeadArray array) {

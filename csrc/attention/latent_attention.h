@@ -107,7 +107,7 @@ class LatentAttention {
   const std::uint16_t* values_ = nullptr;
   std::int64_t width_ = 0;  // of the longest packed row
   Loras loras_;
-  // Of the forward that runs.
+  // The running forward.
   std::vector<SpanAttention::Row> rows_;
   Loras::Rows chosen_;
 };

@@ -10,7 +10,7 @@ struct SlotRows {
   const std::int64_t* slots = nullptr;    // [rows]
   const std::int64_t* lengths = nullptr;  // [rows] tokens; 0: the row's output is zeros
   std::int64_t rows = 0;
-  // Of the arrays [slot_count, heads, capacity, size].
+  // The arrays are [slot_count, heads, capacity, size].
   std::int64_t slot_count = 0;
   std::int64_t capacity = 0;
 };

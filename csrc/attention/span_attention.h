@@ -1,4 +1,4 @@
-// Attention of one query a row, each row over a sequence of its own: what TokenAttention and
+// Attention of one query a row, each row over its own sequence: the work that TokenAttention and
 // LatentAttention share. BF16 keys and values, float32 sums, on the engine's threads.
 //
 // The tokens of a group are cut into spans, whose number depends on nothing but how many tokens
@@ -114,8 +114,8 @@ class SpanAttention {
   }
   // Spans of the pass, until none is left: for all threads at once.
   void compute(const Task& task, std::int64_t pass, int thread) const;
-  // What merges a row's spans once its pass is computed, except for where the output goes. The row
-  // is not empty.
+  // The arguments that merge a row's spans once its pass is computed, except for where the output
+  // goes. The row is not empty.
   AttentionMergeArgs merge_args(const Task& task, std::int64_t row, std::int64_t head,
                                 int thread) const;
 

@@ -59,8 +59,8 @@ constexpr int kOneRowStrips = 8;
 struct GemmKernel {
   const char* name;
   void (*strip)(const GemmArgs& args);
-  // The LoRA expand by itself, for rows whose C is in the L1 cache: strip() without LoRA and then
-  // this give the bits of strip() with it.
+  // The LoRA expand by itself, for rows whose C is in the L1 cache. strip() without LoRA and then
+  // this give the bits of strip() with it, but for tiles that are not `fixed`.
   void (*expand)(const ExpandArgs& args);
   uint8_t activation_offset;  // added to each code by quantize_row: 128 where A is unsigned
   bool tile_order = false;    // of A

@@ -2,7 +2,7 @@
 // BF16 with float32 sums. The weight stays where torch has it, row-major.
 //
 // Every output is one dot product in one fixed order (linear/dense_panels.h), and a row is shrunk
-// and expanded by the ranks of its own LoRA alone, so that the bits of a row depend neither on its
+// and expanded by the ranks of one LoRA alone, so that the bits of a row depend neither on its
 // neighbours nor on the number of threads.
 #pragma once
 
@@ -38,7 +38,7 @@ class DenseLinear {
   // LoRAs by number, and the sum that acts: see LoraTable. a [rank, in], b [out, rank]: float32,
   // scaling folded into b; each is rounded to BF16 once. Throw std::invalid_argument.
   void load_lora(int number, const TensorView& a, const TensorView& b);
-  // A LoRA without ranks: its rows are those of the base, bit for bit.
+  // A LoRA without ranks: its rows have the base's bits.
   void load_empty_lora(int number);
   void unload_lora(int number);
   void activate_loras(std::span<const int> numbers, std::span<const float> weights);
@@ -80,7 +80,7 @@ class DenseLinear {
   AlignedBuffer bias_;  // float32 [out]; empty without
   Loras loras_;
   PieceQueue queue_;
-  // Of the forward that runs.
+  // The running forward's.
   Loras::Rows chosen_;
   RowGroups groups_;
   std::vector<Shrink> shrinks_;

@@ -93,7 +93,7 @@ class PackedLinear {
   std::unique_ptr<const Base> base_;
   Loras loras_;
   PieceQueue queue_;
-  // Of the forward that runs.
+  // The running forward's.
   Loras::Rows chosen_;
   RowGroups groups_;
   std::vector<Shrink> shrinks_;

@@ -20,8 +20,8 @@ struct RowGroup {
 class RowGroups {
  public:
   void clear() { groups_.clear(); }
-  // Appends the groups of rows [begin, end), each of at most `most` rows, those of a mix one after
-  // the other. of_row: each row's mix, below `mixes`.
+  // Appends the groups of rows [begin, end), each of at most `most` rows, a mix's one after the
+  // other. of_row: each row's mix, below `mixes`.
   void add(std::span<const int> of_row, int mixes, std::int64_t begin, std::int64_t end, int most);
 
   std::size_t size() const { return groups_.size(); }

@@ -59,7 +59,8 @@ void RmsNorm::forward(const std::uint16_t* x, std::int64_t x_count, std::int64_t
   if (!shares(rows)) return norm(0, rows);
   const auto lease = engine_->lease();
   const int threads = lease.pool().size();
-  lease.pool().run([&](int thread) { norm(rows * thread / threads, rows * (thread + 1) / threads); });
+  lease.pool().run(
+      [&](int thread) { norm(rows * thread / threads, rows * (thread + 1) / threads); });
 }
 
 bool RmsNorm::shares(std::int64_t rows) const {

@@ -27,7 +27,7 @@ class RmsNorm {
   // many rows std::runtime_error once the engine is closed.
   void forward(const std::uint16_t* x, std::int64_t x_count, std::int64_t rows,
                std::int64_t row_stride, std::uint16_t* out, std::int64_t out_count) const;
-  // Whether forward() shares so many rows among the engine's threads.
+  // Whether forward() shares this number of rows among the engine's threads.
   bool shares(std::int64_t rows) const;
 
  private:

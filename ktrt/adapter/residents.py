@@ -279,8 +279,9 @@ class Adapters:
         replaced = torch.replaced(torch_name)
         whole = f"replaces {replaced} of the base model" if replaced else None
         whole = "is a DoRA" if plan.settings.use_dora else whole
+        row_reason = whole or plan.row_reason or torch.row_reason(torch_name)
         self._residents[name] = _Resident(
-            number, torch_name, plan.audit, plan.digest, whole, whole or plan.row_reason
+            number, torch_name, plan.audit, plan.digest, whole, row_reason
         )
         self._changed()
 
@@ -344,13 +345,9 @@ class Adapters:
                 )
 
     def _switch(self, weights: Mapping[str, float]) -> None:
-        """``AdapterError`` with everything as it was if the engine refuses."""
+        """Has these act, or after an exception the active ones."""
         try:
             self._set(weights)
-        except ValueError as error:
-            self._restore()
-            parts = ", ".join(name for name, _ in self._ordered(weights))
-            raise AdapterError(f"adapters {parts} cannot be summed: {error}") from error
         except BaseException:
             self._restore()
             raise

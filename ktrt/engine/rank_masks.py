@@ -102,7 +102,7 @@ class RankMasks:
         self._owners: weakref.WeakValueDictionary[object, RankOwners] = (
             weakref.WeakValueDictionary()
         )
-        # Of the forward between its hooks; None outside of one, where nothing is kept.
+        # The masks of the forward between its hooks; None outside of one, where nothing is kept.
         self._made: dict[RankOwners, RankMask] | None = None
         # The step that the forward began with, and what ``rows`` is for it; a layer may compute
         # other tokens than the step's in between.

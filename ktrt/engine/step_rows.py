@@ -88,12 +88,16 @@ class RunningStep:
         # None: a forward of somebody else, whose tokens all have the active adapters and whose
         # cache knows its own places.
         self.rows: StepRows | None = None
+        # Counts the beginnings and ends of steps: for what layers know of one step's tokens.
+        self.changes = 0
 
     @contextmanager
     def running(self, rows: StepRows) -> Iterator[None]:
         """Within the block, the model's forward is that of ``rows``, or a part of it."""
         before, self.rows = self.rows, rows
+        self.changes += 1
         try:
             yield
         finally:
             self.rows = before
+            self.changes += 1

@@ -19,7 +19,7 @@ class DeviceLora(Protocol):
 
 
 class DeviceMemory:
-    """What ``gpu``, the GPU's share of the routed experts, and ``linears`` keep there, if they
+    """The memory of ``gpu``, the GPU's share of the routed experts, and of ``linears``, if they
     are there."""
 
     def __init__(self, gpu: GpuExperts | None, linears: DeviceLora | None) -> None:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# The attention of a first forward may read all that it is given: a multiple of this number of
+# positions, and for a block of queries as many keys as in any other forward.
+_CUT = 1024
 # Whose frequencies follow the longest position of a forward: a token's would depend on company.
 _ROPE_OF_THE_LONGEST = {"dynamic", "longrope"}
 
@@ -63,8 +66,7 @@ class Forwards:
         place: AbstractContextManager[None] = nullcontext()
         if isinstance(cache, StaticKv):
             place = cache.sequence(part.span.slot.index, part.start, part.count)
-        # Of the last token alone without an index, and several as the tail that holds them, which
-        # every model takes.
+        # Every model takes the length of a tail: one token, or up to the first that is wanted.
         tail = len(ids) - min(wanted, default=len(ids) - 1)
         with torch.inference_mode(), place, self._adapters(part, tail):
             inputs = torch.tensor([list(ids)], device=self.device)
@@ -96,7 +98,8 @@ class Forwards:
         rows, wanted = _rows(parts, self.device)
         most = None
         if not proven:
-            most = 1 + max(p.span.slot.index for p in parts), max(p.end for p in parts)
+            end = -(-max(p.end for p in parts) // _CUT) * _CUT
+            most = 1 + max(p.span.slot.index for p in parts), end
         for part in parts:
             cache.will_write(part.span.slot.index, part.end)
         tokens = [token for part in parts for token in part.span.ids]

@@ -73,7 +73,7 @@ class RowGraphs:
         self._handoff, self._maker = handoff, maker
         self._argument = cache_argument(model)
         self._device = model.get_input_embeddings().weight.device
-        # By first slot, rows, and whether rows have adapters of their own.
+        # By first slot, rows, and whether rows name adapters.
         self._blocks: dict[tuple[int, int, bool], _Block] = {}
         # Logits [vocab_size] of a forward since the last ``clear``.
         self._like = torch.empty(0)
@@ -168,7 +168,7 @@ class RowGraphs:
         return block.logits[block.places(parts)]
 
     def _forget_one(self, keep: _Block) -> None:
-        """Makes room for a graph: those of the oldest other block go."""
+        """Makes room for a graph: the oldest other block's go."""
         oldest = next((key for key, block in self._blocks.items() if block is not keep), None)
         if self.count >= _MOST_GRAPHS and oldest is not None:
             del self._blocks[oldest]
@@ -237,7 +237,7 @@ class RowGraphs:
 
 def shares_a_graph(parts: Sequence[Part]) -> list[int]:
     """Returns the indices of the parts that a step's graphs decode; none where there is but one,
-    with the active adapters, which has a graph of its own."""
+    with the active adapters, which has another graph."""
     rows = [at for at, part in enumerate(parts) if part.is_row and part.span.logits is None]
     alone = len(rows) == 1 and parts[rows[0]].span.adapter == ACTIVE
     return [] if alone else rows

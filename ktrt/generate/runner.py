@@ -92,7 +92,8 @@ class ModelRunner:
         if self.cache is not None:
             rows = row_graphs and row_graphs(self.cache, self._forwards.running)
             self._alone = Alone(self._forwards, self.cache, graphs, rows)
-        if self.cache is not None and not why_alone(model, running):
+        reason = why_alone(model, running)
+        if self.cache is not None and reason is None:
             steps = None
             if maker is not None and reserved:
                 steps = RowSteps(model, self.cache, self._forwards.running, maker)
@@ -241,7 +242,7 @@ class KvCache:
         *,
         runner: ModelRunner | None = None,
     ) -> None:
-        """On a pool of its own, or on that of ``runner``, which then knows all the rest."""
+        """On a new pool, or on the pool of ``runner``, which then knows all the rest."""
         self.runner = runner or ModelRunner(model, graphs, gpu, active_set, slots=1)
         self.model, self.device, self.plain = model, self.runner.device, self.runner.plain
         # Whether several tokens at once can follow the held ones.

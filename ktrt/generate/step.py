@@ -1,4 +1,4 @@
-"""What one step of the model computes: the next tokens of one sequence or of many."""
+"""A step of the model: the next tokens of one sequence or of many."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ _TAKEN_SHARE = 0.5
 
 
 class KvPool:
-    """Slots with lengths of their own, and a bound on their memory."""
+    """Slots of different lengths, and a bound on their memory."""
 
     def __init__(self, store: Store, *, continues: bool = True, budget: int | None = None) -> None:
         """``continues``: several tokens can follow held ones; if not, nothing is reused.
@@ -102,7 +102,7 @@ class KvPool:
         if self.continues:
             for slot in self.slots:
                 shared = slot.shared(ids) if slot.key == key else 0
-                # Of equal ones an idle one, which needs no copy.
+                # Idle before open: it needs no copy.
                 if shared > best[1] or (shared and shared == best[1] and not slot.in_use):
                     best = slot, shared
         return best
@@ -183,7 +183,7 @@ class KvPool:
                     self.empty(slot)
 
     def _bytes(self, slot: Slot) -> int:
-        """What the slot takes, or may come to take by promise."""
+        """Returns the memory that the slot takes, or may come to take by promise."""
         promised = self.bytes_of(slot.promised) if slot.promised else 0
         return max(promised, self.store.written_bytes(slot))
 

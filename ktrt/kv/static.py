@@ -82,7 +82,7 @@ class _Many:
 
     rows: StepRows
     most: tuple[int, int] | None
-    # Where the decode rows are stored in an array of so many heads, as one list of vectors.
+    # Where the decode rows are stored as one list of vectors, by the number of heads.
     places: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
@@ -249,7 +249,7 @@ class StaticLayer(CacheLayerMixin):  # type: ignore[misc]
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         place = self._shared.place
         if isinstance(place, _Many):
-            raise CannotMixError("the model makes an attention mask of its own")
+            raise CannotMixError("the model makes an attention mask")
         if isinstance(place, _Window):
             return place.window, 0
         return (0 if place is None else place.start) + query_length, 0
@@ -325,7 +325,6 @@ class StaticKv(Cache):  # type: ignore[misc]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Gives ``target``, which is empty, the first ``length`` positions of ``source``."""
-        self.reserve(length, target + 1)
         self.written[target] = max(self.written[target], length)
         for layer in self.layers:
             for region in layer.regions:
@@ -334,7 +333,7 @@ class StaticKv(Cache):  # type: ignore[misc]
     def bytes_of(self, tokens: int) -> int:
         """Returns the memory of a slot of ``tokens``; 0 before the first forward."""
         if not self._sizes:
-            # Of each kind of array one, and how many there are: this is asked for every step.
+            # One array of each kind, and their number: every step asks for it.
             regions = [region for layer in self.layers for region in layer.regions]
             kinds = {region.tensor.shape: region for region in regions}
             shapes = Counter(region.tensor.shape for region in regions)
@@ -377,8 +376,8 @@ class StaticKv(Cache):  # type: ignore[misc]
     @contextmanager
     def many(self, rows: StepRows, most: tuple[int, int] | None = None) -> Iterator[None]:
         """Within the block the model takes the tokens of ``rows``, and ``update`` returns the whole
-        arrays: the attention function knows what it reads of them. ``most``: cuts the arrays to so
-        many slots and positions, for a model whose attention has not been seen to know."""
+        arrays: the attention function knows what it reads of them. ``most``: cuts the arrays to
+        these numbers of slots and positions, for a model whose attention may not know."""
         yield from self._placed(_Many(rows, most))
 
     def _placed(self, place: _Sequence | _Window | _Many) -> Iterator[None]:

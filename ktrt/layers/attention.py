@@ -316,8 +316,11 @@ class HeldKeys:
     ) -> None:
         self._engine, self._scaling = engine, scaling
         self._key, self._value = key, value
-        self.tensors = key, value
         self.value_size = value.shape[-1]
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self._key, self._value
 
     def bind(
         self, query: torch.Tensor, rows: StepRows, out: torch.Tensor

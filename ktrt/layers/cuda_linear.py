@@ -4,9 +4,9 @@ decode step.
 
 Where all tokens have the active adapters, A's rows follow the base weight's in one matrix, so that
 one GEMM gives W x and A x; the expand, scaling folded into B, is then added in place. Where tokens
-have adapters of their own (``engine.step_rows``), W x is the base's product, and the A and B of all
-resident adapters lie side by side: one shrink, a mask that leaves each token the ranks of its own
-adapter (``engine.rank_masks``), one expand.
+have separate adapters (``engine.step_rows``), W x is the base's product, and the A and B of all
+resident adapters lie side by side: one shrink, a mask that leaves each token its
+adapter's ranks (``engine.rank_masks``), one expand.
 
 PEFT stays the owner of the adapters: before a forward of the model, ``FusedLora`` compares the
 version of the active set, and after a change reads PEFT's layers again.
@@ -152,7 +152,7 @@ class _FusedLinear:
         self._state: tuple[object, ...] | None = None
         # The LoRA of the last states: switching back and forth copies only a few rows.
         self._known: dict[tuple[object, ...], _Lora] = {}
-        # All resident adapters, for tokens with adapters of their own, and who owns the ranks.
+        # All resident adapters, for tokens with separate adapters, and who owns the ranks.
         self._residents: _Lora | None = None
         self._owners: RankOwners | None = None
         self._residents_state: tuple[object, ...] = ()
@@ -307,7 +307,7 @@ class _FusedLinear:
             return mask.of_sequences()(each).view(count, -1)
         raise KtrtError(
             f"a linear layer with LoRA is given {count} rows in a step of {rows.tokens} tokens, so "
-            "its rows cannot have adapters of their own; use one adapter for all"
+            "its rows cannot have separate adapters; use one adapter for all"
         )
 
 

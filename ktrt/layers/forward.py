@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,13 +38,13 @@ class Shared:
         self.products = FixedProducts(engine)
         # INT8 kernels have tiles and take all rows.
         self.most_rows = torch_rows(engine)
-        self._step: StepRows | None = None
-        self._common: int | None = None
+        # The adapter that all tokens of the step have, and the step's count.
+        self._common: tuple[int, int | None] = -1, None
 
     def adapters(self, rows: int) -> torch.Tensor | None:
         """Returns the adapter of each of ``rows`` rows, int32; None: the active ones for all.
 
-        They are those of the step's tokens, or of the tokens whose logits are wanted.
+        The rows are the step's tokens, or the tokens whose logits are wanted.
         ``KtrtError``: the rows are neither.
         """
         step = self.running.rows
@@ -56,6 +57,8 @@ class Shared:
             return step.adapters
         if wanted is not None and rows == len(wanted) != step.tokens:
             return step.adapters[wanted]
+        if step.batch and rows % step.tokens == 0:  # whole sequences: latents
+            return step.adapters.repeat_interleave(rows // step.tokens)
         known = "" if wanted is None else f" or the {len(wanted)} whose logits are wanted"
         raise KtrtError(
             f"a layer has {rows} rows in a step of {step.tokens} tokens: expected these{known}, in "
@@ -64,11 +67,11 @@ class Shared:
 
     def _common_of(self, step: StepRows) -> int | None:
         """Returns the adapter that all tokens have; None: they differ."""
-        if self._step is not step:
+        if self._common[0] != self.running.changes:
             first = int(step.adapters[0])
-            self._step = step
-            self._common = first if bool((step.adapters == first).all()) else None
-        return self._common
+            same = bool((step.adapters == first).all())
+            self._common = self.running.changes, first if same else None
+        return self._common[1]
 
 
 def _all(adapter: int, rows: int) -> torch.Tensor:
@@ -138,20 +141,14 @@ class DenseForward:
     ) -> torch.Tensor:
         def bind(out: torch.Tensor) -> Callable[[], None]:
             places = x.data_ptr(), x.numel(), out.data_ptr(), out.numel(), *_place(adapters)
-            forward, version = self.linear.forward, self._active_set.version
-
-            def run() -> None:
-                # Replays do not call the model: the active sum changes here.
-                nonlocal version
-                if version != self._active_set.version:
-                    self.follow()
-                    version = self._active_set.version
-                forward(*places)
-
-            return run
+            return self._again(partial(self.linear.forward, *places))
 
         reads = (x,) if adapters is None else (x, adapters)
         return recorder.call((*x.shape[:-1], self._out), reads, bind)
+
+    def _again(self, forward: Callable[[], None]) -> Callable[[], None]:
+        """Returns what a recorded step runs."""
+        return forward
 
     def into(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Writes what calling it with ``x`` gives to ``out``: that shape, contiguous, BF16. Without
@@ -262,6 +259,20 @@ class LoraForward(DenseForward):
         else:
             self.loras.choose()
 
+    def _again(self, forward: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            # A recorded step does not call the module: the active sum changes here.
+            if self._version != self._active_set.version:
+                self.follow()
+                if not self.usual:
+                    raise KtrtError(
+                        "a recorded step has adapters of a kind or rank that the engine does not "
+                        "compute; it was recorded with others"
+                    )
+            forward()
+
+        return run
+
     def load(self) -> None:
         self.loras.read()
 
@@ -275,15 +286,15 @@ class LoraForward(DenseForward):
     def _ready(self, x: torch.Tensor, adapters: torch.Tensor | None) -> bool:
         if adapters is None:
             return self.usual and super()._ready(x, None)
-        # Nobody else computes rows that have adapters of their own.
+        # Nobody else computes rows of different adapters.
         if not self.usual and bool((adapters == ACTIVE).any()):
             raise KtrtError(
                 "a step has rows of other adapters next to the active ones, which act in a way "
-                "that all rows of a step share; run them in steps of their own"
+                "that all rows of a step share; run them in separate steps"
             )
         if not self._takes(x):
             raise KtrtError(
-                f"a step has rows with adapters of their own, and a layer's input is {x.dtype} "
+                f"a step has rows of different adapters, and a layer's input is {x.dtype} "
                 f"{[*x.shape]} on {x.device}: expected bfloat16 on the CPU, without gradients"
             )
         return True
@@ -297,6 +308,6 @@ class LoraForward(DenseForward):
                     raise KtrtError(
                         f"a step has a row of adapter number {number}, which is not resident or "
                         "acts in a way that all rows of a step share (DoRA, a bias, dropout); run "
-                        "it in steps of its own"
+                        "it in separate steps"
                     ) from error
             raise

@@ -50,7 +50,7 @@ def use_latents(
     if getattr(config, "_attn_implementation", None) != "sdpa":
         return 0
     running = RunningStep() if running is None else running
-    found = [module for module in model.modules() if hasattr(module, "expand_kv")]
+    found: list[Any] = [module for module in model.modules() if hasattr(module, "expand_kv")]
     decoders = 0
     for module in found:
         decoder = LatentDecoder(module, engine) if _is_plain(module) else None
@@ -324,8 +324,11 @@ class HeldLatents:
     ) -> None:  # fmt: skip
         self._owner, self._scaling = owner, scaling
         self._latents, self._positions = latents, positions
-        self.tensors = latents, positions
         self.value_size = value_size
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self._latents, self._positions
 
     def bind(
         self, query: torch.Tensor, rows: StepRows, out: torch.Tensor
@@ -347,7 +350,7 @@ class HeldLatents:
 
 
 def attention(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

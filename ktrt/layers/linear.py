@@ -54,7 +54,7 @@ def accelerate(
     and PEFT's LoRA layers on them; returns how many. Modules that ``active_set`` announces later
     are taken at once. The engine must stay open until ``patches`` are undone.
 
-    ``running``: the model's step, whose tokens may have adapters of their own.
+    ``running``: the model's step, whose tokens may have different adapters.
 
     Parameters, names and ``peft_config`` stay as they are. What the engine does not compute (DoRA,
     LoRA with a bias, dropout while training, gradients, other dtypes, PEFT's adapters by sample)

@@ -23,7 +23,7 @@ _FIRST_OTHER = 1 << 30
 
 
 class Operator(Protocol):
-    """What computes the linear, or a part of it."""
+    """Computes the linear, or a part of it."""
 
     max_rank: int
 

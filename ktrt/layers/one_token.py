@@ -71,10 +71,15 @@ def _products(
         out = _attend(grouped, key, value, mask)
     else:
         # One group after the other: its float32 copies stay in the cache. Products of three
-        # dimensions, as above: those of matrices go elsewhere within the model's forward
+        # dimensions, as above: products of matrices go elsewhere within the model's forward
         # (``row_products``), and a recorded step would have other bits.
         parts = [
-            _attend(*(x[row, group][None] for x in (grouped, key, value)), _row(mask, row))
+            _attend(
+                grouped[row, group, None],
+                key[row, group, None],
+                value[row, group, None],
+                _row(mask, row),
+            )
             for row in range(rows)
             for group in range(key.shape[1])
         ]

@@ -26,7 +26,7 @@ class RowLora:
 
     def __init__(self, module: Any, shared: Shared) -> None:
         self._module, self._shared, self._plain = module, shared, module.forward
-        # PEFT's factors as trained; those of active adapters are weighted.
+        # PEFT's factors as trained; in PEFT's layer the active adapters' are weighted.
         self._trained: dict[int, tuple[str, float]] = {}
         self.load()
 
@@ -80,7 +80,7 @@ class RowLora:
         if any(not is_usual(module, name) for name, _ in parts):
             raise KtrtError(
                 f"a step has a row of adapter number {number} next to rows of others, which acts "
-                "in a way that all rows of a step share (DoRA, a bias, dropout); run it in steps "
-                "of its own"
+                "in a way that all rows of a step share (DoRA, a bias, dropout); run it in "
+                "separate steps"
             )
         return parts

@@ -1,8 +1,11 @@
-"""Products of rows with a matrix on the CPU whose bits do not depend on the number of rows.
+"""Operations on rows whose bits do not depend on the number of rows, on the CPU.
 
 torch chooses its kernels and their blocks by the number of rows, so a token's last bits would
 depend on the tokens next to it. The products that no engine linear computes (routers, models in
 float32) run in the engine too: in float32 sums of one order. float16 stays torch's.
+
+Functions such as SiLU are torch's, whose vectors and whose single numbers at the end of a thread's
+share differ in the last bit; here no share ends within a vector.
 """
 
 from __future__ import annotations
@@ -34,6 +37,20 @@ _LINEAR = torch.nn.functional.linear
 _MATMUL: set[Any] = {
     torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__,
 }  # fmt: skip
+
+
+# Functions of single numbers that vectors compute in another way.
+_FUNCTIONS: set[Any] = {
+    torch.nn.functional.silu, torch.nn.functional.gelu, torch.nn.functional.softplus,
+    torch.sigmoid, torch.Tensor.sigmoid, torch.tanh, torch.Tensor.tanh, torch.exp, torch.Tensor.exp,
+    torch.cos, torch.Tensor.cos, torch.sin, torch.Tensor.sin,
+}  # fmt: skip
+# Numbers that torch takes at once, of BF16 with AVX-512, at most.
+_STEP = 64
+# Numbers that torch leaves to one thread. More are shared by as many threads as then have this many
+# each; GELU's by all threads.
+_GRAIN = 32768
+_GELU_GRAIN = 16384
 
 
 def torch_rows(engine: Engine) -> int:
@@ -75,6 +92,8 @@ class FixedProducts(TorchFunctionMode):
             found = self._linear(*first, *args, **given)
         elif func in _MATMUL and not kwargs and len(args) == 2:
             found = self._matmul(*args)
+        elif func in _FUNCTIONS and len(args) == 1:
+            found = _in_whole_steps(func, args[0], kwargs or {})
         else:
             found = None
         return func(*args, **(kwargs or {})) if found is None else found
@@ -128,3 +147,27 @@ class FixedProducts(TorchFunctionMode):
             multiply, x.data_ptr(), x.numel(), weight.data_ptr(), weight.numel(),
             0 if bias is None else bias.data_ptr(), out.data_ptr(), out.numel(), weight.shape[1],
         )  # fmt: skip
+
+
+def _in_whole_steps(
+    func: Callable[..., torch.Tensor], x: torch.Tensor, options: dict[str, Any]
+) -> torch.Tensor | None:
+    """Returns ``func(x)`` from calls in which every thread's share is a multiple of ``_STEP``;
+    None: x is none of the model's rows."""
+    learns = torch.is_grad_enabled() and x.requires_grad
+    if x.device.type != "cpu" or not x.is_floating_point() or learns or options.get("inplace"):
+        return None
+    count, threads = x.numel(), torch.get_num_threads()
+    if count > (_GELU_GRAIN if func is torch.nn.functional.gelu else _GRAIN * threads):
+        head = count // (_STEP * threads) * (_STEP * threads)
+    else:
+        head = 0 if func is torch.nn.functional.gelu else count // _GRAIN * _GRAIN
+    flat = x.reshape(-1)
+    rest = flat[head:]
+    if not len(rest) or (not head and len(rest) % _STEP == 0):
+        return func(flat, **options).view(x.shape)
+    padded = flat.new_zeros(-(-len(rest) // _STEP) * _STEP)
+    padded[: len(rest)] = rest
+    last = func(padded, **options)[: len(rest)]
+    whole = last if not head else torch.cat([func(flat[:head], **options), last])
+    return whole.view(x.shape)

@@ -11,10 +11,12 @@ thread, 16 heads of 192 numbers, 4,096 positions: 338 ms both; blocks of 128: 39
 from __future__ import annotations
 
 import functools
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.overrides import _get_current_function_mode_stack
 
 from ktrt.engine.recording import active
 from ktrt.errors import KtrtError
@@ -38,8 +40,10 @@ class Held(Protocol):
     """A layer's keys and values of all slots."""
 
     value_size: int
-    # What the layer reads, for a recorder.
-    tensors: tuple[torch.Tensor, ...]
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Everything that the layer reads, for a recorder."""
 
     def bind(
         self, query: torch.Tensor, rows: StepRows, out: torch.Tensor
@@ -96,7 +100,21 @@ def _decode(
 ) -> Callable[[], None]:
     """Returns a function that fills ``out`` by what ``rows`` says when it is called."""
     bound = held.bind(query[0], rows, out[0])
-    return bound or functools.partial(_each_row, rows, query, held, scaling, out)
+    return bound or _within_modes(functools.partial(_each_row, rows, query, held, scaling, out))
+
+
+def _within_modes(call: Callable[[], None]) -> Callable[[], None]:
+    """Returns ``call`` within the present function modes of torch: the model's forward enters
+    them, and a recorded step runs without it."""
+    modes = _get_current_function_mode_stack()
+
+    def run() -> None:
+        with ExitStack() as stack:
+            for mode in modes:
+                stack.enter_context(mode)
+            call()
+
+    return run if modes else call
 
 
 def _each_row(

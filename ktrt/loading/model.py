@@ -79,7 +79,7 @@ class LoadedModel:
     gpu: GpuExperts | None = None
     # Positions of a slot of the KV cache; None: its memory grows.
     capacity: int | None = None
-    # What the model's layers look at for the step that runs; None: they look at nothing.
+    # The step that runs, for the model's layers; None: they look at nothing.
     running: RunningStep | None = None
     recorder: RecordedSteps | None = None
     # A GPU's LoRA, and what makes the graphs of many rows there.

@@ -95,6 +95,24 @@ class TestBatch:
         assert [each.text for each in found] == alone[1:]
         assert text + "".join(pieces) == alone[0]
 
+    def test_next_to_another_threads_answer(self, session: Session, alone: list[str]) -> None:
+        """Needs the thread that steps for all."""
+        found: list[str] = []
+        threads: list[threading.Thread] = []
+
+        def batch() -> None:
+            found.extend(each.text for each in session.batch([{"messages": ASKED[1]}]))
+
+        def on_prefill(done: int, total: int) -> None:
+            if not threads:
+                threads.append(threading.Thread(target=batch))
+                threads[0].start()
+                threads[0].join(0.1)
+
+        assert session.chat(ASKED[0], on_prefill=on_prefill).text == alone[0]
+        threads[0].join(60)
+        assert found == [alone[1]]
+
 
 class TestSubmit:
     def test_many_at_once(self, session: Session, alone: list[str]) -> None:

@@ -161,29 +161,27 @@ class Prefetch {
 // decoding with rank 8 reads. Ranks above 128 are made into tiles again for every block of rows.
 class ExpandTiles {
  public:
-  void build(const ExpandArgs& g) {
+  void build(const GemmArgs& g) {
     for (int i = 0; i < kKept && i * kTilePairs < g.rank_pairs; ++i) build_tile(g, i, tiles_[i]);
   }
   // C in the tiles += T · Lᵀ for the rows from first_row on, after `turn` if there is one.
   template <class Tiles, bool kTwoTiles>
-  void multiply(const ExpandArgs& g, int tile_rows, int first_row, const Turn* turn) {
+  void multiply(const GemmArgs& g, int first_row, const Turn* turn) {
     for (int i = 0; i * kTilePairs < g.rank_pairs; ++i) {
       const int slot = i < kKept ? i : kKept;
       if (slot == kKept) build_tile(g, i, tiles_[slot]);
       const uint16_t* t = g.t + first_row * g.t_stride + i * 2 * kTilePairs;
       if (i == 0 && turn != nullptr) {
-        multiply_tile<Tiles, kTwoTiles>(g, tile_rows, tiles_[slot], t,
-                                        TurnBefore<Tiles>{*turn, tile_rows});
+        multiply_tile<Tiles, kTwoTiles>(g, tiles_[slot], t, TurnBefore<Tiles>{*turn, g.tile_rows});
       } else {
-        multiply_tile<Tiles, kTwoTiles>(g, tile_rows, tiles_[slot], t, NothingBefore());
+        multiply_tile<Tiles, kTwoTiles>(g, tiles_[slot], t, NothingBefore());
       }
     }
   }
 
  private:
   template <class Tiles, bool kTwoTiles, class Before>
-  static void multiply_tile(const ExpandArgs& g, int tile_rows, const uint8_t* w, const uint16_t* t,
-                            Before before) {
+  static void multiply_tile(const GemmArgs& g, const uint8_t* w, const uint16_t* t, Before before) {
     const int64_t stride = g.t_stride * 2;
     Tiles::template load<6>(w, 64);
     Tiles::template load<7>(w + kTileHalf, 64);
@@ -193,7 +191,7 @@ class ExpandTiles {
     before.template operator()<1>();
     Tiles::template multiply_bf16<1, 4, 7>();
     if constexpr (kTwoTiles) {
-      Tiles::template load<5>(t + tile_rows * g.t_stride, stride);
+      Tiles::template load<5>(t + g.tile_rows * g.t_stride, stride);
       before.template operator()<2>();
       Tiles::template multiply_bf16<2, 5, 6>();
       before.template operator()<3>();
@@ -201,7 +199,7 @@ class ExpandTiles {
     }
   }
 
-  static void build_tile(const ExpandArgs& g, int index, uint8_t* tile) {
+  static void build_tile(const GemmArgs& g, int index, uint8_t* tile) {
     for (int p = 0; p < kTilePairs; ++p) {
       const int pair = index * kTilePairs + p;
       __m512i halves[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
@@ -217,35 +215,6 @@ class ExpandTiles {
   static constexpr int kKept = 4;
   alignas(64) uint8_t tiles_[kKept + 1][kTileSize];
 };
-
-// The expand by itself. Sums of INT8 are made apart from C and then added, as those of the GEMM's
-// own expand are.
-template <class Tiles, bool kApart>
-void tile_expand(const ExpandArgs& g) {
-  ExpandTiles expand;
-  expand.build(g);
-  alignas(64) float sums[kTileRows * kStripColumns];
-  const Turn zeros{};
-  for (int first = 0; first < g.rows; first += kTileRows) {
-    const int rows = g.rows - first < kTileRows ? g.rows - first : kTileRows;
-    float* c = g.c + static_cast<int64_t>(first) * kStripColumns;
-    Tiles::configure(rows);
-    if constexpr (kApart) {
-      expand.multiply<Tiles, false>(g, rows, first, &zeros);
-      store_all_c<Tiles, false>(sums, rows);
-      for (int i = 0; i < rows * kStripColumns; i += 16) {
-        const __m512 sum = _mm512_add_ps(_mm512_loadu_ps(c + i), _mm512_load_ps(sums + i));
-        _mm512_storeu_ps(c + i, sum);
-      }
-    } else {
-      Tiles::template load<0>(c, kCStride);
-      Tiles::template load<1>(c + 16, kCStride);
-      expand.multiply<Tiles, false>(g, rows, first, nullptr);
-      store_all_c<Tiles, false>(c, rows);
-    }
-  }
-  Tiles::release();
-}
 
 // Some tiles of W, consecutive in memory and in k.
 struct KBlock {

@@ -7,13 +7,14 @@ namespace {
 
 void strip(const GemmArgs& g) { tile_strip<HardwareTiles, AmxBf16Gemm>(g); }
 
-// The same bits for one row off the tiles.
-constexpr GemmKernel kFixed = {"amx", strip, tile_expand<HardwareTiles, false>,
-                               0,     true,  tile_ordered_rows<strip, AmxBf16Gemm::kLayoutBlock>};
+// The same bits for one row, and for LoRA, off the tiles.
+constexpr GemmKernel kFixed = {
+    "amx_fixed", strip, tile_ordered_expand_rows,
+    0,           true,  tile_ordered_rows<strip, AmxBf16Gemm::kLayoutBlock>};
 
 }  // namespace
 
 extern const GemmKernel gemm_bf16_amx;
-const GemmKernel gemm_bf16_amx = {"amx", kFixed.strip, kFixed.expand, 0, true, nullptr, &kFixed};
+const GemmKernel gemm_bf16_amx = {"amx", strip, expand_rows<Bf16Expand>, 0, true, nullptr, &kFixed};
 
 }  // namespace ktrt

@@ -20,8 +20,7 @@ class AmxBf16Gemm {
   template <class Tiles, bool kTwoTiles>
   float* finish(int first_tile) {
     const int first_row = first_tile * g_.tile_rows;
-    if (g_.lora_b != nullptr)
-      expand_.multiply<Tiles, kTwoTiles>(g_, g_.tile_rows, first_row, nullptr);
+    if (g_.lora_b != nullptr) expand_.multiply<Tiles, kTwoTiles>(g_, first_row, nullptr);
     return g_.c + static_cast<int64_t>(first_row) * kStripColumns;
   }
   void stored() {}

@@ -8,10 +8,10 @@ namespace {
 
 void strip(const GemmArgs& g) { tile_strip<EmulatedTiles, AmxBf16Gemm>(g); }
 
-// The same bits for one row off the tiles.
-constexpr GemmKernel kFixed = {"amx_emulated",
+// The same bits for one row, and for LoRA, off the tiles.
+constexpr GemmKernel kFixed = {"amx_emulated_fixed",
                                strip,
-                               tile_expand<EmulatedTiles, false>,
+                               tile_ordered_expand_rows,
                                0,
                                true,
                                tile_ordered_rows<strip, AmxBf16Gemm::kLayoutBlock>};
@@ -19,7 +19,7 @@ constexpr GemmKernel kFixed = {"amx_emulated",
 }  // namespace
 
 extern const GemmKernel gemm_bf16_amx_emulated;
-const GemmKernel gemm_bf16_amx_emulated = {"amx_emulated", kFixed.strip, kFixed.expand, 0,
-                                           true,           nullptr,      &kFixed};
+const GemmKernel gemm_bf16_amx_emulated = {"amx_emulated", strip,  expand_rows<Bf16Expand>, 0, true,
+                                           nullptr,        &kFixed};
 
 }  // namespace ktrt

@@ -1,5 +1,6 @@
-// One row times several strips side by side with the bits of the tiles, on AVX-512: a core reads
-// eight streams faster than the single one of a tile kernel (kernels/one_row.h).
+// One row times several strips side by side, and the LoRA expand of some rows, on AVX-512 with the
+// bits of the tiles: a core reads eight streams faster than the single one of a tile kernel
+// (kernels/one_row.h), and a run of rows rarely fills a tile.
 //
 // TDPBF16PS adds the products of even and of odd k of a tile apart, from zero, and then their sum
 // to C (Intel SDM, volume 2). VDPBF16PS with one value of each pair of A zero is one such step;
@@ -10,6 +11,7 @@
 
 #include "kernels/one_row.h"
 #include "kernels/strip.h"
+#include "kernels/vnni/expand.h"
 
 namespace ktrt {
 namespace {
@@ -31,16 +33,27 @@ struct TileSums {
   KTRT_INLINE __m512 added_to(__m512 c) const { return _mm512_add_ps(c, _mm512_add_ps(even, odd)); }
 };
 
-// C of 16 outputs += their LoRA expand.
-inline __m512 tile_ordered_expand(const GemmArgs& g, int half, __m512 c) {
+// C of 16 outputs += their LoRA expand, for the row of `t`.
+inline __m512 tile_ordered_expand(const ExpandArgs& g, const uint16_t* t, int half, __m512 c) {
   for (int first = 0; first < g.rank_pairs; first += 16) {
     TileSums sums;
     for (int pair = first; pair < g.rank_pairs && pair < first + 16; ++pair) {
-      sums.add(g.t + 2 * pair, g.lora_b + pair * 64 + half * 32);
+      sums.add(t + 2 * pair, g.lora_b + pair * 64 + half * 32);
     }
     c = sums.added_to(c);
   }
   return c;
+}
+
+inline void tile_ordered_expand_rows(const ExpandArgs& g) {
+  for (int row = 0; row < g.rows; ++row) {
+    float* c = g.c + static_cast<int64_t>(row) * kStripColumns;
+    for (int half = 0; half < 2; ++half) {
+      const __m512 sum = _mm512_loadu_ps(c + half * 16);
+      const __m512 all = tile_ordered_expand(g, g.t + row * g.t_stride, half, sum);
+      _mm512_storeu_ps(c + half * 16, all);
+    }
+  }
 }
 
 template <int kStrips, int kBlock>
@@ -71,7 +84,7 @@ void tile_ordered_row(const GemmArgs* g) {
   }
   unrolled<kStrips>([&](auto s) {
     unrolled<2>([&](auto half) {
-      if (g[s].lora_b != nullptr) c[s][half] = tile_ordered_expand(g[s], half, c[s][half]);
+      if (g[s].lora_b != nullptr) c[s][half] = tile_ordered_expand(g[s], g[s].t, half, c[s][half]);
       _mm512_storeu_ps(g[s].c + half * 16, c[s][half]);
     });
   });

@@ -5,18 +5,14 @@ namespace ktrt {
 namespace {
 
 // LoRA as the kernel for few rows adds it.
-constexpr GemmKernel kFixed = {"amx", tile_strip_then_expand<HardwareTiles, AmxInt4Gemm>,
+constexpr GemmKernel kFixed = {"amx_fixed", tile_strip_then_expand<HardwareTiles, AmxInt4Gemm>,
                                expand_rows<Bf16Expand>, 0, true};
 
 }  // namespace
 
 extern const GemmKernel gemm_int4_amx;
-const GemmKernel gemm_int4_amx = {"amx",
-                                  tile_strip<HardwareTiles, AmxInt4Gemm>,
-                                  tile_expand<HardwareTiles, true>,
-                                  0,
-                                  true,
-                                  nullptr,
-                                  &kFixed};
+const GemmKernel gemm_int4_amx = {
+    "amx",  tile_strip<HardwareTiles, AmxInt4Gemm>, expand_rows<Bf16Expand>, 0, true, nullptr,
+    &kFixed};
 
 }  // namespace ktrt

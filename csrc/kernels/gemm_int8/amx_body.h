@@ -29,7 +29,7 @@ class AmxInt8Gemm {
     float* c = g_.c + static_cast<int64_t>(first_) * kStripColumns;
     if (g_.lora_b == nullptr) return c;
     const Turn turn{c, nullptr};
-    expand_.multiply<Tiles, kTwoTiles>(g_, g_.tile_rows, first_, &turn);
+    expand_.multiply<Tiles, kTwoTiles>(g_, first_, &turn);
     return expanded_;
   }
   // The rows that finish() named are stored and may be scaled.

@@ -6,7 +6,8 @@ namespace ktrt {
 namespace {
 
 // LoRA as the kernel for few rows adds it.
-constexpr GemmKernel kFixed = {"amx_emulated", tile_strip_then_expand<EmulatedTiles, AmxInt8Gemm>,
+constexpr GemmKernel kFixed = {"amx_emulated_fixed",
+                               tile_strip_then_expand<EmulatedTiles, AmxInt8Gemm>,
                                expand_rows<Bf16Expand>, 0, true};
 
 }  // namespace
@@ -14,7 +15,7 @@ constexpr GemmKernel kFixed = {"amx_emulated", tile_strip_then_expand<EmulatedTi
 extern const GemmKernel gemm_int8_amx_emulated;
 const GemmKernel gemm_int8_amx_emulated = {"amx_emulated",
                                            tile_strip<EmulatedTiles, AmxInt8Gemm>,
-                                           tile_expand<EmulatedTiles, true>,
+                                           expand_rows<Bf16Expand>,
                                            0,
                                            true,
                                            nullptr,

@@ -114,6 +114,16 @@ class TorchAdapters:
         swaps = (each for each in self._switches[name] if isinstance(each, ParameterSwap))
         return next((swap.where for swap in swaps), None)
 
+    def row_reason(self, name: str) -> str | None:
+        """Why PEFT computes the adapter's LoRA on some linear for all rows alike; None: it does
+        not. The engine's linears, and PEFT's on a GPU, know each row's adapter; the engine has BF16
+        ones."""
+        for layer, _ in self._trained.get(name, []):
+            weight = layer.get_base_layer().weight
+            if weight.device.type == "cpu" and weight.dtype != torch.bfloat16:
+                return f"has LoRA on {str(weight.dtype).removeprefix('torch.')} linears"
+        return None
+
     @property
     def layers(self) -> Sequence[Any]:
         """PEFT's layers."""

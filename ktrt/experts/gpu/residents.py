@@ -57,9 +57,9 @@ class GpuLayer:
         size = source.num_experts + 1
         self._slots = torch.full((size,), -1, dtype=torch.int64, device=owner.device)
         self._counts = torch.zeros(size, dtype=torch.int64, device=owner.device)
-        # Of the ranks of the bank's input_a and down_a.
+        # The owners of the ranks of the bank's input_a and down_a.
         self._owners: list[RankOwners | None] = []
-        # What a forward whose tokens all have the active adapters takes, where no mask is needed.
+        # The LoRA of a forward whose tokens all have the active adapters.
         self._uniform: Literal["nothing", "all ranks", "masked"] = "nothing"
         self._weigh()
 
@@ -168,7 +168,9 @@ class GpuLayer:
         source's arrays have changed, and whether captured graphs are stale."""
         changed = self.source.refresh_lora()
         stale = self._weigh()
-        if changed and self._bank is not None:
+        if self._bank is None:
+            return changed, False
+        if changed:
             arrays = self._fetch(self.source.lora_arrays)
             stale |= self._keep(self._bank, self.source.with_lora(self._bank, arrays))
         return changed, stale

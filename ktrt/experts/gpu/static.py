@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # Experts of one product: bounds the memory of copies, which graphs keep (277 MB of V2-Lite's).
 _PIECE = 16
-# What a weight of a chosen expert costs, compared with one of all residents, which nobody copies:
+# Cost of a weight of a chosen expert, compared with one of all residents, which nobody copies:
 # the copy is written and read again. INT8 codes become BF16 either way.
 _GATHER_COST, _GATHER_COST_INT8 = 3.0, 1.4
 
@@ -65,7 +65,7 @@ def _of_all(
     lora: LoraChoice | None,
 ) -> torch.Tensor:
     """Every resident expert for every token: from some tokens on most are chosen, and reading all
-    where they lie costs less than copying those of each token."""
+    where they lie costs less than copying each token's."""
     tokens, count = slots.shape[0], bank.down.shape[0]
     places = torch.where(slots < 0, count, slots)
     share = weights.new_zeros(tokens, count + 1).scatter_add_(1, places, weights)

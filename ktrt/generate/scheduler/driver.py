@@ -50,6 +50,10 @@ class Driver:
         with self._starting:
             return self.__dict__.get("scheduler") or self._make()
 
+    def begin(self) -> None:
+        """Makes the scheduler, which the first request would wait for."""
+        assert self.scheduler
+
     def start(self) -> None:
         """Starts the worker thread, if there is none."""
         if self._worker is not None:
@@ -93,7 +97,7 @@ class Driver:
         try:
             for begin in begins:
                 handles.append(self.submit(begin(streams=False)))  # noqa: PERF401 - cancelled below
-            with self._turn() as inline:
+            with self._turn(start=True) as inline:
                 while inline and not all(handle.state.ended for handle in handles):
                     if any(handle.state is State.FAILED for handle in handles):
                         break
@@ -153,9 +157,10 @@ class Driver:
                 self._owned.release()
 
     @contextmanager
-    def _turn(self) -> Iterator[bool]:
+    def _turn(self, *, start: bool = False) -> Iterator[bool]:
         """Within the block this thread may run the model (True), or the worker thread does.
-        ``KtrtError``: another thread may."""
+        Where another thread may, ``start`` starts the worker; without it that is a
+        ``KtrtError``."""
         if self._closed is not None:
             raise self._closed
         if self._worker is None and self._owned.acquire(blocking=False):
@@ -164,6 +169,8 @@ class Driver:
             finally:
                 self._owned.release()
             return
+        if start:
+            self.start()
         if self._worker is None:
             raise KtrtError(
                 "another thread is using this session: one thread at a time may; use a lock, or "

@@ -351,7 +351,8 @@ TEST_P(GpuHandoffTest, AdapterIdsOfTokens) {
     test.cases[0].random.normal();
   }
   layer.activate_loras(std::vector<int>{1}, std::vector<float>{0.5f});
-  const int slot = test.handoff->add_slot(test.layers[0], test.tokens, 2, DType::kFloat32, "", true);
+  const int slot =
+      test.handoff->add_slot(test.layers[0], test.tokens, 2, DType::kFloat32, "", true);
   const CuDevicePtr ids = cuda_.allocate(4 * sizeof(std::int32_t));
   const auto enqueue = [&] {
     test.handoff->submit(slot, test.stream, test.states[0], test.ids, test.weights, ids);

@@ -78,6 +78,22 @@ TEST(SelectKernels, ShrinksReadWhatTheGemmsRead) {
   }
 }
 
+TEST(SelectKernels, FixedOnesDoNotDependOnTheNumberOfRows) {
+  const KernelTable plain = select_kernels(Isa::kAmx, kAll);
+  EXPECT_FALSE(plain.fixed);
+  const KernelTable table = fixed(plain);
+  EXPECT_TRUE(table.fixed);
+  EXPECT_EQ(names(table),
+            "amx_fixed amx_fixed/avx512_vnni_bf16 amx_fixed/avx512_vnni_bf16 amx/amx avx512 "
+            "avx512_bf16 avx512");
+  EXPECT_NE(table.gemm(WeightFormat::kBf16).many->one_row, nullptr);
+  for (const Isa level : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
+    const KernelTable below = select_kernels(level, kAll);
+    EXPECT_TRUE(below.fixed);
+    EXPECT_EQ(names(fixed(below)), names(below));
+  }
+}
+
 TEST(GemmKernel, TilesAreFewAndEvenlyFilled) {
   const GemmKernel tiles{"", nullptr, 0, true};
   for (int rows = 1; rows <= 512; ++rows) {

@@ -82,11 +82,15 @@ auto variants_of(const KernelsIn& kernels_in) {
 // All GEMMs of a format, those on emulated AMX tiles too.
 inline std::vector<Variant<GemmKernel>> all_gemms(WeightFormat format) {
   auto variants = variants_of([format](const KernelTable& table) {
-    return std::vector{table.gemm(format).few, table.gemm(format).many};
+    const GemmChoice& gemm = table.gemm(format);
+    std::vector kernels{gemm.few, gemm.many};
+    if (gemm.many->fixed != nullptr) kernels.push_back(gemm.many->fixed);
+    return kernels;
   });
   // Around the tiles is AVX-512 code.
-  variants.push_back(
-      {&emulated_amx_gemm(format), cpu_features().avx512_bf16 && cpu_features().avx512_vnni});
+  const bool runs = cpu_features().avx512_bf16 && cpu_features().avx512_vnni;
+  variants.push_back({&emulated_amx_gemm(format), runs});
+  variants.push_back({emulated_amx_gemm(format).fixed, runs});
   return variants;
 }
 

@@ -1,5 +1,5 @@
-// Both kinds of linears with a LoRA for each row: a row's bits are those of the row alone, which
-// are those of a layer whose active LoRA is the row's.
+// Both kinds of linears with a LoRA for each row: a row has the same bits next to others, alone,
+// and in a layer whose active LoRA is the row's.
 #include <gtest/gtest.h>
 
 #include <atomic>

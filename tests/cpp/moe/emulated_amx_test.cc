@@ -32,11 +32,13 @@ KernelTable emulated_kernels(int rows) {
   return table;
 }
 
-std::shared_ptr<Engine> emulated_engine(int threads, int parts = 1, int rows = 2) {
+std::shared_ptr<Engine> emulated_engine(int threads, int parts = 1, int rows = 2,
+                                        bool fixed_kernels = false) {
   std::vector<int> home;
   for (int thread = 0; thread < threads; ++thread) home.push_back(thread % parts);
-  return std::make_shared<Engine>(std::vector<int>(home.size(), -1), home, kMaxQlen, Isa::kAvx512,
-                                  emulated_kernels(rows));
+  return std::make_shared<Engine>(
+      std::vector<int>(home.size(), -1), home, kMaxQlen, Isa::kAvx512,
+      fixed_kernels ? fixed(emulated_kernels(rows)) : emulated_kernels(rows));
 }
 
 class EmulatedAmxTest : public ::testing::TestWithParam<std::tuple<WeightFormat, bool>> {
@@ -122,6 +124,34 @@ TEST_P(EmulatedAmxTest, NanStaysInItsToken) {
       ASSERT_FALSE(std::isfinite(out[i])) << i;
     } else {
       ASSERT_EQ(out[i], clean[i]) << i;
+    }
+  }
+}
+
+// One kernel for any number of rows, or kernels of the same bits: neither a token's company nor the
+// others' LoRAs matter. Jobs of 1 row, few, several tiles; runs that begin within a tile.
+TEST_P(EmulatedAmxTest, FixedKernelsGiveARowItsBitsInAnyCompany) {
+  LayerCase test = make_case({4, 2, 160, 176});
+  for (testing::LoraArrays& lora : test.lora) lora = {};
+  const auto engine = emulated_engine(2, 1, 4, true);
+  EXPECT_TRUE(engine->fixed_kernels());
+  const auto layer = test.make_layer(engine);
+  for (const int number : {0, 1, 2}) {
+    test.add_lora(8 + 9 * number, 8 + number, 40 - 17 * number);
+    test.load_lora(*layer, number);
+  }
+  layer->activate_loras(std::vector<int>{2, 0}, std::vector<float>{0.7f, 1.0f});
+  const bool lora = std::get<1>(GetParam());
+  for (const int qlen : {3, 20, 150}) {
+    const Batch batch = random_batch(test.shape, qlen);
+    std::vector<std::int32_t> ids;
+    for (int token = 0; token < qlen; ++token) ids.push_back(lora ? token * 7 / 3 % 5 - 2 : -1);
+    const std::vector<float> all = forward(*layer, batch, ids);
+    for (int token = 0; token < qlen; token += 1 + qlen / 20) {
+      const std::vector<float> alone =
+          forward(*layer, testing::select(batch, {token}), {ids[static_cast<std::size_t>(token)]});
+      ASSERT_TRUE(std::equal(alone.begin(), alone.end(), all.begin() + token * 160))
+          << "token " << token << " of " << qlen;
     }
   }
 }

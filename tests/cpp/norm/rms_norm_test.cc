@@ -3,12 +3,15 @@
 #include <gtest/gtest.h>
 
 #include <cstdint>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "base/bf16.h"
 #include "cpu/isa.h"
+#include "engine/engine.h"
+#include "helpers/random.h"
 #include "helpers/views.h"
 #include "kernels/select.h"
 
@@ -43,6 +46,31 @@ TEST(RmsNorm, RowsApartGiveContiguousRows) {
   EXPECT_EQ(message_of([&] { norm.forward(x.data(), 8, 2, 5, out.data(), 5); }),
             "out has 5 elements, expected 2 rows of 3");
   EXPECT_EQ(message_of([&] { norm.forward(nullptr, 0, 0, 0, nullptr, 0); }), "nothing was thrown");
+}
+
+TEST(RmsNorm, ManyRowsOnTheEnginesThreads) {
+  const KernelTable table = select_kernels(active_isa(), cpu_features());
+  constexpr int kRows = 701;
+  constexpr int kSize = 100;
+  testing::Random random(1);
+  const std::vector<float> weight = random.normals(kSize);
+  std::vector<std::uint16_t> x(kRows * kSize);
+  for (std::uint16_t& value : x) value = f32_to_bf16(random.normal());
+  const auto engine = std::make_shared<Engine>(std::vector<int>{-1, -1, -1}, 8);
+  const TensorView view = view_of(weight, {kSize}, "weight");
+  const RmsNorm shared(*table.elementwise, view, 1e-6f, 0.0f, true, engine);
+  const RmsNorm alone(*table.elementwise, view, 1e-6f, 0.0f, true);
+  EXPECT_TRUE(shared.shares(kRows));
+  EXPECT_FALSE(shared.shares(8));
+  EXPECT_FALSE(alone.shares(kRows));
+  std::vector<std::uint16_t> found(x.size()), expected(x.size());
+  const auto count = static_cast<std::int64_t>(x.size());
+  shared.forward(x.data(), count, kRows, kSize, found.data(), count);
+  alone.forward(x.data(), count, kRows, kSize, expected.data(), count);
+  EXPECT_EQ(found, expected);
+  engine->close();
+  EXPECT_THROW(shared.forward(x.data(), count, kRows, kSize, found.data(), count),
+               std::runtime_error);
 }
 
 }  // namespace

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from helpers.resident_folder import NAMES, save_residents
 from helpers.tiny_chat import make_tokenizer
+from helpers.tiny_models import token_ids
 
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs, SamplingArgs, TemplateArgs
 from ktrt.errors import AdapterError
@@ -15,7 +17,7 @@ from ktrt.prompt.template.load import load_template
 from ktrt.session import Session
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -31,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_residents(tmp_path_factory.mktemp("adapters"))
 
 
-def open_session(folder: Path, *names: str, dtype: str = "bfloat16") -> Session:
+def open_session(folder: Path, *names: str, dtype: Any = "bfloat16") -> Session:
     adapters = AdapterArgs(adapters={name: folder / name for name in names})
     model = ModelArgs(folder / "base", infer_dtype=dtype)
     loaded = load_model(model, adapters, ExpertArgs(kt_num_threads=1))
@@ -56,6 +58,102 @@ def alone(session: Session) -> dict[str, tuple[int, ...]]:
     session.adapters.activate("a")
     assert len(set(found.values())) == len(ALL)
     return found
+
+
+@pytest.fixture(scope="module")
+def shared(folder: Path) -> Iterator[Session]:
+    with open_session(folder, *NAMES) as session:
+        yield session
+
+
+@pytest.fixture
+def bf16(shared: Session) -> Session:
+    shared.adapters.activate("a")
+    return shared
+
+
+def logits(session: Session) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = session.model(token_ids(1, 30)).logits
+    return found
+
+
+class TestChoices:
+    def test_rows_and_turns(self, bf16: Session) -> None:
+        """Names what rows of a step can choose; the others have a reason and take turns."""
+        adapters = bf16.adapters
+        for name in ("a", "b", "attention"):
+            choice = adapters.choose(name)
+            assert (choice.weights, choice.row) == (((name, 1.0),), adapters.number(name))
+        assert adapters.choose(None).row == adapters.number(None) == -1
+        assert adapters.choose({"a": 0}) == adapters.choose(None)
+        turns: tuple[Any, ...] = ("router", "saved", "dora", {"a": 0.5}, {"a": 1, "b": 1})
+        for turn in turns:
+            assert adapters.choose(turn).row is None, turn
+        assert adapters.choose() == adapters.choose("a")
+        adapters.scale(0.5)
+        assert adapters.choose() == adapters.choose({"a": 0.5})
+        with pytest.raises(AdapterError, match="no adapter 'c'"):
+            adapters.choose("c")
+
+    def test_what_acts_in_a_step(self, bf16: Session) -> None:
+        """``prepare`` switches the model as little as it can, and ``active`` stays."""
+        adapters = bf16.adapters
+        alone = {}
+        for name in ("b", "router", "a"):
+            adapters.activate(name)
+            alone[name] = logits(bf16)
+        adapters.off()
+        alone["base"] = logits(bf16)
+        adapters.on()
+        a, b, router = (adapters.choose(name) for name in ("a", "b", "router"))
+        changes = adapters.active_set.changes
+        assert adapters.prepare([a])
+        assert not adapters.prepare([a, b])
+        assert not adapters.prepare([b])
+        assert adapters.active_set.changes == changes
+        assert adapters.prepare([router])
+        assert adapters.active == {"a": 1.0}
+        assert torch.equal(logits(bf16), alone["router"])
+        assert not adapters.prepare([a, b])
+        assert torch.equal(logits(bf16), alone["base"])
+        assert adapters.prepare([router])
+        assert adapters.prepare([b])
+        assert torch.equal(logits(bf16), alone["b"])
+        adapters.restore()
+        assert adapters.prepare([b], by_row=False)
+        assert torch.equal(logits(bf16), alone["b"])
+        adapters.restore()
+        assert torch.equal(logits(bf16), alone["a"])
+
+    def test_kept_steps(self, bf16: Session, folder: Path) -> None:
+        """Only modules that change themselves, loads, unloads and renewals outdate kept steps."""
+        adapters, found = bf16.adapters, bf16.adapters.active_set
+        before = found.structure
+        same: tuple[Any, ...] = ("b", {"a": 0.5, "b": 2}, {})
+        for change in same:
+            adapters.activate(change)
+            assert found.structure == before
+        others: tuple[Any, ...] = ("router", {"router": 0.5}, "saved", "dora")
+        changed = []
+        for change in others:
+            adapters.activate(change)
+            changed.append(found.structure)
+        assert len({before, *changed}) == 5
+        adapters.activate("router")
+        assert found.structure == changed[0]
+        adapters.activate("a")
+        assert found.structure == before
+        seen = {before}
+        calls: tuple[Callable[[], None], ...] = (
+            lambda: adapters.load("x", folder / "attention"),
+            lambda: adapters.unload("x"),
+            adapters.refresh,
+        )
+        for count, call in enumerate(calls, start=2):
+            call()
+            seen.add(found.structure)
+            assert len(seen) == count
 
 
 def test_a_batch_of_all_kinds(session: Session, alone: dict[str, tuple[int, ...]]) -> None:

@@ -150,6 +150,28 @@ def test_tokens_that_are_nowhere() -> None:
         attention.forward(rows, None, rows, None, rows, 0, 2, rows, memory.data_ptr(), 2**62)
 
 
+def test_rows_that_are_nowhere() -> None:
+    attention = _core.TokenAttention(
+        engine(), heads=1, groups=1, key_size=32, value_size=32, scaling=1.0
+    )
+    memory, places = bf16(64), torch.ones(2, dtype=torch.int64)
+    address = places.data_ptr()
+    arrays = (_core.HeadArray(memory.data_ptr(), 64, 32, 32, slot_stride=32),) * 4
+    for wrong in ((address, address, 0, 2, 1), (address, address, 2, 2, 0)):
+        with pytest.raises(ValueError, match="expected at least 1"):
+            _core.SlotRows(*wrong)
+    with pytest.raises(ValueError, match="slots is no multiple of 8"):
+        _core.SlotRows(address + 4, address, 2, 2, 1)
+    for count, capacity in ((2**62, 1), (2, 2**62), (2, 2)):
+        with pytest.raises(ValueError, match="keys has 64 elements, slots 32"):
+            attention.forward_rows(*arrays, _core.SlotRows(address, address, 2, count, capacity))
+    rows = _core.SlotRows(address, address, 2, 2, 1)
+    attention.forward_rows(*arrays, rows)
+    places[1] = 2**40
+    with pytest.raises(ValueError, match=r"slots\[1\] is 1099511627776, expected 0 to 1"):
+        attention.forward_rows(*arrays, rows)
+
+
 def test_numbers_that_are_none() -> None:
     nan = float("nan")
     with pytest.raises(ValueError, match="eps is nan"):
@@ -200,7 +222,7 @@ FORKS = """
     calls = {
         name: getattr(owner, name)
         for owner in (layer, linear, packed)
-        for name in ("last_kernels", "packed_parts", "loras")
+        for name in ("last_kernels", "packed_parts")
         if hasattr(owner, name)
     } | {
         "forward": lambda: layer.forward(x, ids, weights, out),
@@ -209,6 +231,8 @@ FORKS = """
         "image_bytes": lambda: layer.image_bytes,
         "unusual_form": lambda: layer.unusual_form,
         "active_loras": lambda: layer.active_loras,
+        "loras": lambda: layer.loras,
+        "lora_view": lambda: layer.lora_view(0),
         "workspace_bytes": lambda: engine.workspace_bytes,
         "dense forward": lambda: linear.forward(0, 0, 0, 0) or linear.activate_loras([], []),
         "probe": lambda: _core.ReadProbe(64).seconds(engine),

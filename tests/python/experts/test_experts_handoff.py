@@ -21,6 +21,7 @@ from torch import nn
 import ktrt.loading.model
 from ktrt._core import Engine, MoeLayer
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
+from ktrt.engine.step_rows import IDLE, StepRows
 from ktrt.errors import KtrtError
 from ktrt.experts import HandOff, KTExperts
 from ktrt.experts.handoff import Deferred
@@ -86,6 +87,24 @@ def test_padding_costs_no_expert(modules: tuple[KTExperts, KTExperts, FakeCore])
     states, index, weights = inputs(3)
     handed(states, index, weights)
     assert torch.equal(core.ids, torch.cat([index, torch.full((1, K), -1)]))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8, 21])
+def test_adapters_of_tokens(modules: tuple[KTExperts, KTExperts, FakeCore], tokens: int) -> None:
+    plain, handed, core = modules
+    for number in range(2):
+        a, b = torch.randn(E, 4, HIDDEN) / 8, torch.randn(E, INNER, 4)
+        plain.layer.load_lora(number, up_a=a, up_b=b)
+    rows = StepRows(tokens, 0)
+    rows.adapters.copy_(torch.arange(tokens) % 4 - 1)
+    rows.adapters[rows.adapters == 2] = IDLE
+    handed.running = plain.running
+    with plain.running.running(rows):
+        expected = plain(*inputs(tokens))
+        assert torch.equal(handed(*inputs(tokens)) + 0, expected)
+    assert all(core.with_adapters)
+    assert not torch.equal(handed(*inputs(tokens)) + 0, expected) or tokens == 1
+    assert not all(core.with_adapters)
 
 
 def test_any_integer_and_float_type_and_stride(
@@ -207,6 +226,7 @@ class Loaded:
         patch.setattr(ktrt.loading.model, "new_hand_off", new_hand_off)
         patch.setattr(ktrt.loading.model, "CudaGraphs", lambda: self.maker)
         self.loaded = load(folder, family)
+        self.loaded.runner._mixed = None  # as on a GPU
         self.model: Any = self.loaded.model
 
 

@@ -10,6 +10,8 @@ from helpers.tiny_models import save_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ktrt._core import Engine, MoeLayer
+from ktrt.engine.recording import RecordedSteps, active
+from ktrt.engine.step_rows import ACTIVE, BASE, IDLE, StepRows
 from ktrt.errors import KtrtError
 from ktrt.experts import KTExperts, experts_replaced
 
@@ -156,3 +158,67 @@ def test_initialising_weights_leaves_them_alone(mixtral: Path) -> None:
 def test_only_exact_names_are_replaced(mixtral: Path) -> None:
     with experts_replaced(["ixtralExperts", "MixtralExp"]):
         assert not isinstance(experts_of(mixtral), KTExperts)
+
+
+def load_loras(layer: MoeLayer, count: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for number in range(count):
+        a = torch.randn(E, 4 + number, HIDDEN, generator=generator) / HIDDEN**0.5
+        b = torch.randn(E, INNER, 4 + number, generator=generator)
+        layer.load_lora(number, gate_a=a, gate_b=b)
+
+
+def test_each_token_has_the_lora_that_its_step_names(
+    engine: Engine, weights: list[torch.Tensor]
+) -> None:
+    module = make(engine, weights, 8)
+    load_loras(module.layer, 2)
+    module.layer.activate_loras([1], [0.5])
+    states, index, scale = inputs(27, torch.float32)
+    alone = {}
+    rows = StepRows(27, 0)
+    for adapter in (BASE, ACTIVE, 0, 1):
+        rows.adapters.fill_(adapter)
+        with module.running.running(rows):
+            alone[adapter] = module(states, index, scale)
+    assert torch.equal(alone[ACTIVE], module(states, index, scale))
+    assert len({tuple(each.flatten().tolist()) for each in alone.values()}) == 4
+    rows.adapters.copy_(torch.arange(27) % 5 - 3)
+    with module.running.running(rows):
+        mixed = module(states, index, scale)
+    for token, adapter in enumerate(rows.adapters.tolist()):
+        expected = torch.zeros(HIDDEN) if adapter == IDLE else alone[adapter][token]
+        assert torch.equal(mixed[token], expected)
+
+
+def test_a_recorded_step_reads_the_adapters_again(
+    engine: Engine, weights: list[torch.Tensor]
+) -> None:
+    module = make(engine, weights, 8)
+    load_loras(module.layer, 2)
+    states, index, scale = inputs(3, torch.float32)
+    rows = StepRows(3, 3)
+    out = torch.empty_like(states)
+
+    def step() -> None:
+        recorder = active()
+        assert recorder is not None
+        recorder.describe([states, rows.adapters], torch.empty(0), None)
+        with module.running.running(rows):
+            out.copy_(module(states, index, scale))
+
+    replay = RecordedSteps().capture(step)
+    for adapters in ([0, 1, BASE], [1, 1, IDLE], [ACTIVE, BASE, 0]):
+        rows.adapters.copy_(torch.tensor(adapters))
+        replay()
+        with module.running.running(rows):
+            assert torch.equal(out, module(states, index, scale))
+
+
+def test_rows_that_are_not_the_steps_tokens_are_refused(
+    engine: Engine, weights: list[torch.Tensor]
+) -> None:
+    module = make(engine, weights, 8)
+    message = "given 3 rows in a step of 2 tokens"
+    with module.running.running(StepRows(2, 2)), pytest.raises(KtrtError, match=message):
+        module(*inputs(3, torch.float32))

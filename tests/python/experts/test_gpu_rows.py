@@ -1,4 +1,4 @@
-"""Rows with adapters of their own on the GPU's share of the experts, compared with the engine
+"""Rows with separate adapters on the GPU's share of the experts, compared with the engine
 running each row alone."""
 
 from __future__ import annotations

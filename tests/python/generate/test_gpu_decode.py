@@ -79,6 +79,7 @@ class Shared:
         patch.setattr(ktrt.loading.model, "CudaGraphs", lambda: self.maker)
         patch.setattr(ktrt.loading.model, "build_gpu_experts", build)
         self.loaded = load(folder)
+        self.loaded.runner._mixed = None  # as on a GPU
         self.ours = self.loaded.new_cache()
         self.reference = KvCache(self.plain.model)
 
@@ -192,7 +193,7 @@ def test_long_prompts_stream_and_decoding_does_not(shared: Shared) -> None:
 
 def test_a_gpu_gets_prompts_in_chunks_of_an_engine_call(shared: Shared) -> None:
     assert shared.ours.prefill_chunk(3000) == PREFILL_CHUNK
-    shared.ours.device = torch.device("cuda")
+    shared.ours.runner.device = torch.device("cuda")
     assert shared.ours.prefill_chunk(3000) == MAX_QLEN
     shared.gpu.threshold = 2000
     assert shared.ours.prefill_chunk(1999) == MAX_QLEN
@@ -219,7 +220,8 @@ def logged(log: list[str], name: str, function: Any) -> Any:
     return call
 
 
-def test_a_session_captures_again_for_other_adapters(shared: Shared) -> None:
+def test_a_session_goes_on_with_other_adapters(shared: Shared) -> None:
+    """The tokens of a set are found again after another one; no graph has to be captured."""
     tokenizer, adapters = make_tokenizer(vocab_size=380), shared.loaded.adapters
     template = load_template(TemplateArgs("default"), tokenizer)
     sampling = SamplingArgs(do_sample=False, max_new_tokens=4)
@@ -231,13 +233,10 @@ def test_a_session_captures_again_for_other_adapters(shared: Shared) -> None:
 
     assert (reused(), shared.maker.captures) == (0, 1)
     assert reused() > 0
-    assert shared.maker.captures == 1
-    changes: tuple[Callable[[], None], ...] = (
-        adapters.off,
-        adapters.on,
-        lambda: adapters.scale(0.5),
-    )
-    for captures, change in enumerate(changes, start=2):
+    changes: tuple[tuple[Callable[[], None], bool], ...] = (
+        (adapters.off, False), (adapters.on, True), (lambda: adapters.scale(0.5), False),
+    )  # fmt: skip
+    for change, known in changes:
         change()
-        assert (reused(), shared.maker.captures) == (0, captures)
+        assert (reused() > 0) == known
         assert reused() > 0

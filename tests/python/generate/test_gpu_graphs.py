@@ -19,11 +19,11 @@ from helpers.tiny_models import save_adapter, save_model, token_ids
 import ktrt
 import ktrt.loading.model
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
+from ktrt.engine.step_rows import ACTIVE, BASE
 from ktrt.generate import graphs as decode_graph
-from ktrt.generate.graphs import CudaGraphs, DecodeGraphs
 from ktrt.generate.runner import KvCache
+from ktrt.generate.step import Span, Step
 from ktrt.kv import static
-from ktrt.kv.static import StaticKv
 from ktrt.loading.model import LoadedModel, load_model
 
 if TYPE_CHECKING:
@@ -111,32 +111,40 @@ def test_half_precision(folder: Path, dtype: str) -> None:
     gpu.close()
 
 
-def test_two_rows(folder: Path) -> None:
-    gpu = load(folder, "deepseek_v2", "a")
-    model: Any = gpu.model
+def test_rows_with_their_own_adapters(folder: Path) -> None:
+    """One graph for the rows of four sequences, over three windows and a growth."""
+    gpu, cpu = (load(folder, "deepseek_v2", "a", cpu=cpu) for cpu in (False, True))
+    for loaded in (gpu, cpu):
+        loaded.adapters.load("second", folder / "deepseek_v2_b")
     assert gpu.hand_off is not None
-    cache = StaticKv(model.config, slots=2)
-    graphs = DecodeGraphs(model, cache, gpu.hand_off, CudaGraphs(), rows=2)
-    ids = token_ids(2, 30).cuda()
-    with torch.no_grad():
-        expected = [
-            torch.cat(
-                [model(ids[:1, : n + 1]).logits[:, -1], model(ids[1:, : n - 3]).logits[:, -1]]
-            )
-            for n in range(12, 16)
+    ids, lengths = token_ids(4, 60).tolist(), (5, 12, 9, 7)
+    slots = [
+        [loaded.runner.pool.open(row, ids[row][:1]) for row in range(4)] for loaded in (gpu, cpu)
+    ]
+
+    def spans(which: int, adapters: tuple[int, ...], counts: tuple[int, ...]) -> list[Span]:
+        return [
+            Span(slot=slot, ids=own[slot.length : slot.length + count], adapter=adapter)
+            for slot, own, adapter, count in zip(slots[which], ids, adapters, counts, strict=True)
         ]
-        for slot in (0, 1):
-            with cache.sequence(slot, 0, 12):
-                model(ids[slot : slot + 1, :12], cache=cache)
-    for n, reference in zip(range(12, 16), expected, strict=True):
-        step = [int(ids[0, n]), int(ids[1, n - 4])], [n, n - 4]
-        found = graphs.step(*step)
-        if found is None:
-            assert graphs.prepare(*step, reference)
-            found = graphs.step(*step)
-        assert found is not None
-        assert error(found, reference) < 4e-3
+
+    def compare(adapters: tuple[int, ...], counts: tuple[int, ...] = (1, 1, 1, 1)) -> None:
+        found = torch.cat(gpu.runner.run(Step(tuple(spans(0, adapters, counts)))))
+        alone = [cpu.runner.run(Step((span,)))[0] for span in spans(1, adapters, counts)]
+        for row, expected in zip(found, torch.cat(alone), strict=True):
+            assert error(row, expected) < 4e-3
+
+    compare((0, BASE, 1, 0), lengths)
+    for step in range(30):
+        compare((0, BASE, 1, 0) if step % 2 else (1, 0, BASE, ACTIVE))
+    assert gpu.runner._alone is not None
+    graphs = gpu.runner._alone.rows
+    assert graphs is not None
+    assert graphs.proven
+    assert 1 <= graphs.count <= 3
+    compare((0, 1, 1, BASE), (1, 6, 1, 1))  # a prompt among rows, in one forward
     gpu.close()
+    cpu.close()
 
 
 def test_forwards_of_any_length_at_once(folder: Path) -> None:

@@ -218,6 +218,7 @@ def test_a_full_slot_beside_others() -> None:
     assert model.runner.cache is not None
     compare(model, [other, third])
     compare(model, [full, other, third])
+    assert model.graphs.usable
 
 
 def test_prompts_beside_rows() -> None:
@@ -259,9 +260,11 @@ def test_active_adapters_for_all_rows_are_another_graph() -> None:
     compare(model, talks)
     model.activate(default=1.0)  # of the same ranks: the graph reads the new numbers
     compare(model, talks)
+    captures = model.maker.captures
     for talk in talks:
         talk.adapter = 2
     compare(model, talks)
+    assert model.maker.captures == captures + 1
 
 
 def test_a_graph_that_computes_something_else_is_not_used(

@@ -10,6 +10,7 @@ import torch
 from helpers.step_attention import step_attention
 from helpers.tiny_chat import make_model, make_tokenizer
 
+from ktrt.engine import recording
 from ktrt.engine.recording import RecordedSteps
 from ktrt.engine.step_rows import BASE, IDLE
 from ktrt.errors import KtrtError
@@ -237,6 +238,22 @@ def test_another_structure_of_adapters_ends_the_recordings(
     assert not runner.has_graphs
     runner.run(Step((Span(slot=slot, ids=[7]),)))
     assert runner.has_graphs
+
+
+def test_rows_too_many_to_be_recorded_leave_the_others(
+    llama: Any, running: RunningStep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = make(llama, running)
+    slots = fill(runner, *PROMPTS)
+    runner.run(Step((Span(slot=slots[0], ids=[5]),)))
+    monkeypatch.setattr(recording, "_MOST_BYTES", 100)
+    for token in (6, 7):
+        logits = runner.run(Step(tuple(Span(slot=slot, ids=[token]) for slot in slots)))
+        for slot, found in zip(slots, logits, strict=True):
+            assert close(found, whole(llama, slot.ids)[-1:])
+    hook = llama.register_forward_pre_hook(lambda *_: pytest.fail("the model runs"))
+    runner.run(Step((Span(slot=slots[0], ids=[5]),)))
+    hook.remove()
 
 
 def test_conversations_share_a_runner(llama: Any, running: RunningStep) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from helpers.tiny_models import LoraPlan, save_adapter, save_model
 
 import ktrt.loading.model
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
-from ktrt.engine.step_rows import BASE
+from ktrt.engine.step_rows import ACTIVE, BASE
 from ktrt.generate.runner import ModelRunner
 from ktrt.generate.step import Span, Step
 from ktrt.loading.model import LoadedModel, load_model
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 LENGTHS = (300, 5, 1, 70)
 DECODED = 4
+# The base's folder of each loaded model.
+folders: dict[int, Path] = {}
 
 
 @pytest.fixture(scope="module", params=["bfloat16", "float32"])
@@ -48,6 +50,7 @@ def loaded(
             ExpertArgs(kt_num_threads=2, ktrt_cache=False),
         )
     loaded.adapters.activate({})
+    folders[id(loaded)] = base
     yield loaded
     loaded.close()
 
@@ -114,13 +117,12 @@ def test_nor_on_the_adapters_of_the_company(loaded: LoadedModel) -> None:
 
 
 def test_base_rows_are_those_of_a_model_without_adapters(
-    loaded: LoadedModel, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = answers(new_runner(loaded), prompts(), [0, BASE, 1, BASE], 512)
     monkeypatch.setattr(ktrt.loading.model, "_device", lambda: torch.device("cpu"))
-    source: Any = loaded.model.config._name_or_path
     plain = load_model(
-        ModelArgs(source, infer_dtype=dtype),  # type: ignore[arg-type]
+        ModelArgs(folders[id(loaded)], infer_dtype=dtype),  # type: ignore[arg-type]
         AdapterArgs(),
         ExpertArgs(kt_num_threads=2, ktrt_cache=False),
     )
@@ -136,8 +138,6 @@ def test_a_tuned_row_is_the_adapter_alone(loaded: LoadedModel) -> None:
     ids = prompts()[3]
     name = next(iter(loaded.adapters.names))
     (found,) = answers(new_runner(loaded), [ids], [0], 512)
-    from ktrt.engine.step_rows import ACTIVE
-
     loaded.adapters.activate(name)
     try:
         (expected,) = answers(new_runner(loaded), [ids], [ACTIVE], 512)

@@ -328,8 +328,8 @@ class TestTurns:
         bench = Bench(turn_seconds=0.5, turn_steps=1000)
         bench.runner.seconds = lambda size: 0.1
         bench.submit(10, 100, turn("x"))
-        other = bench.submit(10, 5)
         bench.scheduler.step()
+        other = bench.submit(10, 5)
         start = bench.clock.now
         while not tokens_of(other):
             bench.scheduler.step()
@@ -453,11 +453,11 @@ class TestMemory:
         bench = Bench(budget=100)
         bench.submit(20, 40)
         large = bench.submit(50, 40, client="large")
-        for _ in range(5):
+        for _ in range(100):
+            small = bench.submit(15, 15, client="small")
             bench.scheduler.step()
-            small = bench.submit(5, 5, client="small")
-        bench.run(80)
         assert large.state is State.FINISHED
+        bench.run()
         assert small.state is State.FINISHED
 
     def test_one_alone_may_try_more_than_the_budget(self) -> None:

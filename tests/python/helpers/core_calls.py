@@ -186,6 +186,16 @@ class Calls:
         spoiled = self.spoil(arguments, address=ADDRESSES, count=COUNTS)
         return _core.HeadArray(**spoiled, float32=False)
 
+    def slots(self, heads: int, tokens: int, size: int) -> Any:
+        """An array of two sequences."""
+        numbers = self.array(2, heads, tokens, size, dtype=torch.bfloat16)
+        address, count = self.addressed(numbers)
+        arguments = {
+            "address": address, "count": count, "head_stride": tokens * size, "token_stride": size,
+            "slot_stride": heads * tokens * size,
+        }  # fmt: skip
+        return _core.HeadArray(**self.spoil(arguments, address=ADDRESSES, count=COUNTS))
+
     # Calls
 
     def make(self) -> tuple[str, Call]:
@@ -232,7 +242,7 @@ class Calls:
         owner = self.pick(*self.objects, self.attention(), self.latent(), self.norm())
         cls: Any = type(owner)
         name = self.pick(*[n for n in dir(cls) if not n.startswith("__")] or ["__class__"])
-        if cls in SAFE_ONLY or name in ("forward", "write_image", "seconds"):
+        if cls in SAFE_ONLY or name in ("forward", "forward_rows", "write_image", "seconds"):
             return "nothing", lambda: None
         member: Any = getattr(cls, name)
         empty: Any = cls.__new__(cls)
@@ -372,6 +382,33 @@ class Calls:
             **spoiled
         )
 
+    def attend_rows(self) -> tuple[str, Call]:
+        """Runs tokens of sequences that are not all there."""
+        slots, _ = self.addressed(torch.tensor([self.pick(0, 1, 2, -1), 0]))
+        lengths, _ = self.addressed(torch.tensor([self.pick(0, 1, 35, 36, -1, 1 << 62), 2]))
+        places = {
+            "slots": slots, "lengths": lengths, "rows": 2, "slot_count": 2, "capacity": 35,
+        }  # fmt: skip
+        spoiled = self.spoil(places, slots=ADDRESSES, lengths=ADDRESSES, rows=(0, -1, None, 1))
+        rows = _core.SlotRows(**spoiled)
+        arguments = {
+            "query": self.heads(4, 2, 32), "keys": self.slots(2, 35, 32),
+            "values": self.slots(2, 35, 16), "out": self.heads(4, 2, 16), "rows": rows,
+        }  # fmt: skip
+        owner: Any = self.attention()
+        if self.random.randrange(2):
+            owner = self.latent()
+            ids, _ = self.addressed(torch.tensor([self.pick(-3, 0, 7), -2], dtype=torch.int32))
+            arguments = {
+                "query": self.heads(4, 2, 24), "latents": self.slots(1, 35, 32),
+                "positions": self.slots(1, 35, 8), "out": self.heads(4, 2, 16), "rows": rows,
+                "adapter_ids": ids,
+            }  # fmt: skip
+        spoiled = self.spoil(arguments, adapter_ids=ADDRESSES)
+        return f"{type(owner).__name__}.forward_rows({_shown(spoiled)})", (
+            lambda: owner.forward_rows(**spoiled)
+        )
+
     def normalise(self) -> tuple[str, Call]:
         x, x_count = self.addressed(self.array(5, H, dtype=torch.bfloat16))
         out, out_count = self.addressed(torch.empty(5, H, dtype=torch.bfloat16))
@@ -402,7 +439,8 @@ class Calls:
     def one(self) -> tuple[str, Call]:
         kinds = [
             self.make, self.method, self.method, self.protocol, self.forward, self.forward,
-            self.change, self.change, self.linear, self.multiply, self.attend, self.normalise,
+            self.change, self.change, self.linear, self.multiply, self.attend, self.attend_rows,
+            self.normalise,
             self.function,
         ]  # fmt: skip
         chosen: tuple[str, Call] = self.pick(*kinds)()

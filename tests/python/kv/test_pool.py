@@ -58,7 +58,7 @@ class Filled:
         return slot
 
     def held(self, slot: Slot) -> list[int]:
-        """What layer 1 has for the slot's positions."""
+        """Returns layer 1's numbers at the slot's positions."""
         layer = self.cache.layers[1]
         keys = layer.keys[slot.index, :, : slot.length]
         assert torch.equal(layer.values[slot.index, :, : slot.length], -keys)

@@ -91,9 +91,13 @@ def test_logits_of_rows_equal_cold_ones(session: Session, cold: Session, folder:
     session.adapters.unload("a")
     session.adapters.load("a", folder / "c")
     found.append(logits(session, "a"))
-    for adapter, each in zip((*order, "c"), found, strict=True):
+    for index, (adapter, each) in enumerate(zip((*order, "c"), found, strict=True)):
         forget(cold)
-        assert torch.equal(each, logits(cold, adapter))
+        expected = logits(cold, adapter)
+        if adapter in order[:index]:
+            # The last token alone after a held prompt: the same numbers in another order.
+            expected = logits(cold, adapter)
+        assert torch.equal(each, expected), index
 
 
 def test_new_numbers_in_place_are_not_mixed_with_old_ones(session: Session) -> None:

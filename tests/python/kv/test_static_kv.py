@@ -371,11 +371,11 @@ def test_a_capture_by_torch(failure: BaseException | None, monkeypatch: pytest.M
     assert TorchGraph.stream == "main"
 
 
-def broken_mask(self: Any, positions: torch.Tensor, window: int) -> torch.Tensor:
+def broken_mask(model: Any, positions: torch.Tensor, window: int) -> torch.Tensor:
     return torch.arange(window)[None, None, None, :] < 2
 
 
-def broken_positions(self: Any, positions: torch.Tensor, window: int) -> torch.Tensor:
+def broken_positions(model: Any, positions: torch.Tensor, window: int) -> torch.Tensor:
     positions.fill_(1)
     return torch.arange(window)[None, None, None, :] <= 12
 
@@ -386,7 +386,7 @@ def test_a_graph_that_computes_something_else_is_not_used(
     llama: Any, broken: Callable[..., Any], chunk: int, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(DecodeGraphs, "_mask", broken)
+    monkeypatch.setattr(decode_graph, "attention_mask", broken)
     monkeypatch.setattr(alone, "_CHUNK", chunk)
     cache = KvCache(llama, dense_graphs(llama))
     cache.forward(PROMPT)

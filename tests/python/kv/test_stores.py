@@ -39,7 +39,7 @@ def run(runner: ModelRunner, slot: Slot, tokens: Sequence[int]) -> torch.Tensor:
 def test_many_sequences(model: Any, caplog: pytest.LogCaptureFixture) -> None:
     """Steps of all of them give what each gives alone, and it is said once that they do not
     mix."""
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="ktrt.generate.forwards")
     runner, alone = (ModelRunner(model, running=RunningStep()) for _ in range(2))
     assert not runner.mixes
     prompts = [ids(20, 1), ids(5, 2), ids(40, 3)]

@@ -1,4 +1,4 @@
-"""Fused LoRA Linears whose rows have adapters of their own, compared with each adapter alone."""
+"""Fused LoRA Linears whose rows have separate adapters, compared with each adapter alone."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_the_version_changes_with_memory_only() -> None:
         return changed
 
     assert changes({"default": 1.0}) == [True]  # the second layer has LoRA now
-    # Of the same number of ranks, padded to 8: the memory is written again.
+    # The same number of ranks, padded to 8: the memory is written again.
     assert changes({"adapter4": 1.0}, {"default": 1.0}) == [False, False]
     assert changes({}, {"default": 1.0}) == [True, True]
     assert changes({"default": 0.5}, {"default": 0.25}, {"default": 1.0}) == [True, False, True]
@@ -199,7 +199,7 @@ def test_the_version_changes_with_memory_only() -> None:
 
 
 def test_the_joint_product_follows_a_switch_in_place() -> None:
-    """What a graph that was captured with one adapter reads after a switch to another."""
+    """A graph that was captured with one adapter reads the next one's numbers."""
     model = Model(bias=True)
     x = torch.randn(1, 1, SIZE_IN)
     model.alone(x, default=1.0)

@@ -1,4 +1,4 @@
-"""Linears whose rows have adapters of their own: each row as it is alone, bit for bit."""
+"""Linears whose rows have different adapters: each row as it is alone, bit for bit."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_a_weighted_sum_equals_peft(engine: Engine) -> None:
 
 
 def test_adapters_come_and_go(engine: Engine) -> None:
-    """What was loaded first acts on; an adapter that has gone is unloaded at once."""
+    """The adapters that were there act on; an adapter that has gone is unloaded at once."""
     case, x = Case(engine), inputs(3)
     before = case.run(x, [0, 1, BASE])
     add(case.model, "adapter5", "first", r=4, lora_alpha=4)

@@ -68,6 +68,34 @@ def test_rows_have_the_bits_of_each_alone(
     assert torch.equal(together, torch.cat(alone))
 
 
+FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu, "gelu": lambda x: F.gelu(x, approximate="tanh"), "sigmoid": torch.sigmoid,
+    "tanh": lambda x: x.tanh(), "cos": lambda x: x.cos(), "softplus": F.softplus,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_functions_of_rows(engine: Engine, dtype: torch.dtype, name: str, threads: int) -> None:
+    """Torch's numbers, and a row's bits alone, in any number of rows and of torch's threads."""
+    function, before = FUNCTIONS[name], torch.get_num_threads()
+    x = 3 * tensor(700, 209, dtype=dtype)
+    try:
+        torch.set_num_threads(threads)
+        with FixedProducts(engine):
+            together = function(x)
+            for rows in (1, 7, 157, 500):
+                assert torch.equal(function(x[:rows]), together[:rows]), rows
+            for row in (1, 313, 699):
+                assert torch.equal(function(x[row]), together[row])
+            apart = x.view(350, 2, 209)[:, 1]
+            assert torch.equal(function(apart), together.view(350, 2, 209)[:, 1])
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(together, function(x))
+
+
 def test_leaves_other_products_to_torch(engine: Engine) -> None:
     x, weight = tensor(3, 40, dtype=torch.float32), tensor(8, 40, dtype=torch.float32)
     half = x.half(), weight.half()

@@ -158,8 +158,12 @@ def test_a_recorded_step_reads_slots_and_lengths(engine: Engine, dtype: torch.dt
         replay()
         assert torch.equal(out, sequences.run(rows, query))
     spans = StepRows(3, 2, spans=(TokenSpan(0, 2, 4, 1),))
+
+    def prefill() -> None:
+        attend(spans, query, held, 0.2, {})
+
     with pytest.raises(KtrtError, match="it has spans of prefill tokens"):
-        RecordedSteps().capture(lambda: held and attend(spans, query, held, 0.2, {}) and None)
+        RecordedSteps().capture(prefill)
 
 
 def test_refuses_what_is_no_plain_attention_of_the_step(engine: Engine) -> None:
@@ -174,7 +178,7 @@ def test_refuses_what_is_no_plain_attention_of_the_step(engine: Engine) -> None:
 
 
 class PoolLayer(CacheLayerMixin):  # type: ignore[misc]
-    """What the pool does in a forward of many sequences."""
+    """Stores a forward of many sequences as the pool does."""
 
     is_sliding = False
 
