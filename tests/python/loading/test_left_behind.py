@@ -134,12 +134,12 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def new_hand_off(engine: Any, _device: torch.device) -> Any:
         return fake_hand_off(engine.max_qlen)[0]
 
-    accelerate: Callable[..., None] = ktrt.loading.model._accelerate
+    accelerate: Callable[..., Any] = ktrt.loading.model._accelerate
 
     def as_on_a_gpu(
-        model: Any, engine: Any, active: Any, patches: Any, _d: Any, **more: Any
+        model: Any, engine: Any, active: Any, patches: Any, _d: Any, *rest: Any, **more: Any
     ) -> Any:
-        return accelerate(model, engine, active, patches, torch.device("cuda"), **more)
+        return accelerate(model, engine, active, patches, torch.device("cuda"), *rest, **more)
 
     monkeypatch.setattr(ktrt.loading.model, "new_hand_off", new_hand_off)
     monkeypatch.setattr(ktrt.loading.model, "CudaGraphs", FakeGraphs)
