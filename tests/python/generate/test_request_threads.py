@@ -76,7 +76,7 @@ CHOICES: tuple[Any, ...] = (None, "a", "b", "router", {"a": 0.5})
 
 @dataclass(frozen=True)
 class Wanted:
-    """A request, and what it says alone. Each has a text of its own: of a prompt that is held but
+    """A request, and what it says alone. No two texts are equal: where a prompt is held but
     for its last token, that one is computed as a decode step, whose sums have another order."""
 
     text: str

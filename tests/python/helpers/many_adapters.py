@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from ktrt.session import Session
 
-# Of another rank each.
+# Different ranks.
 PLANS = {
     "a": LoraPlan(rank=8, seed=1, experts=0.5),
     "b": LoraPlan(rank=5, alpha=9, seed=2, experts=0.5),
@@ -31,8 +31,8 @@ PLANS = {
 }
 # Adapters that no row of a step can choose for itself.
 TURNS = ("router", "dora")
-# Multiples of 32, as published models have them. torch computes the last numbers of an array that do
-# not fill its vectors in another way, so that with other sizes a row's last bits depend on its place.
+# Multiples of 32, as published models have them. torch computes the numbers of an array that do not
+# fill its vectors in another way: with other sizes a row's last bits depend on its place.
 EVEN_LATENT = {"intermediate_size": 224, "qk_rope_head_dim": 32, "n_routed_experts": 32}
 
 
