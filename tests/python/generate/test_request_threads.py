@@ -76,8 +76,8 @@ CHOICES: tuple[Any, ...] = (None, "a", "b", "router", {"a": 0.5})
 
 @dataclass(frozen=True)
 class Wanted:
-    """A request, and what it says alone. No two texts are equal: where a prompt is held but
-    for its last token, that one is computed as a decode step, whose sums have another order."""
+    """A request, and what it says alone. No two texts are equal: where a prompt is held but for its
+    last token, that one is computed as a decode step, whose sums have another order."""
 
     text: str
     choice: int
