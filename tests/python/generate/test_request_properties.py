@@ -1,5 +1,5 @@
-"""Any order of requests, cancellations, pauses and adapters on a tiny model in the real engine: each
-request gets the tokens that it gets alone in a fresh cache."""
+"""Any order of requests, cancellations, pauses and adapters on a tiny model in the real engine:
+each request gets the tokens that it gets alone in a fresh cache."""
 
 from __future__ import annotations
 
