@@ -1,5 +1,5 @@
-"""Any order of requests, cancellations, pauses and adapters on a tiny model in the real engine: the
-tokens are those of each request alone in a fresh cache."""
+"""Any order of requests, cancellations, pauses and adapters on a tiny model in the real engine:
+each request gets the tokens that it gets alone in a fresh cache."""
 
 from __future__ import annotations
 
@@ -53,19 +53,15 @@ class Asked:
 
 
 class Oracle:
-    """Answers one request at a time, in a cache without anything; remembers what it said."""
+    """Answers one request at a time, in a cache without anything."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._known: dict[str, list[int]] = {}
 
     def __call__(self, text: str, adapter: Any, sampling: dict[str, Any]) -> list[int]:
-        key = repr((text, adapter, sampling))
-        if key not in self._known:
-            forget(self._session)
-            found = self._session.stream_responses(ask(text), adapter=adapter, **sampling)
-            self._known[key] = [each.token for each in found]
-        return self._known[key]
+        forget(self._session)
+        found = self._session.stream_responses(ask(text), adapter=adapter, **sampling)
+        return [each.token for each in found]
 
 
 class Callers(RuleBasedStateMachine):
@@ -99,6 +95,9 @@ class Callers(RuleBasedStateMachine):
     def submit(
         self, text: str, adapter: Any, sampling: dict[str, Any], tokens: int, client: str
     ) -> Asked:
+        # Two tokens at least are left of a prompt whose beginning is held: one alone is computed as
+        # a decode step, whose sums have another order.
+        text = f"{text} {len(self.all)}"
         if adapter == "named" and self.named is None:
             adapter = None
         contents = self.active if adapter is ... else adapter
@@ -106,7 +105,9 @@ class Callers(RuleBasedStateMachine):
             contents = self.named
         begin = self.session._prepare(ask(text), adapter, {**sampling, "max_new_tokens": tokens})
         handle = self.scheduler.submit(begin(client=client))
-        self.all.append(Asked(handle, self.oracle(text, contents, sampling)[:tokens]))
+        self.all.append(
+            Asked(handle, self.oracle(text, contents, {**sampling, "max_new_tokens": tokens}))
+        )
         return self.all[-1]
 
     @rule(count=st.integers(1, 4))

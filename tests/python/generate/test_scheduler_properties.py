@@ -81,7 +81,8 @@ class TaggedRunner(FakeRunner):
 
     def _key(self, adapter: int) -> Hashable:
         if adapter == ACTIVE:
-            return self.bench.sets.acting.key
+            acting: AdapterChoice = self.bench.sets.acting
+            return acting.key
         return next(each.key for each in CHOICES if each.row == adapter)
 
 

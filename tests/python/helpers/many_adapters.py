@@ -8,7 +8,6 @@ import torch
 from helpers.tiny_chat import make_tokenizer
 from helpers.tiny_models import (
     HIDDEN_SIZE,
-    NUM_EXPERTS,
     LoraPlan,
     read_folder,
     save_adapter,
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
     from ktrt.session import Session
 
-# Of another rank each.
+# Different ranks.
 PLANS = {
     "a": LoraPlan(rank=8, seed=1, experts=0.5),
     "b": LoraPlan(rank=5, alpha=9, seed=2, experts=0.5),
@@ -32,14 +31,17 @@ PLANS = {
 }
 # Adapters that no row of a step can choose for itself.
 TURNS = ("router", "dora")
+# Multiples of 32, as published models have them. torch computes the numbers of an array that do not
+# fill its vectors in another way: with other sizes a row's last bits depend on its place.
+EVEN_LATENT = {"intermediate_size": 224, "qk_rope_head_dim": 32, "n_routed_experts": 32}
 
 
-def make_folder(folder: Path, model_type: str = "deepseek_v2", **changes: Any) -> Path:
+def make_folder(folder: Path) -> Path:
     """Writes ``model`` and the adapters of ``PLANS`` and ``TURNS``; returns ``folder``."""
-    save_model(folder / "model", model_type, 96, **changes)
+    save_model(folder / "model", "deepseek_v2", 96, **EVEN_LATENT)
     make_tokenizer(vocab_size=384).save_pretrained(folder / "model")
     for index, (name, plan) in enumerate(PLANS.items()):
-        save_adapter(folder / name, folder / "model", "ab"[index % 2], plan)
+        save_adapter(folder / name, folder / "model", "b" if index % 2 else "a", plan)
     tensors, config = read_folder(folder / "a")
     generator = torch.Generator().manual_seed(9)
     router = {}
@@ -47,7 +49,7 @@ def make_folder(folder: Path, model_type: str = "deepseek_v2", **changes: Any) -
         prefix = name.partition(".experts.")[0]
         a = torch.randn(8, HIDDEN_SIZE, generator=generator) * 0.08
         router[f"{prefix}.gate.lora_A.weight"] = a
-        b = torch.randn(NUM_EXPERTS, 8, generator=generator)
+        b = torch.randn(EVEN_LATENT["n_routed_experts"], 8, generator=generator)
         router[f"{prefix}.gate.lora_B.weight"] = b
     targets = {"target_modules": None, "target_parameters": ["gate.weight"]}
     write_adapter(folder / "router", router, config | targets)

@@ -112,7 +112,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def save_model(
-    folder: Path, model_type: str, intermediate_size: int, seed: int = 0, **changes: Any
+    folder: Path, model_type: str, intermediate_size: int, /, seed: int = 0, **changes: Any
 ) -> Path:
     """Saves a random model; ``changes`` override its config. Returns ``folder``."""
     from transformers import AutoConfig, AutoModelForCausalLM

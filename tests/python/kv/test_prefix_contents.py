@@ -1,5 +1,5 @@
-"""What one adapter computed is never reused for another, whatever their names: answers and logits
-equal those of a session that has seen nothing."""
+"""Keys and values of one adapter are never reused for another, whatever their names: answers and
+logits equal a fresh session's."""
 
 from __future__ import annotations
 
