@@ -22,7 +22,7 @@ FLOATS = (torch.float32, torch.bfloat16)
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    engine = Engine(num_threads=2)
+    engine = Engine(num_threads=2, fixed_kernels=True)
     yield engine
     engine.close()
 
