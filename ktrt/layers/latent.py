@@ -334,13 +334,13 @@ class HeldLatents:
         decoder = self._owner.decoder
         if decoder is None or not decoder.takes_rows(query):
             return None
-        return decoder.bind_rows(query, *self.tensors, out, rows, self._scaling)
+        return decoder.bind_rows(query, self._latents, self._positions, out, rows, self._scaling)
 
     def sequence(
         self, slot: int, length: int, adapter: int, room: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        held = (each[slot : slot + 1, :, :length] for each in self.tensors)
-        key, value = self._owner.expand_with(adapter, *held)
+        latents, positions = (each[slot : slot + 1, :, :length] for each in self.tensors)
+        key, value = self._owner.expand_with(adapter, latents, positions)
         if (more := room - length) > 0:
             key, value = (nn.functional.pad(each, (0, 0, 0, more)) for each in (key, value))
         return key, value
