@@ -239,9 +239,7 @@ def _new(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return like.new_zeros(-(-count // VECTOR) * VECTOR)[:count].view(*shape)
 
 
-def _follower(
-    active_set: ActiveSet, calls: Sequence[Callable[[], object]]
-) -> Callable[[], None]:
+def _follower(active_set: ActiveSet, calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
     # Not the version, which another forward may have left and come back to.
     seen = active_set.changes
 
@@ -317,6 +315,11 @@ def _into(
     if direct is not None:
         out = results[0] if len(results) == 1 else tuple(results)
         return functools.partial(direct, *args, **kwargs, out=out)
+    if func is _aten.embedding.default and args[1].is_contiguous():
+        table, out = args[0], results[0]
+        return functools.partial(
+            torch.index_select, table, 0, args[1].view(-1), out=out.view(-1, table.shape[1])
+        )
     if func is _aten._softmax.default and not args[2] and not kwargs:
         return functools.partial(torch.softmax, *args[:2], out=results[0])
     variant = _out_variant(func)
