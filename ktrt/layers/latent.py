@@ -263,14 +263,19 @@ class LatentDecoder:
         step = self._step(scaling, query.shape[2] - self.nope)
         arrays = head_array(query), slot_array(latents), slot_array(positions)
         last, sequences = head_array(out.transpose(0, 1)), slot_rows(rows, latents)
-        adapters, tensors = rows.adapters.data_ptr(), (query, latents, positions, out, rows)
+        tensors = query, latents, positions, out, rows
+        active_set, forward = self._present().active_set, step.attention.forward_rows
+        seen, ids = -1, 0
 
         def attend(_kept: object = tensors) -> None:
-            projection = self._present()
-            step.follow(projection)
-            # Without adapters of kv_b_proj, none has a number there.
-            ids = adapters if isinstance(projection, LoraForward) else 0
-            step.attention.forward_rows(*arrays, last, sequences, ids)
+            nonlocal seen, ids
+            if seen != active_set.changes:
+                changes, projection = active_set.changes, self._present()
+                step.follow(projection)
+                # Without adapters of kv_b_proj, none has a number there.
+                ids = rows.adapters.data_ptr() if isinstance(projection, LoraForward) else 0
+                seen = changes
+            forward(*arrays, last, sequences, ids)
 
         return attend
 
@@ -339,8 +344,8 @@ class HeldLatents:
     def sequence(
         self, slot: int, length: int, adapter: int, room: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        held = (each[slot : slot + 1, :, :length] for each in self.tensors)
-        key, value = self._owner.expand_with(adapter, *held)
+        latents, positions = (each[slot : slot + 1, :, :length] for each in self.tensors)
+        key, value = self._owner.expand_with(adapter, latents, positions)
         if (more := room - length) > 0:
             key, value = (nn.functional.pad(each, (0, 0, 0, more)) for each in (key, value))
         return key, value
