@@ -352,14 +352,9 @@ class HeldLatents:
 
 
 def attention(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    **options: Any,
-) -> tuple[torch.Tensor, None]:
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, scaling: float | None = None, **options: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
     """transformers' attention interface: latents as ``Latents`` left them, or keys and values
     as in ``sdpa``."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
