@@ -57,7 +57,7 @@ _DIRECT: dict[Any, Callable[..., object]] = {
     _aten.div.Tensor: torch.div,
     _aten.clamp.default: torch.clamp,
     _aten.sigmoid.default: torch.sigmoid,
-    _aten.silu.default: torch._C._nn.silu,
+    _aten.silu.default: torch._C._nn.silu,  # type: ignore[attr-defined]
     _aten.cat.default: torch.cat,
     _aten.topk.default: torch.topk,
     _aten.polar.default: torch.polar,
@@ -379,8 +379,8 @@ class RecordedSteps:
             # the engine's.
             threads = set_torch_threads(1)
             try:
-                for run in first:
-                    run()
+                for follow in first:
+                    follow()
                 for run in steps:
                     run()
             finally:
