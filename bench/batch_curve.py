@@ -135,7 +135,11 @@ def measure(args: argparse.Namespace, backend: str, adapters: Mapping[str, Path]
     args.threads = rows.loaded.engine.num_threads
     try:
         each = Measurement(rows, probe, args)
-        results = [each.result(batch) for batch in args.batches]
+        results = []
+        for batch in args.batches:
+            results.append(each.result(batch))
+            ms, share = results[-1]["base_ms"], results[-1]["base_share"]
+            print(f"{backend}, {batch}: base {ms:.1f} ms, {share:.0%}", file=sys.stderr)
         if _core.isa() == "amx":
             fixed = Rows(args.folder, backend, {}, kt_fixed_kernels=True, **settings)
             for result in results:
@@ -192,7 +196,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         adapters = write_adapters(args, Path(temporary))
         for backend in args.backends:
             results[backend] = measure(args, backend, adapters)
-            print(f"{backend} measured", file=sys.stderr)
     names = ("threads", "context", "adapters", "rank", "rounds")
     return {
         **{name: getattr(args, name) for name in names},

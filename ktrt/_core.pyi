@@ -647,6 +647,10 @@ class MoeLayer:
         "gemm_few_rows": "avx512_bf16", "lora_shrink": "amx", "lora_shrink_few_rows": "avx512_bf16",
         "elementwise": "avx512"}``; a kernel that did not run is missing."""
 
+    @property
+    def last_experts(self) -> int:
+        """How many experts the last ``forward`` read. Never waits for a forward."""
+
     def packed_codes(self, expert: int, projection: Literal["gate", "up", "down"]) -> bytes:
         """Copies the packed codes of one matrix (kt_kernel's byte order), shard by shard."""
 

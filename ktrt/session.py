@@ -11,7 +11,7 @@ import torch
 from ktrt.adapter.residents import Adapters
 from ktrt.config import SamplingArgs, SamplingOptions, override_sampling
 from ktrt.errors import ConfigError, KtrtError, engine_errors
-from ktrt.experts import GpuExperts
+from ktrt.experts import GpuExperts, KTExperts, chosen_share
 from ktrt.generate.answer import Answer, next_tokens
 from ktrt.generate.loop import OnPrefill, check_prompt
 from ktrt.generate.response import Response, TokenResponse
@@ -282,9 +282,13 @@ def _closed() -> KtrtError:
 def _scheduler(loaded: LoadedModel, limits: SchedulerLimits | None) -> Scheduler:
     runner = loaded.runner
     facts = cost_facts(loaded.model, runner.pool.bytes_of(_SOME) / _SOME, mixes=runner.mixes)
+    experts = [each for each in loaded.model.modules() if isinstance(each, KTExperts)]
+    # Sequences that run one after the other: only the last one's would be known.
+    union = partial(chosen_share, experts) if runner.mixes and experts else lambda: None
     return Scheduler(
-        runner, loaded.adapters, CostModel(facts), next_tokens, limits, by_row=runner.by_row
-    )
+        runner, loaded.adapters, CostModel(facts), next_tokens, limits, by_row=runner.by_row,
+        union=union,
+    )  # fmt: skip
 
 
 def _use_device(loaded: LoadedModel) -> None:

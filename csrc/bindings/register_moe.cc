@@ -290,6 +290,7 @@ void register_layer(py::module_& module) {
       .def("bind", &bind, py::arg("hidden_states"), py::arg("expert_ids"),
            py::arg("routing_weights"), py::arg("out"), py::arg("adapter_ids") = py::none())
       .def("last_kernels", &last_kernels)
+      .def_property_readonly("last_experts", &MoeLayer::last_experts)
       .def("packed_codes", &packed_codes, py::arg("expert"), py::arg("projection"))
       .def("packed_scales", &packed_scales, py::arg("expert"), py::arg("projection"))
       .def("packed_parts", &packed_parts)

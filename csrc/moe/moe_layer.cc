@@ -136,6 +136,13 @@ void MoeLayer::forward(const TensorView& hidden_states, const TensorView& expert
                    .out = out};
   run_forward(task, lease.pool());
   name_kernels(task);
+  // Jobs are in the order of their experts.
+  int experts = 0;
+  for (int last = -1; const Job& job : plan_.jobs()) {
+    experts += job.expert != last;
+    last = job.expert;
+  }
+  last_experts_.store(experts, std::memory_order_relaxed);
 }
 
 void MoeLayer::name_kernels(const ForwardTask& task) {

@@ -60,6 +60,8 @@ class MoeLayer {
                const std::optional<TensorView>& adapter_ids = std::nullopt);
 
   KernelsUsed last_kernels() const;
+  // How many experts the last forward read.
+  int last_experts() const { return last_experts_.load(std::memory_order_relaxed); }
   // The numbers of the LoRAs that are held, ascending.
   std::vector<int> loras();
   // One of them, kept alive by the pointer. Throws std::invalid_argument if there is none.
@@ -80,6 +82,7 @@ class MoeLayer {
   ExpertStore experts_;
   LoraTable<ExpertLora> loras_;
   std::atomic<int> lora_version_{0};
+  std::atomic<int> last_experts_{0};
   std::optional<Workspace> workspace_;
   RowMixes mixes_;
   DispatchPlan plan_;

@@ -4,7 +4,7 @@ from ktrt.experts.gpu.residents import GpuExperts
 from ktrt.experts.gpu.setup import build_gpu_experts
 from ktrt.experts.handoff import HandOff, new_hand_off
 from ktrt.experts.layer import new_layer
-from ktrt.experts.module import KTExperts, experts_muted, experts_replaced
+from ktrt.experts.module import KTExperts, chosen_share, experts_muted, experts_replaced
 from ktrt.experts.spec import ExpertsSpec, find_experts
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "HandOff",
     "KTExperts",
     "build_gpu_experts",
+    "chosen_share",
     "experts_muted",
     "experts_replaced",
     "find_experts",

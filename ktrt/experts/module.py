@@ -17,7 +17,7 @@ from ktrt.experts.handoff import Deferred
 from ktrt.utils.patches import Patches
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
     from types import ModuleType
 
     from ktrt.engine import MoeLayer
@@ -188,6 +188,12 @@ class KTExperts(nn.Module):
             f"hidden_size={layer.hidden_size}, intermediate_size={layer.intermediate_size}, "
             f"weight_format={layer.weight_format}"
         )
+
+
+def chosen_share(modules: Sequence[KTExperts]) -> float:
+    """Returns the share of the engine's experts that the last forward of these modules read."""
+    read = sum(module.layer.last_experts for module in modules)
+    return read / sum(module.layer.num_experts for module in modules)
 
 
 @contextmanager

@@ -211,6 +211,11 @@ class KvPool:
         """Notes a use."""
         slot.used = next(self._clock)
 
+    def step_back(self, slot: Slot) -> None:
+        """Forgets the slot's last token, where that loses no other."""
+        if slot.length and self.store.crops:
+            self.rollback(slot, slot.length - 1)
+
     def mark(self, slot: Slot, *, replace: bool = False) -> None:
         """Saves a snapshot of the slot where cropping may be impossible later; ``replace``: in
         place of the latest snapshot."""

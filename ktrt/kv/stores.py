@@ -30,6 +30,10 @@ class Store(Protocol):
         """The most slots there can be."""
 
     @property
+    def crops(self) -> bool:
+        """Whether a slot can be rolled back to any length."""
+
+    @property
     def grows(self) -> bool:
         """Whether another slot takes other memory than a closed one's."""
 
@@ -64,6 +68,10 @@ class PlainStore:
     @property
     def slots(self) -> int:
         return self.cache.slots if self._slots is None else self._slots
+
+    @property
+    def crops(self) -> bool:
+        return True
 
     @property
     def grows(self) -> bool:
@@ -110,6 +118,10 @@ class OwnStore:
     @property
     def slots(self) -> int:
         return self._slots
+
+    @property
+    def crops(self) -> bool:
+        return False
 
     @property
     def grows(self) -> bool:

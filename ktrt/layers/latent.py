@@ -325,9 +325,8 @@ class HeldLatents:
         self, owner: Latents, latents: torch.Tensor, positions: torch.Tensor, value_size: int,
         scaling: float,
     ) -> None:  # fmt: skip
-        self._owner, self._scaling = owner, scaling
+        self._owner, self._scaling, self.value_size = owner, scaling, value_size
         self._latents, self._positions = latents, positions
-        self.value_size = value_size
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -339,13 +338,14 @@ class HeldLatents:
         decoder = self._owner.decoder
         if decoder is None or not decoder.takes_rows(query):
             return None
-        return decoder.bind_rows(query, *self.tensors, out, rows, self._scaling)
+        latents, at = self._latents, self._positions
+        return decoder.bind_rows(query, latents, at, out, rows, self._scaling)
 
     def sequence(
         self, slot: int, length: int, adapter: int, room: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        held = (each[slot : slot + 1, :, :length] for each in self.tensors)
-        key, value = self._owner.expand_with(adapter, *held)
+        latents, positions = (each[slot : slot + 1, :, :length] for each in self.tensors)
+        key, value = self._owner.expand_with(adapter, latents, positions)
         if (more := room - length) > 0:
             key, value = (nn.functional.pad(each, (0, 0, 0, more)) for each in (key, value))
         return key, value

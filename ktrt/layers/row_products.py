@@ -11,11 +11,15 @@ share differ in the last bit; here no share ends within a vector.
 from __future__ import annotations
 
 import sys
-from functools import partial
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode_stack,
+    _pop_mode,
+)
 
 from ktrt.engine import RowProducts
 from ktrt.engine.recording import VECTOR, active
@@ -58,19 +62,23 @@ def torch_rows(engine: Engine) -> int:
 
 def use_row_products(model: nn.Module, engine: Engine, patches: Patches) -> None:
     """Has the forwards of ``model``, on the CPU, compute their products by ``FixedProducts``."""
-    products = FixedProducts(engine)
-    entered: list[FixedProducts] = []
+    products, plain = FixedProducts(engine), model.forward
 
-    def before(*_: object) -> None:
-        products.__enter__()  # type: ignore[no-untyped-call]
-        entered.append(products)
+    @wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        # A hook would not do: after an interrupt none is called. An interrupt within the mode's own
+        # enter or exit leaves it on the stack, from where it must go too.
+        outer = len(_get_current_function_mode_stack())
+        try:
+            with products:
+                return plain(*args, **kwargs)
+        finally:
+            while len(_get_current_function_mode_stack()) > outer:
+                _pop_mode()
 
-    def after(*_: object) -> None:
-        if entered:
-            entered.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
-
-    patches.add(model.register_forward_pre_hook(before).remove)
-    patches.add(model.register_forward_hook(after, always_call=True).remove)
+    patches.set(model, "forward", forward)
+    # Others may have wrapped this forward and call it for ever: without the engine from now on.
+    patches.add(products.end)
 
 
 class FixedProducts(TorchFunctionMode):
@@ -80,11 +88,18 @@ class FixedProducts(TorchFunctionMode):
     def __init__(self, engine: Engine) -> None:
         self._products = RowProducts(engine)
         self._bf16_rows = torch_rows(engine)
+        self._ended = False
+
+    def end(self) -> None:
+        """Leaves all operations to torch: the engine closes."""
+        self._ended = True
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func is _LINEAR:
+        if self._ended:
+            found = None
+        elif func is _LINEAR:
             given = dict(kwargs or {})
             first = (given.pop("input"),) if "input" in given else ()
             found = self._linear(*first, *args, **given)

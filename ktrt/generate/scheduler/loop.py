@@ -41,6 +41,7 @@ class Pool(Protocol):
     def reserve(self, slot: Any, tokens: int) -> bool: ...
     def room_for(self, tokens: int) -> bool: ...
     def mark(self, slot: Any, *, replace: bool = False) -> None: ...
+    def step_back(self, slot: Any) -> None: ...
 
 
 class Runner(Protocol):
@@ -297,6 +298,11 @@ class Scheduler:
 
     def _choose(self, ready: Sequence[Request], now: float) -> list[tuple[Request, int]]:
         """Returns the requests of the step with how many tokens each computes."""
+        for request in ready:
+            # A prompt's last token is never computed alone, as an answer's is, by another order of
+            # sums: its bits must not depend on where chunks ended or on what was held.
+            if request.left == 1 and request.handle.state is State.PREFILL:
+                self._pool.step_back(request.slot)
         rows = [(request, 1) for request in ready if request.left == 1]
         prompts = [request for request in ready if request.left > 1]
         if not prompts:

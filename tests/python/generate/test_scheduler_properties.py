@@ -63,6 +63,10 @@ class TaggedPool(FakePool):
         self.tags[id(slot)] = [key] * slot.length
         return slot
 
+    def step_back(self, slot: FakeSlot) -> None:
+        super().step_back(slot)
+        del self.tags[id(slot)][slot.length :]
+
 
 class TaggedRunner(FakeRunner):
     """Finds a slot whose tokens were computed by an adapter of another key."""

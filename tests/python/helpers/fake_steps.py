@@ -83,6 +83,9 @@ class FakePool:
     def mark(self, slot: FakeSlot, *, replace: bool = False) -> None:
         pass
 
+    def step_back(self, slot: FakeSlot) -> None:
+        del slot.ids[-1:]
+
 
 class FakeClock:
     """Stands still but for what steps take."""
