@@ -275,6 +275,9 @@ class LoraForward(DenseForward):
 
     def load(self) -> None:
         self.loras.read()
+        # It took what acts now, between two steps: another set than the version's, perhaps, which
+        # may act again by the next forward.
+        self._version = -1
 
     def refresh(self) -> None:
         self.loras.read(again=True)

@@ -14,7 +14,7 @@ from ktrt.errors import AdapterError, ConfigError, EngineError, KtrtError
 from ktrt.generate.scheduler import State
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from ktrt.session import Session
 
@@ -215,6 +215,53 @@ class TestSubmit:
         with pytest.raises(ZeroDivisionError):
             session._steps.between(lambda: 1 / 0)
         session.warm_up()
+
+
+class TestFromOnPrefill:
+    """The thread that reads an answer has the model while its callback runs, and the worker that
+    the callback starts waits for it."""
+
+    @staticmethod
+    def chat(session: Session, call: Callable[[], object]) -> str | BaseException:
+        """Returns the answer's text after ``call`` in its first callback, behind ``submit``."""
+        calls: list[Callable[[], object]] = [call]
+        found: list[str | BaseException] = [TimeoutError()]
+
+        def on_prefill(done: int, total: int) -> None:
+            if calls:
+                session.submit(ASKED[1])
+                calls.pop()()
+
+        def run() -> None:
+            try:
+                found[0] = session.chat(ASKED[0], on_prefill=on_prefill).text
+            except BaseException as error:  # noqa: BLE001 - for the assertion
+                found[0] = error
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        thread.join(20)
+        return found[0]
+
+    def test_other_answers(self, session: Session, alone: list[str]) -> None:
+        found: list[str] = []
+
+        def ask_more() -> None:
+            found.append(session.chat(ASKED[2]).text)
+            found.extend(each.text for each in session.batch([{"messages": ASKED[3]}]))
+
+        assert self.chat(session, ask_more) == alone[0]
+        assert found == alone[2:]
+        assert session.submit(ASKED[1]).result(60).text == alone[1]
+
+    def test_adapters(self, session: Session, alone: list[str]) -> None:
+        assert self.chat(session, lambda: session.adapters.activate({})) == alone[0]
+
+    def test_close(self) -> None:
+        session = make_session()
+        found = self.chat(session, session.close)
+        assert isinstance(found, KtrtError)
+        assert "closed" in str(found)
 
 
 class TestClose:

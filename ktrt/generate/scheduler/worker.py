@@ -60,12 +60,12 @@ class Worker:
         self._scheduler.do_between(run)
         return future.result()
 
-    def close(self, reason: KtrtError) -> None:
+    def close(self, reason: KtrtError, *, wait: bool = True) -> None:
         """Ends all requests with ``reason`` and waits for the end of the thread, unless it is the
-        caller's."""
+        caller's. Without ``wait``: for callers that hold ``owned``."""
         self._closing = reason
         self._awake.set()
-        if threading.current_thread() is not self._thread:
+        if wait and threading.current_thread() is not self._thread:
             self._thread.join()
 
     def _run(self) -> None:
@@ -73,7 +73,8 @@ class Worker:
             reason = KtrtError("the scheduler's thread has failed; load the model again")
             try:
                 set_torch_threads(self._torch_threads)
-                self._begin()
+                if self._closing is None:  # or the model may be gone
+                    self._begin()
                 while self._closing is None:
                     self._awake.clear()
                     if not self._scheduler.step():

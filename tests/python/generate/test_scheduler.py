@@ -460,6 +460,30 @@ class TestMemory:
         bench.run()
         assert small.state is State.FINISHED
 
+    def test_adapters_that_changed_while_it_waits(self) -> None:
+        bench = Bench()
+        old = bench.submit(10, 5, row(1), paused=True)
+        other = bench.submit(10, 5)
+        bench.sets.outdated.add(row(1))
+        old.resume()
+        bench.run()
+        with pytest.raises(KtrtError, match="changed before the answer began"):
+            old.result()
+        assert (other.state, bench.released) == (State.FINISHED, 2)
+        assert not bench.pool.used
+
+    def test_a_payer_with_less_does_not_wait_for_one_behind_it(self) -> None:
+        """Who found no memory comes next, though another payer got fewer tokens since: neither
+        would begin else."""
+        bench = Bench(budget=100)
+        first = bench.submit(10, 60, client="x")
+        bench.scheduler.step()
+        blocked = bench.submit(10, 60, client="x")
+        bench.scheduler.step()
+        other = bench.submit(10, 60, client="y")
+        bench.run()
+        assert [h.state for h in (first, blocked, other)] == [State.FINISHED] * 3
+
     def test_one_alone_may_try_more_than_the_budget(self) -> None:
         bench = Bench(budget=10)
         handle = bench.submit(20, 5)
