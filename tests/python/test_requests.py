@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -288,6 +291,21 @@ class TestClose:
             next(pieces)
         with pytest.raises(KtrtError, match="closed"):
             session.batch([{"messages": ASKED[0]}])
+
+
+def test_the_interpreter_ends_during_an_answer() -> None:
+    """Without ``close``."""
+    script = (
+        "from helpers.tiny_chat import make_session\n"
+        "session = make_session()\n"
+        "handle = session.submit([{'role': 'user', 'content': 'hello'}], max_new_tokens=1900)\n"
+        "print(bool(next(handle).text))\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
 
 
 def test_a_dropped_stream_frees_its_slot(session: Session) -> None:

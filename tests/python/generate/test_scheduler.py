@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from ktrt.engine.step_rows import ACTIVE, BASE
 from ktrt.errors import ConfigError, KtrtError
 from ktrt.generate.scheduler import CostFacts, SchedulerLimits, State
 from ktrt.generate.scheduler.cost import StepSize
+from ktrt.generate.scheduler.policy import share_prompts
 
 PROMPTS = [[*range(base, base + 10 + base % 7)] for base in (100, 203, 306, 409)]
 
@@ -87,6 +89,13 @@ class TestSteps:
             held += count
             ends.append(held)
         assert ends == [512, 1024, 1536, 2000]
+
+    @pytest.mark.parametrize("must", [False, True])
+    def test_no_chunk_is_a_row(self, must: bool) -> None:
+        """One token before a border, however little time there is."""
+        prompt: Any = SimpleNamespace(held=127, left=1000)
+        found = share_prompts([prompt], 512, lambda tokens, _: tokens, 2.0, must=must)
+        assert [count for _, count in found] == ([129] if must else [])
 
     def test_prompts_that_cannot_be_divided(self) -> None:
         bench = Bench()
