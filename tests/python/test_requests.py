@@ -226,7 +226,7 @@ class TestFromOnPrefill:
 
     @staticmethod
     def chat(session: Session, call: Callable[[], object]) -> str | BaseException:
-        """Returns the answer's text after ``call`` in its first callback, behind ``submit``."""
+        """Returns the answer's text after ``call`` in its first callback, after a ``submit``."""
         calls: list[Callable[[], object]] = [call]
         found: list[str | BaseException] = [TimeoutError()]
 

@@ -39,7 +39,7 @@ class Driver:
         # session for something.
         self._owned = threading.RLock()
         self._starting = threading.RLock()
-        # The thread that runs the model in a turn of its own. It keeps its turn where its callback
+        # The thread that runs the model without the worker. It keeps its turn where its callback
         # starts the worker, which waits for the turn's end.
         self._inline: int | None = None
         self._worker: Worker | None = None

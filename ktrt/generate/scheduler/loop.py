@@ -223,8 +223,8 @@ class Scheduler:
         return told
 
     def _first(self, group: Hashable) -> Request | None:
-        """Returns the next request of a group: the one that found no memory before any other, or
-        another payer, who got less meanwhile, would wait behind it and it behind them."""
+        """Returns the next request of a group: the one that found no memory before any other. Else
+        it and another payer's, who got less meanwhile, would wait for each other."""
         blocked = self._blocked
         if blocked is not None and blocked.group == group and not blocked.paused:
             return blocked

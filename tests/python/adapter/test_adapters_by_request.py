@@ -253,7 +253,7 @@ class TestLoadingMeanwhile:
             assert not +session.adapters._users
 
     def test_refreshed_while_it_waits(self, folder: Path) -> None:
-        """What is held for the adapters' old numbers is not reused."""
+        """Tokens that are held for the adapters' old numbers are not reused."""
         with open_session(folder, "a", "b") as session:
             session.chat(ASK, adapter="b")
             handle = session.submit(ASK, adapter="b")

@@ -481,7 +481,7 @@ class TestMemory:
         assert (other.state, bench.released) == (State.FINISHED, 2)
         assert not bench.pool.used
 
-    def test_a_payer_with_less_does_not_wait_for_one_behind_it(self) -> None:
+    def test_who_found_no_memory_comes_before_a_payer_with_less(self) -> None:
         """Who found no memory comes next, though another payer got fewer tokens since: neither
         would begin else."""
         bench = Bench(budget=100)
