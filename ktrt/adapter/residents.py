@@ -70,7 +70,7 @@ class Adapters:
         self._acting: dict[str, float] = {}
         # Answers under way by the adapters that they use.
         self._users: Counter[str] = Counter()
-        self._names = threading.Lock()
+        self._names = threading.RLock()
         self.active_set = ActiveSet()
         self.between: Callable[[Callable[[], object]], object] = lambda change: change()
         # Takes the name, the folder and the future rows of embeddings, checks the adapter's words,
@@ -85,9 +85,9 @@ class Adapters:
     @property
     def active(self) -> dict[str, float]:
         """The active adapters with their weights; empty: the base model."""
-        if self._off:
-            return {}
-        return {name: weight * self._factor for name, weight in self._weights.items()}
+        with self._names:
+            weights, factor = ({} if self._off else self._weights), self._factor
+        return {name: weight * factor for name, weight in weights.items()}
 
     @property
     def version(self) -> int:
@@ -126,13 +126,18 @@ class Adapters:
         ``AdapterError``: one of them has been."""
         names = [name for name, _ in choice.weights]
         with self._names:
-            if choice.key != self.prefix_key(dict(choice.weights)):
+            if not self.is_current(choice):
                 shown = ", ".join(names) or "(none)"
                 raise AdapterError(
                     f"adapters {shown} were changed before the answer began; ask again"
                 )
             self._users.update(names)
         return partial(self._release, names)
+
+    def is_current(self, choice: AdapterChoice) -> bool:
+        """Returns whether the choice would be the same now: not after ``refresh``, nor where an
+        adapter was loaded again, whose number is another. ``AdapterError``: one was unloaded."""
+        return choice == self.choose(dict(choice.weights))
 
     def _release(self, names: Iterable[str]) -> None:
         with self._names:
@@ -327,7 +332,8 @@ class Adapters:
         effective = {} if off else {name: weight * factor for name, weight in weights.items()}
         self._check(effective)
         self._switch(effective)
-        self._weights, self._factor, self._off = dict(weights), factor, off
+        with self._names:  # any thread may ask what is active
+            self._weights, self._factor, self._off = dict(weights), factor, off
         self._changed()
 
     def _check(self, weights: Mapping[str, float]) -> None:
@@ -364,6 +370,7 @@ class Adapters:
 
     def _restore(self) -> None:
         self._set(self.active)
+        self._changed()
 
     def _load_experts(self, number: int, plan: AdapterPlan) -> None:
         """Gives every layer the LoRA, an empty one where the adapter has none, so that all layers

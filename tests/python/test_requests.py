@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +17,7 @@ from ktrt.errors import AdapterError, ConfigError, EngineError, KtrtError
 from ktrt.generate.scheduler import State
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from ktrt.session import Session
 
@@ -217,6 +220,53 @@ class TestSubmit:
         session.warm_up()
 
 
+class TestFromOnPrefill:
+    """The thread that reads an answer has the model while its callback runs, and the worker that
+    the callback starts waits for it."""
+
+    @staticmethod
+    def chat(session: Session, call: Callable[[], object]) -> str | BaseException:
+        """Returns the answer's text after ``call`` in its first callback, after a ``submit``."""
+        calls: list[Callable[[], object]] = [call]
+        found: list[str | BaseException] = [TimeoutError()]
+
+        def on_prefill(done: int, total: int) -> None:
+            if calls:
+                session.submit(ASKED[1])
+                calls.pop()()
+
+        def run() -> None:
+            try:
+                found[0] = session.chat(ASKED[0], on_prefill=on_prefill).text
+            except BaseException as error:  # noqa: BLE001 - for the assertion
+                found[0] = error
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        thread.join(20)
+        return found[0]
+
+    def test_other_answers(self, session: Session, alone: list[str]) -> None:
+        found: list[str] = []
+
+        def ask_more() -> None:
+            found.append(session.chat(ASKED[2]).text)
+            found.extend(each.text for each in session.batch([{"messages": ASKED[3]}]))
+
+        assert self.chat(session, ask_more) == alone[0]
+        assert found == alone[2:]
+        assert session.submit(ASKED[1]).result(60).text == alone[1]
+
+    def test_adapters(self, session: Session, alone: list[str]) -> None:
+        assert self.chat(session, lambda: session.adapters.activate({})) == alone[0]
+
+    def test_close(self) -> None:
+        session = make_session()
+        found = self.chat(session, session.close)
+        assert isinstance(found, KtrtError)
+        assert "closed" in str(found)
+
+
 class TestClose:
     def test_ends_requests_and_the_thread(self) -> None:
         before = threading.active_count()
@@ -241,6 +291,21 @@ class TestClose:
             next(pieces)
         with pytest.raises(KtrtError, match="closed"):
             session.batch([{"messages": ASKED[0]}])
+
+
+def test_the_interpreter_ends_during_an_answer() -> None:
+    """Without ``close``."""
+    script = (
+        "from helpers.tiny_chat import make_session\n"
+        "session = make_session()\n"
+        "handle = session.submit([{'role': 'user', 'content': 'hello'}], max_new_tokens=1900)\n"
+        "print(bool(next(handle).text))\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
 
 
 def test_a_dropped_stream_frees_its_slot(session: Session) -> None:

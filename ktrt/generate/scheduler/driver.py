@@ -39,6 +39,9 @@ class Driver:
         # session for something.
         self._owned = threading.RLock()
         self._starting = threading.RLock()
+        # The thread that runs the model without the worker. It keeps its turn where its callback
+        # starts the worker, which waits for the turn's end.
+        self._inline: int | None = None
         self._worker: Worker | None = None
         self._closed: KtrtError | None = None
         # Each thread has its own count; the worker takes the one of the thread that loaded.
@@ -114,10 +117,11 @@ class Driver:
         for another thread's step."""
         with self._starting:
             self._closed, worker = reason, self._worker
+        inline = self._inline == threading.get_ident()
         if worker is not None:
-            worker.close(reason)
+            worker.close(reason, wait=not inline)
         with self._owned:
-            if worker is None and "scheduler" in self.__dict__:
+            if (worker is None or inline) and "scheduler" in self.__dict__:
                 self.scheduler.close(reason)
             close()
 
@@ -163,10 +167,13 @@ class Driver:
         ``KtrtError``."""
         if self._closed is not None:
             raise self._closed
-        if self._worker is None and self._owned.acquire(blocking=False):
+        outer, me = self._inline, threading.get_ident()
+        if (self._worker is None or outer == me) and self._owned.acquire(blocking=False):
+            self._inline = me
             try:
                 yield True
             finally:
+                self._inline = outer if outer == me else None
                 self._owned.release()
             return
         if start:

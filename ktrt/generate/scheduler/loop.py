@@ -58,6 +58,7 @@ class AdapterSets(Protocol):
 
     @property
     def renewals(self) -> int: ...
+    def is_current(self, choice: AdapterChoice) -> bool: ...
     def prepare(self, choices: Iterable[AdapterChoice], *, by_row: bool = True) -> bool: ...
     def restore(self) -> None: ...
 
@@ -210,7 +211,7 @@ class Scheduler:
     def _admit(self, group: Hashable, now: float) -> bool:
         """Gives waiting requests of the group slots; returns whether a caller has to hear of it."""
         told = False
-        while self._queue and (request := self._queue.first(group)) is not None:
+        while self._queue and (request := self._first(group)) is not None:
             if not self._may_start(request):
                 break
             self._queue.take(request)
@@ -220,6 +221,14 @@ class Scheduler:
                 self._end(request, State.FAILED, error)
                 told = True
         return told
+
+    def _first(self, group: Hashable) -> Request | None:
+        """Returns the next request of a group: the one that found no memory before any other. Else
+        it and another payer's, who got less meanwhile, would wait for each other."""
+        blocked = self._blocked
+        if blocked is not None and blocked.group == group and not blocked.paused:
+            return blocked
+        return self._queue.first(group)
 
     def _may_start(self, request: Request) -> bool:
         beside = [r for r in self._running if r.group == request.group and not r.paused]
@@ -245,6 +254,8 @@ class Scheduler:
         return predicted <= self.limits.step_seconds
 
     def _start(self, request: Request, now: float) -> bool:
+        if not self._adapters.is_current(request.new.choice):
+            raise KtrtError("the adapters were changed before the answer began; ask again")
         request.slot = self._pool.open(request.new.choice.key, request.ids)
         self._running.append(request)
         self._pool.reserve(request.slot, request.total)

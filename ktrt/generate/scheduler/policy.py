@@ -244,9 +244,10 @@ def share_prompts(
 
 def _counts(held: int, left: int, most: int) -> list[int]:
     """Returns the lengths that a chunk after ``held`` tokens can have, the longest first: up to
-    multiples of ``BORDER``, or all that is left."""
+    multiples of ``BORDER``, or all that is left. Never 1, a row by the order of sums of an answer's
+    tokens: its bits are others."""
     last = (held + min(left, most)) // BORDER * BORDER
-    counts = [end - held for end in range(last, held, -BORDER)]
+    counts = [end - held for end in range(last, held + 1, -BORDER)]
     if left <= most and left not in counts:
         counts.insert(0, left)
     return counts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 from concurrent.futures import Future
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+# Seconds for which the interpreter's end waits for a step.
+_LAST_STEP = 30.0
 
 
 class Worker:
@@ -38,12 +42,19 @@ class Worker:
         self._awake = threading.Event()
         self._closing: KtrtError | None = None
         scheduler.on_wake(self._awake.set)
-        # Not waited for at the interpreter's end, where nobody reads answers any more.
+        # Not waited for to the last answer at the interpreter's end: nobody reads it any more.
         self._thread = threading.Thread(target=self._run, name="ktrt-scheduler", daemon=True)
 
     def start(self) -> None:
         """Starts the thread, which waits for ``owned``."""
+        # Python ends threads within C++ at the interpreter's end, which aborts the process.
+        atexit.register(self._leave)
         self._thread.start()
+
+    def _leave(self) -> None:
+        self._closing = KtrtError("the interpreter ends")
+        self._awake.set()
+        self._thread.join(_LAST_STEP)
 
     def call(self, function: Callable[[], T]) -> T:
         """Runs ``function`` in the thread, between two steps; returns or raises what it does."""
@@ -60,12 +71,13 @@ class Worker:
         self._scheduler.do_between(run)
         return future.result()
 
-    def close(self, reason: KtrtError) -> None:
+    def close(self, reason: KtrtError, *, wait: bool = True) -> None:
         """Ends all requests with ``reason`` and waits for the end of the thread, unless it is the
-        caller's."""
+        caller's. Without ``wait``: for callers that hold ``owned``."""
         self._closing = reason
         self._awake.set()
-        if threading.current_thread() is not self._thread:
+        atexit.unregister(self._leave)
+        if wait and threading.current_thread() is not self._thread:
             self._thread.join()
 
     def _run(self) -> None:
@@ -73,7 +85,8 @@ class Worker:
             reason = KtrtError("the scheduler's thread has failed; load the model again")
             try:
                 set_torch_threads(self._torch_threads)
-                self._begin()
+                if self._closing is None:  # or the model may be gone
+                    self._begin()
                 while self._closing is None:
                     self._awake.clear()
                     if not self._scheduler.step():

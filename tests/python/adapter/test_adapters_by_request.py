@@ -11,7 +11,7 @@ from helpers.tiny_chat import make_tokenizer
 from helpers.tiny_models import token_ids
 
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs, SamplingArgs, TemplateArgs
-from ktrt.errors import AdapterError
+from ktrt.errors import AdapterError, KtrtError
 from ktrt.loading.model import load_model
 from ktrt.prompt.template.load import load_template
 from ktrt.session import Session
@@ -226,6 +226,43 @@ class TestLoadingMeanwhile:
             assert late.text == session.chat(OTHER, adapter=None).text or late.text
             with pytest.raises(AdapterError, match="no adapter 'late'"):
                 session.submit(ASK, adapter="late")
+
+    @pytest.mark.parametrize("adapter", ["router", "saved", "dora", SUM])
+    def test_next_to_one_with_turns_of_its_own(self, folder: Path, adapter: Any) -> None:
+        """A load has the active adapters act in the model; the answer's act again after it."""
+        with open_session(folder, *NAMES) as session:
+            expected = session.chat(ASK, adapter=adapter).token_ids
+            responses = session.stream_responses(ASK, adapter=adapter)
+            tokens = [next(responses).token]
+            session.adapters.load("late", folder / "attention")
+            tokens += [next(responses).token]
+            session.adapters.unload("late")
+            tokens += [next(responses).token]
+            with pytest.raises(AdapterError):
+                session.adapters.load("bad", folder / "base")
+            assert (*tokens, *(each.token for each in responses)) == expected
+
+    def test_loaded_again_before_the_answer_begins(self, folder: Path) -> None:
+        """The same contents have another number then."""
+        with open_session(folder, "a", "b") as session:
+            responses = session.stream_responses(ASK, adapter="b")
+            session.adapters.unload("b")
+            session.adapters.load("b", folder / "b")
+            with pytest.raises(AdapterError, match="b were changed before the answer began"):
+                next(responses)
+            assert not +session.adapters._users
+
+    def test_refreshed_while_it_waits(self, folder: Path) -> None:
+        """Tokens that are held for the adapters' old numbers are not reused."""
+        with open_session(folder, "a", "b") as session:
+            session.chat(ASK, adapter="b")
+            handle = session.submit(ASK, adapter="b")
+            handle.pause()
+            session.adapters.refresh()
+            handle.resume()
+            with pytest.raises(KtrtError, match="were changed"):
+                handle.result(60)
+            assert not +session.adapters._users
 
     def test_one_that_is_used_is_not_unloaded(self, folder: Path) -> None:
         with open_session(folder, "a", "b") as session:

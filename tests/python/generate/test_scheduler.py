@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from ktrt.engine.step_rows import ACTIVE, BASE
 from ktrt.errors import ConfigError, KtrtError
 from ktrt.generate.scheduler import CostFacts, SchedulerLimits, State
 from ktrt.generate.scheduler.cost import StepSize
+from ktrt.generate.scheduler.policy import share_prompts
 
 PROMPTS = [[*range(base, base + 10 + base % 7)] for base in (100, 203, 306, 409)]
 
@@ -100,6 +102,13 @@ class TestSteps:
         assert counts == [128, 2, 1, 2, 1]
         assert again.result().reused_tokens == 128
         assert tokens_of(first) == tokens_of(again) == expected_tokens(prompt, 2)
+
+    @pytest.mark.parametrize("must", [False, True])
+    def test_no_chunk_is_a_row(self, must: bool) -> None:
+        """One token before a border, however little time there is."""
+        prompt: Any = SimpleNamespace(held=127, left=1000)
+        found = share_prompts([prompt], 512, lambda tokens, _: tokens, 2.0, must=must)
+        assert [count for _, count in found] == ([129] if must else [])
 
     def test_prompts_that_cannot_be_divided(self) -> None:
         bench = Bench()
@@ -472,6 +481,30 @@ class TestMemory:
         assert large.state is State.FINISHED
         bench.run()
         assert small.state is State.FINISHED
+
+    def test_adapters_that_changed_while_it_waits(self) -> None:
+        bench = Bench()
+        old = bench.submit(10, 5, row(1), paused=True)
+        other = bench.submit(10, 5)
+        bench.sets.outdated.add(row(1))
+        old.resume()
+        bench.run()
+        with pytest.raises(KtrtError, match="changed before the answer began"):
+            old.result()
+        assert (other.state, bench.released) == (State.FINISHED, 2)
+        assert not bench.pool.used
+
+    def test_who_found_no_memory_comes_before_a_payer_with_less(self) -> None:
+        """Who found no memory comes next, though another payer got fewer tokens since: neither
+        would begin else."""
+        bench = Bench(budget=100)
+        first = bench.submit(10, 60, client="x")
+        bench.scheduler.step()
+        blocked = bench.submit(10, 60, client="x")
+        bench.scheduler.step()
+        other = bench.submit(10, 60, client="y")
+        bench.run()
+        assert [h.state for h in (first, blocked, other)] == [State.FINISHED] * 3
 
     def test_one_alone_may_try_more_than_the_budget(self) -> None:
         bench = Bench(budget=10)

@@ -135,6 +135,10 @@ class FakeSets:
         self.renewals = 0
         self.acting: AdapterChoice = BASE_CHOICE
         self.switches = 0
+        self.outdated: set[AdapterChoice] = set()
+
+    def is_current(self, choice: AdapterChoice) -> bool:
+        return choice not in self.outdated
 
     def prepare(self, choices: Iterable[AdapterChoice], *, by_row: bool = True) -> bool:
         one, *others = choices
