@@ -293,8 +293,8 @@ void shrinks() {
       for (const ShrinkKernel* kernel : {table.lora_shrink, tiles}) {
         const int tile_rows = kernel == tiles ? rows_in_tile : 1;
         const double rate = best_rate(2.0 * rows * kHidden * ranks, 1000, [&] {
-          kernel->run({x.data(), tile_rows * (kHidden + 32), tile_rows, rows, a.data(), ranks / 16,
-                       kHidden, t.data(), 160});
+          kernel->run({x.data(), tile_rows * (kHidden + 32), tile_rows, 0, rows, a.data(),
+                       ranks / 16, kHidden, t.data(), 160});
         });
         std::printf("  %s %.0f", kernel->name, rate / 1e9);
       }

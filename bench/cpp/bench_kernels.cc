@@ -86,7 +86,7 @@ void shrink(benchmark::State& state, const ShrinkKernel* kernel) {
   const Array<std::uint16_t> a(static_cast<std::size_t>(ranks) * kK);
   const Array<std::uint16_t> t(count * static_cast<std::size_t>(ranks));
   for (auto _ : state) {
-    kernel->run({x.data(), kK + 32, 1, rows, a.data(), ranks / 16, kK, t.data(), ranks});
+    kernel->run({x.data(), kK + 32, 1, 0, rows, a.data(), ranks / 16, kK, t.data(), ranks});
     benchmark::ClobberMemory();
   }
   using benchmark::Counter;

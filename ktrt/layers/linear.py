@@ -119,7 +119,7 @@ def _decode_on_one_thread(model: nn.Module, running: RunningStep, patches: Patch
     weights = [
         m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.numel() > 1 << 20
     ]
-    if not all(isinstance(m.__dict__.get("forward"), DenseForward) for m in weights):
+    if _forward_of(model) is not None or any(_forward_of(each) is None for each in weights):
         return
 
     def is_small(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
