@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from cpu_decode import model_settings
-from ktrt.generate.step import Span, Step
 
 from ktrt.config import load_config
 from ktrt.engine.step_rows import BASE
 from ktrt.experts import KTExperts
+from ktrt.generate.step import Span, Step
 from ktrt.loading.inventory import BASE as BASE_ROWS
 from ktrt.loading.inventory import EMBEDDINGS, TABLES, loaded_inventory
 from ktrt.loading.model import load_model

@@ -283,7 +283,7 @@ def _scheduler(loaded: LoadedModel, limits: SchedulerLimits | None) -> Scheduler
     runner = loaded.runner
     facts = cost_facts(loaded.model, runner.pool.bytes_of(_SOME) / _SOME, mixes=runner.mixes)
     experts = [each for each in loaded.model.modules() if isinstance(each, KTExperts)]
-    # Of sequences that run one after the other, the last one's alone would be known.
+    # Sequences that run one after the other: only the last one's would be known.
     union = partial(chosen_share, experts) if runner.mixes and experts else lambda: None
     return Scheduler(
         runner, loaded.adapters, CostModel(facts), next_tokens, limits, by_row=runner.by_row,

@@ -40,13 +40,16 @@ class Mixed:
 
         ``CannotMixError``: the model cannot run such forwards, and has computed nothing.
         """
+        if len(parts) == 1:
+            return self._ordered(parts, changed=changed)
         order = sorted(range(len(parts)), key=lambda at: not parts[at].is_row)
-        ordered = [parts[at] for at in order]
-        logits = None if changed else self._recorded(ordered)
-        if logits is None:
-            logits = self._many(ordered)
+        logits = self._ordered([parts[at] for at in order], changed=changed)
         found = dict(zip(order, logits, strict=True))
         return [found[at] for at in range(len(parts))]
+
+    def _ordered(self, parts: Sequence[Part], *, changed: bool) -> list[torch.Tensor]:
+        logits = None if changed else self._recorded(parts)
+        return self._many(parts) if logits is None else logits
 
     def _recorded(self, parts: Sequence[Part]) -> list[torch.Tensor] | None:
         rows = all(part.is_row and part.span.logits is None for part in parts)

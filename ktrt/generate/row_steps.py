@@ -41,6 +41,25 @@ class _Recording:
     logits: torch.Tensor
     replay: Callable[[], None] | None = None
 
+    def __post_init__(self) -> None:
+        rows = self.rows
+        # By numpy, which writes a few numbers faster than torch: 1 µs instead of 5 each.
+        self._ids, self._positions = self.inputs.numpy()[:, 0]
+        self._lengths, self._slots = rows.lengths.numpy(), rows.slots.numpy()
+        self._adapters = rows.adapters.numpy()
+
+    def fill(self, parts: Sequence[Part], idle_slot: int) -> None:
+        """Writes the facts of a step into the memory that the recording reads."""
+        for row, part in enumerate(parts):
+            span = part.span
+            self._ids[row], self._positions[row] = span.ids[0], part.start
+            self._lengths[row], self._slots[row] = part.end, span.slot.index
+            self._adapters[row] = span.adapter
+        if (count := len(parts)) < self.rows.tokens:
+            self._ids[count:], self._positions[count:] = parts[0].span.ids[0], 0
+            self._lengths[count:], self._slots[count:] = 0, idle_slot
+            self._adapters[count:] = IDLE
+
 
 class RowSteps:
     """The recordings of one model on one cache."""
@@ -89,7 +108,10 @@ class RowSteps:
         else:
             # Recording computes the step as well.
             known = self._record(bucket, parts, like)
-        return None if known is None else list(known.logits[: len(parts)].clone().split(1))
+        if known is None:
+            return None
+        logits = known.logits.clone()
+        return [logits] if bucket == 1 else list(logits[: len(parts)].split(1))
 
     def prove(self, parts: Sequence[Part], expected: Sequence[torch.Tensor]) -> bool:
         """Makes the first recording, after a plain forward of the same step gave ``expected``.
@@ -116,7 +138,7 @@ class RowSteps:
 
     def _record(self, bucket: int, parts: Sequence[Part], like: torch.Tensor) -> _Recording | None:
         made = self._new(bucket, like)
-        self._fill(made, parts)
+        made.fill(parts, self._cache.idle_slot)
         try:
             made.replay = self._maker.capture(lambda: self._run(made))
         except FAILURES as error:
@@ -151,7 +173,7 @@ class RowSteps:
 
     def _replay(self, made: _Recording, parts: Sequence[Part]) -> None:
         assert made.replay is not None
-        self._fill(made, parts)
+        made.fill(parts, self._cache.idle_slot)
         # A recorded layer may ask for the adapters of the step that runs.
         with torch.inference_mode(), self._running.running(made.rows):
             made.replay()
@@ -176,21 +198,6 @@ class RowSteps:
             )
         check_attended(rows)
         made.logits.copy_(output.logits[0])
-
-    def _fill(self, made: _Recording, parts: Sequence[Part]) -> None:
-        """Writes the step's facts into the memory that the recording reads."""
-        rows = made.rows
-        idle = rows.tokens - len(parts)
-        spans = [part.span for part in parts]
-        # By numpy: ten small operations of torch would take 50 µs of every token.
-        made.inputs.numpy()[:] = [
-            [[*(span.ids[0] for span in spans), *[spans[0].ids[0]] * idle]],
-            [[*(part.start for part in parts), *[0] * idle]],
-        ]
-        rows.lengths.numpy()[:] = [*(part.end for part in parts), *[0] * idle]
-        slots = [span.slot.index for span in spans]
-        rows.slots.numpy()[:] = [*slots, *[self._cache.idle_slot] * idle]
-        rows.adapters.numpy()[:] = [*(span.adapter for span in spans), *[IDLE] * idle]
 
 
 def _bucket(rows: int) -> int | None:

@@ -80,7 +80,8 @@ class ModelRunner:
         self.device = self._forwards.device
         self.plain = not unusual_layers(model)
         self.cache: StaticKv | None = None
-        reserved = capacity is not None and self.device.type == "cpu"
+        self._on_cpu = self.device.type == "cpu"
+        reserved = capacity is not None and self._on_cpu
         if self.plain:
             self.cache = _static(model, slots, capacity, reserved=reserved)
             store: PlainStore | OwnStore = PlainStore(self.cache, None if reserved else slots)
@@ -158,7 +159,7 @@ class ModelRunner:
     def _check(parts: Sequence[Part]) -> None:
         if not parts or any(not part.count for part in parts):
             raise KtrtError("a step needs a token of every sequence in it, and a sequence")
-        if len({part.span.slot.index for part in parts}) < len(parts):
+        if len(parts) > 1 and len({part.span.slot.index for part in parts}) < len(parts):
             raise KtrtError("a step has one span of a slot, and found two of one")
 
     def _restore(self, parts: Sequence[Part], held: Sequence[array[int]]) -> None:
@@ -192,8 +193,7 @@ class ModelRunner:
     def _shares(self, parts: Sequence[Part]) -> bool:
         """Whether the step is one forward: on the CPU always, so that bits do not depend on
         company; on a GPU decode rows have graphs, and a prompt alone is as before."""
-        rows = all(part.is_row for part in parts)
-        return self.device.type == "cpu" or (len(parts) > 1 and not rows)
+        return self._on_cpu or (len(parts) > 1 and not all(part.is_row for part in parts))
 
     def _follow(self, parts: Sequence[Part]) -> bool:
         """Drops the graphs whose memory or adapters have changed; whether adapters have, whose

@@ -124,8 +124,7 @@ def sample_rows(
             logits = logits.cpu()
         # NumPy, so that a thread per row is one thread: torch's operations start threads.
         rows = [row.to(torch.float32).numpy() for row in logits]
-    threads = min(_threads(), len(samplers) // _ROWS_PER_THREAD)
-    if threads < 2:
+    if len(samplers) < 2 * _ROWS_PER_THREAD or _threads() < 2:
         return [_choose(*pair) for pair in zip(samplers, rows, strict=True)]
     return list(_pool().map(_choose, samplers, rows))
 

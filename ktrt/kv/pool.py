@@ -170,7 +170,11 @@ class KvPool:
 
     def make_room(self, slots: Sequence[Slot], ends: Sequence[int]) -> None:
         """Gives up idle slots, as far as needed, before open ``slots`` grow to ``ends``."""
-        if self.budget_bytes is None or not any(s.length and not s.in_use for s in self.slots):
+        if self.budget_bytes is None or all(
+            end <= slot.promised for slot, end in zip(slots, ends, strict=True)
+        ):
+            return
+        if not any(slot.length and not slot.in_use for slot in self.slots):
             return
         more = sum(
             max(0, self.bytes_of(end) - self._bytes(slot))

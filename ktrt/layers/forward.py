@@ -89,7 +89,7 @@ class DenseForward:
     usual = True
 
     def __init__(self, base: nn.Linear, shared: Shared, *, int8: bool = False) -> None:
-        self._shared, self._active_set = shared, shared.active_set
+        self._shared, self.active_set = shared, shared.active_set
         self._module: Any = base
         self.base = base
         self._plain = base.forward
@@ -103,7 +103,7 @@ class DenseForward:
     def _bind(self) -> None:
         """Takes the base's present parameters: an adapter may have replaced them."""
         self._take_parameters()
-        self._version = self._active_set.version
+        self._version = self.active_set.version
         kind = PackedLinear if self._int8 else DenseLinear
         bias = None if self._bias is None else self._bias.detach()
         self.linear: Linear = kind(self._shared.engine, self._weight.detach(), bias)
@@ -141,14 +141,10 @@ class DenseForward:
     ) -> torch.Tensor:
         def bind(out: torch.Tensor) -> Callable[[], None]:
             places = x.data_ptr(), x.numel(), out.data_ptr(), out.numel(), *_place(adapters)
-            return self._again(partial(self.linear.forward, *places))
+            return partial(self.linear.forward, *places)
 
         reads = (x,) if adapters is None else (x, adapters)
         return recorder.call((*x.shape[:-1], self._out), reads, bind)
-
-    def _again(self, forward: Callable[[], None]) -> Callable[[], None]:
-        """Returns what a recorded step runs."""
-        return forward
 
     def into(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Writes what calling it with ``x`` gives to ``out``: that shape, contiguous, BF16. Without
@@ -171,12 +167,12 @@ class DenseForward:
 
     def follow(self) -> None:
         """Takes the active adapters; costs one comparison while they are the same."""
-        if self._version != self._active_set.version:
+        if self._version != self.active_set.version:
             self.update()
 
     def update(self) -> None:
         """Reads the active adapters, which may have replaced parameters of the base."""
-        self._version = self._active_set.version
+        self._version = self.active_set.version
         if self._moved():
             self._bind()
 
@@ -220,7 +216,7 @@ class LoraForward(DenseForward):
     def __init__(self, module: Any, inner: DenseForward) -> None:
         """``inner``: the forward of the linear itself."""
         self._inner = inner
-        self._shared, self._active_set = inner._shared, inner._active_set
+        self._shared, self.active_set = inner._shared, inner.active_set
         self._module = module
         self.base = inner.base
         self._plain = module.forward
@@ -229,11 +225,11 @@ class LoraForward(DenseForward):
         self.wrapped = False
         self._merged = module.merged
         # Also of others that compute the linear or a part of it.
-        self.loras = ModuleLoras(module, self._shared.numbers, self._active_set)
+        self.loras = ModuleLoras(module, self._shared.numbers, self.active_set)
         self._bind()
 
     def _bind(self) -> None:
-        self._version = self._active_set.version
+        self._version = self.active_set.version
         self._inner.wrapped = True
         self._take_parameters()
         self.linear = self._inner.linear
@@ -245,7 +241,7 @@ class LoraForward(DenseForward):
         return self.loras.usual
 
     def update(self) -> None:
-        self._version = self._active_set.version
+        self._version = self.active_set.version
         if self._int8 and self._merged != self._module.merged:
             # PEFT has added B A to the parameters, or taken it out again.
             self._inner._bind()
@@ -259,19 +255,20 @@ class LoraForward(DenseForward):
         else:
             self.loras.choose()
 
-    def _again(self, forward: Callable[[], None]) -> Callable[[], None]:
-        def run() -> None:
-            # A recorded step does not call the module: the active sum changes here.
-            if self._version != self._active_set.version:
-                self.follow()
-                if not self.usual:
-                    raise KtrtError(
-                        "a recorded step has adapters of a kind or rank that the engine does not "
-                        "compute; it was recorded with others"
-                    )
-            forward()
+    def _record(
+        self, recorder: Recorder, x: torch.Tensor, adapters: torch.Tensor | None
+    ) -> torch.Tensor:
+        # A recorded step does not call the module: the active sum changes before the step.
+        recorder.follow(self.active_set, self._follow_recorded)
+        return super()._record(recorder, x, adapters)
 
-        return run
+    def _follow_recorded(self) -> None:
+        self.follow()
+        if not self.usual:
+            raise KtrtError(
+                "a recorded step has adapters of a kind or rank that the engine does not compute; "
+                "it was recorded with others"
+            )
 
     def load(self) -> None:
         self.loras.read()

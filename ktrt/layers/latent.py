@@ -263,14 +263,19 @@ class LatentDecoder:
         step = self._step(scaling, query.shape[2] - self.nope)
         arrays = head_array(query), slot_array(latents), slot_array(positions)
         last, sequences = head_array(out.transpose(0, 1)), slot_rows(rows, latents)
-        adapters, tensors = rows.adapters.data_ptr(), (query, latents, positions, out, rows)
+        tensors = query, latents, positions, out, rows
+        active_set, forward = self._present().active_set, step.attention.forward_rows
+        seen, ids = -1, 0
 
         def attend(_kept: object = tensors) -> None:
-            projection = self._present()
-            step.follow(projection)
-            # Without adapters of kv_b_proj, none has a number there.
-            ids = adapters if isinstance(projection, LoraForward) else 0
-            step.attention.forward_rows(*arrays, last, sequences, ids)
+            nonlocal seen, ids
+            if seen != active_set.changes:
+                changes, projection = active_set.changes, self._present()
+                step.follow(projection)
+                # Without adapters of kv_b_proj, none has a number there.
+                ids = rows.adapters.data_ptr() if isinstance(projection, LoraForward) else 0
+                seen = changes
+            forward(*arrays, last, sequences, ids)
 
         return attend
 
@@ -320,9 +325,8 @@ class HeldLatents:
         self, owner: Latents, latents: torch.Tensor, positions: torch.Tensor, value_size: int,
         scaling: float,
     ) -> None:  # fmt: skip
-        self._owner, self._scaling = owner, scaling
+        self._owner, self._scaling, self.value_size = owner, scaling, value_size
         self._latents, self._positions = latents, positions
-        self.value_size = value_size
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -334,7 +338,8 @@ class HeldLatents:
         decoder = self._owner.decoder
         if decoder is None or not decoder.takes_rows(query):
             return None
-        return decoder.bind_rows(query, self._latents, self._positions, out, rows, self._scaling)
+        latents, at = self._latents, self._positions
+        return decoder.bind_rows(query, latents, at, out, rows, self._scaling)
 
     def sequence(
         self, slot: int, length: int, adapter: int, room: int

@@ -11,14 +11,18 @@ share differ in the last bit; here no share ends within a vector.
 from __future__ import annotations
 
 import sys
-from functools import partial
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode_stack,
+    _pop_mode,
+)
 
 from ktrt.engine import RowProducts
-from ktrt.engine.recording import active
+from ktrt.engine.recording import VECTOR, active
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,8 +49,6 @@ _FUNCTIONS: set[Any] = {
     torch.sigmoid, torch.Tensor.sigmoid, torch.tanh, torch.Tensor.tanh, torch.exp, torch.Tensor.exp,
     torch.cos, torch.Tensor.cos, torch.sin, torch.Tensor.sin,
 }  # fmt: skip
-# Numbers that torch takes at once, of BF16 with AVX-512, at most.
-_STEP = 64
 # Numbers that torch leaves to one thread. More are shared by as many threads as then have this many
 # each; GELU's by all threads.
 _GRAIN = 32768
@@ -60,19 +62,23 @@ def torch_rows(engine: Engine) -> int:
 
 def use_row_products(model: nn.Module, engine: Engine, patches: Patches) -> None:
     """Has the forwards of ``model``, on the CPU, compute their products by ``FixedProducts``."""
-    products = FixedProducts(engine)
-    entered: list[FixedProducts] = []
+    products, plain = FixedProducts(engine), model.forward
 
-    def before(*_: object) -> None:
-        products.__enter__()  # type: ignore[no-untyped-call]
-        entered.append(products)
+    @wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        # A hook would not do: after an interrupt none is called. An interrupt within the mode's own
+        # enter or exit leaves it on the stack, from where it must go too.
+        outer = len(_get_current_function_mode_stack())
+        try:
+            with products:
+                return plain(*args, **kwargs)
+        finally:
+            while len(_get_current_function_mode_stack()) > outer:
+                _pop_mode()
 
-    def after(*_: object) -> None:
-        if entered:
-            entered.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
-
-    patches.add(model.register_forward_pre_hook(before).remove)
-    patches.add(model.register_forward_hook(after, always_call=True).remove)
+    patches.set(model, "forward", forward)
+    # Others may have wrapped this forward and call it for ever: without the engine from now on.
+    patches.add(products.end)
 
 
 class FixedProducts(TorchFunctionMode):
@@ -82,11 +88,18 @@ class FixedProducts(TorchFunctionMode):
     def __init__(self, engine: Engine) -> None:
         self._products = RowProducts(engine)
         self._bf16_rows = torch_rows(engine)
+        self._ended = False
+
+    def end(self) -> None:
+        """Leaves all operations to torch: the engine closes."""
+        self._ended = True
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func is _LINEAR:
+        if self._ended:
+            found = None
+        elif func is _LINEAR:
             given = dict(kwargs or {})
             first = (given.pop("input"),) if "input" in given else ()
             found = self._linear(*first, *args, **given)
@@ -152,22 +165,34 @@ class FixedProducts(TorchFunctionMode):
 def _in_whole_steps(
     func: Callable[..., torch.Tensor], x: torch.Tensor, options: dict[str, Any]
 ) -> torch.Tensor | None:
-    """Returns ``func(x)`` from calls in which every thread's share is a multiple of ``_STEP``;
+    """Returns ``func(x)`` from calls in which every thread's share is a multiple of ``VECTOR``;
     None: x is none of the model's rows."""
     learns = torch.is_grad_enabled() and x.requires_grad
     if x.device.type != "cpu" or not x.is_floating_point() or learns or options.get("inplace"):
         return None
     count, threads = x.numel(), torch.get_num_threads()
     if count > (_GELU_GRAIN if func is torch.nn.functional.gelu else _GRAIN * threads):
-        head = count // (_STEP * threads) * (_STEP * threads)
+        head = count // (VECTOR * threads) * (VECTOR * threads)
     else:
         head = 0 if func is torch.nn.functional.gelu else count // _GRAIN * _GRAIN
     flat = x.reshape(-1)
     rest = flat[head:]
-    if not len(rest) or (not head and len(rest) % _STEP == 0):
+    if not len(rest) or (not head and len(rest) % VECTOR == 0):
         return func(flat, **options).view(x.shape)
-    padded = flat.new_zeros(-(-len(rest) // _STEP) * _STEP)
+    if not head and (more := _with_room(flat)) is not None:
+        return func(more, **options)[:count].view(x.shape)
+    padded = flat.new_zeros(-(-len(rest) // VECTOR) * VECTOR)
     padded[: len(rest)] = rest
     last = func(padded, **options)[: len(rest)]
     whole = last if not head else torch.cat([func(flat[:head], **options), last])
     return whole.view(x.shape)
+
+
+def _with_room(flat: torch.Tensor) -> torch.Tensor | None:
+    """Returns ``flat`` with whatever follows it in its memory, up to a whole vector; None: there is
+    not enough. The results of a recorded step have room, so that it copies none."""
+    count = -(-len(flat) // VECTOR) * VECTOR
+    held = flat.untyped_storage().nbytes() // flat.element_size() - flat.storage_offset()
+    if active() is None or held < count or not flat.is_contiguous():
+        return None
+    return flat.as_strided((count,), (1,))

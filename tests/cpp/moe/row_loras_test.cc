@@ -1,4 +1,4 @@
-// Tokens of one forward with LoRAs of their own: every row has the bits that it has alone, wherever
+// Tokens of one forward with a LoRA for each: every row has the bits that it has alone, wherever
 // one kernel serves any number of rows.
 #include <gtest/gtest.h>
 

@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def open_session(folder: Path, *names: str, dtype: Any = "bfloat16") -> Session:
     adapters = AdapterArgs(adapters={name: folder / name for name in names})
     model = ModelArgs(folder / "base", infer_dtype=dtype)
-    loaded = load_model(model, adapters, ExpertArgs(kt_num_threads=1))
+    loaded = load_model(model, adapters, ExpertArgs(kt_num_threads=1, kt_fixed_kernels=True))
     tokenizer = make_tokenizer(vocab_size=380)
     args = SamplingArgs(do_sample=False, max_new_tokens=8)
     return Session(loaded, tokenizer, load_template(TemplateArgs("default"), tokenizer), args)

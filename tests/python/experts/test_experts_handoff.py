@@ -35,6 +35,12 @@ if TYPE_CHECKING:
 HIDDEN, INNER, E, K, MAX_QLEN = 64, 96, 8, 3, 8
 
 
+@pytest.fixture(autouse=True)
+def cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins take the place of a GPU that is there."""
+    monkeypatch.setattr(ktrt.loading.model, "_device", lambda: torch.device("cpu"))
+
+
 @pytest.fixture
 def layer() -> Iterator[MoeLayer]:
     engine = Engine(num_threads=1, max_qlen=MAX_QLEN)
@@ -342,6 +348,8 @@ def test_over_the_compiled_hand_off(
     folder: Path, driver: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Real slots, streams and threads: prefill, decode, and an error in between."""
+    # As on a GPU, nothing but the experts runs in the engine.
+    monkeypatch.setattr(ktrt.loading.model, "_accelerate", lambda *_, **__: None)
     plain = load(folder, "deepseek_v2")
     cores: list[DriverCore] = []
 

@@ -3,7 +3,8 @@ running each row alone."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -101,6 +102,11 @@ def test_base_rows_have_the_bits_of_a_base_without_adapters(engine: Engine, toke
     assert torch.equal(found[::2], base.share.forward_resident(*arguments)[::2])
 
 
+def noted(calls: list[str], name: str, function: Any, *args: Any) -> Any:
+    calls.append(name)
+    return function(*args)
+
+
 @pytest.mark.parametrize("resident", [7, 60])
 def test_both_static_forms(engine: Engine, monkeypatch: pytest.MonkeyPatch, resident: int) -> None:
     """Few tokens copy their experts, many read all residents; each form in pieces."""
@@ -111,10 +117,7 @@ def test_both_static_forms(engine: Engine, monkeypatch: pytest.MonkeyPatch, resi
     gpu.select(resident)
     forms: list[str] = []
     for name in ("_of_chosen", "_of_all"):
-        form = getattr(static, name)
-        monkeypatch.setattr(
-            static, name, lambda *args, form=form, name=name: forms.append(name) or form(*args)
-        )
+        monkeypatch.setattr(static, name, partial(noted, forms, name, getattr(static, name)))
     for tokens in (1, 5, 30):
         states, ids, weights = case.inputs(tokens, outside=True)
         found = gpu.layers["0"].forward_resident(states, ids, weights)

@@ -264,7 +264,10 @@ def test_prompts_go_in_the_chunks_that_streaming_wants() -> None:
         lambda _module, _args, kwargs: sizes.append(kwargs["input_ids"].shape[1]),
         with_kwargs=True,
     )
-    gpu: Any = SimpleNamespace(prefill_chunk=lambda remaining: 700 if remaining >= 600 else None)
+    gpu: Any = SimpleNamespace(
+        prefill_chunk=lambda remaining: 700 if remaining >= 600 else None,
+        refresh=lambda: None, version=0,
+    )  # fmt: skip
     from ktrt.generate.loop import generate_step
 
     next(generate_step(KvCache(model, gpu=gpu), [5] * 1300, lambda _: 0))

@@ -29,7 +29,7 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def demo() -> Iterator[Session]:
-    with ktrt.load(DEMO, infer_dtype="float32", kt_num_threads=2) as session:
+    with ktrt.load(DEMO, infer_dtype="float32", kt_num_threads=2, kt_fixed_kernels=True) as session:
         yield session
 
 

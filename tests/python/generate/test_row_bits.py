@@ -14,7 +14,6 @@ from helpers.many_adapters import EVEN_LATENT, forget, load
 from helpers.tiny_chat import make_tokenizer
 from helpers.tiny_models import VOCAB_SIZE, LoraPlan, save_adapter, save_model
 
-from ktrt.engine import active_isa
 from ktrt.generate.step import Span, Step
 
 if TYPE_CHECKING:
@@ -83,8 +82,6 @@ def session(request: pytest.FixtureRequest, folder: Path) -> Iterator[Session]:
     options: dict[str, Any] = {"infer_dtype": request.param}
     if request.param == "int8":
         options = {"kt_backend": "AMXINT8", "quantization_bit": 8}
-    if active_isa() == "amx":
-        options["kt_fixed_kernels"] = True
     with load(folder, ("a", "b"), **options) as session:
         yield session
 

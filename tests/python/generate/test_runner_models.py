@@ -47,7 +47,7 @@ def loaded(
         loaded = load_model(
             ModelArgs(base, infer_dtype=dtype),  # type: ignore[arg-type]
             AdapterArgs(adapters=adapters),
-            ExpertArgs(kt_num_threads=2, ktrt_cache=False),
+            ExpertArgs(kt_num_threads=2, kt_fixed_kernels=True, ktrt_cache=False),
         )
     loaded.adapters.activate({})
     folders[id(loaded)] = base
@@ -124,7 +124,7 @@ def test_base_rows_are_those_of_a_model_without_adapters(
     plain = load_model(
         ModelArgs(folders[id(loaded)], infer_dtype=dtype),  # type: ignore[arg-type]
         AdapterArgs(),
-        ExpertArgs(kt_num_threads=2, ktrt_cache=False),
+        ExpertArgs(kt_num_threads=2, kt_fixed_kernels=True, ktrt_cache=False),
     )
     expected = answers(new_runner(plain), prompts(), [BASE] * len(LENGTHS), 512)
     plain.close()

@@ -97,6 +97,19 @@ class TestSteps:
         found = share_prompts([prompt], 512, lambda tokens, _: tokens, 2.0, must=must)
         assert [count for _, count in found] == ([129] if must else [])
 
+    def test_a_prompts_last_token_is_not_computed_alone(self) -> None:
+        bench = Bench()
+        bench.runner.chunk = 128
+        prompt = [*range(129)]
+        first = bench.submit(prompt, 2)
+        bench.run()
+        again = bench.submit(prompt, 2)
+        bench.run()
+        counts = [count for step in bench.runner.steps for _, count, _ in step]
+        assert counts == [128, 2, 1, 2, 1]
+        assert again.result().reused_tokens == 128
+        assert tokens_of(first) == tokens_of(again) == expected_tokens(prompt, 2)
+
     def test_prompts_that_cannot_be_divided(self) -> None:
         bench = Bench()
         bench.pool.continues = False

@@ -63,10 +63,11 @@ def make_folder(folder: Path) -> Path:
 
 
 def load(folder: Path, names: Sequence[str] = (*PLANS, *TURNS), **options: Any) -> Session:
-    """Returns a session on one thread, greedy, with these adapters resident and none active."""
+    """Returns a session on one thread, greedy, with these adapters resident and none active. Its
+    rows have the bits of each alone, also with AMX."""
     given = {
         "model_name_or_path": folder / "model", "template": "deepseek", "kt_num_threads": 1,
-        "do_sample": False, "max_new_tokens": 8,
+        "do_sample": False, "max_new_tokens": 8, "kt_fixed_kernels": True,
     }  # fmt: skip
     session = ktrt.load({**given, **options})
     for name in names:

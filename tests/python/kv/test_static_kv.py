@@ -23,7 +23,7 @@ from ktrt.generate.graphs import (
 )
 from ktrt.generate.runner import KvCache
 from ktrt.kv import static as kv_cache
-from ktrt.kv.static import StaticKv, unusual_layers
+from ktrt.kv.static import StaticKv, cache_argument, unusual_layers
 
 PROMPT = [5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43]
 SIZES: dict[str, Any] = {
@@ -78,7 +78,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
 def store(model: Any, cache: StaticKv, slot: int, ids: list[int]) -> None:
     """Runs ``ids`` as the first ones of a slot."""
     with torch.no_grad(), cache.sequence(slot, 0, len(ids)):
-        model(torch.tensor([ids]), cache=cache)
+        model(torch.tensor([ids]), **{cache_argument(model): cache})
 
 
 def tokens(model: Any, count: int, seed: int = 0) -> list[int]:
@@ -237,7 +237,7 @@ def test_plain_forwards_attend_to_no_more_than_is_held(llama: Any) -> None:
 def test_a_forward_whose_slot_is_not_known_is_refused(llama: Any) -> None:
     cache = StaticKv(llama.config)
     with torch.no_grad(), pytest.raises(KtrtError, match="say first which one"):
-        llama(torch.tensor([PROMPT[:5]]), cache=cache)
+        llama(torch.tensor([PROMPT[:5]]), **{cache_argument(llama): cache})
 
 
 def test_reserve_doubles_and_keeps(llama: Any) -> None:

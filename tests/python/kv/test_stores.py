@@ -60,6 +60,8 @@ def test_many_sequences(model: Any, caplog: pytest.LogCaptureFixture) -> None:
 def test_a_prefix_is_copied_where_a_mark_allows_it(model: Any) -> None:
     """The new slot computes what a fresh one does, and the old one goes on as before."""
     runner = ModelRunner(model)
+    if not runner.pool.continues:
+        pytest.skip("nothing can follow a mark: transformers is older than 5.23")
     first = runner.pool.open("x", ())
     prompt, more = ids(20, 1), ids(9, 2)
     run(runner, first, prompt)

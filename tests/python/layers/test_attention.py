@@ -19,8 +19,8 @@ from ktrt.layers.attention import (
     EngineAttention,
     accelerate_attention,
     head_array,
-    one_token,
 )
+from ktrt.layers.one_token import one_token
 from ktrt.utils.patches import Patches
 
 if TYPE_CHECKING:

@@ -159,9 +159,15 @@ def test_one_mask_serves_the_layers_of_one_forward(monkeypatch: pytest.MonkeyPat
     model.fused.refresh()
     made: list[int] = []
     owners = model.fused._linears[model.net.first]._owners
+    assert owners is not None
     assert owners is model.fused._linears[model.net.second]._owners
     mask = type(owners).mask
-    monkeypatch.setattr(type(owners), "mask", lambda *args: made.append(1) or mask(*args))
+
+    def spy(*args: Any) -> Any:
+        made.append(1)
+        return mask(*args)
+
+    monkeypatch.setattr(type(owners), "mask", spy)
     x = torch.randn(2, 1, SIZE_IN)
     model.by_row(x, [4, BASE])
     assert len(made) == 1
@@ -204,9 +210,15 @@ def test_the_joint_product_follows_a_switch_in_place() -> None:
     x = torch.randn(1, 1, SIZE_IN)
     model.alone(x, default=1.0)
     first = model.fused._linears[model.net.first]
-    memory = [t.data_ptr() for t in (first._joint, first._expand, first._joint_bias)]
+
+    def places() -> list[int]:
+        held = first._joint, first._expand, first._joint_bias
+        return [tensor.data_ptr() for tensor in held if tensor is not None]
+
+    memory = places()
+    assert len(memory) == 3
     found = model.alone(x, adapter4=1.0)
-    assert [t.data_ptr() for t in (first._joint, first._expand, first._joint_bias)] == memory
+    assert places() == memory
     assert torch.allclose(found, model.by_row(x, [4]), atol=1e-5)
 
 

@@ -251,7 +251,7 @@ def test_a_recorded_step_reads_the_adapters_again(engine: Engine, dtype: torch.d
         recorder.describe([given, rows.adapters], torch.ones(1), None)
         with case.running.running(rows):
             out.copy_(case.model(given))
-    calls = recorder.calls()
+    runs = [*recorder.followers(), *(call.run for call in recorder.calls())]
     with FixedProducts(engine):
         assert torch.equal(out, case.run(x, [0, BASE, 4, ACTIVE]))
     for ids, weights in (
@@ -259,7 +259,7 @@ def test_a_recorded_step_reads_the_adapters_again(engine: Engine, dtype: torch.d
     ):  # fmt: skip
         case.activate(**weights)
         rows.adapters.copy_(torch.tensor(ids))
-        for call in calls:
-            call.run()
+        for run in runs:
+            run()
         with FixedProducts(engine):
             assert torch.equal(out, case.run(x, ids))

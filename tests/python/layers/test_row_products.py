@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,7 +23,7 @@ FLOATS = (torch.float32, torch.bfloat16)
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    engine = Engine(num_threads=2)
+    engine = Engine(num_threads=2, fixed_kernels=True)
     yield engine
     engine.close()
 
@@ -156,3 +157,67 @@ def test_a_models_forwards_use_them(engine: Engine) -> None:
     patches.undo()
     model(x)
     assert calls[-1] is None
+
+
+@pytest.mark.parametrize("where", ["before", "in it", "after"])
+def test_an_interrupt_leaves_no_mode(engine: Engine, where: str) -> None:
+    """No hook is called after ``KeyboardInterrupt``, not even those that always are."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    model, patches = nn.Sequential(nn.Linear(40, 8)).requires_grad_(requires_grad=False), Patches()
+    use_row_products(model, engine, patches)
+    if where == "before":
+        hook = model.register_forward_pre_hook(interrupt)
+    elif where == "in it":
+        hook = model[0].register_forward_hook(interrupt)
+    else:
+        hook = model.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.ones(3, 40))
+    assert torch.overrides._get_current_function_mode() is None
+    hook.remove()
+    model(torch.ones(3, 40))
+    patches.undo()
+
+
+@pytest.mark.parametrize("end", ["__enter__", "__exit__"])
+def test_an_interrupt_of_the_mode_itself(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """Python checks for signals between its own instructions too."""
+    plain = getattr(FixedProducts, end)
+
+    def interrupted(self: FixedProducts, *args: object) -> None:
+        if end == "__enter__":
+            plain(self, *args)
+        raise KeyboardInterrupt
+
+    model, patches = nn.Linear(40, 8).requires_grad_(requires_grad=False), Patches()
+    use_row_products(model, engine, patches)
+    monkeypatch.setattr(FixedProducts, end, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.ones(3, 40))
+    assert torch.overrides._get_current_function_mode() is None
+    patches.undo()
+
+
+def test_nothing_remains_after_close() -> None:
+    """Also closed within a forward, and with a forward that others have wrapped since."""
+    engine, patches = Engine(num_threads=1), Patches()
+
+    def close(*_: Any) -> None:
+        patches.undo()
+        engine.close()
+
+    model = nn.Sequential(nn.Linear(40, 8), nn.Linear(8, 4)).requires_grad_(requires_grad=False)
+    x = torch.ones(3, 40)
+    expected = model(x)
+    use_row_products(model, engine, patches)
+    vars(model)["forward"] = partial(model.forward)
+    hook = model[0].register_forward_hook(close)
+    assert torch.allclose(model(x), expected)
+    hook.remove()
+    assert torch.overrides._get_current_function_mode() is None
+    assert torch.equal(model(x), expected)

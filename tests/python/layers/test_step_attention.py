@@ -17,6 +17,7 @@ from ktrt.engine import Engine
 from ktrt.engine.recording import RecordedSteps, active
 from ktrt.engine.step_rows import RunningStep, StepRows, TokenSpan
 from ktrt.errors import KtrtError
+from ktrt.kv.static import cache_argument
 from ktrt.layers.attention import EngineAttention, HeldKeys, accelerate_attention
 from ktrt.layers.latent import use_latents
 from ktrt.layers.step_attention import at_once, attend
@@ -33,7 +34,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    engine = Engine(num_threads=2)
+    engine = Engine(num_threads=2, fixed_kernels=True)
     yield engine
     engine.close()
 
@@ -248,7 +249,8 @@ class Steps:
         with torch.inference_mode(), self._running.running(rows):
             logits = self._model(
                 input_ids=torch.cat(tokens)[None], position_ids=torch.tensor([positions]),
-                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool), cache=self._cache,
+                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),
+                **{cache_argument(self._model): self._cache},
             ).logits[0]  # fmt: skip
         assert rows.stored == rows.attended == self._model.config.num_hidden_layers
         return list(logits[idle:].float().split([len(ids) for _, ids, _ in parts]))

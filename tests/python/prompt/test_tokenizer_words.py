@@ -29,6 +29,8 @@ TEMPLATE = "{% for m in messages %}<turn>{{ m.content }}{% endfor %}<svg>"
 ASK = [{"role": "user", "content": "hello <svg>"}]
 OPTIONS: dict[str, Any] = {
     "infer_dtype": "float32", "kt_num_threads": 1, "do_sample": False, "max_new_tokens": 12,
+    # A prompt that is held but for its last token has the bits of the whole one.
+    "kt_fixed_kernels": True,
     "repetition_penalty": 1.3,
 }  # fmt: skip
 
