@@ -14,7 +14,7 @@ from ktrt.engine.recording import active
 from ktrt.engine.step_rows import ACTIVE, BASE, RunningStep
 from ktrt.errors import KtrtError
 from ktrt.layers.module_loras import ModuleLoras, Numbers
-from ktrt.layers.row_products import FixedProducts, torch_rows
+from ktrt.layers.row_products import FixedProducts, has_one_thread, torch_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -163,7 +163,8 @@ class DenseForward:
 
     def _ready(self, x: torch.Tensor, _adapters: torch.Tensor | None) -> bool:
         """Whether the engine computes it."""
-        return x.numel() < self._rows * self._in and self._takes(x)
+        few = x.numel() < self._rows * self._in or has_one_thread()
+        return few and self._takes(x)
 
     def follow(self) -> None:
         """Takes the active adapters; costs one comparison while they are the same."""

@@ -189,9 +189,8 @@ class LatentDecoder:
         """query [1, heads, 1, nope + rope], latents [1, 1, L, rank], positions [1, 1, L, rope];
         returns [1, 1, heads, v]."""
         out = query.new_empty(1, 1, self.heads, self.value)
-        self.bind(query.view(self.heads, -1), latents[0, 0], positions[0, 0], out[0, 0], scaling)(
-            latents.shape[2]
-        )
+        places = latents[0, 0], positions[0, 0], out[0, 0]
+        self.bind(query.view(self.heads, -1), *places, scaling)(latents.shape[2])
         return out
 
     def record(
@@ -263,18 +262,17 @@ class LatentDecoder:
         step = self._step(scaling, query.shape[2] - self.nope)
         arrays = head_array(query), slot_array(latents), slot_array(positions)
         last, sequences = head_array(out.transpose(0, 1)), slot_rows(rows, latents)
-        tensors = query, latents, positions, out, rows
         active_set, forward = self._present().active_set, step.attention.forward_rows
         seen, ids = -1, 0
 
-        def attend(_kept: object = tensors) -> None:
+        def attend(_kept: object = (query, latents, positions, out, rows)) -> None:
             nonlocal seen, ids
             if seen != active_set.changes:
-                changes, projection = active_set.changes, self._present()
+                projection = self._present()
                 step.follow(projection)
                 # Without adapters of kv_b_proj, none has a number there.
                 ids = rows.adapters.data_ptr() if isinstance(projection, LoraForward) else 0
-                seen = changes
+                seen = active_set.changes
             forward(*arrays, last, sequences, ids)
 
         return attend
@@ -352,14 +350,9 @@ class HeldLatents:
 
 
 def attention(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    **options: Any,
-) -> tuple[torch.Tensor, None]:
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, scaling: float | None = None, **options: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
     """transformers' attention interface: latents as ``Latents`` left them, or keys and values
     as in ``sdpa``."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -394,11 +387,8 @@ def _decode(
     if decoder is None or rows is not None:
         return None
     if recorder is None:
-        return (
-            decoder.decode(query, key, value, scaling)
-            if decoder.takes(query, mask, options)
-            else None
-        )
+        taken = decoder.takes(query, mask, options)
+        return decoder.decode(query, key, value, scaling) if taken else None
     length = recorder.length_behind(mask)
     if length is None or not decoder.takes(query, None, options):
         return None

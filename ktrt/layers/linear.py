@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from functools import partial
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -121,7 +121,6 @@ def _decode_on_one_thread(model: nn.Module, running: RunningStep, patches: Patch
     ]
     if not all(isinstance(m.__dict__.get("forward"), DenseForward) for m in weights):
         return
-    threads: list[int] = []
 
     def is_small(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         step = running.rows
@@ -131,16 +130,20 @@ def _decode_on_one_thread(model: nn.Module, running: RunningStep, patches: Patch
         past = kwargs.get("cache", kwargs.get("past_key_values"))
         return ids is not None and ids.numel() == 1 and _length(past) < _SHORT_CONTEXT
 
-    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        threads.append(torch.get_num_threads())
+    plain = model.forward
+
+    @wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        # A hook would not do: after an interrupt none is called, and one thread would stay.
+        threads = torch.get_num_threads()
         if active() is not None or is_small(args, kwargs):
             set_torch_threads(1)
+        try:
+            return plain(*args, **kwargs)
+        finally:
+            set_torch_threads(threads)
 
-    def after(*_: object) -> None:
-        set_torch_threads(threads.pop())
-
-    patches.add(model.register_forward_pre_hook(before, with_kwargs=True).remove)
-    patches.add(model.register_forward_hook(after, always_call=True).remove)
+    patches.set(model, "forward", forward)
 
 
 def _length(cache: Any) -> int:

@@ -60,6 +60,12 @@ def torch_rows(engine: Engine) -> int:
     return sys.maxsize if engine.fixed_kernels else _AMX_ROWS
 
 
+def has_one_thread() -> bool:
+    """Returns whether torch computes on one thread, as in decode steps: the engine, on all of
+    them, is faster for any number of rows then."""
+    return active() is not None or torch.get_num_threads() == 1
+
+
 def use_row_products(model: nn.Module, engine: Engine, patches: Patches) -> None:
     """Has the forwards of ``model``, on the CPU, compute their products by ``FixedProducts``."""
     products, plain = FixedProducts(engine), model.forward
@@ -148,7 +154,11 @@ class FixedProducts(TorchFunctionMode):
             and len(weight) > 0
             and (bias is None or bias.shape == weight.shape[:1])
             and not (torch.is_grad_enabled() and any(each.requires_grad for each in tensors))
-            and (x.dtype == torch.float32 or x.numel() < self._bf16_rows * x.shape[-1])
+            and (
+                x.dtype == torch.float32
+                or x.numel() < self._bf16_rows * x.shape[-1]
+                or has_one_thread()
+            )
         )
 
     def _bind(

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from ktrt.engine.recording import RecordedSteps, Recorder, active
+from ktrt.engine.active_set import ActiveSet
+from ktrt.engine.recording import VECTOR, RecordedSteps, Recorder, active
 from ktrt.errors import KtrtError
 
 if TYPE_CHECKING:
@@ -198,3 +199,38 @@ def test_shortcuts_stand_in() -> None:
     replay()
     assert len(seen) == 1
     assert result.tolist() == [2, 2]
+
+
+def test_a_changed_set_is_followed_once_before_a_run() -> None:
+    active_set, seen = ActiveSet(), list[int]()
+    result, x = torch.zeros(4), torch.zeros(4)
+
+    def step() -> None:
+        recorder = active()
+        assert recorder is not None
+        recorder.describe([x], torch.zeros(0), None)
+        recorder.follow(active_set, lambda: seen.append(active_set.version))
+        result.copy_(x + 1)
+
+    replay = RecordedSteps().capture(step)
+    replay()
+    assert not seen
+    active_set.become("a")
+    replay()
+    replay()
+    assert len(seen) == 1
+    # Another forward may have left the set and come back: its layers hold the other one's.
+    active_set.become("b")
+    active_set.become("a")
+    replay()
+    assert seen == [seen[0]] * 2
+
+
+def test_the_engines_results_have_room_for_whole_vectors() -> None:
+    x = torch.ones(3, 5)
+    recorder = Recorder()
+    with recorder.recording():
+        out = recorder.call((3, 5), (x,), lambda out: lambda: out.fill_(2))
+    assert out.is_contiguous()
+    held = out.as_strided((VECTOR,), (1,))
+    assert held.tolist() == [2.0] * 15 + [0.0] * (VECTOR - 15)

@@ -90,13 +90,6 @@ class TestSteps:
             ends.append(held)
         assert ends == [512, 1024, 1536, 2000]
 
-    @pytest.mark.parametrize("must", [False, True])
-    def test_no_chunk_is_a_row(self, must: bool) -> None:
-        """One token before a border, however little time there is."""
-        prompt: Any = SimpleNamespace(held=127, left=1000)
-        found = share_prompts([prompt], 512, lambda tokens, _: tokens, 2.0, must=must)
-        assert [count for _, count in found] == ([129] if must else [])
-
     def test_a_prompts_last_token_is_not_computed_alone(self) -> None:
         bench = Bench()
         bench.runner.chunk = 128
@@ -109,6 +102,13 @@ class TestSteps:
         assert counts == [128, 2, 1, 2, 1]
         assert again.result().reused_tokens == 128
         assert tokens_of(first) == tokens_of(again) == expected_tokens(prompt, 2)
+
+    @pytest.mark.parametrize("must", [False, True])
+    def test_no_chunk_is_a_row(self, must: bool) -> None:
+        """One token before a border, however little time there is."""
+        prompt: Any = SimpleNamespace(held=127, left=1000)
+        found = share_prompts([prompt], 512, lambda tokens, _: tokens, 2.0, must=must)
+        assert [count for _, count in found] == ([129] if must else [])
 
     def test_prompts_that_cannot_be_divided(self) -> None:
         bench = Bench()
