@@ -217,8 +217,10 @@ class Scheduler:
             self._queue.take(request)
             try:
                 told |= self._start(request, now)
-            except Exception as error:  # noqa: BLE001 - belongs to this request alone
+            except BaseException as error:  # belongs to this request alone
                 self._end(request, State.FAILED, error)
+                if not isinstance(error, Exception):
+                    raise
                 told = True
         return told
 

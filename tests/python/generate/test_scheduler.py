@@ -200,6 +200,20 @@ class TestEnds:
         for handle, prompt in zip(handles, PROMPTS, strict=True):
             assert tokens_of(handle) == expected_tokens(prompt, 5)
 
+    def test_ctrl_c_while_a_slot_is_opened(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        bench = Bench()
+
+        def interrupted(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(bench.pool, "open", interrupted)
+        handle = bench.submit(PROMPTS[0], 2)
+        with pytest.raises(KeyboardInterrupt):
+            bench.scheduler.step()
+        assert handle.state is State.FAILED
+        assert bench.released == 1
+        assert bench.scheduler.counts == (0, 0)
+
     def test_closing(self) -> None:
         bench = Bench(rows=1)
         handles = [bench.submit(prompt, 5) for prompt in PROMPTS]
