@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
 
+# The engine's INT8 linears take no more.
+_MOST_RANKS = 256
+
+
 class Switch(Protocol):
     """Something of one adapter in the model."""
 
@@ -117,11 +121,16 @@ class TorchAdapters:
     def row_reason(self, name: str) -> str | None:
         """Why PEFT computes the adapter's LoRA on some linear for all rows alike; None: it does
         not. The engine's linears, and PEFT's on a GPU, know each row's adapter; the engine has BF16
-        ones."""
+        ones, and LoRA up to a rank."""
         for layer, _ in self._trained.get(name, []):
             weight = layer.get_base_layer().weight
-            if weight.device.type == "cpu" and weight.dtype != torch.bfloat16:
+            if weight.device.type != "cpu":
+                continue
+            if weight.dtype != torch.bfloat16:
                 return f"has LoRA on {str(weight.dtype).removeprefix('torch.')} linears"
+            rank = len(layer.lora_A[name].weight) if name in layer.lora_A else 0
+            if rank > _MOST_RANKS:
+                return f"has LoRA of rank {rank}"
         return None
 
     @property

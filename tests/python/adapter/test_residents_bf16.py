@@ -19,7 +19,9 @@ from helpers.tiny_models import (
     token_ids,
     write_adapter,
 )
+from peft import LoraConfig, inject_adapter_in_model
 
+from ktrt.adapter.apply.switches import TorchAdapters
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.generate.runner import KvCache
 from ktrt.loading.model import LoadedModel, load_model
@@ -148,3 +150,14 @@ def test_an_unloaded_adapter_is_freed(tmp_path: Path) -> None:
         assert lora
         assert not any(each() is not None for each in lora)
     loaded.close()
+
+
+@pytest.mark.parametrize(("rank", "reason"), [(256, None), (257, "has LoRA of rank 257")])
+def test_ranks_beyond_the_engines_take_turns(rank: int, reason: str | None) -> None:
+    base = torch.nn.Linear(4, 4, dtype=torch.bfloat16)
+    model = torch.nn.Sequential(base)
+    config = LoraConfig(r=rank, target_modules=["0"])
+    inject_adapter_in_model(config, model, "default")
+    adapters = TorchAdapters(model)
+    adapters.add("default", list)
+    assert adapters.row_reason("default") == reason

