@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from functools import partial, wraps
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ from ktrt.engine.active_set import ActiveSet
 from ktrt.engine.recording import active
 from ktrt.engine.step_rows import RunningStep
 from ktrt.engine.torch_threads import set_torch_threads
+from ktrt.layers.around import Around
 from ktrt.layers.forward import DenseForward, LoraForward, Shared
 from ktrt.layers.int8 import is_int8
 from ktrt.layers.row_lora import RowLora
@@ -130,20 +132,17 @@ def _decode_on_one_thread(model: nn.Module, running: RunningStep, patches: Patch
         past = kwargs.get("cache", kwargs.get("past_key_values"))
         return ids is not None and ids.numel() == 1 and _length(past) < _SHORT_CONTEXT
 
-    plain = model.forward
-
-    @wraps(plain)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        # A hook would not do: after an interrupt none is called, and one thread would stay.
+    @contextmanager
+    def on_one_thread(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
         threads = torch.get_num_threads()
         if active() is not None or is_small(args, kwargs):
             set_torch_threads(1)
         try:
-            return plain(*args, **kwargs)
+            yield
         finally:
             set_torch_threads(threads)
 
-    patches.set(model, "forward", forward)
+    patches.set(model, "forward", Around(model.forward, on_one_thread))
 
 
 def _length(cache: Any) -> int:

@@ -11,7 +11,8 @@ share differ in the last bit; here no share ends within a vector.
 from __future__ import annotations
 
 import sys
-from functools import partial, wraps
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,9 +24,10 @@ from torch.overrides import (
 
 from ktrt.engine import RowProducts
 from ktrt.engine.recording import VECTOR, active
+from ktrt.layers.around import Around
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import nn
 
@@ -68,21 +70,21 @@ def has_one_thread() -> bool:
 
 def use_row_products(model: nn.Module, engine: Engine, patches: Patches) -> None:
     """Has the forwards of ``model``, on the CPU, compute their products by ``FixedProducts``."""
-    products, plain = FixedProducts(engine), model.forward
+    products = FixedProducts(engine)
 
-    @wraps(plain)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        # A hook would not do: after an interrupt none is called. An interrupt within the mode's own
-        # enter or exit leaves it on the stack, from where it must go too.
+    @contextmanager
+    def within(*_: object) -> Iterator[None]:
+        # An interrupt within the mode's own enter or exit leaves it on the stack, from where it
+        # must go too.
         outer = len(_get_current_function_mode_stack())
         try:
             with products:
-                return plain(*args, **kwargs)
+                yield
         finally:
             while len(_get_current_function_mode_stack()) > outer:
                 _pop_mode()
 
-    patches.set(model, "forward", forward)
+    patches.set(model, "forward", Around(model.forward, within))
     # Others may have wrapped this forward and call it for ever: without the engine from now on.
     patches.add(products.end)
 

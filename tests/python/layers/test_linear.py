@@ -238,14 +238,28 @@ def test_per_sample_adapters_take_peft(engine: Engine) -> None:
     assert error(mixed[1:], alone[1:].float()) > 0.05
 
 
-def test_amx_leaves_many_rows_to_torch(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("threads", "engines"), [(2, 0), (1, 2)])
+def test_amx_leaves_many_rows_to_torch(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, threads: int, engines: int
+) -> None:
+    """Where torch has several threads: in decode steps it has one."""
     model, x = make(), inputs(20, IN)
     ordinary = model(x)
     monkeypatch.setattr("ktrt.layers.forward.torch_rows", lambda _engine: 16)
+    monkeypatch.setattr("ktrt.layers.row_products.torch.get_num_threads", lambda: threads)
+    run, runs = DenseForward._run, list[int]()
+
+    def spy(self: DenseForward, x: torch.Tensor, *rest: Any) -> None:
+        runs.append(len(x))
+        run(self, x, *rest)
+
     accelerate(model, engine)
+    monkeypatch.setattr(DenseForward, "_run", spy)
     with torch.inference_mode():
-        assert torch.equal(model(x), ordinary)
+        assert torch.equal(model(x), ordinary) or engines
+        assert runs == [20] * engines
         assert error(model(x[:1]), in_float32(model, x[:1])) < 0.02
+    assert len(runs) == engines + 2
 
 
 def test_into_writes_what_a_call_returns(engine: Engine) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -221,3 +222,16 @@ def test_nothing_remains_after_close() -> None:
     hook.remove()
     assert torch.overrides._get_current_function_mode() is None
     assert torch.equal(model(x), expected)
+
+
+def test_a_copy_runs_its_own_weights() -> None:
+    engine, patches = Engine(num_threads=1), Patches()
+    model = nn.Sequential(nn.Linear(40, 8, bias=False)).requires_grad_(requires_grad=False)
+    use_row_products(model, engine, patches)
+    other = copy.deepcopy(model)
+    other[0].weight.zero_()
+    x = torch.ones(3, 40)
+    assert not other(x).any()
+    assert model(x).any()
+    patches.undo()
+    engine.close()
