@@ -105,7 +105,8 @@ def _compares(chat: ChatProcess) -> None:
     chat.sees("Assistant: ")
     answer = chat.prompt()
     assert TUNED in answer
-    assert prefill_counts(answer)[0] == 0  # another adapter's keys and values cannot be used
+    # Computed by this adapter for the comparison, and found again.
+    assert prefill_counts(answer)[0] > 0
     chat.say("什么是 MoE？")
     chat.prompt()
 
