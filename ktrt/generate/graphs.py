@@ -109,6 +109,29 @@ class CudaGraphs:
         return replay
 
 
+def capture(
+    maker: GraphMaker, handoff: HandOff, step: Callable[[], None]
+) -> tuple[Callable[[], None], list[int]]:
+    """Runs ``step`` once as a capture; returns what replays it, and the slots of its hand-offs."""
+    slots: list[int] = []
+
+    def captured() -> None:
+        with handoff.recording() as recorded:
+            step()
+        slots.extend(recorded)
+
+    return maker.capture(captured), slots
+
+
+def give_up(maker: GraphMaker, error: Exception) -> None:
+    """Ends all attempts of ``maker`` after its first graph of a model has failed, and logs why."""
+    maker.usable = False
+    logger.log(
+        maker.failure_level,
+        "No %s for decoding, the model itself runs every step: %s", maker.what, error,
+    )  # fmt: skip
+
+
 class DecodeGraphs:
     """The graphs of one cache: a token for each of its rows, and their next logits.
 
@@ -173,12 +196,8 @@ class DecodeGraphs:
             logits.fill_(torch.nan)
             check_logits(self._replay(window, ids, lengths), expected)
         except FAILURES as error:
-            self._maker.usable = False
             self.clear()
-            logger.log(
-                self._maker.failure_level,
-                "No %s for decoding, the model itself runs every step: %s", self._maker.what, error,
-            )  # fmt: skip
+            give_up(self._maker, error)
             return unharmed
         self._maker.proven = True
         return True
@@ -231,15 +250,9 @@ class DecodeGraphs:
         return self._logits
 
     def _capture(self, window: int) -> None:
-        slots: list[int] = []
-
-        def captured() -> None:
-            with self._handoff.recording() as recorded:
-                self._run(window)
-            slots.extend(recorded)
-
-        self._graphs[window] = (self._maker.capture(captured), slots)
-        logger.debug("Captured the decode step of window %d, %d hand-offs", window, len(slots))
+        graph = capture(self._maker, self._handoff, lambda: self._run(window))
+        self._graphs[window] = graph
+        logger.debug("Captured the decode step of window %d, %d hand-offs", window, len(graph[1]))
 
     def _replay(self, window: int, ids: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
         assert self._logits is not None

@@ -16,7 +16,14 @@ import torch
 
 from ktrt.engine.step_rows import ACTIVE, IDLE, StepRows
 from ktrt.generate.forwards import set_adapters
-from ktrt.generate.graphs import FAILURES, attention_mask, check_logits, window_of
+from ktrt.generate.graphs import (
+    FAILURES,
+    attention_mask,
+    capture,
+    check_logits,
+    give_up,
+    window_of,
+)
 from ktrt.kv.static import StaticKv, cache_argument
 
 if TYPE_CHECKING:
@@ -132,12 +139,8 @@ class RowGraphs:
         except FAILURES as error:
             if self.proven:
                 raise
-            self._maker.usable = False
             self.clear()
-            logger.log(
-                self._maker.failure_level,
-                "No %s for decoding, the model itself runs every step: %s", self._maker.what, error,
-            )  # fmt: skip
+            give_up(self._maker, error)
             return None
         self._maker.proven = True
         return found
@@ -205,17 +208,10 @@ class RowGraphs:
         set_adapters(rows, adapters)
 
     def _capture(self, block: _Block, window: int) -> _Graph:
-        slots: list[int] = []
-
-        def captured() -> None:
-            with self._handoff.recording() as recorded:
-                self._forward(block, window)
-            slots.extend(recorded)
-
-        graph = _Graph(self._maker.capture(captured), slots)
+        graph = _Graph(*capture(self._maker, self._handoff, lambda: self._forward(block, window)))
         logger.debug(
             "Captured the decode step of slots %d to %d, window %d, %d hand-offs", block.first,
-            block.first + block.rows.tokens - 1, window, len(slots),
+            block.first + block.rows.tokens - 1, window, len(graph.slots),
         )  # fmt: skip
         return graph
 

@@ -14,7 +14,7 @@ from ktrt.engine.recording import active
 from ktrt.engine.step_rows import IDLE, StepRows
 from ktrt.errors import KtrtError
 from ktrt.generate.forwards import check_attended, mask_of_many
-from ktrt.generate.graphs import FAILURES, check_logits
+from ktrt.generate.graphs import FAILURES, check_logits, give_up
 from ktrt.kv.static import StaticKv, cache_argument
 
 if TYPE_CHECKING:
@@ -153,12 +153,8 @@ class RowSteps:
         return made
 
     def _fail(self, error: Exception) -> None:
-        self._maker.usable = False
         self.clear()
-        logger.log(
-            self._maker.failure_level,
-            "No %s for decoding, the model itself runs every step: %s", self._maker.what, error,
-        )  # fmt: skip
+        give_up(self._maker, error)
 
     @staticmethod
     def _new(bucket: int, like: torch.Tensor) -> _Recording:

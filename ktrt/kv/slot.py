@@ -50,7 +50,3 @@ class Slot:
         """Holds ``tokens`` and ``more``."""
         tokens.extend(more)
         self._tokens = tokens
-
-    def cut(self, length: int) -> None:
-        """Holds the first ``length`` tokens."""
-        del self._tokens[length:]
