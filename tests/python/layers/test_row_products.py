@@ -229,7 +229,7 @@ def test_a_copy_runs_its_own_weights() -> None:
     model = nn.Sequential(nn.Linear(40, 8, bias=False)).requires_grad_(requires_grad=False)
     use_row_products(model, engine, patches)
     other = copy.deepcopy(model)
-    other[0].weight.zero_()
+    nn.init.zeros_(other.get_parameter("0.weight"))
     x = torch.ones(3, 40)
     assert not other(x).any()
     assert model(x).any()
