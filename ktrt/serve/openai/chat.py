@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Depends
-from starlette.requests import Request  # noqa: TC002 - FastAPI reads the annotation
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ktrt import __version__
@@ -30,8 +30,9 @@ from ktrt.serve.openai.stream import DONE, EventStream, event, failure, unless_g
 from ktrt.serve.server import Server, get_server
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Iterator
 
+    from ktrt.generate.response import TokenResponse
     from ktrt.serve.generation import Generation
     from ktrt.serve.openai.fake_reply import Event
     from ktrt.serve.openai.reply import Reply
@@ -61,8 +62,8 @@ async def chat_completions(
     if body.stream:
         context = AsyncExitStack()
         generation = await context.enter_async_context(server.generate(prepared.asked))
-        events = _chunks(generation, replies, head, body.stream_options)
-        return EventStream(events, context)
+        chunks = _Chunks(replies, head, body.stream_options)
+        return EventStream(chunks.events(generation), context)
 
     async def whole() -> None:
         async with server.generate(prepared.asked) as generation:
@@ -145,47 +146,54 @@ def _choice(index: int, reply: Reply, scored: bool) -> dict[str, Any]:
     }
 
 
-async def _chunks(
-    generation: Generation,
-    replies: list[Reply],
-    head: dict[str, Any],
-    options: StreamOptions | None,
-) -> AsyncGenerator[str]:
-    """Yields the events of a stream."""
-    totals = bool(options and options.include_usage)
-    always = bool(options and options.continuous_usage_stats)
+class _Chunks:
+    """The events of a stream."""
 
-    def chunk(choices: list[dict[str, Any]], *, last: bool = False) -> str:
-        found = {**head, "object": "chat.completion.chunk", "choices": choices}
-        if always or last:
-            found["usage"] = usage(replies)
-        elif totals:
+    def __init__(
+        self, replies: list[Reply], head: dict[str, Any], options: StreamOptions | None
+    ) -> None:
+        self._replies, self._head = replies, {**head, "object": "chat.completion.chunk"}
+        self._totals = bool(options and options.include_usage)
+        self._always = bool(options and options.continuous_usage_stats)
+
+    async def events(self, generation: Generation) -> AsyncGenerator[str]:
+        """Yields the events, to the last."""
+        for index in range(len(self._replies)):
+            yield self._chunk([_delta(index, {"role": "assistant"})])
+        try:
+            async for index, token in generation:
+                for choice in self._grow(index, token):
+                    yield self._chunk([choice])
+                if all(each.ended for each in self._replies):
+                    break
+            if self._totals:
+                yield self._chunk([], last=True)
+        except Exception as error:  # noqa: BLE001 - the status was sent: the error is an event
+            yield event(error_body(failure(error), PATH))
+        yield DONE
+
+    def _grow(self, index: int, token: TokenResponse) -> Iterator[dict[str, Any]]:
+        """Yields the choices of the chunks that a token completes."""
+        reply = self._replies[index]
+        if reply.ended:
+            return
+        deltas = [delta_of(each) for each in reply.push(token)]
+        scores = reply.new_logprobs()
+        if scores and not deltas:
+            deltas = [{}]
+        for delta in deltas:
+            yield _delta(index, delta, scores)
+            scores = []
+        if reply.ended:
+            yield _delta(index, {}, reason=reply.finish_reason)
+
+    def _chunk(self, choices: list[dict[str, Any]], *, last: bool = False) -> str:
+        found = {**self._head, "choices": choices}
+        if self._always or last:
+            found["usage"] = usage(self._replies)
+        elif self._totals:
             found["usage"] = None
         return event(found)
-
-    for index in range(len(replies)):
-        yield chunk([_delta(index, {"role": "assistant"})])
-    try:
-        async for index, token in generation:
-            reply = replies[index]
-            if reply.ended:
-                continue
-            deltas = [delta_of(each) for each in reply.push(token)]
-            scores = reply.new_logprobs()
-            if scores and not deltas:
-                deltas = [{}]
-            for delta in deltas:
-                yield chunk([_delta(index, delta, scores)])
-                scores = []
-            if reply.ended:
-                yield chunk([_delta(index, {}, reason=reply.finish_reason)])
-            if all(each.ended for each in replies):
-                break
-        if totals:
-            yield chunk([], last=True)
-    except Exception as error:  # noqa: BLE001 - the status was sent: the error is an event
-        yield event(error_body(failure(error), PATH))
-    yield DONE
 
 
 def delta_of(each: Event) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Depends
-from starlette.requests import Request  # noqa: TC002 - FastAPI reads the annotation
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ktrt.serve.errors import ApiError, error_body

@@ -92,8 +92,8 @@ def thinking_of(server: Server, thinking: bool | None) -> bool | None:
 
 
 def readable_messages(messages: object) -> list[dict[str, Any]]:
-    """Returns OpenAI's messages as the session takes them: without keys and parts' keys that it does
-    not read, neighbours of the system or of the user as one."""
+    """Returns OpenAI's messages as the session takes them: without the keys that it does not read,
+    neighbours of the system or of the user as one."""
     if not isinstance(messages, list) or not messages:
         raise ApiError(
             400, f"messages: expected a list of messages, not empty, found {messages!r:.80}",
@@ -132,9 +132,7 @@ def _readable_part(part: object) -> object:
 # ---- tools
 
 
-def choose_tools(
-    tools: object, choice: object
-) -> tuple[list[Mapping[str, Any]], str, str | None]:
+def choose_tools(tools: object, choice: object) -> tuple[list[Mapping[str, Any]], str, str | None]:
     """Returns the functions, the choice (none, auto, required) and the function that is called.
 
     Takes OpenAI's forms of ``tool_choice``: a word, a function, or a list of allowed functions.

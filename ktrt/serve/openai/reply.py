@@ -62,8 +62,9 @@ class Reply:
         return events
 
     def _is_wanted(self, event: Event) -> bool:
-        calls = isinstance(event, ToolCallStart | ToolArguments)
-        return not calls or self._most_calls is None or event.index < self._most_calls
+        if self._most_calls is None or not isinstance(event, ToolCallStart | ToolArguments):
+            return True
+        return event.index < self._most_calls
 
     def _score(self, token: TokenResponse) -> None:
         if self._scored is None or token.logprob is None:

@@ -44,8 +44,8 @@ class SamplingRequest(BaseModel):
     """How tokens are chosen. A field that is left out has the configured value of the session.
 
     ``top_k``, ``min_p``, ``repetition_penalty``, ``stop_token_ids``, ``skip_special_tokens`` are
-    vLLM's names, ``do_sample`` is LLaMA-Factory's. ``adapter_weights``: the weighted sum of adapters
-    that answers, in place of the one that ``model`` names.
+    vLLM's names, ``do_sample`` is LLaMA-Factory's. ``adapter_weights``: the weighted sum of
+    adapters that answers, in place of the one that ``model`` names.
     """
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)

@@ -32,9 +32,7 @@ _MESSAGE = {
 }
 Messages = Annotated[Any, described({"type": "array", "minItems": 1, "items": _MESSAGE})]
 Tools = Annotated[Any, described({"type": "array", "items": _OBJECT}, _NULL)]
-ToolChoice = Annotated[
-    Any, described({"enum": ["none", "auto", "required"]}, _OBJECT, _NULL)
-]
+ToolChoice = Annotated[Any, described({"enum": ["none", "auto", "required"]}, _OBJECT, _NULL)]
 
 
 class ChatRequest(SamplingRequest):
