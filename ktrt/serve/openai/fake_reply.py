@@ -1,3 +1,5 @@
+"""Events of a reply without thoughts and calls."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
