@@ -271,15 +271,19 @@ class Adapters:
         self._sides.require()
         number, self._loads = self._loads, self._loads + 1
 
-        def change(call: Callable[..., object], *args: object) -> None:
+        def change(call: Callable[[], object]) -> None:
             try:
-                call(*args)
+                call()
             finally:
                 self._restore()
                 self._sides.settle()
                 # Also after a failure: PEFT's layers stay, and recorded steps look for their
                 # forwards.
                 self.active_set.add_modules()
+
+        def apply() -> None:
+            self._sides.apply(number, plan)
+            self.active_set.numbers |= {number}
 
         def enter() -> None:
             resident = self._sides.resident(number, plan)
@@ -290,15 +294,19 @@ class Adapters:
                 if name in self._residents:
                     self._unload(name)
                 self._residents[name] = resident
-                self.active_set.numbers |= {number}
+            self.active_set.outdate()
+
+        def remove() -> None:
+            self.active_set.numbers -= {number}
+            self._sides.remove(number)
 
         try:
-            between(partial(change, self._sides.apply, number, plan))
+            between(partial(change, apply))
             self._sides.load_experts(number, plan, between)
             plan.audit.check()
-            between(partial(change, enter))
+            between(enter)
         except BaseException:
-            between(partial(change, self._sides.remove, number))
+            between(partial(change, remove))
             raise
 
     @engine_errors()
