@@ -27,6 +27,11 @@ function startFrame() {
   listen("open-settings", () => setPanel("settings", true));
   $("view-chat").addEventListener("click", () => showView("chat"));
   $("view-audit").addEventListener("click", () => showView("audit"));
+  listen("close-overlays", closeOverlays);
+  // Not submit buttons: Enter would press the first one of a form.
+  for (const each of document.querySelectorAll("[data-close]")) {
+    each.addEventListener("click", () => each.closest("dialog").close(""));
+  }
   $("shade").addEventListener("click", closeOverlays);
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape" && OVERLAY.matches) closeOverlays();

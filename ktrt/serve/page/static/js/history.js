@@ -4,7 +4,7 @@ import { stop } from "./answer.js";
 import { currentConversation, notice, openConversation } from "./chat.js";
 import { newConversation, problemOf } from "./conversation.js";
 import { $, el, iconButton } from "./dom.js";
-import { listen } from "./events.js";
+import { emit, listen } from "./events.js";
 import { t } from "./i18n.js";
 import { allConversations, deleteConversation, saveConversation } from "./store.js";
 
@@ -48,7 +48,7 @@ async function keep(conversation) {
 
 function startNew() {
   openConversation(newConversation());
-  document.body.classList.remove("show-history");
+  emit("close-overlays");
   $("message").focus();
 }
 
@@ -63,7 +63,7 @@ function row(conversation) {
   const current = conversation.id === currentConversation().id;
   const open = () => {
     openConversation(conversation);
-    document.body.classList.remove("show-history");
+    emit("close-overlays");
   };
   const button = el("button", { type: "button", class: "title",
     "aria-current": current ? "true" : null, on: { click: open } }, title);

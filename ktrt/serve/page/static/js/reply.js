@@ -66,8 +66,9 @@ function tokenMark([token, logprob, others]) {
   const line = ([each, value]) =>
     t("probabilities.token", { token: each, percent: number(100 * Math.exp(value), 1) });
   const own = line([token, logprob]);
+  const rest = others.filter(([each]) => each !== token);
   const doubt = Math.round(70 * (1 - Math.exp(logprob)));
-  return el("span", { title: [own, ...others.map(line)].join("\n"),
+  return el("span", { title: [own, ...rest.map(line)].join("\n"),
     style: { "--doubt": `${doubt}%` } }, token);
 }
 
