@@ -76,7 +76,7 @@ class Session:
         self.adapters = loaded.adapters
         self.audit = loaded.audit
         self.tokenizer = tokenizer
-        self.template = template
+        self.template = self._configured_template = template
         self.sampling = sampling
         self.context_limit = context_limit(loaded.model, cutoff_len)
         self._bound = "cutoff_len allows" if self.context_limit == cutoff_len else ""
@@ -233,10 +233,11 @@ class Session:
         plain = check_messages(messages)
         return drop_turns(plain, self._count, self.context_limit, args.max_new_tokens)
 
-    def set_thinking(self, thinking: bool) -> None:
-        """Switches the model's thinking on or off for the answers from now on. ``ConfigError``: the
-        template has no such switch (``template.thinking`` is None)."""
-        self.template = self.template.with_thinking(thinking)
+    def set_thinking(self, thinking: bool | None) -> None:
+        """Switches the model's thinking on or off for the answers from now on; None: as configured.
+        ``ConfigError``: the template has no such switch (``template.thinking`` is None)."""
+        configured = self._configured_template
+        self.template = configured if thinking is None else configured.with_thinking(thinking)
 
     @property
     def gpu(self) -> GpuExperts | None:
