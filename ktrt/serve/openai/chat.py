@@ -1,0 +1,5 @@
+"""Routes: openai/chat."""
+
+from fastapi import APIRouter
+
+router = APIRouter()

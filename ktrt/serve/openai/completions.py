@@ -1,0 +1,5 @@
+"""Routes: openai/completions."""
+
+from fastapi import APIRouter
+
+router = APIRouter()

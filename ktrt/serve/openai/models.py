@@ -1,0 +1,5 @@
+"""Routes: openai/models."""
+
+from fastapi import APIRouter
+
+router = APIRouter()

@@ -1,0 +1,5 @@
+"""Routes: openai/responses."""
+
+from fastapi import APIRouter
+
+router = APIRouter()
