@@ -73,8 +73,8 @@ WITHOUT_TORCH = {
 WITHOUT_TORCH |= {
     f"chat.{name}"
     for name in (
-        "arguments", "choices", "commands", "compare", "conversation", "dialog", "editor", "keyboard",
-        "partner", "remote", "status", "terminal",
+        "arguments", "choices", "commands", "compare", "conversation", "dialog", "editor",
+        "keyboard", "partner", "remote", "status", "terminal",
     )
 }  # fmt: skip
 
