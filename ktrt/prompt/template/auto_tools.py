@@ -33,8 +33,8 @@ class _CallForm:
 
 
 class ToolForm:
-    """The forms that one chat template takes. ``shows_tools``: the prompt names them; ``calls``: the form of
-    messages with calls, None if the template shows none."""
+    """The forms that one chat template takes. ``shows_tools``: the prompt names the tools;
+    ``calls``: the form of messages with calls, None if the template shows none."""
 
     def __init__(self, shows_tools: bool, calls: _CallForm | None) -> None:
         self._shows_tools, self._calls = shows_tools, calls
