@@ -15,7 +15,7 @@ CPP_FILES = $(shell find csrc tests/cpp bench -name '*.h' -o -name '*.cc')
 
 .PHONY: help ci install-test-deps develop check check-long quick docs format format-check lint types \
         build-release build-asan build-tsan test test-cpp test-asan test-tsan test-python test-isa \
-        bench bench-smoke fuzz clean
+        test-browser bench bench-smoke fuzz clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -89,6 +89,9 @@ test-isa: ## End-to-end Python tests on each instruction set below the machine's
 	@for isa in $$($(PYTHON) -c 'from ktrt import _core as c; \
 	    order = ["portable", "avx2", "avx512", "amx"]; print(*order[:order.index(c.detected_isa())])'); do \
 	  echo "KTRT_ISA=$$isa"; KTRT_ISA=$$isa $(PYTEST) --dist worksteal -q -m end_to_end || exit 1; done
+
+test-browser: ## The server's page in Chromium
+	$(PYTEST) --dist worksteal -m browser
 
 fuzz: ## Damaged files and hostile calls with new seeds, FUZZ_SECONDS each; what fails is kept
 	$(PYTHON) tests/fuzz/fuzz_files.py $(FUZZ_SECONDS)

@@ -11,6 +11,7 @@ from ktrt.utils.streams import abandon, escape_unknown
 # In the order of use; each is a package with a command, ``python -m ktrt.VERB``.
 VERBS = {
     "chat": "chat with a model and its adapters in the terminal",
+    "serve": "serve a model and its adapters over HTTP, with a page to chat in",
     "audit": "list what an adapter changes; --verify compares the running model with its files",
     "doctor": "examine this machine: what it reaches, which settings to change",
     "bench": "measure a configuration: prefill, decode, first token, memory",

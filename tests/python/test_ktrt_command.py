@@ -86,7 +86,7 @@ def test_output_that_cannot_be_written(words: str) -> None:
     [
         (["chta"], "unknown verb 'chta' (did you mean 'chat'?)"),
         (["Doctor", "c.yaml"], "unknown verb 'Doctor' (did you mean 'doctor'?)"),
-        (["serve"], f"unknown verb 'serve'; expected {', '.join(VERBS)}"),
+        (["train"], f"unknown verb 'train'; expected {', '.join(VERBS)}"),
         ([], f"expected a verb: {', '.join(VERBS)}; --help describes them"),
         (
             ["chat.yaml"],

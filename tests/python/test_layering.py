@@ -51,6 +51,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
         "adapter", "checkpoint", "command_line", "config", "engine", "experts", "loading", "prompt",
     },
     "pack": {"command_line", "config", "engine", "loading"},
+    "serve": {"api", "command_line", "config", "generate", "prompt", "session"},
     "__init__": {"api", "config", "generate", "session"},
     # Names the verbs' packages as data, so that `ktrt --help` imports none of them.
     "__main__": {"command_line", "config"},
@@ -60,7 +61,7 @@ EVERYBODYS = {"errors", "utils"}
 # nothing with the code that it verifies.
 INDEPENDENT = {"audit.reference": {"errors"}}
 # Packages that take the whole Config; the others take their part of it.
-ASSEMBLERS = {"config", "api", "audit", "bench", "chat", "doctor", "export", "pack"}
+ASSEMBLERS = {"config", "api", "audit", "bench", "chat", "doctor", "export", "pack", "serve"}
 # Packages and modules that do not import torch.
 WITHOUT_TORCH = {
     "__init__", "__main__", "audit.reference", "bench.report", "checkpoint.generation_config",

@@ -1,0 +1,5 @@
+"""Routes: anthropic/messages."""
+
+from fastapi import APIRouter
+
+router = APIRouter()

@@ -1,0 +1,1 @@
+"""ASGI middlewares: keys, limits, request ids and the access log."""

@@ -1,0 +1,5 @@
+"""Routes: page/router."""
+
+from fastapi import APIRouter
+
+router = APIRouter()

@@ -1,0 +1,5 @@
+"""Routes: vllm/adapters."""
+
+from fastapi import APIRouter
+
+router = APIRouter()

@@ -1,0 +1,5 @@
+"""Routes: vllm/tokens."""
+
+from fastapi import APIRouter
+
+router = APIRouter()

@@ -1,0 +1,80 @@
+"""A real server over the demo model, one for all tests of a process."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the server needs `pip install '.[serve]'`")
+pytest.importorskip("uvicorn", reason="the server needs `pip install '.[serve]'`")
+
+import ktrt
+from ktrt.serve.settings import ServeSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import anthropic
+    import openai
+    from fastapi import FastAPI
+
+    from ktrt.session import Session
+
+DEMO = Path(__file__).resolve().parents[3] / "examples" / "demo"
+# The base model's name in these tests; the adapters are adapter_a and adapter_b.
+BASE = "demo"
+
+
+@pytest.fixture(scope="session")
+def serve_session() -> Iterator[Session]:
+    """The demo model with both adapters."""
+    adapters = {name: str(DEMO / name) for name in ("adapter_a", "adapter_b")}
+    with ktrt.load(DEMO / "chat.yaml", adapter_name_or_path=None, adapters=adapters) as session:
+        yield session
+
+
+@pytest.fixture(scope="session")
+def serve_app(serve_session: Session) -> FastAPI:
+    """The application that ``server_url`` serves."""
+    from ktrt.serve.app import create_app
+
+    return create_app(serve_session, ServeSettings(model_name=BASE))
+
+
+@pytest.fixture(scope="session")
+def server_url(serve_app: FastAPI) -> Iterator[str]:
+    """Serves the application on a free port, in a thread: ``http://127.0.0.1:PORT``."""
+    import uvicorn
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(serve_app, log_level="warning"))
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive(), "the server did not start"
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    thread.join(10)
+    listener.close()
+
+
+@pytest.fixture(scope="session")
+def openai_client(server_url: str) -> Iterator[openai.OpenAI]:
+    """OpenAI's own client, without its silent retries."""
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=f"{server_url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def anthropic_client(server_url: str) -> Iterator[anthropic.Anthropic]:
+    """Anthropic's own client, without its silent retries."""
+    anthropic = pytest.importorskip("anthropic")
+    with anthropic.Anthropic(base_url=server_url, api_key="none", max_retries=0) as client:
+        yield client
