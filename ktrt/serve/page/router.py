@@ -13,12 +13,12 @@ from ktrt.serve.page.limit import MemoryLimit
 from ktrt.serve.server import Server, get_server
 
 router = APIRouter()
-# Of the machine, so one for all applications of a process.
+# The machine has one, whatever the number of applications in the process.
 _limit = MemoryLimit()
 
 
 class PageSampling(BaseModel):
-    """The configured sampling; fields are those of ``SamplingArgs``."""
+    """The configured sampling, by the names of ``SamplingArgs``."""
 
     temperature: float
     top_p: float

@@ -1,6 +1,6 @@
 """A server for tests of the page: its own routes, and answers made up from the question.
 
-    python tests/python/helpers/page_server.py [PORT]
+python tests/python/helpers/page_server.py [PORT]
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
-from starlette.requests import Request
+from starlette.requests import Request  # noqa: TC002 - FastAPI reads the annotations
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from ktrt.config import SamplingArgs
@@ -56,7 +56,7 @@ with ktrt.load("chat.yaml") as session:
 
 @dataclass
 class PageServer:
-    """What the tests set and look at."""
+    """Settings of the tests, and records for them."""
 
     key: str | None = None
     requests: list[dict[str, Any]] = field(default_factory=list)
@@ -140,7 +140,7 @@ async def _stream(state: PageServer, body: dict[str, Any]) -> AsyncIterator[str]
             yield f"data: {json.dumps({'error': {'message': 'the engine failed'}})}\n\n"
         else:
             yield _chunk({}, finish="length" if "long" in said else "stop")
-            usage = {"prompt_tokens": 9, "completion_tokens": 27}
+            usage: dict[str, Any] = {"prompt_tokens": 9, "completion_tokens": 27}
             usage |= {"prompt_tokens_details": {"cached_tokens": 4}}
             yield f"data: {json.dumps({'choices': [], 'usage': usage})}\n\n"
             yield "data: [DONE]\n\n"
@@ -197,7 +197,16 @@ def audit_of(name: str) -> dict[str, Any]:
             changes.append(_change(layer, f"mlp.experts.{kind}_proj", ratio, experts))
     changes[12]["delta"] = changes[12]["ratio"] = 0.0
     changes[20]["ratio"] = None
-    return {"name": name, "changes": changes}
+    kinds = [f"self_attn.{each}_proj" for each in ("q", "kv_a", "kv_b", "o")]
+    kinds += [f"mlp.experts.{each}_proj" for each in ("gate", "up", "down")]
+    return {
+        "name": name, "digest": "d1", "layers": list(range(27)), "changes": changes,
+        "kinds": [{"kind": each, "changed": 26, "total": 27} for each in kinds]
+        + [{"kind": "lm_head", "changed": 0, "total": 1}],
+        "tensors": {"found": 372, "on_experts": 156, "on_other_modules": 216, "without_effect": 0,
+                    "not_applied": 0},
+        "saved_whole": [], "warnings": ["78 single experts unchanged, in model.layers.1.mlp"],
+    }  # fmt: skip
 
 
 def _change(

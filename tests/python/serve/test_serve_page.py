@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 pytest.importorskip("fastapi", reason="the server needs `pip install '.[serve]'`")
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+pytest.importorskip("playwright", reason="playwright is not installed")
 
-from helpers.page_server import KEY, MODELS, SAID, PageServer, page_app
+from helpers.page_server import KEY, SAID, PageServer, page_app
+from playwright.sync_api import expect, sync_playwright
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -34,13 +35,12 @@ FLAGS = [
     "--disable-background-networking", "--disable-component-update",
 ]  # fmt: skip
 PHONE = {"width": 390, "height": 844}
-expect = sync_api.expect
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Of this module only: its event loop would be in the way of other tests' loops."""
-    with sync_api.sync_playwright() as playwright:
+    """Ends with this module: its event loop would be in the way of other tests' loops."""
+    with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
         browser.close()
@@ -76,9 +76,6 @@ def state(served: tuple[PageServer, str]) -> Iterator[PageServer]:
 @pytest.fixture
 def url(served: tuple[PageServer, str]) -> str:
     return served[1]
-
-
-Open = "Callable[..., Page]"
 
 
 @pytest.fixture
@@ -131,7 +128,9 @@ def test_stream_stop_and_figures(open_page: Callable[..., Page], state: PageServ
     body = page.locator(".node.assistant .markdown")
     expect(body).to_contain_text("LoRA is embroidery")
     early = body.inner_text()
-    page.wait_for_function("(n) => document.querySelector('.live').innerText.length > n", arg=len(early))
+    page.wait_for_function(
+        "(n) => document.querySelector('.live').innerText.length > n", arg=len(early)
+    )
     assert len(early) < len(SAID["poet"]) * 20
     expect(page.locator("#send")).to_be_hidden()
     page.keyboard.press("Escape")
@@ -271,7 +270,12 @@ def test_compare_from_one_seed(open_page: Callable[..., Page], state: PageServer
     assert len({each["seed"] for each in state.requests}) == 1
     expect(page.locator(".side .model")).to_have_text(["base", "poet"])
     marks = page.locator(".side").nth(1).locator("mark").all_inner_texts()
-    assert marks == ["embroidery", "cloth stays as it is", "thin threads,", ", draw the new pattern!"]
+    assert marks == [
+        "embroidery",
+        "cloth stays as it is",
+        "thin threads,",
+        ", draw the new pattern!",
+    ]
     expect(page.locator(".assistant > .figures")).to_contain_text("words differ · both from seed")
     page.get_by_role("button", name="Continue with this").click()
     ask(page, "And then?")

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 pytest.importorskip("fastapi", reason="the server needs `pip install '.[serve]'`")
-httpx = pytest.importorskip("httpx")
+pytest.importorskip("httpx", reason="the tests need `pip install '.[test]'`")
 
 from helpers.page_server import PageServer, page_app
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import httpx
 
 STATIC = Path(__file__).resolve().parents[3] / "ktrt" / "serve" / "page" / "static"
 OWN = [each for each in STATIC.rglob("*") if each.is_file() and each.parent.name != "vendor"]
@@ -128,7 +130,9 @@ def test_both_languages_have_all_texts() -> None:
     made = tuple(re.findall(r"`([a-z]+\.)\$\{", code))
     unused = {key for key in english if key not in used and not key.startswith(made)}
     assert not unused
-    asked = set(re.findall(r'\bt\("([^"]+)"', code)) | set(re.findall(r'i18n[a-z-]*="([^"]+)"', code))
+    asked = set(re.findall(r'\bt\("([^"]+)"', code)) | set(
+        re.findall(r'i18n[a-z-]*="([^"]+)"', code)
+    )
     assert asked
     assert asked <= english.keys()
 

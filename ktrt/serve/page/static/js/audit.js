@@ -145,12 +145,14 @@ function expertParts(experts) {
     el("div", { class: "bars", "aria-hidden": "true" }, ...bars)];
 }
 
-function summary({ tensors }) {
-  if (!tensors) return null;
-  const { found, applied_experts: experts, applied_others: others, not_applied: left } = tensors;
+function summary({ tensors, saved_whole: whole, warnings }) {
+  const { found, on_experts: experts, on_other_modules: others } = tensors;
   const texts = [t("audit.tensors", { found, experts, others })];
-  if (left) texts.push(t("audit.not_applied", { n: left }));
-  return el("p", { class: "hint" }, texts.join(" · "));
+  if (tensors.without_effect) texts.push(t("audit.no_effect", { n: tensors.without_effect }));
+  if (tensors.not_applied) texts.push(t("audit.not_applied", { n: tensors.not_applied }));
+  if (whole.length) texts.push(t("audit.whole", { names: whole.join(", ") }));
+  return el("div", {}, el("p", { class: "hint" }, texts.join(" · ")),
+    ...warnings.map((text) => el("p", { class: "bad" }, text)));
 }
 
 function table(grid) {

@@ -169,6 +169,7 @@ async function start(said, { fields, names, seed }) {
   redraw();
   $("log").scrollTop = $("log").scrollHeight;
   announce(t("announce.answering"));
+  emit("answering");
   save();
   await work;
   finished(owner, node);

@@ -2,22 +2,36 @@
 
 import { getJson } from "./api.js";
 import { $ } from "./dom.js";
+import { listen } from "./events.js";
 import { number, t } from "./i18n.js";
 
 // Milliseconds between two looks, while something runs and while nothing does.
 const BUSY = 1000;
-const IDLE = 4000;
+const IDLE = 5000;
+const SOON = 200;
 
 let last = null;
 
+let timer = null;
+
 export async function watchServer() {
+  listen("answering", () => look(SOON));
+  await watch();
+}
+
+function look(wait) {
+  clearTimeout(timer);
+  timer = setTimeout(watch, wait);
+}
+
+async function watch() {
   let wait = IDLE;
   if (!document.hidden) {
     const status = await getJson("v1/page/status", { quiet: true }).catch(() => null);
     draw(status);
     if (status?.running || status?.waiting) wait = BUSY;
   }
-  setTimeout(watchServer, wait);
+  look(wait);
 }
 
 /** All requests' tokens per second since the last look. */
@@ -32,9 +46,10 @@ function draw(status) {
   const parts = [];
   if (status) {
     const { running, waiting } = status;
-    parts.push(running || waiting ? t("live.running", { running, waiting }) : t("live.idle"));
+    const busy = running || waiting;
+    parts.push(busy ? t("live.running", { running, waiting }) : t("live.idle"));
     const rate = rateOf(status);
-    if (rate > 0) parts.push(t("stats.rate", { n: number(rate) }));
+    if (busy && rate > 0) parts.push(t("stats.rate", { n: number(rate) }));
   }
   $("live-text").textContent = parts.join(" · ");
   const share = status?.limit_share ?? null;

@@ -150,6 +150,8 @@ export default {
   "audit.scale": "(logarithmic)",
   "audit.table": "As a table",
   "audit.tensors": "{found} tensors: {experts} on routed experts, {others} elsewhere",
+  "audit.no_effect": "{n} without effect",
+  "audit.whole": "saved whole: {names}",
   "audit.not_applied": "{n} not applied",
   "audit.range": "from {low} to {high}",
 };

@@ -150,6 +150,8 @@ export default {
   "audit.scale": "（对数）",
   "audit.table": "以表格显示",
   "audit.tensors": "{found} 个张量：{experts} 个在路由专家上，{others} 个在别处",
+  "audit.no_effect": "{n} 个无效果",
+  "audit.whole": "整体保存：{names}",
   "audit.not_applied": "{n} 个未应用",
   "audit.range": "从 {low} 到 {high}",
 };
