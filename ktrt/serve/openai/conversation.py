@@ -14,7 +14,7 @@ from ktrt.serve.openai.reply import Reply
 from ktrt.serve.openai.token_text import token_texts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Sequence
+    from collections.abc import Callable, Sequence
 
     from ktrt.serve.server import Server
     from ktrt.session import Adapter
@@ -41,7 +41,6 @@ class Conversation:
     response_format: Mapping[str, Any] | None = None
     thinking: bool | None = None
     n: int = 1
-    client: Hashable = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,6 @@ def prepare(server: Server, conversation: Conversation) -> Prepared:
         thinking=thinking_of(server, conversation.thinking),
         sampling=conversation.sampling,
         n=conversation.n,
-        client=conversation.client,
     )
     scored = token_texts(server.session.tokenizer) if asked.sampling.get("logprobs") else None
 
@@ -78,8 +76,10 @@ def prepare(server: Server, conversation: Conversation) -> Prepared:
 
 
 def stop_ids(server: Server, asked: Asked) -> frozenset[int]:
-    """Returns the token ids that end the answer and are not part of it."""
-    return server.session.template.stop_ids | {*asked.sampling.get("stop_token_ids", ())}
+    """Returns the token ids that are not part of an answer that ends with them. Some models end it
+    with special tokens that their template does not name."""
+    own = asked.sampling.get("stop_token_ids", ())
+    return server.session.template.stop_ids | {*own, *server.session.tokenizer.all_special_ids}
 
 
 def thinking_of(server: Server, thinking: bool | None) -> bool | None:
