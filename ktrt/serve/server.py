@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from starlette.requests import Request
@@ -31,9 +32,9 @@ class Server:
     ) -> None:
         """``bandwidth``: the machine's, in bytes per second, if it was measured."""
         self.session, self.settings, self.bandwidth = session, settings, bandwidth
-        base = settings.model_name or "base"
-        self.names = Names(session, base)
-        self.metrics = Metrics(session, base, measured=bandwidth)
+        root = settings.adapter_root
+        self.names = Names(session, settings.model_name, Path(root) if root else None)
+        self.metrics = Metrics(session, self.names.base, measured=bandwidth)
         self.admission = Admission(session, settings)
         self.threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="ktrt-serve")
         self._wakes: Wakes | None = None

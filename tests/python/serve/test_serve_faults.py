@@ -150,10 +150,13 @@ def test_half_a_header_after_a_whole_request_is_answered_too(url: str) -> None:
 
 
 def test_a_header_that_drips_has_the_same_deadline(url: str) -> None:
-    with connect(url) as slow, pytest.raises(OSError, match=r"reset|Broken pipe"):
+    def drip(slow: socket.socket) -> None:
         for _ in range(1000):
             slow.sendall(b"G")
             time.sleep(0.02)
+
+    with connect(url) as slow, pytest.raises(OSError, match=r"reset|Broken pipe"):
+        drip(slow)
 
 
 def test_half_a_body_is_answered_and_closed(url: str, alone: str) -> None:
@@ -226,8 +229,9 @@ def test_bad_bodies_get_one_clear_error(url: str, body: bytes, words: str) -> No
 
 @pytest.mark.parametrize(
     "path",
-    ["/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/static/../../../etc/passwd", "//etc/passwd",
-     "/static/%2e%2e%2f%2e%2e%2fsession.py", "/\x00", "/%00", "/%ff%fe", "/v1/models/../../x"],
+    ["/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/static/../../../etc/passwd",
+     "//etc/passwd", "/static/%2e%2e%2f%2e%2e%2fsession.py", "/\x00", "/%00", "/%ff%fe",
+     "/v1/models/../../x"],
 )  # fmt: skip
 def test_paths_do_not_leave_the_page(url: str, path: str) -> None:
     with connect(url) as raw:
@@ -239,8 +243,9 @@ def test_paths_do_not_leave_the_page(url: str, path: str) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"\x16\x03\x01\x02\x00\x01\x00", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\r\n" * 10 + b"\0\r\n\r\n",
-     b"GET / HTTP/1.1\r\n\r\n", b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: x\r\n\r\n",
+    [b"\x16\x03\x01\x02\x00\x01\x00", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+     b"\r\n" * 10 + b"\0\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n",
+     b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: x\r\n\r\n",
      b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n"],
 )  # fmt: skip
 def test_what_is_not_http_is_refused(url: str, data: bytes) -> None:
@@ -314,27 +319,29 @@ def test_a_full_queue_says_when_to_come_back(strict: FastAPI, url: str, alone: s
 
 def test_a_dead_engine_is_told_and_not_ready(serving: Serving) -> None:
     settings = ServeSettings(model_name="demo")
-    with ktrt.load(DEMO / "chat.yaml") as session:
-        with serving(create_app(session, settings), settings) as url:
-            body = {**endless(), "model": "adapter_b"}
-            with ThreadPoolExecutor(1) as pool:
-                under_way = pool.submit(httpx.post, url + CHAT, json=body, timeout=60)
-                until(lambda: session.stats().generated_tokens > 0, 60)
+    with (
+        ktrt.load(DEMO / "chat.yaml") as session,
+        serving(create_app(session, settings), settings) as url,
+    ):
+        body = {**endless(), "model": "adapter_b"}
+        with ThreadPoolExecutor(1) as pool:
+            under_way = pool.submit(httpx.post, url + CHAT, json=body, timeout=60)
+            until(lambda: session.stats().generated_tokens > 0, 60)
 
-                def step() -> bool:
-                    raise RuntimeError("the engine is gone")
+            def step() -> bool:
+                raise RuntimeError("the engine is gone")
 
-                session._steps.scheduler.step = step  # type: ignore[method-assign]
-                cut = under_way.result()
-            until(lambda: not session.alive)
-            assert cut.status_code == 503
-            assert "failed" in cut.json()["error"]["message"]
-            found = httpx.post(url + CHAT, json=body)
-            assert found.status_code == 503
-            assert found.json()["error"]["code"] == "engine_failed"
-            assert httpx.get(f"{url}/ready").status_code == 503
-            assert httpx.get(f"{url}/health").status_code == 200
-            assert "ktrt:engine_alive{" in httpx.get(f"{url}/metrics").text
+            session._steps.scheduler.step = step  # type: ignore[method-assign]
+            cut = under_way.result()
+        until(lambda: not session.alive)
+        assert cut.status_code == 503
+        assert "failed" in cut.json()["error"]["message"]
+        found = httpx.post(url + CHAT, json=body)
+        assert found.status_code == 503
+        assert found.json()["error"]["code"] == "engine_failed"
+        assert httpx.get(f"{url}/ready").status_code == 503
+        assert httpx.get(f"{url}/health").status_code == 200
+        assert "ktrt:engine_alive{" in httpx.get(f"{url}/metrics").text
 
 
 @contextmanager
