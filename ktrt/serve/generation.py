@@ -109,12 +109,6 @@ class Generation:
 
     def _check(self) -> None:
         self._server.check_ready()
-        messages = self._asked.messages
-        if messages is not None and len(messages) > self._server.settings.max_messages:
-            raise ApiError(
-                400, f"messages: expected {self._server.settings.max_messages} or fewer, found "
-                f"{len(messages)}", param="messages",
-            )  # fmt: skip
         if self._asked.n < 1:
             raise ApiError(400, f"n: expected 1 or more, found {self._asked.n}", param="n")
 

@@ -25,10 +25,16 @@ _NODES = (dict, list)
 _SUSPICIOUS = re.compile(rb"\\u[dD][89a-fA-F]|NaN|Infinity|[0-9][eE]\+?[0-9]{3}|[0-9]{300}")
 
 
-def check_json(body: bytes, content_type: str) -> None:
+def check_json(body: bytes, content_type: str, max_messages: int) -> None:
     """``ApiError`` 400 names the fault of a JSON body. Malformed JSON is left to the endpoint."""
     if "json" not in content_type.lower():
         return
+    # Every message has this key. Within a text the quotes would have backslashes.
+    if (found := body.count(b'"role"')) > max_messages:
+        raise ApiError(
+            400, f"messages: expected {max_messages} or fewer (KTRT_MAX_MESSAGES), found {found}",
+            param="messages",
+        )  # fmt: skip
     try:
         if not body.isascii():
             body.decode()

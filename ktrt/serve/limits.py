@@ -41,10 +41,19 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             headers = Headers(scope=scope)
+            self._check_size(scope)
             self._check_host(headers)
             self._check_origin(headers)
             self._check_key(headers, _path(scope))
         await self._app(scope, receive, send)
+
+    def _check_size(self, scope: Scope) -> None:
+        """Headers that arrive in one piece pass the connection's limit."""
+        size = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+        size += sum(len(name) + len(value) for name, value in scope["headers"])
+        most = self._settings.max_header_bytes
+        if size > most:
+            raise ApiError(431, f"the headers have more than {most} bytes (KTRT_MAX_HEADER_BYTES)")
 
     def _check_host(self, headers: Headers) -> None:
         """A page of another site can have its name resolved to this machine (DNS rebinding); its
@@ -104,7 +113,8 @@ class Body:
             await self._app(scope, receive, send)
             return
         body = await self._read(scope, receive)
-        check_json(body, Headers(scope=scope).get("content-type", ""))
+        kind = Headers(scope=scope).get("content-type", "")
+        check_json(body, kind, self._settings.max_messages)
         await self._run(scope, receive, send, body)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:

@@ -119,7 +119,8 @@ class GuardedProtocol(H11Protocol):
     def _refuse(self, error: ApiError) -> None:
         """Sends an error and closes the connection. A request under way counts as left."""
         if self.conn.our_state is h11.IDLE or self.conn.our_state is h11.SEND_RESPONSE:
-            if self.cycle is None or not self.cycle.response_started:
+            idle = self.cycle is None or self.cycle.response_complete
+            if idle or not self.cycle.response_started:
                 self.transport.write(_response(error))
             self.transport.close()
         else:
