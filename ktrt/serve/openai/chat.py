@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ktrt import __version__
+from ktrt.prompt.reply import Content, Reasoning, ToolCallStart
 from ktrt.serve.errors import ApiError, error_body
 from ktrt.serve.openai.conversation import (
     Conversation,
@@ -21,7 +22,6 @@ from ktrt.serve.openai.conversation import (
     readable_messages,
     thinking_switch,
 )
-from ktrt.serve.openai.fake_reply import Content, Reasoning, ToolCallStart
 from ktrt.serve.openai.reply import usage
 from ktrt.serve.openai.sampling import sampling_options
 from ktrt.serve.openai.schema import refuse_unknown_effects
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator
 
     from ktrt.generate.response import TokenResponse
+    from ktrt.prompt.reply import Event
     from ktrt.serve.generation import Generation
-    from ktrt.serve.openai.fake_reply import Event
     from ktrt.serve.openai.reply import Reply
     from ktrt.serve.openai.schema import StreamOptions
 

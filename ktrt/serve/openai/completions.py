@@ -83,6 +83,12 @@ async def _asked(server: Server, body: CompletionRequest) -> list[tuple[Prompt, 
     prompts = await asyncio.to_thread(
         read_prompts, server.session, body.prompt, add_special_tokens=body.add_special_tokens
     )
+    n, room = body.n or 1, server.admission.most
+    if len(prompts) * n > room:
+        raise ApiError(
+            400, f"prompt: expected {room // n} prompts or fewer with n {n}, found {len(prompts)}",
+            param="prompt",
+        )  # fmt: skip
     sampling = sampling_options(body)
     most = _MAX_TOKENS if body.max_tokens is None else body.max_tokens
     sampling["max_new_tokens"] = most
@@ -96,7 +102,7 @@ async def _asked(server: Server, body: CompletionRequest) -> list[tuple[Prompt, 
             each,
             Asked(
                 adapter=adapter, prompt_ids=each.ids, sampling=sampling, prompt_logprobs=scores,
-                n=(body.n or 1) if most else 1,
+                n=n if most else 1,
             ),
         )
         for each in prompts

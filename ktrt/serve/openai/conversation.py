@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ktrt.prompt.messages import plain_messages
+from ktrt.prompt.messages import plain_messages, plain_tools
+from ktrt.prompt.reply import reply_parser
 from ktrt.serve.errors import ApiError
 from ktrt.serve.generation import Asked
-from ktrt.serve.openai.fake_reply import ReplyParser
 from ktrt.serve.openai.reply import Reply
 from ktrt.serve.openai.token_text import token_texts
 
@@ -53,12 +53,17 @@ class Prepared:
 
 def prepare(server: Server, conversation: Conversation) -> Prepared:
     """Checks a conversation; may compile a grammar, so it is called outside the event loop."""
-    tools = () if conversation.tool_choice == "none" else conversation.tools
+    called = conversation.tool_choice != "none"
+    tools = plain_tools(conversation.tools) if called else None
+    thinking = thinking_of(server, conversation.thinking)
+    template = server.session.template
+    if thinking is not None:
+        template = template.with_thinking(thinking)
     asked = Asked(
         adapter=conversation.adapter,
         messages=conversation.messages,
-        tools=list(tools) or None,
-        thinking=thinking_of(server, conversation.thinking),
+        tools=tools,
+        thinking=thinking,
         sampling=conversation.sampling,
         n=conversation.n,
     )
@@ -66,7 +71,7 @@ def prepare(server: Server, conversation: Conversation) -> Prepared:
 
     def new_reply() -> Reply:
         return Reply(
-            ReplyParser(),
+            reply_parser(template, tools),
             most_calls=None if conversation.parallel_tool_calls else 1,
             scored=scored,
             stop_ids=stop_ids(server, asked),
