@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +36,7 @@ class Server:
         self.names = Names(session, settings.model_name, Path(root) if root else None)
         self.metrics = Metrics(session, self.names.base, measured=bandwidth)
         self.admission = Admission(session, settings)
-        self.threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="ktrt-serve")
+        self.threads: Executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="ktrt-serve")
         self._wakes: Wakes | None = None
         # Set when the process was asked to end.
         self.draining = False
