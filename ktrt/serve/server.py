@@ -9,6 +9,8 @@ from starlette.requests import Request
 
 from ktrt.serve.generation import Admission, Asked, Generation
 from ktrt.serve.names import Names
+from ktrt.serve.vllm.audits import Audits
+from ktrt.serve.vllm.runtime import RuntimeAdapters
 
 if TYPE_CHECKING:
     from ktrt.serve.settings import ServeSettings
@@ -16,12 +18,15 @@ if TYPE_CHECKING:
 
 
 class Server:
-    """A session with its settings, the names of its models and its metrics."""
+    """A session with its settings, the names of its models, their changes and its metrics."""
 
     def __init__(self, session: Session, settings: ServeSettings) -> None:
         self.session, self.settings = session, settings
         root = settings.adapter_root
-        self.names = Names(session, settings.model_name, Path(root) if root else None)
+        folder = Path(root).expanduser() if root else None
+        self.names = Names(session, settings.model_name, folder)
+        self.runtime = RuntimeAdapters(session, self.names, folder)
+        self.audits = Audits(session)
         self.admission = Admission(session, settings.max_waiting)
 
     def generate(self, asked: Asked) -> Generation:
