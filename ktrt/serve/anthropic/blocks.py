@@ -104,5 +104,5 @@ def stop_of(reply: Reply, max_tokens: int) -> tuple[str, str | None]:
     if last is not None and reason == "length":
         full = last.generated_tokens >= max_tokens
         return ("max_tokens" if full else "model_context_window_exceeded"), None
-    found: str | None = getattr(last, "stop_string", None)
+    found: str | None = last.stop_string if last is not None else None
     return ("stop_sequence", found) if found is not None else ("end_turn", None)

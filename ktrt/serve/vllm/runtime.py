@@ -77,7 +77,7 @@ class RuntimeAdapters:
         except AdapterBusyError as error:
             raise _in_use(error) from error
         except AdapterError as error:
-            raise ApiError(400, str(error), param="lora_path") from error
+            raise ApiError(400, self._without_root(error), param="lora_path") from error
         logger.info("Loaded adapter %s from %s", name, folder)
 
     def _unload(self, name: str) -> None:
@@ -146,13 +146,18 @@ class RuntimeAdapters:
                 if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                     raise AdapterError(f"{entry.name} is neither a file nor a folder")
         except AdapterError as error:
-            raise ApiError(400, f"lora_path: {error}", param="lora_path") from error
+            reason = self._without_root(error)
+            raise ApiError(400, f"lora_path: {reason}", param="lora_path") from error
         except (OSError, ValueError, RuntimeError) as error:
             # A zero byte, a name that is too long, links in a circle, an unreadable folder.
             raise ApiError(
-                400, f"lora_path: {given!r:.200} cannot be read: {error}", param="lora_path"
+                400, f"lora_path: {given!r:.200} cannot be read", param="lora_path"
             ) from error
         return folder
+
+    def _without_root(self, error: Exception) -> str:
+        """Returns a message without the place of the root, which is nobody's business."""
+        return str(error).replace(f"{(self._root or Path()).resolve()}/", "")
 
     def _check_words(self, name: str, folder: Path) -> None:
         """Refuses an adapter that adds words: the tokenizer is everybody's, and the base's texts
