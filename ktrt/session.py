@@ -3,18 +3,15 @@
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from types import EllipsisType, TracebackType
 from typing import Any, Self, Unpack
 
-import torch
-
 from ktrt.adapter.residents import Adapters
 from ktrt.config import SamplingArgs, SamplingOptions, override_sampling
 from ktrt.errors import ConfigError, KtrtError, engine_errors
-from ktrt.experts import GpuExperts, KTExperts, chosen_share
-from ktrt.generate.answer import Answer, next_tokens
+from ktrt.experts import GpuExperts
+from ktrt.generate.answer import Answer
 from ktrt.generate.loop import OnPrefill
 from ktrt.generate.prompt_scores import PromptScores, check_scored
 from ktrt.generate.prompts import check_biased, check_ids, check_prompt
@@ -23,18 +20,16 @@ from ktrt.generate.runner import KvCache
 from ktrt.generate.sampling import Constraint
 from ktrt.generate.scheduler import (
     Begin,
-    CostModel,
     Driver,
     Handle,
     NewRequest,
-    Scheduler,
     SchedulerLimits,
     SchedulerStats,
 )
 from ktrt.generate.warm_up import warm_up
-from ktrt.loading.inventory import cost_facts
 from ktrt.loading.model import LoadedModel
 from ktrt.loading.plan import BaseCheckpoint
+from ktrt.loading.scheduler import make_scheduler, use_device
 from ktrt.prompt.fit import context_limit, drop_turns
 from ktrt.prompt.messages import check_messages, plain_messages
 from ktrt.prompt.template.base import Message, Template
@@ -46,8 +41,6 @@ Messages = Sequence[Mapping[str, object]]
 Tools = Sequence[Mapping[str, object]]
 # A name, weights of a sum by name, None for the base; left out (...): the active adapters.
 Adapter = str | Mapping[str, float] | EllipsisType | None
-# Tokens whose memory is asked for, to know a token's.
-_SOME = 1024
 
 
 class Session:
@@ -89,7 +82,7 @@ class Session:
         self.context_limit = context_limit(loaded.model, cutoff_len)
         self._bound = "cutoff_len allows" if self.context_limit == cutoff_len else ""
         self._encoding = threading.Lock()
-        self._steps = Driver(partial(_scheduler, loaded, limits), partial(_use_device, loaded))
+        self._steps = Driver(partial(make_scheduler, loaded, limits), partial(use_device, loaded))
         self.adapters.between = self._steps.between
         # Nobody can ask a session that nobody has: its thread and memory go.
         weakref.finalize(self, self._steps.abandon, _closed(), loaded.close).atexit = False
@@ -373,28 +366,6 @@ class Session:
 
 def _closed() -> KtrtError:
     return KtrtError("this session is closed; load the model again with ktrt.load")
-
-
-@engine_errors()
-def _scheduler(loaded: LoadedModel, limits: SchedulerLimits | None) -> Scheduler:
-    runner = loaded.runner
-    facts = cost_facts(loaded.model, runner.pool.bytes_of(_SOME) / _SOME, mixes=runner.mixes)
-    experts = [each for each in loaded.model.modules() if isinstance(each, KTExperts)]
-    if experts:
-        count = sum(each.layer.num_experts for each in experts)
-        facts = replace(facts, experts=round(count / len(experts)))
-    # Sequences that run one after the other: only the last one's would be known.
-    union = partial(chosen_share, experts) if runner.mixes and experts else lambda: None
-    return Scheduler(
-        runner, loaded.adapters, CostModel(facts), next_tokens, limits, by_row=runner.by_row,
-        union=union,
-    )  # fmt: skip
-
-
-def _use_device(loaded: LoadedModel) -> None:
-    device = loaded.runner.device
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
 
 
 def _model_stop_ids(model: Any) -> frozenset[int]:
