@@ -9,13 +9,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 FinishReason = Literal["stop", "length"]
+# A token's log probability, and the likeliest tokens' by id, best first.
+LogProbabilities = tuple[float, tuple[tuple[int, float], ...]]
+# An entry for each token of a prompt; None for the first one, which nothing precedes.
+PromptLogProbabilities = tuple[LogProbabilities | None, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Counts:
     """``prompt_tokens`` includes ``reused_tokens``, which the KV cache held. ``prefill_seconds``
     ends with the first token, where ``decode_seconds`` starts. ``finish_reason`` "stop": a stop id
-    or stop string came; "length": max_new_tokens or the context ended the answer.
+    or stop string came; "length": max_new_tokens or the context ended the answer. ``stop_string``:
+    the one that came; None for a stop id.
     """
 
     finish_reason: FinishReason | None
@@ -24,6 +29,7 @@ class _Counts:
     generated_tokens: int
     prefill_seconds: float
     decode_seconds: float
+    stop_string: str | None = None
 
     def summary(self) -> str:
         """Returns counts and speeds for a log line."""

@@ -45,13 +45,16 @@ PYTHON_LAYERS: dict[str, set[str]] = {
         "api", "command_line", "config", "engine", "experts", "generate", "loading", "machine",
         "session",
     },
-    "chat": {"api", "command_line", "config", "engine", "loading", "session"},
+    "chat": {"api", "command_line", "config", "engine", "loading", "prompt", "session"},
     "doctor": {"command_line", "config", "engine", "loading", "machine"},
     "export": {
         "adapter", "checkpoint", "command_line", "config", "engine", "experts", "loading", "prompt",
     },
     "pack": {"command_line", "config", "engine", "loading"},
-    "serve": {"api", "command_line", "config", "generate", "prompt", "session"},
+    "serve": {
+        "adapter", "api", "audit", "command_line", "config", "engine", "folders", "generate",
+        "prompt", "session",
+    },
     "__init__": {"api", "config", "generate", "session"},
     # Names the verbs' packages as data, so that `ktrt --help` imports none of them.
     "__main__": {"command_line", "config"},
@@ -73,7 +76,8 @@ WITHOUT_TORCH = {
 WITHOUT_TORCH |= {
     f"chat.{name}"
     for name in (
-        "commands", "compare", "conversation", "dialog", "editor", "keyboard", "status", "terminal",
+        "arguments", "choices", "commands", "compare", "conversation", "dialog", "editor",
+        "keyboard", "partner", "remote", "status", "terminal",
     )
 }  # fmt: skip
 
