@@ -10,6 +10,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 
 pytest.importorskip("fastapi", reason="the server needs `pip install '.[serve]'`")
@@ -503,3 +504,32 @@ def test_axe_finds_nothing_serious(
     page.locator(".heat").focus()
     page.get_by_text("As a table").click()
     check()
+
+
+def test_the_demo_model(open_page: Callable[..., Page], server_url: str) -> None:
+    """The real server: a comparison whose answers are the API's, and the audit's picture."""
+    page = open_page(f"{server_url}/")
+    page.locator("#model").select_option("adapter_a")
+    page.get_by_role("button", name="Compare").click()
+    ask(page, "What is LoRA?")
+    expect(page.locator(".assistant > .tools")).to_have_count(1, timeout=30_000)
+    answers = page.locator(".side .markdown").all_inner_texts()
+    assert answers == [answer_of(server_url, model) for model in ("demo", "adapter_a")]
+    assert answers[0] != answers[1]
+    assert page.locator("mark").count() > 0
+    page.locator("#view-audit").click()
+    expect(page.locator(".cell.changed").first).to_be_visible(timeout=30_000)
+    page.locator(".heat").focus()
+    expect(page.locator("#readout .place")).to_contain_text("Layer 0")
+    expect(page.locator("#audit-body")).to_contain_text("on routed experts")
+
+
+def answer_of(server_url: str, model: str) -> str:
+    messages = [{"role": "user", "content": "What is LoRA?"}]
+    found = httpx.post(
+        f"{server_url}/v1/chat/completions",
+        json={"model": model, "messages": messages},
+        timeout=30,
+    )
+    content: str = found.json()["choices"][0]["message"]["content"]
+    return content

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("fastapi", reason="the server needs `pip install '.[serve]'`")
 pytest.importorskip("httpx", reason="the tests need `pip install '.[test]'`")
 
-from helpers.page_server import PageServer, page_app
+from helpers.page_server import PageServer, audit_of, page_app
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -149,3 +149,10 @@ def test_facts_of_the_server(client: httpx.Client) -> None:
     assert (info["context_limit"], info["thinking"]) == (4096, True)
     status = client.get("/v1/page/status").json()
     assert set(status) == {"running", "waiting", "generated_tokens", "limit_share"}
+
+
+def test_the_made_up_audit_has_the_endpoint_s_form() -> None:
+    from ktrt.serve.vllm.audits import AdapterAudit
+
+    made_up = audit_of("poet")
+    assert AdapterAudit.model_validate(made_up).model_dump().keys() == made_up.keys()
