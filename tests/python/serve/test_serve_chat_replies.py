@@ -40,14 +40,14 @@ ASKED: Any = {"model": "demo", "messages": [{"role": "user", "content": "Weather
 
 
 @pytest.fixture
-def scripted(
-    serve_app: FastAPI, openai_client: OpenAI
-) -> Callable[..., Any]:
+def scripted(serve_app: FastAPI, openai_client: OpenAI) -> Callable[..., Any]:
     """A context in which the application's model says ``texts``."""
 
     @contextmanager
     def saying(*texts: str, **options: Any) -> Iterator[ScriptedServer]:
-        server = ScriptedServer(serve_app.state.server, texts, options.pop("reply", QWEN), **options)
+        server = ScriptedServer(
+            serve_app.state.server, texts, options.pop("reply", QWEN), **options
+        )
         serve_app.dependency_overrides[get_server] = lambda: server
         try:
             yield server
@@ -238,7 +238,9 @@ def test_a_response_with_thought_and_calls(
     assert whole.status == "completed"
     plain = [each.model_dump(exclude={"id", "call_id"}) for each in output]
     for other in (events[-1].response, final):
-        dumped = [each.model_dump(exclude={"id", "call_id", "parsed_arguments"}) for each in other.output]
+        dumped = [
+            each.model_dump(exclude={"id", "call_id", "parsed_arguments"}) for each in other.output
+        ]
         assert [each["type"] for each in dumped] == kinds
         assert [each.get("arguments") for each in dumped] == [x.get("arguments") for x in plain]
     assert [each.sequence_number for each in events] == list(range(len(events)))
