@@ -32,7 +32,7 @@ class CallReader:
     """Reads from ``source`` the calls of one block after another.
 
     ``enter`` begins a block; ``step`` reads on until ``closed`` (the block is over) or ``failed``:
-    then ``source.raw`` is text that looked like a call, and the source is behind it.
+    then ``source.raw`` is text that looked like a call, and the source has what follows.
     """
 
     def __init__(

@@ -175,6 +175,7 @@ BY_MARK: Mapping[str, ReplyFormat] = {
     "<arg_key>": ReplyFormat(THINK, (TOOL_CALL,), grammar="glm_4_7"),
     "<function=": ReplyFormat(THINK, (TOOL_CALL,), grammar="qwen_3_coder"),
     "<tool_call>": ReplyFormat(THINK, (TOOL_CALL,), grammar="qwen_3"),
+    "<tool_calls>": ReplyFormat(THINK, (TOOL_CALLS,)),
     "◁think▷": ReplyFormat(("◁think▷", "◁/think▷")),
     "</think>": ReplyFormat(THINK),
 }
