@@ -163,7 +163,7 @@ def test_no_tools_no_calls(openai_client: OpenAI, scripted: Callable[..., Any]) 
 
 
 def test_what_the_engine_gets(openai_client: OpenAI, scripted: Callable[..., Any]) -> None:
-    history = [
+    history: Any = [
         {"role": "user", "content": "Weather?"},
         {
             "role": "assistant", "content": None, "reasoning": "Hm.", "refusal": None,
@@ -178,7 +178,7 @@ def test_what_the_engine_gets(openai_client: OpenAI, scripted: Callable[..., Any
     ]  # fmt: skip
     with scripted("Sunny.") as server:
         openai_client.chat.completions.create(
-            model="adapter_a", messages=history, tools=TOOLS,  # type: ignore[arg-type]
+            model="adapter_a", messages=history, tools=TOOLS,
             extra_body={"chat_template_kwargs": {"enable_thinking": False}},
         )  # fmt: skip
         openai_client.chat.completions.create(**ASKED, reasoning_effort="high")
@@ -189,10 +189,10 @@ def test_what_the_engine_gets(openai_client: OpenAI, scripted: Callable[..., Any
     assert first.tools
     assert first.tools[0]["name"] == "weather"
     assert "strict" not in first.tools[0]
-    assert first.messages
-    assert [each["role"] for each in first.messages] == ["user", "assistant", "tool"]
-    assert first.messages[1]["reasoning_content"] == "Hm."
-    (call,) = first.messages[1]["tool_calls"]  # type: ignore[misc]
+    messages: Any = first.messages
+    assert [each["role"] for each in messages] == ["user", "assistant", "tool"]
+    assert messages[1]["reasoning_content"] == "Hm."
+    (call,) = messages[1]["tool_calls"]
     assert call["function"]["arguments"] == {"city": "Rome"}
 
 
@@ -219,7 +219,7 @@ def test_an_error_within_a_stream(
 def test_a_response_with_thought_and_calls(
     openai_client: OpenAI, scripted: Callable[..., Any]
 ) -> None:
-    tools = [{"type": "function", **TOOLS[0]["function"]}]
+    tools: Any = [{"type": "function", **TOOLS[0]["function"]}]
     fields: Any = {"model": "demo", "input": "Weather?", "tools": tools}
     with scripted(THOUGHT + "Let me see.\n" + PARIS + "\n" + ROME) as server:
         whole = openai_client.responses.create(**fields)
@@ -256,10 +256,10 @@ def test_a_response_with_thought_and_calls(
 def test_calls_of_a_responses_client_come_back(
     openai_client: OpenAI, scripted: Callable[..., Any]
 ) -> None:
-    tools = [{"type": "function", **TOOLS[0]["function"]}]
+    tools: Any = [{"type": "function", **TOOLS[0]["function"]}]
     with scripted(THOUGHT + PARIS + "\n" + ROME) as server:
         first = openai_client.responses.create(
-            model="demo", input="Weather?", tools=tools,  # type: ignore[arg-type]
+            model="demo", input="Weather?", tools=tools,
         )  # fmt: skip
         items: list[Any] = [{"role": "user", "content": "Weather?"}]
         items += [each.model_dump() for each in first.output]
@@ -268,7 +268,7 @@ def test_calls_of_a_responses_client_come_back(
             for each in first.output
             if each.type == "function_call"
         ]
-        openai_client.responses.create(model="demo", input=items, tools=tools)  # type: ignore[arg-type]
+        openai_client.responses.create(model="demo", input=items, tools=tools)
         messages: Any = server.asked[1].messages
     assert [each["role"] for each in messages] == ["user", "assistant", "tool", "tool"]
     assert messages[1]["reasoning_content"] == "It asks for the weather."
