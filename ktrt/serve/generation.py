@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from ktrt.generate.scheduler import State
 from ktrt.serve.context import current
@@ -13,12 +13,13 @@ from ktrt.serve.wakes import Wakes
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
+    from concurrent.futures import Executor
 
     from ktrt.generate.response import PromptLogProbabilities, Response, TokenResponse
     from ktrt.generate.sampling import Constraint
-    from ktrt.serve.metrics import Observer
-    from ktrt.serve.server import Server
-    from ktrt.session import Adapter, Handle
+    from ktrt.serve.admission import Admission
+    from ktrt.serve.metrics import Metrics, Observer
+    from ktrt.session import Adapter, Handle, Session
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,18 @@ class Asked:
     client: Hashable = None
 
 
+class Engine(Protocol):
+    """``Server``, as far as answers need it."""
+
+    session: Session
+    metrics: Metrics
+    admission: Admission
+    threads: Executor
+
+    def wakes(self) -> Wakes: ...
+    def check_ready(self) -> None: ...
+
+
 @dataclass
 class _Choice:
     """One of the answers."""
@@ -57,7 +70,7 @@ class Generation:
     Both raise ``ApiError``: the queue is full, the request is wrong, or the engine failed.
     """
 
-    def __init__(self, server: Server, asked: Asked) -> None:
+    def __init__(self, server: Engine, asked: Asked) -> None:
         self._server, self._asked = server, asked
         self._choices: list[_Choice] = []
         self._changed = asyncio.Event()

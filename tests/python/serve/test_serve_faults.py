@@ -84,7 +84,7 @@ def others(url: str, alone: str) -> Iterator[None]:
     done = threading.Event()
 
     def keep_asking() -> list[str]:
-        found = []
+        found: list[str] = []
         while not found or not done.is_set():
             found.append(answer(url))
         return found
