@@ -1,8 +1,8 @@
 """``python ray_cluster.py FOLDER ARGS``: Ray with the server on this machine, until standard input
 ends.
 
-FOLDER keeps Ray's files; ARGS are those of ``ktrt.serve.ray.build``, as JSON. Prints the server's
-URL when the replicas answer.
+FOLDER keeps Ray's files; ARGS go to ``ktrt.serve.ray.build``, as JSON. Prints the server's URL when
+the replicas answer.
 """
 
 import json

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import secrets
@@ -23,9 +24,12 @@ pytest.importorskip("ray", reason="Ray Serve needs `pip install '.[ray]'`")
 
 import httpx
 import openai
-from helpers import ray_cluster
+import yaml
+from helpers import documents, ray_cluster
+from ray.serve.schema import ServeDeploySchema
 
 from ktrt.errors import ConfigError
+from ktrt.serve.ray import build
 from ktrt.serve.ray.arguments import read_arguments
 from ktrt.serve.ray.metrics import join_texts
 from ktrt.serve.ray.router import asked_model
@@ -102,6 +106,30 @@ class TestParts:
         assert settings.model_name == "model"
 
 
+class TestDocument:
+    """The deployments that docs/ray.md shows, with the demo in place of their model."""
+
+    def test_the_file(self) -> None:
+        (block,) = documents.blocks(ROOT / "docs" / "ray.md", "yml")
+        file = yaml.safe_load(block.text)
+        schema = ServeDeploySchema.model_validate(file)
+        (application,) = schema.applications
+        module, _, name = application.import_path.partition(":")
+        assert getattr(importlib.import_module(module), name) is build
+        _, settings = read_arguments(application.args | {"config": str(DEMO / "chat.yaml")})
+        assert settings.model_name == "v2-lite"
+        shown = {each.name for each in application.deployments}
+        assert shown <= {"model", "router"}
+
+    def test_python(self) -> None:
+        (block,) = documents.blocks(ROOT / "docs" / "ray.md", "py")
+        ran: dict[str, Any] = {}
+        text = block.text.replace("/models/chat.yaml", str(DEMO / "chat.yaml"))
+        calls = [each for each in text.splitlines() if not each.startswith(("ray.init", "serve."))]
+        exec("\n".join(calls), ran)  # noqa: S102
+        assert build(ran["args"])._bound_deployment.name == "router"
+
+
 @dataclass
 class Cluster:
     url: str
@@ -174,7 +202,7 @@ def processes_of(folder: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """Two replicas behind a router, and no process or file of Ray afterwards."""
+    """Two replicas and a router, and no process or file of Ray afterwards."""
     # Sockets below it have paths of at most 107 characters.
     folder = tempfile.mkdtemp(prefix="kr", dir="/tmp")
     environment = {
