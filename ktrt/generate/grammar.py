@@ -107,7 +107,7 @@ class Grammars:
 
 
 class Grammar:
-    """A compiled grammar; each answer needs a constraint of its own."""
+    """A compiled grammar; each answer needs its own constraint."""
 
     def __init__(self, xgrammar: Any, compiled: Any, vocab_size: int) -> None:
         self._xgrammar, self._compiled, self._vocab_size = xgrammar, compiled, vocab_size

@@ -222,7 +222,7 @@ def test_without_xgrammar(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_logits_of_another_size() -> None:
-    """An adapter with words of its own has more logits than the base."""
+    """An adapter that adds words has more logits than the base."""
     size = len(tokenizer()) + PADDING
     constraint = grammars().compile(json_structure(None, "")).constraint([0])
     for more in (8, -8):
