@@ -11,40 +11,40 @@ from ktrt.serve.errors import ApiError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from ktrt.generate.grammar import Grammars
     from ktrt.generate.sampling import Constraint
     from ktrt.prompt.template.base import Template
-    from ktrt.serve.openai.conversation import Conversation
-    from ktrt.serve.server import Server
 
 
 def make_constraint(
-    server: Server,
-    conversation: Conversation,
+    grammars: Grammars,
     template: Template,
     tools: Sequence[Mapping[str, Any]] | None,
+    *,
+    response_format: Mapping[str, Any] | None,
+    must_call: bool,
+    function: str | None,
+    parallel: bool,
 ) -> Callable[[], Constraint] | None:
     """Returns a function that makes the constraint of one choice; None: the answer is free.
 
-    ``tool_choice`` required means calls only. With auto and a format of JSON, the answer is either.
-    ``ConfigError``: the grammar cannot be made; it may take seconds.
+    ``must_call``: the answer consists of calls of ``tools`` (``function``: of this one). If not,
+    and the format is JSON, it is either. ``ConfigError``: the grammar cannot be made; it may take
+    seconds.
     """
     form, start = template.reply, template.reply_start
-    schema = wanted_schema(conversation.response_format)
-    must_call = bool(tools) and conversation.tool_choice == "required"
+    schema = wanted_schema(response_format)
+    must_call = must_call and bool(tools)
     if not must_call and schema is None:
         return None
     structures = []
     if tools:
-        structures.append(
-            calls_structure(
-                form, start, tools,
-                name=conversation.function, parallel=conversation.parallel_tool_calls,
-            )
-        )  # fmt: skip
+        calls = calls_structure(form, start, tools, name=function, parallel=parallel)
+        structures.append(calls)
     if not must_call:
         structures.append(json_structure(form, start, schema or None))
     both = {"type": "or", "elements": structures}
-    grammar = server.grammars.compile(both if len(structures) > 1 else structures[0])
+    grammar = grammars.compile(both if len(structures) > 1 else structures[0])
     stop_ids = template.stop_ids
     return lambda: grammar.constraint(stop_ids)
 

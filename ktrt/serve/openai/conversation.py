@@ -64,7 +64,15 @@ def prepare(server: Server, conversation: Conversation) -> Prepared:
         messages=conversation.messages,
         tools=tools,
         thinking=thinking,
-        constraint=make_constraint(server, conversation, template, tools),
+        constraint=make_constraint(
+            server.grammars,
+            template,
+            tools,
+            response_format=conversation.response_format,
+            must_call=conversation.tool_choice == "required",
+            function=conversation.function,
+            parallel=conversation.parallel_tool_calls,
+        ),
         sampling=conversation.sampling,
         n=conversation.n,
     )
