@@ -28,6 +28,10 @@ class AdapterError(KtrtError):
     """An adapter that cannot be applied completely to the model."""
 
 
+class AdapterBusyError(AdapterError):
+    """An adapter that cannot be unloaded or replaced yet: it is active, or answers use it."""
+
+
 class EngineError(KtrtError):
     """A call that the compiled engine refused or could not finish; ``__cause__`` is its own
     ``ValueError``, ``RuntimeError`` or ``MemoryError``, or the ``TimeoutError`` of a GPU's hand-off

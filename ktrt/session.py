@@ -28,6 +28,7 @@ from ktrt.generate.scheduler import (
 from ktrt.generate.warm_up import warm_up
 from ktrt.loading.inventory import cost_facts
 from ktrt.loading.model import LoadedModel
+from ktrt.loading.plan import BaseCheckpoint
 from ktrt.prompt.fit import context_limit, drop_turns
 from ktrt.prompt.messages import check_messages, plain_messages
 from ktrt.prompt.template.base import Message, Template
@@ -237,6 +238,11 @@ class Session:
         """Switches the model's thinking on or off for the answers from now on. ``ConfigError``: the
         template has no such switch (``template.thinking`` is None)."""
         self.template = self.template.with_thinking(thinking)
+
+    @property
+    def base(self) -> BaseCheckpoint | None:
+        """The checked folder of the base model; None for a model that came from elsewhere."""
+        return self._open().base
 
     @property
     def gpu(self) -> GpuExperts | None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from ktrt.adapter.apply.side import TorchSide
     from ktrt.adapter.audit import AuditRow
+    from ktrt.adapter.changes import ExpertNorms
     from ktrt.adapter.internal import ExpertLora, ExpertLoras
 
 logger = logging.getLogger(__name__)
@@ -37,13 +38,18 @@ def _norms(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (gram_a.double() * gram_b.double()).sum((1, 2)).clamp(min=0)
 
 
-def add_norms(rows: Iterable[AuditRow], experts: ExpertLoras, side: TorchSide) -> None:
-    """Fills ``delta_norm`` of the rows; warns of single experts whose LoRA is zero."""
+def add_norms(rows: Iterable[AuditRow], experts: ExpertLoras, side: TorchSide) -> ExpertNorms:
+    """Fills ``delta_norm`` of the rows; warns of single experts whose LoRA is zero. Returns the
+    norms of the routed experts."""
     rows = list(rows)
     known = {name: _side_norm(side, name) for name in (*side.loras, *side.routers)}
     unchanged: list[str] = []
-    for path, loras in experts.items():
-        norms = {f"{name}_proj": expert_norms(lora) for name, lora in loras.items()}
+    found = {
+        path: {p: expert_norms(lora) for p, lora in loras.items()}
+        for path, loras in experts.items()
+    }
+    for path, by_projection in found.items():
+        norms = {f"{name}_proj": each for name, each in by_projection.items()}
         for name, each in norms.items():
             known[f"{path}.{name}"] = float(each.norm())
             known |= {f"{path}.{e}.{name}": value for e, value in enumerate(each.tolist())}
@@ -60,6 +66,7 @@ def add_norms(rows: Iterable[AuditRow], experts: ExpertLoras, side: TorchSide) -
             row.delta_norm = known.get(row.acts_on)
     named = {row.acts_on for row in rows}
     _warn(name for name in unchanged if name not in named)
+    return found
 
 
 def _warn(unchanged: Iterable[str]) -> None:

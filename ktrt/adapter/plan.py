@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from ktrt.adapter.apply.side import TorchSide
     from ktrt.adapter.apply.switches import Switch
+    from ktrt.adapter.changes import ExpertNorms
     from ktrt.adapter.files.config import Packing
     from ktrt.adapter.internal import BaseModel, ExpertLoras
     from ktrt.adapter.layouts.interface import Mlp
@@ -59,7 +60,8 @@ class AdapterPlan:
     """A whole adapter, checked against the base and not applied yet.
 
     ``audit`` has one row per tensor; ``experts`` is the internal form by experts path, ``extra``
-    the MLPs added to MoE blocks, by the block's path; ``digest`` tells contents apart.
+    the MLPs added to MoE blocks, by the block's path; ``digest`` tells contents apart; ``norms``
+    has ‖ΔW‖ of the routed experts.
     """
 
     files: AdapterFiles
@@ -69,6 +71,7 @@ class AdapterPlan:
     audit: Audit
     extra: Mapping[str, Sequence[Mlp]] = field(default_factory=dict)
     digest: str = ""
+    norms: ExpertNorms = field(default_factory=dict)
 
     def engine_arguments(self, path: str) -> dict[str, torch.Tensor | None]:
         """Returns the arguments of ``MoeLayer.load_lora`` for one layer; empty without LoRA."""
@@ -188,7 +191,7 @@ def plan_adapter(
     exact = not (settings.targets_all_linear and is_raw_tinker(files))
     check_coverage(files.file, base, settings, part.experts, side, config_is_exact=exact)
     rows = [*part.rows, *(_torch_row(tensor, name, side) for name, tensor in side.tensors())]
-    add_norms(rows, part.experts, side)
+    norms = add_norms(rows, part.experts, side)
     for row in rows:
         row.zero_rows = zero_rows.get(row.tensor, 0)
     rows += [
@@ -197,7 +200,7 @@ def plan_adapter(
         for each in files.idle
     ]  # fmt: skip
     audit = Audit(files.file, rows, settings.notes)
-    return AdapterPlan(files, settings, part.experts, side, audit, part.extra, digest)
+    return AdapterPlan(files, settings, part.experts, side, audit, part.extra, digest, norms)
 
 
 def _is_claimed(tensor: AdapterTensor, base: BaseModel) -> bool:

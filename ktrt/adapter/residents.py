@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import threading
 from collections import Counter
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ktrt.adapter import Audit, TorchAdapters, plan_adapter, words_of
+from ktrt.adapter import Audit, plan_adapter, words_of
+from ktrt.adapter.sides import Sides
 from ktrt.engine.active_set import ActiveSet, AdapterChoice
 from ktrt.engine.step_rows import BASE
-from ktrt.errors import AdapterError, KtrtError, engine_errors
+from ktrt.errors import AdapterBusyError, AdapterError, KtrtError, engine_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -23,23 +22,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ktrt.adapter import AdapterPlan, BaseModel
+    from ktrt.adapter.changes import Change
+    from ktrt.adapter.resident import Resident
+    from ktrt.adapter.sides import Between
     from ktrt.experts import KTExperts
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Resident:
-    """``number``: the engine's, never used again; ``digest`` tells contents apart. ``whole``: why
-    its weight can only be 1 or 0, if so; ``row_reason``: why it cannot be chosen for single rows of
-    a step, if so."""
-
-    number: int
-    torch_name: str
-    audit: Audit
-    digest: str
-    whole: str | None
-    row_reason: str | None
 
 
 class Adapters:
@@ -59,10 +45,9 @@ class Adapters:
     ) -> None:
         """``experts``: the model's attached experts modules by path; ``base``: the model that
         adapters are checked against. Without a model nothing can be loaded."""
-        self._model, self._base = model, base
-        self._experts = dict(experts or {})
-        self._torch = TorchAdapters(model) if model is not None else None
-        self._residents: dict[str, _Resident] = {}
+        self._base = base
+        self._sides = Sides(model, experts or {})
+        self._residents: dict[str, Resident] = {}
         self._loads = 0
         self._weights: dict[str, float] = {}
         self._factor = 1.0
@@ -71,8 +56,10 @@ class Adapters:
         # Answers under way by the adapters that they use.
         self._users: Counter[str] = Counter()
         self._names = threading.RLock()
+        # One at a time; answers go on meanwhile.
+        self._loading = threading.Lock()
         self.active_set = ActiveSet()
-        self.between: Callable[[Callable[[], object]], object] = lambda change: change()
+        self.between: Between = lambda change: change()
         # Takes the name, the folder and the future rows of embeddings, checks the adapter's words,
         # and returns a function that adds them.
         self.take_words: Callable[[str, Path, int], Callable[[], object]] | None = None
@@ -96,13 +83,13 @@ class Adapters:
 
     def number(self, name: str | None) -> int:
         """Returns the engine's number of a resident adapter; None: of the base."""
-        return BASE if name is None else self._resident(name).number
+        return BASE if name is None else self.resident(name).number
 
     def prefix_key(self, weights: Mapping[str, float]) -> Hashable:
         """Returns the key of keys and values that were computed with these adapters: by their
         contents, so that another adapter under an old name has another key."""
-        digests = [(self._resident(name).digest, weight) for name, weight in weights.items()]
-        form = next((each.layer.weight_format for each in self._experts.values()), "")
+        digests = [(self.resident(name).digest, weight) for name, weight in weights.items()]
+        form = next((each.layer.weight_format for each in self._sides.experts.values()), "")
         return form, self.renewals, tuple(sorted(each for each in digests if each[1]))
 
     def choose(
@@ -117,7 +104,7 @@ class Adapters:
         key = self.prefix_key(dict(ordered))
         row = BASE if not ordered else None
         if len(ordered) == 1 and ordered[0][1] == 1:
-            resident = self._resident(ordered[0][0])
+            resident = self.resident(ordered[0][0])
             row = resident.number if resident.row_reason is None else None
         return AdapterChoice(tuple(ordered), row, key)
 
@@ -178,7 +165,7 @@ class Adapters:
 
     def _fixed(self) -> Hashable:
         """Returns the acting adapters that change modules themselves, as ``_key`` does."""
-        acting = ((self._resident(name), w) for name, w in self._ordered(self._acting) if w)
+        acting = ((self.resident(name), w) for name, w in self._ordered(self._acting) if w)
         return tuple((each.number, w) for each, w in acting if each.row_reason is not None)
 
     def _ordered(self, weights: Mapping[str, float]) -> list[tuple[str, float]]:
@@ -197,7 +184,7 @@ class Adapters:
         """Says what each tensor of an adapter acts on. Without a name: the first active adapter,
         else the first one. Empty without adapters."""
         name = name or next(iter([*self.active, *self._residents]), None)
-        return self._resident(name).audit if name is not None else Audit()
+        return self.resident(name).audit if name is not None else Audit()
 
     @engine_errors()
     def activate(self, name_or_weights: str | Mapping[str, float]) -> None:
@@ -229,97 +216,138 @@ class Adapters:
         self._apply(self._weights, float(factor), off=False)
 
     @engine_errors()
-    def load(self, name: str, path: str | Path) -> None:
+    def load(self, name: str, path: str | Path, *, replace: bool = False) -> None:
         """Makes the adapter folder ``path`` resident, not active, checked as when a model loads.
+        Answers under way go on: nothing keeps the model for longer than one layer's LoRA takes.
 
         ``AdapterError`` with everything as it was: the name is taken, the adapter does not fit.
+        ``replace``: takes the place of the adapter of this name; ``AdapterBusyError`` if answers
+        use it.
         """
-        self.check_name(name)
+        with self._loading:
+            self._load(name, path, replace=replace)
+
+    def _load(self, name: str, path: str | Path, *, replace: bool) -> None:
+        self.check_name(name, replace=replace)
         if self._base is None:
             raise KtrtError("this session has no model that an adapter could be loaded into")
         folder = Path(path).expanduser()
         plan = plan_adapter(folder, self._base, lora_rank=None, lora_alpha=None)
-        for module in [*self._experts.values()][:1]:
+        for module in [*self._sides.experts.values()][:1]:
             plan.warn_of_format(module.layer.weight_format)
-        if self.take_words is None or self._model is None:
-            self.between(partial(self.add, name, plan))
-            return
-        rows = max(words_of(self._model), plan.vocabulary or 0)
-        add_words = self.take_words(name, folder, rows)
+        add_words: Callable[[], object] | None = None
+        if self.take_words is not None and self._sides.model is not None:
+            rows = max(words_of(self._sides.model), plan.vocabulary or 0)
+            add_words = self.take_words(name, folder, rows)
+        self._add(name, plan, self.between, add_words, replace=replace)
 
-        def add() -> None:
-            self.add(name, plan)
-            add_words()
-
-        self.between(add)
-
-    def check_name(self, name: str) -> None:
-        """``AdapterError`` unless an adapter could be loaded under this name."""
+    def check_name(self, name: str, *, replace: bool = False) -> None:
+        """``AdapterError`` unless an adapter could be loaded under this name; with ``replace``, in
+        place of the one that has it."""
         if not name or name != name.strip():
             raise AdapterError(f"an adapter's name is {name!r}; expected text")
-        if name in self._residents:
+        if name not in self._residents:
+            return
+        if not replace:
             raise AdapterError(f"there is an adapter {name!r} already; expected another name")
+        self._check_unused(name)
 
     def add(self, name: str, plan: AdapterPlan) -> None:
-        """Makes a planned adapter resident, not active. Everything stays as it was if it fails."""
+        """Makes a planned adapter resident, not active, with no forward running. Everything stays
+        as it was if it fails."""
         self.check_name(name)
-        model, torch = self._model, self._torch
-        if model is None or torch is None:
-            raise KtrtError("this session has no model that an adapter could be loaded into")
+        self._add(name, plan, lambda change: change())
+
+    def _add(
+        self,
+        name: str,
+        plan: AdapterPlan,
+        between: Between,
+        add_words: Callable[[], object] | None = None,
+        *,
+        replace: bool = False,
+    ) -> None:
+        """Adds the adapter in turns between steps; until the last one no step knows its number."""
+        self._sides.require()
         number, self._loads = self._loads, self._loads + 1
-        torch_name = "default" if number == 0 else f"adapter{number}"
-        try:
-            torch.add(torch_name, lambda: plan.apply_to_torch(model, torch_name))
-            self._load_experts(number, plan)
-            plan.audit.check()
+
+        def change(call: Callable[[], object]) -> None:
+            try:
+                call()
+            finally:
+                self._restore()
+                self._sides.settle()
+                # Also after a failure: PEFT's layers stay, and recorded steps look for their
+                # forwards.
+                self.active_set.add_modules()
+
+        def apply() -> None:
+            self._sides.apply(number, plan)
             self.active_set.numbers |= {number}
+
+        def enter() -> None:
+            resident = self._sides.resident(number, plan)
+            with self._names:
+                self.check_name(name, replace=replace)
+                if add_words is not None:
+                    add_words()
+                if name in self._residents:
+                    self._unload(name)
+                self._residents[name] = resident
+            self.active_set.outdate()
+
+        def remove() -> None:
+            self.active_set.numbers -= {number}
+            self._sides.remove(number)
+
+        try:
+            between(partial(change, apply))
+            self._sides.load_experts(number, plan, between)
+            plan.audit.check()
+            between(enter)
         except BaseException:
-            self._take_out(number, torch_name)
+            between(partial(change, remove))
             raise
-        finally:
-            self._restore()
-            model.eval().requires_grad_(False)
-            # Also after a failure: PEFT's layers stay, and recorded steps look for their forwards.
-            self.active_set.add_modules()
-        replaced = torch.replaced(torch_name)
-        whole = f"replaces {replaced} of the base model" if replaced else None
-        whole = "is a DoRA" if plan.settings.use_dora else whole
-        row_reason = whole or plan.row_reason or torch.row_reason(torch_name)
-        self._residents[name] = _Resident(
-            number, torch_name, plan.audit, plan.digest, whole, row_reason
-        )
-        self._changed()
 
     @engine_errors()
     def unload(self, name: str) -> None:
-        """Frees an adapter that is not active. ``AdapterError`` for an unknown or active one, and
-        for one that answers under way use."""
+        """Frees an adapter that is not active. ``AdapterError`` for an unknown one,
+        ``AdapterBusyError`` for one that is active or that answers under way use."""
         self.between(partial(self._unload, name))
 
     def _unload(self, name: str) -> None:
-        resident = self._resident(name)
-        if name in self.active:
-            raise AdapterError(
-                f"adapter {name!r} is active; activate another one, or none, before unloading it"
-            )
+        resident = self.resident(name)
         with self._names:
-            if users := self._users[name]:
-                raise AdapterError(
-                    f"adapter {name!r} is used by {users} answer{'s' * (users > 1)} under way or "
-                    "waiting; cancel them, or unload it when they have ended"
-                )
+            self._check_unused(name)
             self.restore()
             del self._residents[name]
         if name in self._weights:  # it would come back with `on`
             self._weights, self._factor = {}, 1.0
         self.active_set.numbers -= {resident.number}
-        self._take_out(resident.number, resident.torch_name)
+        self._sides.remove(resident.number)
         self._restore()
         # The engine's linears unload it.
         self.active_set.add_modules()
         self._changed()
 
-    def _resident(self, name: str) -> _Resident:
+    def _check_unused(self, name: str) -> None:
+        if name in self.active:
+            raise AdapterBusyError(
+                f"adapter {name!r} is active; activate another one, or none, before unloading it"
+            )
+        if users := self._users[name]:
+            raise AdapterBusyError(
+                f"adapter {name!r} is used by {users} answer{'s' * (users > 1)} under way or "
+                "waiting; cancel them, or unload it when they have ended"
+            )
+
+    def changes(self, name: str) -> list[Change]:
+        """Returns the changes of an adapter, without ‖W‖."""
+        specs = self._base.experts if self._base is not None else ()
+        return self.resident(name).changes(specs)
+
+    def resident(self, name: str) -> Resident:
+        """Returns a resident adapter. ``AdapterError``: there is none of this name."""
         if name not in self._residents:
             known = ", ".join(self._residents) or "none"
             raise AdapterError(f"there is no adapter {name!r}; resident: {known}")
@@ -338,7 +366,7 @@ class Adapters:
 
     def _check(self, weights: Mapping[str, float]) -> None:
         for name, weight in weights.items():
-            resident = self._resident(name)
+            resident = self.resident(name)
             if not math.isfinite(weight):
                 raise AdapterError(f"the weight of adapter {name!r} is {weight}, expected a number")
             if resident.whole and weight not in (0, 1):
@@ -359,40 +387,12 @@ class Adapters:
             raise
 
     def _set(self, weights: Mapping[str, float]) -> None:
-        ordered = self._ordered(weights)
-        numbers = [self.number(name) for name, _ in ordered]
-        values = [weight for _, weight in ordered]
-        for module in self._experts.values():
-            module.layer.activate_loras(numbers, values)
-        if self._torch is not None:
-            self._torch.weigh({self._residents[name].torch_name: w for name, w in ordered})
+        self._sides.weigh((self.number(name), weight) for name, weight in self._ordered(weights))
         self._acting = dict(weights)
 
     def _restore(self) -> None:
         self._set(self.active)
         self._changed()
-
-    def _load_experts(self, number: int, plan: AdapterPlan) -> None:
-        """Gives every layer the LoRA, an empty one where the adapter has none, so that all layers
-        know its number."""
-        for path, module in self._experts.items():
-            arguments: dict[str, Any] = plan.engine_arguments(path)
-            module.layer.load_lora(number, **arguments)
-            if arguments:
-                plan.mark_experts(path)
-
-    def _take_out(self, number: int, torch_name: str) -> None:
-        """Removes the adapter from the engine and the model, even if it was loaded only in part;
-        leaves all adapters inactive in the model."""
-        for module in self._experts.values():
-            try:
-                module.layer.unload_lora(number)
-            except ValueError:
-                logger.debug("LoRA %d had not reached every layer", number)
-                break
-        if self._torch is not None:
-            self._torch.remove(torch_name)
-        self.active_set.numbers -= {number}
 
     def _changed(self) -> None:
         self.active_set.become(self._key(), self._fixed())

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from ktrt.adapter import Audit
-    from ktrt.audit.changes import Change
+    from ktrt.adapter.changes import Change
     from ktrt.audit.verify.model import LayerReport
     from ktrt.audit.verify.probes import Check
 

@@ -75,11 +75,15 @@ class ActiveSet:
     def _restructure(self) -> None:
         self.structure = self.renewals, self._loads, self._fixed
 
+    def outdate(self) -> None:
+        """Outdates kept steps: the engine's memory of adapters has changed."""
+        self._loads += 1
+        self._restructure()
+
     def add_modules(self) -> None:
         """Calls everybody who wraps modules: an adapter came, perhaps with new modules, or went. It
         outdates kept steps, which know its memory."""
-        self._loads += 1
-        self._restructure()
+        self.outdate()
         for call in list(self._on_modules):
             call()
 

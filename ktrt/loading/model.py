@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from ktrt.engine.active_set import ActiveSet
     from ktrt.experts import ExpertsSpec, GpuExperts, HandOff
     from ktrt.kv.static import StaticKv
-    from ktrt.loading.plan import Prepared
+    from ktrt.loading.plan import BaseCheckpoint, Prepared
 
 logger = logging.getLogger(__name__)
 # The block that users of LLaMA-Factory with KTransformers look for: complete at level DEBUG.
@@ -87,6 +87,8 @@ class LoadedModel:
     row_graphs: Callable[[StaticKv, RunningStep], RowGraphs] | None = None
     # Bytes that keys and values may take; None: no bound.
     kv_budget: int | None = None
+    # The folder that it was loaded from.
+    base: BaseCheckpoint | None = None
 
     @property
     def audit(self) -> Audit:
@@ -188,7 +190,7 @@ def load_model(
     capacity = min(limit, _MOST_RESERVED)
     return LoadedModel(
         loaded, adapters, engine, patches, hand_off, graphs, gpu, capacity, running, recorder,
-        linears, row_graphs, ready.memory.kv_budget(),
+        linears, row_graphs, ready.memory.kv_budget(), ready.base,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from starlette.requests import Request
@@ -19,7 +20,8 @@ class Server:
 
     def __init__(self, session: Session, settings: ServeSettings) -> None:
         self.session, self.settings = session, settings
-        self.names = Names(session, settings.model_name or "base")
+        root = settings.adapter_root
+        self.names = Names(session, settings.model_name, Path(root) if root else None)
         self.admission = Admission(session, settings.max_waiting)
 
     def generate(self, asked: Asked) -> Generation:

@@ -19,6 +19,7 @@ from helpers.tiny_models import (
 from safetensors.torch import save_file
 
 from ktrt.adapter.residents import Adapters
+from ktrt.adapter.sides import Sides
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import AdapterError, KtrtError
 from ktrt.experts import KTExperts
@@ -228,14 +229,14 @@ class TestRefusals:
     ) -> None:
         adapters = several.adapters
         with monkeypatch.context() as patch:
-            weigh = adapters._torch.weigh  # type: ignore[union-attr]
+            weigh = adapters._sides.torch.weigh  # type: ignore[union-attr]
 
             def refuse(weights: Mapping[str, float]) -> None:
                 if len(weights) > 1:
                     raise RuntimeError("no")
                 weigh(weights)
 
-            patch.setattr(adapters._torch, "weigh", refuse)
+            patch.setattr(adapters._sides.torch, "weigh", refuse)
             with pytest.raises(RuntimeError, match="no"):
                 adapters.activate({"a": 1, "b": 1})
         assert adapters.active == {"a": 1.0}
@@ -337,13 +338,13 @@ class TestLoading:
         write_adapter(tmp_path, tensors, config)
         modules = [m for m in several.model.modules() if isinstance(m, KTExperts)]
         if damage == "engine":
-            plain = Adapters._load_experts
+            plain = Sides.load_experts
 
-            def fail(self: Adapters, number: int, plan: Any) -> None:
-                plain(self, number, plan)
+            def fail(self: Sides, number: int, plan: Any, between: Any) -> None:
+                plain(self, number, plan, between)
                 raise MemoryError
 
-            monkeypatch.setattr(Adapters, "_load_experts", fail)
+            monkeypatch.setattr(Sides, "load_experts", fail)
         elif damage == "apply":
             monkeypatch.setattr("ktrt.adapter.plan.Audit.check", lambda _: 1 / 0)
         names = set(dict(several.model.named_parameters()))

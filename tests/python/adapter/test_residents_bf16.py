@@ -129,7 +129,7 @@ def test_recorded_steps_survive_a_load_that_fails(
     expected = decode()
     assert cache.has_graphs
     with monkeypatch.context() as patch:
-        patch.setattr(loaded.adapters, "_load_experts", lambda *_: 1 / 0)
+        patch.setattr(loaded.adapters._sides, "load_experts", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             loaded.adapters.load("a", tmp_path / "a")
     assert torch.equal(decode(), expected)

@@ -21,10 +21,10 @@ from helpers.tiny_models import (
 from safetensors.torch import load_file
 
 from ktrt.adapter import plan_adapter
+from ktrt.adapter.changes import Change
 from ktrt.adapter.delta_norms import expert_norms
 from ktrt.adapter.internal import ExpertLora
 from ktrt.audit.__main__ import main
-from ktrt.audit.changes import Change
 from ktrt.audit.report import report
 from ktrt.audit.verify.model import LayerReport
 from ktrt.audit.verify.probes import Check
