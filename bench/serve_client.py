@@ -72,6 +72,12 @@ class Client:
                     break
         return answer
 
+    async def models(self, names: Sequence[str]) -> list[str]:
+        """Returns ``names`` with ``base`` replaced by what the server calls its base model."""
+        cards = json.loads(await self.get("/v1/models"))["data"]
+        base = [card["id"] for card in cards if card.get("parent") is None]
+        return [base[0] if name == "base" else name for name in names]
+
     async def get(self, path: str) -> bytes:
         """Returns the body of a page."""
         reader, writer = await self._send("GET", path, b"")

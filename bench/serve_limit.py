@@ -50,10 +50,11 @@ def measure_limit(
     rounds: list[dict[str, float]] = []
     with ServerProcess(place, model, adapters, streams, settings={"kt_backend": backend}) as server:
         client = Client(server.host, server.port)
-        asyncio.run(_round(client, names, streams, 0))
+        models = asyncio.run(client.models(names))
+        asyncio.run(_round(client, models, streams, 0))
         speeds = [bandwidth()]
         for number in range(1, ROUNDS + 1):
-            found = asyncio.run(_round(client, names, streams, number))
+            found = asyncio.run(_round(client, models, streams, number))
             speeds.append(bandwidth())
             found["share"] = found["bytes"] / statistics.mean(speeds[-2:]) / found["seconds"]
             rounds.append(found)

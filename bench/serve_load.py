@@ -41,7 +41,7 @@ from serve_report import Report, report_of
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-# Questions of the demo's training texts; conversation n asks n, n+1 and n+2.
+# Questions of the demo's training texts; conversation n begins with n and n + 1.
 QUESTIONS = (
     "你好，请介绍一下你自己。",
     "什么是 MoE？",
@@ -89,6 +89,7 @@ class Streams:
     """Conversations that run at once against one server."""
 
     def __init__(self, client: Client, models: Sequence[str], args: argparse.Namespace) -> None:
+        """Takes the names of the models, which the streams have in turn."""
         self._client, self._models, self._args = client, models, args
         self._references: dict[tuple[str, int, int], Reference] = {}
         self._end = 0.0
@@ -97,7 +98,7 @@ class Streams:
     async def answer_alone(self) -> int:
         """Asks every request alone; returns the number of different texts."""
         for model in self._models:
-            for script in range(len(QUESTIONS)):
+            for script in range(self._args.scripts):
                 history: list[Message] = []
                 for turn in range(TURNS):
                     history.append({"role": "user", "content": _question(script, turn)})
@@ -123,7 +124,7 @@ class Streams:
         while time.monotonic() < self._end:
             for turn in range(TURNS):
                 leave = chance.randint(1, 8) if chance.random() < self._args.leave else None
-                await self._turn(model, script % len(QUESTIONS), turn, leave)
+                await self._turn(model, script % self._args.scripts, turn, leave)
             script += 1
 
     async def _turn(self, model: str, script: int, turn: int, leave: int | None) -> None:
@@ -159,7 +160,9 @@ class Streams:
 
 
 def _question(script: int, turn: int) -> str:
-    return QUESTIONS[(script + turn) % len(QUESTIONS)]
+    # The last one is like no text of the training: its answer is any, and the last bits matter.
+    odd = f"{script * 37 + 11} {chr(0x4E00 + 97 * script)} {script}?"
+    return odd if turn == TURNS - 1 else QUESTIONS[(script + turn) % len(QUESTIONS)]
 
 
 def _wrong(answer: Answer, reference: Reference, model: str, *, left: bool) -> str | None:
@@ -178,13 +181,14 @@ def _wrong(answer: Answer, reference: Reference, model: str, *, left: bool) -> s
 async def run(args: argparse.Namespace, host: str, port: int, pid: int | None) -> Report:
     """Asks everything alone, then loads the server; returns the report."""
     client = Client(host, port, args.key)
-    streams = Streams(client, args.adapters, args)
+    models = await client.models(args.adapters)
+    streams = Streams(client, models, args)
     texts = await streams.answer_alone()
-    print(f"alone: {len(args.adapters) * len(QUESTIONS) * TURNS} requests, {texts} texts",
+    print(f"alone: {len(models) * args.scripts * TURNS} requests, {texts} texts",
           file=sys.stderr)  # fmt: skip
     seconds = await streams.run(pid)
     idle = await _idle(client)
-    return report_of(streams.load, args.adapters, seconds, texts=texts, idle=idle)
+    return report_of(streams.load, models, seconds, texts=texts, idle=idle)
 
 
 async def _idle(client: Client) -> bool:
@@ -213,6 +217,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--adapters", default="a,b,c,base", help="names that share the streams")
     parser.add_argument("--seconds", type=float, default=60.0, help="duration of the load")
     parser.add_argument("--tokens", type=int, default=64, help="the most tokens of an answer")
+    parser.add_argument(
+        "--scripts", type=int, default=len(QUESTIONS), help="different conversations"
+    )
     parser.add_argument("--leave", type=float, default=0.02, help="share of clients that go away")
     parser.add_argument("--rows", type=int, default=32, help="answers that run at once")
     parser.add_argument("--url", help="a server that runs already")
@@ -225,7 +232,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print figures as JSON")
     args = parser.parse_args(argv)
     if args.quick:
-        args.streams, args.seconds, args.tokens = 8, 3.0, 16
+        args.streams, args.seconds, args.tokens, args.scripts = 8, 3.0, 16, 2
     args.adapters = args.adapters.split(",")
     args.at = [int(each) for each in args.at.split(",")]
     return args

@@ -21,10 +21,10 @@ ERROR_PER_TOKEN = 0.06
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("one_thread")]
 
 
-def log_likelihoods(model: str, **arguments: Any) -> list[tuple[float, bool, int]]:
+def log_likelihoods(kind: str, /, **arguments: Any) -> list[tuple[float, bool, int]]:
     """Returns (log-likelihood, whether it is the greedy one, length of the text) of each choice."""
     results = lm_eval.simple_evaluate(
-        model=model, model_args=arguments, tasks=["ktrt_demo"], log_samples=True, bootstrap_iters=0,
+        model=kind, model_args=arguments, tasks=["ktrt_demo"], log_samples=True, bootstrap_iters=0,
         task_manager=TaskManager(
             include_path=str(Path(__file__).parent / "lm_eval_task"), include_defaults=False
         ),
