@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ktrt.config import SamplingArgs, SamplingOptions
     from ktrt.errors import AdapterError, CheckpointError, ConfigError, EngineError, KtrtError
     from ktrt.generate.response import Response, TokenResponse
+    from ktrt.generate.scheduler import Handle
     from ktrt.session import Session
 
 __version__ = "0.1.0"
@@ -21,6 +22,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "EngineError",
+    "Handle",
     "KtrtError",
     "Response",
     "SamplingArgs",
@@ -32,6 +34,7 @@ __all__ = [
 ]
 _HOMES = {
     "load": "api",
+    "Handle": "generate.scheduler",
     "Response": "generate.response",
     "SamplingArgs": "config",
     "SamplingOptions": "config",

@@ -1,34 +1,35 @@
 """A session: a loaded model that answers conversations, of one caller or of many at once."""
 
 import threading
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from types import EllipsisType, TracebackType
 from typing import Any, Self, Unpack
 
-import torch
-
 from ktrt.adapter.residents import Adapters
 from ktrt.config import SamplingArgs, SamplingOptions, override_sampling
 from ktrt.errors import ConfigError, KtrtError, engine_errors
-from ktrt.experts import GpuExperts, KTExperts, chosen_share
-from ktrt.generate.answer import Answer, next_tokens
-from ktrt.generate.loop import OnPrefill, check_prompt
+from ktrt.experts import GpuExperts
+from ktrt.generate.answer import Answer
+from ktrt.generate.loop import OnPrefill
+from ktrt.generate.prompt_scores import PromptScores, check_scored
+from ktrt.generate.prompts import check_biased, check_ids, check_prompt
 from ktrt.generate.response import Response, TokenResponse
 from ktrt.generate.runner import KvCache
+from ktrt.generate.sampling import Constraint
 from ktrt.generate.scheduler import (
     Begin,
-    CostModel,
     Driver,
     Handle,
     NewRequest,
-    Scheduler,
     SchedulerLimits,
+    SchedulerStats,
 )
 from ktrt.generate.warm_up import warm_up
-from ktrt.loading.inventory import cost_facts
 from ktrt.loading.model import LoadedModel
 from ktrt.loading.plan import BaseCheckpoint
+from ktrt.loading.scheduler import make_scheduler, use_device
 from ktrt.prompt.fit import context_limit, drop_turns
 from ktrt.prompt.messages import check_messages, plain_messages
 from ktrt.prompt.template.base import Message, Template
@@ -37,10 +38,9 @@ __all__ = ["Adapters", "Handle", "Response", "Session", "TokenResponse"]
 
 # As callers give them; content is text or a list of OpenAI's text parts.
 Messages = Sequence[Mapping[str, object]]
+Tools = Sequence[Mapping[str, object]]
 # A name, weights of a sum by name, None for the base; left out (...): the active adapters.
 Adapter = str | Mapping[str, float] | EllipsisType | None
-# Tokens whose memory is asked for, to know a token's.
-_SOME = 1024
 
 
 class Session:
@@ -77,13 +77,15 @@ class Session:
         self.adapters = loaded.adapters
         self.audit = loaded.audit
         self.tokenizer = tokenizer
-        self.template = template
+        self.template = self._configured_template = template
         self.sampling = sampling
         self.context_limit = context_limit(loaded.model, cutoff_len)
         self._bound = "cutoff_len allows" if self.context_limit == cutoff_len else ""
         self._encoding = threading.Lock()
-        self._steps = Driver(partial(_scheduler, loaded, limits), partial(_use_device, loaded))
+        self._steps = Driver(partial(make_scheduler, loaded, limits), partial(use_device, loaded))
         self.adapters.between = self._steps.between
+        # Nobody can ask a session that nobody has: its thread and memory go.
+        weakref.finalize(self, self._steps.abandon, _closed(), loaded.close).atexit = False
         self._stop_ids = template.stop_ids
         if template.name == "auto":
             self._stop_ids |= _model_stop_ids(loaded.model)
@@ -136,10 +138,16 @@ class Session:
 
     def submit(
         self,
-        messages: Messages,
+        messages: Messages | None = None,
         *,
+        prompt_ids: Sequence[int] | None = None,
         adapter: Adapter = ...,
         client: Hashable = None,
+        tools: Tools | None = None,
+        thinking: bool | None = None,
+        constraint: Constraint | None = None,
+        prompt_logprobs: int | None = None,
+        on_change: Callable[[], None] | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Handle:
         """Asks for an answer and returns at once: iterate over the handle for its tokens, or take
@@ -147,10 +155,41 @@ class Session:
 
         Starts the thread that owns the model, if there is none. Any thread may call this; requests
         share steps, fairly among clients and adapters. Raises what ``stream`` raises.
+
+        ``prompt_ids``: the prompt itself, in place of ``messages``. ``tools``: functions that the
+        model may call, as OpenAI's JSON; ``thinking``: the template's switch for this answer.
+        ``constraint``: what the answer may say. ``prompt_logprobs``: the handle has the log
+        probability of every token of the prompt and of that many likeliest ones, 20 at most;
+        nothing held is reused then, and ``max_new_tokens`` may be 0. ``on_change``: see ``Handle``.
         """
-        begin = self._prepare(messages, adapter, sampling)
+        prompt = self._prompt(messages, prompt_ids, tools, thinking)
+        begin = self._prepare_prompt(prompt, adapter, sampling, constraint, prompt_logprobs)
         self._steps.start()
-        return self._steps.submit(begin(client=client))
+        new = begin(client=client, on_change=on_change, wraps_errors=True, owner=self)
+        return self._steps.submit(new)
+
+    def render(
+        self, messages: Messages, *, tools: Tools | None = None, thinking: bool | None = None
+    ) -> list[int]:
+        """Returns the prompt's token ids for ``messages``, as ``submit`` would answer it."""
+        self._open()
+        return self._prompt(messages, None, tools, thinking)
+
+    def stats(self) -> SchedulerStats:
+        """Returns what was computed so far and what is going on. Cheap, for any thread."""
+        self._open()
+        return self._steps.scheduler.stats()
+
+    def predicted_wait(self) -> float | None:
+        """Predicts the seconds until one more request would get a slot; 0: at once; None: nothing
+        is known yet. Cheap, for any thread."""
+        self._open()
+        return self._steps.scheduler.predicted_wait()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the session answers: it is not closed, and its thread has not failed."""
+        return self._loaded is not None and self._steps.alive
 
     def batch(self, requests: Sequence[Mapping[str, Any]]) -> list[Response]:
         """Returns the answers to several conversations, which share the model's steps.
@@ -177,26 +216,70 @@ class Session:
         self, messages: Messages, adapter: Adapter, sampling: Mapping[str, object]
     ) -> Begin:
         """Checks a request; calling the result makes it one of the scheduler."""
-        loaded = self._open()
-        args = override_sampling(self.sampling, sampling)
+        self._open()
+        return self._prepare_prompt(self._prompt(messages), adapter, sampling)
+
+    def _prompt(
+        self,
+        messages: Messages | None,
+        prompt_ids: Sequence[int] | None = None,
+        tools: Tools | None = None,
+        thinking: bool | None = None,
+    ) -> list[int]:
+        if (messages is None) == (prompt_ids is None):
+            raise ConfigError("expected messages or prompt_ids, and not both")
+        if prompt_ids is not None:
+            if tools or thinking is not None:
+                raise ConfigError("tools and thinking belong to messages: prompt_ids are a prompt")
+            return check_ids(prompt_ids)
+        template = self.template if thinking is None else self.template.with_thinking(thinking)
+        checked = check_messages(messages or ())
+        encode: Callable[..., list[int]] = template.encode
         with self._encoding:
-            prompt_ids = self.template.encode(check_messages(messages))
-        room = check_prompt(loaded.model, prompt_ids, self.context_limit, self._bound)
+            return encode(checked, tools) if tools else encode(checked)
+
+    def _prepare_prompt(
+        self,
+        prompt_ids: list[int],
+        adapter: Adapter,
+        sampling: Mapping[str, object],
+        constraint: Constraint | None = None,
+        prompt_logprobs: int | None = None,
+    ) -> Begin:
+        loaded = self._open()
+        scored = check_scored(prompt_logprobs)
+        options = dict(sampling)
+        answered = not (scored and options.get("max_new_tokens") == 0)
+        if not answered:
+            del options["max_new_tokens"]
+        args = override_sampling(self.sampling, options)
+        check_biased(loaded.model, args.logit_bias)
+        limit, bound = self._room(loaded)
+        room = check_prompt(loaded.model, prompt_ids, limit, bound, answered=answered)
         choice = self.adapters.choose(adapter)
         template, stop_ids = self.template, self._stop_ids
 
         def begin(**options: Any) -> NewRequest:
             self._open()
             answer = Answer(
-                self.tokenizer, prompt_ids, args,
-                stop_ids=stop_ids, max_tokens=room, shown_tokens=template.shown_tokens,
+                self.tokenizer, prompt_ids, args, stop_ids=stop_ids, max_tokens=room,
+                shown_tokens=template.shown_tokens, constraint=constraint,
             )  # fmt: skip
+            scores = PromptScores(prompt_ids, prompt_logprobs or 0) if scored else None
             return NewRequest(
-                prompt_ids=prompt_ids, answer=answer, choice=choice,
-                most_tokens=answer.most_tokens, release=self.adapters.hold(choice), **options,
+                prompt_ids=prompt_ids, answer=answer, choice=choice, scores=scores,
+                most_tokens=answer.most_tokens if answered else 0,
+                release=self.adapters.hold(choice), **options,
             )  # fmt: skip
 
         return begin
+
+    def _room(self, loaded: LoadedModel) -> tuple[int, str]:
+        """Returns the most tokens of a conversation, and what bounds them, for a message."""
+        held = loaded.runner.pool.most_tokens(self.context_limit)
+        if held < self.context_limit:
+            return held, "the memory for keys and values holds"
+        return self.context_limit, self._bound
 
     def new_cache(self) -> KvCache:
         """Returns an empty KV cache for the adapters that are active now, for callers of
@@ -234,10 +317,11 @@ class Session:
         plain = check_messages(messages)
         return drop_turns(plain, self._count, self.context_limit, args.max_new_tokens)
 
-    def set_thinking(self, thinking: bool) -> None:
-        """Switches the model's thinking on or off for the answers from now on. ``ConfigError``: the
-        template has no such switch (``template.thinking`` is None)."""
-        self.template = self.template.with_thinking(thinking)
+    def set_thinking(self, thinking: bool | None) -> None:
+        """Switches the model's thinking on or off for the answers from now on; None: as configured.
+        ``ConfigError``: the template has no such switch (``template.thinking`` is None)."""
+        configured = self._configured_template
+        self.template = configured if thinking is None else configured.with_thinking(thinking)
 
     @property
     def base(self) -> BaseCheckpoint | None:
@@ -282,25 +366,6 @@ class Session:
 
 def _closed() -> KtrtError:
     return KtrtError("this session is closed; load the model again with ktrt.load")
-
-
-@engine_errors()
-def _scheduler(loaded: LoadedModel, limits: SchedulerLimits | None) -> Scheduler:
-    runner = loaded.runner
-    facts = cost_facts(loaded.model, runner.pool.bytes_of(_SOME) / _SOME, mixes=runner.mixes)
-    experts = [each for each in loaded.model.modules() if isinstance(each, KTExperts)]
-    # Sequences that run one after the other: only the last one's would be known.
-    union = partial(chosen_share, experts) if runner.mixes and experts else lambda: None
-    return Scheduler(
-        runner, loaded.adapters, CostModel(facts), next_tokens, limits, by_row=runner.by_row,
-        union=union,
-    )  # fmt: skip
-
-
-def _use_device(loaded: LoadedModel) -> None:
-    device = loaded.runner.device
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
 
 
 def _model_stop_ids(model: Any) -> frozenset[int]:

@@ -11,15 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from ktrt.chat.commands import (
-    Leave,
-    completions,
-    describe,
-    is_command,
-    run_line,
-)
+from ktrt.chat.arguments import parse_arguments, reads_stdin
+from ktrt.chat.commands import Leave, completions, describe, is_command, run_line
 from ktrt.chat.conversation import (
     Conversation,
     ConversationFile,
@@ -35,11 +30,8 @@ from ktrt.chat.dialog import MAX_FILE_BYTES, Keeping, Talk
 from ktrt.chat.terminal import Terminal
 from ktrt.command_line import (
     EXIT_NEGATIVE,
-    NO_CONFIG,
     describe_failure,
     guarded,
-    new_parser,
-    parse,
     set_environment,
 )
 from ktrt.config import Config, load_config
@@ -47,6 +39,7 @@ from ktrt.errors import KtrtError
 from ktrt.utils.signals import Terminated, terminations
 
 if TYPE_CHECKING:
+    from ktrt.chat.partner import Partner
     from ktrt.session import Session
 
 _log = logging.getLogger("ktrt.chat")
@@ -65,18 +58,21 @@ def main(
     ``open_session`` and ``terminal`` replace ``ktrt.api.open_session`` and the real terminal.
     """
     terminal = terminal or Terminal.standard()
-    args = _parse_arguments(argv)
+    args = parse_arguments(argv)
 
     def body() -> int:
-        terminal.require(stdin=_reads_stdin(args))
-        config = load_config(args.config, args.overrides)
-        if args.plan:
+        terminal.require(stdin=reads_stdin(args))
+        config = load_config(args.config, args.overrides) if args.url is None else None
+        if args.plan and config is not None:
             return _show_plan(config, terminal, as_json=args.json)
         if args.json or args.prompt is not None:
             terminal.use_script()
         start = _prepare(args, terminal)
-        with terminal.attended(is_command), (open_session or _open_session)(config) as session:
-            return _run(_talk(session, config, terminal, start, args), start, args)
+        with terminal.attended(is_command):
+            if config is None:
+                return _run(_talk_with_server(terminal, start, args), start, args)
+            with (open_session or _open_session)(config) as session:
+                return _run(_talk(session, config, terminal, start, args), start, args)
 
     try:
         with _logging_to(terminal.stderr, _log_level(args), block=args.debug), terminations():
@@ -85,48 +81,6 @@ def main(
         return end.exit_code
     finally:
         terminal.finish()
-
-
-def _reads_stdin(args: argparse.Namespace) -> bool:
-    return "-" in args.file or (args.prompt is None and not args.plan)
-
-
-def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = new_parser(
-        "chat",
-        "Chat with a Mixture-of-Experts model whose routed experts run on the CPU.",
-        "Piped input works too: every line is one message or command, answers go to "
-        "standard output.",
-    )
-    parser.add_argument("-p", "--prompt", metavar="TEXT", help="answer this and leave")
-    parser.add_argument(
-        "--file", action="append", default=[], metavar="PATH",
-        help="a text file that goes with the first message (`-`, with -p: standard input)",
-    )  # fmt: skip
-    parser.add_argument("--system", metavar="TEXT", help="the system prompt")
-    parser.add_argument(
-        "--resume", nargs="?", const="", metavar="FILE",
-        help="continue a saved conversation; without FILE, the last one held in a terminal",
-    )  # fmt: skip
-    parser.add_argument("--save", metavar="FILE", help="save the conversation after every turn")
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON object per answer; with --plan: the plan"
-    )
-    parser.add_argument("--no-stream", action="store_true", help="print answers when complete")
-    parser.add_argument(
-        "--plan", action="store_true", help="print what memory the model will take, and leave"
-    )
-    loudness = parser.add_mutually_exclusive_group()
-    loudness.add_argument("-v", "--verbose", action="store_true", help="show speeds and details")
-    loudness.add_argument("-q", "--quiet", action="store_true", help="show warnings only")
-    args = parse(parser, argv)
-    if args.config is None:
-        parser.error(NO_CONFIG)
-    if args.prompt is not None and not args.prompt.strip():
-        parser.error("argument -p/--prompt: expected a message that is not empty")
-    if args.prompt is None and "-" in args.file:
-        parser.error("argument --file: `-` is standard input, which holds the messages without -p")
-    return args
 
 
 def _show_plan(config: Config, terminal: Terminal, *, as_json: bool) -> int:
@@ -211,6 +165,33 @@ def _talk(
 ) -> Talk:
     folders = ", ".join(_full(folder) for folder in config.adapter.folders.values())
     keeping = Keeping(_full(config.model.model_name_or_path), folders, save=start.save)
+    return _new_talk(
+        session,
+        terminal,
+        start,
+        args,
+        keeping=keeping,
+        limit=_limit(session) if terminal.interactive else lambda: None,
+    )
+
+
+def _talk_with_server(terminal: Terminal, start: _Start, args: argparse.Namespace) -> Talk:
+    from ktrt.chat.remote.connect import open_server
+
+    session = open_server(args)
+    keeping = Keeping(session.name, save=start.save)
+    return _new_talk(session, terminal, start, args, keeping=keeping, server=session)
+
+
+def _new_talk(
+    session: "Partner",
+    terminal: Terminal,
+    start: _Start,
+    args: argparse.Namespace,
+    *,
+    keeping: Keeping,
+    **options: Any,
+) -> Talk:
     before = start.conversation
     if before.model and (before.model, before.adapter) != (keeping.model, keeping.adapter):
         start.notes.append(f"It was held with {before.model} {before.adapter or '(no adapter)'}.")
@@ -221,7 +202,7 @@ def _talk(
         keeping=keeping,
         stream=not args.no_stream,
         as_json=args.json,
-        limit=_limit(session) if terminal.interactive else lambda: None,
+        **options,
     )
     talk.attachments = start.files
     return talk

@@ -1,11 +1,11 @@
 """The chat's commands: lines that begin with a slash."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from ktrt.chat import status
+from ktrt.chat import choices, status
 from ktrt.chat.compare import compare
 from ktrt.chat.conversation import Conversation, expanded
 from ktrt.chat.dialog import Talk
@@ -183,7 +183,10 @@ def _set(talk: Talk, argument: str) -> None:
     lines = []
     for each in shown:
         mark = "  (set here)" if each in settings else ""
-        lines.append(f"{each} = {_value(getattr(sampling, each))}{mark}")
+        if talk.server is not None and not mark and each not in talk.server.settings:
+            lines.append(f"{each}: the server's default")
+        else:
+            lines.append(f"{each} = {_value(getattr(sampling, each))}{mark}")
     talk.terminal.note("\n".join(lines))
 
 
@@ -204,7 +207,7 @@ def _stats(talk: Talk, _argument: str) -> None:
     lines = []
     if talk.last is not None:
         lines.append(f"last answer       {status.status_line(talk.last, talk.limit())}")
-        held = talk.last.prompt_tokens + talk.last.generated_tokens
+        held = (talk.last.prompt_tokens or 0) + talk.last.generated_tokens
         lines.append(f"context           {held:,} tokens after the last answer")
     lines += talk.totals.lines()
     lines.append(f"conversation      {describe(talk.conversation)}")
@@ -221,7 +224,8 @@ def _think(talk: Talk, argument: str) -> None:
     elif argument:
         raise KtrtError(f"/think: expected on or off, found {argument!r:.40}")
     thinking = talk.session.template.thinking
-    known = {None: "this template has no switch for it", True: "on", False: "off"}
+    unknown = "this template has no switch for it" if talk.server is None else "the server decides"
+    known = {None: unknown, True: "on", False: "off"}
     talk.terminal.note(f"Thinking: {known[thinking]}")
 
 
@@ -234,43 +238,6 @@ def _file(talk: Talk, argument: str) -> None:
         return
     names = ", ".join(talk.attachments) or "none"
     talk.terminal.note(f"Files for the next message: {names}")
-
-
-def _adapter(talk: Talk, argument: str) -> None:
-    adapters = talk.adapters
-    words = argument.split()
-    if words[:1] == ["scale"]:
-        if len(words) != 2:
-            raise KtrtError("/adapter scale: expected one number, as in /adapter scale 0.5")
-        adapters.scale(_number(words[1]))
-    elif words == ["off"]:
-        adapters.off()
-    elif words == ["on"]:
-        adapters.on()
-    elif words:
-        adapters.activate(_weights(words))
-    talk.terminal.note("\n".join(_adapter_line(name, adapters.active) for name in adapters.names))
-    if not adapters.active:
-        talk.terminal.note("The base model answers.")
-
-
-def _adapter_line(name: str, active: Mapping[str, float]) -> str:
-    return f"* {name}, weight {active[name]:g}" if name in active else f"  {name}"
-
-
-def _weights(words: list[str]) -> str | dict[str, float]:
-    """Parses an adapter's name, or weights as in ``a=0.7 b=0.3``."""
-    if len(words) == 1 and "=" not in words[0]:
-        return words[0]
-    pairs = [word.rpartition("=") for word in words]
-    return {name or text: _number(text) if name else 1.0 for name, _, text in pairs}
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise KtrtError(f"/adapter: expected a number, found {text!r:.40}") from None
 
 
 def _compare(talk: Talk, argument: str) -> None:
@@ -305,10 +272,6 @@ def describe(conversation: Conversation) -> str:
     if conversation.undone:
         text += f"; /redo brings back {_short(conversation.undone[0]['content'])}"
     return text
-
-
-def _adapter_words(talk: Talk) -> list[str]:
-    return [*talk.adapters.names, "on", "off", "scale "]
 
 
 def _sampling_words(_talk: Talk) -> list[str]:
@@ -354,8 +317,14 @@ COMMANDS: dict[str, Command] = {
     "adapter": Command(
         "/adapter [NAME|off|on|scale X]",
         "list or choose adapters; NAME=WEIGHT … blends them",
-        _adapter,
-        words=_adapter_words,
+        choices.adapter,
+        words=choices.adapter_words,
+    ),
+    "model": Command(
+        "/model [NAME]",
+        "list or choose the server's models, with --url",
+        choices.model,
+        words=choices.model_words,
     ),
     "compare": Command(
         "/compare PROMPT", "base model and adapter side by side, same seed", _compare

@@ -20,11 +20,12 @@ from ktrt.chat.conversation import (
 )
 from ktrt.chat.terminal import Terminal
 from ktrt.config import SamplingArgs, override_sampling
-from ktrt.errors import KtrtError
+from ktrt.errors import ConfigError, KtrtError
 from ktrt.utils.signals import Terminated, shielded
 
 if TYPE_CHECKING:
-    from ktrt.session import Adapters, Session, TokenResponse
+    from ktrt.chat.partner import Partner, PartnerAdapters, Piece
+    from ktrt.chat.remote.session import RemoteSession
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class Answer:
     settings ask for them."""
 
     text: str = ""
-    last: "TokenResponse | None" = None
+    last: "Piece | None" = None
     logprobs: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -62,28 +63,29 @@ class Talk:
 
     def __init__(
         self,
-        session: "Session",
+        session: "Partner",
         terminal: Terminal,
         conversation: Conversation,
         *,
+        server: "RemoteSession | None" = None,
         keeping: Keeping | None = None,
         stream: bool = True,
         as_json: bool = False,
         limit: Callable[[], float | None] = lambda: None,
     ) -> None:
-        """``limit`` returns the limit in tokens per second that the memory's bandwidth sets; it is
-        called after an answer. ``ConfigError``: the conversation's settings do not suit the
-        session."""
+        """``server``: the session, if it is remote. ``limit`` returns the limit in tokens per
+        second that the memory's bandwidth sets; it is called after an answer. ``ConfigError``: the
+        conversation's settings do not suit the session."""
         self.session = session
+        self.server = server
         self.terminal = terminal
         self.keeping = keeping or Keeping()
         self.stream = stream
         self.as_json = as_json
         self.totals = status.Totals()
-        self.last: TokenResponse | None = None
+        self.last: Piece | None = None
         self.attachments: dict[str, str] = {}
         self._limit = limit
-        self._configured_thinking = session.template.thinking
         self._left_out = 0
         self._reported: set[str] = set()
         self.use(conversation)
@@ -101,18 +103,25 @@ class Talk:
         self.conversation = conversation
         self._left_out = 0
 
+    def keep_with(self, model: str) -> None:
+        """Notes another model as the conversation's partner."""
+        self.keeping.model = self.conversation.model = model
+        self.save()
+
     def _use_thinking(self, conversation: Conversation) -> None:
-        wanted = conversation.thinking
-        if self._configured_thinking is not None:
-            self.session.set_thinking(self._configured_thinking if wanted is None else wanted)
-        elif wanted is not None:
+        try:
+            self.session.set_thinking(conversation.thinking)
+        except ConfigError:
             conversation.thinking = None
+            self.session.set_thinking(None)
             self.terminal.note("This model's template has no switch for thinking.")
 
     @property
-    def adapters(self) -> "Adapters":
-        """The session's ``Adapters``. ``KtrtError``: none is loaded."""
+    def adapters(self) -> "PartnerAdapters":
+        """The adapters to choose from. ``KtrtError``: there are none."""
         if not self.session.adapters.names:
+            if self.server is not None:
+                raise KtrtError(f"the server lists no adapter of {self.server.name}")
             raise KtrtError("no adapter is loaded; name one in the configuration")
         return self.session.adapters
 
@@ -250,14 +259,17 @@ class Talk:
                 answer.logprobs.append(self._logprob_row(response))
             yield response.text
 
-    def _logprob_row(self, response: "TokenResponse") -> dict[str, Any]:
-        decode = self.session.tokenizer.decode
+    def _logprob_row(self, response: "Piece") -> dict[str, Any]:
         top = [
-            {"id": token, "token": decode([token]), "logprob": value}
-            for token, value in response.top_logprobs or ()
+            self._token(token) | {"logprob": value} for token, value in response.top_logprobs or ()
         ]
-        row = {"id": response.token, "token": decode([response.token])}
-        return row | {"logprob": response.logprob} | ({"top": top} if top else {})
+        row = self._token(response.token) | {"logprob": response.logprob}
+        return row | ({"top": top} if top else {})
+
+    def _token(self, token: int | str) -> dict[str, Any]:
+        if isinstance(token, str):
+            return {"token": token}
+        return {"id": token, "token": self.session.tokenizer.decode([token])}
 
     def fitted(self, text: str, *, again: bool = False) -> Sequence[Mapping[str, str]]:
         """Returns the conversation and ``text``, cut to the model's context; notes when turns are

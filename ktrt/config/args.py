@@ -153,9 +153,10 @@ class SamplingArgs:
     ``temperature`` 0 or ``do_sample`` false is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0
     switch those filters off; ``seed`` None gives another answer each time. ``repetition_penalty``
     counts tokens of the prompt too, ``presence_penalty`` and ``frequency_penalty`` (OpenAI's) only
-    the answer's. ``stop_strings`` end an answer before their first character, ``stop_token_ids``
-    are added to the template's. ``logprobs``: report the log probability of each token, and of the
-    ``top_logprobs`` likeliest tokens.
+    the answer's; ``logit_bias`` is added to the logits of the token ids that it names.
+    ``stop_strings`` end an answer before their first character, ``stop_token_ids`` are added to the
+    template's. ``logprobs``: report the log probability of each token, and of the ``top_logprobs``
+    likeliest tokens.
     """
 
     do_sample: bool = True
@@ -167,6 +168,7 @@ class SamplingArgs:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     skip_special_tokens: bool = True
     seed: int | None = None
     stop_strings: tuple[str, ...] = ()
@@ -186,6 +188,7 @@ class SamplingArgs:
         _require(self, "repetition_penalty", 0 < self.repetition_penalty < finite, "above 0")
         _require(self, "presence_penalty", -2 <= self.presence_penalty <= 2, "-2 … 2")
         _require(self, "frequency_penalty", -2 <= self.frequency_penalty <= 2, "-2 … 2")
+        self._check_bias()
         _require(self, "seed", self.seed is None or 0 <= self.seed < 2**63, "0 … 2^63 - 1")
         _require(self, "stop_strings", all(self.stop_strings), "texts that are not empty")
         ids = self.stop_token_ids
@@ -198,6 +201,12 @@ class SamplingArgs:
         _require(self, "top_logprobs", 0 <= self.top_logprobs <= 20, "0 … 20")
         holds = self.logprobs or self.top_logprobs == 0
         _require(self, "top_logprobs", holds, "0 while logprobs is false")
+
+    def _check_bias(self) -> None:
+        ids, biases = self.logit_bias.keys(), self.logit_bias.values()
+        _require(self, "logit_bias", all(0 <= each < _MAX_COUNT for each in ids), "token ids")
+        # OpenAI's range; NaN is in none.
+        _require(self, "logit_bias", all(-100 <= each <= 100 for each in biases), "-100 … 100")
 
 
 @dataclass(frozen=True)
@@ -233,6 +242,7 @@ class SamplingOptions(TypedDict, total=False):
     repetition_penalty: float | None
     presence_penalty: float | None
     frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
     skip_special_tokens: bool | None
     seed: int | None
     stop_strings: _Texts | None

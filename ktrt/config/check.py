@@ -22,12 +22,15 @@ def check_value(key: str, value: object, hint: Any, where: str) -> Any:
     a float, text as a path, and "8", "0.5" or "false" in quotes where no text is expected.
 
     ``hint``: bool, int, float, str, Path, a Literal of texts (case-insensitive), or a union of them
-    and None; or a tuple of one of them, for which a list or a single value is accepted too.
+    and None; or a tuple of one of them, for which a list or a single value is accepted too; or a
+    Mapping of two of them.
     ``ConfigError`` names ``where``, the key, what was expected and what was found.
     """
     if get_origin(hint) is tuple:
         values = value if isinstance(value, list | tuple) else [value]
         return tuple(check_value(key, each, get_args(hint)[0], where) for each in values)
+    if get_origin(hint) is Mapping:
+        return _checked_mapping(key, value, get_args(hint), where)
     if get_origin(hint) in (Union, types.UnionType):
         if value is None:
             return None
@@ -45,6 +48,18 @@ def check_value(key: str, value: object, hint: Any, where: str) -> Any:
         return check_value(key, plain, hint, where)
     expected = " or ".join(_expected(each) for each in hints)
     raise ConfigError(f"{where}: {key}: expected {expected}, found {describe(value)}")
+
+
+def _checked_mapping(key: str, value: object, hints: tuple[Any, Any], where: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: {key}: expected a mapping, found {describe(value)}")
+    of_keys, of_values = hints
+    return {
+        check_value(f"{key}: a key", name, of_keys, where): check_value(
+            f"{key}: {shown(name)}", each, of_values, where
+        )
+        for name, each in value.items()
+    }
 
 
 def _converted(key: str, value: Any, hint: Any, where: str) -> Any:

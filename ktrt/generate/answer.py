@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ktrt.generate.response import TokenResponse
+from ktrt.generate.response import Response, TokenResponse
 from ktrt.generate.sampling import (
     log_probabilities,
     log_probability_rows,
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from ktrt.config import SamplingArgs
     from ktrt.errors import KtrtError
-    from ktrt.generate.response import FinishReason
-    from ktrt.generate.sampling import LogProbabilities
+    from ktrt.generate.response import FinishReason, LogProbabilities
+    from ktrt.generate.sampling import Constraint
     from ktrt.generate.text_stream import Decoder
 
 
@@ -32,7 +32,8 @@ class Answer:
     string.
 
     ``stop_ids`` and ``max_tokens`` apply in addition to those in ``sampling``; ``shown_tokens`` are
-    shown despite ``skip_special_tokens`` (see ``TextStream``). Its times count from here.
+    shown despite ``skip_special_tokens`` (see ``TextStream``). ``constraint`` bounds what it says;
+    log probabilities are those before it. Its times count from here.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Answer:
         stop_ids: Collection[int],
         max_tokens: int,
         shown_tokens: Mapping[int, str] = MappingProxyType({}),
+        constraint: Constraint | None = None,
     ) -> None:
         self._start = self._first = time.perf_counter()
         # How many tokens are listed with their log probabilities, next to the chosen one; -1: none
@@ -51,7 +53,7 @@ class Answer:
         self.top_logprobs = sampling.top_logprobs if sampling.logprobs else -1
         # The next token's, where they were computed for the rows of a step at once.
         self.scored: LogProbabilities | None = None
-        self.sampler = make_sampler(sampling, prompt_ids)
+        self.sampler = make_sampler(sampling, prompt_ids, constraint)
         stream = TextStream(
             tokenizer, skip_special_tokens=sampling.skip_special_tokens, shown=shown_tokens
         )
@@ -84,6 +86,19 @@ class Answer:
             decode_seconds=now - self._first,
             logprob=scored[0] if scored else None,
             top_logprobs=scored[1] if scored else (),
+        )
+
+    def without_tokens(self) -> Response:
+        """Returns the answer that has none."""
+        return Response(
+            text="",
+            token_ids=(),
+            finish_reason="length",
+            prompt_tokens=self._prompt,
+            reused_tokens=self._reused,
+            generated_tokens=0,
+            prefill_seconds=time.perf_counter() - self._start,
+            decode_seconds=0.0,
         )
 
 

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 # The attention of a first forward may read all that it is given: a multiple of this number of
 # positions, and for a block of queries as many keys as in any other forward.
 _CUT = 1024
+# Rows of logits that may outlive their forward; a scored prompt's are 205 MB in float32.
+_FEW_ROWS = 64
 # Whose frequencies follow the longest position of a forward: a token's would depend on company.
 _ROPE_OF_THE_LONGEST = {"dynamic", "longrope"}
 
@@ -74,7 +76,7 @@ class Forwards:
                 input_ids=inputs, use_cache=True, logits_to_keep=tail, **{self._argument: cache}
             )
             logits = output.logits[0, -tail:]
-            self.latest = logits[-1]
+            self.latest = _kept(logits)
             if len(wanted) != tail:
                 logits = logits[[index - len(ids) + tail for index in wanted]]
         return logits, getattr(output, self._argument) if cache is None else cache
@@ -118,9 +120,14 @@ class Forwards:
                 **{self._argument: cache},
             )
         check_attended(rows)
-        self.latest = output.logits[0, -1]
+        self.latest = _kept(output.logits[0])
         logits = output.logits[0, : len(wanted)]
         return list(logits.split([len(part.span.wanted) for part in parts]))
+
+
+def _kept(logits: torch.Tensor) -> torch.Tensor:
+    """Returns the last row of ``logits`` [rows, vocab_size], by itself where it would keep many."""
+    return logits[-1].clone() if len(logits) > _FEW_ROWS else logits[-1]
 
 
 def _rows(parts: Sequence[Part], device: torch.device) -> tuple[StepRows, list[int]]:

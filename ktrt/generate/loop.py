@@ -6,12 +6,10 @@ timings, and sessions build conversations on both. The model itself runs in ``ge
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
 
 import torch
 
 from ktrt.config import SamplingArgs
-from ktrt.errors import ConfigError
 from ktrt.generate.answer import Answer
 from ktrt.generate.response import TokenResponse
 from ktrt.generate.runner import KvCache
@@ -50,32 +48,6 @@ def _prefill(cache: KvCache, ids: Sequence[int], on_prefill: OnPrefill) -> torch
         on_prefill(done, len(ids))
         if done == len(ids):
             return logits
-
-
-_CONTEXT_HOLDS = "the model's context holds"
-
-
-def check_prompt(model: Any, prompt_ids: Sequence[int], limit: int, bound: str = "") -> int:
-    """Returns how many tokens can follow the prompt in a context of ``limit`` tokens; ``bound``:
-    the limit's origin, for the message.
-
-    ``ConfigError``: the prompt leaves no room there, or holds ids without an embedding.
-    """
-    table = model.get_input_embeddings()
-    plain = table.get_base_layer() if hasattr(table, "get_base_layer") else table
-    # With an adapter that has more words, those can be read while it is off, too.
-    rows = getattr(plain, "num_embeddings", None) or table.weight.shape[0]
-    if max(prompt_ids) >= rows:
-        raise ConfigError(
-            f"the prompt holds token id {max(prompt_ids)}, the model has {rows} embeddings: this "
-            "tokenizer does not belong to this model"
-        )
-    if len(prompt_ids) >= limit:
-        raise ConfigError(
-            f"the conversation has {len(prompt_ids)} tokens, "
-            f"{bound or _CONTEXT_HOLDS} {limit}: shorten it, or start a new one"
-        )
-    return limit - len(prompt_ids)
 
 
 def stream_generate(

@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 FinishReason = Literal["stop", "length"]
+# A token's log probability, and the likeliest tokens' by id, best first.
+LogProbabilities = tuple[float, tuple[tuple[int, float], ...]]
+# An entry for each token of a prompt; None for the first one, which nothing precedes.
+PromptLogProbabilities = tuple[LogProbabilities | None, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

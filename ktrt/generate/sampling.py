@@ -3,8 +3,9 @@
 Order and semantics are the same as in transformers (generation/logits_process.py, 5.23):
 repetition penalty, then, when sampling, temperature, top_k, top_p, min_p and a multinomial draw,
 all in float32. OpenAI's presence and frequency penalties, which transformers lacks, follow the
-repetition penalty, where its generate puts the caller's processors. The same logits and seed give
-the same token, in any company.
+repetition penalty, where its generate puts the caller's processors. Its logit_bias comes first, as
+in vLLM; what a constraint excludes is -inf after all of these. The same logits and seed give the
+same token, in any company.
 
 ``_exact_draw`` is the definition. ``generate.race`` finds the same token among a few candidates, or
 finds that rounding could decide, and then the definition does.
@@ -16,7 +17,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -25,11 +26,12 @@ from ktrt.errors import KtrtError
 from ktrt.generate.race import Filters, draw
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from ktrt.config import SamplingArgs
+    from ktrt.generate.response import LogProbabilities
 
     Scores = NDArray[np.float32]
     # From scores and counts, which are 1 or more, to scores.
@@ -45,23 +47,42 @@ _ROWS_PER_THREAD = 4
 _MOST_THREADS = 16
 
 
-def make_sampler(args: SamplingArgs, prompt_ids: Sequence[int]) -> RowSampler:
+class Constraint(Protocol):
+    """Restricts one answer, to a grammar for example; used by the thread that samples."""
+
+    def mask(self, logits: torch.Tensor) -> None:
+        """Sets the logits [vocab_size] float32 of tokens that cannot come next to -inf, in
+        place."""
+
+    def accept(self, token: int) -> None:
+        """Notes the chosen token."""
+
+
+def make_sampler(
+    args: SamplingArgs, prompt_ids: Sequence[int], constraint: Constraint | None = None
+) -> RowSampler:
     """Returns a function from the next position's logits [vocab_size] (any float dtype) to a token
     id.
 
     It remembers what it chose: one sampler serves one answer, called once per token. The repetition
-    penalty counts ``prompt_ids`` too. ``KtrtError``: NaN among the logits.
+    penalty counts ``prompt_ids`` too. ``KtrtError``: NaN among the logits, or no token that
+    ``constraint`` allows.
     """
-    return RowSampler(args, prompt_ids)
+    return RowSampler(args, prompt_ids, constraint)
 
 
 class RowSampler:
-    """One answer's settings, penalties and random numbers."""
+    """One answer's settings, penalties, constraint and random numbers."""
 
-    def __init__(self, args: SamplingArgs, prompt_ids: Sequence[int]) -> None:
-        self._args = args
+    def __init__(
+        self, args: SamplingArgs, prompt_ids: Sequence[int], constraint: Constraint | None = None
+    ) -> None:
+        self._args, self._constraint = args, constraint
         self._greedy = not args.do_sample or args.temperature < _COLDEST
-        self._penalties = [each for each in (_repetition(args, prompt_ids), _openai(args)) if each]
+        bias = _Bias(args.logit_bias) if args.logit_bias else None
+        penalties = _repetition(args, prompt_ids), _openai(args)
+        self._penalties = [each for each in penalties if each]
+        self._changes = [each for each in (bias, *penalties) if each]
         self._generator: torch.Generator | None = None
 
     def __call__(self, logits: torch.Tensor) -> int:
@@ -73,23 +94,45 @@ class RowSampler:
     @property
     def plain_greedy(self) -> bool:
         """Whether the choice is the largest logit."""
-        return self._greedy and not self._penalties
+        return self._greedy and not self._changes and self._constraint is None
 
     def choose(self, scores: Scores) -> int | KtrtError:
         """Returns the token for ``scores`` [vocab_size], the logits in float32."""
         token = int(scores.argmax())  # NaN, if there is one
         if np.isnan(scores[token]):
             return _nan_error()
-        if self._penalties:
+        if self._changes or self._constraint is not None:
             scores = scores.copy()
-            for penalty in self._penalties:
-                penalty.apply(scores)
+            if (error := self._change(scores)) is not None:
+                return error
+            token = int(scores.argmax())
         if not self._greedy:
             token = self._draw(scores)
-        elif self._penalties:
-            token = int(scores.argmax())
         for penalty in self._penalties:
             penalty.count(token)
+        return token if self._constraint is None else self._accepted(token)
+
+    def _change(self, scores: Scores) -> KtrtError | None:
+        """Changes ``scores`` as the settings say; returns why no token is left."""
+        for each in self._changes:
+            each.apply(scores)
+        if self._constraint is None:
+            return None
+        try:
+            self._constraint.mask(torch.from_numpy(scores))
+        except Exception as error:  # noqa: BLE001 - belongs to this row alone
+            return _constraint_error(error)
+        best = scores.max()
+        if np.isnan(best) or best == -np.inf:
+            return KtrtError("the answer's constraint allows no token: its grammar has no way on")
+        return None
+
+    def _accepted(self, token: int) -> int | KtrtError:
+        assert self._constraint is not None
+        try:
+            self._constraint.accept(token)
+        except Exception as error:  # noqa: BLE001 - belongs to this row alone
+            return _constraint_error(error)
         return token
 
     def _draw(self, scores: Scores) -> int:
@@ -147,6 +190,12 @@ def _nan_error() -> KtrtError:
     )
 
 
+def _constraint_error(cause: Exception) -> KtrtError:
+    error = KtrtError(f"the answer's constraint failed: {cause or type(cause).__name__}")
+    error.__cause__ = cause
+    return error
+
+
 def _threads() -> int:
     return min(_MOST_THREADS, len(os.sched_getaffinity(0)))
 
@@ -154,9 +203,6 @@ def _threads() -> int:
 @cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_threads(), thread_name_prefix="ktrt-sampling")
-
-
-LogProbabilities = tuple[float, tuple[tuple[int, float], ...]]
 
 
 def log_probabilities(logits: torch.Tensor, token: int, count: int) -> LogProbabilities:
@@ -169,17 +215,49 @@ def log_probabilities(logits: torch.Tensor, token: int, count: int) -> LogProbab
 def log_probability_rows(
     logits: torch.Tensor, tokens: Sequence[int], counts: Sequence[int]
 ) -> list[LogProbabilities]:
-    """Returns ``log_probabilities`` of each row of ``logits`` [rows, vocab_size]."""
+    """Returns ``log_probabilities`` of each row of ``logits`` [rows, vocab_size].
+
+    A token's value equals the largest of its row exactly where the token is the one that greedy
+    decoding takes, the first of the largest logits: where rounding or equal logits make others
+    equal, they get the next smaller number.
+    """
     with torch.inference_mode():
         values = logits.to(torch.float32).log_softmax(dim=-1)
-        best = torch.topk(values, min(max(counts), values.shape[-1]))
-        chosen = values.gather(-1, torch.tensor(tokens, device=values.device).unsqueeze(-1))
-        found = chosen.squeeze(-1).tolist()
-        indices, top = best.indices.tolist(), best.values.tolist()
-    return [
-        (value, tuple(zip(ids[:count], values[:count], strict=True)))
-        for value, ids, values, count in zip(found, indices, top, counts, strict=True)
-    ]
+        greedy = logits.argmax(dim=-1, keepdim=True)
+        asked = torch.tensor(tokens, device=values.device).unsqueeze(-1)
+        # One more than asked for: an equal one may stand in the place of the greedy one.
+        best = torch.topk(values, min(max(counts) + 1, values.shape[-1]))
+        found = values.gather(-1, torch.cat([greedy, asked], dim=-1)).tolist()
+        rows = zip(
+            greedy.squeeze(-1).tolist(), tokens, found, best.indices.tolist(),
+            best.values.tolist(), counts, strict=True,
+        )  # fmt: skip
+        return [_scored(*row) for row in rows]
+
+
+def _scored(
+    greedy: int, token: int, found: list[float], ids: list[int], values: list[float], count: int
+) -> LogProbabilities:
+    largest = found[0]
+
+    def below(each: int, value: float) -> float:
+        equal = each != greedy and value >= largest
+        return float(np.nextafter(np.float32(largest), np.float32(-np.inf))) if equal else value
+
+    others = [(each, below(each, v)) for each, v in zip(ids, values, strict=True) if each != greedy]
+    return below(token, found[-1]), ((greedy, largest), *others)[:count]
+
+
+class _Bias:
+    """Adds to the scores of some tokens, in place."""
+
+    def __init__(self, biases: Mapping[int, float]) -> None:
+        self._ids = np.fromiter(biases.keys(), np.int64, len(biases))
+        self._biases = np.fromiter(biases.values(), np.float32, len(biases))
+
+    def apply(self, scores: Scores) -> None:
+        known = self._ids < len(scores)
+        scores[self._ids[known]] += self._biases[known]
 
 
 class _Penalty:

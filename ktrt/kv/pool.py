@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from bisect import bisect_right
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -58,9 +59,24 @@ class KvPool:
         """The memory that all slots take, the closed ones' too."""
         return sum(self.store.written_bytes(slot) for slot in self.slots)
 
+    def usage(self) -> tuple[int, int]:
+        """Returns the memory of the open slots, with what they were promised, and of the closed
+        ones."""
+        used = sum(self._bytes(slot) for slot in self.slots if slot.in_use)
+        idle = sum(self._bytes(slot) for slot in self.slots if not slot.in_use)
+        return used, idle
+
     def bytes_of(self, tokens: int) -> int:
         """Returns the memory of a slot of ``tokens``; 0 before the first forward."""
         return self.store.bytes_of(tokens)
+
+    def most_tokens(self, limit: int) -> int:
+        """Returns how many tokens, up to ``limit``, a slot can hold within the budget: all where
+        that is not known beforehand."""
+        budget = self.budget_bytes
+        if budget is None or not self.store.crops or self.bytes_of(limit) <= budget:
+            return limit
+        return bisect_right(range(limit + 1), budget, key=self.bytes_of) - 1
 
     def open(self, key: Hashable, prompt_ids: Sequence[int]) -> Slot:
         """Returns a slot that holds the longest prefix of the prompt that any slot of the same key

@@ -5,7 +5,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
 
 # A full context is freed by 1/4 at once. Every drop makes the whole prompt new to the KV cache, so
 # drops should be rare.
@@ -29,8 +29,9 @@ def context_limit(model: Any, cutoff_len: int | None = None) -> int:
 
 def drop_turns(
     messages: Messages, count_tokens: Callable[[Messages], int], limit: int, max_new_tokens: int
-) -> tuple[list[Mapping[str, str]], int]:
-    """Drops the oldest turns (a user's message and its answer) to leave room for an answer.
+) -> tuple[list[Mapping[str, Any]], int]:
+    """Drops the oldest turns (a user's message and all up to the next one) to leave room for an
+    answer.
 
     Returns the remaining messages and the number of dropped turns. The room is
     ``max_new_tokens``, but at most half of ``limit``. The system message and the last message
@@ -39,13 +40,15 @@ def drop_turns(
     """
     system = [each for each in messages[:1] if each["role"] == "system"]
     rest = list(messages[len(system) :])
+    # A turn with tools has several messages.
+    begins = [index for index, each in enumerate(rest) if each["role"] == "user"] or [0]
     room = limit - min(max_new_tokens, limit // 2)
     whole = count_tokens(messages)
     if whole <= room:
         return list(messages), 0
 
-    def without(turns: int) -> list[Mapping[str, str]]:
-        return [*system, *rest[2 * turns :]]
+    def without(turns: int) -> list[Mapping[str, Any]]:
+        return [*system, *rest[begins[turns] :]]
 
     def least(target: int) -> int | None:
         """Returns the fewest turns to drop for a prompt of ``target`` tokens; None if all are too
@@ -57,6 +60,6 @@ def drop_turns(
 
     quarter = max(limit // _FREED, 1)
     freed = -(-(whole - room) // quarter) * quarter
-    most = (len(rest) - 1) // 2
+    most = max(len(begins) - 1, 0)
     dropped = least(whole - freed) or least(room) or most
     return without(dropped), dropped

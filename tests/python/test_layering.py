@@ -45,7 +45,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
         "api", "command_line", "config", "engine", "experts", "generate", "loading", "machine",
         "session",
     },
-    "chat": {"api", "command_line", "config", "engine", "loading", "session"},
+    "chat": {"api", "command_line", "config", "engine", "loading", "prompt", "session"},
     "doctor": {"command_line", "config", "engine", "loading", "machine"},
     "export": {
         "adapter", "checkpoint", "command_line", "config", "engine", "experts", "loading", "prompt",
@@ -73,7 +73,8 @@ WITHOUT_TORCH = {
 WITHOUT_TORCH |= {
     f"chat.{name}"
     for name in (
-        "commands", "compare", "conversation", "dialog", "editor", "keyboard", "status", "terminal",
+        "arguments", "choices", "commands", "compare", "conversation", "dialog", "editor",
+        "keyboard", "partner", "remote", "status", "terminal",
     )
 }  # fmt: skip
 

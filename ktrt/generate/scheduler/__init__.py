@@ -5,6 +5,7 @@ from ktrt.generate.scheduler.driver import Driver
 from ktrt.generate.scheduler.loop import Scheduler
 from ktrt.generate.scheduler.policy import SchedulerLimits
 from ktrt.generate.scheduler.requests import Begin, Handle, NewRequest, State
+from ktrt.generate.scheduler.stats import SchedulerStats
 
 __all__ = [
     "Begin",
@@ -15,5 +16,6 @@ __all__ = [
     "NewRequest",
     "Scheduler",
     "SchedulerLimits",
+    "SchedulerStats",
     "State",
 ]

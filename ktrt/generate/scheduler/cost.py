@@ -23,7 +23,7 @@ class CostFacts:
     """A model's bytes: ``other_bytes`` are read once in every step, ``expert_bytes`` are all routed
     experts', of which a token chooses the share ``share``. ``bandwidth`` (bytes/s) and
     ``token_seconds`` (arithmetic of a prompt's token) hold until steps were measured. ``mixes``:
-    the sequences of a step share one forward."""
+    the sequences of a step share one forward. ``experts``: a layer's, on average."""
 
     other_bytes: float = 0.0
     expert_bytes: float = 0.0
@@ -32,6 +32,7 @@ class CostFacts:
     bandwidth: float = _BANDWIDTH
     token_seconds: float = 0.0
     mixes: bool = True
+    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,19 @@ class CostModel:
         self._unions: deque[float] = deque(maxlen=_STEPS)
 
     @property
+    def experts(self) -> int:
+        """The experts of a layer."""
+        return self._facts.experts
+
+    @property
+    def measured_bandwidth(self) -> float | None:
+        """Bytes per second of the latest steps; None: there were none."""
+        return median(self._bandwidths) if self._bandwidths else None
+
+    @property
     def bandwidth(self) -> float:
-        """Bytes per second of the latest steps."""
-        return median(self._bandwidths) if self._bandwidths else self._facts.bandwidth
+        """Bytes per second of the latest steps, or what was assumed before them."""
+        return self.measured_bandwidth or self._facts.bandwidth
 
     @property
     def token_seconds(self) -> float:

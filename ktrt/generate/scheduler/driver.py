@@ -51,7 +51,13 @@ class Driver:
     def scheduler(self) -> Scheduler:
         """The scheduler of the model."""
         with self._starting:
-            return self.__dict__.get("scheduler") or self._make()
+            found = self.__dict__.get("scheduler")
+            if found is None:
+                found = self._make()
+                found.on_wait(self._drive)
+                # Within the lock: another thread must find it.
+                self.__dict__["scheduler"] = found
+            return found
 
     def begin(self) -> None:
         """Makes the scheduler, which the first request would wait for."""
@@ -125,6 +131,13 @@ class Driver:
                 self.scheduler.close(reason)
             close()
 
+    def abandon(self, reason: KtrtError, close: Callable[[], object]) -> None:
+        """Like ``close`` without waiting, for the collector: the worker thread, if there is one,
+        ends and calls ``close``."""
+        if self._worker is not None and self._closed is None:
+            self._closed = reason
+            self._worker.abandon(reason, close)
+
     def _next(self, handle: Handle, on_prefill: OnPrefill | None) -> TokenResponse | None:
         handle.resume()
         with self._turn() as inline:
@@ -143,6 +156,23 @@ class Driver:
             finally:
                 if inline:
                     handle.pause()
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are still computed: until ``close``, or a failure of the worker
+        thread."""
+        return self._closed is None and (self._worker is None or self._worker.alive)
+
+    def _drive(self) -> bool:
+        """Runs a step if this thread runs the model, so that nobody else does while it waits."""
+        if self._worker is not None and self._worker.is_current:
+            raise KtrtError("the thread that computes an answer cannot wait for it")
+        if self._inline != threading.get_ident():
+            return False
+        if self.scheduler.stepping:
+            raise KtrtError("an answer cannot be waited for within a step of the model")
+        self._step()
+        return True
 
     def _step(self) -> None:
         if not self.scheduler.step():

@@ -3,73 +3,36 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections import deque
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from ktrt.engine.step_rows import ACTIVE
 from ktrt.errors import KtrtError, engine_errors
+from ktrt.generate.scheduler.callers import Callers
 from ktrt.generate.scheduler.cost import StepSize
-from ktrt.generate.scheduler.policy import (
-    FairQueue,
-    Pace,
-    SchedulerLimits,
-    Turns,
-    share_prompts,
-)
-from ktrt.generate.scheduler.requests import Handle, NewRequest, Request, State
-from ktrt.generate.step import Span, Step
+from ktrt.generate.scheduler.policy import Pace, SchedulerLimits, Turns, share_prompts
+from ktrt.generate.scheduler.requests import State
+from ktrt.generate.scheduler.steps import SCORED_TOKENS, for_callers, make_step
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Sequence
+    from collections.abc import Callable, Hashable, Sequence
 
-    from ktrt.engine.active_set import AdapterChoice
     from ktrt.generate.response import TokenResponse
     from ktrt.generate.scheduler.cost import CostModel
+    from ktrt.generate.scheduler.interfaces import AdapterSets, Runner
+    from ktrt.generate.scheduler.requests import Request
 
 logger = logging.getLogger(__name__)
 
-
-class Pool(Protocol):
-    """The slots, as ``ktrt.kv.pool.KvPool`` has them."""
-
-    continues: bool
-
-    def open(self, key: Hashable, prompt_ids: Sequence[int]) -> Any: ...
-    def close(self, slot: Any, *, keep: bool = True) -> None: ...
-    def reserve(self, slot: Any, tokens: int) -> bool: ...
-    def room_for(self, tokens: int) -> bool: ...
-    def mark(self, slot: Any, *, replace: bool = False) -> None: ...
-    def step_back(self, slot: Any) -> None: ...
+# Seconds between two counts of the keys' and values' memory.
+_COUNTED = 0.2
 
 
-class Runner(Protocol):
-    """``ktrt.generate.runner.ModelRunner``, as far as it is used here."""
-
-    @property
-    def pool(self) -> Pool: ...
-    def run(self, step: Step) -> list[Any]: ...
-    def prefill_chunk(self, remaining: int) -> int: ...
-
-
-class AdapterSets(Protocol):
-    """The model's adapters, as ``ktrt.adapter.residents.Adapters`` has them."""
-
-    @property
-    def renewals(self) -> int: ...
-    def is_current(self, choice: AdapterChoice) -> bool: ...
-    def prepare(self, choices: Iterable[AdapterChoice], *, by_row: bool = True) -> bool: ...
-    def restore(self) -> None: ...
-
-
-class Scheduler:
+class Scheduler(Callers):
     """Steps a model for requests that come and go.
 
-    ``submit``, ``do_between`` and the handles are for any thread, everything else for the thread
-    that owns the model. A step holds one token of every request that decodes, and as much of the
-    prompts as ``limits`` have time for by ``cost``'s predictions. ``choose(answers, logits)``
-    returns a token for each answer, or why it has none.
+    A step holds one token of every request that decodes, and as much of the prompts as ``limits``
+    have time for by ``cost``'s predictions. ``choose(answers, logits)`` returns a token for each
+    answer, or why it has none.
     """
 
     def __init__(
@@ -87,60 +50,12 @@ class Scheduler:
         """``by_row``: the model's layers take the adapter that a row names; if not, requests of
         different adapters take turns. ``union``: the share of the experts that the last step chose,
         if it was counted."""
-        self._runner, self._pool = runner, runner.pool
-        self._adapters, self._cost, self._choose_tokens = adapters, cost, choose
-        self.limits = limits or SchedulerLimits()
-        self._by_row, self._clock, self._union = by_row, clock, union
-        self._lock = threading.Lock()
-        self._inbox: deque[Request | Callable[[], object]] = deque()
-        self._woken: Callable[[], None] = lambda: None
-        self._queue: FairQueue[Request] = FairQueue()
-        self._running: list[Request] = []
+        super().__init__(runner.pool, adapters, limits or SchedulerLimits(), by_row=by_row)
+        self._runner, self._cost, self._choose_tokens = runner, cost, choose
+        self._clock, self._union = clock, union
+        self._counted = float("-inf")
         self._turns = Turns(self.limits.turn_steps, self.limits.turn_seconds)
         self._pace = Pace(self.limits.step_seconds)
-        self._renewals = adapters.renewals
-        self._stepping = False
-        self._closed: KtrtError | None = None
-        # The first request that found no memory: nobody may overtake it.
-        self._blocked: Request | None = None
-
-    # ---- any thread
-
-    def submit(self, new: NewRequest) -> Handle:
-        """Takes a request; returns the handle of its answer. ``KtrtError``: the scheduler is
-        closed."""
-        handle = Handle(self.wake)
-        handle.paused = new.paused
-        mixes = self._by_row and new.choice.row is not None
-        group = None if mixes else new.choice.weights
-        self._post(Request(new, handle, group))
-        return handle
-
-    def do_between(self, call: Callable[[], object]) -> None:
-        """Has the owner's thread call ``call``, which raises nothing, between two steps."""
-        self._post(call)
-
-    def _post(self, item: Request | Callable[[], object]) -> None:
-        with self._lock:
-            if self._closed is not None:
-                raise self._closed
-            self._inbox.append(item)
-        self.wake()
-
-    def wake(self) -> None:
-        """Tells the owner's thread that there may be something to do."""
-        self._woken()
-
-    def on_wake(self, call: Callable[[], None]) -> None:
-        """Has ``wake`` call ``call``, in any thread."""
-        self._woken = call
-
-    # ---- the owner's thread
-
-    @property
-    def counts(self) -> tuple[int, int]:
-        """Requests that have a slot, and that wait for one."""
-        return len(self._running), len(self._queue) + len(self._inbox)
 
     def step(self) -> bool:
         """Runs one step; False: there was nothing to do.
@@ -164,43 +79,12 @@ class Scheduler:
             self._stepping = False
         return False
 
-    def tidy(self) -> None:
-        """Takes in what came, and frees the slots of cancelled requests. Nothing within a step."""
-        if self._stepping:
-            return
-        self._stepping = True
-        try:
-            while self._inbox:
-                item = self._inbox.popleft()
-                if isinstance(item, Request):
-                    self._queue.add(item)
-                else:
-                    item()
-        finally:
-            self._stepping = False
-        for request in [r for r in self._running if r.handle.wants_cancel]:
-            self._end(request, State.CANCELLED)
-        for request in [r for r in self._queue if r.handle.wants_cancel]:
-            self._end(request, State.CANCELLED)
-        if self._renewals != self._adapters.renewals:
-            self._renewals = self._adapters.renewals
-            for request in list(self._running):
-                error = KtrtError("the adapters were changed during the answer; ask again")
-                self._end(request, State.FAILED, error)
-
     def rest(self) -> None:
         """Has the active adapters act in the model again, as callers of the model expect where no
         answer is under way. Nothing within a step."""
         if not self._stepping:
             self._adapters.restore()
-
-    def close(self, reason: KtrtError) -> None:
-        """Ends all requests with ``reason``, which later ones get, too."""
-        with self._lock:
-            self._closed = reason
-        self.tidy()
-        for request in [*self._running, *self._queue]:
-            self._end(request, State.FAILED, reason)
+            self._count_memory()
 
     def _groups(self) -> list[Hashable]:
         groups = [request.group for request in self._running if not request.paused]
@@ -258,56 +142,60 @@ class Scheduler:
     def _start(self, request: Request, now: float) -> bool:
         if not self._adapters.is_current(request.new.choice):
             raise KtrtError("the adapters were changed before the answer began; ask again")
-        request.slot = self._pool.open(request.new.choice.key, request.ids)
+        # Whoever wants the logits of all tokens has nothing of a prefix.
+        looked_for = () if request.scores_prompt else request.ids
+        request.slot = self._pool.open(request.new.choice.key, looked_for)
         self._running.append(request)
         self._pool.reserve(request.slot, request.total)
         request.reused, request.served = request.held, now
         self._queue.charge(request, request.left)
+        self._counters.prefix_query_tokens += len(looked_for)
+        self._counters.prefix_hit_tokens += request.reused
         request.new.answer.begin(request.reused)
         request.handle.enter(State.PREFILL)
         if request.new.progress:
             request.handle.report(0, request.left)
         return request.new.progress
 
-    def _end(self, request: Request, state: State, error: BaseException | None = None) -> None:
-        if request.slot is None:
-            if request in self._queue:
-                self._queue.take(request)
-        else:
-            self._running.remove(request)
-            self._pool.close(request.slot, keep=not isinstance(error, MemoryError))
-            request.slot = None
-        if self._blocked is request:
-            self._blocked = None
-        self._queue.leave(request)
-        request.new.release()
-        request.handle.enter(state, error)
-
     # ---- a step
 
     def _run(self, ready: Sequence[Request], now: float) -> None:
         """Runs a step of requests of one group."""
-        chosen = self._choose(ready, now)
+        chosen: list[tuple[Request, int]] = []
         try:
-            step, size = self._make(chosen)
-            with engine_errors():
-                logits = self._runner.run(step)
+            chosen = self._choose(ready, now)
+            done = self._compute(chosen, ready, now)
         except Exception as error:  # noqa: BLE001 - whatever it is, others go on
             logger.debug("A step of %d requests failed: %s", len(chosen), error)
-            for request, _ in chosen:
-                self._end(request, State.FAILED, error)
+            self._counters.failed_steps += 1
+            for request in [each for each, _ in chosen] or ready:
+                if not request.handle.state.ended:
+                    self._end(request, State.FAILED, for_callers(error, request))
             return
-        seconds = self._clock() - now
-        self._cost.observe(size, seconds, self._union())
-        streams = any(r.new.streams for r in ready if r.handle.state is State.DECODE)
-        self._pace.stepped(seconds, streams=streams)
-        done = [
-            (request, found)
-            for (request, count), found in zip(chosen, logits, strict=True)
-            if self._computed(request, count)
-        ]
         if done:
             self._answer(done)
+        self._count_memory(now)
+
+    def _compute(
+        self, chosen: Sequence[tuple[Request, int]], ready: Sequence[Request], now: float
+    ) -> list[tuple[Request, Any]]:
+        """Returns the requests whose next token can be chosen, with its logits."""
+        step, size = make_step(chosen, self._adapters, by_row=self._by_row)
+        self._counters.predicted_step_seconds = self._cost.seconds(size)
+        with engine_errors():
+            logits = self._runner.run(step)
+        seconds, union = self._clock() - now, self._union()
+        self._counters.stepped(seconds, self._cost.bytes_of(size, union), size.rows + size.prompt)
+        self._cost.observe(size, seconds, union)
+        self._counters.distinct_experts = None if union is None else union * self._cost.experts
+        self._counters.read_bandwidth = self._cost.measured_bandwidth
+        streams = any(r.new.streams for r in ready if r.handle.state is State.DECODE)
+        self._pace.stepped(seconds, streams=streams)
+        return [
+            (request, found)
+            for (request, count), found in zip(chosen, logits, strict=True)
+            if self._computed(request, count, found)
+        ]
 
     def _choose(self, ready: Sequence[Request], now: float) -> list[tuple[Request, int]]:
         """Returns the requests of the step with how many tokens each computes."""
@@ -328,9 +216,12 @@ class Scheduler:
         def predict(tokens: int, count: int) -> float:
             return self._cost.seconds(StepSize(len(rows), tokens, count, held))
 
+        most = self._runner.prefill_chunk(sum(r.left for r in prompts))
+        if any(r.scores_prompt for r in prompts):
+            most = min(most, SCORED_TOKENS)
         parts = share_prompts(
             prompts,
-            self._runner.prefill_chunk(sum(r.left for r in prompts)),
+            most,
             predict,
             self._pace.allowance(streams=streams),
             must=not rows or late,
@@ -340,29 +231,7 @@ class Scheduler:
             request.served = now
         return [*rows, *parts]
 
-    def _make(self, chosen: Sequence[tuple[Request, int]]) -> tuple[Step, StepSize]:
-        first = chosen[0][0].new.choice
-        choices = [first]
-        if any(request.new.choice != first for request, _ in chosen):
-            choices = list(dict.fromkeys(request.new.choice for request, _ in chosen))
-        shared = self._adapters.prepare(choices, by_row=self._by_row)
-        spans, rows, prompt, held = [], 0, 0, 0
-        for request, count in chosen:
-            start, row = request.held, request.new.choice.row
-            ids = request.ids[start : start + count]
-            span = Span(
-                slot=request.slot,
-                ids=ids,
-                adapter=ACTIVE if shared or row is None else row,
-                logits=None if start + count == len(request.ids) else (),
-            )
-            spans.append(span)
-            held += start
-            rows += count == 1
-            prompt += count if count > 1 else 0
-        return Step(tuple(spans)), StepSize(rows, prompt, len(chosen) - rows, held)
-
-    def _computed(self, request: Request, count: int) -> bool:
+    def _computed(self, request: Request, count: int, logits: Any) -> bool:
         """Follows ``count`` computed tokens of a request; returns whether its next one can be
         chosen."""
         if request.handle.state is State.PREFILL:
@@ -370,27 +239,61 @@ class Scheduler:
             # Marks stay at the prompt's end, and before the last chunk for the same prompt again.
             first = held - count <= request.reused
             self._pool.mark(request.slot, replace=not first and held < prompt)
+            if request.scores_prompt and not self._score(request, held - count, logits):
+                return False
+            if not request.left:
+                self._counters.prompt_tokens += prompt
             if request.new.progress:
                 request.handle.report(held - request.reused, prompt - request.reused)
         return not request.left
+
+    def _score(self, request: Request, start: int, logits: Any) -> bool:
+        """Scores computed tokens of a prompt; returns whether the request goes on."""
+        scores = request.new.scores
+        assert scores is not None
+        try:
+            scores.push(start, logits)
+            if request.left:
+                return True
+            request.scores_prompt = False
+            ends = not request.new.most_tokens
+            whole = request.new.answer.without_tokens() if ends else None
+            request.handle.put_scores(scores.whole(), whole)
+        except Exception as error:  # noqa: BLE001 - belongs to this request alone
+            self._end(request, State.FAILED, for_callers(error, request))
+            return False
+        if ends:
+            self._counters.prompt_tokens += len(request.new.prompt_ids)
+            self._end(request, State.FINISHED)
+        return not ends
+
+    def _count_memory(self, now: float | None = None) -> None:
+        """Counts the tokens and bytes of the slots, at ``now`` only after a while."""
+        if now is not None and now - self._counted < _COUNTED:
+            return
+        self._counted = self._clock()
+        counters = self._counters
+        counters.kv_tokens = sum(request.held for request in self._running)
+        counters.kv_bytes, counters.kv_idle_bytes = self._pool.usage()
 
     def _answer(self, done: Sequence[tuple[Request, Any]]) -> None:
         """Gives the requests their next tokens."""
         answers = [request.new.answer for request, _ in done]
         try:
-            tokens = self._choose_tokens(answers, [found for _, found in done])
+            tokens = self._choose_tokens(answers, [found[-1:] for _, found in done])
         except Exception as error:  # noqa: BLE001 - as an exception of the model
             tokens = [error] * len(done)
         for (request, logits), token in zip(done, tokens, strict=True):
             try:
                 if isinstance(token, Exception):
                     raise token
-                self._put(request, request.new.answer.push(token, logits[0]))
+                self._put(request, request.new.answer.push(token, logits[-1]))
             except Exception as error:  # noqa: BLE001 - belongs to this request alone
-                self._end(request, State.FAILED, error)
+                self._end(request, State.FAILED, for_callers(error, request))
 
     def _put(self, request: Request, token: TokenResponse) -> None:
         request.ids.append(token.token)
+        self._counters.generated_tokens += 1
         self._queue.charge(request, 1)
         if request.handle.state is State.PREFILL:
             request.handle.enter(State.DECODE)

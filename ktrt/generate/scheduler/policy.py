@@ -76,9 +76,11 @@ class FairQueue(Generic[R]):
         self._queues: dict[tuple[Hashable, Hashable], deque[R]] = {}
         self._served: dict[Hashable, float] = {}
         self._at_work: dict[Hashable, int] = {}
+        # A number by itself, which other threads may read.
+        self._count = 0
 
     def __len__(self) -> int:
-        return sum(map(len, self._queues.values()))
+        return self._count
 
     def __iter__(self) -> Iterator[R]:
         for queue in self._queues.values():
@@ -93,6 +95,7 @@ class FairQueue(Generic[R]):
             if not self._at_work:  # nobody to be fair to
                 self._served = {payer: 0.0}
         self._at_work[payer] = self._at_work.get(payer, 0) + 1
+        self._count += 1
         self._queues.setdefault((request.group, payer), deque()).append(request)
 
     def first(self, group: Hashable) -> R | None:
@@ -115,6 +118,7 @@ class FairQueue(Generic[R]):
         """Removes a waiting request, which still counts for its payer."""
         key = request.group, request.payer
         self._queues[key].remove(request)
+        self._count -= 1
         if not self._queues[key]:
             del self._queues[key]
 

@@ -6,6 +6,7 @@ import atexit
 import logging
 import threading
 from concurrent.futures import Future
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, TypeVar
 
 from ktrt.engine.torch_threads import set_torch_threads
@@ -39,11 +40,25 @@ class Worker:
         torch's count there, which each thread has for itself."""
         self._scheduler, self._owned = scheduler, owned
         self._torch_threads, self._begin = torch_threads, begin
-        self._awake = threading.Event()
+        # Its ``put`` is for any place, the collector's callbacks too, where an Event's lock may be
+        # the one that is held.
+        self._calls: SimpleQueue[None] = SimpleQueue()
         self._closing: KtrtError | None = None
-        scheduler.on_wake(self._awake.set)
+        self._last: Callable[[], object] | None = None
+        self._failed = False
+        scheduler.on_wake(self._wake)
         # Not waited for to the last answer at the interpreter's end: nobody reads it any more.
         self._thread = threading.Thread(target=self._run, name="ktrt-scheduler", daemon=True)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread has not failed."""
+        return not self._failed
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the caller runs in this thread."""
+        return threading.current_thread() is self._thread
 
     def start(self) -> None:
         """Starts the thread, which waits for ``owned``."""
@@ -51,14 +66,17 @@ class Worker:
         atexit.register(self._leave)
         self._thread.start()
 
+    def _wake(self) -> None:
+        self._calls.put(None)
+
     def _leave(self) -> None:
         self._closing = KtrtError("the interpreter ends")
-        self._awake.set()
+        self._wake()
         self._thread.join(_LAST_STEP)
 
     def call(self, function: Callable[[], T]) -> T:
         """Runs ``function`` in the thread, between two steps; returns or raises what it does."""
-        if threading.current_thread() is self._thread:
+        if self.is_current:
             return function()
         future: Future[T] = Future()
 
@@ -75,10 +93,17 @@ class Worker:
         """Ends all requests with ``reason`` and waits for the end of the thread, unless it is the
         caller's. Without ``wait``: for callers that hold ``owned``."""
         self._closing = reason
-        self._awake.set()
+        self._wake()
         atexit.unregister(self._leave)
-        if wait and threading.current_thread() is not self._thread:
+        if wait and not self.is_current:
             self._thread.join()
+
+    def abandon(self, reason: KtrtError, last: Callable[[], object]) -> None:
+        """Like ``close``, but waits for nothing; the thread calls ``last`` at its end. For the
+        collector, from any thread."""
+        self._last = last
+        self._closing = reason
+        self._wake()
 
     def _run(self) -> None:
         with self._owned:
@@ -88,11 +113,16 @@ class Worker:
                 if self._closing is None:  # or the model may be gone
                     self._begin()
                 while self._closing is None:
-                    self._awake.clear()
+                    while not self._calls.empty():
+                        self._calls.get()
                     if not self._scheduler.step():
                         self._scheduler.rest()
-                        self._awake.wait()
+                        self._calls.get()
                 reason = self._closing
             except BaseException:
+                self._failed = True
                 logger.exception("The scheduler's thread has failed")
             self._scheduler.close(reason)
+            if self._last is not None:
+                atexit.unregister(self._leave)
+                self._last()

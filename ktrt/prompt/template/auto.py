@@ -8,7 +8,9 @@ from typing import Any
 
 from ktrt.config import TemplateArgs
 from ktrt.errors import ConfigError
-from ktrt.prompt.template.base import Message, Tokenizer, no_switch
+from ktrt.prompt.reply.table import ReplyFormat, published_reply
+from ktrt.prompt.template.auto_tools import ToolForm, find_tool_form
+from ktrt.prompt.template.base import Message, Tokenizer, Tool, no_switch, special_marks
 from ktrt.prompt.template.table import TEMPLATES
 
 _log = logging.getLogger(__name__)
@@ -28,7 +30,6 @@ class AutoTemplate:
     """
 
     name = "auto"
-    shown_tokens: Mapping[int, str] = {}
 
     def __init__(self, args: TemplateArgs, tokenizer: Tokenizer) -> None:
         if not tokenizer.chat_template:
@@ -44,7 +45,17 @@ class AutoTemplate:
         self._in_parts = False
         # Only with several templates: not every tokenizer accepts one as an argument.
         self._source: dict[str, str] = {}
+        # The template for requests with tools, if it is another one.
+        self._tool_source: dict[str, str] = {}
         self._choose()
+        self._tools: ToolForm | None = None
+        self._starts: dict[bool | None, str] = {}
+        source = self._source.get("chat_template", tokenizer.chat_template)
+        self.reply: ReplyFormat | None = published_reply(str(source))
+        marks = self.reply.marks if self.reply else ()
+        self.shown_tokens: Mapping[int, str] = special_marks(
+            marks, tokenizer.encode, tokenizer.decode
+        )
         self._thinks_by_default = self._find_switch()
         self._check_tokens()
         if self._thinking is not None and self._thinks_by_default is None:
@@ -66,6 +77,8 @@ class AutoTemplate:
         """Chooses the template, and whether it gets parts."""
         given = self._tokenizer.chat_template
         named: dict[str, str] = dict(given) if isinstance(given, Mapping) else {"": given}
+        if "tool_use" in named:
+            self._tool_source = {"chat_template": named["tool_use"]}
         order = [name for name in _CONVERSATION if name in named]
         silent: list[tuple[str, dict[str, str]]] = []
         reasons = []
@@ -130,34 +143,70 @@ class AutoTemplate:
                 "files belong together?", ", ".join(unknown),
             )  # fmt: skip
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
+    @property
+    def reply_start(self) -> str:
+        if self._thinking not in self._starts:
+            self._starts[self._thinking] = self._find_start()
+        return self._starts[self._thinking]
+
+    def _find_start(self) -> str:
+        """Returns the prompt's end from the reply's first mark on."""
+        if self.reply is None:
+            return ""
+        text = self._text(_PROBE, **_switch(self._thinking))
+        end = text[text.rfind(_PROBE) + len(_PROBE) :] if _PROBE in text else ""
+        if self.reply.channels:
+            return end.rpartition("<|start|>assistant")[2]
+        found = [end.find(mark) for mark in self.reply.thought or () if mark in end]
+        return end[min(found) :] if found else ""
+
+    def encode(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> list[int]:
         turns = [dict(message) for message in messages]
         if self._default_system and turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "content": self._default_system})
-        return self._render(turns, self._thinking)
+        options: dict[str, Any] = {}
+        if tools or any(turn["role"] == "tool" or "tool_calls" in turn for turn in turns):
+            if self._tools is None:
+                self._tools = find_tool_form(self._apply_plain)
+            turns, options = self._tools.shown(turns, tools)
+        return self._render(turns, self._thinking, options)
 
-    def _text(self, content: str) -> str:
+    def _text(self, content: str, **options: Any) -> str:
         """Returns the prompt for one message of the user."""
-        text: str = self._apply([{"role": "user", "content": content}], tokenize=False)
+        text: str = self._apply([{"role": "user", "content": content}], tokenize=False, **options)
         return text
 
-    def _render(self, turns: list[dict[str, str]], thinking: bool | None) -> list[int]:
-        # DeepSeek's templates (V3.1 on) and some others have the second name.
-        options = {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}
-        ids: list[int] = self._apply(turns, tokenize=True, return_dict=False, **options)
+    def _apply_plain(self, turns: list[dict[str, Any]], **options: Any) -> str:
+        text: str = self._apply(turns, tokenize=False, **options)
+        return text
+
+    def _render(
+        self, turns: list[dict[str, Any]], thinking: bool | None, options: Mapping[str, Any] = {}
+    ) -> list[int]:
+        ids: list[int] = self._apply(
+            turns, tokenize=True, return_dict=False, **_switch(thinking), **options
+        )
         return ids
 
-    def _apply(self, turns: list[dict[str, str]], **options: Any) -> Any:
+    def _apply(self, turns: list[dict[str, Any]], **options: Any) -> Any:
         messages: list[Any] = turns
         if self._in_parts:
-            messages = [
-                {**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns
-            ]
+            messages = [{**turn, "content": _parts(turn["content"])} for turn in turns]
+        source = self._source | (self._tool_source if "tools" in options else {})
         try:
             return self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, **self._source, **options
+                messages, add_generation_prompt=True, **source, **options
             )
         except Exception as error:
             # Jinja's errors, and any error of the template's expressions.
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ConfigError(f"the tokenizer's chat template refuses this: {reason}") from error
+
+
+def _switch(thinking: bool | None) -> dict[str, bool]:
+    # DeepSeek's templates (V3.1 on) and some others have the second name.
+    return {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}
+
+
+def _parts(content: str | None) -> list[dict[str, str]]:
+    return [{"type": "text", "text": content}] if content else []

@@ -32,8 +32,9 @@ class Bound:
         return parts
 
 
-def bind(name: str, spec: TemplateSpec, tokenizer: Any) -> Bound:
-    """Binds a template to a tokenizer. Raises ``ConfigError`` with the tokens that it lacks."""
+def bind(name: str, spec: TemplateSpec, tokenizer: Any, more_slots: str = "") -> Bound:
+    """Binds a template, and slots next to the spec's, to a tokenizer. Raises ``ConfigError`` with
+    the tokens that it lacks."""
     known = {text: _token_id(tokenizer, text) for text in spec.tokens}
     known |= {text: _vocabulary_id(tokenizer, text) for text in spec.stop_words}
     optional = [t for t in spec.optional_stop_words if _vocabulary_id(tokenizer, t) is not None]
@@ -47,7 +48,7 @@ def bind(name: str, spec: TemplateSpec, tokenizer: Any) -> Bound:
         "{bos?}": tokenizer.bos_token_id,
         "{eos}": eos,
     }
-    slots = "".join((spec.prefix, spec.system, spec.user, spec.assistant))
+    slots = "".join((spec.prefix, spec.system, spec.user, spec.assistant, more_slots))
     for mark in dict.fromkeys(_MARK.findall(slots)):
         if mark.startswith("{token "):
             text = mark.removeprefix("{token ").removesuffix("}")

@@ -5,21 +5,28 @@ A named template is an entry of ``TEMPLATES`` bound to a tokenizer; ``auto`` is 
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
+from itertools import groupby
+from operator import itemgetter
 
 from ktrt.config import TemplateArgs
 from ktrt.config.check import nearest
 from ktrt.errors import ConfigError
+from ktrt.prompt.reply.table import named_reply
 from ktrt.prompt.template.auto import AutoTemplate
 from ktrt.prompt.template.base import (
     Message,
     Template,
     Tokenizer,
+    Tool,
     no_switch,
+    special_marks,
 )
 from ktrt.prompt.template.binding import bind
 from ktrt.prompt.template.table import TEMPLATES
+from ktrt.prompt.template.table.tools import BETWEEN_RESULTS, TOOL_FORMATS, TOOL_SLOTS, ToolSlots
+from ktrt.prompt.template.tool_text import calls_text, tools_text
 
 _log = logging.getLogger(__name__)
 
@@ -59,7 +66,8 @@ class NamedTemplate:
     def __init__(self, name: str, args: TemplateArgs, tokenizer: Tokenizer) -> None:
         spec = TEMPLATES[name]
         self.name = name
-        self._bound = bind(name, spec, tokenizer)
+        slots = TOOL_SLOTS.get(name, ToolSlots())
+        self._bound = bind(name, spec, tokenizer, slots.calls + slots.results)
         self.stop_ids = self._bound.stop_ids
         self._prefix = self._bound.compile(spec.prefix)
         self._system = self._bound.compile(spec.system)
@@ -70,7 +78,15 @@ class NamedTemplate:
             spec.default_system if args.default_system is None else args.default_system
         )
         self._thought = spec.thought
-        self.shown_tokens: Mapping[int, str] = self._special_marks(tokenizer)
+        self._tool_format = TOOL_FORMATS[slots.format]
+        self._calls = self._bound.compile(slots.calls) or self._assistant
+        self._results = self._bound.compile(slots.results) or self._user
+        thought = None if spec.thought is None else (spec.thought.begin, spec.thought.end)
+        self.reply = named_reply(name, slots.format, thought)
+        marks = (*(thought or ()), *(self.reply.marks if self.reply else ()))
+        self.shown_tokens: Mapping[int, str] = special_marks(
+            marks, self._bound.tokenizer.encode, tokenizer.decode
+        )
         self._skip_thought = args.enable_thinking is False
 
     @property
@@ -84,26 +100,45 @@ class NamedTemplate:
         changed._skip_thought = not thinking
         return changed
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
+    @property
+    def reply_start(self) -> str:
+        return self._thought.empty if self._thought and self._skip_thought else ""
+
+    def encode(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> list[int]:
         turns = list(messages)
         system = self._default_system
         if turns[0]["role"] == "system":
             system = turns.pop(0)["content"] or system
+        if tools:
+            system += tools_text(self._tool_format, tools)
         before = ""
         ids = self._fill(self._prefix)
         if system and self._first_user_system is not None:
             before = self._first_user_system.replace("{c}", system)
         elif system:
             ids += self._fill(self._system, system)
-        for turn in turns:
-            if turn["role"] == "assistant":
-                ids += self._fill(self._assistant, self._without_thought(turn["content"]))
-            else:
-                ids += self._fill(self._user, before + turn["content"])
-                before = ""
-        if self._thought and self._skip_thought:
-            ids += self._fill([self._thought.empty])
-        return ids
+        last = ""
+        for role, group in groupby(turns, key=itemgetter("role")):
+            if (last, role) == ("tool", "user"):
+                # The results' slot ends with the begin of a reply.
+                ids += self._fill(self._assistant)
+            for turn in [*group] if role != "tool" else [_joined_results(group)]:
+                ids += self._turn(turn, before)
+                before = "" if role == "user" else before
+            last = role
+        return ids + self._fill([self.reply_start])
+
+    def _turn(self, turn: Message, before: str) -> list[int]:
+        content = turn["content"]
+        if turn["role"] == "user":
+            return self._fill(self._user, before + content)
+        if turn["role"] == "tool":
+            return self._fill(self._results, content)
+        content = self._without_thought(content)
+        if calls := turn.get("tool_calls"):
+            content += calls_text(self.name, self._tool_format.calls, calls)
+            return self._fill(self._calls, content)
+        return self._fill(self._assistant, content)
 
     def _fill(self, slot: Sequence[str | int], content: str = "") -> list[int]:
         ids: list[int] = []
@@ -113,14 +148,6 @@ class NamedTemplate:
             elif text := part.replace("{c}", content):
                 ids += self._bound.tokenizer.encode(text, add_special_tokens=False)
         return ids
-
-    def _special_marks(self, tokenizer: Tokenizer) -> dict[int, str]:
-        if self._thought is None:
-            return {}
-        ids = {*self._fill([self._thought.begin]), *self._fill([self._thought.end])}
-        decode = tokenizer.decode
-        special = [each for each in ids if not decode([each], skip_special_tokens=True)]
-        return {each: decode([each], skip_special_tokens=False) for each in special}
 
     def _without_thought(self, reply: str) -> str:
         """Drops the text between the marks, with and without their line breaks: models write
@@ -135,3 +162,8 @@ class NamedTemplate:
             marked = f"{re.escape(begin)}.*?{re.escape(end)}"
             reply = re.sub(marked, "", reply, flags=re.DOTALL)
         return reply.lstrip("\n")
+
+
+def _joined_results(results: Iterable[Message]) -> Message:
+    """Returns several calls' results as one message, as training joins them."""
+    return {"role": "tool", "content": BETWEEN_RESULTS.join(each["content"] for each in results)}

@@ -23,7 +23,7 @@ from ktrt.serve.openai.conversation import (
 )
 from ktrt.serve.openai.fake_reply import Content, Reasoning, ToolCallStart
 from ktrt.serve.openai.reply import usage
-from ktrt.serve.openai.sampling import choose_adapter, sampling_options
+from ktrt.serve.openai.sampling import sampling_options
 from ktrt.serve.openai.schema import refuse_unknown_effects
 from ktrt.serve.openai.schema_chat import ChatCompletion, ChatRequest
 from ktrt.serve.openai.stream import DONE, EventStream, event, failure, unless_gone
@@ -108,7 +108,7 @@ def chat_conversation(server: Server, body: ChatRequest, client: str | None) -> 
         body.chat_template_kwargs, body.reasoning_effort, body.enable_thinking
     )
     return Conversation(
-        adapter=choose_adapter(server, body),
+        adapter=server.names.resolve(body.model, body.adapter_weights),
         messages=readable_messages(body.messages),
         sampling=sampling,
         tools=tools,

@@ -16,7 +16,7 @@ from ktrt.serve.errors import ApiError, error_body
 from ktrt.serve.generation import Asked
 from ktrt.serve.openai.chat import FINGERPRINT, client_of
 from ktrt.serve.openai.prompts import Prompt, read_prompts
-from ktrt.serve.openai.sampling import choose_adapter, sampling_options
+from ktrt.serve.openai.sampling import sampling_options
 from ktrt.serve.openai.schema import refuse_unknown_effects
 from ktrt.serve.openai.schema_completions import Completion, CompletionRequest
 from ktrt.serve.openai.stream import DONE, EventStream, event, failure, merged, unless_gone
@@ -81,7 +81,7 @@ async def _asked(
     """Returns the request of each prompt."""
     refuse_unknown_effects(body.model_extra)
     _check(body)
-    adapter = choose_adapter(server, body)
+    adapter = server.names.resolve(body.model, body.adapter_weights)
     prompts = await asyncio.to_thread(
         read_prompts, server.session, body.prompt, add_special_tokens=body.add_special_tokens
     )

@@ -12,7 +12,7 @@ from ktrt.serve.openai.conversation import (
     readable_messages,
     thinking_switch,
 )
-from ktrt.serve.openai.sampling import choose_adapter, sampling_options
+from ktrt.serve.openai.sampling import sampling_options
 from ktrt.serve.openai.schema import refuse_unknown_effects
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def response_conversation(server: Server, body: ResponsesRequest, client: Hashab
     if effort is not None and not isinstance(effort, str):
         raise _wrong("reasoning.effort", "text", effort)
     return Conversation(
-        adapter=choose_adapter(server, body),
+        adapter=server.names.resolve(body.model, body.adapter_weights),
         messages=readable_messages(_messages(body)),
         sampling=sampling,
         tools=tools,
@@ -118,8 +118,7 @@ def _messages(body: ResponsesRequest) -> list[Any]:
 
 
 def _append(found: list[Any], where: str, item: object) -> None:
-    """Appends an item. Thought, text and calls of one turn are items of their own, and one
-    message."""
+    """Appends an item. Thought, text and calls of one turn are several items, and one message."""
     if not isinstance(item, Mapping):
         raise _wrong(where, "an item", item)
     kind = item.get("type", "message")

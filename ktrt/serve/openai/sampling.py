@@ -10,8 +10,6 @@ from ktrt.serve.errors import ApiError
 
 if TYPE_CHECKING:
     from ktrt.serve.openai.schema import SamplingRequest
-    from ktrt.serve.server import Server
-    from ktrt.session import Adapter
 
 # The session's own names are the same.
 _SAME = (
@@ -70,19 +68,3 @@ def _wrong_bias(found: object) -> ApiError:
         400, f"logit_bias: expected token ids with numbers from -100 to 100, found {found!r:.80}",
         param="logit_bias",
     )  # fmt: skip
-
-
-def choose_adapter(server: Server, request: SamplingRequest) -> Adapter:
-    """Returns the adapter that ``model`` names, or the weighted sum of ``adapter_weights``."""
-    if request.adapter_weights is None:
-        return server.names.resolve(request.model)
-    if request.model:
-        server.names.resolve(request.model)
-    for name in request.adapter_weights:
-        if name not in server.session.adapters.names:
-            known = ", ".join(server.session.adapters.names) or "(none)"
-            raise ApiError(
-                404, f"adapter_weights: expected names of adapters ({known}), found {name!r:.80}",
-                param="adapter_weights", code="model_not_found",
-            )  # fmt: skip
-    return dict(request.adapter_weights)

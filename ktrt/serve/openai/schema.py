@@ -16,8 +16,8 @@ _IDS = {"type": "array", "items": {"type": "integer"}}
 
 
 def described(*schemas: Mapping[str, Any]) -> WithJsonSchema:
-    """Returns the JSON schema of a field that code checks: its messages name what was found, those
-    of a pydantic union list what every member expected."""
+    """Returns the JSON schema of a field that code checks: its messages name what was found, where
+    pydantic lists what every member of a union expected."""
     return WithJsonSchema({"anyOf": [dict(each) for each in schemas]})
 
 

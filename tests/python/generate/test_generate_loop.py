@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from ktrt.config import SamplingArgs
 from ktrt.errors import ConfigError
 from ktrt.generate import graphs, runner
-from ktrt.generate.loop import check_prompt, stream_generate
+from ktrt.generate.loop import stream_generate
+from ktrt.generate.prompts import check_prompt
 from ktrt.generate.response import TokenResponse
 from ktrt.generate.runner import KvCache
 from ktrt.kv import static

@@ -4,7 +4,7 @@
 _OWN = """
 adapters adapter_weights lora_B_layout kt_use_cuda_graph kt_fixed_kernels ktrt_cache ktrt_cache_dir
 min_p max_num_seqs min_tokens_per_second
-presence_penalty frequency_penalty stop_strings stop_token_ids logprobs top_logprobs
+presence_penalty frequency_penalty logit_bias stop_strings stop_token_ids logprobs top_logprobs
 """
 OWN_KEYS = frozenset(_OWN.split())
 # Keys that also occur in KTransformers' kt_config mapping.
@@ -83,6 +83,7 @@ MEANINGS = {
     "repetition_penalty": "Applies to prompt and answer, as in transformers.",
     "presence_penalty": "OpenAI's definition, −2 to 2; counts the answer only.",
     "frequency_penalty": "OpenAI's definition, −2 to 2; counts the answer only.",
+    "logit_bias": "Token ids with what is added to their logits, −100 to 100.",
     "skip_special_tokens": "Leaves special tokens out of the text of an answer.",
     "seed": "Makes sampling reproducible.",
     "stop_strings": "Texts that end an answer. They are never shown, not even in part.",

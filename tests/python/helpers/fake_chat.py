@@ -72,6 +72,7 @@ class EchoSession:
         self.context_limit = context_limit
         self.sampling = SamplingArgs()
         self.template = SimpleNamespace(name="fake", thinking=None)
+        self._configured: bool | None = None
         self.adapters = FakeAdapters(*adapters)
         self.tokenizer = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
         self.bytes_per_token = None
@@ -82,10 +83,12 @@ class EchoSession:
     def __exit__(self, *_: object) -> None:
         self.closed += 1
 
-    def set_thinking(self, thinking: bool) -> None:
-        if self.template.thinking is None:
+    def set_thinking(self, thinking: bool | None) -> None:
+        if self.template.thinking is None and thinking is not None:
             raise ConfigError("template 'fake' cannot switch thinking on or off")
-        self.template.thinking = thinking
+        if self._configured is None:
+            self._configured = self.template.thinking
+        self.template.thinking = self._configured if thinking is None else thinking
 
     def count_tokens(self, messages: Sequence[Mapping[str, str]]) -> int:
         """Counts one token per character."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ktrt.engine.active_set import AdapterChoice
 from ktrt.engine.step_rows import BASE
-from ktrt.generate.response import TokenResponse
+from ktrt.generate.response import Response, TokenResponse
 from ktrt.generate.scheduler import (
     CostFacts,
     CostModel,
@@ -51,7 +51,9 @@ class FakePool:
     """Slots of token ids; a byte for each token."""
 
     def __init__(self, budget: int = 10**9, most: int = 64) -> None:
-        self.budget, self.most, self.continues = budget, most, True
+        self.budget = budget
+        self.budget_bytes: int | None = budget
+        self.most, self.continues = most, True
         self.used: list[FakeSlot] = []
         self.idle: list[FakeSlot] = []
 
@@ -79,6 +81,10 @@ class FakePool:
     def room_for(self, tokens: int) -> bool:
         taken = sum(max(slot.promised, slot.length) for slot in self.used)
         return len(self.used) < self.most and taken + tokens <= self.budget
+
+    def usage(self) -> tuple[int, int]:
+        used = sum(max(slot.promised, slot.length) for slot in self.used)
+        return used, sum(slot.length for slot in self.idle)
 
     def mark(self, slot: FakeSlot, *, replace: bool = False) -> None:
         pass
@@ -122,7 +128,12 @@ class FakeRunner:
             raise failure
         for span in spans:
             span.slot.ids += span.ids
-        return [[list(span.slot.ids)] if span.logits is None else [] for span in spans]
+        return [self._logits(span) for span in spans]
+
+    @staticmethod
+    def _logits(span: Any) -> list[list[int]]:
+        first = span.slot.length - len(span.ids)
+        return [list(span.slot.ids[: first + index + 1]) for index in span.wanted]
 
     def prefill_chunk(self, remaining: int) -> int:
         return self.chunk
@@ -177,6 +188,12 @@ class FakeAnswer:
             finish_reason="length" if self._count == self._tokens else None,
             reused_tokens=self._reused, generated_tokens=self._count, prefill_seconds=0.0,
             decode_seconds=0.0,
+        )  # fmt: skip
+
+    def without_tokens(self) -> Response:
+        return Response(
+            text="", token_ids=(), finish_reason="length", prompt_tokens=len(self._prompt),
+            reused_tokens=0, generated_tokens=0, prefill_seconds=0.0, decode_seconds=0.0,
         )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ def test_good_messages(messages: list[dict[str, str]]) -> None:
         ([A], r"messages\[0\]: expected a message of the user, found one of the assistant"),
         ([U, U], r"messages\[1\]: expected a message of the assistant"),
         ([U, S], r"messages\[1\]: expected a message of the assistant, found one of the system"),
-        ([{"role": "tool", "content": "x"}], r"messages\[0\]: role: .* found 'tool'"),
+        ([{"role": "narrator", "content": "x"}], r"messages\[0\]: role: .* found 'narrator'"),
         ([{"role": "user", "content": " \n"}], r"messages\[0\]: content: expected text, not empty"),
         (
             [{"role": "user", "content": "a\udc80"}],
@@ -86,4 +86,4 @@ def test_bad_parts(parts: list[Any], expected: str) -> None:
 def test_plain_messages_may_end_with_an_answer() -> None:
     assert plain_messages([*user(text("x")), A]) == [U, A]
     with pytest.raises(ConfigError, match=r"messages\[1\]: role"):
-        plain_messages([U, {"role": "tool", "content": "x"}])
+        plain_messages([U, {"role": "narrator", "content": "x"}])

@@ -1,0 +1,221 @@
+"""How the families of models write thoughts and tool calls, as data.
+
+A call is written in one of three ways:
+
+- a JSON object that holds name and arguments: ``{"name": "f", "arguments": {…}}``;
+- a head with the name, then the arguments as a JSON object;
+- tags: the name, then a key and a value for each argument.
+
+Between its calls a block holds white space and the marks listed here. Anything else ends the block
+and is content again.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ObjectCall:
+    """A JSON object with ``name`` and ``arguments`` (or ``parameters``)."""
+
+
+@dataclass(frozen=True)
+class HeadCall:
+    """A head up to the ``{`` of the arguments. ``head`` is a pattern of all of it, with the group
+    ``name`` and perhaps ``id``. ``known``: only names of tools that the request has."""
+
+    head: str
+    known: bool = False
+
+    # Longer heads are none: the text is content.
+    most: int = 300
+
+
+@dataclass(frozen=True)
+class TagCall:
+    """Marks around name, keys and values. Between ``key_end`` and the value, ``value_begin``; white
+    space next to it is no part of the value, nor is one line break at each end of the value.
+    ``name_end`` "" means: up to white space or ``<``. ``end`` "" means: the block's end."""
+
+    name_end: str
+    key: str
+    key_end: str
+    value_end: str
+    value_begin: str = ""
+    end: str = ""
+
+
+Call = ObjectCall | HeadCall | TagCall
+
+
+@dataclass(frozen=True)
+class CallBlock:
+    """The calls between ``begin`` and ``end``, each after one of the marks of ``calls``. The mark
+    "{" belongs to the call's text; "" means: whatever else comes.
+
+    ``before`` and ``between`` are marks without a meaning before the first call and after one. A
+    block without ``begin`` is a single call, whose mark is found in content, at the begin of a line
+    if ``at_line``.
+    """
+
+    begin: str
+    calls: Mapping[str, Call]
+    end: str = ""
+    before: tuple[str, ...] = ()
+    between: tuple[str, ...] = ()
+    at_line: bool = False
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """The marks that begin the block within content."""
+        return (self.begin,) if self.begin else tuple(self.calls)
+
+
+@dataclass(frozen=True)
+class ReplyFormat:
+    """``thought``: the marks around a thought at the begin of a reply. ``blocks``: the calls.
+    ``channels``: messages in OpenAI's harmony format, marked by channels.
+
+    ``grammar`` is xgrammar's name of the same format; empty if it knows none. ``short_ids``: the
+    format allows only ids of nine letters and digits for calls.
+    """
+
+    thought: tuple[str, str] | None = None
+    blocks: tuple[CallBlock, ...] = ()
+    channels: bool = False
+    grammar: str = ""
+    short_ids: bool = False
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """All marks: special tokens among them must stay in a reply's text."""
+        found = list(self.thought or ())
+        found += HARMONY_MARKS if self.channels else ()
+        for block in self.blocks:
+            found += [block.begin, block.end, *block.calls, *block.before, *block.between]
+            for call in block.calls.values():
+                if isinstance(call, TagCall):
+                    found += [call.key, call.value_begin, call.value_end, call.end]
+                elif isinstance(call, HeadCall):
+                    found += re.findall(
+                        r"<[|｜][^<>]+[|｜]>|\[[A-Z_]{4,}\]", call.head.replace("\\", "")
+                    )
+        return tuple(dict.fromkeys(each.strip() for each in found if len(each.strip()) > 1))
+
+
+HARMONY_MARKS = (
+    "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>",
+)  # fmt: skip
+_NAME = r"(?P<name>[^\s<>\[\]{}\"'｜|]+)"
+
+_QWEN_TAGS = TagCall(">", "<parameter=", ">", "</parameter>", end="</function>")
+_GLM_TAGS = TagCall("", "<arg_key>", "</arg_key>", "</arg_value>", value_begin="<arg_value>")
+_INVOKE = TagCall('">', '<parameter name="', '">', "</parameter>", end="</invoke>")
+
+TOOL_CALL = CallBlock(
+    "<tool_call>",
+    {"{": ObjectCall(), "<function=": _QWEN_TAGS, "": _GLM_TAGS},
+    end="</tool_call>",
+)
+DEEPSEEK = CallBlock(
+    "<｜tool▁calls▁begin｜>",
+    {
+        "<｜tool▁call▁begin｜>": HeadCall(
+            rf"\s*(?:function\s*<｜tool▁sep｜>\s*)?{_NAME}\s*(?:<｜tool▁sep｜>)?\s*(?:```(?:json)?\s*)?"
+        )
+    },
+    end="<｜tool▁calls▁end｜>",
+    between=("```", "<｜tool▁call▁end｜>"),
+)
+KIMI = CallBlock(
+    "<|tool_calls_section_begin|>",
+    {
+        "<|tool_call_begin|>": HeadCall(
+            r"\s*(?P<id>(?:functions\.)?(?P<name>[^\s<>:{}]+?)(?::\d+)?)\s*<\|tool_call_argument_begin\|>\s*"
+        )
+    },
+    end="<|tool_calls_section_end|>",
+    between=("<|tool_call_end|>",),
+)
+MINIMAX = CallBlock("<minimax:tool_call>", {'<invoke name="': _INVOKE}, end="</minimax:tool_call>")
+# LLaMA-Factory trains MiniMax's calls without the block around them.
+BARE_INVOKE = CallBlock("", {'<invoke name="': _INVOKE})
+MISTRAL = CallBlock(
+    "[TOOL_CALLS]",
+    {
+        "{": ObjectCall(),
+        "": HeadCall(rf"\s*{_NAME}\s*(?:\[CALL_ID\]\s*(?P<id>\w+)\s*)?(?:\[ARGS\]\s*)?"),
+    },
+    end="]",
+    before=("[",),
+    between=(",", "[TOOL_CALLS]"),
+)
+SEED = CallBlock("<seed:tool_call>", {"<function=": _QWEN_TAGS}, end="</seed:tool_call>")
+TOOL_CALLS = CallBlock("<tool_calls>", {"{": ObjectCall()}, end="</tool_calls>")
+ACTION = CallBlock(
+    "",
+    {"Action:": HeadCall(rf"\s*{_NAME}\s*Action Input:\s*", known=True)},
+    at_line=True,
+)
+
+THINK = ("<think>", "</think>")
+_DEEPSEEK = ReplyFormat(THINK, (DEEPSEEK,), grammar="deepseek_r1")
+
+# By a mark in the text of a chat template, the first that is found.
+BY_MARK: Mapping[str, ReplyFormat] = {
+    "<|channel|>": ReplyFormat(channels=True, grammar="harmony"),
+    "<｜tool▁calls▁begin｜>": _DEEPSEEK,
+    "<|tool_calls_section_begin|>": ReplyFormat(THINK, (KIMI,), grammar="kimi"),
+    "<minimax:tool_call>": ReplyFormat(THINK, (MINIMAX, BARE_INVOKE), grammar="minimax"),
+    "<seed:tool_call>": ReplyFormat(("<seed:think>", "</seed:think>"), (SEED,)),
+    "[TOOL_CALLS]": ReplyFormat(
+        ("[THINK]", "[/THINK]"), (MISTRAL,), grammar="mistral", short_ids=True
+    ),
+    "<arg_key>": ReplyFormat(THINK, (TOOL_CALL,), grammar="glm_4_7"),
+    "<function=": ReplyFormat(THINK, (TOOL_CALL,), grammar="qwen_3_coder"),
+    "<tool_call>": ReplyFormat(THINK, (TOOL_CALL,), grammar="qwen_3"),
+    "◁think▷": ReplyFormat(("◁think▷", "◁/think▷")),
+    "</think>": ReplyFormat(THINK),
+}
+
+# By LLaMA-Factory's tool format: what its prompt asks for, and what its adapters were trained with.
+BY_TOOL_FORMAT: Mapping[str, ReplyFormat] = {
+    "default": ReplyFormat(blocks=(ACTION,)),
+    "glm4_moe": ReplyFormat(blocks=(TOOL_CALL,), grammar="glm_4_7"),
+    "ling": ReplyFormat(blocks=(TOOL_CALL,), grammar="qwen_3"),
+    "minimax1": ReplyFormat(blocks=(TOOL_CALLS,)),
+    "minimax2": ReplyFormat(blocks=(MINIMAX, BARE_INVOKE), grammar="minimax"),
+    "mistral": ReplyFormat(blocks=(MISTRAL,), grammar="mistral", short_ids=True),
+    "phi4_mini": ReplyFormat(blocks=(ACTION,)),
+    "qwen": ReplyFormat(blocks=(TOOL_CALL,), grammar="qwen_3"),
+    "qwen3_5": ReplyFormat(blocks=(TOOL_CALL,), grammar="qwen_3_coder"),
+    "seed_oss": ReplyFormat(blocks=(SEED,)),
+}
+
+# Next to that, what the models of a named template write without an adapter.
+BY_TEMPLATE: Mapping[str, tuple[CallBlock, ...]] = {
+    "deepseek3": (DEEPSEEK,),
+    "deepseekr1": (DEEPSEEK,),
+    "moonlight": (KIMI,),
+}
+HARMONY_TEMPLATES = frozenset(("gpt_oss",))
+
+
+def named_reply(name: str, tool_format: str, thought: tuple[str, str] | None) -> ReplyFormat | None:
+    """Returns the format of a named template's replies; None if nothing is known.
+
+    ``thought``: the marks of the template's thoughts.
+    """
+    found = BY_TOOL_FORMAT.get(tool_format, ReplyFormat())
+    blocks = found.blocks + BY_TEMPLATE.get(name, ())
+    channels = name in HARMONY_TEMPLATES
+    marks = None if thought is None or channels else (thought[0].strip(), thought[1].strip())
+    if not (blocks or channels or marks):
+        return None
+    return ReplyFormat(marks, blocks, channels, found.grammar, found.short_ids)
+
+
+def published_reply(chat_template: str) -> ReplyFormat | None:
+    """Returns the format that a tokenizer's chat template belongs to; None if it is unknown."""
+    return next((form for mark, form in BY_MARK.items() if mark in chat_template), None)
