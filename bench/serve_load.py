@@ -7,8 +7,8 @@ that the same request got alone.
     python bench/serve_load.py --model /tmp/v2lite --at 8,16    # the share of the memory's limit
     python bench/serve_load.py --quick                          # a smoke test
 
-Without ``--url`` it serves the demo: ``a`` and ``b`` are its adapters, ``c`` is a random one,
-``base`` is the model alone. Every stream has conversations of three turns with its adapter, one
+Without ``--url`` it serves the demo: the first name is its adapter, others are random ones of ranks
+8, 16 …, ``base`` is the model alone. Every stream has conversations of three turns with its adapter, one
 after the other; every fourth conversation is sampled with a seed, all others are greedy.
 ``--leave``: the share of requests whose client goes away in the middle of its answer.
 
@@ -203,12 +203,13 @@ async def _idle(client: Client) -> bool:
 
 
 def demo_adapters(folder: Path, names: Sequence[str]) -> dict[str, Path]:
-    """Returns the demo's adapters, and a random one, by the names that are asked for."""
-    known = {"a": DEMO.parent / "adapter_a", "b": DEMO.parent / "adapter_b"}
-    for seed, name in enumerate(names):
-        if name != "base" and name not in known:
-            known[name] = write_adapter(DEMO, folder / name, rank=8, seed=seed)
-    return {name: known[name] for name in names if name != "base"}
+    """Returns the demo's adapter for the first name and random ones for the others: the demo's
+    second adapter is the first in another layout."""
+    adapters: dict[str, Path] = {}
+    for seed, name in enumerate(name for name in names if name != "base"):
+        trained = DEMO.parent / "adapter_a"
+        adapters[name] = write_adapter(DEMO, folder / name, 8 * seed, seed) if seed else trained
+    return adapters
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

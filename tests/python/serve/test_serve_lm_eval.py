@@ -14,15 +14,15 @@ from lm_eval.tasks import TaskManager
 
 ROOT = Path(__file__).resolve().parents[3]
 MODEL = ROOT / "examples" / "demo" / "model"
-# BF16 keeps 8 bits of an activation. The demo's logits differ by 0.3 % in norm; its log
-# probabilities are up to 25, and a continuation has up to 20 tokens, whose errors mostly cancel.
-ERROR_PER_TOKEN = 0.06
+# transformers itself in BF16 differs by up to 0.8 % of a log-likelihood and 0.004 near 0; the router's
+# choice of another expert in one token of an odd text adds as much.
+RELATIVE, ABSOLUTE = 0.02, 0.02
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("one_thread")]
 
 
-def log_likelihoods(kind: str, /, **arguments: Any) -> list[tuple[float, bool, int]]:
-    """Returns (log-likelihood, whether it is the greedy one, length of the text) of each choice."""
+def log_likelihoods(kind: str, /, **arguments: Any) -> list[tuple[float, bool]]:
+    """Returns (log-likelihood, whether it is the greedy one) of each choice."""
     results = lm_eval.simple_evaluate(
         model=kind, model_args=arguments, tasks=["ktrt_demo"], log_samples=True, bootstrap_iters=0,
         task_manager=TaskManager(
@@ -32,14 +32,14 @@ def log_likelihoods(kind: str, /, **arguments: Any) -> list[tuple[float, bool, i
     samples = sorted(results["samples"]["ktrt_demo"], key=lambda sample: sample["doc_id"])
     found = []
     for sample in samples:
-        for response, choice in zip(sample["resps"], sample["doc"]["choices"], strict=True):
+        for response in sample["resps"]:
             value, greedy = response[0]
-            found.append((float(value), str(greedy) == "True", len(choice)))
+            found.append((float(value), str(greedy) == "True"))
     return found
 
 
 @pytest.fixture(scope="module")
-def expected() -> list[tuple[float, bool, int]]:
+def expected() -> list[tuple[float, bool]]:
     """transformers in float32."""
     return log_likelihoods(
         "hf", pretrained=str(MODEL), dtype="float32", device="cpu", add_bos_token=False,
@@ -49,7 +49,7 @@ def expected() -> list[tuple[float, bool, int]]:
 
 @pytest.mark.parametrize(("tokenizer", "batch"), [("huggingface", 8), ("remote", 1)])
 def test_log_likelihoods(
-    server_url: str, expected: list[tuple[float, bool, int]], tokenizer: str, batch: int,
+    server_url: str, expected: list[tuple[float, bool]], tokenizer: str, batch: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(ROOT)
@@ -59,9 +59,7 @@ def test_log_likelihoods(
         max_length=512, max_retries=1,
     )  # fmt: skip
     assert len(found) == len(expected) == 24
-    worst = 0.0
-    for (value, greedy, length), (wanted, best, _) in zip(found, expected, strict=True):
-        worst = max(worst, abs(value - wanted) / length)
-        assert abs(value - wanted) <= ERROR_PER_TOKEN * length, (value, wanted, length)
-        assert greedy == best or abs(wanted) < 1.0
-    print(f"largest difference: {worst:.4f} per character")
+    assert any(greedy for _, greedy in expected)
+    for (value, greedy), (wanted, greedy_wanted) in zip(found, expected, strict=True):
+        assert abs(value - wanted) <= RELATIVE * abs(wanted) + ABSOLUTE
+        assert greedy == greedy_wanted
