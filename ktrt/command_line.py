@@ -9,7 +9,7 @@ Exit codes mean the same in every verb:
 129  SIGHUP in the chat: the terminal has gone;
 130  Ctrl-C;
 141  the reader of the output has gone (a closed pipe; nothing is printed);
-143  SIGTERM in the chat.
+143  SIGTERM in the chat; a second SIGTERM to the server, which a single one ends with 0.
 
 Code 2 comes with one line on standard error, with ``--debug`` also with the traceback.
 """

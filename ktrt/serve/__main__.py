@@ -1,39 +1,93 @@
 """``ktrt serve CONFIG``: serves a model and its adapters over HTTP."""
 
+import argparse
 import logging
+import os
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from importlib.util import find_spec
 
-from ktrt.command_line import NO_CONFIG, new_parser, parse, run_command, set_environment
-from ktrt.config import load_config
+from ktrt.command_line import (
+    EXIT_INTERRUPTED,
+    NO_CONFIG,
+    new_parser,
+    parse,
+    run_command,
+    set_environment,
+)
+from ktrt.config import Config, load_config
+from ktrt.errors import ConfigError
+from ktrt.serve.settings import ServeSettings, add_options, read_settings
+from ktrt.utils.signals import Terminated, terminations
+
+_log = logging.getLogger("ktrt.serve")
+
+# After a second SIGTERM: requests were cut off. After one alone the end is regular, and 0.
+EXIT_TERMINATED = 143
+_NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the server and returns the exit code; see ktrt.command_line."""
-    parser = new_parser("serve", "Serve a model and its adapters over HTTP.")
-    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on")
-    parser.add_argument("--port", type=int, default=8000, help="the port to listen on")
+    parser = new_parser(
+        "serve",
+        "Serve a model and its adapters over HTTP: OpenAI's, Anthropic's and vLLM's APIs, and a "
+        "page to chat in.",
+    )
+    add_options(parser)
     args = parse(parser, argv)
     if args.config is None:
         parser.error(NO_CONFIG)
+    try:
+        with terminations():
+            return run_command(lambda: _serve(args), args, level=logging.INFO)
+    except Terminated as end:
+        return end.exit_code
 
-    def body() -> int:
-        set_environment()
-        config = load_config(args.config, args.overrides)
-        import uvicorn
 
-        from ktrt.api import open_session
-        from ktrt.serve.app import create_app
-        from ktrt.serve.settings import ServeSettings
+def _serve(args: argparse.Namespace) -> int:
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"the server needs {', '.join(missing)}: pip install '.[serve]' in ktrt's source folder"
+        )
+    config, settings = _settled(args)
+    set_environment()
+    from ktrt.api import open_session
+    from ktrt.serve.access import access_log
+    from ktrt.serve.app import create_app
+    from ktrt.serve.uvicorn_server import HttpServer, bind
 
-        with open_session(config) as session:
-            settings = ServeSettings(
-                host=args.host, port=args.port, model_name=config.model.model_name_or_path.name
-            )
-            uvicorn.run(create_app(session, settings), host=args.host, port=args.port)
-        return 0
+    with bind(settings) as listener, open_session(config) as session:
+        app = create_app(session, settings)
+        server = HttpServer(app, settings)
+        with access_log() if settings.access_log else nullcontext():
+            server.serve_on(listener)
+        _log.info("Closing the model")
+    if signal.SIGINT in server.signalled:
+        return EXIT_INTERRUPTED
+    return EXIT_TERMINATED if len(server.signalled) > 1 else 0
 
-    return run_command(body, args, level=logging.INFO)
+
+def _settled(args: argparse.Namespace) -> tuple[Config, ServeSettings]:
+    """Returns the configuration and the settings, which share the number of answers at once."""
+    settings = read_settings(args, os.environ)
+    config = load_config(args.config, args.overrides)
+    if "max_concurrent" not in args and any(
+        each.startswith("max_num_seqs=") for each in args.overrides
+    ):
+        settings = replace(settings, max_concurrent=None)  # the environment's
+    if settings.max_concurrent is None:
+        settings = replace(settings, max_concurrent=config.scheduler.max_num_seqs)
+    else:
+        scheduler = replace(config.scheduler, max_num_seqs=settings.max_concurrent)
+        config = replace(config, scheduler=scheduler)
+    if settings.model_name is None:
+        settings = replace(settings, model_name=config.model.model_name_or_path.resolve().name)
+    return config, settings
 
 
 if __name__ == "__main__":

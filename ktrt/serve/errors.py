@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 from starlette.responses import JSONResponse
 
-from ktrt.errors import AdapterError, ConfigError, EngineError, KtrtError
+from ktrt.errors import AdapterBusyError, AdapterError, ConfigError, EngineError, KtrtError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -102,6 +102,8 @@ def as_api_error(error: BaseException) -> ApiError:
         return error
     if isinstance(error, ConfigError):
         return ApiError(400, str(error))
+    if isinstance(error, AdapterBusyError):
+        return ApiError(409, str(error), code="adapter_in_use")
     if isinstance(error, AdapterError):
         return ApiError(404, str(error), param="model", code="model_not_found")
     if isinstance(error, EngineError):

@@ -3,170 +3,207 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from ktrt.generate.response import Response
+from ktrt.generate.scheduler import State
+from ktrt.serve.context import current
 from ktrt.serve.errors import ApiError, as_api_error
+from ktrt.serve.wakes import Wakes
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
-    from concurrent.futures import Future
+    from concurrent.futures import Executor
 
-    from ktrt.generate.response import TokenResponse
+    from ktrt.generate.response import PromptLogProbabilities, Response, TokenResponse
+    from ktrt.generate.sampling import Constraint
+    from ktrt.serve.admission import Admission
+    from ktrt.serve.metrics import Metrics, Observer
     from ktrt.session import Adapter, Handle, Session
-
-# Seconds between two looks for a token, where the handle does not call.
-_LOOK = 0.005
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """A request of any API. Either ``messages`` or ``prompt_ids`` is given. ``constraint`` makes
-    the constraint of one answer; ``n`` is the number of answers."""
+    """A request of any API.
+
+    Either ``messages`` or ``prompt_ids`` is given; ``sampling`` holds fields of ``SamplingArgs``.
+    ``constraint`` makes the constraint of one answer; ``n`` is the number of answers. Answers share
+    the engine fairly among ``client``s; None: the address that the request came from.
+    """
 
     adapter: Adapter
     messages: Sequence[Mapping[str, object]] | None = None
     prompt_ids: Sequence[int] | None = None
-    tools: Sequence[Mapping[str, Any]] | None = None
+    tools: Sequence[Mapping[str, object]] | None = None
     thinking: bool | None = None
-    constraint: Callable[[], Any] | None = None
+    constraint: Callable[[], Constraint] | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     prompt_logprobs: int | None = None
     n: int = 1
     client: Hashable = None
 
 
-class Admission:
-    """Counts the answers under way, so that no more wait than ``max_waiting``."""
+class Engine(Protocol):
+    """``Server``, as far as answers need it."""
 
-    def __init__(self, session: Session, max_waiting: int) -> None:
-        self._session, self.max_waiting = session, max_waiting
-        self.live = 0
+    session: Session
+    metrics: Metrics
+    admission: Admission
+    threads: Executor
 
-    def enter(self, count: int) -> None:
-        """Takes ``count`` answers. ``ApiError`` 429: the queue is full."""
-        if self.live + count > self.max_waiting:
-            raise ApiError(
-                429, f"the queue is full: {self.live} answers are under way or wait; try later",
-                kind="rate_limit_error", code="queue_full", retry_after=1.0,
-            )  # fmt: skip
-        self.live += count
+    def wakes(self) -> Wakes: ...
+    def check_ready(self) -> None: ...
 
-    def leave(self, count: int) -> None:
-        """Gives ``count`` answers back."""
-        self.live -= count
+
+@dataclass
+class _Choice:
+    """One of the answers."""
+
+    handle: Handle
+    observer: Observer
 
 
 class Generation:
     """The answers to one request: an asynchronous context that ends what runs when it is left.
 
     ``async for choice, token in generation`` yields tokens as they come; ``whole`` waits for all.
+    Both raise ``ApiError``: the queue is full, the request is wrong, or the engine failed.
     """
 
-    def __init__(self, session: Session, admission: Admission, asked: Asked) -> None:
-        self._session, self._admission, self._asked = session, admission, asked
-        self._handles: list[Handle] = []
+    def __init__(self, server: Engine, asked: Asked) -> None:
+        self._server, self._asked = server, asked
+        self._choices: list[_Choice] = []
         self._changed = asyncio.Event()
-        self._left = False
+        self._facts = current.get()
 
     async def __aenter__(self) -> Self:
-        self._admission.enter(self._asked.n)
+        self._check()
+        self._server.admission.enter(self._asked.n)
         try:
             await self._submit(0)
         except BaseException:
-            self._admission.leave(self._asked.n)
+            self._server.admission.leave(self._asked.n)
             raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._left = True
-        for handle in self._handles:
-            handle.cancel()
-        self._admission.leave(self._asked.n)
+        for each in self._choices:
+            each.handle.cancel()
+            each.observer.left()
+        self._server.admission.leave(self._asked.n)
 
     @property
-    def prompt_logprobs(self) -> Any:
-        """The log probabilities of the prompt's tokens, after its prefill."""
-        return getattr(self._handles[0], "prompt_logprobs", None)
+    def prompt_logprobs(self) -> PromptLogProbabilities | None:
+        """The log probabilities of the prompt's tokens, once they were computed."""
+        return self._choices[0].handle.prompt_logprobs
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, TokenResponse]]:
-        """Yields (choice, token)."""
+        """Yields (choice, token) in the order in which the tokens come."""
         while True:
             self._changed.clear()
-            ended = all(handle.state.ended for handle in self._handles)
-            for choice, handle in enumerate(list(self._handles)):
-                while (token := self._take(handle)) is not None:
-                    yield choice, token
-                    if len(self._handles) < self._asked.n:
-                        # The prompt's keys and values are there now; the others start from them.
-                        for other in range(1, self._asked.n):
-                            await self._submit(other)
+            # Looked at before the tokens: the last one comes before the end.
+            ended = all(each.handle.state.ended for each in self._choices)
+            for number, choice in enumerate(list(self._choices)):
+                while (token := _take(choice)) is not None:
+                    if len(self._choices) < self._asked.n:
+                        await self._fork()
                         ended = False
+                    self._note(choice, token)
+                    yield number, token
             if ended:
                 return
-            await self._wait()
+            await self._changed.wait()
 
     async def whole(self) -> list[Response]:
         """Returns the answers."""
-        tokens: list[list[TokenResponse]] = [[] for _ in range(self._asked.n)]
-        async for choice, token in self:
-            tokens[choice].append(token)
-        return [Response.whole(each) for each in tokens]
-
-    def _take(self, handle: Handle) -> TokenResponse | None:
-        try:
-            return handle.take()
-        except Exception as error:
-            raise as_api_error(error) from error
-
-    async def _wait(self) -> None:
-        try:
-            async with asyncio.timeout(None if _CALLS else _LOOK):
-                await self._changed.wait()
-        except TimeoutError:
+        async for _ in self:
             pass
+        return [each.handle.result(0) for each in self._choices]
 
-    async def _submit(self, choice: int) -> None:
-        """Submits an answer in a thread: rendering a template takes milliseconds."""
-        loop = asyncio.get_running_loop()
-        future = loop.run_in_executor(None, self._submitted, choice, loop)
+    def _check(self) -> None:
+        self._server.check_ready()
+        if self._asked.n < 1:
+            raise ApiError(400, f"n: expected 1 or more, found {self._asked.n}", param="n")
+
+    async def _fork(self) -> None:
+        """Submits the other answers. The first one's slot holds the prompt's keys and values now,
+        from which they start."""
+        for number in range(1, self._asked.n):
+            await self._submit(number)
+
+    async def _submit(self, number: int) -> None:
+        """Submits an answer in another thread: rendering a long prompt takes a while."""
+        loop, wakes = asyncio.get_running_loop(), self._server.wakes()
+        observer = self._server.metrics.observe(_shown(self._asked.adapter))
+        future = loop.run_in_executor(self._server.threads, self._submitted, number, wakes)
         try:
-            self._handles.append(await asyncio.shield(future))
-        except asyncio.CancelledError:
-            future.add_done_callback(_cancel)
-            raise
-        except ApiError:
-            raise
-        except Exception as error:
+            handle = await asyncio.shield(future)
+        except BaseException as error:
+            observer.left()
+            if isinstance(error, asyncio.CancelledError):
+                future.add_done_callback(_cancel)
+            if not isinstance(error, Exception):
+                raise
             raise as_api_error(error) from error
+        self._choices.append(_Choice(handle, observer))
 
-    def _submitted(self, choice: int, loop: asyncio.AbstractEventLoop) -> Handle:
+    def _submitted(self, number: int, wakes: Wakes) -> Handle:
         asked = self._asked
-        options: dict[str, Any] = dict(asked.sampling)
-        if choice and options.get("seed") is not None:
-            options["seed"] += choice
-        for name in ("prompt_ids", "tools", "thinking", "prompt_logprobs"):
-            if getattr(asked, name) is not None:
-                options[name] = getattr(asked, name)
-        if asked.constraint is not None:
-            options["constraint"] = asked.constraint()
-        if _CALLS:
-            options["on_change"] = lambda: loop.call_soon_threadsafe(self._changed.set)
-        messages: Any = asked.messages
-        return self._session.submit(messages, adapter=asked.adapter, client=asked.client, **options)
+        sampling = dict(asked.sampling)
+        if number and sampling.get("seed") is not None:
+            # As in vLLM: answers of one request differ, and come again with the request.
+            sampling["seed"] += number
+        client = asked.client
+        if client is None and self._facts is not None:
+            client = self._facts.client
+        return self._server.session.submit(
+            asked.messages,
+            prompt_ids=asked.prompt_ids,
+            adapter=asked.adapter,
+            client=client,
+            tools=asked.tools,
+            thinking=asked.thinking,
+            constraint=asked.constraint() if asked.constraint else None,
+            prompt_logprobs=asked.prompt_logprobs,
+            on_change=lambda: wakes.post(self._notice),
+            **sampling,
+        )
+
+    def _notice(self) -> None:
+        for each in self._choices:
+            if each.handle.state is not State.WAITING:
+                each.observer.started()
+        self._changed.set()
+
+    def _note(self, choice: _Choice, token: TokenResponse) -> None:
+        choice.observer.token()
+        if token.finish_reason is None:
+            return
+        choice.observer.finished(token.finish_reason)
+        if self._facts is not None:
+            more = self._facts.more
+            more["adapter"] = _shown(self._asked.adapter)
+            more["prompt_tokens"] = token.prompt_tokens
+            more["reused_tokens"] = token.reused_tokens
+            more["generated_tokens"] = more.get("generated_tokens", 0) + token.generated_tokens
 
 
-def _cancel(future: Future[Handle] | asyncio.Future[Handle]) -> None:
+def _take(choice: _Choice) -> TokenResponse | None:
+    try:
+        return choice.handle.take()
+    except Exception as error:
+        raise as_api_error(error) from error
+
+
+def _cancel(future: asyncio.Future[Handle]) -> None:
     if not future.cancelled() and future.exception() is None:
         future.result().cancel()
 
 
-def _calls() -> bool:
-    from ktrt.session import Session
-
-    return "on_change" in inspect.signature(Session.submit).parameters
-
-
-_CALLS = _calls()
+def _shown(adapter: Adapter) -> str:
+    """Returns an adapter's name, or a sum's terms; "" for the base."""
+    if isinstance(adapter, str):
+        return adapter
+    if not adapter or adapter is ...:
+        return ""
+    return "+".join(f"{name}*{weight:g}" for name, weight in adapter.items())

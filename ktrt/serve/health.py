@@ -1,10 +1,11 @@
-"""Routes: whether the process lives, and whether it answers."""
+"""Routes: whether the process lives, whether it answers, and its metrics."""
 
 from typing import Annotated
 
 from fastapi import APIRouter, Depends
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from starlette.responses import Response
 
-from ktrt.serve.errors import ApiError
 from ktrt.serve.server import Server, get_server
 
 router = APIRouter()
@@ -12,13 +13,18 @@ router = APIRouter()
 
 @router.get("/health")
 async def health() -> dict[str, str]:
-    """Answers while the process lives."""
+    """Answers while the process lives, whatever the engine does."""
     return {"status": "ok"}
 
 
 @router.get("/ready")
 async def ready(server: Annotated[Server, Depends(get_server)]) -> dict[str, str]:
-    """Answers while the engine takes requests."""
-    if not getattr(server.session, "alive", True):
-        raise ApiError(503, "the engine has failed", kind="server_error")
+    """Answers while the server takes requests."""
+    server.check_ready()
     return {"status": "ready"}
+
+
+@router.get("/metrics", response_class=Response)
+def metrics(server: Annotated[Server, Depends(get_server)]) -> Response:
+    """Returns the metrics in Prometheus' text format."""
+    return Response(server.metrics.text(), headers={"content-type": CONTENT_TYPE_LATEST})

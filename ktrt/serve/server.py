@@ -2,31 +2,67 @@
 
 from __future__ import annotations
 
+import asyncio
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from starlette.requests import Request
 
-from ktrt.serve.generation import Admission, Asked, Generation
+from ktrt.serve.admission import Admission
+from ktrt.serve.errors import ApiError
+from ktrt.serve.generation import Asked, Generation
+from ktrt.serve.metrics import Metrics
 from ktrt.serve.names import Names
+from ktrt.serve.wakes import Wakes
 
 if TYPE_CHECKING:
     from ktrt.serve.settings import ServeSettings
     from ktrt.session import Session
 
+# Rendering is serial in the session; more threads only keep a long prompt's from delaying others.
+_THREADS = 4
+
 
 class Server:
     """A session with its settings, the names of its models and its metrics."""
 
-    def __init__(self, session: Session, settings: ServeSettings) -> None:
-        self.session, self.settings = session, settings
+    def __init__(
+        self, session: Session, settings: ServeSettings, *, bandwidth: float | None = None
+    ) -> None:
+        """``bandwidth``: the machine's, in bytes per second, if it was measured."""
+        self.session, self.settings, self.bandwidth = session, settings, bandwidth
         root = settings.adapter_root
         self.names = Names(session, settings.model_name, Path(root) if root else None)
-        self.admission = Admission(session, settings.max_waiting)
+        self.metrics = Metrics(session, self.names.base, measured=bandwidth)
+        self.admission = Admission(session, settings)
+        self.threads: Executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="ktrt-serve")
+        self._wakes: Wakes | None = None
+        # Set when the process was asked to end.
+        self.draining = False
+
+    def wakes(self) -> Wakes:
+        """Returns the way into the running event loop."""
+        loop = asyncio.get_running_loop()
+        if self._wakes is None or self._wakes.loop is not loop:
+            self._wakes = Wakes(loop)
+        return self._wakes
 
     def generate(self, asked: Asked) -> Generation:
         """Returns the answers to a request, to be entered as a context."""
-        return Generation(self.session, self.admission, asked)
+        return Generation(self, asked)
+
+    def check_ready(self) -> None:
+        """``ApiError`` 503: no request can be answered."""
+        if self.draining:
+            raise ApiError(
+                503, "the server is shutting down", kind="server_error", code="shutting_down"
+            )
+        if not self.session.alive:
+            raise ApiError(
+                503, "the engine has failed; the server must be started again",
+                kind="server_error", code="engine_failed",
+            )  # fmt: skip
 
 
 def get_server(request: Request) -> Server:

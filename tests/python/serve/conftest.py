@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,8 @@ import ktrt
 from ktrt.serve.settings import ServeSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     import anthropic
     import openai
@@ -28,6 +30,33 @@ if TYPE_CHECKING:
 DEMO = Path(__file__).resolve().parents[3] / "examples" / "demo"
 # The base model's name in these tests; the adapters are adapter_a and adapter_b.
 BASE = "demo"
+
+
+@contextmanager
+def serving_in_a_thread(app: FastAPI, settings: ServeSettings) -> Iterator[str]:
+    """Serves an application as ``ktrt serve`` does, on a free port; yields ``http://HOST:PORT``."""
+    from ktrt.serve.uvicorn_server import HttpServer
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = HttpServer(app, settings)
+    thread = threading.Thread(target=server.serve_on, args=(listener,), daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive(), "the server did not start"
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join(30)
+        listener.close()
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def serving() -> Callable[[FastAPI, ServeSettings], AbstractContextManager[str]]:
+    """``serving_in_a_thread``, for tests with an application or settings of theirs."""
+    return serving_in_a_thread
 
 
 @pytest.fixture(scope="session")
@@ -48,20 +77,9 @@ def serve_app(serve_session: Session) -> FastAPI:
 
 @pytest.fixture(scope="session")
 def server_url(serve_app: FastAPI) -> Iterator[str]:
-    """Serves the application on a free port, in a thread: ``http://127.0.0.1:PORT``."""
-    import uvicorn
-
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(serve_app, log_level="warning"))
-    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive(), "the server did not start"
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.should_exit = True
-    thread.join(10)
-    listener.close()
+    """The address of a server over the demo model."""
+    with serving_in_a_thread(serve_app, ServeSettings(model_name=BASE)) as url:
+        yield url
 
 
 @pytest.fixture(scope="session")
