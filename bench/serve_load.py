@@ -7,9 +7,10 @@ that the same request got alone.
     python bench/serve_load.py --model /tmp/v2lite --at 8,16    # the share of the memory's limit
     python bench/serve_load.py --quick                          # a smoke test
 
-Without ``--url`` it serves the demo: the first name is its adapter, others are random ones of ranks
-8, 16 …, ``base`` is the model alone. Every stream has conversations of three turns with its adapter, one
-after the other; every fourth conversation is sampled with a seed, all others are greedy.
+Without ``--url`` it serves the demo: the first name is its adapter, others are random ones of
+ranks 8, 16 …, ``base`` is the model alone. Every stream has conversations of three turns with its
+adapter, one after the other; every fourth conversation is sampled with a seed, all others are
+greedy.
 ``--leave``: the share of requests whose client goes away in the middle of its answer.
 
 The exit code is 1 if a text differs from the reference, an answer is lost, the server's memory
@@ -141,6 +142,8 @@ class Streams:
         else:
             left = leave is not None and not answer.done
             wrong = _wrong(answer, reference, model, left=left)
+            if wrong:
+                wrong = f"conversation {script}, turn {turn}: {wrong}"
             self.load.finished.append(Finished(model, answer, wrong, left))
 
     async def _ask(

@@ -10,12 +10,10 @@ import pytest
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs `pip install '.[lm-eval]'`")
 
-from lm_eval.tasks import TaskManager
-
 ROOT = Path(__file__).resolve().parents[3]
 MODEL = ROOT / "examples" / "demo" / "model"
-# transformers itself in BF16 differs by up to 0.8 % of a log-likelihood and 0.004 near 0; the router's
-# choice of another expert in one token of an odd text adds as much.
+# transformers itself in BF16 differs by up to 0.8 % of a log-likelihood and 0.004 near 0; another
+# expert of one token of an odd text adds as much.
 RELATIVE, ABSOLUTE = 0.02, 0.02
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("one_thread")]
@@ -25,7 +23,7 @@ def log_likelihoods(kind: str, /, **arguments: Any) -> list[tuple[float, bool]]:
     """Returns (log-likelihood, whether it is the greedy one) of each choice."""
     results = lm_eval.simple_evaluate(
         model=kind, model_args=arguments, tasks=["ktrt_demo"], log_samples=True, bootstrap_iters=0,
-        task_manager=TaskManager(
+        task_manager=lm_eval.tasks.TaskManager(
             include_path=str(Path(__file__).parent / "lm_eval_task"), include_defaults=False
         ),
     )  # fmt: skip
