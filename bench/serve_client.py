@@ -1,4 +1,4 @@
-"""A client of a server's streamed chat completions that costs little beside it: plain asyncio."""
+"""A client of streamed chat completions that takes little of the processor: plain asyncio."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Refused(Exception):
 
 @dataclass
 class Answer:
-    """What came of a request. ``first``: seconds to the first piece of text; ``gaps``: seconds
+    """The answer to a request. ``first``: seconds to the first piece of text; ``gaps``: seconds
     between pieces; ``done``: the stream ended as it should."""
 
     text: str = ""
@@ -51,7 +51,7 @@ class Client:
         self, model: str, messages: Sequence[Mapping[str, str]], *, leave_after: int | None = None,
         **options: Any,
     ) -> Answer:  # fmt: skip
-        """Returns a streamed answer. ``leave_after``: closes the connection after so many pieces.
+        """Returns a streamed answer. ``leave_after``: closes the connection after that many pieces.
         ``Refused``; ``OSError`` and ``asyncio.IncompleteReadError``: the connection broke."""
         body = {"model": model, "messages": messages, "stream": True,
                 "stream_options": {"include_usage": True}, **options}  # fmt: skip

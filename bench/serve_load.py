@@ -79,7 +79,7 @@ class Finished:
 
 @dataclass
 class Load:
-    """What a load has seen so far. ``memory``: (seconds, bytes) of the server."""
+    """The answers and measurements of a load. ``memory``: (seconds, bytes) of the server."""
 
     finished: list[Finished] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)

@@ -1,4 +1,4 @@
-"""A server of ours as a process of its own, and the memory that it takes."""
+"""A separate process that serves, and the memory that it takes."""
 
 from __future__ import annotations
 

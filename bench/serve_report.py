@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from serve_load import Load
 
 SHARE_TOLERANCE = 0.10
-# What a run may grow by in a minute: a leak of 10 KB per request shows in 5 minutes.
+# Growth of memory in a minute. A leak of 10 KB per request shows in 5 minutes.
 GROWTH_PER_MINUTE = 0.005
 SHOWN = 5
 
