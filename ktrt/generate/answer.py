@@ -86,6 +86,7 @@ class Answer:
             decode_seconds=now - self._first,
             logprob=scored[0] if scored else None,
             top_logprobs=scored[1] if scored else (),
+            stop_string=self._text.stop_string,
         )
 
     def without_tokens(self) -> Response:
@@ -129,6 +130,11 @@ class _AnswerText:
         self._strings = StopStrings(args.stop_strings)
         self._stop_ids = {*stop_ids, *args.stop_token_ids}
         self._max_tokens = max_tokens
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the answer, if one did."""
+        return self._strings.found
 
     def push(self, token: int, count: int) -> tuple[str, FinishReason | None]:
         """The text to show after the ``count``-th token, and why the answer ends with it, if it

@@ -19,7 +19,8 @@ PromptLogProbabilities = tuple[LogProbabilities | None, ...]
 class _Counts:
     """``prompt_tokens`` includes ``reused_tokens``, which the KV cache held. ``prefill_seconds``
     ends with the first token, where ``decode_seconds`` starts. ``finish_reason`` "stop": a stop id
-    or stop string came; "length": max_new_tokens or the context ended the answer.
+    or stop string came; "length": max_new_tokens or the context ended the answer. ``stop_string``:
+    the one that came; None for a stop id.
     """
 
     finish_reason: FinishReason | None
@@ -28,6 +29,7 @@ class _Counts:
     generated_tokens: int
     prefill_seconds: float
     decode_seconds: float
+    stop_string: str | None = None
 
     def summary(self) -> str:
         """Returns counts and speeds for a log line."""

@@ -74,16 +74,18 @@ class StopStrings:
     def __init__(self, strings: Sequence[str]) -> None:
         self._strings = tuple(strings)
         self._held = ""
-        self.found = False
+        # The one that ended the text.
+        self.found: str | None = None
 
     def push(self, piece: str) -> str:
         """The text that can be shown now; once ``found``, nothing more."""
         if self.found or not self._strings:
             return "" if self.found else piece
         text = self._held + piece
-        start = self._first_match(text)
-        if start is not None:
-            self.found, self._held = True, ""
+        match = self._first_match(text)
+        if match is not None:
+            start, end = match
+            self.found, self._held = text[start:end], ""
             return text[:start]
         held = self._held_length(text)
         self._held = text[len(text) - held :]
@@ -94,11 +96,11 @@ class StopStrings:
         held, self._held = self._held, ""
         return held
 
-    def _first_match(self, text: str) -> int | None:
-        """Where the stop string that is complete first begins."""
+    def _first_match(self, text: str) -> tuple[int, int] | None:
+        """Where the stop string that is complete first begins and ends."""
         found = ((text.find(each), len(each)) for each in self._strings)
         matches = [(start + length, start) for start, length in found if start >= 0]
-        return min(matches)[1] if matches else None
+        return min(matches)[::-1] if matches else None
 
     def _held_length(self, text: str) -> int:
         """The longest end of ``text`` that begins a stop string."""

@@ -88,6 +88,10 @@ class Names:
             raise self._unknown(model)
         return self._checked(terms, "model")
 
+    def is_sum(self, model: str) -> bool:
+        """Returns whether a text means a weighted sum of known names."""
+        return self._terms(model) is not None
+
     def card(self, model: str) -> Card:
         """Returns the card of a name, or of a sum. ``ApiError`` 404: nobody has it."""
         for card in self.cards():

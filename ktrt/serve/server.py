@@ -14,6 +14,8 @@ from ktrt.serve.errors import ApiError
 from ktrt.serve.generation import Asked, Generation
 from ktrt.serve.metrics import Metrics
 from ktrt.serve.names import Names
+from ktrt.serve.vllm.audits import Audits
+from ktrt.serve.vllm.runtime import RuntimeAdapters
 from ktrt.serve.wakes import Wakes
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ _THREADS = 4
 
 
 class Server:
-    """A session with its settings, the names of its models and its metrics."""
+    """A session with its settings, the names of its models, their changes and its metrics."""
 
     def __init__(
         self, session: Session, settings: ServeSettings, *, bandwidth: float | None = None
@@ -33,7 +35,10 @@ class Server:
         """``bandwidth``: the machine's, in bytes per second, if it was measured."""
         self.session, self.settings, self.bandwidth = session, settings, bandwidth
         root = settings.adapter_root
-        self.names = Names(session, settings.model_name, Path(root) if root else None)
+        folder = Path(root).expanduser() if root else None
+        self.names = Names(session, settings.model_name, folder)
+        self.runtime = RuntimeAdapters(session, self.names, folder)
+        self.audits = Audits(session)
         self.metrics = Metrics(session, self.names.base, measured=bandwidth)
         self.admission = Admission(session, settings)
         self.threads: Executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="ktrt-serve")

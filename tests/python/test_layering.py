@@ -51,7 +51,10 @@ PYTHON_LAYERS: dict[str, set[str]] = {
         "adapter", "checkpoint", "command_line", "config", "engine", "experts", "loading", "prompt",
     },
     "pack": {"command_line", "config", "engine", "loading"},
-    "serve": {"api", "command_line", "config", "generate", "prompt", "session"},
+    "serve": {
+        "adapter", "api", "audit", "command_line", "config", "engine", "folders", "generate",
+        "prompt", "session",
+    },
     "__init__": {"api", "config", "generate", "session"},
     # Names the verbs' packages as data, so that `ktrt --help` imports none of them.
     "__main__": {"command_line", "config"},

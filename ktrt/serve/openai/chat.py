@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ktrt import __version__
+from ktrt.prompt.reply import Content, Reasoning, ToolCallStart
 from ktrt.serve.errors import ApiError, error_body
 from ktrt.serve.openai.conversation import (
     Conversation,
@@ -21,7 +22,6 @@ from ktrt.serve.openai.conversation import (
     readable_messages,
     thinking_switch,
 )
-from ktrt.serve.openai.fake_reply import Content, Reasoning, ToolCallStart
 from ktrt.serve.openai.reply import usage
 from ktrt.serve.openai.sampling import sampling_options
 from ktrt.serve.openai.schema import refuse_unknown_effects
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator
 
     from ktrt.generate.response import TokenResponse
+    from ktrt.prompt.reply import Event
     from ktrt.serve.generation import Generation
-    from ktrt.serve.openai.fake_reply import Event
     from ktrt.serve.openai.reply import Reply
     from ktrt.serve.openai.schema import StreamOptions
 
@@ -52,7 +52,7 @@ async def chat_completions(
     body: ChatRequest, request: Request, server: Annotated[Server, Depends(get_server)]
 ) -> Response:
     """Answers a conversation, whole or (``stream``) in pieces."""
-    conversation = chat_conversation(server, body, client_of(request))
+    conversation = chat_conversation(server, body)
     prepared = await asyncio.to_thread(prepare, server, conversation)
     replies = [prepared.new_reply() for _ in range(conversation.n)]
     head = {
@@ -85,12 +85,7 @@ async def chat_completions(
     )
 
 
-def client_of(request: Request) -> str | None:
-    """Returns the client that shares the engine fairly with others."""
-    return request.client.host if request.client else None
-
-
-def chat_conversation(server: Server, body: ChatRequest, client: str | None) -> Conversation:
+def chat_conversation(server: Server, body: ChatRequest) -> Conversation:
     """Returns the conversation of a request. ``ApiError`` 400 names a field that does not fit."""
     refuse_unknown_effects(body.model_extra)
     tools, choice, function = choose_tools(body.tools, body.tool_choice)
@@ -118,7 +113,6 @@ def chat_conversation(server: Server, body: ChatRequest, client: str | None) -> 
         response_format=body.response_format,
         thinking=thinking,
         n=body.n or 1,
-        client=client,
     )
 
 

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from ktrt.serve.errors import ApiError, error_body
 from ktrt.serve.generation import Asked
-from ktrt.serve.openai.chat import FINGERPRINT, client_of
+from ktrt.serve.openai.chat import FINGERPRINT
 from ktrt.serve.openai.prompts import Prompt, read_prompts
 from ktrt.serve.openai.sampling import sampling_options
 from ktrt.serve.openai.schema import refuse_unknown_effects
@@ -44,7 +44,7 @@ async def completions(
     body: CompletionRequest, request: Request, server: Annotated[Server, Depends(get_server)]
 ) -> Response:
     """Continues one prompt or several, whole or (``stream``) in pieces."""
-    asked = await _asked(server, body, client_of(request))
+    asked = await _asked(server, body)
     maker = TextMaker(server.session, echo=bool(body.echo), scored=body.logprobs is not None)
     head = {
         "id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()),
@@ -75,9 +75,7 @@ async def completions(
     return JSONResponse({**head, "choices": choices, "usage": run.usage()})
 
 
-async def _asked(
-    server: Server, body: CompletionRequest, client: str | None
-) -> list[tuple[Prompt, Asked]]:
+async def _asked(server: Server, body: CompletionRequest) -> list[tuple[Prompt, Asked]]:
     """Returns the request of each prompt."""
     refuse_unknown_effects(body.model_extra)
     _check(body)
@@ -85,6 +83,12 @@ async def _asked(
     prompts = await asyncio.to_thread(
         read_prompts, server.session, body.prompt, add_special_tokens=body.add_special_tokens
     )
+    n, room = body.n or 1, server.admission.most
+    if len(prompts) * n > room:
+        raise ApiError(
+            400, f"prompt: expected {room // n} prompts or fewer with n {n}, found {len(prompts)}",
+            param="prompt",
+        )  # fmt: skip
     sampling = sampling_options(body)
     most = _MAX_TOKENS if body.max_tokens is None else body.max_tokens
     sampling["max_new_tokens"] = most
@@ -98,7 +102,7 @@ async def _asked(
             each,
             Asked(
                 adapter=adapter, prompt_ids=each.ids, sampling=sampling, prompt_logprobs=scores,
-                n=(body.n or 1) if most else 1, client=client,
+                n=n if most else 1,
             ),
         )
         for each in prompts

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ktrt.prompt.messages import plain_messages
+from ktrt.prompt.messages import plain_messages, plain_tools
+from ktrt.prompt.reply import reply_parser
 from ktrt.serve.errors import ApiError
 from ktrt.serve.generation import Asked
-from ktrt.serve.openai.fake_reply import ReplyParser
 from ktrt.serve.openai.reply import Reply
 from ktrt.serve.openai.token_text import token_texts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Sequence
+    from collections.abc import Callable, Sequence
 
     from ktrt.serve.server import Server
     from ktrt.session import Adapter
@@ -41,7 +41,6 @@ class Conversation:
     response_format: Mapping[str, Any] | None = None
     thinking: bool | None = None
     n: int = 1
-    client: Hashable = None
 
 
 @dataclass(frozen=True)
@@ -54,21 +53,25 @@ class Prepared:
 
 def prepare(server: Server, conversation: Conversation) -> Prepared:
     """Checks a conversation; may compile a grammar, so it is called outside the event loop."""
-    tools = () if conversation.tool_choice == "none" else conversation.tools
+    called = conversation.tool_choice != "none"
+    tools = plain_tools(conversation.tools) if called else None
+    thinking = thinking_of(server, conversation.thinking)
+    template = server.session.template
+    if thinking is not None:
+        template = template.with_thinking(thinking)
     asked = Asked(
         adapter=conversation.adapter,
         messages=conversation.messages,
-        tools=list(tools) or None,
-        thinking=thinking_of(server, conversation.thinking),
+        tools=tools,
+        thinking=thinking,
         sampling=conversation.sampling,
         n=conversation.n,
-        client=conversation.client,
     )
     scored = token_texts(server.session.tokenizer) if asked.sampling.get("logprobs") else None
 
     def new_reply() -> Reply:
         return Reply(
-            ReplyParser(),
+            reply_parser(template, tools),
             most_calls=None if conversation.parallel_tool_calls else 1,
             scored=scored,
             stop_ids=stop_ids(server, asked),
@@ -78,8 +81,10 @@ def prepare(server: Server, conversation: Conversation) -> Prepared:
 
 
 def stop_ids(server: Server, asked: Asked) -> frozenset[int]:
-    """Returns the token ids that end the answer and are not part of it."""
-    return server.session.template.stop_ids | {*asked.sampling.get("stop_token_ids", ())}
+    """Returns the token ids that are not part of an answer that ends with them. Some models end it
+    with special tokens that their template does not name."""
+    own = asked.sampling.get("stop_token_ids", ())
+    return server.session.template.stop_ids | {*own, *server.session.tokenizer.all_special_ids}
 
 
 def thinking_of(server: Server, thinking: bool | None) -> bool | None:

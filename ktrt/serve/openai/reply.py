@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ktrt.serve.openai.fake_reply import Content, Reasoning, ToolArguments, ToolCallStart
+from ktrt.prompt.reply import Content, Reasoning, ToolArguments, ToolCallStart, joined
 from ktrt.serve.openai.token_text import chat_entry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from ktrt.generate.response import TokenResponse
-    from ktrt.serve.openai.fake_reply import Event, ReplyParser
+    from ktrt.prompt.reply import Event, ReplyParser
     from ktrt.serve.openai.token_text import TokenTexts
 
 
@@ -121,26 +121,6 @@ class Reply:
     def ended(self) -> bool:
         """Whether nothing more is wanted."""
         return self.finish_reason is not None
-
-
-def joined(events: Iterable[Event]) -> list[Event]:
-    """Returns the events, neighbours of a kind as one."""
-    found: list[Event] = []
-    for each in events:
-        last = found[-1] if found else None
-        if isinstance(each, Reasoning) and isinstance(last, Reasoning):
-            found[-1] = Reasoning(last.text + each.text)
-        elif isinstance(each, Content) and isinstance(last, Content):
-            found[-1] = Content(last.text + each.text)
-        elif (
-            isinstance(each, ToolArguments)
-            and isinstance(last, ToolArguments)
-            and each.index == last.index
-        ):
-            found[-1] = ToolArguments(last.index, last.text + each.text)
-        else:
-            found.append(each)
-    return found
 
 
 def usage(replies: Sequence[Reply]) -> dict[str, Any]:

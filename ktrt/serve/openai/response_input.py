@@ -16,7 +16,7 @@ from ktrt.serve.openai.sampling import sampling_options
 from ktrt.serve.openai.schema import refuse_unknown_effects
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Sequence
 
     from ktrt.serve.openai.schema_responses import ResponsesRequest
     from ktrt.serve.server import Server
@@ -27,7 +27,7 @@ _INCLUDED = (_LOGPROBS, "reasoning.encrypted_content")
 _TEXT_PARTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
 
 
-def response_conversation(server: Server, body: ResponsesRequest, client: Hashable) -> Conversation:
+def response_conversation(server: Server, body: ResponsesRequest) -> Conversation:
     """Returns the conversation of a request. ``ApiError`` 400 names a field that does not fit."""
     refuse_unknown_effects(body.model_extra)
     _refuse_state(body)
@@ -53,7 +53,6 @@ def response_conversation(server: Server, body: ResponsesRequest, client: Hashab
         parallel_tool_calls=body.parallel_tool_calls is not False,
         response_format=_response_format(body.text),
         thinking=thinking_switch(body.chat_template_kwargs, effort, body.enable_thinking),
-        client=client,
     )
 
 

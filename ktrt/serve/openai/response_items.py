@@ -5,12 +5,12 @@ from __future__ import annotations
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from ktrt.serve.openai.fake_reply import Content, Reasoning, ToolCallStart
+from ktrt.prompt.reply import Content, Reasoning, ToolCallStart
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from ktrt.serve.openai.fake_reply import Event
+    from ktrt.prompt.reply import Event
 
 # Name and data of an event.
 Emitted = tuple[str, dict[str, Any]]

@@ -12,7 +12,6 @@ from fastapi import APIRouter, Depends
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from ktrt.serve.openai.chat import client_of
 from ktrt.serve.openai.conversation import prepare
 from ktrt.serve.openai.reply import usage
 from ktrt.serve.openai.response_input import response_conversation
@@ -42,7 +41,7 @@ async def responses(
     body: ResponsesRequest, request: Request, server: Annotated[Server, Depends(get_server)]
 ) -> Response:
     """Answers a conversation, whole or (``stream``) as OpenAI's events. Stores nothing."""
-    conversation = response_conversation(server, body, client_of(request))
+    conversation = response_conversation(server, body)
     prepared = await asyncio.to_thread(prepare, server, conversation)
     run = _Run(prepared.new_reply(), _head(server, body))
     if body.stream:

@@ -68,8 +68,8 @@ class TestTextStream:
         assert longest < 64
 
 
-def shown(stops: list[str], pieces: list[str]) -> tuple[list[str], bool]:
-    """The text after each piece, and whether a stop string was found."""
+def shown(stops: list[str], pieces: list[str]) -> tuple[list[str], str | None]:
+    """The text after each piece, and the stop string that was found."""
     stream, texts, text = StopStrings(stops), [], ""
     for piece in pieces:
         text += stream.push(piece)
@@ -78,13 +78,14 @@ def shown(stops: list[str], pieces: list[str]) -> tuple[list[str], bool]:
     return texts, stream.found
 
 
-def expected(stops: list[str], text: str) -> tuple[str, bool]:
+def expected(stops: list[str], text: str) -> tuple[str, str | None]:
     """Character by character: the first time that the text ends with stop strings, the longest."""
     for end in range(1, len(text) + 1):
         ending = [stop for stop in stops if text[:end].endswith(stop)]
         if ending:
-            return text[: end - len(max(ending, key=len))], True
-    return text, False
+            found = max(ending, key=len)
+            return text[: end - len(found)], found
+    return text, None
 
 
 def cut(text: str, borders: list[int]) -> list[str]:
@@ -116,9 +117,9 @@ class TestStopStrings:
         stream = StopStrings(["\n\n"])
         assert stream.push("one\n") == "one"
         assert stream.push("\ntwo") == ""
-        assert stream.found
+        assert stream.found == "\n\n"
         assert stream.push("three") == stream.flush() == ""
 
     @pytest.mark.parametrize("stops", [[], ["xyz"]])
     def test_none_there(self, stops: list[str]) -> None:
-        assert shown(stops, ["a", "b"]) == (["a", "ab", "ab"], False)
+        assert shown(stops, ["a", "b"]) == (["a", "ab", "ab"], None)
