@@ -36,7 +36,7 @@ class HeadCall:
 class TagCall:
     """Marks around name, keys and values. Between ``key_end`` and the value, ``value_begin``; white
     space next to it is no part of the value, nor is one line break at each end of the value.
-    ``name_end`` "" means: up to white space or ``<``. ``end`` "" means: the block's end."""
+    ``name_end`` "" means: up to white space, ``<`` or ``>``. ``end`` "" means: the block's end."""
 
     name_end: str
     key: str
@@ -109,7 +109,7 @@ HARMONY_MARKS = (
 )  # fmt: skip
 _NAME = r"(?P<name>[^\s<>\[\]{}\"'｜|]+)"
 
-_QWEN_TAGS = TagCall(">", "<parameter=", ">", "</parameter>", end="</function>")
+_QWEN_TAGS = TagCall("", "<parameter=", ">", "</parameter>", end="</function>")
 _GLM_TAGS = TagCall("", "<arg_key>", "</arg_key>", "</arg_value>", value_begin="<arg_value>")
 _INVOKE = TagCall('">', '<parameter name="', '">', "</parameter>", end="</invoke>")
 
@@ -175,6 +175,7 @@ BY_MARK: Mapping[str, ReplyFormat] = {
     "<arg_key>": ReplyFormat(THINK, (TOOL_CALL,), grammar="glm_4_7"),
     "<function=": ReplyFormat(THINK, (TOOL_CALL,), grammar="qwen_3_coder"),
     "<tool_call>": ReplyFormat(THINK, (TOOL_CALL,), grammar="qwen_3"),
+    "<tool_calls>": ReplyFormat(THINK, (TOOL_CALLS,)),
     "◁think▷": ReplyFormat(("◁think▷", "◁/think▷")),
     "</think>": ReplyFormat(THINK),
 }
