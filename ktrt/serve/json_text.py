@@ -79,7 +79,7 @@ def _parse(body: bytes) -> object:
 
 def _check(value: object) -> None:
     level = [value]
-    for _ in range(_DEPTH + 1):
+    for _ in range(_DEPTH):
         for each in _texts(level):
             if not each.isascii() and any("\ud800" <= c <= "\udfff" for c in each):
                 raise ApiError(400, "the body holds half a character (an escape \\ud800 … \\udfff)")
