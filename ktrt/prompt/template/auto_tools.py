@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,23 +11,20 @@ from typing import Any
 from ktrt.errors import ConfigError
 from ktrt.prompt.template.base import Tool
 
-_log = logging.getLogger(__name__)
-
 Turns = list[dict[str, Any]]
 
 # Words that no template contains.
-_NAME, _KEY, _VALUE, _RESULT, _SAID = "probe_tool", "probe_key", "probe_value", "7319", "probe_said"
+_NAME, _KEY, _VALUE, _RESULT = "probe_tool", "probe_key", "probe_value", "7319"
 _USER: dict[str, Any] = {"role": "user", "content": "?"}
 _SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
 
 
 @dataclass(frozen=True)
 class _CallForm:
-    """``text_arguments``: arguments as JSON text, not as a mapping. ``no_content``: calls are
-    shown only if content is None. ``short_ids``: ids of nine letters and digits."""
+    """``text_arguments``: arguments as JSON text, not as a mapping. ``short_ids``: ids of nine
+    letters and digits."""
 
     text_arguments: bool
-    no_content: bool
     short_ids: bool
 
 
@@ -75,14 +71,13 @@ def find_tool_form(apply: Callable[..., str]) -> ToolForm:
         _USER,
         {
             "role": "assistant",
-            "content": _SAID,
+            "content": "",
             "tool_calls": [{"id": "call_0123456789", "type": "function", "function": call}],
         },
         {"role": "tool", "content": _RESULT, "tool_call_id": "call_0123456789", "name": _NAME},
     ]
-    # Templates that show content and calls first.
-    for no_content, short_ids, text_arguments in product((False, True), repeat=3):
-        form = _CallForm(text_arguments, no_content, short_ids)
+    for short_ids, text_arguments in product((False, True), repeat=2):
+        form = _CallForm(text_arguments, short_ids)
         text = _tried(apply, _in_form(turns, form), options if shows_tools else {})
         shown = text.rpartition("?")[2]
         # A mapping that is joined to text looks like Python's.
@@ -114,10 +109,6 @@ def _in_form(turns: Turns, form: _CallForm) -> Turns:
         if calls := turn.get("tool_calls"):
             names = {each["id"]: each["function"]["name"] for each in calls}
             turn["tool_calls"] = [_call(each, form) for each in calls]
-            if form.no_content:
-                if turn["content"] and turn["content"] != _SAID:
-                    _log.warning("The chat template drops what the model says next to a call")
-                turn["content"] = None
         elif turn["role"] == "tool":
             given = turn.get("tool_call_id", "")
             # gpt-oss and others show the name of what was called.

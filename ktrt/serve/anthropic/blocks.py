@@ -7,12 +7,12 @@ import re
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from ktrt.serve.openai.fake_reply import Content, Reasoning, ToolCallStart
+from ktrt.prompt.reply import Content, Reasoning, ToolCallStart
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from ktrt.serve.openai.fake_reply import Event
+    from ktrt.prompt.reply import Event
     from ktrt.serve.openai.reply import Reply
 
 # Anthropic's ids; others, of a model's own call format, are taken as they are where they fit.

@@ -16,14 +16,13 @@ from ktrt.serve.anthropic.blocks import Blocks, stop_of
 from ktrt.serve.anthropic.request import answer_begin, conversation_of
 from ktrt.serve.anthropic.schema import Message, MessagesRequest, PromptRequest, TokenCount
 from ktrt.serve.errors import ApiError, error_body
-from ktrt.serve.openai.chat import client_of
 from ktrt.serve.openai.conversation import prepare
 from ktrt.serve.openai.prompts import encode
 from ktrt.serve.openai.stream import EventStream, event, failure, unless_gone
 from ktrt.serve.server import Server, get_server
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Hashable
+    from collections.abc import AsyncGenerator, AsyncIterator
 
     from ktrt.serve.generation import Asked, Generation
     from ktrt.serve.openai.reply import Reply
@@ -45,7 +44,7 @@ async def messages(
     body: MessagesRequest, request: Request, server: Annotated[Server, Depends(get_server)]
 ) -> Response:
     """Answers a conversation, whole or (``stream``) as Anthropic's events."""
-    run = await asyncio.to_thread(_prepare, server, body, client_of(request))
+    run = await asyncio.to_thread(_prepare, server, body)
     if body.stream:
         context = AsyncExitStack()
         generation = await context.enter_async_context(server.generate(run.asked))
@@ -62,16 +61,16 @@ async def messages(
 
 @router.post(f"{PATH}/count_tokens")
 async def count_tokens(
-    body: PromptRequest, request: Request, server: Annotated[Server, Depends(get_server)]
+    body: PromptRequest, server: Annotated[Server, Depends(get_server)]
 ) -> TokenCount:
     """Counts the tokens of a conversation's prompt."""
-    run = await asyncio.to_thread(_prepare, server, body, client_of(request))
+    run = await asyncio.to_thread(_prepare, server, body)
     return TokenCount(input_tokens=run.input_tokens)
 
 
-def _prepare(server: Server, body: PromptRequest, client: Hashable) -> _Run:
+def _prepare(server: Server, body: PromptRequest) -> _Run:
     """Checks a request and renders its prompt, which takes milliseconds: not in the event loop."""
-    conversation = conversation_of(server, body, client)
+    conversation = conversation_of(server, body)
     begin = answer_begin(body)
     if begin:
         if conversation.thinking:

@@ -11,7 +11,7 @@ from ktrt.serve.errors import ApiError
 from ktrt.serve.openai.conversation import Conversation
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Sequence
 
     from ktrt.serve.anthropic.schema import PromptRequest
     from ktrt.serve.server import Server
@@ -28,7 +28,7 @@ _REFUSED = {
 _TEXT_ONLY = "ktrt reads text only"
 
 
-def conversation_of(server: Server, request: PromptRequest, client: Hashable) -> Conversation:
+def conversation_of(server: Server, request: PromptRequest) -> Conversation:
     """Returns the conversation that a request means, without the begin of the answer that it may
     have (``answer_begin``). ``ApiError`` names a field that does not fit."""
     for name, value in (request.model_extra or {}).items():
@@ -47,7 +47,6 @@ def conversation_of(server: Server, request: PromptRequest, client: Hashable) ->
         parallel_tool_calls=parallel,
         response_format=_response_format(request.output_config),
         thinking=_thinking(request.thinking),
-        client=client,
     )
 
 
