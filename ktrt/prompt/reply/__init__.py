@@ -5,6 +5,7 @@
 
 from ktrt.prompt.reply.events import Content, Event, Reasoning, ToolArguments, ToolCallStart, joined
 from ktrt.prompt.reply.parser import ReplyParser, reply_format, reply_parser
+from ktrt.prompt.reply.structure import calls_structure, json_structure
 from ktrt.prompt.reply.table import ReplyFormat
 
 __all__ = [
@@ -15,7 +16,9 @@ __all__ = [
     "ReplyParser",
     "ToolArguments",
     "ToolCallStart",
+    "calls_structure",
     "joined",
+    "json_structure",
     "reply_format",
     "reply_parser",
 ]

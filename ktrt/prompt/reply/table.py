@@ -12,7 +12,7 @@ and is content again.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,14 @@ class ReplyFormat:
     """``thought``: the marks around a thought at the begin of a reply. ``blocks``: the calls.
     ``channels``: messages in OpenAI's harmony format, marked by channels.
 
-    ``grammar`` is xgrammar's name of the same format; empty if it knows none. ``short_ids``: the
-    format allows only ids of nine letters and digits for calls.
+    ``calls`` names the entry of ``CALL_TEXTS`` that a grammar enforces; "" for none. ``short_ids``:
+    the format allows only ids of nine letters and digits for calls.
     """
 
     thought: tuple[str, str] | None = None
     blocks: tuple[CallBlock, ...] = ()
     channels: bool = False
-    grammar: str = ""
+    calls: str = ""
     short_ids: bool = False
 
     @property
@@ -159,39 +159,102 @@ ACTION = CallBlock(
     at_line=True,
 )
 
+
+@dataclass(frozen=True)
+class CallText:
+    """The text of calls: each as ``one``, joined by ``between``, from ``begin`` to ``end``. Marks:
+    ``{name}``, ``{json name}``, ``{index}`` and ``{arguments}``, which are JSON or tags in one of
+    xgrammar's styles."""
+
+    one: str
+    begin: str = ""
+    between: str = "\n"
+    end: str = ""
+    style: str = "json"
+
+
+_JSON_CALL = '{"name": {json name}, "arguments": {arguments}}'
+
+# The text that a grammar enforces, by name. The blocks above read it, and variants of it.
+CALL_TEXTS: Mapping[str, CallText] = {
+    "action": CallText("Action: {name}\nAction Input: {arguments}"),
+    "deepseek": CallText(
+        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n```json\n{arguments}\n```"
+        "<｜tool▁call▁end｜>",
+        begin="<｜tool▁calls▁begin｜>",
+        end="<｜tool▁calls▁end｜>",
+    ),
+    "deepseek31": CallText(
+        "<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>{arguments}<｜tool▁call▁end｜>",
+        begin="<｜tool▁calls▁begin｜>",
+        between="",
+        end="<｜tool▁calls▁end｜>",
+    ),
+    "glm": CallText("<tool_call>{name}\n{arguments}\n</tool_call>", style="glm_xml"),
+    "kimi": CallText(
+        "<|tool_call_begin|>functions.{name}:{index}<|tool_call_argument_begin|>{arguments}"
+        "<|tool_call_end|>",
+        begin="<|tool_calls_section_begin|>",
+        between="",
+        end="<|tool_calls_section_end|>",
+    ),
+    "minimax": CallText(
+        '<invoke name="{name}">\n{arguments}\n</invoke>',
+        begin="<minimax:tool_call>\n",
+        end="\n</minimax:tool_call>",
+        style="minimax_xml",
+    ),
+    "minimax1": CallText(_JSON_CALL, begin="<tool_calls>\n", end="\n</tool_calls>"),
+    "mistral": CallText(_JSON_CALL, begin="[TOOL_CALLS] [", between=", ", end="]"),
+    "mistral_args": CallText("[TOOL_CALLS]{name}[ARGS]{arguments}", between=""),
+    "qwen": CallText(f"<tool_call>\n{_JSON_CALL}\n</tool_call>"),
+    "qwen_tags": CallText(
+        "<tool_call>\n<function={name}>\n{arguments}\n</function>\n</tool_call>",
+        style="qwen_xml",
+    ),
+    "seed": CallText(
+        "<seed:tool_call>\n<function={name}>\n{arguments}\n</function>\n</seed:tool_call>",
+        style="qwen_xml",
+    ),
+}
+
 THINK = ("<think>", "</think>")
-_DEEPSEEK = ReplyFormat(THINK, (DEEPSEEK,), grammar="deepseek_r1")
+_DEEPSEEK = ReplyFormat(THINK, (DEEPSEEK,), calls="deepseek")
 
 # By a mark in the text of a chat template, the first that is found.
 BY_MARK: Mapping[str, ReplyFormat] = {
-    "<|channel|>": ReplyFormat(channels=True, grammar="harmony"),
+    "<|channel|>": ReplyFormat(channels=True),
     "<｜tool▁calls▁begin｜>": _DEEPSEEK,
-    "<|tool_calls_section_begin|>": ReplyFormat(THINK, (KIMI,), grammar="kimi"),
-    "<minimax:tool_call>": ReplyFormat(THINK, (MINIMAX, BARE_INVOKE), grammar="minimax"),
-    "<seed:tool_call>": ReplyFormat(("<seed:think>", "</seed:think>"), (SEED,)),
+    "<|tool_calls_section_begin|>": ReplyFormat(THINK, (KIMI,), calls="kimi"),
+    "<minimax:tool_call>": ReplyFormat(THINK, (MINIMAX, BARE_INVOKE), calls="minimax"),
+    "<seed:tool_call>": ReplyFormat(("<seed:think>", "</seed:think>"), (SEED,), calls="seed"),
     "[TOOL_CALLS]": ReplyFormat(
-        ("[THINK]", "[/THINK]"), (MISTRAL,), grammar="mistral", short_ids=True
+        ("[THINK]", "[/THINK]"), (MISTRAL,), calls="mistral", short_ids=True
     ),
-    "<arg_key>": ReplyFormat(THINK, (TOOL_CALL,), grammar="glm_4_7"),
-    "<function=": ReplyFormat(THINK, (TOOL_CALL,), grammar="qwen_3_coder"),
-    "<tool_call>": ReplyFormat(THINK, (TOOL_CALL,), grammar="qwen_3"),
-    "<tool_calls>": ReplyFormat(THINK, (TOOL_CALLS,)),
+    "<arg_key>": ReplyFormat(THINK, (TOOL_CALL,), calls="glm"),
+    "<function=": ReplyFormat(THINK, (TOOL_CALL,), calls="qwen_tags"),
+    "<tool_call>": ReplyFormat(THINK, (TOOL_CALL,), calls="qwen"),
+    "<tool_calls>": ReplyFormat(THINK, (TOOL_CALLS,), calls="minimax1"),
     "◁think▷": ReplyFormat(("◁think▷", "◁/think▷")),
     "</think>": ReplyFormat(THINK),
 }
 
+# Later models of a family write calls in other ways with the same marks: the name of their text, a
+# mark in the chat template, and whether it is there or missing.
+_NEWER = {"deepseek": ("deepseek31", "```json", False), "mistral": ("mistral_args", "[ARGS]", True)}
+
 # By LLaMA-Factory's tool format: what its prompt asks for, and what its adapters were trained with.
 BY_TOOL_FORMAT: Mapping[str, ReplyFormat] = {
-    "default": ReplyFormat(blocks=(ACTION,)),
-    "glm4_moe": ReplyFormat(blocks=(TOOL_CALL,), grammar="glm_4_7"),
-    "ling": ReplyFormat(blocks=(TOOL_CALL,), grammar="qwen_3"),
-    "minimax1": ReplyFormat(blocks=(TOOL_CALLS,)),
-    "minimax2": ReplyFormat(blocks=(MINIMAX, BARE_INVOKE), grammar="minimax"),
-    "mistral": ReplyFormat(blocks=(MISTRAL,), grammar="mistral", short_ids=True),
-    "phi4_mini": ReplyFormat(blocks=(ACTION,)),
-    "qwen": ReplyFormat(blocks=(TOOL_CALL,), grammar="qwen_3"),
-    "qwen3_5": ReplyFormat(blocks=(TOOL_CALL,), grammar="qwen_3_coder"),
-    "seed_oss": ReplyFormat(blocks=(SEED,)),
+    "default": ReplyFormat(blocks=(ACTION,), calls="action"),
+    "glm4_moe": ReplyFormat(blocks=(TOOL_CALL,), calls="glm"),
+    "ling": ReplyFormat(blocks=(TOOL_CALL,), calls="qwen"),
+    "minimax1": ReplyFormat(blocks=(TOOL_CALLS,), calls="minimax1"),
+    "minimax2": ReplyFormat(blocks=(MINIMAX, BARE_INVOKE), calls="minimax"),
+    "mistral": ReplyFormat(blocks=(MISTRAL,), calls="mistral", short_ids=True),
+    "phi4_mini": ReplyFormat(blocks=(ACTION,), calls="action"),
+    "qwen": ReplyFormat(blocks=(TOOL_CALL,), calls="qwen"),
+    "qwen3_5": ReplyFormat(blocks=(TOOL_CALL,), calls="qwen_tags"),
+    "seed_oss": ReplyFormat(blocks=(SEED,), calls="seed"),
 }
 
 # Next to that, what the models of a named template write without an adapter.
@@ -214,9 +277,13 @@ def named_reply(name: str, tool_format: str, thought: tuple[str, str] | None) ->
     marks = None if thought is None or channels else (thought[0].strip(), thought[1].strip())
     if not (blocks or channels or marks):
         return None
-    return ReplyFormat(marks, blocks, channels, found.grammar, found.short_ids)
+    return ReplyFormat(marks, blocks, channels, found.calls, found.short_ids)
 
 
 def published_reply(chat_template: str) -> ReplyFormat | None:
     """Returns the format that a tokenizer's chat template belongs to; None if it is unknown."""
-    return next((form for mark, form in BY_MARK.items() if mark in chat_template), None)
+    found = next((form for mark, form in BY_MARK.items() if mark in chat_template), None)
+    if found is None:
+        return None
+    newer, mark, is_there = _NEWER.get(found.calls, (found.calls, "", True))
+    return replace(found, calls=newer) if (mark in chat_template) is is_there else found

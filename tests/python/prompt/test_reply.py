@@ -284,7 +284,12 @@ def test_ids() -> None:
 
 
 def test_published_templates_are_told_by_their_marks() -> None:
-    assert published_reply("… '<tool_call>\\n<function=' + name …</think>") is BY_MARK["<function="]
+    assert published_reply("… '<tool_call>\\n<function=' + name …</think>") == BY_MARK["<function="]
+    deepseek = "… <｜tool▁calls▁begin｜>"
+    assert [(published_reply(deepseek + more) or QWEN).calls for more in ("```json", "")] == [
+        "deepseek",
+        "deepseek31",
+    ]
     assert published_reply("{{ message.content }}") is None
     assert "<｜tool▁sep｜>" in DEEPSEEK.marks
     assert "<|tool_call_argument_begin|>" in KIMI.marks

@@ -1,0 +1,194 @@
+"""Holds answers to a grammar: JSON of a schema, calls of tools.
+
+xgrammar compiles structural tags (plain data) for a vocabulary and tells which tokens may come
+next. It comes with ``pip install 'ktrt[serve]'`` and is imported when it is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ktrt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+    import torch
+
+# Schemas of more would take minutes or gigabytes: xgrammar unrolls them. OpenAI's own limits are
+# 5 levels, 5,000 properties and 1,000 enum values.
+_MOST_BYTES = 256 * 1024
+_MOST_DEPTH = 64
+_MOST_COUNT = 5000
+_MOST_PATTERN = 1000
+_COUNTS = (
+    "minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties",
+)  # fmt: skip
+_SECONDS = 20.0
+# The time and line of C++ before xgrammar's messages.
+_WHERE = re.compile(r"\[[\d:]+\] \S+\.cc:\d+: ")
+_ENTRIES = 64
+_CACHE_BYTES = 512 * 1024 * 1024
+
+
+class Grammars:
+    """Compiles grammars for one tokenizer, and keeps the latest.
+
+    ``vocab_size`` is the number of logits: models pad it. Compiling takes at most ``seconds``; a
+    grammar that takes longer is refused. Its thread cannot be stopped: until it is done, nothing
+    else is compiled, so that requests cannot start any number of them. Any thread may use it.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int, *, seconds: float = _SECONDS) -> None:
+        self._tokenizer, self._vocab_size, self._seconds = tokenizer, vocab_size, seconds
+        self._kept: OrderedDict[str, Any] = OrderedDict()
+        self._lock = threading.Lock()
+        self._compiling = threading.Lock()
+        self._compiler: Any = None
+
+    def compile(self, structure: Mapping[str, Any]) -> Grammar:
+        """Returns the grammar of a structural tag's format.
+
+        ``ConfigError``: xgrammar refuses it, it is too large or takes too long, or xgrammar is not
+        installed.
+        """
+        xgrammar = _import()
+        _check(structure)
+        text = json.dumps({"type": "structural_tag", "format": structure}, sort_keys=False)
+        with self._lock:
+            if text in self._kept:
+                self._kept.move_to_end(text)
+                return Grammar(xgrammar, self._kept[text], self._vocab_size)
+        compiled = self._compile(xgrammar, text)
+        with self._lock:
+            self._kept[text] = compiled
+            while len(self._kept) > _ENTRIES or (
+                len(self._kept) > 1 and self._bytes() > _CACHE_BYTES
+            ):
+                self._kept.popitem(last=False)
+        return Grammar(xgrammar, compiled, self._vocab_size)
+
+    def _bytes(self) -> int:
+        return sum(each.memory_size_bytes for each in self._kept.values())
+
+    def _compile(self, xgrammar: Any, text: str) -> Any:
+        deadline = time.monotonic() + self._seconds
+        if not self._compiling.acquire(timeout=self._seconds):
+            raise ConfigError("a grammar of another request is still being compiled; try again")
+        found: list[Any] = []
+
+        def work() -> None:
+            try:
+                if self._compiler is None:
+                    self._compiler = _compiler(xgrammar, self._tokenizer, self._vocab_size)
+                found.append(self._compiler.compile_structural_tag(text))
+            except Exception as error:  # noqa: BLE001 - of xgrammar, of the tokenizer
+                found.append(error)
+            finally:
+                self._compiling.release()
+
+        thread = threading.Thread(target=work, name="ktrt-grammar", daemon=True)
+        thread.start()
+        thread.join(max(deadline - time.monotonic(), 0.1))
+        if not found:
+            raise ConfigError(
+                f"the schema takes more than {self._seconds:g} s to compile; make it smaller"
+            )
+        if isinstance(found[0], Exception):
+            reason = _WHERE.sub("", " ".join(str(found[0]).split()))
+            raise ConfigError(f"the schema cannot be enforced: {reason:.300}") from found[0]
+        return found[0]
+
+
+class Grammar:
+    """A compiled grammar; each answer needs its own constraint."""
+
+    def __init__(self, xgrammar: Any, compiled: Any, vocab_size: int) -> None:
+        self._xgrammar, self._compiled, self._vocab_size = xgrammar, compiled, vocab_size
+
+    def constraint(self, stop_ids: Collection[int]) -> GrammarConstraint:
+        """Returns a constraint for one answer. ``stop_ids`` end the answer: they are allowed only
+        once it is complete."""
+        matcher = self._xgrammar.GrammarMatcher(
+            self._compiled,
+            override_stop_tokens=[each for each in stop_ids if each < self._vocab_size],
+        )
+        return GrammarConstraint(self._xgrammar, matcher, self._vocab_size)
+
+
+class GrammarConstraint:
+    """Holds one answer to a grammar; a ``Constraint`` of ``ktrt.generate.sampling``."""
+
+    def __init__(self, xgrammar: Any, matcher: Any, vocab_size: int) -> None:
+        self._apply, self._matcher = xgrammar.apply_token_bitmask_inplace, matcher
+        self._bitmask = xgrammar.allocate_token_bitmask(1, vocab_size)
+        self._vocab_size = vocab_size
+
+    def mask(self, logits: torch.Tensor) -> None:
+        """Sets the logits [vocab_size] of tokens that cannot come next to -inf, in place."""
+        if self._matcher.is_terminated():
+            return
+        size = min(len(logits), self._vocab_size)
+        # Words that an adapter adds are beyond the base's vocabulary.
+        logits[size:] = float("-inf")
+        if self._matcher.fill_next_token_bitmask(self._bitmask):
+            self._apply(logits.unsqueeze(0), self._bitmask, vocab_size=size)
+
+    def accept(self, token: int) -> None:
+        """Notes the chosen token."""
+        if not self._matcher.is_terminated() and not self._matcher.accept_token(token):
+            raise ConfigError(f"the grammar does not allow token {token}")
+
+
+def _import() -> Any:
+    try:
+        import xgrammar
+    except ImportError as error:
+        raise ConfigError(
+            "response_format and tool_choice need xgrammar: pip install 'ktrt[serve]'"
+        ) from error
+    return xgrammar
+
+
+def _compiler(xgrammar: Any, tokenizer: Any, vocab_size: int) -> Any:
+    info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocab_size)
+    return xgrammar.GrammarCompiler(info, max_threads=2, cache_enabled=False)
+
+
+def _check(structure: Mapping[str, Any]) -> None:
+    """Refuses what would take too much time or memory."""
+    try:
+        size = len(json.dumps(structure, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"the schema is no JSON: {error}") from error
+    if size > _MOST_BYTES:
+        raise ConfigError(f"the schema has {size} bytes; at most {_MOST_BYTES} can be enforced")
+    for depth, key, value in _walk(structure):
+        if depth > _MOST_DEPTH:
+            raise ConfigError(f"the schema has more than {_MOST_DEPTH} levels")
+        if key in _COUNTS and isinstance(value, int | float) and value > _MOST_COUNT:
+            raise ConfigError(f"the schema: {key}: expected at most {_MOST_COUNT}, found {value}")
+        if key == "pattern" and isinstance(value, str) and len(value) > _MOST_PATTERN:
+            raise ConfigError(
+                f"the schema: pattern: expected at most {_MOST_PATTERN} characters, found "
+                f"{len(value)}"
+            )
+
+
+def _walk(value: object) -> Iterator[tuple[int, str, object]]:
+    """Yields all values below, with their depth and key, without recursion."""
+    left: list[tuple[int, object]] = [(0, value)]
+    while left:
+        depth, each = left.pop()
+        if isinstance(each, Mapping):
+            for key, inner in each.items():
+                yield depth, str(key), inner
+                left.append((depth + 1, inner))
+        elif isinstance(each, list | tuple):
+            left += [(depth + 1, inner) for inner in each]
