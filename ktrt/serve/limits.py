@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 _PROBES = {"/health", "/ready"}
 # Everything else outside these prefixes is the page and its files, which ask for the key.
 _KEYED = ("/v1/", "/tokenize", "/detokenize", "/tokenizer_info", "/metrics", "/openapi.json")
-_ADMIN = {"/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
+# An administrator's.
+ADMIN_PATHS = {"/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
 _HOST = re.compile(r"\[[0-9a-fA-F:.]+\]|[^:\[\]]+")
 
 
@@ -88,7 +89,7 @@ class Guard:
         user = hmac.compare_digest(given, self._user)
         admin = hmac.compare_digest(given, self._admin)
         is_admin = admin and bool(self._admin)
-        if self._admin and path in _ADMIN and not is_admin:
+        if self._admin and path in ADMIN_PATHS and not is_admin:
             raise ApiError(
                 403 if user and self._user else 401, "this needs the administrator's key",
                 kind="permission_error" if user and self._user else "authentication_error",

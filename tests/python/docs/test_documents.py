@@ -21,7 +21,7 @@ from ktrt.config.load import names_key
 from ktrt.prompt.template.table import TEMPLATES
 from ktrt.session import Adapters, Session
 
-VERBS = ("chat", "audit", "doctor", "bench", "pack", "export")
+VERBS = ("chat", "serve", "audit", "doctor", "bench", "pack", "export")
 DOCUMENTS = documents.documents()
 GUIDES = documents.guides()
 MOST_LINES = 200
