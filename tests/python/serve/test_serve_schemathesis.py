@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 )
 def test_every_answer_is_as_described(server_url: str, tmp_path: Path, examples: int) -> None:
     command = [
-        COMMAND, "run", f"{server_url}/openapi.json", "--checks", ",".join(CHECKS),
+        str(COMMAND), "run", f"{server_url}/openapi.json", "--checks", ",".join(CHECKS),
         "--max-examples", str(examples), "--seed", "1", "--no-color",
     ]  # fmt: skip
     # Its cache of examples would lie in the current directory.
