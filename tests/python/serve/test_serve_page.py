@@ -308,12 +308,14 @@ def test_audit_picture(open_page: Callable[..., Page]) -> None:
     page.keyboard.press("ArrowDown")
     expect(page.locator(".place")).to_have_text("Layer 16 · mlp.experts.up_proj")
     page.keyboard.press("Home")
-    expect(page.locator(".value")).to_have_text("not tuned")
+    expect(page.locator(".value")).to_have_text("not tuned, or not there")
     page.get_by_text("As a table").click()
     expect(page.locator("table tbody tr")).to_have_count(27)
     expect(page.locator("table tbody tr").nth(16).locator("td").nth(4)).to_have_text("2.1 %")
     page.locator("#audit-model").select_option("terse")
     expect(page.locator("#audit-body .error")).to_contain_text("its norms are not kept")
+    page.get_by_role("button", name="New conversation").click()
+    expect(page.locator("#message")).to_be_focused()
 
 
 def test_errors_where_they_happen(open_page: Callable[..., Page], state: PageServer) -> None:

@@ -27,7 +27,10 @@ function startFrame() {
   listen("open-settings", () => setPanel("settings", true));
   $("view-chat").addEventListener("click", () => showView("chat"));
   $("view-audit").addEventListener("click", () => showView("audit"));
-  listen("close-overlays", closeOverlays);
+  listen("to-chat", () => {
+    closeOverlays();
+    showView("chat");
+  });
   // Not submit buttons: Enter would press the first one of a form.
   for (const each of document.querySelectorAll("[data-close]")) {
     each.addEventListener("click", () => each.closest("dialog").close(""));
@@ -84,7 +87,7 @@ function showView(name) {
   }
   document.body.classList.toggle("auditing", name === "audit");
   if (name === "audit") showAudit();
-  else $("message").focus();
+  else if (!OVERLAY.matches) $("message").focus();
 }
 
 async function start() {

@@ -75,7 +75,8 @@ function draw() {
     : null;
   $("audit-body").replaceChildren(...[
     el("p", { class: "hint" }, t(grid.relative ? "audit.hint" : "audit.hint.delta")),
-    el("div", { class: "picture" }, el("div", { class: "scroll" }, picture), legend(grid), readout),
+    el("div", { class: "picture" },
+      el("div", { class: "map" }, el("div", { class: "scroll" }, picture), legend(grid)), readout),
     summary(audit),
     el("details", {}, el("summary", {}, t("audit.table")), table(grid)),
   ].filter(Boolean));

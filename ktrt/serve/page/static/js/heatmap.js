@@ -54,7 +54,7 @@ export function longNames(kinds) {
 }
 
 function headHeight(kinds) {
-  return 12 + 6.2 * Math.max(...longNames(kinds).map((name) => name.length));
+  return 16 + 6.8 * Math.max(...longNames(kinds).map((name) => name.length));
 }
 
 function headOf({ grid, across, columns, left, cell }, top) {

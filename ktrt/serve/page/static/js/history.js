@@ -48,8 +48,7 @@ async function keep(conversation) {
 
 function startNew() {
   openConversation(newConversation());
-  emit("close-overlays");
-  $("message").focus();
+  emit("to-chat");
 }
 
 function draw() {
@@ -63,7 +62,7 @@ function row(conversation) {
   const current = conversation.id === currentConversation().id;
   const open = () => {
     openConversation(conversation);
-    emit("close-overlays");
+    emit("to-chat");
   };
   const button = el("button", { type: "button", class: "title",
     "aria-current": current ? "true" : null, on: { click: open } }, title);

@@ -137,7 +137,7 @@ export default {
   "audit.other": "outside the layers",
   "audit.map": "Heat map, {layers} layers by {kinds} projections. Arrow keys move.",
   "audit.unchanged": "unchanged (ΔW = 0)",
-  "audit.untouched": "not tuned",
+  "audit.untouched": "not tuned, or not there",
   "audit.unknown": "not known",
   "audit.rank": "rank {n}",
   "audit.scaling": "scaling {n}",

@@ -137,7 +137,7 @@ export default {
   "audit.other": "层外",
   "audit.map": "热图，{layers} 层 × {kinds} 个投影。方向键移动。",
   "audit.unchanged": "未改变（ΔW = 0）",
-  "audit.untouched": "未微调",
+  "audit.untouched": "未微调或不存在",
   "audit.unknown": "未知",
   "audit.rank": "秩 {n}",
   "audit.scaling": "缩放 {n}",
