@@ -169,7 +169,8 @@ def test_retry_and_edit_keep_the_other_versions(
     expect(page.locator(".user .count")).to_contain_text("2/2")
     answered(page)
     assert [each["content"] for each in state.requests[-1]["messages"]] == ["second question"]
-    page.locator(".user").get_by_label("Previous version").click()
+    page.locator(".user").get_by_label("Previous version").press("Enter")
+    expect(page.locator(".user").get_by_label("Next version")).to_be_focused()
     expect(page.locator(".said")).to_have_text("first question")
     expect(page.locator(".assistant .count")).to_contain_text("2/2")
 
