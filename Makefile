@@ -7,6 +7,7 @@ WORKERS ?= 2
 # `make test PACKAGE=adapter`: the tests of tests/python/adapter and tests/cpp/adapter.
 PACKAGE ?=
 FUZZ_SECONDS ?= 300
+SERVE_SECONDS ?= 300
 PYTEST = $(PYTHON) -m pytest -n $(WORKERS)
 # What the environment holds (cmake, ninja, ruff, mypy, clang-format) comes before the system's.
 export PATH := $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$(PATH)
@@ -15,7 +16,7 @@ CPP_FILES = $(shell find csrc tests/cpp bench -name '*.h' -o -name '*.cc')
 
 .PHONY: help ci install-test-deps develop check check-long quick docs format format-check lint types \
         build-release build-asan build-tsan test test-cpp test-asan test-tsan test-python test-isa \
-        test-browser bench bench-smoke fuzz clean
+        test-browser serve-load bench bench-smoke fuzz clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -32,7 +33,7 @@ develop: ## Rebuild and install ktrt alone, incrementally (needs scikit-build-co
 check: ## Run every check, with a table of times at the end
 	PYTHON="$(PYTHON)" tools/test --here
 
-check-long: fuzz ## What takes long and rarely fails: `fuzz`, and tests marked `long`
+check-long: fuzz serve-load ## What takes long and rarely fails: `fuzz`, `serve-load`, and tests marked `long`
 	$(PYTEST) --dist worksteal -m long
 
 quick: format-check lint types ## Less than 3 minutes: what a change most likely breaks (tools/quick)
@@ -93,6 +94,9 @@ test-isa: ## End-to-end Python tests on each instruction set below the machine's
 test-browser: ## The server's page in Chromium
 	$(PYTEST) --dist worksteal -m browser
 
+serve-load: ## 64 streams of 4 models on a server of the demo for SERVE_SECONDS; every text compared
+	$(PYTHON) bench/serve_load.py --streams 64 --adapters a,b,c,base --seconds $(SERVE_SECONDS)
+
 fuzz: ## Damaged files and hostile calls with new seeds, FUZZ_SECONDS each; what fails is kept
 	$(PYTHON) tests/fuzz/fuzz_files.py $(FUZZ_SECONDS)
 	$(PYTHON) tests/fuzz/fuzz_calls.py $(FUZZ_SECONDS)
@@ -105,6 +109,7 @@ bench-smoke: build-release ## Each micro-benchmark once, briefly, so that none r
 	$(PYTHON) bench/cpu_decode.py --quick --cache build/bench-cache
 	$(PYTHON) bench/batch_curve.py --quick --many --cache build/bench-cache
 	$(PYTHON) bench/one_row.py --quick --cache build/bench-cache
+	$(PYTHON) bench/serve_load.py --quick --adapters a,base
 	@if $(PYTHON) -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("kt_kernel") is None)'; then \
 	  $(PYTHON) bench/kt_kernel/compare.py --dtypes int8 --ranks 8 --qlens 1 --layers 1 --rounds 1; \
 	else echo "kt_kernel is not installed: no comparison with it"; fi

@@ -30,7 +30,7 @@ from ktrt.generate.warm_up import warm_up
 from ktrt.loading.model import LoadedModel
 from ktrt.loading.plan import BaseCheckpoint
 from ktrt.loading.scheduler import make_scheduler, use_device
-from ktrt.prompt.fit import context_limit, drop_turns
+from ktrt.prompt.fit import check_characters, context_limit, count_characters, drop_turns
 from ktrt.prompt.messages import check_messages, plain_messages, plain_tools
 from ktrt.prompt.template.base import Message, Template
 
@@ -234,6 +234,7 @@ class Session:
             return check_ids(prompt_ids)
         template = self.template if thinking is None else self.template.with_thinking(thinking)
         checked, functions = check_messages(messages or ()), plain_tools(tools)
+        check_characters(count_characters([checked, functions]), self.context_limit)
         encode: Callable[..., list[int]] = template.encode
         with self._encoding:
             return encode(checked, functions) if functions else encode(checked)

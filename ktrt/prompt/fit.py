@@ -5,11 +5,17 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ktrt.errors import ConfigError
+
 Messages = Sequence[Mapping[str, Any]]
 
 # A full context is freed by 1/4 at once. Every drop makes the whole prompt new to the KV cache, so
 # drops should be rare.
 _FREED = 4
+# Texts have 2 to 5 characters a token, source code with its indentation up to 8.
+_CHARACTERS = 16
+# Tokenized within 0.1 s: never refused by its characters.
+_SOME_TEXT = 1 << 16
 
 
 def context_limit(model: Any, cutoff_len: int | None = None) -> int:
@@ -25,6 +31,25 @@ def context_limit(model: Any, cutoff_len: int | None = None) -> int:
         original = rope.get("original_max_position_embeddings") or limit
         limit = max(limit, int(original * rope["factor"]))
     return min(limit, cutoff_len or sys.maxsize)
+
+
+def check_characters(count: int, limit: int) -> None:
+    """Refuses a text that is too long for a context of ``limit`` tokens without tokenizing it, 8 MB
+    of which take 10 seconds. ``ConfigError``: it has too many characters."""
+    if count > max(_SOME_TEXT, _CHARACTERS * limit):
+        raise ConfigError(
+            f"the conversation has {count} characters, the model's context holds {limit} tokens: "
+            "shorten it, or start a new one"
+        )
+
+
+def count_characters(value: Any) -> int:
+    """Returns the characters of all texts in messages."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(count_characters, value.values()))
+    return sum(map(count_characters, value)) if isinstance(value, list | tuple) else 0
 
 
 def drop_turns(

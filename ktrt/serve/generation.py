@@ -146,6 +146,7 @@ class Generation:
                 raise
             raise as_api_error(error) from error
         self._choices.append(_Choice(handle, observer))
+        self._notice()  # it may have a slot since before it was in the list
 
     def _submitted(self, number: int, wakes: Wakes) -> Handle:
         asked = self._asked

@@ -105,7 +105,7 @@ class Metrics:
 
     def observe(self, adapter: str) -> Observer:
         """Returns an observer for an answer of ``adapter`` ("" is the base) that begins."""
-        self._adapters.labels(self._model, adapter).inc()
+        self._adapters.labels(self._model, adapter or self._model).inc()
         return Observer(self, adapter)
 
     def text(self) -> bytes:

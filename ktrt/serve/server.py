@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 
 from starlette.requests import Request
 
+from ktrt.generate.grammar import Grammars
 from ktrt.serve.admission import Admission
 from ktrt.serve.errors import ApiError
 from ktrt.serve.generation import Asked, Generation
 from ktrt.serve.metrics import Metrics
 from ktrt.serve.names import Names
+from ktrt.serve.openai.token_text import TokenTexts
 from ktrt.serve.vllm.audits import Audits
 from ktrt.serve.vllm.runtime import RuntimeAdapters
 from ktrt.serve.wakes import Wakes
@@ -41,6 +43,9 @@ class Server:
         self.audits = Audits(session)
         self.metrics = Metrics(session, self.names.base, measured=bandwidth)
         self.admission = Admission(session, settings)
+        self.token_texts = TokenTexts(session.tokenizer)
+        vocab_size = session.model.config.get_text_config().vocab_size
+        self.grammars = Grammars(session.tokenizer, vocab_size)
         self.threads: Executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="ktrt-serve")
         self._wakes: Wakes | None = None
         # Set when the process was asked to end.

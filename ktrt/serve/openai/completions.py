@@ -45,7 +45,7 @@ async def completions(
 ) -> Response:
     """Continues one prompt or several, whole or (``stream``) in pieces."""
     asked = await _asked(server, body)
-    maker = TextMaker(server.session, echo=bool(body.echo), scored=body.logprobs is not None)
+    maker = TextMaker(server, echo=bool(body.echo), scored=body.logprobs is not None)
     head = {
         "id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()),
         "model": body.model, "system_fingerprint": FINGERPRINT,

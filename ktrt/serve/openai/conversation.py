@@ -10,8 +10,8 @@ from ktrt.prompt.messages import plain_messages, plain_tools
 from ktrt.prompt.reply import reply_parser
 from ktrt.serve.errors import ApiError
 from ktrt.serve.generation import Asked
+from ktrt.serve.openai.constraints import make_constraint
 from ktrt.serve.openai.reply import Reply
-from ktrt.serve.openai.token_text import token_texts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -64,10 +64,19 @@ def prepare(server: Server, conversation: Conversation) -> Prepared:
         messages=conversation.messages,
         tools=tools,
         thinking=thinking,
+        constraint=make_constraint(
+            server.grammars,
+            template,
+            tools,
+            response_format=conversation.response_format,
+            must_call=conversation.tool_choice == "required",
+            function=conversation.function,
+            parallel=conversation.parallel_tool_calls,
+        ),
         sampling=conversation.sampling,
         n=conversation.n,
     )
-    scored = token_texts(server.session.tokenizer) if asked.sampling.get("logprobs") else None
+    scored = server.token_texts if asked.sampling.get("logprobs") else None
 
     def new_reply() -> Reply:
         return Reply(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ktrt.prompt.fit import check_characters
 from ktrt.serve.errors import ApiError
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def _is_id(value: object) -> bool:
 
 def encode(session: Session, text: str, *, add_special_tokens: bool = True) -> list[int]:
     """Returns a text's token ids, with one BOS where the tokenizer writes one."""
+    check_characters(len(text), session.context_limit)
     tokenizer = session.tokenizer
     ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens)
     bos = tokenizer.bos_token_id

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ktrt.generate.text_stream import TextStream
-from ktrt.serve.openai.token_text import completion_token, finite, token_texts
+from ktrt.serve.openai.token_text import completion_token, finite
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from ktrt.generate.response import TokenResponse
     from ktrt.serve.openai.prompts import Prompt
-    from ktrt.session import Session
+    from ktrt.serve.server import Server
 
     # The token's log probability, and (id, log probability) of the likeliest.
     Score = tuple[float, Iterable[tuple[int, float]]]
@@ -24,11 +24,12 @@ class TextMaker:
     """Makes the texts of a request. ``echo``: they begin with the prompt; ``scored``: with log
     probabilities."""
 
-    def __init__(self, session: Session, *, echo: bool, scored: bool) -> None:
+    def __init__(self, server: Server, *, echo: bool, scored: bool) -> None:
+        session = server.session
         self.tokenizer = session.tokenizer
         self.shown = session.template.shown_tokens
         self.echo, self.scored = echo, scored
-        self.texts = token_texts(session.tokenizer)
+        self.texts = server.token_texts
 
     def text(self, prompt: Prompt) -> Text:
         """Returns the text of a choice, empty so far."""

@@ -65,12 +65,6 @@ def _bytes_of(raw: object) -> bytes | None:
     return bytes(table[each] for each in raw) if all(each in table for each in raw) else None
 
 
-@cache
-def token_texts(tokenizer: Any) -> TokenTexts:
-    """Returns the texts of a tokenizer's tokens; one object per tokenizer."""
-    return TokenTexts(tokenizer)
-
-
 def finite(value: float) -> float:
     """Returns a log probability that JSON can hold."""
     return max(value, _LEAST)

@@ -35,7 +35,8 @@ class ScriptedServer:
 
     def __post_init__(self) -> None:
         self.names, self.settings = self.inner.names, self.inner.settings
-        self.admission = self.inner.admission
+        self.admission, self.grammars = self.inner.admission, self.inner.grammars
+        self.token_texts = self.inner.token_texts
         session = self.inner.session
         self.template = SimpleNamespace(
             name="scripted", reply=self.reply, reply_start=self.reply_start, thinking=True,
