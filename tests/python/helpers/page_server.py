@@ -60,6 +60,7 @@ class PageServer:
 
     key: str | None = None
     requests: list[dict[str, Any]] = field(default_factory=list)
+    sampling: SamplingArgs = field(default_factory=SamplingArgs)
     cancelled: int = 0
     running: int = 0
 
@@ -111,7 +112,7 @@ def _session(state: PageServer) -> SimpleNamespace:
         )
 
     return SimpleNamespace(
-        stats=stats, context_limit=4096, sampling=SamplingArgs(seed=None),
+        stats=stats, context_limit=4096, sampling=state.sampling,
         template=SimpleNamespace(thinking=True),
     )  # fmt: skip
 
