@@ -235,9 +235,8 @@ class Session:
         template = self.template if thinking is None else self.template.with_thinking(thinking)
         checked, functions = check_messages(messages or ()), plain_tools(tools)
         check_characters(count_characters([checked, functions]), self.context_limit)
-        encode: Callable[..., list[int]] = template.encode
         with self._encoding:
-            return encode(checked, functions) if functions else encode(checked)
+            return template.encode(checked, functions)
 
     def _prepare_prompt(
         self,

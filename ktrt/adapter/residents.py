@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ktrt.adapter import AdapterPlan, BaseModel
-    from ktrt.adapter.changes import Change
     from ktrt.adapter.resident import Resident
     from ktrt.adapter.sides import Between
     from ktrt.experts import KTExperts
@@ -340,11 +339,6 @@ class Adapters:
                 f"adapter {name!r} is used by {users} answer{'s' * (users > 1)} under way or "
                 "waiting; cancel them, or unload it when they have ended"
             )
-
-    def changes(self, name: str) -> list[Change]:
-        """Returns the changes of an adapter, without ‖W‖."""
-        specs = self._base.experts if self._base is not None else ()
-        return self.resident(name).changes(specs)
 
     def resident(self, name: str) -> Resident:
         """Returns a resident adapter. ``AdapterError``: there is none of this name."""

@@ -43,10 +43,10 @@ class PromptScores:
         """Takes the logits [count, vocab_size] of the tokens from ``start`` on; what was scored
         before is not scored again. ``KtrtError``: they hold NaN."""
         for row in range(len(self._found) - start, len(logits), _ROWS):
-            tokens = self._ids[start + row + 1 : start + row + 1 + _ROWS]
-            block = logits[row : row + len(tokens)]
+            tokens = self._ids[start + row + 1 : start + min(row + _ROWS, len(logits)) + 1]
             if not tokens:
                 return  # the last token's logits are the answer's
+            block = logits[row : row + len(tokens)]
             if torch.isnan(block).any():
                 raise KtrtError("the model's logits of the prompt hold NaN: weights are damaged")
             found = log_probability_rows(block, tokens, [self._count] * len(tokens))

@@ -95,9 +95,11 @@ class KvPool:
             slot = self._empty(best)
             if best is not None and best is not slot:
                 self._copy(best, slot, shared)
-        slot.key, slot.in_use = key, True
+        slot.key = key
         self.touch(slot)
         self.mark(slot)
+        # Last: nobody would close a slot that nobody got.
+        slot.in_use = True
         logger.debug(
             "Slot %d holds %d of %d tokens, after %.1f ms", slot.index, slot.length,
             len(prompt_ids), 1e3 * (time.perf_counter() - start),

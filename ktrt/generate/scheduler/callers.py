@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ktrt.errors import KtrtError
@@ -13,7 +14,7 @@ from ktrt.generate.scheduler.requests import Handle, NewRequest, Request, State
 from ktrt.generate.scheduler.stats import Counters
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from ktrt.generate.scheduler.interfaces import AdapterSets, Pool
     from ktrt.generate.scheduler.policy import SchedulerLimits
@@ -140,16 +141,17 @@ class Callers:
         """Ends all requests with ``reason``, which later ones get, too."""
         with self._lock:
             self._closed = reason
-        try:
+        # Whatever else has failed: nobody waits for ever.
+        with _reported("The requests' last changes"):
             self.tidy()
-        finally:
-            # Whatever else has failed: nobody waits for ever.
-            for request in [*self._running, *self._queue]:
-                try:
-                    self._end(request, State.FAILED, reason)
-                except Exception:
-                    logger.exception("A request did not end as it should")
-                    request.handle.enter(State.FAILED, reason)
+        for item in self._inbox:
+            if isinstance(item, Request):
+                self._queue.add(item)
+        for request in [*self._running, *self._queue]:
+            with _reported("The end of a request"):
+                self._end(request, State.FAILED, reason)
+            if not request.handle.state.ended:
+                request.handle.enter(State.FAILED, reason)
 
     def _end(self, request: Request, state: State, error: BaseException | None = None) -> None:
         if request.slot is None:
@@ -169,3 +171,12 @@ class Callers:
             self._counters.failed += state is State.FAILED
         request.new.release()
         request.handle.enter(state, error)
+
+
+@contextmanager
+def _reported(what: str) -> Iterator[None]:
+    """Logs an exception of the block and goes on."""
+    try:
+        yield
+    except Exception:
+        logger.exception("%s failed while the scheduler closed", what)

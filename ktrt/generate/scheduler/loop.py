@@ -102,9 +102,10 @@ class Scheduler(Callers):
             try:
                 told |= self._start(request, now)
             except BaseException as error:  # belongs to this request alone
-                self._end(request, State.FAILED, error)
                 if not isinstance(error, Exception):
+                    self._end(request, State.FAILED, error)
                     raise
+                self._end(request, State.FAILED, for_callers(error, request))
                 told = True
         return told
 

@@ -78,6 +78,12 @@ def _prepare(server: Server, body: PromptRequest) -> _Run:
                 400, "thinking: expected disabled with a last message of the assistant, which the "
                 "answer continues; found enabled", param="thinking",
             )  # fmt: skip
+        if conversation.response_format or conversation.tool_choice == "required":
+            raise ApiError(
+                400, "messages: expected a last message of the user with a format or a call that "
+                "the answer must have; found one of the assistant, the answer's begin",
+                param="messages",
+            )  # fmt: skip
         conversation = replace(conversation, thinking=False)
     prepared = prepare(server, conversation)
     asked = prepared.asked

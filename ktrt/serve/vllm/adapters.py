@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query
 from pydantic import BaseModel, ConfigDict
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, Response
 
 from ktrt.serve.errors import ErrorBody
 from ktrt.serve.server import Server, get_server
@@ -38,13 +38,20 @@ def _refusals(*statuses: tuple[int, str]) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorBody, "description": text} for status, text in statuses}
 
 
+# With a response class that has a media type, FastAPI documents it for the errors too.
+_DONE: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Done.", "content": {"text/plain": {"schema": {"type": "string"}}}}
+}
+
+
 _OFF = (403, "Loading at run time is off, or the key is not the administrator's.")
 
 
 @router.post(
     "/v1/load_lora_adapter",
-    response_class=PlainTextResponse,
-    responses=_refusals(
+    response_class=Response,
+    responses=_DONE
+    | _refusals(
         (400, "The adapter does not fit, for the reason given."), _OFF,
         (404, "There is no such folder."), (409, "The name is taken, or in use."),
     ),
@@ -60,8 +67,9 @@ async def load_adapter(
 
 @router.post(
     "/v1/unload_lora_adapter",
-    response_class=PlainTextResponse,
-    responses=_refusals(
+    response_class=Response,
+    responses=_DONE
+    | _refusals(
         (400, "The name is the base's."), _OFF, (404, "There is no such adapter."),
         (409, "Answers use the adapter."),
     ),

@@ -167,8 +167,10 @@ def _tensors(audit: Audit) -> AuditedTensors:
 def _kinds(
     changes: Sequence[Change], modules: Iterable[tuple[int | None, str]]
 ) -> list[AuditedKind]:
-    """Returns the columns in the order of the data flow, which is that of the model's modules."""
-    totals = Counter(kind for _, kind in modules)
+    """Returns the columns in the order of the data flow, which is that of the model's modules;
+    last the kinds outside of the layers."""
+    ordered = sorted(modules, key=lambda each: each[0] is None)
+    totals = Counter(kind for _, kind in ordered)
     changed: Mapping[str, int] = Counter(change.kind for change in changes)
     return [
         AuditedKind(kind=kind, changed=changed[kind], total=max(totals[kind], changed[kind]))

@@ -126,7 +126,8 @@ class TestLoading:
             assert client.load("new", "adapter_b", load_inplace=True).status_code == 200
             assert adapters.active == {"adapter_a": 0.5}
             adapters.activate("new")
-            assert client.load("new", "nothing", load_inplace=True).status_code == 404
+            (root / "weak" / "adapter_config.json").write_text("{}")
+            assert client.load("new", "weak", load_inplace=True).status_code == 400
             assert adapters.active == {"new": 1}
             assert client.unload("new").status_code == 200
             assert adapters.active == {}

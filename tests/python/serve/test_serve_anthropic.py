@@ -198,6 +198,14 @@ class TestErrors:
             ({"tools": [TOOL], "tool_choice": {"type": "x"}}, 400, "auto, any, tool or none"),
             ({"thinking": {"type": "x"}}, 400, "thinking.type"),
             ({"thinking": {"type": "enabled", "budget_tokens": 9}}, 400, "cannot switch thinking"),
+            (
+                {
+                    "messages": [*QUESTION, {"role": "assistant", "content": "{"}],
+                    "output_config": {"format": {"type": "json_schema", "schema": {}}},
+                },
+                400,
+                "begin",
+            ),
             ({"mcp_servers": [{}]}, 400, "mcp_servers is not supported"),
             ({"output_config": {"format": {"type": "x"}}}, 400, "json_schema"),
             ({"messages": [{"role": "user", "content": "a " * 5000}]}, 400, "tokens"),
