@@ -524,7 +524,7 @@ def test_the_demo_model(open_page: Callable[..., Page], server_url: str) -> None
     assert answers[0] != answers[1]
     assert page.locator("mark").count() > 0
     page.locator("#view-audit").click()
-    expect(page.locator(".cell.changed").first).to_be_visible(timeout=30_000)
+    expect(page.locator(".cell.changed").first).to_be_visible()
     page.locator(".heat").focus()
     expect(page.locator("#readout .place")).to_contain_text("Layer 0")
     expect(page.locator("#audit-body")).to_contain_text("on routed experts")
