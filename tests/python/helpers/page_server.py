@@ -51,7 +51,9 @@ with ktrt.load("chat.yaml") as session:
 
 <img src="http://127.0.0.1:9/x.png" onerror="document.title='hacked'"> <script>1</script>
 ![picture](http://127.0.0.1:9/y.png) [link](javascript:alert(1)) [site](https://example.org)
-"""
+
+a_word_without_a_break_"""
+MARKDOWN += "x" * 90
 
 
 @dataclass
