@@ -134,6 +134,23 @@ def test_enforced_calls_are_read_as_calls(calls: str) -> None:
                 assert set(arguments) == ({"kind", "count"} if names[at] == "pick" else set())
 
 
+def test_special_tokens_that_the_structure_does_not_name_never_come() -> None:
+    named, other = tokenizer().convert_tokens_to_ids(["<think>", "<|call|>"])
+    stop = tokenizer().convert_tokens_to_ids("<|stop|>")
+    constraint = (
+        grammars().compile(json_structure(THINK, "", {"type": "string"})).constraint([stop])
+    )
+    logits = torch.zeros(len(tokenizer()) + PADDING)
+    constraint.mask(logits)
+    assert logits[named] == 0
+    for token in tokenizer().encode('"a', add_special_tokens=False):
+        constraint.accept(token)
+    logits = torch.zeros(len(tokenizer()) + PADDING)
+    constraint.mask(logits)
+    assert logits[tokenizer().encode("b", add_special_tokens=False)] == 0
+    assert torch.isinf(logits[[other, stop]]).all()
+
+
 def test_calls_that_cannot_be_enforced() -> None:
     for form in (None, THINK):
         with pytest.raises(ConfigError, match="expected auto or none, found a call to enforce"):
