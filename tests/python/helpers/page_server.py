@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from ktrt.config import SamplingArgs
 from ktrt.serve.errors import ApiError, error_response
+from ktrt.serve.memory_limit import MemoryLimit
 from ktrt.serve.page import router as page
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def page_app(state: PageServer) -> FastAPI:
     """Returns the application; ``state`` steers it."""
     app = FastAPI(docs_url=None, redoc_url=None)
     app.include_router(page.router)
-    app.state.server = SimpleNamespace(session=_session(state))
+    app.state.server = SimpleNamespace(memory_limit=MemoryLimit(), session=_session(state))
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
