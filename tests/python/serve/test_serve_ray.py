@@ -159,6 +159,13 @@ class Cluster:
     def metrics(self) -> str:
         return str(httpx.get(f"{self.url}/metrics", headers=self.headers, timeout=60).text)
 
+    def generated(self) -> float:
+        """Returns the number of tokens that all replicas have generated."""
+        lines = self.metrics().splitlines()
+        found = [each for each in lines if each.startswith("vllm:generation_tokens_total{")]
+        assert found
+        return sum(float(each.split()[-1]) for each in found)
+
     def running(self) -> dict[str, float]:
         """Returns the answers under way by replica."""
         found = {}
@@ -294,6 +301,7 @@ class TestCluster:
         assert cluster.post("/v1/load_lora_adapter", outside).status_code in (400, 403, 404)
 
     def test_a_client_that_leaves_frees_its_slot(self, cluster: Cluster) -> None:
+        before = cluster.generated()
         asked = long_request("adapter_a", 2000)
         url = f"{cluster.url}/v1/chat/completions"
         with httpx.stream("POST", url, json=asked, headers=cluster.headers) as response:
@@ -305,6 +313,7 @@ class TestCluster:
         while sum(cluster.running().values()) and time.monotonic() < end:
             time.sleep(0.1)
         assert list(cluster.running().values()) == [0, 0]
+        assert cluster.generated() - before < 1900
 
     def test_a_killed_replica_ends_its_own_requests_only(self, cluster: Cluster) -> None:
         homes = {name: cluster.replica_of(name) for name in ("adapter_a", "adapter_b")}
