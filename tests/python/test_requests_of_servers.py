@@ -1,4 +1,4 @@
-"""What a server needs of a session: prompts of ids, one prefill for several answers, calls on
+"""A session under a server: prompts of ids, one prefill for several answers, calls on
 change, numbers, bounds and ends."""
 
 from __future__ import annotations
