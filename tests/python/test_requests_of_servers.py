@@ -1,4 +1,4 @@
-"""A session under a server: prompts of ids, one prefill for several answers, calls on
+"""The interface of a session for servers: prompts of ids, one prefill for several answers, calls on
 change, numbers, bounds and ends."""
 
 from __future__ import annotations

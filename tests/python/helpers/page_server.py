@@ -52,7 +52,9 @@ with ktrt.load("chat.yaml") as session:
 
 <img src="http://127.0.0.1:9/x.png" onerror="document.title='hacked'"> <script>1</script>
 ![picture](http://127.0.0.1:9/y.png) [link](javascript:alert(1)) [site](https://example.org)
-"""
+
+a_word_without_a_break_"""
+MARKDOWN += "x" * 90
 
 
 @dataclass
@@ -61,6 +63,7 @@ class PageServer:
 
     key: str | None = None
     requests: list[dict[str, Any]] = field(default_factory=list)
+    sampling: SamplingArgs = field(default_factory=SamplingArgs)
     cancelled: int = 0
     running: int = 0
 
@@ -112,7 +115,7 @@ def _session(state: PageServer) -> SimpleNamespace:
         )
 
     return SimpleNamespace(
-        stats=stats, context_limit=4096, sampling=SamplingArgs(seed=None),
+        stats=stats, context_limit=4096, sampling=state.sampling,
         template=SimpleNamespace(thinking=True),
     )  # fmt: skip
 
