@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 # Rendering is serial in the session; more threads only keep a long prompt's from delaying others.
 _THREADS = 4
+# Requests whose grammar is compiled wait here, up to 20 s each: never in the other threads.
+_GRAMMAR_THREADS = 2
 
 
 class Server:
@@ -45,6 +47,9 @@ class Server:
         self.token_texts = TokenTexts(session.tokenizer)
         vocab_size = session.model.config.get_text_config().vocab_size
         self.grammars = Grammars(session.tokenizer, vocab_size)
+        self.grammar_threads: Executor = ThreadPoolExecutor(
+            _GRAMMAR_THREADS, thread_name_prefix="ktrt-grammars"
+        )
         self.threads: Executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="ktrt-serve")
         self._wakes: Wakes | None = None
         # Set when the process was asked to end.

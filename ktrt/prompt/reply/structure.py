@@ -63,7 +63,7 @@ def _not_enforced(schema: Mapping[str, Any]) -> list[str]:
         for key, inner in each.items():
             if key in _NAMED and isinstance(inner, Mapping):
                 left += inner.values()
-            elif key in _IGNORED or (key == "allOf" and len(inner) > 1):
+            elif key in _IGNORED or (key == "allOf" and isinstance(inner, list) and len(inner) > 1):
                 if inner is not False:
                     found[key] = None
             elif key not in ("const", "enum", "default", "examples"):
