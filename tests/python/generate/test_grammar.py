@@ -25,7 +25,7 @@ from ktrt.prompt.reply import (
     joined,
     json_structure,
 )
-from ktrt.prompt.reply.table import BY_MARK, BY_TOOL_FORMAT, CALL_TEXTS
+from ktrt.prompt.reply.table import BY_MARK, BY_TOOL_FORMAT, CALL_TEXTS, named_reply
 
 pytest.importorskip("xgrammar")
 
@@ -132,6 +132,18 @@ def test_enforced_calls_are_read_as_calls(calls: str) -> None:
             for at, each in enumerate(e for e in events if isinstance(e, ToolArguments)):
                 arguments = json.loads(each.text)
                 assert set(arguments) == ({"kind", "count"} if names[at] == "pick" else set())
+
+
+def test_calls_of_an_adapter_for_gpt_oss_are_text_of_its_final_message() -> None:
+    form = named_reply("gpt_oss", "default", None)
+    for start, begin in (
+        ("", "<|channel|>final<|message|>Action"),
+        ("<|channel|>final<|message|>", ""),
+    ):
+        text = write(calls_structure(form, start, TOOLS, name="now"), begin)
+        parser = ReplyParser(form, tools=TOOLS, start=start)
+        events = joined([*parser.push(text), *parser.finish()])
+        assert [each.name for each in events if isinstance(each, ToolCallStart)][:1] == ["now"]
 
 
 def test_special_tokens_that_the_structure_does_not_name_never_come() -> None:
