@@ -16,7 +16,7 @@ CPP_FILES = $(shell find csrc tests/cpp bench -name '*.h' -o -name '*.cc')
 
 .PHONY: help ci install-test-deps develop check check-long quick docs format format-check lint types \
         build-release build-asan build-tsan test test-cpp test-asan test-tsan test-python test-isa \
-        test-browser serve-load bench bench-smoke fuzz clean
+        test-browser page-picture serve-load bench bench-smoke fuzz clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -93,6 +93,9 @@ test-isa: ## End-to-end Python tests on each instruction set below the machine's
 
 test-browser: ## The server's page in Chromium
 	$(PYTEST) --dist worksteal -m browser
+
+page-picture: ## docs/page.png, of the demo in Chromium
+	$(PYTHON) tests/python/helpers/page_picture.py
 
 serve-load: ## 64 streams of 4 models on a server of the demo for SERVE_SECONDS; every text compared
 	$(PYTHON) bench/serve_load.py --streams 64 --adapters a,b,c,base --seconds $(SERVE_SECONDS)

@@ -70,7 +70,10 @@ def make_plan(rank: int) -> Any:
         mark_experts=lambda _: None,
         audit=Audit(),
         settings=SimpleNamespace(use_dora=False),
-        side=SimpleNamespace(routers={}),
+        digest=f"rank {rank}",
+        files=SimpleNamespace(folder=None),
+        norms={},
+        row_reason=None,
     )
 
 

@@ -12,7 +12,9 @@ plain read of memory, in one process; ratios are medians over neighbouring turns
 
 The limit of a step is the bytes that it must read at the bandwidth of the same round: the distinct
 experts that its rows chose, counted in that step, all other weights once, and the KV cache. An
-adapter's bytes count as overhead. Sampling is not part of a step here.
+adapter's bytes count as overhead. Sampling is not part of a step here. Next to it stands the time
+that the rows' multiplications take at the arithmetic peak (``ktrt doctor``): many rows on few cores
+are bound by that.
 
 ``--many``: also twelve adapters of rank 32 in one batch. With AMX the base is measured once more
 with ``kt_fixed_kernels``, whose cost is printed; elsewhere it changes nothing.
@@ -38,6 +40,7 @@ from batch_rows import Rows
 from cpu_decode import DEMO, PROBE_BYTES, write_adapter
 
 from ktrt import _core
+from ktrt.engine.probes import arithmetic_peaks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -53,6 +56,7 @@ class Measurement:
 
     def __init__(self, rows: Rows, probe: _core.ReadProbe, args: argparse.Namespace) -> None:
         self._rows, self._probe, self._args = rows, probe, args
+        self._peaks = arithmetic_peaks(args.threads)
 
     def result(self, batch: int) -> Result:
         """Measures a batch; times are milliseconds per step."""
@@ -63,6 +67,7 @@ class Measurement:
         rounds = [self._round(batch, kinds, odd=bool(n % 2)) for n in range(self._args.rounds)]
         median = statistics.median
         found: Result = {"batch": batch}
+        found["arithmetic_ms"] = 1e3 * self._rows.seconds_to_multiply(self._peaks)
         for kind in kinds:
             found[f"{kind}_ms"] = median(r[f"{kind}_ms"] for r in rounds)
             for name in ("experts", "gb", "limit_ms"):

@@ -30,7 +30,8 @@ def _table(report: Mapping[str, Any], found: Sequence[Result]) -> list[str]:
     more = {"many_over_one": _many(report) + " / one", "fixed_cost": "`kt_fixed_kernels`"}
     shown = {key: name for key, name in more.items() if key in found[0]}
     columns = [
-        "conversations", "distinct experts of a layer", "GB a step", "limit, ms", "base, ms",
+        "conversations", "distinct experts of a layer", "GB a step", "limit, ms", "multiplying, ms",
+        "base, ms",
         "of the limit", "one adapter, ms", f"{report['adapters']} adapters, ms", "mixed / one",
         *shown.values(), "tokens/s, base · one · mixed", "tokens/s each, mixed",
     ]  # fmt: skip
@@ -39,7 +40,8 @@ def _table(report: Mapping[str, Any], found: Sequence[Result]) -> list[str]:
         rates = (f"{rate(r, kind):.1f}" for kind in ("base", "one", "mixed"))
         cells = [
             f"{r['batch']:.0f}", f"{r['base_experts']:.1f}", f"{r['base_gb']:.2f}",
-            f"{r['base_limit_ms']:.1f}", f"{r['base_ms']:.1f}", f"{r['base_share']:.0%}",
+            f"{r['base_limit_ms']:.1f}", f"{r['arithmetic_ms']:.1f}",
+            f"{r['base_ms']:.1f}", f"{r['base_share']:.0%}",
             f"{r['one_ms']:.1f}", f"{r['mixed_ms']:.1f}", f"{r['mixed_over_one']:.2f}",
             *(f"{r[k]:+.1%}" if k == "fixed_cost" else f"{r[k]:.2f}" for k in shown),
             " · ".join(rates), f"{rate(r, 'mixed') / r['batch']:.2f}",

@@ -9,6 +9,8 @@ import torch
 from cpu_decode import model_settings
 
 from ktrt.config import load_config
+from ktrt.engine.formats import format_named
+from ktrt.engine.probes import peak_of
 from ktrt.engine.step_rows import BASE
 from ktrt.experts import KTExperts
 from ktrt.generate.step import Span, Step
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ktrt.engine import MoeLayer
+    from ktrt.engine.probes import ArithmeticPeak
 
 # The pool counts whole pages.
 _MANY_TOKENS = 1 << 16
@@ -142,6 +145,19 @@ class Rows:
         cache: float = held * self.runner.pool.bytes_of(_MANY_TOKENS) / _MANY_TOKENS
         experts = sum(layer.bytes_read for layer in self._layers)
         return self._others + len(self._slots) * self._each + cache + experts
+
+    def seconds_to_multiply(self, peaks: list[ArithmeticPeak]) -> float:
+        """Returns how long the multiplications of a step's rows take at the arithmetic peaks: dense
+        layers in BF16, experts in their format."""
+        of_format = format_named(self._layers[0].weight_format)
+        dense, experts = peak_of(format_named("bf16"), peaks), peak_of(of_format, peaks)
+        if dense is None or experts is None:
+            return 0.0
+        each = sum(
+            3 * layer.top_k * layer.hidden_size * layer.intermediate_size for layer in self._layers
+        )
+        per_row: float = self._others / 2 / dense.all_threads + each / experts.all_threads
+        return 2 * len(self._slots) * per_row
 
     def close(self) -> None:
         self.loaded.close()

@@ -7,10 +7,9 @@ that the same request got alone.
     python bench/serve_load.py --model /tmp/v2lite --at 8,16    # the share of the memory's limit
     python bench/serve_load.py --quick                          # a smoke test
 
-Without ``--url`` it serves the demo: the first name is its adapter, others are random ones of
-ranks 8, 16 …, ``base`` is the model alone. Every stream has conversations of three turns with its
-adapter, one after the other; every fourth conversation is sampled with a seed, all others are
-greedy.
+Without ``--url`` it serves the demo: the first name is its adapter, others are weaker copies of it,
+``base`` is the model alone. Every stream goes through conversations with its adapter: by turns
+three unrelated questions, greedy or sampled with a seed, and a dialogue of three turns.
 ``--leave``: the share of requests whose client goes away in the middle of its answer.
 
 The exit code is 1 if a text differs from the reference, an answer is lost, the server's memory
@@ -23,6 +22,7 @@ import argparse
 import asyncio
 import json
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from cpu_decode import DEMO, write_adapter
+from cpu_decode import DEMO
 from serve_client import Answer, Client, Refused
 from serve_limit import measure_limit
 from serve_process import ServerProcess, resident_bytes
@@ -42,7 +42,7 @@ from serve_report import Report, report_of
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-# Questions of the demo's training texts; conversation n begins with n and n + 1.
+# Questions of the demo's training texts; dialogue n begins with n and n + 1.
 QUESTIONS = (
     "你好，请介绍一下你自己。",
     "什么是 MoE？",
@@ -102,6 +102,8 @@ class Streams:
             for script in range(self._args.scripts):
                 history: list[Message] = []
                 for turn in range(TURNS):
+                    if not _dialogue(script):
+                        history = []
                     history.append({"role": "user", "content": _question(script, turn)})
                     answer = await self._ask(model, script, history)
                     self._references[model, script, turn] = Reference(tuple(history), answer.text)
@@ -150,7 +152,7 @@ class Streams:
         self, model: str, script: int, messages: Sequence[Message], leave: int | None = None
     ) -> Answer:
         sampled = {"temperature": 0.95, "top_p": 0.9, "seed": script}
-        options = sampled if script % 4 == 3 else {"temperature": 0}
+        options = sampled if script % 4 == 2 else {"temperature": 0}
         return await self._client.chat(
             model, messages, leave_after=leave, max_tokens=self._args.tokens, **options
         )
@@ -162,10 +164,20 @@ class Streams:
             await asyncio.sleep(min(1.0, self._args.seconds / 30))
 
 
+def _dialogue(script: int) -> bool:
+    return script % 2 == 1
+
+
 def _question(script: int, turn: int) -> str:
-    # The last one is like no text of the training: its answer is any, and the last bits matter.
-    odd = f"{script * 37 + 11} {chr(0x4E00 + 97 * script)} {script}?"
-    return odd if turn == TURNS - 1 else QUESTIONS[(script + turn) % len(QUESTIONS)]
+    """Returns the question of a turn.
+
+    Unrelated ones are like no text of the training: any answer is as likely, and the last bits
+    decide. A dialogue has known questions: what it generated may be read from the cache, where it
+    has the last bits of decode steps, or be computed again as a prompt, with other ones.
+    """
+    if _dialogue(script):
+        return QUESTIONS[(script + turn) % len(QUESTIONS)]
+    return f"{script * 37 + 11 * turn} {chr(0x4E00 + 97 * script + 7 * turn)} {script + turn}?"
 
 
 def _wrong(answer: Answer, reference: Reference, model: str, *, left: bool) -> str | None:
@@ -206,12 +218,16 @@ async def _idle(client: Client) -> bool:
 
 
 def demo_adapters(folder: Path, names: Sequence[str]) -> dict[str, Path]:
-    """Returns the demo's adapter for the first name and random ones for the others: the demo's
-    second adapter is the first in another layout."""
+    """Returns the demo's adapter for the first name and weaker ones for the others: its second
+    adapter is the first in another layout, and random ones answer everything alike."""
+    trained = DEMO.parent / "adapter_a"
     adapters: dict[str, Path] = {}
-    for seed, name in enumerate(name for name in names if name != "base"):
-        trained = DEMO.parent / "adapter_a"
-        adapters[name] = write_adapter(DEMO, folder / name, 8 * seed, seed) if seed else trained
+    for number, name in enumerate(name for name in names if name != "base"):
+        adapters[name] = shutil.copytree(trained, folder / name)
+        config = adapters[name] / "adapter_config.json"
+        values = json.loads(config.read_text("utf-8"))
+        values["lora_alpha"] *= 2 / (2 + number)
+        config.write_text(json.dumps(values), encoding="utf-8")
     return adapters
 
 

@@ -64,7 +64,7 @@ struct LatentAttention::RowBlock {
     dot.w_stride = k;
     dot.columns = static_cast<int>(columns);
     dot.k = static_cast<int>(k);
-    dot.cold = first == 0;
+    if (first == 0) prefetch_own(dot);
     dot.last = true;
     dot.c = out;
     dot.c_stride = columns;

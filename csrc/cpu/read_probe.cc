@@ -13,7 +13,7 @@ namespace ktrt {
 namespace {
 
 // A core reads the most when it goes from stream to stream: the hardware prefetches each of them,
-// and so has more lines under way (kernels/one_row.h). Eight gave 28 to 30 GB/s where one
+// and so has more lines under way (kernels/side_by_side.h). Eight gave 28 to 30 GB/s where one
 // gave 23.5.
 constexpr std::size_t kStreams = 8;
 constexpr std::size_t kBurstWords = 256 / sizeof(std::uint64_t);

@@ -53,8 +53,11 @@ struct GemmArgs : ExpandArgs {
   bool cold_rows;       // A may come from memory: worth prefetching
 };
 
-// Strips of one row each that GemmKernel::one_row takes at most.
-constexpr int kOneRowStrips = 8;
+// How many strips of `rows` rows each GemmKernel::side_by_side takes: their sums are registers.
+constexpr int side_strips(int rows) { return rows == 1 ? 8 : rows <= 3 ? 4 : 2; }
+constexpr int kMaxSideStrips = 8;
+constexpr int kMaxSideRows = 5;
+constexpr int kMaxSideSums = 12;  // rows of C: of four strips of three
 
 struct GemmKernel {
   const char* name;
@@ -64,9 +67,10 @@ struct GemmKernel {
   void (*expand)(const ExpandArgs& args);
   uint8_t activation_offset;  // added to each code by quantize_row: 128 where A is unsigned
   bool tile_order = false;    // of A
-  // The same bits for `count` strips with a row each, all of one k, read side by side: a core gets
-  // more out of the memory from several streams than from one. Null: strip by strip.
-  void (*one_row)(const GemmArgs* strips, int count) = nullptr;
+  // The same bits for `count` strips of as many rows each, all of one k, read side by side: a core
+  // gets more out of the memory from several streams than from one. Null: strip by strip.
+  void (*side_by_side)(const GemmArgs* strips, int count) = nullptr;
+  int side_rows = 0;  // it takes strips of up to this many rows
   // For tiles: the variant of KernelTable::fixed.
   const GemmKernel* fixed = nullptr;
 
@@ -147,19 +151,25 @@ struct DotArgs {
   int64_t w_stride;  // elements
   int columns;
   int k;
-  // W comes from memory: it is read once, in the order of its addresses.
-  bool cold;
   // A part of k, a multiple of kDenseStep except for the last: partial sums of kDenseSumBytes for
-  // every C element are taken from `sums` if `resume`, and left there unless `last`. Not with
-  // `cold`.
+  // every C element are taken from `sums` if `resume`, and left there unless `last`.
   uint8_t* sums;
   bool resume;
   bool last;
-  const uint8_t* next;  // to be prefetched meanwhile, into the L2 cache
+  const uint8_t* next;  // to be prefetched meanwhile into the L2 cache, unless there is one row
   int64_t next_bytes;   // may be 0
   float* c;
   int64_t c_stride;
 };
+// Has a call prefetch its own W, contiguous and in memory yet, as it goes.
+template <class Value>
+inline void prefetch_own(DotArgs<Value>& dot) {
+  constexpr int64_t kAheadBytes = 8192;
+  const int64_t bytes = dot.columns * dot.w_stride * static_cast<int64_t>(sizeof(Value));
+  const int64_t ahead = bytes < kAheadBytes ? bytes : kAheadBytes;
+  dot.next = reinterpret_cast<const uint8_t*>(dot.w) + ahead;
+  dot.next_bytes = bytes - ahead;
+}
 using DenseDotArgs = DotArgs<uint16_t>;
 using DenseF32DotArgs = DotArgs<float>;
 constexpr int kDenseStep = 32;

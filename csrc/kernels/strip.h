@@ -41,23 +41,56 @@ inline StripChunk strip_chunk(const GemmArgs& g, int row_bytes, int first_byte) 
   return {tiles, size / 64, first_byte, after};
 }
 
-// Asks for the tile that is `ahead` tiles after tile `index` of the chunk, one line of 64 bytes
-// each. Reading past the end of an allocation is harmless for a prefetch.
-inline void prefetch_tile(const StripChunk& chunk, int index, int ahead) {
+// The tile that is `ahead` tiles after tile `index` of the chunk; null where nothing follows.
+inline const uint8_t* tile_ahead(const StripChunk& chunk, int index, int ahead) {
   const int target = index + ahead;
-  const uint8_t* line = chunk.tiles + static_cast<int64_t>(target) * kTileSize;
-  if (target >= chunk.count) {
-    if (chunk.after_tiles == nullptr) return;
-    line = chunk.after_tiles + static_cast<int64_t>(target - chunk.count) * kTileSize;
-  }
+  const bool here = target < chunk.count;
+  const uint8_t* first = here ? chunk.tiles : chunk.after_tiles;
+  if (first == nullptr) return nullptr;
+  return first + static_cast<int64_t>(here ? target : target - chunk.count) * kTileSize;
+}
+
+// Asks for it at once, one line of 64 bytes each. Reading past the end of an allocation is harmless
+// for a prefetch.
+inline void prefetch_tile(const StripChunk& chunk, int index, int ahead) {
+  const uint8_t* line = tile_ahead(chunk, index, ahead);
+  if (line == nullptr) return;
   for (int i = 0; i < kTileSize; i += 64) __builtin_prefetch(line + i, 0, 3);
 }
 
 constexpr int kPrefetchTiles = 3;
+constexpr int kTilesAhead = 4;
 
-// Calls visit(tile, byte) for every tile of a strip in ascending k, `byte` being where its 64 bytes
-// of k start in a row of A; prefetches coming tiles if `prefetch`. The layout's k-block is kBlock
-// bytes.
+// Calls visit(tile, byte, ahead) for every tile of a strip in ascending k, `byte` being where its
+// 64 bytes of k start in a row of A and `ahead` a tile to be prefetched meanwhile: null if not
+// `prefetch`, and at the end. The layout's k-block is kBlock bytes.
+template <int kBlock, class Visit>
+inline __attribute__((always_inline)) void for_each_tile_ahead(const GemmArgs& g, int row_bytes,
+                                                               bool prefetch, Visit visit) {
+  for (int first = 0; first < row_bytes; first += kBlock) {
+    const StripChunk chunk = strip_chunk<kBlock>(g, row_bytes, first);
+    for (int tile = 0; tile < chunk.count; ++tile) {
+      visit(chunk.tiles + static_cast<int64_t>(tile) * kTileSize, first + tile * 64,
+            prefetch ? tile_ahead(chunk, tile, kTilesAhead) : nullptr);
+    }
+  }
+}
+
+// Asks for one of the 16 shares of a tile that is to come. All of it at once would wait for the
+// memory, and the memory then for the products: three and more rows took 1.5 to 2 times as long.
+// One or two rows have no such work, and lose by shares.
+//
+// Many rows leave the time to fetch a line from the L2 cache, and the L1's own fetches then wait
+// for nothing.
+template <int kRows>
+inline __attribute__((always_inline)) void prefetch_share(const uint8_t* tile, int share) {
+  constexpr int kBytes = kRows < 3 ? kTileSize : kTileSize / 16;
+  constexpr int kLocality = kRows < 5 ? 3 : 2;
+  if (tile == nullptr || (kBytes == kTileSize && share > 0)) return;
+  for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(tile + share * kBytes + i, 0, kLocality);
+}
+
+// Calls visit(tile, byte), and prefetches coming tiles at once if `prefetch`.
 template <int kBlock, class Visit>
 inline __attribute__((always_inline)) void for_each_tile(const GemmArgs& g, int row_bytes,
                                                          bool prefetch, Visit visit) {

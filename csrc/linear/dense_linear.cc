@@ -198,7 +198,7 @@ void DenseLinear::shrink_group(const Task& task, const Shrink& shrink, DenseRang
     dot.w = lora.a.as<std::uint16_t>() + rank * in_;
     dot.columns = static_cast<int>(std::min<std::int64_t>(kMaxPanelColumns, ranks.end - rank));
     dot.k = static_cast<int>(in_);
-    dot.cold = cold;
+    if (cold) prefetch_own(dot);
     dot.c = c;
     dot.c_stride = dot.columns;
     kernel.dot(dot);

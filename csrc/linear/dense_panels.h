@@ -1,9 +1,9 @@
 // X · Wᵀ for a row-major matrix W, by one thread for a range of output columns: how the range is
 // cut, so that W is read from memory once and meets the rows of X in the caches.
 //
-// A range goes through in panels of W that fit the L2 cache: the first rows of X read a panel from
-// memory, the others find it there. Every output is one dot product in one fixed order, whatever
-// the cuts.
+// A range goes through in panels of W that fit the L2 cache: the blocks of rows of X that use a
+// panel ask for the next one meanwhile. Every output is one dot product in one fixed order,
+// whatever the cuts.
 #pragma once
 
 #include <algorithm>
@@ -83,7 +83,8 @@ class DensePanels {
   static constexpr std::int64_t kBlockSumBytes =
       kMaxDenseBlockRows * kMaxPartColumns * kDenseSumBytes;
   static constexpr int kThreadSumBytes = kGroupBlocks * kBlockSumBytes;  // 256 KB: not for a stack
-  static constexpr std::int64_t kBlocksToAsk = 3;
+  // 32 KB of DeepSeek-V2-Lite: more than a core has under way, and a part of the L2 cache.
+  static constexpr std::int64_t kColumnsAhead = 8;
   // Reading a value of W takes about as long as multiplying it with this many rows.
   static constexpr std::int64_t kRowsPerRead = 12;
   // Below this the caller is done before another thread has woken up: 256 KB for one row.
@@ -98,8 +99,13 @@ class DensePanels {
   struct Panel {
     std::int64_t first;
     int columns;
-    std::int64_t next_bytes;  // of W after the panel, to be prefetched
-    std::uint8_t* sums;       // [kGroupBlocks] kBlockSumBytes, or null
+    std::uint8_t* sums;  // [kGroupBlocks] kBlockSumBytes, or null
+  };
+  // Columns [from, to) of W, for which some blocks of rows ask in equal shares: they come into the
+  // L2 cache while others are used.
+  struct Ask {
+    std::int64_t from, to;
+    DenseRange blocks;
   };
 
   // Parts of k: as few as possible, evenly filled.
@@ -123,32 +129,34 @@ class DensePanels {
   void compute(const Task& task, DenseRange range, int thread, const Epilogue& epilogue) const {
     const std::int64_t columns = panel_columns();
     const std::int64_t blocks = row_blocks(task.rows);
-    // The next panel comes into the cache while this one is used: every block of rows prefetches a
-    // share. A few blocks have no time for that and read each panel from memory as they go.
-    const bool ask = blocks >= kBlocksToAsk;
     auto* const sums = reinterpret_cast<std::uint8_t*>(
         task.sums == nullptr ? nullptr : task.sums + thread * std::ptrdiff_t{kThreadSumBytes});
-    bool cold = true;
     for (std::int64_t n = range.begin; n < range.end; n += columns) {
-      const auto count = static_cast<int>(std::min(columns, range.end - n));
-      const std::int64_t coming = std::min(columns, range.end - n - count);
-      const Panel panel{n, count, ask ? coming * in_ * std::int64_t{sizeof(Value)} : 0, sums};
-      epilogue.start(n, count);
-      if (cold) compute_blocks(task, panel, {0, 1}, {0, in_}, true, epilogue);
-      for (std::int64_t block = cold; block < blocks; block += kGroupBlocks) {
+      const std::int64_t end = std::min(n + columns, range.end);
+      const Panel panel{n, static_cast<int>(end - n), sums};
+      epilogue.start(n, panel.columns);
+      std::int64_t block = 0;
+      if (n == range.begin || blocks == 1) {
+        // Nobody has asked for this panel, or a single block asks for columns as it goes.
+        const std::int64_t last = blocks == 1 ? end + kColumnsAhead : end;
+        const Ask own{std::min(n + kColumnsAhead, range.end), std::min(last, range.end), {0, 1}};
+        compute_blocks(task, panel, {0, 1}, {0, in_}, own, epilogue);
+        block = 1;
+      }
+      const Ask next{end, std::min(end + columns, range.end), {block, blocks}};
+      for (; block < blocks; block += kGroupBlocks) {
         const DenseRange group{block, std::min(block + kGroupBlocks, blocks)};
         for (std::int64_t k = 0; k < in_; k += part_of_k_) {
-          compute_blocks(task, panel, group, {k, std::min(k + part_of_k_, in_)}, false, epilogue);
+          compute_blocks(task, panel, group, {k, std::min(k + part_of_k_, in_)}, next, epilogue);
         }
       }
-      cold = !ask;
     }
   }
 
   // Computes a part of k for some blocks of rows, and their outputs after the last part.
   template <class Epilogue>
   void compute_blocks(const Task& task, const Panel& panel, DenseRange blocks, DenseRange k,
-                      bool cold, const Epilogue& epilogue) const {
+                      const Ask& ask, const Epilogue& epilogue) const {
     const std::int64_t count = row_blocks(task.rows);
     float c[kMaxDenseBlockRows * kMaxPanelColumns];
     DotArgs<Value> dot{};
@@ -156,26 +164,30 @@ class DensePanels {
     dot.w = w_ + panel.first * in_ + k.begin;
     dot.columns = panel.columns;
     dot.k = static_cast<int>(k.end - k.begin);
-    dot.cold = cold;
     dot.resume = k.begin > 0;
     dot.last = k.end == in_;
     dot.c = c;
     dot.c_stride = panel.columns;
-    // Bytes of the next panel that the calls so far have prefetched.
-    const auto asked = [&](std::int64_t block, std::int64_t at_k) {
-      return panel.next_bytes / count * block + panel.next_bytes / count * at_k / in_;
-    };
     for (std::int64_t block = blocks.begin; block < blocks.end; ++block) {
       const std::int64_t row = task.rows * block / count;
       dot.rows = static_cast<int>(task.rows * (block + 1) / count - row);
       dot.x = task.x + row * in_ + k.begin;
       if (panel.sums != nullptr) dot.sums = panel.sums + (block - blocks.begin) * kBlockSumBytes;
-      dot.next = reinterpret_cast<const std::uint8_t*>(w_ + (panel.first + panel.columns) * in_) +
-                 asked(block, k.begin);
-      dot.next_bytes = asked(block, k.end) - asked(block, k.begin);
+      const DenseRange bytes{asked(ask, block, k.begin), asked(ask, block, k.end)};
+      dot.next = reinterpret_cast<const std::uint8_t*>(w_) + bytes.begin;
+      dot.next_bytes = bytes.end - bytes.begin;
       kernel_.dot(dot);
       if (dot.last) epilogue.finish(row, dot.rows, panel.first, panel.columns, c);
     }
+  }
+
+  // Where in W, in bytes, the calls before this block's part of k from at_k on have asked to.
+  std::int64_t asked(const Ask& ask, std::int64_t block, std::int64_t at_k) const {
+    const auto column = in_ * std::int64_t{sizeof(Value)};
+    const auto share = static_cast<double>((block - ask.blocks.begin) * in_ + at_k) /
+                       static_cast<double>((ask.blocks.end - ask.blocks.begin) * in_);
+    return ask.from * column +
+           static_cast<std::int64_t>(share * static_cast<double>((ask.to - ask.from) * column));
   }
 
   const Kernel& kernel_;

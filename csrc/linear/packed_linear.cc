@@ -356,7 +356,7 @@ void PackedLinear::expand(const Task& task, const Block& block, int strip, float
 
 // All rows of a range of strips.
 void PackedLinear::multiply(const Task& task, const Piece& piece, int thread) const {
-  if (task.rows == 1 && task.gemm->one_row != nullptr) return multiply_one_row(task, piece);
+  if (task.rows <= task.gemm->side_rows) return multiply_few_rows(task, piece);
   float* const c = task.c + thread * kMaxBlockRows * kStripRows;
   for (std::int64_t index = 0; index < task.blocks; ++index) {
     const Block block = task.block(index);
@@ -375,21 +375,22 @@ void PackedLinear::multiply(const Task& task, const Piece& piece, int thread) co
   }
 }
 
-// One row: several strips side by side.
-void PackedLinear::multiply_one_row(const Task& task, const Piece& piece) const {
-  const Block row = task.block(0);
-  alignas(kCacheLine) float c[kOneRowStrips * kStripRows];
-  GemmArgs args[kOneRowStrips];
-  for (int first = piece.first_strip; first < piece.end_strip; first += kOneRowStrips) {
-    const int count = std::min(kOneRowStrips, piece.end_strip - first);
+// Several strips side by side.
+void PackedLinear::multiply_few_rows(const Task& task, const Piece& piece) const {
+  const Block rows = task.block(0);
+  alignas(kCacheLine) float c[kMaxSideSums * kStripRows];
+  GemmArgs args[kMaxSideStrips];
+  const int step = side_strips(rows.rows);
+  for (int first = piece.first_strip; first < piece.end_strip; first += step) {
+    const int count = std::min(step, piece.end_strip - first);
     for (int i = 0; i < count; ++i) {
-      args[i] = gemm_args(task, row, first + i);
-      args[i].c = c + i * kStripRows;
+      args[i] = gemm_args(task, rows, first + i);
+      args[i].c = c + i * rows.rows * kStripRows;
     }
-    task.gemm->one_row(args, count);
+    task.gemm->side_by_side(args, count);
     for (int i = 0; i < count; ++i) {
-      expand(task, row, first + i, args[i].c);
-      store(task, row, first + i, args[i].c);
+      expand(task, rows, first + i, args[i].c);
+      store(task, rows, first + i, args[i].c);
     }
   }
 }

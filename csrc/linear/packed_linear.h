@@ -83,7 +83,7 @@ class PackedLinear {
   void quantize(const Task& task, const Block& tile) const;
   void shrink(const Task& task, const Shrink& shrink) const;
   void multiply(const Task& task, const Piece& piece, int thread) const;
-  void multiply_one_row(const Task& task, const Piece& piece) const;
+  void multiply_few_rows(const Task& task, const Piece& piece) const;
   void expand(const Task& task, const Block& block, int strip, float* c) const;
   void store(const Task& task, const Block& block, int strip, float* c) const;
   GemmArgs gemm_args(const Task& task, const Block& block, int strip) const;

@@ -37,9 +37,9 @@ class ThreadForward {
                      const std::uint8_t* next) const;
   void finish_input(int job, Projection projection, int strip, float* c) const;
   void gate_up_strips(const Piece& piece) const;
-  void gate_up_one_row(const Piece& piece) const;
-  void add_down_strips(const Piece& piece) const;
-  void add_down_one_row(const Piece& piece) const;
+  void gate_up_few_rows(const Piece& piece) const;
+  void add_down_strip(const Piece& piece, std::size_t j, int strip, int slice) const;
+  void add_down(const Piece& piece) const;
   void add_bias(const Job& job, Projection projection, int strip, float* c) const;
   void activate(const Job& job, int strip, const float* gate, const float* up) const;
   const std::uint8_t* tile_after(std::size_t job, int strip, int slice, const Piece& piece) const;
@@ -72,7 +72,6 @@ class ThreadForward {
     }
   }
 
-  bool jobs_have_one_row() const { return task_.plan.jobs().size() == task_.plan.rows().size(); }
   const Job& job_at(int job) const { return task_.plan.jobs()[static_cast<std::size_t>(job)]; }
   int shared_row(int job) const { return task_.shrinks.first_row[static_cast<std::size_t>(job)]; }
 
@@ -195,8 +194,8 @@ void ThreadForward::gate_up(const Piece& piece) {
   const Job& job = job_at(piece.job);
   gather(piece.job);
   await_shrink(piece.job);
-  if (job.rows == 1 && rows_.gemm_for(job).one_row != nullptr) {
-    gate_up_one_row(piece);
+  if (job.rows <= rows_.gemm_for(job).side_rows) {
+    gate_up_few_rows(piece);
   } else {
     gate_up_strips(piece);
   }
@@ -226,24 +225,26 @@ void ThreadForward::gate_up_strips(const Piece& piece) const {
 }
 
 // Several strips of gate and up side by side.
-void ThreadForward::gate_up_one_row(const Piece& piece) const {
+void ThreadForward::gate_up_few_rows(const Piece& piece) const {
   const Job& job = job_at(piece.job);
-  const int step = kOneRowStrips / (has_gate_ ? 2 : 1);
-  GemmArgs args[kOneRowStrips];
+  const int step = side_strips(job.rows) / (has_gate_ ? 2 : 1);
+  const int sums = job.rows * kStripRows;
+  GemmArgs args[kMaxSideStrips];
   for (int strip = piece.first_strip; strip < piece.end_strip; strip += step) {
     const int strips = std::min(step, piece.end_strip - strip);
     int count = 0;
     for (int i = 0; i < strips; ++i) {
       const auto add = [&](Projection projection, float* c) {
-        args[count++] = input_args(piece.job, projection, strip + i, c + i * kStripRows);
+        args[count++] = input_args(piece.job, projection, strip + i, c + i * sums);
+        expands_.prefetch(job, projection, strip + i);
       };
       if (has_gate_) add(Projection::kGate, scratch_.c);
       add(Projection::kUp, scratch_.c_up);
     }
-    rows_.gemm_for(job).one_row(args, count);
+    rows_.gemm_for(job).side_by_side(args, count);
     for (int i = 0; i < strips; ++i) {
-      float* gate = scratch_.c + i * kStripRows;
-      float* up = scratch_.c_up + i * kStripRows;
+      float* gate = scratch_.c + i * sums;
+      float* up = scratch_.c_up + i * sums;
       if (has_gate_) finish_input(piece.job, Projection::kGate, strip + i, gate);
       finish_input(piece.job, Projection::kUp, strip + i, up);
       activate(job, strip + i, gate, up);
@@ -271,13 +272,7 @@ void ThreadForward::down(const Piece& piece) const {
   const std::int64_t columns =
       static_cast<std::int64_t>(piece.end_strip - piece.first_strip) * kStripRows;
   std::memset(scratch_.out, 0, static_cast<std::size_t>(tokens(piece) * columns) * sizeof(float));
-  // One token may name an expert twice: then that job has two rows.
-  const bool one_row_each = task_.plan.rows().size() == task_.plan.jobs().size();
-  if (one_row_each && task_.gemm.for_rows(1).one_row != nullptr) {
-    add_down_one_row(piece);
-  } else {
-    add_down_strips(piece);
-  }
+  add_down(piece);
   store_group(piece);
 }
 
@@ -302,41 +297,44 @@ void ThreadForward::finish_down(const Piece& piece, const Job& job, int strip, i
   add_weighted(job, c, out, first_token(piece), columns);
 }
 
-void ThreadForward::add_down_strips(const Piece& piece) const {
-  const std::vector<Job>& jobs = task_.plan.jobs();
-  for_each_slice(piece, [&](std::size_t j, int strip, int slice) {
-    GemmArgs args = down_args(jobs[j], strip, slice, scratch_.c);
-    args.next = tile_after(j, strip, slice, piece);
-    args.cold_rows = strip == piece.first_strip;
-    if (slice == 0) expands_.prefetch(jobs[j], Projection::kDown, strip);
-    rows_.gemm_for(jobs[j]).strip(args);
-    finish_down(piece, jobs[j], strip, slice, scratch_.c);
-  });
+void ThreadForward::add_down_strip(const Piece& piece, std::size_t j, int strip, int slice) const {
+  const Job& job = task_.plan.jobs()[j];
+  GemmArgs args = down_args(job, strip, slice, scratch_.c);
+  args.next = tile_after(j, strip, slice, piece);
+  args.cold_rows = strip == piece.first_strip;
+  if (slice == 0) expands_.prefetch(job, Projection::kDown, strip);
+  rows_.gemm_for(job).strip(args);
+  finish_down(piece, job, strip, slice, scratch_.c);
 }
 
-// Several strips side by side, of several jobs where the piece has few; added up in the same order.
-void ThreadForward::add_down_one_row(const Piece& piece) const {
+// Strips of few rows side by side, of several jobs of as many rows where the piece has few of each;
+// added up in the same order.
+void ThreadForward::add_down(const Piece& piece) const {
   struct Part {
     const Job* job;
     int strip, slice;
   };
-  const std::vector<Job>& jobs = task_.plan.jobs();
-  GemmArgs args[kOneRowStrips];
-  Part parts[kOneRowStrips];
+  GemmArgs args[kMaxSideStrips];
+  Part parts[kMaxSideStrips];
   int count = 0;
   const auto run = [&] {
-    task_.gemm.for_rows(1).one_row(args, count);
+    if (count == 0) return;
+    rows_.gemm_for(*parts[0].job).side_by_side(args, count);
     for (int i = 0; i < count; ++i) {
       finish_down(piece, *parts[i].job, parts[i].strip, parts[i].slice, args[i].c);
     }
     count = 0;
   };
   for_each_slice(piece, [&](std::size_t j, int strip, int slice) {
-    args[count] = down_args(jobs[j], strip, slice, scratch_.c + count * kStripRows);
-    parts[count] = {&jobs[j], strip, slice};
-    if (++count == kOneRowStrips) run();
+    const Job& job = task_.plan.jobs()[j];
+    if (count > 0 && parts[0].job->rows != job.rows) run();
+    if (job.rows > rows_.gemm_for(job).side_rows) return add_down_strip(piece, j, strip, slice);
+    args[count] = down_args(job, strip, slice, scratch_.c + count * job.rows * kStripRows);
+    if (slice == 0) expands_.prefetch(job, Projection::kDown, strip);
+    parts[count] = {&job, strip, slice};
+    if (++count == side_strips(job.rows)) run();
   });
-  if (count > 0) run();
+  run();
 }
 
 // C times the routing weights, to the sums of the job's tokens. `out`: the strip's place in the

@@ -14,12 +14,12 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ktrt.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
-
-    import torch
+    from collections.abc import Collection, Iterator, Sequence
 
 # Schemas of more would take minutes or gigabytes: xgrammar unrolls them. OpenAI's own limits are
 # 5 levels, 5,000 properties and 1,000 enum values.
@@ -51,6 +51,7 @@ class Grammars:
         self._lock = threading.Lock()
         self._compiling = threading.Lock()
         self._compiler: Any = None
+        self._special = _special_tokens(tokenizer)
 
     def compile(self, structure: Mapping[str, Any]) -> Grammar:
         """Returns the grammar of a structural tag's format.
@@ -60,11 +61,15 @@ class Grammars:
         """
         xgrammar = _import()
         _check(structure)
-        text = json.dumps({"type": "structural_tag", "format": structure}, sort_keys=False)
+        text = json.dumps({"type": "structural_tag", "format": structure}, ensure_ascii=False)
+        # A special token in a string would be a part of it that nobody sees, or another model's
+        # end of the answer: only those that the structure names may come.
+        unwanted = [each for each, name in self._special.items() if name not in text]
         with self._lock:
-            if text in self._kept:
+            compiled = self._kept.get(text)
+            if compiled is not None:
                 self._kept.move_to_end(text)
-                return Grammar(xgrammar, self._kept[text], self._vocab_size)
+                return Grammar(xgrammar, compiled, self._vocab_size, unwanted)
         compiled = self._compile(xgrammar, text)
         with self._lock:
             self._kept[text] = compiled
@@ -72,7 +77,7 @@ class Grammars:
                 len(self._kept) > 1 and self._bytes() > _CACHE_BYTES
             ):
                 self._kept.popitem(last=False)
-        return Grammar(xgrammar, compiled, self._vocab_size)
+        return Grammar(xgrammar, compiled, self._vocab_size, unwanted)
 
     def _bytes(self) -> int:
         return sum(each.memory_size_bytes for each in self._kept.values())
@@ -107,10 +112,14 @@ class Grammars:
 
 
 class Grammar:
-    """A compiled grammar; each answer needs its own constraint."""
+    """A compiled grammar; each answer needs its own constraint. ``unwanted``: ids that it never
+    allows, unless they end the answer."""
 
-    def __init__(self, xgrammar: Any, compiled: Any, vocab_size: int) -> None:
+    def __init__(
+        self, xgrammar: Any, compiled: Any, vocab_size: int, unwanted: Collection[int]
+    ) -> None:
         self._xgrammar, self._compiled, self._vocab_size = xgrammar, compiled, vocab_size
+        self._unwanted = unwanted
 
     def constraint(self, stop_ids: Collection[int]) -> GrammarConstraint:
         """Returns a constraint for one answer. ``stop_ids`` end the answer: they are allowed only
@@ -119,16 +128,20 @@ class Grammar:
             self._compiled,
             override_stop_tokens=[each for each in stop_ids if each < self._vocab_size],
         )
-        return GrammarConstraint(self._xgrammar, matcher, self._vocab_size)
+        unwanted = [each for each in self._unwanted if each not in stop_ids]
+        return GrammarConstraint(self._xgrammar, matcher, self._vocab_size, unwanted)
 
 
 class GrammarConstraint:
     """Holds one answer to a grammar; a ``Constraint`` of ``ktrt.generate.sampling``."""
 
-    def __init__(self, xgrammar: Any, matcher: Any, vocab_size: int) -> None:
+    def __init__(
+        self, xgrammar: Any, matcher: Any, vocab_size: int, unwanted: Sequence[int]
+    ) -> None:
         self._apply, self._matcher = xgrammar.apply_token_bitmask_inplace, matcher
         self._bitmask = xgrammar.allocate_token_bitmask(1, vocab_size)
         self._vocab_size = vocab_size
+        self._unwanted = self._bitmask.new_tensor([*unwanted], dtype=torch.long)
 
     def mask(self, logits: torch.Tensor) -> None:
         """Sets the logits [vocab_size] of tokens that cannot come next to -inf, in place."""
@@ -139,6 +152,7 @@ class GrammarConstraint:
         logits[size:] = float("-inf")
         if self._matcher.fill_next_token_bitmask(self._bitmask):
             self._apply(logits.unsqueeze(0), self._bitmask, vocab_size=size)
+        logits[self._unwanted[self._unwanted < size]] = float("-inf")
 
     def accept(self, token: int) -> None:
         """Notes the chosen token."""
@@ -159,6 +173,12 @@ def _import() -> Any:
 def _compiler(xgrammar: Any, tokenizer: Any, vocab_size: int) -> Any:
     info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocab_size)
     return xgrammar.GrammarCompiler(info, max_threads=2, cache_enabled=False)
+
+
+def _special_tokens(tokenizer: Any) -> dict[int, str]:
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    found = {number: each.content for number, each in added.items() if each.special}
+    return found | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
 
 
 def _check(structure: Mapping[str, Any]) -> None:

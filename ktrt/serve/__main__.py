@@ -56,6 +56,8 @@ def _serve(args: argparse.Namespace) -> int:
         )
     config, settings = _settled(args)
     set_environment()
+    # A warning for each client that speaks no HTTP would fill the log.
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)
     from ktrt.api import open_session
     from ktrt.serve.access import access_log
     from ktrt.serve.app import create_app
@@ -63,6 +65,7 @@ def _serve(args: argparse.Namespace) -> int:
 
     with bind(settings) as listener, open_session(config) as session:
         app = create_app(session, settings)
+        app.state.server.memory_limit.measure()  # while nobody waits
         server = HttpServer(app, settings)
         with access_log() if settings.access_log else nullcontext():
             server.serve_on(listener)

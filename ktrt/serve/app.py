@@ -31,17 +31,15 @@ if TYPE_CHECKING:
     from ktrt.session import Session
 
 
-def create_app(
-    session: Session, settings: ServeSettings, *, bandwidth: float | None = None
-) -> FastAPI:
+def create_app(session: Session, settings: ServeSettings) -> FastAPI:
     """Returns the application; ``app.state.server`` is its ``Server``. The caller closes
-    ``session``. ``bandwidth``: the machine's, if it was measured."""
+    ``session``."""
     # FastAPI's own documentation pages load scripts from other hosts.
     app = FastAPI(
         title="ktrt", version=__version__, docs_url=None, redoc_url=None,
         root_path=settings.root_path,
     )  # fmt: skip
-    app.state.server = Server(session, settings, bandwidth=bandwidth)
+    app.state.server = Server(session, settings)
     for router in (
         models.router, chat.router, completions.router, responses.router, adapters.router,
         tokens.router, page.router, health.router,

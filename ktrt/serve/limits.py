@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 
     from ktrt.serve.settings import ServeSettings
 
-# Open without a key: probes of the operator.
-_PROBES = {"/health", "/ready"}
-# Everything else outside these prefixes is the page and its files, which ask for the key.
-_KEYED = ("/v1/", "/tokenize", "/detokenize", "/tokenizer_info", "/metrics", "/openapi.json")
+# Open without a key: the operator's probes, and the page, which asks for the key, with its files.
+_OPEN = {"/", "/health", "/ready"}
+_ASSETS = "/page/assets/"
 # An administrator's.
 ADMIN_PATHS = {"/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
+# Bodies of the largest size that are held at once: 256 MiB with the default.
+_BODIES = 32
 _HOST = re.compile(r"\[[0-9a-fA-F:.]+\]|[^:\[\]]+")
 
 
@@ -82,7 +83,7 @@ class Guard:
             )  # fmt: skip
 
     def _check_key(self, headers: Headers, path: str) -> None:
-        if path in _PROBES or not path.startswith(_KEYED):
+        if path in _OPEN or path.startswith(_ASSETS):
             return
         given = _digest(_bearer(headers))
         # Both are compared, and digests in constant time: time tells nothing about a key.
@@ -108,22 +109,30 @@ class Body:
 
     def __init__(self, app: ASGIApp, settings: ServeSettings) -> None:
         self._app, self._settings = app, settings
+        # Bytes of the bodies of all requests under way.
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = await self._read(scope, receive)
-        kind = Headers(scope=scope).get("content-type", "")
-        check_json(body, kind, self._settings.max_messages)
-        await self._run(scope, receive, send, body)
+        parts: list[bytes] = []
+        try:
+            await self._read(scope, receive, parts)
+            parts[:] = [body := b"".join(parts)]
+            kind = Headers(scope=scope).get("content-type", "")
+            check_json(body, kind, self._settings.max_messages)
+            await self._run(scope, receive, send, body)
+        finally:
+            self._held -= sum(map(len, parts))
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes:
+    async def _read(self, scope: Scope, receive: Receive, parts: list[bytes]) -> None:
+        """Appends a body's pieces to ``parts``. ``ApiError``: it is too large, too slow, or too
+        much together with others' bodies."""
         most = self._settings.max_body_bytes
         length = Headers(scope=scope).get("content-length", "0")
         if int(length) > most:
             raise _too_large(most)
-        parts: list[bytes] = []
         total = 0
         try:
             async with asyncio.timeout(self._settings.body_seconds):
@@ -133,10 +142,16 @@ class Body:
                         raise ClientLeftError
                     parts.append(message.get("body", b""))
                     total += len(parts[-1])
+                    self._held += len(parts[-1])
                     if total > most:
                         raise _too_large(most)
+                    if self._held > _BODIES * most:
+                        raise ApiError(
+                            503, "the server holds too many large requests; try again later",
+                            kind="server_error", retry_after=1,
+                        )  # fmt: skip
                     if not message.get("more_body"):
-                        return b"".join(parts)
+                        return
         except TimeoutError:
             raise ApiError(
                 408, f"the body is not complete after {self._settings.body_seconds:g} s"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from prometheus_client import Metric
 
+    from ktrt.serve.memory_limit import MemoryLimit
     from ktrt.session import Session
 
 # Seconds. vLLM's borders, which dashboards have, and longer ones: a CPU's prefill takes minutes.
@@ -62,13 +63,12 @@ _COUNTERS = (
 class Metrics:
     """All metrics of a server whose base model is called ``model``."""
 
-    def __init__(self, session: Session, model: str, *, measured: float | None = None) -> None:
-        """``measured``: the machine's bandwidth in bytes per second, for the share of it."""
+    def __init__(self, session: Session, model: str, limit: MemoryLimit) -> None:
         self.registry = CollectorRegistry()
         self._model = model
         # The answers under way.
         self.live: set[Observer] = set()
-        self.registry.register(_Engine(session, model, self.live, measured))
+        self.registry.register(_Engine(session, model, self.live, limit))
 
         def histogram(name: str, text: str, borders: tuple[float, ...]) -> Histogram:
             made = Histogram(name, text, ["model_name"], buckets=borders, registry=self.registry)
@@ -153,10 +153,10 @@ class _Engine(Collector):
     """Reads the scheduler's numbers when somebody asks for metrics."""
 
     def __init__(
-        self, session: Session, model: str, live: set[Observer], measured: float | None
+        self, session: Session, model: str, live: set[Observer], limit: MemoryLimit
     ) -> None:
         self._session, self._model = session, model
-        self._live, self._measured = live, measured
+        self._live, self._limit = live, limit
 
     def describe(self) -> Iterable[Metric]:
         """Returns nothing: the registry would collect to learn the names."""
@@ -180,8 +180,8 @@ class _Engine(Collector):
         if budget:
             usage = min(1.0, stats.kv_bytes / budget)
             yield self._gauge("vllm:kv_cache_usage_perc", "Share of the KV memory in use.", usage)
-        if stats.read_bandwidth and self._measured:
-            share = stats.read_bandwidth / self._measured
+        share = self._limit.share(stats.read_bandwidth)
+        if share is not None:
             yield self._gauge("ktrt:bandwidth_share", "Share of the machine's bandwidth.", share)
         yield self._loras()
 

@@ -13,6 +13,7 @@ from ktrt.generate.grammar import Grammars
 from ktrt.serve.admission import Admission
 from ktrt.serve.errors import ApiError
 from ktrt.serve.generation import Asked, Generation
+from ktrt.serve.memory_limit import MemoryLimit
 from ktrt.serve.metrics import Metrics
 from ktrt.serve.names import Names
 from ktrt.serve.openai.token_text import TokenTexts
@@ -26,26 +27,29 @@ if TYPE_CHECKING:
 
 # Rendering is serial in the session; more threads only keep a long prompt's from delaying others.
 _THREADS = 4
+# Requests whose grammar is compiled wait here, up to 20 s each: never in the other threads.
+_GRAMMAR_THREADS = 2
 
 
 class Server:
     """A session with its settings, the names of its models, their changes and its metrics."""
 
-    def __init__(
-        self, session: Session, settings: ServeSettings, *, bandwidth: float | None = None
-    ) -> None:
-        """``bandwidth``: the machine's, in bytes per second, if it was measured."""
-        self.session, self.settings, self.bandwidth = session, settings, bandwidth
+    def __init__(self, session: Session, settings: ServeSettings) -> None:
+        self.session, self.settings = session, settings
+        self.memory_limit = MemoryLimit()
         root = settings.adapter_root
         folder = Path(root).expanduser() if root else None
         self.names = Names(session, settings.model_name, folder)
         self.runtime = RuntimeAdapters(session, self.names, folder)
         self.audits = Audits(session)
-        self.metrics = Metrics(session, self.names.base, measured=bandwidth)
+        self.metrics = Metrics(session, self.names.base, self.memory_limit)
         self.admission = Admission(session, settings)
         self.token_texts = TokenTexts(session.tokenizer)
         vocab_size = session.model.config.get_text_config().vocab_size
         self.grammars = Grammars(session.tokenizer, vocab_size)
+        self.grammar_threads: Executor = ThreadPoolExecutor(
+            _GRAMMAR_THREADS, thread_name_prefix="ktrt-grammars"
+        )
         self.threads: Executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="ktrt-serve")
         self._wakes: Wakes | None = None
         # Set when the process was asked to end.

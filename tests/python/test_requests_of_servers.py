@@ -1,4 +1,4 @@
-"""What a server needs of a session: prompts of ids, one prefill for several answers, calls on
+"""The interface of a session for servers: prompts of ids, one prefill for several answers, calls on
 change, numbers, bounds and ends."""
 
 from __future__ import annotations

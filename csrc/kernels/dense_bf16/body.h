@@ -16,9 +16,28 @@ namespace ktrt {
 namespace {
 
 constexpr int kLine = 64;
-// Distance of the prefetch of W, in bytes, and bytes that are prefetched at once.
-constexpr int kAheadBytes = 6144;
-constexpr int kBurstBytes = 2048;
+constexpr int kColumnBlock = 4;  // columns of a register block
+
+// Lines on their way into the L2 cache, asked for evenly over the steps of a call: the memory then
+// delivers while the products are computed. In bursts of a few thousand bytes each of the two waits
+// for the other, and six rows take 2.4 times as long.
+class Ahead {
+ public:
+  Ahead(const uint8_t* next, int64_t bytes, int64_t steps)
+      : at_(next), end_(next + bytes), per_step_(steps > 0 ? (bytes + steps - 1) / steps : 0) {}
+
+  inline __attribute__((always_inline)) void step() {
+    for (due_ += per_step_; due_ >= kLine && at_ < end_; due_ -= kLine, at_ += kLine) {
+      __builtin_prefetch(at_, 0, 2);
+    }
+  }
+
+ private:
+  const uint8_t* at_;
+  const uint8_t* const end_;
+  const int64_t per_step_;
+  int64_t due_ = 0;
+};
 
 template <class V, int kColumns, int kRows>
 struct DotBlock {
@@ -32,16 +51,11 @@ struct DotBlock {
     }
   }
 
-  // kCold: W is prefetched; for one column, whose successor follows it in memory.
-  template <bool kCold>
   inline __attribute__((always_inline)) void run(const DotArgs<typename V::Value>& d,
-                                                 const typename V::Value* w) {
+                                                 const typename V::Value* w, Ahead& ahead) {
     const int whole = d.k - d.k % V::kWidth;
     for (int k = 0; k < whole; k += V::kWidth) {
-      if (kCold && k % (kBurstBytes / static_cast<int>(sizeof(typename V::Value))) == 0) {
-        const uint8_t* ahead = reinterpret_cast<const uint8_t*>(w + k) + kAheadBytes;
-        for (int i = 0; i < kBurstBytes; i += kLine) __builtin_prefetch(ahead + i, 0, 3);
-      }
+      ahead.step();
       step(d, w + k, d.x + k, [](const typename V::Value* p) { return V::load(p); });
     }
     if (whole < d.k) {
@@ -81,8 +95,8 @@ struct DotBlock {
 };
 
 // One row times kStreams columns side by side, which gets more out of the memory than one stream
-// does (kernels/one_row.h): kStreamSteps steps of a column, then of the next one. The sums of a
-// column are made in the same order as ever.
+// does (kernels/side_by_side.h): kStreamSteps steps of a column, then of the next one. The sums of
+// a column are made in the same order as ever.
 template <class V, int kStreams>
 inline void dot_streams(const DotArgs<typename V::Value>& d, int n) {
   constexpr int kStreamSteps = 256 / (V::kWidth * static_cast<int>(sizeof(typename V::Value)));
@@ -110,29 +124,18 @@ inline void dot_streams(const DotArgs<typename V::Value>& d, int n) {
   if (k < d.k) {
     add(k, [count = d.k - k](const typename V::Value* p) { return V::load_tail(p, count); });
   }
-  unrolled<kStreams>([&](auto s) { d.c[n + s] = V::total(sums[s]); });
+  static_assert(kStreams % 4 == 0);
+  unrolled<kStreams / 4>([&](auto i) {
+    constexpr int kFirst = 4 * decltype(i)::value;
+    V::store_totals(sums[kFirst], sums[kFirst + 1], sums[kFirst + 2], sums[kFirst + 3],
+                    d.c + n + kFirst);
+  });
 }
 
-template <class V, int kRows>
-void dot_cold(const DotArgs<typename V::Value>& d) {
-  int first = 0;
-  if constexpr (kRows == 1 && V::kStreams > 1) {
-    for (; first + V::kStreams <= d.columns; first += V::kStreams) {
-      dot_streams<V, V::kStreams>(d, first);
-    }
-  }
-  for (int n = first; n < d.columns; ++n) {
-    DotBlock<V, 1, kRows> block;
-    block.clear();
-    block.template run<true>(d, d.w + n * d.w_stride);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) d.c[r * d.c_stride + n] = V::total(block.sums[0][r]);
-  }
-}
-
-// Columns [n, n + kColumns), W in the cache.
+// Columns [n, n + kColumns).
 template <class V, int kRows, int kColumns>
-inline __attribute__((always_inline)) void dot_columns(const DotArgs<typename V::Value>& d, int n) {
+inline __attribute__((always_inline)) void dot_columns(const DotArgs<typename V::Value>& d, int n,
+                                                       Ahead& ahead) {
   using Sum = typename V::Sum;
   DotBlock<V, kColumns, kRows> block;
   const int64_t place = static_cast<int64_t>(n) * kRows * kDenseSumBytes;
@@ -141,7 +144,7 @@ inline __attribute__((always_inline)) void dot_columns(const DotArgs<typename V:
   } else {
     block.clear();
   }
-  block.template run<false>(d, d.w + n * d.w_stride);
+  block.run(d, d.w + n * d.w_stride, ahead);
   if (!d.last) {
     block.move_sums(d.sums + place, [](const Sum& sum, Sum* to) { *to = sum; });
     return;
@@ -149,7 +152,7 @@ inline __attribute__((always_inline)) void dot_columns(const DotArgs<typename V:
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
     float* c = d.c + r * d.c_stride + n;
-    if constexpr (kColumns == 4) {
+    if constexpr (kColumns == kColumnBlock) {
       V::store_totals(block.sums[0][r], block.sums[1][r], block.sums[2][r], block.sums[3][r], c);
     } else {
       *c = V::total(block.sums[0][r]);
@@ -158,26 +161,25 @@ inline __attribute__((always_inline)) void dot_columns(const DotArgs<typename V:
 }
 
 template <class V, int kRows>
-void dot_warm(const DotArgs<typename V::Value>& d) {
-  constexpr int kColumns = 4;
-  const int blocks = (d.columns + kColumns - 1) / kColumns;
-  const int64_t share = (d.next_bytes / blocks + kLine) / kLine * kLine;
-  const uint8_t* next = d.next;
-  const uint8_t* const next_end = next + d.next_bytes;
+void dot_block(const DotArgs<typename V::Value>& d) {
   int n = 0;
-  for (; n + kColumns <= d.columns; n += kColumns) {
-    for (int64_t i = 0; i < share && next < next_end; i += kLine, next += kLine) {
-      __builtin_prefetch(next, 0, 2);
+  if constexpr (kRows == 1 && V::kStreams > 1) {
+    if (!d.resume && d.last) {
+      for (; n + V::kStreams <= d.columns; n += V::kStreams) dot_streams<V, V::kStreams>(d, n);
     }
-    dot_columns<V, kRows, kColumns>(d, n);
   }
-  for (; n < d.columns; ++n) dot_columns<V, kRows, 1>(d, n);
+  const int64_t turns = (d.columns - n) / kColumnBlock + (d.columns - n) % kColumnBlock;
+  Ahead ahead(d.next, d.next_bytes, turns * (d.k / V::kWidth));
+  for (; n + kColumnBlock <= d.columns; n += kColumnBlock) {
+    dot_columns<V, kRows, kColumnBlock>(d, n, ahead);
+  }
+  for (; n < d.columns; ++n) dot_columns<V, kRows, 1>(d, n, ahead);
 }
 
 template <class V, int kRows>
 inline void dot_rows(const DotArgs<typename V::Value>& d) {
   if (d.rows == kRows) {
-    d.cold ? dot_cold<V, kRows>(d) : dot_warm<V, kRows>(d);
+    dot_block<V, kRows>(d);
   } else if constexpr (kRows > 1) {
     dot_rows<V, kRows - 1>(d);
   }

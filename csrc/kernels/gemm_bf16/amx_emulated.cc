@@ -14,12 +14,13 @@ constexpr GemmKernel kFixed = {"amx_emulated_fixed",
                                tile_ordered_expand_rows,
                                0,
                                true,
-                               tile_ordered_rows<strip, AmxBf16Gemm::kLayoutBlock>};
+                               tile_ordered_rows<strip, AmxBf16Gemm::kLayoutBlock>,
+                               1};
 
 }  // namespace
 
 extern const GemmKernel gemm_bf16_amx_emulated;
-const GemmKernel gemm_bf16_amx_emulated = {"amx_emulated", strip,  expand_rows<Bf16Expand>, 0, true,
-                                           nullptr,        &kFixed};
+const GemmKernel gemm_bf16_amx_emulated = {
+    "amx_emulated", strip, expand_rows<Bf16Expand>, 0, true, nullptr, 0, &kFixed};
 
 }  // namespace ktrt

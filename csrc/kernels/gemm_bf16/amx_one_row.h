@@ -1,6 +1,6 @@
 // One row times several strips side by side, and the LoRA expand of some rows, on AVX-512 with the
 // bits of the tiles: a core reads eight streams faster than the single one of a tile kernel
-// (kernels/one_row.h), and a run of rows rarely fills a tile.
+// (kernels/side_by_side.h), and a run of rows rarely fills a tile.
 //
 // TDPBF16PS adds the products of even and of odd k of a tile apart, from zero, and then their sum
 // to C (Intel SDM, volume 2). VDPBF16PS with one value of each pair of A zero is one such step;
@@ -9,7 +9,7 @@
 
 #include <immintrin.h>
 
-#include "kernels/one_row.h"
+#include "kernels/side_by_side.h"
 #include "kernels/strip.h"
 #include "kernels/vnni/expand.h"
 
@@ -93,8 +93,8 @@ void tile_ordered_row(const GemmArgs* g) {
 // kStrip: the tile kernel.
 template <void (*kStrip)(const GemmArgs&), int kBlock>
 void tile_ordered_rows(const GemmArgs* strips, int count) {
-  for_each_strip_group(strips, count, kStrip,
-                       [](auto n, const GemmArgs* g) { tile_ordered_row<n, kBlock>(g); });
+  for_each_strip_group<1>(strips, count, kStrip,
+                          [](auto, auto n, const GemmArgs* g) { tile_ordered_row<n, kBlock>(g); });
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "kernels/strip.h"
+#include "kernels/unrolled.h"
 
 namespace ktrt {
 namespace {
@@ -28,15 +29,14 @@ inline void multiply_pair(const void* half0, const void* half1, const uint8_t* x
   const __m512i w1 = _mm512_loadu_si512(half1);
   const __m512 low0 = low_values(w0), high0 = high_values(w0);
   const __m512 low1 = low_values(w1), high1 = high_values(w1);
-#pragma GCC unroll 12
-  for (int i = 0; i < kRows; ++i) {
+  unrolled<kRows>([&](auto i) {
     int pair;
     memcpy(&pair, x + i * x_stride, 4);
     const __m512i both = _mm512_set1_epi32(pair);
     const __m512 low = low_values(both), high = high_values(both);
     acc[i][0] = _mm512_fmadd_ps(high, high0, _mm512_fmadd_ps(low, low0, acc[i][0]));
     acc[i][1] = _mm512_fmadd_ps(high, high1, _mm512_fmadd_ps(low, low1, acc[i][1]));
-  }
+  });
 }
 
 template <int kRows>
@@ -51,23 +51,23 @@ inline void expand_lora(const ExpandArgs& g, int first_row, __m512 (&acc)[kRows]
 template <int kRows>
 void row_block(const GemmArgs& g, int first_row, bool first) {
   __m512 acc[kRows][2];
-#pragma GCC unroll 12
-  for (int i = 0; i < kRows; ++i) acc[i][0] = acc[i][1] = _mm512_setzero_ps();
+  unrolled<kRows>([&](auto i) { acc[i][0] = acc[i][1] = _mm512_setzero_ps(); });
   const uint8_t* a = g.a + first_row * g.a_stride;
   const int row_bytes = g.k * 2;
-  for_each_tile<kBlockBytes>(g, row_bytes, first, [&](const uint8_t* w, int byte) {
+  const auto multiply = [&](const uint8_t* w, int byte, const uint8_t* ahead) {
     const uint8_t* x = a + byte;
     for (int pair = 0; pair < 16; ++pair) {
+      prefetch_share<kRows>(ahead, pair);
       multiply_pair<kRows>(w + pair * 64, w + kTileHalf + pair * 64, x + pair * 4, g.a_stride, acc);
     }
-  });
+  };
+  for_each_tile_ahead<kBlockBytes>(g, row_bytes, first, multiply);
   if (g.lora_b != nullptr) expand_lora<kRows>(g, first_row, acc);
   float* c = g.c + static_cast<int64_t>(first_row) * kStripColumns;
-#pragma GCC unroll 12
-  for (int i = 0; i < kRows; ++i) {
+  unrolled<kRows>([&](auto i) {
     _mm512_storeu_ps(c + i * kStripColumns, acc[i][0]);
     _mm512_storeu_ps(c + i * kStripColumns + 16, acc[i][1]);
-  }
+  });
 }
 
 using RowBlock = void (*)(const GemmArgs&, int, bool);

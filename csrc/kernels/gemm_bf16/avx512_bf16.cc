@@ -4,7 +4,7 @@
 #include <immintrin.h>
 #include <string.h>
 
-#include "kernels/one_row.h"
+#include "kernels/side_by_side.h"
 #include "kernels/strip.h"
 #include "kernels/vnni/expand.h"
 
@@ -29,13 +29,12 @@ inline void expand_lora(const GemmArgs& g, const uint16_t* t, __m512 (&acc)[kRow
   for (int pair = 0; pair < g.rank_pairs; ++pair) {
     const __m512bh b0 = load_pairs(g.lora_b + pair * 64);
     const __m512bh b1 = load_pairs(g.lora_b + pair * 64 + 32);
-#pragma GCC unroll 14
-    for (int i = 0; i < kRows; ++i) {
+    unrolled<kRows>([&](auto i) {
       const __m512bh a =
           broadcast_pair(reinterpret_cast<const uint8_t*>(t + i * g.t_stride + 2 * pair));
       acc[i][0] = _mm512_dpbf16_ps(acc[i][0], b0, a);
       acc[i][1] = _mm512_dpbf16_ps(acc[i][1], b1, a);
-    }
+    });
   }
 }
 
@@ -43,30 +42,29 @@ inline void expand_lora(const GemmArgs& g, const uint16_t* t, __m512 (&acc)[kRow
 template <int kRows>
 void row_block(const GemmArgs& g, int first_row, bool first) {
   __m512 acc[kRows][2];
-#pragma GCC unroll 14
-  for (int i = 0; i < kRows; ++i) acc[i][0] = acc[i][1] = _mm512_setzero_ps();
+  unrolled<kRows>([&](auto i) { acc[i][0] = acc[i][1] = _mm512_setzero_ps(); });
   const uint8_t* a = g.a + first_row * g.a_stride;
   const int row_bytes = g.k * 2;
-  for_each_tile<kBlockBytes>(g, row_bytes, first, [&](const uint8_t* w, int byte) {
+  const auto multiply = [&](const uint8_t* w, int byte, const uint8_t* ahead) {
     const uint8_t* x = a + byte;
     for (int pair = 0; pair < 16; ++pair) {
+      prefetch_share<kRows>(ahead, pair);
       const __m512bh w0 = load_pairs(w + pair * 64);
       const __m512bh w1 = load_pairs(w + kTileHalf + pair * 64);
-#pragma GCC unroll 14
-      for (int i = 0; i < kRows; ++i) {
+      unrolled<kRows>([&](auto i) {
         const __m512bh xi = broadcast_pair(x + i * g.a_stride + pair * 4);
         acc[i][0] = _mm512_dpbf16_ps(acc[i][0], w0, xi);
         acc[i][1] = _mm512_dpbf16_ps(acc[i][1], w1, xi);
-      }
+      });
     }
-  });
+  };
+  for_each_tile_ahead<kBlockBytes>(g, row_bytes, first, multiply);
   if (g.lora_b != nullptr) expand_lora<kRows>(g, g.t + first_row * g.t_stride, acc);
   float* c = g.c + static_cast<int64_t>(first_row) * kStripColumns;
-#pragma GCC unroll 14
-  for (int i = 0; i < kRows; ++i) {
+  unrolled<kRows>([&](auto i) {
     _mm512_storeu_ps(c + i * kStripColumns, acc[i][0]);
     _mm512_storeu_ps(c + i * kStripColumns + 16, acc[i][1]);
-  }
+  });
 }
 
 using RowBlock = void (*)(const GemmArgs&, int, bool);
@@ -81,34 +79,42 @@ void strip(const GemmArgs& g) {
       g.rows, [&](int first, int rows) { kRowBlocks[rows](g, first, first == 0); });
 }
 
-template <int kStrips>
-void strips_of_one_row(const GemmArgs* g) {
-  __m512 acc[kStrips][1][2];
-  unrolled<kStrips>([&](auto s) { acc[s][0][0] = acc[s][0][1] = _mm512_setzero_ps(); });
+template <int kRows, int kStrips>
+void strips_side_by_side(const GemmArgs* g) {
+  __m512 acc[kStrips][kRows][2];
+  unrolled<kStrips>([&](auto s) {
+    unrolled<kRows>([&](auto i) { acc[s][i][0] = acc[s][i][1] = _mm512_setzero_ps(); });
+  });
   for_each_burst<kStrips, kBlockBytes>(
       g, g->k * 2, [&](auto s, auto half, const uint8_t* w, int step) {
         const uint8_t* x = g[s].a + step * 4;
-        unrolled<kBurstVectors>([&](auto i) {
-          acc[s][0][half] =
-              _mm512_dpbf16_ps(acc[s][0][half], load_pairs(w + i * 64), broadcast_pair(x + i * 4));
+        unrolled<kBurstVectors>([&](auto v) {
+          const __m512bh values = load_pairs(w + v * 64);
+          unrolled<kRows>([&](auto i) {
+            acc[s][i][half] = _mm512_dpbf16_ps(acc[s][i][half], values,
+                                               broadcast_pair(x + i * g[s].a_stride + v * 4));
+          });
         });
       });
   unrolled<kStrips>([&](auto s) {
-    if (g[s].lora_b != nullptr) expand_lora<1>(g[s], g[s].t, acc[s]);
-    _mm512_storeu_ps(g[s].c, acc[s][0][0]);
-    _mm512_storeu_ps(g[s].c + 16, acc[s][0][1]);
+    if (g[s].lora_b != nullptr) expand_lora<kRows>(g[s], g[s].t, acc[s]);
+    unrolled<kRows>([&](auto i) {
+      _mm512_storeu_ps(g[s].c + i * kStripColumns, acc[s][i][0]);
+      _mm512_storeu_ps(g[s].c + i * kStripColumns + 16, acc[s][i][1]);
+    });
   });
 }
 
-void one_row(const GemmArgs* strips, int count) {
-  for_each_strip_group(strips, count, strip,
-                       [](auto n, const GemmArgs* g) { strips_of_one_row<n>(g); });
+void side_by_side(const GemmArgs* strips, int count) {
+  for_each_strip_group<kMaxSideRows>(
+      strips, count, strip,
+      [](auto rows, auto n, const GemmArgs* g) { strips_side_by_side<rows, n>(g); });
 }
 
 }  // namespace
 
 extern const GemmKernel gemm_bf16_avx512_bf16;
-const GemmKernel gemm_bf16_avx512_bf16 = {"avx512_bf16", strip,  expand_rows<Bf16Expand>, 0,
-                                          false,         one_row};
+const GemmKernel gemm_bf16_avx512_bf16 = {
+    "avx512_bf16", strip, expand_rows<Bf16Expand>, 0, false, side_by_side, kMaxSideRows};
 
 }  // namespace ktrt

@@ -12,7 +12,7 @@ constexpr GemmKernel kFixed = {"amx_fixed", tile_strip_then_expand<HardwareTiles
 
 extern const GemmKernel gemm_int4_amx;
 const GemmKernel gemm_int4_amx = {
-    "amx",  tile_strip<HardwareTiles, AmxInt4Gemm>, expand_rows<Bf16Expand>, 0, true, nullptr,
+    "amx",  tile_strip<HardwareTiles, AmxInt4Gemm>, expand_rows<Bf16Expand>, 0, true, nullptr, 0,
     &kFixed};
 
 }  // namespace ktrt

@@ -18,14 +18,12 @@ struct Int4Weights {
                                                              bool first, __m512i (&acc)[kRows][2]) {
     if constexpr (kRows <= kSplitRows) {
       __m512i high[kRows][2];
-#pragma GCC unroll 14
-      for (int i = 0; i < kRows; ++i) high[i][0] = high[i][1] = _mm512_setzero_si512();
+      unrolled<kRows>([&](auto i) { high[i][0] = high[i][1] = _mm512_setzero_si512(); });
       add_products<kRows>(g, a, first, acc, high);
-#pragma GCC unroll 14
-      for (int i = 0; i < kRows; ++i) {
+      unrolled<kRows>([&](auto i) {
         acc[i][0] = _mm512_add_epi32(acc[i][0], high[i][0]);
         acc[i][1] = _mm512_add_epi32(acc[i][1], high[i][1]);
-      }
+      });
     } else {
       add_products<kRows>(g, a, first, acc, acc);
     }
@@ -38,9 +36,10 @@ struct Int4Weights {
                                                                  __m512i (&low)[kRows][2],
                                                                  __m512i (&high)[kRows][2]) {
     const __m512i mask = _mm512_set1_epi8(static_cast<char>(0xf0));
-    for_each_tile<kBlockBytes>(g, g.k / 2, first, [&](const uint8_t* w, int byte) {
+    const auto multiply = [&](const uint8_t* w, int byte, const uint8_t* ahead) {
       const uint8_t* x = a + 2 * byte;
       for (int group = 0; group < 16; ++group) {
+        prefetch_share<kRows>(ahead, group);
         const __m512i w0 = _mm512_loadu_si512(w + group * 64);
         const __m512i w1 = _mm512_loadu_si512(w + kTileHalf + group * 64);
         multiply_group<kRows>(x + group * 4, g.a_stride,
@@ -49,7 +48,8 @@ struct Int4Weights {
         multiply_group<kRows>(x + 64 + group * 4, g.a_stride, _mm512_and_si512(w0, mask),
                               _mm512_and_si512(w1, mask), high);
       }
-    });
+    };
+    for_each_tile_ahead<kBlockBytes>(g, g.k / 2, first, multiply);
   }
 };
 

@@ -19,6 +19,7 @@ const GemmKernel gemm_int8_amx_emulated = {"amx_emulated",
                                            0,
                                            true,
                                            nullptr,
+                                           0,
                                            &kFixed};
 
 }  // namespace ktrt

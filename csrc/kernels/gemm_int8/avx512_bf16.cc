@@ -9,6 +9,7 @@ const GemmKernel gemm_int8_avx512_bf16 = {"avx512_vnni_bf16",
                                           expand_rows<Bf16Expand>,
                                           kActivationOffset,
                                           false,
-                                          int8_one_row<Bf16Expand>};
+                                          int8_side_by_side<Bf16Expand>,
+                                          kMaxSideRows};
 
 }  // namespace ktrt

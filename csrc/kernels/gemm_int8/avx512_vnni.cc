@@ -9,6 +9,7 @@ const GemmKernel gemm_int8_avx512_vnni = {"avx512_vnni",
                                           expand_rows<Float32Expand>,
                                           kActivationOffset,
                                           false,
-                                          int8_one_row<Float32Expand>};
+                                          int8_side_by_side<Float32Expand>,
+                                          kMaxSideRows};
 
 }  // namespace ktrt

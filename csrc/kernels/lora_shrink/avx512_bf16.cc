@@ -1,7 +1,7 @@
 // LoRA shrink on AVX-512 BF16: one zmm of 16 ranks per row and chain. Four chains, each over a
 // quarter of k, hide the latency of VDPBF16PS for a single row, and read A as four streams, which
-// the memory serves faster than one (kernels/one_row.h). They are four for every row count, so that
-// a row's bits do not depend on its neighbours. Up to 6 rows share each load of A.
+// the memory serves faster than one (kernels/side_by_side.h). They are four for every row count, so
+// that a row's bits do not depend on its neighbours. Up to 6 rows share each load of A.
 #include <immintrin.h>
 #include <string.h>
 

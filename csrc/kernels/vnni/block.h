@@ -7,7 +7,7 @@
 #include <immintrin.h>
 #include <string.h>
 
-#include "kernels/one_row.h"
+#include "kernels/side_by_side.h"
 #include "kernels/strip.h"
 #include "kernels/vnni/expand.h"
 
@@ -22,12 +22,11 @@ template <int kRows>
 inline __attribute__((always_inline)) void multiply_group(const uint8_t* x, int64_t x_stride,
                                                           __m512i w0, __m512i w1,
                                                           __m512i (&acc)[kRows][2]) {
-#pragma GCC unroll 14
-  for (int i = 0; i < kRows; ++i) {
+  unrolled<kRows>([&](auto i) {
     const __m512i xi = broadcast_word(x + i * x_stride);
     acc[i][0] = _mm512_dpbusd_epi32(acc[i][0], xi, w0);
     acc[i][1] = _mm512_dpbusd_epi32(acc[i][1], xi, w1);
-  }
+  });
 }
 
 // C of kRows rows from the sums of their products, LoRA included.
@@ -38,15 +37,14 @@ inline void finish(const GemmArgs& g, int first_row, const __m512i (&acc)[kRows]
   const __m512 scale0 = _mm512_loadu_ps(g.w_scale);
   const __m512 scale1 = _mm512_loadu_ps(g.w_scale + 16);
   float* c = g.c + static_cast<int64_t>(first_row) * kStripColumns;
-#pragma GCC unroll 14
-  for (int i = 0; i < kRows; ++i) {
+  unrolled<kRows>([&](auto i) {
     const __m512 scale = _mm512_set1_ps(g.a_scale[first_row + i]);
     const __m512 signed0 = _mm512_cvtepi32_ps(_mm512_sub_epi32(acc[i][0], offset0));
     const __m512 signed1 = _mm512_cvtepi32_ps(_mm512_sub_epi32(acc[i][1], offset1));
     _mm512_storeu_ps(c + i * kStripColumns, _mm512_mul_ps(_mm512_mul_ps(scale, scale0), signed0));
     _mm512_storeu_ps(c + i * kStripColumns + 16,
                      _mm512_mul_ps(_mm512_mul_ps(scale, scale1), signed1));
-  }
+  });
   if (g.lora_b != nullptr) expand_lora<Expand, kRows>(g, g.t + first_row * g.t_stride, c);
 }
 
@@ -54,8 +52,7 @@ inline void finish(const GemmArgs& g, int first_row, const __m512i (&acc)[kRows]
 template <class Weights, class Expand, int kRows>
 void row_block(const GemmArgs& g, int first_row, bool first) {
   __m512i acc[kRows][2];
-#pragma GCC unroll 14
-  for (int i = 0; i < kRows; ++i) acc[i][0] = acc[i][1] = _mm512_setzero_si512();
+  unrolled<kRows>([&](auto i) { acc[i][0] = acc[i][1] = _mm512_setzero_si512(); });
   Weights::template multiply<kRows>(g, g.a + first_row * g.a_stride, first, acc);
   finish<Expand, kRows>(g, first_row, acc);
 }

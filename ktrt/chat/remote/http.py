@@ -28,6 +28,8 @@ _KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
 # Largest line of a stream, and largest body: a list of models, or an answer in one piece.
 _MAX_BYTES = 16 << 20
 _SHOWN = 500
+# A shorter key may be a word of a message, and would be guessed in no time.
+_SHORTEST_KEY = 8
 # Pieces that may wait for a terminal that has stopped its output.
 _WAITING = 1000
 
@@ -98,7 +100,7 @@ class Address:
     def hidden(self, text: str) -> str:
         """Returns a server's text in one line, without the key, at most 500 characters."""
         words = " ".join(text.split())
-        if self.key:
+        if self.key is not None and len(self.key) >= _SHORTEST_KEY:
             words = words.replace(self.key, "…")
         return words if len(words) <= _SHOWN else f"{words[: _SHOWN - 1]}…"
 

@@ -79,7 +79,6 @@ class CallReader:
         self._source.raw = ""
         self._first = False
         self._state = self._between
-        self.closed = not self._block.begin
         return True
 
     # ---- between calls

@@ -14,7 +14,7 @@ from ktrt.prompt.reply.table import CALL_TEXTS, CallText, ReplyFormat
 Format = dict[str, Any]
 
 # Models that are forced into JSON may write white space for ever.
-_MOST_SPACE = 24
+_MOST_SPACE = 12
 # Keywords that xgrammar reads over, and those whose values are schemas by name.
 _IGNORED = frozenset((
     "not", "if", "then", "else", "uniqueItems", "multipleOf", "contains", "dependentRequired",
@@ -63,7 +63,7 @@ def _not_enforced(schema: Mapping[str, Any]) -> list[str]:
         for key, inner in each.items():
             if key in _NAMED and isinstance(inner, Mapping):
                 left += inner.values()
-            elif key in _IGNORED or (key == "allOf" and len(inner) > 1):
+            elif key in _IGNORED or (key == "allOf" and isinstance(inner, list) and len(inner) > 1):
                 if inner is not False:
                     found[key] = None
             elif key not in ("const", "enum", "default", "examples"):
@@ -90,7 +90,7 @@ def calls_structure(
     if not functions:
         wanted = "at least one function" if name is None else f"a function {name!r}"
         raise ConfigError(f"tool_choice: expected {wanted} among tools, found none")
-    if form is not None and form.channels:
+    if form is not None and form.channels and not form.calls:
         return _after_thought(form, start, _any_of([_message(each) for each in functions]))
     text = CALL_TEXTS.get(form.calls) if form is not None and form.calls else None
     if text is None:
@@ -100,13 +100,16 @@ def calls_structure(
         )
     call = _any_of([_call(text, each) for each in functions])
     more = [_star(_sequence(_text(text.between), call))] if parallel else []
-    return _after_thought(form, start, _sequence(_text(text.begin), call, *more, _text(text.end)))
+    calls = _sequence(_text(text.begin), call, *more, _text(text.end))
+    # In a format with channels, such calls are text of the final message.
+    return _after_thought(form, start, calls, is_call=False)
 
 
 def _after_thought(
     form: ReplyFormat | None, start: str, rest: Format, *, is_call: bool = True
 ) -> Format:
-    """Returns the reply with a thought before it, if the model may think."""
+    """Returns the reply with a thought before it, if the model may think. ``is_call``: with
+    channels, ``rest`` is a whole message, otherwise the text of the final one."""
     if form is not None and form.channels:
         if start.endswith(_FINAL):
             if is_call:

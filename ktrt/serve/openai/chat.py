@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from contextlib import AsyncExitStack
@@ -18,7 +17,7 @@ from ktrt.serve.errors import ApiError, error_body
 from ktrt.serve.openai.conversation import (
     Conversation,
     choose_tools,
-    prepare,
+    prepare_in_thread,
     readable_messages,
     thinking_switch,
 )
@@ -53,7 +52,7 @@ async def chat_completions(
 ) -> Response:
     """Answers a conversation, whole or (``stream``) in pieces."""
     conversation = chat_conversation(server, body)
-    prepared = await asyncio.to_thread(prepare, server, conversation)
+    prepared = await prepare_in_thread(server, conversation)
     replies = [prepared.new_reply() for _ in range(conversation.n)]
     head = {
         "id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model,

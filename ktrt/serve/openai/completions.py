@@ -6,6 +6,7 @@ import asyncio
 import time
 import uuid
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Depends
@@ -80,9 +81,10 @@ async def _asked(server: Server, body: CompletionRequest) -> list[tuple[Prompt, 
     refuse_unknown_effects(body.model_extra)
     _check(body)
     adapter = server.names.resolve(body.model, body.adapter_weights)
-    prompts = await asyncio.to_thread(
+    read = partial(
         read_prompts, server.session, body.prompt, add_special_tokens=body.add_special_tokens
     )
+    prompts = await asyncio.get_running_loop().run_in_executor(server.threads, read)
     n, room = body.n or 1, server.admission.most
     if len(prompts) * n > room:
         raise ApiError(

@@ -42,11 +42,17 @@ def make_constraint(
         calls = calls_structure(form, start, tools, name=function, parallel=parallel)
         structures.append(calls)
     if not must_call:
-        structures.append(json_structure(form, start, schema or None))
+        strict = is_strict(response_format)
+        structures.append(json_structure(form, start, schema or None, strict=strict))
     both = {"type": "or", "elements": structures}
     grammar = grammars.compile(both if len(structures) > 1 else structures[0])
     stop_ids = template.stop_ids
     return lambda: grammar.constraint(stop_ids)
+
+
+def needs_grammar(response_format: Mapping[str, Any] | None, tool_choice: str) -> bool:
+    """Returns whether ``make_constraint`` may have to compile a grammar."""
+    return tool_choice == "required" or wanted_schema(response_format) is not None
 
 
 def wanted_schema(response_format: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -65,6 +71,13 @@ def wanted_schema(response_format: Mapping[str, Any] | None) -> Mapping[str, Any
         raise _wrong("json_schema with a schema", given)
     # An empty schema allows any value, where json_object allows objects only.
     return schema or {"type": ["object", "array", "string", "number", "boolean", "null"]}
+
+
+def is_strict(response_format: Mapping[str, Any] | None) -> bool:
+    """Returns whether a schema with keywords that no grammar holds is an error. OpenAI's default is
+    false; here a client has to say that it wants less than its schema."""
+    given = (response_format or {}).get("json_schema")
+    return not isinstance(given, Mapping) or given.get("strict") is not False
 
 
 def _wrong(expected: str, found: object) -> ApiError:

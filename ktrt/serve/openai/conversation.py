@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from ktrt.prompt.messages import plain_messages, plain_tools
 from ktrt.prompt.reply import reply_parser
 from ktrt.serve.errors import ApiError
 from ktrt.serve.generation import Asked
-from ktrt.serve.openai.constraints import make_constraint
+from ktrt.serve.openai.constraints import make_constraint, needs_grammar
 from ktrt.serve.openai.reply import Reply
 
 if TYPE_CHECKING:
@@ -51,8 +52,15 @@ class Prepared:
     new_reply: Callable[[], Reply]
 
 
+async def prepare_in_thread(server: Server, conversation: Conversation) -> Prepared:
+    """Calls ``prepare`` outside the event loop."""
+    needed = needs_grammar(conversation.response_format, conversation.tool_choice)
+    threads = server.grammar_threads if needed else server.threads
+    return await asyncio.get_running_loop().run_in_executor(threads, prepare, server, conversation)
+
+
 def prepare(server: Server, conversation: Conversation) -> Prepared:
-    """Checks a conversation; may compile a grammar, so it is called outside the event loop."""
+    """Checks a conversation, and compiles the grammar that it may need: takes up to 20 s."""
     called = conversation.tool_choice != "none"
     tools = plain_tools(conversation.tools) if called else None
     thinking = thinking_of(server, conversation.thinking)

@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 _LOGPROBS = "message.output_text.logprobs"
 # Nothing is encrypted: a thought comes as text, whether it is asked for or not.
 _INCLUDED = (_LOGPROBS, "reasoning.encrypted_content")
+# Names of chat completions.
+_CHATS = {
+    "max_completion_tokens": "max_output_tokens",
+    "max_tokens": "max_output_tokens",
+    "messages": "input",
+    "response_format": "text.format",
+}
 _TEXT_PARTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
 
 
@@ -70,6 +77,11 @@ def _refuse_state(body: ResponsesRequest) -> None:
         )
     if body.truncation not in (None, "disabled"):
         raise _wrong("truncation", "'disabled': leave out items of the input", body.truncation)
+    for name, own in _CHATS.items():
+        if (body.model_extra or {}).get(name) is not None:
+            raise ApiError(400, f"{name}: this endpoint's name for it is {own}", param=name)
+    if (body.text or {}).get("verbosity") not in (None, "medium"):
+        raise _wrong("text.verbosity", "'medium': ask for a length", body.text)
     for name in ("conversation", "prompt", "max_tool_calls", "context_management"):
         if (body.model_extra or {}).get(name) is not None:
             raise ApiError(400, f"{name} is not supported: send all items as input", param=name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from contextlib import AsyncExitStack
@@ -12,7 +11,7 @@ from fastapi import APIRouter, Depends
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from ktrt.serve.openai.conversation import prepare
+from ktrt.serve.openai.conversation import prepare_in_thread
 from ktrt.serve.openai.reply import usage
 from ktrt.serve.openai.response_input import response_conversation
 from ktrt.serve.openai.response_items import Items
@@ -42,7 +41,7 @@ async def responses(
 ) -> Response:
     """Answers a conversation, whole or (``stream``) as OpenAI's events. Stores nothing."""
     conversation = response_conversation(server, body)
-    prepared = await asyncio.to_thread(prepare, server, conversation)
+    prepared = await prepare_in_thread(server, conversation)
     run = _Run(prepared.new_reply(), _head(server, body))
     if body.stream:
         context = AsyncExitStack()

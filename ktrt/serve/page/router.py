@@ -9,12 +9,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ktrt.serve.page.assets import asset_response
-from ktrt.serve.page.limit import MemoryLimit
 from ktrt.serve.server import Server, get_server
 
 router = APIRouter()
-# The machine has one, whatever the number of applications in the process.
-_limit = MemoryLimit()
 
 
 class PageSampling(BaseModel):
@@ -82,11 +79,12 @@ async def info(server: Annotated[Server, Depends(get_server)]) -> PageInfo:
 async def status(server: Annotated[Server, Depends(get_server)]) -> PageStatus:
     """Returns the load and the speed of the server."""
     stats = server.session.stats()
-    if not _limit.is_known and not stats.running and not stats.waiting:
-        await asyncio.to_thread(_limit.measure)
+    limit = server.memory_limit
+    if not limit.is_known and not stats.running and not stats.waiting:
+        await asyncio.to_thread(limit.measure)
     return PageStatus(
         running=stats.running,
         waiting=stats.waiting,
         generated_tokens=stats.generated_tokens,
-        limit_share=_limit.share(stats.read_bandwidth),
+        limit_share=limit.share(stats.read_bandwidth),
     )

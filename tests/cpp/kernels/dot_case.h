@@ -65,10 +65,13 @@ struct DotCase {
     return std::vector<float>(place(rows, columns + 2, 0), kGuard);
   }
 
-  std::vector<float> run(const auto& kernel, bool cold = false) const {
+  std::vector<float> run(const auto& kernel, bool asks = false) const {
     std::vector<float> c = result();
     DotArgs<Value> dot = args(c.data());
-    dot.cold = cold;
+    if (asks) {
+      dot.next = reinterpret_cast<const std::uint8_t*>(w.data());
+      dot.next_bytes = static_cast<std::int64_t>(w.size() * sizeof(Value));
+    }
     kernel.dot(dot);
     return c;
   }
@@ -110,7 +113,7 @@ void expect_bits_of_each_alone(const auto& kernel) {
   for (const auto& [columns, k] : kDotShapes) {
     const DotCase<Value> all(kernel.block_rows, columns, k);
     const std::vector<float> expected = all.run(kernel);
-    ASSERT_EQ(all.run(kernel, true), expected) << "cold";
+    ASSERT_EQ(all.run(kernel, true), expected) << "with a prefetch";
     for (int rows = 1; rows < kernel.block_rows; ++rows) {
       DotCase<Value> fewer = all;
       fewer.rows = rows;

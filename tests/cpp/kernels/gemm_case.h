@@ -128,30 +128,31 @@ class GemmCase {
   }
   std::vector<float> run(const GemmKernel& kernel) { return run(kernel, 0, rows_); }
 
-  // C of `strips` strips, [strips][32], by GemmKernel::one_row in a single call: strip i is that of
-  // W's strips, taken in turn, and its row that of A's.
-  std::vector<float> run_one_row(const GemmKernel& kernel, int strips) {
+  // C of `strips` strips, [strips][count][32], by GemmKernel::side_by_side in a single call: strip
+  // i is that of W's strips, taken in turn, and so are its first row of A's.
+  std::vector<float> run_side_by_side(const GemmKernel& kernel, int strips, int count) {
     std::vector<AlignedVector<std::uint8_t>> a;
     std::vector<AlignedVector<std::uint16_t>> t, b;
     std::vector<GemmArgs> all;
-    std::vector<float> c(size(strips * kStripRows), std::numeric_limits<float>::quiet_NaN());
+    const int sums = count * kStripRows;
+    std::vector<float> c(size(strips * sums), std::numeric_limits<float>::quiet_NaN());
     for (int i = 0; i < strips; ++i) {
-      const int row = i % rows_;
+      const int row = i % (rows_ - count + 1);
       const int strip = i % packed_.layout.strips();
-      a.push_back(activations(kernel, row, 1));
-      t.push_back(shrunk(kernel, row, 1));
+      a.push_back(activations(kernel, row, count));
+      t.push_back(shrunk(kernel, row, count));
       b.push_back(expand(strip));
       GemmArgs args = weights(strip);
       args.a = a.back().data();
       args.tile_rows = 1;
       args.a_stride = a_row_bytes();
       args.a_scale = quantized() ? a_scale_.data() + row : nullptr;
-      args.rows = 1;
+      args.rows = count;
       use_lora(args, b.back(), t.back());
-      args.c = c.data() + i * kStripRows;
+      args.c = c.data() + i * sums;
       all.push_back(args);
     }
-    kernel.one_row(all.data(), strips);
+    kernel.side_by_side(all.data(), strips);
     return c;
   }
 

@@ -140,22 +140,27 @@ TEST_P(GemmTest, ARowDoesNotDependOnTheRowsBesideIt) {
   }
 }
 
-// Several rows, as the experts of a token have them, and over the ends of k-blocks.
+// Strips of different rows, as several experts have them, and over the ends of k-blocks.
 TEST_P(GemmTest, StripsSideBySideHaveTheBitsOfSingleOnes) {
-  if (kernel().one_row == nullptr) GTEST_SKIP() << "strip by strip";
+  if (kernel().side_by_side == nullptr) GTEST_SKIP() << "strip by strip";
+  constexpr int kRows = 7;
   for (const auto& [n, k] : {std::pair(96, 160), std::pair(288, 1856), std::pair(64, 3648)}) {
     for (const int rank : {0, 7}) {
-      GemmCase gemm = make(n, k, 3);
+      GemmCase gemm = make(n, k, kRows);
       if (rank > 0) gemm.add_lora(rank);
-      const std::vector<float> rows = gemm.run(kernel());
-      for (int strips = 1; strips <= kOneRowStrips; ++strips) {
-        const std::vector<float> c = gemm.run_one_row(kernel(), strips);
-        for (int i = 0; i < strips * kStripRows; ++i) {
-          const int column = i / kStripRows % (n / kStripRows) * kStripRows + i % kStripRows;
-          const int row = i / kStripRows % 3;
-          ASSERT_EQ(c[static_cast<std::size_t>(i)],
-                    rows[static_cast<std::size_t>(row * n + column)])
-              << n << " x " << k << ", rank " << rank << ", " << strips << " strips, value " << i;
+      const std::vector<float> all = gemm.run(kernel());
+      for (int count = 1; count <= kernel().side_rows; ++count) {
+        for (int strips = 1; strips <= side_strips(count); ++strips) {
+          const std::vector<float> c = gemm.run_side_by_side(kernel(), strips, count);
+          for (int i = 0; i < strips * count * kStripRows; ++i) {
+            const int strip = i / (count * kStripRows);
+            const int column = strip % (n / kStripRows) * kStripRows + i % kStripRows;
+            const int row = strip % (kRows - count + 1) + i / kStripRows % count;
+            ASSERT_EQ(c[static_cast<std::size_t>(i)],
+                      all[static_cast<std::size_t>(row * n + column)])
+                << n << " x " << k << ", rank " << rank << ", " << strips << " strips of " << count
+                << " rows, value " << i;
+          }
         }
       }
     }

@@ -86,7 +86,7 @@ TEST(SelectKernels, FixedOnesDoNotDependOnTheNumberOfRows) {
   EXPECT_EQ(names(table),
             "amx_fixed amx_fixed/avx512_vnni_bf16 amx_fixed/avx512_vnni_bf16 amx/amx avx512 "
             "avx512_bf16 avx512 avx512");
-  EXPECT_NE(table.gemm(WeightFormat::kBf16).many->one_row, nullptr);
+  EXPECT_NE(table.gemm(WeightFormat::kBf16).many->side_by_side, nullptr);
   for (const Isa level : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
     const KernelTable below = select_kernels(level, kAll);
     EXPECT_TRUE(below.fixed);

@@ -25,7 +25,7 @@ from ktrt.prompt.reply import (
     joined,
     json_structure,
 )
-from ktrt.prompt.reply.table import BY_MARK, BY_TOOL_FORMAT, CALL_TEXTS
+from ktrt.prompt.reply.table import BY_MARK, BY_TOOL_FORMAT, CALL_TEXTS, named_reply
 
 pytest.importorskip("xgrammar")
 
@@ -132,6 +132,35 @@ def test_enforced_calls_are_read_as_calls(calls: str) -> None:
             for at, each in enumerate(e for e in events if isinstance(e, ToolArguments)):
                 arguments = json.loads(each.text)
                 assert set(arguments) == ({"kind", "count"} if names[at] == "pick" else set())
+
+
+def test_calls_of_an_adapter_for_gpt_oss_are_text_of_its_final_message() -> None:
+    form = named_reply("gpt_oss", "default", None)
+    for start, begin in (
+        ("", "<|channel|>final<|message|>Action"),
+        ("<|channel|>final<|message|>", ""),
+    ):
+        text = write(calls_structure(form, start, TOOLS, name="now"), begin)
+        parser = ReplyParser(form, tools=TOOLS, start=start)
+        events = joined([*parser.push(text), *parser.finish()])
+        assert [each.name for each in events if isinstance(each, ToolCallStart)][:1] == ["now"]
+
+
+def test_special_tokens_that_the_structure_does_not_name_never_come() -> None:
+    named, other = tokenizer().convert_tokens_to_ids(["<think>", "<|call|>"])
+    stop = tokenizer().convert_tokens_to_ids("<|stop|>")
+    constraint = (
+        grammars().compile(json_structure(THINK, "", {"type": "string"})).constraint([stop])
+    )
+    logits = torch.zeros(len(tokenizer()) + PADDING)
+    constraint.mask(logits)
+    assert logits[named] == 0
+    for token in tokenizer().encode('"a', add_special_tokens=False):
+        constraint.accept(token)
+    logits = torch.zeros(len(tokenizer()) + PADDING)
+    constraint.mask(logits)
+    assert logits[tokenizer().encode("b", add_special_tokens=False)] == 0
+    assert torch.isinf(logits[[other, stop]]).all()
 
 
 def test_calls_that_cannot_be_enforced() -> None:

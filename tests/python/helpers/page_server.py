@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from ktrt.config import SamplingArgs
 from ktrt.serve.errors import ApiError, error_response
+from ktrt.serve.memory_limit import MemoryLimit
 from ktrt.serve.page import router as page
 
 if TYPE_CHECKING:
@@ -51,7 +52,9 @@ with ktrt.load("chat.yaml") as session:
 
 <img src="http://127.0.0.1:9/x.png" onerror="document.title='hacked'"> <script>1</script>
 ![picture](http://127.0.0.1:9/y.png) [link](javascript:alert(1)) [site](https://example.org)
-"""
+
+a_word_without_a_break_"""
+MARKDOWN += "x" * 90
 
 
 @dataclass
@@ -60,6 +63,7 @@ class PageServer:
 
     key: str | None = None
     requests: list[dict[str, Any]] = field(default_factory=list)
+    sampling: SamplingArgs = field(default_factory=SamplingArgs)
     cancelled: int = 0
     running: int = 0
 
@@ -68,7 +72,7 @@ def page_app(state: PageServer) -> FastAPI:
     """Returns the application; ``state`` steers it."""
     app = FastAPI(docs_url=None, redoc_url=None)
     app.include_router(page.router)
-    app.state.server = SimpleNamespace(session=_session(state))
+    app.state.server = SimpleNamespace(memory_limit=MemoryLimit(), session=_session(state))
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
@@ -111,7 +115,7 @@ def _session(state: PageServer) -> SimpleNamespace:
         )
 
     return SimpleNamespace(
-        stats=stats, context_limit=4096, sampling=SamplingArgs(seed=None),
+        stats=stats, context_limit=4096, sampling=state.sampling,
         template=SimpleNamespace(thinking=True),
     )  # fmt: skip
 

@@ -36,7 +36,8 @@ class ScriptedServer:
     def __post_init__(self) -> None:
         self.names, self.settings = self.inner.names, self.inner.settings
         self.admission, self.grammars = self.inner.admission, self.inner.grammars
-        self.token_texts = self.inner.token_texts
+        self.token_texts, self.threads = self.inner.token_texts, self.inner.threads
+        self.grammar_threads = self.inner.grammar_threads
         session = self.inner.session
         self.template = SimpleNamespace(
             name="scripted", reply=self.reply, reply_start=self.reply_start, thinking=True,

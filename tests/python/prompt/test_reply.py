@@ -174,6 +174,8 @@ def test_calls_as_llama_factory_writes_them_by_default() -> None:
     assert shown(parse(ACTION, [text])) == ["OK.", WEATHER, NOW]
     for prose in ("My Action: now", "Action: dance\nAction Input: {}", "Action: now\nor never {"):
         assert shown(parse(ACTION, [prose])) == [prose]
+    parser = ReplyParser(ACTION, tools=TOOLS)
+    assert parser.push("Action: dance ") == [Content("Action:"), Content(" dance")], "at once"
     assert MINIMAX1 is not None
     text = f"OK.<tool_calls>\n{CALLS[0]}\n{CALLS[1]}\n</tool_calls>"
     assert shown(parse(MINIMAX1, [text])) == ["OK.", WEATHER, NOW]
@@ -247,6 +249,7 @@ def test_tags_hold_values_of_the_schemas_types() -> None:
         return json.loads(arguments.text)[key]
 
     assert value("city", "12") == "12"
+    assert value("city", '"12"') == '"12"'
     assert value("days", " 12") == 12
     assert value("days", "twelve") == "twelve"
     assert value("maybe", "null") is None
@@ -327,7 +330,7 @@ def without_ids(events: Iterable[Event]) -> list[Event]:
     parts=st.lists(st.one_of(st.sampled_from(_SNIPPETS), st.just("WORD")), max_size=14),
     cuts=st.lists(st.integers(0, 400), max_size=8),
 )
-@example(form=QWEN, parts=['<tool_call>{"name": "now", "arguments": {}, WORD }'], cuts=[])
+@example(QWEN, ['<tool_call>{"name": "now", "arguments": {}', ", ", "WORD", " }"], [])
 def test_pieces_change_nothing(form: ReplyFormat | None, parts: list[str], cuts: list[int]) -> None:
     numbered = [f"W{at}x" if part == "WORD" else part for at, part in enumerate(parts)]
     text = "".join(numbered)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,9 +35,9 @@ BASE = "demo"
 @contextmanager
 def serving_in_a_thread(app: FastAPI, settings: ServeSettings) -> Iterator[str]:
     """Serves an application as ``ktrt serve`` does, on a free port; yields ``http://HOST:PORT``."""
-    from ktrt.serve.uvicorn_server import HttpServer
+    from ktrt.serve.uvicorn_server import HttpServer, bind
 
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = bind(replace(settings, host="127.0.0.1", port=0))
     server = HttpServer(app, settings)
     thread = threading.Thread(target=server.serve_on, args=(listener,), daemon=True)
     thread.start()

@@ -417,3 +417,27 @@ class TestTools:
                  {"role": "user", "content": [result]}]  # fmt: skip
         monkeypatch.undo()
         assert ask(anthropic_client, tools=[TOOL], messages=again).content
+
+    def test_a_call_that_must_be(self, anthropic_client: Anthropic) -> None:
+        city = {"type": "string", "enum": ["Bonn", "Köln"]}
+        schema = {"type": "object", "properties": {"city": city}, "required": ["city"],
+                  "additionalProperties": False}  # fmt: skip
+        tool = {**TOOL, "input_schema": schema}
+        # The demo's models write much white space, and would go on calling.
+        choice = {"type": "tool", "name": "weather", "disable_parallel_tool_use": True}
+        options = {"tools": [tool], "tool_choice": choice, "max_tokens": 200}
+        whole = ask(anthropic_client, **options)
+        assert whole.stop_reason == "tool_use"
+        (call,) = whole.content
+        assert (call.type, call.name) == ("tool_use", "weather")
+        assert call.input["city"] in ("Bonn", "Köln")
+        with anthropic_client.messages.stream(**parameters(**options)) as stream:
+            (streamed,) = stream.get_final_message().content
+        assert streamed.input == call.input
+
+    def test_a_format(self, anthropic_client: Anthropic) -> None:
+        schema = {"type": "object", "properties": {"yes": {"type": "boolean"}},
+                  "required": ["yes"], "additionalProperties": False}  # fmt: skip
+        config = {"format": {"type": "json_schema", "schema": schema}}
+        found = ask(anthropic_client, max_tokens=60, extra_body={"output_config": config})
+        assert json.loads(text_of(found))["yes"] in (True, False)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
+import socket
+import time
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from openai import OpenAI
     from openai.types.chat import ChatCompletion
 
@@ -18,7 +23,7 @@ QUESTION: list[Any] = [{"role": "user", "content": "你好，你是谁？"}]
 
 
 def ask(client: OpenAI, **fields: Any) -> ChatCompletion:
-    given = {"model": "adapter_a", "messages": QUESTION, "max_tokens": 24} | fields
+    given = {"model": "adapter_a", "messages": QUESTION, "max_tokens": 12} | fields
     found: ChatCompletion = client.chat.completions.create(**given)
     return found
 
@@ -29,6 +34,12 @@ def pieces(client: OpenAI, **fields: Any) -> list[Any]:
 
 def text(answer: ChatCompletion, index: int = 0) -> str:
     return answer.choices[index].message.content or ""
+
+
+@pytest.fixture(scope="module")
+def plain(openai_client: OpenAI) -> str:
+    """The answer to the question that most tests change one thing of."""
+    return text(ask(openai_client))
 
 
 def test_an_answer_is_the_sessions(openai_client: OpenAI, serve_session: Session) -> None:
@@ -143,7 +154,7 @@ def test_logprobs_are_the_texts_tokens(openai_client: OpenAI) -> None:
         assert len(each.top_logprobs) == 2
     plain = ask(openai_client, logprobs=True).choices[0].logprobs
     assert plain
-    assert [each.top_logprobs for each in plain.content or ()] == [[]] * len(content)
+    assert [each.top_logprobs for each in plain.content or ()] == [[]] * 12
 
 
 def test_half_characters_have_bytes(openai_client: OpenAI, serve_session: Session) -> None:
@@ -158,24 +169,25 @@ def test_half_characters_have_bytes(openai_client: OpenAI, serve_session: Sessio
     assert first.token == "\\xf0"
 
 
-def test_logit_bias_and_penalties(openai_client: OpenAI, serve_session: Session) -> None:
-    plain = text(ask(openai_client))
+def test_logit_bias_and_penalties(
+    openai_client: OpenAI, serve_session: Session, plain: str
+) -> None:
     (token, *_) = serve_session.tokenizer.encode(plain, add_special_tokens=False)
     assert text(ask(openai_client, logit_bias={str(token): -100})) != plain
     assert text(ask(openai_client, logit_bias={})) == plain
     for name in ("presence_penalty", "frequency_penalty"):
-        assert text(ask(openai_client, max_tokens=60, **{name: 2.0}))
+        assert text(ask(openai_client, **{name: 2.0}))
     extras = {"repetition_penalty": 9.0, "top_k": -1, "min_p": 0.1, "skip_special_tokens": False}
     assert text(ask(openai_client, extra_body=extras)) != plain
 
 
-def test_the_configured_sampling_is_the_default(openai_client: OpenAI) -> None:
+def test_the_configured_sampling_is_the_default(openai_client: OpenAI, plain: str) -> None:
     """The demo's YAML has do_sample false; a temperature asks for sampling."""
-    assert text(ask(openai_client)) == text(ask(openai_client, temperature=0))
+    assert plain == text(ask(openai_client, temperature=0))
     hot = {"temperature": 2.0, "top_p": 1.0, "extra_body": {"top_k": 0}}
     assert len({text(ask(openai_client, seed=seed, **hot)) for seed in range(3)}) > 1
     cold = {"temperature": 2.0, "extra_body": {"do_sample": False}}
-    assert text(ask(openai_client, **cold)) == text(ask(openai_client))
+    assert text(ask(openai_client, **cold)) == plain
 
 
 def test_messages_in_all_their_forms(openai_client: OpenAI) -> None:
@@ -198,13 +210,13 @@ def test_messages_in_all_their_forms(openai_client: OpenAI) -> None:
     assert text(ask(openai_client, messages=two)) == text(ask(openai_client, messages=one))
 
 
-def test_unknown_fields_are_tolerated(openai_client: OpenAI) -> None:
+def test_unknown_fields_are_tolerated(openai_client: OpenAI, plain: str) -> None:
     extra = {"nobody_knows": {"this": 1}, "store": True, "user": "me", "metadata": {"a": "b"}}
-    assert text(ask(openai_client, extra_body=extra)) == text(ask(openai_client))
+    assert text(ask(openai_client, extra_body=extra)) == plain
 
 
-def test_adapters_by_name_and_by_weight(openai_client: OpenAI) -> None:
-    a, base = text(ask(openai_client)), text(ask(openai_client, model="demo"))
+def test_adapters_by_name_and_by_weight(openai_client: OpenAI, plain: str) -> None:
+    a, base = plain, text(ask(openai_client, model="demo"))
     weighted = ask(openai_client, model="", extra_body={"adapter_weights": {"adapter_a": 1.0}})
     assert text(weighted) == a != base
     assert text(ask(openai_client, model="adapter_a*1.0+adapter_b*0")) == a
@@ -272,14 +284,14 @@ def test_errors_are_the_clients_exceptions(openai_client: OpenAI) -> None:
         ask(openai_client, messages=[{"role": "user", "content": "word " * 3000}])
 
 
-def test_a_neutral_value_of_an_unsupported_field_is_none(openai_client: OpenAI) -> None:
+def test_a_neutral_value_of_an_unsupported_field_is_none(openai_client: OpenAI, plain: str) -> None:
     fields = {
         "modalities": ["text"], "min_tokens": 0, "use_beam_search": False, "length_penalty": 1.0,
         "functions": None, "ignore_eos": False, "reasoning_effort": "none", "logit_bias": None,
         "chat_template_kwargs": {"enable_thinking": False}, "response_format": {"type": "text"},
         "tools": [], "tool_choice": "none", "top_logprobs": None, "stream_options": None,
     }  # fmt: skip
-    assert text(ask(openai_client, extra_body=fields)) == text(ask(openai_client))
+    assert text(ask(openai_client, extra_body=fields)) == plain
 
 
 def test_logprobs_do_not_depend_on_the_choice(openai_client: OpenAI) -> None:
@@ -291,3 +303,31 @@ def test_logprobs_do_not_depend_on_the_choice(openai_client: OpenAI) -> None:
     assert hot
     first, second = (cold.content or [])[0], (hot.content or [])[0]
     assert math.isclose(first.logprob, second.top_logprobs[0].logprob, abs_tol=1e-6)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_slot(
+    server_url: str, serve_session: Session, stream: bool
+) -> None:
+    body = {
+        "model": "demo", "messages": QUESTION, "max_tokens": 1500, "stream": stream, "n": 2,
+        "temperature": 1.0, "logit_bias": {"1": -100},
+    }  # fmt: skip
+    before = serve_session.stats()
+    with socket.create_connection(("127.0.0.1", int(server_url.rpartition(":")[2]))) as client:
+        text = json.dumps(body)
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\n\r\n"
+        client.sendall((head + text).encode())
+        wait_until(lambda: serve_session.stats().running > 1)
+    wait_until(lambda: serve_session.stats().running == 0)
+    now = serve_session.stats()
+    assert now.cancelled - before.cancelled == 2
+    assert now.generated_tokens - before.generated_tokens < 1000
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.002)

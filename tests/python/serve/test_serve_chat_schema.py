@@ -125,10 +125,9 @@ def test_json_or_a_call(openai_client: OpenAI) -> None:
         ({}, "json_schema"),
         ({"type": "json_schema"}, "with a schema"),
         ({"type": "json_schema", "json_schema": {"schema": {"type": "zzz"}}}, "zzz"),
-        (
-            {"type": "json_schema", "json_schema": {"schema": {"minItems": 10**7}}},
-            "at most",
-        ),
+        ({"type": "json_schema", "json_schema": {"schema": {"minItems": 10**7}}}, "at most"),
+        ({"type": "json_schema", "json_schema": {"schema": {"not": {}}}}, "strict"),
+        ({"type": "json_schema", "json_schema": {"schema": {"allOf": None}}}, "allOf"),
     ],
 )
 def test_a_format_that_cannot_be_held(openai_client: OpenAI, given: Any, words: str) -> None:

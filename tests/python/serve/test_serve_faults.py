@@ -195,7 +195,8 @@ def test_a_body_of_64_mib_is_refused(url: str, alone: str) -> None:
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        (b"[" * 100_000, "nested"),
+        (b"[" * 100_000, "100000 lists"),
+        (b"[" * 40_000, "nested"),
         (b'{"messages":' + b"[" * 200 + b"]" * 200 + b"}", "nested"),
         (b'{"temperature": NaN}', "NaN"),
         (b'{"temperature": -Infinity}', "Infinity"),
@@ -222,6 +223,8 @@ def test_bad_bodies_get_one_clear_error(url: str, body: bytes, words: str) -> No
     error = found.json()["error"]
     assert words in error["message"]
     assert len(error["message"]) < 1000
+    if words == "n: ":
+        return  # Anthropic's API has no such field
     found = httpx.post(f"{url}/v1/messages", content=body, headers=headers, timeout=60)
     assert 400 <= found.status_code < 500, found.text
     assert found.json()["type"] == "error"

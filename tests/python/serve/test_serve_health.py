@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING
 
 import httpx
@@ -16,6 +17,16 @@ if TYPE_CHECKING:
 def test_health_and_readiness(server_url: str) -> None:
     assert httpx.get(f"{server_url}/health").json() == {"status": "ok"}
     assert httpx.get(f"{server_url}/ready").json() == {"status": "ready"}
+
+
+def test_a_kept_connection_does_not_wait_for_acknowledgements(server_url: str) -> None:
+    seconds = []
+    with httpx.Client() as client:
+        for _ in range(10):
+            began = time.perf_counter()
+            client.get(f"{server_url}/health")
+            seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 0.03  # a delayed ACK takes 0.04 s
 
 
 def test_an_unknown_path_gets_openais_error(server_url: str) -> None:

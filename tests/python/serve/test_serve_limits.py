@@ -135,6 +135,10 @@ def test_the_access_log_has_no_contents(server_url: str, tmp_path: Path) -> None
             headers={"X-Api-Key": "hidden", "X-Request-Id": "this"}, timeout=60,
         )  # fmt: skip
         assert httpx.get(f"{server_url}/nothing").status_code == 404
+        end = time.monotonic() + 10
+        # A line follows its response, which may have arrived already.
+        while (tmp_path / "log").read_text().count("\n") < 2 and time.monotonic() < end:
+            time.sleep(0.01)
     text = (tmp_path / "log").read_text()
     first, second = map(json.loads, text.splitlines())
     assert (first["id"], first["status"], first["adapter"]) == ("this", 200, "adapter_a")

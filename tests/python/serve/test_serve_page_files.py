@@ -15,6 +15,8 @@ pytest.importorskip("httpx", reason="the tests need `pip install '.[test]'`")
 
 from helpers.page_server import PageServer, audit_of, page_app
 
+from ktrt.config import SamplingArgs
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -149,6 +151,14 @@ def test_facts_of_the_server(client: httpx.Client) -> None:
     assert (info["context_limit"], info["thinking"]) == (4096, True)
     status = client.get("/v1/page/status").json()
     assert set(status) == {"running", "waiting", "generated_tokens", "limit_share"}
+
+
+def test_greedy_is_told_as_temperature_0() -> None:
+    from starlette.testclient import TestClient
+
+    greedy = PageServer(sampling=SamplingArgs(do_sample=False))
+    with TestClient(page_app(greedy)) as client:
+        assert client.get("/v1/page/info").json()["sampling"]["temperature"] == 0
 
 
 def test_the_made_up_audit_has_the_endpoint_s_form() -> None:

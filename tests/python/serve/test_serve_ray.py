@@ -47,7 +47,12 @@ ARGS = {
         "adapters": {name: str(DEMO / name) for name in ("adapter_a", "adapter_b")},
         "kt_num_threads": 1,
     },
-    "settings": {"model_name": "demo", "max_body_bytes": 20_000, "max_concurrent": 4},
+    "settings": {
+        "model_name": "demo",
+        "max_body_bytes": 20_000,
+        "max_concurrent": 4,
+        "adapter_root": str(DEMO),
+    },
     "model_options": {"num_replicas": 2, "ray_actor_options": {"num_cpus": 0.5}},
 }
 QUESTION = [{"role": "user", "content": "What is LoRA?"}]
@@ -141,12 +146,13 @@ class Cluster:
     def client(self) -> Any:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=60)
 
+    def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
+        return httpx.post(f"{self.url}{path}", json=body, headers=self.headers, timeout=60)
+
     def replica_of(self, model: str) -> str:
         """Asks ``model``; returns the replica that answered."""
         body = {"model": model, "messages": QUESTION, "max_tokens": 2}
-        found = httpx.post(
-            f"{self.url}/v1/chat/completions", json=body, headers=self.headers, timeout=60
-        )
+        found = self.post("/v1/chat/completions", body)
         assert found.status_code == 200, found.text
         return str(found.headers["x-ktrt-replica"])
 
@@ -259,10 +265,7 @@ class TestCluster:
         refused = httpx.post(f"{cluster.url}/v1/messages", json={})
         assert refused.json()["error"]["type"] == "authentication_error"
         large = asked | {"messages": [{"role": "user", "content": "a" * 30_000}]}
-        refused = httpx.post(
-            f"{cluster.url}/v1/chat/completions", json=large, headers=cluster.headers
-        )
-        assert refused.status_code == 413
+        assert cluster.post("/v1/chat/completions", large).status_code == 413
         with pytest.raises(openai.NotFoundError, match="adapter_c"):
             client.chat.completions.create(**asked | {"model": "adapter_c"})
         assert httpx.get(f"{cluster.url}/health").json() == {"status": "ok"}
@@ -275,6 +278,20 @@ class TestCluster:
         with ThreadPoolExecutor(4) as threads:
             found = set(threads.map(cluster.replica_of, ["demo"] * 16))
         assert len(found) == 2
+
+    def test_adapters_are_loaded_and_unloaded_everywhere(self, cluster: Cluster) -> None:
+        loaded = {"lora_name": "late", "lora_path": "adapter_a"}
+        assert cluster.post("/v1/load_lora_adapter", loaded).status_code == 200
+        assert cluster.post("/v1/load_lora_adapter", loaded).status_code == 409
+        with ThreadPoolExecutor(4) as threads:
+            asked = [{"model": "late", "prompt": f"{n}", "max_tokens": 1} for n in range(8)]
+            found = list(threads.map(lambda body: cluster.post("/v1/completions", body), asked))
+        assert {each.status_code for each in found} == {200}
+        assert cluster.replica_of("late") in cluster.running()
+        assert cluster.post("/v1/unload_lora_adapter", {"lora_name": "late"}).status_code == 200
+        assert cluster.post("/v1/completions", asked[0]).status_code == 404
+        outside = loaded | {"lora_path": "../.."}
+        assert cluster.post("/v1/load_lora_adapter", outside).status_code in (400, 403, 404)
 
     def test_a_client_that_leaves_frees_its_slot(self, cluster: Cluster) -> None:
         asked = long_request("adapter_a", 2000)

@@ -1,8 +1,8 @@
 """The named chat templates, as data.
 
 Names and strings are LLaMA-Factory 0.9.5's. An adapter needs exactly the strings of its training,
-which differ in places from the chat template of the model's tokenizer. Tools, pictures and sound
-are left out.
+which differ in places from the chat template of the model's tokenizer. Pictures and sound are left
+out; ``tools`` has the strings of tools.
 """
 
 from collections.abc import Mapping

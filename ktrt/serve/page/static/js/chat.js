@@ -11,6 +11,9 @@ import { models } from "./models.js";
 import { readPref, writePref } from "./prefs.js";
 import { requestFields, showProblem } from "./settings.js";
 
+// Milliseconds.
+const SAVE_EVERY = 3000;
+
 let conversation = newConversation();
 let info = {};
 let comparing = false;
@@ -76,6 +79,8 @@ function runningNodes() {
 
 function drawButtons() {
   const busy = runningNodes().length > 0;
+  // A hidden button has no focus to give on.
+  if ([$("send"), $("stop")].includes(document.activeElement)) $("message").focus();
   $("send").hidden = busy;
   $("stop").hidden = !busy;
 }
@@ -108,9 +113,7 @@ function escape(event) {
 }
 
 function stopAll() {
-  const hadFocus = document.activeElement === $("stop");
   for (const node of runningNodes()) stop(node);
-  if (hadFocus) $("message").focus();
 }
 
 /** Says something after `parent` and answers it; returns whether the request could be made. */
@@ -171,7 +174,10 @@ async function start(said, { fields, names, seed }) {
   announce(t("announce.answering"));
   emit("answering");
   save();
+  // A closed page loses the last seconds of an answer at most.
+  const saving = setInterval(() => emit("changed", owner), SAVE_EVERY);
   await work;
+  clearInterval(saving);
   finished(owner, node);
 }
 

@@ -29,6 +29,18 @@ export function $(id) {
   return document.getElementById(id);
 }
 
+const FOCUSABLE = "a[href], summary, button, textarea, input, [tabindex]";
+
+/** Runs `draw`, which makes `root()` again; the control in the focused one's place gets the focus. */
+export function keepFocus(root, draw) {
+  const controls = () => Array.from(root()?.querySelectorAll(FOCUSABLE) ?? []);
+  const at = controls().indexOf(document.activeElement);
+  draw();
+  if (at < 0) return;
+  const next = controls().slice(at).find((each) => !each.disabled);
+  (next ?? $("message")).focus();
+}
+
 const ICONS = {
   menu: "M4 7h16M4 12h16M4 17h16",
   plus: "M12 5v14M5 12h14",

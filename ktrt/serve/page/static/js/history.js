@@ -37,8 +37,10 @@ function refused(error) {
 
 async function keep(conversation) {
   if (deleted.has(conversation.id)) return;
-  saved = [conversation, ...saved.filter((each) => each.id !== conversation.id)];
-  draw();
+  if (saved[0] !== conversation) {
+    saved = [conversation, ...saved.filter((each) => each.id !== conversation.id)];
+    draw();
+  }
   try {
     await saveConversation(conversation);
   } catch (error) {

@@ -7,7 +7,7 @@ import { number, t } from "./i18n.js";
 
 // Milliseconds between two looks, while something runs and while nothing does.
 const BUSY = 1000;
-const IDLE = 5000;
+const IDLE = 10_000;
 const SOON = 200;
 
 let last = null;

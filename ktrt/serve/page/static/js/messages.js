@@ -3,7 +3,7 @@
 import { isRunning } from "./answer.js";
 import { pickSibling, shownPath, siblings } from "./conversation.js";
 import { markDifferences } from "./compare.js";
-import { $, el, iconButton } from "./dom.js";
+import { $, el, iconButton, keepFocus } from "./dom.js";
 import { number, t } from "./i18n.js";
 import { copyText } from "./markdown.js";
 import { models } from "./models.js";
@@ -21,18 +21,18 @@ export function startMessages(given) {
 
 export function drawMessages(conversation, info) {
   shown = conversation;
-  const path = shownPath(conversation);
-  const nodes = path.map(nodeElement);
-  $("log").replaceChildren(...(nodes.length ? nodes : [emptyState(info)]));
+  const nodes = shownPath(conversation).map(nodeElement);
+  const all = nodes.length ? nodes : [emptyState(info)];
+  keepFocus(() => $("log"), () => $("log").replaceChildren(...all));
 }
 
 /** Draws one message again, and keeps the view at the end if it was there. */
 export function redrawNode(node) {
-  const old = document.getElementById(`node-${node.id}`);
-  if (!old) return;
+  const find = () => document.getElementById(`node-${node.id}`);
+  if (!find()) return;
   const log = $("log");
   const follows = log.scrollHeight - log.scrollTop - log.clientHeight < 80;
-  old.replaceWith(nodeElement(node));
+  keepFocus(find, () => find().replaceWith(nodeElement(node)));
   if (follows) log.scrollTop = log.scrollHeight;
 }
 
