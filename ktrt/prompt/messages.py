@@ -108,6 +108,16 @@ def _plain_tool(where: str, tool: object) -> Mapping[str, Any]:
         raise ConfigError(
             f"{where}: parameters: expected a JSON schema (a mapping), found {parameters!r:.80}"
         )
+    # Templates walk through these two.
+    for key, kind, expected in (
+        ("properties", Mapping, "a mapping of schemas"),
+        ("required", list | tuple, "a list of names"),
+    ):
+        value = (parameters or {}).get(key)
+        if value is not None and not isinstance(value, kind):
+            raise ConfigError(
+                f"{where}: parameters.{key}: expected {expected}, found {value!r:.80}"
+            )
     left_out = ("strict", "type")
     found = {key: each for key, each in tool.items() if key not in left_out and each is not None}
     _check_json(where, found)

@@ -64,7 +64,7 @@ class FakePool:
             if slot.key == key:
                 pairs = zip(slot.ids, prompt_ids[:-1], strict=False)
                 shared = next((n for n, (a, b) in enumerate(pairs) if a != b), None)
-                size = min(slot.length, len(prompt_ids) - 1) if shared is None else shared
+                size = min(slot.length, len(prompt_ids[:-1])) if shared is None else shared
                 found.ids = max(found.ids, slot.ids[:size], key=len)
         self.used.append(found)
         return found

@@ -255,6 +255,17 @@ def test_adapters_by_name_and_by_weight(openai_client: OpenAI, plain: str) -> No
         ({"tool_choice": "required"}, "tool_choice", "tools"),
         ({"tool_choice": "perhaps"}, "tool_choice", "auto"),
         ({"tools": [{"type": "web_search"}]}, "tools", "function"),
+        (
+            {
+                "tools": [
+                    {
+                        "type": "function",
+                        "function": {"name": "f", "parameters": {"properties": "x"}},
+                    }
+                ]
+            },
+            None, "parameters.properties",
+        ),
         ({"chat_template_kwargs": {"color": 1}}, "chat_template_kwargs", "enable_thinking"),
         ({"chat_template_kwargs": {"enable_thinking": True}}, None, "thinking"),
         ({"adapter_weights": {"nobody": 1.0}, "model": ""}, "adapter_weights", "adapter_a"),

@@ -132,6 +132,9 @@ def test_one_call_only(openai_client: OpenAI, scripted: Callable[..., Any]) -> N
         assert len(calls) == 1
         assert json.loads(calls[0].function.arguments)["city"] == "Paris"
     assert len(calls_of(chunks)) == 1
+    # The second call's begin ended the answer.
+    assert whole.usage.completion_tokens < two.usage.completion_tokens
+    assert whole.usage.completion_tokens < len(PARIS + ROME) / 3 - 10
     reasons = [each.choices[0].finish_reason for each in chunks]
     assert reasons.count("tool_calls") == 1
     assert reasons[-1] == "tool_calls"

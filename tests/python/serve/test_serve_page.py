@@ -459,6 +459,7 @@ def test_phone(open_page: Callable[..., Page]) -> None:
     ask(page, "markdown and a_very_long_word_" + "x" * 80)
     answered(page)
     assert page.evaluate(wide) == PHONE["width"]
+    assert page.locator("#log").evaluate("(log) => log.scrollWidth <= log.clientWidth")
     boxes = [each.bounding_box() for each in page.locator(".side").all()]
     assert boxes[0]
     assert boxes[1]
