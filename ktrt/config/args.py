@@ -185,7 +185,9 @@ class SamplingArgs:
         _require(self, "max_new_tokens", self.max_new_tokens >= 1, "at least 1")
         holds = self.max_new_tokens < _MAX_COUNT
         _require(self, "max_new_tokens", holds, f"less than {_MAX_COUNT}")
-        _require(self, "repetition_penalty", 0 < self.repetition_penalty < finite, "above 0")
+        # Beyond these, logits divided by it leave float32's range.
+        factor = self.repetition_penalty
+        _require(self, "repetition_penalty", 1e-4 <= factor <= 1e4, "0.0001 … 10000")
         _require(self, "presence_penalty", -2 <= self.presence_penalty <= 2, "-2 … 2")
         _require(self, "frequency_penalty", -2 <= self.frequency_penalty <= 2, "-2 … 2")
         self._check_bias()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -180,6 +181,21 @@ def test_metrics_count_what_happened(server_url: str) -> None:
         "vllm:lora_requests_info", "ktrt:step_seconds_predicted", "ktrt:bytes_read_total",
     ):  # fmt: skip
         assert metric(server_url, name) >= 0
+
+
+def test_sums_count_for_their_adapters(server_url: str) -> None:
+    """A label for every weight that clients think of would fill the memory."""
+    name = 'ktrt:adapter_answers_total{adapter="adapter_a"'
+    url, labels = f"{server_url}/v1/chat/completions", set()
+    for weight in ("0.25", "0.75"):
+        body = {"model": f"adapter_a*{weight}+adapter_b*0.5", "max_tokens": 1}
+        body["messages"] = [{"role": "user", "content": "Go"}]
+        assert httpx.post(url, json=body, timeout=60).status_code == 200
+        text = httpx.get(f"{server_url}/metrics").text
+        labels.add(tuple(re.findall('adapter_answers_total{adapter="([^"]+)"', text)))
+    assert metric(server_url, name) >= 2
+    assert "adapter_b" in str(labels)
+    assert "*" not in str(labels)
 
 
 def read(*words: str, **environment: str) -> ServeSettings:
