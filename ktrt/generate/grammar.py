@@ -7,6 +7,7 @@ next. It comes with ``pip install 'ktrt[serve]'`` and is imported when it is nee
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 import time
@@ -179,6 +180,9 @@ def _check_time(before: float) -> None:
 
 
 def _import() -> Any:
+    # With torch before 2.10 its tvm_ffi compiles a C++ extension at the first import, which takes
+    # seconds and a compiler, to hand tensors over faster; a mask is one tensor a token.
+    os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
     try:
         import xgrammar
     except ImportError as error:

@@ -117,8 +117,20 @@ def test_the_wheel_holds_the_package_and_nothing_else() -> None:
     assert tops == {"ktrt", f"ktrt-{importlib.metadata.version('ktrt')}.dist-info"}
     names = {str(f) for f in files}
     assert {"ktrt/__init__.py", "ktrt/py.typed", "ktrt/_core.pyi"} <= names
-    suffixes = {f.suffix for f in files if f.parts[0] == "ktrt" and "__pycache__" not in f.parts}
+    assert page_files(Path("ktrt/serve/page/static")) == {
+        f for f in files if f.parts[:4] == ("ktrt", "serve", "page", "static")
+    }
+    suffixes = {
+        f.suffix
+        for f in files
+        if f.parts[0] == "ktrt" and not {"__pycache__", "static"} & set(f.parts)
+    }
     assert suffixes == {".py", ".pyi", ".typed", ".so"}
+
+
+def page_files(folder: Path) -> set[Path]:
+    """Returns the checkout's files of the server's page, licences included."""
+    return {f.relative_to(ROOT) for f in (ROOT / folder).rglob("*") if f.is_file()}
 
 
 def test_core_needs_only_the_c_and_cpp_runtime() -> None:
