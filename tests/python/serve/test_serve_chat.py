@@ -240,6 +240,8 @@ def test_adapters_by_name_and_by_weight(openai_client: OpenAI, plain: str) -> No
         ({"logit_bias": {"999999": 1}}, None, "999999"),
         ({"stop": [""]}, "stop", "none empty"),
         ({"stop": 3}, "stop", "list of texts"),
+        ({"stop": [str(each) for each in range(1000)]}, None, "at most 256 of"),
+        ({"stop": "x" * 5000}, None, "found 1 of up to 5000"),
         ({"top_logprobs": 2}, "top_logprobs", "logprobs true"),
         ({"messages": []}, "messages", "not empty"),
         ({"messages": "hi"}, "messages", "list of messages"),
