@@ -63,7 +63,7 @@ class Grammars:
         """Returns the grammar of a structural tag's format.
 
         ``ConfigError``: xgrammar refuses it, it is too large or takes too long, or xgrammar is not
-        installed.
+        installed. ``KtrtError``: another one takes too long.
         """
         xgrammar = _import()
         _check(structure)
@@ -91,7 +91,7 @@ class Grammars:
     def _compile(self, xgrammar: Any, text: str) -> Any:
         deadline = time.monotonic() + self._seconds
         if not self._compiling.acquire(timeout=self._seconds):
-            raise ConfigError("a grammar of another request is still being compiled; try again")
+            raise KtrtError("a grammar of another request is still being compiled; try again")
         found: list[Any] = []
 
         def work() -> None:
@@ -211,6 +211,7 @@ def _check(structure: Mapping[str, Any]) -> None:
         raise ConfigError(f"the schema is no JSON: {error}") from error
     if size > _MOST_BYTES:
         raise ConfigError(f"the schema has {size} bytes; at most {_MOST_BYTES} can be enforced")
+    repeated = 0
     for depth, key, value in _walk(structure):
         if depth > _MOST_DEPTH:
             raise ConfigError(f"the schema has more than {_MOST_DEPTH} levels")
@@ -226,11 +227,13 @@ def _check(structure: Mapping[str, Any]) -> None:
                 f"the schema: pattern: expected at most {_MOST_PATTERN} characters, found "
                 f"{len(value)}"
             )
-        if key == "pattern" and isinstance(value, str) and _repetitions(value) > _MOST_REPEATED:
-            raise ConfigError(
-                f"the schema: pattern: expected repetitions within each other of {_MOST_REPEATED} "
-                f"in all at most, found {_repetitions(value)} in {value!r:.80}"
-            )
+        if key == "pattern" and isinstance(value, str):
+            repeated += _repetitions(value)
+            if repeated > _MOST_REPEATED:
+                raise ConfigError(
+                    f"the schema: pattern: expected repetitions within each other of "
+                    f"{_MOST_REPEATED} in all at most, found {repeated} with {value!r:.80}"
+                )
 
 
 def _repetitions(pattern: str) -> int:

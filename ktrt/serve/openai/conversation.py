@@ -186,7 +186,9 @@ def _choice_of(
         return tools, "required", str(name)
     if kind == "allowed_tools":
         allowed = choice.get("allowed_tools", choice)
-        mode, listed = allowed.get("mode", "auto"), allowed.get("tools", [])
+        fields = allowed if isinstance(allowed, Mapping) else {}
+        mode, listed = fields.get("mode", "auto"), fields.get("tools")
+        listed = listed if isinstance(listed, list) else []
         wanted = [_name(each) for each in listed if isinstance(each, Mapping)]
         chosen = [each for each in tools if _name(each) in wanted]
         if mode not in ("auto", "required") or not chosen:

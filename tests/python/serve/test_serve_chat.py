@@ -259,6 +259,8 @@ def test_adapters_by_name_and_by_weight(openai_client: OpenAI, plain: str) -> No
         ({"functions": [{"name": "f"}]}, "functions", "tools"),
         ({"tool_choice": "required"}, "tool_choice", "tools"),
         ({"tool_choice": "perhaps"}, "tool_choice", "auto"),
+        ({"tool_choice": {"type": "allowed_tools", "allowed_tools": 5}}, "tool_choice", "allowed"),
+        ({"tool_choice": {"type": "allowed_tools", "tools": 5}}, "tool_choice", "allowed"),
         ({"tools": [{"type": "web_search"}]}, "tools", "function"),
         (
             {
