@@ -29,7 +29,7 @@ _MOST_DEPTH = 64
 _MOST_COUNT = 5000
 _MOST_PATTERN = 1000
 # Repetitions within repetitions: {0,1000} of {0,1000} took 0.4 s a token, a third level 7 s.
-_MOST_REPEATED = 20_000
+_MOST_REPEATED, _MOST_IN_ALL = 20_000, 100_000
 _REPEATED = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*+\]|\{[0-9]*,?([0-9]*)\}|[()]", re.DOTALL)
 # CPU seconds that a token may take; 0.001 are usual. The thread is everybody's.
 _SLOWEST = 0.5
@@ -211,7 +211,7 @@ def _check(structure: Mapping[str, Any]) -> None:
         raise ConfigError(f"the schema is no JSON: {error}") from error
     if size > _MOST_BYTES:
         raise ConfigError(f"the schema has {size} bytes; at most {_MOST_BYTES} can be enforced")
-    repeated = 0
+    patterns: list[str] = []
     for depth, key, value in _walk(structure):
         if depth > _MOST_DEPTH:
             raise ConfigError(f"the schema has more than {_MOST_DEPTH} levels")
@@ -222,18 +222,33 @@ def _check(structure: Mapping[str, Any]) -> None:
                 f"the schema: $ref: expected a place in the schema itself, such as '#/$defs/x', "
                 f"found {value!r:.80}"
             )
-        if key == "pattern" and isinstance(value, str) and len(value) > _MOST_PATTERN:
+        patterns += _patterns(key, value)
+    _check_patterns(patterns)
+
+
+def _patterns(key: str, value: object) -> list[str]:
+    """Returns the regular expressions of a schema's keyword."""
+    if key == "patternProperties" and isinstance(value, Mapping):
+        return [*value]
+    return [value] if key == "pattern" and isinstance(value, str) else []
+
+
+def _check_patterns(patterns: Sequence[str]) -> None:
+    repeated = 0
+    for pattern in patterns:
+        if len(pattern) > _MOST_PATTERN:
             raise ConfigError(
                 f"the schema: pattern: expected at most {_MOST_PATTERN} characters, found "
-                f"{len(value)}"
+                f"{len(pattern)}"
             )
-        if key == "pattern" and isinstance(value, str):
-            repeated += _repetitions(value)
-            if repeated > _MOST_REPEATED:
-                raise ConfigError(
-                    f"the schema: pattern: expected repetitions within each other of "
-                    f"{_MOST_REPEATED} in all at most, found {repeated} with {value!r:.80}"
-                )
+        count = _repetitions(pattern)
+        repeated += count
+        if count > _MOST_REPEATED or repeated > _MOST_IN_ALL:
+            raise ConfigError(
+                "the schema: pattern: expected repetitions within each other of "
+                f"{_MOST_REPEATED} at most, {_MOST_IN_ALL} in all patterns, found {count} in "
+                f"{pattern!r:.80}, {repeated} so far"
+            )
 
 
 def _repetitions(pattern: str) -> int:
