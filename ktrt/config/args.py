@@ -15,6 +15,7 @@ KtBackend = Literal["AMXBF16", "AMXInt8", "AMXInt4"]
 WEIGHT_FORMATS: Mapping[KtBackend, str] = {"AMXBF16": "bf16", "AMXInt8": "int8", "AMXInt4": "int4"}
 # Beyond any machine (Linux ends at 8192 CPUs) and any model; a larger number is a typing error.
 _MAX_THREADS = 8192
+_MOST_STOPS, _LONGEST_STOP = 256, 1000
 _MAX_COUNT = 2**31
 
 
@@ -185,12 +186,15 @@ class SamplingArgs:
         _require(self, "max_new_tokens", self.max_new_tokens >= 1, "at least 1")
         holds = self.max_new_tokens < _MAX_COUNT
         _require(self, "max_new_tokens", holds, f"less than {_MAX_COUNT}")
-        _require(self, "repetition_penalty", 0 < self.repetition_penalty < finite, "above 0")
+        # Beyond these, logits divided by it leave float32's range.
+        factor = self.repetition_penalty
+        _require(self, "repetition_penalty", 1e-4 <= factor <= 1e4, "0.0001 … 10000")
         _require(self, "presence_penalty", -2 <= self.presence_penalty <= 2, "-2 … 2")
         _require(self, "frequency_penalty", -2 <= self.frequency_penalty <= 2, "-2 … 2")
         self._check_bias()
         _require(self, "seed", self.seed is None or 0 <= self.seed < 2**63, "0 … 2^63 - 1")
         _require(self, "stop_strings", all(self.stop_strings), "texts that are not empty")
+        self._check_stops()
         ids = self.stop_token_ids
         _require(
             self,
@@ -201,6 +205,15 @@ class SamplingArgs:
         _require(self, "top_logprobs", 0 <= self.top_logprobs <= 20, "0 … 20")
         holds = self.logprobs or self.top_logprobs == 0
         _require(self, "top_logprobs", holds, "0 while logprobs is false")
+
+    def _check_stops(self) -> None:
+        """Every token is compared with all of them, in the thread of all answers."""
+        count, longest = len(self.stop_strings), max(map(len, self.stop_strings), default=0)
+        if count > _MOST_STOPS or longest > _LONGEST_STOP:
+            raise ConfigError(
+                f"stop_strings: expected at most {_MOST_STOPS} of at most {_LONGEST_STOP} "
+                f"characters, found {count} of up to {longest}"
+            )
 
     def _check_bias(self) -> None:
         ids, biases = self.logit_bias.keys(), self.logit_bias.values()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ktrt.errors import ConfigError
+from ktrt.errors import ConfigError, KtrtError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -28,6 +28,11 @@ _MOST_BYTES = 256 * 1024
 _MOST_DEPTH = 64
 _MOST_COUNT = 5000
 _MOST_PATTERN = 1000
+# Repetitions within repetitions: {0,1000} of {0,1000} took 0.4 s a token, a third level 7 s.
+_MOST_REPEATED = 20_000
+_REPEATED = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*+\]|\{[0-9]*,?([0-9]*)\}|[()]", re.DOTALL)
+# CPU seconds that a token may take; 0.001 are usual. The thread is everybody's.
+_SLOWEST = 0.5
 _COUNTS = (
     "minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties",
 )  # fmt: skip
@@ -58,7 +63,7 @@ class Grammars:
         """Returns the grammar of a structural tag's format.
 
         ``ConfigError``: xgrammar refuses it, it is too large or takes too long, or xgrammar is not
-        installed.
+        installed. ``KtrtError``: another one takes too long.
         """
         xgrammar = _import()
         _check(structure)
@@ -86,7 +91,7 @@ class Grammars:
     def _compile(self, xgrammar: Any, text: str) -> Any:
         deadline = time.monotonic() + self._seconds
         if not self._compiling.acquire(timeout=self._seconds):
-            raise ConfigError("a grammar of another request is still being compiled; try again")
+            raise KtrtError("a grammar of another request is still being compiled; try again")
         found: list[Any] = []
 
         def work() -> None:
@@ -148,17 +153,30 @@ class GrammarConstraint:
         """Sets the logits [vocab_size] of tokens that cannot come next to -inf, in place."""
         if self._matcher.is_terminated():
             return
+        before = time.thread_time()
         size = min(len(logits), self._vocab_size)
         # Words that an adapter adds are beyond the base's vocabulary.
         logits[size:] = float("-inf")
         if self._matcher.fill_next_token_bitmask(self._bitmask):
             self._apply(logits.unsqueeze(0), self._bitmask, vocab_size=size)
         logits[self._unwanted[self._unwanted < size]] = float("-inf")
+        _check_time(before)
 
     def accept(self, token: int) -> None:
         """Notes the chosen token."""
+        before = time.thread_time()
         if not self._matcher.is_terminated() and not self._matcher.accept_token(token):
-            raise ConfigError(f"the grammar does not allow token {token}")
+            raise KtrtError(f"the grammar does not allow token {token}")
+        _check_time(before)
+
+
+def _check_time(before: float) -> None:
+    seconds = time.thread_time() - before
+    if seconds > _SLOWEST:
+        raise ConfigError(
+            f"the schema takes {seconds:.1f} s a token, at most {_SLOWEST} are allowed: its "
+            "patterns can be read in too many ways; make them simpler"
+        )
 
 
 def _import() -> Any:
@@ -193,16 +211,47 @@ def _check(structure: Mapping[str, Any]) -> None:
         raise ConfigError(f"the schema is no JSON: {error}") from error
     if size > _MOST_BYTES:
         raise ConfigError(f"the schema has {size} bytes; at most {_MOST_BYTES} can be enforced")
+    repeated = 0
     for depth, key, value in _walk(structure):
         if depth > _MOST_DEPTH:
             raise ConfigError(f"the schema has more than {_MOST_DEPTH} levels")
         if key in _COUNTS and isinstance(value, int | float) and value > _MOST_COUNT:
             raise ConfigError(f"the schema: {key}: expected at most {_MOST_COUNT}, found {value}")
+        if key == "$ref" and isinstance(value, str) and not value.startswith("#"):
+            raise ConfigError(
+                f"the schema: $ref: expected a place in the schema itself, such as '#/$defs/x', "
+                f"found {value!r:.80}"
+            )
         if key == "pattern" and isinstance(value, str) and len(value) > _MOST_PATTERN:
             raise ConfigError(
                 f"the schema: pattern: expected at most {_MOST_PATTERN} characters, found "
                 f"{len(value)}"
             )
+        if key == "pattern" and isinstance(value, str):
+            repeated += _repetitions(value)
+            if repeated > _MOST_REPEATED:
+                raise ConfigError(
+                    f"the schema: pattern: expected repetitions within each other of "
+                    f"{_MOST_REPEATED} in all at most, found {repeated} with {value!r:.80}"
+                )
+
+
+def _repetitions(pattern: str) -> int:
+    """Returns the largest product of counted repetitions within each other."""
+    # The largest product in each open group, and in the group that was closed last.
+    groups, latest = [1], 1
+    for found in _REPEATED.finditer(pattern):
+        if found[0] == "(":
+            groups.append(1)
+        elif found[0] == ")" and len(groups) > 1:
+            latest = groups.pop()
+        elif found[0].startswith("{"):
+            count = int(found[1] or found[0].strip("{,}") or 1) if len(found[0]) < 12 else 10**9
+            closed = pattern[found.start() - 1 : found.start()] == ")"
+            latest = (latest if closed else 1) * max(count, 1)
+        groups[-1] = max(groups[-1], latest)
+        latest = latest if found[0] == ")" else 1
+    return max(groups)
 
 
 def _walk(value: object) -> Iterator[tuple[int, str, object]]:

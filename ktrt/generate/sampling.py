@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from ktrt.errors import KtrtError
+from ktrt.errors import ConfigError, EngineError, KtrtError
 from ktrt.generate.race import Filters, draw
 
 if TYPE_CHECKING:
@@ -173,7 +173,12 @@ def sample_rows(
 
 
 def _choose(sampler: RowSampler, scores: Scores) -> int | KtrtError:
-    return sampler.choose(scores)
+    try:
+        return sampler.choose(scores)
+    except Exception as error:  # noqa: BLE001 - belongs to this row alone
+        found = EngineError(f"no token can be chosen: {type(error).__name__}: {error}")
+        found.__cause__ = error
+        return found
 
 
 def _largest(logits: torch.Tensor) -> list[int | KtrtError]:
@@ -191,7 +196,8 @@ def _nan_error() -> KtrtError:
 
 
 def _constraint_error(cause: Exception) -> KtrtError:
-    error = KtrtError(f"the answer's constraint failed: {cause or type(cause).__name__}")
+    kind = ConfigError if isinstance(cause, ConfigError) else KtrtError
+    error = kind(f"the answer's constraint failed: {cause or type(cause).__name__}")
     error.__cause__ = cause
     return error
 

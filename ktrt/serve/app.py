@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
     from ktrt.serve.settings import ServeSettings
     from ktrt.session import Session
+
+logger = logging.getLogger(__name__)
 
 
 def create_app(session: Session, settings: ServeSettings) -> FastAPI:
@@ -63,6 +66,11 @@ def create_app(session: Session, settings: ServeSettings) -> FastAPI:
 
 async def _failed(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
+    if error.status == 500:
+        cause = error.__cause__ or error
+        logger.error(
+            "Request %s %s failed", request.state.request_id, request.url.path, exc_info=cause
+        )
     return error_response(error, request.url.path, request.state.request_id)
 
 

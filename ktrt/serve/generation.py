@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -12,7 +13,7 @@ from ktrt.serve.errors import ApiError, as_api_error
 from ktrt.serve.wakes import Wakes
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Hashable, Sequence
     from concurrent.futures import Executor
 
     from ktrt.generate.response import PromptLogProbabilities, Response, TokenResponse
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from ktrt.serve.admission import Admission
     from ktrt.serve.metrics import Metrics, Observer
     from ktrt.session import Adapter, Handle, Session
+
+# Seeds are below it.
+SEEDS = 2**63
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +138,9 @@ class Generation:
     async def _submit(self, number: int) -> None:
         """Submits an answer in another thread: rendering a long prompt takes a while."""
         loop, wakes = asyncio.get_running_loop(), self._server.wakes()
-        observer = self._server.metrics.observe(_shown(self._asked.adapter))
+        adapter = self._asked.adapter
+        summands = tuple(adapter) if isinstance(adapter, Mapping) else ()
+        observer = self._server.metrics.observe(_shown(adapter), summands)
         future = loop.run_in_executor(self._server.threads, self._submitted, number, wakes)
         try:
             handle = await asyncio.shield(future)
@@ -153,7 +159,7 @@ class Generation:
         sampling = dict(asked.sampling)
         if number and sampling.get("seed") is not None:
             # As in vLLM: answers of one request differ, and come again with the request.
-            sampling["seed"] += number
+            sampling["seed"] = (sampling["seed"] + number) % SEEDS
         client = asked.client
         if client is None and self._facts is not None:
             client = self._facts.client

@@ -12,6 +12,7 @@ import re
 from math import isfinite
 from typing import TYPE_CHECKING, NoReturn
 
+from ktrt.prompt.messages import is_unicode
 from ktrt.serve.errors import ApiError
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def _check(value: object) -> None:
     level = [value]
     for _ in range(_DEPTH):
         for each in _texts(level):
-            if not each.isascii() and any("\ud800" <= c <= "\udfff" for c in each):
+            if not each.isascii() and not is_unicode(each):
                 raise ApiError(400, "the body holds half a character (an escape \\ud800 … \\udfff)")
         level = [each for node in level for each in _inside(node) if isinstance(each, _NODES)]
         if not level:

@@ -103,9 +103,14 @@ class Metrics:
         """Counts a request that found the queue full."""
         self._refused.labels(self._model).inc()
 
-    def observe(self, adapter: str) -> Observer:
-        """Returns an observer for an answer of ``adapter`` ("" is the base) that begins."""
-        self._adapters.labels(self._model, adapter or self._model).inc()
+    def observe(self, adapter: str, summands: Iterable[str] = ()) -> Observer:
+        """Returns an observer for an answer of ``adapter`` ("" is the base) that begins.
+
+        ``summands``: a sum's adapters. Each is counted, but not the sum: labels stay for ever, and
+        clients choose the weights.
+        """
+        for name in summands or [adapter or self._model]:
+            self._adapters.labels(self._model, name).inc()
         return Observer(self, adapter)
 
     def text(self) -> bytes:

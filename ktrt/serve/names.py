@@ -22,10 +22,15 @@ if TYPE_CHECKING:
     # A name, weights by name, or None for the base: an ``Adapter`` of a session.
     Chosen = str | Mapping[str, float] | None
 
-_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+# Possessive: a wrong text of n digits is refused in n steps, not n².
+_NUMBER = r"[+-]?(?:[0-9]++\.?[0-9]*+|\.[0-9]++)(?:[eE][+-]?[0-9]++)?"
 _SUM = "name*0.5+other*0.3"
 # Names that an error lists.
 _LISTED = 12
+# A sum's characters: 20 names of the longest kind.
+_LONGEST = 5000
+# Weights beyond it are typing errors, and overflow to NaN in the model.
+_HEAVIEST = 1000.0
 
 
 @dataclass(frozen=True)
@@ -149,9 +154,11 @@ class Names:
     def _terms(self, model: str) -> list[tuple[str, float]] | None:
         """Returns the terms of a sum; None: it is none of known names. Names may contain * and
         +."""
+        if len(model) > _LONGEST:
+            return None
         names = sorted([self.base, *self._session.adapters.names], key=len, reverse=True)
         either = "|".join(map(re.escape, names))
-        term = rf"\s*(?P<name>{either})\s*(?:\*\s*(?P<weight>{_NUMBER})\s*)?"
+        term = rf"\s*+(?P<name>{either})\s*+(?:\*\s*+(?P<weight>{_NUMBER})\s*+)?"
         terms, start = [], 0
         while found := re.compile(rf"{term}(?P<end>\+|$)").match(model, start):
             terms.append((found["name"], float(found["weight"] or 1)))
@@ -170,6 +177,11 @@ class Names:
                 )  # fmt: skip
             if name in weights:
                 raise ApiError(400, f"{param}: adapter {name!r} is named twice", param=param)
+            if not abs(weight) <= _HEAVIEST:
+                raise ApiError(
+                    400, f"{param}: the weight of adapter {name!r} is {weight:g}, expected "
+                    f"-{_HEAVIEST:g} … {_HEAVIEST:g}", param=param,
+                )  # fmt: skip
             weights[name] = weight
         try:
             self._session.adapters.choose(weights)

@@ -44,7 +44,7 @@ async def messages(
     body: MessagesRequest, request: Request, server: Annotated[Server, Depends(get_server)]
 ) -> Response:
     """Answers a conversation, whole or (``stream``) as Anthropic's events."""
-    run = await asyncio.to_thread(_prepare, server, body)
+    run = await _prepare_in_thread(server, body)
     if body.stream:
         context = AsyncExitStack()
         generation = await context.enter_async_context(server.generate(run.asked))
@@ -64,12 +64,19 @@ async def count_tokens(
     body: PromptRequest, server: Annotated[Server, Depends(get_server)]
 ) -> TokenCount:
     """Counts the tokens of a conversation's prompt."""
-    run = await asyncio.to_thread(_prepare, server, body)
+    run = await _prepare_in_thread(server, body)
     return TokenCount(input_tokens=run.input_tokens)
 
 
+async def _prepare_in_thread(server: Server, body: PromptRequest) -> _Run:
+    """Calls ``_prepare`` outside the event loop."""
+    call = body.tool_choice is not None and body.tool_choice.get("type") in ("any", "tool")
+    threads = server.grammar_threads if call or body.output_config else server.threads
+    return await asyncio.get_running_loop().run_in_executor(threads, _prepare, server, body)
+
+
 def _prepare(server: Server, body: PromptRequest) -> _Run:
-    """Checks a request and renders its prompt, which takes milliseconds: not in the event loop."""
+    """Checks a request, compiles the grammar that it may need, and renders its prompt."""
     conversation = conversation_of(server, body)
     begin = answer_begin(body)
     if begin:

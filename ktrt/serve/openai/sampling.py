@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ktrt.serve.errors import ApiError
+from ktrt.serve.generation import SEEDS
 
 if TYPE_CHECKING:
     from ktrt.serve.openai.schema import SamplingRequest
@@ -16,7 +17,6 @@ _SAME = (
     "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "do_sample", "stop_token_ids", "skip_special_tokens",
 )  # fmt: skip
-_SEEDS = 2**63
 
 
 def sampling_options(request: SamplingRequest) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def sampling_options(request: SamplingRequest) -> dict[str, Any]:
     if request.top_k is not None:
         options["top_k"] = max(request.top_k, 0)  # -1 is vLLM's "off"
     if request.seed is not None:
-        options["seed"] = request.seed % _SEEDS
+        options["seed"] = request.seed % SEEDS
     options["stop"] = stop_strings(request.stop)
     options["logit_bias"] = _bias(request.logit_bias)
     return {name: value for name, value in options.items() if value is not None}

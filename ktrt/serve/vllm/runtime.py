@@ -157,7 +157,8 @@ class RuntimeAdapters:
 
     def _without_root(self, error: Exception) -> str:
         """Returns a message without the place of the root, which is nobody's business."""
-        return str(error).replace(f"{(self._root or Path()).resolve()}/", "")
+        root = str((self._root or Path()).resolve())
+        return str(error).replace(f"{root}/", "").replace(root, "the server's adapter root")
 
     def _check_words(self, name: str, folder: Path) -> None:
         """Refuses an adapter that adds words: the tokenizer is everybody's, and the base's texts

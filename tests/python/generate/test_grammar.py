@@ -12,8 +12,10 @@ import pytest
 import torch
 from helpers.llamafactory_prompts import byte_tokenizer
 
-from ktrt.errors import ConfigError
-from ktrt.generate.grammar import Grammars
+from ktrt.config import SamplingArgs
+from ktrt.errors import ConfigError, KtrtError
+from ktrt.generate.grammar import Grammars, _repetitions
+from ktrt.generate.sampling import make_sampler, sample_rows
 from ktrt.prompt.reply import (
     Content,
     Reasoning,
@@ -181,6 +183,13 @@ def test_calls_that_cannot_be_enforced() -> None:
         ({"$ref": "#/$defs/x"}, "cannot be enforced: Cannot find"),
         ({"type": "string", "pattern": "(["}, "cannot be enforced: Regex"),
         ({"type": "string", "pattern": "a" * 2000}, "pattern: expected at most 1000 characters"),
+        (
+            {"type": "string", "pattern": "((a{0,99}b){0,99}c){0,99}"},
+            "20000 in all at most, found 97",
+        ),
+        ({"type": "string", "pattern": r"(\({9})(a{9,}[(]){9999999999}"}, "in all at most, found"),
+        ({"anyOf": [{"pattern": "(a{99}){99}"}] * 3}, "20000 in all at most, found 29403"),
+        ({"$ref": "http://127.0.0.1/x"}, "expected a place in the schema itself"),
         ({"type": "array", "maxItems": 10**9}, "maxItems: expected at most 5000, found 1000000000"),
         ({"enum": ["x" * 100] * 5000}, "the schema has .* bytes; at most"),
         ({"properties": {"not": {"type": "string"}}, "not": {}}, "the schema: not cannot be enf"),
@@ -238,10 +247,30 @@ def test_a_grammar_that_takes_too_long_is_refused(monkeypatch: pytest.MonkeyPatc
     start = time.monotonic()
     with pytest.raises(ConfigError, match=r"more than 0.2 s to compile"):
         own.compile(json_structure(None, "", SCHEMA))
-    with pytest.raises(ConfigError, match="another request is still being compiled"):
+    with pytest.raises(KtrtError, match="another request is still being compiled") as caught:
         own.compile(json_structure(None, "", {"const": 1}))
+    assert not isinstance(caught.value, ConfigError)  # 503: the same request may succeed later
     assert time.monotonic() - start < 5
     go.set()
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"\({200}[(]{200}a{200}", "(a{200}){100}", "a{", "(a{3}){4}b{5}"]
+)
+def test_repetitions_next_to_each_other_are_allowed(pattern: str) -> None:
+    assert _repetitions(pattern) <= 20_000
+
+
+def test_a_grammar_that_is_slow_at_every_token_fails_its_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two such patterns held the thread of all answers for minutes."""
+    monkeypatch.setattr("ktrt.generate.grammar._SLOWEST", -1.0)
+    constraint = grammars().compile(json_structure(None, "")).constraint([0])
+    logits = torch.zeros(1, len(tokenizer()) + PADDING)
+    (error,) = sample_rows([make_sampler(SamplingArgs(), [], constraint)], logits)
+    assert isinstance(error, ConfigError)
+    assert "s a token" in str(error)
 
 
 def test_without_xgrammar(monkeypatch: pytest.MonkeyPatch) -> None:

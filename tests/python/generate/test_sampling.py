@@ -11,8 +11,13 @@ from helpers.tiny_chat import make_model, make_tokenizer
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ktrt.config import SamplingArgs
-from ktrt.errors import KtrtError
-from ktrt.generate.sampling import log_probabilities, log_probability_rows, make_sampler
+from ktrt.errors import EngineError, KtrtError
+from ktrt.generate.sampling import (
+    log_probabilities,
+    log_probability_rows,
+    make_sampler,
+    sample_rows,
+)
 
 VOCAB = 500
 PROMPT = [3, 3, 7, 100, 499]
@@ -183,6 +188,15 @@ def test_nan_is_an_error() -> None:
     row[17] = float("nan")
     with pytest.raises(KtrtError, match="NaN"):
         make_sampler(SamplingArgs(), PROMPT)(row)
+
+
+def test_a_draw_that_fails_is_the_rows_own_error() -> None:
+    """Others of its step go on: sampling +inf raised for all of them."""
+    rows = logits(2)
+    rows[0, 3] = float("inf")
+    found = sample_rows([make_sampler(SamplingArgs(seed=1), PROMPT) for _ in rows], rows)
+    assert isinstance(found[0], EngineError)
+    assert found[1] == make_sampler(SamplingArgs(seed=1), PROMPT)(rows[1])
 
 
 def test_log_probabilities() -> None:

@@ -179,6 +179,7 @@ class TestLoading:
         os.mkfifo(root / "fifo" / "notes")
         found = client.load("new", path)
         assert found.status_code == status, found.text
+        assert str(root) not in found.text
         assert "new" not in client.models()
 
     def test_links_within_the_root(self, client: Client, root: Path) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 
 from ktrt.prompt.reply import Content, Reasoning, ToolArguments, ToolCallStart
+from ktrt.serve.anthropic import messages
 from ktrt.serve.anthropic.blocks import Blocks
 from ktrt.serve.anthropic.request import answer_begin, conversation_of
 from ktrt.serve.anthropic.schema import MessagesRequest
@@ -441,3 +446,24 @@ class TestTools:
         config = {"format": {"type": "json_schema", "schema": schema}}
         found = ask(anthropic_client, max_tokens=60, extra_body={"output_config": config})
         assert json.loads(text_of(found))["yes"] in (True, False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({}, "usual"),
+        ({"tool_choice": {"type": "auto"}}, "usual"),
+        ({"tool_choice": {"type": "any"}}, "grammars"),
+        ({"output_config": {"format": {}}}, "grammars"),
+    ],
+)
+def test_grammars_wait_apart_from_other_requests(
+    fields: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six grammars that compile for 20 s held up every request that needed a thread."""
+    monkeypatch.setattr(messages, "_prepare", lambda *_: threading.current_thread().name)
+    body = MessagesRequest(model="demo", max_tokens=1, messages=[], **fields)
+    with ThreadPoolExecutor(1, "usual") as usual, ThreadPoolExecutor(1, "grammars") as grammars:
+        server: Any = SimpleNamespace(threads=usual, grammar_threads=grammars)
+        found: Any = asyncio.run(messages._prepare_in_thread(server, body))
+    assert found.startswith(name)

@@ -111,8 +111,10 @@ def test_a_seed_repeats_and_choices_differ(openai_client: OpenAI) -> None:
     assert len(set(texts)) > 1
     assert [each.index for each in first.choices] == [0, 1, 2]
     assert text(ask(openai_client, **fields | {"n": 1})) == texts[0]
-    # OpenAI's seeds may be negative.
+    # OpenAI's seeds may be negative; the choices' seeds go round at the end.
     assert text(ask(openai_client, **fields | {"seed": -5})) != texts[0]
+    last = ask(openai_client, **fields | {"seed": 2**63 - 1, "n": 2})
+    assert text(last, 1) == text(ask(openai_client, **fields | {"seed": 0, "n": 1}))
 
 
 def test_n_choices_compute_the_prompt_once(openai_client: OpenAI, serve_session: Session) -> None:
@@ -230,6 +232,7 @@ def test_adapters_by_name_and_by_weight(openai_client: OpenAI, plain: str) -> No
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
         ({"temperature": "hot"}, "temperature", "number"),
         ({"n": 0}, "n", "greater than"),
+        ({"repetition_penalty": 1e-300, "temperature": 1}, None, "0.0001 … 10000"),
         ({"max_tokens": 0}, "max_tokens", "greater than"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "differ"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "token ids"),
@@ -237,6 +240,8 @@ def test_adapters_by_name_and_by_weight(openai_client: OpenAI, plain: str) -> No
         ({"logit_bias": {"999999": 1}}, None, "999999"),
         ({"stop": [""]}, "stop", "none empty"),
         ({"stop": 3}, "stop", "list of texts"),
+        ({"stop": [str(each) for each in range(1000)]}, None, "at most 256 of"),
+        ({"stop": "x" * 5000}, None, "found 1 of up to 5000"),
         ({"top_logprobs": 2}, "top_logprobs", "logprobs true"),
         ({"messages": []}, "messages", "not empty"),
         ({"messages": "hi"}, "messages", "list of messages"),
@@ -254,6 +259,8 @@ def test_adapters_by_name_and_by_weight(openai_client: OpenAI, plain: str) -> No
         ({"functions": [{"name": "f"}]}, "functions", "tools"),
         ({"tool_choice": "required"}, "tool_choice", "tools"),
         ({"tool_choice": "perhaps"}, "tool_choice", "auto"),
+        ({"tool_choice": {"type": "allowed_tools", "allowed_tools": 5}}, "tool_choice", "allowed"),
+        ({"tool_choice": {"type": "allowed_tools", "tools": 5}}, "tool_choice", "allowed"),
         ({"tools": [{"type": "web_search"}]}, "tools", "function"),
         (
             {

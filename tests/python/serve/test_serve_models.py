@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -65,6 +66,16 @@ class TestResolve:
         assert (error.status, error.code, error.param) == (404, "model_not_found", "model")
         assert "demo, adapter_a, adapter_b" in error.message
 
+    @pytest.mark.parametrize(
+        "model",
+        ["adapter_a*" + "1" * 4900 + "x", "adapter_a" + " " * 4900 + "x", "adapter_a+" * 10**6],
+    )
+    def test_a_wrong_sum_is_refused_in_linear_time(self, names: Names, model: str) -> None:
+        """Tries of all ways to read 4,900 digits took 5 s, in which no other thread ran."""
+        before = time.thread_time()
+        assert refusal(names, model).status == 404
+        assert time.thread_time() - before < 0.5
+
     def test_an_unknown_weight(self, names: Names) -> None:
         error = refusal(names, BASE, {"x": 1.0})
         assert (error.status, error.param) == (404, "adapter_weights")
@@ -75,9 +86,10 @@ class TestResolve:
             ("demo+adapter_a", None, "the base 'demo' is part of every sum"),
             ("demo*0.5", None, "the base 'demo' is part of every sum"),
             ("adapter_a*0.5+adapter_a*0.3", None, "named twice"),
-            ("adapter_a*1e999", None, "expected a number"),
+            ("adapter_a*1e999", None, "is inf, expected -1000 … 1000"),
             ("adapter_a", {"adapter_b": 1.0}, "expected with the base's name"),
-            (BASE, {"adapter_b": float("nan")}, "expected a number"),
+            ("adapter_a*-1e19", None, "expected -1000 … 1000"),
+            (BASE, {"adapter_b": float("nan")}, "expected -1000 … 1000"),
         ],
     )
     def test_weights_that_cannot_be_used(
