@@ -61,12 +61,12 @@ def test_import_is_light() -> None:
 def test_public_names_are_imported_when_used() -> None:
     code = (
         "import json, sys, ktrt; found = {}\n"
-        "for name in sorted(ktrt.__all__, key=lambda n: n in ('Session', 'load')):\n"
+        "for name in sorted(ktrt.__all__, key=lambda n: n in ('Handle', 'Session', 'load')):\n"
         "    found[name] = [getattr(ktrt, name).__class__.__name__, 'torch' in sys.modules]\n"
         "print(json.dumps([found, dir(ktrt)]))"
     )
     found, listed = json.loads(run_python(code))
-    assert [name for name, (_, torch) in found.items() if torch] == ["Session", "load"]
+    assert [name for name, (_, torch) in found.items() if torch] == ["Handle", "Session", "load"]
     assert set(found) <= set(listed)
     for name, (kind, _) in found.items():
         assert kind == {"load": "function", "__version__": "str"}.get(name, kind)

@@ -188,11 +188,13 @@ class TestSubmit:
         assert session.submit(ASKED[0]).result(60).text == alone[0]
 
     def test_errors_come_at_once(self, session: Session) -> None:
+        before = set(threading.enumerate())
         with pytest.raises(ConfigError, match="expected"):
             session.submit([])
         with pytest.raises(AdapterError, match="no adapter 'x'"):
             session.submit(ASKED[0], adapter="x")
-        assert "ktrt-scheduler" not in {thread.name for thread in threading.enumerate()}
+        new = set(threading.enumerate()) - before
+        assert "ktrt-scheduler" not in {thread.name for thread in new}
 
     def test_the_threads_settings_are_the_callers(self, session: Session) -> None:
         before = torch.get_num_threads()
