@@ -222,7 +222,7 @@ class Terminal:
 
         table = Table(expand=True, show_lines=False)
         for heading, _ in (left, right):
-            table.add_column(Text(heading), ratio=1, overflow="fold")
+            table.add_column(Text(heading.translate(_HARMLESS)), ratio=1, overflow="fold")
         table.add_row(*(Text(text.translate(_HARMLESS)) for _, text in (left, right)))
         drawn = io.StringIO()
         terminal = self._stdout.isatty()
@@ -290,7 +290,7 @@ class _Progress:
         if not self._stream.isatty() or not _styled():
             return
         # One column is left free: a full line would wrap, and half of it stay.
-        text = text[: max(0, shutil.get_terminal_size().columns - 1)]
+        text = text.translate(_HARMLESS)[: max(0, shutil.get_terminal_size().columns - 1)]
         self._draw(f"{_CLEAR_LINE}\x1b[2m{text}\x1b[0m")
         self._shown = True
 

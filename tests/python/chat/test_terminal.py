@@ -213,10 +213,11 @@ def test_what_a_model_says_does_not_steer_the_terminal(monkeypatch: pytest.Monke
 
 def test_columns_hold_wide_characters(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal, screen = at_a_terminal(monkeypatch, columns=40)
-    terminal.columns(("base", "你好" * 20), ("tuned [1]", "[bold]a\x1b[2J[/bold] *b*"))
+    terminal.columns(("base\x1b[2J", "你好" * 20), ("tuned [1]", "[bold]a\x1b[2J[/bold] *b*"))
     rows = screen.getvalue().splitlines()
     left = "".join(row.split("│")[1].strip() for row in rows if "│" in row)
     right = "".join(row.split("│")[2].strip() for row in rows if "│" in row)
     assert left == "你好" * 20
     assert right == "[bold]a\ufffd[2J[/bold] *b*"
+    assert "base\ufffd[2J" in rows[1]
     assert "tuned [1]" in rows[1]
