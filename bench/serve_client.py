@@ -27,7 +27,8 @@ class Refused(Exception):
 @dataclass
 class Answer:
     """The answer to a request. ``first``: seconds to the first piece of text; ``gaps``: seconds
-    between pieces; ``done``: the stream ended as it should."""
+    between pieces; ``done``: the stream ended as it should. ``margin``: the least distance of a
+    token's two largest log probabilities, with ``top_logprobs``."""
 
     text: str = ""
     id: str = ""
@@ -38,6 +39,7 @@ class Answer:
     cached_tokens: int = 0
     first: float | None = None
     gaps: list[float] = field(default_factory=list)
+    margin: float = float("inf")
     done: bool = False
 
 
@@ -147,6 +149,10 @@ def _take(answer: Answer, event: Mapping[str, Any]) -> bool:
         answer.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
     for choice in event["choices"]:
         answer.finish_reason = choice.get("finish_reason") or answer.finish_reason
+        for token in (choice.get("logprobs") or {}).get("content") or ():
+            best = [each["logprob"] for each in token["top_logprobs"]]
+            if len(best) > 1:
+                answer.margin = min(answer.margin, best[0] - best[1])
         if text := choice["delta"].get("content"):
             answer.text += text
             return True

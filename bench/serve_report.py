@@ -71,6 +71,8 @@ def report_of(
         "seconds": round(seconds, 1),
         "answers": len(good),
         "wrong": len(wrong),
+        "turns_that_last_bits_sway": load.swaying,
+        "answers_that_differ_there": sum(each.swayed for each in load.finished),
         "left_on_purpose": sum(each.left for each in load.finished),
         "refused": dict(load.refused),
         "different_texts": texts,
