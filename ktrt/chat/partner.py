@@ -3,14 +3,14 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, Unpack
 
+from ktrt.chat.status import Counts
 from ktrt.config import SamplingArgs, SamplingOptions
 
 
-class Piece(Protocol):
+class Piece(Counts, Protocol):
     """A piece of an answer, with counts and times up to it; see ``TokenResponse``.
 
-    ``prompt_tokens`` and ``reused_tokens`` are None while a server has not told them. ``token``:
-    the token's id, or its text where ids are unknown.
+    ``token``: the token's id, or its text where ids are unknown.
     """
 
     @property
@@ -21,18 +21,6 @@ class Piece(Protocol):
     def logprob(self) -> float | None: ...
     @property
     def top_logprobs(self) -> Sequence[tuple[int | str, float]]: ...
-    @property
-    def finish_reason(self) -> str | None: ...
-    @property
-    def prompt_tokens(self) -> int | None: ...
-    @property
-    def reused_tokens(self) -> int | None: ...
-    @property
-    def generated_tokens(self) -> int: ...
-    @property
-    def prefill_seconds(self) -> float: ...
-    @property
-    def decode_seconds(self) -> float: ...
 
     def summary(self) -> str:
         """Returns counts and speeds for a log line."""

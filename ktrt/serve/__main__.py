@@ -20,7 +20,7 @@ from ktrt.command_line import (
 )
 from ktrt.config import Config, load_config
 from ktrt.errors import ConfigError
-from ktrt.serve.settings import ServeSettings, add_options, read_settings
+from ktrt.serve.settings import ServeSettings, add_options, read_settings, settled
 from ktrt.utils.signals import Terminated, terminations
 
 _log = logging.getLogger("ktrt.serve")
@@ -83,14 +83,7 @@ def _settled(args: argparse.Namespace) -> tuple[Config, ServeSettings]:
         each.startswith("max_num_seqs=") for each in args.overrides
     ):
         settings = replace(settings, max_concurrent=None)  # the environment's
-    if settings.max_concurrent is None:
-        settings = replace(settings, max_concurrent=config.scheduler.max_num_seqs)
-    else:
-        scheduler = replace(config.scheduler, max_num_seqs=settings.max_concurrent)
-        config = replace(config, scheduler=scheduler)
-    if settings.model_name is None:
-        settings = replace(settings, model_name=config.model.model_name_or_path.resolve().name)
-    return config, settings
+    return settled(config, settings)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import argparse
 import ipaddress
 import types
 import typing
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from ktrt.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from ktrt.config import Config
 
 _LOOPBACK, _EVERYWHERE = "127.0.0.1", "0.0.0.0"
 # Bytes, seconds and counts beyond any use: a larger number is a typing error.
@@ -143,6 +145,19 @@ def read_settings(args: argparse.Namespace, environment: Mapping[str, str]) -> S
         if text is not None:
             values[each.name] = _converted(text, hints[each.name], where)
     return ServeSettings(**values)
+
+
+def settled(config: Config, settings: ServeSettings) -> tuple[Config, ServeSettings]:
+    """Returns both with one number of answers at once (that of the settings, if they have one) and
+    with a name of the base model."""
+    if settings.max_concurrent is None:
+        settings = replace(settings, max_concurrent=config.scheduler.max_num_seqs)
+    else:
+        scheduler = replace(config.scheduler, max_num_seqs=settings.max_concurrent)
+        config = replace(config, scheduler=scheduler)
+    if settings.model_name is None:
+        settings = replace(settings, model_name=config.model.model_name_or_path.resolve().name)
+    return config, settings
 
 
 def _converted(text: str, hint: Any, where: str) -> Any:

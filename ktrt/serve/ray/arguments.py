@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from ktrt.config import Config, load_config
 from ktrt.config.check import nearest
 from ktrt.errors import ConfigError
-from ktrt.serve.settings import ServeSettings, read_settings
+from ktrt.serve.settings import ServeSettings, read_settings, settled
 
 _ARGUMENTS = {"config", "overrides", "settings", "model_options", "router_options"}
 _KEYS = {"api_key", "admin_key"}
@@ -43,14 +42,7 @@ def read_arguments(args: Mapping[str, Any]) -> tuple[Config, ServeSettings]:
     texts = {name: _text(value) for name, value in given.items() if value is not None}
     config = load_config(args["config"], args.get("overrides") or {})
     settings = read_settings(argparse.Namespace(**texts), os.environ)
-    if settings.max_concurrent is None:
-        settings = replace(settings, max_concurrent=config.scheduler.max_num_seqs)
-    else:
-        scheduler = replace(config.scheduler, max_num_seqs=settings.max_concurrent)
-        config = replace(config, scheduler=scheduler)
-    if settings.model_name is None:
-        settings = replace(settings, model_name=config.model.model_name_or_path.resolve().name)
-    return config, settings
+    return settled(config, settings)
 
 
 def _text(value: object) -> str:
