@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -18,7 +17,7 @@ from ktrt.serve.anthropic.schema import Message, MessagesRequest, PromptRequest,
 from ktrt.serve.errors import ApiError, error_body
 from ktrt.serve.openai.conversation import prepare
 from ktrt.serve.openai.prompts import encode
-from ktrt.serve.openai.stream import EventStream, event, failure, unless_gone
+from ktrt.serve.openai.stream import event, event_stream, failure, unless_gone
 from ktrt.serve.server import Server, get_server
 
 if TYPE_CHECKING:
@@ -46,9 +45,7 @@ async def messages(
     """Answers a conversation, whole or (``stream``) as Anthropic's events."""
     run = await _prepare_in_thread(server, body)
     if body.stream:
-        context = AsyncExitStack()
-        generation = await context.enter_async_context(server.generate(run.asked))
-        return EventStream(run.events(generation), context)
+        return await event_stream(server.generate(run.asked), run.events)
 
     async def whole() -> None:
         async with server.generate(run.asked) as generation:

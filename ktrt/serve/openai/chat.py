@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import uuid
-from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Depends
@@ -25,7 +24,7 @@ from ktrt.serve.openai.reply import usage
 from ktrt.serve.openai.sampling import sampling_options
 from ktrt.serve.openai.schema import refuse_unknown_effects
 from ktrt.serve.openai.schema_chat import ChatCompletion, ChatRequest
-from ktrt.serve.openai.stream import DONE, EventStream, event, failure, unless_gone
+from ktrt.serve.openai.stream import DONE, event, event_stream, failure, unless_gone
 from ktrt.serve.server import Server, get_server
 
 if TYPE_CHECKING:
@@ -59,10 +58,8 @@ async def chat_completions(
         "system_fingerprint": FINGERPRINT,
     }  # fmt: skip
     if body.stream:
-        context = AsyncExitStack()
-        generation = await context.enter_async_context(server.generate(prepared.asked))
         chunks = _Chunks(replies, head, body.stream_options)
-        return EventStream(chunks.events(generation), context)
+        return await event_stream(server.generate(prepared.asked), chunks.events)
 
     async def whole() -> None:
         async with server.generate(prepared.asked) as generation:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import uuid
-from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Depends
@@ -16,7 +15,7 @@ from ktrt.serve.openai.reply import usage
 from ktrt.serve.openai.response_input import response_conversation
 from ktrt.serve.openai.response_items import Items
 from ktrt.serve.openai.schema_responses import ResponseObject, ResponsesRequest
-from ktrt.serve.openai.stream import EventStream, event, failure, unless_gone
+from ktrt.serve.openai.stream import event, event_stream, failure, unless_gone
 from ktrt.serve.server import Server, get_server
 
 if TYPE_CHECKING:
@@ -44,9 +43,7 @@ async def responses(
     prepared = await prepare_in_thread(server, conversation)
     run = _Run(prepared.new_reply(), _head(server, body))
     if body.stream:
-        context = AsyncExitStack()
-        generation = await context.enter_async_context(server.generate(prepared.asked))
-        return EventStream(run.events(generation), context)
+        return await event_stream(server.generate(prepared.asked), run.events)
 
     async def whole() -> None:
         async with server.generate(prepared.asked) as generation:

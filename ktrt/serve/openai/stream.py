@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import ClientDisconnect
@@ -13,12 +14,12 @@ from starlette.responses import StreamingResponse
 from ktrt.serve.errors import as_api_error
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
-    from contextlib import AsyncExitStack
+    from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 
     from starlette.types import Receive, Scope, Send
 
     from ktrt.serve.errors import ApiError
+    from ktrt.serve.generation import Generation
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -70,6 +71,16 @@ class EventStream(StreamingResponse):
         # Not in the events' own code: a client that leaves early never starts it.
         async with self._context:
             await super().__call__(scope, receive, send)
+
+
+async def event_stream(
+    answers: Generation, events: Callable[[Generation], AsyncGenerator[str]]
+) -> EventStream:
+    """Submits a request and returns the stream of its ``events``. ``ApiError``, before a status is
+    sent: it was refused."""
+    context = AsyncExitStack()
+    generation = await context.enter_async_context(answers)
+    return EventStream(events(generation), context)
 
 
 def failure(error: Exception) -> ApiError:
