@@ -81,7 +81,8 @@ def code_folder(
 ) -> CodedFolders:
     """Writes ``target`` (quantised by one of ``SCHEMES``) and ``target``-plain from a folder with a
     single file. ``experts_only`` leaves other linears plain, as Kimi-K2-Thinking does (MXFP4 always
-    does); stacked experts, as gpt-oss's, are quantised in MXFP4 only. Options of ``encode``: ``block``, ``scale_dtype``, ``zeros``."""
+    does); stacked experts, as gpt-oss's, are quantised in MXFP4 only. Options of ``encode``:
+    ``block``, ``scale_dtype``, ``zeros``."""
     stored: Tensors = {}
     plain: Tensors = {}
     quantized = set()
