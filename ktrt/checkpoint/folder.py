@@ -35,7 +35,8 @@ __all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "ExpertWeights"]
 class Checkpoint:
     """The tensors of one model folder, memory-mapped and read on demand.
 
-    A quantised tensor and its scales are one tensor here, in float32. ``weight_block_size`` is
+    A quantised tensor and its scales are one tensor here, in float32; ``stored`` holds the tensors
+    on disk. ``weight_block_size`` is
     FP8's, ``chosen`` the file in config.json's transformers_weights. Leaves out tensors of a shard
     that the index does not name and, with ``experts_elsewhere``, routed experts in an unsupported
     quantisation.
@@ -69,6 +70,7 @@ class Checkpoint:
         if found := unread_scheme(stored):
             name = found[1]
             raise CheckpointError(refusal(stored[name].file, *found, stored[name]))
+        self.stored: Mapping[str, StoredTensor] = stored
         self._tensors = decoded(stored, weight_block_size)
 
     def _check_shards(self, files: Mapping[str, Path], index: Path) -> None:
