@@ -84,7 +84,7 @@ class Checkpoint:
         if first := next((tensor for tensor in rounded if tensor.rounds_scales), None):
             logger.info(
                 "%s: INT4 scales are stored in %s; packed as INT4 they are kept in BF16: one "
-                "rounding, at most 0.2 %% of a weight, as of weights dequantised to BF16",
+                "rounding, at most 0.4 %% of a weight, as of weights dequantised to BF16",
                 self.folder, first.scale_dtype,
             )  # fmt: skip
 

@@ -45,12 +45,12 @@ class Int4Tensor(QuantizedTensor):
     def _settle_group(
         self, groups: int, scales_name: str, expected: str, claimed: Sequence[int]
     ) -> None:
-        """Settles the columns of a group by the number of scales in a row. ``claimed`` decides
-        where the last group may be shorter."""
+        """Settles the columns of a group by the number of scales in a row. Several sizes fit where
+        the last group is shorter: first the ``claimed`` ones, then the usual ones count."""
         k = self.shape[1]
         candidates = [size for size in (*claimed, *_FORMATS) if ceil(k / size) == groups]
-        if groups and not k % groups and not set(claimed) & set(candidates):
-            candidates.insert(0, k // groups)
+        if groups and not k % groups:
+            candidates.append(k // groups)
         if not candidates:
             raise CheckpointError(
                 f"{self._scales.file}: {scales_name} has shape {list(self._scales.shape)}, "
@@ -59,13 +59,11 @@ class Int4Tensor(QuantizedTensor):
                 "columns."
             )
         self._group = candidates[0]
-        fits = [size for size in _FORMATS if not self._group % size and not k % size]
-        if fits:
-            self.coded = _FORMATS[fits[0]]
-        else:
+        self.coded = next((_FORMATS[size] for size in _FORMATS if not self._group % size), None)
+        if self.coded is None:
             self.why_not_coded = (
-                f"INT4 in groups of {self._group} of {k} columns: the engine takes whole groups of "
-                f"{', '.join(map(str, sorted(_FORMATS)))}"
+                f"INT4 in groups of {self._group}: the engine takes multiples of "
+                f"{', '.join(map(str, sorted(_FORMATS)))} columns"
             )
 
     @property
@@ -95,11 +93,11 @@ class Int4Tensor(QuantizedTensor):
     def read_codes(self, row: int | None = None) -> Codes:
         assert row is None, "a matrix, not a stack"
         assert self.coded is not None, self.why_not_coded
-        group = GROUPS[self.coded]
+        k, group = self.shape[1], GROUPS[self.coded]
         scales = self._read_scales().to(torch.bfloat16)
-        scales = scales.repeat_interleave(self._group // group, dim=1)[:, : self.shape[1] // group]
+        scales = scales.repeat_interleave(self._group // group, dim=1)[:, : ceil(k / group)]
         # The highest bit alone differs between code + 8 and two's complement.
-        codes = (self._read_pairs() ^ 0x88)[:, : self.shape[1] // 2]
+        codes = (self._read_pairs() ^ 0x88)[:, : ceil(k / 2)]
         return Codes(self.coded, codes.contiguous(), scales.contiguous())
 
 
