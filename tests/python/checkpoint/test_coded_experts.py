@@ -69,6 +69,7 @@ def test_experts_come_in_codes(models: Path, tmp_path: Path, family: str, scheme
         ):
             assert codes is not None
             assert read is not None
+            assert value is not None
             assert codes.format == expected
             assert torch.equal(read, value)
             if not scheme.startswith("gptq"):  # whose scales are rounded to BF16
@@ -106,6 +107,7 @@ def test_int4_of_several_groups_has_the_smallest(models: Path, tmp_path: Path) -
     for expert in (2, 3):
         for codes, value in zip(weights.read_codes(expert), weights.read(expert), strict=True):
             assert codes is not None
+            assert value is not None
             assert codes.format == "int4_g32"
             assert torch.equal(decode(codes), value)
 
