@@ -45,7 +45,7 @@ PROBE_BYTES = 512 << 20
 
 def write_adapter(model: Path, folder: Path, rank: int, seed: int = 0) -> Path:
     """Writes random LoRA on every linear layer of the checkpoint except head and routers."""
-    checkpoint = Checkpoint(model, (128, 128))
+    checkpoint = Checkpoint(model)
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
     targets = set()
