@@ -32,10 +32,11 @@ def plain_modules(tensors: Iterable[str]) -> list[str]:
 
 
 def with_exceptions(claim: dict[str, Any], modules: Iterable[str]) -> dict[str, Any]:
-    """Returns a quantization_config that leaves ``modules`` plain."""
-    result = dict(claim)
+    """Returns a quantization_config that leaves ``modules`` plain; the same one for none."""
+    result, modules = dict(claim), list(modules)
     method = str(claim.get("quant_method", "")).replace("_", "-")
-    modules = list(modules)
+    if not modules:
+        return result
     if method == "gptq":
         patterns: dict[str, Any] = {f"-:^{_pattern(module)}": {} for module in modules}
         result["dynamic"] = {**(claim.get("dynamic") or {}), **patterns}
