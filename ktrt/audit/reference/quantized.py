@@ -56,7 +56,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Settings:
-    """What config.json alone knows: rows and columns of one FP8 scale, columns of one INT4 scale
+    """Settings that config.json alone knows: rows and columns of one FP8 scale, columns of one INT4 scale
     (0: unknown), GPTQ's zero points on disk that mean 8."""
 
     block: tuple[int, int]
@@ -231,7 +231,7 @@ class _Finder:
         return rows, columns
 
     def _group(self, columns: int, groups: int) -> int:
-        """Returns the columns of one scale; 0 if so many groups do not fit."""
+        """Returns the columns of one scale; 0 if the groups do not fit."""
         claimed = self._settings.group
         if claimed and -(-columns // claimed) == groups:
             return claimed
