@@ -24,7 +24,7 @@
 
 namespace ktrt::testing {
 
-// What the descriptions say of a format.
+// A format by its description.
 struct CodedReference {
   int bits;          // of a code
   int group;         // columns of one scale; 0: all
@@ -84,7 +84,7 @@ class CodedCase {
     for (float& value : a_) value = round_to_bf16(value);
   }
 
-  // Of either sign but for E8M0, which has powers of two.
+  // Scales have either sign, but for E8M0, which has powers of two.
   void set_scales(double low, double high) {
     scales_.resize(size(scale_rows() * groups()));
     for (float& scale : scales_) {
@@ -111,7 +111,7 @@ class CodedCase {
       for (int k = 0; k < k_; ++k) a_[at(row, k_, k)] = static_cast<float>(value(row, k));
     }
   }
-  // Of A between k and the padded k.
+  // The value of A between k and the padded k.
   void set_padding(float value) { padding_ = value; }
 
   void add_lora(int rank) {

@@ -137,7 +137,7 @@ class E8m0Test : public CodedTest {};
 INSTANTIATE_TEST_SUITE_P(Variants, E8m0Test, ::testing::ValuesIn(variants_of_coded(true)),
                          [](const auto& test) { return testing::name_of_variant(test.param); });
 
-// Of E8M0 the smallest is a subnormal float32, 2^-127; with the largest only 1.5 and less are
+// The smallest E8M0 scale is a subnormal float32, 2^-127; with the largest only 1.5 and less are
 // finite.
 TEST_P(E8m0Test, TheSmallestAndTheLargestScalesArePowersOfTwo) {
   CodedCase gemm = make(40, 160, 40);
