@@ -1,4 +1,4 @@
-"""Layers whose weights stay as shipped, with PEFT's adapters: fused as on a GPU, here on the CPU."""
+"""Layers whose weights stay as shipped, with PEFT's adapters fused as on a GPU, here on the CPU."""
 
 from __future__ import annotations
 
