@@ -173,7 +173,7 @@ class LayerSource:
                 own = self._scales(arrays.get(f"scales{i}"), matrix)
                 codes = self._codes(arrays[f"codes{i}"], matrix)
                 unpack_weights(codes, own, self.weight_format, weights[:, side, at])
-                if scales is not None:
+                if scales is not None and own is not None:
                     scales[:, side, at] = own
         biases = [arrays.get(f"{projection}_bias") for projection in projections]
         bias = None

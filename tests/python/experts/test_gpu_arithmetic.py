@@ -127,7 +127,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "gelu_tanh": {"activation": "gelu_tanh"},
     "relu": {"activation": "relu"},
     "relu2 without gate": {"activation": "relu2", "has_gate": False},
-    "silu without gate": {"has_gate": False},
     "softcap": {"activation": "softcap_silu", "gate_limit": 0.9, "up_limit": 0.8},
 }
 

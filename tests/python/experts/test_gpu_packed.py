@@ -138,7 +138,7 @@ def test_every_code_and_extreme_scales(device: str) -> None:
     bytes_[bytes_ & 127 == 127] ^= 1
     eight, four = np.tile(bytes_, (32, 1)), np.tile(np.arange(256, dtype=np.uint8), (32, 1))
     rows = np.arange(32)
-    cases = {
+    cases: dict[str, tuple[np.ndarray, np.ndarray]] = {
         "fp8_channel": (eight, (2.0 ** (-128.0 + 6 * rows)).astype(np.float32)),
         "fp8": (eight, np.array([[2.0**-131, 3e4]], np.float32)),
         "mxfp4": (four, np.resize(np.array([0, 1, 2, 127, 250], np.uint8), (32, 16))),

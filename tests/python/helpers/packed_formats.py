@@ -139,7 +139,7 @@ def code_values(codes: np.ndarray, weight_format: str) -> np.ndarray:
     if is_fp8(weight_format):
         return e4m3(codes)
     if weight_format == "mxfp4":
-        return np.array([*E2M1, *(-v for v in E2M1)], np.float32)[codes]
+        return np.take(np.array([*E2M1, *(-v for v in E2M1)], np.float32), codes)
     return np.where(codes > 7, codes.astype(int) - 16, codes).astype(np.float32)
 
 
