@@ -309,7 +309,8 @@ class RmsNorm:
 
 class PackedLinear:
     """``DenseLinear`` with the weight in INT8, a scale per output, and inputs quantised row by row:
-    the numbers and the packed layout of the INT8 experts. LoRA stays bfloat16.
+    the numbers and the packed layout of the INT8 experts. LoRA stays bfloat16. ``of_codes``: in a
+    coded format, whose inputs stay bfloat16.
 
     A row's bits depend neither on the other rows nor on the number of threads; on a processor with
     AMX, the number of rows picks the kernel, and with LoRA the last bits.
@@ -319,6 +320,18 @@ class PackedLinear:
         """``weight`` [out_features, in_features], bfloat16, contiguous, in_features at most 65536:
         packed, without the GIL, and not kept. ``bias``: see ``DenseLinear``. ``ValueError`` for
         NaN and infinity too; ``RuntimeError``: the engine is closed."""
+
+    @staticmethod
+    def of_codes(
+        engine: Engine,
+        weight_format: WeightFormatName,
+        codes: Any,
+        scales: Any,
+        in_features: int,
+        bias: Any = None,
+    ) -> PackedLinear:
+        """Packs a weight [out_features, in_features] as checkpoints ship it, see
+        ``MoeLayer.load_coded_expert``. ``ValueError`` and ``RuntimeError`` as the constructor."""
 
     max_rank: int
     @property

@@ -22,7 +22,7 @@ class Codes:
 
     ``codes``: uint8 [n, k] (``fp8``, ``fp8_channel``: E4M3) or [n, k / 2] (column 2i in the low
     half; ``int4_g*``: two's complement, ``mxfp4``: E2M1). ``scales``: float32
-    [⌈n / 32⌉, ⌈k / 128⌉] (``fp8``), float32 [n] (``fp8_channel``), bfloat16 [n, k / group]
+    [⌈n / 32⌉, ⌈k / 128⌉] (``fp8``), float32 [n] (``fp8_channel``), bfloat16 [n, ⌈k / group⌉]
     (``int4_g*``), or uint8 [n, k / 32] (``mxfp4``: 2^(byte - 127)). Rows may be strided views.
     """
 
@@ -36,9 +36,9 @@ class Codes:
             return self
         times, rest = divmod(GROUPS[self.format], GROUPS[weight_format])
         assert not rest, (self.format, weight_format)
-        return replace(
-            self, format=weight_format, scales=self.scales.repeat_interleave(times, dim=1)
-        )
+        groups = -(-2 * self.codes.shape[1] // GROUPS[weight_format])
+        scales = self.scales.repeat_interleave(times, dim=1)[:, :groups]
+        return replace(self, format=weight_format, scales=scales)
 
     def split(self, spec: ExpertsSpec) -> dict[Projection, Codes]:
         """Returns the rows of an expert's first parameter by projection: views."""

@@ -80,7 +80,7 @@ def open_checkpoint(config: ModelConfig, *, experts_elsewhere: bool = False) -> 
     """Opens the tensors of the folder that ``config`` describes. ``CheckpointError``."""
     return Checkpoint(
         config.file.parent,
-        config.quantization.block,
+        config.quantization,
         config.weights,
         experts_elsewhere=experts_elsewhere,
     )

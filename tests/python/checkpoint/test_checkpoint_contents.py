@@ -345,18 +345,22 @@ _ONE = torch.tensor(1.0)
             {"weight_packed": _bytes(160, 48), "weight_global_scale": torch.ones(1)},
         ),
         (
-            "pack-quantized.*INT4 in groups of 32",
+            "zero points",
             {"weight_packed": _bytes(160, 12, dtype=_INT), "weight_scale": torch.ones(160, 3),
-             "weight_shape": _bytes(2, dtype=_INT)},
+             "weight_shape": _bytes(2, dtype=_INT),
+             "weight_zero_point": _bytes(20, 3, dtype=_INT)},
+        ),
+        (
+            "NVFP4.*compressed",
+            {"weight_packed": _bytes(160, 48), "weight_scale": _FP8[:, :6].clone()},
         ),
         ("static activation", {"weight": _FP8, "weight_scale": _ONE, "input_scale": _ONE}),
         ("INT8", {"weight": _bytes(160, 96, dtype=torch.int8), "weight_scale": torch.ones(160, 1)}),
         (
-            "GPTQ",
+            "asymmetric GPTQ",
             {"qweight": _bytes(12, 160, dtype=_INT), "scales": torch.ones(3, 160),
              "qzeros": _bytes(3, 20, dtype=_INT), "g_idx": _bytes(96, dtype=_INT)},
         ),
-        ("GPTQ", {"qweight": _bytes(12, 160, dtype=_INT), "scales": torch.ones(3, 160)}),
         (
             "AWQ",
             {"qweight": _bytes(96, 20, dtype=_INT), "scales": torch.ones(3, 160),
@@ -446,9 +450,9 @@ def test_experts_of_an_unread_scheme_with_kt_weight_path(model: Path) -> None:
             change[name] = None
             stem = name.removesuffix(".weight")
             change[f"{stem}.weight_packed"] = _bytes(len(weight), 12, dtype=_INT)
-            change[f"{stem}.weight_scale"] = torch.ones(len(weight), 3)
+            change[f"{stem}.weight_zero_point"] = torch.ones(len(weight), 3)
     edit_weights(model, change)
-    with pytest.raises(CheckpointError, match="pack-quantized"):
+    with pytest.raises(CheckpointError, match="zero points"):
         open_base(ModelArgs(model))
     base = open_base(ModelArgs(model), model / "kt")
     assert base.experts.weights == {}
