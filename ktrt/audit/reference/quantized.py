@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from ktrt.audit.reference.experts import to_bf16
 from ktrt.audit.reference.formats import e4m3, e8m0, fits, int4, mxfp4, nibbles, spread
 from ktrt.audit.reference.tensors import CannotVerifyError
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
     from ktrt.audit.reference.formats import Codes
     from ktrt.audit.reference.tensors import Float32, RawFile
+
+    _Rounding = Callable[[Float32], Float32]
 
 Family = Literal["", "fp8", "int4", "mxfp4"]
 
@@ -45,19 +48,21 @@ _ZEROS: dict[object, tuple[int, ...]] = {"gptq": (7,), "gptq_v2": (8,)}
 class Stored:
     """One tensor, plain or with its scales. ``read``: all of it, or one row of the first dimension,
     in float32. ``family``: the codes' kind; empty for plain numbers. ``spent``: names of its
-    tensors on disk besides its own."""
+    tensors on disk besides its own. ``read_packed``: the same with INT4's scales in BF16, as an
+    engine keeps them."""
 
     file: Path
     shape: tuple[int, ...]
     read: Callable[[int | None], Float32]
     family: Family = ""
     spent: tuple[str, ...] = ()
+    read_packed: Callable[[int | None], Float32] | None = None
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings that config.json alone knows: rows and columns of one FP8 scale, columns of one INT4 scale
-    (0: unknown), GPTQ's zero points on disk that mean 8."""
+    """Settings that config.json alone knows: rows and columns of one FP8 scale, columns of one INT4
+    scale (0: unknown), GPTQ's zero points on disk that mean 8."""
 
     block: tuple[int, int]
     group: int
@@ -79,6 +84,10 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
         next((int(size) for size in sizes if isinstance(size, int) and size > 0), 0),
         _ZEROS.get(claim.get("checkpoint_format"), (7, 8)),
     )
+
+
+def _unrounded(scales: Float32) -> Float32:
+    return scales
 
 
 class _Finder:
@@ -209,15 +218,17 @@ class _Finder:
         if not group:
             raise self._refused(name, f"compressed-tensors without scales [{rows}, groups]")
 
-        def read(row: int | None) -> Float32:
+        def read(row: int | None, rounded: _Rounding = _unrounded) -> Float32:
             if size in self._files and self._files[size].codes(size).tolist() != [rows, columns]:
                 raise self._refused(name, f"compressed-tensors, unlike [{rows}, {columns}]")
             values = int4(file.codes(name, row))[..., :columns]
             each = self._groups(index, columns, group)
-            return _checked(name, values * self._scales(scale, row)[..., each])
+            return _checked(name, values * rounded(self._scales(scale, row))[..., each])
 
         spent = tuple(each for each in (scale, size, index) if each in self._files)
-        return Stored(file.file, (rows, columns), read, "int4", (name, *spent))
+        return Stored(
+            file.file, (rows, columns), read, "int4", (name, *spent), lambda row: read(row, to_bf16)
+        )
 
     def _matrix(self, name: str, size: str) -> tuple[int, int]:
         """Returns rows and columns, which a matrix's first words of this shape tell."""
@@ -250,17 +261,19 @@ class _Finder:
         if stored_index != (columns,) or not size:
             raise self._refused(name, "GPTQ of other than 4 bits")
 
-        def read(row: int | None) -> Float32:
+        def read(row: int | None, rounded: _Rounding = _unrounded) -> Float32:
             points = nibbles(self._files[zeros].codes(zeros))[:, :rows]
             if not any(np.all(points == zero) for zero in self._settings.zeros):
                 raise self._refused(name, "GPTQ with zero points (not symmetric)")
             values = int4(file.codes(name).T)
-            factors = self._scales(scale)[self._groups(index, columns, size)].T
+            factors = rounded(self._scales(scale))[self._groups(index, columns, size)].T
             values = _checked(name, values * factors)
             return values if row is None else values[row]
 
         spent = tuple(each for each in (scale, zeros, index) if each in self._files)
-        return Stored(file.file, (rows, columns), read, "int4", (name, *spent))
+        return Stored(
+            file.file, (rows, columns), read, "int4", (name, *spent), lambda row: read(row, to_bf16)
+        )
 
     def _groups(self, index: str, columns: int, size: int) -> Codes:
         """Returns each column's group: as the file says (activation order), or in order."""

@@ -133,6 +133,10 @@ def test_symmetric_gptq(tmp_path: Path, version: int) -> None:
     flipped = ((codes - 8) * scales.float().T[:, order.flip(0).long()]).numpy()
     np.testing.assert_array_equal(read(tmp_path, tensors, settings), flipped)
     np.testing.assert_array_equal(read(tmp_path, tensors, GPTQ), flipped)
+    packed = RawCheckpoint(tmp_path)._tensors[W].read_packed
+    assert packed is not None
+    rounded = scales.bfloat16().float().T[:, order.flip(0).long()]
+    np.testing.assert_array_equal(packed(None), ((codes - 8) * rounded).numpy())
     other = {**settings, "checkpoint_format": "gptq" if version == 2 else "gptq_v2"}
     with pytest.raises(CannotVerifyError, match="GPTQ with zero points"):
         read(tmp_path, tensors, other)
