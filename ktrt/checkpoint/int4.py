@@ -130,6 +130,7 @@ class PackedInt4(Int4Tensor):
         )  # fmt: skip
 
     def _read_shape(self, name: str, codes: StoredTensor) -> tuple[int, int]:
+        check_dtype(self._shape, self._shape_name, ("I32", "I64"))
         found = self._shape.read().flatten().tolist() if self._shape.shape == (2,) else []
         n, words = codes.shape if len(codes.shape) == 2 else (0, 0)
         if len(found) != 2 or found[0] != n or words < 1 or found[1] < 1:
@@ -175,6 +176,7 @@ class GptqInt4(Int4Tensor):
         self._zeros, self._zeros_name = stored[f"{module}qzeros"], f"{module}qzeros"
         self._g_idx = stored.get(f"{module}g_idx")
         self._convention = claims.checkpoint_format
+        check_dtype(self._zeros, self._zeros_name, ("I32",))
         words, n = codes.shape if len(codes.shape) == 2 else (0, 0)
         self._check_bits(name, codes, n)
         super().__init__(name, codes, n, words * _PER_WORD, stored[scales])
