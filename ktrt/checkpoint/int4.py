@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ktrt.checkpoint.codes import GROUPS, Codes
-from ktrt.checkpoint.stored import FLOAT_DTYPES, QuantizedTensor, check_dtype
+from ktrt.checkpoint.stored import FLOAT_DTYPES, QuantizedTensor, check_dtype, scale_groups
 from ktrt.errors import CheckpointError
 from ktrt.folders.schemes import refusal
 
@@ -87,8 +87,8 @@ class Int4Tensor(QuantizedTensor):
     def read(self) -> torch.Tensor:
         pairs, k = self._read_pairs(), self.shape[1]
         codes = torch.stack([pairs & 0x0F, pairs >> 4], dim=-1).flatten(1)[:, :k]
-        scales = self._read_scales().float().repeat_interleave(self._group, dim=1)[:, :k]
-        return (codes.to(torch.float32) - 8) * scales
+        values = codes.to(torch.float32).sub_(8)
+        return scale_groups(values, self._read_scales().float(), self._group)
 
     def read_codes(self, row: int | None = None) -> Codes:
         assert row is None, "a matrix, not a stack"
