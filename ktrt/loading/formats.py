@@ -12,7 +12,7 @@ from ktrt.loading.inventory import EXPERTS
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from ktrt.checkpoint.folder import ExpertWeights
+    from ktrt.checkpoint.experts import ExpertWeights
     from ktrt.loading.experts import ExpertSource
     from ktrt.loading.inventory import Inventory
 
