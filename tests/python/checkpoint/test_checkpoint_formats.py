@@ -127,7 +127,7 @@ def logits(folder: Path, infer_dtype: Any = "float32") -> torch.Tensor:
     loaded = load_model(
         ModelArgs(folder, infer_dtype=infer_dtype),
         AdapterArgs(None),
-        ExpertArgs(kt_num_threads=1),
+        ExpertArgs("AMXBF16", kt_num_threads=1),
     )
     with torch.no_grad():
         result: torch.Tensor = loaded.model(token_ids(1, 24) % 96).logits
