@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 WeightFormat = Literal["float32", "bf16", "int8", "int4", "coded"]
 
+_CHUNK = 512  # groups
+
 
 @dataclass
 class Expert:
@@ -100,6 +102,37 @@ def _stored(weight: Float32, weight_format: WeightFormat) -> Float32:
 
 def _activations(x: Float32, weight_format: WeightFormat) -> Float32:
     return int8_rows(x) if weight_format in ("int8", "int4") else x
+
+
+def int4_groups(weight: Float32, group: int = 32) -> Float32:
+    """Quantises to codes −8 … 7 times one BF16 scale for each row and ``group`` of columns: the one
+    of ±max/d, d from 6.4 to 8.2 in 16 steps, with the least squared error."""
+    rows, columns = weight.shape
+    padded = np.zeros((rows, -(-columns // group) * group), np.float32)
+    padded[:, :columns] = to_bf16(weight)
+    groups = padded.reshape(-1, group)
+    for start in range(0, len(groups), _CHUNK):  # as much as a core's cache holds
+        groups[start : start + _CHUNK] = _searched(groups[start : start + _CHUNK])
+    return padded[:, :columns]
+
+
+def _searched(groups: Float32) -> Float32:
+    largest = np.abs(groups).max(axis=1, keepdims=True)
+    best, least = np.zeros_like(groups), np.full(len(groups), np.inf)
+    for step in range(17):
+        divisor = np.float32(6.4) + np.float32(1.8) * np.float32(step) / np.float32(16)
+        for sign in (np.float32(1), np.float32(-1)):
+            scale = to_bf16(sign * largest / divisor)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                values = np.rint(groups / scale)
+                np.clip(values, -8, 7, out=values)
+                values *= scale
+            off = (groups - values).astype(np.float64)
+            error = np.einsum("ij,ij->i", off, off)
+            better = error < least  # never for NaN, of a group of zeros
+            np.copyto(best, values, where=better[:, None])
+            np.copyto(least, error, where=better)
+    return best
 
 
 def int8_rows(rows: Float32) -> Float32:
