@@ -11,6 +11,7 @@ from helpers.tiny_models import LoraPlan, save_adapter, save_model
 from helpers.verify_cases import Backend, Folders, check
 
 from ktrt.audit.reference.experts import int4_groups
+from ktrt.audit.verify.probes import Limits, Outputs, Probe, compare
 from ktrt.checkpoint.folder import ExpertWeights
 
 if TYPE_CHECKING:
@@ -102,3 +103,18 @@ def test_a_small_adapter_is_still_seen(coded: Coded, tmp_path: Path, scheme: str
     (report,) = check((model, adapter), "auto")
     assert report.passed, report.failures
     assert report.checks[0].undecided <= report.checks[0].groups * 2 / 3
+
+
+def test_each_group_is_judged_by_the_kernel_that_ran() -> None:
+    """One expert ran on codes and scales, another on their products in BF16, as AMX does."""
+    rng = np.random.default_rng(0)
+    shape = (8, 32)
+    kernels = [tuple(rng.standard_normal(shape, np.float32) for _ in range(2)) for _ in range(2)]
+    (base, tuned), (other_base, other_tuned) = kernels
+    probe = Probe(base, np.zeros((8, 1), np.int64), base, {"a": slice(4), "b": slice(4, 8)})
+    wanted = Outputs((base, tuned), (base, tuned), ((other_base, other_tuned),))
+    limits = Limits(same=0.001, difference=0.03, noise=0.0003, float32=9.0)
+    mixed = tuple(np.concatenate([x[:4], y[4:]]) for x, y in zip(*kernels, strict=True))
+    assert compare("", probe, wanted, (mixed[0], mixed[1]), limits).failures == []
+    wrong = compare("", probe, wanted, (mixed[0], tuned), limits)
+    assert {text[-3:] for text in wrong.failures} == {"(b)"}
