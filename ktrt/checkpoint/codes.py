@@ -40,6 +40,14 @@ class Codes:
         scales = self.scales.repeat_interleave(times, dim=1)[:, :groups]
         return replace(self, format=weight_format, scales=scales)
 
+    def flipped(self) -> Codes:
+        """Returns the transpose of ``fp8`` in blocks of whole 128 x 128."""
+        assert self.format == "fp8", self.format
+        rows, columns = FP8_GRID
+        k = self.codes.shape[1]
+        scales = self.scales.T.repeat_interleave(columns // rows, dim=0)[: -(-k // rows)]
+        return Codes("fp8", self.codes.T.contiguous(), scales[:, :: columns // rows].contiguous())
+
     def to(self, device: torch.device) -> Codes:
         """Returns the same on another device."""
         return replace(self, codes=self.codes.to(device), scales=self.scales.to(device))
@@ -64,7 +72,12 @@ class Codes:
 
     def split(self, spec: ExpertsSpec) -> dict[Projection, Codes]:
         """Returns the rows of an expert's first parameter by projection: views."""
-        codes, scales = spec.split(self.codes, dim=0), spec.split(self.scales, dim=0)
+        codes = spec.split(self.codes, dim=0)
+        if self.format == "fp8" and spec.is_interleaved:
+            # Two strips of the joint rows hold one of gate and one of up.
+            scales = dict.fromkeys(codes, self.scales[::2])
+        else:
+            scales = spec.split(self.scales, dim=0)
         return {p: replace(self, codes=codes[p], scales=scales[p]) for p in codes}
 
 
@@ -76,12 +89,13 @@ def _nibbles(weight_format: str, device: torch.device) -> torch.Tensor:
     return torch.tensor([*range(8), *range(-8, 0)], dtype=torch.float32, device=device)
 
 
-def why_not_split(weight_format: str, spec: ExpertsSpec) -> str:
-    """Returns why a joint tensor of gate and up cannot be split in this format; empty if it can."""
+def why_not_split(weight_format: str, spec: ExpertsSpec, *, whole: bool) -> str:
+    """Returns why a joint tensor of gate and up cannot be split in this format; empty if it can.
+    ``whole``: FP8's blocks have multiples of 128 rows."""
     if weight_format != "fp8" or not spec.has_gate:
         return ""
     if spec.is_interleaved:
-        return "rows of gate and up alternate in blocks of FP8"
+        return "" if whole else "rows of gate and up alternate in small blocks of FP8"
     if spec.intermediate_size % FP8_GRID[0]:
         return (
             f"gate and up share a block of FP8: {spec.intermediate_size} rows each, not a multiple "

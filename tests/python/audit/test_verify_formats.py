@@ -12,7 +12,7 @@ from helpers.verify_cases import Backend, Folders, check
 
 from ktrt.audit.reference.experts import int4_groups
 from ktrt.audit.verify.probes import Limits, Outputs, Probe, compare
-from ktrt.checkpoint.folder import ExpertWeights
+from ktrt.checkpoint.experts import ExpertWeights
 
 if TYPE_CHECKING:
     from pathlib import Path
