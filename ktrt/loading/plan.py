@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from ktrt.adapter import BaseModel, plan_adapter
 from ktrt.checkpoint.config import read_model_config
 from ktrt.checkpoint.contents import check_contents, deepest_layer
-from ktrt.checkpoint.folder import Checkpoint, find_expert_weights, holds_experts
+from ktrt.checkpoint.experts import find_expert_weights, holds_experts
+from ktrt.checkpoint.folder import Checkpoint
 from ktrt.checkpoint.kt_files import KtWeights
 from ktrt.checkpoint.names import WeightNames
 from ktrt.checkpoint.skeleton import build_skeleton
