@@ -75,8 +75,8 @@ constexpr int kBf16TilesFrom = 2;
 constexpr int kInt8TilesFrom = 4;
 // Not measured yet: the tiles of INT4 have to be unpacked first, whatever the number of rows.
 constexpr int kInt4TilesFrom = 8;
-// Not measured either: unpacking to BF16 takes 2 (E2M1) to 4.5 cycles (INT4) per 64 bytes of BF16,
-// which AVX-512 has multiplied with as many rows in that time.
+// By coded_index(). Not measured either: unpacking 64 bytes of BF16 takes 2 (E2M1) to 4.5 cycles
+// (INT4); AVX-512 multiplies as many rows with them in that time.
 constexpr int kCodedTilesFrom[kNumCodedFormats] = {4, 4, 6, 6, 6, 4};
 
 GemmChoice choose(const GemmKernel* few, const GemmKernel* tiles, int tiles_from) {
@@ -145,8 +145,8 @@ KernelTable select_kernels(Isa level, const CpuFeatures& f) {
       choose(first_that_runs(gemm_int4, level), amx ? &gemm_int4_amx : nullptr, kInt4TilesFrom);
   for (const WeightFormat format : kWeightFormats) {
     if (!is_coded(format)) continue;
-    const GemmKernel* few = first_that_runs(gemm_coded, level) + coded_index(format);
     const int index = coded_index(format);
+    const GemmKernel* few = first_that_runs(gemm_coded, level) + index;
     table.gemm(format) =
         choose(few, amx ? &gemm_coded_amx[index] : nullptr, kCodedTilesFrom[index]);
   }

@@ -1,9 +1,10 @@
-// GEMM of coded formats on AMX tiles: the codes of a k-block become BF16 tiles in the L1 cache, with
-// which the BF16 GEMM goes on.
+// GEMM of coded formats on AMX tiles: the codes of a k-block become BF16 tiles in the L1 cache,
+// with which the BF16 GEMM goes on.
 //
 // Two k-blocks of half the usual size share that memory: while all rows multiply one, the next one
-// is unpacked, evenly over the multiplications. Unpacking a tile takes 60 (E2M1) to 140 cycles (INT4),
-// which two pairs of A tiles hide; interleaved with the first pair's 64 alone it would not be.
+// is unpacked, evenly over the multiplications. Unpacking a tile takes 60 (E2M1) to 140 cycles
+// (INT4), which two pairs of A tiles hide; interleaved with the first pair's 64 alone it would not
+// be.
 #pragma once
 
 #include "kernels/amx/scaled_sums.h"
@@ -52,7 +53,8 @@ class UnpackedTiles {
     int target = done_;
     for (; due_ >= steps_; due_ -= steps_) ++target;
     if (pass == 0 && target < 2 * (first_ + index + 2)) target = 2 * (first_ + index + 2);
-    unpack_until(target < end_ ? target : end_);
+    if (target > end_) target = end_;
+    if (done_ < target) unpack_until(target);
   }
   const uint8_t* tile(int index) const { return slot(first_ + index); }
 
@@ -66,7 +68,8 @@ class UnpackedTiles {
     return tiles_ + static_cast<int64_t>(tile % kMaxBlockTiles) * kTileSize;
   }
 
-  void unpack_until(int halves) {
+  // Out of line: inlined at all its calls, the code would not stay in the instruction cache.
+  __attribute__((noinline)) void unpack_until(int halves) {
     for (; done_ < halves; ++done_) unpack_half(done_ / 2, done_ % 2);
   }
 
