@@ -88,7 +88,7 @@ inline __m512i twice(int side) {
   return side == 0 ? first : _mm512_or_si512(first, _mm512_set1_epi32(8));
 }
 
-// Of nibble j of a word: its lowest bit, and e such that this bit of 2^e's mantissa is 1.
+// Lowest bit of nibble j of a word, and e such that this bit of 2^e's mantissa is 1.
 constexpr int nibble_bit(int j) { return 7 + 4 * j; }
 constexpr int nibble_exponent(int j) { return 23 - nibble_bit(j); }
 
@@ -163,7 +163,7 @@ struct alignas(64) E2m1Words {
   int16_t of[32];
 };
 constexpr int kLargestE8m0 = 252;  // 6 · 2^(252 − 127) is below infinity
-// Exponents and mantissas of 0, 0.5, 1, 1.5, 2, 3, 4 and 6 in BF16, from those of 1 on.
+// Exponents and mantissas of 0, 0.5, 1, 1.5, 2, 3, 4 and 6 in BF16, from 1 on.
 constexpr int kE2m1Magnitudes[8] = {0, -1 << 7, 0, 1 << 6, 1 << 7, 3 << 6, 2 << 7, 5 << 6};
 
 // BF16 words of code · 2^(kLargestE8m0 − 127), −32768 (which is −0) for zero; twice, as an index
