@@ -227,6 +227,8 @@ class Scheduler(Callers):
             self._pace.allowance(streams=streams),
             must=not rows or late,
             whole=not self._pool.continues,
+            # Where sequences run one after the other, bits depend on a chunk's borders.
+            alike=self.limits.reproducible and not self._runner.mixes,
         )
         for request, _ in parts:
             request.served = now
