@@ -16,7 +16,9 @@ from typing import Any, Literal, TypeAlias
 __version__: str
 
 # Not in the module.
-WeightFormatName: TypeAlias = Literal["bf16", "int8", "int4"]
+WeightFormatName: TypeAlias = Literal[
+    "bf16", "int8", "int4", "fp8", "fp8_channel", "int4_g32", "int4_g64", "int4_g128", "mxfp4"
+]
 
 class Engine:
     """A pool of pinned threads and the scratch memory that the layers of one model share.
@@ -414,17 +416,18 @@ class PackedMatrix:
         """Bytes from the start of an expert's codes."""
 
     @property
-    def row_offset(self) -> int:
+    def scale_offset(self) -> int:
         """Numbers from the start of an expert's scales."""
 
 class PackedPart:
     """One part of a layer's packed experts: ``codes`` is [num_experts, expert_code_bytes] bytes,
-    ``scales`` [num_experts, expert_rows] float32 (None for bf16)."""
+    ``scales`` [num_experts, expert_scales] float32 (None where the format has none outside of the
+    codes' tiles)."""
 
     @property
     def expert_code_bytes(self) -> int: ...
     @property
-    def expert_rows(self) -> int: ...
+    def expert_scales(self) -> int: ...
     @property
     def codes(self) -> PackedMemory: ...
     @property
@@ -557,6 +560,19 @@ class MoeLayer:
         """Loads one expert from kt_kernel's packed matrices, each as (codes uint8 [bytes], scales
         float32 [rows]): gate and up in shards of equally many rows, down in ``down_slices`` slices
         of columns. Bytes are copied unchanged. Runs without the GIL, on the pool."""
+
+    def load_coded_expert(
+        self,
+        expert: int,
+        gate: tuple[Any, Any] | None,
+        up: tuple[Any, Any],
+        down: tuple[Any, Any],
+    ) -> None:
+        """Loads one expert of a coded format from matrices [n, k] as checkpoints ship them, each
+        (codes, scales), packed without a rounding. Codes: uint8 [n, k] (FP8) or [n, k / 2], the
+        first column in the low half. Scales: fp8 float32 [n / 32, k / 128] (rounded up),
+        fp8_channel float32 [n], int4_g* bfloat16 [n, k / group], mxfp4 uint8 [n, k / 32].
+        ``ValueError``: shapes, dtypes, NaN codes, scales that are not finite."""
 
     @property
     def image_bytes(self) -> list[int]:
@@ -791,8 +807,8 @@ def arithmetic_rate(name: str, seconds: float) -> float:
 
 class WeightFormat:
     """A format of packed weights: codes of ``bits`` bits, in blocks of ``block_rows`` ×
-    ``block_columns`` and tiles of 32 × ``tile_columns``. Every output row has ``scale_bytes`` (a
-    float32, or 0) and ``sum_bytes`` (for the sum of its codes)."""
+    ``block_columns`` and tiles of 32 × ``tile_columns``, whose codes ``tile_scale_bytes`` of scales
+    may follow. ``coded``: as checkpoints ship it (csrc/layout/coded.h)."""
 
     @property
     def name(self) -> WeightFormatName: ...
@@ -807,15 +823,31 @@ class WeightFormat:
     @property
     def bits(self) -> int: ...
     @property
-    def scale_bytes(self) -> int: ...
+    def quantizes_rows(self) -> bool:
+        """Whether activations are multiplied as INT8 codes."""
+
     @property
-    def sum_bytes(self) -> int: ...
+    def coded(self) -> bool: ...
+    @property
+    def group(self) -> int:
+        """Columns of one scale; 0: of all of a row, or none."""
+
+    @property
+    def tile_scale_bytes(self) -> int: ...
     @property
     def block_rows(self) -> int: ...
     @property
     def block_columns(self) -> int: ...
     @property
     def tile_columns(self) -> int: ...
+    def code_bytes(self, rows: int, columns: int) -> int:
+        """Returns the bytes of a packed matrix's tiles, padding included."""
+
+    def scale_bytes(self, rows: int, columns: int) -> int:
+        """Returns the bytes of its scales outside of the tiles."""
+
+    def sum_bytes(self, rows: int, columns: int) -> int:
+        """Returns the bytes of its rows' sums of codes, which are in addition to packed_bytes."""
 
 def weight_formats() -> list[WeightFormat]:
     """Returns the engine's weight formats."""

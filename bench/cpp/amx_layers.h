@@ -33,7 +33,7 @@ struct Peaks {
   double one[2] = {1e12, 1e12};  // BF16, integers: FLOP/s of one core
   // Measured by the call, in FLOP/s of all threads together.
   std::function<double(bool int8)> all_now = [](bool) { return 16e12; };
-  double one_of(WeightFormat format) const { return one[is_quantized(format)]; }
+  double one_of(WeightFormat format) const { return one[quantizes_rows(format)]; }
 };
 
 class Layers {
@@ -95,7 +95,7 @@ class Layers {
     double distinct = 0;
     while (times.size() < 5 || (now() < end && times.size() < 1000)) {
       const std::vector<std::int64_t> ids = random_ids(qlen, distinct);
-      peak_rates.push_back(peaks.all_now(is_quantized(format_)));
+      peak_rates.push_back(peaks.all_now(quantizes_rows(format_)));
       const double start = now();
       layers_[times.size() % layers_.size()]->forward(
           view(x_.data(), DType::kBfloat16, {qlen, kHidden}),

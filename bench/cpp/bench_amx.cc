@@ -171,7 +171,7 @@ struct StripCase {
       : rows(rows_),
         matrices(matrices_),
         layout(format, kIntermediate, kHidden),
-        stride(layout.padded_k() * (is_quantized(format) ? 1 : 2) + 64),
+        stride(layout.padded_k() * (quantizes_rows(format) ? 1 : 2) + 64),
         w(layout.code_bytes() * static_cast<std::size_t>(matrices_)),
         a(static_cast<std::size_t>(stride) * static_cast<std::size_t>(rows_ + 64)),
         c(static_cast<std::size_t>(rows_ + 64) * 128),
@@ -257,7 +257,7 @@ void strips(const Peaks& peaks) {
   const bool amx = cpu_features().amx;
   std::printf(
       "\nstrips on one core (k 2048); L2 r8: with LoRA; memory: weights never in a cache\n");
-  for (const WeightFormat format : kWeightFormats) {
+  for (const WeightFormat format : kKtFormats) {
     const GemmChoice gemm = gemm_of(format);
     for (const int rows : {1, 2, 4, 6, 8, 12, 16, 32, 48, 64, 96, 128, 192, 256}) {
       if (!amx && rows > 48) continue;
@@ -319,7 +319,7 @@ void run(const Options& options) {
     one.join();
   }
   if (!options.wants("layer")) return;
-  for (const WeightFormat format : kWeightFormats) {
+  for (const WeightFormat format : kKtFormats) {
     if (!options.wants_value("bits", traits_of(format).bits)) continue;
     Layers layers(format, cpus, options.value("experts"), options.value("layers"), options.seconds);
     layers.print_probe();

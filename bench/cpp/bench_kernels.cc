@@ -37,7 +37,7 @@ void gemm(benchmark::State& state, const GemmKernel* kernel, WeightFormat format
   const int rows = static_cast<int>(state.range(0));
   const int rank = static_cast<int>(state.range(1));
   const PackedLayout layout(format, kN, kK);
-  const int value_bytes = is_quantized(format) ? 1 : 2;
+  const int value_bytes = quantizes_rows(format) ? 1 : 2;
   const std::int64_t stride = layout.padded_k() * value_bytes + 64;
   const auto count = static_cast<std::size_t>(rows);
   const Array<std::uint8_t> w(layout.code_bytes());

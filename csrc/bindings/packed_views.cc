@@ -32,12 +32,12 @@ struct PackedMatrixView {
   int columns = 0;
   int first_row = 0;
   std::size_t code_offset = 0;
-  std::size_t row_offset = 0;
+  std::size_t scale_offset = 0;
 };
 
 struct PackedPart {
   std::size_t expert_code_bytes = 0;
-  std::size_t expert_rows = 0;
+  std::size_t expert_scales = 0;
   std::optional<PackedMemory> codes;
   std::optional<PackedMemory> scales;
   PackedMatrixView matrices[kProjections];
@@ -65,17 +65,17 @@ PackedPart view_part(const std::shared_ptr<const ExpertWeights>& weights, int in
   const ExpertWeights::Part& part = weights->part(index);
   PackedPart view;
   view.expert_code_bytes = part.expert_code_bytes;
-  view.expert_rows = part.expert_rows;
+  view.expert_scales = part.expert_scales;
   const auto experts = static_cast<std::size_t>(weights->shape().num_experts);
   view.codes = PackedMemory{weights, part.base(), experts * part.expert_code_bytes};
   if (part.scales_offset > 0) {
     view.scales = PackedMemory{weights, part.base() + part.scales_offset,
-                               experts * part.expert_rows * sizeof(float)};
+                               experts * part.expert_scales * sizeof(float)};
   }
   for (std::size_t p = 0; p < kProjections; ++p) {
     const int first = weights->first_strip(static_cast<Projection>(p), index) * kStripRows;
     view.matrices[p] = {part.layouts[p].n(), part.layouts[p].k(), first, part.code_offset[p],
-                        part.row_offset[p]};
+                        part.scale_offset[p]};
   }
   return view;
 }
@@ -114,10 +114,10 @@ void register_packed_views(py::module_& module) {
       .def_readonly("columns", &PackedMatrixView::columns)
       .def_readonly("first_row", &PackedMatrixView::first_row)
       .def_readonly("code_offset", &PackedMatrixView::code_offset)
-      .def_readonly("row_offset", &PackedMatrixView::row_offset);
+      .def_readonly("scale_offset", &PackedMatrixView::scale_offset);
   py::class_<PackedPart>(module, "PackedPart")
       .def_readonly("expert_code_bytes", &PackedPart::expert_code_bytes)
-      .def_readonly("expert_rows", &PackedPart::expert_rows)
+      .def_readonly("expert_scales", &PackedPart::expert_scales)
       .def_readonly("codes", &PackedPart::codes)
       .def_readonly("scales", &PackedPart::scales)
       .def_property_readonly("gate", &matrix<0>)

@@ -59,17 +59,33 @@ double arithmetic_rate(const std::string& name, double seconds) {
   return 0;
 }
 
+// A matrix's sizes as packed. Throws std::invalid_argument for sizes that no matrix has.
+template <std::size_t (PackedLayout::*kSize)() const>
+std::size_t with_layout(const FormatTraits& traits, int rows, int columns) {
+  constexpr int kMost = 1 << 30;
+  KTRT_CHECK(rows >= 1 && rows <= kMost && columns >= 1 && columns <= kMost,
+             "the matrix is " << rows << " x " << columns << ", expected sizes from 1 to 2^30");
+  return (PackedLayout(traits.format, rows, columns).*kSize)();
+}
+
 void register_formats(py::module_& module) {
   py::class_<FormatTraits>(module, "WeightFormat")
       .def_readonly("name", &FormatTraits::name)
       .def_readonly("kt_backend", &FormatTraits::kt_backend)
       .def_readonly("kernel_family", &FormatTraits::gemm_family)
       .def_readonly("bits", &FormatTraits::bits)
-      .def_property_readonly("scale_bytes", &FormatTraits::scale_bytes)
-      .def_property_readonly("sum_bytes", &FormatTraits::sum_bytes)
+      .def_property_readonly("quantizes_rows", &FormatTraits::quantizes_rows)
+      .def_property_readonly("coded", [](const FormatTraits& t) { return is_coded(t.format); })
+      .def_readonly("group", &FormatTraits::group)
+      .def_readonly("tile_scale_bytes", &FormatTraits::tile_scale_bytes)
       .def_readonly("block_rows", &FormatTraits::block_rows)
       .def_readonly("block_columns", &FormatTraits::block_k)
-      .def_readonly("tile_columns", &FormatTraits::tile_k);
+      .def_readonly("tile_columns", &FormatTraits::tile_k)
+      .def("code_bytes", with_layout<&PackedLayout::code_bytes>, py::arg("rows"),
+           py::arg("columns"))
+      .def("scale_bytes", with_layout<&PackedLayout::scale_bytes>, py::arg("rows"),
+           py::arg("columns"))
+      .def("sum_bytes", with_layout<&PackedLayout::sum_bytes>, py::arg("rows"), py::arg("columns"));
   module.def(
       "weight_formats",
       [] {

@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include <cerrno>
+#include <optional>
 #include <string>
 #include <system_error>
 #include <utility>
@@ -49,6 +50,32 @@ void load_packed_expert(MoeLayer& layer, int expert, const ShardList& gate, cons
   layer.experts().load_packed_expert(expert, g.shards(), u.shards(), d.shards());
 }
 
+// One matrix's codes and scales, kept alive while they are packed.
+class CodedArg {
+ public:
+  CodedArg(const std::pair<py::object, py::object>& arrays, const char* projection)
+      : codes_(arrays.first, (std::string(projection) + " codes").c_str()),
+        scales_(arrays.second, (std::string(projection) + " scales").c_str()) {}
+  CodedSource source() const { return {codes_.view(), scales_.view()}; }
+
+ private:
+  TensorArg codes_;
+  TensorArg scales_;
+};
+
+using CodedPair = std::pair<py::object, py::object>;
+
+void load_coded_expert(MoeLayer& layer, int expert, const std::optional<CodedPair>& gate,
+                       const CodedPair& up, const CodedPair& down) {
+  std::optional<CodedArg> g;
+  if (gate) g.emplace(*gate, "gate");
+  const CodedArg u(up, "up");
+  const CodedArg d(down, "down");
+  const py::gil_scoped_release release;
+  layer.experts().load_coded_expert(
+      expert, g ? std::optional<CodedSource>(g->source()) : std::nullopt, u.source(), d.source());
+}
+
 // Errors of the operating system become OSError, with their number.
 template <class F>
 auto with_os_errors(F f) {
@@ -78,6 +105,8 @@ bool use_images(MoeLayer& layer, const std::vector<int>& fds,
 void register_packed(py::module_& module, py::class_<MoeLayer, std::shared_ptr<MoeLayer>>& layer) {
   layer
       .def("load_packed_expert", &load_packed_expert, py::arg("expert"), py::arg("gate"),
+           py::arg("up"), py::arg("down"))
+      .def("load_coded_expert", &load_coded_expert, py::arg("expert"), py::arg("gate"),
            py::arg("up"), py::arg("down"))
       .def_property_readonly("image_bytes",
                              [](const MoeLayer& l) { return l.experts().image_bytes(); })

@@ -41,13 +41,16 @@ struct GemmArgs : ExpandArgs {
   const uint8_t* a;
   int64_t a_stride;      // bytes of a row, or of tile_rows rows
   int tile_rows;         // GemmKernel::tile_rows(rows); 1 is row-major
-  const float* a_scale;  // [rows]; null for BF16
+  const float* a_scale;  // [rows]; null for BF16 rows
 
-  const uint8_t* w_block;  // the n-block that holds the strip
-  int block_rows;          // rows of that n-block
-  int row_in_block;        // first row of the strip in it
-  int k;                   // padded
-  const float* w_scale;    // [32] of this strip; null for BF16
+  // The n-block that holds the strip; of coded formats (layout/coded.h) the strip's first tile.
+  const uint8_t* w_block;
+  int block_rows;    // rows of that n-block
+  int row_in_block;  // first row of the strip in it
+  int k;             // padded
+  // [32] of this strip; FP8 in blocks: one for 128 columns each. Null for none outside of the
+  // tiles.
+  const float* w_scale;
   const int32_t* w_sum;  // [32] of this strip: Σ_k of its codes (INT4: of 16 · code); null for BF16
   const uint8_t* next;  // read after this strip: to be prefetched; may be null
   bool cold_rows;       // A may come from memory: worth prefetching

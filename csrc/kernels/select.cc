@@ -2,6 +2,8 @@
 
 #include <array>
 
+#include "layout/format_traits.h"
+
 namespace ktrt {
 
 // One constant table per ISA file.
@@ -23,6 +25,8 @@ extern const GemmKernel gemm_int4_avx512_vnni;
 extern const GemmKernel gemm_int4_avx512_bf16;
 extern const GemmKernel gemm_int4_amx;
 extern const GemmKernel gemm_int4_amx_emulated;
+// By coded_index().
+extern const GemmKernel gemm_coded_portable[kNumCodedFormats];
 extern const ShrinkKernel lora_shrink_portable;
 extern const ShrinkKernel lora_shrink_avx2;
 extern const ShrinkKernel lora_shrink_avx512_bf16;
@@ -93,6 +97,9 @@ KernelTable select_kernels(Isa level, const CpuFeatures& f) {
       {&gemm_int4_avx2, Isa::kAvx2, f.avx2},
       {&gemm_int4_portable, Isa::kPortable, true},
   }};
+  const std::array<Variant<GemmKernel>, 1> gemm_coded = {{
+      {gemm_coded_portable, Isa::kPortable, true},
+  }};
   const std::array<Variant<ShrinkKernel>, 3> lora_shrink = {{
       {&lora_shrink_avx512_bf16, Isa::kAvx512, f.avx512_bf16},
       {&lora_shrink_avx2, Isa::kAvx2, f.avx2},
@@ -127,6 +134,11 @@ KernelTable select_kernels(Isa level, const CpuFeatures& f) {
       choose(first_that_runs(gemm_int8, level), amx ? &gemm_int8_amx : nullptr, kInt8TilesFrom);
   table.gemm(WeightFormat::kInt4) =
       choose(first_that_runs(gemm_int4, level), amx ? &gemm_int4_amx : nullptr, kInt4TilesFrom);
+  for (const WeightFormat format : kWeightFormats) {
+    if (!is_coded(format)) continue;
+    const GemmKernel* few = first_that_runs(gemm_coded, level) + coded_index(format);
+    table.gemm(format) = choose(few, nullptr, 0);
+  }
   table.lora_shrink = first_that_runs(lora_shrink, level);
   table.lora_shrink_tiles = amx ? &lora_shrink_amx : nullptr;
   table.elementwise = first_that_runs(elementwise, level);
@@ -142,8 +154,8 @@ KernelTable fixed(KernelTable table) {
   if (table.lora_shrink_tiles == nullptr) return table;
   for (int i = 0; i < kNumWeightFormats; ++i) {
     GemmChoice& gemm = table.gemms[i];
-    gemm.many = gemm.many->fixed;
-    if (static_cast<WeightFormat>(i) == WeightFormat::kBf16) gemm = {gemm.many, gemm.many, 0};
+    if (gemm.many->fixed != nullptr) gemm.many = gemm.many->fixed;
+    if (!quantizes_rows(static_cast<WeightFormat>(i))) gemm = {gemm.many, gemm.many, 0};
   }
   // It reads rows in either order.
   table.lora_shrink = table.lora_shrink_tiles;
@@ -151,8 +163,9 @@ KernelTable fixed(KernelTable table) {
 }
 
 const GemmKernel& emulated_amx_gemm(WeightFormat format) {
-  static constexpr const GemmKernel* kKernels[kNumWeightFormats] = {
-      &gemm_bf16_amx_emulated, &gemm_int8_amx_emulated, &gemm_int4_amx_emulated};
+  if (is_coded(format)) return gemm_coded_portable[coded_index(format)];
+  static constexpr const GemmKernel* kKernels[] = {&gemm_bf16_amx_emulated, &gemm_int8_amx_emulated,
+                                                   &gemm_int4_amx_emulated};
   return *kKernels[static_cast<int>(format)];
 }
 

@@ -4,6 +4,8 @@
 #include <cstring>
 #include <vector>
 
+#include "layout/coded.h"
+
 namespace ktrt {
 
 namespace {
@@ -66,6 +68,7 @@ void row_to_bf16(const std::byte* row, DType dtype, int count, bf16_t* out) {
 }
 
 bool pack_strip(const TensorView& w, const PackedMatrix& packed, int strip) {
+  if (is_coded(packed.layout.format())) return encode_coded_strip(w, packed, strip);
   const PackedLayout& layout = packed.layout;
   const std::size_t stride = row_stride(layout);
   std::vector<std::uint8_t> rows(kStripRows * stride, 0);
@@ -99,6 +102,11 @@ void unpack(const PackedMatrix& packed, float* out) {
   const std::size_t stride = row_stride(layout);
   std::vector<std::uint8_t> rows(kStripRows * stride);
   for (int strip = 0; strip < layout.strips(); ++strip) {
+    if (is_coded(layout.format())) {
+      decode_coded_strip(packed, strip, out + std::int64_t{strip} * kStripRows * layout.k(),
+                         layout.k());
+      continue;
+    }
     for_each_word(layout, strip, [&](std::size_t from, std::size_t to) {
       std::memcpy(rows.data() + to, packed.codes + from, 4);
     });

@@ -9,13 +9,14 @@
 
 namespace ktrt {
 
-// Where one packed matrix lives. `scales` and `sums` are null for formats without scales.
+// Where one packed matrix lives. `scales` is null for formats without scales outside of the tiles,
+// `sums` where rows of activations are not quantised.
 struct PackedMatrix {
   PackedLayout layout;
   std::uint8_t* codes = nullptr;  // layout.code_bytes()
-  float* scales = nullptr;        // [padded_n]: weight = scale · code, INT4: scale · 16 · code
-  std::int32_t* sums = nullptr;   // [padded_n]: sum of the row's codes (INT4: of 16 · code), for
-                                  // unsigned activations
+  float* scales = nullptr;  // layout.scales(): weight = scale · code, INT4: scale · 16 · code
+  std::int32_t* sums = nullptr;  // [padded_n]: sum of the row's codes (INT4: of 16 · code), for
+                                 // unsigned activations
 };
 
 // Packs rows [32·strip, 32·strip + 32) of w [n, k] (float32, float16 or bfloat16; rounded to

@@ -8,6 +8,9 @@
 // Checked byte for byte against kt_kernel by tests/python/test_golden_packing.py.
 //
 // kt_kernel refuses sizes that do not fill its strips and tiles; here they are padded with zeros.
+//
+// Coded formats (layout/coded.h) have the strips and tiles in the same order, without n-blocks and
+// k-blocks, and their own order inside a tile, whose scales may follow its codes.
 #pragma once
 
 #include <cstddef>
@@ -40,16 +43,43 @@ class PackedLayout {
   int padded_n() const { return padded_n_; }
   int padded_k() const { return padded_k_; }
   int strips() const { return padded_n_ / kStripRows; }
-  std::size_t code_bytes() const { return rows_of(static_cast<std::size_t>(row_bytes())); }
-  std::size_t scale_bytes() const { return rows_of(traits_->scale_bytes()); }
-  std::size_t sum_bytes() const { return rows_of(traits_->sum_bytes()); }
-  // Bytes of one row over the padded k.
+  int tiles() const { return padded_k_ / traits_->tile_k; }
+  // Bytes of the tiles, with the scales that they hold.
+  std::size_t code_bytes() const {
+    return static_cast<std::size_t>(strips()) * static_cast<std::size_t>(tiles()) * tile_bytes();
+  }
+  std::size_t tile_bytes() const {
+    return static_cast<std::size_t>(kTileBytes + traits_->tile_scale_bytes);
+  }
+  // Float32 scales outside of the tiles.
+  std::size_t scales() const {
+    return static_cast<std::size_t>(strips()) * static_cast<std::size_t>(strip_scales());
+  }
+  int strip_scales() const {
+    switch (traits_->scale) {
+      case ScaleKind::kPerRow:
+      case ScaleKind::kPerChannel:
+        return kStripRows;
+      case ScaleKind::kPerBlock:
+        return (k_ + kBlockColumns - 1) / kBlockColumns;
+      default:
+        return 0;
+    }
+  }
+  std::size_t scale_bytes() const { return scales() * sizeof(float); }
+  // Sums of the rows' codes.
+  std::size_t sums() const {
+    return traits_->quantizes_rows() ? static_cast<std::size_t>(padded_n_) : 0;
+  }
+  std::size_t sum_bytes() const { return sums() * sizeof(std::int32_t); }
+  // Bytes of one row's codes over the padded k.
   int row_bytes() const { return padded_k_ * traits_->bits / 8; }
   const FormatTraits& traits() const { return *traits_; }
 
   // Byte offset of the n-block that holds `strip`, and the rows of that block.
   std::size_t block_offset(int strip) const {
-    return static_cast<std::size_t>(block_start(strip)) * static_cast<std::size_t>(row_bytes());
+    return static_cast<std::size_t>(block_start(strip) / kStripRows) *
+           static_cast<std::size_t>(tiles()) * tile_bytes();
   }
   int block_rows(int strip) const {
     const int rest = padded_n_ - block_start(strip);
@@ -62,9 +92,6 @@ class PackedLayout {
   std::size_t tile_offset(int strip, int k0) const;
 
  private:
-  std::size_t rows_of(std::size_t bytes) const {
-    return static_cast<std::size_t>(padded_n_) * bytes;
-  }
   int block_start(int strip) const {
     return strip * kStripRows / traits_->block_rows * traits_->block_rows;
   }

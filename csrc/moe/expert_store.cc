@@ -22,9 +22,7 @@ void ExpertStore::release() {
 void ExpertStore::load_expert(int expert, const std::optional<TensorView>& gate,
                               const TensorView& up, const TensorView& down) {
   check_expert(expert);
-  KTRT_CHECK(gate.has_value() == shape_.has_gate, "gate is " << (gate ? "given" : "missing")
-                                                             << ", but the experts have "
-                                                             << (shape_.has_gate ? "one" : "none"));
+  check_gate(gate.has_value());
   if (gate) {
     gate->expect_float();
     gate->expect_shape({shape_.intermediate_size, shape_.hidden_size});
@@ -42,16 +40,40 @@ void ExpertStore::load_expert(int expert, const std::optional<TensorView>& gate,
   weights_->set_loaded(expert, true);
 }
 
+void ExpertStore::load_coded_expert(int expert, const std::optional<CodedSource>& gate,
+                                    const CodedSource& up, const CodedSource& down) {
+  check_expert(expert);
+  check_gate(gate.has_value());
+  if (gate) check_coded(*gate, format_, shape_.intermediate_size, shape_.hidden_size);
+  check_coded(up, format_, shape_.intermediate_size, shape_.hidden_size);
+  check_coded(down, format_, shape_.hidden_size, shape_.intermediate_size);
+
+  const auto lease = engine_->lease();
+  weights_->allocate();
+  weights_->set_loaded(expert, false);
+  if (gate) pack_coded(lease.pool(), expert, Projection::kGate, *gate);
+  pack_coded(lease.pool(), expert, Projection::kUp, up);
+  pack_coded(lease.pool(), expert, Projection::kDown, down);
+  weights_->set_loaded(expert, true);
+}
+
+void ExpertStore::check_gate(bool given) const {
+  KTRT_CHECK(given == shape_.has_gate, "gate is " << (given ? "given" : "missing")
+                                                  << ", but the experts have "
+                                                  << (shape_.has_gate ? "one" : "none"));
+}
+
 void ExpertStore::check_expert(int expert) const {
   KTRT_CHECK(expert >= 0 && expert < shape_.num_experts,
              "expert is " << expert << ", expected 0 to " << shape_.num_experts - 1);
 }
 
 // Every thread packs strips of its home part, so that their pages lie on its NUMA node.
-void ExpertStore::pack(ThreadPool& pool, int expert, Projection projection,
-                       const TensorView& source) {
+template <class Pack>
+bool ExpertStore::for_each_strip(ThreadPool& pool, int expert, Projection projection,
+                                 const Pack& pack) {
   std::vector<std::atomic<int>> next(static_cast<std::size_t>(weights_->parts()));
-  std::atomic<bool> finite{true};
+  std::atomic<bool> good{true};
   pool.run([&](int thread) {
     const int part = engine_->home()[static_cast<std::size_t>(thread)];
     const PackedLayout layout = weights_->matrix(expert, projection, part).layout;
@@ -59,16 +81,37 @@ void ExpertStore::pack(ThreadPool& pool, int expert, Projection projection,
     std::atomic<int>& claim = next[static_cast<std::size_t>(part)];
     for (int s = claim++; s < layout.strips(); s = claim++) {
       for (int slice = 0; slice < weights_->slices(projection); ++slice) {
-        TensorView rows = source;
-        rows.data = source.mutable_row(first_row) +
-                    static_cast<std::size_t>(slice * layout.k()) * size_of(source.dtype);
         const PackedMatrix matrix = weights_->matrix(expert, projection, part, slice);
-        if (!pack_strip(rows, matrix, s)) finite.store(false, std::memory_order_relaxed);
+        if (!pack(matrix, s, first_row, slice)) good.store(false, std::memory_order_relaxed);
       }
     }
   });
-  KTRT_CHECK(finite.load(), source.name << " of expert " << expert
-                                        << " holds NaN or infinity; the weights are damaged");
+  return good.load();
+}
+
+void ExpertStore::pack(ThreadPool& pool, int expert, Projection projection,
+                       const TensorView& source) {
+  const bool finite = for_each_strip(
+      pool, expert, projection,
+      [&](const PackedMatrix& matrix, int strip, int first_row, int slice) {
+        TensorView rows = source;
+        rows.data = source.mutable_row(first_row) +
+                    static_cast<std::size_t>(slice * matrix.layout.k()) * size_of(source.dtype);
+        return pack_strip(rows, matrix, strip);
+      });
+  KTRT_CHECK(finite, source.name << " of expert " << expert
+                                 << " holds NaN or infinity; the weights are damaged");
+}
+
+void ExpertStore::pack_coded(ThreadPool& pool, int expert, Projection projection,
+                             const CodedSource& source) {
+  const bool finite = for_each_strip(
+      pool, expert, projection, [&](const PackedMatrix& matrix, int strip, int first_row, int) {
+        return pack_coded_strip(source, first_row, matrix, strip);
+      });
+  KTRT_CHECK(finite, source.codes.name
+                         << " of expert " << expert
+                         << ": a code is NaN, or a scale not finite; the weights are damaged");
 }
 
 void ExpertStore::set_biases(const std::optional<TensorView>& gate,
@@ -105,7 +148,7 @@ std::vector<float> ExpertStore::packed_scales(int expert, Projection projection)
     for (int slice = 0; slice < weights_->slices(projection); ++slice) {
       const PackedMatrix matrix = weights_->matrix(expert, projection, part, slice);
       if (matrix.scales == nullptr) continue;
-      scales.insert(scales.end(), matrix.scales, matrix.scales + matrix.layout.padded_n());
+      scales.insert(scales.end(), matrix.scales, matrix.scales + matrix.layout.scales());
     }
   }
   return scales;

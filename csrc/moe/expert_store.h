@@ -12,6 +12,7 @@
 #include "base/mapped_file.h"
 #include "base/tensor_view.h"
 #include "engine/engine.h"
+#include "layout/coded.h"
 #include "moe/expert_biases.h"
 #include "moe/expert_weights.h"
 
@@ -43,6 +44,11 @@ class ExpertStore {
   // range, a weight that is not finite.
   void load_expert(int expert, const std::optional<TensorView>& gate, const TensorView& up,
                    const TensorView& down);
+
+  // The same from matrices as checkpoints ship them, for layers of coded formats. Throws
+  // std::invalid_argument: shapes, dtypes, a NaN code, a scale that is not finite.
+  void load_coded_expert(int expert, const std::optional<CodedSource>& gate, const CodedSource& up,
+                         const CodedSource& down);
 
   // Biases of all experts, see ExpertBiases; replaces earlier ones.
   void set_biases(const std::optional<TensorView>& gate, const std::optional<TensorView>& up,
@@ -84,7 +90,13 @@ class ExpertStore {
   void release();
 
  private:
+  void check_gate(bool given) const;
   void pack(ThreadPool& pool, int expert, Projection projection, const TensorView& source);
+  void pack_coded(ThreadPool& pool, int expert, Projection projection, const CodedSource& source);
+  // Calls pack(matrix, strip, first row of the matrix, slice) for every strip of a projection, on a
+  // thread of the strip's part; returns whether all returned true.
+  template <class Pack>
+  bool for_each_strip(ThreadPool& pool, int expert, Projection projection, const Pack& pack);
   void copy_shards(ThreadPool& pool, int expert, Projection projection,
                    std::span<const PackedShard> shards);
   void copy_images(ThreadPool& pool, const std::vector<MappedFile>& files);

@@ -29,8 +29,9 @@ void check_slices(const MoeShape& shape, WeightFormat format, int slices) {
   KTRT_CHECK(slices >= 1 && slices <= ExpertWeights::kMaxDownSlices,
              "down_slices is " << slices << ", expected 1 to " << ExpertWeights::kMaxDownSlices);
   if (slices == 1) return;
-  KTRT_CHECK(is_quantized(format), "down_slices is " << slices << ", but " << name_of(format)
-                                                     << " weights have no scales to keep apart");
+  KTRT_CHECK(quantizes_rows(format), "down_slices is "
+                                         << slices << ", but " << name_of(format)
+                                         << " weights have no scales of rows to keep apart");
   const int tile = traits_of(format).tile_k;
   KTRT_CHECK(shape.intermediate_size % (slices * tile) == 0,
              "intermediate_size " << shape.intermediate_size << " cannot be cut into " << slices
@@ -68,18 +69,20 @@ ExpertWeights::Part ExpertWeights::make_part(int part) const {
     const auto count = static_cast<std::size_t>(slices(projection));
     result.layouts[p] = PackedLayout(format_, end - begin, layouts_[p].k());
     result.code_offset[p] = result.expert_code_bytes;
-    result.row_offset[p] = result.expert_rows;
+    result.scale_offset[p] = result.expert_scales;
     result.expert_code_bytes += count * result.layouts[p].code_bytes();  // 2 KB tiles: aligned
-    result.expert_rows += count * static_cast<std::size_t>(result.layouts[p].padded_n());
+    result.expert_scales += count * result.layouts[p].scales();
   }
   const auto experts = static_cast<std::size_t>(shape_.num_experts);
   result.bytes = round_up(experts * result.expert_code_bytes, kPage);
-  const FormatTraits& traits = traits_of(format_);
-  if (traits.scale_bytes() > 0) {
+  const std::size_t scales = experts * result.expert_scales;
+  if (scales > 0) {
     result.scales_offset = result.bytes;
-    result.bytes += round_up(experts * result.expert_rows * traits.scale_bytes(), kPage);
+    result.bytes += round_up(scales * sizeof(float), kPage);
+  }
+  if (quantizes_rows(format_)) {
     result.sums_offset = result.bytes;
-    result.bytes += round_up(experts * result.expert_rows * traits.sum_bytes(), kPage);
+    result.bytes += round_up(scales * sizeof(std::int32_t), kPage);
   }
   return result;
 }
@@ -103,10 +106,12 @@ PackedMatrix ExpertWeights::matrix(int expert, Projection projection, int part, 
   matrix.codes = reinterpret_cast<std::uint8_t*>(base) + e * memory.expert_code_bytes +
                  memory.code_offset[p] + s * matrix.layout.code_bytes();
   if (memory.scales_offset != 0) {
-    const std::size_t rows = e * memory.expert_rows + memory.row_offset[p] +
-                             s * static_cast<std::size_t>(matrix.layout.padded_n());
-    matrix.scales = reinterpret_cast<float*>(base + memory.scales_offset) + rows;
-    matrix.sums = reinterpret_cast<std::int32_t*>(base + memory.sums_offset) + rows;
+    const std::size_t first =
+        e * memory.expert_scales + memory.scale_offset[p] + s * matrix.layout.scales();
+    matrix.scales = reinterpret_cast<float*>(base + memory.scales_offset) + first;
+    if (memory.sums_offset != 0) {
+      matrix.sums = reinterpret_cast<std::int32_t*>(base + memory.sums_offset) + first;
+    }
   }
   return matrix;
 }
@@ -122,7 +127,9 @@ StripRef ExpertWeights::strip(int expert, Projection projection, int strip, int 
   ref.row_in_block = w.layout.row_in_block(local);
   ref.first_tile = w.codes + w.layout.tile_offset(local, 0);
   if (w.scales != nullptr) {
-    ref.scales = w.scales + local * kStripRows;
+    ref.scales = w.scales + std::int64_t{local} * w.layout.strip_scales();
+  }
+  if (w.sums != nullptr) {
     ref.sums = w.sums + local * kStripRows;
   }
   return ref;
@@ -135,7 +142,7 @@ int ExpertWeights::first_missing() const {
 std::size_t ExpertWeights::packed_bytes() const {
   std::size_t bytes = 0;
   for (const Part& part : parts_) {
-    const std::size_t scales = part.expert_rows * traits_of(format_).scale_bytes();
+    const std::size_t scales = part.expert_scales * sizeof(float);
     bytes += static_cast<std::size_t>(shape_.num_experts) * (part.expert_code_bytes + scales);
   }
   return bytes;

@@ -20,8 +20,8 @@ struct StripRef {
   int block_rows = 0;
   int row_in_block = 0;
   const std::uint8_t* first_tile = nullptr;
-  const float* scales = nullptr;       // [32], null for BF16
-  const std::int32_t* sums = nullptr;  // [32], null for BF16
+  const float* scales = nullptr;       // PackedLayout::strip_scales(); null for none
+  const std::int32_t* sums = nullptr;  // [32]; null where activations stay BF16
 };
 
 // Every matrix is cut by output rows into `parts` shards of whole strips, each packed as a separate
@@ -81,12 +81,12 @@ class ExpertWeights {
   // One shard of all matrices; an expert's three matrices lie one after the other.
   struct Part {
     PackedLayout layouts[kProjections];
-    std::size_t code_offset[kProjections] = {};  // inside one expert's codes
-    std::size_t row_offset[kProjections] = {};   // inside one expert's scales, and sums
+    std::size_t code_offset[kProjections] = {};   // inside one expert's codes
+    std::size_t scale_offset[kProjections] = {};  // inside one expert's scales, and sums
     std::size_t expert_code_bytes = 0;
-    std::size_t expert_rows = 0;
-    std::size_t scales_offset = 0;  // inside the image; 0 for BF16
-    std::size_t sums_offset = 0;
+    std::size_t expert_scales = 0;
+    std::size_t scales_offset = 0;  // inside the image; 0: none
+    std::size_t sums_offset = 0;    // as many as scales; 0: none
     std::size_t bytes = 0;
     AlignedBuffer memory;
     MappedFile file;  // instead of memory

@@ -202,7 +202,7 @@ void ThreadForward::gate_up(const Piece& piece) {
   const int done = piece.end_strip - piece.first_strip;
   const int before = task_.finished_strips[piece.job].fetch_add(done, std::memory_order_acq_rel);
   if (before + done == task_.weights.layout(Projection::kUp).strips()) {
-    rows_.quantize_and_shrink_activations(job);
+    rows_.finish_activations(job);
   }
 }
 

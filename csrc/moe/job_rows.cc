@@ -8,13 +8,21 @@ namespace ktrt {
 
 namespace {
 
+// Columns of a BF16 row of `values` with its padding, which the LoRA shrink reads, and the GEMM
+// where it takes BF16.
+int bf16_columns(const ExpertWeights& weights, Projection projection, int values) {
+  return quantizes_rows(weights.format()) ? round_up(values, kStripRows)
+                                          : weights.layout(projection).padded_k();
+}
+
 RowStrides strides_of(const ForwardTask& task) {
   const auto bytes = [](int values, int size) {
     return static_cast<std::int64_t>(
         scratch_stride(static_cast<std::size_t>(values) * static_cast<std::size_t>(size)));
   };
-  const int x = round_up(task.weights.shape().hidden_size, kStripRows);
-  const int act = round_up(task.weights.shape().intermediate_size, kStripRows);
+  const int x = bf16_columns(task.weights, Projection::kUp, task.weights.shape().hidden_size);
+  const int act =
+      bf16_columns(task.weights, Projection::kDown, task.weights.shape().intermediate_size);
   return {bytes(x, 2) / 2,
           bytes(task.weights.layout(Projection::kUp).padded_k(), 1),
           bytes(act, 2) / 2,
@@ -40,7 +48,7 @@ JobRows::JobRows(const ForwardTask& task, int thread)
       scratch_(task.workspace.thread(thread)),
       shared_(task.workspace.shared()),
       elementwise_(*task.kernels.elementwise),
-      int8_(is_quantized(task.weights.format())) {}
+      int8_(quantizes_rows(task.weights.format())) {}
 
 // A token's hidden state as BF16: itself, or rounded into `converted`.
 const std::uint16_t* JobRows::bf16_row(int token, std::uint16_t* converted) const {
@@ -115,7 +123,7 @@ void JobRows::shrink_input_block(const Job& job, const ShrinkBlock& block, int f
 void JobRows::gather_rows(const Job& job) const {
   const TensorView& hidden = task_.hidden_states;
   const int count = task_.weights.shape().hidden_size;
-  const int padded = round_up(count, kStripRows);
+  const int padded = bf16_columns(task_.weights, Projection::kUp, count);
   const PackedLayout& layout = task_.weights.layout(Projection::kUp);
   for (int r = 0; r < job.rows; ++r) {
     const std::byte* source =
@@ -159,7 +167,8 @@ void JobRows::gather_tiles(const Job& job) const {
                            scratch_.codes + first * strides_.x_codes);
     }
     if (!int8_ || shrinks) {
-      elementwise_.to_tile(x, rows, rows_in_tile, count * 2, round_up(count, kStripRows) * 2,
+      elementwise_.to_tile(x, rows, rows_in_tile, count * 2,
+                           bf16_columns(task_.weights, Projection::kUp, count) * 2,
                            reinterpret_cast<std::uint8_t*>(scratch_.x + first * strides_.x));
     }
   }
@@ -198,8 +207,23 @@ void JobRows::quantize_activations(const Job& job) const {
   }
 }
 
-void JobRows::quantize_and_shrink_activations(const Job& job) const {
-  if (int8_) quantize_activations(job);
+// Zeros in the padding that no strip of gate and up has written.
+void JobRows::pad_activations(const Job& job) const {
+  const int count = round_up(task_.weights.shape().intermediate_size, kStripRows);
+  const int padded = bf16_columns(task_.weights, Projection::kDown, count);
+  const int tile_rows = act_tile_rows(job);
+  for (int first = 0; count < padded && first < job.rows; first += tile_rows) {
+    std::uint16_t* const row = shared_.act + (job.scratch_row + first) * strides_.act;
+    std::fill(row + count * tile_rows, row + padded * tile_rows, std::uint16_t{0});
+  }
+}
+
+void JobRows::finish_activations(const Job& job) const {
+  if (int8_) {
+    quantize_activations(job);
+  } else {
+    pad_activations(job);
+  }
   if (task_.mixes.down_width() == 0) return;
   std::uint16_t* const t = shared_.t + job.scratch_row * strides_.t_down;
   for (const MixRun& run : task_.plan.runs(job)) {

@@ -29,8 +29,8 @@ class JobRows {
   // into the rows from `first_row` on that all threads share.
   void shrink_input(const Job& job) const;
   void shrink_input_block(const Job& job, const ShrinkBlock& block, int first_row) const;
-  // The same for a job's intermediate activations, once all are there.
-  void quantize_and_shrink_activations(const Job& job) const;
+  // Pads, quantises and shrinks a job's intermediate activations, once all are there.
+  void finish_activations(const Job& job) const;
 
   // Make A of a GEMM the gathered rows, or the job's activations.
   void use_input(GemmArgs& args) const;
@@ -50,6 +50,7 @@ class JobRows {
   void gather_rows(const Job& job) const;
   void gather_tiles(const Job& job) const;
   void quantize_activations(const Job& job) const;
+  void pad_activations(const Job& job) const;
   float* activation_scales(int row, int slice) const;
   ShrinkArgs input_shrink_args(const Job& job) const;
   void shrink_run(const Job& job, const MixRun& run, ShrinkArgs args, float weight) const;

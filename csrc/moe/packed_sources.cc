@@ -44,9 +44,10 @@ void ExpertStore::load_packed_expert(int expert, std::span<const PackedShard> ga
                                      std::span<const PackedShard> up,
                                      std::span<const PackedShard> down) {
   check_expert(expert);
-  KTRT_CHECK(is_quantized(format_), "the layer's format is "
-                                        << name_of(format_)
-                                        << "; kt_kernel's files hold quantised weights");
+  KTRT_CHECK(quantizes_rows(format_),
+             "the layer's format is "
+                 << name_of(format_)
+                 << "; kt_kernel's files hold INT8 and INT4 with a scale per row");
   KTRT_CHECK(shape_.has_gate, "the experts have no gate; kt_kernel's files hold one");
   const auto lease = engine_->lease();
   weights_->allocate();

@@ -8,7 +8,7 @@ import re
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-from ktrt.checkpoint.formats import FLOAT_DTYPES
+from ktrt.checkpoint.stored import FLOAT_DTYPES
 from ktrt.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ktrt.checkpoint.formats import TORCH_DTYPES, ConvertedTensor, StoredTensor
+from ktrt.checkpoint.stored import TORCH_DTYPES, ConvertedTensor, StoredTensor
 from ktrt.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from ktrt.checkpoint.formats import TORCH_DTYPES
+from ktrt.checkpoint.stored import TORCH_DTYPES
 from ktrt.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -11,16 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from ktrt.checkpoint.codes import GROUPS, why_not_split
 from ktrt.checkpoint.convert import Conversions
 from ktrt.checkpoint.files import INDEX_NAME, SINGLE_NAME, find_weights
-from ktrt.checkpoint.formats import (
-    FLOAT_DTYPES,
-    PlainTensor,
-    StoredTensor,
-    decoded,
-    is_dequantized,
-)
+from ktrt.checkpoint.formats import decoded, is_dequantized
 from ktrt.checkpoint.names import WeightNames, WeightTarget
+from ktrt.checkpoint.stored import FLOAT_DTYPES, PlainTensor, StoredTensor
 from ktrt.errors import CheckpointError
 from ktrt.folders.schemes import refusal, unread_scheme
 
@@ -30,6 +26,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from ktrt.checkpoint.codes import Codes
     from ktrt.experts.spec import ExpertsSpec, Projection
 
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "ExpertWeights"]
@@ -130,6 +127,22 @@ class Checkpoint:
             return is_dequantized(self._tensors[name])
         return any(map(is_dequantized, self._tensors.values()))
 
+    def coded(self, name: str) -> str | None:
+        """Returns the engine's weight format that takes the tensor's codes; None if none does."""
+        return self._tensors[name].coded
+
+    def why_not_coded(self, name: str) -> str:
+        """Returns the reason if ``coded`` is None, for messages."""
+        return self._tensors[name].why_not_coded
+
+    def is_transposed(self, name: str) -> bool:
+        """Returns whether ``read`` returns the transposes of what ``read_codes`` does."""
+        return self._tensors[name].transposed
+
+    def read_codes(self, name: str, row: int | None = None) -> Codes:
+        """Returns the matrix, or matrix ``row`` of a stack, as shipped. Only if ``coded``."""
+        return self._tensors[name].read_codes(row)
+
     def convert(self, conversions: Conversions) -> dict[str, list[str]]:
         """Adds the parameters that transformers converts this folder's tensors to, under their
         names in the model; returns the names of each one's sources."""
@@ -149,6 +162,7 @@ class ExpertWeights:
         self._checkpoint = checkpoint
         self._spec = spec
         self._sources = sources
+        self._format: tuple[str | None, str] | None = None
         used = set()
         self._check_count()
         wanted = {target: (sources.get(target), shape) for target, shape in self._biases().items()}
@@ -256,6 +270,58 @@ class ExpertWeights:
         if len(tensors) == 2:
             return tensors[0], tensors[1], down
         parts = self._spec.split(tensors[0], dim=0)
+        return parts.get("gate"), parts["up"], down
+
+    @property
+    def coded(self) -> str | None:
+        """The engine's weight format that takes the codes of all experts; None if none does."""
+        return self._find_format()[0]
+
+    @property
+    def why_not_coded(self) -> str:
+        """The reason if ``coded`` is None, for messages."""
+        return self._find_format()[1]
+
+    def _find_format(self) -> tuple[str | None, str]:
+        if self._format is None:
+            self._format = self._common_format()
+        return self._format
+
+    def _common_format(self) -> tuple[str | None, str]:
+        """Returns the format that all tensors have, and the reason if there is none. INT4 of
+        several groups has the smallest, which the scales of the others are repeated for."""
+        checkpoint, found = self._checkpoint, dict[str, str]()
+        for expert in range(self._spec.num_experts):
+            for target, (name, _) in self._pieces(expert).items():
+                assert name is not None  # checked on construction
+                each = checkpoint.coded(name)
+                if each is None:
+                    return None, f"{name}: {checkpoint.why_not_coded(name)}"
+                stacked = target.expert is None
+                if stacked and checkpoint.is_transposed(name) != self._spec.is_transposed:
+                    return None, f"{name}: its rows are the model's columns"
+                is_first = not target.name.endswith(".down_proj") and target.pieces == 1
+                if is_first and (why := why_not_split(each, self._spec)):
+                    return None, f"{name}: {why}"
+                found.setdefault(each, name)
+        if len(found) > 1 and not all(each.startswith("int4_g") for each in found):
+            (one, first), (other, second) = list(found.items())[:2]
+            return None, f"{first} is {one}, but {second} is {other}"
+        return min(found, key=lambda each: GROUPS.get(each, 0)), ""
+
+    def read_codes(self, expert: int) -> tuple[Codes | None, Codes, Codes]:
+        """Returns gate (None if there is none), up and down as shipped. Only if ``coded``."""
+        weight_format = self.coded
+        assert weight_format is not None, self.why_not_coded
+        tensors = []
+        for target, (name, _) in self._pieces(expert).items():
+            assert name is not None  # checked on construction
+            row = expert if target.expert is None else None
+            tensors.append(self._checkpoint.read_codes(name, row).regrouped(weight_format))
+        down = tensors.pop()
+        if len(tensors) == 2:
+            return tensors[0], tensors[1], down
+        parts = tensors[0].split(self._spec)
         return parts.get("gate"), parts["up"], down
 
 

@@ -15,7 +15,8 @@ from ktrt.errors import KtrtError
 if TYPE_CHECKING:
     from ktrt._core import WeightFormat
 
-FORMATS: tuple[WeightFormat, ...] = tuple(_core.weight_formats())
+_ALL: tuple[WeightFormat, ...] = tuple(_core.weight_formats())
+FORMATS = tuple(each for each in _ALL if not each.coded)
 # Rows of a strip, which is what one kernel call computes (csrc/layout/packed_layout.h).
 STRIP_ROWS = 32
 
@@ -27,7 +28,7 @@ def format_of(kt_backend: str) -> WeightFormat:
 
 def format_named(name: str) -> WeightFormat:
     """The format of this name: ``bf16``. ``KtrtError``: there is none."""
-    return _find("weight format", name, {each.name: each for each in FORMATS})
+    return _find("weight format", name, {each.name: each for each in _ALL})
 
 
 def _find(what: str, name: str, formats: dict[str, WeightFormat]) -> WeightFormat:
@@ -38,7 +39,7 @@ def _find(what: str, name: str, formats: dict[str, WeightFormat]) -> WeightForma
 
 def is_quantized(weight_format: WeightFormat) -> bool:
     """Whether codes have a scale per row; they are multiplied with INT8 codes of the inputs."""
-    return weight_format.scale_bytes > 0
+    return weight_format.quantizes_rows
 
 
 def padded_shape(weight_format: WeightFormat, rows: int, columns: int) -> tuple[int, int]:
@@ -48,8 +49,7 @@ def padded_shape(weight_format: WeightFormat, rows: int, columns: int) -> tuple[
 
 def code_bytes(weight_format: WeightFormat, rows: int, columns: int) -> int:
     """Bytes of a packed matrix's codes, padding included."""
-    rows, columns = padded_shape(weight_format, rows, columns)
-    return rows * columns * weight_format.bits // 8
+    return weight_format.code_bytes(rows, columns)
 
 
 def round_up(value: int, unit: int) -> int:

@@ -39,7 +39,7 @@ _BY_NAME = {
     "input_scale": "FP8 with static activation scales",
     "activation_scale": "FP8 with static activation scales",
 }
-_READS = "ktrt reads BF16, F16, F32, FP8 (E4M3) in blocks or with one scale, and MXFP4"
+_READS = "ktrt reads BF16, F16, F32, FP8 (E4M3) with scales by block, row or tensor, and MXFP4"
 
 
 def named_scheme(names: Iterable[str]) -> tuple[str, str] | None:
@@ -124,10 +124,7 @@ def _by_scales(stored: Mapping[str, Header]) -> tuple[str, str] | None:
         scale = stored.get(f"{name}_scale")
         if scale is None or not re.search(r"weight$|_proj$", name):
             continue
-        if tensor.dtype == "I8":
+        # With bytes as scales, two MXFP4 codes lie in each of the weight's.
+        if tensor.dtype == "I8" and scale.dtype not in ("U8", "F8_E8M0"):
             return "compressed-tensors int-quantized (INT8)", name
-        rows = tensor.shape[-2:-1]
-        per_row = scale.shape in (tensor.shape[:-1], (*tensor.shape[:-1], 1))
-        if tensor.dtype == "F8_E4M3" and per_row and rows and rows[0] > 1:
-            return "FP8 per channel (compressed-tensors float-quantized)", name
     return None

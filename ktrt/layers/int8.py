@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ktrt.engine.formats import code_bytes, format_named, padded_shape
+from ktrt.engine.formats import format_named
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -38,8 +38,8 @@ def is_int8(path: str, module: nn.Module) -> bool:
 def int8_bytes(linear: nn.Linear) -> int:
     """Memory that the layer takes in INT8, which is also what one token reads of it."""
     rows, columns = linear.out_features, linear.in_features
-    padded, _ = padded_shape(INT8, rows, columns)
-    return code_bytes(INT8, rows, columns) + padded * (INT8.scale_bytes + INT8.sum_bytes)
+    sizes = (INT8.code_bytes, INT8.scale_bytes, INT8.sum_bytes)
+    return sum(size(rows, columns) for size in sizes)
 
 
 def int8_layers(

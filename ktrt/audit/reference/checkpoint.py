@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ktrt.audit.reference.quantized import find_tensors
 from ktrt.audit.reference.tensors import CannotVerifyError, RawFile, read_json
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ktrt.audit.reference.quantized import Family
     from ktrt.audit.reference.tensors import Float32
 
 _PROJECTIONS = {
@@ -32,8 +34,6 @@ _BLOCKS = (".mlp.", ".block_sparse_moe.", ".feed_forward.")
 _LAYER = re.compile(r"(?P<prefix>|.*?\.)layers\.(?P<layer>\d+)\.(?P<inner>.*)")
 # Layers outside the text model: for further tokens, images and sound.
 _OTHERS = re.compile(r"(^|\.)(mtp|vis|audio|image|video|speech|talker|code2wav|vt_|encoder\.)")
-# Names of quantised tensors and their scales.
-_CODES = re.compile(r"(weight_scale(_inv)?|_scale_inv|weight_packed|qweight|_blocks|absmax|SCB)$")
 
 
 @dataclass(frozen=True)
@@ -51,24 +51,19 @@ class RawExperts:
 
 
 class RawCheckpoint:
-    """A model folder with safetensors: the single file, else the tensors that the index names.
+    """A model folder with safetensors: the single file, else the tensors that the index names;
+    quantised ones in float32.
 
-    Raises ``CannotVerifyError`` if there are none, if they are quantised, or if the text model's
-    layers are ambiguous.
+    Raises ``CannotVerifyError`` if there are none, for a quantisation that cannot be read, and if
+    the text model's layers are ambiguous.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         config = read_json(folder / "config.json")
-        self._files = _files(folder, config.get("transformers_weights"))
+        self._tensors = find_tensors(_files(folder, config.get("transformers_weights")), config)
         text = config.get("text_config") or config
         self.activation = text.get("hidden_act", "silu")
-        for name, file in self._files.items():
-            if file.dtype(name).startswith("F8") or _CODES.search(name):
-                raise CannotVerifyError(
-                    f"{folder}: a quantised checkpoint cannot be verified yet ({name} is "
-                    f"{file.dtype(name)})."
-                )
         self._prefix = self._find_prefix(text.get("num_hidden_layers"))
 
     def _find_prefix(self, num_layers: object) -> str:
@@ -76,7 +71,7 @@ class RawCheckpoint:
         other stacks (towers, layers that predict further tokens) only some may."""
         layers: dict[str, set[int]] = {}
         experts = set()
-        for name in self._files:
+        for name in self._tensors:
             if match := _LAYER.fullmatch(name):
                 layers.setdefault(match["prefix"], set()).add(int(match["layer"]))
                 if "experts." in name or "_linear" in name:
@@ -93,15 +88,15 @@ class RawCheckpoint:
 
     def file(self, name: str) -> Path:
         """Returns the file that holds the tensor."""
-        return self._files[name].file
+        return self._tensors[name].file
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape, from the file's header."""
-        return self._files[name].shapes[name]
+        return self._tensors[name].shape
 
     def read(self, name: str) -> Float32:
         """Returns the whole tensor in float32."""
-        return self._files[name].read(name)
+        return self._tensors[name].read(None)
 
     def linear(self, module: str) -> tuple[Float32, Float32]:
         """Returns weight [out, in] and bias [out] (zero if there is none) of the Linear that PEFT
@@ -110,14 +105,14 @@ class RawCheckpoint:
         names = {f"{self._prefix}layers.{match['layer']}.{match['inner']}" if match else module}
         for old in _BLOCKS:
             names |= {name.replace(old, new) for name in names for new in _BLOCKS if old in name}
-        found = [name for name in sorted(names) if f"{name}.weight" in self._files]
+        found = [name for name in sorted(names) if f"{name}.weight" in self._tensors]
         if len(found) != 1:
             raise CannotVerifyError(
                 f"{self.folder}: found {len(found)} weights for {module}, expected one "
                 f"({module}.weight): the names of this family cannot be verified."
             )
         weight, bias = self.read(f"{found[0]}.weight"), f"{found[0]}.bias"
-        if bias in self._files:
+        if bias in self._tensors:
             return weight, self.read(bias)
         return weight, np.zeros(len(weight), np.float32)
 
@@ -130,7 +125,7 @@ class RawCheckpoint:
         """
         start = f"{self._prefix}layers.{layer}."
         inside = [
-            name for name in self._files
+            name for name in self._tensors
             if name.startswith(start) and ("experts." in name or "_linear" in name)
             and "shared" not in name
         ]  # fmt: skip
@@ -189,12 +184,19 @@ class RawCheckpoint:
             "and [E, H, I], or both transposed, can be verified."
         )
 
+    def family(self, experts: RawExperts) -> Family:
+        """Returns the kind of codes that all weights of these experts have; empty for plain numbers
+        and for several kinds."""
+        names = [*experts.single.values(), *(experts.stacked or ())]
+        found = {self._tensors[name].family for name in names}
+        return found.pop() if len(found) == 1 else ""
+
     def read_expert(self, experts: RawExperts, expert: int) -> dict[str, Float32]:
         """Returns gate, up [I, H] and down [H, I] of one expert, in float32."""
         if experts.stacked is None:
             return {p: self.read(experts.single[expert, p]) for p in ("gate", "up", "down")}
         first, down = experts.stacked
-        rows, last = self._files[first].read(first, expert), self._files[down].read(down, expert)
+        rows, last = self._tensors[first].read(expert), self._tensors[down].read(expert)
         if experts.transposed:
             rows, last = np.ascontiguousarray(rows.T), np.ascontiguousarray(last.T)
         return {

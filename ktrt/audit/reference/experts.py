@@ -2,6 +2,7 @@
 
 The roundings follow the format's definition, not the engine's code: bfloat16 inputs and LoRA; INT8
 by rows, scale max/127, half to even; INT4 in multiples of max/7, via multiples of max/112.
+``coded`` weights are codes times scales already, and stay.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from ktrt.audit.reference.adapter import Lora
     from ktrt.audit.reference.tensors import Float32
 
-WeightFormat = Literal["float32", "bf16", "int8", "int4"]
+WeightFormat = Literal["float32", "bf16", "int8", "int4", "coded"]
 
 
 @dataclass
@@ -83,7 +84,7 @@ def _by_slices(
 
 def _stored(weight: Float32, weight_format: WeightFormat) -> Float32:
     """Returns a weight's values after packing."""
-    if weight_format == "float32":
+    if weight_format in ("float32", "coded"):
         return weight
     weight = to_bf16(weight)
     if weight_format == "int8":

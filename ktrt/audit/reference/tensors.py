@@ -22,6 +22,12 @@ _PLAIN: dict[str, np.dtype[Any]] = {
     "F16": np.dtype("<f2"),
 }
 _BF16: np.dtype[Any] = np.dtype("<u2")
+# Codes of quantised tensors. Formats of less than two bytes stay bytes.
+_CODES: dict[str, np.dtype[Any]] = {
+    **dict.fromkeys(("U8", "I8", "F8_E4M3", "F8_E8M0", "F4"), np.dtype("u1")),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+}
 
 
 class CannotVerifyError(KtrtError):
@@ -63,15 +69,36 @@ class RawFile:
 
     def read(self, name: str, row: int | None = None) -> Float32:
         """Returns the tensor, or ``tensor[row]`` without reading the rest, as a float32 copy."""
-        entry = self._header[name]
-        dtype = _BF16 if entry["dtype"] == "BF16" else _PLAIN.get(entry["dtype"])
+        dtype = _BF16 if self.dtype(name) == "BF16" else _PLAIN.get(self.dtype(name))
         if dtype is None:
             raise CannotVerifyError(
-                f"{self.file}: {name} has dtype {entry['dtype']}; only BF16, F16, F32 and F64 can "
-                "be verified."
+                f"{self.file}: {name} has dtype {self.dtype(name)}; only BF16, F16, F32 and F64 "
+                "numbers, and codes with scales of known names, can be verified."
+            )
+        numbers = self._numbers(name, dtype, self.shapes[name], row)
+        if dtype == _BF16:  # the upper half of a float32
+            numbers = (numbers.astype(np.uint32) << 16).view(np.float32)
+        values: Float32 = numbers.astype(np.float32, copy=False)
+        return values
+
+    def codes(self, name: str, row: int | None = None) -> npt.NDArray[Any]:
+        """Returns the stored integers of the tensor, or of ``tensor[row]``. Raises
+        ``CannotVerifyError`` for other numbers."""
+        dtype = _CODES.get(self.dtype(name))
+        if dtype is None:
+            raise CannotVerifyError(
+                f"{self.file}: {name} has dtype {self.dtype(name)}, expected one of "
+                f"{', '.join(_CODES)}."
             )
         shape = self.shapes[name]
-        offset = self._start + entry["data_offsets"][0]
+        if self.dtype(name) == "F4":  # two to a byte
+            shape = (*shape[:-1], shape[-1] // 2)
+        return self._numbers(name, dtype, shape, row)
+
+    def _numbers(
+        self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...], row: int | None
+    ) -> npt.NDArray[Any]:
+        offset = self._start + self._header[name]["data_offsets"][0]
         if row is not None:
             shape = shape[1:]
             offset += row * int(np.prod(shape)) * dtype.itemsize
@@ -79,7 +106,4 @@ class RawFile:
         numbers = np.fromfile(self.file, dtype, count, offset=offset)
         if numbers.size != count:
             raise CannotVerifyError(f"{self.file} ends inside {name}.")
-        if dtype == _BF16:  # the upper half of a float32
-            numbers = (numbers.astype(np.uint32) << 16).view(np.float32)
-        values: Float32 = numbers.astype(np.float32, copy=False).reshape(shape)
-        return values
+        return numbers.reshape(shape)

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_ROUNDED = ("bf16", "int8", "int4")
 # By weight format. The engine sums in another order than NumPy, so a number is sometimes rounded
 # the other way: off by up to 0.00005 on the demo and tiny models, on every instruction set. The
 # error against float32 is the format's: 0.006, 0.03 and 0.3 on Gaussian data (tests/cpp/moe), plus
@@ -60,6 +61,11 @@ LIMITS: dict[str, Limits] = {
     "bf16": Limits(same=0.001, difference=0.03, noise=0.0003, float32=0.02),
     "int8": Limits(same=0.002, difference=0.03, noise=0.001, float32=0.1),
     "int4": Limits(same=0.002, difference=0.03, noise=0.001, float32=0.5),
+    # Codes as shipped are as exact as BF16 weights, against float32 on the dequantised ones.
+    **dict.fromkeys(
+        ("fp8", "fp8_channel", "int4_g32", "int4_g64", "int4_g128", "mxfp4"),
+        Limits(same=0.001, difference=0.03, noise=0.0003, float32=0.02),
+    ),
 }
 
 
@@ -205,16 +211,16 @@ def _check_experts(
     engine = module.layer
     single = single_probe(loras, raw.hidden_size, _seed(layer))
     mixed = mixed_probe(raw.num_experts, engine.top_k, raw.hidden_size, _seed(layer))
-    wanted = [Outputs.empty(single.states.shape), Outputs.empty(mixed.states.shape)]
-    weight_format: WeightFormat = engine.weight_format  # type: ignore[assignment]
+    kernels = _kernels(engine.weight_format, base.family(raw))
+    wanted = [Outputs.empty(probe.states.shape, len(kernels)) for probe in (single, mixed)]
     for number, lora in enumerate(loras):
         weights = base.read_expert(raw, number)
-        for rounding in ("float32", weight_format):
+        for kernel, rounding in enumerate(("float32", *kernels)):
             expert = Expert(weights, rounding, down_slices)
             for probe, outputs in zip((single, mixed), wanted, strict=True):
-                _add_expert(expert, number, lora, probe, outputs)
+                _add_expert(expert, number, lora, probe, outputs.all[kernel])
         progress(sum(weight.nbytes for weight in weights.values()))
-    limits = LIMITS[weight_format]
+    limits = LIMITS[engine.weight_format]
     names = ("each expert", "several at once", "token by token")
     probes = ((single, wanted[0], 1024), (mixed, wanted[1], 1024), (mixed, wanted[1], 1))
     return [
@@ -223,15 +229,32 @@ def _check_experts(
     ]
 
 
+def _kernels(weight_format: str, family: str) -> tuple[WeightFormat, ...]:
+    """Returns the roundings of the kernels of an engine's format, on a base with codes of
+    ``family`` (empty: plain numbers)."""
+    if weight_format in _ROUNDED:
+        return (weight_format,)  # type: ignore[return-value]
+    if weight_format.partition("_")[0] == family:
+        # Codes as shipped: exact, or times the scale and rounded once (AMX).
+        return ("coded", "bf16")
+    raise CannotVerifyError(
+        f"experts in {weight_format.upper()} that are packed from {family or 'plain'} weights "
+        "cannot be verified: only the checkpoint's own codes."
+    )
+
+
 def _add_expert(
-    expert: Expert, number: int, lora: dict[str, Lora], probe: Probe, outputs: Outputs
+    expert: Expert,
+    number: int,
+    lora: dict[str, Lora],
+    probe: Probe,
+    outputs: tuple[Float32, Float32],
 ) -> None:
-    """Adds one expert's share to NumPy's outputs."""
+    """Adds one expert's share to NumPy's outputs, base and tuned."""
     tokens, slots = np.nonzero(probe.ids == number)
     x, weights = probe.states[tokens], probe.weights[tokens, slots, None]
-    for tuned in (False, True):
-        y = expert_output(expert, x, lora if tuned else {})
-        np.add.at(outputs.of(expert.weight_format, tuned), tokens, y * weights)
+    for output, acting in zip(outputs, ({}, lora), strict=True):
+        np.add.at(output, tokens, expert_output(expert, x, acting) * weights)
 
 
 def _run(module: KTExperts, probe: Probe, chunk: int) -> tuple[Float32, Float32]:

@@ -201,7 +201,7 @@ def _up(rows: int) -> int:
 
 
 def _scales(scales: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
-    first = matrix.row_offset
+    first = matrix.scale_offset
     return scales.view(torch.float32)[:, first : first + _padded_rows(matrix)]
 
 

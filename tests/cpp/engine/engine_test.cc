@@ -155,7 +155,7 @@ TEST(Engine, LayersOfDifferentShapesShareTheWorkspace) {
   std::vector<std::unique_ptr<MoeLayer>> layers;
   for (const MoeShape& shape : {MoeShape{2, 1, 32, 200}, MoeShape{8, 8, 96, 64},
                                 MoeShape{2, 2, 700, 32}, MoeShape{3, 2, 64, 1000}}) {
-    for (const WeightFormat format : kWeightFormats) {
+    for (const WeightFormat format : testing::kFormatKinds) {
       tests.emplace_back(shape, format);
       tests.back().add_lora(2, 2, 256);
       layers.push_back(tests.back().make_layer(engine));
@@ -168,7 +168,7 @@ TEST(Engine, LayersOfDifferentShapesShareTheWorkspace) {
 
 // Scratch memory is not cleared between forwards; nothing of one may reach another.
 TEST(Engine, ANanOfOneLayerDoesNotReachAnother) {
-  for (const WeightFormat format : kWeightFormats) {
+  for (const WeightFormat format : testing::kFormatKinds) {
     LayerCase wide({3, 2, 700, 700}, format);
     LayerCase narrow({3, 2, 37, 45}, format);
     wide.add_lora(200, 200, 200);

@@ -12,6 +12,29 @@
 
 namespace ktrt::testing {
 
+// One of each kind, for tests of layers: kt_kernel's, and coded formats with their scales outside
+// and inside of the tiles.
+inline constexpr WeightFormat kFormatKinds[] = {WeightFormat::kBf16, WeightFormat::kInt8,
+                                                WeightFormat::kInt4, WeightFormat::kFp8,
+                                                WeightFormat::kInt4G32};
+
+// The relative error of a layer's output that the format costs, of normally distributed weights.
+constexpr double cost_of(WeightFormat format) {
+  switch (format) {
+    case WeightFormat::kBf16:
+      return 0.006;
+    case WeightFormat::kInt8:
+      return 0.03;
+    case WeightFormat::kInt4:
+      return 0.3;
+    case WeightFormat::kFp8:
+    case WeightFormat::kFp8Channel:
+      return 0.06;
+    default:
+      return 0.22;
+  }
+}
+
 // Sizes in elements; V values of consecutive k fill 4 bytes.
 struct FormatReference {
   int NB, KB, KT, V, bits;
@@ -28,6 +51,8 @@ constexpr FormatReference reference_of(WeightFormat format) {
       return {64, 3584, 64, 4, 8, 127, 1, 0.5f};
     case WeightFormat::kInt4:  // half an INT8 step, and half of 16
       return {128, 3584, 128, 4, 4, 112, 16, 8.5f};
+    default:
+      break;
   }
   return {};
 }

@@ -19,10 +19,8 @@ struct OwnedMatrix {
 
   PackedMatrix view() {
     PackedMatrix matrix{layout, codes.data(), nullptr, nullptr};
-    if (!scales.empty()) {
-      matrix.scales = scales.data();
-      matrix.sums = sums.data();
-    }
+    if (!scales.empty()) matrix.scales = scales.data();
+    if (!sums.empty()) matrix.sums = sums.data();
     return matrix;
   }
 };
@@ -32,10 +30,8 @@ inline OwnedMatrix allocate(WeightFormat format, int n, int k) {
   OwnedMatrix matrix;
   matrix.layout = PackedLayout(format, n, k);
   matrix.codes.assign(matrix.layout.code_bytes(), 0xee);
-  if (is_quantized(format)) {
-    matrix.scales.assign(static_cast<std::size_t>(matrix.layout.padded_n()), -1.0f);
-    matrix.sums.assign(static_cast<std::size_t>(matrix.layout.padded_n()), -1);
-  }
+  matrix.scales.assign(matrix.layout.scales(), -1.0f);
+  matrix.sums.assign(matrix.layout.sums(), -1);
   return matrix;
 }
 

@@ -91,7 +91,7 @@ class GemmCase {
   int n() const { return n_; }
   int k() const { return k_; }
   int rows() const { return rows_; }
-  bool quantized() const { return is_quantized(format_); }
+  bool quantized() const { return quantizes_rows(format_); }
 
   // Rows [first, first + count) of C, [count][n].
   // `apart`: LoRA by GemmKernel::expand.

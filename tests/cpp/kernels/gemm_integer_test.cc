@@ -14,7 +14,7 @@ using testing::GemmCase;
 
 std::vector<FormatVariant> quantized_variants() {
   std::vector<FormatVariant> all = testing::all_variants();
-  std::erase_if(all, [](const FormatVariant& v) { return !is_quantized(v.format); });
+  std::erase_if(all, [](const FormatVariant& v) { return !quantizes_rows(v.format); });
   return all;
 }
 

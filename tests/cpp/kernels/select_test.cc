@@ -20,7 +20,7 @@ std::string names(const KernelTable& table) {
     return choice.few == choice.many ? many : many + "/" + choice.few->name;
   };
   std::string gemms;
-  for (const WeightFormat format : kWeightFormats) gemms += gemm(table.gemm(format)) + " ";
+  for (const WeightFormat format : kKtFormats) gemms += gemm(table.gemm(format)) + " ";
   std::string shrink = table.lora_shrink->name;
   if (table.lora_shrink_tiles != nullptr) {
     shrink = std::string(table.lora_shrink_tiles->name) + "/" + shrink;
@@ -140,7 +140,7 @@ TEST(SelectKernels, NeverAboveTheLevelOrTheFeatures) {
 
 // The list that the other tests go through.
 TEST(Variants, AreAllFound) {
-  for (const WeightFormat format : kWeightFormats) {
+  for (const WeightFormat format : kKtFormats) {
     EXPECT_EQ(testing::all_gemms(format).size(), 8u) << name_of(format);
   }
   EXPECT_EQ(testing::all_shrinks().size(), 5u);

@@ -115,7 +115,7 @@ struct FormatVariant {
 // Every GEMM variant of every format.
 inline std::vector<FormatVariant> all_variants() {
   std::vector<FormatVariant> all;
-  for (const WeightFormat format : kWeightFormats) {
+  for (const WeightFormat format : kKtFormats) {
     for (const auto& variant : all_gemms(format)) all.push_back({format, variant});
   }
   return all;

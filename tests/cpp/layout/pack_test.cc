@@ -62,7 +62,7 @@ class PackTest : public ::testing::TestWithParam<Shape> {
 };
 
 INSTANTIATE_TEST_SUITE_P(Shapes, PackTest,
-                         ::testing::Combine(::testing::ValuesIn(kWeightFormats),
+                         ::testing::Combine(::testing::ValuesIn(kKtFormats),
                                             ::testing::Values(32, 33, 96, 176, 288),
                                             ::testing::Values(64, 160, 1825, 3649)),
                          [](const auto& shape) {
@@ -211,8 +211,8 @@ TEST(Quantisation, Int4ScaleIsADoubleProduct) {
 }
 
 TEST(Quantisation, RowsOfZerosAndOfNearlyZeros) {
-  for (const WeightFormat format : kWeightFormats) {
-    if (!is_quantized(format)) continue;
+  for (const WeightFormat format : kKtFormats) {
+    if (!quantizes_rows(format)) continue;
     // 1 / (1e-37 / 127) is infinite.
     for (const float amax : {0.0f, -0.0f, 1e-40f, 1e-37f}) {
       const OwnedMatrix packed = pack_row(format, {amax, -amax, amax});
@@ -232,8 +232,8 @@ TEST(Quantisation, TheLargestValueHasTheLargestCode) {
   Random random(8);
   for (int i = 0; i < 20'000; ++i) {
     const float amax = round_to_bf16(static_cast<float>(std::exp(random.uniform(-80.0, 80.0))));
-    for (const WeightFormat format : kWeightFormats) {
-      if (!is_quantized(format)) continue;
+    for (const WeightFormat format : kKtFormats) {
+      if (!quantizes_rows(format)) continue;
       const int largest = testing::reference_of(format).largest;
       const OwnedMatrix packed = pack_row(format, {amax, -amax});
       ASSERT_EQ(code_at(packed, 0, 0), largest) << name_of(format) << " " << amax;
@@ -250,7 +250,7 @@ TEST(Finite, NanAndInfinityAreReported) {
       {DType::kFloat32, kInfinity},  {DType::kFloat32, -kInfinity}, {DType::kFloat32, kNan},
       {DType::kFloat32, 3.4e38f},    {DType::kFloat16, 1e6f},       {DType::kFloat16, kNan},
       {DType::kBfloat16, kInfinity}, {DType::kBfloat16, kNan}};
-  for (const WeightFormat format : kWeightFormats) {
+  for (const WeightFormat format : kKtFormats) {
     for (const auto& [dtype, value] : bad) {
       for (const std::size_t position : {std::size_t{0}, std::size_t{40 * 70 - 1}}) {
         std::vector<float> w(40 * 70, 1.0f);

@@ -27,7 +27,7 @@ class ExpertLoraTest : public ::testing::TestWithParam<WeightFormat> {
   LayerCase make() const { return LayerCase(kShape, GetParam()); }
 };
 
-INSTANTIATE_TEST_SUITE_P(Formats, ExpertLoraTest, ::testing::ValuesIn(kWeightFormats),
+INSTANTIATE_TEST_SUITE_P(Formats, ExpertLoraTest, ::testing::ValuesIn(testing::kFormatKinds),
                          [](const auto& format) { return name_of(format.param); });
 
 struct Ranks {
@@ -85,8 +85,7 @@ TEST_P(ExpertLoraTest, FusedEqualsMerged) {
   test.add_lora(8, 8, 8);
   const std::vector<float> fused = forward(*test.make_layer(make_engine()), batch);
   const double error = relative_error(fused, test.expected(batch, testing::Rounding::kNone));
-  constexpr double kCosts[] = {0.01, 0.03, 0.2};
-  EXPECT_LT(error, kCosts[static_cast<int>(GetParam())]);
+  EXPECT_LT(error, testing::cost_of(GetParam()));
 }
 
 TEST_P(ExpertLoraTest, ZeroBChangesNoBit) {

@@ -31,7 +31,8 @@ class DeterminismTest : public ::testing::TestWithParam<std::tuple<WeightFormat,
 };
 
 INSTANTIATE_TEST_SUITE_P(Formats, DeterminismTest,
-                         ::testing::Combine(::testing::ValuesIn(kWeightFormats), ::testing::Bool()),
+                         ::testing::Combine(::testing::ValuesIn(testing::kFormatKinds),
+                                            ::testing::Bool()),
                          [](const auto& test) {
                            return std::string(name_of(std::get<0>(test.param))) +
                                   (std::get<1>(test.param) ? "_lora" : "_base");

@@ -63,12 +63,10 @@ TEST_P(ExpertWeightsTest, StripsAreFoundWhereTheirMatrixLies) {
         const PackedLayout& layout = matrix.layout;
         ASSERT_EQ(reinterpret_cast<std::uintptr_t>(matrix.codes) % kCacheLine, 0u);
         add(matrix.codes, layout.code_bytes());
-        ASSERT_EQ(matrix.scales != nullptr, is_quantized(format_));
-        ASSERT_EQ(matrix.sums != nullptr, is_quantized(format_));
-        if (matrix.scales != nullptr) {
-          add(matrix.scales, static_cast<std::size_t>(layout.padded_n()) * sizeof(float));
-          add(matrix.sums, static_cast<std::size_t>(layout.padded_n()) * sizeof(std::int32_t));
-        }
+        ASSERT_EQ(matrix.scales != nullptr, matrix.layout.scales() > 0);
+        ASSERT_EQ(matrix.sums != nullptr, quantizes_rows(format_));
+        if (matrix.scales != nullptr) add(matrix.scales, layout.scale_bytes());
+        if (matrix.sums != nullptr) add(matrix.sums, layout.sum_bytes());
         for (int local = 0; local < layout.strips(); ++local) {
           const int strip = weights_.first_strip(projection, part) + local;
           const StripRef ref = weights_.strip(expert, projection, strip);
@@ -76,7 +74,8 @@ TEST_P(ExpertWeightsTest, StripsAreFoundWhereTheirMatrixLies) {
           ASSERT_EQ(ref.block_rows, layout.block_rows(local));
           ASSERT_EQ(ref.row_in_block, layout.row_in_block(local));
           ASSERT_EQ(ref.first_tile, matrix.codes + layout.tile_offset(local, 0));
-          ASSERT_EQ(ref.scales, matrix.scales ? matrix.scales + local * 32 : nullptr);
+          ASSERT_EQ(ref.scales,
+                    matrix.scales ? matrix.scales + local * layout.strip_scales() : nullptr);
           ASSERT_EQ(ref.sums, matrix.sums ? matrix.sums + local * 32 : nullptr);
         }
       }

@@ -104,7 +104,7 @@ struct FormCase {
   // Output of one projection of one expert. `x` is rounded to BF16.
   std::vector<double> project(int expert, int p, const std::vector<float>& x) const {
     std::vector<float> codes = x;
-    if (is_quantized(layer.format)) {
+    if (quantizes_rows(layer.format)) {
       quantize_and_back(codes.data(), static_cast<int>(codes.size()));
     }
     std::vector<double> y =

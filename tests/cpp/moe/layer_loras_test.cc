@@ -90,7 +90,7 @@ class LayerLorasTest : public ::testing::TestWithParam<WeightFormat> {
   const Batch batch_ = random_batch(kShape, 20);
 };
 
-INSTANTIATE_TEST_SUITE_P(Formats, LayerLorasTest, ::testing::ValuesIn(kWeightFormats),
+INSTANTIATE_TEST_SUITE_P(Formats, LayerLorasTest, ::testing::ValuesIn(testing::kFormatKinds),
                          [](const auto& format) { return name_of(format.param); });
 
 template <class F>

@@ -51,7 +51,7 @@ std::string name_of_case(const ::testing::TestParamInfo<std::tuple<Isa, WeightFo
 INSTANTIATE_TEST_SUITE_P(Levels, MoeLayerTest,
                          ::testing::Combine(::testing::Values(Isa::kPortable, Isa::kAvx2,
                                                               Isa::kAvx512, Isa::kAmx),
-                                            ::testing::ValuesIn(kWeightFormats)),
+                                            ::testing::ValuesIn(testing::kFormatKinds)),
                          name_of_case);
 
 TEST_P(MoeLayerTest, MatchesTheReference) {
@@ -81,8 +81,7 @@ TEST_P(MoeLayerTest, TheRoundingErrorIsWhatTheFormatsCost) {
   const Batch batch = random_batch(test.shape, 16);
   const double error = testing::relative_error(forward(*layer, batch),
                                                test.expected(batch, testing::Rounding::kNone));
-  constexpr double kCosts[] = {0.006, 0.03, 0.3};
-  EXPECT_LT(error, kCosts[static_cast<int>(format_)]);
+  EXPECT_LT(error, testing::cost_of(format_));
 }
 
 TEST_P(MoeLayerTest, OneExpertWithAllTokens) {
@@ -364,7 +363,7 @@ TEST(MoeLayer, LoadExpertChecksItsArguments) {
 }
 
 TEST(MoeLayer, DamagedWeightsAreRefusedAndNotUsed) {
-  for (const WeightFormat format : kWeightFormats) {
+  for (const WeightFormat format : testing::kFormatKinds) {
     LayerCase test(kSmall, format);
     const auto layer = test.make_layer(make_engine());
     EXPECT_EQ(forward_error(*layer), "");
@@ -388,7 +387,7 @@ TEST(MoeLayer, AnExpertCanBeReplaced) {
 }
 
 TEST(MoeLayer, PackedMatricesAreThoseOfTheLayout) {
-  for (const WeightFormat format : kWeightFormats) {
+  for (const WeightFormat format : testing::kFormatKinds) {
     const LayerCase test({2, 1, 70, 40}, format);
     const auto layer = test.make_layer(make_engine());
     std::size_t bytes = 0;
@@ -401,8 +400,7 @@ TEST(MoeLayer, PackedMatricesAreThoseOfTheLayout) {
         std::vector<float> scales =
             layer->experts().packed_scales(expert, static_cast<Projection>(p));
         ASSERT_EQ(codes.size(), layout.code_bytes());
-        ASSERT_EQ(scales.size(),
-                  is_quantized(format) ? static_cast<std::size_t>(layout.padded_n()) : 0u);
+        ASSERT_EQ(scales.size(), layout.scales());
         std::vector<float> values(w.values.size());
         unpack({layout, codes.data(), scales.empty() ? nullptr : scales.data(), nullptr},
                values.data());

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "helpers/format_reference.h"
+#include "helpers/packed.h"
 #include "helpers/views.h"
 #include "layout/packed_layout.h"
 #include "moe/expert_weights.h"
@@ -55,7 +56,11 @@ struct Matrix {
 // The weights that a packed matrix stands for.
 inline Matrix dequantized(Matrix w, WeightFormat format) {
   for (float& value : w.values) value = round_to_bf16(value);
-  if (!is_quantized(format)) return w;
+  if (is_coded(format)) {  // whose codes and scales layout/ and kernels/ test
+    unpack(pack(format, w.n, w.k, w.values).view(), w.values.data());
+    return w;
+  }
+  if (!quantizes_rows(format)) return w;
   for (int i = 0; i < w.n; ++i) {
     const float scale = scale_of(largest_of(w.row(i), w.k), format);
     for (int j = 0; j < w.k; ++j) {
@@ -79,7 +84,9 @@ struct ReferenceExpert {
 class Reference {
  public:
   Reference(std::vector<ReferenceExpert> experts, WeightFormat format, Rounding rounding)
-      : experts_(std::move(experts)), int8_activations_(is_quantized(format)), rounding_(rounding) {
+      : experts_(std::move(experts)),
+        int8_activations_(quantizes_rows(format)),
+        rounding_(rounding) {
     for (ReferenceExpert& expert : experts_) {
       for (Linear& linear : expert.projections) {
         if (!rounds()) continue;

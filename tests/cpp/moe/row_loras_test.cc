@@ -56,7 +56,7 @@ class RowLorasTest : public ::testing::TestWithParam<std::tuple<Isa, WeightForma
 INSTANTIATE_TEST_SUITE_P(IsasAndFormats, RowLorasTest,
                          ::testing::Combine(::testing::Values(Isa::kPortable, Isa::kAvx2,
                                                               Isa::kAvx512),
-                                            ::testing::ValuesIn(kWeightFormats)),
+                                            ::testing::ValuesIn(testing::kFormatKinds)),
                          [](const auto& test) {
                            return std::string(name_of(std::get<0>(test.param))) + "_" +
                                   name_of(std::get<1>(test.param));

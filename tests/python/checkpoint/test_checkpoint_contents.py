@@ -349,7 +349,6 @@ _ONE = torch.tensor(1.0)
             {"weight_packed": _bytes(160, 12, dtype=_INT), "weight_scale": torch.ones(160, 3),
              "weight_shape": _bytes(2, dtype=_INT)},
         ),
-        ("FP8 per channel", {"weight": _FP8, "weight_scale": torch.ones(160, 1)}),
         ("static activation", {"weight": _FP8, "weight_scale": _ONE, "input_scale": _ONE}),
         ("INT8", {"weight": _bytes(160, 96, dtype=torch.int8), "weight_scale": torch.ones(160, 1)}),
         (

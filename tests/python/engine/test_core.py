@@ -239,14 +239,14 @@ def test_constructors_check_their_arguments() -> None:
         _core.Engine(num_threads=1, max_qlen=0)
     with pytest.raises(ValueError, match="100000 threads"):
         _core.Engine(num_threads=100_000)
-    with pytest.raises(ValueError, match="weight_format is 'fp8'"):
+    with pytest.raises(ValueError, match="weight_format is 'fp4'"):
         _core.MoeLayer(
             _core.Engine(num_threads=1),
             num_experts=1,
             top_k=1,
             hidden_size=32,
             intermediate_size=32,
-            weight_format="fp8",  # type: ignore[arg-type]
+            weight_format="fp4",  # type: ignore[arg-type]
         )
     with pytest.raises(ValueError, match=r"top_k is 7, expected 1 to num_experts \(6\)"):
         make_layer(top_k=7)
@@ -461,7 +461,7 @@ def test_packed_memory_is_what_the_copies_say() -> None:
     assert codes.readonly
     assert (codes.nbytes, part.codes.address % 4096) == (part.codes.nbytes, 0)
     assert codes.nbytes == 3 * part.expert_code_bytes
-    assert scales.nbytes == 3 * part.expert_rows * 4
+    assert scales.nbytes == 3 * part.expert_scales * 4
     for expert in range(3):
         for name in PROJECTIONS:
             matrix = getattr(part, name)
@@ -469,7 +469,7 @@ def test_packed_memory_is_what_the_copies_say() -> None:
             start = expert * part.expert_code_bytes + matrix.code_offset
             assert codes[start : start + len(expected)] == expected
             expected = layer.packed_scales(expert, name)
-            start = 4 * (expert * part.expert_rows + matrix.row_offset)
+            start = 4 * (expert * part.expert_scales + matrix.scale_offset)
             assert scales[start : start + len(expected)] == expected
     before = bytes(codes)
     engine.close()

@@ -10,7 +10,7 @@ from ktrt import _core
 from ktrt.audit.verify.model import LIMITS
 from ktrt.config.args import WEIGHT_FORMATS, KtBackend
 from ktrt.engine import formats
-from ktrt.engine.formats import FORMATS, code_bytes, format_named, format_of, padded_shape
+from ktrt.engine.formats import FORMATS, code_bytes, format_named, format_of
 from ktrt.errors import KtrtError
 
 
@@ -20,14 +20,14 @@ def test_the_configuration_names_the_engines_formats() -> None:
 
 
 def test_verification_has_limits_for_every_format() -> None:
-    assert set(LIMITS) == {each.name for each in FORMATS}
+    assert {each.name for each in FORMATS} <= set(LIMITS)
 
 
 def test_the_kernels_of_every_format_are_known() -> None:
     assert {each.kernel_family for each in FORMATS} <= set(_core.kernels())
 
 
-@pytest.mark.parametrize("name", [each.name for each in FORMATS])
+@pytest.mark.parametrize("name", [each.name for each in _core.weight_formats()])
 def test_sizes_are_those_of_the_engine(name: str) -> None:
     """One expert of odd sizes: codes, a scale per row, and in its image the sums of codes too."""
     rows, columns = 88, 160
@@ -38,9 +38,9 @@ def test_sizes_are_those_of_the_engine(name: str) -> None:
     )  # fmt: skip
     shapes = [(rows, columns), (rows, columns), (columns, rows)]
     codes = sum(code_bytes(traits, *shape) for shape in shapes)
-    padded = sum(padded_shape(traits, *shape)[0] for shape in shapes)
-    assert layer.packed_bytes == codes + padded * traits.scale_bytes
-    image = codes + padded * (traits.scale_bytes + traits.sum_bytes)
+    scales = sum(traits.scale_bytes(*shape) for shape in shapes)
+    assert layer.packed_bytes == codes + scales
+    image = codes + scales + sum(traits.sum_bytes(*shape) for shape in shapes)
     assert image <= sum(layer.image_bytes) < image + 3 * 4096
 
 
