@@ -5,8 +5,8 @@
     python bench/serve_cpu.py --profile loop       # or scheduler: cProfile of that thread
 
 The real server, session and scheduler run over the demo, whose forwards are replaced: a step waits
-``--step-ms`` and returns ready logits. Clients are a process of their own. What the threads take is
-CPU time, so that other processes change little: the scheduler's thread (steps, sampling, texts) and
+``--step-ms`` and returns ready logits. Clients are a separate process. CPU time is measured, so that
+other processes change little: the scheduler's thread (steps, sampling, texts) and
 the event loop's (events, JSON, HTTP), in microseconds a token.
 """
 
