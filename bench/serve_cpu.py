@@ -5,15 +5,14 @@
     python bench/serve_cpu.py --profile loop       # or scheduler: cProfile of that thread
 
 The real server, session and scheduler run over the demo, whose forwards are replaced: a step waits
-``--step-ms`` and returns ready logits. Clients are a separate process. CPU time is measured, so that
-other processes change little: the scheduler's thread (steps, sampling, texts) and
-the event loop's (events, JSON, HTTP), in microseconds a token.
+``--step-ms`` and returns ready logits. Clients are a separate process. CPU time is measured, so
+that other processes change little: the scheduler's thread (steps, sampling, texts) and the event
+loop's (events, JSON, HTTP), in microseconds a token.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import cProfile
 import json
 import pstats
@@ -26,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from cpu_decode import DEMO
-from serve_client import Client
 
 import ktrt
 from ktrt.serve.app import create_app
@@ -54,7 +52,7 @@ class ReadyLogits:
         self._rows = torch.zeros(len(ids), 1, size, dtype=torch.bfloat16)
         for row, token in zip(self._rows, ids, strict=True):
             row[0, token] = 9.0
-        runner._run = self.run  # type: ignore[method-assign]
+        runner._run = self.run  # type: ignore[method-assign,assignment]
 
     def run(self, parts: Sequence[Any], _held: object) -> list[torch.Tensor]:
         before = time.thread_time()
@@ -75,24 +73,10 @@ def cpu_of(thread: threading.Thread) -> float:
     return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
 
 
-async def load(port: int, streams: int, tokens: int) -> int:
-    """Reads answers to all streams at once; returns their tokens."""
-    client = Client("127.0.0.1", port)
-    answers = await asyncio.gather(*(
-        client.chat(
-            "demo", [{"role": "user", "content": f"{stream}?"}], max_tokens=tokens, temperature=0
-        )
-        for stream in range(streams)
-    ))  # fmt: skip
-    if not all(each.done and each.text for each in answers):
-        raise SystemExit("an answer is incomplete")
-    return sum(each.tokens for each in answers)
-
-
 def ask(port: int, args: argparse.Namespace) -> int:
     """Has another process read the answers; returns their tokens."""
-    command = [sys.executable, __file__, "--client", str(port), "--streams", str(args.streams),
-               "--tokens", str(args.tokens)]  # fmt: skip
+    script = Path(__file__).with_name("serve_client.py")
+    command = [sys.executable, str(script), str(port), str(args.streams), str(args.tokens)]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
@@ -146,12 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="the best one counts")
     parser.add_argument("--step-ms", type=float, default=10.0, help="how long a step waits")
     parser.add_argument("--profile", choices=("loop", "scheduler"), help="prints where time goes")
-    parser.add_argument("--client", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if args.client:
-        print(asyncio.run(load(args.client, args.streams, args.tokens)))
-        return 0
-    print(json.dumps(measure(args)))
+    print(json.dumps(measure(parser.parse_args(argv))))
     return 0
 
 

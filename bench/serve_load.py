@@ -11,8 +11,8 @@ that the same request got alone.
 Without ``--url`` it serves the demo: the first name is its adapter, others are weaker copies of it,
 ``base`` is the model alone. Every stream goes through conversations with its adapter: by turns
 three unrelated questions, greedy or sampled with a seed, and a dialogue of three turns. The server
-has ``reproducible`` on. Without it (``--no-reproducible``, and with ``--url``) keys and values of an
-earlier answer have other last bits from decode steps than from a prompt, and which were kept
+has ``reproducible`` on. Without it (``--no-reproducible``, and with ``--url``) keys and values of
+an earlier answer have other last bits from decode steps than from a prompt, and which were kept
 differs from run to run: a turn whose tokens are nearly as likely as others is then not compared,
 but counted.
 ``--leave``: the share of requests whose client goes away in the middle of its answer.
