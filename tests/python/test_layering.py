@@ -52,7 +52,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     },
     "pack": {"command_line", "config", "engine", "loading"},
     "serve": {
-        "adapter", "api", "audit", "command_line", "config", "engine", "folders", "generate",
+        "adapter", "api", "audit", "command_line", "config", "engine", "folders", "generate", "machine",
         "prompt", "session",
     },
     "__init__": {"api", "config", "generate", "session"},

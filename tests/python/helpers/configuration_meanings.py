@@ -75,7 +75,8 @@ MEANINGS = {
     "streams below it, by predictions. `0`: no floor.",
     "reproducible": "An answer depends on its request alone, to the last bit: not on what else is "
     "computed (`kt_fixed_kernels` is then on), nor on earlier answers, whose tokens are computed "
-    "again in the next turn ([what it costs](serving.md#reproducible-answers)). Without a GPU only.",
+    "again in the next turn ([what it costs](serving.md#reproducible-answers)). Without a GPU "
+    "only.",
     # Sampling.
     "do_sample": "`false`: greedy.",
     "temperature": "`0` is greedy.",
