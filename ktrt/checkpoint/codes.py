@@ -30,6 +30,11 @@ class Codes:
     codes: torch.Tensor
     scales: torch.Tensor
 
+    @property
+    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(codes, scales), as the engine takes them."""
+        return self.codes, self.scales
+
     def regrouped(self, weight_format: str) -> Codes:
         """Returns the same numbers in ``weight_format``, INT4 in groups that divide this one's."""
         if weight_format == self.format:

@@ -15,7 +15,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ktrt.adapter.apply.router import RouterLora
-from ktrt.engine.formats import STRIP_ROWS, format_named, round_up
+from ktrt.engine.formats import STRIP_ROWS, backend_of, joined, round_up
 from ktrt.experts import KTExperts
 from ktrt.generate.scheduler.cost import CostFacts
 from ktrt.kv.size import KvSize, kv_size
@@ -220,7 +220,7 @@ def loaded_inventory(
     rows.append(Row(LINEAR_LORA, "bfloat16", linears.lora_bytes(model)))
     experts = {}
     if layers:
-        backend = format_named(layers[0].weight_format).kt_backend
+        backend = backend_of(layer.weight_format for layer in layers)
         experts[backend] = _experts_row(layers, weights_of(specs))
     return Inventory(_summed(rows), experts)
 
@@ -294,7 +294,7 @@ def _experts_row(layers: Iterable[MoeLayer], values: float) -> Row:
     read = sum(layer.packed_bytes * layer.top_k / layer.num_experts for layer in each)
     return Row(
         EXPERTS,
-        each[0].weight_format if each else "",
+        joined(layer.weight_format for layer in each),
         held=sum(sum(layer.image_bytes) for layer in each),
         read=read,
         values=values,
