@@ -19,6 +19,7 @@ from ktrt.engine.formats import AUTO, PLAIN, format_of
 from ktrt.errors import CheckpointError
 from ktrt.experts import find_experts, new_layer
 from ktrt.folders import check_model_folder
+from ktrt.loading.coded_linears import coded_sizes, coded_tensors
 from ktrt.loading.experts import ExpertSource, cache_folder, seems_cached
 from ktrt.loading.formats import choose_formats, own_formats, possible_formats, saving_note
 from ktrt.loading.inventory import planned_inventory
@@ -165,6 +166,7 @@ def prepare(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> Prep
             int8=model.quantization_bit == 8 and gpu is None,
             mapped=not base.experts.checkpoint.is_quantized(),
             gpu=gpu is not None,
+            coded=_coded_sizes(base, model.infer_dtype),
             loras=[
                 LoraSize(
                     *plan.planned_numel(),
@@ -193,6 +195,12 @@ def prepare(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> Prep
     return Prepared(
         base, plans, adapter_base, kt_weights, engine, layers, formats, inventory, memory
     )
+
+
+def _coded_sizes(base: BaseCheckpoint, infer_dtype: str) -> dict[str, tuple[str, int]]:
+    checkpoint, specs = base.experts.checkpoint, base.experts.specs
+    tensors = coded_tensors(base.built.model, specs, checkpoint, base.names, infer_dtype)
+    return coded_sizes(checkpoint, tensors)
 
 
 def _layer_source(
