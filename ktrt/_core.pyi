@@ -547,6 +547,12 @@ class MoeLayer:
         """Bytes of packed weights and scales of all experts, without LoRA."""
 
     @property
+    def has_gate(self) -> bool: ...
+    @property
+    def activation(self) -> dict[str, Any]:
+        """The arguments of ``__init__`` from ``activation`` to ``up_offset``."""
+
+    @property
     def unusual_form(self) -> list[str]:
         """Differences of the experts from ``down(silu(gate x) · up x)``, in words."""
 
@@ -690,6 +696,10 @@ class MoeLayer:
         """Returns the packed memory itself, one item per part of the engine. A later
         ``load_expert`` writes into it. ``ValueError`` while an expert is missing, ``RuntimeError``
         once closed."""
+
+    def bias_views(self) -> dict[str, PackedMemory]:
+        """Returns the memory of the biases by projection, of those that have one: float32
+        [num_experts, rows], rows padded to 32. Biases set later have other memory."""
 
     def lora_view(self, number: int) -> PackedLora:
         """Returns the memory of a LoRA. A LoRA loaded later under the same number has other memory.

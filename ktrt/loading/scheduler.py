@@ -12,7 +12,7 @@ from ktrt.errors import engine_errors
 from ktrt.experts import KTExperts, chosen_share
 from ktrt.generate.answer import next_tokens
 from ktrt.generate.scheduler import CostModel, Scheduler
-from ktrt.loading.inventory import cost_facts
+from ktrt.loading.step_bytes import cost_facts
 
 if TYPE_CHECKING:
     from ktrt.generate.scheduler import SchedulerLimits

@@ -17,7 +17,7 @@ from helpers.tiny_models import save_adapter, save_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ktrt.audit.reference import CannotVerifyError, RawCheckpoint
+from ktrt.audit.reference import RawCheckpoint
 from ktrt.audit.verify.model import verify
 from ktrt.checkpoint.config import read_model_config
 from ktrt.checkpoint.folder import Checkpoint
@@ -392,11 +392,14 @@ def test_schemes_that_are_not_read_are_refused_by_name(
         open_base(ModelArgs(model))
 
 
-def test_verify_of_a_quantised_base_cannot_tell(tmp_path: Path) -> None:
+def test_verify_reads_a_quantised_base_whose_config_claims_nothing(tmp_path: Path) -> None:
     real = make("kimi-k2-fp8")
     real.config.pop("quantization_config")
-    with pytest.raises(CannotVerifyError, match="a quantised checkpoint cannot"):
-        RawCheckpoint(real.write(tmp_path / "model"))
+    folder = real.write(tmp_path / "model")
+    checkpoint, raw = Checkpoint(folder), RawCheckpoint(folder)
+    name = next(n for n in checkpoint.names() if checkpoint.is_quantized(n) and "q_a_proj" in n)
+    found, _ = raw.linear(name.removesuffix(".weight"))
+    assert torch.equal(torch.from_numpy(found), checkpoint.read(name))
 
 
 def test_an_adapter_merges_into_a_model_whose_config_claims_fp8(

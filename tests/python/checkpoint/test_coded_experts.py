@@ -8,30 +8,36 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from checkpoint.test_checkpoint_folder import transposing
 from checkpoint.test_codes import decode
 from helpers.coded_checkpoints import (
     FAMILIES,
     SCHEMES,
     CodedFolders,
     code_folder,
+    fp8_block,
     save_family,
 )  # fmt: skip
 from safetensors.torch import load_file, save_file
 
 from ktrt.checkpoint.contents import check_contents
+from ktrt.checkpoint.experts import find_expert_weights
+from ktrt.checkpoint.folder import Checkpoint
+from ktrt.checkpoint.names import WeightNames
 from ktrt.config import ModelArgs
+from ktrt.experts import find_experts
 from ktrt.loading.plan import open_base
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ktrt.checkpoint.folder import ExpertWeights
+    from ktrt.checkpoint.experts import ExpertWeights
 
 # Each family in the formats that it is published in, and the other schemes once.
 CASES = [
     ("deepseek_v3", "fp8"), ("qwen3_moe", "fp8"), ("qwen3_moe", "gptq_g128"),
     ("qwen3_moe", "int4_g64"), ("glm4_moe", "fp8_channel"), ("kimi_k2", "int4_g32"),
-    ("gpt_oss", "mxfp4"), ("minimax_m2", "fp8"), ("minimax_m2", "mxfp4"),
+    ("gpt_oss", "mxfp4"), ("gpt_oss", "fp8"), ("minimax_m2", "fp8"), ("minimax_m2", "mxfp4"),
 ]  # fmt: skip
 
 
@@ -129,3 +135,33 @@ def test_shards_hold_a_tensor_and_its_scales_apart(models: Path, tmp_path: Path)
         assert b is not None
         assert torch.equal(a.codes, b.codes)
         assert torch.equal(a.scales, b.scales)
+
+
+@pytest.mark.parametrize("intermediate", [96, 24])
+def test_stacks_that_the_library_transposes_keep_their_codes(
+    tmp_path: Path, intermediate: int
+) -> None:
+    """Qwen3-VL's FP8 experts lie transposed on disk, in blocks; gate and up share a block here."""
+    skeleton, path, tensors = transposing(tmp_path, 160, intermediate)
+    stored, plain = {}, {}
+    for name, stack in tensors.items():
+        coded = [fp8_block(matrix) for matrix in stack]
+        stored[name] = torch.stack([one["weight"] for one, _ in coded])
+        stored[f"{name}_scale_inv"] = torch.stack([one["weight_scale_inv"] for one, _ in coded])
+        plain[name] = [value.T for _, value in coded]
+    save_file(stored, tmp_path / "model.safetensors")
+    found = find_expert_weights(Checkpoint(tmp_path), WeightNames(skeleton), find_experts(skeleton))
+    weights = found[path]
+    gate, up, down = weights.read(2)
+    assert gate is not None
+    assert torch.equal(torch.cat([gate, up]), plain[f"{path}.gate_up_proj"][2])
+    assert torch.equal(down, plain[f"{path}.down_proj"][2])
+    if intermediate == 24:
+        # No whole strip of 32 rows.
+        assert weights.coded is None
+        assert "gate and up share a block of FP8: 24 rows each" in weights.why_not_coded
+        return
+    assert weights.coded == "fp8", weights.why_not_coded
+    for codes, value in zip(weights.read_codes(2), (gate, up, down), strict=True):
+        assert codes is not None
+        assert torch.equal(decode(codes), value)

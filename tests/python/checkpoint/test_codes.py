@@ -105,7 +105,7 @@ def test_mxfp4_of_gpt_oss_and_deepseek(tmp_path: Path) -> None:
     checkpoint = open_with(tmp_path, tensors)
     assert checkpoint.shape("x") == (2, 96, 6)
     assert checkpoint.shape("w1.weight") == (10, 96)
-    assert checkpoint.is_transposed("x")
+    assert checkpoint.tensor("x").transposed
     for row in range(2):
         codes = checkpoint.read_codes("x", row)
         assert codes.format == "mxfp4"

@@ -136,6 +136,8 @@ _TWICE = torch.tensor(np.full((4, 3), 0x77777777, np.int32))
         (_PACKED, {"weight_scale": torch.ones(9, 3)}, r"\[9, 3\], expected \[10, groups\]"),
         (_PACKED, {"weight_scale": torch.ones(10, 3).int()}, "weight_scale has dtype I32"),
         (_PACKED, {"weight_shape": torch.tensor([9, 96])}, r"holds \[9, 96\], expected"),
+        (_PACKED, {"weight_shape": torch.tensor([10.0, 96.0])}, "weight_shape has dtype F32"),
+        (_GPTQ, {"qzeros": _TWICE.float()}, "qzeros has dtype F32"),
         (_PACKED, {"weight_shape": torch.tensor([10])}, r"weight_shape \[1\] holds"),
         (_PACKED, {"weight_shape": torch.tensor([10, 13])}, r"expected \[10, 2\] by"),
         (_PACKED, {"weight_shape": torch.tensor([10, 48])}, r"pack-quantized \(INT8\)"),
