@@ -163,7 +163,8 @@ inline void prefetch_ahead(const GemmArgs& g, const Shape& shape, int tile, int 
 
 // Four vectors of codes of each strip, `at` bytes after its first tile, times kRows rows from
 // `byte` on. The vectors of some strips take turns: the products of a chain wait for each other,
-// six cycles each.
+// six cycles each. What lies `ahead` comes into the L2 cache: in the L1 cache eight strips of 36 KB
+// displace each other, and one row took 0.48 instead of 0.37 ms.
 template <Code kCode, class Dot, int kRows, int kStrips>
 KTRT_INLINE void multiply_burst(const GemmArgs* g, int64_t at, int byte, int64_t ahead,
                                 __m512i table, __m512 (&chain)[kStrips][kRows]) {
