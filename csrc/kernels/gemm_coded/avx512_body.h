@@ -76,7 +76,7 @@ constexpr int kScaleBytes = kIs8Bits<kCode>        ? 0
                             : kCode == Code::kE2m1 ? 1
                                                    : 2;
 
-// What formats of one code differ by.
+// Formats of one code differ by these.
 struct Shape {
   int group;  // columns of one scale
   int tile_bytes;
