@@ -151,7 +151,7 @@ def prepare(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> Prep
     kt_weights = open_kt_weights(experts, base.experts.specs)
     formats = choose_formats(experts.kt_backend, base.experts)
     for plan in plans.values():
-        plan.warn_of_format(formats.kt_name)
+        plan.warn_of_training(formats.kt_name, base.experts.checkpoint.folder)
     engine = build_engine(experts, formats.by_path.values())
     try:
         layers = new_layers(engine, base.experts.specs, formats, kt_weights)
@@ -260,7 +260,9 @@ def base_of_adapters(base: BaseCheckpoint) -> BaseModel:
         for path, layer in base.experts.weights.items()
         for (expert, projection), name in layer.modules().items()
     }
-    return BaseModel(base.built.model, base.experts.specs, base.names, modules)
+    return BaseModel(
+        base.built.model, base.experts.specs, base.names, modules, base.experts.checkpoint.folder
+    )
 
 
 def _plan_adapters(args: AdapterArgs, base: BaseModel) -> dict[str, AdapterPlan]:
