@@ -13,6 +13,7 @@ import torch
 
 from ktrt.checkpoint.dequantized import weight_source
 from ktrt.checkpoint.generation_config import check_generation_config
+from ktrt.engine.formats import format_named
 from ktrt.errors import CheckpointError, KtrtError
 from ktrt.experts import experts_replaced
 from ktrt.layers.coded import coded_linears, may_stay_coded, put_coded
@@ -80,6 +81,32 @@ def load_without_experts(base: BaseCheckpoint, infer_dtype: str, device: torch.d
         for _, linear in coded_linears(loaded):
             linear.place(device)
     return loaded
+
+
+def coded_weights(base: BaseCheckpoint, infer_dtype: str) -> dict[int, tuple[str, int]]:
+    """Returns format and bytes of the linear layers' weights that ``load_without_experts`` leaves
+    coded, by the id of the skeleton's parameter. Reads no file."""
+    skeleton, checkpoint = base.built.model, base.experts.checkpoint
+    found: dict[int, tuple[str, int]] = {}
+    for name in checkpoint.names():
+        path = base.names.target(name).name.removesuffix(".weight")
+        if not _fits_coded(skeleton, path, checkpoint, name):
+            continue
+        weight = skeleton.get_submodule(path).get_parameter("weight")
+        dtype = weight.dtype if infer_dtype == "auto" else getattr(torch, infer_dtype)
+        if dtype == torch.bfloat16:
+            form = format_named(str(checkpoint.coded(name)))
+            size = form.code_bytes(*weight.shape) + form.scale_bytes(*weight.shape)
+            found[id(weight)] = (form.name, size)
+    return found
+
+
+def dequantised_weights(base: BaseCheckpoint) -> set[int]:
+    """Returns the ids of the skeleton's parameters that are no pages of the checkpoint's files,
+    since reading dequantises them."""
+    checkpoint, parameters = base.experts.checkpoint, dict(base.built.model.named_parameters())
+    targets = (base.names.target(n).name for n in checkpoint.names() if checkpoint.is_quantized(n))
+    return {id(parameters[target]) for target in targets if target in parameters}
 
 
 def _fits_coded(skeleton: nn.Module, path: str, checkpoint: Checkpoint, name: str) -> bool:

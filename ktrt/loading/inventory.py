@@ -12,9 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 
-from ktrt.adapter.apply.router import RouterLora
 from ktrt.engine.formats import STRIP_ROWS, backend_of, joined, round_up
 from ktrt.experts import KTExperts
 from ktrt.generate.scheduler.cost import CostFacts
@@ -22,15 +20,16 @@ from ktrt.kv.size import KvSize, kv_size
 from ktrt.layers import linear as linears
 from ktrt.layers.embedding import host_tables
 from ktrt.layers.int8 import INT8, int8_bytes, int8_layers
-from ktrt.loading.lora_sizes import linear_lora_bytes
+from ktrt.loading.lora_sizes import linear_lora_bytes, lora_parameters
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from torch import nn
 
     from ktrt.engine import MoeLayer, PackedLora
     from ktrt.experts import ExpertsSpec
+    from ktrt.layers.coded import CodedLinear
     from ktrt.loading.lora_sizes import LoraSize
 
 EXPERTS = "routed experts"
@@ -113,7 +112,8 @@ def planned_inventory(
     *,
     infer_dtype: str = "auto",
     int8: bool = False,
-    mapped: bool = True,
+    coded: Mapping[int, tuple[str, int]] | None = None,
+    dequantised: Collection[int] = (),
     gpu: bool = False,
     loras: Iterable[LoraSize] = (),
     workspace: int = 0,
@@ -121,20 +121,24 @@ def planned_inventory(
     """Counts a model on the meta device.
 
     ``layers``: the engine's layer of every experts module by path, by kt_backend; ``int8``: the
-    linear layers outside the experts are packed (``quantization_bit: 8``); ``mapped``: weights
-    whose dtype does not change stay pages of the checkpoint's files; ``gpu``: everything but the
-    experts and ``TABLES`` is on the GPU.
+    linear layers outside the experts are packed (``quantization_bit: 8``); ``coded``: format and
+    bytes of the weights that stay as stored, by the id of the parameter; the others whose
+    dtype does not change stay pages of the checkpoint's files, unless they are ``dequantised`` (ids
+    of parameters); ``gpu``: everything but the experts and ``TABLES`` is on the GPU.
     """
     dtype = None if infer_dtype == "auto" else getattr(torch, infer_dtype)
     paths = [spec.path for spec in specs]
     packed = {}
     if int8:
         packed = {id(each.weight): int8_bytes(each) for each in int8_layers(skeleton, paths, dtype)}
-    base = _Base(skeleton, packed, dtype=dtype, mapped=mapped and not gpu, gpu=gpu)
+    base = _Base(
+        skeleton, packed, coded=coded or {}, dequantised=dequantised, dtype=dtype,
+        mapped=not gpu, gpu=gpu,
+    )  # fmt: skip
     rows = [
         *base.rows(_outside(skeleton, specs)),
         *(_bias_row(spec) for spec in specs if spec.has_bias),
-        *_lora_rows(loras, skeleton, specs, dtype, int8=int8, gpu=gpu),
+        *_lora_rows(loras, skeleton, specs, dtype, {*packed, *(coded or {})}, gpu=gpu),
         Row(WORKSPACE, "float32", workspace),
     ]
     experts = {
@@ -169,8 +173,8 @@ def _lora_rows(
     skeleton: nn.Module,
     specs: Sequence[ExpertsSpec],
     dtype: torch.dtype | None,
+    packed: Collection[int],
     *,
-    int8: bool,
     gpu: bool,
 ) -> Iterator[Row]:
     """PEFT's matrices have the dtype of the weights that they are added to, ``RouterLora``'s are
@@ -190,7 +194,7 @@ def _lora_rows(
             size = each.itemsize * values
             yield Row(LORA, _form(each), size, acts * size, acts * values, gpu=gpu)
         if not gpu:
-            held = linear_lora_bytes(skeleton, lora.linears, dtype, int8=int8)
+            held = linear_lora_bytes(skeleton, lora.linears, dtype, packed)
             yield Row(LINEAR_LORA, "bfloat16", held)
 
 
@@ -205,7 +209,7 @@ def loaded_inventory(
     were packed were the checkpoint's pages."""
     modules = [module for module in model.modules() if isinstance(module, KTExperts)]
     layers = [module.layer for module in modules]
-    lora = _lora_parameters(model)
+    lora = lora_parameters(model)
     base = _Base(model, linears.int8_bytes(model), dtype=None, mapped=mapped, gpu=None)
     others = ((n, p) for n, p in model.named_parameters() if id(p) not in lora)
     rows = [*base.rows(others), Row(WORKSPACE, "float32", workspace)]
@@ -216,6 +220,7 @@ def loaded_inventory(
             on_gpu = parameter.device.type == "cuda"
             form = _form(parameter.dtype)
             rows.append(Row(LORA, form, parameter.nbytes, read, values, gpu=on_gpu))
+    rows += [base.coded_row(*each) for each in linears.coded_sizes(model)]
     rows += [_expert_lora_row(layer) for layer in layers]
     rows.append(Row(LINEAR_LORA, "bfloat16", linears.lora_bytes(model)))
     experts = {}
@@ -250,23 +255,6 @@ def cost_facts(model: nn.Module, kv_token_bytes: float, *, mixes: bool) -> CostF
         kv_token_bytes=kv_token_bytes,
         mixes=mixes,
     )
-
-
-def _lora_parameters(model: nn.Module) -> dict[int, bool]:
-    """Returns whether its adapter acts, by the id of each parameter of LoRA in torch."""
-    found: dict[int, bool] = {}
-    for module in model.modules():
-        if isinstance(module, RouterLora):
-            for arrays in (module.lora_A, module.lora_B):
-                found |= {id(each): name in module.factors for name, each in arrays.items()}
-        if isinstance(module, BaseTunerLayer):
-            active = [] if module.disable_adapters else module.active_adapters
-            for kind in module.adapter_layer_names:
-                for name, part in getattr(module, kind).items():
-                    single = isinstance(part, torch.nn.Parameter)
-                    for parameter in [part] if single else part.parameters():
-                        found[id(parameter)] = name in active
-    return found
 
 
 def _expert_lora_row(layer: MoeLayer) -> Row:
@@ -310,6 +298,8 @@ class _Base:
         model: Any,
         packed: Mapping[int, int],
         *,
+        coded: Mapping[int, tuple[str, int]] | None = None,
+        dequantised: Collection[int] = (),
         dtype: torch.dtype | None,
         mapped: bool,
         gpu: bool | None,
@@ -318,6 +308,7 @@ class _Base:
         are loaded, None: their present one; ``gpu`` None: the tensors' present device."""
         head, table = model.get_output_embeddings(), model.get_input_embeddings()
         self._model, self._packed, self._dtype = model, packed, dtype
+        self._coded, self._dequantised = coded or {}, dequantised
         self._mapped, self._gpu = mapped, gpu
         self._head: Any = getattr(head, "weight", None)
         self._table: Any = getattr(table, "weight", None)
@@ -335,8 +326,14 @@ class _Base:
     def _of_parameter(self, name: str, parameter: nn.Parameter) -> Iterator[Row]:
         dtype = self._dtype or parameter.dtype
         count, size = parameter.numel(), parameter.numel() * dtype.itemsize
-        mapped = size if self._mapped and dtype == parameter.dtype else 0
+        is_page = dtype == parameter.dtype and id(parameter) not in self._dequantised
+        mapped = size if self._mapped and is_page else 0
         kind, gpu = self._kind(name, parameter), self._on_gpu(parameter)
+        if coded := self._coded.get(id(parameter)):
+            form, held = coded
+            kept = 0 if gpu else held  # pages of the file
+            yield Row(kind, form, held, held, count, replaced=kept, gpu=gpu)
+            return
         packed = self._packed.get(id(parameter))
         if packed is not None:
             replaced = 0 if parameter is self._table else mapped
@@ -355,6 +352,15 @@ class _Base:
             yield Row(kind, _form(dtype), size, mapped=mapped, gpu=gpu)  # kept, but not read
         else:
             yield Row(kind, _form(dtype), size, size, count, mapped=mapped, gpu=gpu)
+
+    def coded_row(self, path: str, linear: CodedLinear, size: int) -> Row:
+        """Counts a layer that has no parameter."""
+        head = linear is self._model.get_output_embeddings()
+        kind = HEAD if head else ATTENTION if _ATTENTION.search(path) else MLP
+        values, kept = linear.in_features * linear.out_features, size if linear.on_cpu else 0
+        return Row(
+            kind, linear.weight_format, size, size, values, replaced=kept, gpu=not linear.on_cpu
+        )
 
     def _kind(self, name: str, parameter: nn.Parameter) -> str:
         if parameter is self._head:

@@ -25,6 +25,7 @@ from ktrt.generate.runner import KvCache, ModelRunner
 from ktrt.generate.warm_up import kernels_loaded_beside
 from ktrt.kv.static import unusual_layers
 from ktrt.layers.attention import accelerate_attention
+from ktrt.layers.coded import coded_linears
 from ktrt.layers.cuda_linear import FusedLora
 from ktrt.layers.embedding import tables_to_host
 from ktrt.layers.latent import use_latents
@@ -176,7 +177,8 @@ def load_model(
         changes = adapters.active_set, patches
         int8 = model.quantization_bit == 8
         linears = _accelerate(loaded, engine, *changes, device, running, masks, int8=int8)
-        for file in ready.base.experts.files() if model.quantization_bit == 8 else ():
+        packed = int8 or next(coded_linears(loaded), None) is not None
+        for file in ready.base.experts.files() if packed else ():
             release_file_pages(str(file))  # what was packed is not read any more
         _log_result(loaded, specs, ready.adapters)
         graphs = _graphs(loaded, hand_off, patches, experts.kt_use_cuda_graph)

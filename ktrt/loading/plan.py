@@ -20,6 +20,7 @@ from ktrt.errors import CheckpointError
 from ktrt.experts import find_experts, new_layer
 from ktrt.folders import check_model_folder
 from ktrt.loading.experts import ExpertSource, cache_folder, seems_cached
+from ktrt.loading.fill import coded_weights, dequantised_weights
 from ktrt.loading.formats import choose_formats, own_formats, possible_formats, saving_note
 from ktrt.loading.inventory import planned_inventory
 from ktrt.loading.lora_sizes import LoraSize
@@ -163,7 +164,8 @@ def prepare(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> Prep
             all_layers,
             infer_dtype=model.infer_dtype,
             int8=model.quantization_bit == 8 and gpu is None,
-            mapped=not base.experts.checkpoint.is_quantized(),
+            coded=coded_weights(base, model.infer_dtype),
+            dequantised=dequantised_weights(base),
             gpu=gpu is not None,
             loras=[
                 LoraSize(

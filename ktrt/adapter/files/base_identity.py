@@ -32,12 +32,14 @@ def difference(identity: Mapping[str, Any], folder: Path) -> str | None:
     if not (folder / _INDEX).is_file():
         return f"{folder} has no {_INDEX}"
     try:
-        return (_by_samples if schema else _by_index)(identity, trained, folder)
+        if schema is None:
+            return _by_index(trained, folder)
+        return _by_samples(identity, trained, folder)
     except (OSError, ValueError, AdapterError) as error:
         return f"{folder} cannot be compared: {error}"
 
 
-def _by_index(identity: Mapping[str, Any], trained: str, folder: Path) -> str | None:
+def _by_index(trained: str, folder: Path) -> str | None:
     digests = [_sha256((folder / name).read_bytes()) for name in (_CONFIG, _INDEX)]
     found = hashlib.sha256("\0".join(["kt-source-checkpoint-v2", *digests]).encode()).hexdigest()
     return None if found == trained else f"{_CONFIG} or {_INDEX} of {folder} differs"
