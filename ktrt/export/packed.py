@@ -27,6 +27,7 @@ from ktrt.export.shards import (
     write_index,
     write_shard,
 )
+from ktrt.loading.formats import choose_formats
 from ktrt.utils.progress import byte_progress
 from ktrt.utils.staging import check_target, staged_folder
 
@@ -83,8 +84,8 @@ def merge_packed(
 
 
 def _check_format(experts: ExpertArgs, base: BaseCheckpoint) -> WeightFormat:
-    auto = experts.kt_backend == AUTO
-    weight_format = format_named(PLAIN) if auto else format_of(experts.kt_backend)
+    own = choose_formats(experts.kt_backend, base.experts).kt_backend
+    weight_format = format_named(PLAIN) if own == AUTO else format_of(own)
     if experts.kt_weight_path is not None:
         raise ConfigError(
             "--format kt: kt_weight_path is set; its experts are packed without the adapter. "
@@ -95,7 +96,7 @@ def _check_format(experts: ExpertArgs, base: BaseCheckpoint) -> WeightFormat:
             f"--format kt: kt_kernel has no files of {weight_format.name.upper()} experts, only of "
             f"{', '.join(each.name for each in FILE_FORMATS)}; set "
             f"kt_backend={' or '.join(each.kt_backend for each in FILE_FORMATS)}, or use --format "
-            "hf"
+            f"hf{', which keeps quantised experts as they are' if weight_format.coded else ''}"
         )
     multiple = weight_format.tile_columns
     for spec in base.experts.specs:

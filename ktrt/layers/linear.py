@@ -25,7 +25,7 @@ from ktrt.engine.recording import active
 from ktrt.engine.step_rows import RunningStep
 from ktrt.engine.torch_threads import set_torch_threads
 from ktrt.layers.around import Around
-from ktrt.layers.coded import CodedLinear, coded_linears
+from ktrt.layers.coded import CodedLinear
 from ktrt.layers.forward import DenseForward, LoraForward, Shared
 from ktrt.layers.int8 import is_int8
 from ktrt.layers.row_lora import RowLora
@@ -174,12 +174,10 @@ def int8_bytes(model: nn.Module) -> dict[int, int]:
     }
 
 
-def coded_sizes(model: nn.Module) -> Iterator[tuple[str, CodedLinear, int]]:
-    """Yields the linear layers that stay as the checkpoint ships them, by path, with their bytes in
-    the engine or on the GPU."""
-    for path, module in coded_linears(model):
-        forward = _forward_of(module)
-        yield path, module, module.device_bytes if forward is None else forward.packed_bytes
+def packed_bytes(module: nn.Module) -> int:
+    """Returns the bytes that the engine has of this layer's weight; 0 where there is no copy."""
+    forward = _forward_of(module)
+    return 0 if forward is None else forward.packed_bytes
 
 
 def lora_bytes(model: nn.Module) -> int:

@@ -13,10 +13,10 @@ import torch
 
 from ktrt.checkpoint.dequantized import weight_source
 from ktrt.checkpoint.generation_config import check_generation_config
-from ktrt.engine.formats import format_named
 from ktrt.errors import CheckpointError, KtrtError
 from ktrt.experts import experts_replaced
-from ktrt.layers.coded import coded_linears, may_stay_coded, put_coded
+from ktrt.layers.coded import coded_linears, put_coded
+from ktrt.loading.coded_linears import coded_tensors
 from ktrt.utils.patches import Patches
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ktrt.checkpoint.codes import Codes
-    from ktrt.checkpoint.folder import Checkpoint
     from ktrt.loading.plan import BaseCheckpoint
 
 
@@ -38,21 +37,16 @@ def load_without_experts(base: BaseCheckpoint, infer_dtype: str, device: torch.d
     experts = [
         rf"^{re.escape(spec.path)}\.({'|'.join(spec.parameters)})(_bias)?$" for spec in specs
     ]
-    coded: dict[str, Callable[[], Codes]] = {}
-
-    def stays_coded(name: str, dtype: torch.dtype) -> bool:
-        path = base.names.target(name).name.removesuffix(".weight")
-        if dtype != torch.bfloat16 or not _fits_coded(skeleton, path, checkpoint, name):
-            return False
-        coded[path] = partial(checkpoint.read_codes, name)
-        return True
-
-    source = weight_source(skeleton, specs, checkpoint, base.names, infer_dtype, stays_coded)
+    coded = coded_tensors(skeleton, specs, checkpoint, base.names, infer_dtype)
+    source = weight_source(
+        skeleton, specs, checkpoint, base.names, infer_dtype, set(coded.values())
+    )
+    readers = {path: partial(checkpoint.read_codes, name) for path, name in coded.items()}
     try:
         with (
             experts_replaced({s.class_name for s in specs}),
             _unexpected(model_class, experts),
-            _coded(model_class, coded, source["dtype"]),
+            _coded(model_class, readers, source["dtype"]),
         ):
             model, info = model_class.from_pretrained(
                 **source,
@@ -81,51 +75,6 @@ def load_without_experts(base: BaseCheckpoint, infer_dtype: str, device: torch.d
         for _, linear in coded_linears(loaded):
             linear.place(device)
     return loaded
-
-
-def coded_weights(base: BaseCheckpoint, infer_dtype: str) -> dict[int, tuple[str, int]]:
-    """Returns format and bytes of the linear layers' weights that ``load_without_experts`` leaves
-    coded, by the id of the skeleton's parameter. Reads no file."""
-    skeleton, checkpoint = base.built.model, base.experts.checkpoint
-    found: dict[int, tuple[str, int]] = {}
-    for name in checkpoint.names():
-        path = base.names.target(name).name.removesuffix(".weight")
-        if not _fits_coded(skeleton, path, checkpoint, name):
-            continue
-        weight = skeleton.get_submodule(path).get_parameter("weight")
-        dtype = weight.dtype if infer_dtype == "auto" else getattr(torch, infer_dtype)
-        if dtype == torch.bfloat16:
-            form = format_named(str(checkpoint.coded(name)))
-            size = form.code_bytes(*weight.shape) + form.scale_bytes(*weight.shape)
-            found[id(weight)] = (form.name, size)
-    return found
-
-
-def dequantised_weights(base: BaseCheckpoint) -> set[int]:
-    """Returns the ids of the skeleton's parameters that are no pages of the checkpoint's files,
-    since reading dequantises them."""
-    checkpoint, parameters = base.experts.checkpoint, dict(base.built.model.named_parameters())
-    targets = (base.names.target(n).name for n in checkpoint.names() if checkpoint.is_quantized(n))
-    return {id(parameters[target]) for target in targets if target in parameters}
-
-
-def _fits_coded(skeleton: nn.Module, path: str, checkpoint: Checkpoint, name: str) -> bool:
-    """Returns whether the tensor is the whole weight of a linear layer that can stay coded."""
-    try:
-        module = skeleton.get_submodule(path)
-    except AttributeError:
-        return False
-    return (
-        checkpoint.coded(name) is not None
-        and may_stay_coded(path, module)
-        and checkpoint.shape(name) == tuple(module.get_parameter("weight").shape)
-        and not _is_tied(skeleton, module)
-    )
-
-
-def _is_tied(skeleton: Any, module: Any) -> bool:
-    table = skeleton.get_input_embeddings()
-    return getattr(table, "weight", None) is module.weight
 
 
 @contextmanager

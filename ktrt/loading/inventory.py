@@ -9,27 +9,28 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
+from ktrt.adapter.apply.router import RouterLora
 from ktrt.engine.formats import STRIP_ROWS, backend_of, joined, round_up
 from ktrt.experts import KTExperts
-from ktrt.generate.scheduler.cost import CostFacts
 from ktrt.kv.size import KvSize, kv_size
 from ktrt.layers import linear as linears
+from ktrt.layers.coded import CodedLinear, coded_linears
 from ktrt.layers.embedding import host_tables
 from ktrt.layers.int8 import INT8, int8_bytes, int8_layers
-from ktrt.loading.lora_sizes import linear_lora_bytes, lora_parameters
+from ktrt.loading.lora_sizes import linear_lora_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-
-    from torch import nn
+    from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
     from ktrt.engine import MoeLayer, PackedLora
     from ktrt.experts import ExpertsSpec
-    from ktrt.layers.coded import CodedLinear
     from ktrt.loading.lora_sizes import LoraSize
 
 EXPERTS = "routed experts"
@@ -112,39 +113,47 @@ def planned_inventory(
     *,
     infer_dtype: str = "auto",
     int8: bool = False,
-    coded: Mapping[int, tuple[str, int]] | None = None,
-    dequantised: Collection[int] = (),
+    dequantised: Container[int] = (),
     gpu: bool = False,
+    coded: Mapping[str, tuple[str, int]] = MappingProxyType({}),
     loras: Iterable[LoraSize] = (),
     workspace: int = 0,
 ) -> Inventory:
     """Counts a model on the meta device.
 
     ``layers``: the engine's layer of every experts module by path, by kt_backend; ``int8``: the
-    linear layers outside the experts are packed (``quantization_bit: 8``); ``coded``: format and
-    bytes of the weights that stay as stored, by the id of the parameter; the others whose
-    dtype does not change stay pages of the checkpoint's files, unless they are ``dequantised`` (ids
-    of parameters); ``gpu``: everything but the experts and ``TABLES`` is on the GPU.
+    linear layers outside the experts are packed (``quantization_bit: 8``); weights whose dtype does
+    not change stay pages of the checkpoint's files, but for ``dequantised`` ones (ids); ``gpu``:
+    everything but the experts and ``TABLES`` is on the GPU; ``coded``: format and bytes, by path,
+    of layers that keep the checkpoint's codes.
     """
     dtype = None if infer_dtype == "auto" else getattr(torch, infer_dtype)
     paths = [spec.path for spec in specs]
     packed = {}
     if int8:
         packed = {id(each.weight): int8_bytes(each) for each in int8_layers(skeleton, paths, dtype)}
-    base = _Base(
-        skeleton, packed, coded=coded or {}, dequantised=dequantised, dtype=dtype,
-        mapped=not gpu, gpu=gpu,
-    )  # fmt: skip
+    base = _Base(skeleton, packed, dequantised, dtype=dtype, mapped=not gpu, gpu=gpu)
+    weights = {f"{path}.weight" for path in coded}
     rows = [
-        *base.rows(_outside(skeleton, specs)),
+        *base.rows((n, p) for n, p in _outside(skeleton, specs) if n not in weights),
+        *(
+            base.coded_row(path, form, size, _linear(skeleton, path))
+            for path, (form, size) in coded.items()
+        ),
         *(_bias_row(spec) for spec in specs if spec.has_bias),
-        *_lora_rows(loras, skeleton, specs, dtype, {*packed, *(coded or {})}, gpu=gpu),
+        *_lora_rows(loras, skeleton, specs, dtype, int8=int8, coded=coded, gpu=gpu),
         Row(WORKSPACE, "float32", workspace),
     ]
     experts = {
         backend: _experts_row(of.values(), weights_of(specs)) for backend, of in layers.items()
     }
     return Inventory(_summed(rows), experts, kv_size(skeleton, paths, dtype))
+
+
+def _linear(skeleton: nn.Module, path: str) -> nn.Linear:
+    found = skeleton.get_submodule(path)
+    assert isinstance(found, nn.Linear)
+    return found
 
 
 def _outside(
@@ -173,8 +182,9 @@ def _lora_rows(
     skeleton: nn.Module,
     specs: Sequence[ExpertsSpec],
     dtype: torch.dtype | None,
-    packed: Collection[int],
     *,
+    int8: bool,
+    coded: Container[str],
     gpu: bool,
 ) -> Iterator[Row]:
     """PEFT's matrices have the dtype of the weights that they are added to, ``RouterLora``'s are
@@ -194,7 +204,7 @@ def _lora_rows(
             size = each.itemsize * values
             yield Row(LORA, _form(each), size, acts * size, acts * values, gpu=gpu)
         if not gpu:
-            held = linear_lora_bytes(skeleton, lora.linears, dtype, packed)
+            held = linear_lora_bytes(skeleton, lora.linears, dtype, int8=int8, coded=coded)
             yield Row(LINEAR_LORA, "bfloat16", held)
 
 
@@ -209,10 +219,13 @@ def loaded_inventory(
     were packed were the checkpoint's pages."""
     modules = [module for module in model.modules() if isinstance(module, KTExperts)]
     layers = [module.layer for module in modules]
-    lora = lora_parameters(model)
+    lora = _lora_parameters(model)
     base = _Base(model, linears.int8_bytes(model), dtype=None, mapped=mapped, gpu=None)
     others = ((n, p) for n, p in model.named_parameters() if id(p) not in lora)
     rows = [*base.rows(others), Row(WORKSPACE, "float32", workspace)]
+    for path, linear in coded_linears(model):
+        size = linear.device_bytes or linears.packed_bytes(linear)
+        rows.append(base.coded_row(path, linear.weight_format, size, linear))
     for parameter in model.parameters():
         if (active := lora.get(id(parameter))) is not None:
             read = parameter.nbytes if active else 0
@@ -220,7 +233,6 @@ def loaded_inventory(
             on_gpu = parameter.device.type == "cuda"
             form = _form(parameter.dtype)
             rows.append(Row(LORA, form, parameter.nbytes, read, values, gpu=on_gpu))
-    rows += [base.coded_row(*each) for each in linears.coded_sizes(model)]
     rows += [_expert_lora_row(layer) for layer in layers]
     rows.append(Row(LINEAR_LORA, "bfloat16", linears.lora_bytes(model)))
     experts = {}
@@ -230,31 +242,21 @@ def loaded_inventory(
     return Inventory(_summed(rows), experts)
 
 
-def bytes_per_token(model: nn.Module) -> int | None:
-    """Returns the bytes of weights that a token reads from the CPU's memory, with LoRA as it is
-    switched now and without the KV cache. None if some experts are on a GPU: the router then
-    decides how many of the others a token needs."""
+def _lora_parameters(model: nn.Module) -> dict[int, bool]:
+    """Returns whether its adapter acts, by the id of each parameter of LoRA in torch."""
+    found: dict[int, bool] = {}
     for module in model.modules():
-        if isinstance(module, KTExperts) and module.gpu is not None and module.gpu.resident:
-            return None
-    found = loaded_inventory(model)
-    return round(sum(row.read for row in (*found.rows, *found.experts.values()) if not row.gpu))
-
-
-def cost_facts(model: nn.Module, kv_token_bytes: float, *, mixes: bool) -> CostFacts:
-    """Returns the bytes that a step reads from the CPU's memory, with LoRA as it is switched
-    now."""
-    found = loaded_inventory(model)
-    rows = [row for row in found.rows if not row.gpu]
-    experts = [*found.experts.values(), *(row for row in rows if row.kind == EXPERT_LORA)]
-    share = next((row.share for row in found.experts.values()), 1.0)
-    return CostFacts(
-        other_bytes=sum(row.read for row in rows if row.kind != EXPERT_LORA),
-        expert_bytes=sum(row.read for row in experts) / (share or 1.0),
-        share=share or 1.0,
-        kv_token_bytes=kv_token_bytes,
-        mixes=mixes,
-    )
+        if isinstance(module, RouterLora):
+            for arrays in (module.lora_A, module.lora_B):
+                found |= {id(each): name in module.factors for name, each in arrays.items()}
+        if isinstance(module, BaseTunerLayer):
+            active = [] if module.disable_adapters else module.active_adapters
+            for kind in module.adapter_layer_names:
+                for name, part in getattr(module, kind).items():
+                    single = isinstance(part, torch.nn.Parameter)
+                    for parameter in [part] if single else part.parameters():
+                        found[id(parameter)] = name in active
+    return found
 
 
 def _expert_lora_row(layer: MoeLayer) -> Row:
@@ -297,9 +299,8 @@ class _Base:
         self,
         model: Any,
         packed: Mapping[int, int],
+        dequantised: Container[int] = (),
         *,
-        coded: Mapping[int, tuple[str, int]] | None = None,
-        dequantised: Collection[int] = (),
         dtype: torch.dtype | None,
         mapped: bool,
         gpu: bool | None,
@@ -308,8 +309,7 @@ class _Base:
         are loaded, None: their present one; ``gpu`` None: the tensors' present device."""
         head, table = model.get_output_embeddings(), model.get_input_embeddings()
         self._model, self._packed, self._dtype = model, packed, dtype
-        self._coded, self._dequantised = coded or {}, dequantised
-        self._mapped, self._gpu = mapped, gpu
+        self._mapped, self._gpu, self._dequantised = mapped, gpu, dequantised
         self._head: Any = getattr(head, "weight", None)
         self._table: Any = getattr(table, "weight", None)
         self._tables = {id(each.weight) for each in host_tables(model)}
@@ -323,17 +323,19 @@ class _Base:
             size = buffer.numel() * buffer.element_size()
             yield Row(BUFFERS, _form(buffer.dtype), size, gpu=self._on_gpu(buffer))
 
+    def coded_row(self, path: str, form: str, size: int, linear: nn.Linear) -> Row:
+        """Counts a linear layer that keeps the checkpoint's codes."""
+        on_gpu = isinstance(linear, CodedLinear) and linear.device.type == "cuda"
+        gpu = on_gpu if self._gpu is None else self._gpu
+        kind = ATTENTION if _ATTENTION.search(path) else MLP
+        return Row(kind, form, size, size, linear.in_features * linear.out_features, gpu=gpu)
+
     def _of_parameter(self, name: str, parameter: nn.Parameter) -> Iterator[Row]:
         dtype = self._dtype or parameter.dtype
         count, size = parameter.numel(), parameter.numel() * dtype.itemsize
         is_page = dtype == parameter.dtype and id(parameter) not in self._dequantised
         mapped = size if self._mapped and is_page else 0
         kind, gpu = self._kind(name, parameter), self._on_gpu(parameter)
-        if coded := self._coded.get(id(parameter)):
-            form, held = coded
-            kept = 0 if gpu else held  # pages of the file
-            yield Row(kind, form, held, held, count, replaced=kept, gpu=gpu)
-            return
         packed = self._packed.get(id(parameter))
         if packed is not None:
             replaced = 0 if parameter is self._table else mapped
@@ -352,15 +354,6 @@ class _Base:
             yield Row(kind, _form(dtype), size, mapped=mapped, gpu=gpu)  # kept, but not read
         else:
             yield Row(kind, _form(dtype), size, size, count, mapped=mapped, gpu=gpu)
-
-    def coded_row(self, path: str, linear: CodedLinear, size: int) -> Row:
-        """Counts a layer that has no parameter."""
-        head = linear is self._model.get_output_embeddings()
-        kind = HEAD if head else ATTENTION if _ATTENTION.search(path) else MLP
-        values, kept = linear.in_features * linear.out_features, size if linear.on_cpu else 0
-        return Row(
-            kind, linear.weight_format, size, size, values, replaced=kept, gpu=not linear.on_cpu
-        )
 
     def _kind(self, name: str, parameter: nn.Parameter) -> str:
         if parameter is self._head:

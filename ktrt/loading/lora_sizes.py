@@ -12,15 +12,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ktrt.adapter.apply.router import RouterLora
 from ktrt.engine import DenseLinear
 from ktrt.engine.formats import STRIP_ROWS, round_up
+from ktrt.layers.int8 import is_int8
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Container, Mapping
 
 _BLOCK_RANKS = 16
 
@@ -40,11 +39,16 @@ class LoraSize:
 
 
 def linear_lora_bytes(
-    model: nn.Module, ranks: Mapping[str, int], dtype: torch.dtype | None, packed: Collection[int]
+    model: nn.Module,
+    ranks: Mapping[str, int],
+    dtype: torch.dtype | None,
+    *,
+    int8: bool,
+    coded: Container[str] = (),
 ) -> int:
     """Returns the engine's bytes for LoRA of these ranks on linear layers of ``model``, by path,
-    without a GPU. ``dtype`` None keeps each parameter's own; ``packed``: ids of the weights that
-    the engine packs."""
+    without a GPU. ``dtype`` None keeps each parameter's own; ``int8``: ``quantization_bit: 8``;
+    ``coded``: the layers that keep the checkpoint's codes."""
     total = 0
     for path, rank in ranks.items():
         layer = model.get_submodule(path)
@@ -52,8 +56,8 @@ def linear_lora_bytes(
             continue
         if rank > DenseLinear.max_rank:
             continue
-        is_packed = id(layer.weight) in packed
-        total += (_packed if is_packed else _dense)(rank, layer.out_features, layer.in_features)
+        packed = path in coded or (int8 and is_int8(path, layer))
+        total += (_packed if packed else _dense)(rank, layer.out_features, layer.in_features)
         if _is_latent(model, path):
             total += _latent(rank, layer.out_features, layer.in_features, model, path)
     return total
@@ -88,20 +92,3 @@ def _is_latent(model: nn.Module, path: str) -> bool:
 def _pages(size: int) -> int:
     """Every array has its own pages."""
     return round_up(size, mmap.PAGESIZE)
-
-
-def lora_parameters(model: nn.Module) -> dict[int, bool]:
-    """Returns whether its adapter acts, by the id of each parameter of LoRA in torch."""
-    found: dict[int, bool] = {}
-    for module in model.modules():
-        if isinstance(module, RouterLora):
-            for arrays in (module.lora_A, module.lora_B):
-                found |= {id(each): name in module.factors for name, each in arrays.items()}
-        if isinstance(module, BaseTunerLayer):
-            active = [] if module.disable_adapters else module.active_adapters
-            for kind in module.adapter_layer_names:
-                for name, part in getattr(module, kind).items():
-                    single = isinstance(part, torch.nn.Parameter)
-                    for parameter in [part] if single else part.parameters():
-                        found[id(parameter)] = name in active
-    return found

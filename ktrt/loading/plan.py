@@ -19,8 +19,8 @@ from ktrt.engine.formats import AUTO, PLAIN, format_of
 from ktrt.errors import CheckpointError
 from ktrt.experts import find_experts, new_layer
 from ktrt.folders import check_model_folder
+from ktrt.loading.coded_linears import coded_sizes, coded_tensors, dequantised_weights
 from ktrt.loading.experts import ExpertSource, cache_folder, seems_cached
-from ktrt.loading.fill import coded_weights, dequantised_weights
 from ktrt.loading.formats import choose_formats, own_formats, possible_formats, saving_note
 from ktrt.loading.inventory import planned_inventory
 from ktrt.loading.lora_sizes import LoraSize
@@ -164,9 +164,9 @@ def prepare(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> Prep
             all_layers,
             infer_dtype=model.infer_dtype,
             int8=model.quantization_bit == 8 and gpu is None,
-            coded=coded_weights(base, model.infer_dtype),
-            dequantised=dequantised_weights(base),
+            dequantised=dequantised_weights(base.built.model, base.experts.checkpoint, base.names),
             gpu=gpu is not None,
+            coded=_coded_sizes(base, model.infer_dtype),
             loras=[
                 LoraSize(
                     *plan.planned_numel(),
@@ -195,6 +195,12 @@ def prepare(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> Prep
     return Prepared(
         base, plans, adapter_base, kt_weights, engine, layers, formats, inventory, memory
     )
+
+
+def _coded_sizes(base: BaseCheckpoint, infer_dtype: str) -> dict[str, tuple[str, int]]:
+    checkpoint, specs = base.experts.checkpoint, base.experts.specs
+    tensors = coded_tensors(base.built.model, specs, checkpoint, base.names, infer_dtype)
+    return coded_sizes(checkpoint, tensors)
 
 
 def _layer_source(

@@ -28,7 +28,7 @@ def test_the_configuration_names_the_engines_formats() -> None:
 
 
 def test_verification_has_limits_for_every_format() -> None:
-    assert {each.name for each in FORMATS} <= set(LIMITS)
+    assert set(LIMITS) == {each.name for each in FORMATS}
 
 
 def test_the_kernels_of_every_format_are_known() -> None:

@@ -31,12 +31,12 @@ from ktrt.loading.inventory import (
     TABLES,
     Inventory,
     Row,
-    bytes_per_token,
     loaded_inventory,
     planned_inventory,
 )
 from ktrt.loading.model import load_model
 from ktrt.loading.plan import prepare
+from ktrt.loading.step_bytes import bytes_per_token
 
 if TYPE_CHECKING:
     from pathlib import Path
