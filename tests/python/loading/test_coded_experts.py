@@ -72,7 +72,7 @@ class Case:
         config = folders.plain / "config.json"
         values = json.loads(config.read_text("utf-8"))
         if family == "kimi_k2":
-            values["model_type"] = "deepseek_v3"  # transformers has no class of its own
+            values["model_type"] = "deepseek_v3"  # transformers does not know kimi_k2
             config.write_text(json.dumps(values), "utf-8")
         model = AutoModelForCausalLM.from_pretrained(folders.plain, dtype=torch.float32)
         return cls(original, folders, model.eval())
