@@ -328,7 +328,8 @@ void few_rows(const Options& options) {
       }
       std::printf("%s rows %2d: %7.2f %7.2f\n", name_of(format), rows, few * 1e6, tiles * 1e6);
     }
-    std::printf("%s: tiles from %d rows on (select.cc: %d)\n", name_of(format), from,
+    const std::string found = from == 0 ? "more than 16" : std::to_string(from);
+    std::printf("%s: tiles from %s rows on (select.cc: %d)\n", name_of(format), found.c_str(),
                 gemm.many_from);
     std::fflush(stdout);
   }

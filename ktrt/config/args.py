@@ -230,10 +230,14 @@ class SamplingArgs:
 @dataclass(frozen=True)
 class SchedulerArgs:
     """How many answers are computed at once: at most ``max_num_seqs``, and no more than leave each
-    stream ``min_tokens_per_second`` by predictions (0: no floor)."""
+    stream ``min_tokens_per_second`` by predictions (0: no floor).
+
+    ``reproducible``: an answer depends on its request alone, to the last bit: not on its company
+    (``kt_fixed_kernels``), nor on what earlier answers left in the KV cache."""
 
     max_num_seqs: int = 32
     min_tokens_per_second: float = 1.0
+    reproducible: bool = False
 
     def __post_init__(self) -> None:
         _require(self, "max_num_seqs", self.max_num_seqs >= 1, "at least 1")

@@ -26,6 +26,8 @@ _SOME = 1024
 def make_scheduler(loaded: LoadedModel, limits: SchedulerLimits | None) -> Scheduler:
     """Returns a scheduler for the model, which knows the bytes that its steps read."""
     runner = loaded.runner
+    if limits is not None and limits.reproducible:
+        runner.make_reproducible()
     facts = cost_facts(loaded.model, runner.pool.bytes_of(_SOME) / _SOME, mixes=runner.mixes)
     experts = [each for each in loaded.model.modules() if isinstance(each, KTExperts)]
     if experts:

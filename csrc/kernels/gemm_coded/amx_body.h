@@ -56,7 +56,7 @@ class UnpackedTiles {
     if (target > end_) target = end_;
     if (done_ < target) unpack_until(target);
   }
-  const uint8_t* tile(int index) const { return slot(first_ + index); }
+  const uint8_t* tile(int index) { return slot(first_ + index); }
 
  private:
   static constexpr int kBlockTiles = kMaxBlockTiles / 2;
@@ -64,7 +64,7 @@ class UnpackedTiles {
   static constexpr int kHalves = 2 * kInPacked;
   static constexpr int kAhead = 4;  // packed tiles, for prefetching
 
-  const uint8_t* slot(int tile) const {
+  uint8_t* slot(int tile) {
     return tiles_ + static_cast<int64_t>(tile % kMaxBlockTiles) * kTileSize;
   }
 
@@ -77,7 +77,7 @@ class UnpackedTiles {
     const uint8_t* packed = coded_tile<Format>(g_, tile / kInPacked);
     const int in_packed = tile % kInPacked;
     const uint8_t* codes = packed + half * kTileHalf + in_packed * (kTileHalf / kInPacked);
-    uint8_t* out = const_cast<uint8_t*>(slot(tile)) + half * kTileHalf;
+    uint8_t* out = slot(tile) + half * kTileHalf;
     prefetch_ahead(tile / kInPacked, in_packed * 2 + half);
     if constexpr (Format::kCode == Code::kE4m3) {
       constexpr int kInGroup = Format::kGroup / kTileColumns;

@@ -17,7 +17,7 @@ from ktrt.serve.anthropic.schema import Message, MessagesRequest, PromptRequest,
 from ktrt.serve.errors import ApiError, error_body
 from ktrt.serve.openai.conversation import prepare
 from ktrt.serve.openai.prompts import encode
-from ktrt.serve.openai.stream import event, event_stream, failure, unless_gone
+from ktrt.serve.openai.stream import STREAMED, event, event_stream, failure, unless_gone
 from ktrt.serve.server import Server, get_server
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ _SILENCE = 15.0
 @router.post(
     PATH,
     response_model=Message,
-    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    responses=STREAMED,
 )
 async def messages(
     body: MessagesRequest, request: Request, server: Annotated[Server, Depends(get_server)]
@@ -138,11 +138,14 @@ class _Run:
 
     def _usage(self) -> dict[str, int]:
         last = self._reply.last
+        # Known with the first token: `message_start` counts all as computed, `message_delta` what
+        # was.
+        held = last.reused_tokens if last is not None else 0
         return {
-            "input_tokens": self.input_tokens,
+            "input_tokens": self.input_tokens - held,
             "output_tokens": last.generated_tokens if last is not None else 0,
             "cache_creation_input_tokens": 0,
-            "cache_read_input_tokens": 0,
+            "cache_read_input_tokens": held,
         }
 
     async def events(self, generation: Generation) -> AsyncGenerator[str]:

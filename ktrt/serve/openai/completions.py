@@ -16,11 +16,20 @@ from starlette.responses import JSONResponse, Response
 from ktrt.serve.errors import ApiError, error_body
 from ktrt.serve.generation import Asked
 from ktrt.serve.openai.chat import FINGERPRINT
+from ktrt.serve.openai.constraints import with_least_length
 from ktrt.serve.openai.prompts import Prompt, read_prompts
 from ktrt.serve.openai.sampling import sampling_options
 from ktrt.serve.openai.schema import refuse_unknown_effects
 from ktrt.serve.openai.schema_completions import Completion, CompletionRequest
-from ktrt.serve.openai.stream import DONE, EventStream, event, failure, merged, unless_gone
+from ktrt.serve.openai.stream import (
+    DONE,
+    STREAMED,
+    EventStream,
+    event,
+    failure,
+    merged,
+    unless_gone,
+)
 from ktrt.serve.openai.text import Text, TextMaker
 from ktrt.serve.server import Server, get_server
 
@@ -39,7 +48,7 @@ _MAX_TOKENS = 16
 @router.post(
     PATH,
     response_model=Completion,
-    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    responses=STREAMED,
 )
 async def completions(
     body: CompletionRequest, request: Request, server: Annotated[Server, Depends(get_server)]
@@ -102,9 +111,12 @@ async def _asked(server: Server, body: CompletionRequest) -> list[tuple[Prompt, 
     return [
         (
             each,
-            Asked(
-                adapter=adapter, prompt_ids=each.ids, sampling=sampling, prompt_logprobs=scores,
-                n=n if most else 1,
+            with_least_length(
+                Asked(
+                    adapter=adapter, prompt_ids=each.ids, sampling=sampling,
+                    prompt_logprobs=scores, n=n if most else 1,
+                ),
+                body, server.session.end_ids,
             ),
         )
         for each in prompts
