@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a model on a GPU is bench/gpu/decode.py's
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -45,7 +46,7 @@ PROBE_BYTES = 512 << 20
 
 def write_adapter(model: Path, folder: Path, rank: int, seed: int = 0) -> Path:
     """Writes random LoRA on every linear layer of the checkpoint except head and routers."""
-    checkpoint = Checkpoint(model, (128, 128))
+    checkpoint = Checkpoint(model)
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
     targets = set()

@@ -309,7 +309,8 @@ class RmsNorm:
 
 class PackedLinear:
     """``DenseLinear`` with the weight in INT8, a scale per output, and inputs quantised row by row:
-    the numbers and the packed layout of the INT8 experts. LoRA stays bfloat16.
+    the numbers and the packed layout of the INT8 experts. LoRA stays bfloat16. ``of_codes``: in a
+    coded format, whose inputs stay bfloat16.
 
     A row's bits depend neither on the other rows nor on the number of threads; on a processor with
     AMX, the number of rows picks the kernel, and with LoRA the last bits.
@@ -319,6 +320,18 @@ class PackedLinear:
         """``weight`` [out_features, in_features], bfloat16, contiguous, in_features at most 65536:
         packed, without the GIL, and not kept. ``bias``: see ``DenseLinear``. ``ValueError`` for
         NaN and infinity too; ``RuntimeError``: the engine is closed."""
+
+    @staticmethod
+    def of_codes(
+        engine: Engine,
+        weight_format: WeightFormatName,
+        codes: Any,
+        scales: Any,
+        in_features: int,
+        bias: Any = None,
+    ) -> PackedLinear:
+        """Packs a weight [out_features, in_features] as checkpoints ship it, see
+        ``MoeLayer.load_coded_expert``. ``ValueError`` and ``RuntimeError`` as the constructor."""
 
     max_rank: int
     @property
@@ -534,6 +547,12 @@ class MoeLayer:
         """Bytes of packed weights and scales of all experts, without LoRA."""
 
     @property
+    def has_gate(self) -> bool: ...
+    @property
+    def activation(self) -> dict[str, Any]:
+        """The arguments of ``__init__`` from ``activation`` to ``up_offset``."""
+
+    @property
     def unusual_form(self) -> list[str]:
         """Differences of the experts from ``down(silu(gate x) · up x)``, in words."""
 
@@ -677,6 +696,10 @@ class MoeLayer:
         """Returns the packed memory itself, one item per part of the engine. A later
         ``load_expert`` writes into it. ``ValueError`` while an expert is missing, ``RuntimeError``
         once closed."""
+
+    def bias_views(self) -> dict[str, PackedMemory]:
+        """Returns the memory of the biases by projection, of those that have one: float32
+        [num_experts, rows], rows padded to 32. Biases set later have other memory."""
 
     def lora_view(self, number: int) -> PackedLora:
         """Returns the memory of a LoRA. A LoRA loaded later under the same number has other memory.

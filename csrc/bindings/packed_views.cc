@@ -150,6 +150,21 @@ py::list packed_parts(MoeLayer& layer) {
   return parts;
 }
 
+py::dict bias_views(MoeLayer& layer) {
+  const std::shared_ptr<const ExpertBiases> biases = [&] {
+    const py::gil_scoped_release release;
+    return layer.experts().share_biases();
+  }();
+  py::dict views;
+  if (biases == nullptr) return views;
+  constexpr const char* kNames[kProjections] = {"gate", "up", "down"};
+  for (std::size_t p = 0; p < kProjections; ++p) {
+    const auto memory = memory_of(biases, biases->values(static_cast<Projection>(p)));
+    if (memory) views[kNames[p]] = *memory;
+  }
+  return views;
+}
+
 py::object lora_view(MoeLayer& layer, int number) {
   const std::shared_ptr<const ExpertLora> lora = [&] {
     const py::gil_scoped_release release;

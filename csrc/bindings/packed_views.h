@@ -13,6 +13,9 @@ void register_packed_views(pybind11::module_& module);
 // One PackedPart per part of the weights.
 pybind11::list packed_parts(MoeLayer& layer);
 
+// PackedMemory of the biases by projection, of those that have one.
+pybind11::dict bias_views(MoeLayer& layer);
+
 // PackedLora, or None.
 pybind11::object lora_view(MoeLayer& layer, int number);
 

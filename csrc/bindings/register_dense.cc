@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -44,6 +45,19 @@ std::shared_ptr<PackedLinear> pack_linear(std::shared_ptr<Engine> engine, const 
   const auto bias_arg = optional_tensor(bias, "bias");
   const py::gil_scoped_release release;
   return make_owned<PackedLinear>(std::move(engine), weight_arg.view(), view_of(bias_arg));
+}
+
+std::shared_ptr<PackedLinear> pack_codes(std::shared_ptr<Engine> engine,
+                                         const std::string& weight_format, const py::object& codes,
+                                         const py::object& scales, std::int64_t in_features,
+                                         const py::object& bias) {
+  const TensorArg codes_arg(codes, "codes");
+  const TensorArg scales_arg(scales, "scales");
+  const auto bias_arg = optional_tensor(bias, "bias");
+  const py::gil_scoped_release release;
+  return make_owned<PackedLinear>(std::move(engine), parse_format(weight_format),
+                                  CodedSource{codes_arg.view(), scales_arg.view()}, in_features,
+                                  view_of(bias_arg));
 }
 
 // Python's data_ptr().
@@ -135,6 +149,9 @@ void register_dense(py::module_& module) {
   py::class_<PackedLinear, std::shared_ptr<PackedLinear>> packed(module, "PackedLinear");
   packed.def(py::init(&pack_linear), py::arg("engine").none(false), py::arg("weight"),
              py::arg("bias") = py::none());
+  packed.def_static("of_codes", &pack_codes, py::arg("engine").none(false),
+                    py::arg("weight_format"), py::arg("codes"), py::arg("scales"),
+                    py::arg("in_features"), py::arg("bias") = py::none());
   define_common(packed);
   packed.def_property_readonly("packed_bytes", &PackedLinear::packed_bytes)
       .def("kernel_name", &PackedLinear::kernel_name, py::arg("rows"));

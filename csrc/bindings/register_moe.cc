@@ -115,6 +115,20 @@ std::vector<std::string> unusual_form(const MoeLayer& layer) {
   return found;
 }
 
+// The arguments of the constructor.
+py::dict activation_arguments(const MoeLayer& layer) {
+  const Activation& activation = layer.activation();
+  py::dict found;
+  for (const auto& [name, kind] : kActivationNames) {
+    if (kind == activation.kind) found["activation"] = name;
+  }
+  found["alpha"] = activation.alpha;
+  found["gate_limit"] = activation.gate_limit;
+  found["up_limit"] = activation.up_limit;
+  found["up_offset"] = activation.up_offset;
+  return found;
+}
+
 void load_expert(MoeLayer& layer, int expert, const py::object& gate, const py::object& up,
                  const py::object& down) {
   const auto g = optional_tensor(gate, "gate");
@@ -266,6 +280,8 @@ void register_layer(py::module_& module) {
                              [](const MoeLayer& l) { return std::string(name_of(l.format())); })
       .def_property_readonly("packed_bytes",
                              [](const MoeLayer& l) { return l.experts().packed_bytes(); })
+      .def_property_readonly("has_gate", [](const MoeLayer& l) { return l.shape().has_gate; })
+      .def_property_readonly("activation", &activation_arguments)
       .def_property_readonly("unusual_form", &unusual_form)
       .def("load_expert", &load_expert, py::arg("expert"), py::arg("gate"), py::arg("up"),
            py::arg("down"))
@@ -294,6 +310,7 @@ void register_layer(py::module_& module) {
       .def("packed_codes", &packed_codes, py::arg("expert"), py::arg("projection"))
       .def("packed_scales", &packed_scales, py::arg("expert"), py::arg("projection"))
       .def("packed_parts", &packed_parts)
+      .def("bias_views", &bias_views)
       .def("lora_view", &lora_view, py::arg("number"))
       .def_property_readonly("loras",
                              [](MoeLayer& l) {

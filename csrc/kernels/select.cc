@@ -27,6 +27,8 @@ extern const GemmKernel gemm_int4_amx;
 extern const GemmKernel gemm_int4_amx_emulated;
 // By coded_index().
 extern const GemmKernel gemm_coded_portable[kNumCodedFormats];
+extern const GemmKernel gemm_coded_avx512[kNumCodedFormats];
+extern const GemmKernel gemm_coded_avx512_bf16[kNumCodedFormats];
 extern const ShrinkKernel lora_shrink_portable;
 extern const ShrinkKernel lora_shrink_avx2;
 extern const ShrinkKernel lora_shrink_avx512_bf16;
@@ -97,7 +99,9 @@ KernelTable select_kernels(Isa level, const CpuFeatures& f) {
       {&gemm_int4_avx2, Isa::kAvx2, f.avx2},
       {&gemm_int4_portable, Isa::kPortable, true},
   }};
-  const std::array<Variant<GemmKernel>, 1> gemm_coded = {{
+  const std::array<Variant<GemmKernel>, 3> gemm_coded = {{
+      {gemm_coded_avx512_bf16, Isa::kAvx512, f.avx512_bf16},
+      {gemm_coded_avx512, Isa::kAvx512, f.avx512},
       {gemm_coded_portable, Isa::kPortable, true},
   }};
   const std::array<Variant<ShrinkKernel>, 3> lora_shrink = {{

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <limits>
 #include <utility>
 #include <vector>
@@ -95,29 +96,51 @@ PackedLinear::PackedLinear(std::shared_ptr<Engine> engine, const TensorView& wei
   KTRT_CHECK(weight.shape[1] <= kMaxIn, weight.name << " has rows of " << weight.shape[1]
                                                     << ", expected at most " << kMaxIn
                                                     << " for exact sums in INT8");
-  const PackedLayout layout(kFormat, static_cast<int>(weight.shape[0]),
+  const PackedLayout layout(WeightFormat::kInt8, static_cast<int>(weight.shape[0]),
                             static_cast<int>(weight.shape[1]));
+  make_base(layout, weight.name, bias, [&](int strip, const PackedMatrix& matrix) {
+    return pack_strip(weight, matrix, strip);
+  });
+}
+
+PackedLinear::PackedLinear(std::shared_ptr<Engine> engine, WeightFormat format,
+                           const CodedSource& weight, std::int64_t in,
+                           const std::optional<TensorView>& bias)
+    : engine_(std::move(engine)) {
+  KTRT_CHECK(engine_ != nullptr, "engine is missing");
+  weight.codes.expect_shape({-1, -1});
+  const std::int64_t out = weight.codes.shape[0];
+  constexpr std::int64_t kMostRows = 1 << 30;
+  KTRT_CHECK(out >= 1 && out <= kMostRows && in >= 1 && in <= kMaxIn,
+             weight.codes.name << " has " << out << " rows, in_features is " << in
+                               << ", expected 1 to 2^30 and 1 to " << kMaxIn);
+  check_coded(weight, format, static_cast<int>(out), static_cast<int>(in));
+  const PackedLayout layout(format, static_cast<int>(out), static_cast<int>(in));
+  make_base(layout, weight.codes.name, bias, [&](int strip, const PackedMatrix& matrix) {
+    return pack_coded_strip(weight, 0, matrix, strip);
+  });
+}
+
+template <class Pack>
+void PackedLinear::make_base(const PackedLayout& layout, const std::string& name,
+                             const std::optional<TensorView>& bias, const Pack& pack) {
   Base base;
   base.bias = copy_floats(bias, layout.n(), layout.padded_n());
   base.codes = AlignedBuffer(layout.code_bytes());
-  base.scales = AlignedBuffer(layout.scale_bytes());
-  base.sums = AlignedBuffer(layout.sum_bytes());
+  if (layout.scale_bytes() > 0) base.scales = AlignedBuffer(layout.scale_bytes());
+  if (layout.sum_bytes() > 0) base.sums = AlignedBuffer(layout.sum_bytes());
   base.matrix = {layout, base.codes.as<std::uint8_t>(), base.scales.as<float>(),
                  base.sums.as<std::int32_t>()};
-  pack(weight, base.matrix);
-  base_ = std::make_unique<const Base>(std::move(base));
-}
-
-void PackedLinear::pack(const TensorView& weight, const PackedMatrix& matrix) {
   const auto lease = engine_->lease();
   std::atomic<int> next{0};
   std::atomic<bool> finite{true};
   lease.pool().run([&](int) {
-    for (int strip = next++; strip < matrix.layout.strips(); strip = next++) {
-      if (!pack_strip(weight, matrix, strip)) finite.store(false, std::memory_order_relaxed);
+    for (int strip = next++; strip < layout.strips(); strip = next++) {
+      if (!pack(strip, base.matrix)) finite.store(false, std::memory_order_relaxed);
     }
   });
-  KTRT_CHECK(finite.load(), weight.name << " holds NaN or infinity; the weights are damaged");
+  KTRT_CHECK(finite.load(), name << " holds NaN or infinity; the weights are damaged");
+  base_ = std::make_unique<const Base>(std::move(base));
 }
 
 std::size_t PackedLinear::packed_bytes() const {
@@ -159,22 +182,23 @@ std::size_t PackedLinear::lora_bytes() const {
   return loras_.bytes();
 }
 
-// Scratch memory for all rows: a byte for every value of x, which has two.
+// Scratch memory for all rows, as the kernel reads them.
 PackedLinear::Task PackedLinear::make_task(const std::uint16_t* x, std::int64_t rows,
                                            std::uint16_t* out) const {
-  const std::int64_t padded_k = base_->matrix.layout.padded_k();
+  const std::int64_t row_bytes =
+      std::int64_t{base_->matrix.layout.padded_k()} * (quantizes_rows(format()) ? 1 : 2);
   const std::int64_t most =
-      std::clamp(kBlockBytes / padded_k, std::int64_t{kMaxTileRows}, kMaxBlockRows);
+      std::clamp(kBlockBytes / row_bytes, std::int64_t{kMaxTileRows}, kMaxBlockRows);
   Task task{};
   task.x = x;
   task.rows = rows;
   task.out = out;
-  task.gemm = &engine_->kernels().gemm(kFormat).for_rows(
+  task.gemm = &engine_->kernels().gemm(format()).for_rows(
       static_cast<int>(std::min<std::int64_t>(rows, kMaxBlockRows)));
   task.blocks = (rows + most - 1) / most;
   const std::int64_t block_rows = (rows + task.blocks - 1) / task.blocks;
   task.block_tiles = (block_rows + kMaxTileRows - 1) / kMaxTileRows;
-  task.code_stride = static_cast<std::int64_t>(scratch_stride(static_cast<std::size_t>(padded_k)));
+  task.code_stride = static_cast<std::int64_t>(scratch_stride(static_cast<std::size_t>(row_bytes)));
   const auto room = static_cast<std::size_t>(task.blocks * task.block_tiles * kMaxTileRows);
   RowMemory& memory = row_memory();
   const std::size_t bytes = room * static_cast<std::size_t>(task.code_stride);
@@ -233,7 +257,7 @@ PackedLinear::Block PackedLinear::Task::block(std::int64_t index) const {
   return {row, count, index * block_tiles * kMaxTileRows, gemm->tile_rows(count)};
 }
 
-// Quantises a tile of rows, or shrinks a group of them.
+// Quantises or copies a tile of rows, or shrinks a group of them.
 void PackedLinear::prepare(const Task& task, std::int64_t unit) const {
   const std::int64_t tiles = task.blocks * task.block_tiles;
   if (unit >= tiles) return shrink(task, shrinks_[static_cast<std::size_t>(unit - tiles)]);
@@ -241,29 +265,37 @@ void PackedLinear::prepare(const Task& task, std::int64_t unit) const {
   const int step = task.gemm->tile_order ? block.tile_rows : kMaxTileRows;
   const int first = static_cast<int>(unit % task.block_tiles) * step;
   if (first >= block.rows) return;
-  quantize(task, {block.row + first, std::min(step, block.rows - first), block.scratch_row + first,
-                  block.tile_rows});
+  gather(task, {block.row + first, std::min(step, block.rows - first), block.scratch_row + first,
+                block.tile_rows});
 }
 
-void PackedLinear::quantize(const Task& task, const Block& tile) const {
+void PackedLinear::gather(const Task& task, const Block& tile) const {
   const ElementwiseKernels& kernels = *engine_->kernels().elementwise;
+  const bool int8 = quantizes_rows(format());
   const int padded_k = base_->matrix.layout.padded_k();
+  const int row_bytes = padded_k * (int8 ? 1 : 2);
   const std::int64_t in = in_features();
   std::uint8_t* const out = task.codes + tile.scratch_row * task.code_stride;
   std::uint8_t* rows = out;
   if (task.gemm->tile_order) {
     rows = thread_values<std::uint8_t>(static_cast<std::size_t>(kMaxTileRows * task.code_stride));
   }
-  const std::uint8_t* codes[kMaxTileRows];
+  const std::uint8_t* gathered[kMaxTileRows];
   for (int r = 0; r < tile.rows; ++r) {
+    const std::uint16_t* const x = task.x + (tile.row + r) * in;
     std::uint8_t* row = rows + r * task.code_stride;
-    codes[r] = row;
-    task.scales[tile.scratch_row + r] =
-        kernels.quantize_row(task.x + (tile.row + r) * in, static_cast<int>(in), padded_k,
-                             task.gemm->activation_offset, row);
+    gathered[r] = row;
+    if (int8) {
+      task.scales[tile.scratch_row + r] = kernels.quantize_row(x, static_cast<int>(in), padded_k,
+                                                               task.gemm->activation_offset, row);
+    } else {
+      const auto bytes = static_cast<std::size_t>(in) * sizeof(std::uint16_t);
+      std::memcpy(row, x, bytes);
+      std::memset(row + bytes, 0, static_cast<std::size_t>(row_bytes) - bytes);
+    }
   }
   if (task.gemm->tile_order) {
-    kernels.to_tile(codes, tile.rows, tile.tile_rows, padded_k, padded_k, out);
+    kernels.to_tile(gathered, tile.rows, tile.tile_rows, row_bytes, row_bytes, out);
   }
 }
 
@@ -308,7 +340,6 @@ const std::uint8_t* PackedLinear::first_tile(int strip) const {
 
 GemmArgs PackedLinear::gemm_args(const Task& task, const Block& block, int strip) const {
   const PackedMatrix& matrix = base_->matrix;
-  const std::int64_t column = std::int64_t{strip} * kStripRows;
   GemmArgs args{};
   args.a = task.codes + block.scratch_row * task.code_stride;
   args.a_stride = block.tile_rows * task.code_stride;
@@ -319,8 +350,10 @@ GemmArgs PackedLinear::gemm_args(const Task& task, const Block& block, int strip
   args.block_rows = matrix.layout.block_rows(strip);
   args.row_in_block = matrix.layout.row_in_block(strip);
   args.k = matrix.layout.padded_k();
-  args.w_scale = matrix.scales + column;
-  args.w_sum = matrix.sums + column;
+  if (matrix.scales != nullptr) {
+    args.w_scale = matrix.scales + std::int64_t{strip} * matrix.layout.strip_scales();
+  }
+  if (matrix.sums != nullptr) args.w_sum = matrix.sums + std::int64_t{strip} * kStripRows;
   if (task.fused == nullptr) return args;
   const ExpertLora::Expand& expand = task.fused->lora->expand(Projection::kUp);
   args.lora_b = expand.of(0, strip);

@@ -26,6 +26,11 @@ class ExpertBiases {
            static_cast<std::size_t>(strip) * kStripRows;
   }
 
+  // [num_experts][padded rows], 0 in the padding; empty where the projection has no bias.
+  const AlignedBuffer& values(Projection projection) const {
+    return rows_[static_cast<std::size_t>(projection)].values;
+  }
+
  private:
   struct Rows {
     int padded = 0;

@@ -117,9 +117,9 @@ void ExpertStore::pack_coded(ThreadPool& pool, int expert, Projection projection
 void ExpertStore::set_biases(const std::optional<TensorView>& gate,
                              const std::optional<TensorView>& up,
                              const std::optional<TensorView>& down) {
-  ExpertBiases biases(shape_, gate, up, down);
+  auto biases = std::make_shared<const ExpertBiases>(shape_, gate, up, down);
   const auto lease = engine_->lease();
-  biases_.emplace(std::move(biases));
+  biases_ = std::move(biases);
 }
 
 std::size_t ExpertStore::packed_bytes() const {
@@ -160,10 +160,12 @@ std::shared_ptr<const ExpertWeights> ExpertStore::share_weights() {
   return weights_;
 }
 
-bool ExpertStore::has_biases() const {
+std::shared_ptr<const ExpertBiases> ExpertStore::share_biases() const {
   const auto lock = engine_->lock();
-  return biases_.has_value();
+  return biases_;
 }
+
+bool ExpertStore::has_biases() const { return share_biases() != nullptr; }
 
 void ExpertStore::check_all_loaded() const {
   KTRT_CHECK(weights_->all_loaded(),

@@ -79,10 +79,12 @@ class ExpertStore {
   // The packed memory itself, kept alive by the pointer, also after the engine is closed.
   // Throws std::invalid_argument while an expert is missing.
   std::shared_ptr<const ExpertWeights> share_weights();
+  // The biases likewise; null where there are none. Later ones have other memory.
+  std::shared_ptr<const ExpertBiases> share_biases() const;
 
   // For a forward, which holds the lock; not once the engine is closed.
   const ExpertWeights& weights() const { return *weights_; }
-  const ExpertBiases* biases() const { return biases_ ? &*biases_ : nullptr; }
+  const ExpertBiases* biases() const { return biases_.get(); }
   // Throws std::invalid_argument naming the first missing expert.
   void check_all_loaded() const;
 
@@ -109,7 +111,7 @@ class ExpertStore {
   const WeightFormat format_;
   const int down_slices_;
   std::shared_ptr<ExpertWeights> weights_;  // null once the engine is closed
-  std::optional<ExpertBiases> biases_;
+  std::shared_ptr<const ExpertBiases> biases_;  // null: none
 };
 
 }  // namespace ktrt

@@ -9,10 +9,9 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
+from ktrt.checkpoint.quantization import Quantization, QuantizationKeys, read_quantization
 from ktrt.errors import CheckpointError
 from ktrt.utils.json_files import (
     JsonObject,
@@ -28,9 +27,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ADVICE = "Download the folder again, or correct the file."
-_PositiveInt = Annotated[int, Field(gt=0)]
-# FP8's block if config.json names none: every published checkpoint has it.
-_BLOCK = (128, 128)
 # transformers' registries of classes that generate text.
 AUTO_CLASSES = ("CausalLM", "ImageTextToText", "MultimodalLM")
 _MAPPINGS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
@@ -47,30 +43,13 @@ _NO_SIZE = re.compile(
 )
 
 
-class _Quantization(JsonObject):
-    quant_method: str | None = None
-    weight_block_size: Annotated[list[_PositiveInt], Field(min_length=2, max_length=2)] | None = (
-        None
-    )
-    config_groups: dict[str, Any] | None = None
-
-
 class _Config(JsonObject):
     model_type: str | None = None
     architectures: list[str] | None = None
-    quantization_config: _Quantization | None = None
-    compression_config: _Quantization | None = None
+    quantization_config: QuantizationKeys | None = None
+    compression_config: QuantizationKeys | None = None
     transformers_weights: str | None = None
     auto_map: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """``method``: config.json's claim, which copies of a folder often keep wrongly; the tensors
-    decide. ``block``: rows and columns of one FP8 scale."""
-
-    method: str | None = None
-    block: tuple[int, int] = _BLOCK
 
 
 @dataclass(frozen=True)
@@ -181,27 +160,10 @@ def _without_quantization(file: Path, content: dict[str, Any]) -> tuple[dict[str
             if claim is None:
                 continue
             name = f"{where}.{key}" if where else key
-            shape = typed(claim, _Quantization, f"{file}: {name}", CheckpointError, _ADVICE)
+            read = read_quantization(claim, f"{file}: {name}", _ADVICE)
             if found.method is None:
-                found = Quantization(shape.quant_method or "unnamed", _block(shape))
+                found = read
     return content, found
-
-
-def _block(claim: _Quantization) -> tuple[int, int]:
-    """Returns the block of one FP8 scale, in DeepSeek-V3's or compressed-tensors' form."""
-    if claim.weight_block_size:
-        rows, columns = claim.weight_block_size
-        return rows, columns
-    for group in (claim.config_groups or {}).values():
-        weights = group.get("weights") if isinstance(group, dict) else None
-        block = weights.get("block_structure") if isinstance(weights, dict) else None
-        if isinstance(block, list) and len(block) == 2 and all(_is_size(size) for size in block):
-            return block[0], block[1]
-    return _BLOCK
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _configs(values: dict[str, Any], where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:

@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ktrt.checkpoint.stored import TORCH_DTYPES, ConvertedTensor, StoredTensor
+from ktrt.checkpoint.stored import (
+    TORCH_DTYPES,
+    ConvertedTensor,
+    StoredTensor,
+    TransposedTensor,
+)
 from ktrt.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -72,7 +77,8 @@ class Conversions:
                     return self._read(group, stored)[target]
 
                 shape = shapes[target].shape
-                yield target, ConvertedTensor(first.file, first.dtype, shape, read), names
+                made = ConvertedTensor(first.file, first.dtype, shape, read)
+                yield target, _with_codes(made, group, first), names
 
     def rearrange(
         self, targets: tuple[str, ...], values: Mapping[str, torch.Tensor]
@@ -118,3 +124,20 @@ class Conversions:
 
 def _on_meta(tensor: StoredTensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype], device="meta")
+
+
+def _with_codes(made: ConvertedTensor, group: Group, source: StoredTensor) -> StoredTensor:
+    """Returns ``made``, with the codes of its ``source`` if the conversion only swaps the last two
+    dimensions of one quantised stack."""
+    from transformers.core_model_loading import Transpose
+
+    operations = group.converter.operations
+    if source.coded is None or len(group.sources) != 1 or len(operations) != 1:
+        return made
+    (swap,) = operations
+    if not isinstance(swap, Transpose) or {swap.dim0 % 3, swap.dim1 % 3} != {1, 2}:
+        return made
+    # With check_dims transformers leaves a stack that has the model's shape already.
+    if swap.check_dims and source.shape == made.shape:
+        return source
+    return TransposedTensor(source, made)

@@ -16,7 +16,7 @@ from ktrt.checkpoint.stored import TORCH_DTYPES
 from ktrt.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from torch import nn
 
@@ -35,9 +35,11 @@ def weight_source(
     checkpoint: Checkpoint,
     names: WeightNames,
     infer_dtype: str,
+    is_left_out: Callable[[str, torch.dtype], bool] = lambda _name, _dtype: False,
 ) -> dict[str, Any]:
     """Returns arguments of ``from_pretrained`` in place of the folder: config, generation config,
-    dtype, and the parameters of ``skeleton`` without the experts of ``specs``."""
+    dtype, and the parameters of ``skeleton`` without the experts of ``specs`` and the tensors that
+    ``is_left_out`` names, given the model's dtype."""
     model: Any = skeleton
     config = copy.deepcopy(model.config)
     wanted = _wanted(model, {spec.path for spec in specs}, checkpoint, names)
@@ -47,7 +49,9 @@ def weight_source(
     return {
         "pretrained_model_name_or_path": None,
         "config": config,
-        "state_dict": {name: _read(checkpoint, name, dtype) for name in wanted},
+        "state_dict": {
+            name: _read(checkpoint, name, dtype) for name in wanted if not is_left_out(name, dtype)
+        },
         "dtype": dtype,
         "generation_config": _generation_config(checkpoint),
     }

@@ -47,6 +47,7 @@ class Fp8Tensor(QuantizedTensor):
         if not self._single:
             self._fit(name, scales_name)
         self.coded, self.why_not_coded = self._engine_format()
+        self.whole_blocks = self._single or (not self._rows and not block[0] % 128)
 
     def _fit(self, name: str, scales_name: str) -> None:
         """Settles whether the scales are by blocks or by rows."""

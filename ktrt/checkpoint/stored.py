@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -44,6 +44,10 @@ class StoredTensor(Protocol):
     def transposed(self) -> bool:
         """Whether ``read`` returns matrices [in, out], the transposes of ``read_codes``."""
 
+    @property
+    def whole_blocks(self) -> bool:
+        """Whether scales of FP8 codes are constant in blocks of 128 x 128 or multiples."""
+
     def read(self) -> torch.Tensor: ...
 
     def read_row(self, row: int) -> torch.Tensor:
@@ -58,11 +62,12 @@ class _Uncoded:
 
     coded: str | None = None
     transposed = False
+    whole_blocks = False
 
     def __init__(self, why_not_coded: str) -> None:
         self.why_not_coded = why_not_coded
 
-    def read_codes(self, row: int | None = None) -> NoReturn:
+    def read_codes(self, row: int | None = None) -> Codes:
         raise ValueError(f"not in codes: {self.why_not_coded}; row {row}")
 
 
@@ -105,6 +110,23 @@ class ConvertedTensor(_Uncoded):
         return self._convert()[row]
 
 
+class TransposedTensor(ConvertedTensor):
+    """transformers' transpose of a quantised ``source``, whose codes stay as they are."""
+
+    def __init__(self, source: StoredTensor, made: ConvertedTensor) -> None:
+        super().__init__(source.file, source.dtype, made.shape, made.read)
+        self._source = source
+        self.coded, self.why_not_coded = source.coded, source.why_not_coded
+        self.transposed = not source.transposed
+        self.whole_blocks = source.whole_blocks
+
+    def read_row(self, row: int) -> torch.Tensor:
+        return self._source.read_row(row).transpose(-1, -2)
+
+    def read_codes(self, row: int | None = None) -> Codes:
+        return self._source.read_codes(row)
+
+
 class QuantizedTensor:
     """Base of the quantised tensors, which are read as float32 or as codes.
 
@@ -113,6 +135,7 @@ class QuantizedTensor:
 
     dtype = "F32"
     transposed = False
+    whole_blocks = False
 
     def __init__(self, file: Path, shape: Sequence[int]) -> None:
         self.file = file

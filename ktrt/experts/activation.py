@@ -4,60 +4,19 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import asdict, dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import functional
+
+from ktrt.engine.activation import Activation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import nn
 
-Kind = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "softcap_silu"]
-
-
-@dataclass(frozen=True)
-class Activation:
-    """The function of the outputs of gate and up (of up alone without gate) in
-    ``ktrt._core.MoeLayer``; the fields are its arguments and are documented there."""
-
-    activation: Kind = "silu"
-    alpha: float = 1.0
-    gate_limit: float = math.inf
-    up_limit: float = math.inf
-    up_offset: float = 0.0
-
-    def arguments(self) -> dict[str, Any]:
-        """The keyword arguments of ``MoeLayer``."""
-        return asdict(self)
-
-    def __call__(self, gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
-        """The same by torch, elementwise."""
-        if gate is None:
-            return self._function(up)
-        if self.activation == "softcap_silu":
-            bent = self.up_limit * torch.tanh(up / self.up_limit)
-            return self._function(gate) * (bent + self.up_offset)
-        clamped = up.clamp(-self.up_limit, self.up_limit)
-        return self._function(gate.clamp(max=self.gate_limit)) * (clamped + self.up_offset)
-
-    def _function(self, x: torch.Tensor) -> torch.Tensor:
-        match self.activation:
-            case "silu":
-                return x * torch.sigmoid(self.alpha * x)
-            case "gelu":
-                return functional.gelu(x)
-            case "gelu_tanh":
-                return functional.gelu(x, approximate="tanh")
-            case "relu":
-                return functional.relu(x)
-            case "relu2":
-                return functional.relu(x).square()
-            case "softcap_silu":
-                return self.gate_limit * torch.tanh(x / self.gate_limit) * torch.sigmoid(x)
+    from ktrt.engine.activation import Kind
 
 
 def recognise_activation(module: nn.Module) -> Activation | None:

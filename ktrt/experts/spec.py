@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
+from ktrt.engine.activation import Activation
 from ktrt.errors import CheckpointError
-from ktrt.experts.activation import Activation, recognise_activation
+from ktrt.experts.activation import recognise_activation
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -132,6 +132,8 @@ def _in_words(summary: dict[str, object]) -> str:
         f"{_gigabytes(summary['bytes'])}, in {summary['seconds']:.1f} s; {summary['merged']} "
         f"changed by the adapter's {summary['adapter_tensors']}"
     )
+    if summary["quantized"]:
+        text += f"; {summary['quantized']} matrices stay quantised as they were"
     if summary["format"] == "kt":
         from ktrt.export.packed import EXPERTS_FOLDER
 

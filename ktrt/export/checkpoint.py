@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from ktrt.checkpoint.folder import INDEX_NAME, SINGLE_NAME
 from ktrt.engine import release_file_pages
 from ktrt.export.changes import Changes
+from ktrt.export.quantization import plain_modules
 from ktrt.export.shards import write_index, write_shard
 from ktrt.export.side_files import (
     copy_side_files,
@@ -38,7 +39,7 @@ _RELEASE_BYTES = 128 << 20
 @dataclass(frozen=True)
 class Summary:
     """Counts of an export: ``tensors`` in ``files`` with ``bytes``, ``merged`` of them changed by
-    the adapter's ``adapter_tensors``."""
+    the adapter's ``adapter_tensors``; ``quantized``: matrices that stay quantised."""
 
     out: str
     format: str
@@ -46,6 +47,7 @@ class Summary:
     files: int
     tensors: int
     merged: int
+    quantized: int
     adapter_tensors: int
     bytes: int
     seconds: float
@@ -54,8 +56,8 @@ class Summary:
 class Merge:
     """Plans the merge of an adapter into a model folder; reads and writes no weights yet.
 
-    ``dtype``: replaces the source's. ``without_experts``: leaves out the routed experts. ``words``:
-    a folder whose tokenizer files replace the source's.
+    ``dtype``: replaces the source's; quantised tensors become plain. ``without_experts``: leaves
+    out the routed experts. ``words``: a folder whose tokenizer files replace the source's.
     """
 
     def __init__(
@@ -74,13 +76,16 @@ class Merge:
         self.dtype = DTYPES[dtype] if dtype else main
         self.changes = Changes(plan, base.built.model, specs)
         tensors = TensorPlan(
-            checkpoint, base.names, specs, self.changes, Dtypes(main, self.dtype),
+            checkpoint, base.names, specs, self.changes, Dtypes(main, self.dtype, dtype is None),
             without_experts=without_experts,
         )  # fmt: skip
         self.files = tensors.by_file()
+        self.quantized = tensors.kept
+        self._plain = plain_modules(tensors.dequantized()) if tensors.kept else None
         self._untied, self._words = tensors.unties(), words
         self._vocabulary = self.changes.vocabulary()
-        self._new_dtype = self.dtype if dtype or checkpoint.is_quantized() else None
+        is_plain_now = checkpoint.is_quantized() and not tensors.kept
+        self._new_dtype = self.dtype if dtype or is_plain_now else None
         self._sharded = checkpoint.files.sharded
         self._inputs = base.experts.files()
 
@@ -107,6 +112,7 @@ class Merge:
         write_config(
             self.source, folder,
             dtype=self._new_dtype, untied=self._untied, vocabulary=self._vocabulary,
+            plain=self._plain,
         )  # fmt: skip
 
 
@@ -118,8 +124,9 @@ def merge_checkpoint(
     words: Path | None = None,
 ) -> Summary:
     """Writes ``base`` with the merged adapter to the new folder ``out``, which appears when it is
-    complete. Sums are computed in float32 and rounded once, to ``dtype`` or the source's dtype;
-    quantised tensors become BF16. ``words``: see ``Merge``.
+    complete. Sums are computed in float32 and rounded once, to ``dtype`` or the source's dtype.
+    Quantised tensors become BF16 if the adapter changes them, otherwise they stay; ``dtype`` makes
+    all of them plain. ``words``: see ``Merge``.
 
     Raises ``AdapterError`` if a tensor of the adapter cannot be merged, ``ConfigError`` if ``out``
     is not empty or the disk is too small.
@@ -152,6 +159,7 @@ def summarise(
         files=len(files),
         tensors=len(tensors),
         merged=sum(tensor.changed for tensor in tensors),
+        quantized=merge.quantized,
         adapter_tensors=used,
         bytes=sum(tensor.nbytes for tensor in tensors),
         seconds=time.perf_counter() - start,

@@ -7,12 +7,13 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 from ktrt.errors import AdapterError, CheckpointError
+from ktrt.export.quantization import QUANTIZATION_KEYS, with_exceptions
 from ktrt.export.shards import write_synced
 from ktrt.prompt.tokenizer.files import TEMPLATE_FILES, TEMPLATES_FOLDER, TokenizerFiles
 from ktrt.utils.json_files import read_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 _WEIGHTS = {
@@ -67,14 +68,19 @@ def write_config(
     dtype: str | None,
     untied: bool,
     vocabulary: tuple[int, int] | None = None,
+    plain: Sequence[str] | None = None,
 ) -> None:
-    """Writes config.json of the merged model: without quantisation, with ``dtype`` (in safetensors'
-    words; None keeps the source's), with untied embeddings if ``untied``. ``vocabulary``: its size
-    before and after a resize."""
+    """Writes config.json of the merged model: with ``dtype`` (in safetensors' words; None keeps the
+    source's), with untied embeddings if ``untied``. ``vocabulary``: its size before and after a
+    resize. ``plain``: modules that the quantisation does not cover; None: it is removed."""
     config = read_json(source / "config.json", CheckpointError)
     for each in _configs(config):
-        for key in ("quantization_config", "compression_config", "transformers_weights"):
-            each.pop(key, None)
+        each.pop("transformers_weights", None)
+        for key in QUANTIZATION_KEYS:
+            if plain is None:
+                each.pop(key, None)
+            elif isinstance(each.get(key), dict):
+                each[key] = with_exceptions(each[key], plain)
         key = "torch_dtype" if "torch_dtype" in each else "dtype"
         if dtype is not None and (each is config or key in each):
             each[key] = _NAMES[dtype]
@@ -89,5 +95,5 @@ def write_config(
 
 def _configs(config: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns the config and its inner configs (text_config, vision_config …)."""
-    inner = [value for key, value in config.items() if key.endswith("_config")]
+    inner = [v for k, v in config.items() if k.endswith("_config") and k not in QUANTIZATION_KEYS]
     return [config, *(each for each in inner if isinstance(each, dict))]

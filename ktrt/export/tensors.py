@@ -27,10 +27,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Dtypes:
     """The dtypes of the output. ``main``, the dtype of most numbers of the source, becomes
-    ``wanted``; the few tensors of other dtypes (routers' biases, for example) keep theirs."""
+    ``wanted``; the few tensors of other dtypes (routers' biases, for example) keep theirs.
+    ``keeps_codes``: quantised tensors that the adapter does not change stay as they are."""
 
     main: str
     wanted: str
+    keeps_codes: bool = True
 
     def of(self, checkpoint: Checkpoint, name: str) -> str:
         """Returns the dtype to write the tensor in."""
@@ -71,6 +73,7 @@ class TensorPlan:
         self._without_experts = without_experts
         self._targets = {name: names.target(name) for name in checkpoint.names()}
         self._rearranged = self._find_rearranged()
+        self._kept = self._find_kept() if dtypes.keeps_codes else {}
 
     def by_file(self) -> dict[str, list[OutputTensor]]:
         """Returns the tensors to write, by the name of their file in the source."""
@@ -78,10 +81,26 @@ class TensorPlan:
         for name, target in self._targets.items():
             if self._without_experts and self._spec(target) is not None:
                 continue
+            if name in self._kept:
+                for part in self._kept[name]:
+                    file = self._checkpoint.stored[part].file.name
+                    found.setdefault(file, []).append(self._as_stored(part))
+                continue
             tensors = found.setdefault(self._checkpoint.file(name).name, [])
             tensors.append(self._tensor(name, target))
             tensors.extend(self._untied_twins(name, target))
         return found
+
+    @property
+    def kept(self) -> int:
+        """Returns how many quantised tensors stay as they are."""
+        return len(self._kept)
+
+    def dequantized(self) -> list[str]:
+        """Returns the names of tensors written plain that are quantised in the source, on disk and
+        in the model."""
+        names = [n for n in self._targets if self._is_coded(n) and n not in self._kept]
+        return [each for name in names for each in (name, self._targets[name].name)]
 
     def unties(self) -> bool:
         """Returns whether the adapter unties parameters that are tied in the source."""
@@ -89,6 +108,44 @@ class TensorPlan:
 
     def _spec(self, target: WeightTarget) -> ExpertsSpec | None:
         return self._specs.get(target.name.rpartition(".")[0])
+
+    def _is_coded(self, name: str) -> bool:
+        """Returns whether the tensor is written and quantised in the source."""
+        left_out = self._without_experts and self._spec(self._targets[name]) is not None
+        return self._checkpoint.is_quantized(name) and not left_out
+
+    def _is_changed(self, name: str) -> bool:
+        target = self._targets[name]
+        plain = not target.changed and self._changes.touches(target.name)
+        return plain or name in self._rearranged
+
+    def _find_kept(self) -> dict[str, list[str]]:
+        """Returns unchanged quantised tensors and their parts on disk. A layer's experts are all
+        quantised or all plain: everything that loads them has one module for them."""
+        coded = [name for name in self._targets if self._is_coded(name)]
+        paths = {name: self._targets[name].name.rpartition(".")[0] for name in self._targets}
+        plain = {paths[name] for name in coded if self._is_changed(name)}
+        kept: dict[str, list[str]] = {}
+        for name in coded:
+            whole = paths[name] in self._specs and paths[name] in plain
+            if not whole and not self._is_changed(name):
+                kept[name] = []
+        for part in self._checkpoint.stored:
+            if (name := self._whole(part)) in kept:
+                kept[name].append(part)
+        return kept
+
+    def _whole(self, part: str) -> str:
+        """Returns the name of the tensor that a tensor on disk is part of."""
+        if part in self._targets:
+            return part
+        longer = (name for name in (part[:i] for i, c in enumerate(part) if c == "_"))
+        own = next((name for name in longer if name in self._targets), None)
+        return own or f"{part.rpartition('.')[0]}.weight"
+
+    def _as_stored(self, part: str) -> OutputTensor:
+        stored = self._checkpoint.stored[part]
+        return OutputTensor(part, stored.dtype, stored.shape, lambda: [stored.read()])
 
     def _find_rearranged(self) -> dict[str, RearrangedTensors]:
         """Returns source name → its group, for tensors that transformers rearranges into
@@ -113,8 +170,7 @@ class TensorPlan:
     def _tensor(self, name: str, target: WeightTarget) -> OutputTensor:
         checkpoint = self._checkpoint
         shape, dtype = checkpoint.shape(name), self._dtypes.of(checkpoint, name)
-        group = self._rearranged.get(name)
-        changed = group is not None or (not target.changed and self._changes.touches(target.name))
+        group, changed = self._rearranged.get(name), self._is_changed(name)
         if changed and group is None and self._spec(target) is None:
             shape = self._changes.shape(target.name, shape)
         if changed and dtype not in FLOATS:

@@ -175,8 +175,8 @@ def _check_scheme(folder: Path, *, experts_elsewhere: bool) -> None:
         weight_map = glance(folder / INDEX).get("weight_map")
         names = weight_map if isinstance(weight_map, dict) else {}
         files = sorted({f for f in dict(names).values() if isinstance(f, str)})
-    by_name = named_scheme(n for n in names if not (experts_elsewhere and ".experts." in n))
-    if by_name is None:
+    names = [n for n in names if not (experts_elsewhere and ".experts." in n)]
+    if named_scheme(names) is None:
         return
     headers = {
         name: _Header(str(entry.get("dtype")), tuple(entry.get("shape") or ()))
@@ -184,7 +184,8 @@ def _check_scheme(folder: Path, *, experts_elsewhere: bool) -> None:
         for name, entry in _header(folder / file).items()
         if isinstance(entry, dict) and not (experts_elsewhere and ".experts." in name)
     }
-    if found := unread_scheme(headers) if headers else by_name:
+    # Without headers the shards are damaged, which is reported when they are opened.
+    if found := unread_scheme(headers) if headers else named_scheme(names, certain=True):
         raise CheckpointError(refusal(folder, *found, headers.get(found[1])))
 
 

@@ -21,6 +21,9 @@ class Header(Protocol):
 
 
 _PACKED_DTYPES = ("I8", "U8", "I32", "U32", "I16", "I64", "F4", "F8_E4M3", "F8_E5M2")
+# Dtypes of scales that are powers of two, which MXFP4 has.
+_POWERS = ("U8", "F8_E8M0")
+_GPTQ, _PACKED = "qweight", "weight_packed"
 # Last word of a tensor's name → scheme that writes it; the first entry that occurs counts.
 _BY_NAME = {
     "weight_scale_2": "NVFP4 (TensorRT Model Optimizer)",
@@ -30,8 +33,9 @@ _BY_NAME = {
     "bitsandbytes__nf4": "bitsandbytes, 4 bits",
     "bitsandbytes__fp4": "bitsandbytes, 4 bits",
     "SCB": "bitsandbytes, 8 bits",
-    "qweight": "GPTQ or AWQ",  # which: by the shapes
-    "weight_packed": "compressed-tensors",  # which: by the dtypes
+    "weight_zero_point": "compressed-tensors with zero points (asymmetric)",
+    _GPTQ: "AWQ",  # or GPTQ, which is read: by the shapes
+    _PACKED: "NVFP4 (compressed-tensors, nvfp4-pack-quantized)",  # or read: by the dtypes
     "W_q": "HQQ",
     "codebooks": "AQLM",
     "weight_scales": "EETQ",
@@ -39,14 +43,19 @@ _BY_NAME = {
     "input_scale": "FP8 with static activation scales",
     "activation_scale": "FP8 with static activation scales",
 }
-_READS = "ktrt reads BF16, F16, F32, FP8 (E4M3) with scales by block, row or tensor, and MXFP4"
+_READS = (
+    "ktrt reads BF16, F16, F32, FP8 (E4M3) with scales by block, row or tensor, symmetric INT4 "
+    "(compressed-tensors pack-quantized, GPTQ without desc_act), and MXFP4"
+)
 
 
-def named_scheme(names: Iterable[str]) -> tuple[str, str] | None:
-    """Does the same as ``unread_scheme`` by names alone, which a model's parameters may share."""
+def named_scheme(names: Iterable[str], *, certain: bool = False) -> tuple[str, str] | None:
+    """Does the same as ``unread_scheme`` by names alone, which a model's parameters may share.
+    ``certain`` leaves out names that supported schemes share."""
     for name in names:
-        if scheme := _BY_NAME.get(name.rpartition(".")[2]):
-            return scheme, name
+        word = name.rpartition(".")[2]
+        if word in _BY_NAME and not (certain and word in (_GPTQ, _PACKED)):
+            return _BY_NAME[word], name
     return None
 
 
@@ -77,10 +86,10 @@ def _by_name(stored: Mapping[str, Header]) -> tuple[str, str] | None:
         # A model's parameter may have this name, but not with packed codes in the same module.
         if not any(_is_coded(stored, each) for each in _same_module(stored, name)):
             continue
-        if word == "qweight":
-            return _gptq_or_awq(stored, name), name
-        if word == "weight_packed":
-            return _compressed(stored, name), name
+        if (word == _GPTQ and not _is_awq(stored, name)) or (
+            word == _PACKED and not _is_nvfp4(stored, name)
+        ):
+            continue
         return scheme, name
     return None
 
@@ -96,27 +105,18 @@ def _is_coded(stored: Mapping[str, Header], name: str) -> bool:
     return stored[name].dtype in _PACKED_DTYPES
 
 
-def _gptq_or_awq(stored: Mapping[str, Header], name: str) -> str:
+def _is_awq(stored: Mapping[str, Header], name: str) -> bool:
+    """GPTQ packs inputs, so its columns are the outputs. AWQ packs outputs."""
     module = name.rpartition(".")[0]
     scales = stored.get(f"{module}.scales")
-    if scales is None:
-        return _BY_NAME["qweight"]
-    # GPTQ packs inputs, so its columns are the outputs. AWQ packs outputs.
-    columns = (stored[name].shape or (0,))[-1]
-    packs_outputs = scales.shape and scales.shape[-1] != columns
-    return "AWQ" if packs_outputs and f"{module}.g_idx" not in stored else "GPTQ"
+    if scales is None or not scales.shape or f"{module}.g_idx" in stored:
+        return False
+    return scales.shape[-1] != (stored[name].shape or (0,))[-1]
 
 
-def _compressed(stored: Mapping[str, Header], name: str) -> str:
-    if stored[name].dtype != "I32":
-        return "compressed-tensors (mxfp4-pack-quantized or nvfp4-pack-quantized)"
+def _is_nvfp4(stored: Mapping[str, Header], name: str) -> bool:
     scale = stored.get(f"{name.removesuffix('_packed')}_scale")
-    shape = stored.get(f"{name.removesuffix('_packed')}_shape")
-    group = ""
-    if scale is not None and len(scale.shape) == len(stored[name].shape) == 2 and shape is not None:
-        # A word holds eight 4-bit codes; pack-quantized rarely has 8 bits.
-        group = f" in groups of {8 * stored[name].shape[1] // max(scale.shape[1], 1)}"
-    return f"compressed-tensors pack-quantized (INT4{group}, or as many bits as config.json says)"
+    return stored[name].dtype != "I32" and (scale is None or scale.dtype not in _POWERS)
 
 
 def _by_scales(stored: Mapping[str, Header]) -> tuple[str, str] | None:
@@ -125,6 +125,6 @@ def _by_scales(stored: Mapping[str, Header]) -> tuple[str, str] | None:
         if scale is None or not re.search(r"weight$|_proj$", name):
             continue
         # With bytes as scales, two MXFP4 codes lie in each of the weight's.
-        if tensor.dtype == "I8" and scale.dtype not in ("U8", "F8_E8M0"):
+        if tensor.dtype == "I8" and scale.dtype not in _POWERS:
             return "compressed-tensors int-quantized (INT8)", name
     return None

@@ -6,7 +6,8 @@ Where all tokens have the active adapters, A's rows follow the base weight's in 
 one GEMM gives W x and A x; the expand, scaling folded into B, is then added in place. Where tokens
 have separate adapters (``engine.step_rows``), W x is the base's product, and the A and B of all
 resident adapters lie side by side: one shrink, a mask that leaves each token its
-adapter's ranks (``engine.rank_masks``), one expand.
+adapter's ranks (``engine.rank_masks``), one expand. The same is done for a ``CodedLinear``, which
+has no matrix that A's rows could follow.
 
 PEFT stays the owner of the adapters: before a forward of the model, ``FusedLora`` compares the
 version of the active set, and after a change reads PEFT's layers again.
@@ -26,6 +27,7 @@ from ktrt.engine.active_set import ActiveSet
 from ktrt.engine.rank_masks import NOBODY, RankMasks
 from ktrt.engine.step_rows import RunningStep
 from ktrt.errors import KtrtError
+from ktrt.layers.coded import CodedLinear
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -142,10 +144,11 @@ class _FusedLinear:
         """``layer``: a ``peft.tuners.lora.layer.Linear``."""
         self._layer = layer
         self._base: nn.Linear = layer.get_base_layer()
+        self._coded = self._base if isinstance(self._base, CodedLinear) else None
         self._peft_forward = layer.forward
         self._masks = masks
         self._by_row = by_row
-        # [out + ranks, in] and, if the base has one, its bias followed by zeros.
+        # [out + ranks, in] and, if the base has one, its bias followed by zeros; of a coded base A.
         self._joint: torch.Tensor | None = None
         self._joint_bias: torch.Tensor | None = None
         self._expand: torch.Tensor | None = None
@@ -174,36 +177,47 @@ class _FusedLinear:
 
     def _refresh_active(self, active: Sequence[str]) -> bool:
         layer = self._layer
-        memory = [self._base.weight, self._base.bias, *self._tensors(active)]
+        memory = [self._weight, self._base.bias, *self._tensors(active)]
         state = (*((name, layer.scaling[name]) for name in active), *map(_identity, memory))
         if state == self._state:
             return False
         replaced = self._take(self._lora(state, active))
         # The weight may have moved meanwhile.
-        first = _identity(self._base.weight)
+        first = _identity(self._weight)
         self._state = (*state[: len(active)], first, *state[len(active) + 1 :])
         return replaced
 
     def _refresh_residents(self) -> bool:
-        layer, weight = self._layer, self._base.weight
+        layer = self._layer
         names = sorted((n for n in layer.lora_A if self._plain([n], casts=True)), key=_number_of)
         scalings = {name: _trained_scaling(layer, name) for name in names}
         tensors = map(_identity, self._tensors(names))
-        state = (*names, weight.dtype, weight.device, *tensors)
+        state = (*names, *self._place, *tensors)
         replaced = state != self._residents_state
         if replaced:
             self._residents_state, self._residents, self._owners = state, None, None
         if replaced and names:
-            self._residents = _side_by_side(layer, scalings, weight.dtype)
+            self._residents = _side_by_side(layer, scalings, self._place[0])
             owners = [(_number_of(name), layer.lora_A[name].weight.shape[0]) for name in names]
             pad = self._residents.a.shape[0] - sum(ranks for _, ranks in owners)
-            self._owners = self._masks.owners((*owners, (NOBODY, pad)), weight.device)
+            self._owners = self._masks.owners((*owners, (NOBODY, pad)), self._place[1])
         if self._owners is not None:
             # A trained scaling of 0 has no weight that could be told, and adds nothing.
             active = [n for n in layer.active_adapters if scalings.get(n)]
             weights = tuple((_number_of(n), layer.scaling[n] / scalings[n]) for n in active)
             replaced |= self._owners.weigh(weights)
         return replaced
+
+    @property
+    def _weight(self) -> torch.Tensor | None:
+        """The base's parameter; None: it is coded."""
+        return None if self._coded is not None else self._base.weight
+
+    @property
+    def _place(self) -> tuple[torch.dtype, torch.device]:
+        if self._coded is not None:
+            return self._coded.dtype, self._coded.device
+        return self._base.weight.dtype, self._base.weight.device
 
     def _tensors(self, names: Sequence[str]) -> list[torch.Tensor]:
         layer = self._layer
@@ -217,9 +231,9 @@ class _FusedLinear:
         """Whether these adapters add B A x times the scaling, and nothing else, to a plain Linear;
         ``casts``: also in other dtypes than the base's, and if PEFT's switch is off."""
         layer, base = self._layer, self._base
-        dtypes = {base.weight.dtype, *(layer.lora_A[name].weight.dtype for name in names)}
+        dtypes = {self._place[0], *(layer.lora_A[name].weight.dtype for name in names)}
         return (
-            type(base) is nn.Linear
+            type(base) in (nn.Linear, CodedLinear)
             and (casts or (len(dtypes) == 1 and not layer.disable_adapters))
             and not layer.merged
             and not layer.fan_in_fan_out
@@ -234,12 +248,14 @@ class _FusedLinear:
         scalings = {name: self._layer.scaling[name] for name in active}
         while len(self._known) >= _KNOWN_STATES:
             del self._known[next(iter(self._known))]
-        lora = self._known[key] = _side_by_side(self._layer, scalings, self._base.weight.dtype)
+        lora = self._known[key] = _side_by_side(self._layer, scalings, self._place[0])
         return lora
 
     def _take(self, lora: _Lora) -> bool:
         """Appends A to the weight's rows. Memory of the right size is written, not replaced, so
         that captured graphs go on; returns whether any was replaced."""
+        if self._coded is not None:
+            return self._take_alone(lora)
         weight, ranks = self._base.weight, lora.a.shape[0]
         size_out, size_in = weight.shape
         joint, expand, bias = self._joint, self._expand, self._base.bias
@@ -261,6 +277,17 @@ class _FusedLinear:
             self._joint_bias.copy_(joint_bias)
         return moved
 
+    def _take_alone(self, lora: _Lora) -> bool:
+        """The same where A has its own matrix."""
+        joint, expand = self._joint, self._expand
+        fits = joint is not None and joint.shape == lora.a.shape
+        if joint is None or expand is None or not fits:
+            self._joint, self._expand = lora.a.clone(), lora.expand.clone()
+            return True
+        joint.copy_(lora.a)
+        expand.copy_(lora.expand)
+        return False
+
     def _forward(self, x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         rows = self._masks.rows if self._by_row else None
         if rows is not None and self._residents is not None:
@@ -275,7 +302,10 @@ class _FusedLinear:
         assert joint is not None
         assert expand is not None
         size_out = expand.shape[1]
-        if x.numel() == x.shape[-1]:
+        y: torch.Tensor
+        if self._coded is not None:
+            y, shrunk = self._coded(x), F.linear(x, joint)
+        elif x.numel() == x.shape[-1]:
             both = F.linear(x, joint, self._joint_bias)
             y, shrunk = both[..., :size_out], both[..., size_out:]
         else:
@@ -287,7 +317,9 @@ class _FusedLinear:
 
     def _forward_by_row(self, x: torch.Tensor, lora: _Lora, rows: StepRows) -> torch.Tensor:
         size_out, ranks = lora.expand.shape[1], lora.a.shape[0]
-        y = F.linear(x, self._base.weight, self._base.bias)
+        base = self._base
+        coded = self._coded is not None
+        y: torch.Tensor = base(x) if coded else F.linear(x, base.weight, base.bias)
         shrunk = F.linear(x, lora.a).reshape(-1, ranks)
         own = self._own(rows, shrunk, x.shape[0])
         # Zeros add nothing: a base row keeps its bits.

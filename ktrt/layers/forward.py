@@ -13,6 +13,7 @@ from ktrt.engine import DenseLinear, PackedLinear
 from ktrt.engine.recording import active
 from ktrt.engine.step_rows import ACTIVE, BASE, RunningStep
 from ktrt.errors import KtrtError
+from ktrt.layers.coded import CodedLinear
 from ktrt.layers.module_loras import ModuleLoras, Numbers
 from ktrt.layers.row_products import FixedProducts, has_one_thread, torch_rows
 
@@ -93,35 +94,55 @@ class DenseForward:
         self._module: Any = base
         self.base = base
         self._plain = base.forward
-        self._rows = sys.maxsize if int8 else shared.most_rows
-        self._int8 = int8
+        self._int8 = int8 and not isinstance(base, CodedLinear)
+        packed = int8 or isinstance(base, CodedLinear)
+        self._rows = sys.maxsize if packed else shared.most_rows
         self._in, self._out = base.in_features, base.out_features
         # Whether PEFT's layer around the linear has its LoRA in the same engine linear.
         self.wrapped = False
         self._bind()
 
+    _weight: torch.Tensor | None
+    _address: int | None
+    _format: str
+
     def _bind(self) -> None:
         """Takes the base's present parameters: an adapter may have replaced them."""
         self._take_parameters()
         self._version = self.active_set.version
-        kind = PackedLinear if self._int8 else DenseLinear
+        engine = self._shared.engine
         bias = None if self._bias is None else self._bias.detach()
-        self.linear: Linear = kind(self._shared.engine, self._weight.detach(), bias)
+        self.linear: Linear
+        if isinstance(self.base, CodedLinear):
+            codes: Any = self.base.read_codes()
+            self._format = codes.format
+            self.linear = PackedLinear.of_codes(
+                engine, codes.format, codes.codes, codes.scales, self._in, bias
+            )
+            return
+        assert self._weight is not None
+        self._format = "int8" if self._int8 else "bf16"
+        kind = PackedLinear if self._int8 else DenseLinear
+        self.linear = kind(engine, self._weight.detach(), bias)
 
     def _take_parameters(self) -> None:
-        self._weight, self._bias = self.base.weight, self.base.bias
+        self._bias = self.base.bias
+        self._weight, self._address = None, None
+        if isinstance(self.base, CodedLinear):
+            return
+        weight = self._weight = self.base.weight
         # An adapter's output layer may have more words.
-        self._out = len(self._weight)
-        self._address = self._weight.data_ptr()
+        self._out = len(weight)
+        self._address = weight.data_ptr()
 
     @property
     def weight_format(self) -> str:
-        """``bf16`` or ``int8``."""
-        return "int8" if self._int8 else "bf16"
+        """The engine's name: ``bf16``, ``int8`` or a coded format."""
+        return self._format
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of the INT8 weight; 0 for BF16, which has no copy."""
+        """Bytes of the packed weight; 0 for BF16, which has no copy."""
         return self.linear.packed_bytes if isinstance(self.linear, PackedLinear) else 0
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -179,7 +200,7 @@ class DenseForward:
 
     def _moved(self) -> bool:
         held = self.base._parameters
-        return held["weight"] is not self._weight or held["bias"] is not self._bias
+        return held.get("weight") is not self._weight or held["bias"] is not self._bias
 
     def _run(self, x: torch.Tensor, out: torch.Tensor, adapters: torch.Tensor | None) -> None:
         x = x.contiguous()
@@ -195,7 +216,7 @@ class DenseForward:
             x.dtype == torch.bfloat16
             and x.shape[-1] == self._in
             and x.device.type == "cpu"
-            and self.base.weight.data_ptr() == self._address
+            and (self._address is None or self.base.weight.data_ptr() == self._address)
             and not (torch.is_grad_enabled() and (x.requires_grad or self._module.training))
         )
 
@@ -222,7 +243,7 @@ class LoraForward(DenseForward):
         self.base = inner.base
         self._plain = module.forward
         self._rows, self._int8 = inner._rows, inner._int8
-        self._in = inner._in
+        self._in, self._out = inner._in, inner._out
         self.wrapped = False
         self._merged = module.merged
         # Also of others that compute the linear or a part of it.
@@ -233,7 +254,7 @@ class LoraForward(DenseForward):
         self._version = self.active_set.version
         self._inner.wrapped = True
         self._take_parameters()
-        self.linear = self._inner.linear
+        self.linear, self._format = self._inner.linear, self._inner._format
         self.loras.add(self.linear)
 
     @property

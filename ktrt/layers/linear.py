@@ -25,6 +25,7 @@ from ktrt.engine.recording import active
 from ktrt.engine.step_rows import RunningStep
 from ktrt.engine.torch_threads import set_torch_threads
 from ktrt.layers.around import Around
+from ktrt.layers.coded import CodedLinear
 from ktrt.layers.forward import DenseForward, LoraForward, Shared
 from ktrt.layers.int8 import is_int8
 from ktrt.layers.row_lora import RowLora
@@ -119,7 +120,9 @@ def _decode_on_one_thread(model: nn.Module, running: RunningStep, patches: Patch
     takes longer, and they would compete with the engine's. Long conversations have attention to
     share out, except in a step of many sequences, whose attention is the engine's."""
     weights = [
-        m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.numel() > 1 << 20
+        m
+        for m in model.modules()
+        if isinstance(m, nn.Linear) and m.in_features * m.out_features > 1 << 20
     ]
     if _forward_of(model) is not None or any(_forward_of(each) is None for each in weights):
         return
@@ -167,7 +170,7 @@ def int8_bytes(model: nn.Module) -> dict[int, int]:
     return {
         id(forward.base.weight): forward.packed_bytes
         for forward in _forwards(model)
-        if forward.packed_bytes
+        if forward.weight_format == "int8"
     }
 
 
@@ -196,6 +199,8 @@ def _peft_linear() -> type | None:
 
 
 def _fits(module: Any) -> bool:
+    if isinstance(module, CodedLinear):
+        return module.on_cpu
     return (
         type(module) is nn.Linear
         and module.weight.dtype == torch.bfloat16

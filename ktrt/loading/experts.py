@@ -19,7 +19,8 @@ from ktrt.utils.progress import byte_progress
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from ktrt.checkpoint.folder import Checkpoint, ExpertWeights
+    from ktrt.checkpoint.experts import ExpertWeights
+    from ktrt.checkpoint.folder import Checkpoint
     from ktrt.checkpoint.kt_files import KtWeights
     from ktrt.config import ExpertArgs
     from ktrt.engine import MoeLayer

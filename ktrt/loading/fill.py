@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from contextlib import contextmanager
@@ -14,13 +15,16 @@ from ktrt.checkpoint.dequantized import weight_source
 from ktrt.checkpoint.generation_config import check_generation_config
 from ktrt.errors import CheckpointError, KtrtError
 from ktrt.experts import experts_replaced
+from ktrt.layers.coded import coded_linears, may_stay_coded, put_coded
 from ktrt.utils.patches import Patches
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import nn
 
+    from ktrt.checkpoint.codes import Codes
+    from ktrt.checkpoint.folder import Checkpoint
     from ktrt.loading.plan import BaseCheckpoint
 
 
@@ -33,9 +37,22 @@ def load_without_experts(base: BaseCheckpoint, infer_dtype: str, device: torch.d
     experts = [
         rf"^{re.escape(spec.path)}\.({'|'.join(spec.parameters)})(_bias)?$" for spec in specs
     ]
-    source = weight_source(skeleton, specs, checkpoint, base.names, infer_dtype)
+    coded: dict[str, Callable[[], Codes]] = {}
+
+    def stays_coded(name: str, dtype: torch.dtype) -> bool:
+        path = base.names.target(name).name.removesuffix(".weight")
+        if dtype != torch.bfloat16 or not _fits_coded(skeleton, path, checkpoint, name):
+            return False
+        coded[path] = partial(checkpoint.read_codes, name)
+        return True
+
+    source = weight_source(skeleton, specs, checkpoint, base.names, infer_dtype, stays_coded)
     try:
-        with experts_replaced({s.class_name for s in specs}), _unexpected(model_class, experts):
+        with (
+            experts_replaced({s.class_name for s in specs}),
+            _unexpected(model_class, experts),
+            _coded(model_class, coded, source["dtype"]),
+        ):
             model, info = model_class.from_pretrained(
                 **source,
                 device_map={"": str(device)} if device.type != "cpu" else None,
@@ -59,7 +76,47 @@ def load_without_experts(base: BaseCheckpoint, infer_dtype: str, device: torch.d
                 "The folder is incomplete or its config.json is of another model."
             )
     loaded: nn.Module = model
+    if device.type != "cpu":
+        for _, linear in coded_linears(loaded):
+            linear.place(device)
     return loaded
+
+
+def _fits_coded(skeleton: nn.Module, path: str, checkpoint: Checkpoint, name: str) -> bool:
+    """Returns whether the tensor is the whole weight of a linear layer that can stay coded."""
+    try:
+        module = skeleton.get_submodule(path)
+    except AttributeError:
+        return False
+    return (
+        checkpoint.coded(name) is not None
+        and may_stay_coded(path, module)
+        and checkpoint.shape(name) == tuple(module.get_parameter("weight").shape)
+        and not _is_tied(skeleton, module)
+    )
+
+
+def _is_tied(skeleton: Any, module: Any) -> bool:
+    table = skeleton.get_input_embeddings()
+    return getattr(table, "weight", None) is module.weight
+
+
+@contextmanager
+def _coded(
+    model_class: Any, readers: Mapping[str, Callable[[], Codes]], dtype: torch.dtype
+) -> Iterator[None]:
+    """Within the block, models of the class are built with these layers coded, so that transformers
+    neither expects nor makes their weights."""
+    original = model_class.__init__
+
+    def build(model: Any, *args: Any, **kwargs: Any) -> None:
+        original(model, *args, **kwargs)
+        put_coded(model, readers, dtype)
+
+    with Patches() as patches:
+        if readers:
+            patches.set(model_class, "__init__", functools.wraps(original)(build))
+        yield
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from ktrt.adapter import BaseModel, plan_adapter
 from ktrt.checkpoint.config import read_model_config
 from ktrt.checkpoint.contents import check_contents, deepest_layer
-from ktrt.checkpoint.folder import Checkpoint, find_expert_weights, holds_experts
+from ktrt.checkpoint.experts import find_expert_weights, holds_experts
+from ktrt.checkpoint.folder import Checkpoint
 from ktrt.checkpoint.kt_files import KtWeights
 from ktrt.checkpoint.names import WeightNames
 from ktrt.checkpoint.skeleton import build_skeleton
@@ -80,7 +81,7 @@ def open_checkpoint(config: ModelConfig, *, experts_elsewhere: bool = False) -> 
     """Opens the tensors of the folder that ``config`` describes. ``CheckpointError``."""
     return Checkpoint(
         config.file.parent,
-        config.quantization.block,
+        config.quantization,
         config.weights,
         experts_elsewhere=experts_elsewhere,
     )

@@ -179,6 +179,9 @@ def apply_torch_side(
     switches = swap_tables(side, model)
     for group, tied in ((side.base, True), (side.whole, False)):
         for name, tensors in group.items():
+            # A layer whose weight stays as the checkpoint ships it has no parameter to replace.
+            if as_linear := getattr(model.get_submodule(name), "as_linear", None):
+                model.set_submodule(name, as_linear())
             for tensor in tensors:
                 if name not in side.tables or tensor.part != "weight":
                     switches += swap_parameter(model, name, tensor.part, tensor.value, tied=tied)

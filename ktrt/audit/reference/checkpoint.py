@@ -191,12 +191,21 @@ class RawCheckpoint:
         found = {self._tensors[name].family for name in names}
         return found.pop() if len(found) == 1 else ""
 
-    def read_expert(self, experts: RawExperts, expert: int) -> dict[str, Float32]:
-        """Returns gate, up [I, H] and down [H, I] of one expert, in float32."""
+    def read_expert(
+        self, experts: RawExperts, expert: int, *, as_packed: bool = False
+    ) -> dict[str, Float32]:
+        """Returns gate, up [I, H] and down [H, I] of one expert, in float32. ``as_packed``: codes
+        times scales in the precision that an engine keeps them in."""
+
+        def read(name: str, row: int | None) -> Float32:
+            stored = self._tensors[name]
+            packed = stored.read_packed if as_packed else None
+            return (packed or stored.read)(row)
+
         if experts.stacked is None:
-            return {p: self.read(experts.single[expert, p]) for p in ("gate", "up", "down")}
+            return {p: read(experts.single[expert, p], None) for p in ("gate", "up", "down")}
         first, down = experts.stacked
-        rows, last = self._tensors[first].read(expert), self._tensors[down].read(expert)
+        rows, last = read(first, expert), read(down, expert)
         if experts.transposed:
             rows, last = np.ascontiguousarray(rows.T), np.ascontiguousarray(last.T)
         return {

@@ -215,8 +215,9 @@ def _check_experts(
     wanted = [Outputs.empty(probe.states.shape, len(kernels)) for probe in (single, mixed)]
     for number, lora in enumerate(loras):
         weights = base.read_expert(raw, number)
+        packed = base.read_expert(raw, number, as_packed=True) if "coded" in kernels else weights
         for kernel, rounding in enumerate(("float32", *kernels)):
-            expert = Expert(weights, rounding, down_slices)
+            expert = Expert(packed if kernel else weights, rounding, down_slices)
             for probe, outputs in zip((single, mixed), wanted, strict=True):
                 _add_expert(expert, number, lora, probe, outputs.all[kernel])
         progress(sum(weight.nbytes for weight in weights.values()))

@@ -6,13 +6,14 @@ Float32 sums may be made in another order than the engine's; INT8 sums are exact
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import functional
+
+from ktrt.engine.activation import Activation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,22 +32,27 @@ class ExpertBank:
     """Weights of n experts on one device, row-major. p, h: intermediate and hidden size, each
     padded to 32 where it counts outputs.
 
-    gate_up [n, 2p, hidden_size] (gate's rows first) and down [n, h, p]: bfloat16 or INT8 codes, the
-    latter with scales [n, 2p] and [n, h], float32. LoRA of all resident adapters side by side,
-    bfloat16: input_a [n, ranks, hidden_size], gate's and then from up_first up's; down_a
-    [n, ranks, p]; gate_b, up_b [n, p, ranks], down_b [n, h, ranks].
+    gate_up [n, 2p, hidden_size] (gate's rows first; [n, p, hidden_size], up's, without gate) and
+    down [n, h, p]: bfloat16 or INT8 codes, the latter with scales of their rows, float32; biases of
+    the rows, float32. LoRA of all resident adapters side by side, bfloat16: input_a
+    [n, ranks, hidden_size], gate's and then from up_first up's; down_a [n, ranks, p]; gate_b, up_b
+    [n, p, ranks], down_b [n, h, ranks].
     """
 
     gate_up: torch.Tensor
     down: torch.Tensor
     gate_up_scale: torch.Tensor | None = None
     down_scale: torch.Tensor | None = None
+    gate_up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
     input_a: torch.Tensor | None = None
     gate_b: torch.Tensor | None = None
     up_b: torch.Tensor | None = None
     down_a: torch.Tensor | None = None
     down_b: torch.Tensor | None = None
     up_first: int = 0
+    has_gate: bool = True
+    activation: Activation = field(default_factory=Activation)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that are there, by field name."""
@@ -73,8 +79,8 @@ class ExpertBank:
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> ExpertBank:
-        changed = {name: change(tensor) for name, tensor in self.tensors().items()}
-        return ExpertBank(**changed, up_first=self.up_first)
+        changed: dict[str, Any] = {n: change(tensor) for n, tensor in self.tensors().items()}
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)
@@ -150,23 +156,25 @@ def expert_outputs(
     groups: Groups | None = None,
     lora: LoraChoice | None = ALL_RANKS,
 ) -> torch.Tensor:
-    """down(silu(gate x) · up x) in float32; ``lora`` None: without LoRA.
+    """down(f(gate x, up x)) in float32, f the bank's activation; ``lora`` None: without LoRA.
 
     ``groups`` cut ``rows`` [m, hidden_size] in order, without gaps: [m, h]. Without them ``rows``
     are [n, m, hidden_size], as many as there are experts: [n, m, h].
     """
-    half = bank.gate_up.shape[-2] // 2
     both = _multiply(rows, bank.gate_up, bank.gate_up_scale, groups)
-    gate, up = both[..., :half], both[..., half:]
+    gate, up = both.chunk(2, -1) if bank.has_gate else (None, both)
     if bank.input_a is not None and lora is not None:
         shrunk = _shrink(rows, bank.input_a, lora.input, groups)
-        _expand(gate, shrunk, bank.gate_b, 0, groups)
+        if gate is not None:
+            _expand(gate, shrunk, bank.gate_b, 0, groups)
         _expand(up, shrunk, bank.up_b, bank.up_first, groups)
-    inner = make_rows(functional.silu(gate) * up, bank.down_scale is not None)
+    _add_bias(both, bank.gate_up_bias, groups)
+    inner = make_rows(bank.activation(gate, up), bank.down_scale is not None)
     out = _multiply(inner, bank.down, bank.down_scale, groups)
     if bank.down_a is not None and lora is not None:
         shrunk = _shrink(inner, bank.down_a, lora.down, groups)
         _expand(out, shrunk, bank.down_b, 0, groups)
+    _add_bias(out, bank.down_bias, groups)
     return out
 
 
@@ -208,6 +216,16 @@ def _expand(
 ) -> None:
     if b is not None:
         target += _product(shrunk[..., first : first + b.shape[-1]], b, groups)
+
+
+def _add_bias(target: torch.Tensor, bias: torch.Tensor | None, groups: Groups | None) -> None:
+    if bias is None:
+        return
+    if groups is None:
+        target += bias[:, None]
+        return
+    for index, at in groups:
+        target[at] += bias[index]
 
 
 def integer_product(codes: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ktrt.engine.formats import STRIP_ROWS, code_bytes, is_quantized
+from ktrt.engine.formats import STRIP_ROWS
+from ktrt.experts.gpu.coded import unpack_coded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,26 +23,35 @@ _ROW_WORDS = 16  # of one row in a tile
 _BLOCK_RANKS = 16
 
 
-def code_dtype(weight_format: WeightFormat) -> torch.dtype:
-    """The dtype that ``unpack_codes`` gives: bfloat16, or int8 for quantised weights."""
-    return torch.int8 if is_quantized(weight_format) else torch.bfloat16
+def unpacked_dtype(weight_format: WeightFormat) -> torch.dtype:
+    """The dtype that ``unpack_weights`` gives: int8 codes, where the engine multiplies those, or
+    bfloat16."""
+    return torch.int8 if weight_format.quantizes_rows else torch.bfloat16
 
 
-def unpack_codes(codes: torch.Tensor, weight_format: WeightFormat, out: torch.Tensor) -> None:
-    """Writes packed matrices row-major, padding included. INT4 becomes the INT8 codes that the
-    engine's kernels multiply: 16 times its own.
+def unpack_weights(
+    codes: torch.Tensor,
+    scales: torch.Tensor | None,
+    weight_format: WeightFormat,
+    out: torch.Tensor,
+) -> None:
+    """Writes packed matrices row-major, padding included: INT8 codes (of INT4 the ones that the
+    engine's kernels multiply: 16 times its own), or bfloat16, the scales applied.
 
-    codes: uint8 [n, bytes of one matrix], the last dimension contiguous; out: [n, padded rows,
-    padded columns] of ``code_dtype``, the last dimension contiguous.
+    codes: uint8 [n, bytes of one matrix], the last dimension contiguous; scales: float32
+    [n, scales of one matrix], None where there are none outside of the tiles; out: [n, padded rows,
+    padded columns] of ``unpacked_dtype``, the last dimension contiguous.
     """
     count, rows, columns = out.shape
-    size = code_bytes(weight_format, rows, columns)
-    if codes.shape != (count, size) or out.dtype != code_dtype(weight_format):
+    size = weight_format.code_bytes(rows, columns)
+    if codes.shape != (count, size) or out.dtype != unpacked_dtype(weight_format):
         raise ValueError(
             f"codes {tuple(codes.shape)} and out {tuple(out.shape)} {out.dtype} are not the same "
             f"{weight_format.name} matrices; expected {size} bytes each"
         )
-    if weight_format.bits == 4:
+    if weight_format.coded:
+        unpack_coded(codes, scales, weight_format, out)
+    elif weight_format.bits == 4:
         packed = torch.empty(count, rows, columns // 2, dtype=torch.uint8, device=out.device)
         _unpack_words(codes, weight_format, packed.view(torch.int32))
         _split_nibbles(packed, out)

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 # GPU memory that `kt_num_gpu_experts: auto` leaves for the KV cache and activations.
 RESERVED_BYTES = 3 << 30
 RESERVED_SHARE = 0.1
+# Forms of experts that the GPU does not compute, in the words of ``KTExperts.unusual_form``.
+ENGINE_ONLY = ("down in slices of columns", "a norm after each expert")
 # Relative error between GPU and engine on the same token, far above the noise of float32 sums and
 # far below what another activation or a bias makes.
 _SAME = 0.02
@@ -59,7 +61,7 @@ def build_gpu_experts(
     if (number, threshold) == (0, 0):
         return None
     for path, module in modules.items():
-        if form := module.unusual_form:
+        if form := [each for each in module.unusual_form if each in ENGINE_ONLY]:
             logger.info(
                 "All routed experts run on the CPU: %s has %s, which ktrt computes only there",
                 path, ", ".join(form),
@@ -189,7 +191,9 @@ def _fitting(experts: GpuExperts, layers: Mapping[str, MoeLayer]) -> int:
     free -= max(RESERVED_BYTES, int(RESERVED_SHARE * total))
     if experts.threshold:
         widest = max((layer.top_k + 4) * layer.hidden_size * 4 for layer in layers.values())
-        free -= 2 * experts.stream.nbytes + MAX_STREAMED_TOKENS * widest
+        # The bank that is computed, and what unpacking the next one makes on the way.
+        free -= experts.stream.nbytes + 2 * experts.stream.unpacked_bytes
+        free -= MAX_STREAMED_TOKENS * widest
     each = sum(experts.source(path).resident_bytes() for path in layers)
     most = min(layer.num_experts for layer in layers.values())
     return max(0, min(free // each, most))

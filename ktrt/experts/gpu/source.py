@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ktrt.engine.formats import (
-    STRIP_ROWS,
-    code_bytes,
-    format_named,
-    is_quantized,
-    padded_shape,
-    round_up,
-)
+from ktrt.engine.activation import Activation
+from ktrt.engine.formats import STRIP_ROWS, format_named, padded_shape, round_up
 from ktrt.experts.gpu.arithmetic import ExpertBank
-from ktrt.experts.gpu.packed import code_dtype, unpack_codes, unpack_expand, unpack_shrink
+from ktrt.experts.gpu.packed import unpack_expand, unpack_shrink, unpack_weights, unpacked_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from ktrt.engine import MoeLayer, PackedExpand, PackedLora, PackedMatrix, PackedMemory
     from ktrt.engine.rank_masks import Owners, Weights
+
+
+Projection = Literal["gate", "up", "down"]
+
+_NO_LORA: dict[str, Any] = dict.fromkeys(("input_a", "gate_b", "up_b", "down_a", "down_b"))
+
+
+@dataclass(frozen=True)
+class _Matrices:
+    """Rows of some experts: weights [n, rows, columns], scales and bias [n, rows]."""
+
+    weights: torch.Tensor
+    scales: torch.Tensor | None
+    bias: torch.Tensor | None
 
 
 class LayerSource:
     """``arrays``: every array of the layer by name, uint8 [num_experts, bytes of one expert] on the
     CPU, without a copy of the engine's memory; ``memories`` the same as address and size.
 
-    The views keep the engine's memory alive: drop the source to free it.
+    The views keep the engine's memory alive: drop the source to free it. Biases are the ones that
+    the layer has now.
     """
 
     def __init__(self, layer: MoeLayer) -> None:
@@ -37,14 +47,19 @@ class LayerSource:
         self.hidden_size = layer.hidden_size
         self.intermediate_size = layer.intermediate_size
         self.weight_format = format_named(layer.weight_format)
-        self.quantized = is_quantized(self.weight_format)
+        self.has_gate = layer.has_gate
+        self.activation = Activation.of(layer)
+        self.quantized = self.weight_format.quantizes_rows
         self._layer = layer
         self._parts = layer.packed_parts()
         self._weight_memories = {f"codes{i}": part.codes for i, part in enumerate(self._parts)}
         for i, part in enumerate(self._parts):
             if part.scales is not None:
                 self._weight_memories[f"scales{i}"] = part.scales
+        for projection, biases in layer.bias_views().items():
+            self._weight_memories[f"{projection}_bias"] = biases
         self._loras: dict[int, PackedLora] = {}
+        self._resident_bytes: int | None = None
         self.memories: dict[str, PackedMemory] = {}
         self.refresh_lora()
 
@@ -58,6 +73,7 @@ class LayerSource:
         before, self.memories = self.memories, self._weight_memories | self._lora_memories()
         if _places(before) == _places(self.memories):
             return False
+        self._resident_bytes = None
         self.arrays = {
             name: _view(memory, self.num_experts) for name, memory in self.memories.items()
         }
@@ -95,7 +111,10 @@ class LayerSource:
 
     def resident_bytes(self) -> int:
         """Bytes of one expert as ``bank`` unpacks it."""
-        return self.bank({name: array[:1] for name, array in self.arrays.items()}).nbytes()
+        if self._resident_bytes is None:
+            one = {name: array[:1].to("meta") for name, array in self.arrays.items()}
+            self._resident_bytes = self.bank(one).nbytes()
+        return self._resident_bytes
 
     def _lora_memories(self) -> dict[str, PackedMemory]:
         found: dict[str, PackedMemory | None] = {}
@@ -110,53 +129,74 @@ class LayerSource:
     def bank(self, arrays: Mapping[str, torch.Tensor]) -> ExpertBank:
         """Row-major weights of some experts, on the device of ``arrays``: the same names, uint8
         [n, bytes of one expert] each, n experts in any order."""
-        count, device = arrays["codes0"].shape[0], arrays["codes0"].device
-        dtype = code_dtype(self.weight_format)
-        inner, columns = padded_shape(self.weight_format, self.intermediate_size, self.hidden_size)
-        outer, depth = padded_shape(self.weight_format, self.hidden_size, self.intermediate_size)
-        gate_up = torch.empty(count, 2, inner, columns, dtype=dtype, device=device)
-        down = torch.empty(count, outer, depth, dtype=dtype, device=device)
-        gate_up_scale = torch.empty(count, 2, inner, device=device)
-        down_scale = torch.empty(count, outer, device=device)
-        for i, part in enumerate(self._parts):
-            for matrix, codes, scale in (
-                (part.gate, gate_up[:, 0], gate_up_scale[:, 0]),
-                (part.up, gate_up[:, 1], gate_up_scale[:, 1]),
-                (part.down, down, down_scale),
-            ):
-                rows = slice(matrix.first_row, matrix.first_row + _padded_rows(matrix))
-                self._unpack(arrays[f"codes{i}"], matrix, codes[:, rows])
-                if self.quantized:
-                    scale[:, rows] = _scales(arrays[f"scales{i}"], matrix)
-        return ExpertBank(
-            gate_up=gate_up.flatten(1, 2)[:, :, : self.hidden_size],
-            down=down[:, :, :inner],
-            gate_up_scale=gate_up_scale.flatten(1) if self.quantized else None,
-            down_scale=down_scale if self.quantized else None,
-            **self._lora_fields(arrays),
+        inner = _up(self.intermediate_size)
+        gate_up = self._matrices(arrays, ("gate", "up") if self.has_gate else ("up",))
+        down = self._matrices(arrays, ("down",))
+        bank = ExpertBank(
+            gate_up=gate_up.weights[:, :, : self.hidden_size],
+            down=down.weights[:, :, :inner],
+            gate_up_scale=gate_up.scales,
+            down_scale=down.scales,
+            gate_up_bias=gate_up.bias,
+            down_bias=down.bias,
+            has_gate=self.has_gate,
+            activation=self.activation,
         )
+        return self.with_lora(bank, arrays)
 
     def with_lora(self, bank: ExpertBank, arrays: Mapping[str, torch.Tensor]) -> ExpertBank:
         """``bank``'s weights with the present LoRAs; ``arrays``: at least ``lora_arrays``, for the
         bank's experts."""
-        return ExpertBank(
-            gate_up=bank.gate_up,
-            down=bank.down,
-            gate_up_scale=bank.gate_up_scale,
-            down_scale=bank.down_scale,
-            **self._lora_fields(arrays),
-        )
+        return replace(bank, **_NO_LORA | self._lora_fields(arrays))
 
     @property
     def lora_arrays(self) -> dict[str, torch.Tensor]:
         """The LoRA among ``arrays``."""
         return {n: array for n, array in self.arrays.items() if n not in self._weight_memories}
 
-    def _unpack(self, codes: torch.Tensor, matrix: PackedMatrix, out: torch.Tensor) -> None:
-        size = code_bytes(self.weight_format, *out.shape[1:])
-        unpack_codes(
-            codes[:, matrix.code_offset : matrix.code_offset + size], self.weight_format, out
+    def _matrices(
+        self, arrays: Mapping[str, torch.Tensor], projections: Sequence[Projection]
+    ) -> _Matrices:
+        """Projections that read the same inputs, one below the other."""
+        count, device = arrays["codes0"].shape[0], arrays["codes0"].device
+        first = getattr(self._parts[0], projections[0])
+        total = self.hidden_size if projections[0] == "down" else self.intermediate_size
+        rows, columns = padded_shape(self.weight_format, total, first.columns)
+        shape = (count, len(projections), rows)
+        dtype = unpacked_dtype(self.weight_format)
+        weights = torch.empty(*shape, columns, dtype=dtype, device=device)
+        scales = torch.empty(shape, device=device) if self.quantized else None
+        for side, projection in enumerate(projections):
+            for i, part in enumerate(self._parts):
+                matrix: PackedMatrix = getattr(part, projection)
+                at = slice(matrix.first_row, matrix.first_row + _up(matrix.rows))
+                own = self._scales(arrays.get(f"scales{i}"), matrix)
+                codes = self._codes(arrays[f"codes{i}"], matrix)
+                unpack_weights(codes, own, self.weight_format, weights[:, side, at])
+                if scales is not None and own is not None:
+                    scales[:, side, at] = own
+        biases = [arrays.get(f"{projection}_bias") for projection in projections]
+        bias = None
+        if any(each is not None for each in biases):
+            bias = torch.zeros(shape, device=device)
+            for side, each in enumerate(biases):
+                if each is not None:
+                    bias[:, side] = each.view(torch.float32)
+        return _Matrices(
+            weights.flatten(1, 2),
+            None if scales is None else scales.flatten(1),
+            None if bias is None else bias.flatten(1),
         )
+
+    def _codes(self, codes: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
+        size = self.weight_format.code_bytes(matrix.rows, matrix.columns)
+        return codes[:, matrix.code_offset : matrix.code_offset + size]
+
+    def _scales(self, scales: torch.Tensor | None, matrix: PackedMatrix) -> torch.Tensor | None:
+        if scales is None:
+            return None
+        count = self.weight_format.scale_bytes(matrix.rows, matrix.columns) // 4
+        return scales.view(torch.float32)[:, matrix.scale_offset : matrix.scale_offset + count]
 
     def _lora_fields(self, arrays: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """All adapters side by side; A of gate and up apart, even if they are the same."""
@@ -192,17 +232,8 @@ def _places(memories: Mapping[str, PackedMemory]) -> dict[str, tuple[int, int]]:
     return {name: (memory.address, memory.nbytes) for name, memory in memories.items()}
 
 
-def _padded_rows(matrix: PackedMatrix) -> int:
-    return _up(matrix.rows)
-
-
 def _up(rows: int) -> int:
     return round_up(rows, STRIP_ROWS)
-
-
-def _scales(scales: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
-    first = matrix.scale_offset
-    return scales.view(torch.float32)[:, first : first + _padded_rows(matrix)]
 
 
 def _view(memory: PackedMemory, num_experts: int) -> torch.Tensor:

@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 # Large enough for copies at full rate, small enough that unpacking needs little more memory.
 PIECE_BYTES = 160 << 20
+# Unpacked, a piece takes at most this many times PIECE_BYTES: packed INT8 and FP8 fill a buffer,
+# MXFP4, which unpacking makes 3.8 times as large, half of one.
+UNPACKED = 2
 # One is computed, the others are on their way: they bridge the attention between two layers.
 RING_SLOTS = 4
 _ALIGNMENT = 256
@@ -245,6 +248,11 @@ class ExpertStream:
         """Device memory of the whole ring."""
         return self._slots * self._slot_bytes()
 
+    @property
+    def unpacked_bytes(self) -> int:
+        """Device memory of the largest piece, unpacked."""
+        return max(self._piece_experts(s) * s.resident_bytes() for s in self._sources)
+
     def skip(self, layer: int, experts: Sequence[int]) -> None:
         """These experts of a layer are not streamed: the device has them."""
         self._skipped[layer] = frozenset(experts)
@@ -324,16 +332,20 @@ class ExpertStream:
 
     def _pieces(self, layer: int) -> list[_Piece]:
         source = self._sources[layer]
-        count = max(1, self._piece_bytes // source.expert_bytes)
+        count = self._piece_experts(source)
         experts = [e for e in range(source.num_experts) if e not in self._skipped[layer]]
         starts = range(0, len(experts), count)
         return [_Piece(layer, tuple(experts[at : at + count])) for at in starts]
+
+    def _piece_experts(self, source: LayerSource) -> int:
+        size = max(source.expert_bytes, -(-source.resident_bytes() // UNPACKED))
+        return min(source.num_experts, max(1, self._piece_bytes // size))
 
     def _slot_bytes(self) -> int:
         """The largest piece of any layer."""
         sizes = []
         for source in self._sources:
-            count = min(source.num_experts, max(1, self._piece_bytes // source.expert_bytes))
+            count = self._piece_experts(source)
             sizes.append(sum(_aligned(count * a.shape[1]) for a in source.arrays.values()))
         return max(sizes)
 

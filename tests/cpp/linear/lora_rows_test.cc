@@ -119,7 +119,7 @@ INSTANTIATE_TEST_SUITE_P(Variants, PackedRowsTest,
 
 TEST_P(PackedRowsTest, HaveTheBitsOfEachAlone) {
   KernelTable table = testing::best_kernels();
-  table.gemm(PackedLinear::kFormat) = {&kernel(), &kernel(), 1};
+  table.gemm(WeightFormat::kInt8) = {&kernel(), &kernel(), 1};
   if (table.lora_shrink_tiles == nullptr) table.lora_shrink_tiles = &emulated_amx_shrink();
   expect_all_rows_alone<PackedLinear>(table);
 }

@@ -76,7 +76,7 @@ class PackedLinearTest : public testing::VariantTest<GemmKernel> {
  protected:
   KernelTable table() const {
     KernelTable table = testing::best_kernels();
-    table.gemm(PackedLinear::kFormat) = {&kernel(), &kernel(), 1};
+    table.gemm(WeightFormat::kInt8) = {&kernel(), &kernel(), 1};
     if (table.lora_shrink_tiles == nullptr) table.lora_shrink_tiles = &emulated_amx_shrink();
     return table;
   }

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from helpers.coded_checkpoints import SCHEMES, code_folder, save_family
+from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from ktrt.audit.reference import CannotVerifyError
@@ -131,6 +132,11 @@ def test_symmetric_gptq(tmp_path: Path, version: int) -> None:
     tensors[f"{MODULE}.g_idx"] = order.flip(0)
     flipped = ((codes - 8) * scales.float().T[:, order.flip(0).long()]).numpy()
     np.testing.assert_array_equal(read(tmp_path, tensors, settings), flipped)
+    np.testing.assert_array_equal(read(tmp_path, tensors, GPTQ), flipped)
+    packed = RawCheckpoint(tmp_path)._tensors[W].read_packed
+    assert packed is not None
+    rounded = scales.bfloat16().float().T[:, order.flip(0).long()]
+    np.testing.assert_array_equal(packed(None), ((codes - 8) * rounded).numpy())
     other = {**settings, "checkpoint_format": "gptq" if version == 2 else "gptq_v2"}
     with pytest.raises(CannotVerifyError, match="GPTQ with zero points"):
         read(tmp_path, tensors, other)
@@ -150,6 +156,22 @@ def test_mxfp4(tmp_path: Path) -> None:
         "layers.0.ffn.experts.1.w1.scale": scales[1].view(torch.float8_e8m0fnu),
     }
     np.testing.assert_array_equal(read(tmp_path, tensors, name=name), expected[1].numpy())
+    tensors = {f"{W}_packed": codes[1].reshape(6, 48), f"{W}_scale": scales[1]}
+    np.testing.assert_array_equal(read(tmp_path, tensors), expected[1].numpy())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_whole_models(tmp_path: Path, scheme: str) -> None:
+    """Models as published. Blocks end inside 208 columns, which groups of 64 leave plain."""
+    model = save_family(tmp_path / "model", "deepseek_v3", intermediate_size=208)
+    folders = code_folder(model, tmp_path / "coded", scheme)
+    coded, plain = RawCheckpoint(folders.coded), RawCheckpoint(folders.plain)
+    assert folders.quantized
+    for name in load_file(folders.plain / "model.safetensors"):
+        np.testing.assert_array_equal(coded.read(name), plain.read(name), err_msg=name)
+    experts = coded.experts(1)
+    assert experts is not None
+    assert coded.family(experts) == {"gptq": "int4"}.get(scheme[:4], scheme.partition("_")[0])
 
 
 BYTES, ONES = integers(8, 16).to(torch.uint8), torch.ones(8, 4)
@@ -164,8 +186,10 @@ UNREADABLE: dict[str, Tensors] = {
     "compressed-tensors with zero points": {
         f"{W}_packed": WORDS, f"{W}_scale": ONES[:, :1], f"{W}_zero_point": WORDS
     },
-    "compressed-tensors, not INT4 in words of 32 bits": {f"{W}_packed": BYTES, f"{W}_scale": ONES},
-    "other than 4 bits of [8, 16]": {
+    "compressed-tensors, not INT4 in words of 32 bits": {
+        f"{W}_packed": WORDS.to(torch.int64), f"{W}_scale": ONES
+    },
+    "other than 4 bits of 16 columns": {
         f"{W}_packed": WORDS, f"{W}_scale": ONES[:, :1], f"{W}_shape": torch.tensor([8, 16])
     },
     "INT8 (compressed-tensors int-quantized)": {W: BYTES.view(torch.int8), f"{W}_scale": ONES},
@@ -181,7 +205,7 @@ UNREADABLE: dict[str, Tensors] = {
         W: fp8(4, 4), f"{W}_scale": ONES[0, :1], f"{MODULE}.input_scale": ONES[0, :1]
     },
     "FP8 without a scale": {W: fp8(4, 4)},
-    "no blocks of (128, 128)": {W: fp8(4, 4), f"{W}_scale": ONES},
+    "no blocks of 128 x 128": {W: fp8(4, 4), f"{W}_scale": ONES},
 }  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from ktrt.adapter.plan import AdapterPlan
 from ktrt.audit.reference import Lora, RawAdapter, RawCheckpoint
 from ktrt.audit.verify.linears import check_linear
 from ktrt.audit.verify.model import LayerReport, verify, verify_layer
-from ktrt.checkpoint.folder import ExpertWeights
+from ktrt.checkpoint.experts import ExpertWeights
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.experts import KTExperts
 from ktrt.loading.model import load_model

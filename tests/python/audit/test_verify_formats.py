@@ -11,7 +11,7 @@ from helpers.tiny_models import save_adapter, save_model
 from helpers.verify_cases import Backend, Folders, check
 from safetensors.torch import load_file, save_file
 
-from ktrt.checkpoint.folder import ExpertWeights
+from ktrt.checkpoint.experts import ExpertWeights
 
 if TYPE_CHECKING:
     from pathlib import Path

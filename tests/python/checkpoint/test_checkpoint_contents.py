@@ -17,7 +17,7 @@ from helpers.tiny_models import save_adapter, save_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ktrt.audit.reference import CannotVerifyError, RawCheckpoint
+from ktrt.audit.reference import RawCheckpoint
 from ktrt.audit.verify.model import verify
 from ktrt.checkpoint.config import read_model_config
 from ktrt.checkpoint.folder import Checkpoint
@@ -345,18 +345,22 @@ _ONE = torch.tensor(1.0)
             {"weight_packed": _bytes(160, 48), "weight_global_scale": torch.ones(1)},
         ),
         (
-            "pack-quantized.*INT4 in groups of 32",
+            "zero points",
             {"weight_packed": _bytes(160, 12, dtype=_INT), "weight_scale": torch.ones(160, 3),
-             "weight_shape": _bytes(2, dtype=_INT)},
+             "weight_shape": _bytes(2, dtype=_INT),
+             "weight_zero_point": _bytes(20, 3, dtype=_INT)},
+        ),
+        (
+            "NVFP4.*compressed",
+            {"weight_packed": _bytes(160, 48), "weight_scale": _FP8[:, :6].clone()},
         ),
         ("static activation", {"weight": _FP8, "weight_scale": _ONE, "input_scale": _ONE}),
         ("INT8", {"weight": _bytes(160, 96, dtype=torch.int8), "weight_scale": torch.ones(160, 1)}),
         (
-            "GPTQ",
+            "asymmetric GPTQ",
             {"qweight": _bytes(12, 160, dtype=_INT), "scales": torch.ones(3, 160),
              "qzeros": _bytes(3, 20, dtype=_INT), "g_idx": _bytes(96, dtype=_INT)},
         ),
-        ("GPTQ", {"qweight": _bytes(12, 160, dtype=_INT), "scales": torch.ones(3, 160)}),
         (
             "AWQ",
             {"qweight": _bytes(96, 20, dtype=_INT), "scales": torch.ones(3, 160),
@@ -388,11 +392,14 @@ def test_schemes_that_are_not_read_are_refused_by_name(
         open_base(ModelArgs(model))
 
 
-def test_verify_of_a_quantised_base_cannot_tell(tmp_path: Path) -> None:
+def test_verify_reads_a_quantised_base_whose_config_claims_nothing(tmp_path: Path) -> None:
     real = make("kimi-k2-fp8")
     real.config.pop("quantization_config")
-    with pytest.raises(CannotVerifyError, match="a quantised checkpoint cannot"):
-        RawCheckpoint(real.write(tmp_path / "model"))
+    folder = real.write(tmp_path / "model")
+    checkpoint, raw = Checkpoint(folder), RawCheckpoint(folder)
+    name = next(n for n in checkpoint.names() if checkpoint.is_quantized(n) and "q_a_proj" in n)
+    found, _ = raw.linear(name.removesuffix(".weight"))
+    assert torch.equal(torch.from_numpy(found), checkpoint.read(name))
 
 
 def test_an_adapter_merges_into_a_model_whose_config_claims_fp8(
@@ -446,9 +453,9 @@ def test_experts_of_an_unread_scheme_with_kt_weight_path(model: Path) -> None:
             change[name] = None
             stem = name.removesuffix(".weight")
             change[f"{stem}.weight_packed"] = _bytes(len(weight), 12, dtype=_INT)
-            change[f"{stem}.weight_scale"] = torch.ones(len(weight), 3)
+            change[f"{stem}.weight_zero_point"] = torch.ones(len(weight), 3)
     edit_weights(model, change)
-    with pytest.raises(CheckpointError, match="pack-quantized"):
+    with pytest.raises(CheckpointError, match="zero points"):
         open_base(ModelArgs(model))
     base = open_base(ModelArgs(model), model / "kt")
     assert base.experts.weights == {}

@@ -12,7 +12,8 @@ from helpers.tiny_models import NUM_EXPERTS, base_of, save_model, weight_shapes
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from ktrt.checkpoint.folder import Checkpoint, ExpertWeights, find_expert_weights
+from ktrt.checkpoint.experts import ExpertWeights, find_expert_weights
+from ktrt.checkpoint.folder import Checkpoint
 from ktrt.checkpoint.names import WeightNames, WeightTarget
 from ktrt.errors import CheckpointError
 from ktrt.experts import find_experts
@@ -233,11 +234,13 @@ def test_quantised_experts_are_refused(model: Path) -> None:
         find(model)
 
 
-def transposing(tmp_path: Path) -> tuple[torch.nn.Module, str, dict[str, torch.Tensor]]:
+def transposing(
+    tmp_path: Path, hidden: int = 32, intermediate: int = 24
+) -> tuple[torch.nn.Module, str, dict[str, torch.Tensor]]:
     """Returns a model whose experts transformers transposes while loading; writes its folder."""
     text = {
-        "hidden_size": 32,
-        "moe_intermediate_size": 24,
+        "hidden_size": hidden,
+        "moe_intermediate_size": intermediate,
         "num_experts": 4,
         "num_hidden_layers": 1,
     }
@@ -247,8 +250,8 @@ def transposing(tmp_path: Path) -> tuple[torch.nn.Module, str, dict[str, torch.T
         )
     path = find_experts(skeleton)[0].path
     tensors = {
-        f"{path}.gate_up_proj": torch.randn(4, 32, 48),
-        f"{path}.down_proj": torch.randn(4, 24, 32),
+        f"{path}.gate_up_proj": torch.randn(4, hidden, 2 * intermediate),
+        f"{path}.down_proj": torch.randn(4, intermediate, hidden),
     }
     save_file(tensors, tmp_path / "model.safetensors")
     return skeleton, path, tensors

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from ktrt.checkpoint.codes import GROUPS, Codes
 from ktrt.checkpoint.folder import Checkpoint
+from ktrt.checkpoint.quantization import Quantization
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -82,7 +83,7 @@ def test_fp8_in_other_blocks(tmp_path: Path, block: tuple[int, int], coded: bool
     codes = random_fp8(130, 300)
     scales = torch.rand(-(-130 // block[0]), -(-300 // block[1]))
     save_file({"a.weight": codes, "a.weight_scale_inv": scales}, tmp_path / "model.safetensors")
-    checkpoint = Checkpoint(tmp_path, block)
+    checkpoint = Checkpoint(tmp_path, Quantization(block=block))
     rows, columns = torch.arange(130) // block[0], torch.arange(300) // block[1]
     expected = codes.float() * scales[rows][:, columns]
     assert torch.equal(checkpoint.read("a.weight"), expected)
@@ -104,7 +105,7 @@ def test_mxfp4_of_gpt_oss_and_deepseek(tmp_path: Path) -> None:
     checkpoint = open_with(tmp_path, tensors)
     assert checkpoint.shape("x") == (2, 96, 6)
     assert checkpoint.shape("w1.weight") == (10, 96)
-    assert checkpoint.is_transposed("x")
+    assert checkpoint.tensor("x").transposed
     for row in range(2):
         codes = checkpoint.read_codes("x", row)
         assert codes.format == "mxfp4"

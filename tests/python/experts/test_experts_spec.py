@@ -11,9 +11,9 @@ from torch.nn import functional
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, __version__
 
 from ktrt import _core
+from ktrt.engine.activation import Activation
 from ktrt.errors import CheckpointError
 from ktrt.experts import ExpertsSpec, find_experts
-from ktrt.experts.activation import Activation
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from helpers.expert_layers import LayerCase, error, run_engine
+from helpers.expert_layers import CodedCase, LayerCase, error, run_engine
 from helpers.loras import apply_lora, apply_no_lora
 
 from ktrt._core import Engine
@@ -87,6 +87,61 @@ def test_up_shares_gates_a(engine: Engine, weight_format: str) -> None:
     found = on_torch(layer, *arguments)
     assert error(found, run_engine(layer, *arguments)) < SAME
     assert error(found, case.reference(*arguments)) < TOLERANCE[weight_format]
+
+
+# hidden and intermediate size of whole groups; FP8 blocks, tiles and strips are ragged.
+CODED = {
+    "fp8": (288, 176), "fp8_channel": (288, 176), "int4_g32": (288, 96), "int4_g64": (320, 192),
+    "int4_g128": (256, 384), "mxfp4": (288, 96),
+}  # fmt: skip
+# The engine's AVX and portable kernels multiply exact codes and scale the sums; here, and on AMX, a
+# weight is rounded to bfloat16 once, which is exact for MXFP4.
+ROUNDED_WEIGHTS = {"mxfp4": SAME}
+
+
+@pytest.mark.parametrize("ranks", [(0, 0, 0), (8, 3, 17)], ids=str)
+@pytest.mark.parametrize("weight_format", CODED)
+def test_coded_experts(engine: Engine, weight_format: str, ranks: tuple[int, int, int]) -> None:
+    """The same numbers as bfloat16 experts with the dequantised weights."""
+    case = CodedCase(5, 2, *CODED[weight_format], ranks=ranks, coded=weight_format)
+    layer = case.build(engine, weight_format)
+    source = LayerSource(layer)
+    bank = source.bank(source.arrays)
+    gate_up = torch.cat([case.weights["gate"], case.weights["up"]], 1)
+    inner = bank.gate_up.unflatten(1, (2, -1))[:, :, : case.inner].flatten(1, 2)
+    assert torch.equal(inner.float(), gate_up)
+    down = bank.down[:, : case.hidden, : case.inner]
+    assert torch.equal(down.float(), case.weights["down"])
+    arguments = case.inputs(13, outside=True)
+    found = on_torch(layer, *arguments)
+    assert error(found, run_engine(case.build(engine, "bf16"), *arguments)) < SAME
+    limit = ROUNDED_WEIGHTS.get(weight_format, 6e-3)
+    assert error(found, run_engine(layer, *arguments)) < limit
+    assert error(found, case.reference(*arguments)) < TOLERANCE["bf16"]
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "gpt-oss": {"alpha": 1.702, "gate_limit": 0.7, "up_limit": 0.5, "up_offset": 1.0},
+    "clamped": {"gate_limit": 0.7, "up_limit": 0.5},
+    "gelu": {"activation": "gelu"},
+    "gelu_tanh": {"activation": "gelu_tanh"},
+    "relu": {"activation": "relu"},
+    "relu2 without gate": {"activation": "relu2", "has_gate": False},
+    "softcap": {"activation": "softcap_silu", "gate_limit": 0.9, "up_limit": 0.8},
+}
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biases"])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_activation_and_biases(engine: Engine, form: str, biased: bool) -> None:
+    for weight_format in ("bf16", "int8", "mxfp4"):
+        case = LayerCase(5, 2, 96, 80, ranks=(4, 8, 4), form=FORMS[form], biased=biased)
+        layer = case.build(engine, weight_format)
+        arguments = case.inputs(13, outside=True)
+        expected = run_engine(layer, *arguments)
+        assert error(on_torch(layer, *arguments), expected) < SAME
+        plain = LayerCase(5, 2, 96, 80, ranks=(4, 8, 4), form={"has_gate": "gate" in case.weights})
+        assert error(run_engine(plain.build(engine, weight_format), *arguments), expected) > 0.02
 
 
 @pytest.mark.parametrize("terms", [96, 1024, 1025, 4096])

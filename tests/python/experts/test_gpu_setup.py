@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from helpers.expert_layers import LayerCase
+from helpers.family_models import Family, random_model
 from helpers.merge import save_merged
 
 import ktrt.loading.model
@@ -157,41 +158,31 @@ def attached(layers: dict[str, MoeLayer]) -> dict[str, KTExperts]:
     return modules
 
 
-@pytest.mark.parametrize(
-    ("options", "biases", "reason"),
-    [
-        ({"has_gate": False, "activation": "relu2"}, False, "no gate, activation relu2"),
-        ({}, True, "biases"),
-        ({"alpha": 1.702, "up_offset": 1.0}, False, "a slope of the activation, an offset of up"),
-        ({"gate_limit": 7.0}, False, "limits of gate or up"),
-        ({"up_limit": 7.0}, False, "limits of gate or up"),
-        ({"activation": "gelu_tanh"}, False, "activation gelu_tanh"),
-    ],
-)
-def test_forms_that_only_the_engine_computes(
-    engine: Engine,
-    options: dict[str, Any],
-    biases: bool,
-    reason: str,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_slices_of_down_stay_on_the_cpu(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     layer = MoeLayer(
-        engine,
-        num_experts=2,
-        top_k=1,
-        hidden_size=64,
-        intermediate_size=32,
-        weight_format="bf16",
-        **options,
-    )
-    if biases:
-        layer.set_biases(up=torch.ones(2, 32))
+        engine, num_experts=2, top_k=1, hidden_size=64, intermediate_size=128,
+        weight_format="int8", down_slices=2, activation="gelu",
+    )  # fmt: skip
     asked = ExpertArgs(kt_num_gpu_experts=1)
     assert build_gpu_experts(attached({"a.b": layer}), torch.device("cuda"), asked, 64) is None
     assert caplog.messages == [
-        f"All routed experts run on the CPU: a.b has {reason}, which ktrt computes only there"
+        "All routed experts run on the CPU: a.b has down in slices of columns, which ktrt computes "
+        "only there"
     ]
+
+
+def test_unusual_experts_go_to_the_gpu(engine: Engine) -> None:
+    """Clamps, biases and the like, as far as the check against the engine and the residents."""
+    form = {"alpha": 1.702, "gate_limit": 0.7, "up_limit": 0.5, "up_offset": 1.0}
+    cases = {
+        "mxfp4": LayerCase(6, 2, 64, 96, form=form, biased=True),
+        "bf16": LayerCase(6, 2, 64, 96, form={"has_gate": False, "activation": "relu2"}),
+    }
+    layers = {f"layers.{name}": case.build(engine, name) for name, case in cases.items()}
+    experts = GpuExperts(layers, CPU)
+    assert settle(experts, layers, 2, 100)
+    assert all(share.resident and share.streams(100) for share in experts.layers.values())
 
 
 def test_a_norm_after_each_expert_stays_on_the_cpu(
@@ -215,45 +206,74 @@ def test_without_a_gpu(layers: dict[str, MoeLayer], caplog: pytest.LogCaptureFix
     assert "there is no GPU" in caplog.messages[0]
 
 
-def load_demo(backend: Any) -> LoadedModel:
+def load(model: Path, backend: Any, adapter: Path | None = None) -> LoadedModel:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ktrt.loading.model, "_device", lambda: CPU)
         return load_model(
-            ModelArgs(DEMO / "model", infer_dtype="float32"),
-            AdapterArgs(DEMO / "adapter_b"),
+            ModelArgs(model, infer_dtype="float32"),
+            AdapterArgs(adapter),
             ExpertArgs(kt_backend=backend),
         )
 
 
+def load_demo(backend: Any) -> LoadedModel:
+    return load(DEMO / "model", backend, DEMO / "adapter_b")
+
+
+def logits_of_all_ways(loaded: LoadedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Returns the logits of the engine, of streamed, shared and resident experts; closes."""
+    modules = {n: m for n, m in loaded.model.named_modules() if isinstance(m, KTExperts)}
+    gpu = GpuExperts({path: module.layer for path, module in modules.items()}, CPU)
+    model: Any = loaded.model
+    found = {}
+    with torch.no_grad():
+        found["engine"] = model(ids).logits
+        for path, module in modules.items():
+            module.gpu = gpu.layers[path]
+        for name, number, threshold in (("streamed", 0, 1), ("shared", 5, 0), ("both", 5, 1)):
+            gpu.select(number)
+            gpu.threshold = threshold
+            found[name] = model(ids).logits
+    gpu.close()
+    loaded.close()
+    return found
+
+
+def median_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
+
+
 @pytest.mark.parametrize("backend", ["AMXBF16", "AMXInt8", "AMXInt4"])
 def test_logits_of_a_model(tmp_path: Path, backend: str) -> None:
-    """Streamed, shared and resident experts, compared with the engine and a float32 merge."""
+    """Compared with the engine and a float32 merge."""
     from transformers import AutoModelForCausalLM
 
     ids = torch.randint(0, 2000, (1, 90), generator=torch.Generator().manual_seed(0))
     merged = save_merged(tmp_path, DEMO / "model", DEMO / "adapter_b", torch.float32)
     with torch.no_grad():
         reference = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)(ids).logits
-    loaded = load_demo(backend)
-    modules = {n: m for n, m in loaded.model.named_modules() if isinstance(m, KTExperts)}
-    gpu = GpuExperts({path: module.layer for path, module in modules.items()}, CPU)
-    found = {}
-    with torch.no_grad():
-        found["engine"] = loaded.model(ids).logits
-        for path, module in modules.items():
-            module.gpu = gpu.layers[path]
-        for name, number, threshold in (("streamed", 0, 1), ("shared", 5, 0), ("both", 5, 1)):
-            gpu.select(number)
-            gpu.threshold = threshold
-            found[name] = loaded.model(ids).logits
-    gpu.close()
-    loaded.close()
+    found = logits_of_all_ways(load_demo(backend), ids)
     limit = {"AMXBF16": 0.01, "AMXInt8": 0.05, "AMXInt4": 0.3}[backend]
     for name, logits in found.items():
-        errors = (logits - reference).norm(dim=-1) / reference.norm(dim=-1)
-        assert float(errors.median()) < limit, name
-        beside = (logits - found["engine"]).norm(dim=-1) / found["engine"].norm(dim=-1)
-        assert float(beside.median()) < 2e-3, name
+        assert median_error(logits, reference) < limit, name
+        assert median_error(logits, found["engine"]) < 2e-3, name
+
+
+def test_logits_of_gpt_oss(tmp_path: Path) -> None:
+    """Clamped SwiGLU with a slope, an offset and biases."""
+    from transformers import GptOssForCausalLM
+
+    sizes = {"hidden_size": 96, "intermediate_size": 64}
+    model = random_model(Family("gpt_oss", "gpt_oss", "GptOssForCausalLM"), changes=sizes)
+    model.generation_config.eos_token_id = 1
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(0, 90, (1, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = GptOssForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(ids).logits
+    found = logits_of_all_ways(load(tmp_path, "AMXBF16"), ids)
+    for name, logits in found.items():
+        assert median_error(logits, plain) < 0.02, name
+        assert median_error(logits, found["engine"]) < 2e-3, name
 
 
 def test_prompts_go_in_the_chunks_that_streaming_wants() -> None:

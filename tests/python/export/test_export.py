@@ -517,7 +517,7 @@ def test_the_demo_from_the_command_line(
     size = sum(tensor.nbytes for tensor in load_file(out / "model.safetensors").values())
     assert summary == {
         "out": str(out), "format": "hf", "dtype": "F32", "files": 1, "tensors": 249, "merged": 227,
-        "adapter_tensors": 86, "bytes": size,
+        "quantized": 0, "adapter_tensors": 86, "bytes": size,
     }  # fmt: skip
     assert json.loads((out / "config.json").read_text("utf-8"))["dtype"] == "float32"
     reference, _ = ktrt_logits(DEMO / "model", DEMO / "adapter_b")

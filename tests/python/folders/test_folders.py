@@ -243,10 +243,9 @@ class TestModels:
         ("tensor", "scheme"),
         [
             ("model.layers.0.mlp.experts.0.up_proj.weight_scale_2", "NVFP4"),
-            ("model.layers.0.mlp.experts.0.up_proj.weight_packed", "compressed-tensors"),
+            ("model.layers.0.mlp.experts.0.up_proj.weight_zero_point", "compressed-tensors"),
             ("model.layers.0.q_proj.weight.quant_state.bitsandbytes__nf4", "bitsandbytes"),
             ("model.layers.0.q_proj.SCB", "bitsandbytes"),
-            ("model.layers.0.q_proj.qweight", "GPTQ or AWQ"),
             ("model.layers.0.q_proj.W_q", "HQQ"),
             ("model.layers.0.q_proj.biases", "MLX"),
         ],

@@ -81,7 +81,7 @@ def code_folder(
 ) -> CodedFolders:
     """Writes ``target`` (quantised by one of ``SCHEMES``) and ``target``-plain from a folder with a
     single file. ``experts_only`` leaves other linears plain, as Kimi-K2-Thinking does (MXFP4 always
-    does); stacked experts, as gpt-oss's, are quantised in MXFP4 only. Options of ``encode``:
+    does); stacked experts, as gpt-oss's, are quantised in MXFP4 and FP8. Options of ``encode``:
     ``block``, ``scale_dtype``, ``zeros``."""
     stored: Tensors = {}
     plain: Tensors = {}
@@ -119,6 +119,14 @@ def _encode_named(
         blocks = encoded["codes"].unflatten(-1, (-1, 16))
         stack = {f"{name}_blocks": blocks, f"{name}_scales": encoded["scales"]}
         return stack, plain.transpose(1, 2)
+    if scheme == "fp8" and value.ndim == 3 and _STACK.fullmatch(name):
+        pairs = [fp8_block(matrix, **options) for matrix in value]
+        stack = {name: "weight", f"{name}_scale_inv": "weight_scale_inv"}
+        return (
+            {key: torch.stack([tensors[word] for tensors, _ in pairs])
+             for key, word in stack.items()},
+            torch.stack([plain for _, plain in pairs]),
+        )  # fmt: skip
     if value.ndim != 2 or not name.endswith(".weight"):
         return None
     group = group_of(scheme)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from helpers.loras import apply_lora
+from helpers.packed_formats import dequantized, random_matrix
 
 from ktrt._core import Engine, MoeLayer
 
@@ -16,7 +19,8 @@ Ranks = tuple[int, int, int]  # gate, up, down; 0: none
 class LayerCase:
     """One layer: weights [E, out, in], bfloat16 values in float32; LoRA with the scaling in B.
 
-    ``share_a``: up uses gate's A.
+    ``share_a``: up uses gate's A. ``form``: further arguments of ``MoeLayer``; ``biased``: every
+    projection has a bias.
     """
 
     num_experts: int
@@ -26,6 +30,8 @@ class LayerCase:
     ranks: Ranks = (0, 0, 0)
     share_a: bool = False
     seed: int = 0
+    form: dict[str, Any] = field(default_factory=dict)
+    biased: bool = False
     weights: dict[str, torch.Tensor] = field(init=False)
     lora: dict[str, torch.Tensor] = field(init=False)
 
@@ -35,10 +41,14 @@ class LayerCase:
             name: self._normal(out, size).bfloat16().float() for name, out, size in self._sizes()
         }
         self.lora = self.make_lora(self.ranks)
+        self.biases = {}
+        if self.biased:
+            self.biases = {n: self._normal(out, 1)[..., 0] for n, out, _ in self._sizes()}
 
     def _sizes(self) -> list[tuple[str, int, int]]:
         up = (self.inner, self.hidden)
-        return [("gate", *up), ("up", *up), ("down", self.hidden, self.inner)]
+        sizes = [("gate", *up), ("up", *up), ("down", self.hidden, self.inner)]
+        return sizes if self.form.get("has_gate", True) else sizes[1:]
 
     def _normal(self, out: int, size: int) -> torch.Tensor:
         shape = (self.num_experts, out, size)
@@ -48,8 +58,9 @@ class LayerCase:
     def make_lora(self, ranks: Ranks) -> dict[str, torch.Tensor]:
         """Returns arguments of ``load_lora``; ΔW is as large as the weights."""
         lora = {}
-        for (name, out, size), rank in zip(self._sizes(), ranks, strict=True):
-            if rank:
+        by_name = dict(zip(("gate", "up", "down"), ranks, strict=True))
+        for name, out, size in self._sizes():
+            if rank := by_name[name]:
                 lora[f"{name}_a"] = self._normal(rank, size).bfloat16().float()
                 lora[f"{name}_b"] = self._normal(out, rank).bfloat16().float()
         if self.share_a:
@@ -64,12 +75,22 @@ class LayerCase:
             hidden_size=self.hidden,
             intermediate_size=self.inner,
             weight_format=weight_format,  # type: ignore[arg-type]
+            **self.form,
         )
-        for expert in range(self.num_experts):
-            layer.load_expert(expert, *(weight[expert] for weight in self.weights.values()))
+        self._load(layer)
+        if self.biases:
+            layer.set_biases(**self.biases)
         if self.lora:
             apply_lora(layer, **self.lora)
         return layer
+
+    def _load(self, layer: MoeLayer) -> None:
+        names = ("gate", "up", "down")
+        for expert in range(self.num_experts):
+            gate, up, down = (
+                self.weights[name][expert] if name in self.weights else None for name in names
+            )
+            layer.load_expert(expert, gate, up, down)
 
     def inputs(
         self, tokens: int, dtype: torch.dtype = torch.float32, *, outside: bool = False
@@ -116,3 +137,34 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Returns the relative error in the Euclidean norm."""
     expected = expected.float().cpu()
     return float((found.float().cpu() - expected).norm() / expected.norm())
+
+
+@dataclass
+class CodedCase(LayerCase):
+    """A layer whose experts come as codes and scales; its weights are bf16(code · scale)."""
+
+    coded: str = "fp8"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._codes = {}
+        for number, (name, out, size) in enumerate(self._sizes()):
+            each = [
+                random_matrix(self.coded, out, size, 1000 * self.seed + 100 * number + expert)
+                for expert in range(self.num_experts)
+            ]
+            self._codes[name] = each
+            exact = np.stack([dequantized(*matrix, self.coded) for matrix in each])
+            self.weights[name] = torch.from_numpy(exact).bfloat16().float()
+
+    def _load(self, layer: MoeLayer) -> None:
+        if layer.weight_format != self.coded:
+            super()._load(layer)
+            return
+        for expert in range(self.num_experts):
+            pairs = {name: self._arrays(each[expert]) for name, each in self._codes.items()}
+            layer.load_coded_expert(expert, pairs.get("gate"), pairs["up"], pairs["down"])
+
+    def _arrays(self, matrix: tuple[np.ndarray, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+        codes, scales = (torch.from_numpy(array) for array in matrix)
+        return codes, scales.bfloat16() if self.coded.startswith("int4") else scales

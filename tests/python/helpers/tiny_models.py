@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ktrt.adapter import BaseModel
-from ktrt.checkpoint.folder import Checkpoint, find_expert_weights
+from ktrt.checkpoint.experts import find_expert_weights
+from ktrt.checkpoint.folder import Checkpoint
 from ktrt.checkpoint.names import WeightNames
 from ktrt.experts import find_experts
 
