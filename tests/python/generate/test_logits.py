@@ -384,29 +384,14 @@ def demo_cases() -> list[tuple[str, str | None]]:
 
 
 def demo_parameters() -> list[Any]:
-    marks = {True: on_every_isa, False: ()}
     return [
-        pytest.param(*case, marks=marks[case[1] == "adapter_a"], id="-".join(map(str, case)))
+        pytest.param(
+            *case,
+            marks=[on_every_isa] if case[1] == "adapter_a" else [],
+            id="-".join(map(str, case)),
+        )
         for case in demo_cases()
     ]
-
-
-def demo_ids(model: Path) -> torch.Tensor:
-    """Ids [8, 80] of exchanges from the demo's corpus (its blocks of Q, B and A lines), in the
-    model's own chat format."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    ids: list[int] = []
-    for file in sorted((DEMO / "corpus").glob("*.txt")):
-        for block in file.read_text("utf-8").split("\n\n"):
-            if found := re.search(r"^Q: (.*)\n(?:B: .*\n)?A: (.*)", block, re.MULTILINE):
-                turns = [
-                    {"role": role, "content": text}
-                    for role, text in zip(("user", "assistant"), found.groups(), strict=True)
-                ]
-                ids += tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
-    return torch.tensor(ids[: 8 * 80]).view(8, 80)
 
 
 @pytest.mark.parametrize(("model", "adapter"), demo_parameters())
