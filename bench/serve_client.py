@@ -1,9 +1,13 @@
-"""A client of streamed chat completions that takes little of the processor: plain asyncio."""
+"""A client of streamed chat completions that takes little of the processor: plain asyncio.
+
+python bench/serve_client.py PORT STREAMS TOKENS    # reads answers, prints their tokens
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -157,3 +161,22 @@ def _take(answer: Answer, event: Mapping[str, Any]) -> bool:
             answer.text += text
             return True
     return False
+
+
+async def read_all(port: int, streams: int, tokens: int) -> int:
+    """Reads answers of all streams at once; returns their tokens."""
+    client = Client("127.0.0.1", port)
+    (model,) = await client.models(["base"])
+    answers = await asyncio.gather(*(
+        client.chat(
+            model, [{"role": "user", "content": f"{stream}?"}], max_tokens=tokens, temperature=0
+        )
+        for stream in range(streams)
+    ))  # fmt: skip
+    if not all(each.done and each.text for each in answers):
+        raise SystemExit("an answer is incomplete")
+    return sum(each.tokens for each in answers)
+
+
+if __name__ == "__main__":
+    print(asyncio.run(read_all(*map(int, sys.argv[1:4]))))

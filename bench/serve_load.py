@@ -5,14 +5,16 @@ that the same request got alone.
     python bench/serve_load.py --streams 64 --adapters a,b,c,base --seconds 300
     python bench/serve_load.py --url http://127.0.0.1:8000 --adapters NAME,OTHER --pid PID
     python bench/serve_load.py --model /tmp/v2lite --at 8,16    # the share of the memory's limit
+    python bench/serve_load.py --no-reproducible    # answers reuse earlier answers' tokens
     python bench/serve_load.py --quick                          # a smoke test
 
 Without ``--url`` it serves the demo: the first name is its adapter, others are weaker copies of it,
 ``base`` is the model alone. Every stream goes through conversations with its adapter: by turns
-three unrelated questions, greedy or sampled with a seed, and a dialogue of three turns. Keys and
-values of an earlier answer have other last bits from decode steps than from a prompt, and which
-were kept differs from run to run: a turn whose tokens are nearly as likely as others is not
-compared, but counted.
+three unrelated questions, greedy or sampled with a seed, and a dialogue of three turns. The server
+has ``reproducible`` on. Without it (``--no-reproducible``, and with ``--url``) keys and values of
+an earlier answer have other last bits from decode steps than from a prompt, and which were kept
+differs from run to run: a turn whose tokens are nearly as likely as others is then not compared,
+but counted.
 ``--leave``: the share of requests whose client goes away in the middle of its answer.
 
 The exit code is 1 if a text differs from the reference, an answer is lost, the server's memory
@@ -116,7 +118,9 @@ class Streams:
                         history = []
                     history.append({"role": "user", "content": _question(script, turn)})
                     answer = await self._ask(model, script, history, logprobs=True, top_logprobs=2)
-                    sways = len(history) > 1 and answer.margin < _MARGIN
+                    sways = (
+                        not self._args.reproducible and len(history) > 1 and answer.margin < _MARGIN
+                    )
                     self._references[model, script, turn] = Reference(
                         tuple(history), answer.text, sways
                     )
@@ -265,6 +269,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--leave", type=float, default=0.02, help="share of clients that go away")
     parser.add_argument("--rows", type=int, default=32, help="answers that run at once")
+    parser.add_argument(
+        "--reproducible", action=argparse.BooleanOptionalAction,
+        help="the server's setting, by default on without --url",
+    )  # fmt: skip
     parser.add_argument("--url", help="a server that runs already")
     parser.add_argument("--key", help="its key")
     parser.add_argument("--pid", type=int, help="its process, whose memory is watched")
@@ -276,6 +284,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.quick:
         args.streams, args.seconds, args.tokens, args.scripts = 8, 3.0, 16, 2
+    if args.reproducible is None:
+        args.reproducible = not args.url
     args.adapters = args.adapters.split(",")
     args.at = [int(each) for each in args.at.split(",")]
     return args
@@ -296,7 +306,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             host, port, pid = place.hostname or "127.0.0.1", place.port or 80, args.pid
         else:
             adapters = demo_adapters(folder, args.adapters)
-            server = stack.enter_context(ServerProcess(folder, DEMO, adapters, args.rows))
+            settings = {"reproducible": args.reproducible}
+            server = stack.enter_context(
+                ServerProcess(folder, DEMO, adapters, args.rows, settings=settings)
+            )
             host, port, pid = server.host, server.port, server.pid
         report = asyncio.run(run(args, host, port, pid))
     print(json.dumps(report.figures) if args.json else report.text())

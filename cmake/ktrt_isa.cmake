@@ -8,9 +8,9 @@ set(KTRT_ISA_FLAGS_avx2 ${avx2_flags})
 set(KTRT_ISA_FLAGS_avx512 ${avx512_flags})
 set(KTRT_ISA_FLAGS_avx512_vnni ${avx512_flags} -mavx512vnni)
 set(KTRT_ISA_FLAGS_avx512_bf16 ${avx512_flags} -mavx512vnni -mavx512bf16)
-set(KTRT_ISA_FLAGS_amx ${KTRT_ISA_FLAGS_avx512_bf16} -mamx-tile -mamx-bf16 -mamx-int8)
-# The AMX body on emulated tiles, for tests; what surrounds the tiles is AVX-512.
-set(KTRT_ISA_FLAGS_amx_emulated ${KTRT_ISA_FLAGS_avx512_bf16})
+# What surrounds the tiles is AVX-512.
+set(KTRT_ISA_FLAGS_amx_emulated ${KTRT_ISA_FLAGS_avx512_bf16} -mavx512vbmi)
+set(KTRT_ISA_FLAGS_amx ${KTRT_ISA_FLAGS_amx_emulated} -mamx-tile -mamx-bf16 -mamx-int8)
 set(KTRT_ISA_NAMES portable avx2 avx512 avx512_vnni avx512_bf16 amx amx_emulated)
 
 # The names as a regular expression over object files, for the symbol test.

@@ -1,11 +1,14 @@
 """``ktrt.load``: loads what a configuration names and returns a session."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ktrt.config import Config, load_config
+import torch
+
+from ktrt.config import Config, ExpertArgs, load_config
 from ktrt.errors import ConfigError
 from ktrt.folders import check_model_folder
 from ktrt.generate.scheduler import SchedulerLimits
@@ -65,13 +68,14 @@ def open_session(config: Config) -> Session:
     tokenizer = words.tokenizer
     template = load_template(config.template, tokenizer)
     loaded = load_model(
-        config.model, config.adapter, config.experts, check_vocabulary=words.check_rows
+        config.model, config.adapter, _experts(config), check_vocabulary=words.check_rows
     )
     try:
         loaded.adapters.take_words = _WordsOfLoaded(tokenizer)
         limits = SchedulerLimits(
             rows=config.scheduler.max_num_seqs,
             min_tokens_per_second=config.scheduler.min_tokens_per_second,
+            reproducible=config.scheduler.reproducible,
         )
         session = Session(
             loaded, tokenizer, template, config.sampling,
@@ -82,6 +86,18 @@ def open_session(config: Config) -> Session:
         loaded.close()
         raise
     return session
+
+
+def _experts(config: Config) -> ExpertArgs:
+    """Returns the engine's settings, with the kernels that ``reproducible`` needs."""
+    if not config.scheduler.reproducible:
+        return config.experts
+    if torch.cuda.is_available():
+        raise ConfigError(
+            "reproducible: expected false with a GPU, whose last bits depend on how many answers "
+            "share a step, found true; CUDA_VISIBLE_DEVICES= runs without the GPU"
+        )
+    return replace(config.experts, kt_fixed_kernels=True)
 
 
 class _WordsOfLoaded:

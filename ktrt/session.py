@@ -324,6 +324,12 @@ class Session:
         self.template = configured if thinking is None else configured.with_thinking(thinking)
 
     @property
+    def end_ids(self) -> frozenset[int]:
+        """The token ids that end an answer, whatever a request adds: the template's, and the
+        model's where the template is its own."""
+        return self._stop_ids
+
+    @property
     def base(self) -> BaseCheckpoint | None:
         """The checked folder of the base model; None for a model that came from elsewhere."""
         return self._open().base

@@ -2,12 +2,15 @@
 // of a GEMM on one core, the LoRA shrink, and whole layers of DeepSeek-V2-Lite's shape on all
 // threads. Prints tables; fractions are of the tile peak.
 //
-//   bench_amx [peak] [strip] [shrink] [layer] [emulated] [name=value …]
+//   bench_amx [peak] [strip] [few] [shrink] [layer] [emulated] [format …] [name=value …]
 //
-// Without a name of a part, all of them. Without AMX it says so and stops, but for `emulated`,
-// which shows that it works, not how fast. Values: threads, experts, layers, seconds (per
-// line), from and to (the fewest and most tokens of a layer's forward), rank and bits (of the
-// weights): only those.
+// Without a name of a part, all of them; without one of a format, all formats. Without AMX it says
+// so and stops, but for `emulated`, which shows that it works, not how fast. Values: threads,
+// experts, layers, seconds (per line), from and to (the fewest and most tokens of a layer's
+// forward), rank and bits (of the weights): only those.
+//
+// `few` prints what the constants of kernels/select.cc need: per format and number of rows the
+// times of both kernels, and from which number on tiles win.
 
 #include <pthread.h>
 #include <sched.h>
@@ -34,6 +37,7 @@ namespace {
 
 struct Options {
   std::set<std::string> parts;
+  std::set<std::string> formats;
   std::map<std::string, int> values = {{"threads", 0}, {"experts", 64}, {"layers", 3}, {"from", 1},
                                        {"to", 16384},  {"rank", -1},    {"bits", -1}};
   double seconds = 0.25;
@@ -42,8 +46,17 @@ struct Options {
   bool wants_value(const char* name, int value) const {
     return values.at(name) == -1 || values.at(name) == value;
   }
+  bool wants_format(WeightFormat format) const {
+    return (formats.empty() || formats.count(name_of(format)) > 0) &&
+           wants_value("bits", traits_of(format).bits);
+  }
   int value(const char* name) const { return values.at(name); }
 };
+
+bool is_format(const std::string& name) {
+  return std::any_of(std::begin(kWeightFormats), std::end(kWeightFormats),
+                     [&](WeightFormat format) { return name == name_of(format); });
+}
 
 Options parse(int argc, char** argv) {
   Options options;
@@ -51,7 +64,7 @@ Options parse(int argc, char** argv) {
     const std::string arg = argv[i];
     const std::size_t equals = arg.find('=');
     if (equals == std::string::npos) {
-      options.parts.insert(arg);
+      (is_format(arg) ? options.formats : options.parts).insert(arg);
       continue;
     }
     const std::string name = arg.substr(0, equals);
@@ -174,40 +187,56 @@ struct StripCase {
         stride(layout.padded_k() * (quantizes_rows(format) ? 1 : 2) + 64),
         w(layout.code_bytes() * static_cast<std::size_t>(matrices_)),
         a(static_cast<std::size_t>(stride) * static_cast<std::size_t>(rows_ + 64)),
-        c(static_cast<std::size_t>(rows_ + 64) * 128),
+        c(static_cast<std::size_t>(rows_ + 64) * 128 * kMaxSideStrips),
         sums(kIntermediate),
-        scales(static_cast<std::size_t>(std::max(rows_, kIntermediate)), 1.0f),
+        scales(static_cast<std::size_t>(std::max(rows_, kHidden)), 1.0f),
         lora_b(64 * 64, 0x3c00),
         t(static_cast<std::size_t>(rows_ + 64) * 96, 0x3c00) {
     std::memset(w.as<char>(), 0x3c, w.bytes());
     std::memset(a.as<char>(), 0x3c, a.bytes());
   }
 
+  GemmArgs args(const GemmKernel& kernel, int matrix, int strip, int rank) const {
+    GemmArgs g{};
+    g.a = a.as<std::uint8_t>();
+    g.tile_rows = kernel.tile_rows(rows);
+    g.a_stride = stride * g.tile_rows;
+    g.a_scale = scales.data();
+    g.rows = rows;
+    const std::uint8_t* codes =
+        w.as<std::uint8_t>() + layout.code_bytes() * static_cast<std::size_t>(matrix);
+    g.w_block = codes + layout.block_offset(strip);
+    g.block_rows = layout.block_rows(strip);
+    g.row_in_block = layout.row_in_block(strip);
+    g.k = layout.padded_k();
+    g.w_scale = scales.data();
+    g.w_sum = sums.data();
+    if (strip + 1 < layout.strips()) g.next = codes + layout.tile_offset(strip + 1, 0);
+    if (rank > 0) {
+      g.lora_b = lora_b.data();
+      g.rank_pairs = rank / 2;
+      g.t = t.data();
+      g.t_stride = 96;
+    }
+    g.c = c.as<float>();
+    return g;
+  }
+
   void run(const GemmKernel& kernel, int matrix, int first, int strips, int rank) {
-    for (int s = first; s < first + strips; ++s) {
-      GemmArgs g{};
-      g.a = a.as<std::uint8_t>();
-      g.tile_rows = kernel.tile_rows(rows);
-      g.a_stride = stride * g.tile_rows;
-      g.a_scale = scales.data();
-      g.rows = rows;
-      const std::uint8_t* codes =
-          w.as<std::uint8_t>() + layout.code_bytes() * static_cast<std::size_t>(matrix);
-      g.w_block = codes + layout.block_offset(s);
-      g.block_rows = layout.block_rows(s);
-      g.row_in_block = layout.row_in_block(s);
-      g.k = layout.padded_k();
-      g.w_scale = scales.data();
-      g.w_sum = sums.data();
-      if (s + 1 < layout.strips()) g.next = codes + layout.tile_offset(s + 1, 0);
-      if (rank > 0) {
-        g.lora_b = lora_b.data();
-        g.rank_pairs = rank / 2;
-        g.t = t.data();
-        g.t_stride = 96;
+    GemmArgs side[kMaxSideStrips];
+    const bool beside = kernel.side_by_side != nullptr && rows <= kernel.side_rows;
+    const int most = beside ? side_strips(rows) : 1;
+    for (int s = first; s < first + strips; s += most) {
+      const int count = std::min(most, first + strips - s);
+      for (int i = 0; i < count; ++i) {
+        side[i] = args(kernel, matrix, s + i, rank);
+        side[i].c += i * rows * 32;
       }
-      g.c = c.as<float>();
-      kernel.strip(g);
+      if (beside) {
+        kernel.side_by_side(side, count);
+      } else {
+        kernel.strip(side[0]);
+      }
     }
   }
 
@@ -253,11 +282,12 @@ double memory_rate(StripCase& test, const GemmKernel& gemm) {
 }
 
 // Both kernels where few rows leave a choice.
-void strips(const Peaks& peaks) {
+void strips(const Options& options, const Peaks& peaks) {
   const bool amx = cpu_features().amx;
   std::printf(
       "\nstrips on one core (k 2048); L2 r8: with LoRA; memory: weights never in a cache\n");
-  for (const WeightFormat format : kKtFormats) {
+  for (const WeightFormat format : kWeightFormats) {
+    if (!options.wants_format(format)) continue;
     const GemmChoice gemm = gemm_of(format);
     for (const int rows : {1, 2, 4, 6, 8, 12, 16, 32, 48, 64, 96, 128, 192, 256}) {
       if (!amx && rows > 48) continue;
@@ -273,6 +303,35 @@ void strips(const Peaks& peaks) {
       }
       std::fflush(stdout);
     }
+  }
+}
+
+// From which number of rows on tiles win. Strips are taken side by side where layers do.
+void few_rows(const Options& options) {
+  constexpr int kStrips = 8;
+  std::printf("\nfew rows on one core, 8 strips of k 2048 from L2: µs of AVX-512, of tiles\n");
+  for (const WeightFormat format : kWeightFormats) {
+    if (!options.wants_format(format)) continue;
+    const GemmChoice gemm = gemm_of(format);
+    int from = 0;
+    for (int rows = 1; rows <= 16; ++rows) {
+      StripCase test(format, rows, 1);
+      const auto time = [&](const GemmKernel& kernel) {
+        return 1.0 / best_rate(1.0, 1000, [&] { test.run(kernel, 0, 0, kStrips, 0); });
+      };
+      const double few = time(*gemm.few);
+      const double tiles = time(*gemm.many);
+      if (tiles > few) {
+        from = 0;
+      } else if (from == 0) {
+        from = rows;
+      }
+      std::printf("%s rows %2d: %7.2f %7.2f\n", name_of(format), rows, few * 1e6, tiles * 1e6);
+    }
+    const std::string found = from == 0 ? "more than 16" : std::to_string(from);
+    std::printf("%s: tiles from %s rows on (select.cc: %d)\n", name_of(format), found.c_str(),
+                gemm.many_from);
+    std::fflush(stdout);
   }
 }
 
@@ -310,17 +369,18 @@ void run(const Options& options) {
   if (threads > 0) cpus.resize(static_cast<std::size_t>(threads));
   std::printf("isa %s, amx %d, %zu cpus\n", name_of(active_isa()), features.amx, cpus.size());
   const Peaks peaks = measure_peaks(cpus);
-  if (options.wants("strip") || options.wants("shrink")) {
+  if (options.wants("strip") || options.wants("few") || options.wants("shrink")) {
     std::thread one([&] {
       pin(cpus.back());
-      if (options.wants("strip")) strips(peaks);
+      if (options.wants("strip")) strips(options, peaks);
+      if (options.wants("few")) few_rows(options);
       if (options.wants("shrink")) shrinks();
     });
     one.join();
   }
   if (!options.wants("layer")) return;
-  for (const WeightFormat format : kKtFormats) {
-    if (!options.wants_value("bits", traits_of(format).bits)) continue;
+  for (const WeightFormat format : kWeightFormats) {
+    if (!options.wants_format(format)) continue;
     Layers layers(format, cpus, options.value("experts"), options.value("layers"), options.seconds);
     layers.print_probe();
     for (const int rank : {0, 8, 64}) {

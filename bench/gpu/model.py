@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ktrt.config import ExpertArgs
+from ktrt.config.args import WEIGHT_FORMATS
 from ktrt.engine.active_set import ActiveSet
 from ktrt.engine.build import build_engine
 from ktrt.engine.rank_masks import RankMasks
@@ -193,7 +194,7 @@ class Bench:
                 f"model.layers.{index}.mlp.experts", index, "DeepseekV2Experts", experts.count,
                 experts.hidden, experts.inner, config.num_experts_per_tok,
             )  # fmt: skip
-            layer = new_layer(engine, spec, backend)
+            layer = new_layer(engine, spec, WEIGHT_FORMATS[backend])
             for expert in range(experts.count):
                 layer.load_expert(expert, *experts.weights(index, expert))
             module.attach(layer, engine.max_qlen, hand_off, spec.path, running)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from coded import KT_CLASSES, Coded
 
 from ktrt import _core
 from ktrt.engine.formats import format_named
@@ -27,6 +28,7 @@ class Weights:
     up: torch.Tensor
     down: torch.Tensor  # [E, H, I]
     lora: dict[str, torch.Tensor]  # bfloat16 A and B, unscaled; empty without LoRA
+    coded: dict[str, Coded] | None = None  # by projection; the above are then float32
 
     @property
     def rank(self) -> int:
@@ -79,6 +81,12 @@ class Ktrt:
             weight_format=format_named(dtype).name,
         )
         for expert in range(EXPERTS):
+            if weights.coded is not None:
+                gate, up, down = (
+                    (c.codes[expert], c.scales[expert]) for c in weights.coded.values()
+                )
+                layer.load_coded_expert(expert, gate, up, down)
+                continue
             layer.load_expert(
                 expert, weights.gate[expert], weights.up[expert], weights.down[expert]
             )
@@ -124,6 +132,8 @@ class KtKernel:
         config = make(EXPERTS, TOP_K, HIDDEN, INTER)
         config.layer_idx, config.pool, config.max_len = index, self.cpu.backend_, self.max_len
         config.physical_to_logical_map = self.identity.data_ptr()
+        if w.coded is not None:
+            return self._coded_layer(config, dtype)
         config.gate_proj, config.up_proj = w.gate.data_ptr(), w.up.data_ptr()
         config.down_proj = w.down.data_ptr()
         if not w.lora:
@@ -139,6 +149,18 @@ class KtKernel:
         self.cpu.sync()
         names = ("gate_a", "gate_b", "up_a", "up_b", "down_a", "down_b")
         layer.update_lora_weights(*(w.lora[name].data_ptr() for name in names))
+        return layer
+
+    def _coded_layer(self, config: Any, dtype: str) -> Any:
+        assert self.weights.coded is not None
+        name, config.quant_config.bits, config.quant_config.group_size = KT_CLASSES[dtype]
+        config.quant_config.zero_point = False
+        for projection, coded in self.weights.coded.items():
+            for what, each in (("projs", coded.kt_codes), ("scales", coded.kt_scales)):
+                setattr(config, f"{projection}_{what}", [[e.data_ptr() for e in each]])
+        layer = getattr(self.kt.moe, name)(config)
+        self.cpu.submit(layer.load_weights_task(self.identity.data_ptr()))
+        self.cpu.sync()
         return layer
 
     def forward(self, layer: int, batch: Batch) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from coded import KT_CLASSES, code_weights
 from engines import (
     EXPERTS,
     HIDDEN,
@@ -81,6 +82,7 @@ def onednn_party(weights: Weights, qlen: int) -> Callable[[], float]:
     rows = max(1, qlen * TOP_K // EXPERTS)
     x, act = torch.randn(rows, HIDDEN), torch.randn(rows, INTER)
     x, act = x.to(torch.bfloat16), act.to(torch.bfloat16)
+    gate, up, down = (w.bfloat16() for w in (weights.gate, weights.up, weights.down))
     experts = itertools.cycle(range(EXPERTS))
     count = max(2, 512 // rows)
 
@@ -88,9 +90,9 @@ def onednn_party(weights: Weights, qlen: int) -> Callable[[], float]:
         start = time.perf_counter()
         for _ in range(min(count, EXPERTS)):
             e = next(experts)
-            torch.nn.functional.linear(x, weights.gate[e])
-            torch.nn.functional.linear(x, weights.up[e])
-            torch.nn.functional.linear(act, weights.down[e])
+            torch.nn.functional.linear(x, gate[e])
+            torch.nn.functional.linear(x, up[e])
+            torch.nn.functional.linear(act, down[e])
         seconds = time.perf_counter() - start
         return 6.0 * rows * HIDDEN * INTER * min(count, EXPERTS) / seconds / 1e9
 
@@ -163,7 +165,7 @@ def measure_qlen(
     onednn = onednn_party(weights, qlen) if qlen >= 64 else None
     experts = batch.distinct_experts()
     lora_bytes = 2 * rank * 3 * (HIDDEN + INTER)
-    nbytes = experts * (3 * HIDDEN * INTER * format_named(dtype).bits / 8 + lora_bytes)
+    nbytes = experts * (3 * weight_bytes(dtype) + lora_bytes)
     flops = 2.0 * qlen * TOP_K * 3 * (HIDDEN * INTER + rank * (HIDDEN + INTER))
     samples = sample_rounds(ktrt, kt, batch, onednn, rounds)
 
@@ -208,6 +210,9 @@ def measure(
     threads = num_threads(threads or None)
     set_torch_threads(threads)
     base = make_weights()
+    if dtype in KT_CLASSES:
+        base, coded = code_weights(base, dtype)
+        base = replace(base, coded=coded)
     ktrt = Ktrt(base, dtype, layers, threads, max(qlens))
     keep = []  # kt_kernel's destructors are slow and noisy
     for rank in ranks:
@@ -222,6 +227,12 @@ def measure(
             chosen = rounds or (few if qlen <= 16 else many)
             row = measure_qlen((ktrt, kt), weights, batch, dtype, chosen)
             yield {"machine": machine, "row": row}
+
+
+def weight_bytes(dtype: str) -> int:
+    """Returns the bytes of one matrix, with its scales."""
+    each = format_named(dtype)
+    return each.code_bytes(INTER, HIDDEN) + each.scale_bytes(INTER, HIDDEN)
 
 
 def describe_machine(kt: KtKernel, threads: int, layers: int) -> dict[str, Any]:

@@ -41,7 +41,8 @@ CpuFeatures detect() {
              __builtin_cpu_supports("avx512vl") != 0;
   f.avx512_bf16 = f.avx512 && __builtin_cpu_supports("avx512bf16") != 0;
   f.avx512_vnni = f.avx512 && __builtin_cpu_supports("avx512vnni") != 0;
-  f.amx = f.avx512_bf16 && f.avx512_vnni && cpu_has_amx() && request_amx_permission();
+  f.amx = f.avx512_bf16 && f.avx512_vnni && __builtin_cpu_supports("avx512vbmi") != 0 &&
+          cpu_has_amx() && request_amx_permission();
   return f;
 }
 

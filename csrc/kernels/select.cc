@@ -27,8 +27,11 @@ extern const GemmKernel gemm_int4_amx;
 extern const GemmKernel gemm_int4_amx_emulated;
 // By coded_index().
 extern const GemmKernel gemm_coded_portable[kNumCodedFormats];
+extern const GemmKernel gemm_coded_avx2[kNumCodedFormats];
 extern const GemmKernel gemm_coded_avx512[kNumCodedFormats];
 extern const GemmKernel gemm_coded_avx512_bf16[kNumCodedFormats];
+extern const GemmKernel gemm_coded_amx[kNumCodedFormats];
+extern const GemmKernel gemm_coded_amx_emulated[kNumCodedFormats];
 extern const ShrinkKernel lora_shrink_portable;
 extern const ShrinkKernel lora_shrink_avx2;
 extern const ShrinkKernel lora_shrink_avx512_bf16;
@@ -73,6 +76,9 @@ constexpr int kBf16TilesFrom = 2;
 constexpr int kInt8TilesFrom = 4;
 // Not measured yet: the tiles of INT4 have to be unpacked first, whatever the number of rows.
 constexpr int kInt4TilesFrom = 8;
+// By coded_index(). Not measured either: unpacking 64 bytes of BF16 takes 2 (E2M1) to 4.5 cycles
+// (INT4); AVX-512 multiplies as many rows with them in that time.
+constexpr int kCodedTilesFrom[kNumCodedFormats] = {4, 4, 6, 6, 6, 4};
 
 GemmChoice choose(const GemmKernel* few, const GemmKernel* tiles, int tiles_from) {
   return tiles == nullptr ? GemmChoice{few, few, 0} : GemmChoice{few, tiles, tiles_from};
@@ -99,9 +105,10 @@ KernelTable select_kernels(Isa level, const CpuFeatures& f) {
       {&gemm_int4_avx2, Isa::kAvx2, f.avx2},
       {&gemm_int4_portable, Isa::kPortable, true},
   }};
-  const std::array<Variant<GemmKernel>, 3> gemm_coded = {{
+  const std::array<Variant<GemmKernel>, 4> gemm_coded = {{
       {gemm_coded_avx512_bf16, Isa::kAvx512, f.avx512_bf16},
       {gemm_coded_avx512, Isa::kAvx512, f.avx512},
+      {gemm_coded_avx2, Isa::kAvx2, f.avx2},
       {gemm_coded_portable, Isa::kPortable, true},
   }};
   const std::array<Variant<ShrinkKernel>, 3> lora_shrink = {{
@@ -140,8 +147,10 @@ KernelTable select_kernels(Isa level, const CpuFeatures& f) {
       choose(first_that_runs(gemm_int4, level), amx ? &gemm_int4_amx : nullptr, kInt4TilesFrom);
   for (const WeightFormat format : kWeightFormats) {
     if (!is_coded(format)) continue;
-    const GemmKernel* few = first_that_runs(gemm_coded, level) + coded_index(format);
-    table.gemm(format) = choose(few, nullptr, 0);
+    const int index = coded_index(format);
+    const GemmKernel* few = first_that_runs(gemm_coded, level) + index;
+    table.gemm(format) =
+        choose(few, amx ? &gemm_coded_amx[index] : nullptr, kCodedTilesFrom[index]);
   }
   table.lora_shrink = first_that_runs(lora_shrink, level);
   table.lora_shrink_tiles = amx ? &lora_shrink_amx : nullptr;
@@ -167,7 +176,7 @@ KernelTable fixed(KernelTable table) {
 }
 
 const GemmKernel& emulated_amx_gemm(WeightFormat format) {
-  if (is_coded(format)) return gemm_coded_portable[coded_index(format)];
+  if (is_coded(format)) return gemm_coded_amx_emulated[coded_index(format)];
   static constexpr const GemmKernel* kKernels[] = {&gemm_bf16_amx_emulated, &gemm_int8_amx_emulated,
                                                    &gemm_int4_amx_emulated};
   return *kKernels[static_cast<int>(format)];

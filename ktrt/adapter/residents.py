@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ktrt.adapter import Audit, plan_adapter, words_of
 from ktrt.adapter.sides import Sides
 from ktrt.engine.active_set import ActiveSet, AdapterChoice
+from ktrt.engine.formats import backend_of, kt_name
 from ktrt.engine.step_rows import BASE
 from ktrt.errors import AdapterBusyError, AdapterError, KtrtError, engine_errors
 
@@ -232,8 +233,9 @@ class Adapters:
             raise KtrtError("this session has no model that an adapter could be loaded into")
         folder = Path(path).expanduser()
         plan = plan_adapter(folder, self._base, lora_rank=None, lora_alpha=None)
-        for module in [*self._sides.experts.values()][:1]:
-            plan.warn_of_format(module.layer.weight_format)
+        if modules := self._sides.experts.values():
+            backend = backend_of(module.layer.weight_format for module in modules)
+            plan.warn_of_format(kt_name(backend))
         add_words: Callable[[], object] | None = None
         if self.take_words is not None and self._sides.model is not None:
             rows = max(words_of(self._sides.model), plan.vocabulary or 0)

@@ -120,7 +120,6 @@ def run(config: Config, sizes: Sizes) -> Report:
             "version": __version__,
             "model": str(config.model.model_name_or_path),
             "adapter": str(config.adapter.adapter_name_or_path or ""),
-            "kt_backend": config.experts.kt_backend,
             "notes": list(sizes.notes),
             "rounds": sizes.rounds,
             **bench.settings(),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ktrt.engine.formats import format_named, format_of
+from ktrt.engine.formats import format_named
 from ktrt.engine.probes import (
     BandwidthProbe,
     arithmetic_peaks,
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from ktrt.config import ExpertArgs
+    from ktrt.engine import MoeLayer
     from ktrt.experts import ExpertsSpec
     from ktrt.session import Session
 
@@ -46,9 +47,11 @@ class Bench:
         """``specs`` describe the routed experts. Times with an adapter are also compared with the
         limits of the base model."""
         self._session = session
-        self._kt_backend = experts.kt_backend
         session.adapters.off()
-        self._work = work = ModelWork(loaded_inventory(session.model, specs))
+        inventory = loaded_inventory(session.model, specs)
+        self._work = work = ModelWork(inventory)
+        # Only what was loaded is in there.
+        self._kt_backend = next(iter(inventory.experts))
         session.adapters.on()
         model: Any = session.model
         self._model = model
@@ -56,7 +59,7 @@ class Bench:
         self._probe = BandwidthProbe(self._threads)
         self._states = (True, False) if session.adapters.names else (False,)
         peaks = arithmetic_peaks(self._threads)
-        self._expert_peak = peak_of(format_of(experts.kt_backend), peaks)
+        self._expert_peak = peak_of(format_named(self._layer().weight_format), peaks)
         self._other_peak = peak_of(format_named(work.other_format), peaks)
         self._gpu = gpu_rates()
         self._vocab = min(model.get_input_embeddings().weight.shape[0], len(session.tokenizer))
@@ -67,17 +70,21 @@ class Bench:
         config = self._model.config.get_text_config()
         return int(getattr(config, "max_position_embeddings", None) or 1 << 20)
 
+    def _layer(self) -> MoeLayer:
+        """The last layer: of a model whose layers differ, the first ones are plain."""
+        return [m.layer for m in self._model.modules() if isinstance(m, KTExperts)][-1]
+
     def close(self) -> None:
         """Stops the threads of the probe; the session stays."""
         self._probe.close()
 
     def settings(self) -> Row:
         """Returns the kernels and threads that ran, and the measured limits."""
-        layer = next(m.layer for m in self._model.modules() if isinstance(m, KTExperts))
         return {
+            "kt_backend": self._kt_backend,
             "threads": self._threads,
             "torch_threads": torch.get_num_threads(),
-            "kernels": layer.last_kernels(),
+            "kernels": self._layer().last_kernels(),
             "gpu": self._gpu.name if self._gpu else None,
             "arithmetic_peak": self._expert_peak.all_threads if self._expert_peak else None,
         }

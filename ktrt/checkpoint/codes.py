@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ktrt.engine.formats import FORMATS, STRIP_ROWS, format_named
+
 if TYPE_CHECKING:
     from ktrt.experts.spec import ExpertsSpec, Projection
 
 # Columns that share a scale, by format; FP8 has blocks instead, see FP8_GRID.
-GROUPS = {"int4_g32": 32, "int4_g64": 64, "int4_g128": 128, "mxfp4": 32}
+GROUPS: dict[str, int] = {
+    each.name: each.group for each in FORMATS if each.coded and each.bits == 4
+}
 # Rows and columns of one scale in the canonical grid of ``fp8``.
-FP8_GRID = (32, 128)
+FP8_GRID = (STRIP_ROWS, format_named("fp8").group)
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,11 @@ class Codes:
     format: str
     codes: torch.Tensor
     scales: torch.Tensor
+
+    @property
+    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(codes, scales), as the engine takes them."""
+        return self.codes, self.scales
 
     def regrouped(self, weight_format: str) -> Codes:
         """Returns the same numbers in ``weight_format``, INT4 in groups that divide this one's."""

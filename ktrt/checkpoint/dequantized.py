@@ -16,7 +16,7 @@ from ktrt.checkpoint.stored import TORCH_DTYPES
 from ktrt.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Container, Iterable
 
     from torch import nn
 
@@ -35,26 +35,41 @@ def weight_source(
     checkpoint: Checkpoint,
     names: WeightNames,
     infer_dtype: str,
-    is_left_out: Callable[[str, torch.dtype], bool] = lambda _name, _dtype: False,
+    left_out: Container[str] = (),
 ) -> dict[str, Any]:
     """Returns arguments of ``from_pretrained`` in place of the folder: config, generation config,
-    dtype, and the parameters of ``skeleton`` without the experts of ``specs`` and the tensors that
-    ``is_left_out`` names, given the model's dtype."""
+    dtype, and the parameters of ``skeleton`` without the experts of ``specs`` and without the
+    tensors ``left_out``."""
     model: Any = skeleton
     config = copy.deepcopy(model.config)
+    specs = list(specs)
     wanted = _wanted(model, {spec.path for spec in specs}, checkpoint, names)
-    dtype = _dtype(config, checkpoint, wanted)
-    if infer_dtype != "auto":
-        dtype = getattr(torch, infer_dtype)
+    dtype = dtype_of_weights(skeleton, specs, checkpoint, names, infer_dtype)
     return {
         "pretrained_model_name_or_path": None,
         "config": config,
         "state_dict": {
-            name: _read(checkpoint, name, dtype) for name in wanted if not is_left_out(name, dtype)
+            name: _read(checkpoint, name, dtype) for name in wanted if name not in left_out
         },
         "dtype": dtype,
         "generation_config": _generation_config(checkpoint),
     }
+
+
+def dtype_of_weights(
+    skeleton: nn.Module,
+    specs: Iterable[_Site],
+    checkpoint: Checkpoint,
+    names: WeightNames,
+    infer_dtype: str,
+) -> torch.dtype:
+    """Returns the dtype that everything except the routed experts is loaded in."""
+    if infer_dtype != "auto":
+        found: torch.dtype = getattr(torch, infer_dtype)
+        return found
+    model: Any = skeleton
+    wanted = _wanted(model, {spec.path for spec in specs}, checkpoint, names)
+    return _dtype(model.config, checkpoint, wanted)
 
 
 def _wanted(model: Any, paths: set[str], checkpoint: Checkpoint, names: WeightNames) -> list[str]:

@@ -141,6 +141,11 @@ class ExpertWeights:
         return parts.get("gate"), parts["up"], down
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether any expert's tensor is dequantised on reading."""
+        return any(map(self._checkpoint.is_quantized, self._sources.values()))
+
+    @property
     def coded(self) -> str | None:
         """The engine's weight format that takes the codes of all experts; None if none does."""
         return self._find_format()[0]

@@ -74,7 +74,13 @@ class Checkpoint:
             name = found[1]
             raise CheckpointError(refusal(stored[name].file, *found, stored[name]))
         self.stored: Mapping[str, StoredTensor] = stored
-        self._tensors = decoded(stored, quantization)
+        try:
+            self._tensors = decoded(stored, quantization)
+        except CheckpointError:
+            if not experts_elsewhere:
+                raise
+            others = {name: t for name, t in stored.items() if ".experts." not in name}
+            self._tensors = decoded(others, quantization)
         self._tell_of_rounding()
 
     def _tell_of_rounding(self) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ktrt.checkpoint.codes import FP8_GRID, Codes
-from ktrt.checkpoint.stored import FLOAT_DTYPES, QuantizedTensor, check_dtype
+from ktrt.checkpoint.stored import FLOAT_DTYPES, QuantizedTensor, check_dtype, scale_groups
 from ktrt.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -128,11 +128,10 @@ def dequantize_fp8(
     or powers of two as bytes (E8M0: 2^(byte - 127)). The matrix may end inside the last blocks."""
     scales = as_float(scales)
     values = codes.to(torch.float32)
-    if scales.numel() > 1 or scales.ndim > 1:
-        n, k = values.shape[-2:]
-        scales = scales.repeat_interleave(block[0], dim=-2)[..., :n, :]
-        scales = scales.repeat_interleave(block[1], dim=-1)[..., :k]
-    return values * scales
+    if scales.numel() == 1 and scales.ndim < 2:
+        return values.mul_(scales)
+    rows = scales.repeat_interleave(block[0], dim=-2)[..., : values.shape[-2], :]
+    return scale_groups(values, rows, block[1])
 
 
 def fp8_scales(name: str, stored: Mapping[str, StoredTensor]) -> str | None:

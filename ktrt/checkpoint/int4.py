@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ktrt.checkpoint.codes import GROUPS, Codes
-from ktrt.checkpoint.stored import FLOAT_DTYPES, QuantizedTensor, check_dtype
+from ktrt.checkpoint.stored import FLOAT_DTYPES, QuantizedTensor, check_dtype, scale_groups
 from ktrt.errors import CheckpointError
 from ktrt.folders.schemes import refusal
 
@@ -87,8 +87,8 @@ class Int4Tensor(QuantizedTensor):
     def read(self) -> torch.Tensor:
         pairs, k = self._read_pairs(), self.shape[1]
         codes = torch.stack([pairs & 0x0F, pairs >> 4], dim=-1).flatten(1)[:, :k]
-        scales = self._read_scales().float().repeat_interleave(self._group, dim=1)[:, :k]
-        return (codes.to(torch.float32) - 8) * scales
+        values = codes.to(torch.float32).sub_(8)
+        return scale_groups(values, self._read_scales().float(), self._group)
 
     def read_codes(self, row: int | None = None) -> Codes:
         assert row is None, "a matrix, not a stack"
@@ -130,6 +130,7 @@ class PackedInt4(Int4Tensor):
         )  # fmt: skip
 
     def _read_shape(self, name: str, codes: StoredTensor) -> tuple[int, int]:
+        check_dtype(self._shape, self._shape_name, ("I32", "I64"))
         found = self._shape.read().flatten().tolist() if self._shape.shape == (2,) else []
         n, words = codes.shape if len(codes.shape) == 2 else (0, 0)
         if len(found) != 2 or found[0] != n or words < 1 or found[1] < 1:
@@ -175,6 +176,7 @@ class GptqInt4(Int4Tensor):
         self._zeros, self._zeros_name = stored[f"{module}qzeros"], f"{module}qzeros"
         self._g_idx = stored.get(f"{module}g_idx")
         self._convention = claims.checkpoint_format
+        check_dtype(self._zeros, self._zeros_name, ("I32",))
         words, n = codes.shape if len(codes.shape) == 2 else (0, 0)
         self._check_bits(name, codes, n)
         super().__init__(name, codes, n, words * _PER_WORD, stored[scales])

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 # The values of an E2M1 code, sign in its highest bit.
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _BLOCK = GROUPS["mxfp4"]
+_VALUES = torch.tensor([*_FP4, *(-value for value in _FP4)], dtype=torch.float32)
+# Byte → its two values, in half the time of two look-ups.
+_PAIRS = torch.stack([_VALUES.repeat(16), _VALUES.repeat_interleave(16)], dim=1)
 # E8M0 is a byte; torch and safetensors also have a dtype for it.
 SCALE_DTYPES = ("U8", "F8_E8M0")
 
@@ -72,9 +75,7 @@ def dequantize_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor
     """Returns blocks [..., groups, 16] times scales [..., groups], both uint8, as
     [..., 32 · groups] in float32, exact. A byte holds two values, the first in its low half; a
     scale is 2^(byte - 127)."""
-    table = torch.tensor([*_FP4, *(-value for value in _FP4)], dtype=torch.float32)
-    codes = torch.stack([blocks & 0x0F, blocks >> 4], dim=-1).flatten(-2)
-    values = table[codes.to(torch.int32)]
+    values = _PAIRS.index_select(0, blocks.flatten().to(torch.int32)).view(*scales.shape, _BLOCK)
     return torch.ldexp(values, scales.to(torch.int32)[..., None] - 127).flatten(-2)
 
 

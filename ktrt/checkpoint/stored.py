@@ -153,6 +153,16 @@ class QuantizedTensor:
         raise NotImplementedError
 
 
+def scale_groups(values: torch.Tensor, scales: torch.Tensor, group: int) -> torch.Tensor:
+    """Multiplies ``values`` [..., k] in place by ``scales`` [..., ⌈k / group⌉]; returns them."""
+    k = values.shape[-1]
+    if k % group:
+        return values.mul_(scales.repeat_interleave(group, dim=-1)[..., :k])
+    # Spread scales of float32 would cost eight times this multiplication.
+    values.unflatten(-1, (-1, group)).mul_(scales[..., None])
+    return values
+
+
 def check_dtype(tensor: StoredTensor, name: str, expected: Sequence[str], advice: str = "") -> None:
     """Raises ``CheckpointError`` if the tensor's dtype is none of ``expected``."""
     if tensor.dtype not in expected:

@@ -10,9 +10,13 @@ from ktrt.config.check import check_value, nearest, shown
 from ktrt.errors import ConfigError
 
 InferDtype = Literal["auto", "bfloat16", "float16", "float32"]
-KtBackend = Literal["AMXBF16", "AMXInt8", "AMXInt4"]
-# The engine's weight format that each kt_backend means; a test compares it with the engine's.
-WEIGHT_FORMATS: Mapping[KtBackend, str] = {"AMXBF16": "bf16", "AMXInt8": "int8", "AMXInt4": "int4"}
+# "auto": as the checkpoint stores its experts.
+KtBackend = Literal["auto", "AMXBF16", "AMXInt8", "AMXInt4", "FP8", "RAWINT4", "MXFP4"]
+# KTransformers' kt_expert_weight_format for each; a test compares it with the engine's.
+WEIGHT_FORMATS: Mapping[KtBackend, str] = {
+    "AMXBF16": "bf16", "AMXInt8": "int8", "AMXInt4": "int4", "FP8": "fp8", "RAWINT4": "rawint4",
+    "MXFP4": "mxfp4",
+}  # fmt: skip
 # Beyond any machine (Linux ends at 8192 CPUs) and any model; a larger number is a typing error.
 _MAX_THREADS = 8192
 _MOST_STOPS, _LONGEST_STOP = 256, 1000
@@ -101,7 +105,8 @@ class AdapterArgs:
 
 @dataclass(frozen=True)
 class ExpertArgs:
-    """Settings of the routed experts' engine. ``kt_num_threads`` None: the engine chooses.
+    """Settings of the routed experts' engine. ``kt_backend``: their weight format, by default the
+    checkpoint's own. ``kt_num_threads`` None: the engine chooses.
 
     With a GPU: ``kt_num_gpu_experts`` of every layer live there, and forwards of at least
     ``kt_gpu_prefill_token_threshold`` tokens (0: none) get all experts streamed there.
@@ -113,7 +118,7 @@ class ExpertArgs:
     decides).
     """
 
-    kt_backend: KtBackend = "AMXBF16"
+    kt_backend: KtBackend = "auto"
     kt_num_threads: int | None = None
     kt_tp_enabled: bool = False
     kt_use_cuda_graph: bool = True
@@ -225,10 +230,14 @@ class SamplingArgs:
 @dataclass(frozen=True)
 class SchedulerArgs:
     """How many answers are computed at once: at most ``max_num_seqs``, and no more than leave each
-    stream ``min_tokens_per_second`` by predictions (0: no floor)."""
+    stream ``min_tokens_per_second`` by predictions (0: no floor).
+
+    ``reproducible``: an answer depends on its request alone, to the last bit: not on its company
+    (``kt_fixed_kernels``), nor on what earlier answers left in the KV cache."""
 
     max_num_seqs: int = 32
     min_tokens_per_second: float = 1.0
+    reproducible: bool = False
 
     def __post_init__(self) -> None:
         _require(self, "max_num_seqs", self.max_num_seqs >= 1, "at least 1")

@@ -67,12 +67,16 @@ _ALIASES = {
     **SAMPLING_ALIASES,
 }
 # Two keys of kt_kernel have the same meaning: the values of both, in lower case, as kt_backend.
+_FORMAT_NAMES = {each: name for name, each in WEIGHT_FORMATS.items()}
 _BACKENDS = {
     "kt_backend": {
         **{name.lower(): name for name in WEIGHT_FORMATS},
-        **{each: name for name, each in WEIGHT_FORMATS.items() if each != "bf16"},
+        **_FORMAT_NAMES,
+        # Old names, which kt_kernel 0.7.2 still takes.
+        "amxfp8": "FP8",
+        "amxint4_kgroup": "RAWINT4",
     },
-    "kt_expert_weight_format": {each: name for name, each in WEIGHT_FORMATS.items()},
+    "kt_expert_weight_format": _FORMAT_NAMES,
 }
 _ACTING = {*_TYPES, *_ALIASES, *_BACKENDS, "kt_config"}
 _KNOWN = {*_ACTING, *IGNORED, *NOTED, *REFUSED}
@@ -221,7 +225,8 @@ def _backend(spelling: str, raw: object, names: Mapping[str, str], where: str) -
         return None
     if isinstance(name, str) and name in names:
         return names[name]
-    *others, last = WEIGHT_FORMATS if "amxbf16" in names else names
+    shown_names = ["auto", *dict.fromkeys(names.values())] if "amxbf16" in names else list(names)
+    *others, last = shown_names
     expected = f"{', '.join(others)} or {last}"
     raise ConfigError(f"{where}: {spelling}: expected {expected}, found {describe(raw)}")
 

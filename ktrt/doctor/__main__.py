@@ -79,16 +79,17 @@ def examine(args: argparse.Namespace, environment: Mapping[str, str]) -> Report:
         "model": None,
     }
     fits: list[str] = []
-    excess, gain = None, 1.0
+    excess, speeds = None, dict[str, float]()
+    running = stored = None
     if config is not None:
         model = _examine_model(config.model, config.adapter, config.experts, bandwidth, peaks, gpu)
         report["model"] = model
         fits, excess = list(model["fits"]), model["excess"]
-        speed = {row["kt_backend"]: row["decode_bound"] for row in model["reach"]}
-        gain = speed["AMXInt8"] / speed["AMXBF16"]
+        running, stored = model["kt_backend"], model["stored"]
+        speeds = {row["kt_backend"]: row["decode_bound"] for row in model["reach"]}
     advice = advise(
-        facts, config.experts if config else None, fits=fits, excess=excess, int8_gain=gain,
-        cuda_missing=driver and gpu is None,
+        facts, config.experts if config else None, running=running, stored=stored, fits=fits,
+        excess=excess, speeds=speeds, cuda_missing=driver and gpu is None,
     )  # fmt: skip
     report["advice"] = [asdict(each) for each in advice]
     return report
@@ -103,6 +104,7 @@ def _examine_model(
     gpu: GpuRates | None,
 ) -> Report:
     """Returns the model's memory and speed limits, computed from its headers alone."""
+    from ktrt.loading.formats import own_formats
     from ktrt.loading.plan import prepare
     from ktrt.loading.work import ModelWork
 
@@ -113,8 +115,10 @@ def _examine_model(
     fits = memory.fitting_backends()
     return {
         "folder": str(model.model_name_or_path),
-        "kt_backend": experts.kt_backend,
-        "bytes_per_token": work.bytes_by_part(experts.kt_backend, context),
+        "kt_backend": ready.formats.kt_backend,
+        "stored": own_formats(ready.base.experts).kt_backend,
+        "notes": list(ready.formats.notes),
+        "bytes_per_token": work.bytes_by_part(ready.formats.kt_backend, context),
         "reach": [
             {**row, "fits": row["kt_backend"] in fits}
             for row in _reach(work, context, bandwidth, peaks, gpu)
@@ -136,14 +140,15 @@ def _reach(
     peaks: list[ArithmeticPeak],
     gpu: GpuRates | None,
 ) -> Iterator[Report]:
-    """Yields tokens per second by kt_backend: upper bounds and expected values."""
-    from ktrt.engine.formats import FORMATS, format_named
+    """Yields tokens per second by kt_backend, in what the checkpoint can run in: upper bounds and
+    expected values."""
+    from ktrt.engine.formats import format_named
     from ktrt.engine.probes import peak_of
 
     gpu_rate = gpu.read if gpu else None
     others = peak_of(format_named(work.other_format), peaks) if gpu is None else None
-    for weight_format in FORMATS:
-        backend = weight_format.kt_backend
+    for backend, experts in work.inventory.experts.items():
+        weight_format = format_named(experts.form.split("+")[-1])  # after the plain layers' BF16
         decode = 1 / work.decode_seconds(backend, bandwidth, gpu_rate, context)
         row: Report = {"kt_backend": backend, "decode_bound": decode, "prompt": _PROMPT}
         row |= {"decode": DECODE_SHARE * decode, "prefill_bound": None, "prefill": None}
@@ -228,6 +233,7 @@ def _model_lines(model: Report) -> Iterator[str]:
     parts = model["bytes_per_token"]
     yield ""
     yield f"{model['folder']}"
+    yield from model["notes"]
     yield f"decoding one token reads {sum(parts.values()) / 1e6:.1f} MB with {model['kt_backend']}:"
     for name, size in parts.items():
         if size:
@@ -242,7 +248,10 @@ def _model_lines(model: Report) -> Iterator[str]:
             prefill = f"{row['prefill_bound']:.0f} → {row['prefill']:.0f}"
         decode = f"{row['decode_bound']:.1f} → {row['decode']:.1f}"
         memory = "fits" if row["fits"] else "DOES NOT FIT"
-        yield f"  {row['kt_backend']:22} {decode:>20} {prefill:>22}   {memory}"
+        name = row["kt_backend"]
+        if name == model["stored"]:
+            name += " (as stored)"
+        yield f"  {name:22} {decode:>20} {prefill:>22}   {memory}"
 
 
 def _gb(size: float) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from ktrt.config import ExpertArgs
     from ktrt.machine.facts import MachineFacts
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 Level = Literal["fix", "consider"]
 # INT8's rounding is not worth a smaller speed-up than this.
 _WORTH_IT = 1.2
+_BF16, _INT8, _INT4, _OWN = "AMXBF16", "AMXInt8", "AMXInt4", "RAWINT4"
+_SMALLER = "a smaller model, or more memory"
 
 
 @dataclass(frozen=True)
@@ -30,18 +32,23 @@ def advise(
     facts: MachineFacts,
     experts: ExpertArgs | None = None,
     *,
+    running: str | None = None,
+    stored: str | None = None,
     fits: Sequence[str] = (),
     excess: str | None = None,
-    int8_gain: float = 1.0,
+    speeds: Mapping[str, float] | None = None,
     cuda_missing: bool = False,
 ) -> list[Advice]:
-    """Returns the advice, urgent items first. ``experts`` is from the configuration; ``fits``
-    lists every kt_backend that memory suffices for; ``excess`` says why the configured one does not
-    fit; ``int8_gain`` is the speed of decoding INT8 over BF16; ``cuda_missing``: there is an NVIDIA
-    driver, but torch finds no GPU."""
+    """Returns the advice, urgent items first. ``experts`` is from the configuration; ``running``
+    is the kt_backend that it comes to and ``stored`` the checkpoint's own; ``fits`` lists every
+    kt_backend that memory suffices for; ``excess`` says why the running one does not fit;
+    ``speeds``: of decoding, by kt_backend; ``cuda_missing``: there is an NVIDIA driver, but torch
+    finds no GPU."""
     found = [*_isa(facts), *_threads(facts, experts), *_memory(facts), *_openmp(facts)]
     if experts is not None:
-        found += [*_backend(experts, fits, excess, int8_gain), *_numa(facts, experts)]
+        if running is not None and experts.kt_weight_path is None:
+            found += _backend(running, stored, fits, excess, speeds or {})
+        found += _numa(facts, experts)
     if cuda_missing:
         found += _gpu(facts)
     return sorted(found, key=lambda each: each.level != "fix")
@@ -127,21 +134,46 @@ def _openmp(facts: MachineFacts) -> Iterator[Advice]:
 
 
 def _backend(
-    experts: ExpertArgs, fits: Sequence[str], excess: str | None, int8_gain: float
+    running: str,
+    stored: str | None,
+    fits: Sequence[str],
+    excess: str | None,
+    speeds: Mapping[str, float],
 ) -> Iterator[Advice]:
+    def gain(backend: str) -> float:
+        return speeds[backend] / speeds[running] if {backend, running} <= speeds.keys() else 1.0
+
     if excess is not None:
-        choice = f"kt_backend: {fits[0]}" if fits else "a smaller model, or more memory"
-        yield Advice("fix", choice, f"{experts.kt_backend} does not fit: {excess}")
-    elif experts.kt_backend == "AMXBF16" and "AMXInt8" in fits and int8_gain >= _WORTH_IT:
+        named = {stored: "auto"}
+        choice = f"kt_backend: {named.get(fits[0], fits[0])}" if fits else _SMALLER
+        yield Advice("fix", choice, f"{running} does not fit: {excess}")
+    elif stored is not None and stored in fits and stored not in (running, _BF16):
+        faster = (
+            "as fast" if gain(stored) < _WORTH_IT else f"up to {gain(stored):.1f} times as fast"
+        )
+        error = "" if running == _BF16 else f"; {running} rounds them a second time"
         yield Advice(
-            "consider", "kt_backend: AMXInt8",
-            f"half the bytes of the experts, decoding up to {int8_gain:.1f} times as fast; costs "
+            "consider", "kt_backend: auto",
+            f"the experts are stored in {stored}, which decodes {faster} as {running}{error}",
+        )  # fmt: skip
+    elif running == _BF16 and _INT8 in fits and gain(_INT8) >= _WORTH_IT:
+        yield Advice(
+            "consider", f"kt_backend: {_INT8}",
+            f"half the bytes of the experts, decoding up to {gain(_INT8):.1f} times as fast; costs "
             "1–3.5 % relative error of the logits (BF16 0.2–0.6 %)",
         )  # fmt: skip
-    elif experts.kt_backend == "AMXInt4" and "AMXInt8" in fits:
+    elif running == _INT4:
+        yield from _instead_of_int4(fits)
+
+
+def _instead_of_int4(fits: Sequence[str]) -> Iterator[Advice]:
+    better = [each for each in (_INT8, _OWN) if each in fits]
+    if better:
+        more = f"; {_OWN}, 4 bits with a scale for every 32 columns, costs half of that"
         yield Advice(
-            "consider", "kt_backend: AMXInt8",
-            "it fits too; INT4 in kt_kernel's format costs 11–25 % relative error of the logits",
+            "consider", f"kt_backend: {' or '.join(better)}",
+            "it fits too; INT4 in kt_kernel's format costs 11–25 % relative error of the logits"
+            + (more if _OWN in fits else ""),
         )  # fmt: skip
 
 

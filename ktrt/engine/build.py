@@ -12,14 +12,14 @@ import torch
 
 from ktrt import _core
 from ktrt.engine import Engine
-from ktrt.engine.formats import format_of
+from ktrt.engine.formats import AUTO, PLAIN, format_named, formats_of
 from ktrt.engine.threads import num_threads
 from ktrt.engine.torch_threads import torch_limit
 from ktrt.machine.facts import cpu_quota
 from ktrt.machine.threads import threads_within
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from ktrt.config import ExpertArgs
 
@@ -42,8 +42,9 @@ class _ModelEngine(Engine):
         self._lift()
 
 
-def build_engine(experts: ExpertArgs) -> Engine:
-    """Returns the engine of one model; log lines name the settings that could not be followed."""
+def build_engine(experts: ExpertArgs, weight_formats: Collection[str] = ()) -> Engine:
+    """Returns the engine of one model, whose layers are in ``weight_formats`` (none: in the one of
+    ``kt_backend``). Log lines name the settings that could not be followed."""
     _notice_missing_kt_kernel()
     threads = num_threads(experts.kt_num_threads)
     if affinity := os.environ.get("KMP_AFFINITY"):
@@ -55,7 +56,11 @@ def build_engine(experts: ExpertArgs) -> Engine:
     engine = _ModelEngine(
         num_threads=threads, max_qlen=MAX_QLEN, nodes=nodes, fixed_kernels=experts.kt_fixed_kernels
     )
-    logger.info("%s", _kernel_line(experts.kt_backend, threads))
+    backend = experts.kt_backend
+    if not weight_formats:
+        weight_formats = [PLAIN if backend == AUTO else formats_of(backend)[0].name]
+    for name in sorted(set(weight_formats)):
+        logger.info("%s", _kernel_line(backend, name, threads))
     return engine
 
 
@@ -68,8 +73,8 @@ def _hold_torch_to_quota() -> Callable[[], None]:
     return torch_limit.hold(threads_within(torch.get_num_threads(), quota))
 
 
-def _kernel_line(kt_backend: str, num_threads: int) -> str:
-    weight_format = format_of(kt_backend)
+def _kernel_line(kt_backend: str, name: str, num_threads: int) -> str:
+    weight_format = format_named(name)
     kernel = _core.kernels()[weight_format.kernel_family]
     what = f"{weight_format.name.upper()} experts run on {kernel} kernels, {num_threads} threads"
     if kernel.startswith("amx"):

@@ -13,28 +13,56 @@ from ktrt import _core
 from ktrt.errors import KtrtError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from ktrt._core import WeightFormat
 
-_ALL: tuple[WeightFormat, ...] = tuple(_core.weight_formats())
-FORMATS = tuple(each for each in _ALL if not each.coded)
+FORMATS: tuple[WeightFormat, ...] = tuple(_core.weight_formats())
+# No format of the engine's: each layer as the checkpoint stores it.
+AUTO = "auto"
+PLAIN = "bf16"
 # Rows of a strip, which is what one kernel call computes (csrc/layout/packed_layout.h).
 STRIP_ROWS = 32
 
 
+def formats_of(kt_backend: str) -> list[WeightFormat]:
+    """The formats that a kt_backend names; of several, the checkpoint has one. ``KtrtError``: the
+    engine has none."""
+    backends = dict.fromkeys(each.kt_backend for each in FORMATS)
+    if kt_backend not in backends:
+        raise KtrtError(f"kt_backend: expected one of {', '.join(backends)}, found {kt_backend}")
+    return [each for each in FORMATS if each.kt_backend == kt_backend]
+
+
 def format_of(kt_backend: str) -> WeightFormat:
-    """The format that a kt_backend names. ``KtrtError``: none does."""
-    return _find("kt_backend", kt_backend, {each.kt_backend: each for each in FORMATS})
+    """The format of a kt_backend that weights in floats are packed in. ``KtrtError``: none is."""
+    return formats_of(kt_backend)[0]
 
 
 def format_named(name: str) -> WeightFormat:
     """The format of this name: ``bf16``. ``KtrtError``: there is none."""
-    return _find("weight format", name, {each.name: each for each in _ALL})
-
-
-def _find(what: str, name: str, formats: dict[str, WeightFormat]) -> WeightFormat:
+    formats = {each.name: each for each in FORMATS}
     if name not in formats:
-        raise KtrtError(f"{what}: expected one of {', '.join(formats)}, found {name}")
+        raise KtrtError(f"weight format: expected one of {', '.join(formats)}, found {name}")
     return formats[name]
+
+
+def backend_of(names: Iterable[str]) -> str:
+    """The kt_backend of layers in these formats: the only one apart from BF16, or ``AUTO``."""
+    backends = {format_named(name).kt_backend for name in names if name != PLAIN}
+    if not backends:
+        return format_named(PLAIN).kt_backend
+    return backends.pop() if len(backends) == 1 else AUTO
+
+
+def joined(names: Iterable[str]) -> str:
+    """The formats of a model's layers as one word: ``bf16+fp8``."""
+    return "+".join(sorted(set(names)))
+
+
+def kt_name(kt_backend: str) -> str:
+    """A kt_backend in KTransformers' words for kt_expert_weight_format: ``int8``."""
+    return kt_backend.lower().removeprefix("amx")
 
 
 def is_quantized(weight_format: WeightFormat) -> bool:

@@ -11,7 +11,7 @@ import torch
 
 from ktrt.checkpoint.kt_files import FILE_FORMATS, KtWeights
 from ktrt.engine.build import build_engine
-from ktrt.engine.formats import format_of
+from ktrt.engine.formats import AUTO, PLAIN, format_named, format_of
 from ktrt.errors import ConfigError
 from ktrt.experts import new_layer
 from ktrt.export.checkpoint import (
@@ -27,6 +27,7 @@ from ktrt.export.shards import (
     write_index,
     write_shard,
 )
+from ktrt.loading.formats import choose_formats
 from ktrt.utils.progress import byte_progress
 from ktrt.utils.staging import check_target, staged_folder
 
@@ -65,7 +66,7 @@ def merge_packed(
     merge = Merge(base, plan, without_experts=True, words=words)
     engine = build_engine(experts)
     try:
-        packer = _Packer(base, merge.changes, engine, experts, weight_format)
+        packer = _Packer(base, merge.changes, engine, weight_format)
         files = packer.files()
         size = merge.tensor_bytes + sum(t.nbytes for each in files.values() for t in each)
         with staged_folder(out, size + merge.side_bytes) as folder:
@@ -83,7 +84,8 @@ def merge_packed(
 
 
 def _check_format(experts: ExpertArgs, base: BaseCheckpoint) -> WeightFormat:
-    weight_format = format_of(experts.kt_backend)
+    own = choose_formats(experts.kt_backend, base.experts).kt_backend
+    weight_format = format_named(PLAIN) if own == AUTO else format_of(own)
     if experts.kt_weight_path is not None:
         raise ConfigError(
             "--format kt: kt_weight_path is set; its experts are packed without the adapter. "
@@ -94,7 +96,7 @@ def _check_format(experts: ExpertArgs, base: BaseCheckpoint) -> WeightFormat:
             f"--format kt: kt_kernel has no files of {weight_format.name.upper()} experts, only of "
             f"{', '.join(each.name for each in FILE_FORMATS)}; set "
             f"kt_backend={' or '.join(each.kt_backend for each in FILE_FORMATS)}, or use --format "
-            "hf"
+            f"hf{', which keeps quantised experts as they are' if weight_format.coded else ''}"
         )
     multiple = weight_format.tile_columns
     for spec in base.experts.specs:
@@ -123,11 +125,10 @@ class _Packer:
         base: BaseCheckpoint,
         changes: Changes,
         engine: Engine,
-        experts: ExpertArgs,
         weight_format: WeightFormat,
     ) -> None:
         self._base, self._changes = base, changes
-        self._engine, self._backend = engine, experts.kt_backend
+        self._engine, self._format = engine, weight_format.name
         self._bits = weight_format.bits
         self._layers: dict[str, MoeLayer] = {}
 
@@ -173,7 +174,7 @@ class _Packer:
         return codes, scales
 
     def _pack(self, spec: ExpertsSpec) -> MoeLayer:
-        layer = new_layer(self._engine, spec, self._backend)
+        layer = new_layer(self._engine, spec, self._format)
         # Pages that were read count as this process's memory until they are released.
         release = releasing(lambda _count: None, self._base.experts.files())
         weights, first = self._base.experts.weights[spec.path], spec.first_parameter

@@ -111,6 +111,12 @@ class ModelRunner:
         """Whether tokens of several slots share a forward."""
         return self._mixed is not None
 
+    def make_reproducible(self) -> None:
+        """Has nothing of earlier answers change a bit of a later one: prompts reuse what chunks of
+        a prompt computed, or nothing where the bits depend on a chunk's begin. That all prompts are
+        divided alike is then the caller's part."""
+        self.pool.reuse_of = "prompts" if self.mixes else "none"
+
     @property
     def has_graphs(self) -> bool:
         """Whether decode steps of single sequences are replayed."""
@@ -151,7 +157,7 @@ class ModelRunner:
                 self.pool.empty(part.span.slot)
             raise
         for part, tokens in zip(parts, held, strict=True):
-            part.span.slot.put(tokens, part.span.ids)
+            part.span.slot.put(tokens, part.span.ids, as_prompt=not part.is_row)
             self.pool.touch(part.span.slot)
         return logits
 
@@ -187,6 +193,8 @@ class ModelRunner:
         if reason:
             # Only now: what also fails one by one has another reason.
             self._mixed = None
+            if self.pool.reuse_of == "prompts":
+                self.make_reproducible()
             logger.info("Sequences run one after the other, not in one forward: %s", reason)
         return logits
 

@@ -42,8 +42,9 @@ Sampler = Callable[[torch.Tensor], int]
 # Divided by less, ordinary logits leave float32's range. Two different logits are at least 1e-9
 # apart there, so that even at this temperature all but the best have the probability 0.
 _COLDEST = 1e-30
-# A thread's start costs about as much as one row.
-_ROWS_PER_THREAD = 4
+# Logits that a thread gets at least: to hand rows to another one takes as long as to choose from
+# some 16,384.
+_LOGITS_PER_THREAD = 1 << 16
 _MOST_THREADS = 16
 
 
@@ -167,9 +168,21 @@ def sample_rows(
             logits = logits.cpu()
         # NumPy, so that a thread per row is one thread: torch's operations start threads.
         rows = [row.to(torch.float32).numpy() for row in logits]
-    if len(samplers) < 2 * _ROWS_PER_THREAD or _threads() < 2:
-        return [_choose(*pair) for pair in zip(samplers, rows, strict=True)]
-    return list(_pool().map(_choose, samplers, rows))
+    threads = min(_threads(), len(rows), len(rows) * len(rows[0]) // _LOGITS_PER_THREAD)
+    if threads < 2:
+        return _choose_all(samplers, rows)
+    # This thread takes the first share.
+    parts = [slice(n, None, threads) for n in range(threads)]
+    others = [_pool().submit(_choose_all, samplers[part], rows[part]) for part in parts[1:]]
+    found: list[int | KtrtError] = [0] * len(rows)
+    found[parts[0]] = _choose_all(samplers[parts[0]], rows[parts[0]])
+    for part, each in zip(parts[1:], others, strict=True):
+        found[part] = each.result()
+    return found
+
+
+def _choose_all(samplers: Sequence[RowSampler], rows: Sequence[Scores]) -> list[int | KtrtError]:
+    return [_choose(*pair) for pair in zip(samplers, rows, strict=True)]
 
 
 def _choose(sampler: RowSampler, scores: Scores) -> int | KtrtError:

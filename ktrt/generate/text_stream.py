@@ -1,14 +1,31 @@
 """From token ids to the text that may be shown: whole characters, and nothing of a stop string."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Protocol
+
+# The modules of transformers' own ``_decode`` and ``decode`` of tokenizers in Rust.
+_PLAIN = "transformers.tokenization_utils_tokenizers", "transformers.tokenization_utils_base"
 
 
 class Decoder(Protocol):
     """A transformers tokenizer, as far as it is used here."""
 
     def decode(self, token_ids: list[int], **options: Any) -> str: ...
+
+
+def _decoder(tokenizer: Decoder, *, skip_special_tokens: bool) -> Callable[[list[int]], str]:
+    """Returns what decodes ids. Where transformers' method only checks their types and calls the
+    Rust tokenizer, that one: 1.6 µs instead of 4.5 for ten ids."""
+    kind, rust = type(tokenizer), getattr(tokenizer, "_tokenizer", None)
+    own = getattr(kind, "_decode", kind.decode).__module__, kind.decode.__module__
+    if rust is not None and own == _PLAIN:
+        return partial(rust.decode, skip_special_tokens=skip_special_tokens)
+    return partial(
+        tokenizer.decode, skip_special_tokens=skip_special_tokens,
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
 
 
 class TextStream:
@@ -29,8 +46,7 @@ class TextStream:
         skip_special_tokens: bool,
         shown: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
-        self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
+        self._decode = _decoder(tokenizer, skip_special_tokens=skip_special_tokens)
         self._always = shown
         self._ids: list[int] = []
         self._shown = 0
@@ -55,13 +71,6 @@ class TextStream:
                 del self._ids[: -self._CONTEXT]
                 self._shown = len(context) - held
         return piece
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(
-            ids,
-            skip_special_tokens=self._skip_special_tokens,
-            clean_up_tokenization_spaces=False,
-        )
 
 
 class StopStrings:

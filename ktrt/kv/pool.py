@@ -11,7 +11,7 @@ import logging
 import time
 from bisect import bisect_right
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 # The most slots of a pool, unless the caller says.
 MOST_SLOTS = 64
+# Which held tokens a prompt reuses: all that it begins with, only those that chunks of a prompt
+# computed, or none.
+Reuse = Literal["all", "prompts", "none"]
 # An idle slot is taken over, and what differs from the prompt is lost, where at least this share of
 # its tokens is reused; where less is, the beginning of a long sequence, it is copied.
 _TAKEN_SHARE = 0.5
@@ -41,6 +44,7 @@ class KvPool:
         """``continues``: several tokens can follow held ones; if not, nothing is reused.
         ``budget``: bytes; None: no bound."""
         self.store, self.continues, self.budget_bytes = store, continues, budget
+        self.reuse_of: Reuse = "all" if continues else "none"
         self.slots: list[Slot] = []
         self._clock = count(1)
 
@@ -80,7 +84,7 @@ class KvPool:
 
     def open(self, key: Hashable, prompt_ids: Sequence[int]) -> Slot:
         """Returns a slot that holds the longest prefix of the prompt that any slot of the same key
-        holds, without the prompt's last token, whose logits are needed.
+        holds and ``reuse_of`` allows, without the prompt's last token, whose logits are needed.
 
         Takes an idle slot over, or copies the prefix from one that is in use, or that holds much
         more. ``KtrtError``: all slots are in use.
@@ -109,21 +113,26 @@ class KvPool:
     def reuse(self, slot: Slot, prompt_ids: Sequence[int]) -> int:
         """Keeps the longest usable prefix of the prompt in an open slot; returns its length. It
         never includes the prompt's last token."""
-        shared = slot.shared(np.asarray(prompt_ids[:-1], np.int64)) if self.continues else 0
-        self._keep(slot, shared)
+        self._keep(slot, self._reusable(slot, np.asarray(prompt_ids[:-1], np.int64)))
         self.mark(slot)
         self.touch(slot)
         return slot.length
 
     def _longest(self, key: Hashable, ids: np.ndarray) -> tuple[Slot | None, int]:
         best: tuple[Slot | None, int] = None, 0
-        if self.continues:
-            for slot in self.slots:
-                shared = slot.shared(ids) if slot.key == key else 0
-                # Idle before open: it needs no copy.
-                if shared > best[1] or (shared and shared == best[1] and not slot.in_use):
-                    best = slot, shared
+        for slot in self.slots:
+            shared = self._reusable(slot, ids) if slot.key == key else 0
+            # Idle before open: it needs no copy.
+            if shared > best[1] or (shared and shared == best[1] and not slot.in_use):
+                best = slot, shared
         return best
+
+    def _reusable(self, slot: Slot, ids: np.ndarray) -> int:
+        """Returns how many of the first ``ids`` the slot holds and a prompt may reuse."""
+        if self.reuse_of == "none":
+            return 0
+        shared = slot.shared(ids)
+        return min(shared, slot.prompted) if self.reuse_of == "prompts" else shared
 
     def _is_taken(self, slot: Slot, shared: int) -> bool:
         return shared >= _TAKEN_SHARE * slot.length or self._free() is None
@@ -132,7 +141,7 @@ class KvPool:
         room = self.budget_bytes is None or self._evict_for(self.bytes_of(length), keep=source)
         if room:
             copied = self.store.copy(source, target, length)
-            target.put(source._tokens[:copied])
+            target.put(source._tokens[:copied], prompted=source.prompted)
 
     def _free(self) -> Slot | None:
         """Returns the first slot without tokens that is not in use, or a new one if there may be:
@@ -162,10 +171,12 @@ class KvPool:
         return slot
 
     def close(self, slot: Slot, *, keep: bool = True) -> None:
-        """Takes the slot back. It stays reusable until its place or memory is needed; without
-        ``keep`` its memory is freed at once."""
+        """Takes the slot back. What a prompt may reuse stays until its place or memory is needed;
+        without ``keep`` all memory is freed at once."""
         slot.in_use, slot.promised = False, 0
         self.touch(slot)
+        if keep and self.reuse_of != "all":
+            self._keep(slot, slot.prompted if self.reuse_of == "prompts" else 0)
         if not keep:
             self.empty(slot)
             if not any(each.in_use or each.length for each in self.slots):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable
+    from collections.abc import Hashable, Sequence
 
 
 class Slot:
@@ -24,6 +24,7 @@ class Slot:
         # The pool's count at the latest use.
         self.used = 0
         self._tokens = array("q")
+        self._prompted = 0
 
     @property
     def ids(self) -> list[int]:
@@ -34,6 +35,12 @@ class Slot:
     def length(self) -> int:
         """How many tokens are held."""
         return len(self._tokens)
+
+    @property
+    def prompted(self) -> int:
+        """How many of the first tokens were computed in chunks of a prompt: keys and values of
+        decode steps have other last bits."""
+        return min(self._prompted, len(self._tokens))
 
     def shared(self, ids: np.ndarray) -> int:
         """Returns how many of the first ``ids`` [n] int64 are the first tokens held."""
@@ -46,7 +53,19 @@ class Slot:
         taken, self._tokens = self._tokens, array("q")
         return taken
 
-    def put(self, tokens: array[int], more: Iterable[int] = ()) -> None:
-        """Holds ``tokens`` and ``more``."""
+    def put(
+        self,
+        tokens: array[int],
+        more: Sequence[int] = (),
+        *,
+        as_prompt: bool = False,
+        prompted: int | None = None,
+    ) -> None:
+        """Holds ``tokens``, of which the first ``prompted`` were computed in chunks of a prompt
+        (None: as many as before), and ``more``; ``as_prompt``: so were these."""
+        known = self._prompted if prompted is None else prompted
+        self._prompted = min(known, len(tokens))
+        if as_prompt and self._prompted == len(tokens):
+            self._prompted += len(more)
         tokens.extend(more)
         self._tokens = tokens

@@ -174,6 +174,12 @@ def int8_bytes(model: nn.Module) -> dict[int, int]:
     }
 
 
+def packed_bytes(module: nn.Module) -> int:
+    """Returns the bytes that the engine has of this layer's weight; 0 where there is no copy."""
+    forward = _forward_of(module)
+    return 0 if forward is None else forward.packed_bytes
+
+
 def lora_bytes(model: nn.Module) -> int:
     """Returns the engine's memory of all resident adapters on linear layers."""
     found = (module.__dict__.get("forward") for module in model.modules())

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ktrt.engine import release_file_pages
+from ktrt.engine.formats import joined
 from ktrt.errors import ConfigError
 from ktrt.loading.pack_cache import PackCache, default_folder
 from ktrt.loading.pack_manifest import CacheKey
@@ -92,7 +93,7 @@ def cache_of(root: Path, source: ExpertSource, layers: Mapping[str, MoeLayer]) -
 def _key(source: ExpertSource, layers: Mapping[str, MoeLayer], files: Fingerprint) -> CacheKey:
     return CacheKey(
         source=str(source.checkpoint.folder.resolve()),
-        weight_format=next(iter(layers.values())).weight_format,
+        weight_format=joined(layer.weight_format for layer in layers.values()),
         layers={path: list(layer.image_bytes) for path, layer in layers.items()},
         files=files,
     )
@@ -163,7 +164,7 @@ def pack_experts(
     """Packs the checkpoint's experts layer by layer; calls ``done(path)`` after each."""
 
     def load(spec: ExpertsSpec, expert: int) -> None:
-        layers[spec.path].load_expert(expert, *source.weights[spec.path].read(expert))
+        _pack(layers[spec.path], source.weights[spec.path], expert)
 
     def after(path: str) -> None:
         if writer is not None:
@@ -171,6 +172,15 @@ def pack_experts(
         done(path)
 
     _load(source, layers, "Packed", load, source.files(), after)
+
+
+def _pack(layer: MoeLayer, weights: ExpertWeights, expert: int) -> None:
+    """Packs an expert as it is stored if that is the layer's format, else from its numbers."""
+    if layer.weight_format != weights.coded:
+        layer.load_expert(expert, *weights.read(expert))
+        return
+    gate, up, down = weights.read_codes(expert)
+    layer.load_coded_expert(expert, gate.pair if gate else None, up.pair, down.pair)
 
 
 def _load(

@@ -15,7 +15,8 @@ from ktrt.checkpoint.dequantized import weight_source
 from ktrt.checkpoint.generation_config import check_generation_config
 from ktrt.errors import CheckpointError, KtrtError
 from ktrt.experts import experts_replaced
-from ktrt.layers.coded import coded_linears, may_stay_coded, put_coded
+from ktrt.layers.coded import coded_linears, put_coded
+from ktrt.loading.coded_linears import coded_tensors
 from ktrt.utils.patches import Patches
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ktrt.checkpoint.codes import Codes
-    from ktrt.checkpoint.folder import Checkpoint
     from ktrt.loading.plan import BaseCheckpoint
 
 
@@ -37,21 +37,16 @@ def load_without_experts(base: BaseCheckpoint, infer_dtype: str, device: torch.d
     experts = [
         rf"^{re.escape(spec.path)}\.({'|'.join(spec.parameters)})(_bias)?$" for spec in specs
     ]
-    coded: dict[str, Callable[[], Codes]] = {}
-
-    def stays_coded(name: str, dtype: torch.dtype) -> bool:
-        path = base.names.target(name).name.removesuffix(".weight")
-        if dtype != torch.bfloat16 or not _fits_coded(skeleton, path, checkpoint, name):
-            return False
-        coded[path] = partial(checkpoint.read_codes, name)
-        return True
-
-    source = weight_source(skeleton, specs, checkpoint, base.names, infer_dtype, stays_coded)
+    coded = coded_tensors(skeleton, specs, checkpoint, base.names, infer_dtype)
+    source = weight_source(
+        skeleton, specs, checkpoint, base.names, infer_dtype, set(coded.values())
+    )
+    readers = {path: partial(checkpoint.read_codes, name) for path, name in coded.items()}
     try:
         with (
             experts_replaced({s.class_name for s in specs}),
             _unexpected(model_class, experts),
-            _coded(model_class, coded, source["dtype"]),
+            _coded(model_class, readers, source["dtype"]),
         ):
             model, info = model_class.from_pretrained(
                 **source,
@@ -80,25 +75,6 @@ def load_without_experts(base: BaseCheckpoint, infer_dtype: str, device: torch.d
         for _, linear in coded_linears(loaded):
             linear.place(device)
     return loaded
-
-
-def _fits_coded(skeleton: nn.Module, path: str, checkpoint: Checkpoint, name: str) -> bool:
-    """Returns whether the tensor is the whole weight of a linear layer that can stay coded."""
-    try:
-        module = skeleton.get_submodule(path)
-    except AttributeError:
-        return False
-    return (
-        checkpoint.coded(name) is not None
-        and may_stay_coded(path, module)
-        and checkpoint.shape(name) == tuple(module.get_parameter("weight").shape)
-        and not _is_tied(skeleton, module)
-    )
-
-
-def _is_tied(skeleton: Any, module: Any) -> bool:
-    table = skeleton.get_input_embeddings()
-    return getattr(table, "weight", None) is module.weight
 
 
 @contextmanager

@@ -9,25 +9,25 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from ktrt.adapter.apply.router import RouterLora
-from ktrt.engine.formats import STRIP_ROWS, format_named, round_up
+from ktrt.engine.formats import STRIP_ROWS, backend_of, joined, round_up
 from ktrt.experts import KTExperts
-from ktrt.generate.scheduler.cost import CostFacts
 from ktrt.kv.size import KvSize, kv_size
 from ktrt.layers import linear as linears
+from ktrt.layers.coded import CodedLinear, coded_linears
 from ktrt.layers.embedding import host_tables
 from ktrt.layers.int8 import INT8, int8_bytes, int8_layers
 from ktrt.loading.lora_sizes import linear_lora_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-
-    from torch import nn
+    from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
     from ktrt.engine import MoeLayer, PackedLora
     from ktrt.experts import ExpertsSpec
@@ -115,6 +115,7 @@ def planned_inventory(
     int8: bool = False,
     mapped: bool = True,
     gpu: bool = False,
+    coded: Mapping[str, tuple[str, int]] = MappingProxyType({}),
     loras: Iterable[LoraSize] = (),
     workspace: int = 0,
 ) -> Inventory:
@@ -123,7 +124,8 @@ def planned_inventory(
     ``layers``: the engine's layer of every experts module by path, by kt_backend; ``int8``: the
     linear layers outside the experts are packed (``quantization_bit: 8``); ``mapped``: weights
     whose dtype does not change stay pages of the checkpoint's files; ``gpu``: everything but the
-    experts and ``TABLES`` is on the GPU.
+    experts and ``TABLES`` is on the GPU; ``coded``: format and bytes, by path, of layers that
+    keep the checkpoint's codes.
     """
     dtype = None if infer_dtype == "auto" else getattr(torch, infer_dtype)
     paths = [spec.path for spec in specs]
@@ -131,16 +133,27 @@ def planned_inventory(
     if int8:
         packed = {id(each.weight): int8_bytes(each) for each in int8_layers(skeleton, paths, dtype)}
     base = _Base(skeleton, packed, dtype=dtype, mapped=mapped and not gpu, gpu=gpu)
+    weights = {f"{path}.weight" for path in coded}
     rows = [
-        *base.rows(_outside(skeleton, specs)),
+        *base.rows((n, p) for n, p in _outside(skeleton, specs) if n not in weights),
+        *(
+            base.coded_row(path, form, size, _linear(skeleton, path))
+            for path, (form, size) in coded.items()
+        ),
         *(_bias_row(spec) for spec in specs if spec.has_bias),
-        *_lora_rows(loras, skeleton, specs, dtype, int8=int8, gpu=gpu),
+        *_lora_rows(loras, skeleton, specs, dtype, int8=int8, coded=coded, gpu=gpu),
         Row(WORKSPACE, "float32", workspace),
     ]
     experts = {
         backend: _experts_row(of.values(), weights_of(specs)) for backend, of in layers.items()
     }
     return Inventory(_summed(rows), experts, kv_size(skeleton, paths, dtype))
+
+
+def _linear(skeleton: nn.Module, path: str) -> nn.Linear:
+    found = skeleton.get_submodule(path)
+    assert isinstance(found, nn.Linear)
+    return found
 
 
 def _outside(
@@ -171,6 +184,7 @@ def _lora_rows(
     dtype: torch.dtype | None,
     *,
     int8: bool,
+    coded: Container[str],
     gpu: bool,
 ) -> Iterator[Row]:
     """PEFT's matrices have the dtype of the weights that they are added to, ``RouterLora``'s are
@@ -190,7 +204,7 @@ def _lora_rows(
             size = each.itemsize * values
             yield Row(LORA, _form(each), size, acts * size, acts * values, gpu=gpu)
         if not gpu:
-            held = linear_lora_bytes(skeleton, lora.linears, dtype, int8=int8)
+            held = linear_lora_bytes(skeleton, lora.linears, dtype, int8=int8, coded=coded)
             yield Row(LINEAR_LORA, "bfloat16", held)
 
 
@@ -209,6 +223,9 @@ def loaded_inventory(
     base = _Base(model, linears.int8_bytes(model), dtype=None, mapped=mapped, gpu=None)
     others = ((n, p) for n, p in model.named_parameters() if id(p) not in lora)
     rows = [*base.rows(others), Row(WORKSPACE, "float32", workspace)]
+    for path, linear in coded_linears(model):
+        size = linear.device_bytes or linears.packed_bytes(linear)
+        rows.append(base.coded_row(path, linear.weight_format, size, linear))
     for parameter in model.parameters():
         if (active := lora.get(id(parameter))) is not None:
             read = parameter.nbytes if active else 0
@@ -220,36 +237,9 @@ def loaded_inventory(
     rows.append(Row(LINEAR_LORA, "bfloat16", linears.lora_bytes(model)))
     experts = {}
     if layers:
-        backend = format_named(layers[0].weight_format).kt_backend
+        backend = backend_of(layer.weight_format for layer in layers)
         experts[backend] = _experts_row(layers, weights_of(specs))
     return Inventory(_summed(rows), experts)
-
-
-def bytes_per_token(model: nn.Module) -> int | None:
-    """Returns the bytes of weights that a token reads from the CPU's memory, with LoRA as it is
-    switched now and without the KV cache. None if some experts are on a GPU: the router then
-    decides how many of the others a token needs."""
-    for module in model.modules():
-        if isinstance(module, KTExperts) and module.gpu is not None and module.gpu.resident:
-            return None
-    found = loaded_inventory(model)
-    return round(sum(row.read for row in (*found.rows, *found.experts.values()) if not row.gpu))
-
-
-def cost_facts(model: nn.Module, kv_token_bytes: float, *, mixes: bool) -> CostFacts:
-    """Returns the bytes that a step reads from the CPU's memory, with LoRA as it is switched
-    now."""
-    found = loaded_inventory(model)
-    rows = [row for row in found.rows if not row.gpu]
-    experts = [*found.experts.values(), *(row for row in rows if row.kind == EXPERT_LORA)]
-    share = next((row.share for row in found.experts.values()), 1.0)
-    return CostFacts(
-        other_bytes=sum(row.read for row in rows if row.kind != EXPERT_LORA),
-        expert_bytes=sum(row.read for row in experts) / (share or 1.0),
-        share=share or 1.0,
-        kv_token_bytes=kv_token_bytes,
-        mixes=mixes,
-    )
 
 
 def _lora_parameters(model: nn.Module) -> dict[int, bool]:
@@ -294,7 +284,7 @@ def _experts_row(layers: Iterable[MoeLayer], values: float) -> Row:
     read = sum(layer.packed_bytes * layer.top_k / layer.num_experts for layer in each)
     return Row(
         EXPERTS,
-        each[0].weight_format if each else "",
+        joined(layer.weight_format for layer in each),
         held=sum(sum(layer.image_bytes) for layer in each),
         read=read,
         values=values,
@@ -331,6 +321,13 @@ class _Base:
         for buffer in self._model.buffers():
             size = buffer.numel() * buffer.element_size()
             yield Row(BUFFERS, _form(buffer.dtype), size, gpu=self._on_gpu(buffer))
+
+    def coded_row(self, path: str, form: str, size: int, linear: nn.Linear) -> Row:
+        """Counts a linear layer that keeps the checkpoint's codes."""
+        on_gpu = isinstance(linear, CodedLinear) and linear.device.type == "cuda"
+        gpu = on_gpu if self._gpu is None else self._gpu
+        kind = ATTENTION if _ATTENTION.search(path) else MLP
+        return Row(kind, form, size, size, linear.in_features * linear.out_features, gpu=gpu)
 
     def _of_parameter(self, name: str, parameter: nn.Parameter) -> Iterator[Row]:
         dtype = self._dtype or parameter.dtype

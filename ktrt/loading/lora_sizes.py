@@ -19,7 +19,7 @@ from ktrt.engine.formats import STRIP_ROWS, round_up
 from ktrt.layers.int8 import is_int8
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Container, Mapping
 
 _BLOCK_RANKS = 16
 
@@ -39,10 +39,16 @@ class LoraSize:
 
 
 def linear_lora_bytes(
-    model: nn.Module, ranks: Mapping[str, int], dtype: torch.dtype | None, *, int8: bool
+    model: nn.Module,
+    ranks: Mapping[str, int],
+    dtype: torch.dtype | None,
+    *,
+    int8: bool,
+    coded: Container[str] = (),
 ) -> int:
     """Returns the engine's bytes for LoRA of these ranks on linear layers of ``model``, by path,
-    without a GPU. ``dtype`` None keeps each parameter's own; ``int8``: ``quantization_bit: 8``."""
+    without a GPU. ``dtype`` None keeps each parameter's own; ``int8``: ``quantization_bit: 8``;
+    ``coded``: the layers that keep the checkpoint's codes."""
     total = 0
     for path, rank in ranks.items():
         layer = model.get_submodule(path)
@@ -50,7 +56,7 @@ def linear_lora_bytes(
             continue
         if rank > DenseLinear.max_rank:
             continue
-        packed = int8 and is_int8(path, layer)
+        packed = path in coded or (int8 and is_int8(path, layer))
         total += (_packed if packed else _dense)(rank, layer.out_features, layer.in_features)
         if _is_latent(model, path):
             total += _latent(rank, layer.out_features, layer.in_features, model, path)

@@ -25,6 +25,7 @@ from ktrt.generate.runner import KvCache, ModelRunner
 from ktrt.generate.warm_up import kernels_loaded_beside
 from ktrt.kv.static import unusual_layers
 from ktrt.layers.attention import accelerate_attention
+from ktrt.layers.coded import coded_linears
 from ktrt.layers.cuda_linear import FusedLora
 from ktrt.layers.embedding import tables_to_host
 from ktrt.layers.latent import use_latents
@@ -33,8 +34,8 @@ from ktrt.layers.norm import accelerate_norms
 from ktrt.layers.row_products import use_row_products
 from ktrt.loading.experts import cache_folder, load_experts
 from ktrt.loading.fill import load_without_experts
-from ktrt.loading.inventory import bytes_per_token
 from ktrt.loading.plan import prepare
+from ktrt.loading.step_bytes import bytes_per_token
 from ktrt.prompt.fit import context_limit
 from ktrt.utils.patches import Patches
 
@@ -176,7 +177,7 @@ def load_model(
         changes = adapters.active_set, patches
         int8 = model.quantization_bit == 8
         linears = _accelerate(loaded, engine, *changes, device, running, masks, int8=int8)
-        for file in ready.base.experts.files() if model.quantization_bit == 8 else ():
+        for file in ready.base.experts.files() if int8 or any(coded_linears(loaded)) else ():
             release_file_pages(str(file))  # what was packed is not read any more
         _log_result(loaded, specs, ready.adapters)
         graphs = _graphs(loaded, hand_off, patches, experts.kt_use_cuda_graph)

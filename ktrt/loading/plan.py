@@ -15,11 +15,13 @@ from ktrt.checkpoint.kt_files import KtWeights
 from ktrt.checkpoint.names import WeightNames
 from ktrt.checkpoint.skeleton import build_skeleton
 from ktrt.engine.build import build_engine
-from ktrt.engine.formats import FORMATS, format_of
+from ktrt.engine.formats import AUTO, PLAIN, format_of
 from ktrt.errors import CheckpointError
 from ktrt.experts import find_experts, new_layer
 from ktrt.folders import check_model_folder
+from ktrt.loading.coded_linears import coded_sizes, coded_tensors
 from ktrt.loading.experts import ExpertSource, cache_folder, seems_cached
+from ktrt.loading.formats import choose_formats, own_formats, possible_formats, saving_note
 from ktrt.loading.inventory import planned_inventory
 from ktrt.loading.lora_sizes import LoraSize
 from ktrt.loading.memory import MemoryPlan, check_addresses, make_plan
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
     from ktrt.engine import Engine, MoeLayer
     from ktrt.experts import ExpertsSpec
+    from ktrt.loading.formats import ExpertFormats
     from ktrt.loading.inventory import Inventory
 
 logger = logging.getLogger(__name__)
@@ -125,7 +128,8 @@ class Prepared:
     """The result of ``prepare``; the engine's threads run.
 
     ``adapters`` has the plans by name; further adapters are checked against ``adapter_base``.
-    ``inventory`` has the routed experts in every weight format.
+    ``formats`` has the formats of ``layers``; ``inventory`` has the routed experts in every format
+    that this checkpoint can run in.
     """
 
     base: BaseCheckpoint
@@ -134,6 +138,7 @@ class Prepared:
     kt_weights: KtWeights | None
     engine: Engine
     layers: dict[str, MoeLayer]
+    formats: ExpertFormats
     inventory: Inventory
     memory: MemoryPlan
 
@@ -144,14 +149,15 @@ def prepare(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> Prep
     base = open_base(model, experts.kt_weight_path)
     adapter_base = base_of_adapters(base)
     plans = _plan_adapters(adapter, adapter_base)
-    for plan in plans.values():
-        plan.warn_of_format(format_of(experts.kt_backend).name)
     kt_weights = open_kt_weights(experts, base.experts.specs)
-    engine = build_engine(experts)
+    formats = choose_formats(experts.kt_backend, base.experts)
+    for plan in plans.values():
+        plan.warn_of_format(formats.kt_name)
+    engine = build_engine(experts, formats.by_path.values())
     try:
-        layers = new_layers(engine, base.experts.specs, experts, kt_weights)
+        layers = new_layers(engine, base.experts.specs, formats, kt_weights)
         gpu = gpu_limit()
-        all_layers = _layers_by_backend(engine, base.experts.specs, experts, layers)
+        all_layers = _layers_by_backend(engine, base.experts, formats, layers)
         inventory = planned_inventory(
             base.built.model,
             base.experts.specs,
@@ -160,6 +166,7 @@ def prepare(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> Prep
             int8=model.quantization_bit == 8 and gpu is None,
             mapped=not base.experts.checkpoint.is_quantized(),
             gpu=gpu is not None,
+            coded=_coded_sizes(base, model.infer_dtype),
             loras=[
                 LoraSize(
                     *plan.planned_numel(),
@@ -175,58 +182,83 @@ def prepare(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> Prep
         memory = make_plan(
             inventory,
             base.built.model.config,
-            experts.kt_backend,
-            layer_source=_layer_source(base.experts, layers, experts),
+            formats.kt_backend,
+            layer_source=_layer_source(base.experts, all_layers, layers, experts),
             mapped_files=check_addresses(model.model_name_or_path),
             gpu=gpu,
         )
+        if kt_weights is None:
+            _log_notes(formats, base.experts, inventory)
     except BaseException:
         engine.close()
         raise
-    return Prepared(base, plans, adapter_base, kt_weights, engine, layers, inventory, memory)
+    return Prepared(
+        base, plans, adapter_base, kt_weights, engine, layers, formats, inventory, memory
+    )
 
 
-def _layer_source(source: ExpertSource, layers: Mapping[str, MoeLayer], experts: ExpertArgs) -> int:
-    """Returns the bytes that are mapped in addition to the experts while they are loaded: a BF16
-    layer of the checkpoint, or of a cache that is copied, as it is with several NUMA parts."""
+def _coded_sizes(base: BaseCheckpoint, infer_dtype: str) -> dict[str, tuple[str, int]]:
+    checkpoint, specs = base.experts.checkpoint, base.experts.specs
+    tensors = coded_tensors(base.built.model, specs, checkpoint, base.names, infer_dtype)
+    return coded_sizes(checkpoint, tensors)
+
+
+def _layer_source(
+    source: ExpertSource,
+    by_backend: Mapping[str, Mapping[str, MoeLayer]],
+    layers: Mapping[str, MoeLayer],
+    experts: ExpertArgs,
+) -> int:
+    """Returns the bytes that are mapped in addition to the experts while they are loaded: a layer
+    of the checkpoint, or of a cache that is copied, as it is with several NUMA parts."""
     root = cache_folder(experts, quiet=True) if experts.kt_weight_path is None else None
     if root is None or not seems_cached(root, source, layers):
-        return 2 * max(spec.num_weights for spec in source.specs)
+        stored = by_backend[own_formats(source).kt_backend]
+        return max(layer.packed_bytes for layer in stored.values())
     images = [list(layer.image_bytes) for layer in layers.values()]
     return max(sum(parts) for parts in images) if len(images[0]) > 1 else 0
 
 
 def _layers_by_backend(
     engine: Engine,
-    specs: Sequence[ExpertsSpec],
-    experts: ExpertArgs,
+    source: ExpertSource,
+    formats: ExpertFormats,
     layers: Mapping[str, MoeLayer],
 ) -> dict[str, Mapping[str, MoeLayer]]:
-    """Returns ``layers``, and empty layers of the other weight formats, by kt_backend. Empty layers
-    take no memory."""
-    found: dict[str, Mapping[str, MoeLayer]] = {experts.kt_backend: layers}
-    for backend in (each.kt_backend for each in FORMATS):
-        if backend not in found:
-            found[backend] = {spec.path: new_layer(engine, spec, backend) for spec in specs}
-    return found
+    """Returns ``layers``, and empty layers of the other formats that the checkpoint can run in, by
+    kt_backend. Empty layers take no memory."""
+    found: dict[str, Mapping[str, MoeLayer]] = {}
+    for each in possible_formats(source):
+        found[each.kt_backend] = new_layers(engine, source.specs, each)
+    return {**found, formats.kt_backend: layers}
+
+
+def _log_notes(formats: ExpertFormats, source: ExpertSource, inventory: Inventory) -> None:
+    saving = saving_note(formats, own_formats(source), inventory)
+    for note in (*formats.notes, *([saving] if saving else [])):
+        logger.info("%s", note)
 
 
 def open_kt_weights(experts: ExpertArgs, specs: Sequence[ExpertsSpec]) -> KtWeights | None:
     """Opens kt_kernel's files, if kt_weight_path names any. ``CheckpointError``: wrong files."""
     if experts.kt_weight_path is None:
         return None
-    return KtWeights(experts.kt_weight_path, specs, format_of(experts.kt_backend).name)
+    auto = experts.kt_backend == AUTO
+    name = PLAIN if auto else format_of(experts.kt_backend).name
+    return KtWeights(experts.kt_weight_path, specs, name)
 
 
 def new_layers(
     engine: Engine,
     specs: Sequence[ExpertsSpec],
-    experts: ExpertArgs,
+    formats: ExpertFormats,
     kt_weights: KtWeights | None = None,
 ) -> dict[str, MoeLayer]:
     """Returns an empty layer for every experts module, by path."""
     slices = kt_weights.parts if kt_weights else 1
-    return {spec.path: new_layer(engine, spec, experts.kt_backend, slices) for spec in specs}
+    return {
+        spec.path: new_layer(engine, spec, formats.by_path[spec.path], slices) for spec in specs
+    }
 
 
 def base_of_adapters(base: BaseCheckpoint) -> BaseModel:

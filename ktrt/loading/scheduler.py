@@ -12,7 +12,7 @@ from ktrt.errors import engine_errors
 from ktrt.experts import KTExperts, chosen_share
 from ktrt.generate.answer import next_tokens
 from ktrt.generate.scheduler import CostModel, Scheduler
-from ktrt.loading.inventory import cost_facts
+from ktrt.loading.step_bytes import cost_facts
 
 if TYPE_CHECKING:
     from ktrt.generate.scheduler import SchedulerLimits
@@ -26,6 +26,8 @@ _SOME = 1024
 def make_scheduler(loaded: LoadedModel, limits: SchedulerLimits | None) -> Scheduler:
     """Returns a scheduler for the model, which knows the bytes that its steps read."""
     runner = loaded.runner
+    if limits is not None and limits.reproducible:
+        runner.make_reproducible()
     facts = cost_facts(loaded.model, runner.pool.bytes_of(_SOME) / _SOME, mixes=runner.mixes)
     experts = [each for each in loaded.model.modules() if isinstance(each, KTExperts)]
     if experts:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from ktrt.config import Config
     from ktrt.loading.pack_manifest import Manifest
 
+logger = logging.getLogger(__name__)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code: 0, 2 after a failure, 130 after Ctrl-C."""
@@ -86,6 +88,7 @@ def pack(config: Config) -> None:
         finish,
         pack_experts,
     )
+    from ktrt.loading.formats import choose_formats
     from ktrt.loading.plan import new_layers, open_base
 
     args = config.experts
@@ -97,9 +100,12 @@ def pack(config: Config) -> None:
             "no pack cache: it is switched off (ktrt_cache or KTRT_CACHE), or has no folder"
         )
     source = open_base(config.model).experts
-    engine = build_engine(args)
+    formats = choose_formats(args.kt_backend, source)
+    for note in formats.notes:
+        logger.info("%s", note)
+    engine = build_engine(args, formats.by_path.values())
     try:
-        layers = new_layers(engine, source.specs, args)
+        layers = new_layers(engine, source.specs, formats)
         cache = cache_of(root, source, layers)
         with cache.lock() as may_write:
             if reason := cache.mismatch():

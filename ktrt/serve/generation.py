@@ -108,12 +108,16 @@ class Generation:
             # Looked at before the tokens: the last one comes before the end.
             ended = all(each.handle.state.ended for each in self._choices)
             for number, choice in enumerate(list(self._choices)):
-                while (token := _take(choice)) is not None:
-                    if len(self._choices) < self._asked.n:
-                        await self._fork()
-                        ended = False
-                    self._note(choice, token)
-                    yield number, token
+                # Once more at the end, which may be an error.
+                while tokens := _taken(choice):
+                    for token in tokens:
+                        if len(self._choices) < self._asked.n:
+                            await self._fork()
+                            ended = False
+                        self._note(choice, token)
+                        yield number, token
+                    if not ended:
+                        break
             if ended:
                 return
             await self._changed.wait()
@@ -178,7 +182,7 @@ class Generation:
 
     def _notice(self) -> None:
         for each in self._choices:
-            if each.handle.state is not State.WAITING:
+            if not each.observer.has_slot and each.handle.state is not State.WAITING:
                 each.observer.started()
         self._changed.set()
 
@@ -195,9 +199,9 @@ class Generation:
             more["generated_tokens"] = more.get("generated_tokens", 0) + token.generated_tokens
 
 
-def _take(choice: _Choice) -> TokenResponse | None:
+def _taken(choice: _Choice) -> list[TokenResponse]:
     try:
-        return choice.handle.take()
+        return choice.handle.take_all()
     except Exception as error:
         raise as_api_error(error) from error
 

@@ -14,6 +14,7 @@ import time
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import h11
+from h11._writers import ChunkedWriter
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ktrt.serve.errors import ApiError, error_body
@@ -38,6 +39,7 @@ class GuardedProtocol(H11Protocol):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.conn = _Connection(h11.SERVER, self.settings.max_header_bytes)
         self._deadline: asyncio.TimerHandle | None = None
         self._phase: str | None = None
         self._unread: asyncio.TimerHandle | None = None
@@ -151,6 +153,19 @@ class GuardedProtocol(H11Protocol):
         if self._deadline is not None:
             self._deadline.cancel()
         self._deadline = self._phase = None
+
+
+class _Connection(h11.Connection):
+    """Frames the pieces of a chunked body itself, without h11's look at what may follow what."""
+
+    def send(self, event: Any) -> Any:
+        if (
+            type(event) is h11.Data
+            and self.our_state is h11.SEND_BODY
+            and type(self._writer) is ChunkedWriter
+        ):
+            return b"%x\r\n%b\r\n" % (len(event.data), event.data) if event.data else b""
+        return super().send(event)
 
 
 def _send_at_once(transport: asyncio.Transport) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from starlette.requests import Request
 
 from ktrt.generate.grammar import Grammars
 from ktrt.serve.admission import Admission
+from ktrt.serve.context import current
 from ktrt.serve.errors import ApiError
 from ktrt.serve.generation import Asked, Generation
 from ktrt.serve.memory_limit import MemoryLimit
@@ -52,8 +54,8 @@ class Server:
         )
         self.threads: Executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="ktrt-serve")
         self._wakes: Wakes | None = None
-        # Set when the process was asked to end.
-        self.draining = False
+        # When the process was asked to end, by the clock of ``RequestFacts``.
+        self.draining: float | None = None
 
     def wakes(self) -> Wakes:
         """Returns the way into the running event loop."""
@@ -67,8 +69,11 @@ class Server:
         return Generation(self, asked)
 
     def check_ready(self) -> None:
-        """``ApiError`` 503: no request can be answered."""
-        if self.draining:
+        """``ApiError`` 503: no request can be answered. One that came before the process was asked
+        to end still can: its grammar may have been compiled meanwhile."""
+        facts = current.get()
+        began = facts.started if facts is not None else time.perf_counter()
+        if self.draining is not None and began >= self.draining:
             raise ApiError(
                 503, "the server is shutting down", kind="server_error", code="shutting_down"
             )

@@ -7,6 +7,7 @@ import logging
 import signal
 import socket
 import threading
+import time
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -106,7 +107,8 @@ class HttpServer(uvicorn.Server):
         """Notes a signal."""
         del frame
         self.signalled.append(sig)
-        self._app.state.server.draining = True
+        server = self._app.state.server
+        server.draining = server.draining or time.perf_counter()
         if self.should_exit:
             self.force_exit = True
         self.should_exit = True

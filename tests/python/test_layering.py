@@ -53,7 +53,7 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "pack": {"command_line", "config", "engine", "loading"},
     "serve": {
         "adapter", "api", "audit", "command_line", "config", "engine", "folders", "generate",
-        "prompt", "session",
+        "machine", "prompt", "session",
     },
     "__init__": {"api", "config", "generate", "session"},
     # Names the verbs' packages as data, so that `ktrt --help` imports none of them.

@@ -221,7 +221,7 @@ struct KBlock {
   const uint8_t* tiles;
   int count;
   int byte;             // where it starts in a row of W
-  const uint8_t* next;  // the block after it, of this strip or the next one
+  const uint8_t* next;  // the block after it, of this strip or the next one; may be null
   int next_count;
 };
 
@@ -257,9 +257,17 @@ inline void for_each_k_block(const GemmArgs& g, int row_bytes, int max_tiles, Vi
 class TilesInPlace {
  public:
   static constexpr int kPerPacked = 1;  // tiles to multiply in one tile of memory
-  void start(const KBlock& block) { tiles_ = block.tiles; }
-  // Called before tile `index` is multiplied for the first time.
-  void prepare(int) {}
+  static constexpr bool kInPlace = true;
+  template <int kLayoutBlock, class Visit>
+  static void for_each_block(const GemmArgs& g, int row_bytes, Visit visit) {
+    for_each_k_block<kLayoutBlock>(g, row_bytes, kMaxBlockTiles, visit);
+  }
+
+  explicit TilesInPlace(const GemmArgs&) {}
+  // `passes`: pairs of A tiles that each tile is multiplied with.
+  void start(const KBlock& block, int) { tiles_ = block.tiles; }
+  // Called before tile `index` is multiplied, in each pass.
+  void prepare(int, int) {}
   const uint8_t* tile(int index) const { return tiles_ + static_cast<int64_t>(index) * kTileSize; }
 
  private:
@@ -281,7 +289,8 @@ class TileStrip {
       : g_(g),
         gemm_(g),
         row_bytes_(Gemm::row_bytes(g)),
-        tiles_((g.rows + g.tile_rows - 1) / g.tile_rows) {}
+        tiles_((g.rows + g.tile_rows - 1) / g.tile_rows),
+        w_(g) {}
 
   void run() {
     prefetch_expand(g_);
@@ -307,12 +316,12 @@ class TileStrip {
       const RowTiles a = row_tiles(g_, 0, a_byte);
       multiply_tile<Tiles, Multiply, kTwoTiles, false>(w, a.first, a.second, NothingBefore());
     };
-    if constexpr (kPerPacked == 1) {
+    if constexpr (WeightTiles::kInPlace) {
       for_each_tile<Gemm::kLayoutBlock>(g_, row_bytes_, true, multiply);
     } else {
       for_each_block([&](const KBlock& block) {
         for (int i = 0; i < block.count * kPerPacked; ++i) {
-          w_.prepare(i);
+          w_.prepare(0, i);
           multiply(w_.tile(i), block.byte * kPerPacked + i * 64);
           weights_.step();
         }
@@ -346,11 +355,12 @@ class TileStrip {
   // meanwhile.
   template <class Visit>
   void for_each_block(Visit visit) {
-    for_each_k_block<Gemm::kLayoutBlock>(
-        g_, row_bytes_, kMaxBlockTiles / kPerPacked, [&](const KBlock& block) {
+    const int passes = (tiles_ + 1) / 2;
+    WeightTiles::template for_each_block<Gemm::kLayoutBlock>(
+        g_, row_bytes_, [&](const KBlock& block) {
           weights_.start(block.next, static_cast<int64_t>(block.next_count) * kTileSize,
-                         static_cast<int64_t>(block.count) * kPerPacked * ((tiles_ + 1) / 2));
-          w_.start(block);
+                         static_cast<int64_t>(block.count) * kPerPacked * passes);
+          w_.start(block, passes);
           visit(block);
         });
   }
@@ -365,7 +375,7 @@ class TileStrip {
                                 ? row_tiles(g_, tile + 2, block.byte * kPerPacked)
                                 : row_tiles(g_, 0, block.byte * kPerPacked + count * 64);
     const auto multiply = [&](int i, auto before) {
-      if (tile == 0) w_.prepare(i);
+      w_.prepare(tile / 2, i);
       if (g_.cold_rows) prefetch_rows(coming, i);
       multiply_tile<Tiles, Multiply, kTwoTiles, true>(w_.tile(i), a.first + i * a.step,
                                                       a.second + i * a.step, before);

@@ -20,13 +20,21 @@ inline void split_nibbles(const uint8_t* w, uint8_t* tiles) {
 class SplitTiles {
  public:
   static constexpr int kPerPacked = 2;
-  void start(const KBlock& block) {
+  static constexpr bool kInPlace = false;
+  template <int kLayoutBlock, class Visit>
+  static void for_each_block(const GemmArgs& g, int row_bytes, Visit visit) {
+    for_each_k_block<kLayoutBlock>(g, row_bytes, kMaxBlockTiles / kPerPacked, visit);
+  }
+
+  explicit SplitTiles(const GemmArgs&) {}
+  void start(const KBlock& block, int) {
     packed_ = block.tiles;
     count_ = block.count;
     split(0);
   }
   // A packed tile ahead of the multiplications, so that no multiplication waits for the stores.
-  void prepare(int index) {
+  void prepare(int pass, int index) {
+    if (pass > 0) return;
     const int next = index / kPerPacked + 1;
     if (index % kPerPacked == 0 && next < count_) split(next);
   }

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 WeightFormat = Literal["float32", "bf16", "int8", "int4", "coded"]
 
+# Codes of a group's largest weight that its candidates for a scale give.
+_LARGEST = (-7.1, -7.3, -7.5, -7.7, -7.9, -8.1, -8.3, 6.2, 6.45, 6.7, 6.95, 7.2)
+_CHUNK = 512  # groups
+
 
 @dataclass
 class Expert:
@@ -100,6 +104,36 @@ def _stored(weight: Float32, weight_format: WeightFormat) -> Float32:
 
 def _activations(x: Float32, weight_format: WeightFormat) -> Float32:
     return int8_rows(x) if weight_format in ("int8", "int4") else x
+
+
+def int4_groups(weight: Float32, group: int = 32) -> Float32:
+    """Quantises to codes −8 … 7 times one BF16 scale for each row and ``group`` of columns: of the
+    scales that give the largest weight about −8 or 7 (``_LARGEST``), the one with the least squared
+    error."""
+    rows, columns = weight.shape
+    padded = np.zeros((rows, -(-columns // group) * group), np.float32)
+    padded[:, :columns] = to_bf16(weight)
+    groups = padded.reshape(-1, group)
+    for start in range(0, len(groups), _CHUNK):  # as much as a core's cache holds
+        groups[start : start + _CHUNK] = _searched(groups[start : start + _CHUNK])
+    return padded[:, :columns]
+
+
+def _searched(groups: Float32) -> Float32:
+    best, least = np.zeros_like(groups), np.full(len(groups), np.inf)
+    largest = np.take_along_axis(groups, np.abs(groups).argmax(axis=1)[:, None], axis=1)
+    for code in _LARGEST:
+        scale = to_bf16(largest / np.float32(code))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values = np.rint(groups * (np.float32(1) / scale))
+            np.clip(values, -8, 7, out=values)
+            values *= scale
+        off = (groups - values).astype(np.float64)
+        error = np.einsum("ij,ij->i", off, off)
+        better = error < least  # never for NaN, of a group of zeros
+        np.copyto(best, values, where=better[:, None])
+        np.copyto(least, error, where=better)
+    return best
 
 
 def int8_rows(rows: Float32) -> Float32:

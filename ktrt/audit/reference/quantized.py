@@ -40,6 +40,8 @@ _UNREAD = {
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _KEYS = ("quantization_config", "compression_config")
 _BLOCK = (128, 128)
+# Engines' groups are multiples of it.
+_GROUP = 32
 # checkpoint_format → the zero point 8 on disk: the first version subtracts 1.
 _ZEROS: dict[object, tuple[int, ...]] = {"gptq": (7,), "gptq_v2": (8,)}
 
@@ -226,9 +228,7 @@ class _Finder:
             return _checked(name, values * rounded(self._scales(scale, row))[..., each])
 
         spent = tuple(each for each in (scale, size, index) if each in self._files)
-        return Stored(
-            file.file, (rows, columns), read, "int4", (name, *spent), lambda row: read(row, to_bf16)
-        )
+        return _int4(file, (rows, columns), read, group, (name, *spent))
 
     def _matrix(self, name: str, size: str) -> tuple[int, int]:
         """Returns rows and columns, which a matrix's first words of this shape tell."""
@@ -271,15 +271,26 @@ class _Finder:
             return values if row is None else values[row]
 
         spent = tuple(each for each in (scale, zeros, index) if each in self._files)
-        return Stored(
-            file.file, (rows, columns), read, "int4", (name, *spent), lambda row: read(row, to_bf16)
-        )
+        return _int4(file, (rows, columns), read, size, (name, *spent))
 
     def _groups(self, index: str, columns: int, size: int) -> Codes:
         """Returns each column's group: as the file says (activation order), or in order."""
         if index not in self._files:
             return np.arange(columns) // size
         return self._files[index].codes(index)
+
+
+def _int4(
+    file: RawFile,
+    shape: tuple[int, int],
+    read: Callable[..., Float32],
+    group: int,
+    spent: tuple[str, ...],
+) -> Stored:
+    """Groups that the engine has no format for are plain numbers."""
+    if group % _GROUP:
+        return Stored(file.file, shape, read, "", spent)
+    return Stored(file.file, shape, read, "int4", spent, lambda row: read(row, to_bf16))
 
 
 def find_tensors(files: Mapping[str, RawFile], config: Mapping[str, Any]) -> dict[str, Stored]:

@@ -6,11 +6,12 @@ import logging
 import threading
 from collections import deque
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ktrt.errors import KtrtError
 from ktrt.generate.scheduler.policy import FairQueue
-from ktrt.generate.scheduler.requests import Handle, NewRequest, Request, State
+from ktrt.generate.scheduler.requests import Handle, NewRequest, Request, State, call_quietly
 from ktrt.generate.scheduler.stats import Counters
 
 if TYPE_CHECKING:
@@ -44,6 +45,9 @@ class Callers:
         self._running: list[Request] = []
         self._renewals = adapters.renewals
         self._stepping = False
+        # Called after the step: a caller's thread that wakes within it would take turns with this
+        # one for every token.
+        self._changes: dict[Callable[[], None], None] = {}
         self._closed: KtrtError | None = None
         # The first request that found no memory: nobody may overtake it.
         self._blocked: Request | None = None
@@ -53,7 +57,8 @@ class Callers:
     def submit(self, new: NewRequest) -> Handle:
         """Takes a request; returns the handle of its answer. ``KtrtError``: the scheduler is
         closed."""
-        handle = Handle(self.wake, self._drive, new.on_change)
+        tell = None if new.on_change is None else partial(self._tell, new.on_change)
+        handle = Handle(self.wake, self._drive, tell)
         handle.paused = new.paused
         mixes = self._by_row and new.choice.row is not None
         group = None if mixes else new.choice.weights
@@ -113,6 +118,23 @@ class Callers:
         """Requests that have a slot, and that wait for one."""
         return len(self._running), len(self._queue) + len(self._inbox)
 
+    def _tell(self, change: Callable[[], None]) -> None:
+        """Calls an ``on_change``, within a step at its end."""
+        if self._stepping:
+            self._changes[change] = None
+        else:
+            change()
+
+    def _end_step(self) -> None:
+        self._stepping = False
+        self._tell_changes()
+
+    def _tell_changes(self) -> None:
+        while self._changes:
+            change = next(iter(self._changes))
+            del self._changes[change]
+            call_quietly(change)
+
     def tidy(self) -> None:
         """Takes in what came, and frees the slots of cancelled requests. Nothing within a step."""
         if self._stepping:
@@ -126,7 +148,7 @@ class Callers:
                 else:
                     item()
         finally:
-            self._stepping = False
+            self._end_step()
         for request in [r for r in self._running if r.handle.wants_cancel]:
             self._end(request, State.CANCELLED)
         for request in [r for r in self._queue if r.handle.wants_cancel]:

@@ -70,13 +70,14 @@ class Scheduler(Callers):
             for group in self._turns.order(self._groups(), now):
                 if self._admit(group, now):
                     return True  # callers hear that their prompts begin
+                self._tell_changes()
                 ready = [r for r in self._running if r.group == group and not r.paused]
                 if ready:
                     self._turns.stepped(group, now)
                     self._run(ready, now)
                     return True
         finally:
-            self._stepping = False
+            self._end_step()
         return False
 
     def rest(self) -> None:
@@ -227,6 +228,8 @@ class Scheduler(Callers):
             self._pace.allowance(streams=streams),
             must=not rows or late,
             whole=not self._pool.continues,
+            # Where sequences run one after the other, bits depend on a chunk's borders.
+            alike=self.limits.reproducible and not self._runner.mixes,
         )
         for request, _ in parts:
             request.served = now

@@ -24,13 +24,15 @@ class SchedulerLimits:
     """``rows``: the most requests that run at once with the same turn. ``min_tokens_per_second``:
     what every stream keeps at least, by predictions; 0: no bound. Requests that cannot share steps
     take turns of at most ``turn_steps`` steps or ``turn_seconds`` where others wait.
-    ``prompt_seconds``: a prompt gets a chunk after that time even where the floor has no room."""
+    ``prompt_seconds``: a prompt gets a chunk after that time even where the floor has no room.
+    ``reproducible``: an answer has the same bits in any company and after any others."""
 
     rows: int = 32
     min_tokens_per_second: float = 1.0
     turn_steps: int = 32
     turn_seconds: float = 2.0
     prompt_seconds: float = 2.0
+    reproducible: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("rows", 1), ("turn_steps", 1)):
@@ -222,18 +224,24 @@ def share_prompts(
     *,
     must: bool,
     whole: bool = False,
+    alike: bool = False,
 ) -> list[tuple[P, int]]:
     """Chooses how many tokens of which ``prompts`` a step computes, in their order: as many as are
     predicted to fit ``allowance``, and ``most`` at most.
 
     ``seconds(tokens, prompts)`` predicts the step with that much of prompts. ``must``: the first
     one gets a chunk whatever it costs, and a larger one where that costs little more. ``whole``:
-    prompts are not divided.
+    prompts are not divided; ``alike``: all into chunks of ``most``.
     """
     chosen: list[tuple[P, int]] = []
     total = 0
     for prompt in prompts:
-        counts = [prompt.left] if whole else _counts(prompt.held, prompt.left, most - total)
+        if whole or alike:
+            counts = [prompt.left if whole else min(prompt.left, most)]
+            if chosen and counts[0] > most - total:
+                break
+        else:
+            counts = _counts(prompt.held, prompt.left, most - total)
         if not counts and not chosen:
             counts = [most]  # smaller than the way to the next border
         if must and not chosen and counts:

@@ -100,9 +100,9 @@ class Handle:
     """A request of a caller: iterate over its tokens, or take the ``result``. Any thread may use
     it, one at a time for its tokens.
 
-    ``on_change`` of ``Session.submit`` is called after every token, progress and state, in the
-    thread that steps: it only tells somebody to look, with ``take`` and ``state``, and waits for
-    nothing.
+    ``on_change`` of ``Session.submit`` is called after every step that brought a token, progress or
+    a state, in the thread that steps: it only tells somebody to look, with ``take_all`` and
+    ``state``, and waits for nothing.
     """
 
     def __init__(
@@ -177,6 +177,16 @@ class Handle:
                 raise self._error
             return None
 
+    def take_all(self) -> list[TokenResponse]:
+        """Returns the tokens that are there and were not taken. A failed request raises its error
+        where there are none."""
+        with self._changed:
+            found = self._tokens[self._read :]
+            self._read = len(self._tokens)
+            if not found and self._error is not None:
+                raise self._error
+            return found
+
     def _wait(self, ready: Callable[[], bool], seconds: float | None = None) -> bool:
         """Waits until ``ready``; returns whether it came within ``seconds``. A caller whose thread
         runs the model steps it meanwhile."""
@@ -242,18 +252,22 @@ class Handle:
         self._tell()
 
     def _tell(self) -> None:
-        if self._on_change is None:
-            return
-        try:
-            self._on_change()
-        except Exception as error:  # noqa: BLE001 - the caller's; an event loop that is closed, say
-            logger.debug("on_change of a request failed: %s", error)
+        if self._on_change is not None:
+            call_quietly(self._on_change)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.cancel()
+
+
+def call_quietly(change: Callable[[], None]) -> None:
+    """Calls an ``on_change``; logs its exceptions."""
+    try:
+        change()
+    except Exception as error:  # noqa: BLE001 - the caller's; an event loop that is closed, say
+        logger.debug("on_change of a request failed: %s", error)
 
 
 class Request:

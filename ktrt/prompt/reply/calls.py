@@ -51,6 +51,9 @@ class CallReader:
         self.closed = self.failed = False
         self._state = self._between
         if not block.begin:
+            if mark == "{":  # a part of the call's text
+                self._source.raw = self._source.raw.removesuffix(mark)
+                self._source.text = mark + self._source.text
             self._begin(block.calls[mark])
 
     def step(self) -> bool:
@@ -108,6 +111,7 @@ class CallReader:
     def _begin(self, call: Any) -> None:
         if isinstance(call, ObjectCall):
             self._scanner, self._scanned = JsonScanner(), 0
+            self._object_call = call
             self._state = self._object
         elif isinstance(call, HeadCall):
             self._head_call = call
@@ -122,7 +126,7 @@ class CallReader:
         source = self._source
         head = _OBJECT_HEAD.match(source.text)
         name = _decoded(head[1]) if head else None
-        if head and name is not None:
+        if head and name is not None and self._is_tool(name):
             self.start(name, None)
             source.take(head.end())
             self._pass_value(self._object_end)
@@ -136,13 +140,16 @@ class CallReader:
             return False
         end, complete = self._scanned + found[0], found[1]
         call = _call_of(source.text[:end]) if complete else None
-        if call is None:
+        if call is None or not self._is_tool(call[0]):
             source.take_raw(end)
             return self._fail()
         source.take(end)
         self.start(call[0], None)
         self._write(call[1])
         return self._end_call()
+
+    def _is_tool(self, name: str) -> bool:
+        return not self._object_call.known or name in self._schemas
 
     def _object_end(self) -> bool:
         """Skips the end of the object, with other keys if there are some."""

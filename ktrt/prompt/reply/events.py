@@ -1,6 +1,5 @@
 """The pieces that a reply consists of."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -39,8 +38,10 @@ class ToolArguments:
 Event = Reasoning | Content | ToolCallStart | ToolArguments
 
 
-def joined(events: Iterable[Event]) -> list[Event]:
+def joined(events: list[Event]) -> list[Event]:
     """Returns the events with neighbouring texts of one kind as one."""
+    if len(events) < 2:
+        return events
     found: list[Event] = []
     for event in events:
         last = found[-1] if found else None

@@ -17,7 +17,10 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class ObjectCall:
-    """A JSON object with ``name`` and ``arguments`` (or ``parameters``)."""
+    """A JSON object with ``name`` and ``arguments`` (or ``parameters``). ``known``: only with a
+    name of the request's tools: any other object is content."""
+
+    known: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,11 @@ ACTION = CallBlock(
 )
 
 
+# JSON without any mark, alone or in a list.
+BARE = {"{": ObjectCall(known=True)}
+LLAMA = CallBlock("", BARE, at_line=True), CallBlock("[", BARE, "]", between=(",",), at_line=True)
+
+
 @dataclass(frozen=True)
 class CallText:
     """The text of calls: each as ``one``, joined by ``between``, from ``begin`` to ``end``. Marks:
@@ -197,6 +205,9 @@ CALL_TEXTS: Mapping[str, CallText] = {
         begin="<|tool_calls_section_begin|>",
         between="",
         end="<|tool_calls_section_end|>",
+    ),
+    "llama": CallText(
+        '{"name": {json name}, "parameters": {arguments}}', begin="[", between=", ", end="]"
     ),
     "minimax": CallText(
         '<invoke name="{name}">\n{arguments}\n</invoke>',
@@ -236,6 +247,7 @@ BY_MARK: Mapping[str, ReplyFormat] = {
     "<tool_call>": ReplyFormat(THINK, (TOOL_CALL,), calls="qwen"),
     "<tool_calls>": ReplyFormat(THINK, (TOOL_CALLS,), calls="minimax1"),
     "◁think▷": ReplyFormat(("◁think▷", "◁/think▷")),
+    "dictionary of argument name and its value": ReplyFormat(blocks=LLAMA, calls="llama"),
     "</think>": ReplyFormat(THINK),
 }
 
@@ -248,6 +260,7 @@ BY_TOOL_FORMAT: Mapping[str, ReplyFormat] = {
     "default": ReplyFormat(blocks=(ACTION,), calls="action"),
     "glm4_moe": ReplyFormat(blocks=(TOOL_CALL,), calls="glm"),
     "ling": ReplyFormat(blocks=(TOOL_CALL,), calls="qwen"),
+    "llama3": ReplyFormat(blocks=LLAMA, calls="llama"),
     "minimax1": ReplyFormat(blocks=(TOOL_CALLS,), calls="minimax1"),
     "minimax2": ReplyFormat(blocks=(MINIMAX, BARE_INVOKE), calls="minimax"),
     "mistral": ReplyFormat(blocks=(MISTRAL,), calls="mistral", short_ids=True),

@@ -138,11 +138,14 @@ class _Run:
 
     def _usage(self) -> dict[str, int]:
         last = self._reply.last
+        # Known with the first token: `message_start` counts all as computed, `message_delta` what
+        # was.
+        held = last.reused_tokens if last is not None else 0
         return {
-            "input_tokens": self.input_tokens,
+            "input_tokens": self.input_tokens - held,
             "output_tokens": last.generated_tokens if last is not None else 0,
             "cache_creation_input_tokens": 0,
-            "cache_read_input_tokens": 0,
+            "cache_read_input_tokens": held,
         }
 
     async def events(self, generation: Generation) -> AsyncGenerator[str]:

@@ -76,7 +76,8 @@ class ToolUseBlock(BaseModel):
 
 
 class MessageUsage(BaseModel):
-    """``input_tokens`` counts the whole prompt, including tokens that were held already."""
+    """The prompt has ``input_tokens``, which were computed, and ``cache_read_input_tokens``, which
+    an earlier request had computed."""
 
     input_tokens: int
     output_tokens: int

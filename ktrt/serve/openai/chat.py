@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from ktrt import __version__
 from ktrt.prompt.reply import Content, Reasoning, ToolCallStart
 from ktrt.serve.errors import ApiError, error_body
+from ktrt.serve.openai.constraints import with_least_length
 from ktrt.serve.openai.conversation import (
     Conversation,
     choose_tools,
@@ -24,7 +25,7 @@ from ktrt.serve.openai.reply import usage
 from ktrt.serve.openai.sampling import sampling_options
 from ktrt.serve.openai.schema import refuse_unknown_effects
 from ktrt.serve.openai.schema_chat import ChatCompletion, ChatRequest
-from ktrt.serve.openai.stream import DONE, event, event_stream, failure, unless_gone
+from ktrt.serve.openai.stream import DONE, encode, event, event_stream, failure, unless_gone
 from ktrt.serve.server import Server, get_server
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ async def chat_completions(
     """Answers a conversation, whole or (``stream``) in pieces."""
     conversation = chat_conversation(server, body)
     prepared = await prepare_in_thread(server, conversation)
+    asked = with_least_length(prepared.asked, body, server.session.end_ids)
     replies = [prepared.new_reply() for _ in range(conversation.n)]
     head = {
         "id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model,
@@ -59,10 +61,10 @@ async def chat_completions(
     }  # fmt: skip
     if body.stream:
         chunks = _Chunks(replies, head, body.stream_options)
-        return await event_stream(server.generate(prepared.asked), chunks.events)
+        return await event_stream(server.generate(asked), chunks.events)
 
     async def whole() -> None:
-        async with server.generate(prepared.asked) as generation:
+        async with server.generate(asked) as generation:
             async for index, token in generation:
                 if not replies[index].ended:
                     replies[index].push(token)
@@ -142,7 +144,9 @@ class _Chunks:
     def __init__(
         self, replies: list[Reply], head: dict[str, Any], options: StreamOptions | None
     ) -> None:
-        self._replies, self._head = replies, {**head, "object": "chat.completion.chunk"}
+        self._replies = replies
+        # Every chunk begins with it.
+        self._head = encode({**head, "object": "chat.completion.chunk"})[:-1]
         self._totals = bool(options and options.include_usage)
         self._always = bool(options and options.continuous_usage_stats)
 
@@ -152,8 +156,9 @@ class _Chunks:
             yield self._chunk([_delta(index, {"role": "assistant"})])
         try:
             async for index, token in generation:
-                for choice in self._grow(index, token):
-                    yield self._chunk([choice])
+                found = "".join([self._chunk([choice]) for choice in self._grow(index, token)])
+                if found:
+                    yield found
                 if all(each.ended for each in self._replies):
                     break
             if self._totals:
@@ -178,12 +183,12 @@ class _Chunks:
             yield _delta(index, {}, reason=reply.finish_reason)
 
     def _chunk(self, choices: list[dict[str, Any]], *, last: bool = False) -> str:
-        found = {**self._head, "choices": choices}
+        more = ""
         if self._always or last:
-            found["usage"] = usage(self._replies)
+            more = f',"usage":{encode(usage(self._replies))}'
         elif self._totals:
-            found["usage"] = None
-        return event(found)
+            more = ',"usage":null'
+        return f'data: {self._head},"choices":{encode(choices)}{more}}}\n\n'
 
 
 def delta_of(each: Event) -> dict[str, Any]:

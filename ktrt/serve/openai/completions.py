@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 from ktrt.serve.errors import ApiError, error_body
 from ktrt.serve.generation import Asked
 from ktrt.serve.openai.chat import FINGERPRINT
+from ktrt.serve.openai.constraints import with_least_length
 from ktrt.serve.openai.prompts import Prompt, read_prompts
 from ktrt.serve.openai.sampling import sampling_options
 from ktrt.serve.openai.schema import refuse_unknown_effects
@@ -102,9 +103,12 @@ async def _asked(server: Server, body: CompletionRequest) -> list[tuple[Prompt, 
     return [
         (
             each,
-            Asked(
-                adapter=adapter, prompt_ids=each.ids, sampling=sampling, prompt_logprobs=scores,
-                n=n if most else 1,
+            with_least_length(
+                Asked(
+                    adapter=adapter, prompt_ids=each.ids, sampling=sampling,
+                    prompt_logprobs=scores, n=n if most else 1,
+                ),
+                body, server.session.end_ids,
             ),
         )
         for each in prompts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ktrt.prompt.reply import Content, Reasoning, ToolArguments, ToolCallStart, joined
-from ktrt.serve.openai.token_text import chat_entry
+from ktrt.serve.openai.token_text import ShownTokens, chat_entry
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,6 +37,7 @@ class Reply:
         self._content: list[str] = []
         self.calls: list[dict[str, Any]] = []
         self.logprobs: list[dict[str, Any]] = []
+        self._shown = ShownTokens[dict[str, Any]]()
         self._passed_on = 0
         self._unknown = 0
         self.reasoning_tokens = 0
@@ -70,9 +71,11 @@ class Reply:
         if self._scored is None or token.logprob is None:
             return
         if token.finish_reason == "stop" and token.token in self._stop_ids:
+            self.logprobs += self._shown.rest()
             return
         entry = chat_entry(self._scored, token.token, token.logprob, token.top_logprobs)
-        self.logprobs.append(entry)
+        length = len(self._scored.of(token.token)[0])
+        self.logprobs += self._shown.push(token, entry, length)
 
     def _count(self, events: Sequence[Event]) -> None:
         """Counts the tokens of thoughts: a token without an event belongs to the next event."""

@@ -43,9 +43,10 @@ class StreamOptions(BaseModel):
 class SamplingRequest(BaseModel):
     """How tokens are chosen. A field that is left out has the configured value of the session.
 
-    ``top_k``, ``min_p``, ``repetition_penalty``, ``stop_token_ids``, ``skip_special_tokens`` are
-    vLLM's names, ``do_sample`` is LLaMA-Factory's. ``adapter_weights``: the weighted sum of
-    adapters that answers, in place of the one that ``model`` names.
+    ``top_k``, ``min_p``, ``repetition_penalty``, ``stop_token_ids``, ``skip_special_tokens``,
+    ``min_tokens`` and ``ignore_eos`` are vLLM's names, ``do_sample`` is LLaMA-Factory's.
+    ``adapter_weights``: the weighted sum of adapters that answers, in place of the one that
+    ``model`` names.
     """
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
@@ -65,6 +66,8 @@ class SamplingRequest(BaseModel):
     stop_token_ids: list[int] | None = None
     logit_bias: Bias = None
     skip_special_tokens: bool | None = None
+    min_tokens: int | None = Field(None, ge=0, lt=2**31)
+    ignore_eos: bool | None = None
     adapter_weights: dict[str, float] | None = None
 
 
@@ -110,14 +113,12 @@ _REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "guided_grammar": ((), "use response_format"),
     "guided_json": ((), "use response_format with a JSON schema"),
     "guided_regex": ((), "use response_format with a JSON schema that has a pattern"),
-    "ignore_eos": ((False,), "an answer ends where the model ends it"),
     "images": (([],), "ktrt reads text"),
     "include_stop_str_in_output": ((False,), "the stop string is never part of the answer"),
     "include_reasoning": ((True,), "thoughts come apart from the answer, as reasoning_content"),
     "kv_transfer_params": (({},), "this server computes the whole answer"),
     "length_penalty": ((1,), "beam search is not implemented"),
     "logits_processors": (([],), "use logit_bias or response_format"),
-    "min_tokens": ((0,), "an answer ends where the model ends it"),
     "mm_processor_kwargs": (({},), "ktrt reads text"),
     "modalities": ((["text"], []), "answers are text"),
     "priority": ((0,), "clients share the engine fairly"),

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
+# Compact, and made once: json.dumps makes one for each call with such arguments.
+encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 DONE = "data: [DONE]\n\n"
 # Without these a proxy may collect events before it passes them on.
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -31,7 +33,7 @@ _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 def event(data: Mapping[str, Any], name: str | None = None) -> str:
     """Returns one event of a stream."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    text = encode(data)
     return f"event: {name}\ndata: {text}\n\n" if name else f"data: {text}\n\n"
 
 

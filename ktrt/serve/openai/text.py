@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ktrt.generate.text_stream import TextStream
-from ktrt.serve.openai.token_text import completion_token, finite
+from ktrt.serve.openai.token_text import ShownTokens, completion_token, finite
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from ktrt.generate.response import TokenResponse
     from ktrt.serve.openai.prompts import Prompt
     from ktrt.serve.server import Server
 
-    # The token's log probability, and (id, log probability) of the likeliest.
-    Score = tuple[float, Iterable[tuple[int, float]]]
+# The token's log probability, and (id, log probability) of the likeliest.
+Score = tuple[float, Iterable[tuple[int, float]]]
 
 _FIELDS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
@@ -48,6 +49,7 @@ class Text:
         self._stream, self._offset = maker.stream(), 0
         self._pieces: list[str] = []
         self._scores: dict[str, list[Any]] = {name: [] for name in _FIELDS}
+        self._shown = ShownTokens[tuple[int, Score]]()
         self._begun = False
         self._passed_on = (0, 0)
         self.generated = self.reused = 0
@@ -60,7 +62,10 @@ class Text:
         self.finish_reason = token.finish_reason
         self._pieces.append(token.text)
         if self._maker.scored and token.logprob is not None:
-            self._add(token.token, (token.logprob, token.top_logprobs))
+            length = len(self._maker.texts.of(token.token)[0])
+            score = token.logprob, token.top_logprobs
+            for each in self._shown.push(token, (token.token, score), length):
+                self._add(*each)
 
     def end(self, prompt_scores: Sequence[Score | None] | None) -> None:
         """Ends a text that nothing follows."""

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+
+    from ktrt.generate.response import TokenResponse
+
+T = TypeVar("T")
 
 # JSON has no infinity; the value is vLLM's.
 _LEAST = -9999.0
@@ -73,6 +77,35 @@ def finite(value: float) -> float:
 def escaped(token: bytes) -> str:
     r"""Returns bytes as OpenAI writes tokens that are no text: ``\xe4\xbd``."""
     return "".join(f"\\x{each:02x}" for each in token)
+
+
+class ShownTokens(Generic[T]):
+    """Holds what belongs to tokens back until the answer shows a part of their text: a stop string
+    may take it away."""
+
+    def __init__(self) -> None:
+        self._held: list[tuple[T, int]] = []
+
+    def rest(self) -> list[T]:
+        """Returns what is held, where the answer ends without a stop string."""
+        found = [each for each, _ in self._held]
+        self._held.clear()
+        return found
+
+    def push(self, token: TokenResponse, item: T, length: int) -> list[T]:
+        """Appends the ``item`` of a token whose text has ``length`` characters; returns the items
+        that are certain now."""
+        self._held.append((item, length))
+        if not token.text and token.finish_reason is None:
+            return []
+        found, at = [], 0
+        for each, size in self._held:
+            # A token without text in front of the stop string belongs to what follows it.
+            if token.stop_string is None or at < len(token.text):
+                found.append(each)
+            at += size
+        self._held.clear()
+        return found
 
 
 def chat_token(texts: TokenTexts, token: int, value: float) -> dict[str, Any]:

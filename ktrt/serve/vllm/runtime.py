@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ktrt.errors import AdapterBusyError, AdapterError
 from ktrt.folders import find_adapter_folder
+from ktrt.machine.memory import Limit, ram_limit
 from ktrt.prompt.tokenizer.words import read_words
 from ktrt.serve.errors import ApiError
 
@@ -27,6 +28,9 @@ logger = logging.getLogger(__name__)
 _LONGEST_NAME = 200
 # Entries of an adapter's folder; a training's output has a few dozen.
 _MOST_ENTRIES = 10_000
+_WEIGHTS = (".safetensors", ".bin", ".pt")
+# An adapter's weights at their most: as read, and as the engine takes them in float32.
+_COPIES = 3
 
 
 class RuntimeAdapters:
@@ -71,6 +75,7 @@ class RuntimeAdapters:
         folder = self._folder(path)
         try:
             self._check_words(name, folder)
+            _check_memory(folder, ram_limit())
             self._while_inactive(
                 name, partial(self._session.adapters.load, name, folder, replace=replace)
             )
@@ -183,6 +188,17 @@ def _entries(folder: Path) -> Iterator[Path]:
             yield entry
             if entry.is_dir() and not entry.is_symlink():
                 folders.append(entry)
+
+
+def _check_memory(folder: Path, limit: Limit) -> None:
+    """``AdapterError``: the process would be killed rather than fail."""
+    weights = sum(each.stat().st_size for each in folder.iterdir() if each.suffix in _WEIGHTS)
+    needed = _COPIES * weights
+    if needed > limit.free:
+        raise AdapterError(
+            f"loading {folder.name} takes {needed / 1e9:.2f} GB of memory, {limit.free / 1e9:.2f} "
+            f"GB are free ({limit.what}): unload another adapter, or serve fewer answers at once"
+        )
 
 
 def _in_use(error: AdapterBusyError) -> ApiError:

@@ -131,8 +131,11 @@ class CodedCase {
     return scales_[at(n / reference().rows, groups(), group)];
   }
 
-  // Tiles have the weights rounded to BF16, whose subnormal numbers they take for zero.
-  static bool rounds_weights(const GemmKernel& kernel) { return kernel.tile_order; }
+  // Tiles have the weights rounded to BF16, whose subnormal numbers they take for zero; but with
+  // one scale per output they have the codes.
+  bool rounds_weights(const GemmKernel& kernel) const {
+    return kernel.tile_order && format_ != WeightFormat::kFp8Channel;
+  }
   double weight(int n, int k, bool rounded) const {
     const double value = code_value(format_, code(n, k)) * double{scale(n, k)};
     if (!rounded) return value;

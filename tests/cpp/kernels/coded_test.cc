@@ -75,7 +75,7 @@ class CodedTest : public ::testing::TestWithParam<FormatVariant> {
     const std::vector<float> c = gemm.run(kernel());
     for (int row = 0; row < gemm.rows(); ++row) {
       for (int n = 0; n < gemm.n(); ++n) {
-        const double weight = gemm.weight(n, column(row), CodedCase::rounds_weights(kernel()));
+        const double weight = gemm.weight(n, column(row), gemm.rounds_weights(kernel()));
         ASSERT_EQ(c[static_cast<std::size_t>(row * gemm.n() + n)], static_cast<float>(weight))
             << "output " << n << ", column " << column(row) << ", code "
             << gemm.code(n, column(row)) << ", scale " << gemm.scale(n, column(row));

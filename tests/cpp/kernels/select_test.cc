@@ -58,11 +58,16 @@ TEST(SelectKernels, FallsBackWhereAFeatureIsMissing) {
 }
 
 TEST(SelectKernels, TilesFromSomeNumberOfRowsOn) {
-  const GemmChoice choice = select_kernels(Isa::kAmx, kAll).gemm(WeightFormat::kBf16);
-  ASSERT_GT(choice.many_from, 1);
-  EXPECT_EQ(&choice.for_rows(1), choice.few);
-  EXPECT_EQ(&choice.for_rows(choice.many_from - 1), choice.few);
-  EXPECT_EQ(&choice.for_rows(choice.many_from), choice.many);
+  const KernelTable table = select_kernels(Isa::kAmx, kAll);
+  for (const WeightFormat format : kWeightFormats) {
+    SCOPED_TRACE(name_of(format));
+    const GemmChoice& choice = table.gemm(format);
+    ASSERT_GT(choice.many_from, 1);
+    EXPECT_TRUE(choice.many->tile_order);
+    EXPECT_EQ(&choice.for_rows(1), choice.few);
+    EXPECT_EQ(&choice.for_rows(choice.many_from - 1), choice.few);
+    EXPECT_EQ(&choice.for_rows(choice.many_from), choice.many);
+  }
 }
 
 // A GEMM in tile order needs a shrink that reads it.

@@ -25,7 +25,7 @@ constexpr int kMaxQlen = 700;
 // The kernels of an AMX machine, on emulated tiles, for experts with `rows` rows or more.
 KernelTable emulated_kernels(int rows) {
   KernelTable table = select_kernels(Isa::kAvx512, cpu_features());
-  for (const WeightFormat format : kKtFormats) {
+  for (const WeightFormat format : kWeightFormats) {
     table.gemm(format) = {table.gemm(format).few, &emulated_amx_gemm(format), rows};
   }
   table.lora_shrink_tiles = &emulated_amx_shrink();
@@ -56,7 +56,8 @@ class EmulatedAmxTest : public ::testing::TestWithParam<std::tuple<WeightFormat,
 };
 
 INSTANTIATE_TEST_SUITE_P(Formats, EmulatedAmxTest,
-                         ::testing::Combine(::testing::ValuesIn(kKtFormats), ::testing::Bool()),
+                         ::testing::Combine(::testing::ValuesIn(testing::kFormatKinds),
+                                            ::testing::Bool()),
                          [](const auto& test) {
                            return std::string(name_of(std::get<0>(test.param))) +
                                   (std::get<1>(test.param) ? "_lora" : "_base");

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
@@ -250,10 +251,15 @@ inline double relative_error(const std::vector<float>& actual,
 
 // With the same rounding points the results are equal but where a sum lies next to a rounding
 // boundary: one BF16 activation then differs by 2^-8, one INT8 code by 1/127 of its row's largest,
-// and one shrunk value (of few) by 2^-8.
+// and one shrunk value (of few) by 2^-8. AMX tiles hold codes times scales, rounded to BF16: a
+// relative error of 1.6e-3 in each of three products.
 inline void expect_matches_reference(const LayerCase& test, MoeLayer& layer, const Batch& batch) {
-  EXPECT_LT(relative_error(forward(layer, batch), test.expected(batch)),
-            test.has_lora() ? 4e-3 : 2e-3);
+  const std::vector<float> out = forward(layer, batch);
+  const char* gemm = layer.last_kernels().gemm;
+  const bool rounds_weights =
+      is_coded(test.format) && gemm != nullptr && std::strstr(gemm, "amx") != nullptr;
+  EXPECT_LT(relative_error(out, test.expected(batch)),
+            (test.has_lora() ? 4e-3 : 2e-3) + (rounds_weights ? 3e-3 : 0.0));
 }
 
 }  // namespace ktrt::testing

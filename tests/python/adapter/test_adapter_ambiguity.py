@@ -238,7 +238,7 @@ def test_single_byte_floats(adapter: Adapter, base: BaseModel, tmp_path: Path) -
 
 def test_largest_rank_is_that_of_the_engine(base: BaseModel) -> None:
     engine = build_engine(ExpertArgs(kt_num_threads=1))
-    layer = new_layer(engine, find_experts(base.model)[0], "AMXBF16")
+    layer = new_layer(engine, find_experts(base.model)[0], "bf16")
 
     def load_lora(rank: int) -> None:
         shape = (layer.num_experts, rank, layer.hidden_size)

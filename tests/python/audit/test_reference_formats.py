@@ -222,3 +222,14 @@ def test_nan_is_refused(tmp_path: Path, code: int) -> None:
     codes = torch.full((4, 4), code, dtype=torch.uint8).view(torch.float8_e4m3fn)
     with pytest.raises(CannotVerifyError, match="no finite numbers"):
         read(tmp_path, {W: codes, f"{W}_scale": ONES[0, :1]})
+
+
+def test_gpt_oss_is_not_told(tmp_path: Path) -> None:
+    """Its blocks can be read, but its biases and activation not be computed."""
+    folders = code_folder(save_family(tmp_path / "model", "gpt_oss"), tmp_path / "coded", "mxfp4")
+    checkpoint = RawCheckpoint(folders.coded)
+    name = "model.layers.0.mlp.experts.down_proj"
+    stored = RawCheckpoint(folders.plain).read(name).swapaxes(1, 2)
+    np.testing.assert_array_equal(checkpoint.read(name), stored)
+    with pytest.raises(CannotVerifyError, match=r"_bias: expert weights of this name cannot be"):
+        checkpoint.experts(0)

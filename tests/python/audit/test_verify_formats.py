@@ -2,63 +2,119 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
-import torch
-from helpers.tiny_models import save_adapter, save_model
+from helpers.coded_checkpoints import SCHEMES, code_folder, save_family
+from helpers.tiny_models import LoraPlan, save_adapter, save_model
 from helpers.verify_cases import Backend, Folders, check
-from safetensors.torch import load_file, save_file
 
+from ktrt.audit.reference.experts import int4_groups
+from ktrt.audit.verify.probes import Limits, Outputs, Probe, compare
 from ktrt.checkpoint.experts import ExpertWeights
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
-def quantise(folder: Path) -> None:
-    """Rewrites all projections as FP8 in blocks of 128, which end inside the matrices."""
-    tensors = load_file(folder / "model.safetensors")
-    for name in [name for name in tensors if name.endswith("_proj.weight")]:
-        weight = tensors[name].float()
-        scales = torch.rand(*(-(-size // 128) for size in weight.shape)) / 100 + 0.01
-        rows, columns = (torch.arange(size) // 128 for size in weight.shape)
-        codes = (weight / scales[rows][:, columns]).clamp(-448, 448).to(torch.float8_e4m3fn)
-        tensors |= {name: codes, f"{name}_scale_inv": scales}
-    save_file(tensors, folder / "model.safetensors")
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+class Coded:
+    """One small model with an adapter, in every scheme, written when it is first used."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.plain = save_family(folder / "plain", "deepseek_v3")
+        self.adapter = save_adapter(folder / "adapter", self.plain, "b")
+
+    def __call__(self, scheme: str) -> Folders:
+        target = self.folder / scheme
+        if not target.exists():
+            code_folder(self.plain, target, scheme)
+        return target, self.adapter
 
 
 @pytest.fixture(scope="module")
-def fp8(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    folder = tmp_path_factory.mktemp("fp8")
-    model = save_model(folder / "model", "deepseek_v3", 160)
-    adapter = save_adapter(folder / "adapter", model, "b")
-    quantise(model)
-    return model, adapter
+def coded(tmp_path_factory: pytest.TempPathFactory) -> Coded:
+    return Coded(tmp_path_factory.mktemp("coded"))
 
 
-@pytest.mark.parametrize("backend", ["AMXBF16", "AMXInt8"])
-def test_a_quantised_base_passes(fp8: Folders, backend: Backend) -> None:
-    (report,) = check(fp8, backend)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_codes_as_shipped_pass(coded: Coded, scheme: str) -> None:
+    (report,) = check(coded(scheme), "auto")
     assert report.passed, report.failures
+    wanted = scheme.replace("gptq", "int4").upper()
+    assert report.what == f"8 experts in {wanted}"
     assert {"each expert", "self_attn.o_proj"} <= {each.name for each in report.checks}
-    assert all(each.undecided == 0 for each in report.checks)
+    for each in report.checks:
+        assert each.undecided == 0
+        assert each.difference < 0.02
+    assert report.checks[0].base < 0.01
 
 
-def test_another_scale_fails(fp8: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = ExpertWeights.read
+@pytest.mark.parametrize("backend", ["AMXBF16", "AMXInt8", "AMXInt4", "RAWINT4"])
+def test_a_quantised_base_in_another_format_passes(coded: Coded, backend: Backend) -> None:
+    (report,) = check(coded("fp8"), backend)
+    assert report.passed, report.failures
+
+
+def test_searched_int4(tmp_path: Path) -> None:
+    """96 and 160 columns: the last group of 32 is whole in both."""
+    model = save_model(tmp_path / "model", "mixtral", 96)
+    adapter = save_adapter(tmp_path / "adapter", model, "a")
+    (report,) = check((model, adapter), "RAWINT4")
+    assert report.passed, report.failures
+    assert report.what == "16 experts in INT4_G32"
+    assert 0.1 < report.checks[0].base < 0.2
+    assert report.checks[0].same < 0.0005
+
+
+def test_the_search_finds_less_error_than_the_largest_weight_alone() -> None:
+    rng = np.random.default_rng(0)
+    for weights, most in (
+        (rng.standard_normal((64, 70), np.float32), 0.09),
+        (rng.standard_t(5, (64, 70)).astype(np.float32), 0.12),
+    ):
+        found = int4_groups(weights)
+        error = np.linalg.norm(found - weights) / np.linalg.norm(weights)
+        assert 0.5 * most < error < most
+    assert not int4_groups(np.zeros((2, 40), np.float32)).any()
+
+
+def test_another_scale_fails(coded: Coded, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = ExpertWeights.read_codes
 
     def spoiled(self: ExpertWeights, expert: int) -> Any:
-        gate, up, down = original(self, expert)
+        found = original(self, expert)
         if expert == 3:
-            down[128:] *= 1.05
-        return gate, up, down
+            found[2].scales[1] *= 1.05
+        return found
 
-    monkeypatch.setattr(ExpertWeights, "read", spoiled)
-    (report,) = check(fp8)
+    monkeypatch.setattr(ExpertWeights, "read_codes", spoiled)
+    (report,) = check(coded("fp8"), "auto")
     assert report.failures
     assert all("expert 3," in text for text in report.failures if "(expert" in text)
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "int4_g32", "mxfp4"])
+def test_a_small_adapter_is_still_seen(coded: Coded, tmp_path: Path, scheme: str) -> None:
+    """‖ΔW‖ is 0.3 % of ‖W‖."""
+    model, _ = coded(scheme)
+    adapter = save_adapter(tmp_path, coded.plain, "b", LoraPlan(experts=3e-3))
+    (report,) = check((model, adapter), "auto")
+    assert report.passed, report.failures
+    assert report.checks[0].undecided <= report.checks[0].groups * 2 / 3
+
+
+def test_each_group_is_judged_by_the_kernel_that_ran() -> None:
+    """One expert ran on codes and scales, another on their products in BF16, as AMX does."""
+    rng = np.random.default_rng(0)
+    shape = (8, 32)
+    kernels = [tuple(rng.standard_normal(shape, np.float32) for _ in range(2)) for _ in range(2)]
+    (base, tuned), (other_base, other_tuned) = kernels
+    probe = Probe(base, np.zeros((8, 1), np.int64), base, {"a": slice(4), "b": slice(4, 8)})
+    wanted = Outputs((base, tuned), (base, tuned), ((other_base, other_tuned),))
+    limits = Limits(same=0.001, difference=0.03, noise=0.0003, float32=9.0)
+    mixed = tuple(np.concatenate([x[:4], y[4:]]) for x, y in zip(*kernels, strict=True))
+    assert compare("", probe, wanted, (mixed[0], mixed[1]), limits).failures == []
+    wrong = compare("", probe, wanted, (mixed[0], tuned), limits)
+    assert {text[-3:] for text in wrong.failures} == {"(b)"}

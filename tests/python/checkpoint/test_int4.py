@@ -11,10 +11,8 @@ from checkpoint.test_codes import decode
 from helpers.coded_checkpoints import gptq, mxfp4, pack_quantized
 from safetensors.torch import save_file
 
-from ktrt.checkpoint.codes import GROUPS
 from ktrt.checkpoint.folder import Checkpoint
 from ktrt.checkpoint.quantization import Quantization
-from ktrt.engine.formats import format_named
 from ktrt.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -69,7 +67,6 @@ def test_pack_quantized(
         return
     codes = checkpoint.read_codes("a.weight")
     assert codes.format == coded
-    assert GROUPS[coded] == format_named(coded).group
     assert torch.equal(decode(codes)[:, :k], plain)
     assert torch.equal(decode(codes.regrouped("int4_g32"))[:, :k], plain)
 
@@ -136,6 +133,8 @@ _TWICE = torch.tensor(np.full((4, 3), 0x77777777, np.int32))
         (_PACKED, {"weight_scale": torch.ones(9, 3)}, r"\[9, 3\], expected \[10, groups\]"),
         (_PACKED, {"weight_scale": torch.ones(10, 3).int()}, "weight_scale has dtype I32"),
         (_PACKED, {"weight_shape": torch.tensor([9, 96])}, r"holds \[9, 96\], expected"),
+        (_PACKED, {"weight_shape": torch.tensor([10.0, 96.0])}, "weight_shape has dtype F32"),
+        (_GPTQ, {"qzeros": _TWICE.float()}, "qzeros has dtype F32"),
         (_PACKED, {"weight_shape": torch.tensor([10])}, r"weight_shape \[1\] holds"),
         (_PACKED, {"weight_shape": torch.tensor([10, 13])}, r"expected \[10, 2\] by"),
         (_PACKED, {"weight_shape": torch.tensor([10, 48])}, r"pack-quantized \(INT8\)"),
@@ -186,3 +185,12 @@ def test_a_later_tensor_that_differs_is_refused_on_reading(tmp_path: Path) -> No
 def test_a_convention_that_contradicts_config_json(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"zero points other than 8.*gptq_v2"):
         open_with(tmp_path, _GPTQ, checkpoint_format="gptq_v2")
+
+
+def test_experts_that_cannot_be_read_do_not_matter_with_kt_weight_path(tmp_path: Path) -> None:
+    stored = {f"m.experts.0.{name}": t.clone() for name, t in _GPTQ.items()}
+    stored |= {"m.experts.0.qzeros": _TWICE - 1, "m.q.weight": torch.ones(3)}
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="asymmetric"):
+        Checkpoint(tmp_path)
+    assert list(Checkpoint(tmp_path, experts_elsewhere=True).names()) == ["m.q.weight"]

@@ -123,7 +123,7 @@ def test_several_parts_are_our_packing_in_slices(
     assert (found - ours).norm() < (0.05 if weight_format == "int8" else 0.4) * ours.norm()
     monkeypatch.setattr(
         "ktrt.loading.plan.new_layer",
-        lambda e, s, b, *_: new_layer(e, s, b, parts if b == BACKENDS[weight_format] else 1),
+        lambda e, s, b, *_: new_layer(e, s, b, parts if b == weight_format else 1),
     )
     assert torch.equal(found, logits(base, weight_format))
 

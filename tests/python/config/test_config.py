@@ -111,22 +111,27 @@ class TestUsersFile:
             config.model = config.model  # type: ignore[misc]
 
 
+SPELLINGS = {
+    "": "auto", "Auto": "auto", "bf16": "AMXBF16", "BF16": "AMXBF16", "amxint8": "AMXInt8",
+    "AMXINT8": "AMXInt8", "INT8": "AMXInt8", "AMXInt4": "AMXInt4", "INT4": "AMXInt4", "fp8": "FP8",
+    "AMXFP8": "FP8", "RawInt4": "RAWINT4", "AMXINT4_KGroup": "RAWINT4", "MXFP4": "MXFP4",
+}  # fmt: skip
+
+
 class TestKtConfig:
     @pytest.mark.parametrize(
         ("lines", "backend"),
         [
-            ("kt_backend: amxint8", "AMXInt8"),
-            ("kt_backend: AMXINT8", "AMXInt8"),
             ("kt_config: {kt_backend: AMXInt8, kt_num_threads: 3}", "AMXInt8"),
             ("kt_config: {kt_expert_weight_format: int8}", "AMXInt8"),
             ("kt_config: {kt_expert_weight_format: int8, kt_backend: auto}", "AMXInt8"),
             ("kt_config: {kt_expert_weight_format: bf16, kt_backend: AMXBF16}", "AMXBF16"),
             ("kt_config: {enabled: true}\nkt_backend: AMXBF16", "AMXBF16"),
             ("kt_backend: amxbf16\nkt_config: {kt_backend: AMXBF16}", "AMXBF16"),
-            ("kt_config:", "AMXBF16"),
-            ("kt_backend: AMXInt4", "AMXInt4"),
-            ("kt_config: {kt_backend: amxint4}", "AMXInt4"),
-            ("kt_config: {kt_expert_weight_format: int4}", "AMXInt4"),
+            ("kt_config:", "auto"),
+            *((f"kt_backend: {name}", meant) for name, meant in SPELLINGS.items()),
+            ("kt_config: {kt_expert_weight_format: fp8, kt_backend: auto}", "FP8"),
+            ("kt_config: {kt_expert_weight_format: mxfp4, kt_backend: MXFP4}", "MXFP4"),
         ],
     )
     def test_both_spellings(self, write: Callable[[str], Path], lines: str, backend: str) -> None:
@@ -341,7 +346,7 @@ class TestValues:
                 "quantization_bit: expected null with infer_dtype float32, not bfloat16, found 8",
             ),
             ("infer_dtype: int8", "infer_dtype: expected auto or bfloat16 or float16 or float32"),
-            ("kt_backend: FP8", "kt_backend: expected AMXBF16, AMXInt8 or AMXInt4, found 'FP8'"),
+            ("kt_backend: FP6", "AMXInt4, FP8, RAWINT4 or MXFP4, found 'FP6'"),
             ("adapter_name_or_path: [1]", "adapter_name_or_path: expected a path, found 1"),
             ("adapters: a", "adapters: expected a mapping of names, found 'a'"),
             ("adapters: {a: 1}", "adapters.a: expected a path, found 1"),

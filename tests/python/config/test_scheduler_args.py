@@ -19,6 +19,8 @@ def test_many_answers_at_once(tmp_path: Path) -> None:
     assert config.scheduler.max_num_seqs == 4
     assert config.scheduler.min_tokens_per_second == 0
     assert config.experts.kt_fixed_kernels is True
+    assert not config.scheduler.reproducible
+    assert load("reproducible: true").scheduler.reproducible
     for text, message in (
         ("max_num_seqs: 0", "max_num_seqs: expected at least 1, found 0"),
         ("min_tokens_per_second: -1", "expected 0 \\(off\\) or more, found -1"),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -221,21 +222,41 @@ def test_the_threads_that_are_measured_follow_the_quota(monkeypatch: pytest.Monk
 
 
 def test_backend_by_memory_and_gain() -> None:
-    def settings(args: ExpertArgs, **known: object) -> list[Advice]:
-        return advise(GOOD, args, **known)  # type: ignore[arg-type]
+    def settings(running: str, stored: str = "AMXBF16", **known: object) -> list[Advice]:
+        return advise(GOOD, ExpertArgs(), running=running, stored=stored, **known)  # type: ignore[arg-type]
 
-    (short,) = settings(ExpertArgs("AMXBF16"), fits=["AMXInt8"], excess="9 GB more RAM needed")
+    (short,) = settings("AMXBF16", fits=["AMXInt8"], excess="9 GB more RAM needed")
     assert (short.level, short.setting) == ("fix", "kt_backend: AMXInt8")
     assert "9 GB more RAM needed" in short.reason
-    (none,) = settings(ExpertArgs("AMXInt4"), fits=[], excess="9 GB more RAM needed")
+    (none,) = settings("AMXInt4", fits=[], excess="9 GB more RAM needed")
     assert none.setting == "a smaller model, or more memory"
     both = ["AMXBF16", "AMXInt8"]
-    (faster,) = settings(ExpertArgs("AMXBF16"), fits=both, int8_gain=1.6)
+    (faster,) = settings("AMXBF16", fits=both, speeds={"AMXBF16": 10, "AMXInt8": 16})
     assert (faster.level, faster.setting) == ("consider", "kt_backend: AMXInt8")
     assert "1.6 times as fast" in faster.reason
-    assert settings(ExpertArgs("AMXBF16"), fits=both, int8_gain=1.1) == []
-    (exact,) = settings(ExpertArgs("AMXInt4"), fits=["AMXInt8", "AMXInt4"])
+    assert settings("AMXBF16", fits=both, speeds={"AMXBF16": 10, "AMXInt8": 11}) == []
+    (exact,) = settings("AMXInt4", fits=["AMXInt8", "AMXInt4"])
     assert exact.setting == "kt_backend: AMXInt8"
+    (four,) = settings("AMXInt4", fits=["RAWINT4", "AMXInt4"])
+    assert four.setting == "kt_backend: RAWINT4"
+    assert "every 32 columns" in four.reason
+
+
+def test_the_checkpoints_own_format_is_advised() -> None:
+    fits = ["FP8", "AMXBF16", "AMXInt8", "RAWINT4", "AMXInt4"]
+    speeds = {"FP8": 20.0, "AMXBF16": 10.0, "AMXInt8": 20.0}
+
+    def advised(running: str, **known: Any) -> Advice:
+        known = {"fits": fits, "speeds": speeds, "stored": "FP8", **known}
+        (found,) = advise(GOOD, ExpertArgs(), running=running, **known)
+        return found
+
+    assert advised("AMXBF16").setting == "kt_backend: auto"
+    assert "up to 2.0 times as fast" in advised("AMXBF16").reason
+    assert "a second time" in advised("AMXInt8").reason
+    assert advised("AMXBF16", excess="9 GB").setting == "kt_backend: auto"
+    assert advised("FP8", fits=fits[3:], excess="9 GB").setting == "kt_backend: RAWINT4"
+    assert advise(GOOD, ExpertArgs(), running="FP8", stored="FP8", fits=fits, speeds=speeds) == []
 
 
 def test_a_gpu_that_torch_does_not_see() -> None:
@@ -269,7 +290,7 @@ def tiny_work(model_type: str, folder: Path) -> tuple[ModelWork, torch.nn.Module
         )
     specs = find_experts(skeleton)
     engine = Engine(num_threads=1, max_qlen=8)
-    layers = {spec.path: new_layer(engine, spec, "AMXBF16") for spec in specs}
+    layers = {spec.path: new_layer(engine, spec, "bf16") for spec in specs}
     return ModelWork(planned_inventory(skeleton, specs, {"AMXBF16": layers})), skeleton
 
 

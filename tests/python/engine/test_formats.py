@@ -10,17 +10,25 @@ from ktrt import _core
 from ktrt.audit.verify.model import LIMITS
 from ktrt.config.args import WEIGHT_FORMATS, KtBackend
 from ktrt.engine import formats
-from ktrt.engine.formats import FORMATS, code_bytes, format_named, format_of
+from ktrt.engine.formats import (
+    FORMATS,
+    backend_of,
+    code_bytes,
+    format_named,
+    format_of,
+    joined,
+    kt_name,
+)
 from ktrt.errors import KtrtError
 
 
 def test_the_configuration_names_the_engines_formats() -> None:
-    assert {each.kt_backend: each.name for each in FORMATS} == WEIGHT_FORMATS
-    assert get_args(KtBackend) == tuple(WEIGHT_FORMATS)
+    assert {each.kt_backend: kt_name(each.kt_backend) for each in FORMATS} == WEIGHT_FORMATS
+    assert get_args(KtBackend) == (formats.AUTO, *WEIGHT_FORMATS)
 
 
 def test_verification_has_limits_for_every_format() -> None:
-    assert {each.name for each in FORMATS} <= set(LIMITS)
+    assert set(LIMITS) == {each.name for each in FORMATS}
 
 
 def test_the_kernels_of_every_format_are_known() -> None:
@@ -45,7 +53,23 @@ def test_sizes_are_those_of_the_engine(name: str) -> None:
 
 
 def test_only_quantised_formats_have_scales() -> None:
-    assert [each.name for each in FORMATS if not formats.is_quantized(each)] == ["bf16"]
+    assert [each.name for each in FORMATS if formats.is_quantized(each)] == ["int8", "int4"]
+
+
+@pytest.mark.parametrize(
+    ("names", "backend"),
+    [
+        (["bf16"], "AMXBF16"),
+        (["int8", "int8"], "AMXInt8"),
+        (["bf16", "fp8"], "FP8"),
+        (["fp8", "fp8_channel"], "FP8"),
+        (["int4_g128", "int4_g32"], "RAWINT4"),
+        (["fp8", "int4_g32", "bf16"], "auto"),
+    ],
+)
+def test_layers_of_several_formats_have_one_name(names: list[str], backend: str) -> None:
+    assert backend_of(names) == backend
+    assert joined(names) == "+".join(sorted(set(names)))
 
 
 def test_unknown_names() -> None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from helpers.coded_checkpoints import code_folder, save_family
 from helpers.expert_layers import LayerCase
-from helpers.family_models import Family, random_model
 from helpers.merge import save_merged
 
 import ktrt.loading.model
@@ -259,21 +259,32 @@ def test_logits_of_a_model(tmp_path: Path, backend: str) -> None:
         assert median_error(logits, found["engine"]) < 2e-3, name
 
 
-def test_logits_of_gpt_oss(tmp_path: Path) -> None:
-    """Clamped SwiGLU with a slope, an offset and biases."""
-    from transformers import GptOssForCausalLM
+@pytest.mark.parametrize(
+    ("family", "scheme", "weight_format"),
+    [("gpt_oss", "mxfp4", "mxfp4"), ("gpt_oss", None, "bf16"), ("qwen3_moe", "fp8", "fp8"),
+     ("deepseek_v3", "int4_g32", "int4_g32")],
+)  # fmt: skip
+def test_logits_of_formats_as_shipped(
+    tmp_path: Path, family: str, scheme: str | None, weight_format: str
+) -> None:
+    """gpt-oss has clamped SwiGLU with a slope, an offset and biases. Compared with transformers on
+    the dequantised weights."""
+    from transformers import AutoModelForCausalLM
 
-    sizes = {"hidden_size": 96, "intermediate_size": 64}
-    model = random_model(Family("gpt_oss", "gpt_oss", "GptOssForCausalLM"), changes=sizes)
-    model.generation_config.eos_token_id = 1
-    model.save_pretrained(tmp_path)
+    stored = plain = save_family(tmp_path / "model", family)
+    if scheme is not None:
+        folders = code_folder(stored, tmp_path / "coded", scheme)
+        stored, plain = folders.coded, folders.plain
     ids = torch.randint(0, 90, (1, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        plain = GptOssForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(ids).logits
-    found = logits_of_all_ways(load(tmp_path, "AMXBF16"), ids)
+        expected = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)(ids).logits
+    loaded = load(stored, "auto")
+    modules = [m for m in loaded.model.modules() if isinstance(m, KTExperts)]
+    assert {module.layer.weight_format for module in modules} == {weight_format}
+    found = logits_of_all_ways(loaded, ids)
     for name, logits in found.items():
-        assert median_error(logits, plain) < 0.02, name
-        assert median_error(logits, found["engine"]) < 2e-3, name
+        assert median_error(logits, expected) < 0.02, name
+        assert median_error(logits, found["engine"]) < 0.01, name
 
 
 def test_prompts_go_in_the_chunks_that_streaming_wants() -> None:

@@ -172,6 +172,19 @@ def test_layers_of_different_sizes(engine: Engine) -> None:
     ]
 
 
+@pytest.mark.parametrize(("weight_format", "experts"), [("int8", 4), ("fp8", 4), ("mxfp4", 2)])
+def test_a_piece_is_bounded_unpacked_too(engine: Engine, weight_format: str, experts: int) -> None:
+    """MXFP4 becomes 3.8 times as large on the device; pieces may double."""
+    source = LayerSource(LayerCase(6, 2, 128, 128).build(engine, weight_format))
+    lane = LateLane()
+    stream = make_stream([source], lane, experts=4)
+    assert [len(each) for each, _ in stream.pieces(0)] == [experts] * (6 // experts) + [2] * (
+        6 % experts > 0
+    )
+    assert stream.unpacked_bytes == experts * source.resident_bytes()
+    assert stream.unpacked_bytes <= 2 * 4 * source.expert_bytes
+
+
 def test_nothing_is_copied_ahead_after_the_last_layer(engine: Engine) -> None:
     sources = [LayerSource(layer) for layer in make_layers(engine)]
     lane = LateLane()

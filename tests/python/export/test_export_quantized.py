@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from ktrt.checkpoint.folder import Checkpoint
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
+from ktrt.errors import ConfigError
 from ktrt.export.packed import merge_packed
 from ktrt.export.quantization import with_exceptions
 from ktrt.loading.model import load_model
@@ -25,6 +26,8 @@ from ktrt.loading.plan import open_base
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from ktrt.config.args import KtBackend
 
 Tensors = dict[str, torch.Tensor]
 SCHEMES = ("fp8", "fp8_channel", "int4_g32", "gptq_g64", "mxfp4")
@@ -218,6 +221,16 @@ def test_the_rest_of_packed_experts_stays(plain: Path, tmp_path: Path) -> None:
     packed = replace(experts, kt_weight_path=tmp_path / "kt" / "experts")
     ids = token_ids(1, 24) % 96
     assert torch.equal(logits(tmp_path / "kt", packed, ids), logits(folders.coded, experts, ids))
+
+
+@pytest.mark.parametrize("backend", ["auto", "FP8"])
+def test_there_are_no_packed_files_of_codes(
+    plain: Path, tmp_path: Path, backend: KtBackend
+) -> None:
+    base = open_base(ModelArgs(code_folder(plain, tmp_path / "coded", "fp8").coded))
+    with pytest.raises(ConfigError, match=r"no files of FP8 experts.*hf, which keeps quantised"):
+        merge_packed(base, None, tmp_path / "kt", ExpertArgs(backend))
+    assert not (tmp_path / "kt").exists()
 
 
 def logits(folder: Path, experts: ExpertArgs, ids: torch.Tensor) -> torch.Tensor:

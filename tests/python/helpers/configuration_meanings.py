@@ -3,7 +3,7 @@
 # Keys that LLaMA-Factory and KTransformers do not have.
 _OWN = """
 adapters adapter_weights lora_B_layout kt_use_cuda_graph kt_fixed_kernels ktrt_cache ktrt_cache_dir
-min_p max_num_seqs min_tokens_per_second
+min_p max_num_seqs min_tokens_per_second reproducible
 presence_penalty frequency_penalty logit_bias stop_strings stop_token_ids logprobs top_logprobs
 """
 OWN_KEYS = frozenset(_OWN.split())
@@ -73,6 +73,10 @@ MEANINGS = {
     "max_num_seqs": "Most answers that are computed at once; others wait.",
     "min_tokens_per_second": "Floor for every stream: a request waits while one more would push "
     "streams below it, by predictions. `0`: no floor.",
+    "reproducible": "An answer depends on its request alone, to the last bit: not on what else is "
+    "computed (`kt_fixed_kernels` is then on), nor on earlier answers, whose tokens are computed "
+    "again in the next turn ([what it costs](serving.md#reproducible-answers)). Without a GPU "
+    "only.",
     # Sampling.
     "do_sample": "`false`: greedy.",
     "temperature": "`0` is greedy.",

@@ -109,6 +109,7 @@ class FakeRunner:
 
     def __init__(self, pool: FakePool, clock: FakeClock) -> None:
         self.pool, self._clock = pool, clock
+        self.mixes = True
         self.chunk = 512
         self.seconds: Callable[[StepSize], float] = lambda size: 0.01
         self.fail: BaseException | None = None

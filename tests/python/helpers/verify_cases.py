@@ -10,7 +10,7 @@ from helpers.tiny_models import save_adapter, save_model
 from ktrt.audit.verify.model import LayerReport, verify
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 
-Backend = Literal["AMXBF16", "AMXInt8", "AMXInt4"]
+Backend = Literal["auto", "AMXBF16", "AMXInt8", "AMXInt4", "RAWINT4"]
 Folders = tuple[Path, Path]
 
 DEMO = Path(__file__).parents[3] / "examples" / "demo"

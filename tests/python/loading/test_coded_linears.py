@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.layers.coded import CodedLinear, coded_linears
+from ktrt.loading.inventory import ATTENTION, HEAD, MLP, loaded_inventory
 from ktrt.loading.model import load_model
+from ktrt.loading.plan import prepare
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -102,3 +104,21 @@ def test_as_linear_has_the_same_numbers(plain: Path, tmp_path: Path) -> None:
     assert torch.equal(same.weight, expected)
     linear.bias = same.bias = nn.Parameter(torch.ones(out, dtype=torch.bfloat16))
     assert torch.equal(linear(x), same(x))
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "int4_g64"])
+def test_planned_bytes_are_those_held(plain: Path, tmp_path: Path, scheme: str) -> None:
+    folders = code_folder(plain, tmp_path / "coded", scheme)
+    adapter = save_adapter(tmp_path / "adapter", plain, "a")
+    args = ModelArgs(folders.coded), AdapterArgs(adapter), EXPERTS
+    ready = prepare(*args)
+    ready.engine.close()
+    planned = ready.inventory
+    loaded = load_model(*args)
+    found = loaded_inventory(loaded.model)
+    loaded.close()
+    for kind in (ATTENTION, MLP, HEAD):
+        assert planned.held(kind) == found.held(kind), kind
+        assert planned.read(kind) == pytest.approx(found.read(kind)), kind
+    forms = {row.form for row in found.of(ATTENTION, MLP)}
+    assert forms >= {scheme, "bfloat16"}

@@ -13,7 +13,7 @@ from helpers.tiny_models import LoraPlan, save_adapter, save_model, token_ids
 from torch import nn
 
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
-from ktrt.engine.formats import FORMATS, format_of
+from ktrt.engine.formats import format_of
 from ktrt.experts import find_experts
 from ktrt.kv.size import cached_tensors
 from ktrt.kv.static import cache_argument
@@ -29,12 +29,12 @@ from ktrt.loading.inventory import (
     TABLES,
     Inventory,
     Row,
-    bytes_per_token,
     loaded_inventory,
     planned_inventory,
 )
 from ktrt.loading.model import load_model
 from ktrt.loading.plan import prepare
+from ktrt.loading.step_bytes import bytes_per_token
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 # Latent attention and shared experts; a dense layer; every layer sparse; a head that is the table.
 FAMILIES = ("deepseek_v2", "qwen3_moe", "mixtral", "granitemoe")
-BACKENDS = tuple(each.kt_backend for each in FORMATS)
+BACKENDS = ("AMXBF16", "AMXInt8", "AMXInt4", "RAWINT4")
 
 
 @pytest.fixture(scope="module")

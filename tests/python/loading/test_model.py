@@ -316,7 +316,7 @@ def test_adapter_without_routed_experts(folder: Path, tmp_path: Path) -> None:
 
 def test_engine_is_closed_when_loading_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = build_engine(ExpertArgs(kt_num_threads=1))
-    monkeypatch.setattr("ktrt.loading.plan.build_engine", lambda _: engine)
+    monkeypatch.setattr("ktrt.loading.plan.build_engine", lambda *_: engine)
     monkeypatch.setattr(ktrt.loading.model, "_apply_adapter", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         load(folder / "base", folder / "a")

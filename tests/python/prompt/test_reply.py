@@ -51,8 +51,10 @@ HARMONY = BY_MARK["<|channel|>"]
 ACTION = named_reply("deepseek3", "default", None) or ReplyFormat()
 TRAINED_MINIMAX = named_reply("minimax2", "minimax2", ("<think>\n", "\n</think>\n\n"))
 MINIMAX1 = named_reply("minimax1", "minimax1", None)
+LLAMA = named_reply("llama3", "llama3", None)
 FORMS = (
     None, DEEPSEEK, QWEN, MISTRAL, KIMI, MINIMAX, SEED, HARMONY, ACTION, TRAINED_MINIMAX, MINIMAX1,
+    LLAMA,
 )  # fmt: skip
 
 
@@ -179,6 +181,19 @@ def test_calls_as_llama_factory_writes_them_by_default() -> None:
     assert MINIMAX1 is not None
     text = f"OK.<tool_calls>\n{CALLS[0]}\n{CALLS[1]}\n</tool_calls>"
     assert shown(parse(MINIMAX1, [text])) == ["OK.", WEATHER, NOW]
+
+
+def test_calls_without_marks() -> None:
+    """Llama's: an object of a known function at a line's begin, or a list of them."""
+    assert LLAMA is not None
+    renamed = CALLS[0].replace("arguments", "parameters")
+    assert shown(parse(LLAMA, [renamed])) == [WEATHER]
+    assert shown(parse(LLAMA, [*f"[{renamed}, {CALLS[1]}]"])) == [WEATHER, NOW]
+    assert shown(parse(LLAMA, [f"OK.\n{CALLS[1]}"])) == ["OK.", NOW]
+    unknown = '{"name": "dance", "parameters": {}}'
+    for prose in (unknown, f"[{unknown}]", f"Try {CALLS[1]}", '{"name": "Bob"}', "[1] a", '[{"a'):
+        assert shown(parse(LLAMA, [prose])) == shown(parse(LLAMA, [*prose])) == [prose]
+    assert published_reply("a dictionary of argument name and its value.") == LLAMA
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -58,6 +58,11 @@ def text_of(message: Any) -> str:
     return "".join(block.text for block in message.content)
 
 
+def prompt_of(message: anthropic.types.Message) -> int:
+    """The tokens of the prompt, computed and held ones."""
+    return message.usage.input_tokens + (message.usage.cache_read_input_tokens or 0)
+
+
 class TestAnswers:
     def test_a_whole_one(self, anthropic_client: Anthropic, serve_session: Session) -> None:
         found = ask(anthropic_client)
@@ -67,7 +72,7 @@ class TestAnswers:
         assert (
             found.stop_reason == {"length": "max_tokens", "stop": "end_turn"}[alone.finish_reason]
         )
-        assert found.usage.input_tokens == alone.prompt_tokens
+        assert prompt_of(found) == alone.prompt_tokens
         assert found.usage.output_tokens == alone.generated_tokens
 
     def test_the_end_of_the_turn(self, anthropic_client: Anthropic) -> None:
@@ -94,7 +99,7 @@ class TestAnswers:
         found = ask(anthropic_client, system=system)
         messages = [{"role": "system", "content": "Answer in French."}, *QUESTION]
         alone = serve_session.chat(messages, adapter="adapter_a", max_new_tokens=24)
-        assert (text_of(found), found.usage.input_tokens) == (alone.text, alone.prompt_tokens)
+        assert (text_of(found), prompt_of(found)) == (alone.text, alone.prompt_tokens)
 
     def test_stop_sequences(self, anthropic_client: Anthropic) -> None:
         whole = text_of(ask(anthropic_client))
@@ -111,7 +116,7 @@ class TestAnswers:
         given = [*QUESTION, {"role": "assistant", "content": begin}]
         rest = ask(anthropic_client, messages=given, max_tokens=12)
         assert (begin + text_of(rest)).strip() in whole or whole.startswith(begin + text_of(rest))
-        assert rest.usage.input_tokens > len(serve_session.render(QUESTION))
+        assert prompt_of(rest) > len(serve_session.render(QUESTION))
 
     def test_sampling(self, anthropic_client: Anthropic, serve_session: Session) -> None:
         options: dict[str, Any] = {"temperature": 1.0, "top_p": 0.9, "top_k": 20}
@@ -125,9 +130,14 @@ class TestAnswers:
         for more in ({}, {"system": "Be brief."}, {"tools": [TOOL]}):
             options: Any = {"model": "demo", "messages": QUESTION, **more}
             counted = anthropic_client.messages.count_tokens(**options).input_tokens
-            used = ask(anthropic_client, max_tokens=1, **options).usage
-            assert counted == used.input_tokens
-        assert ask(anthropic_client, max_tokens=1, model="demo").usage.input_tokens < counted
+            used = ask(anthropic_client, max_tokens=1, **options)
+            assert counted == prompt_of(used)
+        again = ask(anthropic_client, max_tokens=1, model="demo")
+        assert prompt_of(again) < counted
+        assert (again.usage.input_tokens, again.usage.cache_read_input_tokens) == (
+            1,
+            prompt_of(again) - 1,
+        )
 
 
 class TestStreams:
@@ -144,7 +154,7 @@ class TestStreams:
         ]
         assert (found.stop_reason, found.stop_sequence) == (whole.stop_reason, whole.stop_sequence)
         assert found.usage.output_tokens == whole.usage.output_tokens
-        assert found.usage.input_tokens == whole.usage.input_tokens
+        assert prompt_of(found) == prompt_of(whole)
         assert "".join(pieces) == text_of(whole)
 
     def test_events(self, server_url: str) -> None:

@@ -1,0 +1,173 @@
+// GEMM of coded formats on AMX tiles: the codes of a k-block become BF16 tiles in the L1 cache,
+// with which the BF16 GEMM goes on.
+//
+// Two k-blocks of half the usual size share that memory: while all rows multiply one, the next one
+// is unpacked, evenly over the multiplications. Unpacking a tile takes 60 (E2M1) to 140 cycles
+// (INT4), which two pairs of A tiles hide; interleaved with the first pair's 64 alone it would not
+// be.
+#pragma once
+
+#include "kernels/amx/scaled_sums.h"
+#include "kernels/gemm_bf16/amx_body.h"
+#include "kernels/gemm_bf16/amx_one_row.h"
+#include "kernels/gemm_coded/amx_unpack.h"
+
+namespace ktrt {
+namespace {
+
+constexpr int kTileColumns = 32;  // of a BF16 tile
+
+template <class Format>
+class UnpackedTiles {
+ public:
+  static constexpr int kPerPacked = 1;
+  static constexpr bool kInPlace = false;
+
+  // Blocks of BF16 tiles.
+  template <int kLayoutBlock, class Visit>
+  static void for_each_block(const GemmArgs& g, int, Visit visit) {
+    const int tiles = g.k / kTileColumns;
+    const int blocks = (tiles + kBlockTiles - 1) / kBlockTiles;
+    const auto begin = [&](int block) { return tiles * block / blocks; };
+    for (int b = 0; b < blocks; ++b) {
+      const int next_count = b + 1 < blocks ? begin(b + 2) - begin(b + 1) : 0;
+      visit(KBlock{nullptr, begin(b + 1) - begin(b), begin(b) * 64, nullptr, next_count});
+    }
+  }
+
+  explicit UnpackedTiles(const GemmArgs& g) : g_(g), packed_(coded_tiles<Format>(g)) {
+    if constexpr (Format::kGroup == 0) unpack_.set_scale(1.0f);
+  }
+
+  void start(const KBlock& block, int passes) {
+    first_ = block.byte / 64;
+    end_ = 2 * (first_ + block.count + block.next_count);
+    steps_ = passes * block.count;
+    todo_ = passes == 1 ? 0 : end_ - done_;
+    due_ = 0;
+    unpack_until(2 * (first_ + 1));
+  }
+  // A tile ahead of the multiplications at least, so that none waits for the stores.
+  void prepare(int pass, int index) {
+    due_ += todo_;
+    int target = done_;
+    for (; due_ >= steps_; due_ -= steps_) ++target;
+    if (pass == 0 && target < 2 * (first_ + index + 2)) target = 2 * (first_ + index + 2);
+    if (target > end_) target = end_;
+    if (done_ < target) unpack_until(target);
+  }
+  const uint8_t* tile(int index) { return slot(first_ + index); }
+
+ private:
+  static constexpr int kBlockTiles = kMaxBlockTiles / 2;
+  static constexpr int kInPacked = Format::kTileColumns / kTileColumns;  // BF16 tiles
+  static constexpr int kHalves = 2 * kInPacked;
+  static constexpr int kAhead = 4;  // packed tiles, for prefetching
+
+  uint8_t* slot(int tile) {
+    return tiles_ + static_cast<int64_t>(tile % kMaxBlockTiles) * kTileSize;
+  }
+
+  // Out of line: inlined at all its calls, the code would not stay in the instruction cache.
+  __attribute__((noinline)) void unpack_until(int halves) {
+    for (; done_ < halves; ++done_) unpack_half(done_ / 2, done_ % 2);
+  }
+
+  void unpack_half(int tile, int half) {
+    const uint8_t* packed = coded_tile<Format>(g_, tile / kInPacked);
+    const int in_packed = tile % kInPacked;
+    const uint8_t* codes = packed + half * kTileHalf + in_packed * (kTileHalf / kInPacked);
+    uint8_t* out = slot(tile) + half * kTileHalf;
+    prefetch_ahead(tile / kInPacked, in_packed * 2 + half);
+    if constexpr (Format::kCode == Code::kE4m3) {
+      constexpr int kInGroup = Format::kGroup / kTileColumns;
+      if constexpr (Format::kGroup != 0) {
+        if (tile % kInGroup == 0 && half == 0) unpack_.set_scale(g_.w_scale[tile / kInGroup]);
+      }
+      unpack_.half(codes, out);
+    } else {
+      Unpack unpack;  // in registers
+      unpack.set_scales(group_scales<Format>(packed, in_packed * kTileColumns / Format::kGroup) +
+                        half * Format::kScaleBytes * 16);
+      unpack.half(codes, out);
+    }
+  }
+
+  // As large a part of the tile that is kAhead tiles ahead, of this strip or the next one.
+  void prefetch_ahead(int packed, int share) {
+    const int index = packed + kAhead;
+    const uint8_t* ahead = coded_tile<Format>(g_, index);
+    if (index >= packed_) {
+      if (g_.next == nullptr) return;
+      ahead = g_.next + static_cast<int64_t>(index - packed_) * Format::kTileBytes;
+    }
+    constexpr int kLines = (Format::kTileBytes + 63) / 64;
+    for (int i = share * kLines / kHalves; i < (share + 1) * kLines / kHalves; ++i) {
+      __builtin_prefetch(ahead + i * 64, 0, 2);
+    }
+  }
+
+  using Unpack = typename UnpackOf<Format::kCode>::Type;
+
+  const GemmArgs& g_;
+  const int packed_;  // tiles of the strip
+  int first_ = 0;     // tile of the block
+  int done_ = 0;      // half tiles that are unpacked
+  int end_ = 0;       // half tiles up to the end of the next block
+  int todo_ = 0;      // of them, evenly over
+  int steps_ = 1;     // the multiplications of the block;
+  int due_ = 0;       // todo_ of each, less steps_ of each half tile
+  Unpack unpack_;
+  alignas(64) uint8_t tiles_[kMaxBlockTiles * kTileSize];
+};
+
+// The scale in the weights.
+template <WeightFormat kFormat>
+class AmxCodedGemm : public AmxBf16Gemm {
+ public:
+  using WeightTiles = UnpackedTiles<Coded<kFormat>>;
+  using AmxBf16Gemm::AmxBf16Gemm;
+};
+
+// One scale per output: exact codes in the tiles, and their sums are scaled.
+class OutputScale {
+ public:
+  OutputScale(const GemmArgs& g, int) : g_(g) {}
+  __m512 apply(const float* sums, int half) const {
+    return _mm512_mul_ps(_mm512_loadu_ps(g_.w_scale + half), _mm512_loadu_ps(sums));
+  }
+
+ private:
+  const GemmArgs& g_;
+};
+template <>
+class AmxCodedGemm<WeightFormat::kFp8Channel> : public ScaledSums<OutputScale> {
+ public:
+  static constexpr int kLayoutBlock = AmxBf16Gemm::kLayoutBlock;
+  using WeightTiles = UnpackedTiles<Coded<WeightFormat::kFp8Channel>>;
+  using Multiply = MultiplyBf16;
+  static int row_bytes(const GemmArgs& g) { return g.k * 2; }
+  using ScaledSums::ScaledSums;
+};
+
+// Tables by coded_index().
+template <class Tiles, WeightFormat kFormat>
+void coded_strip(const GemmArgs& g) {
+  tile_strip<Tiles, AmxCodedGemm<kFormat>>(g);
+}
+template <class Tiles, WeightFormat kFormat>
+constexpr GemmKernel coded_kernel(const char* name, const GemmKernel* fixed) {
+  return {name, coded_strip<Tiles, kFormat>, expand_rows<Bf16Expand>, 0, true, nullptr, 0, fixed};
+}
+// The same bits for LoRA off the tiles.
+template <class Tiles, WeightFormat kFormat>
+constexpr GemmKernel fixed_coded_kernel(const char* name) {
+  if (kFormat == WeightFormat::kFp8Channel) {
+    return {name, tile_strip_then_expand<Tiles, AmxCodedGemm<kFormat>>, expand_rows<Bf16Expand>, 0,
+            true};
+  }
+  return {name, coded_strip<Tiles, kFormat>, tile_ordered_expand_rows, 0, true};
+}
+
+}  // namespace
+}  // namespace ktrt
