@@ -394,6 +394,24 @@ def demo_parameters() -> list[Any]:
     ]
 
 
+def demo_ids(model: Path) -> torch.Tensor:
+    """Ids [8, 80] of exchanges from the demo's corpus (its blocks of Q, B and A lines), in the
+    model's own chat format."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ids: list[int] = []
+    for file in sorted((DEMO / "corpus").glob("*.txt")):
+        for block in file.read_text("utf-8").split("\n\n"):
+            if found := re.search(r"^Q: (.*)\n(?:B: .*\n)?A: (.*)", block, re.MULTILINE):
+                turns = [
+                    {"role": role, "content": text}
+                    for role, text in zip(("user", "assistant"), found.groups(), strict=True)
+                ]
+                ids += tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+    return torch.tensor(ids[: 8 * 80]).view(8, 80)
+
+
 @pytest.mark.parametrize(("model", "adapter"), demo_parameters())
 def test_demo_equals_merge(tmp_path: Path, model: str, adapter: str | None) -> None:
     path = DEMO / model
