@@ -13,6 +13,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
+from queue import Empty, LifoQueue
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +38,8 @@ _COUNTS = (
     "minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties",
 )  # fmt: skip
 _SECONDS = 20.0
+# One that takes too long must not keep others from being compiled.
+_COMPILERS = 2
 # The time and line of C++ before xgrammar's messages.
 _WHERE = re.compile(r"\[[\d:]+\] \S+\.cc:\d+: ")
 _ENTRIES = 64
@@ -47,16 +50,19 @@ class Grammars:
     """Compiles grammars for one tokenizer, and keeps the latest.
 
     ``vocab_size`` is the number of logits: models pad it. Compiling takes at most ``seconds``; a
-    grammar that takes longer is refused. Its thread cannot be stopped: until it is done, nothing
-    else is compiled, so that requests cannot start any number of them. Any thread may use it.
+    grammar that takes longer is refused. Its thread cannot be stopped, and goes on next to the
+    others' until there are ``_COMPILERS``; then nothing is compiled until one is done, so that
+    requests cannot start any number of them. Any thread may use it.
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int, *, seconds: float = _SECONDS) -> None:
         self._tokenizer, self._vocab_size, self._seconds = tokenizer, vocab_size, seconds
         self._kept: OrderedDict[str, Any] = OrderedDict()
         self._lock = threading.Lock()
-        self._compiling = threading.Lock()
-        self._compiler: Any = None
+        # Compilers that are free, the latest first; None: it is made when it is needed.
+        self._compilers: LifoQueue[Any] = LifoQueue()
+        for _ in range(_COMPILERS):
+            self._compilers.put(None)
         self._special = _special_tokens(tokenizer)
 
     def compile(self, structure: Mapping[str, Any]) -> Grammar:
@@ -90,19 +96,24 @@ class Grammars:
 
     def _compile(self, xgrammar: Any, text: str) -> Any:
         deadline = time.monotonic() + self._seconds
-        if not self._compiling.acquire(timeout=self._seconds):
-            raise KtrtError("a grammar of another request is still being compiled; try again")
+        try:
+            free = self._compilers.get(timeout=self._seconds)
+        except Empty:
+            raise KtrtError(
+                "grammars of other requests are still being compiled; try again"
+            ) from None
         found: list[Any] = []
 
         def work() -> None:
+            compiler = free
             try:
-                if self._compiler is None:
-                    self._compiler = _compiler(xgrammar, self._tokenizer, self._vocab_size)
-                found.append(self._compiler.compile_structural_tag(text))
+                if compiler is None:
+                    compiler = _compiler(xgrammar, self._tokenizer, self._vocab_size)
+                found.append(compiler.compile_structural_tag(text))
             except Exception as error:  # noqa: BLE001 - of xgrammar, of the tokenizer
                 found.append(error)
             finally:
-                self._compiling.release()
+                self._compilers.put(compiler)
 
         thread = threading.Thread(target=work, name="ktrt-grammar", daemon=True)
         thread.start()

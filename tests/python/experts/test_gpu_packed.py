@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from helpers import packed_formats
+from helpers.expert_layers import CodedCase
 from helpers.packed_formats import GROUPS, PackedMatrix, dequantized, is_fp8, pack, random_matrix
 
+from ktrt._core import Engine
 from ktrt.engine.formats import format_named, padded_shape
 from ktrt.experts.gpu import coded
 from ktrt.experts.gpu.packed import unpack_weights, unpacked_dtype
@@ -157,3 +161,24 @@ def test_the_packers_inverse() -> None:
         packed = pack(*source, weight_format)
         found = packed_formats.unpack(packed, weight_format, 45, 320)
         assert (found[:45, :320] == dequantized(*source, weight_format)).all()
+
+
+# hidden and intermediate size: strips, tiles and blocks of FP8, tiles of INT4 and MXFP4 are ragged.
+SIZES = {
+    "fp8": (290, 170), "fp8_channel": (290, 170), "int4_g32": (288, 96), "int4_g64": (320, 192),
+    "int4_g128": (256, 384), "mxfp4": (288, 96),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("weight_format", GROUPS)
+def test_the_engine_packs_so(weight_format: str) -> None:
+    """Byte for byte, padding of rows and tiles included."""
+    engine = Engine(num_threads=1)
+    case = CodedCase(2, 1, *SIZES[weight_format], coded=weight_format)
+    layer: Any = case.build(engine, weight_format)
+    for projection, sources in case.codes.items():
+        for expert, source in enumerate(sources):
+            packed = pack(*source, weight_format)
+            assert layer.packed_codes(expert, projection) == packed.codes.tobytes()
+            assert layer.packed_scales(expert, projection) == packed.scales.tobytes()
+    engine.close()

@@ -147,13 +147,13 @@ class CodedCase(LayerCase):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._codes = {}
+        self.codes = {}
         for number, (name, out, size) in enumerate(self._sizes()):
             each = [
                 random_matrix(self.coded, out, size, 1000 * self.seed + 100 * number + expert)
                 for expert in range(self.num_experts)
             ]
-            self._codes[name] = each
+            self.codes[name] = each
             exact = np.stack([dequantized(*matrix, self.coded) for matrix in each])
             self.weights[name] = torch.from_numpy(exact).bfloat16().float()
 
@@ -162,7 +162,7 @@ class CodedCase(LayerCase):
             super()._load(layer)
             return
         for expert in range(self.num_experts):
-            pairs = {name: self._arrays(each[expert]) for name, each in self._codes.items()}
+            pairs = {name: self._arrays(each[expert]) for name, each in self.codes.items()}
             layer.load_coded_expert(expert, pairs.get("gate"), pairs["up"], pairs["down"])
 
     def _arrays(self, matrix: tuple[np.ndarray, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
