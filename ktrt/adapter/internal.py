@@ -14,6 +14,7 @@ from ktrt.experts.spec import Projection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
     from torch import nn
 
@@ -144,13 +145,14 @@ class BaseModel:
 
     ``model`` is the plain model on the meta device, with transformers' experts. ``expert_modules``
     maps (experts path, expert, projection) to the name of one expert's Linear on disk, which was
-    PEFT's name when every expert was a separate module.
+    PEFT's name when every expert was a separate module. ``folder`` holds the model's files.
     """
 
     model: nn.Module
     experts: Sequence[ExpertsSpec]
     names: Names
     expert_modules: Mapping[tuple[str, int, Projection], str]
+    folder: Path | None = None
 
     def site(self, path: str) -> ExpertsSpec | None:
         """Returns the experts module of this path, if it is one."""

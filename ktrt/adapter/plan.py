@@ -18,6 +18,7 @@ from ktrt.adapter.audit import Audit, AuditRow
 from ktrt.adapter.coverage import check_coverage, check_tying
 from ktrt.adapter.delta_norms import add_norms
 from ktrt.adapter.digest import adapter_digest
+from ktrt.adapter.files.base_identity import difference
 from ktrt.adapter.files.read import read_adapter
 from ktrt.adapter.files.settings import LoraSettings
 from ktrt.adapter.files.zeros import warn_of_zeros
@@ -143,9 +144,16 @@ class AdapterPlan:
         self.audit.mark(applied, "peft")
         return switches
 
-    def warn_of_format(self, running: str) -> None:
+    def warn_of_training(self, running: str, folder: Path | None) -> None:
         """Warns if the manifest names another format of the experts in training than the running
-        one: LoRA compensates for the rounding in training."""
+        one, since LoRA compensates for the rounding in training, or another base than the one in
+        ``folder``."""
+        base = self.files.base
+        if folder is not None and isinstance(base, dict) and (why := difference(base, folder)):
+            logger.warning(
+                "%s was trained on another base by its manifest: %s. Answers may differ from those "
+                "seen in training", self.files.folder, why,
+            )  # fmt: skip
         trained = self.files.expert_format
         if trained is not None and trained.lower() != running:
             logger.warning(

@@ -235,7 +235,7 @@ class Adapters:
         plan = plan_adapter(folder, self._base, lora_rank=None, lora_alpha=None)
         if modules := self._sides.experts.values():
             backend = backend_of(module.layer.weight_format for module in modules)
-            plan.warn_of_format(kt_name(backend))
+            plan.warn_of_training(kt_name(backend), self._base.folder)
         add_words: Callable[[], object] | None = None
         if self.take_words is not None and self._sides.model is not None:
             rows = max(words_of(self._sides.model), plan.vocabulary or 0)

@@ -57,7 +57,8 @@ class Idle:
 class AdapterFiles:
     """The content of an adapter folder: ``config`` is adapter_config.json; ``file`` holds
     ``tensors``, except those that are in KTransformers' files. ``idle``: tensors that are not
-    applied, with the reason. ``expert_format``: the experts' format in training, by the manifest.
+    applied, with the reason. ``expert_format`` and ``base``: the experts' format and the base in
+    training, by the manifest.
     """
 
     folder: Path
@@ -66,6 +67,7 @@ class AdapterFiles:
     tensors: list[AdapterTensor]
     idle: list[Idle] = field(default_factory=list)
     expert_format: str | None = None
+    base: Any = None
 
 
 def put_once(

@@ -190,7 +190,7 @@ REFUSED = {
     ),
     "quantization_device_map": Refusal((None,), "load an unquantised checkpoint"),
     "load_in_8bit": Refusal((None, False), "quantization_bit: 8 is ktrt's own INT8"),
-    "load_in_4bit": Refusal((None, False), "kt_backend: AMXInt4 has 4 bits for the experts"),
+    "load_in_4bit": Refusal((None, False), "kt_backend: RAWINT4 has 4 bits for the experts"),
     "rope_scaling": Refusal((None,), "set it in the model's config.json"),
     "mixture_of_depths": Refusal((None,), "it is not supported"),
     "train_from_scratch": Refusal((None, False), "there is nothing to chat with"),

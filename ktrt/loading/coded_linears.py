@@ -54,6 +54,16 @@ def coded_sizes(checkpoint: Checkpoint, tensors: Mapping[str, str]) -> dict[str,
     return found
 
 
+def dequantised_weights(
+    skeleton: nn.Module, checkpoint: Checkpoint, names: WeightNames
+) -> set[int]:
+    """Returns the ids of the parameters that are no pages of the checkpoint's files, since reading
+    dequantises them."""
+    parameters = dict(skeleton.named_parameters())
+    targets = (names.target(n).name for n in checkpoint.names() if checkpoint.is_quantized(n))
+    return {id(parameters[target]) for target in targets if target in parameters}
+
+
 def _fits(skeleton: Any, path: str, shape: tuple[int, ...]) -> bool:
     try:
         module = skeleton.get_submodule(path)

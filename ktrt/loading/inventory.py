@@ -113,7 +113,7 @@ def planned_inventory(
     *,
     infer_dtype: str = "auto",
     int8: bool = False,
-    mapped: bool = True,
+    dequantised: Container[int] = (),
     gpu: bool = False,
     coded: Mapping[str, tuple[str, int]] = MappingProxyType({}),
     loras: Iterable[LoraSize] = (),
@@ -122,17 +122,17 @@ def planned_inventory(
     """Counts a model on the meta device.
 
     ``layers``: the engine's layer of every experts module by path, by kt_backend; ``int8``: the
-    linear layers outside the experts are packed (``quantization_bit: 8``); ``mapped``: weights
-    whose dtype does not change stay pages of the checkpoint's files; ``gpu``: everything but the
-    experts and ``TABLES`` is on the GPU; ``coded``: format and bytes, by path, of layers that
-    keep the checkpoint's codes.
+    linear layers outside the experts are packed (``quantization_bit: 8``); weights whose dtype does
+    not change stay pages of the checkpoint's files, but for ``dequantised`` ones (ids); ``gpu``:
+    everything but the experts and ``TABLES`` is on the GPU; ``coded``: format and bytes, by path,
+    of layers that keep the checkpoint's codes.
     """
     dtype = None if infer_dtype == "auto" else getattr(torch, infer_dtype)
     paths = [spec.path for spec in specs]
     packed = {}
     if int8:
         packed = {id(each.weight): int8_bytes(each) for each in int8_layers(skeleton, paths, dtype)}
-    base = _Base(skeleton, packed, dtype=dtype, mapped=mapped and not gpu, gpu=gpu)
+    base = _Base(skeleton, packed, dequantised, dtype=dtype, mapped=not gpu, gpu=gpu)
     weights = {f"{path}.weight" for path in coded}
     rows = [
         *base.rows((n, p) for n, p in _outside(skeleton, specs) if n not in weights),
@@ -299,6 +299,7 @@ class _Base:
         self,
         model: Any,
         packed: Mapping[int, int],
+        dequantised: Container[int] = (),
         *,
         dtype: torch.dtype | None,
         mapped: bool,
@@ -308,7 +309,7 @@ class _Base:
         are loaded, None: their present one; ``gpu`` None: the tensors' present device."""
         head, table = model.get_output_embeddings(), model.get_input_embeddings()
         self._model, self._packed, self._dtype = model, packed, dtype
-        self._mapped, self._gpu = mapped, gpu
+        self._mapped, self._gpu, self._dequantised = mapped, gpu, dequantised
         self._head: Any = getattr(head, "weight", None)
         self._table: Any = getattr(table, "weight", None)
         self._tables = {id(each.weight) for each in host_tables(model)}
@@ -332,7 +333,8 @@ class _Base:
     def _of_parameter(self, name: str, parameter: nn.Parameter) -> Iterator[Row]:
         dtype = self._dtype or parameter.dtype
         count, size = parameter.numel(), parameter.numel() * dtype.itemsize
-        mapped = size if self._mapped and dtype == parameter.dtype else 0
+        is_page = dtype == parameter.dtype and id(parameter) not in self._dequantised
+        mapped = size if self._mapped and is_page else 0
         kind, gpu = self._kind(name, parameter), self._on_gpu(parameter)
         packed = self._packed.get(id(parameter))
         if packed is not None:

@@ -6,8 +6,8 @@ import logging
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ktrt.engine.formats import FORMATS
 from ktrt.errors import ConfigError
-from ktrt.layers.int8 import INT8
 from ktrt.loading.inventory import (
     BASE,
     EXPERT_BIASES,
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Forms of rows that the engine packs; other forms are torch's dtypes.
+_PACKED = {each.name for each in FORMATS}
 # A plan with room for fewer tokens of conversation is refused.
 MIN_CONTEXT = 2048
 # Activations, allocator slack and later imports of libraries; measured on CPU-only starts.
@@ -240,17 +242,19 @@ def _outside_on_cpu(inventory: Inventory, layer_source: int) -> list[Item]:
     """Returns the RAM of the other weights at its peak.
 
     Pages of the checkpoint take memory once they are read. Tables of embeddings are read row by row
-    (a conversation touches a few MB of V2-Lite's 0.42 GB). Layers that become INT8 hold their pages
-    until all are packed, which is after the experts.
+    (a conversation touches a few MB of V2-Lite's 0.42 GB). Layers that are packed hold their pages
+    until all of them are, which is after the experts.
     """
     rows = inventory.of(*BASE)
-    packed = sum(row.held for row in rows if row.form == INT8.name)
+    forms = sorted({row.form for row in rows if row.form in _PACKED})
+    packed = [(form, sum(row.held for row in rows if row.form == form)) for form in forms]
+    in_engine = sum(held for _, held in packed)
     tables = sum(row.mapped for row in rows if row.kind == TABLES)
     replaced = sum(row.replaced for row in rows)
-    later = packed + sum(row.mapped for row in rows) - tables
+    later = in_engine + sum(row.mapped for row in rows) - tables
     return [
-        Item("other weights", ram=sum(row.held for row in rows) - packed - tables),
-        Item("linear layers in INT8", ram=packed),
+        Item("other weights", ram=sum(row.held for row in rows) - in_engine - tables),
+        *(Item(f"linear layers in {form.upper()}", ram=held) for form, held in packed),
         Item("sources while packing", ram=max(0, replaced, layer_source - later)),
     ]
 

@@ -335,7 +335,8 @@ def _apply_adapter(
     layers = sum(spec.path in plan.experts for spec in specs)
     logger.info("Loaded MoE LoRA into %d KT wrappers from %s", layers, plan.files.folder)
     logger.info("Loaded adapter(s): %s", plan.files.folder)
-    logger.info("Adapter audit\n%s", plan.audit.table())
+    if logger.isEnabledFor(logging.INFO):
+        logger.info("Adapter audit\n%s", plan.audit.table())
 
 
 def _share_with_gpu(

@@ -19,7 +19,7 @@ from ktrt.engine.formats import AUTO, PLAIN, format_of
 from ktrt.errors import CheckpointError
 from ktrt.experts import find_experts, new_layer
 from ktrt.folders import check_model_folder
-from ktrt.loading.coded_linears import coded_sizes, coded_tensors
+from ktrt.loading.coded_linears import coded_sizes, coded_tensors, dequantised_weights
 from ktrt.loading.experts import ExpertSource, cache_folder, seems_cached
 from ktrt.loading.formats import choose_formats, own_formats, possible_formats, saving_note
 from ktrt.loading.inventory import planned_inventory
@@ -152,7 +152,7 @@ def prepare(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> Prep
     kt_weights = open_kt_weights(experts, base.experts.specs)
     formats = choose_formats(experts.kt_backend, base.experts)
     for plan in plans.values():
-        plan.warn_of_format(formats.kt_name)
+        plan.warn_of_training(formats.kt_name, base.experts.checkpoint.folder)
     engine = build_engine(experts, formats.by_path.values())
     try:
         layers = new_layers(engine, base.experts.specs, formats, kt_weights)
@@ -164,7 +164,7 @@ def prepare(model: ModelArgs, adapter: AdapterArgs, experts: ExpertArgs) -> Prep
             all_layers,
             infer_dtype=model.infer_dtype,
             int8=model.quantization_bit == 8 and gpu is None,
-            mapped=not base.experts.checkpoint.is_quantized(),
+            dequantised=dequantised_weights(base.built.model, base.experts.checkpoint, base.names),
             gpu=gpu is not None,
             coded=_coded_sizes(base, model.infer_dtype),
             loras=[
@@ -268,7 +268,9 @@ def base_of_adapters(base: BaseCheckpoint) -> BaseModel:
         for path, layer in base.experts.weights.items()
         for (expert, projection), name in layer.modules().items()
     }
-    return BaseModel(base.built.model, base.experts.specs, base.names, modules)
+    return BaseModel(
+        base.built.model, base.experts.specs, base.names, modules, base.experts.checkpoint.folder
+    )
 
 
 def _plan_adapters(args: AdapterArgs, base: BaseModel) -> dict[str, AdapterPlan]:

@@ -2,7 +2,9 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -34,6 +36,33 @@ def ctrl_c_arrives() -> Iterator[None]:
     yield
     signal.signal(signal.SIGINT, before)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+_kv_sizes: dict[Any, Any] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kv_sizes_once() -> Iterator[None]:
+    """Loading a tiny model spends a third of its time on a forward that measures its KV cache, on
+    the meta device: a process of tests runs one for each config (test_memory_plan.py calls
+    ``kv_size`` itself).
+    """
+    inventory: Any = sys.modules.get("ktrt.loading.inventory")
+    if inventory is None:
+        yield
+        return
+    measure = inventory.kv_size
+
+    def kv_size(skeleton: Any, expert_paths: list[str], dtype: Any) -> Any:
+        config = skeleton.config.to_dict() | {"_name_or_path": ""}
+        key = (type(skeleton), repr(config), *expert_paths, dtype)
+        if key not in _kv_sizes:
+            _kv_sizes[key] = measure(skeleton, expert_paths, dtype)
+        return _kv_sizes[key]
+
+    with Patches() as patches:
+        patches.set(inventory, "kv_size", kv_size)
+        yield
 
 
 @pytest.fixture(scope="module")

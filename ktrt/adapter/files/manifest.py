@@ -24,6 +24,7 @@ class Manifest(JsonObject):
     version: Any = None
     status: Any = None
     expert_weight_format: str | None = None
+    base: Any = None
     lora: Any = None
     artifacts: Any = None
 

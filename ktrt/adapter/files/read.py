@@ -49,8 +49,9 @@ def read_adapter(folder: Path) -> AdapterFiles:
     for tensor in tensors:
         _check_values(tensor)
     expert_format = manifest.expert_weight_format if manifest else None
+    base = manifest.base if manifest else None
     return AdapterFiles(
-        folder, found.files[0], config, _without_copies(tensors), idle, expert_format
+        folder, found.files[0], config, _without_copies(tensors), idle, expert_format, base
     )
 
 

@@ -17,7 +17,7 @@ from ktrt.serve.anthropic.schema import Message, MessagesRequest, PromptRequest,
 from ktrt.serve.errors import ApiError, error_body
 from ktrt.serve.openai.conversation import prepare
 from ktrt.serve.openai.prompts import encode
-from ktrt.serve.openai.stream import event, event_stream, failure, unless_gone
+from ktrt.serve.openai.stream import STREAMED, event, event_stream, failure, unless_gone
 from ktrt.serve.server import Server, get_server
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ _SILENCE = 15.0
 @router.post(
     PATH,
     response_model=Message,
-    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    responses=STREAMED,
 )
 async def messages(
     body: MessagesRequest, request: Request, server: Annotated[Server, Depends(get_server)]

@@ -25,7 +25,15 @@ from ktrt.serve.openai.reply import usage
 from ktrt.serve.openai.sampling import sampling_options
 from ktrt.serve.openai.schema import refuse_unknown_effects
 from ktrt.serve.openai.schema_chat import ChatCompletion, ChatRequest
-from ktrt.serve.openai.stream import DONE, encode, event, event_stream, failure, unless_gone
+from ktrt.serve.openai.stream import (
+    DONE,
+    STREAMED,
+    encode,
+    event,
+    event_stream,
+    failure,
+    unless_gone,
+)
 from ktrt.serve.server import Server, get_server
 
 if TYPE_CHECKING:
@@ -45,7 +53,7 @@ FINGERPRINT = f"ktrt-{__version__}"
 @router.post(
     PATH,
     response_model=ChatCompletion,
-    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    responses=STREAMED,
 )
 async def chat_completions(
     body: ChatRequest, request: Request, server: Annotated[Server, Depends(get_server)]

@@ -21,7 +21,15 @@ from ktrt.serve.openai.prompts import Prompt, read_prompts
 from ktrt.serve.openai.sampling import sampling_options
 from ktrt.serve.openai.schema import refuse_unknown_effects
 from ktrt.serve.openai.schema_completions import Completion, CompletionRequest
-from ktrt.serve.openai.stream import DONE, EventStream, event, failure, merged, unless_gone
+from ktrt.serve.openai.stream import (
+    DONE,
+    STREAMED,
+    EventStream,
+    event,
+    failure,
+    merged,
+    unless_gone,
+)
 from ktrt.serve.openai.text import Text, TextMaker
 from ktrt.serve.server import Server, get_server
 
@@ -40,7 +48,7 @@ _MAX_TOKENS = 16
 @router.post(
     PATH,
     response_model=Completion,
-    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    responses=STREAMED,
 )
 async def completions(
     body: CompletionRequest, request: Request, server: Annotated[Server, Depends(get_server)]

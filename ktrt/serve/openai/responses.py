@@ -15,7 +15,7 @@ from ktrt.serve.openai.reply import usage
 from ktrt.serve.openai.response_input import response_conversation
 from ktrt.serve.openai.response_items import Items
 from ktrt.serve.openai.schema_responses import ResponseObject, ResponsesRequest
-from ktrt.serve.openai.stream import event, event_stream, failure, unless_gone
+from ktrt.serve.openai.stream import STREAMED, event, event_stream, failure, unless_gone
 from ktrt.serve.server import Server, get_server
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ PATH = "/v1/responses"
 @router.post(
     PATH,
     response_model=ResponseObject,
-    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    responses=STREAMED,
 )
 async def responses(
     body: ResponsesRequest, request: Request, server: Annotated[Server, Depends(get_server)]

@@ -26,6 +26,10 @@ logger = logging.getLogger(__name__)
 
 # Compact, and made once: json.dumps makes one for each call with such arguments.
 encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+# Describes a stream: text as a whole, and an object for readers that check event by event.
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": ["string", "object"]}}}}
+}
 DONE = "data: [DONE]\n\n"
 # Without these a proxy may collect events before it passes them on.
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

@@ -57,6 +57,23 @@ TEST(SelectKernels, FallsBackWhereAFeatureIsMissing) {
             "portable portable portable portable portable portable portable portable");
 }
 
+TEST(SelectKernels, CodedFormatsByLevelAndFeature) {
+  CpuFeatures no_bf16 = kAll;
+  no_bf16.avx512_bf16 = false;
+  for (const WeightFormat format : kWeightFormats) {
+    if (!is_coded(format)) continue;
+    const auto few = [&](Isa level, const CpuFeatures& features) {
+      return std::string(select_kernels(level, features).gemm(format).few->name);
+    };
+    EXPECT_EQ(few(Isa::kPortable, kAll), "portable") << name_of(format);
+    EXPECT_EQ(few(Isa::kAvx2, kAll), "avx2") << name_of(format);
+    EXPECT_EQ(few(Isa::kAvx512, no_bf16), "avx512") << name_of(format);
+    EXPECT_EQ(few(Isa::kAmx, kAll), "avx512_bf16") << name_of(format);
+    EXPECT_EQ(select_kernels(Isa::kAvx512, kAll).gemm(format).many->name,
+              std::string("avx512_bf16"));
+  }
+}
+
 TEST(SelectKernels, TilesFromSomeNumberOfRowsOn) {
   const KernelTable table = select_kernels(Isa::kAmx, kAll);
   for (const WeightFormat format : kWeightFormats) {

@@ -1,4 +1,5 @@
-"""2200 damaged adapters: each is refused by name, or provably changes nothing.
+"""2400 damaged adapters (a fifth of them unless `-m long`): each is refused by name, or provably
+changes nothing.
 
 *Refused*: ``AdapterError`` naming the tensor (or its module), or the damaged file.
 *Changes nothing*: the internal form is bit-equal to the undamaged adapter's. Anything else, another
@@ -48,14 +49,13 @@ from ktrt.errors import AdapterError
 from ktrt.loading.model import load_model
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 pytestmark = pytest.mark.slow
 
 MODEL = "adapter_model.safetensors"
 RANK, ALPHA = 4, 8
-TOTAL = 2200
 SUBJECTS = [
     ("deepseek_v2", "a"), ("deepseek_v2", "b"), ("deepseek_v2", "c"), ("deepseek_v2", "c bare"),
     ("deepseek_v2", "a'"), ("mixtral", "a"), ("mixtral", "b old"), ("mixtral", "c bare"),
@@ -65,15 +65,23 @@ SUBJECTS = [
 # Layouts whose adapters share matrices here.
 SHARED = ("stacked", "mixed")
 
-# Outcomes of the cases: "refused" and "unchanged".
+# Outcomes of the cases: "refused" and "unchanged"; "planned" is their number.
 tally: Counter[str] = Counter()
 
 
-def cases(count: int) -> settings:
-    return settings(
+def cases(count: int) -> pytest.MarkDecorator:
+    """A fifth of ``count`` cases, and in a test marked ``long`` all."""
+    return pytest.mark.parametrize(
+        "count", [count // 5, pytest.param(count, marks=pytest.mark.long)]
+    )
+
+
+def try_all(count: int, test: Callable[..., None], **given_by: st.SearchStrategy[Any]) -> None:
+    tally["planned"] += count
+    settings(
         max_examples=count, deadline=None, database=None, derandomize=True,
         suppress_health_check=list(HealthCheck), report_multiple_bugs=True,
-    )  # fmt: skip
+    )(given(**given_by)(test))()  # fmt: skip
 
 
 class Subjects:
@@ -157,21 +165,24 @@ def test_undamaged_adapters_are_accepted(subjects: Subjects) -> None:
         assert_same(read(folder, subjects.base(family), RANK, ALPHA), expected)
 
 
-@given(data=st.data())
 @cases(1400)
-def test_tensors(subjects: Subjects, data: st.DataObject) -> None:
+def test_tensors(subjects: Subjects, count: int) -> None:
     """Damages one tensor of any file. Half of the time the manifest's hashes are rewritten, so that
     the tensors themselves are checked."""
-    family, layout = data.draw(st.sampled_from(SUBJECTS))
-    source, expected, adapter = subjects.get(family, layout)
-    folder = fresh_copy(source, subjects.folder / "copy")
-    files = [name for name in (MODEL, FUSED, EXTRA) if (folder / name).is_file()]
-    damage = damage_tensor(data.draw, folder, files)
-    if layout == "c":
-        damage.names.append([str(folder)])
-        if data.draw(st.booleans()):
-            write_manifest_or_none(folder, adapter)
-    judge(folder, subjects.base(family), damage, expected)
+
+    def case(data: st.DataObject) -> None:
+        family, layout = data.draw(st.sampled_from(SUBJECTS))
+        source, expected, adapter = subjects.get(family, layout)
+        folder = fresh_copy(source, subjects.folder / "copy")
+        files = [name for name in (MODEL, FUSED, EXTRA) if (folder / name).is_file()]
+        damage = damage_tensor(data.draw, folder, files)
+        if layout == "c":
+            damage.names.append([str(folder)])
+            if data.draw(st.booleans()):
+                write_manifest_or_none(folder, adapter)
+        judge(folder, subjects.base(family), damage, expected)
+
+    try_all(count, case, data=st.data())
 
 
 def write_manifest_or_none(folder: Path, adapter: Adapter) -> None:
@@ -182,73 +193,91 @@ def write_manifest_or_none(folder: Path, adapter: Adapter) -> None:
         return
 
 
-@given(data=st.data())
 @cases(400)
-def test_configurations(subjects: Subjects, data: st.DataObject) -> None:
+def test_configurations(subjects: Subjects, count: int) -> None:
     """Damages one entry of adapter_config.json."""
-    family, layout = data.draw(st.sampled_from(SUBJECTS))
-    source, expected, _ = subjects.get(family, layout)
-    folder = fresh_copy(source, subjects.folder / "copy")
-    damage = damage_config(data.draw, folder)
-    yaml = {"rank": RANK, "alpha": ALPHA} if data.draw(st.booleans()) else {}
-    judge(folder, subjects.base(family), damage, expected, **yaml)
+
+    def case(data: st.DataObject) -> None:
+        family, layout = data.draw(st.sampled_from(SUBJECTS))
+        source, expected, _ = subjects.get(family, layout)
+        folder = fresh_copy(source, subjects.folder / "copy")
+        damage = damage_config(data.draw, folder)
+        yaml = {"rank": RANK, "alpha": ALPHA} if data.draw(st.booleans()) else {}
+        judge(folder, subjects.base(family), damage, expected, **yaml)
+
+    try_all(count, case, data=st.data())
 
 
-@given(alpha=st.sampled_from([1, 4, 7.5, 16, 1e38, 1e300]), where=st.integers(0, 13))
 @cases(80)
-def test_alpha_that_is_repeated(subjects: Subjects, alpha: float, where: int) -> None:
+def test_alpha_that_is_repeated(subjects: Subjects, count: int) -> None:
     """Another lora_alpha is found if the YAML file or the manifest repeats it."""
-    family, layout = SUBJECTS[where]
-    source, _, _ = subjects.get(family, layout)
-    folder = fresh_copy(source, subjects.folder / "copy")
-    text = (
-        (folder / CONFIG)
-        .read_text("utf-8")
-        .replace(f'"lora_alpha": {ALPHA}', f'"lora_alpha": {alpha}')
-    )
-    (folder / CONFIG).write_text(text, encoding="utf-8")
-    yaml = {} if layout == "c" else {"rank": RANK, "alpha": ALPHA}
-    with pytest.raises(AdapterError, match="alpha|bytes"):
-        read(folder, subjects.base(family), **yaml)
-    tally["refused"] += 1
 
-
-@given(data=st.data())
-@cases(280)
-def test_files(subjects: Subjects, data: st.DataObject) -> None:
-    """Truncates or removes a file, or changes a byte of it; in layout c, any byte."""
-    family, layout = data.draw(st.sampled_from([*SUBJECTS, *8 * [("deepseek_v2", "c")]]))
-    source, expected, _ = subjects.get(family, layout)
-    folder = fresh_copy(source, subjects.folder / "copy")
-    damage = damage_file(data.draw, folder)
-    judge(folder, subjects.base(family), damage, expected, rank=RANK, alpha=ALPHA)
-
-
-@given(data=st.data())
-@cases(200)
-def test_manifests(subjects: Subjects, data: st.DataObject) -> None:
-    source, expected, _ = subjects.get("deepseek_v2", "c")
-    folder = fresh_copy(source, subjects.folder / "copy")
-    damage = damage_manifest(data.draw, folder)
-    judge(folder, subjects.base("deepseek_v2"), damage, expected)
-
-
-@given(data=st.data())
-@cases(30)
-def test_whole_loads(subjects: Subjects, data: st.DataObject) -> None:
-    """Loads with ``load_model``: expects an error before any answer, or the same logits."""
-    layout = data.draw(st.sampled_from(["a", "b", "c bare", "a and e"]))
-    source, _, _ = subjects.get("deepseek_v2", layout)
-    folder = fresh_copy(source, subjects.folder / "copy")
-    damage_tensor(data.draw, folder, [MODEL])
-    expected = logits(subjects, source)
-    try:
-        found = logits(subjects, folder)
-    except AdapterError:
+    def case(alpha: float, where: int) -> None:
+        family, layout = SUBJECTS[where]
+        source, _, _ = subjects.get(family, layout)
+        folder = fresh_copy(source, subjects.folder / "copy")
+        text = (
+            (folder / CONFIG)
+            .read_text("utf-8")
+            .replace(f'"lora_alpha": {ALPHA}', f'"lora_alpha": {alpha}')
+        )
+        (folder / CONFIG).write_text(text, encoding="utf-8")
+        yaml = {} if layout == "c" else {"rank": RANK, "alpha": ALPHA}
+        with pytest.raises(AdapterError, match="alpha|bytes"):
+            read(folder, subjects.base(family), **yaml)
         tally["refused"] += 1
-        return
-    tally["unchanged"] += 1
-    assert torch.equal(found, expected)
+
+    try_all(
+        count, case, alpha=st.sampled_from([1, 4, 7.5, 16, 1e38, 1e300]), where=st.integers(0, 13)
+    )
+
+
+@cases(280)
+def test_files(subjects: Subjects, count: int) -> None:
+    """Truncates or removes a file, or changes a byte of it; in layout c, any byte."""
+
+    def case(data: st.DataObject) -> None:
+        family, layout = data.draw(st.sampled_from([*SUBJECTS, *8 * [("deepseek_v2", "c")]]))
+        source, expected, _ = subjects.get(family, layout)
+        folder = fresh_copy(source, subjects.folder / "copy")
+        damage = damage_file(data.draw, folder)
+        judge(folder, subjects.base(family), damage, expected, rank=RANK, alpha=ALPHA)
+
+    try_all(count, case, data=st.data())
+
+
+@cases(200)
+def test_manifests(subjects: Subjects, count: int) -> None:
+    def case(data: st.DataObject) -> None:
+        source, expected, _ = subjects.get("deepseek_v2", "c")
+        folder = fresh_copy(source, subjects.folder / "copy")
+        damage = damage_manifest(data.draw, folder)
+        judge(folder, subjects.base("deepseek_v2"), damage, expected)
+
+    try_all(count, case, data=st.data())
+
+
+@cases(30)
+def test_whole_loads(subjects: Subjects, count: int) -> None:
+    """Loads with ``load_model``: expects an error before any answer, or the same logits."""
+    expected: dict[str, torch.Tensor] = {}
+
+    def case(data: st.DataObject) -> None:
+        layout = data.draw(st.sampled_from(["a", "b", "c bare", "a and e"]))
+        source, _, _ = subjects.get("deepseek_v2", layout)
+        folder = fresh_copy(source, subjects.folder / "copy")
+        damage_tensor(data.draw, folder, [MODEL])
+        if layout not in expected:
+            expected[layout] = logits(subjects, source)
+        try:
+            found = logits(subjects, folder)
+        except AdapterError:
+            tally["refused"] += 1
+            return
+        tally["unchanged"] += 1
+        assert torch.equal(found, expected[layout])
+
+    try_all(count, case, data=st.data())
 
 
 def logits(subjects: Subjects, adapter: Path) -> torch.Tensor:
@@ -269,6 +298,6 @@ def test_enough_cases_of_both_outcomes() -> None:
     """Runs last in the file: nothing was skipped, and neither outcome is rare."""
     if not tally:
         pytest.skip("the other tests of this file did not run")
-    assert tally.total() >= TOTAL
-    assert tally["refused"] > 1000
-    assert tally["unchanged"] > 100
+    assert tally["refused"] + tally["unchanged"] >= tally["planned"]
+    assert tally["refused"] > 0.45 * tally["planned"]
+    assert tally["unchanged"] > 0.045 * tally["planned"]

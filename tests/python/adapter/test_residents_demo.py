@@ -15,8 +15,6 @@ import ktrt
 if TYPE_CHECKING:
     from ktrt.session import Session
 
-pytestmark = pytest.mark.end_to_end
-
 DEMO = Path(__file__).parents[3] / "examples" / "demo"
 NAMES = ("adapter_a", "adapter_b")
 QUESTIONS = ("你好，请介绍一下你自己。", "Who are you?")
@@ -42,6 +40,7 @@ def load(*names: str) -> Session:
     return ktrt.load(DEMO / "chat.yaml", adapter_name_or_path=None, adapters=adapters)
 
 
+@pytest.mark.end_to_end
 def test_switched_answers_equal_each_adapter_alone() -> None:
     expected = {}
     for name in NAMES:

@@ -119,7 +119,7 @@ class Case:
             assert error(logits(loaded.model), reference) <= allowed, (name, backend)
             assert loaded.audit.not_applied == 0
             assert (loaded.audit.applied_experts > 0) == bool(loras)
-            if not loras:
+            if not loras and backend == "AMXBF16":
                 check_token_by_token(loaded)
         finally:
             loaded.close()
@@ -134,23 +134,33 @@ def make_loras(model: Any, *, share_gate_a: bool) -> dict[str, Lora]:
     }
 
 
-@pytest.mark.parametrize("family", SUPPORTED, ids=str)
-def test_logits_equal_transformers(family: Family, tmp_path: Path) -> None:
+# Experts on disk: fused; transposed and interleaved; transposed; without gate; rearranged by
+# transformers. In the engine, other families' look like one of these.
+FORMS = {"qwen3_moe", "granitemoe", "gpt_oss", "aria_text", "nemotron_h", "ernie4_5_vl_moe"}
+QUANTIZED = [
+    pytest.param(f, marks=() if f.model_type in FORMS else pytest.mark.long) for f in SUPPORTED
+]
+
+
+def saved_case(family: Family, folder: Path) -> Case:
     if family.folder == "inkling" and family.model_type == "inkling_mm_model":
         pytest.importorskip("scipy", reason="transformers' vision tower of Inkling needs scipy")
-    model = random_model(family)
-    case = Case(model, tmp_path / "model")
-    model.save_pretrained(case.folder)
+    case = Case(random_model(family), folder)
+    case.model.save_pretrained(folder)
+    return case
+
+
+@pytest.mark.parametrize("family", SUPPORTED, ids=str)
+def test_logits_equal_transformers(family: Family, tmp_path: Path) -> None:
+    case = saved_case(family, tmp_path / "model")
+    model = case.model
     plain = logits(model)
     case.check("base", "AMXBF16", {}, None)
     assert error(case.references["base"], plain) < 1e-4, "the reference is not the library"
-    case.check("base", "AMXInt8", {}, None)
-    case.check("base", "AMXInt4", {}, None)
 
     loras = make_loras(model, share_gate_a=True)
     adapter = write_stacked(tmp_path / "b", experts_of(model), loras)
     case.check("b", "AMXBF16", loras, adapter)
-    case.check("b", "AMXInt8", loras, adapter)
     # If a layer has two experts modules (text, vision), names alone do not tell them apart.
     layers = [layer_of(path) for path in loras]
     if single_expert_modules(case.folder) and len(set(layers)) == len(layers):
@@ -160,6 +170,16 @@ def test_logits_equal_transformers(family: Family, tmp_path: Path) -> None:
     for name, reference in case.references.items():
         if name != "base":
             assert error(case.references["base"], reference) > 0.02, "the adapter must matter"
+
+
+@pytest.mark.parametrize("family", QUANTIZED, ids=str)
+def test_quantized_experts(family: Family, tmp_path: Path) -> None:
+    case = saved_case(family, tmp_path / "model")
+    case.check("base", "AMXInt8", {}, None)
+    case.check("base", "AMXInt4", {}, None)
+    loras = make_loras(case.model, share_gate_a=True)
+    adapter = write_stacked(tmp_path / "b", experts_of(case.model), loras)
+    case.check("b", "AMXInt8", loras, adapter)
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f.class_name in REFUSED], ids=str)

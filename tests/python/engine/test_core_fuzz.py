@@ -15,7 +15,7 @@ from helpers import fake_cuda
 
 TESTS = Path(__file__).resolve().parents[1]
 SEEDS = (1, 2)
-CALLS, SEQUENCES = 1000, 12
+SEQUENCES = 12
 
 
 def start(script: str, *arguments: object) -> subprocess.Popen[str]:
@@ -39,9 +39,10 @@ def check(process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.slow
-def test_random_calls(tmp_path: Path) -> None:
+@pytest.mark.parametrize("calls", [400, pytest.param(2000, marks=pytest.mark.long)])
+def test_random_calls(tmp_path: Path, calls: int) -> None:
     library = fake_cuda.build(tmp_path)
-    processes = [start("core_calls.py", seed, CALLS) for seed in SEEDS]
+    processes = [start("core_calls.py", seed, calls) for seed in SEEDS]
     if library is not None:
         processes.append(start("handoff_calls.py", library, 0, SEQUENCES))
     try:

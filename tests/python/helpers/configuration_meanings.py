@@ -48,7 +48,8 @@ MEANINGS = {
     "adapters": "Several adapters by name: `{name: path}`. Replaces `adapter_name_or_path`.",
     "adapter_weights": "`{name: weight}`: starts with this weighted sum of adapters.",
     # The experts' engine.
-    "kt_backend": "Weight format of the routed experts (case-insensitive). It does not require "
+    "kt_backend": "Weight format of the routed experts (case-insensitive, also without `AMX`). "
+    "`auto`: as the checkpoint stores them ([all formats](models.md#formats)). It does not require "
     "AMX: the engine picks the best kernels the CPU has.",
     "kt_num_threads": "CPU threads of the engine; at most the CPU quota of a container.",
     "kt_tp_enabled": "Shards every expert over the NUMA nodes.",

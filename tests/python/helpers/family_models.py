@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class Family:
         return f"{self.model_type}-{self.class_name}"
 
 
+@cache
 def moe_folders() -> list[str]:
     """Returns the modelling folders whose experts go through the interface."""
     return sorted(
@@ -51,6 +53,7 @@ def moe_folders() -> list[str]:
     )
 
 
+@cache
 def families() -> list[Family]:
     """Returns every class of these folders that generates text, by folder."""
     classes = {

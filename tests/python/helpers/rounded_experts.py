@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 Projection = Literal["gate", "up", "down"]
-Rounding = Literal["none", "bf16", "int8", "int4"]
+# "activations": as "bf16", without the weights.
+Rounding = Literal["none", "activations", "bf16", "int8", "int4"]
 # projection → A [E, rank, in], B [E, out, rank], scaling folded into B.
 Lora = dict[Projection, tuple[torch.Tensor, torch.Tensor]]
 
@@ -94,7 +95,8 @@ def _one_expert(module: Any, expert: int, x: torch.Tensor, state: _State) -> tor
 def _project(module: Any, name: str, expert: int, x: torch.Tensor, state: _State) -> torch.Tensor:
     x = _bf16(x, state)
     weight = getattr(module, name)[expert].float()
-    weight = _bf16(weight.T if module.is_transposed else weight, state)
+    weight = weight.T if module.is_transposed else weight
+    weight = weight if state.rounding == "activations" else _bf16(weight, state)
     weight = rounded_to_int4(weight) if state.rounding == "int4" else _int8(weight, state)
     y = functional.linear(_int8(x, state), weight)
     deltas = list(_deltas(name, expert, x, state))

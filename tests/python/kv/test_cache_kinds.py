@@ -91,10 +91,16 @@ class Talk:
         return found, len(prompt) - reused
 
 
-def check_talks(model: Any, monkeypatch: pytest.MonkeyPatch, *, whole: bool = False) -> None:
-    """A conversation for each size of a prompt's chunks."""
+def check_talks(
+    model: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    chunks: Sequence[int] = (6, 512),
+    *,
+    whole: bool = False,
+) -> None:
+    """A conversation for each size of a prompt's chunks (answers are read token by token)."""
     expected: dict[tuple[int, ...], list[int]] = {}
-    for chunk in (1, 6, 512):
+    for chunk in chunks:
         monkeypatch.setattr(runner, "PREFILL_CHUNK", chunk)
         check_talk(Talk(model, expected), whole=whole)
 
@@ -157,11 +163,23 @@ def test_every_kind_is_represented() -> None:
     ids=str,
 )
 def test_conversations(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_family(family, monkeypatch)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_prompts_token_by_token(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_family(family, monkeypatch, (1,))
+
+
+def check_family(
+    family: Family, monkeypatch: pytest.MonkeyPatch, chunks: Sequence[int] = (6, 512)
+) -> None:
     if family.folder == "inkling" and family.model_type == "inkling_mm_model":
         pytest.importorskip("scipy", reason="transformers' vision tower of Inkling needs scipy")
     model = random_model(family)
     whole = family.model_type in WHOLE_PROMPTS or (restarts() and has_states(model))
-    check_talks(model, monkeypatch, whole=whole)
+    check_talks(model, monkeypatch, chunks, whole=whole)
 
 
 def test_chunked_attention(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from helpers.coded_checkpoints import code_folder, save_family
 from helpers.family_models import families, random_model
 from helpers.one_token import decode_a_token
 from helpers.tiny_models import LoraPlan, save_adapter, save_model, token_ids
+from safetensors.torch import load_file
 from torch import nn
 
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
@@ -101,6 +103,41 @@ def test_planned_rows_are_those_of_the_loaded_model(
     assert (EXPERT_LORA in kinds) == (family != "granitemoe")
     assert ("int8" in {form for kind, form in there if kind in (ATTENTION, HEAD)}) == (bits == 8)
     assert there[EXPERTS, format_of(kt_backend).name].share == 4 / 16
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kt_backend", "only", "bits"),
+    [
+        ("fp8", "FP8", False, None),
+        ("int4_g32", "RAWINT4", True, 8),
+        ("mxfp4", "MXFP4", False, None),
+    ],
+)
+def test_coded_weights_are_planned_as_loaded(
+    folder: Path, scheme: str, kt_backend: str, only: bool, bits: int | None
+) -> None:
+    """The checkpoint's own bytes: of experts, and of other linear layers that are coded there."""
+    original = save_family(folder / f"{scheme}-original", "deepseek_v3")
+    coded = code_folder(original, folder / scheme, scheme, experts_only=only).coded
+    adapter = save_adapter(folder / f"{scheme}-adapter", original, "a", LoraPlan(rank=5))
+    planned, found, loaded = both(coded, adapter, "auto", bits)
+    loaded.close()
+    assert set(found.experts) == {kt_backend}
+    expected, there = rows_of(planned, kt_backend), rows_of(found, kt_backend)
+    lora = (EXPERT_LORA, "bfloat16")
+    expected[lora] = replace(expected[lora], values=0.0)
+    # Which pages are mapped is known by file when planned, by parameter when loaded.
+    same = {"mapped": 0, "replaced": 0}
+    assert {key: pytest.approx(vars(row) | same) for key, row in expected.items()} == {
+        key: vars(row) | same for key, row in there.items()
+    }
+    assert ((ATTENTION, "fp8") in there) == (scheme == "fp8")
+    stored = sum(
+        tensor.nbytes
+        for name, tensor in load_file(coded / "model.safetensors").items()
+        if ".experts." in name and "shared" not in name and not name.endswith("_shape")
+    )
+    assert stored <= planned.experts[kt_backend].held <= 1.02 * stored + 3 * 4096
 
 
 def test_another_dtype_is_planned(folder: Path) -> None:
