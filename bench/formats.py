@@ -27,8 +27,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from ktrt import _core
-from ktrt.engine.threads import num_threads
 from ktrt.engine.formats import format_named
+from ktrt.engine.threads import num_threads
 
 EXPERTS, TOP_K, HIDDEN, INTER = 64, 6, 2048, 1408
 FORMATS = "bf16,int8,fp8,fp8_channel,int4_g32,int4_g64,int4_g128,mxfp4"

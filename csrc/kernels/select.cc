@@ -74,11 +74,10 @@ const Kernel* first_that_runs(const std::array<Variant<Kernel>, count>& variants
 // at 4.
 constexpr int kBf16TilesFrom = 2;
 constexpr int kInt8TilesFrom = 4;
-// Not measured yet: the tiles of INT4 have to be unpacked first, whatever the number of rows.
-constexpr int kInt4TilesFrom = 8;
-// By coded_index(). Not measured either: unpacking 64 bytes of BF16 takes 2 (E2M1) to 4.5 cycles
-// (INT4); AVX-512 multiplies as many rows with them in that time.
-constexpr int kCodedTilesFrom[kNumCodedFormats] = {4, 4, 6, 6, 6, 4};
+// Tiles of INT4 and of coded formats have to be unpacked first, whatever the number of rows
+// (`bench_amx few` on the same machine); coded ones by coded_index().
+constexpr int kInt4TilesFrom = 11;
+constexpr int kCodedTilesFrom[kNumCodedFormats] = {2, 2, 4, 3, 3, 2};
 
 GemmChoice choose(const GemmKernel* few, const GemmKernel* tiles, int tiles_from) {
   return tiles == nullptr ? GemmChoice{few, few, 0} : GemmChoice{few, tiles, tiles_from};

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from ktrt._core import MoeLayer
 
-SAME = 5e-4  # as in test_gpu_arithmetic
+SAME = 1e-3  # 7e-4 on AMX, whose sums have another order
 # On a GPU the last bit of a BF16 activation may differ, and one INT8 code with it.
 ONE_CODE = 2e-3
 TOLERANCE = {"bf16": 0.01, "int8": 0.04, "int4": 0.3}

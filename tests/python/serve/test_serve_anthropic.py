@@ -58,9 +58,11 @@ def text_of(message: Any) -> str:
     return "".join(block.text for block in message.content)
 
 
-def prompt_of(message: anthropic.types.Message) -> int:
+def prompt_of(message: Any) -> int:
     """The tokens of the prompt, computed and held ones."""
-    return message.usage.input_tokens + (message.usage.cache_read_input_tokens or 0)
+    held: int = message.usage.cache_read_input_tokens or 0
+    computed: int = message.usage.input_tokens
+    return computed + held
 
 
 class TestAnswers:
