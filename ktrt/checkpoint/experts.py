@@ -123,6 +123,12 @@ class ExpertWeights:
         biases = {**self._spec.split(first, dim=1), "down": down}
         return {p: bias.float().contiguous() for p, bias in biases.items()}
 
+    def where(self, expert: int) -> str:
+        """Returns an expert's files and its layer, for messages."""
+        names = [name for name, _ in self._pieces(expert).values() if name is not None]
+        files = sorted({str(self._checkpoint.file(name)) for name in names})
+        return f"{', '.join(files)}: {self._spec.path}"
+
     def read(self, expert: int) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """Returns gate (None if there is none), up [intermediate_size, hidden_size] and down
         [hidden_size, intermediate_size], each with contiguous rows."""

@@ -24,6 +24,7 @@ from ktrt.engine.active_set import ActiveSet
 from ktrt.engine.recording import active
 from ktrt.engine.step_rows import RunningStep
 from ktrt.engine.torch_threads import set_torch_threads
+from ktrt.errors import CheckpointError
 from ktrt.layers.around import Around
 from ktrt.layers.coded import CodedLinear
 from ktrt.layers.forward import DenseForward, LoraForward, Shared
@@ -66,7 +67,7 @@ def accelerate(
 
     ``int8``: quantises the layers that ``layers.int8`` names, by their present numbers; LoRA stays
     exact. Gradients and other dtypes go through the parameters in BF16. ``ValueError``: NaN or
-    infinity in a weight.
+    infinity in a weight; of a coded one, ``CheckpointError``.
     """
     running = RunningStep() if running is None else running
     shared = Shared(engine, ActiveSet() if active_set is None else active_set, running)
@@ -94,7 +95,7 @@ def _take(model: nn.Module, shared: Shared, patches: Patches, *, int8: bool) -> 
             continue
         inner = _forward_of(base)
         if inner is None:
-            inner = DenseForward(base, shared, int8=int8 and is_int8(path, base))
+            inner = _dense_forward(path, base, shared, int8=int8 and is_int8(path, base))
             patches.set(base, "forward", inner)
             count += 1
         if is_lora and (forward := _forward_of(each)) is not None:
@@ -104,6 +105,17 @@ def _take(model: nn.Module, shared: Shared, patches: Patches, *, int8: bool) -> 
     if count:
         logger.debug("%d BF16 linear layers run in the engine", count)
     return count
+
+
+def _dense_forward(path: str, base: nn.Linear, shared: Shared, *, int8: bool) -> DenseForward:
+    try:
+        return DenseForward(base, shared, int8=int8)
+    except ValueError as error:
+        if not isinstance(base, CodedLinear):
+            raise
+        raise CheckpointError(
+            f"{path}.weight: {error}. Download or copy the model's files again."
+        ) from error
 
 
 def _take_rows(module: Any, shared: Shared, patches: Patches) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ktrt.engine import release_file_pages
 from ktrt.engine.formats import joined
-from ktrt.errors import ConfigError
+from ktrt.errors import CheckpointError, ConfigError
 from ktrt.loading.pack_cache import PackCache, default_folder
 from ktrt.loading.pack_manifest import CacheKey
 from ktrt.utils.fingerprint import fingerprint
@@ -175,12 +175,18 @@ def pack_experts(
 
 
 def _pack(layer: MoeLayer, weights: ExpertWeights, expert: int) -> None:
-    """Packs an expert as it is stored if that is the layer's format, else from its numbers."""
-    if layer.weight_format != weights.coded:
-        layer.load_expert(expert, *weights.read(expert))
-        return
-    gate, up, down = weights.read_codes(expert)
-    layer.load_coded_expert(expert, gate.pair if gate else None, up.pair, down.pair)
+    """Packs an expert as it is stored if that is the layer's format, else from its numbers.
+    ``CheckpointError``: numbers that are not finite."""
+    try:
+        if layer.weight_format != weights.coded:
+            layer.load_expert(expert, *weights.read(expert))
+            return
+        gate, up, down = weights.read_codes(expert)
+        layer.load_coded_expert(expert, gate.pair if gate else None, up.pair, down.pair)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{weights.where(expert)}: {error}. Download or copy the file again."
+        ) from error
 
 
 def _load(

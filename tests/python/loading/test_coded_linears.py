@@ -10,10 +10,12 @@ import torch
 from helpers.coded_checkpoints import code_folder, save_family
 from helpers.merge import save_merged
 from helpers.tiny_models import save_adapter, token_ids
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
+from ktrt.errors import CheckpointError
 from ktrt.layers.coded import CodedLinear, coded_linears
 from ktrt.loading.inventory import ATTENTION, HEAD, MLP, loaded_inventory
 from ktrt.loading.model import load_model
@@ -62,6 +64,19 @@ def test_logits_equal_the_dequantised_models(plain: Path, tmp_path: Path, scheme
     coded, rounded = logits(folders.coded, adapter), logits(folders.plain, adapter)
     assert error(coded, expected) <= 1.5 * error(rounded, expected) < 0.05
     assert not torch.equal(coded, logits(folders.coded)), "the adapter changes nothing"
+
+
+@pytest.mark.parametrize("module", ["self_attn.o_proj", "mlp.experts.3.down_proj"])
+def test_a_code_that_is_nan_is_refused_with_its_place(
+    plain: Path, tmp_path: Path, module: str
+) -> None:
+    folder = code_folder(plain, tmp_path / "coded", "fp8").coded
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"model.layers.1.{module}.weight"].view(torch.uint8)[5, 9] = 0x7F
+    save_file(tensors, folder / "model.safetensors")
+    place = rf"model\.layers\.1\.{module.partition('.3')[0]}.*damaged\. Download or copy"
+    with pytest.raises(CheckpointError, match=place):
+        logits(folder)
 
 
 def test_which_layers_stay_coded(plain: Path, tmp_path: Path) -> None:
