@@ -74,10 +74,13 @@ const Kernel* first_that_runs(const std::array<Variant<Kernel>, count>& variants
 // at 4.
 constexpr int kBf16TilesFrom = 2;
 constexpr int kInt8TilesFrom = 4;
-// Tiles of INT4 and of coded formats have to be unpacked first, whatever the number of rows
-// (`bench_amx few` on the same machine); coded ones by coded_index().
+// Tiles of INT4 and of coded formats have to be unpacked first, whatever the number of rows: from
+// L2
+// (`bench_amx few`, same machine) they win from 11 rows on, and from 2 (FP8, MXFP4) or 4 (INT4). By
+// coded_index(): in a layer whose weights come from memory (bench/formats.py, 16 tokens) a few more
+// rows read 5 to 8 % faster on AVX-512, side by side.
 constexpr int kInt4TilesFrom = 11;
-constexpr int kCodedTilesFrom[kNumCodedFormats] = {2, 2, 4, 3, 3, 2};
+constexpr int kCodedTilesFrom[kNumCodedFormats] = {4, 4, 6, 6, 6, 4};
 
 GemmChoice choose(const GemmKernel* few, const GemmKernel* tiles, int tiles_from) {
   return tiles == nullptr ? GemmChoice{few, few, 0} : GemmChoice{few, tiles, tiles_from};
