@@ -74,10 +74,13 @@ const Kernel* first_that_runs(const std::array<Variant<Kernel>, count>& variants
 // at 4.
 constexpr int kBf16TilesFrom = 2;
 constexpr int kInt8TilesFrom = 4;
-// Tiles of INT4 and of coded formats have to be unpacked first, whatever the number of rows
-// (`bench_amx few` on the same machine); coded ones by coded_index().
+// Tiles of INT4 and of coded formats have to be unpacked first, whatever the number of rows. From
+// L2
+// (`bench_amx few`, same machine) INT4's win from 11 rows on, coded ones from 2 (FP8, MXFP4) or 4.
+// In a layer, whose weights come from memory, AVX-512 reads few rows 5 to 8 % faster, and coded
+// INT4 is level at 6 rows (bench/formats.py, 16 and 64 tokens). By coded_index().
 constexpr int kInt4TilesFrom = 11;
-constexpr int kCodedTilesFrom[kNumCodedFormats] = {2, 2, 4, 3, 3, 2};
+constexpr int kCodedTilesFrom[kNumCodedFormats] = {4, 4, 8, 8, 8, 4};
 
 GemmChoice choose(const GemmKernel* few, const GemmKernel* tiles, int tiles_from) {
   return tiles == nullptr ? GemmChoice{few, few, 0} : GemmChoice{few, tiles, tiles_from};

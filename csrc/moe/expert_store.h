@@ -110,7 +110,7 @@ class ExpertStore {
   const MoeShape shape_;
   const WeightFormat format_;
   const int down_slices_;
-  std::shared_ptr<ExpertWeights> weights_;  // null once the engine is closed
+  std::shared_ptr<ExpertWeights> weights_;      // null once the engine is closed
   std::shared_ptr<const ExpertBiases> biases_;  // null: none
 };
 

@@ -20,7 +20,8 @@ using testing::make_engine;
 using testing::random_batch;
 
 constexpr MoeShape kShape{8, 3, 160, 176};
-// Of a skewed batch, 1000 rows for one expert: eight jobs, four where AMX makes them larger.
+// A skewed batch of these has 1000 rows for one expert: eight jobs, four where AMX makes them
+// larger.
 constexpr int kMaxQlen = 600;
 
 class DeterminismTest : public ::testing::TestWithParam<std::tuple<WeightFormat, bool>> {

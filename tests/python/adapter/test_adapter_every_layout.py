@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 DEMO = Path(__file__).parents[3] / "examples" / "demo"
 MODELS = ("deepseek_v2", "qwen3_moe", "mixtral", "demo")
-# What loads and runs each layout too: equal inputs of engine and torch give equal logits.
+# The model that loads and runs each layout too: equal inputs of engine and torch give equal logits.
 WITH_LOGITS = "deepseek_v2"
 # Layouts that can express sharing among experts.
 SHARING = ("c", "c bare", "stacked", "gate_up", "mixed")

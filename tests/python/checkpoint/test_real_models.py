@@ -25,7 +25,7 @@ NO_ADAPTER = AdapterArgs(None)
 TOKENS = torch.randint(2, 300, (1, 12), generator=torch.Generator().manual_seed(5))
 
 
-# Of the models whose tensors are named alike, the reader of --verify gets one in a usual run.
+# The reader of --verify gets one of these, whose tensors are named alike, in a usual run.
 ALIKE = {
     "deepseek-v2-lite-chat", "deepseek-v3-arch-other-depth", "glm-4.5-air", "kimi-k2-fp8",
     "moonlight-16b-a3b-instruct", "qwen3-next-80b-a3b-instruct",
