@@ -72,9 +72,11 @@ _BACKENDS = {
     "kt_backend": {
         **{name.lower(): name for name in WEIGHT_FORMATS},
         **_FORMAT_NAMES,
-        # Old names, which kt_kernel 0.7.2 still takes.
+        # Further names that kt_kernel 0.7.2 takes; the first two are its old ones.
         "amxfp8": "FP8",
         "amxint4_kgroup": "RAWINT4",
+        "fp8_perchannel": "FP8",
+        "gptq_int4": "RAWINT4",
     },
     "kt_expert_weight_format": _FORMAT_NAMES,
 }
