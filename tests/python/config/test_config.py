@@ -113,9 +113,8 @@ class TestUsersFile:
 
 SPELLINGS = {
     "": "auto", "Auto": "auto", "bf16": "AMXBF16", "BF16": "AMXBF16", "amxint8": "AMXInt8",
-    "INT8": "AMXInt8", "AMXInt4": "AMXInt4", "INT4": "AMXInt4", "fp8": "FP8", "AMXFP8": "FP8",
-    "FP8_PERCHANNEL": "FP8", "RawInt4": "RAWINT4", "AMXINT4_KGroup": "RAWINT4",
-    "GPTQ_INT4": "RAWINT4", "mxfp4": "MXFP4",
+    "INT8": "AMXInt8", "INT4": "AMXInt4", "fp8": "FP8", "AMXFP8": "FP8", "FP8_PERCHANNEL": "FP8",
+    "AMXINT4_KGroup": "RAWINT4", "GPTQ_INT4": "RAWINT4", "RawInt4": "RAWINT4", "mxfp4": "MXFP4",
 }  # fmt: skip
 
 
