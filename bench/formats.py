@@ -29,6 +29,7 @@ import torch
 from ktrt import _core
 from ktrt.engine.formats import format_named
 from ktrt.engine.threads import num_threads
+from ktrt.engine.torch_threads import set_torch_threads
 
 EXPERTS, TOP_K, HIDDEN, INTER = 64, 6, 2048, 1408
 FORMATS = "bf16,int8,fp8,fp8_channel,int4_g32,int4_g64,int4_g128,mxfp4"
@@ -178,7 +179,7 @@ def main() -> int:
     args = parser.parse_args()
     qlens = [int(each) for each in args.qlens.split(",")]
     threads = num_threads(args.threads)
-    torch.set_num_threads(threads)
+    set_torch_threads(threads)
     engine = _core.Engine(num_threads=threads, max_qlen=max(qlens))
     parties = [make_party(engine, name, args.rank) for name in args.formats.split(",")]
     for qlen in qlens:

@@ -277,7 +277,8 @@ class TestClose:
         handles = [session.submit(messages, max_new_tokens=2000) for messages in ASKED]
         next(handles[0])
         session.close()
-        assert closed == [before]
+        # Threads of earlier tests may end meanwhile.
+        assert closed[0] <= before
         for handle in handles:
             with pytest.raises(KtrtError, match="this session is closed"):
                 handle.result(60)

@@ -550,6 +550,8 @@ def test_the_stub_has_the_signatures_of_the_module() -> None:
         owner: Any = _core if isinstance(node, ast.Module) else getattr(_core, node.name)
         for function in [f for f in node.body if isinstance(f, ast.FunctionDef)]:
             actual = inspect.getattr_static(owner, function.name)
+            if isinstance(actual, staticmethod):
+                actual = actual.__func__
             name = f"{owner.__name__}.{function.name}"
             seen.add(name)
             decorators = [ast.unparse(d) for d in function.decorator_list]

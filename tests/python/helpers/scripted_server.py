@@ -45,6 +45,7 @@ class ScriptedServer:
         )  # fmt: skip
         self.template.with_thinking = lambda _thinking: self.template
         self.session = SimpleNamespace(
+            end_ids=frozenset(),
             template=self.template, tokenizer=session.tokenizer, sampling=session.sampling,
             model=session.model, context_limit=session.context_limit,
         )  # fmt: skip
