@@ -19,6 +19,10 @@ GROUPS: dict[str, int] = {
 # Rows and columns of one scale in the canonical grid of ``fp8``.
 FP8_GRID = (STRIP_ROWS, format_named("fp8").group)
 
+_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+# The values of E2M1's codes, the sign in the highest bit.
+E2M1 = (*_MAGNITUDES, *(-value for value in _MAGNITUDES))
+
 
 @dataclass(frozen=True)
 class Codes:
@@ -93,8 +97,7 @@ class Codes:
 def _nibbles(weight_format: str, device: torch.device) -> torch.Tensor:
     """Returns the values of the 16 codes."""
     if weight_format == "mxfp4":
-        half = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-        return torch.tensor([*half, *(-value for value in half)], device=device)
+        return torch.tensor(E2M1, device=device)
     return torch.tensor([*range(8), *range(-8, 0)], dtype=torch.float32, device=device)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ktrt.checkpoint.codes import GROUPS, Codes
+from ktrt.checkpoint.codes import E2M1, GROUPS, Codes
 from ktrt.checkpoint.stored import QuantizedTensor
 from ktrt.errors import CheckpointError
 
@@ -21,10 +21,8 @@ if TYPE_CHECKING:
 
     from ktrt.checkpoint.stored import StoredTensor
 
-# The values of an E2M1 code, sign in its highest bit.
-_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _BLOCK = GROUPS["mxfp4"]
-_VALUES = torch.tensor([*_FP4, *(-value for value in _FP4)], dtype=torch.float32)
+_VALUES = torch.tensor(E2M1, dtype=torch.float32)
 # Byte → its two values, in half the time of two look-ups.
 _PAIRS = torch.stack([_VALUES.repeat(16), _VALUES.repeat_interleave(16)], dim=1)
 # E8M0 is a byte; torch and safetensors also have a dtype for it.

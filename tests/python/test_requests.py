@@ -271,14 +271,13 @@ class TestFromOnPrefill:
 
 class TestClose:
     def test_ends_requests_and_the_thread(self) -> None:
-        before = threading.active_count()
-        closed = []
-        session = make_session(close=lambda: closed.append(threading.active_count()))
+        before = set(threading.enumerate())
+        closed: list[set[threading.Thread]] = []
+        session = make_session(close=lambda: closed.append(set(threading.enumerate()) - before))
         handles = [session.submit(messages, max_new_tokens=2000) for messages in ASKED]
         next(handles[0])
         session.close()
-        # Threads of earlier tests may end meanwhile.
-        assert closed[0] <= before
+        assert closed == [set()]
         for handle in handles:
             with pytest.raises(KtrtError, match="this session is closed"):
                 handle.result(60)
