@@ -88,6 +88,10 @@ class RunningStep:
         # None: a forward of somebody else, whose tokens all have the active adapters and whose
         # cache knows its own places.
         self.rows: StepRows | None = None
+        # How many positions each row of a decode step [rows, 1] attends to, its own included,
+        # [rows] int64 where the model is, if the cache knows the rows' places. A captured graph
+        # reads the same memory again whenever it runs. None: no such step.
+        self.lengths: torch.Tensor | None = None
         # Counts the beginnings and ends of steps: for what layers know of one step's tokens.
         self.changes = 0
 
@@ -101,3 +105,13 @@ class RunningStep:
         finally:
             self.rows = before
             self.changes += 1
+
+    @contextmanager
+    def attending(self, lengths: torch.Tensor) -> Iterator[None]:
+        """Within the block, the model's forward is a decode step whose rows attend to the first
+        ``lengths`` positions of their slots."""
+        self.lengths = lengths
+        try:
+            yield
+        finally:
+            self.lengths = None

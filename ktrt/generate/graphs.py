@@ -14,6 +14,7 @@ import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from ktrt.engine.recording import active
+from ktrt.engine.step_rows import RunningStep
 from ktrt.errors import KtrtError
 from ktrt.kv.static import StaticKv, cache_argument
 
@@ -140,11 +141,13 @@ class DecodeGraphs:
 
     def __init__(
         self, model: Any, cache: StaticKv, handoff: HandOff, maker: GraphMaker, *, rows: int = 1,
-        first: int = 0,
+        first: int = 0, running: RunningStep | None = None,
     ) -> None:  # fmt: skip
-        """``first``: the slot of the first row; the others follow."""
+        """``first``: the slot of the first row; the others follow. ``running``: the step that the
+        model's layers look at, if they do."""
         self._model, self._cache, self._handoff, self._maker = model, cache, handoff, maker
         self._argument, self._first = cache_argument(model), first
+        self._running = RunningStep() if running is None else running
         device = model.get_input_embeddings().weight.device
         # Ids and positions, in the memory that the graphs read.
         self._inputs = torch.zeros(2, rows, 1, dtype=torch.int64, device=device)
@@ -274,7 +277,8 @@ class DecodeGraphs:
         if recorder is not None:
             one = len(positions) == 1
             recorder.describe([self._inputs], mask, (lambda: self._length) if one else None)
-        with self._cache.window(positions, window, self._first):
+        place = self._cache.window(positions, window, self._first)
+        with place, self._running.attending(positions[:, 0] + 1):
             output = self._model(
                 input_ids=ids,
                 position_ids=positions,

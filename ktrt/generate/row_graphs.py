@@ -219,7 +219,8 @@ class RowGraphs:
         ids, positions = block.inputs
         mask = attention_mask(self._model, positions, window)
         place = self._cache.window(positions, window, block.first)
-        with place, self._running.running(block.rows):
+        attending = self._running.attending(positions[:, 0] + 1)
+        with place, attending, self._running.running(block.rows):
             output = self._model(
                 input_ids=ids,
                 position_ids=positions,

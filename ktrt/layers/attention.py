@@ -16,8 +16,10 @@ import torch
 from ktrt.engine import HeadArray, SlotRows, TokenAttention
 from ktrt.engine.recording import active
 from ktrt.engine.step_rows import RunningStep
+from ktrt.layers.form import form_of, is_nothing
+from ktrt.layers.gpu.decode import decode_attention
 from ktrt.layers.one_token import added, one_token
-from ktrt.layers.step_attention import attend, is_nothing
+from ktrt.layers.step_attention import attend
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,6 +78,10 @@ def _by_mark(original: Callable[..., Any]) -> Callable[..., Any]:
             return attend(
                 rows, query, HeldKeys(engine, key, value, scaling), scaling, arguments
             ), None
+        if engine is not None and (lengths := engine.running.lengths) is not None and query.is_cuda:
+            form = form_of(query, scaling, arguments)
+            if form is not None:
+                return decode_attention(query, key, value, lengths, form), None
         length = None if recorder is None else recorder.length_behind(attention_mask)
         mask = attention_mask if length is None else None
         if engine is None or not _is_plain(query, key, mask, arguments):

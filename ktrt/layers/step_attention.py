@@ -20,6 +20,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 from ktrt.engine.recording import active
 from ktrt.errors import KtrtError
+from ktrt.layers.form import is_nothing
 from ktrt.layers.one_token import one_token, torch_threads_for
 
 if TYPE_CHECKING:
@@ -88,11 +89,6 @@ def attend(
         places = slice(span.first, span.first + span.count)
         _prefill(rows, span, query[:, :, places], held, scaling, out[:, places])
     return out
-
-
-def is_nothing(value: object) -> bool:
-    """Whether an argument of an attention changes nothing."""
-    return value is None or value is False or (isinstance(value, int | float) and value == 0)
 
 
 def _decode(

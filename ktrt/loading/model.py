@@ -180,7 +180,7 @@ def load_model(
         for file in ready.base.experts.files() if int8 or any(coded_linears(loaded)) else ():
             release_file_pages(str(file))  # what was packed is not read any more
         _log_result(loaded, specs, ready.adapters)
-        graphs = _graphs(loaded, hand_off, patches, experts.kt_use_cuda_graph)
+        graphs = _graphs(loaded, hand_off, patches, running, wanted=experts.kt_use_cuda_graph)
         recorder = RecordedSteps() if hand_off is None else None
         row_graphs: Callable[[StaticKv, RunningStep], RowGraphs] | None = None
         if hand_off is not None and graphs is not None:
@@ -270,13 +270,18 @@ def _device() -> torch.device:
 
 
 def _graphs(
-    model: Any, hand_off: HandOff | None, patches: Patches, wanted: bool
+    model: Any,
+    hand_off: HandOff | None,
+    patches: Patches,
+    running: RunningStep,
+    *,
+    wanted: bool,
 ) -> Callable[..., DecodeGraphs] | None:
     """The maker of the graphs of decode steps: recorded on the CPU, CUDA's with a hand-off; None,
     with a log line, where there are none."""
     if hand_off is None:
         maker = RecordedSteps()
-        return partial(DecodeGraphs, model, handoff=NoHandOff(), maker=maker)
+        return partial(DecodeGraphs, model, handoff=NoHandOff(), maker=maker, running=running)
     hand_off.guard(model, patches)
     reason = "kt_use_cuda_graph is false"
     if wanted:
@@ -284,7 +289,9 @@ def _graphs(
         reason = f"the model's KV cache has layers that are not plain ({', '.join(unusual)})"
         if not unusual:
             logger.info("Each decode step is one CUDA graph, hand-offs to the CPU included")
-            return partial(DecodeGraphs, model, handoff=hand_off, maker=CudaGraphs())
+            return partial(
+                DecodeGraphs, model, handoff=hand_off, maker=CudaGraphs(), running=running
+            )
     logger.info("Every decode step is launched by the host, without a CUDA graph: %s", reason)
     return None
 

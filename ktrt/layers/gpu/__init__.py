@@ -1,0 +1,1 @@
+"""Layers outside the experts on a GPU: kernels of ktrt, and how they stand in."""
