@@ -1,0 +1,16 @@
+// AVX-VNNI's VPDPBUSD. Included by the kernels' ISA files only.
+#pragma once
+
+#include <immintrin.h>
+
+namespace ktrt {
+namespace {
+
+struct VexDot {
+  static __m256i add(__m256i sum, __m256i a, __m256i w) {
+    return _mm256_dpbusd_avx_epi32(sum, a, w);
+  }
+};
+
+}  // namespace
+}  // namespace ktrt
