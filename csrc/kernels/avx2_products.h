@@ -59,7 +59,10 @@ struct Int16Products256 : IntegerSums256 {
     out[1] = _mm256_srai_epi16(v, 8);
   }
   static Sum add(Sum sum, Factor w, Factor x) {
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(x, w));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(x, w));
+    // Or GCC adds the parts' products first, and has no registers left for all of them.
+    asm("" : "+x"(sum));
+    return sum;
   }
 };
 
