@@ -139,7 +139,8 @@ Isa resolve_isa(std::string_view override_value, const CpuFeatures& features) {
     if (override_value != name_of(level)) continue;
     if (has_level(features, level)) return level;
     const std::string detected_name = std::string(" (") + name_of(detected) + ")";
-    if (level < detected) throw IsaError(setting + " is not on this machine" + detected_name + advice);
+    if (level < detected)
+      throw IsaError(setting + " is not on this machine" + detected_name + advice);
     throw IsaError(setting + " is above what this machine has" + detected_name + advice);
   }
   throw IsaError(setting + " is not known" + advice);

@@ -7,8 +7,8 @@
 
 namespace ktrt {
 
-// Levels in rising order; each includes the ones below, except that not every processor with AVX-512
-// has VNNI.
+// Levels in rising order; each includes the ones below, except that not every processor with
+// AVX-512 has VNNI.
 enum class Isa { kPortable, kAvx2, kAvxVnni, kAvx512, kAmx };
 
 // Features that the processor has and the operating system lets us use.
@@ -40,8 +40,8 @@ Isa highest_isa(const CpuFeatures& features);
 // Of this machine.
 Isa detected_isa();
 
-// The level in use: detected_isa(), or what KTRT_ISA=portable|avx2|avx_vnni|avx512|amx lowers it to.
-// Throws IsaError if KTRT_ISA is unknown or not there.
+// The level in use: detected_isa(), or what KTRT_ISA=portable|avx2|avx_vnni|avx512|amx lowers it
+// to. Throws IsaError if KTRT_ISA is unknown or not there.
 Isa active_isa();
 
 // active_isa() for a given value of KTRT_ISA; empty means unset.

@@ -1,6 +1,6 @@
 // Which of two instructions AVX-512 multiplies BF16 with: both have a GEMM, and their last bits
-// differ. On an Emerald Rapids VDPBF16PS does 82 GFLOP/s a thread and float32 multiply-adds 167, on a
-// Zen 4 it is the other way round.
+// differ. On an Emerald Rapids VDPBF16PS does 82 GFLOP/s a thread and float32 multiply-adds 167, on
+// a Zen 4 it is the other way round.
 #pragma once
 
 #include "cpu/isa.h"

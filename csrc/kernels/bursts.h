@@ -65,19 +65,18 @@ struct StepBurst {
 // Asked for while a single strip is read, of which the hardware sees one stream.
 constexpr int kSingleAhead = 4 * kTileSize;
 
-// C [kRows][32] of each strip = the sums, as Products stores them; LoRA and scales are the caller's.
+// C [kRows][32] of each strip = the sums, as Products stores them; LoRA and scales are the
+// caller's.
 template <class Products, class Burst, int kBlock, int kRows, int kStrips>
 inline void burst_sums(const GemmArgs* g, int row_bytes) {
   constexpr int kVectors = kHalfVectors<Products>;
-  unrolled<kStrips>([&](auto s) KTRT_LAMBDA {
-    memset(g[s].c, 0, sizeof(float) * kRows * kStripColumns);
-  });
+  unrolled<kStrips>([&](auto s)
+                        KTRT_LAMBDA { memset(g[s].c, 0, sizeof(float) * kRows * kStripColumns); });
   for_each_burst<kStrips, kBlock>(
       g, row_bytes, [&](auto s, auto half, const uint8_t* w, int step) KTRT_LAMBDA {
         if constexpr (kStrips == 1) {
-          unrolled<kBurstVectors>([&](auto v) KTRT_LAMBDA {
-            __builtin_prefetch(w + kSingleAhead + v * 64, 0, 3);
-          });
+          unrolled<kBurstVectors>(
+              [&](auto v) KTRT_LAMBDA { __builtin_prefetch(w + kSingleAhead + v * 64, 0, 3); });
         }
         float* c = g[s].c + half * 16;
         typename Products::Sum acc[kRows][kVectors];

@@ -50,8 +50,8 @@ KTRT_INLINE void multiply_tiles(const uint8_t* w, int tiles, const uint8_t* x, i
           unrolled<kRows>([&](auto i) KTRT_LAMBDA { rows[i] = row(i); });
           unrolled<kVectors>([&](auto q) KTRT_LAMBDA {
             const Factor each = factor(q);
-            unrolled<kRows>([&](auto i)
-                                KTRT_LAMBDA { acc[i][q] = Products::add(acc[i][q], each, rows[i]); });
+            unrolled<kRows>(
+                [&](auto i) KTRT_LAMBDA { acc[i][q] = Products::add(acc[i][q], each, rows[i]); });
           });
         } else {
           Factor factors[kVectors];
@@ -187,8 +187,8 @@ void chunk_sums(const GemmArgs& g, int row_bytes) {
       part.first_byte = (first + tile * 64) * Weights::kSplit;
       part.next = tile_ahead(chunk, tile, count);
       part.next_lines = part.next == nullptr ? 0 : count * (kTileSize / 64);
-      part.factors = Weights::factors(chunk.tiles + static_cast<int64_t>(tile) * kTileSize, count,
-                                      buffer);
+      part.factors =
+          Weights::factors(chunk.tiles + static_cast<int64_t>(tile) * kTileSize, count, buffer);
       multiply_chunk<Products, kTiles>(g, part);
       part.resume = true;
     }

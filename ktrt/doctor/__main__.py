@@ -190,7 +190,11 @@ def _machine_lines(report: Report) -> Iterator[str]:
     amx = "permitted" if facts["detected_isa"] == "amx" else "not there"
     if facts["amx_denied"]:
         amx = "REFUSED by the system"
-    yield f"kernels     {facts['isa']} (possible: {facts['detected_isa']}; AMX: {amx})"
+    bf16 = ""
+    if "avx512_bf16" in facts["flags"]:
+        faster = "vdpbf16ps" if facts["bf16"] == "dot" else "float32 multiply-adds"
+        bf16 = f"; AVX-512 multiplies BF16 by {faster}"
+    yield f"kernels     {facts['isa']} (possible: {facts['detected_isa']}; AMX: {amx}){bf16}"
     quota = f"{facts['cpu_quota']:g} CPUs ({facts['quota_from']})" if facts["cpu_quota"] else "none"
     yield f"limits      CPU quota: {quota}; cpuset: {facts['cpuset'] or 'none'}"
     yield (

@@ -6,8 +6,8 @@
 // Dot::add(sum, a, w) is the instruction.
 #pragma once
 
-#include "kernels/avx2_integer.h"
-#include "kernels/avx2_products.h"
+#include "kernels/avx2/integer.h"
+#include "kernels/avx2/products.h"
 #include "kernels/chunks.h"
 #include "kernels/few_or_many.h"
 
@@ -38,6 +38,7 @@ template <class Dot>
 struct DotInt8 {
   using Products = DotProducts<Dot>;
   static constexpr bool kHasScales = true;
+  static constexpr int kSideRows = kMaxSideRows;
 
   template <int kRows, int kStrips>
   static void few(const GemmArgs* g) {
@@ -106,6 +107,7 @@ template <class Dot>
 struct DotInt4 {
   using Products = DotProducts<Dot>;
   static constexpr bool kHasScales = true;
+  static constexpr int kSideRows = kMaxSideRows;
 
   template <int kRows, int kStrips>
   static void few(const GemmArgs* g) {

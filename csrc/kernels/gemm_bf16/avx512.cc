@@ -11,12 +11,8 @@ using Body = WidenedBf16<Bf16Products512, expand_rows<Float32Expand>>;
 }  // namespace
 
 extern const GemmKernel gemm_bf16_avx512;
-const GemmKernel gemm_bf16_avx512 = {"avx512",
-                                     one_strip<Body>,
-                                     expand_rows<Float32Expand>,
-                                     0,
-                                     false,
-                                     strips_side_by_side<Body>,
+const GemmKernel gemm_bf16_avx512 = {"avx512",    one_strip<Body>, expand_rows<Float32Expand>,
+                                     0,           false,           strips_side_by_side<Body>,
                                      kMaxSideRows};
 
 }  // namespace ktrt

@@ -13,6 +13,7 @@ template <class Products, void (*kExpand)(const ExpandArgs&)>
 struct WidenedBf16 {
   static constexpr int kBlockBytes = 1792 * 2;
   static constexpr bool kHasScales = false;
+  static constexpr int kSideRows = kMaxSideRows;
 
   template <int kRows, int kStrips>
   static void few(const GemmArgs* g) {

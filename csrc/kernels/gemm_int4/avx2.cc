@@ -1,8 +1,8 @@
 // INT4 GEMM on AVX2. VPMADDUBSW multiplies unsigned activations (offset 128) by signed codes in
 // [-8, 7]; eight such pairs fit int16 (8 · 2 · 255 · 8 < 2^15), so that only every eighth sum is
 // widened, once in a burst. Register block of many rows: up to 4 rows × half a strip.
-#include "kernels/avx2_integer.h"
-#include "kernels/avx2_products.h"
+#include "kernels/avx2/integer.h"
+#include "kernels/avx2/products.h"
 #include "kernels/bursts.h"
 #include "kernels/few_or_many.h"
 
@@ -36,8 +36,7 @@ struct Burst {
   static KTRT_INLINE void add(const uint8_t* w, const uint8_t* x, int64_t x_stride,
                               __m256i (&acc)[kRows][2]) {
     __m256i sums[kRows][2];
-    unrolled<kRows>(
-        [&](auto i) KTRT_LAMBDA { sums[i][0] = sums[i][1] = _mm256_setzero_si256(); });
+    unrolled<kRows>([&](auto i) KTRT_LAMBDA { sums[i][0] = sums[i][1] = _mm256_setzero_si256(); });
     unrolled<kBurstVectors>([&](auto v) KTRT_LAMBDA {
       const Codes codes[2] = {Codes(w + v * 64), Codes(w + v * 64 + 32)};
       unrolled<kRows>([&](auto i) KTRT_LAMBDA {
@@ -90,6 +89,7 @@ constexpr RowBlock kRowBlocks[kMaxRows + 1] = {nullptr, row_block<1>, row_block<
 
 struct Body {
   static constexpr bool kHasScales = true;
+  static constexpr int kSideRows = kMaxSideRows;
 
   template <int kRows, int kStrips>
   static void few(const GemmArgs* g) {

@@ -10,6 +10,7 @@ inline void multiply_add(__m256i& sum, __m256i x) {
 }  // namespace
 
 extern const PeakLoop peak_avx_vnni;
-const PeakLoop peak_avx_vnni = {"avx_vnni", "vpdpbusd ymm", "int8", kChains * 32, run<multiply_add>};
+const PeakLoop peak_avx_vnni = {"avx_vnni", "vpdpbusd ymm", "int8", kChains * 32,
+                                run<multiply_add>};
 
 }  // namespace ktrt

@@ -22,7 +22,8 @@ TEST(PeakLoops, ByLevelAndFeature) {
   EXPECT_EQ(names(Isa::kAvx2, kAll), "avx2");
   EXPECT_EQ(names(Isa::kAvxVnni, kAll), "avx2 avx_vnni");
   EXPECT_EQ(names(Isa::kAvx512, kAll), "avx2 avx_vnni avx512 avx512_bf16 avx512_vnni");
-  EXPECT_EQ(names(Isa::kAmx, kAll), "avx2 avx_vnni avx512 avx512_bf16 avx512_vnni amx_bf16 amx_int8");
+  EXPECT_EQ(names(Isa::kAmx, kAll),
+            "avx2 avx_vnni avx512 avx512_bf16 avx512_vnni amx_bf16 amx_int8");
   CpuFeatures features = kAll;
   features.avx512_bf16 = features.amx = features.avx_vnni = false;
   EXPECT_EQ(names(Isa::kAmx, features), "avx2 avx_vnni_evex avx512 avx512_vnni");

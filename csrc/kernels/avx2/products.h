@@ -5,7 +5,7 @@
 #include <immintrin.h>
 #include <string.h>
 
-#include "kernels/avx2_expand.h"
+#include "kernels/avx2/expand.h"
 
 namespace ktrt {
 namespace {
@@ -37,8 +37,8 @@ struct IntegerSums256 : Vectors256 {
   static void store_sum(float* p, Sum v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
 };
 
-// Exact products of signed bytes, where VPMADDUBSW would saturate for unsigned ones: |w| ≤ 128 times
-// ±x, |x| ≤ 127, two products of which fit int16. A is what quantize_row makes, never -128.
+// Exact products of signed bytes, where VPMADDUBSW would saturate for unsigned ones: |w| ≤ 128
+// times ±x, |x| ≤ 127, two products of which fit int16. A is what quantize_row makes, never -128.
 struct SignedProducts256 : IntegerSums256 {
   static constexpr int kParts = 1;
 

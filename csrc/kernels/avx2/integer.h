@@ -2,7 +2,7 @@
 // ISA files only.
 #pragma once
 
-#include "kernels/avx2_expand.h"
+#include "kernels/avx2/expand.h"
 #include "kernels/strip.h"
 
 namespace ktrt {
@@ -13,8 +13,8 @@ namespace {
 template <bool kUnsigned, int kShift = 0>
 inline void finish_sums(const GemmArgs& g) {
   for (int q = 0; q < kStripColumns; q += 8) {
-    const __m256i offset = kUnsigned ? _mm256_slli_epi32(load_256(g.w_sum + q), 7)
-                                     : _mm256_setzero_si256();
+    const __m256i offset =
+        kUnsigned ? _mm256_slli_epi32(load_256(g.w_sum + q), 7) : _mm256_setzero_si256();
     const __m256 w_scale = _mm256_loadu_ps(g.w_scale + q);
     for (int row = 0; row < g.rows; ++row) {
       float* c = g.c + static_cast<int64_t>(row) * kStripColumns + q;
