@@ -100,19 +100,26 @@ void LinearAttention::forward(const Arrays& arrays, std::int64_t sequences, std:
 // the array: `state` is the block's first number there.
 void LinearAttention::move_state(float* held, float* state, std::int64_t columns,
                                  bool store) const {
-  const std::int64_t row_stride = form_.transposed_state ? 1 : form_.value_size;
-  if (!store) std::fill_n(held, rows_ * kStateColumns, 0.0f);
-  for (std::int64_t r = 0; r < form_.key_size; ++r) {
-    float* const block_row = held + r * kStateColumns;
-    float* const row = state + r * row_stride;
-    if (form_.transposed_state) {
-      for (std::int64_t c = 0; c < columns; ++c) {
-        float& there = row[c * form_.key_size];
-        store ? void(there = block_row[c]) : void(block_row[c] = there);
+  constexpr std::int64_t kWidth = kStateColumns;
+  const std::int64_t keys = form_.key_size;
+  if (!store && (columns < kWidth || keys < rows_)) std::fill_n(held, rows_ * kWidth, 0.0f);
+  if (form_.transposed_state) {
+    for (std::int64_t c = 0; c < columns; ++c, state += keys) {
+      if (store) {
+        for (std::int64_t r = 0; r < keys; ++r) state[r] = held[r * kWidth + c];
+      } else {
+        for (std::int64_t r = 0; r < keys; ++r) held[r * kWidth + c] = state[r];
       }
+    }
+    return;
+  }
+  for (std::int64_t r = 0; r < keys; ++r, held += kWidth, state += form_.value_size) {
+    float* const to = store ? state : held;
+    const float* const from = store ? held : state;
+    if (columns == kWidth) {
+      std::memcpy(to, from, kWidth * sizeof(float));  // a constant: no call
     } else {
-      const std::size_t bytes = static_cast<std::size_t>(columns) * sizeof(float);
-      std::memcpy(store ? row : block_row, store ? block_row : row, bytes);
+      std::copy_n(from, columns, to);
     }
   }
 }
@@ -162,7 +169,7 @@ void LinearAttention::run_block(const Arrays& arrays, const Buffers& buffers, st
   float* const state = arrays.state.at(sequence) + head * form_.key_size * form_.value_size +
                        first * (form_.transposed_state ? form_.key_size : 1);
   move_state(buffers.state, state, columns, false);
-  std::fill_n(buffers.value, kTokens * kStateColumns, 0.0f);
+  if (columns < kStateColumns) std::fill_n(buffers.value, kTokens * kStateColumns, 0.0f);
   for (std::int64_t token = 0; token < tokens; token += kTokens) {
     const int count = static_cast<int>(std::min<std::int64_t>(kTokens, tokens - token));
     prepare(arrays, buffers, sequence, head, token, count);

@@ -1,4 +1,4 @@
-// What the operators of this folder take from their engine.
+// The engine of this folder's operators: its kernels.
 #pragma once
 
 #include "base/check.h"

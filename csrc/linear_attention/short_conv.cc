@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "base/check.h"
@@ -114,17 +115,26 @@ void ShortConv::read_history(const Arrays& arrays, const Buffers& buffers, std::
 
 void ShortConv::shift_state(const Arrays& arrays, std::int64_t sequence, std::int64_t first_channel,
                             int channels, std::int64_t tokens) const {
-  const std::size_t size = arrays.state.element();
-  const std::int64_t held = arrays.state_tokens, kept = std::max<std::int64_t>(held - tokens, 0);
-  for (int c = 0; c < channels; ++c) {
-    auto* const row =
-        static_cast<std::byte*>(arrays.state.at(sequence, 0, 0, (first_channel + c) * held));
-    std::memmove(row, row + static_cast<std::size_t>(held - kept) * size,
-                 static_cast<std::size_t>(kept) * size);
-    for (std::int64_t j = kept; j < held; ++j) {
-      std::memcpy(row + static_cast<std::size_t>(j) * size,
-                  arrays.x.at(sequence, tokens - held + j, 0, first_channel + c), size);
+  const std::int64_t held = arrays.state_tokens;
+  const std::int64_t kept = std::max<std::int64_t>(held - tokens, 0);
+  const auto shift = [&](auto* rows) {
+    using Number = std::remove_pointer_t<decltype(rows)>;
+    for (std::int64_t j = 0; j < held; ++j) {
+      // After the held ones that stay, each channel's row has its last inputs.
+      if (j < kept) {
+        for (int c = 0; c < channels; ++c) rows[c * held + j] = rows[c * held + held - kept + j];
+        continue;
+      }
+      const auto* const x =
+          static_cast<const Number*>(arrays.x.at(sequence, tokens - held + j, 0, first_channel));
+      for (int c = 0; c < channels; ++c) rows[c * held + j] = x[c];
     }
+  };
+  void* const rows = arrays.state.at(sequence, 0, 0, first_channel * held);
+  if (arrays.state.float32) {
+    shift(static_cast<float*>(rows));
+  } else {
+    shift(static_cast<std::uint16_t*>(rows));
   }
 }
 
@@ -135,8 +145,10 @@ void ShortConv::run_block(const Arrays& arrays, const Buffers& buffers, std::int
   const int channels =
       static_cast<int>(std::min<std::int64_t>(kConvChannels, form_.channels - first_channel));
   const std::int64_t before = form_.taps - 1;
-  // Channels that fill up the last block are zeros.
-  std::fill_n(buffers.x, (2 * form_.taps + 2 * kTokens) * kConvChannels, 0.0f);
+  // Zeros before the first token, without a bias, and in the channels that fill up the last block.
+  const std::int64_t zeros = channels < kConvChannels ? before + kTokens : before;
+  std::fill_n(buffers.x, zeros * kConvChannels, 0.0f);
+  std::fill_n(buffers.bias, kConvChannels, 0.0f);
   floats(arrays.weight.at(0, 0, 0, first_channel * form_.taps), arrays.weight.float32,
          static_cast<int>(channels * form_.taps), buffers.rows);
   for (std::int64_t j = 0; j < form_.taps; ++j) {

@@ -27,17 +27,18 @@ def chunked_delta_rule(
     outs = []
     for first in range(0, value.shape[1], _SEGMENT):
         part = slice(first, first + _SEGMENT)
-        tensors = [each[:, part].transpose(1, 2).float() for each in (query, key, value)]
-        numbers = [each[:, part].transpose(1, 2).float() for each in (decay, beta)]
+        q, k, v, g, b = (
+            each[:, part].transpose(1, 2).float() for each in (query, key, value, decay, beta)
+        )
         if unit_keys:
-            tensors[:2] = [_unit(each) for each in tensors[:2]]
-        tensors[0] = tensors[0] * scaling
-        outs.append(_segment(*tensors, *numbers, state).transpose(1, 2))
+            q, k = _unit(q), _unit(k)
+        outs.append(_segment(q * scaling, k, v, g, b, state).transpose(1, 2))
     return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+    squares = x.square().sum(-1, keepdim=True)
+    return x * torch.rsqrt(squares + 1e-6)
 
 
 def _chunks(x: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -45,7 +46,8 @@ def _chunks(x: torch.Tensor, tokens: int) -> torch.Tensor:
     missing = -tokens % CHUNK
     if missing:
         x = torch.cat([x, x.new_zeros(*x.shape[:2], missing, *x.shape[3:])], 2)
-    return x.unflatten(2, (-1, CHUNK))
+    chunks: torch.Tensor = x.unflatten(2, (-1, CHUNK))
+    return chunks
 
 
 def _segment(
@@ -88,5 +90,5 @@ def _segment(
         )
     state.copy_(held.view(state.shape))
     new = new - reads @ before
-    out = (query * total.exp()) @ before + (scores * between) @ new
+    out: torch.Tensor = (query * total.exp()) @ before + (scores * between) @ new
     return out.flatten(2, 3)[:, :, :tokens]

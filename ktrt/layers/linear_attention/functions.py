@@ -31,10 +31,10 @@ class Functions:
     """The stand-ins for one engine."""
 
     def __init__(self, engine: Engine) -> None:
-        self._operators: dict[str, Operators | GpuOperators] = {
+        self.operators: dict[str, Operators | GpuOperators] = {
             "cpu": Operators(engine), "cuda": GpuOperators(),
         }  # fmt: skip
-        self._functions = {
+        self._functions: dict[str, Callable[..., Any]] = {
             "causal_conv1d_fn": self._conv,
             "causal_conv1d_update": self._conv_update,
             "torch_chunk_gated_delta_rule": self._delta_rule,
@@ -63,7 +63,7 @@ class Functions:
         where = _device(hidden_states, weight, bias)
         usual = kwargs.get("seq_idx") is None and _is_conv(hidden_states, weight, bias, activation)
         if where == "cpu" and usual:
-            return self._operators[where].conv(
+            return self.operators[where].conv(
                 hidden_states, weight, bias, None, silu=activation is not None
             )
         found: torch.Tensor = original(hidden_states, weight, bias, activation=activation, **kwargs)
@@ -87,7 +87,7 @@ class Functions:
             and conv_state[0].is_contiguous()
             and weight.shape[1] - 1 <= conv_state.shape[2] <= _MOST_TAPS
         ):
-            return self._operators[where].conv(
+            return self.operators[where].conv(
                 hidden_states, weight, bias, conv_state, silu=activation is not None
             )
         found: torch.Tensor = original(hidden_states, conv_state, weight, bias, activation)
@@ -124,7 +124,7 @@ class Functions:
             return found
         shape = value.shape[0], value.shape[2], size, value_size
         state = _state(initial_state, shape, query.device, keep=output_final_state)
-        out = self._operators[where].attention(
+        out = self.operators[where].attention(
             query, key, value, g, beta, state, dtype=query.dtype, scaling=size**-0.5,
             subtracts=True, unit_keys=use_qk_l2norm_in_kernel, transposed_state=False,
         )  # fmt: skip
@@ -155,7 +155,7 @@ class Functions:
         x = hidden_states.transpose(1, 2)
         steps = _steps(dt.transpose(1, 2), delta_bias, softplus=delta_softplus)
         state = torch.zeros(x.shape[0], *A.shape, dtype=torch.float32, device=x.device)
-        found = self._operators[where].scan(
+        found = self.operators[where].scan(
             x, steps, A.float(), B.transpose(1, 2), C.transpose(1, 2), state
         )
         out = _skip_and_gate(found, x, D, None if z is None else z.transpose(1, 2)).transpose(1, 2)
@@ -184,7 +184,7 @@ class Functions:
                 z=z, **kwargs,
             )  # fmt: skip
             return found
-        out = self._operators[where].scan(
+        out = self.operators[where].scan(
             hidden_states[:, None], _steps(dt, dt_bias, softplus=dt_softplus)[:, None], A.float(),
             B[:, None], C[:, None], state,
         )[:, 0]  # fmt: skip
@@ -270,7 +270,7 @@ class Functions:
         state: torch.Tensor,
     ) -> torch.Tensor:
         """Mamba 2 as linear attention: x are values, b keys, c queries; float32."""
-        out = self._operators[x.device.type].attention(
+        out = self.operators[x.device.type].attention(
             c, b, x, steps * a.float(), steps, state, dtype=torch.float32, scaling=1.0,
             subtracts=False, unit_keys=False, transposed_state=True,
         )  # fmt: skip

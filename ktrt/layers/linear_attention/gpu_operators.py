@@ -37,7 +37,7 @@ def _numbers_together(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class GpuOperators:
-    """Operators without memory of their own."""
+    """Operators that keep no memory."""
 
     def attention(
         self,
