@@ -5,6 +5,7 @@ One graph per number of rows and per window (the positions attended to, a power 
 load (``generate.warm_up``) or at the first token that needs it, and replayed for the later ones.
 """
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -318,7 +319,7 @@ def check_logits(logits: torch.Tensor, expected: torch.Tensor) -> None:
 
 def _takes_sdpa_mask(implementation: str) -> bool:
     known = implementation in ALL_MASK_ATTENTION_FUNCTIONS
-    return known and ALL_MASK_ATTENTION_FUNCTIONS[implementation] is sdpa_mask
+    return known and inspect.unwrap(ALL_MASK_ATTENTION_FUNCTIONS[implementation]) is sdpa_mask
 
 
 def window_of(lengths: Sequence[int]) -> int:

@@ -32,7 +32,7 @@ from ktrt.layers.coded import CodedLinear
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ktrt.engine.rank_masks import RankOwners
+    from ktrt.engine.rank_masks import RankMask, RankOwners
     from ktrt.engine.step_rows import StepRows
     from ktrt.utils.patches import Patches
 
@@ -123,6 +123,36 @@ def _trained_scaling(layer: Any, name: str) -> float:
 
 
 @dataclass(frozen=True)
+class Factors:
+    """A linear layer without a bias as ``weight`` x + ``expand``ᵀ mask(``a`` x): weight [out, in],
+    a [ranks, in], expand [ranks, out] with the scaling in it. ``a`` and ``expand`` None: no LoRA;
+    ``mask`` None: all of it acts on every token, else on each token of the step its ranks."""
+
+    weight: torch.Tensor
+    a: torch.Tensor | None = None
+    expand: torch.Tensor | None = None
+    mask: RankMask | None = None
+
+
+def factors_of(layer: nn.Module) -> Factors | None:
+    """Returns what a forward of ``layer``, a Linear that PEFT may have wrapped, computes now; None:
+    something else than factors can say, as with DoRA or a bias."""
+    fused = getattr(layer.forward, "__self__", None)
+    if isinstance(fused, _FusedLinear):
+        return fused.factors()
+    if _is_peft_linear(layer):
+        peft: Any = layer
+        active = any(name in peft.lora_A for name in peft.active_adapters)
+        if peft.merged or (active and not peft.disable_adapters):
+            return None
+        layer = peft.get_base_layer()
+    if type(layer) not in (nn.Linear, CodedLinear) or layer.bias is not None:
+        return None
+    weight: Any = layer.weight
+    return Factors(weight)
+
+
+@dataclass(frozen=True)
 class _Lora:
     """Adapters side by side: ``a`` [ranks, in]; ``expand`` [ranks, out], the scaling in it, rounded
     once. Ranks are padded with zeros."""
@@ -207,6 +237,23 @@ class _FusedLinear:
             weights = tuple((_number_of(n), layer.scaling[n] / scalings[n]) for n in active)
             replaced |= self._owners.weigh(weights)
         return replaced
+
+    def factors(self) -> Factors | None:
+        """Returns what the forward computes for the running step."""
+        if self._base.bias is not None:
+            return None
+        rows = self._masks.rows if self._by_row else None
+        if rows is not None:
+            lora, owners = self._residents, self._owners
+            if lora is None or owners is None:
+                return None
+            mask = self._masks.of(owners, rows.on_device)
+            return Factors(self._base.weight, lora.a, lora.expand, mask)
+        joint, expand = self._joint, self._expand
+        if self._state is None or joint is None or expand is None:
+            return None
+        a = joint if self._coded is not None else joint[expand.shape[1] :]
+        return Factors(self._base.weight, a, expand)
 
     @property
     def _weight(self) -> torch.Tensor | None:

@@ -182,9 +182,10 @@ def _blocks(operands: Operands, queries: int) -> Blocks:
     m = min(max(_LEAST_TILE, 1 << (queries - 1).bit_length()), 64)
     position = (size + rest + (0 if operands.value is operands.key else wide)) * bytes_of
     n = min(128, max(_LEAST_TILE, 1 << ((40 << 10) // position).bit_length() - 1))
-    for n, stages in ((n, 3), (n, 2), (n // 2, 2)):
-        if n >= _LEAST_TILE and (m * (size + rest) * bytes_of + stages * n * position) <= room:
-            return Blocks(m, n, 8 if long else 4, stages)
+    for block, stages in ((n, 3), (n, 2), (n // 2, 2)):
+        fits = m * (size + rest) * bytes_of + stages * block * position <= room
+        if block >= _LEAST_TILE and fits:
+            return Blocks(m, block, 8 if long else 4, stages)
     return Blocks(_LEAST_TILE, _LEAST_TILE, 4, 1)
 
 
