@@ -10,6 +10,12 @@ if TYPE_CHECKING:
     from ktrt.layers.form import AttentionForm
 
 
+def keeps_to_lengths(_query: torch.Tensor, _key: torch.Tensor, _value: torch.Tensor) -> bool:
+    """Whether ``decode_attention`` reads no position after ``lengths``, where memory may be
+    missing; arguments as there."""
+    return False
+
+
 def decode_attention(
     query: torch.Tensor,
     key: torch.Tensor,
