@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache
@@ -27,12 +27,6 @@ logger = logging.getLogger(__name__)
 
 # Tokens of the first allocation where memory moves; it doubles as a conversation grows.
 MIN_CAPACITY = 2048
-
-
-class Stored(Protocol):
-    """``stored``: how many layers have stored the tokens of a step."""
-
-    stored: int
 
 
 class CannotMixError(KtrtError):
@@ -369,8 +363,7 @@ class StaticKv(Cache):  # type: ignore[misc]
         self.commit(slot, end)
 
     def commit(self, slot: int, end: int) -> None:
-        """Makes sure that a slot's positions before ``end`` have memory: a forward may read or
-        store them."""
+        """Gives a slot's positions before ``end`` memory: a forward may read or store them."""
 
     @contextmanager
     def sequence(self, slot: int, start: int, count: int) -> Iterator[None]:
@@ -383,11 +376,10 @@ class StaticKv(Cache):  # type: ignore[misc]
     @contextmanager
     def window(
         self, positions: torch.Tensor, window: int | None, first: int = 0
-    ) -> Iterator[Stored]:
+    ) -> Iterator[_Window]:
         """Within the block the model takes one token for each slot from ``first`` on, at
-        ``positions`` [rows, 1] (int64, on the cache's device), and attends to the first ``window``
-        positions; the caller masks later ones, and calls ``will_write``. None: attention looks at
-        the whole capacity, of which it reads what the rows hold."""
+        ``positions`` [rows, 1] (int64, on the device), and attends to the first ``window`` (None:
+        all); the caller masks later ones, and calls ``will_write``."""
         place = _Window(positions, self.capacity if window is None else window, first)
         with self._placed(place):
             yield place

@@ -43,7 +43,8 @@ def kernels() -> Any:
 
 
 def runs_kernels(query: torch.Tensor) -> bool:
-    """Whether Triton computes queries like this: on a GPU, or anywhere in its interpreter."""
+    """Whether Triton computes queries like this, and reads nothing after a row's length: on a GPU,
+    or anywhere in its interpreter."""
     if kernels() is None:
         return False
     return query.is_cuda or type(kernels().decode_kernel).__name__ == "InterpretedFunction"
@@ -122,12 +123,6 @@ def form_arguments(form: AttentionForm) -> tuple[list[float], dict[str, Any]]:
         "SOFTCAP": bool(form.softcap), "WINDOW": bool(form.window), "SINKS": form.sinks is not None,
     }  # fmt: skip
     return [scaling, float(form.softcap), form.window], constants
-
-
-def keeps_to_lengths(_query: torch.Tensor, _key: torch.Tensor, _value: torch.Tensor) -> bool:
-    """Whether ``decode_attention`` reads no position after ``lengths``, where memory may be
-    missing; arguments as there."""
-    return False
 
 
 def decode_attention(
