@@ -67,8 +67,8 @@ class _Sequence:
 
 @dataclass
 class _Window:
-    """A step of one token per row, for the slots from ``first`` on: ``positions`` [rows, 1] int64
-    on the device, each < window. ``stored``: the layers that have stored theirs."""
+    """One token for each slot from ``first`` on: ``positions`` [rows, 1] int64 on the device, each
+    < window. ``stored``: the layers that have stored theirs."""
 
     positions: torch.Tensor
     window: int
@@ -380,7 +380,7 @@ class StaticKv(Cache):  # type: ignore[misc]
         """Within the block the model takes one token for each slot from ``first`` on, at
         ``positions`` [rows, 1] (int64, on the device), and attends to the first ``window`` (None:
         all); the caller masks later ones, and calls ``will_write``."""
-        place = _Window(positions, self.capacity if window is None else window, first)
+        place = _Window(positions, window or self.capacity, first)
         with self._placed(place):
             yield place
 

@@ -52,7 +52,7 @@ def runs_kernels(query: torch.Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Operands:
-    """Holds an attention's inputs: query [rows, heads, n, size], key [rows, groups, positions, size],
+    """An attention's inputs: query [rows, heads, n, size], key [rows, groups, positions, size],
     value [rows, groups, positions, value size]; ``query_rest`` and ``key_rest``: further numbers of
     the same vectors. A value that is the key itself is read once."""
 

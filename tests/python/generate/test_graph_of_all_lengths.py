@@ -18,8 +18,6 @@ from ktrt.generate.row_graphs import RowGraphs
 from ktrt.generate.runner import KvCache, ModelRunner
 from ktrt.generate.step import Span, Step
 from ktrt.kv import static
-from ktrt.layers.form import form_of
-from ktrt.layers.gpu.decode import decode_attention
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,10 +54,8 @@ def keeping(monkeypatch: pytest.MonkeyPatch, running: RunningStep) -> Callable[[
             return original(module, query, key, value, mask, **options)
         running.attended += 1
         end = int(lengths.max())
-        key, value = key[:, :, :end], value[:, :, :end]
-        form = form_of(query, options.get("scaling"), options)
-        assert form is not None
-        return decode_attention(query, key, value, lengths, form), None
+        seen = (torch.arange(end) < lengths[:, None])[:, None, None]
+        return original(module, query, key[:, :, :end], value[:, :, :end], seen, **options)
 
     monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", attention)
     return lambda layers: kept.__setitem__(0, layers)
