@@ -124,8 +124,7 @@ class _Shared:
 class StaticLayer(CacheLayerMixin):  # type: ignore[misc]
     """Keys and values [slots, heads, capacity, head_dim] of one layer."""
 
-    is_sliding = False
-    is_croppable = True
+    is_sliding, is_croppable = False, True
 
     def __init__(self, shared: _Shared) -> None:
         super().__init__()
