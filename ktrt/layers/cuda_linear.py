@@ -134,22 +134,26 @@ class Factors:
     mask: RankMask | None = None
 
 
-def factors_of(layer: nn.Module) -> Factors | None:
+def factors_of(layer: Any) -> Factors | None:
     """Returns what a forward of ``layer``, a Linear that PEFT may have wrapped, computes now; None:
     something else than factors can say, as with DoRA or a bias."""
     fused = getattr(layer.forward, "__self__", None)
     if isinstance(fused, _FusedLinear):
         return fused.factors()
-    if _is_peft_linear(layer):
-        peft: Any = layer
-        active = any(name in peft.lora_A for name in peft.active_adapters)
-        if peft.merged or (active and not peft.disable_adapters):
-            return None
-        layer = peft.get_base_layer()
-    if type(layer) not in (nn.Linear, CodedLinear) or layer.bias is not None:
-        return None
-    weight: Any = layer.weight
-    return Factors(weight)
+    if not _is_peft_linear(layer):
+        return _base_factors(layer)
+    return _base_factors(layer.get_base_layer()) if _acts_as_base(layer) else None
+
+
+def _acts_as_base(layer: Any) -> bool:
+    """Whether PEFT's layer adds nothing to its base."""
+    active = any(name in layer.lora_A for name in layer.active_adapters)
+    return not layer.merged and (layer.disable_adapters or not active)
+
+
+def _base_factors(base: Any) -> Factors | None:
+    plain = type(base) in (nn.Linear, CodedLinear) and base.bias is None
+    return Factors(base.weight) if plain else None
 
 
 @dataclass(frozen=True)
@@ -251,7 +255,7 @@ class _FusedLinear:
             return Factors(self._base.weight, lora.a, lora.expand, mask)
         joint, expand = self._joint, self._expand
         if self._state is None or joint is None or expand is None:
-            return None
+            return _base_factors(self._base) if _acts_as_base(self._layer) else None
         a = joint if self._coded is not None else joint[expand.shape[1] :]
         return Factors(self._base.weight, a, expand)
 

@@ -24,6 +24,7 @@ from ktrt.layers.attention import places
 from ktrt.layers.causal_mask import mask_of_last, mask_or_none
 from ktrt.layers.form import form_of
 from ktrt.layers.forward import DenseForward
+from ktrt.layers.gpu.decode import runs_kernels
 from ktrt.layers.gpu.latent import AbsorbedLatents
 from ktrt.layers.gpu.prefill import prefill_attention
 from ktrt.layers.latent_decoder import LatentDecoder
@@ -252,6 +253,8 @@ def _on_gpu(
         if not absorbed.prefers_latents(tokens, rank, value.shape[-1]):
             return absorbed.prompt(factors, query, key, value, form) if rows == 1 else None
         lengths = torch.full((rows,), total, device=query.device)
+    else:
+        latents.running.attended += runs_kernels(query)
     return absorbed.decode(factors, query, key, value, lengths, form)
 
 

@@ -43,7 +43,8 @@ def kernels() -> Any:
 
 
 def runs_kernels(query: torch.Tensor) -> bool:
-    """Whether Triton computes queries like this: on a GPU, or anywhere in its interpreter."""
+    """Whether Triton computes queries like this, and reads nothing after a row's length: on a GPU,
+    or anywhere in its interpreter."""
     if kernels() is None:
         return False
     return query.is_cuda or type(kernels().decode_kernel).__name__ == "InterpretedFunction"
@@ -51,7 +52,7 @@ def runs_kernels(query: torch.Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Operands:
-    """Holds the inputs: query [rows, heads, n, size], key [rows, groups, positions, size],
+    """An attention's inputs: query [rows, heads, n, size], key [rows, groups, positions, size],
     value [rows, groups, positions, value size]; ``query_rest`` and ``key_rest``: further numbers of
     the same vectors. A value that is the key itself is read once."""
 
