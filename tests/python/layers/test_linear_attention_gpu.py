@@ -72,9 +72,7 @@ def test_chunks_equal_transformers(tokens: int) -> None:
     reference, _ = function_of("qwen3_next", "torch_recurrent_gated_delta_rule")
     expected, end = reference(**copied(arguments))
     state = arguments["initial_state"].clone()
-    names = ("query", "key", "value", "g", "beta")
-    found = chunked_delta_rule(
-        *(arguments[name] for name in names), state, scaling=20**-0.5, unit_keys=True
-    )
+    q, k, v, g, beta = (arguments[name] for name in ("query", "key", "value", "g", "beta"))
+    found = chunked_delta_rule(q, k, v, g, beta, state, scaling=20**-0.5, unit_keys=True)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(state, end, rtol=1e-4, atol=1e-4)
