@@ -21,7 +21,6 @@ from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 from ktrt.layers.linear_attention.families import FAMILIES, PARAMETERS
-from ktrt.layers.linear_attention.functions import Functions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ktrt.engine import Engine
+    from ktrt.layers.linear_attention.functions import Functions
     from ktrt.utils.patches import Patches
 
 logger = logging.getLogger(__name__)
@@ -38,20 +38,20 @@ logger = logging.getLogger(__name__)
 def accelerate_linear_attention(model: nn.Module, engine: Engine, patches: Patches) -> int:
     """Replaces what the layers of the known families call; returns the number of layers. A call
     that a replacement does not take (dtypes, packed sequences, gradients) goes to the original."""
-    found: dict[type, tuple[str, ...]] = {}
-    count = 0
+    kinds = {type(module) for module in model.modules()}
+    called = {kind: names for kind in kinds if (names := _called(kind))}
+    if not called:
+        return 0
+    # Models without such layers do without their operators.
+    from ktrt.layers.linear_attention.functions import Functions
+
     functions = Functions(engine)
-    forwards: dict[type, Callable[..., Any]] = {}
+    forwards = {kind: _with_functions(kind, called[kind], functions) for kind in called}
+    count = 0
     for module in model.modules():
-        kind = type(module)
-        if kind not in found:
-            found[kind] = _seams(kind)
-        if not found[kind] or "forward" in vars(module):
-            continue
-        if kind not in forwards:
-            forwards[kind] = _with_functions(kind, found[kind], functions)
-        patches.set(module, "forward", MethodType(forwards[kind], module))
-        count += 1
+        if type(module) in called and "forward" not in vars(module):
+            patches.set(module, "forward", MethodType(forwards[type(module)], module))
+            count += 1
     if count:
         _log(model, count)
     return count
@@ -71,7 +71,7 @@ def _log(model: Any, count: int) -> None:
     )  # fmt: skip
 
 
-def _seams(kind: Any) -> tuple[str, ...]:
+def _called(kind: Any) -> tuple[str, ...]:
     """The names of the functions that the forward of a layer's class calls."""
     parts = kind.__module__.split(".")
     names = FAMILIES.get(parts[2], ()) if parts[:2] == ["transformers", "models"] else ()

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ktrt.engine import LinearAttention, SelectiveScan, ShortConv, TokenArray
 from ktrt.engine.recording import active
+from ktrt.engine.states import LinearAttention, SelectiveScan, ShortConv, TokenArray
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
