@@ -369,8 +369,11 @@ def check_logits(logits: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def _takes_sdpa_mask(implementation: str) -> bool:
-    known = implementation in ALL_MASK_ATTENTION_FUNCTIONS
-    return known and inspect.unwrap(ALL_MASK_ATTENTION_FUNCTIONS[implementation]) is sdpa_mask
+    if implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
+        return False
+    # transformers may have wrapped sdpa_mask itself.
+    found = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
+    return inspect.unwrap(found, stop=lambda each: each is sdpa_mask) is sdpa_mask
 
 
 def window_of(lengths: Sequence[int]) -> int:
