@@ -23,6 +23,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 
 from ktrt.engine import Engine
+from ktrt.kv.static import cache_argument
 from ktrt.layers.linear_attention import accelerate_linear_attention
 from ktrt.layers.linear_attention.functions import Functions
 from ktrt.utils.patches import Patches
@@ -195,11 +196,11 @@ def decode_ms(model: Any) -> tuple[float, torch.Tensor]:
     """Milliseconds of a step after 64 tokens, and the logits of the first one."""
     from transformers import DynamicCache
 
-    cache = DynamicCache(config=model.config)
+    options = {cache_argument(model): DynamicCache(config=model.config), "use_cache": True}
     ids = torch.arange(64, device=DEVICE)[None] + 5
-    model(input_ids=ids, cache=cache, use_cache=True)
-    first = model(input_ids=ids[:, :1], cache=cache, use_cache=True).logits
-    step = seconds(lambda: model(input_ids=ids[:, :1], cache=cache, use_cache=True), graph=False)
+    model(input_ids=ids, **options)
+    first = model(input_ids=ids[:, :1], **options).logits
+    step = seconds(partial(model, input_ids=ids[:, :1], **options), graph=False)
     return step * 1e3, first.float()
 
 

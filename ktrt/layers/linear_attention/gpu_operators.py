@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from ktrt.layers.linear_attention.chunks import CHUNK, chunked_delta_rule
 
@@ -86,8 +87,11 @@ class GpuOperators:
         *,
         silu: bool,
     ) -> torch.Tensor:
-        """As ``Operators.conv``, for one token and with a state."""
-        assert state is not None
+        """As ``Operators.conv``, of one token where there is a state."""
+        if state is None:
+            taps, tokens = weight.shape[1], x.shape[2]
+            found = F.conv1d(x, weight[:, None], bias, padding=taps - 1, groups=x.shape[1])
+            return F.silu(found[:, :, :tokens]) if silu else found[:, :, :tokens]
         sequences, channels = x.shape[:2]
         out = torch.empty(sequences, channels, 1, dtype=x.dtype, device=x.device)
         weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()

@@ -50,7 +50,7 @@ KERNELS: dict[str, tuple[str, str, Callable[[Draw], dict[str, Any]]]] = {
              lambda d: delta_rule(d, 1, 3, per_key=True, value_size=12)),
     "mamba": ("jamba", "mamba_selective_scan", lambda d: mamba(d, 2, 3)),
     **{case: CASES[case] for case in (
-        "mamba, step", "mamba 2, step", "conv, step", "conv, short state")},
+        "mamba, step", "mamba 2, step", "conv, step", "conv, short state", "conv, linear")},
 }  # fmt: skip
 
 
