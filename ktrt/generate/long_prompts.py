@@ -31,13 +31,13 @@ class LongPrompts:
 
     def run(self, part: Part, cache: StaticKv) -> torch.Tensor:
         """Returns the wanted logits [wanted, vocab_size], as ``Forwards.alone`` does."""
-        running = self._forwards.running
+        running, shared = self._forwards.running, cache._shared
 
         def held() -> tuple[Any, StepRows | None]:
-            return cache.place, running.rows
+            return shared.place, running.rows
 
         def put(state: tuple[Any, StepRows | None]) -> None:
-            cache.place, rows = state
+            shared.place, rows = state
             running.switch(rows)
 
         forwards = [partial(self._forwards.alone, each, cache) for each in self._divided(part)]

@@ -34,8 +34,7 @@ class StreamedLayer(Protocol):
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments that a forward brings to the experts of ``layer``, as ``GpuLayer.forward_streamed`` takes
-    it."""
+    """The arguments of ``GpuLayer.forward_streamed``, of one forward."""
 
     layer: StreamedLayer
     states: torch.Tensor

@@ -256,7 +256,8 @@ def test_blocks_end_together(
     serves the next forward."""
     shared, running = in_blocks, in_blocks.loaded.runner._forwards.running
     shared.compare(IDS[:4])
-    threads = set(threading.enumerate())
+    threads, cache = set(threading.enumerate()), shared.ours.runner.cache
+    assert cache is not None
     share = list(shared.gpu.layers.values())[-1]
     layer: Any = shared.loaded.model.model.layers[-1]  # type: ignore[union-attr, index]
 
@@ -270,7 +271,7 @@ def test_blocks_end_together(
                 shared.ours.forward(IDS[4:30])
         assert set(threading.enumerate()) <= threads
         assert not shared.gpu.blocks.running
-        assert running.rows is shared.ours.runner.cache.place is None  # type: ignore[union-attr]
+        assert running.rows is cache._shared.place is None
         if shared.ours.length == 0:  # not after an interrupt
             shared.ours.forward(IDS[:4])
     shared.compare(IDS[4:30])
