@@ -7,6 +7,7 @@ them on the device (``RunningStep.lengths``). Other models need one for each win
 attended to: a power of two.
 """
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -368,8 +369,11 @@ def check_logits(logits: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def _takes_sdpa_mask(implementation: str) -> bool:
-    known = implementation in ALL_MASK_ATTENTION_FUNCTIONS
-    return known and ALL_MASK_ATTENTION_FUNCTIONS[implementation] is sdpa_mask
+    if implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
+        return False
+    # transformers may have wrapped sdpa_mask itself.
+    found = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
+    return inspect.unwrap(found, stop=lambda each: each is sdpa_mask) is sdpa_mask
 
 
 def window_of(lengths: Sequence[int]) -> int:
