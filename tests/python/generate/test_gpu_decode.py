@@ -271,7 +271,8 @@ def test_blocks_end_together(
                 shared.ours.forward(IDS[4:30])
         assert set(threading.enumerate()) <= threads
         assert not shared.gpu.blocks.running
-        assert running.rows is cache._shared.place is None
+        assert running.rows is None
+        assert cache._shared.place is None
         if shared.ours.length == 0:  # not after an interrupt
             shared.ours.forward(IDS[:4])
     shared.compare(IDS[4:30])
