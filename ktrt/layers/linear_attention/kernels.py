@@ -134,7 +134,7 @@ def gated_norm_kernel(
     X, Gate, Weight, Out, heads, shares, g_s, g_k, g_h, eps, SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """RMSNorm of X [sequences, heads, SIZE] times SiLU of its gate, whose heads lie as those of
+    """RMSNorm of X [sequences, heads, SIZE] times SiLU of its gate, which has the strides of
     ``state_kernel``'s g. Out: as X."""
     sequence, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     key_head, i = head // shares, tl.arange(0, BLOCK)
