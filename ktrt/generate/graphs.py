@@ -11,11 +11,11 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from ktrt.engine.recording import active
 from ktrt.engine.step_rows import RunningStep
 from ktrt.errors import KtrtError
+from ktrt.generate.masks import attention_mask, plain_mask
 from ktrt.kv.static import StaticKv, cache_argument
 
 logger = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ class DecodeGraphs:
         """``first``: the slot of the first row; the others follow. ``running``: the step that the
         model's layers look at, if they do."""
         self._model, self._cache, self._handoff, self._maker = model, cache, handoff, maker
-        self._argument, self._first = cache_argument(model), first
+        self._argument, self._first, self._rows = cache_argument(model), first, rows
         self._running = RunningStep() if running is None else running
         device = model.get_input_embeddings().weight.device
         # Ids and positions, in the memory that the graphs read.
@@ -159,6 +159,11 @@ class DecodeGraphs:
     def count(self) -> int:
         """Graphs that can be replayed."""
         return len(self._graphs)
+
+    @property
+    def usable(self) -> bool:
+        """Whether no capture of this model has failed."""
+        return self._maker.usable
 
     def clear(self) -> None:
         """Forgets the graphs, whose memory has moved."""
@@ -176,9 +181,12 @@ class DecodeGraphs:
         return self._replay(window, ids, lengths) if window in self._graphs else None
 
     @torch.inference_mode()
-    def prepare(self, ids: Sequence[int], lengths: Sequence[int], expected: torch.Tensor) -> bool:
+    def prepare(
+        self, ids: Sequence[int], lengths: Sequence[int], expected: torch.Tensor,
+        rewind: Callable[[], None] = lambda: None,
+    ) -> bool:  # fmt: skip
         """Makes the graph for ``lengths``, after a plain forward of the same step gave ``expected``
-        [rows, vocab_size].
+        [rows, vocab_size]. ``rewind`` puts the states back to what they were before that.
 
         False if that failed, which is logged: the cache must be filled again, and there are no
         further attempts.
@@ -189,11 +197,15 @@ class DecodeGraphs:
         self._set_inputs(ids, lengths)
         logits = self._logits_memory(expected)
         unharmed = self._maker.captures_compute
+        stay = self._cache.rewinder(self._first, len(ids))
+        rewind()
         try:
             if not self._maker.captures_compute:
                 # Eagerly first: libraries allocate their workspaces, the hand-off its slots.
                 self._run(window)
+                rewind()
             self._capture(window)
+            rewind()
             unharmed = False
             # A replay that writes nothing must not pass by what the capture has written.
             logits.fill_(torch.nan)
@@ -201,6 +213,7 @@ class DecodeGraphs:
         except FAILURES as error:
             self.clear()
             give_up(self._maker, error)
+            stay()
             return unharmed
         self._maker.proven = True
         return True
@@ -212,12 +225,15 @@ class DecodeGraphs:
         if self._maker.captures_compute or not self._maker.proven or not self._graphs:
             return
         window = 2 * max(self._graphs)
+        stay = self._cache.rewinder(self._first, self._rows)
         while window <= window_of([length - 1]):
             try:
                 self._capture(window)
             except FAILURES as error:
                 logger.debug("No %s ahead for window %d: %s", self._maker.what, window, error)
                 return
+            finally:
+                stay()
             window *= 2
 
     @torch.inference_mode()
@@ -236,11 +252,15 @@ class DecodeGraphs:
             return None
         self._set_inputs(ids, lengths)
         logits = self._logits_memory(like.expand(len(ids), -1))
+        rewind = self._cache.rewinder(self._first, len(ids))
         try:
             self._capture(window_of(lengths))
         except FAILURES as error:
             logger.debug("No %s without a plain forward first: %s", self._maker.what, error)
+            rewind()
             return None
+        if not self._maker.captures_compute:
+            rewind()
         return logits.clone() if self._maker.captures_compute else self.step(ids, lengths)
 
     def _logits_memory(self, like: torch.Tensor) -> torch.Tensor:
@@ -272,11 +292,12 @@ class DecodeGraphs:
 
     def _run(self, window: int) -> None:
         ids, positions = self._inputs
+        window = min(window, self._cache.capacity)
         mask = attention_mask(self._model, positions, window)
         recorder = active()
         if recorder is not None:
-            one = len(positions) == 1
-            recorder.describe([self._inputs], mask, (lambda: self._length) if one else None)
+            length = (lambda: self._length) if len(positions) == 1 else None
+            recorder.describe([self._inputs], plain_mask(self._model, mask), length)
         place = self._cache.window(positions, window, self._first)
         with place, self._running.attending(positions[:, 0] + 1):
             output = self._model(
@@ -292,20 +313,6 @@ class DecodeGraphs:
         self._logits.copy_(logits)
 
 
-def attention_mask(model: Any, positions: torch.Tensor, window: int) -> torch.Tensor:
-    """[rows, 1, 1, window], in the form that the model's attention takes: the positions up to each
-    row's own."""
-    seen = torch.arange(window, device=positions.device) <= positions
-    seen = seen[:, None, None, :]
-    implementation = model.config._attn_implementation
-    if implementation == "sdpa" or _takes_sdpa_mask(implementation):
-        return seen
-    if implementation != "eager":
-        raise KtrtError(f"attention {implementation} takes no mask of a fixed length")
-    dtype = model.get_input_embeddings().weight.dtype
-    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
-
-
 def check_logits(logits: torch.Tensor, expected: torch.Tensor) -> None:
     """``KtrtError``: a replay's logits are not the plain forward's."""
     error = float((logits.float() - expected.float()).norm() / expected.float().norm())
@@ -314,11 +321,6 @@ def check_logits(logits: torch.Tensor, expected: torch.Tensor) -> None:
             f"its logits differ from the plain forward's, relative error {error:.2f}, expected "
             f"below {_TOLERANCE}"
         )
-
-
-def _takes_sdpa_mask(implementation: str) -> bool:
-    known = implementation in ALL_MASK_ATTENTION_FUNCTIONS
-    return known and ALL_MASK_ATTENTION_FUNCTIONS[implementation] is sdpa_mask
 
 
 def window_of(lengths: Sequence[int]) -> int:

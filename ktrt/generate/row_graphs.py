@@ -18,12 +18,12 @@ from ktrt.engine.step_rows import ACTIVE, IDLE, StepRows
 from ktrt.generate.forwards import set_adapters
 from ktrt.generate.graphs import (
     FAILURES,
-    attention_mask,
     capture,
     check_logits,
     give_up,
     window_of,
 )
+from ktrt.generate.masks import attention_mask
 from ktrt.kv.static import StaticKv, cache_argument
 
 if TYPE_CHECKING:
@@ -126,12 +126,17 @@ class RowGraphs:
         if not parts:
             return []
         expected = None
+        # The graphs compute again what a plain forward has computed.
+        again = self.usable and not (self.proven and len(self._like))
+        rewinders = [self._cache.rewinder(p.span.slot.index) for p in parts] if again else []
         if not (self.proven and self.usable):
             expected = [plain(part) for part in parts]
             if not self.usable:
                 return expected
         if not len(self._like):
             self._like = expected[0][0] if expected else plain(parts[0])[0]
+        for rewind in rewinders:
+            rewind()
         try:
             found = self._run_blocks(parts)
             if expected is not None:
@@ -161,9 +166,12 @@ class RowGraphs:
             self._forget_one(block)
             # The host first: libraries allocate their workspaces, the hand-off its slots, LoRA
             # takes the adapters' numbers.
+            rewind = self._cache.rewinder(block.first, block.rows.tokens)
             self._forward(block, window)
             self.eager_forwards += 1
+            rewind()
             graph = block.graphs[window] = self._capture(block, window)
+            rewind()
             # A replay that writes nothing must not pass by what was written before.
             block.logits.fill_(torch.nan)
         with self._running.running(block.rows), self._handoff.launching(graph.slots):
@@ -217,8 +225,10 @@ class RowGraphs:
 
     def _forward(self, block: _Block, window: int) -> None:
         ids, positions = block.inputs
+        window = min(window, self._cache.capacity)
         mask = attention_mask(self._model, positions, window)
-        place = self._cache.window(positions, window, block.first)
+        active = block.rows.on_device != IDLE if self._cache.has_states else None
+        place = self._cache.window(positions, window, block.first, active)
         attending = self._running.attending(positions[:, 0] + 1)
         with place, attending, self._running.running(block.rows):
             output = self._model(
