@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ktrt.engine.step_rows import ACTIVE, StepRows, TokenSpan
-from ktrt.kv.static import CannotMixError, StaticKv, cache_argument, unusual_layers
+from ktrt.kv.static import (
+    CannotMixError,
+    StaticKv,
+    cache_argument,
+    keeps_states,
+    unusual_layers,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -184,7 +190,9 @@ def why_alone(model: Any, running: RunningStep | None) -> str | None:
     """Returns why sequences run one after the other; None: they may share a forward."""
     unusual = unusual_layers(model)
     if unusual:
-        reason = f"the model's KV cache has layers that are not plain ({', '.join(unusual)})"
+        reason = f"the model's KV cache has layers of its own kinds ({', '.join(unusual)})"
+    elif keeps_states(model):
+        reason = "layers keep states, and take one sequence after the other"
     elif running is None:
         return "the model's layers do not look at steps"
     else:

@@ -158,6 +158,8 @@ class ModelRunner:
             raise
         for part, tokens in zip(parts, held, strict=True):
             part.span.slot.put(tokens, part.span.ids, as_prompt=not part.is_row)
+            if self.cache is not None:
+                self.cache.stored(part.span.slot.index, part.end)
             self.pool.touch(part.span.slot)
         return logits
 
