@@ -125,11 +125,11 @@ void register_gpu(py::module_& module) {
       .def("synchronize", &synchronize, py::arg("stream"), Released())
       .def("close", &GpuHandoff::close, Released());
   py::class_<DeviceRegion, std::shared_ptr<DeviceRegion>>(module, "DeviceRegion")
-      .def(py::init([](std::size_t bytes, const std::string& driver) {
+      .def(py::init([](std::size_t size, const std::string& driver) {
              const py::gil_scoped_release release;
-             return make_owned<DeviceRegion>(bytes, driver);
+             return make_owned<DeviceRegion>(size, driver);
            }),
-           py::arg("bytes"), py::kw_only(), py::arg("driver") = "libcuda.so.1")
+           py::arg("size"), py::kw_only(), py::arg("driver") = "libcuda.so.1")
       .def_property_readonly("address", &DeviceRegion::address)
       .def_property_readonly("nbytes", &DeviceRegion::bytes)
       .def_property_readonly("granularity", &DeviceRegion::granularity)

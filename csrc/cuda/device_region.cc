@@ -46,8 +46,8 @@ DeviceRegion::~DeviceRegion() {
 CuMemoryProp DeviceRegion::prop() const { return {kPinned, 0, {kDevice, device_}, nullptr, {}}; }
 
 void DeviceRegion::check_range(std::size_t first, std::size_t end) const {
-  KTRT_CHECK(first <= end && end <= bytes(), "bytes " << first << " to " << end << " of a region of "
-                                                      << bytes());
+  KTRT_CHECK(first <= end && end <= bytes(),
+             "bytes " << first << " to " << end << " of a region of " << bytes());
 }
 
 std::vector<DeviceRegion::Run> DeviceRegion::runs(std::size_t first, std::size_t end,

@@ -108,6 +108,8 @@ class Forwards:
         if not proven:
             end = -(-max(p.end for p in parts) // _CUT) * _CUT
             most = 1 + max(p.span.slot.index for p in parts), end
+            for slot in range(most[0]):
+                cache.commit(slot, end)
         for part in parts:
             cache.will_write(part.span.slot.index, part.end)
         tokens = [token for part in parts for token in part.span.ids]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ktrt.errors import KtrtError
+from ktrt.kv import device
 from ktrt.kv.memory import ROWS_OF_PAGES, fits
 
 if TYPE_CHECKING:
@@ -108,7 +109,8 @@ Place = SequencePlace | WindowPlace | ManyPlace
 
 @dataclass
 class Shared:
-    """The state that the layers of one cache share. ``layers``: those that hold all positions."""
+    """The state that the layers of one cache share. ``layers``: those that hold all positions.
+    ``driver``: of a GPU on which addresses are reserved; None: on the CPU."""
 
     slots: int
     capacity: int
@@ -116,6 +118,10 @@ class Shared:
     layers: int
     place: Place | None = None
     fitted: bool = False
+    driver: str | None = None
+    # By slot: positions that memory was asked for, and those that have some in every layer.
+    asked: dict[int, int] = field(default_factory=dict)
+    room: dict[int, int] = field(default_factory=dict)
 
     def fit(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Asks for fewer slots, and for fewer positions of the last one, where the process has no
@@ -125,7 +131,7 @@ class Shared:
         self.fitted = True
         wanted = self.slots, self.capacity
         one = sum(x.shape[1] * x.shape[3] * x.element_size() for x in (key_states, value_states))
-        while not fits(self.layers * self.slots * self.capacity * one):
+        while not self._fits(self.layers * self.slots * self.capacity * one):
             if self.slots > 1:
                 self.slots //= 2
             elif self.capacity >= 2 * MIN_CAPACITY:
@@ -138,6 +144,9 @@ class Shared:
                 "`ulimit -v` or vm.overcommit_memory leaves no more", self.slots, self.capacity,
                 *wanted,
             )  # fmt: skip
+
+    def _fits(self, size: int) -> bool:
+        return fits(size) if self.driver is None else device.fits(size, self.driver)
 
     def known_place(self) -> Place:
         """Returns the place of the forward that runs; ``KtrtError`` without one."""

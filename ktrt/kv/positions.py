@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from ktrt.errors import KtrtError
+from ktrt.kv.device import device_arrays
 from ktrt.kv.memory import Region, ReservedRegion, TensorRegion
 from ktrt.kv.places import CannotMixError, ManyPlace, Place, SequencePlace, Shared, WindowPlace
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 SLACK = 1024
 # A ring has a multiple of this number of positions: whole blocks for attention.
@@ -58,17 +59,28 @@ class Positions:
     def initialize(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         if self.window is None:
             self._shared.fit(keys, values)
-        self.regions = [self._new(keys, self._shared.slots, self._shared.capacity)]
-        self.regions.append(self._new(values, self._shared.slots, self._shared.capacity))
+        self.regions = self._new((keys, values), self._shared.slots, self._shared.capacity)
+        for slot, end in self._shared.asked.items():
+            self.commit(slot, end)
 
-    def _new(self, like: torch.Tensor, slots: int, capacity: int) -> Region:
+    def _new(self, likes: Sequence[torch.Tensor], slots: int, capacity: int) -> list[Region]:
         # The last slot of reserved memory is for rows that stand for nothing.
-        shape = slots + self._shared.reserved, like.shape[1], self._size(capacity), like.shape[3]
-        head = shape[2] * shape[3] * like.element_size()
-        pages = head % mmap.PAGESIZE == 0
-        reserved = self._shared.reserved and like.device.type == "cpu"
-        kind = ReservedRegion if reserved and (pages or self.window is None) else TensorRegion
-        return kind(shape, like)
+        slots, size = slots + self._shared.reserved, self._size(capacity)
+        shapes = [(slots, like.shape[1], size, like.shape[3]) for like in likes]
+        if self._shared.driver is not None:
+            return device_arrays(shapes, likes, self._shared.driver)
+        found: list[Region] = []
+        for shape, like in zip(shapes, likes, strict=True):
+            pages = shape[2] * shape[3] * like.element_size() % mmap.PAGESIZE == 0
+            reserved = self._shared.reserved and like.device.type == "cpu"
+            kind = ReservedRegion if reserved and (pages or self.window is None) else TensorRegion
+            found.append(kind(shape, like))
+        return found
+
+    def commit(self, slot: int, end: int) -> int:
+        """Gives a slot's positions before ``end`` memory; returns how many have some: where all do,
+        more than there can be."""
+        return min((r.commit(slot, min(end, r.tensor.shape[2])) for r in self.regions), default=0)
 
     def store(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores the new positions of the forward that runs; returns all that it may attend to.
@@ -164,6 +176,9 @@ class Positions:
 
     def _store_rows(self, place: ManyPlace, held: torch.Tensor, new: torch.Tensor) -> None:
         rows, (heads, size, width) = place.rows, held.shape[1:]
+        if self._shared.driver is not None:
+            self._store_on_device(place, held, new)
+            return
         if (heads, size) not in place.places:
             first = rows.slots[:, None] * heads + torch.arange(heads)
             # Rows that stand for nothing have length 0.
@@ -174,6 +189,16 @@ class Positions:
             place.places[heads, size] = places.view(-1).to(held.device)
         vectors = new[0, :, : rows.decode].transpose(0, 1).reshape(-1, width)
         held.view(-1, width).index_copy_(0, place.places[heads, size], vectors)
+
+    def _store_on_device(self, place: ManyPlace, held: torch.Tensor, new: torch.Tensor) -> None:
+        """Stores the decode rows where a slot's heads lie next to each other."""
+        rows, size = place.rows, held.shape[2]
+        if (0, size) not in place.places:
+            positions = rows.lengths - 1
+            both = torch.stack([rows.slots, positions % size if self.is_ring else positions])
+            place.places[0, size] = both.to(held.device)
+        slots, positions = place.places[0, size]
+        held[slots, :, positions] = new[0, :, : rows.decode].transpose(0, 1)
 
     def clear(self, slot: int, length: int, written: int) -> None:
         """Makes positions ``length`` … ``written`` - 1 of a slot zero again, or gives their memory
@@ -194,6 +219,7 @@ class Positions:
         as a ring holds them."""
         for held in self.tensors:
             end = length if written <= held.shape[2] else held.shape[2]
+            self.commit(target, end)
             held[target, :, :end] = held[source, :, :end]
         if self.regions and written > self.regions[0].tensor.shape[2]:
             self.clear(target, length, written)
@@ -204,9 +230,10 @@ class Positions:
         for at, old in enumerate(self.tensors):
             if old.shape[2] == self._size(capacity) and slots == self._shared.slots:
                 continue
-            region = self._new(old, slots, capacity)
+            (region,) = self._new((old,), slots, capacity)
             for slot, count in enumerate(written):
                 end = min(count, old.shape[2])
+                region.commit(slot, end)
                 region.tensor[slot, :, :end] = old[slot, :, :end]
             self.regions[at] = region
 

@@ -1,4 +1,4 @@
-"""States of one layer that say what came before a token: linear attention's, short convolutions'."""
+"""States of one layer, what came before a token: linear attention's, short convolutions'."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import pad
 
+from ktrt.kv.device import device_arrays
 from ktrt.kv.memory import Region, ReservedRegion, TensorRegion
-from ktrt.kv.places import CannotMixError, ManyPlace, Place, SequencePlace, Shared, WindowPlace
+from ktrt.kv.places import CannotMixError, ManyPlace, SequencePlace, Shared, WindowPlace
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -89,14 +90,25 @@ class States:
     def _allocate(self, name: Name, shape: Sequence[int], like: torch.Tensor, slots: int) -> None:
         slots += self._shared.reserved  # as for keys and values
         count = math.prod(shape)
-        if self._shared.reserved and like.device.type == "cpu":
+        if self._shared.driver is not None:
+            # One position, all of a slot's state.
+            places = [(slots, 1, 1, count)]
+            (region,) = device_arrays(places, (like,), self._shared.driver)
+            for slot in self._shared.asked:
+                region.commit(slot, 1)
+        elif self._shared.reserved and like.device.type == "cpu":
             # Whole pages for a slot, to be given back.
             page = mmap.PAGESIZE // like.element_size()
-            region: Region = ReservedRegion((slots, 1, -(-count // page) * page, 1), like)
+            region = ReservedRegion((slots, 1, -(-count // page) * page, 1), like)
         else:
             region = TensorRegion((slots, 1, count, 1), like)
         self._regions[name] = region
         self.arrays[name] = region.tensor.view(slots, -1)[:, :count].unflatten(1, tuple(shape))
+
+    def commit(self, slot: int) -> None:
+        """Gives a slot's states memory, before a forward reads or stores them."""
+        for region in self._regions.values():
+            region.commit(slot, region.tensor.shape[2])
 
     def keep(self, slot: int) -> dict[Name, torch.Tensor]:
         """Returns copies of a slot's states."""

@@ -80,15 +80,16 @@ class StaticKv(Cache):  # type: ignore[misc]
     """
 
     def __init__(
-        self, config: Any, slots: int = 1, capacity: int | None = None, *, reserved: bool = False
-    ) -> None:
-        """``reserved``: on the CPU, addresses for all slots and positions at once, which never
-        move (``kv.memory``)."""
+        self, config: Any, slots: int = 1, capacity: int | None = None, *, reserved: bool = False,
+        driver: str | None = None,
+    ) -> None:  # fmt: skip
+        """``reserved``: addresses for all slots and positions at once, which never move: on the CPU
+        (``kv.memory``), or on the GPU of ``driver`` (``kv.device``)."""
         capacity = MIN_CAPACITY if capacity is None else capacity
         if reserved:
             capacity = -(-capacity // ROWS_OF_PAGES) * ROWS_OF_PAGES
         wanted = DynamicCache(config=config).layers
-        self._shared = Shared(slots, capacity, reserved, 0)
+        self._shared = Shared(slots, capacity, reserved, 0, driver=driver)
         super().__init__(layers=[static_layer(self._shared, layer) for layer in wanted])
         self._positions: list[Positions] = [
             layer.positions for layer in self.layers if isinstance(layer, StaticLayer)
@@ -143,6 +144,7 @@ class StaticKv(Cache):  # type: ignore[misc]
         # Last: after Ctrl-C in between, the next call starts over.
         self._shared.capacity, self._shared.slots = capacity, count
         self.written += [0] * (count - len(self.written))
+        self._shared.room.clear()
         self.history.resize(count)
         moved = bool(self.regions) or any(each.arrays for each in self._states)
         self.moves += moved
@@ -159,6 +161,7 @@ class StaticKv(Cache):  # type: ignore[misc]
             length = 0 if mark is None else mark.length
         self._clear(slot, length)
         if mark is not None:
+            self.commit(slot, length)
             self.history.restore(slot, mark)
         self.history.cut(slot, length)
         return length
@@ -170,6 +173,8 @@ class StaticKv(Cache):  # type: ignore[misc]
             for each in self._positions:
                 each.clear(slot, length, written)
             self.written[slot] = length
+        self._shared.room.pop(slot, None)
+        self._shared.asked.pop(slot, None)
         if not length:
             for states in self._states:
                 states.clear(slot)
@@ -183,6 +188,7 @@ class StaticKv(Cache):  # type: ignore[misc]
             length = 0 if mark is None else mark.length
         if not length:
             return 0
+        self.commit(target, length)
         for each in self._positions:
             each.copy(source, target, length, self.written[source])
         self.written[target] = max(self.written[target], length)
@@ -222,8 +228,12 @@ class StaticKv(Cache):  # type: ignore[misc]
         self._shared.capacity, self._shared.slots = self._least
         self.written = [0] * self.slots
         self.history.forget(self.slots)
-        for each in (*self._positions, *self._states):
+        for each in self._positions:
             each.release()
+        for states in self._states:
+            states.release()
+        self._shared.room.clear()
+        self._shared.asked.clear()
         self._sizes = []
         self.moves += 1
 
@@ -239,7 +249,17 @@ class StaticKv(Cache):  # type: ignore[misc]
         self.commit(slot, end)
 
     def commit(self, slot: int, end: int) -> None:
-        """Gives a slot's positions before ``end`` memory: a forward may read or store them."""
+        """Gives a slot's states and positions before ``end`` memory where it does not come by
+        writing: a forward may read or store them."""
+        shared = self._shared
+        if shared.driver is None:
+            return
+        shared.asked[slot] = max(shared.asked.get(slot, 0), end)
+        if end <= shared.room.get(slot, 0):
+            return
+        for states in self._states:
+            states.commit(slot)
+        shared.room[slot] = min((each.commit(slot, end) for each in self._positions), default=0)
 
     def stored(self, slot: int, end: int) -> None:
         """Must come after a whole forward, as ``will_write`` came before it."""
@@ -248,6 +268,8 @@ class StaticKv(Cache):  # type: ignore[misc]
     def rewinder(self, first: int = 0, rows: int = 1) -> Callable[[], None]:
         """Returns a function that puts the states of ``rows`` slots from ``first`` on back to what
         they are now: a step that runs again must find what it found before."""
+        for slot in range(first, first + rows if self._states else first):
+            self.commit(slot, 1)
         kept = [(each, each.keep_rows(first, rows)) for each in self._states]
 
         def rewind() -> None:

@@ -231,7 +231,8 @@ EXPORT int cuMemMap(DevicePtr address, std::size_t bytes, std::size_t, std::uint
   if (const int error = enter("cuMemMap")) return error;
   const std::lock_guard lock(state().mutex);
   auto found = state().reserved.upper_bound(address);
-  if (found == state().reserved.begin() || bytes != kGranule || !state().memories.contains(memory)) {
+  if (found == state().reserved.begin() || bytes != kGranule ||
+      !state().memories.contains(memory)) {
     return kInvalidValue;
   }
   --found;
