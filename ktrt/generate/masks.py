@@ -3,6 +3,7 @@ each kind of attention in the model."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -97,4 +98,4 @@ def _formed(model: Any, seen: torch.Tensor) -> torch.Tensor:
 
 def _takes_sdpa_mask(implementation: str) -> bool:
     known = implementation in ALL_MASK_ATTENTION_FUNCTIONS
-    return known and ALL_MASK_ATTENTION_FUNCTIONS[implementation] is sdpa_mask
+    return known and inspect.unwrap(ALL_MASK_ATTENTION_FUNCTIONS[implementation]) is sdpa_mask
