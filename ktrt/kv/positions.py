@@ -70,25 +70,23 @@ class Positions:
         kind = ReservedRegion if reserved and (pages or self.window is None) else TensorRegion
         return kind(shape, like)
 
-    def store(
-        self, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def store(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores the new positions of the forward that runs; returns all that it may attend to.
 
         A sequence gets its positions in order, of a ring the last window - 1 and the new ones. A
         step and a forward of many sequences get views of the memory as it lies.
         """
         place = self._shared.known_place()
-        found = [self._store(place, *each) for each in zip(self.tensors, (keys, values), strict=True)]
+        found = [
+            self._store(place, *each) for each in zip(self.tensors, (keys, values), strict=True)
+        ]
         if isinstance(place, ManyPlace):
             place.rows.stored += 1
         elif isinstance(place, WindowPlace):
             place.stored += 1
         return found[0], found[1]
 
-    def _store(
-        self, place: Place, held: torch.Tensor, new: torch.Tensor
-    ) -> torch.Tensor:
+    def _store(self, place: Place, held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         if isinstance(place, SequencePlace):
             return self._store_sequence(place, held, new)
         if isinstance(place, ManyPlace):

@@ -1,4 +1,4 @@
-"""States of one layer that say what came before a token: linear attention's, short convolutions'."""
+"""States of one layer in place of earlier tokens: linear attention's, short convolutions'."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import pad
 
 from ktrt.kv.memory import Region, ReservedRegion, TensorRegion
-from ktrt.kv.places import CannotMixError, ManyPlace, Place, SequencePlace, Shared, WindowPlace
+from ktrt.kv.places import CannotMixError, ManyPlace, SequencePlace, Shared, WindowPlace
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -140,7 +140,7 @@ class OwnStore:
         return self.caches.get(slot.index)
 
     def reaches(self, slot: Slot, length: int) -> bool:
-        return length == 0
+        return length == 0 and slot.index in self.caches
 
     def truncate(self, slot: Slot, length: int) -> int:
         cache = self.caches.get(slot.index)

@@ -81,7 +81,9 @@ def _by_mark(original: Callable[..., Any]) -> Callable[..., Any]:
         if engine is not None and (lengths := engine.running.lengths) is not None and query.is_cuda:
             form = form_of(query, scaling, arguments)
             if form is not None:
-                return decode_attention(query, key, value, lengths, form), None
+                # The cache's layers with windows are rings: of one lap, position p lies at p.
+                ring = key.shape[2] if form.window else 0
+                return decode_attention(query, key, value, lengths, form, ring=ring), None
         length = None if recorder is None else recorder.length_behind(attention_mask)
         mask = attention_mask if length is None else None
         if engine is None or not _is_plain(query, key, mask, arguments):
