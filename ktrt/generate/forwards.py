@@ -192,7 +192,7 @@ def why_alone(model: Any, running: RunningStep | None) -> str | None:
     """Returns why sequences run one after the other; None: they may share a forward."""
     unusual = unusual_layers(model)
     if unusual:
-        reason = f"the model's KV cache has layers of its own kinds ({', '.join(unusual)})"
+        reason = f"the model's KV cache has unusual layers ({', '.join(unusual)})"
     elif keeps_states(model):
         reason = "layers keep states, and take one sequence after the other"
     elif running is None:

@@ -23,8 +23,8 @@ MOST_MARKS = 6
 
 @dataclass(eq=False)
 class StaticMark:
-    """What a slot needs to go back to its first ``length`` positions: states, by layer, and the
-    windows that rings have lost since, by window and array."""
+    """Holds what a slot needs to go back to its first ``length`` positions: states, by layer, and
+    the windows that rings have lost since, by window and array."""
 
     length: int
     states: tuple[dict[Name, torch.Tensor], ...]
@@ -41,7 +41,7 @@ class StaticMark:
 
 
 class History:
-    """Of the slots of one cache. ``rings``: by window the layers that have it."""
+    """Keeps the facts of one cache's slots. ``rings``: by window the layers that have it."""
 
     def __init__(
         self, rings: Mapping[int, Sequence[Positions]], states: Sequence[States], slots: int
@@ -149,7 +149,7 @@ class History:
             self._held_from[window][slot] = first
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Gives ``target``, whose rings hold what those of ``source`` do, its marks up to
+        """Gives ``target``, whose rings are copies of the rings of ``source``, its marks up to
         ``length``."""
         for held in self._held_from.values():
             held[target] = held[source]

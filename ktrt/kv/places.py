@@ -1,4 +1,4 @@
-"""What the forward that runs stores in a static cache, and where: the state that its layers
+"""The place of the forward that runs in a static cache, and the other facts that its layers
 share."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""States of one layer, what came before a token: linear attention's, short convolutions'."""
+"""States of one layer in place of earlier tokens: linear attention's, short convolutions'."""
 
 from __future__ import annotations
 

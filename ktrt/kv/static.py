@@ -59,7 +59,7 @@ def cache_argument(model: Any) -> str:
 
 
 def unusual_layers(model: Any) -> list[str]:
-    """The classes of the layers of a model's cache that ``StaticKv`` has none for: those of single
+    """The classes of the layers of a model's cache that ``StaticKv`` has none for: layers of single
     models, and of sparse attention with an index."""
     if makes_own_cache(model):
         return [f"the layers of {type(model).__name__} itself"]
@@ -120,7 +120,7 @@ class StaticKv(Cache):  # type: ignore[misc]
 
     @property
     def has_states(self) -> bool:
-        """Whether a step that is computed twice leaves something else behind than once."""
+        """Whether a step that is computed twice leaves something else than one computed once."""
         return bool(self._states)
 
     @property
@@ -228,8 +228,8 @@ class StaticKv(Cache):  # type: ignore[misc]
         self._shared.capacity, self._shared.slots = self._least
         self.written = [0] * self.slots
         self.history.forget(self.slots)
-        for each in self._positions:
-            each.release()
+        for layer in self._positions:
+            layer.release()
         for states in self._states:
             states.release()
         self._shared.room.clear()

@@ -37,7 +37,7 @@ class Store(Protocol):
     def grows(self) -> bool:
         """Whether another slot takes other memory than a closed one's."""
 
-    def reaches(self, _slot: Slot, length: int) -> bool:
+    def reaches(self, slot: Slot, length: int) -> bool:
         """Returns whether a slot can be rolled back to exactly ``length`` positions."""
 
     def truncate(self, slot: Slot, length: int) -> int:
@@ -139,8 +139,8 @@ class OwnStore:
             self.caches[slot.index] = DynamicCache(config=self._model.config)
         return self.caches.get(slot.index)
 
-    def reaches(self, _slot: Slot, length: int) -> bool:
-        return length == 0
+    def reaches(self, slot: Slot, length: int) -> bool:
+        return length == 0 and slot.index in self.caches
 
     def truncate(self, slot: Slot, length: int) -> int:
         cache = self.caches.get(slot.index)

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.families_table import REFUSED
 from helpers.fake_streams import FakeGraphs, dense_graphs
+from helpers.families_table import REFUSED
 from helpers.family_models import FIRST_SPECIAL, Family, families, random_model
 from transformers import DynamicCache, Llama4ForCausalLM, Llama4TextConfig
 
