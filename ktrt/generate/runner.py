@@ -85,6 +85,8 @@ class ModelRunner:
         self._on_cpu = self.device.type == "cpu"
         driver = None if capacity is None or self._on_cpu else _driver(self.device)
         reserved = capacity is not None and (self._on_cpu or driver is not None)
+        # Whether growing conversations end no graph.
+        self.memory_stays = self.plain and reserved
         if self.plain:
             self.cache = _static(model, slots, capacity if reserved else None, driver)
             store: PlainStore | OwnStore = PlainStore(self.cache, None if reserved else slots)
@@ -312,6 +314,10 @@ class KvCache:
         if self._slot is not None:
             self._close()
             self._slot = None
+
+    def close(self) -> None:
+        """Gives the slot back; the next forward opens another one."""
+        self._drop()
 
     def mark(self, *, replace: bool = False) -> None:
         """Saves a snapshot of the cache where cropping may be impossible later; ``replace``: in

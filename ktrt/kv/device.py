@@ -111,14 +111,15 @@ class DeviceRows:
                     "conversation, or close others"
                 ) from error
 
-    def release(self, slot: int, end: int) -> int:
-        """Gives the memory of a slot back that its first ``end`` rows do not need; returns how many
-        rows have some."""
-        first, kept = slot * self.slot_stride, _up(end * self.row, self.granule)
-        if kept < self._ends[slot]:
-            held, self._ends[slot] = self._ends[slot], kept
+    def release(self, slot: int, end: int) -> None:
+        """Gives the memory of a slot back that its first ``end`` rows do not need, and zeroes the
+        rest of the last granule."""
+        first, held = slot * self.slot_stride, self._ends[slot]
+        kept = min(_up(end * self.row, self.granule), held)
+        if kept < held:
+            self._ends[slot] = kept
             self._region.decommit(first + kept, first + held)
-        return min(self._ends[slot] // self.row, self._capacity)
+        self.bytes[first + min(end * self.row, kept) : first + kept].zero_()
 
     def bytes_for(self, rows: int) -> int:
         """Returns the memory that a slot of ``rows`` takes."""
@@ -141,11 +142,9 @@ class DeviceArray:
     def commit(self, slot: int, end: int) -> int:
         return self._rows.commit(slot, end)
 
-    def clear(self, slot: int, start: int, end: int) -> None:
-        """Gives the memory after the granule of ``start`` back."""
-        end = min(end, self._rows.release(slot, start))
-        if end > start:
-            self.tensor[slot, :, start:end].zero_()
+    def clear(self, slot: int, start: int, _end: int) -> None:
+        """Gives the memory after the granule of ``start`` back: after ``end`` nothing is stored."""
+        self._rows.release(slot, start)
 
     def bytes_of(self, tokens: int) -> int:
         """Returns the array's share of the memory."""

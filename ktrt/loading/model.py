@@ -19,6 +19,7 @@ from ktrt.engine.recording import RecordedSteps
 from ktrt.engine.step_rows import RunningStep
 from ktrt.errors import engine_errors
 from ktrt.experts import KTExperts, build_gpu_experts, new_hand_off
+from ktrt.generate.device_memory import let_segments_grow
 from ktrt.generate.graphs import CudaGraphs, DecodeGraphs, NoHandOff
 from ktrt.generate.row_graphs import RowGraphs
 from ktrt.generate.runner import KvCache, ModelRunner
@@ -152,6 +153,7 @@ def load_model(
     ``CheckpointError`` or ``AdapterError`` naming file and tensor, what was found and expected.
     """
     device = _device()
+    let_segments_grow(device)
     logger.info("Loading model with KTransformers MoE backend")
     ready = prepare(model, adapter, experts)
     engine, specs = ready.engine, ready.base.experts.specs

@@ -14,7 +14,7 @@ from helpers.fake_cuda import FakeCuda, build
 from helpers.fake_streams import FakeGraphs, dense_graphs
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ktrt.engine.step_rows import RunningStep
+from ktrt.engine.step_rows import RunningStep, StepRows, TokenSpan
 from ktrt.errors import KtrtError
 from ktrt.generate import graphs as decode_graph
 from ktrt.generate import runner
@@ -91,6 +91,13 @@ def make(family: str) -> Any:
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
 
 
+@torch.no_grad()
+def whole(model: Any, text: list[int]) -> torch.Tensor:
+    """The logits [tokens, vocab_size] without a cache."""
+    logits: torch.Tensor = model(torch.tensor([text])).logits[0]
+    return logits
+
+
 def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
@@ -110,12 +117,11 @@ def granules(driver: FakeCuda) -> int:
 def test_conversations_on_memory_that_stays(family: str, driver: FakeCuda) -> None:
     """Chunks, decode steps by graphs, a longer prompt, and another one after half of it."""
     model = make(family)
-    held, plain = KvCache(model, dense_graphs(model)), KvCache(model)
-    plain.runner.cache = None
+    held = KvCache(model, dense_graphs(model))
     text = ids(1500)
     cache = held.runner.cache
     assert cache is not None
-    expected = model(torch.tensor([text])).logits[0]
+    expected = whole(model, text)
     at = 0
     for end in (3, 5, 6, 7, 8, 9, 700, 701, 1500):
         assert close(held.forward(text[at:end]), expected[end - 1])
@@ -126,7 +132,7 @@ def test_conversations_on_memory_that_stays(family: str, driver: FakeCuda) -> No
     assert granules(driver) <= before
     more = [*text[:200], *ids(5, seed=1)]
     last = held.forward(more[held.length :])
-    assert close(last, model(torch.tensor([more])).logits[0, -1])
+    assert close(last, whole(model, more)[-1])
     assert [region.tensor.data_ptr() for region in cache.regions] == tensors
     assert cache.moves == 0
 
@@ -150,7 +156,7 @@ def test_rows_by_graphs(family: str) -> None:
         spans = tuple(Span(slot=slot, ids=[token]) for slot in slots)
         for text, logits in zip(texts, held.run(Step(spans)), strict=True):
             text.append(token)
-            assert close(logits[-1], model(torch.tensor([text])).logits[0, -1])
+            assert close(logits[-1], whole(model, text)[-1])
     assert maker.replays
 
 
@@ -164,8 +170,6 @@ def test_a_mixed_step(driver: FakeCuda) -> None:
     for slot, length in ((0, 3), (1, 2)):
         with cache.sequence(slot, 0, length):
             layer.update(torch.zeros(1, 1, length, 16), torch.zeros(1, 1, length, 16))
-    from ktrt.engine.step_rows import StepRows, TokenSpan
-
     rows = StepRows(3, 2, spans=(TokenSpan(1, 2, 3, 1),))
     rows.slots.copy_(torch.tensor([0, 1]))
     rows.lengths.copy_(torch.tensor([4, 3]))
