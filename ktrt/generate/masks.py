@@ -3,27 +3,34 @@ each kind of attention in the model."""
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from ktrt.errors import KtrtError
+from ktrt.generate.forwards import mask_of_many
 from ktrt.kv.positions import ring_size
+
+if TYPE_CHECKING:
+    from ktrt.kv.static import StaticKv
 
 # Kinds of attention in layers that keep states as well.
 _HYBRID = {"hybrid": "full_attention", "hybrid_sliding": "sliding_attention"}
 
 
-def attention_mask(model: Any, positions: torch.Tensor, window: int) -> Any:
+def attention_mask(model: Any, cache: StaticKv, positions: torch.Tensor, window: int | None) -> Any:
     """The mask [rows, 1, 1, window], in the form that the model's attention takes: the positions up
     to each row's own. For layers with a sliding window, or with attention in chunks, as many as
-    their ring has, where it has fewer.
+    their ring has, where it has fewer. ``window`` None: a mask that nobody reads.
 
     Models in which kinds of attention differ take a mask by kind: a dict.
     """
-    kinds = _kinds(model)
+    if window is None:
+        return mask_of_many(positions.device)
+    kinds, window = _kinds(model), min(window, cache.capacity)
     masks = {
         kind: _formed(model, _seen(positions, window, size, in_chunks="chunked" in kind))
         for kind, size in kinds.items()
@@ -93,4 +100,4 @@ def _formed(model: Any, seen: torch.Tensor) -> torch.Tensor:
 
 def _takes_sdpa_mask(implementation: str) -> bool:
     known = implementation in ALL_MASK_ATTENTION_FUNCTIONS
-    return known and ALL_MASK_ATTENTION_FUNCTIONS[implementation] is sdpa_mask
+    return known and inspect.unwrap(ALL_MASK_ATTENTION_FUNCTIONS[implementation]) is sdpa_mask

@@ -238,6 +238,10 @@ class StaticKv(Cache):  # type: ignore[misc]
         """Must come before a forward that stores positions before ``end``."""
         self.history.will_write(slot, end)
         self.written[slot] = max(self.written[slot], end)
+        self.commit(slot, end)
+
+    def commit(self, slot: int, end: int) -> None:
+        """Gives a slot's positions before ``end`` memory: a forward may read or store them."""
 
     def stored(self, slot: int, end: int) -> None:
         """Must come after a whole forward, as ``will_write`` came before it."""

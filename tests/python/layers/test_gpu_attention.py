@@ -11,7 +11,7 @@ from helpers.interpreted import mend_interpreter
 
 from ktrt.layers.form import AttentionForm
 from ktrt.layers.gpu import decode, prefill
-from ktrt.layers.gpu.decode import Operands, decode_attention
+from ktrt.layers.gpu.decode import Blocks, Operands, decode_attention
 from ktrt.layers.gpu.prefill import prefill_attention
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for module in (decode, prefill):
         monkeypatch.setattr(module, "runs_kernels", lambda _query: True)
     monkeypatch.setattr(decode, "device_facts", lambda _device: (32, 100 << 10))
+    monkeypatch.setattr(decode, "_blocks", lambda *_: Blocks(16, 32, 4, 2))
     return names
 
 
@@ -150,7 +151,7 @@ def test_prefill_attention(
     assert error(few, expected[:, -4:]) < 1e-6
     assert "prefill_kernel" not in launches
     monkeypatch.setattr(prefill, "_FEW", 0)
-    monkeypatch.setattr(prefill, "_blocks", lambda _operands: (16, 16, 4, 1))
+    monkeypatch.setattr(prefill, "_blocks", lambda *_: Blocks(16, 16, 4, 1))
     assert error(prefill_attention(query, key, value, form)[0].transpose(0, 1), expected) < 1e-6
     assert launches[-1] == "prefill_kernel"
     for module in (decode, prefill):
