@@ -18,7 +18,6 @@ from ktrt.engine.recording import active
 from ktrt.engine.step_rows import RunningStep
 from ktrt.errors import KtrtError
 from ktrt.generate.masks import attention_mask, plain_mask
-from ktrt.kv.places import WindowPlace
 from ktrt.kv.static import StaticKv, cache_argument
 
 logger = logging.getLogger(__name__)
@@ -149,8 +148,9 @@ class DecodeGraphs:
         """``first``: the slot of the first row; the others follow. ``running``: the step that the
         model's layers look at, if they do."""
         self._model, self._cache, self._handoff, self._maker = model, cache, handoff, maker
-        self._first, self._rows = first, rows
+        self._first = first
         self._running = RunningStep() if running is None else running
+        self._rows = rows
         device = model.get_input_embeddings().weight.device
         # Ids and positions, in the memory that the graphs read.
         self._inputs = torch.zeros(2, rows, 1, dtype=torch.int64, device=device)
@@ -202,18 +202,17 @@ class DecodeGraphs:
         self._set_inputs(ids, lengths, window)
         logits = self._logits_memory(expected)
         unharmed = self._maker.captures_compute
-        stay = self._cache.rewinder(self._first, len(ids))
+        stay = self._cache.rewinder(self._first, self._rows)
         rewind()
         try:
             if not self._maker.captures_compute:
                 # Eagerly first: libraries allocate their workspaces, the hand-off its slots.
                 self._run(window)
-                rewind()
                 if self._running.keeps_to_lengths:
                     # Kernels for the whole capacity may be others.
                     window = None
                     self._run(window)
-                    rewind()
+                rewind()
             self._capture(window)
             rewind()
             unharmed = False
@@ -264,16 +263,17 @@ class DecodeGraphs:
         window = window_for(self._running, lengths)
         self._set_inputs(ids, lengths, window)
         logits = self._logits_memory(like.expand(len(ids), -1))
-        rewind = self._cache.rewinder(self._first, len(ids))
+        rewind = self._cache.rewinder(self._first, self._rows)
         try:
             self._capture(window)
         except FAILURES as error:
             logger.debug("No %s without a plain forward first: %s", self._maker.what, error)
             rewind()
             return None
-        if not self._maker.captures_compute:
-            rewind()
-        return logits.clone() if self._maker.captures_compute else self.step(ids, lengths)
+        if self._maker.captures_compute:
+            return logits.clone()
+        rewind()
+        return self.step(ids, lengths)
 
     def _logits_memory(self, like: torch.Tensor) -> torch.Tensor:
         if self._logits is None or self._logits.shape != like.shape:
@@ -309,29 +309,30 @@ class DecodeGraphs:
 
     def _run(self, window: int | None) -> None:
         positions = self._inputs[1]
-        if window is not None:
-            window = min(window, self._cache.capacity)
-        mask = attention_mask(self._model, positions, window)
+        mask = attention_mask(self._model, self._cache, positions, window)
         recorder = active()
         if recorder is not None:
             length = (lambda: self._length) if len(positions) == 1 else None
             recorder.describe([self._inputs], plain_mask(self._model, mask), length)
-        place = self._cache.window(positions, window, self._first)
-        logits = run_step(self._model, self._cache, place, self._running, self._inputs, mask)
+        logits = run_step(
+            self._model, self._cache, self._running, self._inputs, mask, window, self._first
+        )
         assert self._logits is not None
         self._logits.copy_(logits)
 
 
 def run_step(
-    model: Any, cache: StaticKv, place: AbstractContextManager[WindowPlace], running: RunningStep,
-    inputs: torch.Tensor, mask: Any,
+    model: Any, cache: StaticKv, running: RunningStep, inputs: torch.Tensor, mask: Any,
+    window: int | None, first: int, active: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Runs a token for each row: ``inputs`` [2, rows, 1], ids and positions; ``place`` of them in
-    ``cache``, ``mask`` as ``attention_mask`` makes it. Returns the logits [rows, vocab_size].
+    """Runs one token for each slot from ``first`` on: ``inputs`` [2, rows, 1], ids and positions;
+    ``mask`` as ``attention_mask`` makes it for ``window``; ``active`` [rows] bool: the rows that
+    stand for something (None: all). Returns the logits [rows, vocab_size].
 
-    ``KtrtError``: layers look at more than the rows' lengths, which a step of all lengths needs.
+    ``KtrtError``: layers look at more than ``window`` None allows.
     """
     ids, positions = inputs
+    place = cache.window(positions, window, first, active)
     with place as step, running.attending(positions[:, 0] + 1):
         output = model(
             input_ids=ids,
@@ -341,8 +342,8 @@ def run_step(
             logits_to_keep=1,
             **{cache_argument(model): cache},
         )
-    running.keeps_to_lengths = step.stored == running.attended
-    if step.whole and not running.keeps_to_lengths:
+    running.keeps_to_lengths = step.stored == running.attended > 0
+    if window is None and not running.keeps_to_lengths:
         raise KtrtError(
             f"the attention of {step.stored - running.attended} of {step.stored} layers does not "
             "keep to the rows' lengths"

@@ -4,7 +4,7 @@ each kind of attention in the model."""
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache
@@ -14,25 +14,29 @@ from ktrt.errors import KtrtError
 from ktrt.generate.forwards import mask_of_many
 from ktrt.kv.positions import ring_size
 
+if TYPE_CHECKING:
+    from ktrt.kv.static import StaticKv
+
 # Kinds of attention in layers that keep states as well.
 _HYBRID = {"hybrid": "full_attention", "hybrid_sliding": "sliding_attention"}
 
 
-def attention_mask(model: Any, positions: torch.Tensor, window: int | None) -> Any:
+def attention_mask(model: Any, cache: StaticKv, positions: torch.Tensor, window: int | None) -> Any:
     """The mask [rows, 1, 1, window], in the form that the model's attention takes: the positions up
     to each row's own. For layers with a sliding window, or with attention in chunks, as many as
-    their ring has, where it has fewer.
+    their ring has, where it has fewer. ``window`` None: masks that nobody reads.
 
-    Models in which kinds of attention differ take a mask by kind: a dict. ``window`` None: masks
-    that nobody reads.
+    Models in which kinds of attention differ take a mask by kind: a dict.
     """
     kinds = _kinds(model)
-    masks = {
-        kind: mask_of_many(positions.device)
-        if window is None
-        else _formed(model, _seen(positions, window, size, in_chunks="chunked" in kind))
-        for kind, size in kinds.items()
-    }
+    if window is None:
+        masks = dict.fromkeys(kinds, mask_of_many(positions.device))
+    else:
+        window = min(window, cache.capacity)
+        masks = {
+            kind: _formed(model, _seen(positions, window, size, in_chunks="chunked" in kind))
+            for kind, size in kinds.items()
+        }
     if len(set(kinds.values())) > 1:
         # Layers with states take masks of padding, of which there is none.
         return {"linear_attention": None, "conv": None, **masks}

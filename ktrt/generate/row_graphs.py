@@ -173,12 +173,11 @@ class RowGraphs:
             rewind = self._cache.rewinder(block.first, block.rows.tokens)
             self._forward(block, window)
             self.eager_forwards += 1
-            rewind()
             if window is not None and self._running.keeps_to_lengths:
                 # Kernels for the whole capacity may be others.
                 window = None
                 self._forward(block, window)
-                rewind()
+            rewind()
             graph = block.graphs[window] = self._capture(block, window)
             rewind()
             # A replay that writes nothing must not pass by what was written before.
@@ -236,14 +235,13 @@ class RowGraphs:
         return graph
 
     def _forward(self, block: _Block, window: int | None) -> None:
-        positions = block.inputs[1]
-        if window is not None:
-            window = min(window, self._cache.capacity)
-        mask = attention_mask(self._model, positions, window)
+        mask = attention_mask(self._model, self._cache, block.inputs[1], window)
         active = block.rows.on_device != IDLE if self._cache.has_states else None
-        place = self._cache.window(positions, window, block.first, active)
         with self._running.running(block.rows):
-            logits = run_step(self._model, self._cache, place, self._running, block.inputs, mask)
+            logits = run_step(
+                self._model, self._cache, self._running, block.inputs, mask, window, block.first,
+                active,
+            )  # fmt: skip
         block.logits.copy_(logits)
 
 

@@ -26,8 +26,8 @@ from ktrt.kv.static import unusual_layers
 logger = logging.getLogger(__name__)
 
 # Prompts by their chunks. A GPU runs these while the experts are loaded: kernels change with the
-# size, about every power of two, and a chunk that follows others attends to a longer cache, by other
-# kernels than the first one. Last the chunks of long prompts, which need most memory.
+# size, about every power of two, and a chunk that follows others attends to a longer cache, by
+# other kernels than the first one. Last the chunks of long prompts, which need most memory.
 _KERNEL_SIZES = [(size, 20) for size in (1024, 768, 384, 192, 96, 48, 24, 12, 6)]
 _LONG_SIZES = [(size, 20) for size in (2048, 4096, 8192)]
 # The finished model runs these. With a GPU, attention's kernels, LoRA's and those of the experts

@@ -47,14 +47,12 @@ class SequencePlace:
 class WindowPlace:
     """A step of one token per row, for the slots from ``first`` on: ``positions`` [rows, 1] int64
     on the device, each < window. ``active`` [rows] bool on the device: the rows that stand for
-    something; None: all. ``whole``: attention gets the whole capacity, and reads what the rows
-    hold. ``stored``: the layers that have stored theirs."""
+    something; None: all. ``stored``: the layers that have stored theirs."""
 
     positions: torch.Tensor
     window: int
     first: int
     active: torch.Tensor | None = None
-    whole: bool = False
     stored: int = 0
     follows = True
     # Positions in rings, by the rings' size.

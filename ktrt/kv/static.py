@@ -307,7 +307,7 @@ class StaticKv(Cache):  # type: ignore[misc]
         the whole capacity, of which it reads what the rows hold. ``active`` [rows] bool, on the
         device: the rows that stand for something; None: all."""
         end = self.capacity if window is None else window
-        place = WindowPlace(positions, end, first, active, whole=window is None)
+        place = WindowPlace(positions, end, first, active)
         with self._placed(place):
             yield place
             place.finish()

@@ -372,11 +372,11 @@ def test_a_capture_by_torch(failure: BaseException | None, monkeypatch: pytest.M
     assert TorchGraph.stream == "main"
 
 
-def broken_mask(model: Any, positions: torch.Tensor, window: int) -> torch.Tensor:
+def broken_mask(model: Any, cache: Any, positions: torch.Tensor, window: int) -> torch.Tensor:
     return torch.arange(window)[None, None, None, :] < 2
 
 
-def broken_positions(model: Any, positions: torch.Tensor, window: int) -> torch.Tensor:
+def broken_positions(model: Any, cache: Any, positions: torch.Tensor, window: int) -> torch.Tensor:
     positions.fill_(1)
     return torch.arange(window)[None, None, None, :] <= 12
 
