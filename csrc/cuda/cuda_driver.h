@@ -103,11 +103,11 @@ class CudaDriver {
 
   const CudaApi& api() const { return api_; }
   CuContext context() const { return context_; }
-  // Of the context.
+  // The context's.
   CuDevice device() const;
   // 0 where the driver does not know the attribute.
   int device_attribute(int attribute) const;
-  // Whether addresses can be reserved without memory, and memory be put behind them later.
+  // Whether addresses can be reserved without memory, and memory be mapped to them later.
   bool has_virtual_memory() const;
 
   // "cuStreamQuery: CUDA_ERROR_ILLEGAL_ADDRESS (an illegal memory access was encountered)"

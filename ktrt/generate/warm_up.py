@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 # other kernels than the first one. Last the chunks of long prompts, which need most memory.
 _KERNEL_SIZES = [(size, 20) for size in (1024, 768, 384, 192, 96, 48, 24, 12, 6)]
 _LONG_SIZES = [(size, 20) for size in (2048, 4096, 8192)]
-# The finished model runs these. With a GPU, attention's kernels, LoRA's and those of the experts
-# that live there come with it, and differ for long, middle and short chunks.
+# The finished model runs these. With a GPU, attention's kernels, LoRA's and the resident
+# experts' come with it, and differ for long, middle and short chunks.
 _SIZES = ((24,),)
 _GPU_SIZES = ((8192, 1024, 128, 20), (1024, 20), (128, 20), (24, 20))
 # Rows of decode steps that are captured ahead, unless fewer may run at once: 0.12 s each with 27
@@ -71,7 +71,7 @@ def _load_kernels(model: Any, device: torch.device, limit: int) -> None:
             _run_prompts(cache, _LONG_SIZES, limit)
             torch.cuda.current_stream().synchronize()
             cache.close()
-            # What a long prompt takes is not needed until there is one.
+            # A long prompt's memory is not needed until there is one.
             torch.cuda.empty_cache()
     except Exception as error:  # noqa: BLE001 - whatever it is, the first answer meets it again
         logger.debug("Loading kernels ahead failed: %s", error)
@@ -116,7 +116,7 @@ def warm_up(cache: KvCache, limit: int, rows: int = 1) -> None:
     finally:
         cache.reuse([0])
         if _on_gpu(cache):
-            # What a long prompt takes is not needed until there is one.
+            # A long prompt's memory is not needed until there is one.
             torch.cuda.empty_cache()
     logger.debug("Warmed up in %.1f s", time.perf_counter() - start)
 

@@ -153,7 +153,6 @@ def load_model(
     ``CheckpointError`` or ``AdapterError`` naming file and tensor, what was found and expected.
     """
     device = _device()
-    let_segments_grow(device)
     logger.info("Loading model with KTransformers MoE backend")
     ready = prepare(model, adapter, experts)
     engine, specs = ready.engine, ready.base.experts.specs
@@ -268,6 +267,7 @@ def _device() -> torch.device:
         "GPU: %s (CUDA_VISIBLE_DEVICES %s) runs everything but the routed experts",
         torch.cuda.get_device_name(device), os.environ.get("CUDA_VISIBLE_DEVICES", "not set"),
     )  # fmt: skip
+    let_segments_grow(device)
     return device
 
 

@@ -251,7 +251,7 @@ EXPORT int cuMemSetAccess(DevicePtr address, std::size_t bytes, const void*, std
              : kOutOfMemory;
 }
 
-// What was there is gone, as on a device.
+// The contents are gone, as on a device.
 EXPORT int cuMemUnmap(DevicePtr address, std::size_t bytes) {
   if (const int error = enter("cuMemUnmap")) return error;
   const std::lock_guard lock(state().mutex);
