@@ -99,5 +99,8 @@ def _formed(model: Any, seen: torch.Tensor) -> torch.Tensor:
 
 
 def _takes_sdpa_mask(implementation: str) -> bool:
-    known = implementation in ALL_MASK_ATTENTION_FUNCTIONS
-    return known and inspect.unwrap(ALL_MASK_ATTENTION_FUNCTIONS[implementation]) is sdpa_mask
+    if implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
+        return False
+    # transformers may have wrapped sdpa_mask itself.
+    found = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
+    return inspect.unwrap(found, stop=lambda each: each is sdpa_mask) is sdpa_mask

@@ -19,21 +19,17 @@ def mask_or_none() -> Callable[..., torch.Tensor | None]:
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
     @functools.wraps(sdpa_mask)
-    def mask(
-        batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: Any = 0,
-        mask_function: Callable[..., bool] = causal_mask_function,
-        attention_mask: torch.Tensor | None = None, **options: Any,
-    ) -> torch.Tensor | None:  # fmt: skip
-        plain = mask_function is causal_mask_function and attention_mask is None
-        on_gpu = torch.device(options.get("device", "cpu")).type == "cuda"
-        if plain and on_gpu and isinstance(q_offset, int):
-            at_the_end = kv_offset == 0 and q_offset + q_length == kv_length
-            if at_the_end and options.get("allow_is_causal_skip", True):
-                return None
-        found: torch.Tensor | None = sdpa_mask(
-            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
-            **options,
-        )  # fmt: skip
+    def mask(**call: Any) -> torch.Tensor | None:
+        device = torch.device(call.get("device", "cpu"))
+        function = call.get("mask_function", causal_mask_function)
+        # Some releases name the queries' positions in other ways: those get a mask.
+        end = call.get("q_offset"), call.get("q_length"), call.get("kv_offset", 0)
+        at_the_end = isinstance(end[0], int) and sum(end) == call["kv_length"] and end[2] == 0
+        plain = function is causal_mask_function and call.get("attention_mask") is None
+        may_skip = call.get("allow_is_causal_skip", True)
+        if device.type == "cuda" and at_the_end and plain and may_skip:
+            return None
+        found: torch.Tensor | None = sdpa_mask(**call)
         return found
 
     return mask

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ktrt.layers.form import AttentionForm
 
 # Expanded keys and values that a layer holds at once.
-_EXPANDED_BYTES = 256 << 20
+_EXPANDED_BYTES = 128 << 20
 # How much faster a prompt's products run than a decode kernel's.
 _PROMPT_GAIN = 2
 

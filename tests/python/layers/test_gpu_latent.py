@@ -170,7 +170,10 @@ def test_what_factors_cannot_say_is_expanded(layer: Layer, monkeypatch: pytest.M
 
 def test_plain_masks_are_left_out_on_a_gpu() -> None:
     mask, cuda = mask_or_none(), torch.device("cuda")
-    assert mask(1, 5, 9, 4, 0, device=cuda) is None
-    found = mask(1, 5, 9, 4, 0, device=torch.device("cpu"))
+    call = {"batch_size": 1, "q_length": 5, "kv_length": 9, "q_offset": 4, "kv_offset": 0}
+    assert mask(**call, device=cuda) is None
+    found = mask(**call, device=torch.device("cpu"))
     assert found is not None
     assert torch.equal(found[0, 0], mask_of_last(5, 9, torch.device("cpu")))
+    padded = mask(**call, attention_mask=torch.ones(1, 9, dtype=torch.bool), device="cpu")
+    assert padded is not None
