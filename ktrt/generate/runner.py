@@ -16,6 +16,7 @@ from ktrt.errors import KtrtError
 from ktrt.generate.alone import Alone
 from ktrt.generate.device_memory import DeviceMemory
 from ktrt.generate.forwards import Forwards, Part, why_alone
+from ktrt.generate.long_prompts import LongPrompts
 from ktrt.generate.mixed import Mixed
 from ktrt.generate.row_steps import RowSteps
 from ktrt.generate.step import Span, Step
@@ -90,9 +91,11 @@ class ModelRunner:
         self.pool = KvPool(store, continues=continues(model), budget=budget)
         self._alone: Alone | None = None
         self._mixed: Mixed | None = None
+        self._prompts: LongPrompts | None = None
         if self.cache is not None:
             rows = row_graphs and row_graphs(self.cache, self._forwards.running)
-            self._alone = Alone(self._forwards, self.cache, graphs, rows)
+            self._prompts = None if gpu is None else LongPrompts(self._forwards, gpu)
+            self._alone = Alone(self._forwards, self.cache, graphs, rows, self._prompts)
         reason = why_alone(model, running)
         if self.cache is not None and reason is None:
             steps = None
@@ -131,7 +134,9 @@ class ModelRunner:
 
     def prefill_chunk(self, remaining: int) -> int:
         """Tokens of a prompt's next forward."""
-        streamed = None if self.gpu is None else self.gpu.prefill_chunk(remaining)
+        streamed = None
+        if self.gpu is not None:
+            streamed = self.gpu.prefill_chunk(remaining, divides=self._prompts is not None)
         return streamed or (GPU_PREFILL_CHUNK if self.device.type == "cuda" else PREFILL_CHUNK)
 
     def run(self, step: Step) -> list[torch.Tensor]:
@@ -202,8 +207,13 @@ class ModelRunner:
 
     def _shares(self, parts: Sequence[Part]) -> bool:
         """Whether the step is one forward: on the CPU always, so that bits do not depend on
-        company; on a GPU decode rows have graphs, and a prompt alone is as before."""
-        return self._on_cpu or (len(parts) > 1 and not all(part.is_row for part in parts))
+        company; on a GPU decode rows have graphs, a prompt alone is as before, and long prompts
+        run in blocks."""
+        if self._on_cpu:
+            return True
+        tokens = sum(part.count for part in parts if not part.is_row)
+        long = self._prompts is not None and self._prompts.take(tokens)
+        return len(parts) > 1 and tokens > 0 and not long
 
     def _follow(self, parts: Sequence[Part]) -> bool:
         """Drops the graphs whose memory or adapters have changed; whether adapters have, whose
