@@ -91,7 +91,7 @@ class Case:
         if self.on_gpu and not args.cold:
             with experts_muted(model):
                 _load_kernels(model, torch.device("cuda", 0), LIMIT)
-            print(f"kernels beside the load: {time.perf_counter() - start:.2f} s")
+            print(f"kernels during the load: {time.perf_counter() - start:.2f} s")
         linears = None
         if args.lora:
             bench.add_lora()
