@@ -17,7 +17,7 @@ from ktrt.engine import HeadArray, SlotRows, TokenAttention
 from ktrt.engine.recording import active
 from ktrt.engine.step_rows import RunningStep
 from ktrt.layers.form import form_of, is_nothing
-from ktrt.layers.gpu.decode import decode_attention
+from ktrt.layers.gpu.decode import decode_attention, runs_kernels
 from ktrt.layers.one_token import added, one_token
 from ktrt.layers.step_attention import attend
 
@@ -81,7 +81,10 @@ def _by_mark(original: Callable[..., Any]) -> Callable[..., Any]:
         if engine is not None and (lengths := engine.running.lengths) is not None and query.is_cuda:
             form = form_of(query, scaling, arguments)
             if form is not None:
-                return decode_attention(query, key, value, lengths, form), None
+                engine.running.attended += runs_kernels(query)
+                # The cache's layers with windows are rings: of one lap, position p lies at p.
+                ring = key.shape[2] if form.window else 0
+                return decode_attention(query, key, value, lengths, form, ring=ring), None
         length = None if recorder is None else recorder.length_behind(attention_mask)
         mask = attention_mask if length is None else None
         if engine is None or not _is_plain(query, key, mask, arguments):

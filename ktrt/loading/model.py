@@ -19,6 +19,7 @@ from ktrt.engine.recording import RecordedSteps
 from ktrt.engine.step_rows import RunningStep
 from ktrt.errors import engine_errors
 from ktrt.experts import KTExperts, build_gpu_experts, new_hand_off
+from ktrt.generate.device_memory import let_segments_grow
 from ktrt.generate.graphs import CudaGraphs, DecodeGraphs, NoHandOff
 from ktrt.generate.row_graphs import RowGraphs
 from ktrt.generate.runner import KvCache, ModelRunner
@@ -30,6 +31,7 @@ from ktrt.layers.cuda_linear import FusedLora
 from ktrt.layers.embedding import tables_to_host
 from ktrt.layers.latent import use_latents
 from ktrt.layers.linear import accelerate, int8_bytes
+from ktrt.layers.linear_attention import accelerate_linear_attention
 from ktrt.layers.norm import accelerate_norms
 from ktrt.layers.row_products import use_row_products
 from ktrt.loading.experts import cache_folder, load_experts
@@ -223,6 +225,7 @@ def _accelerate(
 ) -> FusedLora | None:
     """Patches the forwards of the layers outside the experts, which stay transformers' and PEFT's,
     with faster ones. Returns a GPU's."""
+    accelerate_linear_attention(model, engine, patches)
     if device.type == "cuda":
         if int8:
             logger.warning(
@@ -266,6 +269,7 @@ def _device() -> torch.device:
         "GPU: %s (CUDA_VISIBLE_DEVICES %s) runs everything but the routed experts",
         torch.cuda.get_device_name(device), os.environ.get("CUDA_VISIBLE_DEVICES", "not set"),
     )  # fmt: skip
+    let_segments_grow(device)
     return device
 
 
