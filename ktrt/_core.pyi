@@ -954,8 +954,9 @@ def detected_isa() -> str:
     """Returns the highest ISA level that this machine and build can run."""
 
 def bf16_arithmetic() -> str:
-    """Returns what AVX-512 multiplies BF16 by where the processor has both: ``"dot"`` (VDPBF16PS) or
-    ``"float32"`` (multiply-adds), by a measurement of half a millisecond, or ``KTRT_BF16``.
+    """Returns what AVX-512 multiplies BF16 by where the processor has both: ``"dot"``
+    (VDPBF16PS) or ``"float32"`` (multiply-adds), by a measurement of half a millisecond, or
+    ``KTRT_BF16``.
     ``ktrt.errors.ConfigError``: another value of ``KTRT_BF16``."""
 
 def numa_cpus() -> list[list[int]]:

@@ -123,6 +123,7 @@ def read_facts(
         ram=ram_limit(root),
         kernel=_text(root / "proc/sys/kernel/osrelease").strip(),
         environment={name: environment[name] for name in ENVIRONMENT if name in environment},
+        bf16=bf16,
     )
 
 

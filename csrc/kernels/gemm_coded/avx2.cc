@@ -78,14 +78,21 @@ KTRT_INLINE void for_each_pair(const uint8_t* from, Use use) {
     const __m256i high_table = table(kCode == Code::kInt4 ? kInt4High : kE2m1High);
     const __m256i low_table = table(kCode == Code::kInt4 ? kInt4Low : kE2m1Low);
     const __m256i even = words_of(0x00ff);
+    __m256i high[2], low[2];
     unrolled<2>([&](auto upper) KTRT_LAMBDA {
-      const __m256i index =
-          _mm256_and_si256(upper == 0 ? codes : _mm256_srli_epi16(codes, 4), bytes_of(0x0f));
-      const __m256i high = _mm256_shuffle_epi8(high_table, index);
-      const __m256i low = _mm256_shuffle_epi8(low_table, index);
-      use(Index<upper>{}, _mm256_or_si256(_mm256_and_si256(low, even), _mm256_slli_epi16(high, 8)));
-      use(Index<upper + 2>{},
-          _mm256_or_si256(_mm256_srli_epi16(low, 8), _mm256_andnot_si256(even, high)));
+      const __m256i nibbles = upper == 0 ? codes : _mm256_srli_epi16(codes, 4);
+      const __m256i index = _mm256_and_si256(nibbles, bytes_of(0x0f));
+      high[upper] = _mm256_shuffle_epi8(high_table, index);
+      low[upper] = _mm256_shuffle_epi8(low_table, index);
+    });
+    // In ascending order: a chain's.
+    unrolled<2>([&](auto upper) KTRT_LAMBDA {
+      use(Index<upper>{},
+          _mm256_or_si256(_mm256_and_si256(low[upper], even), _mm256_slli_epi16(high[upper], 8)));
+    });
+    unrolled<2>([&](auto upper) KTRT_LAMBDA {
+      use(Index<upper + 2>{}, _mm256_or_si256(_mm256_srli_epi16(low[upper], 8),
+                                              _mm256_andnot_si256(even, high[upper])));
     });
   }
 }
