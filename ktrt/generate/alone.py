@@ -92,9 +92,12 @@ class Alone:
             found = graphs.capture(ids, lengths, self._forwards.latest)
         if found is not None:
             return found
+        if not graphs.usable:
+            return self._plain(part)
+        rewind = self.cache.rewinder(part.span.slot.index)
         logits = self._plain(part)
         self.intact = False
-        if not graphs.prepare(ids, lengths, logits):
+        if not graphs.prepare(ids, lengths, logits, rewind):
             # It may have stored anything anywhere.
             logits = self._again(part, held)
         self.intact = True

@@ -20,6 +20,7 @@ from ktrt.generate.long_prompts import LongPrompts
 from ktrt.generate.mixed import Mixed
 from ktrt.generate.row_steps import RowSteps
 from ktrt.generate.step import Span, Step
+from ktrt.kv.device import DRIVER, has_device_memory
 from ktrt.kv.pool import MOST_SLOTS, KvPool, Slot
 from ktrt.kv.snapshots import continues
 from ktrt.kv.static import CannotMixError, StaticKv, unusual_layers
@@ -72,8 +73,9 @@ class ModelRunner:
 
         ``running`` is the step that the model's layers look at; None: they do not, and sequences
         run one after the other. ``maker`` records the steps of many, ``row_graphs`` captures them
-        on a GPU, where ``linears`` keeps LoRA. ``capacity``: positions of a slot, reserved at once;
-        None: memory grows as needed, and moves. ``budget``: bytes for keys and values.
+        on a GPU, where ``linears`` keeps LoRA. ``capacity``: positions of a slot, reserved at once
+        (where a GPU's driver can); None: memory grows as needed, and moves. ``budget``: bytes for
+        keys and values.
         """
         self.model, self.gpu = model, gpu
         self.active_set = ActiveSet() if active_set is None else active_set
@@ -82,9 +84,12 @@ class ModelRunner:
         self.plain = not unusual_layers(model)
         self.cache: StaticKv | None = None
         self._on_cpu = self.device.type == "cpu"
-        reserved = capacity is not None and self._on_cpu
+        driver = None if capacity is None or self._on_cpu else _driver(self.device)
+        reserved = capacity is not None and (self._on_cpu or driver is not None)
+        # Whether growing conversations end no graph.
+        self.memory_stays = self.plain and reserved
         if self.plain:
-            self.cache = _static(model, slots, capacity, reserved=reserved)
+            self.cache = _static(model, slots, capacity if reserved else None, driver)
             store: PlainStore | OwnStore = PlainStore(self.cache, None if reserved else slots)
         else:
             store = OwnStore(model, slots)
@@ -99,7 +104,7 @@ class ModelRunner:
         reason = why_alone(model, running)
         if self.cache is not None and reason is None:
             steps = None
-            if maker is not None and reserved:
+            if maker is not None and reserved and self._on_cpu:
                 steps = RowSteps(model, self.cache, self._forwards.running, maker)
             self._mixed = Mixed(self._forwards, self.cache, steps)
         # Whether the model's layers take the adapter that a span names.
@@ -163,6 +168,8 @@ class ModelRunner:
             raise
         for part, tokens in zip(parts, held, strict=True):
             part.span.slot.put(tokens, part.span.ids, as_prompt=not part.is_row)
+            if self.cache is not None:
+                self.cache.stored(part.span.slot.index, part.end)
             self.pool.touch(part.span.slot)
         return logits
 
@@ -242,10 +249,16 @@ class ModelRunner:
         return logits
 
 
-def _static(model: Any, slots: int, capacity: int | None, *, reserved: bool) -> StaticKv:
-    if not reserved:
+def _driver(device: torch.device) -> str | None:
+    return DRIVER if has_device_memory(device) else None
+
+
+def _static(model: Any, slots: int, capacity: int | None, driver: str | None) -> StaticKv:
+    if capacity is None:
         return StaticKv(model.config)
-    return StaticKv(model.config, slots=slots, capacity=capacity, reserved=True)
+    # With a place for what a row that stands for nothing stores after a full slot.
+    capacity += driver is not None
+    return StaticKv(model.config, slots=slots, capacity=capacity, reserved=True, driver=driver)
 
 
 class KvCache:
@@ -311,6 +324,10 @@ class KvCache:
         if self._slot is not None:
             self._close()
             self._slot = None
+
+    def close(self) -> None:
+        """Gives the slot back; the next forward opens another one."""
+        self._drop()
 
     def mark(self, *, replace: bool = False) -> None:
         """Saves a snapshot of the cache where cropping may be impossible later; ``replace``: in

@@ -82,7 +82,9 @@ def _by_mark(original: Callable[..., Any]) -> Callable[..., Any]:
             form = form_of(query, scaling, arguments)
             if form is not None:
                 engine.running.attended += runs_kernels(query)
-                return decode_attention(query, key, value, lengths, form), None
+                # The cache's layers with windows are rings: of one lap, position p lies at p.
+                ring = key.shape[2] if form.window else 0
+                return decode_attention(query, key, value, lengths, form, ring=ring), None
         length = None if recorder is None else recorder.length_behind(attention_mask)
         mask = attention_mask if length is None else None
         if engine is None or not _is_plain(query, key, mask, arguments):
