@@ -32,12 +32,12 @@ class IsaError : public std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
 
-// Whether kernels of the level run. AVX-512 VNNI runs those of AVX-VNNI.
+// Whether kernels of the level run. AVX-512 VNNI runs AVX-VNNI's.
 bool has_level(const CpuFeatures& features, Isa level);
 
 // The highest level.
 Isa highest_isa(const CpuFeatures& features);
-// Of this machine.
+// The highest level of this machine.
 Isa detected_isa();
 
 // The level in use: detected_isa(), or what KTRT_ISA=portable|avx2|avx_vnni|avx512|amx lowers it
@@ -51,7 +51,7 @@ Isa resolve_isa(std::string_view override_value, const CpuFeatures& features);
 enum class Bf16Arithmetic { kDot, kFloat32 };
 const char* name_of(Bf16Arithmetic arithmetic);
 
-// What KTRT_BF16=dot|float32 asks for; nullopt if it is unset or empty. Throws IsaError for other
+// The value of KTRT_BF16=dot|float32; nullopt if it is unset or empty. Throws IsaError for other
 // values.
 std::optional<Bf16Arithmetic> bf16_override();
 

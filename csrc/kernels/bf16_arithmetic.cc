@@ -9,8 +9,8 @@ namespace ktrt {
 
 namespace {
 
-// Known processors are at 0.5 and at 2: a start that other programs disturb must not decide
-// otherwise than the one before.
+// Known processors are at 0.5 and at 2: a start that other programs disturb must not
+// change the choice.
 constexpr double kLeastGain = 1.4;
 constexpr int kRuns = 8;
 constexpr double kSeconds = 1e-5;  // one run of a loop

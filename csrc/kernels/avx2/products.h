@@ -1,4 +1,4 @@
-// What 256-bit vectors multiply, as kernels/bursts.h and kernels/chunks.h take it. Included by the
+// The products of 256-bit vectors, as kernels/bursts.h and kernels/chunks.h take it. Included by the
 // kernels' ISA files only.
 #pragma once
 

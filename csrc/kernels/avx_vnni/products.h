@@ -82,7 +82,7 @@ struct UnpackedInt4Tiles {
 
 template <class Dot>
 struct Int4Burst {
-  // Of 128 columns a tile.
+  // A tile has 128 columns.
   static constexpr int first_byte(int step) { return step / 16 * 128 + step % 16 * 4; }
 
   template <int kRows>

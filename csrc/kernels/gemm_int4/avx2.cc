@@ -28,7 +28,7 @@ struct Codes {
 };
 
 struct Burst {
-  // Of 128 columns a tile.
+  // A tile has 128 columns.
   static constexpr int first_byte(int step) { return step / 16 * 128 + step % 16 * 4; }
 
   // acc[i][h] += the products of row i with 8 outputs, of 4 · 4 low and 4 · 4 high nibbles.

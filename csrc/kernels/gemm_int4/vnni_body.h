@@ -62,7 +62,7 @@ void strips_side_by_side(const GemmArgs* g) {
   });
   for_each_burst<kStrips, Int4Weights::kBlockBytes>(
       g, g->k / 2, [&](auto s, auto half, const uint8_t* w, int step) {
-        // Of 128 columns a tile.
+        // A tile has 128 columns.
         const uint8_t* x = g[s].a + step / 16 * 128 + step % 16 * 4;
         unrolled<kBurstVectors>([&](auto v) {
           const __m512i both = _mm512_loadu_si512(w + v * 64);
