@@ -13,7 +13,7 @@ from helpers.tiny_chat import make_model, make_tokenizer
 
 from ktrt.engine.step_rows import RunningStep
 from ktrt.generate import device_memory, warm_up
-from ktrt.generate.device_memory import let_segments_grow
+from ktrt.generate.device_memory import DeviceMemory, let_segments_grow
 from ktrt.generate.graphs import DecodeGraphs, NoHandOff
 from ktrt.generate.row_graphs import RowGraphs
 from ktrt.generate.runner import KvCache, ModelRunner
@@ -37,9 +37,9 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("on_gpu")
-@pytest.mark.parametrize(("rows", "captures"), [(1, 0), (2, 1), (5, 2), (32, 3)])
+@pytest.mark.parametrize(("rows", "captures"), [(1, 0), (2, 1), (5, 2), (32, 5)])
 def test_steps_of_rows_are_captured(llama: Any, rows: int, captures: int) -> None:
-    """2, 4, 8 rows, as far as so many conversations may run at once; nothing is held afterwards,
+    """2, 4, 8 … rows, as far as so many conversations may run at once; nothing is held afterwards,
     and the graph of one conversation stays."""
     running, maker, one = RunningStep(), FakeGraphs(), FakeGraphs()
     runner = ModelRunner(
@@ -79,7 +79,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception | None], Memo
 
     def put(error: Exception | None = None) -> Memory:
         made = Memory(error)
-        monkeypatch.setattr(torch.cuda, "memory", made)
+        monkeypatch.setattr(device_memory, "_set_allocator", made._set_allocator_settings)
         return made
 
     return put
@@ -104,3 +104,18 @@ def test_segments_grow(
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
     let_segments_grow(CUDA)
     assert not made.settings, "the user's setting, or no virtual memory"
+
+
+def test_the_memory_of_a_long_forward_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1 << 30)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 3 << 30)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given.append(1))
+    memory = DeviceMemory(None, None)
+    memory.give_back(1024)
+    assert not given
+    memory.give_back(8192)
+    assert given
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: (1 << 30) + 1)
+    memory.give_back(8192)
+    assert len(given) == 1
