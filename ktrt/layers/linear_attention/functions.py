@@ -250,6 +250,12 @@ class Functions:
                 z=z, **kwargs,
             )  # fmt: skip
             return found
+        operators = self.operators[where]
+        if isinstance(operators, GpuOperators) and dt_softplus and D is not None:
+            biases = dt_bias[:, 0] if dt_bias is not None else torch.zeros_like(A[:, 0, 0])
+            return operators.mamba2_step(
+                state, hidden_states, dt[..., 0], A[:, 0, 0], B, C, D[:, 0], biases
+            )
         bias = None if dt_bias is None else dt_bias[:, 0]
         steps = steps_of(dt[..., 0], bias, softplus=dt_softplus)
         skip = None if D is None else D[:, 0]

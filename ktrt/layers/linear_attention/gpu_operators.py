@@ -76,12 +76,41 @@ class GpuOperators:
             query, key, value, decay, given, state, out, tokens, scaling, heads, shares,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
             *_by_key_head(decay.stride(), shares), *_by_key_head(given.stride(), shares),
-            state.stride(0), decay, decay, DK=key.shape[3], DV=size,
+            state.stride(0), decay, decay, decay, DK=key.shape[3], DV=size,
             BLOCK_K=power_of_two(key.shape[3]), BLOCK_V=COLUMNS, SUBTRACTS=subtracts,
             UNIT=unit_keys, PER_KEY=per_key, BETA=beta is not None, TRANSPOSED=transposed_state,
-            GATED=False, num_warps=1,
+            GATED=False, MAMBA=False, num_warps=1,
         )  # fmt: skip
         return out
+
+    def mamba2_step(
+        self,
+        state: torch.Tensor,
+        x: torch.Tensor,
+        dt: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        c: torch.Tensor,
+        skip: torch.Tensor,
+        bias: torch.Tensor,
+    ) -> torch.Tensor:
+        """x [rows, heads, head size], dt [rows, heads] before its softplus, a, skip, bias [heads],
+        b, c [rows, groups, size]; changes ``state`` [rows, heads, head size, size]. Returns the
+        shape of x."""
+        x, b, c = (_numbers_together(each) for each in (x, b, c))
+        rows, heads, size = x.shape
+        shares, keys = heads // b.shape[1], b.shape[2]
+        given = [each.contiguous() for each in (a, bias, skip)]
+        out = torch.empty(rows, 1, heads, size, dtype=x.dtype, device=x.device)
+        strides = dt.stride(0), 0, dt.stride(1) * shares, dt.stride(1)
+        kernels().state_kernel[rows * heads, -(-size // COLUMNS)](
+            c, b, x, dt, dt, state, out, 1, 1.0, heads, shares, c.stride(0), 0, c.stride(1),
+            b.stride(0), 0, b.stride(1), x.stride(0), 0, x.stride(1), *strides, *strides,
+            state.stride(0), *given, DK=keys, DV=size, BLOCK_K=power_of_two(keys), BLOCK_V=COLUMNS,
+            SUBTRACTS=False, UNIT=False, PER_KEY=False, BETA=False, TRANSPOSED=True, GATED=False,
+            MAMBA=True, num_warps=1,
+        )  # fmt: skip
+        return out[:, 0]
 
     def conv(
         self,

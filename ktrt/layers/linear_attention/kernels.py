@@ -16,18 +16,32 @@ def _softplus(x):
     return tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
 
 
+@triton.jit
+def _decay(place, Rates, Biases, head, GATED: tl.constexpr, MAMBA: tl.constexpr):
+    """The factor of a head's state, and Mamba's time step."""
+    step = tl.load(place).to(tl.float32)
+    if GATED or MAMBA:
+        step = _softplus(step + tl.load(Biases + head).to(tl.float32))
+        rate = tl.load(Rates + head).to(tl.float32)
+        factor = tl.exp(rate * step) if MAMBA else tl.exp(-tl.exp(rate) * step)
+    else:
+        factor = tl.exp(step)
+    return factor, step
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def state_kernel(
     Q, K, V, G, Beta, State, Out, tokens, scaling, heads, shares, q_s, q_t, q_h, k_s, k_t, k_h,
-    v_s, v_t, v_h, g_s, g_t, g_k, g_h, b_s, b_t, b_k, b_h, s_s, Rates, Biases, DK: tl.constexpr,
-    DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, SUBTRACTS: tl.constexpr,
-    UNIT: tl.constexpr, PER_KEY: tl.constexpr, BETA: tl.constexpr, TRANSPOSED: tl.constexpr,
-    GATED: tl.constexpr,
+    v_s, v_t, v_h, g_s, g_t, g_k, g_h, b_s, b_t, b_k, b_h, s_s, Rates, Biases, Skips,
+    DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    SUBTRACTS: tl.constexpr, UNIT: tl.constexpr, PER_KEY: tl.constexpr, BETA: tl.constexpr,
+    TRANSPOSED: tl.constexpr, GATED: tl.constexpr, MAMBA: tl.constexpr,
 ):  # fmt: skip
     """S = e^g · S; S += k ⊗ beta · (v - kᵀ S); out = scaling · qᵀ S, for BLOCK_V columns of the
     state [DK, DV] of one head. Out: [sequences, tokens, heads, DV]. A head's g and beta lie at its
     key head · g_k + its number there · g_h. GATED: g and beta are what they are computed from, and
-    of Rates and Biases [heads]."""
+    of Rates and Biases [heads]. MAMBA: g is the projection of time steps, which are also beta; the
+    values times Skips [heads] are added to out."""
     sequence, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     key_head = head // shares
     share = head - key_head * shares
@@ -50,12 +64,12 @@ def state_kernel(
         decay = G + sequence * g_s + t * g_t + key_head * g_k + share * g_h
         if PER_KEY:
             state *= tl.exp(tl.load(decay + row, mask=rows, other=0.0).to(tl.float32))[:, None]
-        elif GATED:
-            step = tl.load(decay).to(tl.float32) + tl.load(Biases + head).to(tl.float32)
-            rate = tl.exp(tl.load(Rates + head).to(tl.float32))
-            state *= tl.exp(-rate * _softplus(step))
         else:
-            state *= tl.exp(tl.load(decay).to(tl.float32))
+            factor, step = _decay(decay, Rates, Biases, head, GATED, MAMBA)
+            state *= factor
+            if MAMBA:
+                skipped = v * tl.load(Skips + head).to(tl.float32)
+                v *= step
         if SUBTRACTS:
             v -= tl.sum(state * k[:, None], 0)
         if BETA:
@@ -64,6 +78,8 @@ def state_kernel(
             v *= 1.0 / (1.0 + tl.exp(-factor)) if GATED else factor
         state += k[:, None] * v[None, :]
         out = tl.sum(state * (q * scaling)[:, None], 0)
+        if MAMBA:
+            out += skipped
         at = ((sequence * tokens + t) * heads + head) * DV + column
         tl.store(Out + at, out.to(Out.dtype.element_ty), mask=columns)
     tl.store(held, state, mask=inside)
