@@ -1,4 +1,4 @@
-"""What a GPU's warm-up does besides, on stand-ins: steps of many rows, torch's allocator."""
+"""The rest of a GPU's warm-up, on stand-ins: steps of many rows, torch's allocator."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("on_gpu")
 @pytest.mark.parametrize(("rows", "captures"), [(1, 0), (2, 1), (5, 2), (32, 5)])
 def test_steps_of_rows_are_captured(llama: Any, rows: int, captures: int) -> None:
-    """2, 4, 8 … rows, as far as so many conversations may run at once; nothing is held afterwards,
+    """2, 4, 8 … rows, up to the conversations that may run at once; nothing is held afterwards,
     and the graph of one conversation stays."""
     running, maker, one = RunningStep(), FakeGraphs(), FakeGraphs()
     runner = ModelRunner(
