@@ -23,7 +23,8 @@ from ktrt.generate.row_graphs import RowGraphs
 from ktrt.generate.runner import KvCache, ModelRunner
 from ktrt.generate.step import Span, Step
 from ktrt.kv import positions
-from ktrt.kv.static import StaticKv, keeps_states, unusual_layers
+from ktrt.kv.size import kv_size
+from ktrt.kv.static import keeps_states, unusual_layers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -234,19 +235,24 @@ def test_an_interrupted_prompt_goes_on_from_the_last_mark(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_memory_is_counted(family: str) -> None:
+def test_memory_is_planned_and_counted(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(positions, "_BLOCK", 256)
     model = make(family)
-    cache = StaticKv(model.config, slots=2, capacity=2048, reserved=True)
+    with torch.device("meta"):
+        skeleton = type(model)(model.config)
+    planned = kv_size(skeleton, (), torch.float32)
     runner = ModelRunner(model, slots=2, capacity=2048)
     pool = runner.pool
-    assert cache.bytes_of(5) == 0
+    assert pool.bytes_of(5) == 0
     slot = pool.open("x", ())
     runner.run(Step((Span(slot=slot, ids=tokens(30)),)))
     held = runner.cache
     assert held is not None
     assert pool.committed_bytes == held.bytes_of(30) > 0
-    grows = held.bytes_of(2000) > held.bytes_of(30)
-    assert grows == (family != "mistral")
+    for count in (1, 30, 2000):
+        assert held.bytes_of(count) == planned.slot_bytes(count)
+        assert 0 < planned.bytes_of(count) <= held.bytes_of(count)
+    assert (held.bytes_of(2000) > held.bytes_of(256)) == (family != "mistral")
     before = pool.committed_bytes
     pool.mark(slot)
     assert (pool.committed_bytes > before) == keeps_states(model)
