@@ -102,6 +102,7 @@ CPP_LAYERS: dict[str, set[str]] = {
     "linear": {"engine", "lora", "kernels", "layout", "base"},
     "attention": {"engine", "lora", "kernels", "base"},
     "norm": {"engine", "kernels", "base"},
+    "linear_attention": {"engine", "kernels", "cpu", "base"},
     "cuda": {"moe", "engine", "cpu", "base"},
 }
 CPP_LAYERS["bindings"] = set(CPP_LAYERS)
