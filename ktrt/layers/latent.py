@@ -20,9 +20,12 @@ from torch import nn
 from ktrt.engine import LatentAttention
 from ktrt.engine.recording import active
 from ktrt.engine.step_rows import RunningStep, StepRows
-from ktrt.layers.attention import head_array, places, slot_array, slot_rows
+from ktrt.layers.attention import NAME as PLAIN
+from ktrt.layers.attention import attention as plain_attention
+from ktrt.layers.attention_calls import why_other
+from ktrt.layers.engine_attention import head_array, slot_array, slot_rows
 from ktrt.layers.forward import DenseForward, LoraForward
-from ktrt.layers.step_attention import attend
+from ktrt.layers.step_attention import attend, places
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,10 +49,12 @@ def use_latents(
     only layers whose kv_b_proj it computes and whose ``expand_kv`` does what is undone here.
     """
     config: Any = model.config
-    if getattr(config, "_attn_implementation", None) != "sdpa":
+    if getattr(config, "_attn_implementation", None) not in ("sdpa", PLAIN):
         return 0
     running = RunningStep() if running is None else running
     found: list[Any] = [module for module in model.modules() if hasattr(module, "expand_kv")]
+    if any(why_other(kind) is not None for kind in {type(module) for module in found}):
+        return 0  # an indexer, which under another name than sdpa's leaves its choice to others
     decoders = 0
     for module in found:
         decoder = LatentDecoder(module, engine) if _is_plain(module) else None
@@ -340,7 +345,7 @@ class HeldLatents:
         return decoder.bind_rows(query, latents, at, out, rows, self._scaling)
 
     def sequence(
-        self, slot: int, length: int, adapter: int, room: int
+        self, slot: int, length: int, adapter: int, room: int, _first: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
         latents, positions = (each[slot : slot + 1, :, :length] for each in self.tensors)
         key, value = self._owner.expand_with(adapter, latents, positions)
@@ -355,8 +360,6 @@ def attention(
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """transformers' attention interface: latents as ``Latents`` left them, or keys and values
     as in ``sdpa``."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
     latents = getattr(module, "kt_latent", None)
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(latents, Latents):
@@ -372,9 +375,7 @@ def attention(
     pad = key.shape[-1] - width if on_cpu and query.shape[2] > 1 else 0
     if pad > 0:
         value = nn.functional.pad(value, (0, pad))
-    out, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
-        module, query, key, value, attention_mask, scaling=factor, **options
-    )
+    out, _ = plain_attention(module, query, key, value, attention_mask, scaling=factor, **options)
     return (out[..., :width] if pad > 0 else out), None
 
 
