@@ -3,6 +3,7 @@
 
     python bench/make_v2lite.py /tmp/v2lite --layers 7       # 1 dense and 6 MoE layers, 8 GB
     python bench/cpu_decode.py /tmp/v2lite [--backends AMXBF16 AMXInt8 INT8] [--rank 8] [--json]
+    python bench/cpu_decode.py /tmp/next --shape qwen3_next --layers 4   # makes it first: 5.5 GB
     python bench/cpu_decode.py --quick                       # the demo model, for a smoke test
 
 The limit of a token is the bytes of its weights (one row of the embeddings, top_k of each layer's
@@ -29,6 +30,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
+from make_v2lite import SHAPES, make_model
 from safetensors.torch import save_file
 
 from ktrt import _core
@@ -101,9 +103,12 @@ class Party:
         self.loaded: LoadedModel = load_model(config.model, config.adapter, config.experts)
         self._cache: Any = None
 
-    def prompt(self, length: int) -> None:
+    def prompt(self, length: int) -> float:
+        """Returns the seconds that it takes."""
         self._cache = self.loaded.new_cache()
+        begin = time.perf_counter()
         self._cache.forward([10 + i % 50 for i in range(length)])
+        return time.perf_counter() - begin
 
     def seconds(self, tokens: int) -> float:
         """Returns seconds per token."""
@@ -116,8 +121,9 @@ class Party:
 def measure(base: Party, lora: Party, args: argparse.Namespace) -> dict[str, float]:
     others, experts = bytes_per_token(base.loaded.model)
     engine, probe = base.loaded.engine, _core.ReadProbe(PROBE_BYTES)
+    prompts = []
     for party in (base, lora):
-        party.prompt(args.context)
+        prompts.append(party.prompt(args.context))
         party.seconds(2)
 
     def limit() -> float:
@@ -132,6 +138,7 @@ def measure(base: Party, lora: Party, args: argparse.Namespace) -> dict[str, flo
         rounds.append((plain, adapted, (first + second) / 2))
     median = statistics.median
     return {
+        "prompt_ms": prompts[0] * 1e3,
         "gb_per_token": (others + experts) / 1e9,
         "experts_gb": experts / 1e9,
         "read_gb_per_s": median((others + experts) / 1e9 / t for _, _, t in rounds),
@@ -151,13 +158,16 @@ def _neighbours(rounds: Sequence[tuple[float, float, float]]) -> list[float]:
 
 def show(results: dict[str, dict[str, float]], threads: int) -> None:
     print(f"{threads} threads, {_core.kernels()['dense_bf16']} dense kernels")
-    print("| experts | GB a token | read GB/s | limit ms | decode ms | × limit | LoRA ms | LoRA |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| experts | prompt ms | GB a token | read GB/s | limit ms | decode ms | × limit | "
+        "LoRA ms | LoRA |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     for backend, r in results.items():
         print(
-            f"| {backend} | {r['gb_per_token']:.2f} | {r['read_gb_per_s']:.1f} | "
-            f"{r['limit_ms']:.1f} | {r['ms']:.1f} | {r['times_limit']:.2f} | {r['lora_ms']:.1f} | "
-            f"{r['lora_slowdown']:+.1%} |"
+            f"| {backend} | {r['prompt_ms']:.0f} | {r['gb_per_token']:.2f} | "
+            f"{r['read_gb_per_s']:.1f} | {r['limit_ms']:.1f} | {r['ms']:.1f} | "
+            f"{r['times_limit']:.2f} | {r['lora_ms']:.1f} | {r['lora_slowdown']:+.1%} |"
         )
 
 
@@ -169,12 +179,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--context", type=int, default=64, help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=2, help="decoded per turn")
     parser.add_argument("--rounds", type=int, default=61)
+    parser.add_argument("--shape", choices=SHAPES, help="of a model to make if FOLDER has none")
+    parser.add_argument("--layers", type=int, default=4, help="of that model")
     parser.add_argument("--cache", help="folder of the pack cache; default: ktrt's own")
     parser.add_argument("--quick", action="store_true", help="few rounds, one format")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
     if args.quick:
         args.backends, args.rounds, args.tokens = args.backends[:1], 3, 1
+    if args.shape and not (args.folder / "config.json").exists():
+        make_model(args.folder, args.shape, args.layers)
     results = {}
     threads = 0
     with tempfile.TemporaryDirectory() as temporary:

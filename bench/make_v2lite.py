@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""Writes a random checkpoint of DeepSeek-V2-Lite's shape: all 64 experts, `--layers` layers.
+"""Writes a random checkpoint of a published model's shape, with fewer layers.
 
     python bench/make_v2lite.py /tmp/v2lite --layers 4      # 1 dense and 3 MoE layers, 4.5 GB
+    python bench/make_v2lite.py /tmp/next --layers 4 --shape qwen3_next           # 5.5 GB
 
-One shard per layer, written one after the other. The tokenizer is the demo's.
+DeepSeek-V2-Lite with all its 64 experts, or Qwen3-Next with 128 of its 512. One shard per layer,
+written one after the other. The tokenizer is the demo's.
 """
 
 from __future__ import annotations
@@ -12,34 +14,33 @@ import argparse
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-EXPERTS, HIDDEN, INTERMEDIATE = 64, 2048, 1408
 # Tensors are windows of one pool of random values: generating all would take longer than writing.
 POOL = 64 << 20
 
 
-def config_of(layers: int) -> dict[str, object]:
+def v2lite(layers: int) -> dict[str, Any]:
     return {
         "architectures": ["DeepseekV2ForCausalLM"],
         "model_type": "deepseek_v2",
         "torch_dtype": "bfloat16",
         "vocab_size": 102400,
-        "hidden_size": HIDDEN,
+        "hidden_size": 2048,
         "intermediate_size": 10944,
-        "moe_intermediate_size": INTERMEDIATE,
+        "moe_intermediate_size": 1408,
         "num_hidden_layers": layers,
         "num_attention_heads": 16,
         "num_key_value_heads": 16,
-        "n_routed_experts": EXPERTS,
+        "n_routed_experts": 64,
         "n_shared_experts": 2,
         "num_experts_per_tok": 6,
         "first_k_dense_replace": 1,
@@ -61,11 +62,50 @@ def config_of(layers: int) -> dict[str, object]:
     }
 
 
-def shapes_of(layers: int) -> dict[str, tuple[int, ...]]:
+def qwen3_next(layers: int) -> dict[str, Any]:
+    """Every fourth layer has attention; a token has 10 experts and a shared one."""
+    return {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "model_type": "qwen3_next",
+        "torch_dtype": "bfloat16",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 5120,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+        "num_hidden_layers": layers,
+        "full_attention_interval": 4,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4,
+        "num_experts": 128,
+        "num_experts_per_tok": 10,
+        "decoder_sparse_step": 1,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+
+
+SHAPES: dict[str, Callable[[int], dict[str, Any]]] = {"v2lite": v2lite, "qwen3_next": qwen3_next}
+
+
+def shapes_of(values: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Returns name on disk → shape, with single routed experts."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(**config_of(layers))
+    config = AutoConfig.for_model(**values)
+    experts = values.get("n_routed_experts") or values["num_experts"]
+    hidden, intermediate = values["hidden_size"], values["moe_intermediate_size"]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -74,9 +114,9 @@ def shapes_of(layers: int) -> dict[str, tuple[int, ...]]:
         if not found:
             shapes[name] = tuple(parameter.shape)
             continue
-        for expert in range(EXPERTS):
+        for expert in range(experts):
             for projection in ("gate", "up", "down"):
-                rows, columns = HIDDEN, INTERMEDIATE
+                rows, columns = hidden, intermediate
                 if projection != "down":
                     rows, columns = columns, rows
                 key = f"{prefix}.experts.{expert}.{projection}_proj.weight"
@@ -93,10 +133,19 @@ def shards_of(shapes: dict[str, tuple[int, ...]]) -> Iterator[list[str]]:
     yield from groups.values()
 
 
-def write(folder: Path, layers: int) -> None:
+def make_model(folder: Path, shape: str, layers: int) -> None:
+    """Writes a checkpoint and the demo's tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        shutil.copy(ROOT / "examples/demo/model" / name, folder)
+    values = SHAPES[shape](layers)
+    (folder / "config.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
+    write(folder, shapes_of(values))
+
+
+def write(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     generator = torch.Generator().manual_seed(0)
     pool = torch.randn(POOL, generator=generator, dtype=torch.float32).to(torch.bfloat16)
-    shapes = shapes_of(layers)
     weight_map: dict[str, str] = {}
     total = 0
     for number, names in enumerate(shards_of(shapes)):
@@ -119,16 +168,12 @@ def write(folder: Path, layers: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="A random checkpoint of DeepSeek-V2-Lite's shape.")
+    parser = argparse.ArgumentParser(description="A random checkpoint of a published shape.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=27, help="with the dense one (1.1 GB each)")
+    parser.add_argument("--shape", choices=SHAPES, default="v2lite")
     args = parser.parse_args(argv)
-    args.folder.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
-        shutil.copy(ROOT / "examples/demo/model" / name, args.folder)
-    config = json.dumps(config_of(args.layers), indent=1)
-    (args.folder / "config.json").write_text(config, encoding="utf-8")
-    write(args.folder, args.layers)
+    make_model(args.folder, args.shape, args.layers)
 
 
 if __name__ == "__main__":

@@ -288,6 +288,113 @@ class LatentAttention:
         LoRA: its number, -1 or -3 for none, -2 for the active ones; 0: these for all. A row's bits
         are those that it has alone. ``ValueError``: also a LoRA that is not held."""
 
+class TokenArray:
+    """An array [sequences, tokens, heads, size] in CPU memory, bfloat16 or float32: number (s, t,
+    h, i) lies at ``address`` plus s · ``sequence_stride`` + t · ``token_stride`` + h ·
+    ``head_stride`` + i elements. The caller keeps the memory alive."""
+
+    def __init__(
+        self,
+        address: int,
+        count: int,
+        sequence_stride: int,
+        token_stride: int,
+        head_stride: int = 0,
+        float32: bool = False,
+    ) -> None:
+        """``count``: elements from the address on. ``ValueError``: no aligned address."""
+
+class LinearAttention:
+    """Linear attention on an engine's threads, in float32: for each token, ``S = e^decay · S``,
+    ``S += key ⊗ beta · (value - keyᵀ S)``, ``out = scaling · queryᵀ S``.
+
+    The bits depend neither on the number of threads nor on how tokens are cut into calls.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        heads: int,
+        key_heads: int,
+        key_size: int,
+        value_size: int,
+        scaling: float,
+        subtracts: bool,
+        unit_keys: bool,
+        decay_per_key: bool,
+        transposed_state: bool,
+    ) -> None:
+        """``heads`` of values, decays and the state, a multiple of the ``key_heads`` of queries and
+        keys. ``subtracts``: without, values are added as they are. ``unit_keys``: queries and keys
+        are divided by √(Σ x² + 1e-6). ``decay_per_key``: a decay for each number of a key.
+        ``transposed_state``: [value size, key size] of each head. ``ValueError``: sizes above
+        256."""
+
+    def forward(
+        self,
+        query: TokenArray,
+        key: TokenArray,
+        value: TokenArray,
+        decay: TokenArray,
+        beta: TokenArray | None,
+        state: int,
+        state_count: int,
+        state_stride: int,
+        out: TokenArray,
+        sequences: int,
+        tokens: int,
+    ) -> None:
+        """``state``: address of float32 [sequences][heads, key size, value size], ``state_stride``
+        elements apart, changed in place. Without ``beta``: 1. ``ValueError``: arrays that are too
+        small. ``RuntimeError``: the engine is closed."""
+
+class ShortConv:
+    """A causal convolution of each channel over a few tokens on an engine's threads."""
+
+    def __init__(self, engine: Engine, *, channels: int, taps: int, silu: bool) -> None:
+        """``silu``: applied to the result. ``ValueError``: more than 16 taps."""
+
+    def forward(
+        self,
+        x: TokenArray,
+        weight: TokenArray,
+        bias: TokenArray | None,
+        state: TokenArray | None,
+        state_tokens: int,
+        out: TokenArray,
+        sequences: int,
+        tokens: int,
+    ) -> None:
+        """``weight`` [channels, taps], ``bias`` [channels]; ``state`` [sequences][channels,
+        state_tokens]: the last inputs, changed in place; zeros without. All of one dtype.
+        ``ValueError``: arrays that are too small. ``RuntimeError``: the engine is closed."""
+
+class SelectiveScan:
+    """Mamba's state space on an engine's threads, in float32: for each token and channel,
+    ``S[n] = e^(dt · a[n]) · S[n] + dt · x · b[n]``, ``out = Σ S[n] · c[n]``."""
+
+    def __init__(self, engine: Engine, *, channels: int, size: int) -> None:
+        """``size``: numbers of a channel's state. ``ValueError``: above 256."""
+
+    def forward(
+        self,
+        x: TokenArray,
+        dt: TokenArray,
+        a: TokenArray,
+        b: TokenArray,
+        c: TokenArray,
+        state: int,
+        state_count: int,
+        state_stride: int,
+        out: TokenArray,
+        sequences: int,
+        tokens: int,
+    ) -> None:
+        """``a``: float32 [channels, size]; ``state``: as ``LinearAttention.forward``, [channels,
+        size]. ``ValueError``: arrays that are too small. ``RuntimeError``: the engine is
+        closed."""
+
 class RmsNorm:
     """RMSNorm of rows of bfloat16: ``x / √(mean(x²) + eps)``, in float32, times a weight.
 

@@ -9,6 +9,7 @@ PYBIND11_MODULE(_core, module) {
   ktrt::register_gpu(module);
   ktrt::register_dense(module);
   ktrt::register_attention(module);
+  ktrt::register_linear_attention(module);
   ktrt::register_random(module);
   ktrt::seal_types(module);
 }

@@ -13,6 +13,7 @@ void register_moe(pybind11::module_& module);
 void register_gpu(pybind11::module_& module);
 void register_dense(pybind11::module_& module);
 void register_attention(pybind11::module_& module);
+void register_linear_attention(pybind11::module_& module);
 void register_random(pybind11::module_& module);
 // Adds to the class that register_moe made.
 void register_packed(pybind11::module_& module,

@@ -32,6 +32,7 @@ py::dict kernels() {
   names["dense_bf16"] = table.dense_bf16->name;
   names["dense_f32"] = table.dense_f32->name;
   names["attention"] = table.attention->name;
+  names["linear_attention"] = select_linear_attention(active_isa(), cpu_features()).name;
   return names;
 }
 

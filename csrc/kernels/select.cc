@@ -50,6 +50,9 @@ extern const DenseF32Kernel dense_f32_avx512;
 extern const AttentionKernel attention_portable;
 extern const AttentionKernel attention_avx2;
 extern const AttentionKernel attention_avx512;
+extern const LinearAttentionKernel linear_attention_portable;
+extern const LinearAttentionKernel linear_attention_avx2;
+extern const LinearAttentionKernel linear_attention_avx512;
 
 namespace {
 
@@ -162,6 +165,15 @@ KernelTable select_kernels(Isa level, const CpuFeatures& f) {
   table.attention = first_that_runs(attention, level);
   table.fixed = !amx;
   return table;
+}
+
+const LinearAttentionKernel& select_linear_attention(Isa level, const CpuFeatures& f) {
+  const std::array<Variant<LinearAttentionKernel>, 3> variants = {{
+      {&linear_attention_avx512, Isa::kAvx512, f.avx512},
+      {&linear_attention_avx2, Isa::kAvx2, f.avx2},
+      {&linear_attention_portable, Isa::kPortable, true},
+  }};
+  return *first_that_runs(variants, level);
 }
 
 KernelTable fixed(KernelTable table) {

@@ -3,6 +3,7 @@
 
 #include "cpu/isa.h"
 #include "kernels/kernel_table.h"
+#include "kernels/linear_attention_args.h"
 
 namespace ktrt {
 
@@ -10,6 +11,8 @@ namespace ktrt {
 KernelTable select_kernels(Isa level, const CpuFeatures& features);
 // The same with kernels that give a row its bits in any company, see KernelTable::fixed.
 KernelTable fixed(KernelTable table);
+// The best variant for layers with a state, whose operators alone need it.
+const LinearAttentionKernel& select_linear_attention(Isa level, const CpuFeatures& features);
 
 // The AMX bodies on emulated tiles, for tests and benchmarks on machines without AMX; around the
 // tiles is AVX-512 code. Never selected.

@@ -92,6 +92,11 @@ class RunningStep:
         # [rows] int64 where the model is, if the cache knows the rows' places. A captured graph
         # reads the same memory again whenever it runs. None: no such step.
         self.lengths: torch.Tensor | None = None
+        # Layers of that step whose attention has read ``lengths``, and nothing of a row after them:
+        # a model in which all do needs one graph for all lengths.
+        self.attended = 0
+        # Whether all layers of the latest such step did that (``generate.graphs.run_step``).
+        self.keeps_to_lengths = False
         # Counts the beginnings and ends of steps: for what layers know of one step's tokens.
         self.changes = 0
 
@@ -110,7 +115,7 @@ class RunningStep:
     def attending(self, lengths: torch.Tensor) -> Iterator[None]:
         """Within the block, the model's forward is a decode step whose rows attend to the first
         ``lengths`` positions of their slots."""
-        self.lengths = lengths
+        self.lengths, self.attended = lengths, 0
         try:
             yield
         finally:

@@ -1,10 +1,13 @@
 """Graphs of whole decode steps, embedding to logits: CUDA's, hand-offs to the CPU included, or on
 the CPU the recorded operations (``ktrt.engine.recording``).
 
-One graph per number of rows and per window (the positions attended to, a power of two), captured at
-load (``generate.warm_up``) or at the first token that needs it, and replayed for the later ones.
+One graph per number of rows, captured at load (``generate.warm_up``) or at the first token that
+needs it, and replayed for the later ones. It serves all lengths where every layer's attention reads
+them on the device (``RunningStep.lengths``). Other models need one for each window, the positions
+attended to: a power of two.
 """
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -16,6 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from ktrt.engine.recording import active
 from ktrt.engine.step_rows import RunningStep
 from ktrt.errors import KtrtError
+from ktrt.generate.forwards import mask_of_many
 from ktrt.kv.static import StaticKv, cache_argument
 
 logger = logging.getLogger(__name__)
@@ -146,13 +150,15 @@ class DecodeGraphs:
         """``first``: the slot of the first row; the others follow. ``running``: the step that the
         model's layers look at, if they do."""
         self._model, self._cache, self._handoff, self._maker = model, cache, handoff, maker
-        self._argument, self._first = cache_argument(model), first
+        self._first = first
         self._running = RunningStep() if running is None else running
+        self._rows = rows
         device = model.get_input_embeddings().weight.device
         # Ids and positions, in the memory that the graphs read.
         self._inputs = torch.zeros(2, rows, 1, dtype=torch.int64, device=device)
         self._logits: torch.Tensor | None = None
-        self._graphs: dict[int, tuple[Callable[[], None], list[int]]] = {}
+        # By window.
+        self._graphs: dict[int | None, tuple[Callable[[], None], list[int]]] = {}
         self._length = 0
 
     @property
@@ -161,9 +167,10 @@ class DecodeGraphs:
         return len(self._graphs)
 
     def clear(self) -> None:
-        """Forgets the graphs, whose memory has moved."""
+        """Forgets the graphs, whose memory has moved, or whose adapters have changed."""
         self._graphs.clear()
         self._maker.clear()
+        self._running.keeps_to_lengths = False
 
     @torch.inference_mode()
     def step(self, ids: Sequence[int], lengths: Sequence[int]) -> torch.Tensor | None:
@@ -172,7 +179,7 @@ class DecodeGraphs:
 
         Raises what the experts raised; the positions then hold nothing of use.
         """
-        window = window_of(lengths)
+        window = window_for(self._running, lengths)
         return self._replay(window, ids, lengths) if window in self._graphs else None
 
     @torch.inference_mode()
@@ -183,16 +190,20 @@ class DecodeGraphs:
         False if that failed, which is logged: the cache must be filled again, and there are no
         further attempts.
         """
-        window = window_of(lengths)
+        window: int | None = window_of(lengths)
         if not self._maker.usable:
             return True
-        self._set_inputs(ids, lengths)
+        self._set_inputs(ids, lengths, window)
         logits = self._logits_memory(expected)
         unharmed = self._maker.captures_compute
         try:
             if not self._maker.captures_compute:
                 # Eagerly first: libraries allocate their workspaces, the hand-off its slots.
                 self._run(window)
+                if self._running.keeps_to_lengths:
+                    # Kernels for the whole capacity may be others.
+                    window = None
+                    self._run(window)
             self._capture(window)
             unharmed = False
             # A replay that writes nothing must not pass by what the capture has written.
@@ -209,9 +220,10 @@ class DecodeGraphs:
     def capture_up_to(self, length: int) -> None:
         """Captures the windows between the largest so far and the one that holds ``length``
         positions: only where capturing computes nothing."""
-        if self._maker.captures_compute or not self._maker.proven or not self._graphs:
+        windows = [window for window in self._graphs if window is not None]
+        if self._maker.captures_compute or not self._maker.proven or not windows:
             return
-        window = 2 * max(self._graphs)
+        window = 2 * max(windows)
         while window <= window_of([length - 1]):
             try:
                 self._capture(window)
@@ -234,10 +246,11 @@ class DecodeGraphs:
         """
         if not (self._maker.usable and self._maker.proven):
             return None
-        self._set_inputs(ids, lengths)
+        window = window_for(self._running, lengths)
+        self._set_inputs(ids, lengths, window)
         logits = self._logits_memory(like.expand(len(ids), -1))
         try:
-            self._capture(window_of(lengths))
+            self._capture(window)
         except FAILURES as error:
             logger.debug("No %s without a plain forward first: %s", self._maker.what, error)
             return None
@@ -252,49 +265,88 @@ class DecodeGraphs:
                 self._logits = like.new_empty(like.shape)
         return self._logits
 
-    def _capture(self, window: int) -> None:
+    def _capture(self, window: int | None) -> None:
         graph = capture(self._maker, self._handoff, lambda: self._run(window))
         self._graphs[window] = graph
-        logger.debug("Captured the decode step of window %d, %d hand-offs", window, len(graph[1]))
+        logger.debug("Captured the decode step of %s, %d hand-offs", named(window), len(graph[1]))
 
-    def _replay(self, window: int, ids: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+    def _replay(
+        self, window: int | None, ids: Sequence[int], lengths: Sequence[int]
+    ) -> torch.Tensor:
         assert self._logits is not None
         replay, slots = self._graphs[window]
-        self._set_inputs(ids, lengths)
+        self._set_inputs(ids, lengths, window)
         with self._handoff.launching(slots):
             replay()
         return self._logits.clone()
 
-    def _set_inputs(self, ids: Sequence[int], lengths: Sequence[int]) -> None:
+    def _set_inputs(self, ids: Sequence[int], lengths: Sequence[int], window: int | None) -> None:
+        if window is not None:
+            for slot in range(self._first, self._first + self._rows):
+                self._cache.commit(slot, window)
         self._length = max(lengths) + 1
         values = torch.tensor([list(ids), list(lengths)], dtype=torch.int64)
         self._inputs.copy_(values.unsqueeze(-1))
 
-    def _run(self, window: int) -> None:
-        ids, positions = self._inputs
+    def _run(self, window: int | None) -> None:
+        positions = self._inputs[1]
         mask = attention_mask(self._model, positions, window)
         recorder = active()
         if recorder is not None:
             one = len(positions) == 1
             recorder.describe([self._inputs], mask, (lambda: self._length) if one else None)
-        place = self._cache.window(positions, window, self._first)
-        with place, self._running.attending(positions[:, 0] + 1):
-            output = self._model(
-                input_ids=ids,
-                position_ids=positions,
-                attention_mask=mask,
-                use_cache=True,
-                logits_to_keep=1,
-                **{self._argument: self._cache},
-            )
-        logits = output.logits[:, -1]
+        logits = run_step(
+            self._model, self._cache, self._running, self._inputs, mask, window, self._first
+        )
         assert self._logits is not None
         self._logits.copy_(logits)
 
 
-def attention_mask(model: Any, positions: torch.Tensor, window: int) -> torch.Tensor:
+def run_step(
+    model: Any, cache: StaticKv, running: RunningStep, inputs: torch.Tensor, mask: torch.Tensor,
+    window: int | None, first: int,
+) -> torch.Tensor:  # fmt: skip
+    """Runs one token for each slot from ``first`` on: ``inputs`` [2, rows, 1], ids and positions;
+    ``mask`` as ``attention_mask`` makes it for ``window``. Returns the logits [rows, vocab_size].
+
+    ``KtrtError``: layers look at more than ``window`` None allows.
+    """
+    ids, positions = inputs
+    place = cache.window(positions, window, first)
+    with place as step, running.attending(positions[:, 0] + 1):
+        output = model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=mask,
+            use_cache=True,
+            logits_to_keep=1,
+            **{cache_argument(model): cache},
+        )
+    running.keeps_to_lengths = step.stored == running.attended > 0
+    if window is None and not running.keeps_to_lengths:
+        raise KtrtError(
+            f"the attention of {step.stored - running.attended} of {step.stored} layers does not "
+            "keep to the rows' lengths"
+        )
+    logits: torch.Tensor = output.logits[:, -1]
+    return logits
+
+
+def window_for(running: RunningStep, lengths: Sequence[int]) -> int | None:
+    """Returns the window of a step at these positions; None: its graph serves all lengths."""
+    return None if running.keeps_to_lengths else window_of(lengths)
+
+
+def named(window: int | None) -> str:
+    """Returns the window's name in log lines."""
+    return "all lengths" if window is None else f"window {window}"
+
+
+def attention_mask(model: Any, positions: torch.Tensor, window: int | None) -> torch.Tensor:
     """[rows, 1, 1, window], in the form that the model's attention takes: the positions up to each
-    row's own."""
+    row's own. None: a mask that nobody reads."""
+    if window is None:
+        return mask_of_many(positions.device)
     seen = torch.arange(window, device=positions.device) <= positions
     seen = seen[:, None, None, :]
     implementation = model.config._attn_implementation
@@ -317,8 +369,11 @@ def check_logits(logits: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def _takes_sdpa_mask(implementation: str) -> bool:
-    known = implementation in ALL_MASK_ATTENTION_FUNCTIONS
-    return known and ALL_MASK_ATTENTION_FUNCTIONS[implementation] is sdpa_mask
+    if implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
+        return False
+    # transformers may have wrapped sdpa_mask itself.
+    found = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
+    return inspect.unwrap(found, stop=lambda each: each is sdpa_mask) is sdpa_mask
 
 
 def window_of(lengths: Sequence[int]) -> int:

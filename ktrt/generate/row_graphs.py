@@ -2,8 +2,9 @@
 rows stand for something, their positions and their adapters are data.
 
 Graphs have 1, 2, 4, … 32 rows, for slots of a block that starts at a multiple of their number. One
-is captured for each block, window and kind of step (all rows with the active adapters, or not) when
-a step needs it first. A row that stands for nothing stores its token after all that its slot holds.
+is captured for each block, kind of step (all rows with the active adapters, or not) and, where the
+model's attention does not keep to lengths, window, when a step needs it first. A row that stands
+for nothing stores its token after all that its slot holds.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from ktrt.generate.graphs import (
     capture,
     check_logits,
     give_up,
-    window_of,
+    named,
+    run_step,
+    window_for,
 )
-from ktrt.kv.static import StaticKv, cache_argument
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from ktrt.engine.step_rows import RunningStep
     from ktrt.generate.forwards import Part
     from ktrt.generate.graphs import GraphMaker, HandOff
+    from ktrt.kv.static import StaticKv
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +53,7 @@ class _Block:
     inputs: torch.Tensor
     logits: torch.Tensor
     # By window.
-    graphs: dict[int, _Graph] = field(default_factory=dict)
+    graphs: dict[int | None, _Graph] = field(default_factory=dict)
 
     def places(self, parts: Sequence[Part]) -> list[int]:
         """The parts' rows."""
@@ -78,7 +81,6 @@ class RowGraphs:
     ) -> None:
         self._model, self._cache, self._running = model, cache, running
         self._handoff, self._maker = handoff, maker
-        self._argument = cache_argument(model)
         self._device = model.get_input_embeddings().weight.device
         # By first slot, rows, and whether rows name adapters.
         self._blocks: dict[tuple[int, int, bool], _Block] = {}
@@ -103,9 +105,10 @@ class RowGraphs:
         return self._maker.proven
 
     def clear(self) -> None:
-        """Forgets the graphs, whose memory has moved."""
+        """Forgets the graphs, whose memory has moved, or whose adapters have changed."""
         self._blocks.clear()
         self._maker.clear()
+        self._running.keeps_to_lengths = False
         self._like = torch.empty(0)  # an adapter's vocabulary may be another
 
     def capacity_for(self, end: int) -> int:
@@ -154,8 +157,9 @@ class RowGraphs:
 
     def _run_block(self, parts: Sequence[Part]) -> torch.Tensor:
         block = self._block(parts)
-        window = window_of([part.start for part in parts])
-        self._fill(block, parts)
+        lengths = [part.start for part in parts]
+        window = window_for(self._running, lengths)
+        self._fill(block, parts, window)
         graph = block.graphs.get(window)
         if graph is None:
             self._forget_one(block)
@@ -163,6 +167,10 @@ class RowGraphs:
             # takes the adapters' numbers.
             self._forward(block, window)
             self.eager_forwards += 1
+            if window is not None and self._running.keeps_to_lengths:
+                # Kernels for the whole capacity may be others.
+                window = None
+                self._forward(block, window)
             graph = block.graphs[window] = self._capture(block, window)
             # A replay that writes nothing must not pass by what was written before.
             block.logits.fill_(torch.nan)
@@ -194,8 +202,9 @@ class RowGraphs:
                 )
         return block
 
-    def _fill(self, block: _Block, parts: Sequence[Part]) -> None:
-        """Writes the step's facts into the memory that the graph reads."""
+    def _fill(self, block: _Block, parts: Sequence[Part], window: int | None) -> None:
+        """Writes the step's facts into the memory that the graph reads, and sees to the memory of
+        keys and values that it reads and writes."""
         rows, written = block.rows, self._cache.written[block.first :]
         # Token 0, one position after what the slot may hold, for rows that stand for nothing.
         ids, positions = [0] * rows.tokens, written[: rows.tokens]
@@ -204,32 +213,26 @@ class RowGraphs:
             ids[row], positions[row] = part.span.ids[0], part.start
             adapters[row] = part.span.adapter
             self._cache.will_write(part.span.slot.index, part.end)
+        for row, position in enumerate(positions):
+            self._cache.commit(block.first + row, max(window or 0, position + 1))
         block.inputs.copy_(torch.tensor([ids, positions]).unsqueeze(-1))
         set_adapters(rows, adapters)
 
-    def _capture(self, block: _Block, window: int) -> _Graph:
+    def _capture(self, block: _Block, window: int | None) -> _Graph:
         graph = _Graph(*capture(self._maker, self._handoff, lambda: self._forward(block, window)))
         logger.debug(
-            "Captured the decode step of slots %d to %d, window %d, %d hand-offs", block.first,
-            block.first + block.rows.tokens - 1, window, len(graph.slots),
+            "Captured the decode step of slots %d to %d, %s, %d hand-offs", block.first,
+            block.first + block.rows.tokens - 1, named(window), len(graph.slots),
         )  # fmt: skip
         return graph
 
-    def _forward(self, block: _Block, window: int) -> None:
-        ids, positions = block.inputs
-        mask = attention_mask(self._model, positions, window)
-        place = self._cache.window(positions, window, block.first)
-        attending = self._running.attending(positions[:, 0] + 1)
-        with place, attending, self._running.running(block.rows):
-            output = self._model(
-                input_ids=ids,
-                position_ids=positions,
-                attention_mask=mask,
-                use_cache=True,
-                logits_to_keep=1,
-                **{self._argument: self._cache},
+    def _forward(self, block: _Block, window: int | None) -> None:
+        mask = attention_mask(self._model, block.inputs[1], window)
+        with self._running.running(block.rows):
+            logits = run_step(
+                self._model, self._cache, self._running, block.inputs, mask, window, block.first
             )
-        block.logits.copy_(output.logits[:, -1])
+        block.logits.copy_(logits)
 
 
 def shares_a_graph(parts: Sequence[Part]) -> list[int]:

@@ -67,12 +67,13 @@ class _Sequence:
 
 @dataclass
 class _Window:
-    """A step of one token per row, for the slots from ``first`` on: ``positions`` [rows, 1] int64
-    on the device, each < window."""
+    """One token for each slot from ``first`` on: ``positions`` [rows, 1] int64 on the device, each
+    < window. ``stored``: the layers that have stored theirs."""
 
     positions: torch.Tensor
     window: int
     first: int
+    stored: int = 0
 
 
 @dataclass
@@ -123,8 +124,7 @@ class _Shared:
 class StaticLayer(CacheLayerMixin):  # type: ignore[misc]
     """Keys and values [slots, heads, capacity, head_dim] of one layer."""
 
-    is_sliding = False
-    is_croppable = True
+    is_sliding, is_croppable = False, True
 
     def __init__(self, shared: _Shared) -> None:
         super().__init__()
@@ -162,6 +162,7 @@ class StaticLayer(CacheLayerMixin):  # type: ignore[misc]
             end = place.window
             self._store(self.keys[rows], key_states, place.positions)
             self._store(self.values[rows], value_states, place.positions)
+            place.stored += 1
         elif place is not None:
             rows = slice(place.slot, place.slot + 1)
             end = place.start + key_states.shape[-2]
@@ -358,28 +359,39 @@ class StaticKv(Cache):  # type: ignore[misc]
     def will_write(self, slot: int, end: int) -> None:
         """Must come before a forward that stores positions before ``end``."""
         self.written[slot] = max(self.written[slot], end)
+        self.commit(slot, end)
+
+    def commit(self, slot: int, end: int) -> None:
+        """Gives a slot's positions before ``end`` memory: a forward may read or store them."""
 
     @contextmanager
     def sequence(self, slot: int, start: int, count: int) -> Iterator[None]:
         """Within the block the model takes the next ``count`` tokens of a slot that holds
         ``start``."""
         self.will_write(slot, start + count)
-        yield from self._placed(_Sequence(slot, start))
+        with self._placed(_Sequence(slot, start)):
+            yield
 
     @contextmanager
-    def window(self, positions: torch.Tensor, window: int, first: int = 0) -> Iterator[None]:
+    def window(
+        self, positions: torch.Tensor, window: int | None, first: int = 0
+    ) -> Iterator[_Window]:
         """Within the block the model takes one token for each slot from ``first`` on, at
-        ``positions`` [rows, 1] (int64, on the cache's device), and attends to the first ``window``
-        positions; the caller masks later ones, and calls ``will_write``."""
-        yield from self._placed(_Window(positions, window, first))
+        ``positions`` [rows, 1] (int64, on the device), and attends to the first ``window`` (None:
+        all); the caller masks later ones, and calls ``will_write``."""
+        place = _Window(positions, window or self.capacity, first)
+        with self._placed(place):
+            yield place
 
     @contextmanager
     def many(self, rows: StepRows, most: tuple[int, int] | None = None) -> Iterator[None]:
         """Within the block the model takes the tokens of ``rows``, and ``update`` returns the whole
         arrays: the attention function knows what it reads of them. ``most``: cuts the arrays to
         these numbers of slots and positions, for a model whose attention may not know."""
-        yield from self._placed(_Many(rows, most))
+        with self._placed(_Many(rows, most)):
+            yield
 
+    @contextmanager
     def _placed(self, place: _Sequence | _Window | _Many) -> Iterator[None]:
         self._shared.place = place
         try:

@@ -21,9 +21,11 @@ import torch
 from ktrt.engine.recording import active
 from ktrt.errors import KtrtError
 from ktrt.layers.attention_calls import why_other
+from ktrt.layers.causal_mask import mask_of_last, mask_or_none
 from ktrt.layers.engine_attention import EngineAttention, HeldKeys
 from ktrt.layers.form import AttentionForm, form_of
-from ktrt.layers.gpu.decode import decode_attention
+from ktrt.layers.gpu.decode import decode_attention, runs_kernels
+from ktrt.layers.gpu.prefill import prefill_attention
 from ktrt.layers.one_token import one_token
 from ktrt.layers.prompt_attention import attend_blocks
 from ktrt.layers.step_attention import attend, places
@@ -81,10 +83,9 @@ def accelerate_attention(
 
 def _register(patches: Patches) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
 
     patches.entry(AttentionInterface._global_mapping, NAME, attention)
-    patches.entry(AttentionMaskInterface._global_mapping, NAME, sdpa_mask)
+    patches.entry(AttentionMaskInterface._global_mapping, NAME, mask_or_none())
 
 
 def _text_modules(model: nn.Module, config: Any) -> list[Any]:
@@ -141,9 +142,11 @@ def attention(
             held = HeldKeys(layer.engine, key, value, form)
             return attend(rows, query, held, form.scaling, options, form), None
         if (lengths := running.lengths) is not None and query.is_cuda:
+            running.attended += runs_kernels(query)
             return decode_attention(query, key, value, lengths, form), None
-        if query.device.type == "cpu" and not torch.is_grad_enabled():
-            found = _on_cpu(layer.engine, query, key, value, attention_mask, form)
+        if not torch.is_grad_enabled():
+            where = _on_cpu if query.device.type == "cpu" else _on_gpu
+            found = where(layer.engine, query, key, value, attention_mask, form)
             if found is not None:
                 return found, None
     return _original(module, query, key, value, attention_mask, scaling, options)
@@ -165,6 +168,18 @@ def _on_cpu(
     out = query.new_empty(1, count, query.shape[1], value.shape[-1])
     attend_blocks(query, key, value, form, out, start=end - count)
     return out
+
+
+def _on_gpu(
+    _engine: EngineAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    mask: torch.Tensor | None, form: AttentionForm,
+) -> torch.Tensor | None:  # fmt: skip
+    """The same of a prompt; without a mask, its tokens are the last positions."""
+    if query.shape[2] == 1 and mask is not None:
+        return None  # a step that may be captured
+    if mask is not None and not _masks.is_causal(mask, form.window):
+        return None
+    return prefill_attention(query, key, value, form)
 
 
 def _one_token(
@@ -231,6 +246,8 @@ def _original(
 
     if getattr(module.config, _BEFORE, _KNOWN[0]) != "eager":
         function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        if mask is None and query.is_cuda:
+            mask = mask_of_last(query.shape[2], key.shape[2], query.device)
     else:
         function = sys.modules[type(module).__module__].eager_attention_forward
         mask = _added(mask, query, key)
@@ -242,9 +259,7 @@ def _original(
 def _added(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """The mask of an eager attention, which ``sdpa_mask`` leaves out where it says nothing new."""
     if mask is None:
-        shape = query.shape[2], key.shape[2]
-        mask = torch.ones(shape, dtype=torch.bool, device=query.device)
-        mask = mask.tril_(shape[1] - shape[0])[None, None]
+        mask = mask_of_last(query.shape[2], key.shape[2], query.device)[None, None]
     if mask.dtype != torch.bool:
         return mask
     least = torch.finfo(query.dtype).min

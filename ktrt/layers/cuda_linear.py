@@ -32,7 +32,7 @@ from ktrt.layers.coded import CodedLinear
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ktrt.engine.rank_masks import RankOwners
+    from ktrt.engine.rank_masks import RankMask, RankOwners
     from ktrt.engine.step_rows import StepRows
     from ktrt.utils.patches import Patches
 
@@ -123,6 +123,40 @@ def _trained_scaling(layer: Any, name: str) -> float:
 
 
 @dataclass(frozen=True)
+class Factors:
+    """A linear layer without a bias as ``weight`` x + ``expand``ᵀ mask(``a`` x): weight [out, in],
+    a [ranks, in], expand [ranks, out] with the scaling in it. ``a`` and ``expand`` None: no LoRA;
+    ``mask`` None: all of it acts on every token, else on each token of the step its ranks."""
+
+    weight: torch.Tensor
+    a: torch.Tensor | None = None
+    expand: torch.Tensor | None = None
+    mask: RankMask | None = None
+
+
+def factors_of(layer: Any) -> Factors | None:
+    """Returns what a forward of ``layer``, a Linear that PEFT may have wrapped, computes now; None:
+    something else than factors can say, as with DoRA or a bias."""
+    fused = getattr(layer.forward, "__self__", None)
+    if isinstance(fused, _FusedLinear):
+        return fused.factors()
+    if not _is_peft_linear(layer):
+        return _base_factors(layer)
+    return _base_factors(layer.get_base_layer()) if _acts_as_base(layer) else None
+
+
+def _acts_as_base(layer: Any) -> bool:
+    """Whether PEFT's layer adds nothing to its base."""
+    active = any(name in layer.lora_A for name in layer.active_adapters)
+    return not layer.merged and (layer.disable_adapters or not active)
+
+
+def _base_factors(base: Any) -> Factors | None:
+    plain = type(base) in (nn.Linear, CodedLinear) and base.bias is None
+    return Factors(base.weight) if plain else None
+
+
+@dataclass(frozen=True)
 class _Lora:
     """Adapters side by side: ``a`` [ranks, in]; ``expand`` [ranks, out], the scaling in it, rounded
     once. Ranks are padded with zeros."""
@@ -207,6 +241,23 @@ class _FusedLinear:
             weights = tuple((_number_of(n), layer.scaling[n] / scalings[n]) for n in active)
             replaced |= self._owners.weigh(weights)
         return replaced
+
+    def factors(self) -> Factors | None:
+        """Returns what the forward computes for the running step."""
+        if self._base.bias is not None:
+            return None
+        rows = self._masks.rows if self._by_row else None
+        if rows is not None:
+            lora, owners = self._residents, self._owners
+            if lora is None or owners is None:
+                return None
+            mask = self._masks.of(owners, rows.on_device)
+            return Factors(self._base.weight, lora.a, lora.expand, mask)
+        joint, expand = self._joint, self._expand
+        if self._state is None or joint is None or expand is None:
+            return _base_factors(self._base) if _acts_as_base(self._layer) else None
+        a = joint if self._coded is not None else joint[expand.shape[1] :]
+        return Factors(self._base.weight, a, expand)
 
     @property
     def _weight(self) -> torch.Tensor | None:

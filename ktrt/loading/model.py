@@ -30,6 +30,7 @@ from ktrt.layers.cuda_linear import FusedLora
 from ktrt.layers.embedding import tables_to_host
 from ktrt.layers.latent import use_latents
 from ktrt.layers.linear import accelerate, int8_bytes
+from ktrt.layers.linear_attention import accelerate_linear_attention
 from ktrt.layers.norm import accelerate_norms
 from ktrt.layers.row_products import use_row_products
 from ktrt.loading.experts import cache_folder, load_experts
@@ -223,6 +224,7 @@ def _accelerate(
 ) -> FusedLora | None:
     """Patches the forwards of the layers outside the experts, which stay transformers' and PEFT's,
     with faster ones. Returns a GPU's."""
+    accelerate_linear_attention(model, engine, patches)
     if device.type == "cuda":
         if int8:
             logger.warning(

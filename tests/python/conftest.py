@@ -17,6 +17,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # the tests that are about a GPU.
 if os.environ.get("KTRT_TEST_GPU") != "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # Before anything imports triton: its kernels run on the CPU, in its interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
 # Before anything imports huggingface_hub: a test that would download fails at once and everywhere.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

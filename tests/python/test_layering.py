@@ -83,8 +83,7 @@ WITHOUT_TORCH |= {
 
 # The only files that call the model, and the one that calls a model on the meta device.
 CALLERS = {
-    "generate/forwards.py", "generate/graphs.py", "generate/row_graphs.py", "generate/row_steps.py",
-    "kv/size.py",
+    "generate/forwards.py", "generate/graphs.py", "generate/row_steps.py", "kv/size.py",
 }  # fmt: skip
 # Sets PEFT's forward again with every set of adapters; one entry in ``Patches`` undoes all.
 SETS_FORWARD = {"layers/cuda_linear.py"}
@@ -103,6 +102,7 @@ CPP_LAYERS: dict[str, set[str]] = {
     "linear": {"engine", "lora", "kernels", "layout", "base"},
     "attention": {"engine", "lora", "kernels", "base"},
     "norm": {"engine", "kernels", "base"},
+    "linear_attention": {"engine", "kernels", "cpu", "base"},
     "cuda": {"moe", "engine", "cpu", "base"},
 }
 CPP_LAYERS["bindings"] = set(CPP_LAYERS)

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from ktrt.engine import Engine
 from ktrt.engine.recording import RecordedSteps, active
 from ktrt.engine.step_rows import RunningStep, StepRows, TokenSpan
-from ktrt.layers.latent import NAME, LatentDecoder, attention, use_latents
+from ktrt.layers.latent import NAME, attention, use_latents
+from ktrt.layers.latent_decoder import LatentDecoder
 from ktrt.layers.linear import accelerate, refresh
 from ktrt.utils.patches import Patches
 

@@ -1,0 +1,114 @@
+"""Triton kernels of layers with a state, for the tokens of a step or a short prompt: each program
+holds its block of the state in registers while the tokens pass. All sums are float32."""
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _unit(x):
+    return x / tl.sqrt(tl.sum(x * x, 0) + 1e-6)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def state_kernel(
+    Q, K, V, G, Beta, State, Out, tokens, scaling, heads, shares, q_s, q_t, q_h, k_s, k_t, k_h,
+    v_s, v_t, v_h, g_s, g_t, g_h, b_s, b_t, b_h, s_s, DK: tl.constexpr, DV: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, SUBTRACTS: tl.constexpr, UNIT: tl.constexpr,
+    PER_KEY: tl.constexpr, BETA: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """S = e^g · S; S += k ⊗ beta · (v - kᵀ S); out = scaling · qᵀ S, for BLOCK_V columns of the
+    state [DK, DV] of one head. Out: [sequences, tokens, heads, DV]."""
+    sequence, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
+    key_head = head // shares
+    row, column = tl.arange(0, BLOCK_K), tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    rows, columns = row < DK, column < DV
+    if TRANSPOSED:
+        place = column[None, :] * DK + row[:, None]
+    else:
+        place = row[:, None] * DV + column[None, :]
+    inside = rows[:, None] & columns[None, :]
+    held = State + sequence * s_s + head * DK * DV + place
+    state = tl.load(held, mask=inside, other=0.0)
+    for t in range(tokens):
+        q = tl.load(Q + sequence * q_s + t * q_t + key_head * q_h + row, mask=rows, other=0.0)
+        k = tl.load(K + sequence * k_s + t * k_t + key_head * k_h + row, mask=rows, other=0.0)
+        v = tl.load(V + sequence * v_s + t * v_t + head * v_h + column, mask=columns, other=0.0)
+        q, k, v = q.to(tl.float32), k.to(tl.float32), v.to(tl.float32)
+        if UNIT:
+            q, k = _unit(q), _unit(k)
+        decay = G + sequence * g_s + t * g_t + head * g_h
+        if PER_KEY:
+            state *= tl.exp(tl.load(decay + row, mask=rows, other=0.0).to(tl.float32))[:, None]
+        else:
+            state *= tl.exp(tl.load(decay).to(tl.float32))
+        if SUBTRACTS:
+            v -= tl.sum(state * k[:, None], 0)
+        if BETA:
+            v *= tl.load(Beta + sequence * b_s + t * b_t + head * b_h).to(tl.float32)
+        state += k[:, None] * v[None, :]
+        out = tl.sum(state * (q * scaling)[:, None], 0)
+        at = ((sequence * tokens + t) * heads + head) * DV + column
+        tl.store(Out + at, out.to(Out.dtype.element_ty), mask=columns)
+    tl.store(held, state, mask=inside)
+
+
+@triton.jit
+def conv_kernel(
+    X, Weight, Bias, State, Out, channels, x_s, x_c, s_s, HELD: tl.constexpr, TAPS: tl.constexpr,
+    SILU: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One token [sequences, channels] after the HELD last ones in State [sequences][channels,
+    HELD], which moves on by one. Out: [sequences, channels]."""
+    sequence = tl.program_id(1).to(tl.int64)
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    real = channel < channels
+    x = tl.load(X + sequence * x_s + channel * x_c, mask=real, other=0.0)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    if BIAS:
+        acc += tl.load(Bias + channel, mask=real, other=0.0).to(tl.float32)
+    state = State + sequence * s_s + channel * HELD
+    # The tokens of the window, oldest first; the state drops its first one.
+    for j in tl.static_range(TAPS - 1 - HELD, TAPS):
+        value = x
+        if j < TAPS - 1:
+            value = tl.load(state + (j + 1 + HELD - TAPS), mask=real, other=0.0)
+        if j >= 0:
+            weight = tl.load(Weight + channel * TAPS + j, mask=real, other=0.0)
+            acc += weight.to(tl.float32) * value.to(tl.float32)
+        # No thread may write what another one has yet to read.
+        tl.debug_barrier()
+        if j >= TAPS - HELD:
+            tl.store(state + (j - TAPS + HELD), value, mask=real)
+    if SILU:
+        acc = acc / (1.0 + tl.exp(-acc))
+    tl.store(Out + sequence * channels + channel, acc.to(Out.dtype.element_ty), mask=real)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def scan_kernel(
+    X, Dt, A, B, C, State, Out, tokens, channels, x_s, x_t, d_s, d_t, b_s, b_t, c_s, c_t, s_s,
+    x_c, d_c, b_n, c_n, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """S[n] = e^(dt · a[n]) · S[n] + dt · x · b[n]; out = Σ S[n] · c[n], for BLOCK channels. Out:
+    float32 [sequences, tokens, channels]."""
+    sequence = tl.program_id(1).to(tl.int64)
+    channel, n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_N)
+    real, sizes = channel < channels, n < SIZE
+    inside = real[:, None] & sizes[None, :]
+    place = channel[:, None] * SIZE + n[None, :]
+    a = tl.load(A + place, mask=inside, other=0.0)
+    held = State + sequence * s_s + place
+    state = tl.load(held, mask=inside, other=0.0)
+    for t in range(tokens):
+        x = tl.load(X + sequence * x_s + t * x_t + channel * x_c, mask=real, other=0.0)
+        dt = tl.load(Dt + sequence * d_s + t * d_t + channel * d_c, mask=real, other=0.0)
+        b = tl.load(B + sequence * b_s + t * b_t + n * b_n, mask=sizes, other=0.0).to(tl.float32)
+        c = tl.load(C + sequence * c_s + t * c_t + n * c_n, mask=sizes, other=0.0).to(tl.float32)
+        dt = dt.to(tl.float32)
+        step = dt * x.to(tl.float32)
+        state = tl.exp(dt[:, None] * a) * state + step[:, None] * b[None, :]
+        out = tl.sum(state * c[None, :], 1)
+        tl.store(Out + (sequence * tokens + t) * channels + channel, out, mask=real)
+    tl.store(held, state, mask=inside)

@@ -1,0 +1,22 @@
+"""Triton's kernels on the CPU: ``conftest.py`` switches its interpreter on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def mend_interpreter() -> None:
+    """Lets loops over device numbers run with NumPy 2.4, which makes no int of an array [1]."""
+    from triton.runtime import interpreter
+
+    module: Any = interpreter
+    before = module._patch_lang_tensor
+    if getattr(before, "kt_mended", False):
+        return
+
+    def patch(tensor: Any) -> None:
+        before(tensor)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    patch.kt_mended = True  # type: ignore[attr-defined]
+    module._patch_lang_tensor = patch

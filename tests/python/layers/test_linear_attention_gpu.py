@@ -1,0 +1,78 @@
+"""The GPU's share of linear attention, on the CPU: Triton's kernels in its interpreter, the chunks
+of matrix products in float32; against transformers' own functions."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from helpers.interpreted import mend_interpreter
+from helpers.linear_attention import CASES, KIMI, RULE, Draw, copied, delta_rule, mamba, results
+
+from ktrt.engine import Engine
+from ktrt.layers.linear_attention.chunks import chunked_delta_rule
+from ktrt.layers.linear_attention.functions import Functions
+from ktrt.layers.linear_attention.gpu_operators import GpuOperators
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def interpreter() -> None:
+    pytest.importorskip("triton")
+    mend_interpreter()
+
+
+def function_of(folder: str, name: str) -> tuple[Any, Callable[..., Any]]:
+    """Returns transformers' function and its stand-in with the GPU's operators."""
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise AssertionError(f"{name} fell back to transformers")
+
+    module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+    with_engine = Engine(num_threads=1)
+    functions = Functions(with_engine)
+    with_engine.close()
+    functions.operators["cpu"] = GpuOperators()
+    return getattr(module, name), functions.function(name, refused)
+
+
+# The interpreter takes 10 ms for a program of the grid.
+KERNELS: dict[str, tuple[str, str, Callable[[Draw], dict[str, Any]]]] = {
+    "delta rule": ("qwen3_next", RULE.format("recurrent"),
+                   lambda d: delta_rule(d, 2, 1, per_key=False, value_size=12)),
+    "kimi": ("kimi_linear", KIMI.format("recurrent"),
+             lambda d: delta_rule(d, 1, 3, per_key=True, value_size=12)),
+    "mamba": ("jamba", "mamba_selective_scan", lambda d: mamba(d, 2, 3)),
+    **{case: CASES[case] for case in (
+        "mamba, step", "mamba 2, step", "conv, step", "conv, short state")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", KERNELS)
+def test_a_kernel_equals_transformers(case: str) -> None:
+    folder, name, make = KERNELS[case]
+    arguments = make(Draw(torch.float32))
+    reference, function = function_of(folder, name)
+    expected = results(reference, copied(arguments))
+    found = results(function, copied(arguments))
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [64, 130])
+def test_chunks_equal_transformers(tokens: int) -> None:
+    arguments = delta_rule(Draw(torch.float32), 2, tokens, per_key=False)
+    reference, _ = function_of("qwen3_next", "torch_recurrent_gated_delta_rule")
+    expected, end = reference(**copied(arguments))
+    state = arguments["initial_state"].clone()
+    q, k, v, g, beta = (arguments[name] for name in ("query", "key", "value", "g", "beta"))
+    found = chunked_delta_rule(q, k, v, g, beta, state, scaling=20**-0.5, unit_keys=True)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(state, end, rtol=1e-4, atol=1e-4)
