@@ -20,7 +20,9 @@ from torch import nn
 
 from ktrt.engine.recording import active
 from ktrt.engine.step_rows import RunningStep, StepRows
-from ktrt.layers.attention import places
+from ktrt.layers.attention import NAME as PLAIN
+from ktrt.layers.attention import attention as plain_attention
+from ktrt.layers.attention_calls import why_other
 from ktrt.layers.causal_mask import mask_of_last, mask_or_none
 from ktrt.layers.form import form_of
 from ktrt.layers.forward import DenseForward
@@ -28,7 +30,7 @@ from ktrt.layers.gpu.decode import runs_kernels
 from ktrt.layers.gpu.latent import AbsorbedLatents
 from ktrt.layers.gpu.prefill import prefill_attention
 from ktrt.layers.latent_decoder import LatentDecoder
-from ktrt.layers.step_attention import attend
+from ktrt.layers.step_attention import attend, places
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,10 +53,12 @@ def use_latents(
     kv_b_proj the engine computes.
     """
     config: Any = model.config
-    if getattr(config, "_attn_implementation", None) != "sdpa":
+    if getattr(config, "_attn_implementation", None) not in ("sdpa", PLAIN):
         return 0
     running = RunningStep() if running is None else running
     found: list[Any] = [module for module in model.modules() if hasattr(module, "expand_kv")]
+    if any(why_other(kind) is not None for kind in {type(module) for module in found}):
+        return 0  # an indexer, which under another name than sdpa's leaves its choice to others
     decoding = 0
     for module in found:
         latents = Latents(module.expand_kv, None, running)
@@ -180,7 +184,7 @@ class HeldLatents:
         return decoder.bind_rows(query, latents, at, out, rows, self._scaling)
 
     def sequence(
-        self, slot: int, length: int, adapter: int, room: int
+        self, slot: int, length: int, adapter: int, room: int, _first: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
         latents, positions = (each[slot : slot + 1, :, :length] for each in self.tensors)
         key, value = self._owner.expand_with(adapter, latents, positions)
@@ -213,8 +217,6 @@ def _expanded(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     mask: torch.Tensor | None, scaling: float, options: dict[str, Any],
 ) -> torch.Tensor:  # fmt: skip
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
     width, (tokens, total) = value.shape[-1], (query.shape[2], key.shape[2])
     on_cpu = query.device.type == "cpu"
     if mask is None and not on_cpu and not query.requires_grad:
@@ -224,7 +226,7 @@ def _expanded(
     pad = key.shape[-1] - width if on_cpu and tokens > 1 else 0
     if pad > 0:
         value = nn.functional.pad(value, (0, pad))
-    found: tuple[torch.Tensor, None] = ALL_ATTENTION_FUNCTIONS["sdpa"](
+    found: tuple[torch.Tensor, None] = plain_attention(
         module, query, key, value, mask, scaling=scaling, **options
     )
     return found[0][..., :width] if pad > 0 else found[0]
