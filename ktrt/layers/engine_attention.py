@@ -13,6 +13,7 @@ import torch
 
 from ktrt.engine import HeadArray, SlotRows, TokenAttention
 from ktrt.engine.step_rows import RunningStep
+from ktrt.layers.gpu.prefill import prefill_attention
 from ktrt.layers.one_token import added
 
 if TYPE_CHECKING:
@@ -261,3 +262,9 @@ class HeldKeys:
             return both[0][:, :, first:end], both[1][:, :, first:end]
         at = torch.arange(first, end, device=self._key.device) % capacity
         return both[0].index_select(2, at), both[1].index_select(2, at)
+
+    def last(
+        self, query: torch.Tensor, slot: int, length: int, adapter: int, form: AttentionForm
+    ) -> torch.Tensor:
+        first = form.first_of(length - query.shape[2] + 1)
+        return prefill_attention(query, *self.sequence(slot, length, adapter, length, first), form)

@@ -34,8 +34,10 @@ from ktrt.layers.step_attention import attend, places
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
     from ktrt.engine import Engine
+    from ktrt.layers.form import AttentionForm
     from ktrt.utils.patches import Patches
 
 # Its name in transformers.
@@ -152,12 +154,29 @@ class Latents:
         if adapter is None:
             return self._expand(latents, positions)
         # kv_b_proj's tokens are not the step's.
-        tokens = StepRows(latents.shape[2], 0, latents.device)
+        with self._tokens_of(adapter, latents.shape[2], latents.device):
+            return self._expand(latents, positions)
+
+    def last(
+        self, adapter: int, query: torch.Tensor, latents: torch.Tensor, positions: torch.Tensor,
+        form: AttentionForm,
+    ) -> torch.Tensor:  # fmt: skip
+        """``prefill_attention`` of one sequence's latents, with an adapter by number."""
+        if self.absorbed is not None:
+            with self._tokens_of(adapter, query.shape[2], query.device):
+                found = self.absorbed.last(query, latents, positions, form)
+            if found is not None:
+                return found
+        return prefill_attention(query, *self.expand_with(adapter, latents, positions), form)
+
+    def _tokens_of(
+        self, adapter: int, count: int, device: torch.device
+    ) -> AbstractContextManager[None]:
+        tokens = StepRows(count, 0, device)
         tokens.adapters.fill_(adapter)
         if tokens.device_adapters is not None:
             tokens.device_adapters.fill_(adapter)
-        with self.running.running(tokens):
-            return self._expand(latents, positions)
+        return self.running.running(tokens)
 
 
 class HeldLatents:
@@ -191,6 +210,12 @@ class HeldLatents:
         if (more := room - length) > 0:
             key, value = (nn.functional.pad(each, (0, 0, 0, more)) for each in (key, value))
         return key, value
+
+    def last(
+        self, query: torch.Tensor, slot: int, length: int, adapter: int, form: AttentionForm
+    ) -> torch.Tensor:
+        latents, positions = (each[slot : slot + 1, :, :length] for each in self.tensors)
+        return self._owner.last(adapter, query, latents, positions, form)
 
 
 def attention(
@@ -239,24 +264,14 @@ def _on_gpu(
     """Computes the last positions of sequences; None: kv_b_proj has to expand their latents."""
     absorbed, lengths = latents.absorbed, latents.running.lengths
     form = form_of(query, scaling, options)
-    if (
-        absorbed is None
-        or form is None
-        or query.requires_grad
-        or (lengths is None and mask is not None)
-    ):
+    if absorbed is None or form is None or query.requires_grad:
         return None
+    if lengths is None:
+        return None if mask is not None else absorbed.last(query, key, value, form)
     factors = absorbed.factors()
     if factors is None:
         return None
-    rows, _, tokens, _ = query.shape
-    total, rank = key.shape[2:]
-    if lengths is None:
-        if not absorbed.prefers_latents(tokens, rank, value.shape[-1]):
-            return absorbed.prompt(factors, query, key, value, form) if rows == 1 else None
-        lengths = torch.full((rows,), total, device=query.device)
-    else:
-        latents.running.attended += runs_kernels(query)
+    latents.running.attended += runs_kernels(query)
     return absorbed.decode(factors, query, key, value, lengths, form)
 
 

@@ -16,7 +16,7 @@ from ktrt.engine.recording import active
 from ktrt.errors import KtrtError
 from ktrt.layers.form import AttentionForm, form_of, is_nothing
 from ktrt.layers.one_token import one_token, torch_threads_for
-from ktrt.layers.prompt_attention import attend_block, attend_blocks, first_key, hidden, keys_end
+from ktrt.layers.prompt_attention import attend_blocks, first_key, keys_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -47,6 +47,12 @@ class Held(Protocol):
         """Returns keys [1, groups, n, size] and values [1, groups, n, value size]: a slot's
         positions ``first`` to ``length`` - 1, then finite numbers up to ``room``, or up to the
         slot's end. ``first`` above 0: only for a form with a window."""
+
+    def last(
+        self, query: torch.Tensor, slot: int, length: int, adapter: int, form: AttentionForm
+    ) -> torch.Tensor:
+        """Returns the attention [1, n, heads, value size] of ``query`` [1, heads, n, size], the
+        last of a slot's first ``length`` positions, as a GPU computes it."""
 
 
 def places(running: RunningStep) -> StepRows | None:
@@ -130,15 +136,14 @@ def _each_row(
         if length == 0:
             out[:, row] = 0
             continue
-        first = form.first_of(length)
-        key, value = held.sequence(slot, length, adapter, length, first)
         one = query[:, :, row : row + 1]
-        if query.device.type == "cpu":
-            # One thread, whether the step is recorded or not.
-            with torch_threads_for(0):
-                out[:, row] = one_token(one, key, value, None, form)[:, 0]
-        else:
-            out[:, row] = attend_block(one, key, value, None, form)[:, :, 0]
+        if query.device.type != "cpu":
+            out[:, row] = held.last(one, slot, length, adapter, form)[:, 0]
+            continue
+        key, value = held.sequence(slot, length, adapter, length, form.first_of(length))
+        # One thread, whether the step is recorded or not.
+        with torch_threads_for(0):
+            out[:, row] = one_token(one, key, value, None, form)[:, 0]
 
 
 def _prefill(
@@ -147,22 +152,9 @@ def _prefill(
 ) -> None:  # fmt: skip
     end = span.start + span.count
     adapter = int(rows.adapters[span.first])
-    first = first_key(span.start, form)
     if query.device.type != "cpu":
-        key, value = held.sequence(span.slot, end, adapter, end, first)
-        out.copy_(at_once(query, key, value, form))
+        out.copy_(held.last(query, span.slot, end, adapter, form))
         return
+    first = first_key(span.start, form)
     key, value = held.sequence(span.slot, end, adapter, keys_end(end), first)
     attend_blocks(query, key, value, form, out, start=span.start, first=first)
-
-
-def at_once(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, form: AttentionForm
-) -> torch.Tensor:
-    """Attention of the last positions of one sequence, as a GPU computes it: query [1, heads, n,
-    size], key and value [1, groups, positions, …]; returns [1, n, heads, value size]."""
-    heads, count, end = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
-    # With a mask and groups of heads, torch has no fused kernel there.
-    key, value = (x.repeat_interleave(heads, 1) if heads > 1 else x for x in (key, value))
-    mask = hidden(end - count, count, end, form.window, query.dtype, query.device)
-    return attend_block(query, key, value, mask, form).transpose(1, 2)

@@ -22,7 +22,7 @@ from ktrt.layers.attention import accelerate_attention
 from ktrt.layers.engine_attention import EngineAttention, HeldKeys
 from ktrt.layers.form import AttentionForm
 from ktrt.layers.latent import use_latents
-from ktrt.layers.step_attention import at_once, attend
+from ktrt.layers.step_attention import attend
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -102,10 +102,6 @@ def test_engine_attends_to_a_slot(engine: Engine) -> None:
             )[0].transpose(0, 1)  # fmt: skip
             error = (out.float() - expected).norm() / expected.norm()
             assert error < (1e-6 if dtype == torch.float32 else 6e-3)
-            whole = at_once(
-                query[:, :, start:end], key[:, :, :end], value[:, :, :end], AttentionForm(0.2)
-            )[0]
-            assert (whole - expected).norm() / expected.norm() < 1e-6
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
