@@ -87,7 +87,7 @@ def test_a_recorded_step_changes_the_state_where_it_lies(engine: Engine) -> None
         assert recorder is not None
         recorder.describe([arguments["query"]], torch.zeros(1), None)
         found, held = function(**(arguments | {"initial_state": state}))
-        state.copy_(held)
+        assert held is state
         out.copy_(found)
 
     replay = RecordedSteps().capture(step)
