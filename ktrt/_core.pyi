@@ -829,6 +829,40 @@ class MoeLayer:
         """Changes when a LoRA is loaded, replaced or unloaded, and when others, or other weights,
         become active. Never waits for a forward."""
 
+class DeviceRegion:
+    """Addresses on the device of the current CUDA context that never move, of which only what is
+    committed has memory, in granules. Calls release the GIL; not for several threads at once.
+    """
+
+    def __init__(self, size: int, *, driver: str = "libcuda.so.1") -> None:
+        """Reserves addresses for at least ``size`` bytes. ``RuntimeError``: no driver, no context,
+        no virtual memory, no room for that many addresses."""
+
+    @property
+    def address(self) -> int: ...
+    @property
+    def nbytes(self) -> int:
+        """The size, rounded up to granules."""
+
+    @property
+    def granularity(self) -> int:
+        """Bytes of a granule: 2 MB."""
+
+    @property
+    def committed_bytes(self) -> int: ...
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """All bytes, uint8."""
+
+    def commit(self, first: int, end: int) -> int:
+        """Gives bytes ``first`` … ``end`` - 1 and the rest of their granules memory, which holds
+        anything; returns how many got some. ``RuntimeError`` (out of memory, say): nothing has
+        changed. ``ValueError``: not a range of the region."""
+
+    def decommit(self, first: int, end: int) -> int:
+        """Takes the memory of all granules that lie wholly in bytes ``first`` … ``end`` - 1, after
+        waiting for the device if there are any; returns how many bytes had some."""
+
 class GpuHandoff:
     """Pinned slots through which a CUDA stream starts the engine and waits for it, without the host
     in between; the stream's work can be captured into a graph and replayed.

@@ -82,6 +82,8 @@ class Session:
         self.context_limit = context_limit(loaded.model, cutoff_len)
         self._bound = "cutoff_len allows" if self.context_limit == cutoff_len else ""
         self._encoding = threading.Lock()
+        # The most rows of a decode step.
+        self._rows = (limits or SchedulerLimits()).rows
         self._steps = Driver(partial(make_scheduler, loaded, limits), partial(use_device, loaded))
         self.adapters.between = self._steps.between
         # Nobody can ask a session that nobody has: its thread and memory go.
@@ -293,7 +295,7 @@ class Session:
 
     def _warm_up(self) -> None:
         with engine_errors():
-            warm_up(self.new_cache(), self.context_limit)
+            warm_up(self.new_cache(), self.context_limit, self._rows)
             self._steps.begin()  # counts the model's bytes
 
     def count_tokens(self, messages: Messages) -> int:

@@ -23,6 +23,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 
 from ktrt.engine import Engine
+from ktrt.kv.static import cache_argument
 from ktrt.layers.linear_attention import accelerate_linear_attention
 from ktrt.layers.linear_attention.functions import Functions
 from ktrt.utils.patches import Patches
@@ -195,12 +196,25 @@ def decode_ms(model: Any) -> tuple[float, torch.Tensor]:
     """Milliseconds of a step after 64 tokens, and the logits of the first one."""
     from transformers import DynamicCache
 
-    cache = DynamicCache(config=model.config)
+    options = {cache_argument(model): DynamicCache(config=model.config), "use_cache": True}
     ids = torch.arange(64, device=DEVICE)[None] + 5
-    model(input_ids=ids, cache=cache, use_cache=True)
-    first = model(input_ids=ids[:, :1], cache=cache, use_cache=True).logits
-    step = seconds(lambda: model(input_ids=ids[:, :1], cache=cache, use_cache=True), graph=False)
+    model(input_ids=ids, **options)
+    first = model(input_ids=ids[:, :1], **options).logits
+    step = seconds(partial(model, input_ids=ids[:, :1], **options), graph=False)
     return step * 1e3, first.float()
+
+
+def layer_ms(model: Any) -> float:
+    """Milliseconds of a step of one layer with a state, in a CUDA graph."""
+    from transformers import DynamicCache
+
+    layer = next(
+        m for m in model.modules() if hasattr(m, "conv1d") or hasattr(m, "conv_kernel_size")
+    )
+    cache = DynamicCache(config=model.config)
+    hidden = draw(1, 8, model.config.hidden_size)
+    layer(hidden, cache=cache)
+    return seconds(partial(layer, hidden[:, :1], cache=cache), graph=True) * 1e3
 
 
 def main() -> None:
@@ -214,16 +228,22 @@ def main() -> None:
         compare(Functions(engine), args.prompt)
         print("\n| decode step, launched by the host | error | transformers, ms | here, ms |")
         print("|---|---|---|---|")
+        layers = []
         for shape in SHAPES:
             model = model_of(shape, args.layers)
             before, expected = decode_ms(model)
+            layer_before = layer_ms(model)
             with Patches() as patches:
                 accelerate_linear_attention(model, engine, patches)
                 after, found = decode_ms(model)
+                layers.append((shape, layer_before, layer_ms(model)))
             error = float((found - expected).abs().max() / expected.abs().max())
             print(f"| {shape} | {error:.1e} | {before:.2f} | {after:.2f} |", flush=True)
             del model
             torch.cuda.empty_cache()
+        print("\n| one layer's step in a CUDA graph | transformers, µs | here, µs |\n|---|---|---|")
+        for shape, one, other in layers:
+            print(f"| {shape} | {one * 1e3:.1f} | {other * 1e3:.1f} |")
     engine.close()
 
 

@@ -11,6 +11,7 @@
 #include "base/check.h"
 #include "bindings/owned.h"
 #include "bindings/register.h"
+#include "cuda/device_region.h"
 #include "cuda/gpu_handoff.h"
 
 namespace ktrt {
@@ -123,6 +124,26 @@ void register_gpu(py::module_& module) {
       .def("expect", &GpuHandoff::expect, py::arg("slots"), Released())
       .def("synchronize", &synchronize, py::arg("stream"), Released())
       .def("close", &GpuHandoff::close, Released());
+  py::class_<DeviceRegion, std::shared_ptr<DeviceRegion>>(module, "DeviceRegion")
+      .def(py::init([](std::size_t size, const std::string& driver) {
+             const py::gil_scoped_release release;
+             return make_owned<DeviceRegion>(size, driver);
+           }),
+           py::arg("size"), py::kw_only(), py::arg("driver") = "libcuda.so.1")
+      .def_property_readonly("address", &DeviceRegion::address)
+      .def_property_readonly("nbytes", &DeviceRegion::bytes)
+      .def_property_readonly("granularity", &DeviceRegion::granularity)
+      .def_property_readonly("committed_bytes", &DeviceRegion::committed_bytes)
+      .def("commit", &DeviceRegion::commit, py::arg("first"), py::arg("end"), Released())
+      .def("decommit", &DeviceRegion::decommit, py::arg("first"), py::arg("end"), Released())
+      .def_property_readonly("__cuda_array_interface__", [](const DeviceRegion& region) {
+        py::dict interface;
+        interface["shape"] = py::make_tuple(region.bytes());
+        interface["typestr"] = "|u1";
+        interface["data"] = py::make_tuple(region.address(), false);
+        interface["version"] = 3;
+        return interface;
+      });
 }
 
 }  // namespace ktrt

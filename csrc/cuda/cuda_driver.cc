@@ -80,14 +80,32 @@ void CudaDriver::load(void* library, const std::string& path) {
   }
   find(library, api_.stream_write_value32, "cuStreamWriteValue32_v2");
   find(library, api_.stream_wait_value32, "cuStreamWaitValue32_v2");
+  const bool all = find(library, api_.mem_address_reserve, "cuMemAddressReserve") &&
+                   find(library, api_.mem_address_free, "cuMemAddressFree") &&
+                   find(library, api_.mem_create, "cuMemCreate") &&
+                   find(library, api_.mem_release, "cuMemRelease") &&
+                   find(library, api_.mem_map, "cuMemMap") &&
+                   find(library, api_.mem_unmap, "cuMemUnmap") &&
+                   find(library, api_.mem_set_access, "cuMemSetAccess");
+  if (!all || !find(library, api_.mem_granularity, "cuMemGetAllocationGranularity")) {
+    api_.mem_granularity = nullptr;
+  }
 }
 
-int CudaDriver::device_attribute(int attribute) const {
+CuDevice CudaDriver::device() const {
   const CurrentContext current(*this);
   CuDevice device = 0;
   check(api_.ctx_get_device(&device), "cuCtxGetDevice");
+  return device;
+}
+
+int CudaDriver::device_attribute(int attribute) const {
   int value = 0;
-  return api_.device_get_attribute(&value, attribute, device) == kCuSuccess ? value : 0;
+  return api_.device_get_attribute(&value, attribute, device()) == kCuSuccess ? value : 0;
+}
+
+bool CudaDriver::has_virtual_memory() const {
+  return api_.mem_granularity != nullptr && device_attribute(kCuVirtualMemory) != 0;
 }
 
 std::string CudaDriver::describe(CuResult result, const char* function) const {

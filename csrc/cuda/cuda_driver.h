@@ -1,5 +1,5 @@
-// The few functions of the CUDA driver that the hand-off calls, found at run time: nothing here
-// needs CUDA to build or to be imported.
+// The few functions of the CUDA driver that the hand-off and device memory call, found at run time:
+// nothing here needs CUDA to build or to be imported.
 #pragma once
 
 #include <cstddef>
@@ -16,6 +16,25 @@ using CuContext = struct CuContextHandle*;
 using CuStream = struct CuStreamHandle*;
 using CuGraph = struct CuGraphHandle*;
 using CuHostFn = void (*)(void* user_data);
+using CuMemory = std::uint64_t;  // physical memory
+
+struct CuLocation {
+  int type;
+  int id;
+};
+struct CuMemoryProp {
+  int type;
+  int handle_types;
+  CuLocation location;
+  void* metadata;
+  unsigned char flags[8];
+};
+static_assert(sizeof(CuMemoryProp) == 32, "CUmemAllocationProp");
+struct CuAccess {
+  CuLocation location;
+  int flags;
+};
+static_assert(sizeof(CuAccess) == 12, "CUmemAccessDesc");
 
 enum CuCode : CuResult {
   kCuSuccess = 0,
@@ -25,6 +44,8 @@ enum CuCaptureStatus : int { kCuCaptureNone = 0, kCuCaptureActive = 1, kCuCaptur
 // CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS: the generation of stream memory operations
 // whose entry points end in _v2. There is no attribute for the 32-bit ones alone.
 inline constexpr int kCuCanUseStreamMemOps = 122;
+// CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
+inline constexpr int kCuVirtualMemory = 102;
 
 struct CudaApi {
   CuResult (*driver_get_version)(int* version);
@@ -56,6 +77,19 @@ struct CudaApi {
                                    unsigned flags);
   CuResult (*stream_wait_value32)(CuStream stream, CuDevicePtr address, std::uint32_t value,
                                   unsigned flags);
+  // All or none.
+  CuResult (*mem_granularity)(std::size_t* granularity, const CuMemoryProp* prop, int option);
+  CuResult (*mem_address_reserve)(CuDevicePtr* address, std::size_t bytes, std::size_t alignment,
+                                  CuDevicePtr wanted, unsigned long long flags);
+  CuResult (*mem_address_free)(CuDevicePtr address, std::size_t bytes);
+  CuResult (*mem_create)(CuMemory* memory, std::size_t bytes, const CuMemoryProp* prop,
+                         unsigned long long flags);
+  CuResult (*mem_release)(CuMemory memory);
+  CuResult (*mem_map)(CuDevicePtr address, std::size_t bytes, std::size_t offset, CuMemory memory,
+                      unsigned long long flags);
+  CuResult (*mem_unmap)(CuDevicePtr address, std::size_t bytes);
+  CuResult (*mem_set_access)(CuDevicePtr address, std::size_t bytes, const CuAccess* access,
+                             std::size_t count);
 };
 
 // The driver and the context that was current when it was opened.
@@ -69,8 +103,12 @@ class CudaDriver {
 
   const CudaApi& api() const { return api_; }
   CuContext context() const { return context_; }
+  // The context's.
+  CuDevice device() const;
   // 0 where the driver does not know the attribute.
   int device_attribute(int attribute) const;
+  // Whether addresses can be reserved without memory, and memory be mapped to them later.
+  bool has_virtual_memory() const;
 
   // "cuStreamQuery: CUDA_ERROR_ILLEGAL_ADDRESS (an illegal memory access was encountered)"
   std::string describe(CuResult result, const char* function) const;

@@ -111,6 +111,11 @@ class RunningStep:
             self.rows = before
             self.changes += 1
 
+    def switch(self, rows: StepRows | None) -> None:
+        """Goes on with another of the forwards that take turns."""
+        self.rows = rows
+        self.changes += 1
+
     @contextmanager
     def attending(self, lengths: torch.Tensor) -> Iterator[None]:
         """Within the block, the model's forward is a decode step whose rows attend to the first

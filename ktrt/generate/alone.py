@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from ktrt.generate.forwards import Forwards
     from ktrt.generate.graphs import DecodeGraphs
+    from ktrt.generate.long_prompts import LongPrompts
     from ktrt.generate.row_graphs import RowGraphs
     from ktrt.kv.static import StaticKv
 
@@ -29,13 +30,14 @@ _CHUNK = 512
 
 class Alone:
     """``graphs``: makes the graphs of one sequence; None: the host launches every step. ``rows``:
-    the graphs of many."""
+    the graphs of many; ``prompts`` runs long ones."""
 
     def __init__(
         self, forwards: Forwards, cache: StaticKv, graphs: GraphsFor | None,
-        rows: RowGraphs | None,
+        rows: RowGraphs | None, prompts: LongPrompts | None = None,
     ) -> None:  # fmt: skip
         self._forwards, self.cache, self._graphs_for = forwards, cache, graphs
+        self._prompts = prompts
         # By slot.
         self.graphs: dict[int, DecodeGraphs] = {}
         self.rows = rows
@@ -90,9 +92,12 @@ class Alone:
             found = graphs.capture(ids, lengths, self._forwards.latest)
         if found is not None:
             return found
+        if not graphs.usable:
+            return self._plain(part)
+        rewind = self.cache.rewinder(part.span.slot.index)
         logits = self._plain(part)
         self.intact = False
-        if not graphs.prepare(ids, lengths, logits):
+        if not graphs.prepare(ids, lengths, logits, rewind):
             # It may have stored anything anywhere.
             logits = self._again(part, held)
         self.intact = True
@@ -110,6 +115,8 @@ class Alone:
         return logits
 
     def _plain(self, part: Part) -> torch.Tensor:
+        if self._prompts is not None and self._prompts.take(part.count):
+            return self._prompts.run(part, self.cache)
         return self._forwards.alone(part, self.cache)[0]
 
     def _graphs_of(self, slot: int) -> DecodeGraphs | None:

@@ -1,11 +1,39 @@
-"""The memory of a GPU that captured graphs read, besides the KV cache: experts and LoRA."""
+"""The memory of a GPU besides the KV cache: torch's, and what captured graphs read of experts and
+LoRA."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+import logging
+import os
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from ktrt.kv.device import has_device_memory
 
 if TYPE_CHECKING:
     from ktrt.experts import GpuExperts
+
+
+logger = logging.getLogger(__name__)
+
+# How users set torch's allocator; the first is the newer name.
+_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def let_segments_grow(device: torch.device) -> None:
+    """Makes torch extend its segments of GPU memory, unless the user has set its allocator: each
+    chunk of a prompt needs a little more than the one before, and a segment that cannot grow is
+    kept next to the larger one (5.2 GB used and 8.0 reserved with V2-Lite and 32,000 tokens)."""
+    if device.type != "cuda" or any(name in os.environ for name in _SETTINGS):
+        return
+    memory: Any = torch.cuda.memory
+    if not has_device_memory(device):
+        return
+    try:
+        memory._set_allocator_settings("expandable_segments:True")
+    except (AttributeError, RuntimeError, ValueError) as error:
+        logger.info("torch's segments of GPU memory do not grow: %s", error)
 
 
 class DeviceLora(Protocol):

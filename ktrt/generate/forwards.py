@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ktrt.engine.step_rows import ACTIVE, StepRows, TokenSpan
-from ktrt.kv.static import CannotMixError, StaticKv, cache_argument, unusual_layers
+from ktrt.kv.static import (
+    CannotMixError,
+    StaticKv,
+    cache_argument,
+    keeps_states,
+    unusual_layers,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -102,6 +108,8 @@ class Forwards:
         if not proven:
             end = -(-max(p.end for p in parts) // _CUT) * _CUT
             most = 1 + max(p.span.slot.index for p in parts), end
+            for slot in range(most[0]):
+                cache.commit(slot, end)
         for part in parts:
             cache.will_write(part.span.slot.index, part.end)
         tokens = [token for part in parts for token in part.span.ids]
@@ -184,7 +192,9 @@ def why_alone(model: Any, running: RunningStep | None) -> str | None:
     """Returns why sequences run one after the other; None: they may share a forward."""
     unusual = unusual_layers(model)
     if unusual:
-        reason = f"the model's KV cache has layers that are not plain ({', '.join(unusual)})"
+        reason = f"the model's KV cache has unusual layers ({', '.join(unusual)})"
+    elif keeps_states(model):
+        reason = "layers keep states, and take one sequence after the other"
     elif running is None:
         return "the model's layers do not look at steps"
     else:

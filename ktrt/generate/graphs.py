@@ -7,19 +7,17 @@ them on the device (``RunningStep.lengths``). Other models need one for each win
 attended to: a power of two.
 """
 
-import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from ktrt.engine.recording import active
 from ktrt.engine.step_rows import RunningStep
 from ktrt.errors import KtrtError
-from ktrt.generate.forwards import mask_of_many
+from ktrt.generate.masks import attention_mask, plain_mask
 from ktrt.kv.static import StaticKv, cache_argument
 
 logger = logging.getLogger(__name__)
@@ -166,6 +164,11 @@ class DecodeGraphs:
         """Graphs that can be replayed."""
         return len(self._graphs)
 
+    @property
+    def usable(self) -> bool:
+        """Whether no capture of this model has failed."""
+        return self._maker.usable
+
     def clear(self) -> None:
         """Forgets the graphs, whose memory has moved, or whose adapters have changed."""
         self._graphs.clear()
@@ -183,9 +186,12 @@ class DecodeGraphs:
         return self._replay(window, ids, lengths) if window in self._graphs else None
 
     @torch.inference_mode()
-    def prepare(self, ids: Sequence[int], lengths: Sequence[int], expected: torch.Tensor) -> bool:
+    def prepare(
+        self, ids: Sequence[int], lengths: Sequence[int], expected: torch.Tensor,
+        rewind: Callable[[], None] = lambda: None,
+    ) -> bool:  # fmt: skip
         """Makes the graph for ``lengths``, after a plain forward of the same step gave ``expected``
-        [rows, vocab_size].
+        [rows, vocab_size]. ``rewind`` puts the states back to what they were before that.
 
         False if that failed, which is logged: the cache must be filled again, and there are no
         further attempts.
@@ -196,6 +202,8 @@ class DecodeGraphs:
         self._set_inputs(ids, lengths, window)
         logits = self._logits_memory(expected)
         unharmed = self._maker.captures_compute
+        stay = self._cache.rewinder(self._first, self._rows)
+        rewind()
         try:
             if not self._maker.captures_compute:
                 # Eagerly first: libraries allocate their workspaces, the hand-off its slots.
@@ -204,7 +212,9 @@ class DecodeGraphs:
                     # Kernels for the whole capacity may be others.
                     window = None
                     self._run(window)
+                rewind()
             self._capture(window)
+            rewind()
             unharmed = False
             # A replay that writes nothing must not pass by what the capture has written.
             logits.fill_(torch.nan)
@@ -212,6 +222,7 @@ class DecodeGraphs:
         except FAILURES as error:
             self.clear()
             give_up(self._maker, error)
+            stay()
             return unharmed
         self._maker.proven = True
         return True
@@ -224,12 +235,15 @@ class DecodeGraphs:
         if self._maker.captures_compute or not self._maker.proven or not windows:
             return
         window = 2 * max(windows)
+        stay = self._cache.rewinder(self._first, self._rows)
         while window <= window_of([length - 1]):
             try:
                 self._capture(window)
             except FAILURES as error:
                 logger.debug("No %s ahead for window %d: %s", self._maker.what, window, error)
                 return
+            finally:
+                stay()
             window *= 2
 
     @torch.inference_mode()
@@ -249,12 +263,17 @@ class DecodeGraphs:
         window = window_for(self._running, lengths)
         self._set_inputs(ids, lengths, window)
         logits = self._logits_memory(like.expand(len(ids), -1))
+        rewind = self._cache.rewinder(self._first, self._rows)
         try:
             self._capture(window)
         except FAILURES as error:
             logger.debug("No %s without a plain forward first: %s", self._maker.what, error)
+            rewind()
             return None
-        return logits.clone() if self._maker.captures_compute else self.step(ids, lengths)
+        if self._maker.captures_compute:
+            return logits.clone()
+        rewind()
+        return self.step(ids, lengths)
 
     def _logits_memory(self, like: torch.Tensor) -> torch.Tensor:
         if self._logits is None or self._logits.shape != like.shape:
@@ -290,11 +309,11 @@ class DecodeGraphs:
 
     def _run(self, window: int | None) -> None:
         positions = self._inputs[1]
-        mask = attention_mask(self._model, positions, window)
+        mask = attention_mask(self._model, self._cache, positions, window)
         recorder = active()
         if recorder is not None:
-            one = len(positions) == 1
-            recorder.describe([self._inputs], mask, (lambda: self._length) if one else None)
+            length = (lambda: self._length) if len(positions) == 1 else None
+            recorder.describe([self._inputs], plain_mask(self._model, mask), length)
         logits = run_step(
             self._model, self._cache, self._running, self._inputs, mask, window, self._first
         )
@@ -303,16 +322,17 @@ class DecodeGraphs:
 
 
 def run_step(
-    model: Any, cache: StaticKv, running: RunningStep, inputs: torch.Tensor, mask: torch.Tensor,
-    window: int | None, first: int,
+    model: Any, cache: StaticKv, running: RunningStep, inputs: torch.Tensor, mask: Any,
+    window: int | None, first: int, active: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Runs one token for each slot from ``first`` on: ``inputs`` [2, rows, 1], ids and positions;
-    ``mask`` as ``attention_mask`` makes it for ``window``. Returns the logits [rows, vocab_size].
+    ``mask`` as ``attention_mask`` makes it for ``window``; ``active`` [rows] bool: the rows that
+    stand for something (None: all). Returns the logits [rows, vocab_size].
 
     ``KtrtError``: layers look at more than ``window`` None allows.
     """
     ids, positions = inputs
-    place = cache.window(positions, window, first)
+    place = cache.window(positions, window, first, active)
     with place as step, running.attending(positions[:, 0] + 1):
         output = model(
             input_ids=ids,
@@ -342,22 +362,6 @@ def named(window: int | None) -> str:
     return "all lengths" if window is None else f"window {window}"
 
 
-def attention_mask(model: Any, positions: torch.Tensor, window: int | None) -> torch.Tensor:
-    """[rows, 1, 1, window], in the form that the model's attention takes: the positions up to each
-    row's own. None: a mask that nobody reads."""
-    if window is None:
-        return mask_of_many(positions.device)
-    seen = torch.arange(window, device=positions.device) <= positions
-    seen = seen[:, None, None, :]
-    implementation = model.config._attn_implementation
-    if implementation == "sdpa" or _takes_sdpa_mask(implementation):
-        return seen
-    if implementation != "eager":
-        raise KtrtError(f"attention {implementation} takes no mask of a fixed length")
-    dtype = model.get_input_embeddings().weight.dtype
-    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
-
-
 def check_logits(logits: torch.Tensor, expected: torch.Tensor) -> None:
     """``KtrtError``: a replay's logits are not the plain forward's."""
     error = float((logits.float() - expected.float()).norm() / expected.float().norm())
@@ -366,14 +370,6 @@ def check_logits(logits: torch.Tensor, expected: torch.Tensor) -> None:
             f"its logits differ from the plain forward's, relative error {error:.2f}, expected "
             f"below {_TOLERANCE}"
         )
-
-
-def _takes_sdpa_mask(implementation: str) -> bool:
-    if implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
-        return False
-    # transformers may have wrapped sdpa_mask itself.
-    found = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
-    return inspect.unwrap(found, stop=lambda each: each is sdpa_mask) is sdpa_mask
 
 
 def window_of(lengths: Sequence[int]) -> int:

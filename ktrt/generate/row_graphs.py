@@ -19,7 +19,6 @@ from ktrt.engine.step_rows import ACTIVE, IDLE, StepRows
 from ktrt.generate.forwards import set_adapters
 from ktrt.generate.graphs import (
     FAILURES,
-    attention_mask,
     capture,
     check_logits,
     give_up,
@@ -27,6 +26,7 @@ from ktrt.generate.graphs import (
     run_step,
     window_for,
 )
+from ktrt.generate.masks import attention_mask
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -129,12 +129,17 @@ class RowGraphs:
         if not parts:
             return []
         expected = None
+        # The graphs compute again what a plain forward has computed.
+        again = self.usable and not (self.proven and len(self._like))
+        rewinders = [self._cache.rewinder(p.span.slot.index) for p in parts] if again else []
         if not (self.proven and self.usable):
             expected = [plain(part) for part in parts]
             if not self.usable:
                 return expected
         if not len(self._like):
             self._like = expected[0][0] if expected else plain(parts[0])[0]
+        for rewind in rewinders:
+            rewind()
         try:
             found = self._run_blocks(parts)
             if expected is not None:
@@ -165,13 +170,16 @@ class RowGraphs:
             self._forget_one(block)
             # The host first: libraries allocate their workspaces, the hand-off its slots, LoRA
             # takes the adapters' numbers.
+            rewind = self._cache.rewinder(block.first, block.rows.tokens)
             self._forward(block, window)
             self.eager_forwards += 1
             if window is not None and self._running.keeps_to_lengths:
                 # Kernels for the whole capacity may be others.
                 window = None
                 self._forward(block, window)
+            rewind()
             graph = block.graphs[window] = self._capture(block, window)
+            rewind()
             # A replay that writes nothing must not pass by what was written before.
             block.logits.fill_(torch.nan)
         with self._running.running(block.rows), self._handoff.launching(graph.slots):
@@ -227,11 +235,13 @@ class RowGraphs:
         return graph
 
     def _forward(self, block: _Block, window: int | None) -> None:
-        mask = attention_mask(self._model, block.inputs[1], window)
+        mask = attention_mask(self._model, self._cache, block.inputs[1], window)
+        active = block.rows.on_device != IDLE if self._cache.has_states else None
         with self._running.running(block.rows):
             logits = run_step(
-                self._model, self._cache, self._running, block.inputs, mask, window, block.first
-            )
+                self._model, self._cache, self._running, block.inputs, mask, window, block.first,
+                active,
+            )  # fmt: skip
         block.logits.copy_(logits)
 
 

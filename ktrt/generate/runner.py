@@ -16,9 +16,11 @@ from ktrt.errors import KtrtError
 from ktrt.generate.alone import Alone
 from ktrt.generate.device_memory import DeviceMemory
 from ktrt.generate.forwards import Forwards, Part, why_alone
+from ktrt.generate.long_prompts import LongPrompts
 from ktrt.generate.mixed import Mixed
 from ktrt.generate.row_steps import RowSteps
 from ktrt.generate.step import Span, Step
+from ktrt.kv.device import DRIVER, has_device_memory
 from ktrt.kv.pool import MOST_SLOTS, KvPool, Slot
 from ktrt.kv.snapshots import continues
 from ktrt.kv.static import CannotMixError, StaticKv, unusual_layers
@@ -71,8 +73,9 @@ class ModelRunner:
 
         ``running`` is the step that the model's layers look at; None: they do not, and sequences
         run one after the other. ``maker`` records the steps of many, ``row_graphs`` captures them
-        on a GPU, where ``linears`` keeps LoRA. ``capacity``: positions of a slot, reserved at once;
-        None: memory grows as needed, and moves. ``budget``: bytes for keys and values.
+        on a GPU, where ``linears`` keeps LoRA. ``capacity``: positions of a slot, reserved at once
+        (where a GPU's driver can); None: memory grows as needed, and moves. ``budget``: bytes for
+        keys and values.
         """
         self.model, self.gpu = model, gpu
         self.active_set = ActiveSet() if active_set is None else active_set
@@ -81,22 +84,27 @@ class ModelRunner:
         self.plain = not unusual_layers(model)
         self.cache: StaticKv | None = None
         self._on_cpu = self.device.type == "cpu"
-        reserved = capacity is not None and self._on_cpu
+        driver = None if capacity is None or self._on_cpu else _driver(self.device)
+        reserved = capacity is not None and (self._on_cpu or driver is not None)
+        # Whether growing conversations end no graph.
+        self.memory_stays = self.plain and reserved
         if self.plain:
-            self.cache = _static(model, slots, capacity, reserved=reserved)
+            self.cache = _static(model, slots, capacity if reserved else None, driver)
             store: PlainStore | OwnStore = PlainStore(self.cache, None if reserved else slots)
         else:
             store = OwnStore(model, slots)
         self.pool = KvPool(store, continues=continues(model), budget=budget)
         self._alone: Alone | None = None
         self._mixed: Mixed | None = None
+        self._prompts: LongPrompts | None = None
         if self.cache is not None:
             rows = row_graphs and row_graphs(self.cache, self._forwards.running)
-            self._alone = Alone(self._forwards, self.cache, graphs, rows)
+            self._prompts = None if gpu is None else LongPrompts(self._forwards, gpu)
+            self._alone = Alone(self._forwards, self.cache, graphs, rows, self._prompts)
         reason = why_alone(model, running)
         if self.cache is not None and reason is None:
             steps = None
-            if maker is not None and reserved:
+            if maker is not None and reserved and self._on_cpu:
                 steps = RowSteps(model, self.cache, self._forwards.running, maker)
             self._mixed = Mixed(self._forwards, self.cache, steps)
         # Whether the model's layers take the adapter that a span names.
@@ -131,7 +139,9 @@ class ModelRunner:
 
     def prefill_chunk(self, remaining: int) -> int:
         """Tokens of a prompt's next forward."""
-        streamed = None if self.gpu is None else self.gpu.prefill_chunk(remaining)
+        streamed = None
+        if self.gpu is not None:
+            streamed = self.gpu.prefill_chunk(remaining, divides=self._prompts is not None)
         return streamed or (GPU_PREFILL_CHUNK if self.device.type == "cuda" else PREFILL_CHUNK)
 
     def run(self, step: Step) -> list[torch.Tensor]:
@@ -158,6 +168,8 @@ class ModelRunner:
             raise
         for part, tokens in zip(parts, held, strict=True):
             part.span.slot.put(tokens, part.span.ids, as_prompt=not part.is_row)
+            if self.cache is not None:
+                self.cache.stored(part.span.slot.index, part.end)
             self.pool.touch(part.span.slot)
         return logits
 
@@ -200,8 +212,13 @@ class ModelRunner:
 
     def _shares(self, parts: Sequence[Part]) -> bool:
         """Whether the step is one forward: on the CPU always, so that bits do not depend on
-        company; on a GPU decode rows have graphs, and a prompt alone is as before."""
-        return self._on_cpu or (len(parts) > 1 and not all(part.is_row for part in parts))
+        company; on a GPU decode rows have graphs, a prompt alone is as before, and long prompts
+        run in blocks."""
+        if self._on_cpu:
+            return True
+        tokens = sum(part.count for part in parts if not part.is_row)
+        long = self._prompts is not None and self._prompts.take(tokens)
+        return len(parts) > 1 and tokens > 0 and not long
 
     def _follow(self, parts: Sequence[Part]) -> bool:
         """Drops the graphs whose memory or adapters have changed; whether adapters have, whose
@@ -232,10 +249,16 @@ class ModelRunner:
         return logits
 
 
-def _static(model: Any, slots: int, capacity: int | None, *, reserved: bool) -> StaticKv:
-    if not reserved:
+def _driver(device: torch.device) -> str | None:
+    return DRIVER if has_device_memory(device) else None
+
+
+def _static(model: Any, slots: int, capacity: int | None, driver: str | None) -> StaticKv:
+    if capacity is None:
         return StaticKv(model.config)
-    return StaticKv(model.config, slots=slots, capacity=capacity, reserved=True)
+    # With a place for what a row that stands for nothing stores after a full slot.
+    capacity += driver is not None
+    return StaticKv(model.config, slots=slots, capacity=capacity, reserved=True, driver=driver)
 
 
 class KvCache:
@@ -301,6 +324,10 @@ class KvCache:
         if self._slot is not None:
             self._close()
             self._slot = None
+
+    def close(self) -> None:
+        """Gives the slot back; the next forward opens another one."""
+        self._drop()
 
     def mark(self, *, replace: bool = False) -> None:
         """Saves a snapshot of the cache where cropping may be impossible later; ``replace``: in

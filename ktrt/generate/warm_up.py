@@ -19,16 +19,24 @@ from ktrt.errors import KtrtError
 from ktrt.experts import experts_muted
 from ktrt.generate.graphs import DecodeGraphs, NoHandOff
 from ktrt.generate.runner import KvCache
+from ktrt.generate.step import Span, Step
+from ktrt.kv.slot import Slot
 from ktrt.kv.static import unusual_layers
 
 logger = logging.getLogger(__name__)
 
-# Tokens of the prompts that a GPU runs while the experts are loaded: kernels change with the size,
-# about every power of two; and of the one that the finished model runs.
-_KERNEL_SIZES = (1024, 768, 384, 192, 96, 48, 24, 12, 6)
-_SIZES = (24,)
-# A follow-up prompt attends to a longer cache, by other kernels of a GPU than the first one.
-_FOLLOW_UP = 20
+# Prompts by their chunks. A GPU runs these while the experts are loaded: kernels change with the
+# size, about every power of two, and a chunk that follows others attends to a longer cache, by
+# other kernels than the first one. Last the chunks of long prompts, which need most memory.
+_KERNEL_SIZES = [(size, 20) for size in (1024, 768, 384, 192, 96, 48, 24, 12, 6)]
+_LONG_SIZES = [(size, 20) for size in (2048, 4096, 8192)]
+# The finished model runs these. With a GPU, attention's kernels, LoRA's and the resident
+# experts' come with it, and differ for long, middle and short chunks.
+_SIZES = ((24,),)
+_GPU_SIZES = ((8192, 1024, 128, 20), (1024, 20), (128, 20), (24, 20))
+# Rows of decode steps that are captured ahead, unless fewer may run at once: 0.12 s each with 27
+# layers on an H200.
+_MOST_ROWS = 8
 # Positions for which decode steps are captured ahead with a GPU: as many as the cache's first
 # memory holds. On the CPU a recording costs no more than the plain step in its place.
 _GPU_POSITIONS = 2048
@@ -60,7 +68,11 @@ def _load_kernels(model: Any, device: torch.device, limit: int) -> None:
             cache = KvCache(model, None if unusual_layers(model) else steps)
             _run_prompts(cache, _KERNEL_SIZES, limit)
             _run_steps(cache, limit)
+            _run_prompts(cache, _LONG_SIZES, limit)
             torch.cuda.current_stream().synchronize()
+            cache.close()
+            # A long prompt's memory is not needed until there is one.
+            torch.cuda.empty_cache()
     except Exception as error:  # noqa: BLE001 - whatever it is, the first answer meets it again
         logger.debug("Loading kernels ahead failed: %s", error)
     logger.debug("Loaded kernels in %.1f s", time.perf_counter() - start)
@@ -84,9 +96,10 @@ class _Uncaptured:
         """There is nothing to keep."""
 
 
-def warm_up(cache: KvCache, limit: int) -> None:
+def warm_up(cache: KvCache, limit: int, rows: int = 1) -> None:
     """Runs a short prompt and a decode step on an empty ``cache``, which is empty again afterwards
-    and keeps its memory and graphs. ``limit``: the context, in tokens.
+    and keeps its memory and graphs; with a GPU, also steps of up to ``rows`` sequences. ``limit``:
+    the context, in tokens.
 
     The routed experts' weights are left out of prompts: reading them all takes as long as a first
     prompt does. A failure is a warning: the first answer meets it again, and says so.
@@ -94,22 +107,27 @@ def warm_up(cache: KvCache, limit: int) -> None:
     start = time.perf_counter()
     try:
         with experts_muted(cache.model):
-            _run_prompts(cache, _SIZES, limit)
+            _run_prompts(cache, _GPU_SIZES if _on_gpu(cache) else _SIZES, limit)
         _run_steps(cache, limit)
+        if _on_gpu(cache) and cache.runner.memory_stays:
+            _run_rows(cache, min(rows, _MOST_ROWS))
     except (RuntimeError, KtrtError) as error:
         logger.warning("Warming up failed, the first answer will take longer: %s", error)
     finally:
         cache.reuse([0])
+        if _on_gpu(cache):
+            # A long prompt's memory is not needed until there is one.
+            torch.cuda.empty_cache()
     logger.debug("Warmed up in %.1f s", time.perf_counter() - start)
 
 
-def _run_prompts(cache: KvCache, sizes: Sequence[int], limit: int) -> None:
-    for size in sizes:
-        if size + _FOLLOW_UP < limit:
+def _run_prompts(cache: KvCache, prompts: Sequence[Sequence[int]], limit: int) -> None:
+    for first, *more in prompts:
+        if first + sum(more) < limit:
             cache.reuse([0])
-            cache.forward(_some_ids(cache.model, size))
-            if _on_gpu(cache):
-                cache.forward(_some_ids(cache.model, _FOLLOW_UP if cache.continues else 1))
+            cache.forward(_some_ids(cache.model, first))
+            for size in more:
+                cache.forward(_some_ids(cache.model, size if cache.continues else 1))
 
 
 def _run_steps(cache: KvCache, limit: int) -> None:
@@ -121,6 +139,24 @@ def _run_steps(cache: KvCache, limit: int) -> None:
         cache.forward([first, second])
     cache.forward([third])
     cache.capture_ahead(min(limit, _GPU_POSITIONS) if _on_gpu(cache) else 0)
+
+
+def _run_rows(cache: KvCache, most: int) -> None:
+    """Decode steps of 2, 4, 8 … sequences, in the order in which more and more conversations need
+    their graphs."""
+    runner, (token,) = cache.runner, _some_ids(cache.model, 1)
+    cache.reuse([0])
+    cache.close()
+    slots, count = list[Slot](), 2
+    try:
+        while count <= min(most, runner.pool.most_slots):
+            slots += [runner.pool.open("rows", ()) for _ in range(count - len(slots))]
+            runner.run(Step(tuple(Span(slot=slot, ids=[token]) for slot in slots)))
+            count *= 2
+    finally:
+        for slot in slots:
+            runner.pool.empty(slot)
+            runner.pool.close(slot)
 
 
 def _on_gpu(cache: KvCache) -> bool:

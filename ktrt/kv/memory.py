@@ -1,10 +1,11 @@
 """Memory for keys and values: plain tensors, or on the CPU address space for everything, of which
-only what is written takes memory."""
+only what is written takes memory; ``device`` has the same for a GPU."""
 
 from __future__ import annotations
 
 import math
 import mmap
+import sys
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -26,6 +27,10 @@ class Region(Protocol):
 
     tensor: torch.Tensor
 
+    def commit(self, slot: int, end: int) -> int:
+        """Gives the first ``end`` positions of a slot memory, before a forward reads or stores
+        them; returns how many have some: where all do, more than there can be."""
+
     def clear(self, slot: int, start: int, end: int) -> None:
         """Makes positions ``start`` … ``end`` - 1 of a slot zero again."""
 
@@ -44,6 +49,9 @@ class TensorRegion:
 
     def clear(self, slot: int, start: int, end: int) -> None:
         self.tensor[slot, :, start:end].zero_()
+
+    def commit(self, _slot: int, _end: int) -> int:
+        return sys.maxsize
 
     def bytes_of(self, tokens: int) -> int:
         """Returns the bytes of the positions themselves."""
@@ -78,6 +86,10 @@ class ReservedRegion:
         with torch.inference_mode(False):
             flat = torch.frombuffer(self._map, dtype=like.dtype, count=math.prod(shape))
             self.tensor = flat.view(slots, heads, capacity, size)
+
+    def commit(self, _slot: int, _end: int) -> int:
+        """Has nothing to do: writing commits pages."""
+        return sys.maxsize
 
     def clear(self, slot: int, start: int, end: int) -> None:
         """Gives whole pages back; zeros written to the rest would commit them."""

@@ -78,7 +78,7 @@ class KvPool:
         """Returns how many tokens, up to ``limit``, a slot can hold within the budget: all where
         that is not known beforehand."""
         budget = self.budget_bytes
-        if budget is None or not self.store.crops or self.bytes_of(limit) <= budget:
+        if budget is None or not self.store.knows_sizes or self.bytes_of(limit) <= budget:
             return limit
         return bisect_right(range(limit + 1), budget, key=self.bytes_of) - 1
 
@@ -242,7 +242,7 @@ class KvPool:
 
     def step_back(self, slot: Slot) -> None:
         """Forgets the slot's last token, where that loses no other."""
-        if slot.length and self.store.crops:
+        if slot.length and self.store.reaches(slot, slot.length - 1):
             self.rollback(slot, slot.length - 1)
 
     def mark(self, slot: Slot, *, replace: bool = False) -> None:

@@ -1,5 +1,5 @@
-"""Where the pool's slots keep keys and values: all in one static cache where the model's layers are
-plain, each in a cache of transformers where they are not."""
+"""Where the pool's slots keep keys and values: all in one static cache, or each in a cache of
+transformers, for models with layers that the static one has no kind for."""
 
 from __future__ import annotations
 
@@ -30,12 +30,15 @@ class Store(Protocol):
         """The most slots there can be."""
 
     @property
-    def crops(self) -> bool:
-        """Whether a slot can be rolled back to any length."""
+    def knows_sizes(self) -> bool:
+        """Whether ``bytes_of`` is right for any number of tokens."""
 
     @property
     def grows(self) -> bool:
         """Whether another slot takes other memory than a closed one's."""
+
+    def reaches(self, slot: Slot, length: int) -> bool:
+        """Returns whether a slot can be rolled back to exactly ``length`` positions."""
 
     def truncate(self, slot: Slot, length: int) -> int:
         """Rolls a slot back to ``length`` positions, or fewer where its cache cannot be cropped;
@@ -70,25 +73,28 @@ class PlainStore:
         return self.cache.slots if self._slots is None else self._slots
 
     @property
-    def crops(self) -> bool:
+    def knows_sizes(self) -> bool:
         return True
 
     @property
     def grows(self) -> bool:
         return self._slots is not None
 
+    def reaches(self, slot: Slot, length: int) -> bool:
+        return slot.index >= self.cache.slots or self.cache.history.stands(slot.index, length)
+
     def truncate(self, slot: Slot, length: int) -> int:
         if slot.index < self.cache.slots:
-            self.cache.truncate(slot.index, length)
+            return self.cache.truncate(slot.index, length)
         return length
 
     def copy(self, source: Slot, target: Slot, length: int) -> int:
         self.cache.reserve(length, target.index + 1)
-        self.cache.copy(source.index, target.index, length)
-        return length
+        return self.cache.copy(source.index, target.index, length)
 
     def mark(self, slot: Slot, *, replace: bool) -> None:
-        """There is no need."""
+        if slot.index < self.cache.slots:
+            self.cache.mark(slot.index, slot.length, replace=replace)
 
     def bytes_of(self, tokens: int) -> int:
         return self.cache.bytes_of(tokens)
@@ -96,7 +102,7 @@ class PlainStore:
     def written_bytes(self, slot: Slot) -> int:
         if slot.index >= self.cache.slots:
             return 0
-        return self.cache.bytes_of(self.cache.written[slot.index])
+        return self.cache.bytes_in(slot.index)
 
     def shrink(self) -> None:
         if self._slots is not None:
@@ -120,7 +126,7 @@ class OwnStore:
         return self._slots
 
     @property
-    def crops(self) -> bool:
+    def knows_sizes(self) -> bool:
         return False
 
     @property
@@ -132,6 +138,9 @@ class OwnStore:
         if slot.index not in self.caches and not self._own:
             self.caches[slot.index] = DynamicCache(config=self._model.config)
         return self.caches.get(slot.index)
+
+    def reaches(self, slot: Slot, length: int) -> bool:
+        return length == 0 and slot.index in self.caches
 
     def truncate(self, slot: Slot, length: int) -> int:
         cache = self.caches.get(slot.index)

@@ -143,7 +143,9 @@ def attention(
             return attend(rows, query, held, form.scaling, options, form), None
         if (lengths := running.lengths) is not None and query.is_cuda:
             running.attended += runs_kernels(query)
-            return decode_attention(query, key, value, lengths, form), None
+            # The cache's layers with windows are rings: of one lap, position p lies at p.
+            ring = key.shape[2] if form.window else 0
+            return decode_attention(query, key, value, lengths, form, ring=ring), None
         if not torch.is_grad_enabled():
             where = _on_cpu if query.device.type == "cpu" else _on_gpu
             found = where(layer.engine, query, key, value, attention_mask, form)

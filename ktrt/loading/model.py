@@ -19,6 +19,7 @@ from ktrt.engine.recording import RecordedSteps
 from ktrt.engine.step_rows import RunningStep
 from ktrt.errors import engine_errors
 from ktrt.experts import KTExperts, build_gpu_experts, new_hand_off
+from ktrt.generate.device_memory import let_segments_grow
 from ktrt.generate.graphs import CudaGraphs, DecodeGraphs, NoHandOff
 from ktrt.generate.row_graphs import RowGraphs
 from ktrt.generate.runner import KvCache, ModelRunner
@@ -268,6 +269,7 @@ def _device() -> torch.device:
         "GPU: %s (CUDA_VISIBLE_DEVICES %s) runs everything but the routed experts",
         torch.cuda.get_device_name(device), os.environ.get("CUDA_VISIBLE_DEVICES", "not set"),
     )  # fmt: skip
+    let_segments_grow(device)
     return device
 
 

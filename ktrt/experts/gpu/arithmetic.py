@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,8 +22,8 @@ if TYPE_CHECKING:
 # Products of two INT8 codes stay below 127² in magnitude, so sums of this many are integers below
 # 2^24: float32 holds all of them, in whatever order they are added.
 _EXACT_TERMS = 1024
-# Rows of a grouped computation, to bound its memory: a dozen arrays have this many.
-_MOST_ROWS = 8192
+# ``torch._int_mm`` takes more rows than this.
+_INT8_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class ExpertBank:
 @dataclass(frozen=True)
 class Rows:
     """Inputs of a projection: values [..., m, k] in bfloat16; for quantised weights also their INT8
-    codes, held as bfloat16, and scale [..., m, 1] in float32."""
+    codes, as int8 or bfloat16, and scale [..., m, 1] in float32."""
 
     values: torch.Tensor
     codes: torch.Tensor | None = None
@@ -122,14 +121,38 @@ class LoraChoice:
 ALL_RANKS = LoraChoice()
 
 
-def make_rows(values: torch.Tensor, quantized: bool) -> Rows:
+def make_rows(values: torch.Tensor, quantized: bool, codes: torch.dtype = torch.bfloat16) -> Rows:
     """Rounds to bfloat16, the one rounding of inputs and of intermediate activations; quantises
-    those per row for quantised weights."""
+    those per row for quantised weights, to ``codes`` of that dtype."""
     rounded = values.to(torch.bfloat16)
-    return Rows(rounded, *_quantize(rounded)) if quantized else Rows(rounded)
+    return Rows(rounded, *_quantize(rounded, codes)) if quantized else Rows(rounded)
 
 
-def _quantize(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def grouped_rows(parts: Sequence[torch.Tensor], quantized: bool) -> Rows:
+    """The rows of all ``parts`` [tokens, hidden_size] as one, as ``Grouping`` takes them best; only
+    one part at a time takes more memory than the result."""
+    device, codes = parts[0].device, torch.bfloat16
+    if quantized and _multiplies_int8(device):
+        codes = torch.int8
+    if len(parts) == 1:
+        return make_rows(parts[0], quantized, codes)
+    shape = sum(len(part) for part in parts), parts[0].shape[1]
+    whole = Rows(torch.empty(shape, dtype=torch.bfloat16, device=device))
+    if quantized:
+        scale = torch.empty(shape[0], 1, device=device)
+        whole = replace(whole, codes=torch.empty(shape, dtype=codes, device=device), scale=scale)
+    first = 0
+    for part in parts:
+        rows, at = make_rows(part, quantized, codes), slice(first, first + len(part))
+        whole.values[at] = rows.values
+        for target, source in ((whole.codes, rows.codes), (whole.scale, rows.scale)):
+            if target is not None and source is not None:
+                target[at] = source
+        first = at.stop
+    return whole
+
+
+def _quantize(rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """scale = max · float32(1/127), codes rounded half to even. A row of zeros, or so small that
     1/scale overflows, has scale 0; NaN and infinity stay in the scale, with codes 0."""
     values = rows.float()
@@ -137,7 +160,7 @@ def _quantize(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     inverse = 1.0 / scale
     usable = (inverse > 0) & (inverse < torch.inf)
     codes = torch.where(usable, (values * inverse).round(), 0.0)
-    return codes.to(torch.bfloat16), torch.where(inverse == torch.inf, 0.0, scale)
+    return codes.to(dtype), torch.where(inverse == torch.inf, 0.0, scale)
 
 
 @cache
@@ -169,7 +192,8 @@ def expert_outputs(
             _expand(gate, shrunk, bank.gate_b, 0, groups)
         _expand(up, shrunk, bank.up_b, bank.up_first, groups)
     _add_bias(both, bank.gate_up_bias, groups)
-    inner = make_rows(bank.activation(gate, up), bank.down_scale is not None)
+    codes = torch.bfloat16 if rows.codes is None else rows.codes.dtype
+    inner = make_rows(bank.activation(gate, up), bank.down_scale is not None, codes)
     out = _multiply(inner, bank.down, bank.down_scale, groups)
     if bank.down_a is not None and lora is not None:
         shrunk = _shrink(inner, bank.down_a, lora.down, groups)
@@ -186,18 +210,20 @@ def _multiply(
     if groups is None:
         return (rows.scale * scale[:, None]) * integer_product(rows.codes, weights)
     # Elementwise work on all groups at once would need the scales spread over the rows.
-    return torch.cat(
-        [
-            (rows.scale[at] * scale[index]) * integer_product(rows.codes[at], weights[index])
-            for index, at in groups
-        ]
-    )
+    out = rows.scale.new_empty(rows.codes.shape[0], weights.shape[1])
+    for index, at in groups:
+        target = torch.mul(rows.scale[at], scale[index], out=out[at])
+        target *= _integers(rows.codes[at], weights[index])
+    return out
 
 
 def _product(a: torch.Tensor, w: torch.Tensor, groups: Groups | None) -> torch.Tensor:
     if groups is None:
         return _dot(a, w)
-    return torch.cat([_dot(a[at], w[index]) for index, at in groups])
+    out = torch.empty(a.shape[0], w.shape[1], device=a.device)
+    for index, at in groups:
+        _dot(a[at], w[index], out[at])
+    return out
 
 
 def _shrink(
@@ -230,11 +256,18 @@ def _add_bias(target: torch.Tensor, bias: torch.Tensor | None, groups: Groups | 
 
 def integer_product(codes: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Sums of products of integers up to 127 in magnitude, rounded to float32 once: codes
-    [..., m, k] in bfloat16, weights [..., n, k] in int8 or bfloat16."""
+    [..., m, k] and weights [..., n, k], each in int8 or bfloat16."""
+    return _integers(codes, weights).float()
+
+
+def _integers(codes: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The same in int32, or rounded to float32."""
+    if codes.dtype == weights.dtype == torch.int8 and codes.dim() == 2 and len(codes) > _INT8_ROWS:
+        return torch._int_mm(codes, weights.mT)
     pieces = [
         _dot(left, right)
         for left, right in zip(
-            codes.split(_EXACT_TERMS, -1),
+            codes.to(torch.bfloat16).split(_EXACT_TERMS, -1),
             weights.to(torch.bfloat16).split(_EXACT_TERMS, -1),
             strict=True,
         )
@@ -246,16 +279,19 @@ def integer_product(codes: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     total = pieces[0].to(torch.int32)
     for piece in pieces[1:]:
         total += piece.to(torch.int32)
-    return total.float()
+    return total
 
 
-def _dot(a: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """a · wᵀ with float32 sums of exact products: [..., m, k] and [..., n, k], both bfloat16."""
+def _dot(a: torch.Tensor, w: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """a · wᵀ with float32 sums of exact products: [..., m, k] and [..., n, k], both bfloat16; with
+    two dimensions in ``out``, if that is given."""
     if a.is_cuda and _keeps_float32(a.device):
+        if out is not None:
+            return torch.mm(a, w.mT, out_dtype=torch.float32, out=out)
         multiply = torch.mm if a.dim() == 2 else torch.bmm
         return multiply(a, w.mT, out_dtype=torch.float32)
     # Products of bfloat16 values are exact in float32, and in TF32 too.
-    return a.float() @ w.float().mT
+    return torch.matmul(a.float(), w.float().mT, out=out)
 
 
 @cache
@@ -266,7 +302,8 @@ def _keeps_float32(device: torch.device) -> bool:
     sample = (torch.arange(16, device=device) < 11).to(torch.bfloat16).repeat(16, 1)
     third = torch.ones(16, 16, dtype=torch.bfloat16, device=device) / 3
     try:
-        result = torch.mm(sample, third.mT, out_dtype=torch.float32)
+        result = torch.empty(16, 16, device=device)
+        torch.mm(sample, third.mT, out_dtype=torch.float32, out=result)
         batched = torch.bmm(sample[None], third.mT[None], out_dtype=torch.float32)
     except (RuntimeError, TypeError, NotImplementedError):
         return False
@@ -274,83 +311,21 @@ def _keeps_float32(device: torch.device) -> bool:
     return torch.equal(result, expected) and torch.equal(batched[0], expected)
 
 
+@cache
+def _multiplies_int8(device: torch.device) -> bool:
+    """Whether GEMMs of INT8 codes return their int32 sums, for numbers of rows that are not
+    round."""
+    left = torch.full((_INT8_ROWS + 3, 32), 127, dtype=torch.int8, device=device)
+    right = torch.full((32, 32), -127, dtype=torch.int8, device=device)
+    try:
+        result = torch._int_mm(left, right.mT)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return bool((result == -32 * 127 * 127).all())
+
+
 def warm_up(device: torch.device) -> None:
     """Settles what must not be asked during a graph capture."""
     if device.type == "cuda":
         _keeps_float32(device)
-
-
-class Grouping:
-    """The (token, slot) pairs of one forward by expert, and their sum in the engine's order.
-
-    ids [tokens, k] integers, weights [tokens, k] float; ids outside [0, num_experts) contribute
-    nothing. One host synchronisation, to know how many rows every expert has.
-    """
-
-    def __init__(
-        self, ids: torch.Tensor, weights: torch.Tensor, num_experts: int, hidden_size: int
-    ) -> None:
-        tokens, slots = ids.shape
-        inside = (ids >= 0) & (ids < num_experts)
-        # A token's experts are summed in ascending order, equal ones by slot.
-        keys, order = torch.where(inside, ids, num_experts).sort(dim=1, stable=True)
-        self._weights = torch.where(keys < num_experts, weights.float().gather(1, order), 0.0)
-        grouped, self._positions = keys.flatten().sort(stable=True)
-        limits = torch.arange(num_experts + 1, device=ids.device, dtype=grouped.dtype)
-        self._bounds: list[int] = torch.searchsorted(grouped, limits).tolist()
-        self._outputs = torch.zeros(tokens * slots, hidden_size, device=ids.device)
-        self._shape = (tokens, slots, hidden_size)
-
-    def add(
-        self,
-        experts: Sequence[int],
-        bank: ExpertBank,
-        rows: Rows,
-        lora: LoraChoice | None = ALL_RANKS,
-    ) -> None:
-        """Computes what the experts of ``bank`` owe; ``experts``: their ids, in its order.
-
-        ``rows`` and ``lora`` (None: without): of all tokens.
-        """
-        pieces: list[tuple[int, int, int]] = []
-        for index, expert in enumerate(experts):
-            begin, end = self._bounds[expert], self._bounds[expert + 1]
-            # Even pieces: a few rows at the end would cost another GEMM.
-            count = -(-(end - begin) // _MOST_ROWS)
-            cuts = [begin + (end - begin) * cut // max(count, 1) for cut in range(count + 1)]
-            pieces += [(index, *limits) for limits in pairwise(cuts)]
-        while pieces:
-            taken, size = 0, 0
-            while taken < len(pieces) and size + pieces[taken][2] - pieces[taken][1] <= _MOST_ROWS:
-                size += pieces[taken][2] - pieces[taken][1]
-                taken += 1
-            self._compute(pieces[:taken], bank, rows, lora)
-            del pieces[:taken]
-
-    def _compute(
-        self,
-        pieces: Sequence[tuple[int, int, int]],
-        bank: ExpertBank,
-        rows: Rows,
-        lora: LoraChoice | None,
-    ) -> None:
-        """(index in the bank, first row, end) of pieces whose rows fit into memory together."""
-        slots, hidden = self._shape[1:]
-        positions = torch.cat([self._positions[begin:end] for _, begin, end in pieces])
-        groups, at = [], 0
-        for index, begin, end in pieces:
-            groups.append((index, slice(at, at + end - begin)))
-            at += end - begin
-        tokens = positions.div(slots, rounding_mode="floor")
-        own = None if lora is None else lora.take(tokens)
-        out = expert_outputs(rows.take(tokens), bank, groups, own)
-        self._outputs.index_copy_(0, positions, out[:, :hidden])
-
-    def total(self) -> torch.Tensor:
-        """The weighted sums, float32 [tokens, hidden_size]."""
-        tokens, slots, hidden = self._shape
-        outputs = self._outputs.view(self._shape)
-        result = torch.zeros(tokens, hidden, device=outputs.device)
-        for slot in range(slots):
-            result += self._weights[:, slot, None] * outputs[:, slot]
-        return result
+        _multiplies_int8(device)

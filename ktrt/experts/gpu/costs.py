@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ktrt.experts.gpu.residents import MAX_STREAMED_TOKENS
+from ktrt.experts.gpu.residents import BLOCK_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,7 +43,7 @@ def streaming_threshold(cpu: Line, gpu: Line, max_qlen: int) -> int:
 
     ``cpu``: of one engine call, at most ``max_qlen`` tokens; longer forwards are several.
     """
-    for tokens in range(_STEP, MAX_STREAMED_TOKENS + 1, _STEP):
+    for tokens in range(_STEP, BLOCK_TOKENS + 1, _STEP):
         calls, rest = divmod(tokens, max_qlen)
         seconds = calls * cpu.seconds(max_qlen) + (cpu.seconds(rest) if rest else 0.0)
         if gpu.seconds(tokens) * _MARGIN < seconds:

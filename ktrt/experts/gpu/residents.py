@@ -3,6 +3,7 @@ resident."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -12,11 +13,13 @@ from ktrt.engine.step_rows import IDLE, RunningStep
 from ktrt.errors import KtrtError
 from ktrt.experts.gpu.arithmetic import (
     ALL_RANKS,
-    Grouping,
     LoraChoice,
+    grouped_rows,
     make_rows,
     warm_up,
 )
+from ktrt.experts.gpu.blocks import Blocks, Call
+from ktrt.experts.gpu.grouping import Grouping
 from ktrt.experts.gpu.source import LayerSource
 from ktrt.experts.gpu.static import static_sums
 from ktrt.experts.gpu.stream import (
@@ -34,9 +37,11 @@ if TYPE_CHECKING:
     from ktrt.experts.gpu.arithmetic import ExpertBank
     from ktrt.experts.gpu.stream import Lane
 
-# Tokens of one streamed forward: the more, the fewer times all experts are copied; its sums take
-# tokens · top_k · hidden_size · 4 bytes of GPU memory.
-MAX_STREAMED_TOKENS = 8192
+# Tokens of a block of a streamed prompt: everything but the routed experts is computed block by
+# block.
+BLOCK_TOKENS = 8192
+# Tokens whose routed experts are computed together, where memory allows: 16 blocks.
+MOST_TOKENS = 131072
 
 
 class GpuLayer:
@@ -81,6 +86,8 @@ class GpuLayer:
     def streams(self, tokens: int) -> bool:
         """Whether a forward of ``tokens`` tokens belongs to ``forward_streamed``: never a decode
         step, which a graph may capture."""
+        if self._owner.blocks.running:
+            return True
         rows = self._owner.running.rows
         decodes = tokens == 1 or (rows is not None and (rows.batch or rows.decode == tokens))
         return not decodes and 0 < self._owner.threshold <= tokens
@@ -118,11 +125,12 @@ class GpuLayer:
         if self._bank is None:
             raise KtrtError("no expert of this layer lives on the GPU")
         slots = self._slots[self._keys(top_k_index)]
-        rows = make_rows(hidden_states, self.source.quantized)
         lora = self.lora(adapters)
         count, hidden = len(self.experts), self.source.hidden_size
         if slots.shape[0] <= self.CAPTURABLE_TOKENS:
+            rows = make_rows(hidden_states, self.source.quantized)
             return static_sums(self._bank, rows, slots, top_k_weights.float(), lora)[:, :hidden]
+        rows = grouped_rows([hidden_states], self.source.quantized)
         grouping = Grouping(slots, top_k_weights, count, hidden)
         grouping.add(range(count), self._bank, rows, lora)
         return grouping.total()
@@ -136,18 +144,29 @@ class GpuLayer:
     ) -> torch.Tensor:
         """All experts on the GPU, those that are not resident streamed there: shape, dtype and
         device of hidden_states. ``adapters`` as for ``forward_resident``."""
+        call = Call(self, hidden_states, top_k_index, top_k_weights, adapters)
+        blocks = self._owner.blocks
+        return blocks.meet(call) if blocks.running else self.streamed([call])[0]
+
+    def streamed(self, calls: Sequence[Call]) -> list[torch.Tensor]:
+        """``forward_streamed`` of all calls, with one copy of the experts."""
         self._refresh()
         stream = self._owner.stream
         stream.start(self._index)
-        source, lora = self.source, self.lora(adapters)
-        self._count(self._keys(top_k_index))
-        rows = make_rows(hidden_states, source.quantized)
-        grouping = Grouping(top_k_index, top_k_weights, source.num_experts, source.hidden_size)
+        source = self.source
+        index = torch.cat([call.index for call in calls])
+        weights = torch.cat([call.weights for call in calls])
+        adapters = [call.adapters for call in calls if call.adapters is not None]
+        lora = self.lora(torch.cat(adapters) if adapters else None)
+        self._count(self._keys(index))
+        rows = grouped_rows([call.states for call in calls], source.quantized)
+        grouping = Grouping(index, weights, source.num_experts, source.hidden_size)
         if self._bank is not None:
             grouping.add(self.experts, self._bank, rows, lora)
         for experts, arrays in stream.pieces(self._index):
             grouping.add(experts, source.bank(arrays), rows, lora)
-        return grouping.total().to(hidden_states.dtype)
+        sums = grouping.total().split([len(call.states) for call in calls])
+        return [each.to(call.states.dtype) for each, call in zip(sums, calls, strict=True)]
 
     @torch.inference_mode(mode=False)
     def load(self, experts: Sequence[int]) -> bool:
@@ -262,6 +281,9 @@ class GpuExperts:
         self.masks = RankMasks(self.running) if masks is None else masks
         # The fewest tokens of a streamed forward; 0: none is streamed.
         self.threshold = 0
+        # The most tokens of a prompt whose experts are streamed once.
+        self.most_tokens = BLOCK_TOKENS
+        self.blocks = Blocks(self.device)
         # Changes when memory that a captured graph knows has been replaced: capture it again.
         self.version = 0
         self._sources = [LayerSource(layer) for layer in layers.values()]
@@ -333,11 +355,18 @@ class GpuExperts:
                 self.pin()
         self.version += any(replaced for _, replaced in found)
 
-    def prefill_chunk(self, remaining: int) -> int | None:
-        """Tokens of a prompt that the next forward should take, where streaming decides it."""
+    def prefill_chunk(self, remaining: int, *, divides: bool = True) -> int | None:
+        """Tokens of a prompt that the next forward should take, where streaming decides it;
+        ``divides``: the caller runs it in ``block_lengths``."""
         if 0 < self.threshold <= remaining:
-            return min(remaining, MAX_STREAMED_TOKENS)
+            return min(remaining, self.most_tokens if divides else BLOCK_TOKENS)
         return None
+
+    def block_lengths(self, tokens: int) -> list[int]:
+        """The blocks of a streamed prompt of ``tokens``, of nearly the same lengths."""
+        count = -(-tokens // BLOCK_TOKENS)
+        ends = [tokens * at // count for at in range(count + 1)]
+        return [end - first for first, end in pairwise(ends)]
 
     def pin(self, layers: int | None = None) -> None:
         """Lets the GPU copy from the engine's memory directly: of all layers, or the first."""

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from ktrt.errors import KtrtError
-from ktrt.experts.gpu.arithmetic import Grouping, make_rows
+from ktrt.experts.gpu.arithmetic import grouped_rows
 from ktrt.experts.gpu.costs import measure_engine, measure_gpu, streaming_threshold
-from ktrt.experts.gpu.residents import MAX_STREAMED_TOKENS, GpuExperts
+from ktrt.experts.gpu.grouping import Grouping
+from ktrt.experts.gpu.residents import BLOCK_TOKENS, MOST_TOKENS, GpuExperts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,6 +29,9 @@ logger = logging.getLogger(__name__)
 # GPU memory that `kt_num_gpu_experts: auto` leaves for the KV cache and activations.
 RESERVED_BYTES = 3 << 30
 RESERVED_SHARE = 0.1
+# Share of the free GPU memory that the tokens of one long prompt may take; KV caches take most of
+# the rest.
+PROMPT_SHARE = 0.08
 # Forms of experts that the GPU does not compute, in the words of ``KTExperts.unusual_form``.
 ENGINE_ONLY = ("down in slices of columns", "a norm after each expert")
 # Relative error between GPU and engine on the same token, far above the noise of float32 sums and
@@ -98,6 +102,7 @@ def _settle(
             )  # fmt: skip
             return False
     experts.threshold = _streaming(experts, layers, threshold, max_qlen)
+    experts.most_tokens = _most_tokens(experts, layers)
     most = min(layer.num_experts for layer in layers.values())
     count = _fitting(experts, layers) if number == "auto" else min(number, most)
     if count:
@@ -114,6 +119,10 @@ def _settle(
         )  # fmt: skip
     elif number == "auto":
         logger.info("kt_num_gpu_experts auto: no expert fits into the GPU's free memory")
+    if number != "auto":  # which leaves room for prompts
+        experts.most_tokens = _most_tokens(experts, layers)
+    if experts.threshold:
+        logger.info("A prompt's experts are streamed once for %d tokens", experts.most_tokens)
     return bool(count or experts.threshold)
 
 
@@ -127,7 +136,7 @@ def check_layer(gpu: GpuLayer, layer: MoeLayer, device: torch.device) -> float:
     layer.forward(states, ids, weights, expected)
     arrays = {name: array[: layer.top_k].to(device) for name, array in source.arrays.items()}
     grouping = Grouping(ids.to(device), weights.to(device), layer.num_experts, layer.hidden_size)
-    rows = make_rows(states.to(device), source.quantized)
+    rows = grouped_rows([states.to(device)], source.quantized)
     grouping.add(range(layer.top_k), source.bank(arrays), rows, gpu.lora())
     # A layer of zeros differs by zero.
     size = max(float(expected.norm()), torch.finfo(torch.float32).tiny)
@@ -178,8 +187,28 @@ def _measured_threshold(experts: GpuExperts, layers: Mapping[str, MoeLayer], max
     return threshold
 
 
+def prompt_bytes(layers: Mapping[str, MoeLayer], tokens: int) -> int:
+    """GPU memory that a streamed prompt takes beyond its KV cache and what a block takes: the
+    states of all tokens, and masks, which hold a byte for each pair of positions."""
+    # In bfloat16 residual, input, result and rounded input, one byte a code, sums in float32; ids,
+    # weights and their order; rotary embeddings.
+    each = max(16 * layer.hidden_size + 40 * layer.top_k for layer in layers.values()) + 1024
+    return tokens * each + tokens * tokens // 2
+
+
+def _most_tokens(experts: GpuExperts, layers: Mapping[str, MoeLayer]) -> int:
+    """Tokens of a prompt whose experts can be streamed together: whole blocks."""
+    if not experts.threshold:
+        return BLOCK_TOKENS
+    room = PROMPT_SHARE * _free_memory(experts.device)[0]
+    choices = range(MOST_TOKENS, BLOCK_TOKENS, -BLOCK_TOKENS)
+    return next((n for n in choices if prompt_bytes(layers, n) <= room), BLOCK_TOKENS)
+
+
 def _free_memory(device: torch.device) -> tuple[int, int]:
-    """Bytes free on the device, and all."""
+    """Bytes free on the device, and all; none on a stand-in for a GPU."""
+    if device.type != "cuda":
+        return 0, 0
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     return free, total
@@ -190,10 +219,9 @@ def _fitting(experts: GpuExperts, layers: Mapping[str, MoeLayer]) -> int:
     free, total = _free_memory(experts.device)
     free -= max(RESERVED_BYTES, int(RESERVED_SHARE * total))
     if experts.threshold:
-        widest = max((layer.top_k + 4) * layer.hidden_size * 4 for layer in layers.values())
         # The bank that is computed, and what unpacking the next one makes on the way.
         free -= experts.stream.nbytes + 2 * experts.stream.unpacked_bytes
-        free -= MAX_STREAMED_TOKENS * widest
+        free -= prompt_bytes(layers, experts.most_tokens)
     each = sum(experts.source(path).resident_bytes() for path in layers)
     most = min(layer.num_experts for layer in layers.values())
     return max(0, min(free // each, most))

@@ -21,6 +21,7 @@ from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 from ktrt.layers.linear_attention.families import FAMILIES, PARAMETERS
+from ktrt.layers.linear_attention.gated_norm import GatedNormInBlocks, is_gated_norm
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,17 +45,31 @@ def accelerate_linear_attention(model: nn.Module, engine: Engine, patches: Patch
         return 0
     # Models without such layers do without their operators.
     from ktrt.layers.linear_attention.functions import Functions
+    from ktrt.layers.linear_attention.gpu_step import DeltaRuleStep
 
     functions = Functions(engine)
     forwards = {kind: _with_functions(kind, called[kind], functions) for kind in called}
     count = 0
     for module in model.modules():
         if type(module) in called and "forward" not in vars(module):
-            patches.set(module, "forward", MethodType(forwards[type(module)], module))
+            forward: Any = MethodType(forwards[type(module)], module)
+            if _has_gpu_step(module):
+                forward = DeltaRuleStep(module, forward)
+            patches.set(module, "forward", forward)
+            for norm in filter(is_gated_norm, module.children()):
+                patches.set(norm, "forward", GatedNormInBlocks(norm.forward))
             count += 1
     if count:
         _log(model, count)
     return count
+
+
+def _has_gpu_step(module: Any) -> bool:
+    from ktrt.layers.linear_attention import gpu_operators, gpu_step
+
+    parameter = next(module.parameters())
+    cuda = parameter.device.type == "cuda" and gpu_operators.available()
+    return cuda and gpu_step.has_step(module)
 
 
 def _log(model: Any, count: int) -> None:

@@ -62,7 +62,7 @@ class Functions:
     ) -> torch.Tensor:
         where = _device(hidden_states, weight, bias)
         usual = kwargs.get("seq_idx") is None and _is_conv(hidden_states, weight, bias, activation)
-        if where == "cpu" and usual:
+        if where is not None and usual:
             return self.operators[where].conv(
                 hidden_states, weight, bias, None, silu=activation is not None
             )

@@ -5,15 +5,19 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import functional as F
 
 from ktrt.layers.linear_attention.chunks import CHUNK, chunked_delta_rule
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 # Columns of a state that one warp holds: 32 registers a thread with 128 rows.
-_COLUMNS = 8
-_CHANNELS = 128
+COLUMNS = 8
+CHANNELS = 128
 
 
 @cache
@@ -22,14 +26,21 @@ def available() -> bool:
     return find_spec("triton") is not None
 
 
-def _kernels() -> Any:
-    from ktrt.layers.linear_attention import kernels
+def kernels() -> Any:
+    """The module of kernels, which imports Triton."""
+    from ktrt.layers.linear_attention import kernels as module
 
-    return kernels
+    return module
 
 
-def _power_of_two(number: int) -> int:
+def power_of_two(number: int) -> int:
+    """The next one that is no smaller."""
     return 1 << max(number - 1, 0).bit_length()
+
+
+def _by_key_head(strides: Sequence[int], shares: int) -> tuple[int, int, int, int]:
+    """Strides of sequences, tokens, key heads, and the heads that share one."""
+    return strides[0], strides[1], strides[2] * shares, strides[2]
 
 
 def _numbers_together(tensor: torch.Tensor) -> torch.Tensor:
@@ -66,14 +77,15 @@ class GpuOperators:
         decay = _numbers_together(decay) if per_key else decay
         out = torch.empty(sequences, tokens, heads, size, dtype=dtype, device=value.device)
         given = decay if beta is None else beta
-        grid = sequences * heads, -(-size // _COLUMNS)
-        _kernels().state_kernel[grid](
-            query, key, value, decay, given, state, out, tokens, scaling, heads,
-            heads // key.shape[2], *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-            *decay.stride()[:3], *given.stride()[:3], state.stride(0), DK=key.shape[3], DV=size,
-            BLOCK_K=_power_of_two(key.shape[3]), BLOCK_V=_COLUMNS, SUBTRACTS=subtracts,
+        shares = heads // key.shape[2]
+        kernels().state_kernel[sequences * heads, -(-size // COLUMNS)](
+            query, key, value, decay, given, state, out, tokens, scaling, heads, shares,
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+            *_by_key_head(decay.stride(), shares), *_by_key_head(given.stride(), shares),
+            state.stride(0), decay, decay, DK=key.shape[3], DV=size,
+            BLOCK_K=power_of_two(key.shape[3]), BLOCK_V=COLUMNS, SUBTRACTS=subtracts,
             UNIT=unit_keys, PER_KEY=per_key, BETA=beta is not None, TRANSPOSED=transposed_state,
-            num_warps=1,
+            GATED=False, num_warps=1,
         )  # fmt: skip
         return out
 
@@ -86,16 +98,19 @@ class GpuOperators:
         *,
         silu: bool,
     ) -> torch.Tensor:
-        """As ``Operators.conv``, for one token and with a state."""
-        assert state is not None
+        """As ``Operators.conv``, of one token where there is a state."""
+        if state is None:
+            taps, tokens = weight.shape[1], x.shape[2]
+            found = F.conv1d(x, weight[:, None], bias, padding=taps - 1, groups=x.shape[1])
+            return F.silu(found[:, :, :tokens]) if silu else found[:, :, :tokens]
         sequences, channels = x.shape[:2]
         out = torch.empty(sequences, channels, 1, dtype=x.dtype, device=x.device)
         weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-        grid = -(-channels // _CHANNELS), sequences
-        _kernels().conv_kernel[grid](
-            x, weight, weight if bias is None else bias, state, out, channels, *x.stride()[:2],
+        grid = -(-channels // CHANNELS), sequences
+        kernels().conv_kernel[grid](
+            x, x, weight, weight if bias is None else bias, state, out, channels, *x.stride()[:2],
             state.stride(0), HELD=state.shape[2], TAPS=weight.shape[1], SILU=silu,
-            BIAS=bias is not None, BLOCK=_CHANNELS,
+            BIAS=bias is not None, PLACED=False, BLOCK=CHANNELS,
         )  # fmt: skip
         return out
 
@@ -112,12 +127,12 @@ class GpuOperators:
         sequences, tokens, channels = x.shape
         size, a = a.shape[1], a.contiguous()
         out = torch.empty(sequences, tokens, channels, dtype=torch.float32, device=x.device)
-        block = _CHANNELS // 4
+        block = CHANNELS // 4
         grid = -(-channels // block), sequences
-        _kernels().scan_kernel[grid](
+        kernels().scan_kernel[grid](
             x, dt, a, b, c, state, out, tokens, channels, *x.stride()[:2], *dt.stride()[:2],
             *b.stride()[:2], *c.stride()[:2], state.stride(0), x.stride(2), dt.stride(2),
-            b.stride(2), c.stride(2), SIZE=size, BLOCK=block, BLOCK_N=_power_of_two(size),
+            b.stride(2), c.stride(2), SIZE=size, BLOCK=block, BLOCK_N=power_of_two(size),
             num_warps=1,
         )  # fmt: skip
         return out

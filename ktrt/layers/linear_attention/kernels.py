@@ -14,14 +14,18 @@ def _unit(x):
 @triton.jit(do_not_specialize=["tokens"])
 def state_kernel(
     Q, K, V, G, Beta, State, Out, tokens, scaling, heads, shares, q_s, q_t, q_h, k_s, k_t, k_h,
-    v_s, v_t, v_h, g_s, g_t, g_h, b_s, b_t, b_h, s_s, DK: tl.constexpr, DV: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, SUBTRACTS: tl.constexpr, UNIT: tl.constexpr,
-    PER_KEY: tl.constexpr, BETA: tl.constexpr, TRANSPOSED: tl.constexpr,
+    v_s, v_t, v_h, g_s, g_t, g_k, g_h, b_s, b_t, b_k, b_h, s_s, Rates, Biases, DK: tl.constexpr,
+    DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, SUBTRACTS: tl.constexpr,
+    UNIT: tl.constexpr, PER_KEY: tl.constexpr, BETA: tl.constexpr, TRANSPOSED: tl.constexpr,
+    GATED: tl.constexpr,
 ):  # fmt: skip
     """S = e^g · S; S += k ⊗ beta · (v - kᵀ S); out = scaling · qᵀ S, for BLOCK_V columns of the
-    state [DK, DV] of one head. Out: [sequences, tokens, heads, DV]."""
+    state [DK, DV] of one head. Out: [sequences, tokens, heads, DV]. A head's g and beta lie at its
+    key head · g_k + its number there · g_h. GATED: g and beta are what they are computed from, and
+    of Rates and Biases [heads]."""
     sequence, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     key_head = head // shares
+    share = head - key_head * shares
     row, column = tl.arange(0, BLOCK_K), tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     rows, columns = row < DK, column < DV
     if TRANSPOSED:
@@ -38,15 +42,21 @@ def state_kernel(
         q, k, v = q.to(tl.float32), k.to(tl.float32), v.to(tl.float32)
         if UNIT:
             q, k = _unit(q), _unit(k)
-        decay = G + sequence * g_s + t * g_t + head * g_h
+        decay = G + sequence * g_s + t * g_t + key_head * g_k + share * g_h
         if PER_KEY:
             state *= tl.exp(tl.load(decay + row, mask=rows, other=0.0).to(tl.float32))[:, None]
+        elif GATED:
+            step = tl.load(decay).to(tl.float32) + tl.load(Biases + head).to(tl.float32)
+            step = tl.where(step > 20.0, step, tl.log(1.0 + tl.exp(tl.minimum(step, 20.0))))
+            state *= tl.exp(-tl.exp(tl.load(Rates + head).to(tl.float32)) * step)
         else:
             state *= tl.exp(tl.load(decay).to(tl.float32))
         if SUBTRACTS:
             v -= tl.sum(state * k[:, None], 0)
         if BETA:
-            v *= tl.load(Beta + sequence * b_s + t * b_t + head * b_h).to(tl.float32)
+            beta = Beta + sequence * b_s + t * b_t + key_head * b_k + share * b_h
+            factor = tl.load(beta).to(tl.float32)
+            v *= 1.0 / (1.0 + tl.exp(-factor)) if GATED else factor
         state += k[:, None] * v[None, :]
         out = tl.sum(state * (q * scaling)[:, None], 0)
         at = ((sequence * tokens + t) * heads + head) * DV + column
@@ -56,15 +66,20 @@ def state_kernel(
 
 @triton.jit
 def conv_kernel(
-    X, Weight, Bias, State, Out, channels, x_s, x_c, s_s, HELD: tl.constexpr, TAPS: tl.constexpr,
-    SILU: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    X, Places, Weight, Bias, State, Out, channels, x_s, x_c, s_s, HELD: tl.constexpr,
+    TAPS: tl.constexpr, SILU: tl.constexpr, BIAS: tl.constexpr, PLACED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One token [sequences, channels] after the HELD last ones in State [sequences][channels,
-    HELD], which moves on by one. Out: [sequences, channels]."""
+    HELD], which moves on by one. PLACED: a channel's number lies at Places [channels]. Out:
+    [sequences, channels]."""
     sequence = tl.program_id(1).to(tl.int64)
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     real = channel < channels
-    x = tl.load(X + sequence * x_s + channel * x_c, mask=real, other=0.0)
+    place = channel * x_c
+    if PLACED:
+        place = tl.load(Places + channel, mask=real, other=0)
+    x = tl.load(X + sequence * x_s + place, mask=real, other=0.0)
     acc = tl.zeros((BLOCK,), tl.float32)
     if BIAS:
         acc += tl.load(Bias + channel, mask=real, other=0.0).to(tl.float32)
@@ -112,3 +127,22 @@ def scan_kernel(
         out = tl.sum(state * c[None, :], 1)
         tl.store(Out + (sequence * tokens + t) * channels + channel, out, mask=real)
     tl.store(held, state, mask=inside)
+
+
+@triton.jit
+def gated_norm_kernel(
+    X, Gate, Weight, Out, heads, shares, g_s, g_k, g_h, eps, SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """RMSNorm of X [sequences, heads, SIZE] times SiLU of its gate, which has the strides of
+    ``state_kernel``'s g. Out: as X."""
+    sequence, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
+    key_head, i = head // shares, tl.arange(0, BLOCK)
+    real = i < SIZE
+    at = (sequence * heads + head) * SIZE + i
+    x = tl.load(X + at, mask=real, other=0.0).to(tl.float32)
+    gate = Gate + sequence * g_s + key_head * g_k + (head - key_head * shares) * g_h
+    gate = tl.load(gate + i, mask=real, other=0.0).to(tl.float32)
+    weight = tl.load(Weight + i, mask=real, other=0.0).to(tl.float32)
+    x = x / tl.sqrt(tl.sum(x * x, 0) / SIZE + eps) * weight * gate / (1.0 + tl.exp(-gate))
+    tl.store(Out + at, x.to(Out.dtype.element_ty), mask=real)

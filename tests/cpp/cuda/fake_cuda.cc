@@ -46,6 +46,12 @@ EXPORT int fake_cuda_pinned_blocks() {
   return static_cast<int>(state().pinned.size());
 }
 
+// Granules of device memory that are mapped, or that nobody has released.
+EXPORT int fake_cuda_granules() {
+  const std::lock_guard lock(state().mutex);
+  return static_cast<int>(state().mapped.size() + state().memories.size());
+}
+
 // Operations that touched pinned memory after it had been freed.
 EXPORT int fake_cuda_violations() { return state().violations; }
 
@@ -68,6 +74,12 @@ EXPORT int fake_cuda_reset() {
   state().faults.clear();
   state().settings.clear();
   state().device_used = 0;
+  for (const auto& [address, bytes] : state().reserved) {
+    munmap(reinterpret_cast<void*>(address), bytes);
+  }
+  state().reserved.clear();
+  state().mapped.clear();
+  state().memories.clear();
   state().delay_us = 0;
   state().violations = 0;
   state().abandoned = false;
@@ -134,7 +146,9 @@ EXPORT int cuCtxSynchronize() {
 EXPORT int cuDeviceGetAttribute(int* value, int attribute, int) {
   if (const int error = enter("cuDeviceGetAttribute", false)) return error;
   const std::lock_guard lock(state().mutex);
-  *value = attribute == 122 ? setting("memory_ops_attribute", 1) : 0;
+  *value = attribute == 122   ? setting("memory_ops_attribute", 1)
+           : attribute == 102 ? setting("virtual_memory", 1)
+                              : 0;
   return kSuccess;
 }
 
@@ -162,6 +176,88 @@ EXPORT int cuMemFreeHost(void* memory) {
 EXPORT int cuMemHostGetDevicePointer_v2(DevicePtr* device, void* memory, unsigned) {
   if (const int error = enter("cuMemHostGetDevicePointer_v2")) return error;
   *device = reinterpret_cast<DevicePtr>(memory) + kPinnedOffset;
+  return kSuccess;
+}
+
+EXPORT int cuMemGetAllocationGranularity(std::size_t* granularity, const void*, int) {
+  if (const int error = enter("cuMemGetAllocationGranularity")) return error;
+  *granularity = kGranule;
+  return kSuccess;
+}
+
+// Addresses that the host can read and write too, where memory is mapped and access set.
+EXPORT int cuMemAddressReserve(DevicePtr* address, std::size_t bytes, std::size_t, DevicePtr,
+                               unsigned long long) {
+  if (const int error = enter("cuMemAddressReserve")) return error;
+  if (bytes == 0 || bytes % kGranule != 0) return kInvalidValue;
+  void* found = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (found == MAP_FAILED) return kOutOfMemory;
+  const std::lock_guard lock(state().mutex);
+  *address = reinterpret_cast<DevicePtr>(found);
+  state().reserved[*address] = bytes;
+  return kSuccess;
+}
+
+EXPORT int cuMemAddressFree(DevicePtr address, std::size_t bytes) {
+  if (const int error = enter("cuMemAddressFree")) return error;
+  const std::lock_guard lock(state().mutex);
+  const auto found = state().reserved.find(address);
+  if (found == state().reserved.end() || found->second != bytes) return kInvalidValue;
+  const auto mapped = state().mapped.lower_bound(address);
+  if (mapped != state().mapped.end() && *mapped < address + bytes) return kInvalidValue;
+  munmap(reinterpret_cast<void*>(address), bytes);
+  state().reserved.erase(found);
+  return kSuccess;
+}
+
+EXPORT int cuMemCreate(std::uint64_t* memory, std::size_t bytes, const void*, unsigned long long) {
+  if (const int error = enter("cuMemCreate")) return error;
+  const std::lock_guard lock(state().mutex);
+  const int most = setting("granules", 1 << 20);
+  if (bytes != kGranule) return kInvalidValue;
+  if (static_cast<int>(state().mapped.size()) >= most) return kOutOfMemory;
+  *memory = ++state().last_memory;
+  state().memories.insert(*memory);
+  return kSuccess;
+}
+
+EXPORT int cuMemRelease(std::uint64_t memory) {
+  const std::lock_guard lock(state().mutex);
+  return state().memories.erase(memory) != 0 ? kSuccess : kInvalidValue;
+}
+
+EXPORT int cuMemMap(DevicePtr address, std::size_t bytes, std::size_t, std::uint64_t memory,
+                    unsigned long long) {
+  if (const int error = enter("cuMemMap")) return error;
+  const std::lock_guard lock(state().mutex);
+  auto found = state().reserved.upper_bound(address);
+  if (found == state().reserved.begin() || bytes != kGranule ||
+      !state().memories.contains(memory)) {
+    return kInvalidValue;
+  }
+  --found;
+  if (address + bytes > found->first + found->second) return kInvalidValue;
+  return state().mapped.insert(address).second ? kSuccess : kInvalidValue;
+}
+
+EXPORT int cuMemSetAccess(DevicePtr address, std::size_t bytes, const void*, std::size_t) {
+  if (const int error = enter("cuMemSetAccess")) return error;
+  const std::lock_guard lock(state().mutex);
+  for (std::size_t at = 0; at < bytes; at += kGranule) {
+    if (!state().mapped.contains(address + at)) return kInvalidValue;
+  }
+  return mprotect(reinterpret_cast<void*>(address), bytes, PROT_READ | PROT_WRITE) == 0
+             ? kSuccess
+             : kOutOfMemory;
+}
+
+// The contents are gone, as on a device.
+EXPORT int cuMemUnmap(DevicePtr address, std::size_t bytes) {
+  if (const int error = enter("cuMemUnmap")) return error;
+  const std::lock_guard lock(state().mutex);
+  if (bytes != kGranule || state().mapped.erase(address) == 0) return kInvalidValue;
+  mmap(reinterpret_cast<void*>(address), bytes, PROT_NONE,
+       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
   return kSuccess;
 }
 

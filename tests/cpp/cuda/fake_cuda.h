@@ -39,6 +39,7 @@ class FakeCuda {
     call<void, const char*, int, int>("fake_cuda_fail", function, nth, code);
   }
   int pinned_blocks() { return call<int>("fake_cuda_pinned_blocks"); }
+  int granules() { return call<int>("fake_cuda_granules"); }
   int violations() { return call<int>("fake_cuda_violations"); }
 
   CuStream new_stream() {

@@ -34,6 +34,7 @@ namespace fake_cuda __attribute__((visibility("hidden"))) {
   using HostFn = void (*)(void*);
 
   constexpr std::size_t kDeviceBytes = std::size_t{256} << 20;
+  constexpr std::size_t kGranule = std::size_t{1} << 16;
   constexpr DevicePtr kPinnedOffset = DevicePtr{1} << 56;
 
   struct Graph {
@@ -92,6 +93,10 @@ namespace fake_cuda __attribute__((visibility("hidden"))) {
     std::byte* device_addresses = nullptr;  // not accessible
     std::byte* device_memory = nullptr;
     std::size_t device_used = 0;
+    std::map<DevicePtr, std::size_t> reserved;
+    std::set<DevicePtr> mapped;  // granules
+    std::set<std::uint64_t> memories;
+    std::uint64_t last_memory = 0;
     Stream* legacy = nullptr;  // the stream with the handle 0
     std::mutex host_functions;
     std::atomic<bool> abandoned{false};

@@ -11,13 +11,14 @@ from helpers.expert_layers import CodedCase, LayerCase, error, run_engine
 from helpers.loras import apply_lora, apply_no_lora
 
 from ktrt._core import Engine
-from ktrt.experts.gpu import arithmetic
+from ktrt.experts.gpu import grouping
 from ktrt.experts.gpu.arithmetic import (
-    Grouping,
     expert_outputs,
+    grouped_rows,
     integer_product,
     make_rows,
 )
+from ktrt.experts.gpu.grouping import Grouping
 from ktrt.experts.gpu.source import LayerSource
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def on_torch(
 ) -> torch.Tensor:
     source = LayerSource(layer)
     grouping = Grouping(ids, weights, layer.num_experts, layer.hidden_size)
-    rows = make_rows(states, source.quantized)
+    rows = grouped_rows([states], source.quantized)
     grouping.add(range(layer.num_experts), source.bank(source.arrays), rows)
     return grouping.total()
 
@@ -144,13 +145,26 @@ def test_every_activation_and_biases(engine: Engine, form: str, biased: bool) ->
         assert error(run_engine(plain.build(engine, weight_format), *arguments), expected) > 0.02
 
 
+@pytest.mark.parametrize("rows", [3, 17])
 @pytest.mark.parametrize("terms", [96, 1024, 1025, 4096])
-def test_long_int8_sums_are_exact(terms: int) -> None:
+def test_long_int8_sums_are_exact(terms: int, rows: int) -> None:
     """Large codes of one sign: from 1,041 terms on, float32 cannot hold the sums on the way."""
     generator = torch.Generator().manual_seed(terms)
-    left, right = (torch.randint(100, 128, (n, terms), generator=generator) for n in (3, 50))
-    found = integer_product(left.bfloat16(), right.bfloat16())
-    assert torch.equal(found, (left @ right.T).float())
+    left, right = (torch.randint(100, 128, (n, terms), generator=generator) for n in (rows, 56))
+    expected = (left @ right.T).float()
+    assert torch.equal(integer_product(left.bfloat16(), right.bfloat16()), expected)
+    assert torch.equal(integer_product(left.to(torch.int8), right.to(torch.int8)), expected)
+
+
+@pytest.mark.parametrize("weight_format", ["bf16", "int8"])
+def test_rows_in_parts_are_the_same_rows(weight_format: str) -> None:
+    states = torch.randn(40, 96)
+    whole = grouped_rows([states], weight_format == "int8")
+    parts = grouped_rows(list(states.split([7, 13, 20])), weight_format == "int8")
+    for found, expected in ((parts.codes, whole.codes), (parts.scale, whole.scale)):
+        assert (found is None) == (expected is None) == (weight_format == "bf16")
+        assert found is None or expected is None or torch.equal(found, expected)
+    assert torch.equal(parts.values, whole.values)
 
 
 def test_int8_without_lora_gives_the_engines_bits(engine: Engine) -> None:
@@ -209,7 +223,7 @@ def test_rows_are_computed_in_pieces(
     layer = case.build(engine, "int8")
     arguments = case.inputs(11, outside=True)
     expected = on_torch(layer, *arguments)
-    monkeypatch.setattr(arithmetic, "_MOST_ROWS", most)
+    monkeypatch.setattr(grouping, "_MOST_ROWS", most)
     assert error(on_torch(layer, *arguments), expected) < SAME
 
 

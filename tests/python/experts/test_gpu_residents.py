@@ -14,7 +14,7 @@ from helpers.loras import apply_lora, apply_no_lora, enable_lora
 from ktrt._core import Engine
 from ktrt.errors import KtrtError
 from ktrt.experts import KTExperts
-from ktrt.experts.gpu.residents import MAX_STREAMED_TOKENS, GpuExperts, GpuLayer
+from ktrt.experts.gpu.residents import BLOCK_TOKENS, GpuExperts, GpuLayer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -343,7 +343,12 @@ def test_prefill_chunk(engine: Engine, device: torch.device) -> None:
     gpu.threshold = 300
     assert gpu.prefill_chunk(299) is None
     assert gpu.prefill_chunk(300) == 300
-    assert gpu.prefill_chunk(10**6) == MAX_STREAMED_TOKENS
+    assert gpu.prefill_chunk(10**6) == BLOCK_TOKENS
+    gpu.most_tokens = 3 * BLOCK_TOKENS
+    assert gpu.prefill_chunk(10**6) == 3 * BLOCK_TOKENS
+    assert gpu.prefill_chunk(10**6, divides=False) == BLOCK_TOKENS
+    assert gpu.block_lengths(BLOCK_TOKENS) == [BLOCK_TOKENS]
+    assert gpu.block_lengths(2 * BLOCK_TOKENS + 2) == [5462, 5462, 5462]
 
 
 def test_pinned_memory(engine: Engine, device: torch.device) -> None:

@@ -88,6 +88,25 @@ def test_fixed_settings(experts: GpuExperts, layers: dict[str, MoeLayer]) -> Non
     assert [share.experts for share in experts.layers.values()] == [(0, 1), (0, 1)]
 
 
+@pytest.mark.parametrize(("free", "tokens"), [(0, 8192), (2, 16384), (10, 32768), (1000, 131072)])
+def test_prompts_take_a_share_of_the_memory(
+    experts: GpuExperts,
+    layers: dict[str, MoeLayer],
+    monkeypatch: pytest.MonkeyPatch,
+    free: int,
+    tokens: int,
+) -> None:
+    monkeypatch.setattr(setup, "_free_memory", lambda _: (free * GIB, 1000 * GIB))
+    settle(experts, layers, 0, 100)
+    assert experts.most_tokens == tokens
+    room = setup.PROMPT_SHARE * free * GIB
+    if tokens > 8192:
+        assert setup.prompt_bytes(layers, tokens) <= room
+    assert tokens == 131072 or setup.prompt_bytes(layers, tokens + 8192) > room
+    settle(experts, layers, 0, 0)
+    assert experts.most_tokens == 8192
+
+
 def test_more_than_all_experts_are_all(experts: GpuExperts, layers: dict[str, MoeLayer]) -> None:
     assert settle(experts, layers, 99, 0)
     assert all(share.complete for share in experts.layers.values())
@@ -296,8 +315,8 @@ def test_prompts_go_in_the_chunks_that_streaming_wants() -> None:
         with_kwargs=True,
     )
     gpu: Any = SimpleNamespace(
-        prefill_chunk=lambda remaining: 700 if remaining >= 600 else None,
-        refresh=lambda: None, version=0,
+        prefill_chunk=lambda remaining, divides: 700 if remaining >= 600 else None,
+        refresh=lambda: None, version=0, threshold=0,
     )  # fmt: skip
     from ktrt.generate.loop import generate_step
 

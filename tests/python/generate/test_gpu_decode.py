@@ -3,6 +3,9 @@ graphs. On the CPU device, over stand-in streams."""
 
 from __future__ import annotations
 
+import signal
+import threading
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +19,11 @@ from helpers.tiny_models import save_adapter, save_model, token_ids
 import ktrt.loading.model
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs, SamplingArgs, TemplateArgs
 from ktrt.engine.build import MAX_QLEN
+from ktrt.engine.step_rows import ACTIVE, BASE
 from ktrt.experts import GpuExperts, KTExperts
+from ktrt.experts.gpu import residents
 from ktrt.generate.runner import PREFILL_CHUNK, KvCache
+from ktrt.generate.step import Span, Step
 from ktrt.loading.model import LoadedModel, load_model
 from ktrt.prompt.template.load import load_template
 from ktrt.session import Session
@@ -189,6 +195,106 @@ def test_long_prompts_stream_and_decoding_does_not(shared: Shared) -> None:
         shared.compare([each])
     assert shared.maker.replays == 10
     assert shared.core.log
+
+
+@pytest.fixture
+def in_blocks(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> Shared:
+    """Prompts are divided into blocks of 10 tokens, of which one run takes 30."""
+    monkeypatch.setattr(residents, "BLOCK_TOKENS", 10)
+    shared.gpu.select(2)
+    shared.gpu.threshold, shared.gpu.most_tokens = 5, 30
+    return shared
+
+
+def test_a_long_prompt_passes_the_bus_once(
+    in_blocks: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared, layers = in_blocks, list[int]()
+    pieces = shared.gpu.stream.pieces
+
+    def noted(layer: int) -> Any:
+        layers.append(layer)
+        return pieces(layer)
+
+    monkeypatch.setattr(shared.gpu.stream, "pieces", noted)
+    sizes: list[int] = []
+    shared.loaded.model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: sizes.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    before = {path: sum(counts) for path, counts in shared.gpu.counts().items()}
+    assert shared.ours.prefill_chunk(37) == 30
+    shared.compare(IDS[:25])
+    count = len(shared.gpu.layers)
+    assert (sizes, layers) == ([8, 8, 9], list(range(count)))
+    routed = {path: sum(counts) for path, counts in shared.gpu.counts().items()}
+    top_k = next(iter(shared.gpu.layers.values())).source._layer.top_k
+    assert routed == {path: number + 25 * top_k for path, number in before.items()}
+    # A second part of the prompt, in blocks that begin at what is held, and then a step.
+    shared.compare(IDS[25:37])
+    assert (sizes[3:], layers) == ([6, 6], [*range(count)] * 2)
+    shared.compare([7])
+
+
+@pytest.mark.parametrize("adapter", [ACTIVE, BASE])
+def test_a_span_chooses_adapter_and_logits(in_blocks: Shared, adapter: int) -> None:
+    logits = []
+    for loaded in (in_blocks.loaded, in_blocks.plain):
+        slot = loaded.runner.pool.open("key", ())
+        span = Span(slot=slot, ids=IDS[:24], adapter=adapter, logits=[2, 7, 23])
+        logits.append(loaded.runner.run(Step((span,)))[0])
+        assert slot.length == 24
+    found, expected = logits
+    assert found.shape == expected.shape
+    assert (found - expected).norm() <= 2e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_blocks_end_together(
+    in_blocks: Shared, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    """Whatever ends a block, or the experts of all: no thread is left, and what the slot held
+    serves the next forward."""
+    shared, running = in_blocks, in_blocks.loaded.runner._forwards.running
+    shared.compare(IDS[:4])
+    threads, cache = set(threading.enumerate()), shared.ours.runner.cache
+    assert cache is not None
+    share = list(shared.gpu.layers.values())[-1]
+    layer: Any = shared.loaded.model.model.layers[-1]  # type: ignore[union-attr, index]
+
+    def fail(*_args: Any, **_kwargs: Any) -> None:
+        raise error
+
+    for broken, name in ((share, "streamed"), (layer.self_attn, "forward")):
+        with monkeypatch.context() as patch:
+            patch.setattr(broken, name, fail)
+            with pytest.raises(error):
+                shared.ours.forward(IDS[4:30])
+        assert set(threading.enumerate()) <= threads
+        assert not shared.gpu.blocks.running
+        assert running.rows is None
+        assert cache._shared.place is None
+        if shared.ours.length == 0:  # not after an interrupt
+            shared.ours.forward(IDS[:4])
+    shared.compare(IDS[4:30])
+
+
+def test_a_signal_ends_blocks(in_blocks: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python interrupts the main thread, which waits for a block."""
+    layer: Any = in_blocks.loaded.model.model.layers[-1]  # type: ignore[union-attr, index]
+    plain, ended = layer.self_attn.forward, list[str]()
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0.05)  # until the main thread has been interrupted
+        ended.append("attention")
+        return plain(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layer.self_attn, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            in_blocks.ours.forward(IDS[:30])
+    assert ended == ["attention"]  # of one block, which came to its end
+    in_blocks.compare(IDS[:30])
 
 
 def test_a_gpu_gets_prompts_in_chunks_of_an_engine_call(shared: Shared) -> None:

@@ -230,7 +230,7 @@ def test_kernels_of_prompts_and_steps_are_loaded(
     monkeypatch.setattr(DecodeGraphs, "_run", watched)
     warm_up._load_kernels(llama, torch.device("cpu"), 100)
     assert "failed" not in caplog.text
-    assert [n for n in forwards if n > 1] == [48, 24, 12, 6]
+    assert [n for n in forwards if n > 1] == [48, 20, 24, 20, 12, 20, 6, 20]
     assert in_steps == [512] * 3  # ahead of the capture, in it, and as its replay
 
 

@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 from ktrt.errors import KtrtError
 from ktrt.generate.runner import ModelRunner
 from ktrt.generate.step import Span, Step
-from ktrt.kv import memory, static
+from ktrt.kv import memory, places
 from ktrt.kv.memory import ReservedRegion, TensorRegion
 from ktrt.kv.pool import KvPool, Slot
 from ktrt.kv.static import StaticKv
@@ -139,7 +139,7 @@ def test_fewer_slots_where_addresses_are_bounded(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     one = 2 * LAYERS * HEADS * 4096 * SIZE * 2
-    monkeypatch.setattr(static, "fits", lambda size: size <= 5 * one)
+    monkeypatch.setattr(places, "fits", lambda size: size <= 5 * one)
     filled = Filled(slots=16)
     assert filled.cache.slots == filled.pool.most_slots == 4
     assert "4 slots of 4096 tokens, not for 16" in caplog.text

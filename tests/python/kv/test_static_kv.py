@@ -23,6 +23,7 @@ from ktrt.generate.graphs import (
 )
 from ktrt.generate.runner import KvCache
 from ktrt.kv import static as kv_cache
+from ktrt.kv.positions import Positions
 from ktrt.kv.static import StaticKv, cache_argument, unusual_layers
 
 PROMPT = [5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43]
@@ -256,7 +257,7 @@ def test_reserve_doubles_and_keeps(llama: Any) -> None:
 def test_an_interrupted_growth_is_repeated(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = KvCache(llama, dense_graphs(llama))
     cache.forward(PROMPT)
-    grow, left = kv_cache.StaticLayer.grow, [1]
+    grow, left = Positions.grow, [1]
 
     def interrupted(layer: Any, *sizes: Any) -> None:
         grow(layer, *sizes)
@@ -264,7 +265,7 @@ def test_an_interrupted_growth_is_repeated(llama: Any, monkeypatch: pytest.Monke
             left.pop()
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(kv_cache.StaticLayer, "grow", interrupted)
+    monkeypatch.setattr(Positions, "grow", interrupted)
     more = tokens(llama, 9)
     with pytest.raises(KeyboardInterrupt):
         cache.forward(more)
@@ -371,11 +372,11 @@ def test_a_capture_by_torch(failure: BaseException | None, monkeypatch: pytest.M
     assert TorchGraph.stream == "main"
 
 
-def broken_mask(model: Any, positions: torch.Tensor, window: int) -> torch.Tensor:
+def broken_mask(model: Any, cache: Any, positions: torch.Tensor, window: int) -> torch.Tensor:
     return torch.arange(window)[None, None, None, :] < 2
 
 
-def broken_positions(model: Any, positions: torch.Tensor, window: int) -> torch.Tensor:
+def broken_positions(model: Any, cache: Any, positions: torch.Tensor, window: int) -> torch.Tensor:
     positions.fill_(1)
     return torch.arange(window)[None, None, None, :] <= 12
 
@@ -412,7 +413,9 @@ def test_windows() -> None:
 def test_unusual_layers_are_named() -> None:
     assert unusual_layers(make("deepseek_v2")) == []
     sliding = MistralConfig(num_hidden_layers=2, sliding_window=8)
-    assert unusual_layers(SimpleNamespace(config=sliding)) == ["DynamicSlidingWindowLayer"]
+    assert unusual_layers(SimpleNamespace(config=sliding)) == []
+    indexed = AutoConfig.for_model("deepseek_v32", num_hidden_layers=2)
+    assert unusual_layers(SimpleNamespace(config=indexed)) == ["DynamicIndexedLayer"]
     own = SimpleNamespace(config=sliding, _supports_default_dynamic_cache=lambda: False)
     assert unusual_layers(own) == ["the layers of SimpleNamespace itself"]
     assert len(DynamicCache(config=sliding).layers) == 2

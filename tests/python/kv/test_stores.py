@@ -40,14 +40,15 @@ def test_many_sequences(model: Any, caplog: pytest.LogCaptureFixture) -> None:
     """Steps of all of them give what each gives alone, and it is said once that they do not
     mix."""
     caplog.set_level(logging.INFO, logger="ktrt.generate.forwards")
+    caplog.set_level(logging.INFO, logger="ktrt.generate.runner")
     runner, alone = (ModelRunner(model, running=RunningStep()) for _ in range(2))
-    assert not runner.mixes
     prompts = [ids(20, 1), ids(5, 2), ids(40, 3)]
     slots = [runner.pool.open(n, ()) for n in range(3)]
     steps = [prompts, [[3], [4], [5]], [[6], [7], [8]]]
     for step in steps:
         spans = tuple(Span(slot=slot, ids=part) for slot, part in zip(slots, step, strict=True))
         found = runner.run(Step(spans))
+    assert not runner.mixes
     for at, logits in enumerate(found):
         slot = alone.pool.open(at, ())
         for step in steps:

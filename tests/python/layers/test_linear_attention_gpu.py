@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from helpers.family_models import families, random_model
 from helpers.interpreted import mend_interpreter
 from helpers.linear_attention import CASES, KIMI, RULE, Draw, copied, delta_rule, mamba, results
+from transformers import DynamicCache
 
 from ktrt.engine import Engine
 from ktrt.layers.linear_attention.chunks import chunked_delta_rule
 from ktrt.layers.linear_attention.functions import Functions
 from ktrt.layers.linear_attention.gpu_operators import GpuOperators
+from ktrt.layers.linear_attention.gpu_step import DeltaRuleStep, has_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,7 +53,7 @@ KERNELS: dict[str, tuple[str, str, Callable[[Draw], dict[str, Any]]]] = {
              lambda d: delta_rule(d, 1, 3, per_key=True, value_size=12)),
     "mamba": ("jamba", "mamba_selective_scan", lambda d: mamba(d, 2, 3)),
     **{case: CASES[case] for case in (
-        "mamba, step", "mamba 2, step", "conv, step", "conv, short state")},
+        "mamba, step", "mamba 2, step", "conv, step", "conv, short state", "conv, linear")},
 }  # fmt: skip
 
 
@@ -76,3 +79,25 @@ def test_chunks_equal_transformers(tokens: int) -> None:
     found = chunked_delta_rule(q, k, v, g, beta, state, scaling=20**-0.5, unit_keys=True)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(state, end, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_next", "qwen3_5_moe_text"])
+def test_a_layers_step_equals_transformers(model_type: str) -> None:
+    family = next(each for each in families() if each.model_type == model_type)
+    changes = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    model = random_model(family, changes=changes).bfloat16()
+    layer: Any = next(each for each in model.modules() if hasattr(each, "dt_bias"))
+    assert has_step(layer)
+    step = DeltaRuleStep(layer, layer.forward)
+    prompt, token = torch.randn(2, 5, 112).bfloat16(), torch.randn(2, 1, 112).bfloat16()
+    found = []
+    with torch.no_grad():
+        for forward, dtype in ((layer.float().forward, torch.float32), (step, torch.bfloat16)):
+            layer.to(dtype)
+            cache = DynamicCache(config=model.config)
+            layer(prompt.to(dtype), cache=cache)
+            outs = [forward(token.to(dtype), cache=cache).float() for _ in range(2)]
+            state = cache.get_recurrent_state(layer.layer_idx)
+            found.append([*outs, state, cache.get_conv_state(layer.layer_idx).float()])
+    for one, other in zip(*found, strict=True):
+        assert (one - other).abs().max() < 0.02 * one.abs().max()
