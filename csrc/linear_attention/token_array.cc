@@ -7,10 +7,10 @@ namespace ktrt {
 
 namespace {
 
-// Takes `steps` strides from `rest`; false if they do not fit.
+// Takes `steps` strides from `rest`; false if they do not fit. With a stride of 0, any number would.
 bool take(std::int64_t& rest, std::int64_t stride, std::int64_t steps) {
   if (steps <= 0) return true;
-  if (stride < 0 || stride > rest / steps) return false;
+  if (stride <= 0 || stride > rest / steps) return false;
   rest -= stride * steps;
   return true;
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from transformers import cache_utils
-from transformers.cache_utils import CacheLayerMixin, DummyLayer
+from transformers.cache_utils import CacheLayerMixin
 
 from ktrt.kv.positions import Positions
 from ktrt.kv.states import States
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from ktrt.kv.memory import Region
     from ktrt.kv.places import Shared
 
-# transformers has states from 5.4 on.
+# transformers has states from 5.4 on, and layers that hold nothing from 5.18 on.
 _States: Any = getattr(cache_utils, "LinearAttentionCacheLayerMixin", object)
+_Nothing: Any = getattr(cache_utils, "DummyLayer", object)
 
 
 class StaticLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -115,7 +116,7 @@ class HybridLayer(StateLayer, StaticLayer):
         StateLayer.__init__(self, shared, count)
 
 
-class NoLayer(DummyLayer):  # type: ignore[misc]
+class NoLayer(_Nothing):  # type: ignore[misc]
     """Nothing: a layer without attention, or with the keys and values of another one."""
 
 

@@ -21,6 +21,7 @@ from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 from ktrt.layers.linear_attention.families import FAMILIES, PARAMETERS
+from ktrt.layers.linear_attention.gated_norm import GatedNormInBlocks, is_gated_norm
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,6 +56,8 @@ def accelerate_linear_attention(model: nn.Module, engine: Engine, patches: Patch
             if _has_gpu_step(module):
                 forward = DeltaRuleStep(module, forward)
             patches.set(module, "forward", forward)
+            for norm in filter(is_gated_norm, module.children()):
+                patches.set(norm, "forward", GatedNormInBlocks(norm.forward))
             count += 1
     if count:
         _log(model, count)

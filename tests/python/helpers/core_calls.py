@@ -424,6 +424,48 @@ class Calls:
         norm = self.norm()
         return f"RmsNorm.forward({_shown(spoiled)})", lambda: norm.forward(**spoiled)
 
+    def tokens(self, *shape: int) -> Any:
+        """An array [sequences, tokens, heads, size]."""
+        numbers = self.array(*shape)
+        address, count = self.addressed(numbers)
+        arguments = dict(
+            zip(("sequence_stride", "token_stride", "head_stride"), numbers.stride(), strict=False),
+            address=address, count=count,
+        )  # fmt: skip
+        spoiled = self.spoil(arguments, address=ADDRESSES, count=COUNTS)
+        return _core.TokenArray(**spoiled, float32=True)
+
+    def keep_state(self) -> tuple[str, Call]:
+        """Calls an operator of layers with a state."""
+        rows, state, count = (2, 3), *self.addressed(self.array(2, 4 * 8 * 20))
+        held = {"state": state, "state_count": count, "state_stride": 4 * 8 * 20}
+        form = {"heads": 4, "key_heads": 2, "key_size": 8, "value_size": 20, "scaling": 0.5,
+                "subtracts": True, "unit_keys": True, "decay_per_key": False,
+                "transposed_state": False}  # fmt: skip
+        chosen: tuple[Any, dict[str, Any], dict[str, Any]] = self.pick(
+            (_core.LinearAttention, form, held | {
+                "query": self.tokens(*rows, 2, 8), "key": self.tokens(*rows, 2, 8),
+                "value": self.tokens(*rows, 4, 20), "decay": self.tokens(*rows, 4, 1),
+                "beta": self.tokens(*rows, 4, 1), "out": self.tokens(*rows, 4, 20)}),
+            (_core.ShortConv, {"channels": 9, "taps": 4, "silu": True}, {
+                "x": self.tokens(*rows, 1, 9), "weight": self.tokens(1, 1, 1, 36),
+                "bias": self.tokens(1, 1, 1, 9), "state": self.tokens(2, 1, 1, 27),
+                "state_tokens": 3, "out": self.tokens(*rows, 1, 9)}),
+            (_core.SelectiveScan, {"channels": 40, "size": 16}, held | {
+                "x": self.tokens(*rows, 1, 40), "dt": self.tokens(*rows, 1, 40),
+                "a": self.tokens(1, 1, 1, 640), "b": self.tokens(*rows, 1, 16),
+                "c": self.tokens(*rows, 1, 16), "out": self.tokens(*rows, 1, 40)}),
+        )  # fmt: skip
+        kind, sizes, arrays = chosen
+        spoiled = (
+            self.spoil(sizes),
+            self.spoil(arrays | {"sequences": 2, "tokens": 3}, state=ADDRESSES, state_count=COUNTS),
+        )
+        engine = self.any_engine()
+        return f"{kind.__name__}{_shown(spoiled)}", (
+            lambda: kind(engine, **spoiled[0]).forward(**spoiled[1])
+        )
+
     def function(self) -> tuple[str, Call]:
         engine = self.any_engine()
         chosen: tuple[str, Call] = self.pick(
@@ -442,7 +484,7 @@ class Calls:
         kinds = [
             self.make, self.method, self.method, self.protocol, self.forward, self.forward,
             self.change, self.change, self.linear, self.multiply, self.attend, self.attend_rows,
-            self.normalise,
+            self.normalise, self.keep_state,
             self.function,
         ]  # fmt: skip
         chosen: tuple[str, Call] = self.pick(*kinds)()
@@ -457,7 +499,7 @@ class Calls:
 
 
 # Classes whose members take addresses or streams; only specific calls know valid ones.
-SAFE_ONLY = (_core.HeadArray, _core.GpuHandoff, torch.Tensor, StrangeArray)
+SAFE_ONLY = (_core.HeadArray, _core.TokenArray, _core.GpuHandoff, torch.Tensor, StrangeArray)
 
 
 def _shown(arguments: Any) -> str:

@@ -19,6 +19,7 @@ from ktrt.kv.static import cache_argument
 from ktrt.layers.linear_attention import accelerate_linear_attention
 from ktrt.layers.linear_attention.families import FAMILIES, PARAMETERS
 from ktrt.layers.linear_attention.functions import Functions
+from ktrt.layers.linear_attention.gated_norm import GatedNormInBlocks, is_gated_norm
 from ktrt.utils.patches import Patches
 
 if TYPE_CHECKING:
@@ -116,6 +117,25 @@ def logits_of(model: Any, lengths: tuple[int, ...]) -> list[torch.Tensor]:
             found.append(model(input_ids=ids, **options).logits)
         at += length
     return found
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_next", "kimi_linear", "nemotron_h"])
+def test_blocks_of_a_gated_norm_have_its_bits(model_type: str) -> None:
+    family = next(each for each in families() if each.model_type == model_type)
+    norm: Any = next(m for m in random_model(family).modules() if is_gated_norm(m))
+    size = norm.weight.numel()
+    x, gate = torch.randn(2, 2, (1 << 18) // size + 3, size)
+    x, gate = x.bfloat16(), gate.bfloat16()
+    calls = []
+
+    def plain(*rows: torch.Tensor) -> torch.Tensor:
+        calls.append(len(rows[0]))
+        found: torch.Tensor = norm(*rows)
+        return found
+
+    with torch.no_grad():
+        assert torch.equal(GatedNormInBlocks(plain)(x, gate), norm(x, gate))
+    assert len(calls) > 3
 
 
 # A model of each kind of layer; several tokens after a state restart jamba's.
