@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from helpers.interpreted import mend_interpreter
+from helpers.interpreted import interpreted
 
 from ktrt.layers.engine_attention import HeldKeys
 from ktrt.layers.form import AttentionForm
@@ -24,8 +24,7 @@ SINKS = torch.linspace(-1, 2, 4)
 
 @pytest.fixture(autouse=True)
 def interpreter() -> None:
-    pytest.importorskip("triton")
-    mend_interpreter()
+    interpreted()
 
 
 @pytest.fixture

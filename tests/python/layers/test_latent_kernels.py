@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from helpers.interpreted import mend_interpreter
+from helpers.interpreted import interpreted
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -95,8 +95,7 @@ class Layer:
 
 @pytest.fixture
 def layer(patches: Patches) -> Layer:
-    pytest.importorskip("triton")
-    mend_interpreter()
+    interpreted()
     return Layer(patches)
 
 
