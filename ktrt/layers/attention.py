@@ -202,8 +202,9 @@ def _one_token(
         length = recorder.length_behind(mask)
         if length is not None and engine.takes(query, key, value, None):
             return engine.record(recorder, length, query, key, value, form)
-        if form.window:
-            raise KtrtError("the step cannot be recorded: its masks hide no window")
+        # The step's masks of windows say where a ring holds what is seen.
+        if form.window and mask is None:
+            raise KtrtError("the step cannot be recorded: it has no mask of a window")
     return one_token(query, key, value, mask, form)
 
 
