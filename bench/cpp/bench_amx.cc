@@ -1,8 +1,8 @@
 // AMX from the registers outwards: the peak of tile multiplications that never touch memory, strips
-// of a GEMM on one core, the LoRA shrink, and whole layers of DeepSeek-V2-Lite's shape on all
-// threads. Prints tables; fractions are of the tile peak.
+// of a GEMM on one core and on all at once, the LoRA shrink, and whole layers of DeepSeek-V2-Lite's
+// shape on all threads. Prints tables; fractions are of the tile peak.
 //
-//   bench_amx [peak] [strip] [few] [shrink] [layer] [emulated] [format …] [name=value …]
+//   bench_amx [peak] [strip] [at_once] [few] [shrink] [layer] [emulated] [format …] [name=value …]
 //
 // Without a name of a part, all of them; without one of a format, all formats. Without AMX it says
 // so and stops, but for `emulated`, which shows that it works, not how fast. Values: threads,
@@ -16,6 +16,7 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -98,10 +99,17 @@ void pin(int cpu) {
   name " %tmm6, %tmm4, %tmm0\n" name " %tmm7, %tmm4, %tmm1\n" name " %tmm6, %tmm5, %tmm2\n" name \
        " %tmm7, %tmm5, %tmm3\n"
 
-// Normally distributed: BF16, or INT8 codes whose largest is about 127.
+// Normally distributed: BF16, or INT8 codes whose largest is about 127; from 1 MB on again the
+// same.
 void fill_operands(bool int8, unsigned char* operands, std::size_t bytes) {
+  constexpr std::size_t kPeriod = (std::size_t{1} << 20) + 62;
   std::mt19937 random(1);
   std::normal_distribution<float> normal(0.0f, int8 ? 36.0f : 0.02f);
+  for (std::size_t i = kPeriod; i < bytes; i += kPeriod) {
+    if (i == kPeriod) fill_operands(int8, operands, kPeriod);
+    std::memcpy(operands + i, operands, std::min(kPeriod, bytes - i));
+  }
+  if (bytes > kPeriod) return;
   for (std::size_t i = 0; i < bytes; i += int8 ? 1 : 2) {
     const float value = normal(random);
     if (int8) {
@@ -192,8 +200,11 @@ struct StripCase {
         scales(static_cast<std::size_t>(std::max(rows_, kHidden)), 1.0f),
         lora_b(64 * 64, 0x3c00),
         t(static_cast<std::size_t>(rows_ + 64) * 96, 0x3c00) {
-    std::memset(w.as<char>(), 0x3c, w.bytes());
-    std::memset(a.as<char>(), 0x3c, a.bytes());
+    // Codes of coded formats may be anything, but for scales, which follow them.
+    const bool coded = is_coded(format);
+    if (coded) std::memset(w.as<char>(), 0x3c, w.bytes());
+    if (!coded) fill_operands(quantizes_rows(format), w.as<unsigned char>(), w.bytes() & ~1ul);
+    fill_operands(quantizes_rows(format), a.as<unsigned char>(), a.bytes() & ~1ul);
   }
 
   GemmArgs args(const GemmKernel& kernel, int matrix, int strip, int rank) const {
@@ -282,7 +293,7 @@ double memory_rate(StripCase& test, const GemmKernel& gemm) {
 }
 
 // Both kernels where few rows leave a choice.
-void strips(const Options& options, const Peaks& peaks) {
+void strips(const Options& options) {
   const bool amx = cpu_features().amx;
   std::printf(
       "\nstrips on one core (k 2048); L2 r8: with LoRA; memory: weights never in a cache\n");
@@ -294,13 +305,50 @@ void strips(const Options& options, const Peaks& peaks) {
       StripCase test(format, rows, amx ? 64 : 1);
       for (const GemmKernel* kernel : {gemm.few, gemm.many}) {
         if (kernel == gemm.few && rows > 16) continue;
+        const double peak = amx ? tile_peak(quantizes_rows(format), now(), 0.005) : 1e12;
         const double base = l2_rate(test, *kernel, 0);
         const double memory = memory_rate(test, *kernel);
         std::printf("%s rows %3d %-16s: L2 %6.0f GFLOP/s %3.0f %%, L2 r8 %6.0f, memory %6.0f\n",
-                    name_of(format), rows, kernel->name, base / 1e9,
-                    100 * base / peaks.one_of(format), l2_rate(test, *kernel, 8) / 1e9,
-                    memory / 1e9);
+                    name_of(format), rows, kernel->name, base / 1e9, 100 * base / peak,
+                    l2_rate(test, *kernel, 8) / 1e9, memory / 1e9);
       }
+      std::fflush(stdout);
+    }
+  }
+}
+
+// Every thread its own strips, all at the same time: what a layer can reach at most.
+void strips_at_once(const Options& options, const std::vector<int>& cpus, const Peaks& peaks) {
+  constexpr double kSeconds = 0.05;
+  std::printf("\nstrips on %zu threads at once, 256 rows, k 2048\n", cpus.size());
+  for (const WeightFormat format : kWeightFormats) {
+    if (!options.wants_format(format)) continue;
+    for (const bool from_memory : {false, true}) {
+      std::atomic<int> ready{0};
+      std::vector<double> rates(cpus.size());
+      const auto run = [&](std::size_t thread) {
+        pin(cpus[thread]);
+        StripCase test(format, 256, from_memory ? 16 : 1);
+        const GemmKernel& kernel = *gemm_of(format).many;
+        const int strips = from_memory ? 44 : 4;
+        int matrix = 0;
+        test.run(kernel, 0, 0, strips, 0);
+        for (++ready; ready < static_cast<int>(cpus.size());) std::this_thread::yield();
+        const double start = now();
+        double done = 0;
+        while (now() < start + kSeconds) {
+          test.run(kernel, matrix++ % test.matrices, 0, strips, 0);
+          done += test.flops(strips);
+        }
+        rates[thread] = done / (now() - start);
+      };
+      std::vector<std::thread> threads;
+      for (std::size_t i = 0; i < cpus.size(); ++i) threads.emplace_back(run, i);
+      for (std::thread& thread : threads) thread.join();
+      const double rate = std::accumulate(rates.begin(), rates.end(), 0.0);
+      std::printf("%s from %s: %6.0f GFLOP/s, %3.0f %%\n", name_of(format),
+                  from_memory ? "memory" : "L2", rate / 1e9,
+                  100 * rate / peaks.all_now(quantizes_rows(format)));
       std::fflush(stdout);
     }
   }
@@ -372,12 +420,13 @@ void run(const Options& options) {
   if (options.wants("strip") || options.wants("few") || options.wants("shrink")) {
     std::thread one([&] {
       pin(cpus.back());
-      if (options.wants("strip")) strips(options, peaks);
+      if (options.wants("strip")) strips(options);
       if (options.wants("few")) few_rows(options);
       if (options.wants("shrink")) shrinks();
     });
     one.join();
   }
+  if (options.wants("at_once") && features.amx) strips_at_once(options, cpus, peaks);
   if (!options.wants("layer")) return;
   for (const WeightFormat format : kWeightFormats) {
     if (!options.wants_format(format)) continue;

@@ -7,7 +7,8 @@ namespace ktrt {
 
 namespace {
 
-// Takes `steps` strides from `rest`; false if they do not fit. With a stride of 0, any number would.
+// Takes `steps` strides from `rest`; false if they do not fit. With a stride of 0, any number
+// would.
 bool take(std::int64_t& rest, std::int64_t stride, std::int64_t steps) {
   if (steps <= 0) return true;
   if (stride <= 0 || stride > rest / steps) return false;

@@ -34,8 +34,10 @@ def has_device_memory(device: torch.device, driver: str = DRIVER) -> bool:
     try:
         with torch.cuda.device(device):
             torch.zeros(1, device=device)  # makes the context
-            new_region(1, driver)
-    except RuntimeError as error:
+            region = new_region(1, driver)
+            region.commit(0, 1)
+            bytes_of(region, device)[:1].zero_()
+    except (RuntimeError, KtrtError) as error:
         logger.info("Keys and values move on the GPU as they grow: %s", error)
         return False
     return True
@@ -58,18 +60,23 @@ def fits(size: int, driver: str) -> bool:
     return True
 
 
-def bytes_of(region: DeviceRegion) -> torch.Tensor:
-    """Returns a region's bytes on the device, uint8 [bytes], most of which have no memory. The
+def bytes_of(region: DeviceRegion, device: torch.device) -> torch.Tensor:
+    """Returns a region's bytes on ``device``, uint8 [bytes], most of which have no memory. The
     first of them must: torch asks whose address it is."""
     with torch.inference_mode(False):
-        found: torch.Tensor = torch.as_tensor(region)
+        # Without the device torch would copy them to the CPU.
+        found = torch.as_tensor(region, device=device)
+    if found.data_ptr() != region.address:
+        raise KtrtError(f"torch has copied the memory of {device} that it should have looked at")
     return found
 
 
 class DeviceRows:
     """Memory [slots, capacity] of rows of ``row`` bytes; of each slot the first ones have some."""
 
-    def __init__(self, slots: int, capacity: int, row: int, driver: str) -> None:
+    def __init__(
+        self, slots: int, capacity: int, row: int, device: torch.device, driver: str
+    ) -> None:
         """``KtrtError``: there is no room for that many addresses."""
         self.row, self._capacity = _up(row, _ALIGNMENT), capacity
         try:
@@ -82,7 +89,7 @@ class DeviceRows:
                 f"no addresses on the GPU for a layer's keys and values of {slots} slots of "
                 f"{capacity} tokens, {slots * capacity * self.row / 1e9:.1f} GB ({error})"
             ) from error
-        self.bytes = bytes_of(self._region)
+        self.bytes = bytes_of(self._region, device)
         # Bytes from the slot's begin on that have memory, which was zeroed.
         self._ends = [0] * slots
 
@@ -161,7 +168,7 @@ def device_arrays(
     for shape, like in zip(shapes, likes, strict=True):
         places.append(row)
         row += _row_bytes(shape, like)
-    rows = DeviceRows(slots, capacity, row, driver)
+    rows = DeviceRows(slots, capacity, row, likes[0].device, driver)
     return [
         DeviceArray(rows, shape, like, at)
         for shape, like, at in zip(shapes, likes, places, strict=True)

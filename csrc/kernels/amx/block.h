@@ -137,24 +137,25 @@ struct TurnBefore {
 };
 
 // Lines that are prefetched evenly over some number of steps.
-class Prefetch {
- public:
-  void start(const uint8_t* begin, int64_t bytes, int64_t steps) {
-    next_ = begin;
-    const int64_t lines = begin == nullptr ? 0 : (bytes + 63) / 64;
-    end_ = begin + lines * 64;
-    per_step_ = (lines + steps - 1) / steps * 64;
-  }
-  void step() {
-    const uint8_t* end = next_ + per_step_ < end_ ? next_ + per_step_ : end_;
-    for (; next_ < end; next_ += 64) __builtin_prefetch(next_, 0, 2);
-  }
+struct Prefetch {
+  const uint8_t* next = nullptr;
+  const uint8_t* end = nullptr;
+  int64_t per_step = 0;
 
- private:
-  const uint8_t* next_ = nullptr;
-  const uint8_t* end_ = nullptr;
-  int64_t per_step_ = 0;
+  void start(const uint8_t* begin, int64_t bytes, int64_t steps) {
+    next = begin;
+    const int64_t lines = begin == nullptr ? 0 : (bytes + 63) / 64;
+    end = begin + lines * 64;
+    per_step = (lines + steps - 1) / steps * 64;
+  }
 };
+
+// One step; returns what is next.
+inline const uint8_t* prefetch_step(const uint8_t* next, const uint8_t* end, int64_t per_step) {
+  const uint8_t* until = next + per_step < end ? next + per_step : end;
+  for (; next < until; next += 64) __builtin_prefetch(next, 0, 2);
+  return next;
+}
 
 // The strip's LoRA expand as W tiles. Ranks come packed to even counts; a tile takes 32, so the
 // missing ones are zeros here, in the L1 cache, rather than in memory, where they would triple what
@@ -276,8 +277,9 @@ class TilesInPlace {
 
 // One strip. Gemm has kLayoutBlock (bytes of W), WeightTiles, Multiply, row_bytes(g) of W, and for
 // the rows of one or two tiles: finish<Tiles, kTwoTiles>(first tile) when their sums are complete
-// in the tiles, which returns the address to store the tiles at; stored() after the store,
-// after which step() is called between the next multiplications and flush() before the next finish.
+// in the tiles, which returns the address to store the tiles at; stored() after the store; then
+// steps(count), whose step() is called between the next `count` multiplications, stepped(steps)
+// when they are done, and flush() before the next finish.
 template <class Tiles, class Gemm>
 class TileStrip {
   using WeightTiles = typename Gemm::WeightTiles;
@@ -323,7 +325,7 @@ class TileStrip {
         for (int i = 0; i < block.count * kPerPacked; ++i) {
           w_.prepare(0, i);
           multiply(w_.tile(i), block.byte * kPerPacked + i * 64);
-          weights_.step();
+          weights_.next = prefetch_step(weights_.next, weights_.end, weights_.per_step);
         }
       });
     }
@@ -374,20 +376,31 @@ class TileStrip {
     const RowTiles coming = tile + 2 < tiles_
                                 ? row_tiles(g_, tile + 2, block.byte * kPerPacked)
                                 : row_tiles(g_, 0, block.byte * kPerPacked + count * 64);
+    const bool cold_rows = g_.cold_rows;
+    const uint8_t* next = weights_.next;
+    const uint8_t* const end = weights_.end;
+    const int64_t per_step = weights_.per_step;
+    int64_t offset = 0;  // of A's next 64 bytes
     const auto multiply = [&](int i, auto before) {
       w_.prepare(tile / 2, i);
-      if (g_.cold_rows) prefetch_rows(coming, i);
-      multiply_tile<Tiles, Multiply, kTwoTiles, true>(w_.tile(i), a.first + i * a.step,
-                                                      a.second + i * a.step, before);
-      weights_.step();
+      if (cold_rows) prefetch_rows(coming, i);
+      multiply_tile<Tiles, Multiply, kTwoTiles, true>(w_.tile(i), a.first + offset,
+                                                      a.second + offset, before);
+      offset += a.step;
+      next = prefetch_step(next, end, per_step);
+      // In registers: a step that stores to memory, be it one counter, has tile loads wait.
+      asm("" : "+r"(offset), "+r"(next));
     };
     multiply(0, TurnBefore<Tiles>{turn, g_.tile_rows});
     gemm_.stored();
-    gemm_.step(count);
+    auto scaling = gemm_.steps(count);
+    scaling.step();
     for (int i = 1; i < count; ++i) {
       multiply(i, NothingBefore());
-      gemm_.step(count);
+      scaling.step();
     }
+    gemm_.stepped(scaling);
+    weights_.next = next;
     const bool last = block.byte + block.count * 64 == row_bytes_;
     pending_ = last ? gemm_.template finish<Tiles, kTwoTiles>(tile) : c;
   }

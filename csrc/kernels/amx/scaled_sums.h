@@ -36,18 +36,25 @@ class ScaledSums {
     end_ = coming_end_;
     coming_end_ = 0;
   }
-  // Scales as many rows as leave nothing to do after `steps` steps.
-  void step(int steps) {
-    const int count = (2 * kTileRows + steps - 1) / steps;
-    const int end = next_ + count < end_ ? next_ + count : end_;
-    while (next_ < end) scale(next_++);
-  }
+  // Scales as many rows a step as leave nothing to do after `count` steps.
+  struct Steps {
+    const ScaledSums& sums;
+    int next;
+    int end;
+    int rows;
+    void step() {
+      const int until = next + rows < end ? next + rows : end;
+      for (; next < until; ++next) sums.scale(next);
+    }
+  };
+  Steps steps(int count) { return {*this, next_, end_, (2 * kTileRows + count - 1) / count}; }
+  void stepped(const Steps& steps) { next_ = steps.next; }
   void flush() {
     while (next_ < end_) scale(next_++);
   }
 
  private:
-  void scale(int row) {
+  void scale(int row) const {
     float* c = g_.c + static_cast<int64_t>(row) * kStripColumns;
     const Scale scale(g_, row);
     for (int half = 0; half < kStripColumns; half += 16) {

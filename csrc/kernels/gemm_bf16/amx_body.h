@@ -24,7 +24,11 @@ class AmxBf16Gemm {
     return g_.c + static_cast<int64_t>(first_row) * kStripColumns;
   }
   void stored() {}
-  void step(int) {}
+  struct Steps {
+    void step() {}
+  };
+  Steps steps(int) { return {}; }
+  void stepped(const Steps&) {}
   void flush() {}
 
  private:

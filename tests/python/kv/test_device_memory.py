@@ -59,7 +59,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> FakeCuda:
 
 @pytest.fixture
 def driver(library: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
-    def bytes_of(region: Any) -> torch.Tensor:
+    def bytes_of(region: Any, device: torch.device) -> torch.Tensor:
+        assert device.type == "cpu"
         kept.append(region)  # as torch keeps it
         with torch.inference_mode(False):
             data = (ctypes.c_byte * region.nbytes).from_address(region.address)
