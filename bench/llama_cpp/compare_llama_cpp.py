@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compares a whole model in llama.cpp and in ktrt on this machine's CPU, LoRA off and on.
+"""Compares a whole model in llama.cpp and in ktrt, on the CPU or with a GPU, LoRA off and on.
 
     pip install '.[llama-cpp]'      # compiles llama.cpp for this machine: minutes
     python bench/llama_cpp/compare_llama_cpp.py --out /tmp/pair [--json] [--rounds N]
@@ -15,6 +15,11 @@ here, by quantization_bit: 8 in addition to the experts' kt_backend (--formats i
 the experts, the rest in BF16). The embeddings' table and the router count in neither; LoRA has 16
 bits in both. --llama-cpp names a folder whose libllama.so replaces llama-cpp-python's own. --out
 takes 9 GB with 4 layers.
+
+--gpu: both have everything but the routed experts on the GPU. --llama-cpp then names llama.cpp
+built with CUDA, whose tensor overrides leave the experts in RAM; for prompts it copies them to the
+GPU once for 2,048 tokens, where that is faster. Measured are prompts of 1,024 and 8,192 tokens, and
+decoding after 32 and after 16,384; without a GPU a prompt of 512, and decoding after it.
 """
 
 from __future__ import annotations
@@ -32,10 +37,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compare_rows import CHECKED_TOKENS, Row, context_of, rows_of, sizes_of, table
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from llama_cpp_model import Shape, Weights
+    from compare_rows import Samples
+    from llama_cpp_model import Weights
 
     from ktrt.session import Session
 
@@ -45,21 +53,10 @@ FORMATS: dict[str, tuple[str, int | None, str]] = {
     "int8": ("AMXInt8", 8, "q8_0"),
     "int8-experts": ("AMXInt8", None, "q8_0"),
 }
-# Bytes per weight (experts, rest): ktrt's, llama.cpp's. INT8's scales are left out: one per row of
-# 512 weights or more is below 1 %.
-Q8_0 = (34 / 32, 34 / 32)
-BYTES = {
-    "bf16": ((2.0, 2.0), (2.0, 2.0)),
-    "int8": ((1.0, 1.0), Q8_0),
-    "int8-experts": ((1.0, 2.0), Q8_0),
-}
-CHECKED_TOKENS = 48
 # The previous party's threads spin for a while, on the next one's cores.
 SETTLE_SECONDS = 0.2
 # Largest relative difference of the logits, median over positions, between two right answers.
 AGREEMENT = {"bf16": 0.05, "int8": 0.15, "int8-experts": 0.15}
-NAMES = {"bf16": "BF16", "int8": "INT8 · Q8_0", "int8-experts": "INT8 experts · Q8_0"}
-Row = dict[str, Any]
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -69,10 +66,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4, help="1.1 GB each, in BF16")
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=0, help="default: as an engine chooses")
-    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--prompt", type=int, help="tokens (512; with a GPU 1,024 and 8,192)")
+    parser.add_argument("--depth", type=int, help="tokens before decoding, with a GPU (16,384)")
+    parser.add_argument("--gpu", action="store_true", help="all but the routed experts on a GPU")
     parser.add_argument("--new", type=int, default=96, help="tokens to decode")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--formats", default="bf16,int8", type=lambda text: text.split(","))
+    parser.add_argument(
+        "--formats", type=lambda text: text.split(","), help="bf16,int8; with a GPU int8-experts"
+    )
     parser.add_argument("--keep", action="store_true", help="keep the GGUF files")
     parser.add_argument(
         "--plain-buffers", action="store_true",
@@ -81,8 +82,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--small", action="store_true", help="tiny layers: does the script work?")
     args = parser.parse_args(argv)
+    args.formats = args.formats or ["bf16", "int8-experts" if args.gpu else "int8"]
+    if args.gpu and "int8" in args.formats:
+        parser.error("--formats int8 is of the CPU: with --gpu take int8-experts")
     if unknown := set(args.formats) - set(FORMATS):
         parser.error(f"--formats: {', '.join(sorted(unknown))}: expected {', '.join(FORMATS)}")
+    if args.depth is not None and not args.gpu:
+        parser.error("--depth needs --gpu; otherwise decoding follows the prompt")
     return args
 
 
@@ -90,9 +96,9 @@ class LlamaCppParty:
     """llama.cpp in a separate process."""
 
     def __init__(self, args: argparse.Namespace, model: Path, lora: Path) -> None:
-        settings = {"model": str(model), "lora": str(lora), "threads": args.threads}
-        settings["context"] = args.prompt + args.new + CHECKED_TOKENS
-        settings["plain_buffers"] = args.plain_buffers
+        settings: Row = {"model": str(model), "lora": str(lora), "threads": args.threads}
+        settings |= {"context": context_of(args), "plain_buffers": args.plain_buffers}
+        settings["gpu"] = args.gpu
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "KMP_"))}
         if args.llama_cpp is not None:
             environment["LLAMA_CPP_LIB_PATH"] = str(args.llama_cpp.resolve())
@@ -150,11 +156,11 @@ class KtrtParty:
         # The sampler returns given ids: the other party gets the same.
         steps = generate_step(self.session.new_cache(), ids[:prompt], lambda _: next(rest, 2))
         times = [time.perf_counter()]
-        for _ in range(1 + new):
+        for _ in range(1 + new):  # the first one is the prompt
             next(steps)
             times.append(time.perf_counter())
         prefill, *each = (end - start for start, end in itertools.pairwise(times))
-        return {"prefill": prefill, "decode": statistics.median(each)}
+        return {"prefill": prefill, "decode": statistics.median(each) if new else None}
 
     def logits(self, lora: bool, ids: list[int]) -> Any:
         """Returns logits [ids, vocabulary] in float32, fed token by token."""
@@ -224,85 +230,36 @@ def measure(args: argparse.Namespace, weights: Weights, name: str) -> Iterator[R
         theirs.close()
         if not args.keep:
             file.unlink()
-    yield from rows_of(args, name, samples, weights.shape)
+    yield from rows_of(name, samples, weights.shape, gpu=args.gpu)
 
 
-def alternate(
-    args: argparse.Namespace, ours: KtrtParty, theirs: LlamaCppParty
-) -> dict[bool, list[tuple[Row, Row]]]:
-    """Returns (ktrt, llama.cpp) of each round, by LoRA; the first, unmeasured round warms up."""
+def alternate(args: argparse.Namespace, ours: KtrtParty, theirs: LlamaCppParty) -> Samples:
+    """Returns (ktrt, llama.cpp) of each round, by LoRA and size; the first, unmeasured round warms
+    up, with a GPU by everything that is measured."""
     from ktrt.engine.probes import BandwidthProbe
 
-    samples: dict[bool, list[tuple[Row, Row]]] = {False: [], True: []}
+    sizes = sizes_of(args)
+    samples: Samples = {(lora, size): [] for lora in (False, True) for size in sizes}
     probe = BandwidthProbe(args.threads)
     note(args, f"measuring; llama.cpp: {theirs.system}")
     for number in range(-1, args.rounds):
-        for lora in (False, True):
-            size = {"prompt": args.prompt, "new": args.new, "seed": number + 1}
-            if number < 0:
-                size |= {"prompt": 32, "new": 4}
+        for (lora, size), pairs in samples.items():
+            todo = {"prompt": size.prompt, "new": size.new, "seed": number + 1}
+            if number < 0 and not args.gpu:
+                todo |= {"prompt": 32, "new": 4}
             order = (0, 1) if number % 2 else (1, 0)
             pair: list[Row] = [{}, {}]
             for party in order:
                 time.sleep(SETTLE_SECONDS)
-                one = ours.measure(lora, **size) if party == 0 else None
-                pair[party] = one or theirs.ask("measure", lora=lora, **size)
+                one = ours.measure(lora, **todo) if party == 0 else None
+                pair[party] = one or theirs.ask("measure", lora=lora, **todo)
                 time.sleep(SETTLE_SECONDS)
                 pair[party]["read"] = statistics.median(probe.rate() for _ in range(3))
             if number >= 0:
-                samples[lora].append((pair[0], pair[1]))
+                pairs.append((pair[0], pair[1]))
     probe.close()
     note(args, f"measured {args.rounds} rounds")
     return samples
-
-
-def rows_of(
-    args: argparse.Namespace,
-    name: str,
-    samples: dict[bool, list[tuple[Row, Row]]],
-    shape: Shape,
-) -> Iterator[Row]:
-    sizes = [shape.token_bytes(*each) for each in BYTES[name]]
-    for lora, pairs in samples.items():
-        for phase, tokens in (("prefill", args.prompt), ("decode", 1)):
-            ktrt_times = [pair[0][phase] / tokens for pair in pairs]
-            their_times = [pair[1][phase] / tokens for pair in pairs]
-            ratios = [b / a for a, b in zip(ktrt_times, their_times, strict=True)]
-            # For decoding: the weights' bytes over the time, against the neighbouring read.
-            shares = [
-                statistics.median(
-                    sizes[party] / pair[party][phase] / pair[party]["read"] for pair in pairs
-                )
-                for party in (0, 1)
-            ]
-            yield {
-                "format": name, "lora": lora, "phase": phase,
-                "ktrt": 1 / statistics.median(ktrt_times),
-                "llama_cpp": 1 / statistics.median(their_times),
-                "ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios),
-                "of_read": shares if phase == "decode" else None,
-                "ktrt_rounds": [1 / each for each in ktrt_times],
-                "llama_cpp_rounds": [1 / each for each in their_times],
-            }  # fmt: skip
-
-
-def table(rows: Sequence[Row], prompt: int) -> str:
-    """Returns a Markdown table; tokens per second."""
-    lines = [
-        "| | ktrt, tokens/s | llama.cpp, tokens/s | times as fast | of the rounds "
-        "| share of the read bandwidth |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        phase = f"prompt of {prompt}" if row["phase"] == "prefill" else "decoding"
-        lora = ", LoRA r 8" if row["lora"] else ""
-        shares = row["of_read"]
-        read = f"{shares[0]:.0%} · {shares[1]:.0%}" if shares else "–"
-        lines.append(
-            f"| {NAMES[row['format']]}, {phase}{lora} | {row['ktrt']:.1f} | {row['llama_cpp']:.1f} "
-            f"| {row['ratio']:.2f} | {row['least']:.2f}–{row['most']:.2f} | {read} |"
-        )
-    return "\n".join(lines)
 
 
 def note(args: argparse.Namespace, text: str) -> None:
@@ -313,17 +270,27 @@ def prepare(args: argparse.Namespace) -> Weights:
     """Writes the Hugging Face side of the pair, and the adapter's GGUF."""
     from llama_cpp_model import Shape, make_pair, write_gguf_lora
 
-    shape = Shape(args.layers, args.vocab)
+    context = max(Shape.context, context_of(args))
+    shape = Shape(args.layers, args.vocab, context=context)
     if args.small:
-        shape = Shape(2, 512, 256, 128, 16, 4, 4, 2, 64)
+        shape = Shape(2, 512, 256, 128, 16, 4, 4, 2, 64, context=context)
         args.vocab = shape.vocab
     weights = make_pair(args.out, shape)
     write_gguf_lora(args.out / "lora.gguf", weights)
     return weights
 
 
+def need_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SystemExit("--gpu: PyTorch finds no GPU; without --gpu both run on the CPU")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
+    if args.gpu:
+        need_gpu()
     # As in a chat: OpenMP's idle threads would spin on the engine's cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -336,10 +303,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     weights = prepare(args)
     rows = [row for name in args.formats for row in measure(args, weights, name)]
     if args.json:
-        settings = {"threads": args.threads, "prompt": args.prompt, "new": args.new}
+        settings = {"threads": args.threads, "gpu": args.gpu, "new": args.new}
         print(json.dumps({**settings, "kernels": _core.kernels(), "rows": rows}, indent=1))
     else:
-        print(table(rows, args.prompt))
+        print(table(rows))
     return 0
 
 

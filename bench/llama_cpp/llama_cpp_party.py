@@ -21,32 +21,68 @@ import numpy as np
 from llama_cpp import llama_cpp as api
 
 Reply = dict[str, Any]
+# The routed experts' tensors, as a regular expression; and the tokens of one forward, with a GPU:
+# weights that lie in RAM are copied to it once for each.
+EXPERTS = b"ffn_.*_exps"
+GPU_BATCH = 2048
+
+
+class Override(ctypes.Structure):
+    """``llama_model_tensor_buft_override`` of llama.h."""
+
+    _fields_ = (("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p))
+
+
+def experts_in_ram(library: Any) -> ctypes.Array[Override]:
+    """Returns llama.cpp's overrides that leave the routed experts in RAM, on the CPU."""
+    library.ggml_backend_cpu_buffer_type.restype = ctypes.c_void_p
+    ram = library.ggml_backend_cpu_buffer_type()
+    return (Override * 2)(Override(EXPERTS, ram), Override(None, None))
 
 
 class LlamaCpp:
     """A model with a context of ``context`` tokens, and an adapter to switch on and off."""
 
     def __init__(
-        self, model: str, lora: str, threads: int, context: int, plain_buffers: bool = False
-    ) -> None:
-        """``plain_buffers``: keeps the file's weights, without repacking (for AMX, for example)."""
-        api.llama_log_set(_quiet, ctypes.c_void_p(0))
+        self, model: str, lora: str, threads: int, context: int, plain_buffers: bool = False,
+        gpu: bool = False,
+    ) -> None:  # fmt: skip
+        """``plain_buffers``: keeps the file's weights, without repacking (for AMX, for example).
+        ``gpu``: everything but the routed experts on the GPU."""
+        if not gpu:  # its threads crash in Python's callback
+            api.llama_log_set(_quiet, ctypes.c_void_p(0))
         api.llama_backend_init()
         model_params = api.llama_model_default_params()
         model_params.n_gpu_layers = 0
         model_params.use_extra_bufts = not plain_buffers
+        if gpu:
+            self._experts_in_ram(model_params)
         self._model = api.llama_model_load_from_file(model.encode(), model_params)
         if not self._model:
             raise SystemExit(f"llama.cpp cannot load {model}")
         params = api.llama_context_default_params()
         params.n_ctx = context
         params.n_threads = params.n_threads_batch = threads
+        if gpu:
+            params.n_batch = params.n_ubatch = GPU_BATCH
+        self._batch = params.n_batch
         self._context = api.llama_init_from_model(self._model, params)
         self._adapter = api.llama_adapter_lora_init(self._model, lora.encode())
         if not self._context or not self._adapter:
             raise SystemExit(f"llama.cpp cannot load {lora}, or make a context")
         self._vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self._model))
         self._memory = api.llama_get_memory(self._context)
+
+    def _experts_in_ram(self, model_params: Any) -> None:
+        if not api.llama_supports_gpu_offload():
+            raise SystemExit(
+                "this llama.cpp was built without a GPU: --llama-cpp names the folder of one that "
+                "was built with it (cmake -DGGML_CUDA=ON -DBUILD_SHARED_LIBS=ON)"
+            )
+        model_params.n_gpu_layers = 999
+        self._overrides = experts_in_ram(api._lib)  # llama.cpp reads it while loading
+        kind = dict(type(model_params)._fields_)["tensor_buft_overrides"]
+        model_params.tensor_buft_overrides = ctypes.cast(self._overrides, kind)
 
     def use_lora(self, enabled: bool) -> None:
         count = int(enabled)
@@ -57,10 +93,12 @@ class LlamaCpp:
 
     def decode(self, ids: list[int]) -> None:
         """Appends ``ids`` to the sequence; computes the logits of the last one."""
-        tokens = (api.llama_token * len(ids))(*ids)
-        status = api.llama_decode(self._context, api.llama_batch_get_one(tokens, len(ids)))
-        if status != 0:
-            raise SystemExit(f"llama_decode failed: {status}")
+        for first in range(0, len(ids), self._batch):
+            some = ids[first : first + self._batch]
+            tokens = (api.llama_token * len(some))(*some)
+            status = api.llama_decode(self._context, api.llama_batch_get_one(tokens, len(some)))
+            if status != 0:
+                raise SystemExit(f"llama_decode failed: {status}")
         api.llama_synchronize(self._context)
 
     def measure(self, prompt: int, new: int, seed: int) -> Reply:
@@ -73,7 +111,7 @@ class LlamaCpp:
             self.decode(chunk)
             times.append(time.perf_counter())
         prefill, *each = (end - start for start, end in itertools.pairwise(times))
-        return {"prefill": prefill, "decode": statistics.median(each)}
+        return {"prefill": prefill, "decode": statistics.median(each) if each else None}
 
     def logits(self, ids: list[int], file: str) -> Reply:
         """Writes float32 logits [ids, vocabulary] of a sequence, fed token by token, to a .npy

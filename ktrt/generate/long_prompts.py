@@ -31,13 +31,15 @@ class LongPrompts:
 
     def run(self, part: Part, cache: StaticKv) -> torch.Tensor:
         """Returns the wanted logits [wanted, vocab_size], as ``Forwards.alone`` does."""
-        running, shared = self._forwards.running, cache._shared
+        running = self._forwards.running
+        # Before any block stores something: rings lose what marks then keep.
+        cache.will_write(part.span.slot.index, part.end)
 
         def held() -> tuple[Any, StepRows | None]:
-            return shared.place, running.rows
+            return cache.place, running.rows
 
         def put(state: tuple[Any, StepRows | None]) -> None:
-            shared.place, rows = state
+            cache.place, rows = state
             running.switch(rows)
 
         forwards = [partial(self._forwards.alone, each, cache) for each in self._divided(part)]

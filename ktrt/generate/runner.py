@@ -99,7 +99,8 @@ class ModelRunner:
         self._prompts: LongPrompts | None = None
         if self.cache is not None:
             rows = row_graphs and row_graphs(self.cache, self._forwards.running)
-            self._prompts = None if gpu is None else LongPrompts(self._forwards, gpu)
+            if gpu is not None and self.pool.continues:
+                self._prompts = LongPrompts(self._forwards, gpu)
             self._alone = Alone(self._forwards, self.cache, graphs, rows, self._prompts)
         reason = why_alone(model, running)
         if self.cache is not None and reason is None:

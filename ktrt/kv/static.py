@@ -238,6 +238,15 @@ class StaticKv(Cache):  # type: ignore[misc]
         self.moves += 1
 
     @property
+    def place(self) -> Place | None:
+        """The place of the running forward, for forwards that take turns."""
+        return self._shared.place
+
+    @place.setter
+    def place(self, place: Place | None) -> None:
+        self._shared.place = place
+
+    @property
     def idle_slot(self) -> int:
         """The slot for rows that stand for nothing, in reserved memory."""
         return self._shared.slots

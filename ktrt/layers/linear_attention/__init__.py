@@ -5,8 +5,7 @@ transformers' references for these functions loop over tokens or chunks in Pytho
 times over the state. Of one token of a layer of Qwen3-Next (32 heads of 128 × 128) they take 2.4 ms
 of a CPU, of a prompt of 4,096 tokens 5.2 s. On the CPU the engine computes them, tokens of a step
 and of a prompt alike, so that a token's bits do not depend on how its prompt was cut. On a GPU a
-step is one Triton kernel per function, and prompts are chunks of matrix products, or flash-linear-
-attention's kernels where that package is installed.
+function is one Triton kernel, or flash-linear-attention's for prompts where that is installed.
 
 A layer's own forward gets the functions, by a copy with other globals: other models of the process,
 and transformers' modules, stay as they are.
@@ -77,7 +76,7 @@ def _log(model: Any, count: int) -> None:
     if device.type != "cuda":
         logger.info("Linear attention and short convolutions of %d layers: the engine", count)
         return
-    prompts = "torch for prompts, which `pip install flash-linear-attention` makes faster"
+    prompts = "prompts too, which `pip install flash-linear-attention` may make faster"
     if find_spec("fla"):
         prompts = "flash-linear-attention for prompts"
     logger.info(

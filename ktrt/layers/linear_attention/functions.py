@@ -10,11 +10,10 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import functional as F
 
 from ktrt.layers.linear_attention import gpu_operators
 from ktrt.layers.linear_attention.gpu_operators import GpuOperators
-from ktrt.layers.linear_attention.operators import Operators
+from ktrt.layers.linear_attention.operators import Operators, steps_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -153,12 +152,12 @@ class Functions:
                 delta_softplus=delta_softplus, return_last_state=return_last_state, **kwargs,
             )  # fmt: skip
         x = hidden_states.transpose(1, 2)
-        steps = _steps(dt.transpose(1, 2), delta_bias, softplus=delta_softplus)
         state = torch.zeros(x.shape[0], *A.shape, dtype=torch.float32, device=x.device)
-        found = self.operators[where].scan(
-            x, steps, A.float(), B.transpose(1, 2), C.transpose(1, 2), state
-        )
-        out = _skip_and_gate(found, x, D, None if z is None else z.transpose(1, 2)).transpose(1, 2)
+        out = self.operators[where].mamba(
+            x, dt.transpose(1, 2), A, B.transpose(1, 2), C.transpose(1, 2), state,
+            dtype=torch.float32, softplus=delta_softplus, bias=delta_bias, skip=D,
+            gate=None if z is None else z.transpose(1, 2),
+        ).transpose(1, 2)  # fmt: skip
         return (out, state) if return_last_state else out
 
     def _mamba_update(
@@ -184,11 +183,12 @@ class Functions:
                 z=z, **kwargs,
             )  # fmt: skip
             return found
-        out = self.operators[where].scan(
-            hidden_states[:, None], _steps(dt, dt_bias, softplus=dt_softplus)[:, None], A.float(),
-            B[:, None], C[:, None], state,
-        )[:, 0]  # fmt: skip
-        return _skip_and_gate(out, hidden_states, D, z).to(hidden_states.dtype)
+        out = self.operators[where].mamba(
+            hidden_states[:, None], dt[:, None], A, B[:, None], C[:, None], state,
+            dtype=hidden_states.dtype, softplus=dt_softplus, bias=dt_bias, skip=D,
+            gate=None if z is None else z[:, None],
+        )  # fmt: skip
+        return out[:, 0]
 
     def _mamba2_scan(
         self,
@@ -218,7 +218,7 @@ class Functions:
                 initial_states=initial_states, dt_softplus=dt_softplus, dt_limit=dt_limit,
                 return_final_states=return_final_states, **kwargs,
             )  # fmt: skip
-        steps = _steps(dt, dt_bias, softplus=dt_softplus).clamp(*dt_limit)
+        steps = steps_of(dt, dt_bias, softplus=dt_softplus).clamp(*dt_limit)
         shape = hidden_states.shape[0], *hidden_states.shape[2:], sizes[1]
         state = _state(initial_states, shape, hidden_states.device, keep=return_final_states)
         out = self._state_space(hidden_states, steps, A, B, C, D, state)
@@ -250,8 +250,14 @@ class Functions:
                 z=z, **kwargs,
             )  # fmt: skip
             return found
+        operators = self.operators[where]
+        if isinstance(operators, GpuOperators) and dt_softplus and D is not None:
+            biases = dt_bias[:, 0] if dt_bias is not None else torch.zeros_like(A[:, 0, 0])
+            return operators.mamba2_step(
+                state, hidden_states, dt[..., 0], A[:, 0, 0], B, C, D[:, 0], biases
+            )
         bias = None if dt_bias is None else dt_bias[:, 0]
-        steps = _steps(dt[..., 0], bias, softplus=dt_softplus)
+        steps = steps_of(dt[..., 0], bias, softplus=dt_softplus)
         skip = None if D is None else D[:, 0]
         one = hidden_states[:, None]
         out = self._state_space(
@@ -321,16 +327,3 @@ def _state(
     if keep and _is_state(given):
         return given
     return given.float().contiguous().clone()
-
-
-def _steps(dt: torch.Tensor, bias: torch.Tensor | None, *, softplus: bool) -> torch.Tensor:
-    steps = dt.float() if bias is None else dt.float() + bias.float()
-    return F.softplus(steps) if softplus else steps
-
-
-def _skip_and_gate(
-    out: torch.Tensor, x: torch.Tensor, skip: torch.Tensor | None, gate: torch.Tensor | None
-) -> torch.Tensor:
-    if skip is not None:
-        out = out + x.float() * skip.float()
-    return out if gate is None else out * F.silu(gate.float())

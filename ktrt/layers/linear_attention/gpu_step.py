@@ -131,9 +131,10 @@ class DeltaRuleStep:
             mixed, mixed[:, keys:], mixed[:, 2 * keys :], given.a, given.b, state, out, 1,
             size**-0.5, heads, self._shares, channels, 0, size, channels, 0, size, channels, 0,
             self._value_size, given.a.stride(0), 0, *given.strides, given.b.stride(0), 0,
-            *given.strides, state.stride(0), module.A_log, module.dt_bias, DK=size,
+            *given.strides, state.stride(0), module.A_log, module.dt_bias, module.dt_bias, DK=size,
             DV=self._value_size, BLOCK_K=power_of_two(size), BLOCK_V=COLUMNS, SUBTRACTS=True,
-            UNIT=True, PER_KEY=False, BETA=True, TRANSPOSED=False, GATED=True, num_warps=1,
+            UNIT=True, PER_KEY=False, BETA=True, TRANSPOSED=False, GATED=True, MAMBA=False,
+            num_warps=1,
         )  # fmt: skip
         normed = torch.empty(
             rows, 1, heads * self._value_size, dtype=torch.bfloat16, device=conv.device

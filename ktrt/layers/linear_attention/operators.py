@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import functional as F
 
 from ktrt.engine.recording import active
 from ktrt.engine.states import LinearAttention, SelectiveScan, ShortConv, TokenArray
@@ -128,7 +129,30 @@ class Operators:
 
         return _run(rows.shape, rows.dtype, (rows, weight, bias, state), bind).transpose(1, 2)
 
-    def scan(
+    def mamba(
+        self,
+        x: torch.Tensor,
+        dt: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        c: torch.Tensor,
+        state: torch.Tensor,
+        *,
+        dtype: torch.dtype,
+        softplus: bool,
+        bias: torch.Tensor | None,
+        skip: torch.Tensor | None,
+        gate: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """x, dt, gate [sequences, tokens, channels], a [channels, size], b, c [sequences, tokens,
+        size], bias, skip [channels]; changes ``state`` [sequences, channels, size]. Returns the
+        shape of x."""
+        out = self._scan(x, steps_of(dt, bias, softplus=softplus), a.float(), b, c, state)
+        if skip is not None:
+            out = out + x.float() * skip.float()
+        return (out if gate is None else out * F.silu(gate.float())).to(dtype)
+
+    def _scan(
         self,
         x: torch.Tensor,
         dt: torch.Tensor,
@@ -137,8 +161,6 @@ class Operators:
         c: torch.Tensor,
         state: torch.Tensor,
     ) -> torch.Tensor:
-        """x, dt [sequences, tokens, channels], a [channels, size] float32, b, c [sequences, tokens,
-        size]; changes ``state`` [sequences, channels, size]. Returns float32 of x's shape."""
         x, dt, b, c, a = _dense(x), _dense(dt), _dense(b), _dense(c), a.contiguous()
         sequences, tokens, channels = x.shape
         operator = self._operator(SelectiveScan, channels=channels, size=a.shape[1])
@@ -150,6 +172,12 @@ class Operators:
             )  # fmt: skip
 
         return _run(x.shape, torch.float32, (x, dt, a, b, c, state), bind)
+
+
+def steps_of(dt: torch.Tensor, bias: torch.Tensor | None, *, softplus: bool) -> torch.Tensor:
+    """Mamba's time steps from their projection, float32."""
+    steps = dt.float() if bias is None else dt.float() + bias.float()
+    return F.softplus(steps) if softplus else steps
 
 
 def _extent(tensor: torch.Tensor) -> int:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib
+import sys
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest.mock import MagicMock
 
 import compare_llama_cpp as compare
+import compare_rows as measured
 import llama_cpp_model as pair
 import pytest
 import torch
@@ -107,9 +113,11 @@ def samples(ktrt_times: list[float], their_times: list[float]) -> list[tuple[Any
 
 
 def test_ratios_are_medians_of_neighbours() -> None:
-    args = compare.parse(["--out", "x", "--prompt", "10"])
-    both = {False: samples([1, 2, 4], [2, 3, 4]), True: samples([1, 1, 1], [1, 1, 1])}
-    rows = list(compare.rows_of(args, "bf16", both, SHAPE))
+    (one,) = measured.sizes_of(compare.parse(["--out", "x", "--prompt", "10"]))
+    both = {
+        (False, one): samples([1, 2, 4], [2, 3, 4]), (True, one): samples([1, 1, 1], [1, 1, 1]),
+    }  # fmt: skip
+    rows = list(measured.rows_of("bf16", both, SHAPE))
     assert [(each["lora"], each["phase"]) for each in rows] == [
         (False, "prefill"), (False, "decode"), (True, "prefill"), (True, "decode"),
     ]  # fmt: skip
@@ -117,7 +125,7 @@ def test_ratios_are_medians_of_neighbours() -> None:
     assert (rows[1]["least"], rows[1]["most"]) == (1, 2)
     assert rows[1]["ktrt"] == 0.5
     assert rows[0]["ratio"] == 6
-    text = compare.table(rows, 10)
+    text = measured.table(rows)
     size = SHAPE.token_bytes(2, 2)
     attention = 2 * 256 * 256 + 2 * 128 * 256
     assert size == 2 * (2 * (4 * 3 * 256 * 128 + attention) + 512 * 256)
@@ -126,9 +134,77 @@ def test_ratios_are_medians_of_neighbours() -> None:
     assert "| BF16, prompt of 10, LoRA r 8 | 1.0 | 0.2 | 4.00 | 4.00–4.00 | – |" in text
 
 
-def test_an_unknown_format() -> None:
+def test_with_a_gpu_prompts_and_depths_are_measured_apart() -> None:
+    args = compare.parse(["--out", "x", "--gpu", "--new", "7"])
+    sizes = measured.sizes_of(args)
+    assert [tuple(size) for size in sizes] == [
+        (1024, 0, ("prefill",)), (8192, 0, ("prefill",)),
+        (32, 7, ("decode",)), (16384, 7, ("decode",)),
+    ]  # fmt: skip
+    assert (measured.context_of(args), args.formats) == (16384 + 8, ["bf16", "int8-experts"])
+    both = {(False, size): samples([1, 2, 4], [2, 3, 4]) for size in sizes}
+    rows = list(measured.rows_of("bf16", both, SHAPE, gpu=True))
+    assert [(row["phase"], row["prompt"]) for row in rows] == [
+        ("prefill", 1024), ("prefill", 8192), ("decode", 32), ("decode", 16384),
+    ]  # fmt: skip
+    assert rows[0]["ktrt"] == 1024 / 20
+    # The experts alone are in RAM.
+    assert rows[3]["of_read"][0] == 2 * SHAPE.layers * SHAPE.top_k * 3 * 256 * 128 / 2 / 1e6
+    assert "| BF16, decoding after 16384 | 0.5 | 0.3 |" in measured.table(rows)
+
+
+@pytest.mark.parametrize("kind", [ctypes.c_void_p, ctypes.POINTER(ctypes.c_char)])
+def test_llama_cpp_leaves_experts_in_ram(monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
+    """llama-cpp-python's functions as stand-ins: how its structures are filled."""
+
+    class ModelParams(ctypes.Structure):
+        _fields_ = (
+            ("tensor_buft_overrides", kind), ("n_gpu_layers", ctypes.c_int32),
+            ("use_extra_bufts", ctypes.c_bool),
+        )  # fmt: skip
+
+    logs: list[object] = []
+    model, context = ModelParams(), SimpleNamespace(n_batch=512)
+    api: Any = MagicMock()
+    api.llama_log_callback = lambda function: function
+    api.llama_log_set = lambda *arguments: logs.append(arguments)
+    api.llama_model_default_params.return_value = model
+    api.llama_context_default_params.return_value = context
+    api.llama_token = ctypes.c_int32
+    api.llama_decode.return_value = 0
+    api._lib.ggml_backend_cpu_buffer_type = MagicMock(return_value=4711)
+    monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(llama_cpp=api))
+    monkeypatch.delitem(sys.modules, "llama_cpp_party", raising=False)
+    party = importlib.import_module("llama_cpp_party")
+    ours = party.LlamaCpp("model", "lora", 4, 20000, gpu=True)
+    assert (model.n_gpu_layers, logs) == (999, [])
+    found = ctypes.cast(model.tensor_buft_overrides, ctypes.POINTER(party.Override))
+    assert (found[0].pattern, found[0].buffer_type) == (b"ffn_.*_exps", 4711)
+    assert (found[1].pattern, found[1].buffer_type) == (None, None)
+    ours.decode(list(range(5000)))
+    sizes = [call.args[1] for call in api.llama_batch_get_one.call_args_list]
+    assert (sizes, context.n_ubatch) == ([2048, 2048, 904], 2048)
+    api.llama_supports_gpu_offload.return_value = False
+    with pytest.raises(SystemExit, match="built without a GPU"):
+        party.LlamaCpp("model", "lora", 4, 20000, gpu=True)
+    assert party.LlamaCpp("model", "lora", 4, 20000)._batch == 2048
+    assert (model.n_gpu_layers, len(logs)) == (0, 1)
+    monkeypatch.delitem(sys.modules, "llama_cpp_party")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--formats", "int2"], ["--gpu", "--formats", "int8"], ["--depth", "3"]]
+)
+def test_settings_that_mean_nothing(arguments: list[str]) -> None:
     with pytest.raises(SystemExit):
-        compare.parse(["--out", "x", "--formats", "int2"])
+        compare.parse(["--out", "x", *arguments])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="PyTorch finds no GPU"):
+        compare.main(["--out", str(tmp_path / "x"), "--gpu"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_both_programs_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -240,9 +240,9 @@ def test_a_span_chooses_adapter_and_logits(in_blocks: Shared, adapter: int) -> N
     logits = []
     for loaded in (in_blocks.loaded, in_blocks.plain):
         slot = loaded.runner.pool.open("key", ())
-        span = Span(slot=slot, ids=IDS[:24], adapter=adapter, logits=[2, 7, 23])
+        span = Span(slot=slot, ids=IDS[:25], adapter=adapter, logits=[2, 7, 24])
         logits.append(loaded.runner.run(Step((span,)))[0])
-        assert slot.length == 24
+        assert slot.length == 25
     found, expected = logits
     assert found.shape == expected.shape
     assert (found - expected).norm() <= 2e-3 * expected.norm()
@@ -272,7 +272,7 @@ def test_blocks_end_together(
         assert set(threading.enumerate()) <= threads
         assert not shared.gpu.blocks.running
         assert running.rows is None
-        assert cache._shared.place is None
+        assert cache.place is None
         if shared.ours.length == 0:  # not after an interrupt
             shared.ours.forward(IDS[:4])
     shared.compare(IDS[4:30])
