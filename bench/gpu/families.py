@@ -5,8 +5,8 @@
 
 Each shape has a family's published sizes with fewer layers and experts (a token reads as many as it
 does there), random weights and INT8 experts. The bound of a step is the bytes of its experts over
-the read bandwidth of the same run. "Error": the logits of a step by the graph, relative to those of
-the plain forward of the same token.
+the read bandwidth of the same run. "Error": the logits of a step by the graph, relative to the
+plain forward's logits of the same token.
 """
 
 from __future__ import annotations

@@ -155,11 +155,10 @@ def grouped_rows(parts: Sequence[torch.Tensor], quantized: bool) -> Rows:
 def _quantize(rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """scale = max · float32(1/127), codes rounded half to even. A row of zeros, or so small that
     1/scale overflows, has scale 0; NaN and infinity stay in the scale, with codes 0."""
-    values = rows.float()
-    scale = values.abs().amax(dim=-1, keepdim=True) * _reciprocal(127)
+    scale = rows.abs().amax(dim=-1, keepdim=True).float() * _reciprocal(127)
     inverse = 1.0 / scale
     usable = (inverse > 0) & (inverse < torch.inf)
-    codes = torch.where(usable, (values * inverse).round(), 0.0)
+    codes = torch.where(usable, (rows * inverse).round_(), 0.0)  # the product is in float32
     return codes.to(dtype), torch.where(inverse == torch.inf, 0.0, scale)
 
 

@@ -172,7 +172,9 @@ def _streaming(
 
 def _measured_threshold(experts: GpuExperts, layers: Mapping[str, MoeLayer], max_qlen: int) -> int:
     path, layer = next(iter(layers.items()))
-    experts.pin(layers=1)
+    # The second layer is copied ahead: from memory that is not pinned the host would copy it, while
+    # the first one waits (34 ms instead of 12 for 0.55 GB).
+    experts.pin(layers=2)
     gpu = measure_gpu(experts, experts.layers[path], layer)
     cpu = measure_engine(layer, max_qlen)
     experts.layers[path].forget_counts()

@@ -3,6 +3,7 @@
 The comment above a console block says how it is compared, as docs/internals.md describes.
 """
 
+import json
 import os
 import re
 import shlex
@@ -73,14 +74,39 @@ def run(command: str, stdin: str, folder: Path) -> "subprocess.CompletedProcess[
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("block", PYTHON, ids=str)
-def test_python(block: Block) -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", block.text],
-        cwd=ROOT, capture_output=True, text=True, encoding="utf-8", timeout=300,
+# Runs each program of a JSON list by itself, in one process: importing torch and transformers takes
+# longer than any of them. Writes what each printed and how it failed.
+RUNNER = """
+import contextlib, io, json, sys, traceback
+results = []
+for program in json.load(sys.stdin):
+    printed, failure = io.StringIO(), ""
+    with contextlib.redirect_stdout(printed):
+        try:
+            exec(compile(program, "example", "exec"), {"__name__": "__main__"})
+        except BaseException:
+            failure = traceback.format_exc()
+    results.append([printed.getvalue(), failure])
+json.dump(results, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, tuple[str, str]]:
+    """Runs all Python blocks; (what it printed, traceback) by block."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUNNER], input=json.dumps([block.text for block in PYTHON]),
+        cwd=ROOT, capture_output=True, text=True, encoding="utf-8", timeout=300, check=True,
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert re.search(r"[\u4e00-\u9fff]{5}", result.stdout)
+    found = json.loads(done.stdout)
+    return {str(block): (out, error) for block, (out, error) in zip(PYTHON, found, strict=True)}
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=str)
+def test_python(block: Block, outcomes: dict[str, tuple[str, str]]) -> None:
+    printed, failure = outcomes[str(block)]
+    assert not failure
+    assert re.search(r"[\u4e00-\u9fff]{5}", printed)
 
 
 def test_the_first_chat_shows_both_personas() -> None:

@@ -121,8 +121,16 @@ def test_measured_settings(
     """Everything is measured and logged; the time itself is the machine's affair."""
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(costs, "_GPU_TOKENS", (32, 64))
+    pin, pinned = experts.pin, list[int | None]()
+
+    def noted(layers: int | None = None) -> None:
+        pinned.append(layers)
+        pin(layers)
+
+    monkeypatch.setattr(experts, "pin", noted)
     assert settle(experts, layers, 0, "auto") == (experts.threshold > 0)
     assert any("A layer's experts take" in message for message in caplog.messages)
+    assert pinned[0] == 2  # copies run ahead of the layer that is measured
     assert experts.counts() == {"layers.0": [0] * 6, "layers.1": [0] * 6}
     assert (experts.pinned_bytes > 0) == (experts.threshold > 0)
 

@@ -88,13 +88,18 @@ def test_logits_are_those_of_one_forward(model_type: str, monkeypatch: pytest.Mo
 
 
 def test_blocks_of_different_layers_are_an_error() -> None:
-    blocks, layers = Blocks(torch.device("cpu")), [Meeting(None, None) for _ in range(2)]  # type: ignore[arg-type]
+    blocks, nothing = Blocks(torch.device("cpu")), torch.zeros(1, 1)
+    layers = [Meeting(blocks, None) for _ in range(2)]
 
     def forward(layer: Meeting) -> torch.Tensor:
-        return blocks.meet(Call(layer, *[torch.zeros(1, 1)] * 3, None))  # type: ignore[arg-type]
+        return blocks.meet(Call(layer, nothing, nothing, nothing, None))
 
     with pytest.raises(KtrtError, match="different layers"):
-        blocks.run([lambda: forward(layers[0]), lambda: forward(layers[1])], lambda: 0, id)
+        blocks.run(
+            [lambda: forward(layers[0]), lambda: forward(layers[1])], lambda: None, lambda _: None
+        )
     with pytest.raises(KtrtError, match="different layers"):
-        blocks.run([lambda: forward(layers[0]), lambda: torch.zeros(1)], lambda: 0, id)
+        blocks.run(
+            [lambda: forward(layers[0]), lambda: torch.zeros(1)], lambda: None, lambda _: None
+        )
     assert not blocks.running
