@@ -15,6 +15,7 @@ import logging
 import statistics
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -114,7 +115,8 @@ class Case:
         self.cache = KvCache(model, runner=self.runner)
         start = time.perf_counter()
         if not args.cold:
-            warm_up(self.cache, LIMIT, 8)
+            with experts_muted(model) if args.muted else nullcontext():
+                warm_up(self.cache, LIMIT, 32)
         lengths = running.keeps_to_lengths
         print(f"warm-up: {time.perf_counter() - start:.2f} s; memory stays: "
               f"{self.runner.memory_stays}; all lengths in one graph: {lengths}")  # fmt: skip

@@ -172,6 +172,8 @@ class ModelRunner:
             if self.cache is not None:
                 self.cache.stored(part.span.slot.index, part.end)
             self.pool.touch(part.span.slot)
+        if not self._on_cpu:
+            self._memory.give_back(sum(part.count for part in parts))
         return logits
 
     @staticmethod

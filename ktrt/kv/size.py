@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ktrt.errors import CheckpointError
+from ktrt.kv.layers import kind_of
+from ktrt.kv.positions import ring_size
 from ktrt.kv.static import cache_argument
 from ktrt.utils.patches import Patches
 
@@ -26,22 +28,34 @@ class KvSize:
     """The arrays [slots, heads, positions, size] of a KV cache, two for each plain layer: of each
     the heads, and the bytes of one position of one head.
 
-    ``others``: bytes per token of what is no such array, for caches that grow differently.
+    ``rings``: the same for layers with a sliding window, and the positions of the ring; ``states``:
+    the bytes of each state. ``others``: bytes per token of what is none of these, for caches that
+    grow differently.
     """
 
     arrays: tuple[tuple[int, int], ...] = ()
     others: int = 0
+    rings: tuple[tuple[int, int, int], ...] = ()
+    states: tuple[int, ...] = ()
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of a token, without the rest of its pages."""
+        """Bytes of a token that comes after many, without the rest of its pages."""
         return sum(heads * row for heads, row in self.arrays) + self.others
+
+    def bytes_of(self, tokens: int) -> int:
+        """Returns the bytes of ``tokens``, without the rest of their pages."""
+        rings = sum(heads * row * min(tokens, size) for heads, row, size in self.rings)
+        return tokens * self.token_bytes + rings + (sum(self.states) if tokens else 0)
 
     def slot_bytes(self, tokens: int, page: int = mmap.PAGESIZE) -> int:
         """Returns the bytes of the pages that a slot of ``tokens`` holds where arrays are committed
         by writing, and every head begins with a page."""
-        heads = sum(count * (-(-tokens * row // page) * page) for count, row in self.arrays)
-        return heads + tokens * self.others
+        arrays = [(heads, tokens * row) for heads, row in self.arrays]
+        arrays += [(heads, min(tokens, size) * row) for heads, row, size in self.rings]
+        arrays += [(1, size) for size in self.states if tokens]
+        pages = sum(heads * (-(-size // page) * page) for heads, size in arrays)
+        return pages + tokens * self.others
 
 
 def kv_size(skeleton: nn.Module, expert_paths: Iterable[str], dtype: torch.dtype | None) -> KvSize:
@@ -65,14 +79,29 @@ def kv_size(skeleton: nn.Module, expert_paths: Iterable[str], dtype: torch.dtype
             f"config.json describes a {type(skeleton).__name__} that cannot run: "
             f"{type(error).__name__}: {error}. Correct the file, or download it again."
         ) from error
-    arrays, others = [], 0
-    for each in cached_tensors(cache):
-        item = (dtype or each.dtype).itemsize
-        if each.ndim == 4 and each.shape[0] == 1 and each.shape[2] == tokens:
-            arrays.append((each.shape[1], each.shape[3] * item))
-        else:
-            others += each.numel() * item // tokens
-    return KvSize(tuple(arrays), others)
+    return _size(cache, tokens, dtype)
+
+
+def _size(cache: Any, tokens: int, dtype: torch.dtype | None) -> KvSize:
+    arrays, others, rings, states = [], 0, [], []
+    for layer in cache.layers:
+        window = getattr(layer, "sliding_window", None) if kind_of(layer) else None
+        for each in _tensors(layer):
+            item = (dtype or each.dtype).itemsize
+            if each.ndim == 4 and each.shape[0] == 1 and each.shape[2] == tokens:
+                found = each.shape[1], each.shape[3] * item
+                if window:
+                    rings.append((*found, ring_size(window)))
+                else:
+                    arrays.append(found)
+            elif each.ndim:  # a window's size is a tensor without dimensions
+                others += each.numel() * item // tokens
+        for kind in ("conv_states", "recurrent_states"):
+            kept = [each for each in getattr(layer, kind, {}).values() if each is not None]
+            # Recurrent states have their own precision, whatever the model's.
+            as_stored = None if kind == "recurrent_states" else dtype
+            states += [each.numel() * (as_stored or each.dtype).itemsize for each in kept]
+    return KvSize(tuple(arrays), others, tuple(rings), tuple(states))
 
 
 def _without_experts(hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
@@ -81,9 +110,8 @@ def _without_experts(hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -
 
 def cached_tensors(cache: Any) -> list[torch.Tensor]:
     """Returns the tensors in a cache of transformers."""
-    return [
-        value
-        for layer in cache.layers
-        for value in vars(layer).values()
-        if isinstance(value, torch.Tensor)
-    ]
+    return [each for layer in cache.layers for each in _tensors(layer)]
+
+
+def _tensors(layer: Any) -> list[torch.Tensor]:
+    return [value for value in vars(layer).values() if isinstance(value, torch.Tensor)]

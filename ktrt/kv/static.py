@@ -210,13 +210,16 @@ class StaticKv(Cache):  # type: ignore[misc]
         forward."""
         if not tokens:
             return 0
-        if not self._sizes:
+        sizes = self._sizes
+        if not sizes:
             # One layer of each kind, and their number: every step asks for it.
-            shapes = [tuple(held.shape for held in each.tensors) for each in self._positions]
-            kinds = dict(zip(shapes, self._positions, strict=True))
-            self._sizes = [(kinds[shape], count) for shape, count in Counter(shapes).items()]
+            known = [each for each in self._positions if each.regions]
+            shapes = [tuple(held.shape for held in each.tensors) for each in known]
+            kinds = dict(zip(shapes, known, strict=True))
+            sizes = [(kinds[shape], count) for shape, count in Counter(shapes).items()]
+            self._sizes = sizes if len(known) == len(self._positions) else []
         states = sum(each.bytes_of() for each in self._states)
-        return states + sum(count * each.bytes_of(tokens) for each, count in self._sizes)
+        return states + sum(count * each.bytes_of(tokens) for each, count in sizes)
 
     def bytes_in(self, slot: int) -> int:
         """Returns the memory that a slot takes now."""

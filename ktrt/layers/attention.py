@@ -247,7 +247,7 @@ def _original(
     """Computes what the model did before."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    if getattr(module.config, _BEFORE, _KNOWN[0]) != "eager":
+    if getattr(getattr(module, "config", None), _BEFORE, _KNOWN[0]) != "eager":
         function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS["sdpa"]
         if mask is None and query.is_cuda:
             mask = mask_of_last(query.shape[2], key.shape[2], query.device)

@@ -69,7 +69,7 @@ class MemoryPlan:
 
     def kv(self, context: int) -> Item:
         """Returns the KV cache of ``context`` tokens."""
-        size = context * self.kv_size.token_bytes
+        size = self.kv_size.bytes_of(context)
         name = f"KV cache, {context} tokens"
         return Item(name, gpu=size) if self.on_gpu else Item(name, ram=size)
 

@@ -45,7 +45,7 @@ class ModelWork:
             MLP: inventory.read(MLP, TABLES, EMBEDDINGS),
             HEAD: inventory.read(HEAD),
             LORA: inventory.read(LORA),
-            f"KV cache of {context} tokens": float(context * inventory.kv.token_bytes),
+            f"KV cache of {context} tokens": float(inventory.kv.bytes_of(context)),
         }
 
     def decode_seconds(
