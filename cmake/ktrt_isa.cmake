@@ -5,13 +5,15 @@ set(avx2_flags -mavx2 -mfma -mf16c)
 set(avx512_flags ${avx2_flags} -mavx512f -mavx512bw -mavx512vl -mavx512dq)
 set(KTRT_ISA_FLAGS_portable "")
 set(KTRT_ISA_FLAGS_avx2 ${avx2_flags})
+set(KTRT_ISA_FLAGS_avx_vnni ${avx2_flags} -mavxvnni)
 set(KTRT_ISA_FLAGS_avx512 ${avx512_flags})
 set(KTRT_ISA_FLAGS_avx512_vnni ${avx512_flags} -mavx512vnni)
+set(KTRT_ISA_FLAGS_avx_vnni_evex ${avx2_flags} -mavx512vnni -mavx512vl)
 set(KTRT_ISA_FLAGS_avx512_bf16 ${avx512_flags} -mavx512vnni -mavx512bf16)
 # What surrounds the tiles is AVX-512.
 set(KTRT_ISA_FLAGS_amx_emulated ${KTRT_ISA_FLAGS_avx512_bf16} -mavx512vbmi)
 set(KTRT_ISA_FLAGS_amx ${KTRT_ISA_FLAGS_amx_emulated} -mamx-tile -mamx-bf16 -mamx-int8)
-set(KTRT_ISA_NAMES portable avx2 avx512 avx512_vnni avx512_bf16 amx amx_emulated)
+set(KTRT_ISA_NAMES portable avx2 avx_vnni avx_vnni_evex avx512 avx512_vnni avx512_bf16 amx amx_emulated)
 
 # The names as a regular expression over object files, for the symbol test.
 list(JOIN KTRT_ISA_NAMES "|" isa_alternatives)

@@ -958,12 +958,18 @@ def release_file_pages(path: str) -> int:
     stay valid and are read again on use. Returns the number of mappings."""
 
 def isa() -> str:
-    """Returns the ISA level in use: ``portable``, ``avx2``, ``avx512`` or ``amx``. ``KTRT_ISA``
-    lowers it. ``ktrt.errors.ConfigError``: another value of ``KTRT_ISA``, or one above
-    ``detected_isa``."""
+    """Returns the ISA level in use: ``portable``, ``avx2``, ``avx_vnni``, ``avx512`` or ``amx``.
+    ``KTRT_ISA`` lowers it. ``ktrt.errors.ConfigError``: another value of ``KTRT_ISA``, or one that
+    this machine does not have."""
 
 def detected_isa() -> str:
     """Returns the highest ISA level that this machine and build can run."""
+
+def bf16_arithmetic() -> str:
+    """Returns what AVX-512 multiplies BF16 by where the processor has both: ``"dot"``
+    (VDPBF16PS) or ``"float32"`` (multiply-adds), by a measurement of half a millisecond, or
+    ``KTRT_BF16``.
+    ``ktrt.errors.ConfigError``: another value of ``KTRT_BF16``."""
 
 def numa_cpus() -> list[list[int]]:
     """Returns the process's allowed CPUs by NUMA node, one hardware thread per core first."""

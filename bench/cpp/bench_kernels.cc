@@ -172,7 +172,7 @@ void add_gemm(const char* family, const GemmKernel* kernel, WeightFormat format)
 // The tables that machines with this one's features, or with some of them, choose.
 std::vector<KernelTable> all_tables() {
   std::vector<KernelTable> tables;
-  for (const Isa level : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAmx}) {
+  for (const Isa level : {Isa::kPortable, Isa::kAvx2, Isa::kAvxVnni, Isa::kAvx512, Isa::kAmx}) {
     if (level > detected_isa()) break;
     for (const bool bf16 : {false, true}) {
       for (const bool vnni : {false, true}) {

@@ -156,7 +156,7 @@ struct HeldNorm {
   HeldNorm(const py::object& array, float eps, bool rounds_twice, float offset,
            std::shared_ptr<Engine> engine)
       : weight(array, "weight"),
-        table(select_kernels(active_isa(), cpu_features())),
+        table(active_kernels()),
         norm(*table.elementwise, weight.view(), eps, offset, rounds_twice, std::move(engine)) {}
 
   const TensorArg weight;

@@ -8,6 +8,7 @@
 #include "bindings/register.h"
 #include "cpu/isa.h"
 #include "cpu/topology.h"
+#include "kernels/bf16_arithmetic.h"
 #include "kernels/peak.h"
 #include "kernels/select.h"
 #include "layout/format_traits.h"
@@ -19,7 +20,7 @@ namespace py = pybind11;
 namespace {
 
 py::dict kernels() {
-  const KernelTable table = select_kernels(active_isa(), cpu_features());
+  const KernelTable table = active_kernels();
   py::dict names;
   for (const FormatTraits& traits : kFormatTraits) {
     const GemmChoice& gemm = table.gemm(traits.format);
@@ -116,6 +117,9 @@ void register_cpu(py::module_& module) {
   module.def(
       "detected_isa", [] { return std::string(name_of(detected_isa())); },
       "The highest ISA level that this machine and build can run.");
+  module.def(
+      "bf16_arithmetic", [] { return std::string(name_of(active_bf16_arithmetic())); },
+      "What AVX-512 multiplies BF16 by where the processor has both: 'dot' or 'float32'.");
   module.def("numa_cpus", &numa_cpus, "The CPUs this process may use, by NUMA node.");
   module.def(
       "num_cores", [] { return read_topology(allowed_cpus()).num_cores(); },

@@ -38,8 +38,7 @@ int count_parts(const std::vector<int>& home, std::size_t threads) {
 Engine::Engine(const std::vector<int>& cpus, const std::vector<int>& home, int max_qlen,
                bool fixed_kernels)
     : Engine(cpus, home, max_qlen, active_isa(),
-             fixed_kernels ? fixed(select_kernels(active_isa(), cpu_features()))
-                           : select_kernels(active_isa(), cpu_features())) {}
+             fixed_kernels ? fixed(active_kernels()) : active_kernels()) {}
 
 Engine::Engine(const std::vector<int>& cpus, const std::vector<int>& home, int max_qlen, Isa isa,
                const KernelTable& kernels)

@@ -6,6 +6,8 @@ namespace ktrt {
 
 // One constant table per ISA file.
 extern const PeakLoop peak_avx2;
+extern const PeakLoop peak_avx_vnni;
+extern const PeakLoop peak_avx_vnni_evex;
 extern const PeakLoop peak_avx512;
 extern const PeakLoop peak_avx512_vnni;
 extern const PeakLoop peak_avx512_bf16;
@@ -17,6 +19,8 @@ std::vector<const PeakLoop*> peak_loops(Isa level, const CpuFeatures& f) {
     if (runs && needs <= level) found.push_back(&loop);
   };
   add(peak_avx2, Isa::kAvx2, f.avx2);
+  add(peak_avx_vnni, Isa::kAvxVnni, f.avx_vnni);
+  add(peak_avx_vnni_evex, Isa::kAvxVnni, f.avx512_vnni && !f.avx_vnni);
   add(peak_avx512, Isa::kAvx512, f.avx512);
   add(peak_avx512_bf16, Isa::kAvx512, f.avx512_bf16);
   add(peak_avx512_vnni, Isa::kAvx512, f.avx512_vnni);

@@ -2,6 +2,7 @@
 
 #include <array>
 
+#include "kernels/bf16_arithmetic.h"
 #include "layout/format_traits.h"
 
 namespace ktrt {
@@ -15,12 +16,16 @@ extern const GemmKernel gemm_bf16_amx;
 extern const GemmKernel gemm_bf16_amx_emulated;
 extern const GemmKernel gemm_int8_portable;
 extern const GemmKernel gemm_int8_avx2;
+extern const GemmKernel gemm_int8_avx_vnni;
+extern const GemmKernel gemm_int8_avx_vnni_evex;
 extern const GemmKernel gemm_int8_avx512_vnni;
 extern const GemmKernel gemm_int8_avx512_bf16;
 extern const GemmKernel gemm_int8_amx;
 extern const GemmKernel gemm_int8_amx_emulated;
 extern const GemmKernel gemm_int4_portable;
 extern const GemmKernel gemm_int4_avx2;
+extern const GemmKernel gemm_int4_avx_vnni;
+extern const GemmKernel gemm_int4_avx_vnni_evex;
 extern const GemmKernel gemm_int4_avx512_vnni;
 extern const GemmKernel gemm_int4_avx512_bf16;
 extern const GemmKernel gemm_int4_amx;
@@ -91,27 +96,34 @@ GemmChoice choose(const GemmKernel* few, const GemmKernel* tiles, int tiles_from
 
 }  // namespace
 
-KernelTable select_kernels(Isa level, const CpuFeatures& f) {
+KernelTable select_kernels(Isa level, const CpuFeatures& f, Bf16Arithmetic bf16) {
+  const bool amx = f.amx && level == Isa::kAmx;
+  const bool dots = f.avx512_bf16 && bf16 == Bf16Arithmetic::kDot;
+  const bool gemm_dots = dots || (amx && f.avx512_bf16);
   const std::array<Variant<GemmKernel>, 4> gemm_bf16 = {{
-      {&gemm_bf16_avx512_bf16, Isa::kAvx512, f.avx512_bf16},
+      {&gemm_bf16_avx512_bf16, Isa::kAvx512, gemm_dots},
       {&gemm_bf16_avx512, Isa::kAvx512, f.avx512},
       {&gemm_bf16_avx2, Isa::kAvx2, f.avx2},
       {&gemm_bf16_portable, Isa::kPortable, true},
   }};
-  const std::array<Variant<GemmKernel>, 4> gemm_int8 = {{
+  const std::array<Variant<GemmKernel>, 6> gemm_int8 = {{
       {&gemm_int8_avx512_bf16, Isa::kAvx512, f.avx512_vnni && f.avx512_bf16},
       {&gemm_int8_avx512_vnni, Isa::kAvx512, f.avx512_vnni},
+      {&gemm_int8_avx_vnni, Isa::kAvxVnni, f.avx_vnni},
+      {&gemm_int8_avx_vnni_evex, Isa::kAvxVnni, f.avx512_vnni},
       {&gemm_int8_avx2, Isa::kAvx2, f.avx2},
       {&gemm_int8_portable, Isa::kPortable, true},
   }};
-  const std::array<Variant<GemmKernel>, 4> gemm_int4 = {{
+  const std::array<Variant<GemmKernel>, 6> gemm_int4 = {{
       {&gemm_int4_avx512_bf16, Isa::kAvx512, f.avx512_vnni && f.avx512_bf16},
       {&gemm_int4_avx512_vnni, Isa::kAvx512, f.avx512_vnni},
+      {&gemm_int4_avx_vnni, Isa::kAvxVnni, f.avx_vnni},
+      {&gemm_int4_avx_vnni_evex, Isa::kAvxVnni, f.avx512_vnni},
       {&gemm_int4_avx2, Isa::kAvx2, f.avx2},
       {&gemm_int4_portable, Isa::kPortable, true},
   }};
   const std::array<Variant<GemmKernel>, 4> gemm_coded = {{
-      {gemm_coded_avx512_bf16, Isa::kAvx512, f.avx512_bf16},
+      {gemm_coded_avx512_bf16, Isa::kAvx512, gemm_dots},
       {gemm_coded_avx512, Isa::kAvx512, f.avx512},
       {gemm_coded_avx2, Isa::kAvx2, f.avx2},
       {gemm_coded_portable, Isa::kPortable, true},
@@ -127,7 +139,7 @@ KernelTable select_kernels(Isa level, const CpuFeatures& f) {
       {&elementwise_portable, Isa::kPortable, true},
   }};
   const std::array<Variant<DenseKernel>, 4> dense_bf16 = {{
-      {&dense_bf16_avx512_bf16, Isa::kAvx512, f.avx512_bf16},
+      {&dense_bf16_avx512_bf16, Isa::kAvx512, dots},
       {&dense_bf16_avx512, Isa::kAvx512, f.avx512},
       {&dense_bf16_avx2, Isa::kAvx2, f.avx2},
       {&dense_bf16_portable, Isa::kPortable, true},
@@ -142,7 +154,6 @@ KernelTable select_kernels(Isa level, const CpuFeatures& f) {
       {&attention_avx2, Isa::kAvx2, f.avx2},
       {&attention_portable, Isa::kPortable, true},
   }};
-  const bool amx = f.amx && level == Isa::kAmx;
   KernelTable table{};
   table.gemm(WeightFormat::kBf16) =
       choose(first_that_runs(gemm_bf16, level), amx ? &gemm_bf16_amx : nullptr, kBf16TilesFrom);
@@ -165,6 +176,10 @@ KernelTable select_kernels(Isa level, const CpuFeatures& f) {
   table.attention = first_that_runs(attention, level);
   table.fixed = !amx;
   return table;
+}
+
+KernelTable active_kernels() {
+  return select_kernels(active_isa(), cpu_features(), active_bf16_arithmetic());
 }
 
 const LinearAttentionKernel& select_linear_attention(Isa level, const CpuFeatures& f) {

@@ -7,8 +7,13 @@
 
 namespace ktrt {
 
-// The best variant of every family that `features` can run at `level` or below.
-KernelTable select_kernels(Isa level, const CpuFeatures& features);
+// The best variant of every family that `features` can run at `level` or below. `bf16`: what
+// multiplies BF16 where the processor has both, except in GEMMs at the level of AMX, whose few rows
+// are bound by the memory.
+KernelTable select_kernels(Isa level, const CpuFeatures& features,
+                           Bf16Arithmetic bf16 = Bf16Arithmetic::kDot);
+// For this machine and the user's settings.
+KernelTable active_kernels();
 // The same with kernels that give a row its bits in any company, see KernelTable::fixed.
 KernelTable fixed(KernelTable table);
 // The best variant for layers with a state, whose operators alone need it.

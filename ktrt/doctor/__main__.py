@@ -190,7 +190,8 @@ def _machine_lines(report: Report) -> Iterator[str]:
     amx = "permitted" if facts["detected_isa"] == "amx" else "not there"
     if facts["amx_denied"]:
         amx = "REFUSED by the system"
-    yield f"kernels     {facts['isa']} (possible: {facts['detected_isa']}; AMX: {amx})"
+    possible = f"possible: {facts['detected_isa']}; AMX: {amx}"
+    yield f"kernels     {facts['isa']} ({possible}){_bf16_note(facts)}"
     quota = f"{facts['cpu_quota']:g} CPUs ({facts['quota_from']})" if facts["cpu_quota"] else "none"
     yield f"limits      CPU quota: {quota}; cpuset: {facts['cpuset'] or 'none'}"
     yield (
@@ -227,6 +228,13 @@ def _machine_lines(report: Report) -> Iterator[str]:
             f"{gpu['read'] / 1e9:.0f} GB/s; bus to it {gpu['to_gpu'] / 1e9:.1f} GB/s, from it "
             f"{gpu['from_gpu'] / 1e9:.1f} GB/s"
         )
+
+
+def _bf16_note(facts: Report) -> str:
+    if "avx512_bf16" not in facts["flags"]:
+        return ""
+    faster = "vdpbf16ps" if facts["bf16"] == "dot" else "float32 multiply-adds"
+    return f"; AVX-512 multiplies BF16 by {faster}"
 
 
 def _model_lines(model: Report) -> Iterator[str]:

@@ -62,6 +62,7 @@ def machine_facts(environment: Mapping[str, str], root: Path = Path("/")) -> Mac
         cores=_core.num_cores(),
         environment=environment,
         root=root,
+        bf16=_core.bf16_arithmetic(),
     )
 
 
@@ -137,7 +138,7 @@ _LOOPS = {
     },
     "int8": {
         "amx": "amx_int8", "avx512_vnni_bf16": "avx512_vnni", "avx512_vnni": "avx512_vnni",
-        "avx2": "avx2",
+        "avx_vnni": "avx_vnni", "avx_vnni_evex": "avx_vnni_evex", "avx2": "avx2",
     },
 }  # fmt: skip
 

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 # The flags in /proc/cpuinfo that decide which kernels run.
 ISA_FLAGS = (
-    "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni",
+    "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni",
     "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16",
 )  # fmt: skip
 _AMX_FLAGS = {"amx_tile", "amx_int8", "amx_bf16"}
 ENVIRONMENT = (
     "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "KMP_AFFINITY", "KTRT_ISA",
-    "KTRT_CACHE", "KTRT_CACHE_DIR",
+    "KTRT_BF16", "KTRT_CACHE", "KTRT_CACHE_DIR",
 )  # fmt: skip
 _MADV_COLLAPSE = 25  # Linux 6.1; Python's mmap has no name for it
 _HUGE_PAGE = 2 << 20
@@ -48,7 +48,8 @@ class MachineFacts:
     """Sizes in bytes. ``cpus`` counts the online CPUs, ``allowed`` the ones this process may use
     and ``cores`` their physical cores; ``nodes`` has the allowed CPUs by NUMA node. ``cpu_quota``
     is the time that the cgroup grants, in CPUs (None: no limit), by the file ``quota_from``.
-    ``isa`` is in use, ``detected_isa`` possible. ``ram``: free bytes, and their bound."""
+    ``isa`` is in use, ``detected_isa`` possible; ``bf16``: what AVX-512 multiplies BF16 by, "dot"
+    (VDPBF16PS) or "float32". ``ram``: free bytes, and their bound."""
 
     cpu: str
     flags: tuple[str, ...]
@@ -68,6 +69,7 @@ class MachineFacts:
     ram: Limit
     kernel: str
     environment: Mapping[str, str]
+    bf16: str = "dot"
 
     @property
     def amx_denied(self) -> bool:
@@ -91,9 +93,10 @@ def read_facts(
     environment: Mapping[str, str],
     root: Path = Path("/"),
     huge_pages: HugePages | None = None,
+    bf16: str = "dot",
 ) -> MachineFacts:
-    """Reads the facts. ``isa``, ``detected_isa``, ``nodes`` and ``cores`` come from the engine;
-    ``root`` replaces the file system's root, ``huge_pages`` the trial with real memory."""
+    """Reads the facts. ``isa``, ``detected_isa``, ``nodes``, ``cores`` and ``bf16`` come from the
+    engine; ``root`` replaces the file system's root, ``huge_pages`` the trial with real memory."""
     info = _text(root / "proc/cpuinfo")
     model = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
     flags = re.search(r"^flags\s*:\s*(.+)$", info, re.MULTILINE)
@@ -120,6 +123,7 @@ def read_facts(
         ram=ram_limit(root),
         kernel=_text(root / "proc/sys/kernel/osrelease").strip(),
         environment={name: environment[name] for name in ENVIRONMENT if name in environment},
+        bf16=bf16,
     )
 
 

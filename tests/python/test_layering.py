@@ -106,7 +106,9 @@ CPP_LAYERS: dict[str, set[str]] = {
     "cuda": {"moe", "engine", "cpu", "base"},
 }
 CPP_LAYERS["bindings"] = set(CPP_LAYERS)
-ISA_FILE = re.compile(r"kernels/.+/(portable|avx2|avx512(_vnni|_bf16)?|amx(_emulated)?)\.cc")
+ISA_FILE = re.compile(
+    r"kernels/.+/(portable|avx2|avx_vnni(_evex)?|avx512(_vnni|_bf16)?|amx(_emulated)?)\.cc"
+)
 INTRINSICS = re.compile(r"(x86|[a-z]*mm)intrin\.h")
 
 

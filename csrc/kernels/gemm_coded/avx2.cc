@@ -1,33 +1,35 @@
-// GEMM of coded weights on AVX2. 128 columns of a strip at a time become BF16 values in the L1
-// cache, without their scales, in the order of a BF16 strip; all rows pass over them as in
-// gemm_bf16/avx2.cc. C waits in memory from one group to the next.
-#include <immintrin.h>
-#include <string.h>
-
-#include "kernels/avx2_expand.h"
+// GEMM of coded weights on AVX2. Codes become BF16 pairs in registers, by shifts (E4M3) or byte
+// tables (4 bits), and float32 values by a shift and a mask; a chain of products per scale and
+// output is multiplied by the scale into C.
+//
+//   up to 3 rows   pairs are multiplied as they are made, of several strips side by side
+//   more           128 columns are made once, as 16 KB of float32, which all rows pass over
+//
+// Both add the same products in the same order.
+#include "kernels/avx2/products.h"
+#include "kernels/chunks.h"
 #include "kernels/coded_strip.h"
+#include "kernels/few_or_many.h"
 
 namespace ktrt {
 namespace {
 
-constexpr int kUnitColumns = 128;
-constexpr int kUnitPairs = kUnitColumns / 2;
-constexpr int kMaxRows = 2;
+using Products = Bf16Products256;
 
-// BF16 [half][pair][16 rows][2].
-struct Unit {
-  alignas(64) uint8_t values[2][kUnitPairs][64];
-};
+constexpr int kUnitColumns = 128;
+constexpr int kFactorColumns = 32;  // of a tile of factors
 
 inline __m256i bytes_of(uint8_t value) { return _mm256_set1_epi8(static_cast<char>(value)); }
+inline __m256i words_of(uint16_t value) { return _mm256_set1_epi16(static_cast<int16_t>(value)); }
 
-// The low or the high bytes of the BF16 values of 16 codes, for pshufb.
+// 16 bytes in both halves, for pshufb.
 inline __m256i table(const uint8_t (&bytes)[16]) {
   __m128i half;
   memcpy(&half, bytes, 16);
   return _mm256_broadcastsi128_si256(half);
 }
 
+// The low or the high bytes of the BF16 values of 16 codes.
 constexpr uint8_t kInt4High[16] = {0x00, 0x3f, 0x40, 0x40, 0x40, 0x40, 0x40, 0x40,
                                    0xc1, 0xc0, 0xc0, 0xc0, 0xc0, 0xc0, 0xc0, 0xbf};
 constexpr uint8_t kInt4Low[16] = {0x00, 0x80, 0x00, 0x40, 0x80, 0xa0, 0xc0, 0xe0,
@@ -36,186 +38,287 @@ constexpr uint8_t kE2m1High[16] = {0x00, 0x3f, 0x3f, 0x3f, 0x40, 0x40, 0x40, 0x4
                                    0x80, 0xbf, 0xbf, 0xbf, 0xc0, 0xc0, 0xc0, 0xc0};
 constexpr uint8_t kE2m1Low[16] = {0x00, 0x00, 0x80, 0xc0, 0x00, 0x40, 0x80, 0xc0,
                                   0x00, 0x00, 0x80, 0xc0, 0x00, 0x40, 0x80, 0xc0};
-// E4M3: the high byte by sign and three bits of the exponent (its lowest is in the low byte, which
-// is the code times 16), and both bytes of the values of exponent 0, 2^-9 … 1.75 · 2^-7.
-constexpr uint8_t kE4m3High[16] = {0x3c, 0x3d, 0x3e, 0x3f, 0x40, 0x41, 0x42, 0x43,
-                                   0xbc, 0xbd, 0xbe, 0xbf, 0xc0, 0xc1, 0xc2, 0xc3};
-constexpr uint8_t kSmallHigh[16] = {0x00, 0x3b, 0x3b, 0x3b, 0x3c, 0x3c, 0x3c, 0x3c};
+// E4M3's subnormal codes, 2^-9 … 1.75 · 2^-7, divided by kE4m3Factor.
+constexpr uint8_t kSmallHigh[16] = {0x00, 0x37, 0x37, 0x37, 0x38, 0x38, 0x38, 0x38};
 constexpr uint8_t kSmallLow[16] = {0x00, 0x00, 0x80, 0xc0, 0x00, 0x20, 0x40, 0x60};
 
-// 32 bytes of a vector: 8 rows, 8 columns each. `to`: their place in the first of four pairs.
-template <Code kCode>
-inline void unpack_nibbles(const uint8_t* from, uint8_t* to) {
-  const __m256i high_table = table(kCode == Code::kInt4 ? kInt4High : kE2m1High);
-  const __m256i low_table = table(kCode == Code::kInt4 ? kInt4Low : kE2m1Low);
-  const __m256i nibble = bytes_of(0x0f);
-  const __m256i even_bytes = _mm256_set1_epi16(0x00ff);
-  const __m256i codes = load_256(from);
-  for (int upper = 0; upper < 2; ++upper) {
-    const __m256i index =
-        _mm256_and_si256(upper == 0 ? codes : _mm256_srli_epi16(codes, 4), nibble);
-    const __m256i high = _mm256_shuffle_epi8(high_table, index);
-    const __m256i low = _mm256_shuffle_epi8(low_table, index);
-    const __m256i first =
-        _mm256_or_si256(_mm256_and_si256(low, even_bytes), _mm256_slli_epi16(high, 8));
-    const __m256i second =
-        _mm256_or_si256(_mm256_srli_epi16(low, 8), _mm256_andnot_si256(even_bytes, high));
-    _mm256_store_si256(reinterpret_cast<__m256i*>(to + upper * 64), first);
-    _mm256_store_si256(reinterpret_cast<__m256i*>(to + (upper + 2) * 64), second);
-  }
+// E4M3's exponent and mantissa, moved to BF16's places, get the exponent bits 1110000: the value
+// times 2^-8, and that without a carry. Scales make up for it.
+constexpr float kE4m3Factor = 256.0f;
+
+inline __m256i e4m3_values(__m256i twice) {
+  return _mm256_or_si256(_mm256_and_si256(_mm256_srai_epi16(twice, 4), words_of(0x87f0)),
+                         words_of(0x3800));
 }
 
-// The same of E4M3: 8 rows, 4 columns each, two pairs.
-inline void unpack_e4m3(const uint8_t* from, uint8_t* to) {
+// Calls use(pair, values) for the pairs of 32 bytes of codes, `pair` being an Index type: 8 outputs
+// each.
+template <Code kCode, class Use>
+KTRT_INLINE void for_each_pair(const uint8_t* from, Use use) {
   const __m256i codes = load_256(from);
-  const __m256i upper = _mm256_and_si256(_mm256_srli_epi16(codes, 4), bytes_of(0x0f));
-  const __m256i mantissa = _mm256_and_si256(codes, bytes_of(0x07));
-  const __m256i is_small =
-      _mm256_cmpeq_epi8(_mm256_and_si256(codes, bytes_of(0x78)), _mm256_setzero_si256());
-  const __m256i sign = _mm256_and_si256(codes, bytes_of(0x80));
-  const __m256i small_high =
-      _mm256_or_si256(_mm256_shuffle_epi8(table(kSmallHigh), mantissa), sign);
-  const __m256i low = _mm256_and_si256(_mm256_slli_epi16(codes, 4), bytes_of(0xf0));
-  const __m256i high_bytes =
-      _mm256_blendv_epi8(_mm256_shuffle_epi8(table(kE4m3High), upper), small_high, is_small);
-  const __m256i low_bytes =
-      _mm256_blendv_epi8(low, _mm256_shuffle_epi8(table(kSmallLow), mantissa), is_small);
-  _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm256_unpacklo_epi8(low_bytes, high_bytes));
-  _mm256_store_si256(reinterpret_cast<__m256i*>(to + 64),
-                     _mm256_unpackhi_epi8(low_bytes, high_bytes));
-}
-
-// One tile, whose first column is `pair` pairs into the unit.
-template <class Format>
-inline void unpack_tile(const uint8_t* tile, int pair, Unit& unit) {
-  constexpr int kPairs = Format::kTileColumns / 32;  // of a vector
-  for (int half = 0; half < 2; ++half) {
-    for (int v = 0; v < 16; ++v) {
-      const uint8_t* from = tile + half * kTileHalf + v * 64;
-      uint8_t* to = unit.values[half][pair + v * kPairs];
-      for (int part = 0; part < 64; part += 32) {
-        if (Format::kIsFp8) {
-          unpack_e4m3(from + part, to + part);
-        } else {
-          unpack_nibbles<Format::kCode>(from + part, to + part);
-        }
-      }
+  if constexpr (kCode == Code::kE4m3) {
+    __m256i first = e4m3_values(_mm256_unpacklo_epi8(codes, codes));
+    __m256i second = e4m3_values(_mm256_unpackhi_epi8(codes, codes));
+    // One vector in two hundred has such a code where weights are normally distributed.
+    const __m256i small =
+        _mm256_cmpeq_epi8(_mm256_and_si256(codes, bytes_of(0x78)), _mm256_setzero_si256());
+    if (__builtin_expect(_mm256_movemask_epi8(small) != 0, 0)) {
+      const __m256i mantissa = _mm256_and_si256(codes, bytes_of(0x07));
+      const __m256i high = _mm256_or_si256(_mm256_shuffle_epi8(table(kSmallHigh), mantissa),
+                                           _mm256_and_si256(codes, bytes_of(0x80)));
+      const __m256i low = _mm256_shuffle_epi8(table(kSmallLow), mantissa);
+      first = _mm256_blendv_epi8(first, _mm256_unpacklo_epi8(low, high),
+                                 _mm256_unpacklo_epi8(small, small));
+      second = _mm256_blendv_epi8(second, _mm256_unpackhi_epi8(low, high),
+                                  _mm256_unpackhi_epi8(small, small));
     }
+    use(Index<0>{}, first);
+    use(Index<1>{}, second);
+  } else {
+    const __m256i high_table = table(kCode == Code::kInt4 ? kInt4High : kE2m1High);
+    const __m256i low_table = table(kCode == Code::kInt4 ? kInt4Low : kE2m1Low);
+    const __m256i even = words_of(0x00ff);
+    __m256i high[2], low[2];
+    unrolled<2>([&](auto upper) KTRT_LAMBDA {
+      const __m256i nibbles = upper == 0 ? codes : _mm256_srli_epi16(codes, 4);
+      const __m256i index = _mm256_and_si256(nibbles, bytes_of(0x0f));
+      high[upper] = _mm256_shuffle_epi8(high_table, index);
+      low[upper] = _mm256_shuffle_epi8(low_table, index);
+    });
+    // In ascending order: a chain's.
+    unrolled<2>([&](auto upper) KTRT_LAMBDA {
+      use(Index<upper>{},
+          _mm256_or_si256(_mm256_and_si256(low[upper], even), _mm256_slli_epi16(high[upper], 8)));
+    });
+    unrolled<2>([&](auto upper) KTRT_LAMBDA {
+      use(Index<upper + 2>{}, _mm256_or_si256(_mm256_srli_epi16(low[upper], 8),
+                                              _mm256_andnot_si256(even, high[upper])));
+    });
   }
 }
 
-// The scales of one group as float32 [32].
 template <class Format>
-inline void read_scales(const GemmArgs& g, const uint8_t* tile, int group, int unit,
-                        __m256 (&scales)[4]) {
-  if (Format::kScaleBytes == 0) {
-    for (int q = 0; q < 4; ++q) scales[q] = _mm256_set1_ps(g.w_scale[unit]);
-    return;
-  }
-  const uint8_t* bytes = group_scales<Format>(tile, group);
-  for (int q = 0; q < 4; ++q) {
-    if (Format::kScaleBytes == 1) {
-      const __m256i exponents =
-          _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + q * 8)));
+constexpr int kVectorPairs = Format::kTileColumns / 32;  // of 64 bytes of codes
+
+// The scales of 8 outputs for the group that holds `column`.
+template <class Format>
+KTRT_INLINE __m256 scales_at(const GemmArgs& g, int column, int output) {
+  if constexpr (Format::kScaleBytes == 0) {
+    return _mm256_set1_ps(g.w_scale[column / kUnitColumns] * kE4m3Factor);
+  } else {
+    const uint8_t* tile = coded_tile<Format>(g, column / Format::kTileColumns);
+    const uint8_t* scales =
+        group_scales<Format>(tile, column % Format::kTileColumns / Format::kGroup) +
+        output * Format::kScaleBytes;
+    if constexpr (Format::kScaleBytes == 1) {
       // The byte is a float32's exponent; 0 is a subnormal.
-      const __m256i bits =
-          _mm256_blendv_epi8(_mm256_slli_epi32(exponents, 23), _mm256_set1_epi32(0x400000),
-                             _mm256_cmpeq_epi32(exponents, _mm256_setzero_si256()));
-      scales[q] = _mm256_castsi256_ps(bits);
+      const __m256i exponents =
+          _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales)));
+      return _mm256_castsi256_ps(
+          _mm256_max_epu32(_mm256_slli_epi32(exponents, 23), _mm256_set1_epi32(0x400000)));
     } else {
       const __m256i bits =
-          _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + q * 16)));
-      scales[q] = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+          _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales)));
+      return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
     }
   }
 }
 
-// One group of kRows rows: C = C + scale · chain, or, with one scale for all of k, C goes on as the
-// chain.
+// The products of one burst of half a strip: x is where its columns start in row 0.
 template <class Format, int kRows>
-inline void multiply_group(const Unit& unit, int pair, int pairs, const uint8_t* x,
-                           int64_t x_stride, const __m256 (&scales)[4], float* c) {
-  __m256 chain[kRows][4];
-  for (int i = 0; i < kRows; ++i) {
-    for (int q = 0; q < 4; ++q) {
-      chain[i][q] = Format::kGroup == 0 ? _mm256_loadu_ps(c + i * kStripColumns + q * 8)
-                                        : _mm256_setzero_ps();
-    }
-  }
-  for (int p = pair; p < pair + pairs; ++p) {
-    multiply_pairs<kRows>(unit.values[0][p], unit.values[1][p], x + p * 4, x_stride, chain);
-  }
-  for (int i = 0; i < kRows; ++i) {
-    for (int q = 0; q < 4; ++q) {
-      float* at = c + i * kStripColumns + q * 8;
-      const __m256 sum = Format::kGroup == 0
-                             ? chain[i][q]
-                             : _mm256_fmadd_ps(scales[q], chain[i][q], _mm256_loadu_ps(at));
-      _mm256_storeu_ps(at, sum);
-    }
+KTRT_INLINE void add_burst(const uint8_t* w, const uint8_t* x, int64_t x_stride,
+                           __m256 (&acc)[kRows][2]) {
+  for (int v = 0; v < kBurstVectors; ++v, w += 64, x += kVectorPairs<Format> * 4) {
+    unrolled<2>([&](auto q) KTRT_LAMBDA {
+      for_each_pair<Format::kCode>(w + q * 32, [&](auto pair, __m256i values) KTRT_LAMBDA {
+        const __m256 low = low_values(values);
+        const __m256 high = high_values(values);
+        unrolled<kRows>([&](auto i) KTRT_LAMBDA {
+          const __m256i both = Vectors256::broadcast(x + i * x_stride + pair * 4);
+          acc[i][q] = _mm256_fmadd_ps(low_values(both), low, acc[i][q]);
+          acc[i][q] = _mm256_fmadd_ps(high_values(both), high, acc[i][q]);
+        });
+      });
+    });
   }
 }
 
-// All rows over the unit's first `pairs`. `tile`: the first that it was made of.
-template <class Format>
-inline void multiply_unit(const GemmArgs& g, const Unit& unit, int index, int pairs,
-                          const uint8_t* tile) {
-  constexpr int kGroupPairs = Format::kGroup == 0 ? kUnitPairs : Format::kGroup / 2;
-  const uint8_t* x = g.a + static_cast<int64_t>(index) * kUnitColumns * 2;
-  for (int group = 0; group * kGroupPairs < pairs; ++group) {
-    __m256 scales[4] = {};
-    if (Format::kGroup > 0) read_scales<Format>(g, tile, group, index, scales);
-    const int pair = group * kGroupPairs;
-    const int count = pairs - pair < kGroupPairs ? pairs - pair : kGroupPairs;
-    int row = 0;
-    for (; row + kMaxRows <= g.rows; row += kMaxRows) {
-      multiply_group<Format, kMaxRows>(unit, pair, count, x + row * g.a_stride, g.a_stride, scales,
-                                       g.c + static_cast<int64_t>(row) * kStripColumns);
-    }
-    if (row < g.rows) {
-      multiply_group<Format, 1>(unit, pair, count, x + row * g.a_stride, g.a_stride, scales,
-                                g.c + static_cast<int64_t>(row) * kStripColumns);
-    }
-  }
-}
-
-template <class Format>
+// One channel's scale is multiplied in the end: C is the chain until then.
 inline void scale_rows(const GemmArgs& g) {
   for (int row = 0; row < g.rows; ++row) {
     float* c = g.c + static_cast<int64_t>(row) * kStripColumns;
     for (int n = 0; n < kStripColumns; n += 8) {
-      _mm256_storeu_ps(c + n,
-                       _mm256_mul_ps(_mm256_loadu_ps(c + n), _mm256_loadu_ps(g.w_scale + n)));
+      const __m256 scale =
+          _mm256_mul_ps(_mm256_loadu_ps(g.w_scale + n), _mm256_set1_ps(kE4m3Factor));
+      _mm256_storeu_ps(c + n, _mm256_mul_ps(_mm256_loadu_ps(c + n), scale));
     }
   }
 }
 
-template <WeightFormat kFormat>
-void strip(const GemmArgs& g) {
-  using Format = Coded<kFormat>;
-  constexpr int kTiles = kUnitColumns / Format::kTileColumns;
-  // A tile and its scales, some units ahead of the unpacking.
-  constexpr int kAhead = 2 * kTiles * Format::kTileBytes;
-  prefetch_expand(g);
-  memset(g.c, 0, static_cast<size_t>(g.rows) * kStripColumns * sizeof(float));
-  const int tiles = coded_tiles<Format>(g);
-  Unit unit;
-  for (int first = 0; first < tiles; first += kTiles) {
-    const uint8_t* tile = coded_tile<Format>(g, first);
-    const int count = tiles - first < kTiles ? tiles - first : kTiles;
-    for (int t = 0; t < count; ++t) {
-      const uint8_t* from = tile + t * Format::kTileBytes;
-      for (int i = 0; i < Format::kTileBytes; i += 64) __builtin_prefetch(from + kAhead + i, 0, 3);
-      unpack_tile<Format>(from, t * Format::kTileColumns / 2, unit);
+template <class Format>
+struct CodedBody {
+  static constexpr bool kHasScales = false;
+  static constexpr int kSideRows = 3;  // more have no registers
+
+  template <int kRows, int kStrips>
+  static void few(const GemmArgs* g) {
+    constexpr int kColumns = kVectorPairs<Format> * 2 * kBurstVectors;  // of a burst
+    constexpr int kBursts = Format::kTileColumns / kColumns;            // of half a tile
+    alignas(32) float chains[kStrips][2][kRows][16];
+    for (int s = 0; s < kStrips; ++s) memset(g[s].c, 0, sizeof(float) * kRows * kStripColumns);
+    const int tiles = coded_tiles<Format>(*g);
+    for (int tile = 0; tile < tiles; ++tile) {
+      for (int half_burst = 0; half_burst < 2 * kBursts; ++half_burst) {
+        const int half = half_burst / kBursts;
+        const int column = tile * Format::kTileColumns + half_burst % kBursts * kColumns;
+        const int end = column + kColumns;
+        const bool starts = Format::kGroup != 0 && column % Format::kGroup == 0;
+        const bool ends = Format::kGroup != 0 && (end % Format::kGroup == 0 || end == g->k);
+        const int64_t at = static_cast<int64_t>(tile) * Format::kTileBytes + half_burst * kBurst;
+        for (int s = 0; s < kStrips; ++s) {
+          const uint8_t* w = g[s].w_block + at;
+          // Two tiles ahead: scales, which lie between the codes of two tiles, come with them.
+          for (int i = 0; i < kBurst + 64; i += 64) {
+            __builtin_prefetch(w + 2 * Format::kTileBytes + i, 0, kStrips == 1 ? 3 : 2);
+          }
+          burst<kRows>(g[s], w, column, half, starts, ends, chains[s][half]);
+        }
+      }
     }
-    multiply_unit<Format>(g, unit, first / kTiles, count * Format::kTileColumns / 2, tile);
+    for (int s = 0; s < kStrips; ++s) finish(g[s]);
   }
-  if (Format::kGroup == 0) scale_rows<Format>(g);
-  if (g.lora_b != nullptr) expand_rows(g);
-}
+
+  static void many(const GemmArgs& g) {
+    memset(g.c, 0, static_cast<size_t>(g.rows) * kStripColumns * sizeof(float));
+    Unit unit;
+    for (unit.first = 0; unit.first < g.k; unit.first += kUnitColumns) {
+      const int rest = g.k - unit.first;
+      unit.columns = rest < kUnitColumns ? rest : kUnitColumns;
+      unpack(g, unit);
+      for_each_row_block<Products::kMaxRows>(g.rows, [&](int first, int rows) KTRT_LAMBDA {
+        if (rows == 3) {
+          unit_rows<3>(g, unit, first);
+        } else if (rows == 2) {
+          unit_rows<2>(g, unit, first);
+        } else {
+          unit_rows<1>(g, unit, first);
+        }
+      });
+    }
+    finish(g);
+  }
+
+ private:
+  // Factors as kernels/chunks.h orders them.
+  struct Unit {
+    alignas(64) uint8_t factors[kUnitColumns / kFactorColumns * kFactorTile<Products>];
+    int first;  // column
+    int columns;
+  };
+
+  static void finish(const GemmArgs& g) {
+    if (Format::kGroup == 0) scale_rows(g);
+    if (g.lora_b != nullptr) expand_rows(g);
+  }
+
+  template <int kRows>
+  static KTRT_INLINE void burst(const GemmArgs& g, const uint8_t* w, int column, int half,
+                                bool starts, bool ends, float (&chain)[kRows][16]) {
+    float* c = g.c + half * 16;
+    __m256 acc[kRows][2];
+    unrolled<kRows>([&](auto i) KTRT_LAMBDA {
+      unrolled<2>([&](auto q) KTRT_LAMBDA {
+        const float* from = Format::kGroup == 0 ? c + i * kStripColumns + q * 8 : chain[i] + q * 8;
+        acc[i][q] = starts ? _mm256_setzero_ps() : _mm256_loadu_ps(from);
+      });
+    });
+    add_burst<Format, kRows>(w, g.a + column * 2, g.a_stride, acc);
+    if (!ends) {
+      unrolled<kRows>([&](auto i) KTRT_LAMBDA {
+        unrolled<2>([&](auto q) KTRT_LAMBDA {
+          _mm256_storeu_ps(Format::kGroup == 0 ? c + i * kStripColumns + q * 8 : chain[i] + q * 8,
+                           acc[i][q]);
+        });
+      });
+      return;
+    }
+    unrolled<2>([&](auto q) KTRT_LAMBDA {
+      const __m256 scale = scales_at<Format>(g, column, half * 16 + q * 8);
+      unrolled<kRows>([&](auto i) KTRT_LAMBDA {
+        float* to = c + i * kStripColumns + q * 8;
+        _mm256_storeu_ps(to, _mm256_fmadd_ps(scale, acc[i][q], _mm256_loadu_ps(to)));
+      });
+    });
+  }
+
+  static void unpack(const GemmArgs& g, Unit& unit) {
+    constexpr int kAhead = 2 * kUnitColumns / Format::kTileColumns * Format::kTileBytes;
+    const uint8_t* tile = coded_tile<Format>(g, unit.first / Format::kTileColumns);
+    for (int column = 0; column < unit.columns; column += Format::kTileColumns) {
+      for (int i = 0; i < Format::kTileBytes; i += 64) __builtin_prefetch(tile + kAhead + i, 0, 3);
+      for (int vector = 0; vector < 32; ++vector) {
+        const int first_pair = column / 2 + vector % 16 * kVectorPairs<Format>;
+        uint8_t* half = unit.factors + vector / 16 * (kFactorTile<Products> / 2);
+        for (int q = 0; q < 2; ++q) {
+          for_each_pair<Format::kCode>(
+              tile + vector * 64 + q * 32, [&](auto pair, __m256i values) KTRT_LAMBDA {
+                const int at = first_pair + pair;
+                uint8_t* to = half + at / 16 * kFactorTile<Products> + at % 16 * 128 + q * 32;
+                Products::store_factor(to, low_values(values));
+                Products::store_factor(to + 64, high_values(values));
+              });
+        }
+      }
+      tile += Format::kTileBytes;
+    }
+  }
+
+  // C of kRows rows += one unit.
+  template <int kRows>
+  static void unit_rows(const GemmArgs& g, const Unit& unit, int first_row) {
+    constexpr int kGroup = Format::kGroup == 0 ? kUnitColumns : Format::kGroup;
+    alignas(64) uint8_t rows[kRows][2][kUnitColumns * 2];
+    const uint8_t* x = g.a + first_row * g.a_stride + unit.first * 2;
+    for (int i = 0; i < kRows; ++i) {
+      for (int at = 0; at < unit.columns * 2; at += 32) {
+        widen<Products>(x + i * g.a_stride + at, rows[i][0] + at, sizeof(rows[i][0]));
+      }
+    }
+    float* c = g.c + static_cast<int64_t>(first_row) * kStripColumns;
+    for (int column = 0; column < unit.columns; column += kGroup) {
+      const int rest = unit.columns - column;
+      __m256 chain[kRows][4];
+      for_each_sum<Products>(chain, c, [](__m256& sum, const float* from) KTRT_LAMBDA {
+        sum = Format::kGroup == 0 ? _mm256_loadu_ps(from) : _mm256_setzero_ps();
+      });
+      multiply_tiles<Products, kRows>(
+          unit.factors + column / kFactorColumns * kFactorTile<Products>,
+          (rest < kGroup ? rest : kGroup) / kFactorColumns, rows[0][0] + column * 2,
+          sizeof(rows[0]), sizeof(rows[0][0]), Lines{nullptr, 0}, chain);
+      if (Format::kGroup == 0) {
+        for_each_sum<Products>(
+            chain, c, [](const __m256& sum, float* to) KTRT_LAMBDA { _mm256_storeu_ps(to, sum); });
+        continue;
+      }
+      unrolled<4>([&](auto q) KTRT_LAMBDA {
+        const __m256 scale = scales_at<Format>(g, unit.first + column, q * 8);
+        unrolled<kRows>([&](auto i) KTRT_LAMBDA {
+          float* to = c + i * kStripColumns + q * 8;
+          _mm256_storeu_ps(to, _mm256_fmadd_ps(scale, chain[i][q], _mm256_loadu_ps(to)));
+        });
+      });
+    }
+  }
+};
 
 template <WeightFormat kFormat>
-constexpr GemmKernel kKernel = {"avx2", strip<kFormat>, expand_rows, 0};
+constexpr GemmKernel kKernel = {"avx2",
+                                one_strip<CodedBody<Coded<kFormat>>>,
+                                expand_rows,
+                                0,
+                                false,
+                                strips_side_by_side<CodedBody<Coded<kFormat>>>,
+                                CodedBody<Coded<kFormat>>::kSideRows};
 
 }  // namespace
 

@@ -1,31 +1,23 @@
 // INT4 GEMM on AVX2. VPMADDUBSW multiplies unsigned activations (offset 128) by signed codes in
-// [-7, 7]; eight such pairs fit int16 (8 · 2 · 255 · 7 < 2^15), so that only every eighth sum is
-// widened. Register block: up to 4 rows × half a strip (16 outputs).
-#include <immintrin.h>
-#include <string.h>
-
-#include "kernels/avx2_expand.h"
-#include "kernels/strip.h"
+// [-8, 7]; eight such pairs fit int16 (8 · 2 · 255 · 8 < 2^15), so that only every eighth sum is
+// widened, once in a burst. Register block of many rows: up to 4 rows × half a strip.
+#include "kernels/avx2/integer.h"
+#include "kernels/avx2/products.h"
+#include "kernels/bursts.h"
+#include "kernels/few_or_many.h"
 
 namespace ktrt {
 namespace {
 
 constexpr int kMaxRows = 4;
 constexpr int kBlockBytes = 3584 / 2;
-constexpr int kChunkGroups = 4;  // groups of low and of high nibbles that one int16 sum takes
 constexpr uint8_t kActivationOffset = 128;
-
-inline __m256i broadcast_group(const uint8_t* x) {
-  int word;
-  memcpy(&word, x, 4);
-  return _mm256_set1_epi32(word);
-}
 
 // Bytes of two nibbles to the signed codes of each.
 struct Codes {
   __m256i low;
   __m256i high;
-  explicit Codes(const uint8_t* w) {
+  KTRT_INLINE explicit Codes(const uint8_t* w) {
     const __m256i mask = _mm256_set1_epi8(0x0f);
     const __m256i table = _mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1,
                                            0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
@@ -35,84 +27,88 @@ struct Codes {
   }
 };
 
-// acc[i][h] += the products of row i with 8 outputs, over the 128 columns of a half tile.
-template <int kRows>
-inline void half_tile(const uint8_t* w, const uint8_t* x, int64_t x_stride,
-                      __m256i (&acc)[kRows][2]) {
-  const __m256i ones = _mm256_set1_epi16(1);
-  for (int first = 0; first < 16; first += kChunkGroups) {
+struct Burst {
+  // A tile has 128 columns.
+  static constexpr int first_byte(int step) { return step / 16 * 128 + step % 16 * 4; }
+
+  // acc[i][h] += the products of row i with 8 outputs, of 4 · 4 low and 4 · 4 high nibbles.
+  template <int kRows>
+  static KTRT_INLINE void add(const uint8_t* w, const uint8_t* x, int64_t x_stride,
+                              __m256i (&acc)[kRows][2]) {
     __m256i sums[kRows][2];
-    for (int i = 0; i < kRows; ++i) sums[i][0] = sums[i][1] = _mm256_setzero_si256();
-    for (int group = first; group < first + kChunkGroups; ++group) {
-      const Codes w0(w + group * 64);
-      const Codes w1(w + group * 64 + 32);
-      for (int i = 0; i < kRows; ++i) {
-        const uint8_t* row = x + i * x_stride + group * 4;
-        const __m256i a = broadcast_group(row);
-        sums[i][0] = _mm256_add_epi16(sums[i][0], _mm256_maddubs_epi16(a, w0.low));
-        sums[i][1] = _mm256_add_epi16(sums[i][1], _mm256_maddubs_epi16(a, w1.low));
-        const __m256i b = broadcast_group(row + 64);
-        sums[i][0] = _mm256_add_epi16(sums[i][0], _mm256_maddubs_epi16(b, w0.high));
-        sums[i][1] = _mm256_add_epi16(sums[i][1], _mm256_maddubs_epi16(b, w1.high));
-      }
-    }
-    for (int i = 0; i < kRows; ++i) {
-      for (int h = 0; h < 2; ++h) {
+    unrolled<kRows>([&](auto i) KTRT_LAMBDA { sums[i][0] = sums[i][1] = _mm256_setzero_si256(); });
+    unrolled<kBurstVectors>([&](auto v) KTRT_LAMBDA {
+      const Codes codes[2] = {Codes(w + v * 64), Codes(w + v * 64 + 32)};
+      unrolled<kRows>([&](auto i) KTRT_LAMBDA {
+        const uint8_t* row = x + i * x_stride + v * 4;
+        const __m256i low = Vectors256::broadcast(row);
+        const __m256i high = Vectors256::broadcast(row + 64);
+        unrolled<2>([&](auto h) KTRT_LAMBDA {
+          sums[i][h] = _mm256_add_epi16(sums[i][h], _mm256_maddubs_epi16(low, codes[h].low));
+          sums[i][h] = _mm256_add_epi16(sums[i][h], _mm256_maddubs_epi16(high, codes[h].high));
+        });
+      });
+    });
+    const __m256i ones = _mm256_set1_epi16(1);
+    unrolled<kRows>([&](auto i) KTRT_LAMBDA {
+      unrolled<2>([&](auto h) KTRT_LAMBDA {
         acc[i][h] = _mm256_add_epi32(acc[i][h], _mm256_madd_epi16(sums[i][h], ones));
-      }
-    }
+      });
+    });
   }
-}
+};
 
-// c[i][h] of 8 outputs each: 16 · sum without the offset's part, scaled.
-template <int kRows>
-inline void store_half(const GemmArgs& g, int first_row, int half, const __m256i (&acc)[kRows][2]) {
-  for (int h = 0; h < 2; ++h) {
-    const int column = half * 16 + h * 8;
-    const __m256i offset = _mm256_slli_epi32(load_256(g.w_sum + column), 7);
-    const __m256 w_scale = _mm256_loadu_ps(g.w_scale + column);
-    for (int i = 0; i < kRows; ++i) {
-      const int row = first_row + i;
-      const __m256 scale = _mm256_mul_ps(_mm256_set1_ps(g.a_scale[row]), w_scale);
-      const __m256i sum = _mm256_sub_epi32(_mm256_slli_epi32(acc[i][h], 4), offset);
-      _mm256_storeu_ps(g.c + static_cast<int64_t>(row) * kStripColumns + column,
-                       _mm256_mul_ps(scale, _mm256_cvtepi32_ps(sum)));
-    }
-  }
-}
-
+// Sums of kRows rows over all of k, half a strip after the other.
 template <int kRows>
 void row_block(const GemmArgs& g, int first_row, bool first) {
   const uint8_t* a = g.a + first_row * g.a_stride;
   for (int half = 0; half < 2; ++half) {
     __m256i acc[kRows][2];
-    for (int i = 0; i < kRows; ++i) acc[i][0] = acc[i][1] = _mm256_setzero_si256();
-    for_each_tile<kBlockBytes>(g, g.k / 2, first && half == 0, [&](const uint8_t* w, int byte) {
-      half_tile<kRows>(w + half * kTileHalf, a + 2 * byte, g.a_stride, acc);
+    unrolled<kRows>([&](auto i) { acc[i][0] = acc[i][1] = _mm256_setzero_si256(); });
+    const auto multiply = [&](const uint8_t* w, int byte, const uint8_t* ahead) KTRT_LAMBDA {
+      for (int vector = 0; vector < 16; vector += kBurstVectors) {
+        if (ahead != nullptr) {
+          for (int i = 0; i < 512; i += 64) __builtin_prefetch(ahead + vector * 128 + i, 0, 2);
+        }
+        Burst::add<kRows>(w + half * kTileHalf + vector * 64, a + 2 * byte + vector * 4, g.a_stride,
+                          acc);
+      }
+    };
+    for_each_tile_ahead<kBlockBytes>(g, g.k / 2, first && half == 0, multiply);
+    float* c = g.c + static_cast<int64_t>(first_row) * kStripColumns + half * 16;
+    unrolled<kRows>([&](auto i) {
+      IntegerSums256::store_sum(c + i * kStripColumns, acc[i][0]);
+      IntegerSums256::store_sum(c + i * kStripColumns + 8, acc[i][1]);
     });
-    store_half<kRows>(g, first_row, half, acc);
   }
-  if (g.lora_b == nullptr) return;
-  // The expand has registers for two rows.
-  int row = 0;
-  for (; row + 2 <= kRows; row += 2) add_lora<2>(g, first_row + row);
-  if (row < kRows) add_lora<1>(g, first_row + row);
 }
 
 using RowBlock = void (*)(const GemmArgs&, int, bool);
 constexpr RowBlock kRowBlocks[kMaxRows + 1] = {nullptr, row_block<1>, row_block<2>, row_block<3>,
                                                row_block<4>};
 
-void strip(const GemmArgs& g) {
-  prefetch_scales(g);
-  prefetch_expand(g);
-  for_each_row_block<kMaxRows>(
-      g.rows, [&](int first, int rows) { kRowBlocks[rows](g, first, first == 0); });
-}
+struct Body {
+  static constexpr bool kHasScales = true;
+  static constexpr int kSideRows = kMaxSideRows;
+
+  template <int kRows, int kStrips>
+  static void few(const GemmArgs* g) {
+    burst_sums<IntegerSums256, Burst, kBlockBytes, kRows, kStrips>(g, g->k / 2);
+    for (int s = 0; s < kStrips; ++s) finish_sums<true, 4>(g[s]);
+  }
+
+  static void many(const GemmArgs& g) {
+    for_each_row_block<kMaxRows>(
+        g.rows, [&](int first, int rows) { kRowBlocks[rows](g, first, first == 0); });
+    finish_sums<true, 4>(g);
+  }
+};
 
 }  // namespace
 
 extern const GemmKernel gemm_int4_avx2;
-const GemmKernel gemm_int4_avx2 = {"avx2", strip, expand_rows, kActivationOffset};
+const GemmKernel gemm_int4_avx2 = {
+    "avx2", one_strip<Body>,           expand_rows, kActivationOffset,
+    false,  strips_side_by_side<Body>, kMaxSideRows};
 
 }  // namespace ktrt

@@ -4,7 +4,12 @@
 namespace ktrt {
 
 extern const GemmKernel gemm_int4_avx512_bf16;
-const GemmKernel gemm_int4_avx512_bf16 = {"avx512_vnni_bf16", vnni_strip<Int4Weights, Bf16Expand>,
-                                          expand_rows<Bf16Expand>, kActivationOffset};
+const GemmKernel gemm_int4_avx512_bf16 = {"avx512_vnni_bf16",
+                                          vnni_strip<Int4Weights, Bf16Expand>,
+                                          expand_rows<Bf16Expand>,
+                                          kActivationOffset,
+                                          false,
+                                          int4_side_by_side<Bf16Expand>,
+                                          kMaxSideRows};
 
 }  // namespace ktrt

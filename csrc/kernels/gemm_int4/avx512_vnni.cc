@@ -4,7 +4,12 @@
 namespace ktrt {
 
 extern const GemmKernel gemm_int4_avx512_vnni;
-const GemmKernel gemm_int4_avx512_vnni = {"avx512_vnni", vnni_strip<Int4Weights, Float32Expand>,
-                                          expand_rows<Float32Expand>, kActivationOffset};
+const GemmKernel gemm_int4_avx512_vnni = {"avx512_vnni",
+                                          vnni_strip<Int4Weights, Float32Expand>,
+                                          expand_rows<Float32Expand>,
+                                          kActivationOffset,
+                                          false,
+                                          int4_side_by_side<Float32Expand>,
+                                          kMaxSideRows};
 
 }  // namespace ktrt

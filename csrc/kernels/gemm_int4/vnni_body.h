@@ -53,5 +53,38 @@ struct Int4Weights {
   }
 };
 
+template <class Expand, int kRows, int kStrips>
+void strips_side_by_side(const GemmArgs* g) {
+  const __m512i mask = _mm512_set1_epi8(static_cast<char>(0xf0));
+  __m512i acc[kStrips][kRows][2];
+  unrolled<kStrips>([&](auto s) {
+    unrolled<kRows>([&](auto i) { acc[s][i][0] = acc[s][i][1] = _mm512_setzero_si512(); });
+  });
+  for_each_burst<kStrips, Int4Weights::kBlockBytes>(
+      g, g->k / 2, [&](auto s, auto half, const uint8_t* w, int step) {
+        // A tile has 128 columns.
+        const uint8_t* x = g[s].a + step / 16 * 128 + step % 16 * 4;
+        unrolled<kBurstVectors>([&](auto v) {
+          const __m512i both = _mm512_loadu_si512(w + v * 64);
+          const __m512i low = _mm512_and_si512(_mm512_slli_epi16(both, 4), mask);
+          const __m512i high = _mm512_and_si512(both, mask);
+          unrolled<kRows>([&](auto i) {
+            const uint8_t* row = x + i * g[s].a_stride + v * 4;
+            acc[s][i][half] = _mm512_dpbusd_epi32(acc[s][i][half], broadcast_word(row), low);
+            acc[s][i][half] = _mm512_dpbusd_epi32(acc[s][i][half], broadcast_word(row + 64), high);
+          });
+        });
+      });
+  unrolled<kStrips>([&](auto s) { finish<Expand, kRows>(g[s], 0, acc[s]); });
+}
+
+template <class Expand>
+void int4_side_by_side(const GemmArgs* strips, int count) {
+  for (int i = 0; i < count; ++i) prefetch_scales(strips[i]);
+  for_each_strip_group<kMaxSideRows>(
+      strips, count, vnni_strip<Int4Weights, Expand>,
+      [](auto rows, auto n, const GemmArgs* g) { strips_side_by_side<Expand, rows, n>(g); });
+}
+
 }  // namespace
 }  // namespace ktrt

@@ -1,5 +1,5 @@
 // LoRA shrink on AVX2: 2 ymm of 8 ranks, two chains over alternating k pairs to hide FMA latency.
-#include "kernels/avx2_expand.h"
+#include "kernels/avx2/expand.h"
 #include "kernels/scalar_bf16.h"
 
 namespace ktrt {

@@ -7,7 +7,7 @@
 namespace ktrt {
 namespace {
 
-constexpr CpuFeatures kAll{true, true, true, true, true};
+constexpr CpuFeatures kAll{true, true, true, true, true, true};
 
 std::string names(Isa level, const CpuFeatures& features) {
   std::string text;
@@ -20,11 +20,13 @@ std::string names(Isa level, const CpuFeatures& features) {
 TEST(PeakLoops, ByLevelAndFeature) {
   EXPECT_EQ(names(Isa::kPortable, kAll), "");
   EXPECT_EQ(names(Isa::kAvx2, kAll), "avx2");
-  EXPECT_EQ(names(Isa::kAvx512, kAll), "avx2 avx512 avx512_bf16 avx512_vnni");
-  EXPECT_EQ(names(Isa::kAmx, kAll), "avx2 avx512 avx512_bf16 avx512_vnni amx_bf16 amx_int8");
+  EXPECT_EQ(names(Isa::kAvxVnni, kAll), "avx2 avx_vnni");
+  EXPECT_EQ(names(Isa::kAvx512, kAll), "avx2 avx_vnni avx512 avx512_bf16 avx512_vnni");
+  EXPECT_EQ(names(Isa::kAmx, kAll),
+            "avx2 avx_vnni avx512 avx512_bf16 avx512_vnni amx_bf16 amx_int8");
   CpuFeatures features = kAll;
-  features.avx512_bf16 = features.amx = false;
-  EXPECT_EQ(names(Isa::kAmx, features), "avx2 avx512 avx512_vnni");
+  features.avx512_bf16 = features.amx = features.avx_vnni = false;
+  EXPECT_EQ(names(Isa::kAmx, features), "avx2 avx_vnni_evex avx512 avx512_vnni");
 }
 
 // The operands are all 1, so the sums are the number of multiply-adds: none was optimised away.

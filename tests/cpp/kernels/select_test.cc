@@ -2,15 +2,17 @@
 
 #include <gtest/gtest.h>
 
+#include <cstdlib>
 #include <string>
 #include <vector>
 
+#include "kernels/bf16_arithmetic.h"
 #include "kernels/variants.h"
 
 namespace ktrt {
 namespace {
 
-constexpr CpuFeatures kAll{true, true, true, true, true};
+constexpr CpuFeatures kAll{true, true, true, true, true, true};
 
 // BF16, INT8 and INT4 GEMM, shrink, elementwise, dense BF16 and float32, attention; what differs
 // for few rows as "many/few".
@@ -33,6 +35,8 @@ TEST(SelectKernels, ByLevel) {
   EXPECT_EQ(names(select_kernels(Isa::kPortable, kAll)),
             "portable portable portable portable portable portable portable portable");
   EXPECT_EQ(names(select_kernels(Isa::kAvx2, kAll)), "avx2 avx2 avx2 avx2 avx2 avx2 avx2 avx2");
+  EXPECT_EQ(names(select_kernels(Isa::kAvxVnni, kAll)),
+            "avx2 avx_vnni avx_vnni avx2 avx2 avx2 avx2 avx2");
   EXPECT_EQ(names(select_kernels(Isa::kAvx512, kAll)),
             "avx512_bf16 avx512_vnni_bf16 avx512_vnni_bf16 avx512_bf16 avx512 avx512_bf16 avx512 "
             "avx512");
@@ -52,9 +56,47 @@ TEST(SelectKernels, FallsBackWhereAFeatureIsMissing) {
             "avx512 avx512_vnni avx512_vnni avx2 avx512 avx512 avx512 avx512");
   features.avx512_vnni = false;
   EXPECT_EQ(names(select_kernels(Isa::kAvx512, features)),
-            "avx512 avx2 avx2 avx2 avx512 avx512 avx512 avx512");
+            "avx512 avx_vnni avx_vnni avx2 avx512 avx512 avx512 avx512");
   EXPECT_EQ(names(select_kernels(Isa::kAmx, CpuFeatures{})),
             "portable portable portable portable portable portable portable portable");
+}
+
+TEST(SelectKernels, Avx512VnniStandsInForAvxVnni) {
+  CpuFeatures features = kAll;
+  features.avx_vnni = false;
+  EXPECT_EQ(names(select_kernels(Isa::kAvxVnni, features)),
+            "avx2 avx_vnni_evex avx_vnni_evex avx2 avx2 avx2 avx2 avx2");
+  features.avx512_vnni = false;
+  EXPECT_EQ(names(select_kernels(Isa::kAvxVnni, features)),
+            "avx2 avx2 avx2 avx2 avx2 avx2 avx2 avx2");
+}
+
+TEST(SelectKernels, Float32MultiplyAddsWhereTheyAreFaster) {
+  const auto float32 = [](Isa level) {
+    return select_kernels(level, kAll, Bf16Arithmetic::kFloat32);
+  };
+  EXPECT_EQ(names(float32(Isa::kAvx512)),
+            "avx512 avx512_vnni_bf16 avx512_vnni_bf16 avx512_bf16 avx512 avx512 avx512 avx512");
+  EXPECT_EQ(names(float32(Isa::kAmx)),
+            "amx/avx512_bf16 amx/avx512_vnni_bf16 amx/avx512_vnni_bf16 amx/avx512_bf16 avx512 "
+            "avx512 avx512 avx512");
+  for (const WeightFormat format : kWeightFormats) {
+    if (!is_coded(format)) continue;
+    EXPECT_STREQ(float32(Isa::kAvx512).gemm(format).few->name, "avx512") << name_of(format);
+  }
+  EXPECT_EQ(names(float32(Isa::kAvx2)), names(select_kernels(Isa::kAvx2, kAll)));
+}
+
+TEST(Bf16Arithmetic, IsMeasuredOnceAndCanBeForced) {
+  ASSERT_EQ(unsetenv("KTRT_BF16"), 0);
+  const Bf16Arithmetic measured = active_bf16_arithmetic();
+  EXPECT_EQ(measured, faster_bf16_arithmetic());
+  EXPECT_TRUE(cpu_features().avx512_bf16 || measured == Bf16Arithmetic::kFloat32);
+  for (const Bf16Arithmetic forced : {Bf16Arithmetic::kDot, Bf16Arithmetic::kFloat32}) {
+    ASSERT_EQ(setenv("KTRT_BF16", name_of(forced), 1), 0);
+    EXPECT_EQ(active_bf16_arithmetic(), forced);
+  }
+  ASSERT_EQ(unsetenv("KTRT_BF16"), 0);
 }
 
 TEST(SelectKernels, CodedFormatsByLevelAndFeature) {
@@ -93,7 +135,7 @@ TEST(SelectKernels, ShrinksReadWhatTheGemmsRead) {
   EXPECT_EQ(&amx.shrink_for(*amx.gemm(WeightFormat::kBf16).many), amx.lora_shrink_tiles);
   EXPECT_EQ(&amx.shrink_for(*amx.gemm(WeightFormat::kInt8).many), amx.lora_shrink_tiles);
   EXPECT_EQ(&amx.shrink_for(*amx.gemm(WeightFormat::kBf16).few), amx.lora_shrink);
-  for (const Isa level : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
+  for (const Isa level : {Isa::kPortable, Isa::kAvx2, Isa::kAvxVnni, Isa::kAvx512}) {
     const KernelTable table = select_kernels(level, kAll);
     EXPECT_FALSE(table.gemm(WeightFormat::kBf16).many->tile_order ||
                  table.gemm(WeightFormat::kInt8).many->tile_order);
@@ -109,7 +151,7 @@ TEST(SelectKernels, FixedOnesDoNotDependOnTheNumberOfRows) {
             "amx_fixed amx_fixed/avx512_vnni_bf16 amx_fixed/avx512_vnni_bf16 amx/amx avx512 "
             "avx512_bf16 avx512 avx512");
   EXPECT_NE(table.gemm(WeightFormat::kBf16).many->side_by_side, nullptr);
-  for (const Isa level : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
+  for (const Isa level : {Isa::kPortable, Isa::kAvx2, Isa::kAvxVnni, Isa::kAvx512}) {
     const KernelTable below = select_kernels(level, kAll);
     EXPECT_TRUE(below.fixed);
     EXPECT_EQ(names(fixed(below)), names(below));
@@ -133,6 +175,8 @@ TEST(GemmKernel, TilesAreFewAndEvenlyFilled) {
 bool allowed(const std::string& name, Isa level, const CpuFeatures& f) {
   if (name == "portable") return true;
   if (name == "avx2") return level >= Isa::kAvx2 && f.avx2;
+  if (name == "avx_vnni") return level >= Isa::kAvxVnni && f.avx_vnni;
+  if (name == "avx_vnni_evex") return level >= Isa::kAvxVnni && f.avx512_vnni;
   if (name == "avx512") return level >= Isa::kAvx512 && f.avx512;
   if (name == "avx512_bf16") return level >= Isa::kAvx512 && f.avx512_bf16;
   if (name == "avx512_vnni") return level >= Isa::kAvx512 && f.avx512_vnni;
@@ -163,7 +207,8 @@ TEST(SelectKernels, NeverAboveTheLevelOrTheFeatures) {
 // The list that the other tests go through.
 TEST(Variants, AreAllFound) {
   for (const WeightFormat format : kKtFormats) {
-    EXPECT_EQ(testing::all_gemms(format).size(), 8u) << name_of(format);
+    EXPECT_EQ(testing::all_gemms(format).size(), quantizes_rows(format) ? 10u : 8u)
+        << name_of(format);
   }
   EXPECT_EQ(testing::all_shrinks().size(), 5u);
   EXPECT_EQ(testing::variants_of(testing::elementwises).size(), 3u);

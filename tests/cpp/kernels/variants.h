@@ -27,15 +27,17 @@ struct Variant {
 
 // Bit i of `mask` is the i-th feature.
 inline CpuFeatures features_of(unsigned mask) {
-  return {(mask & 1) != 0, (mask & 2) != 0, (mask & 4) != 0, (mask & 8) != 0, (mask & 16) != 0};
+  return {(mask & 1) != 0, (mask & 2) != 0,  (mask & 4) != 0,
+          (mask & 8) != 0, (mask & 16) != 0, (mask & 32) != 0};
 }
-inline constexpr unsigned kFeatureMasks = 32;
-inline constexpr Isa kIsaLevels[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAmx};
+inline constexpr unsigned kFeatureMasks = 64;
+inline constexpr Isa kIsaLevels[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvxVnni, Isa::kAvx512,
+                                     Isa::kAmx};
 
 inline bool includes(const CpuFeatures& all, const CpuFeatures& some) {
   return (all.avx2 || !some.avx2) && (all.avx512 || !some.avx512) &&
          (all.avx512_bf16 || !some.avx512_bf16) && (all.avx512_vnni || !some.avx512_vnni) &&
-         (all.amx || !some.amx);
+         (all.amx || !some.amx) && (all.avx_vnni || !some.avx_vnni);
 }
 
 // The kernels of one family in a table.

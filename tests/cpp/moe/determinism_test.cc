@@ -125,7 +125,7 @@ TEST_P(DeterminismTest, OrderOfTheSlots) {
 
 // Tokens in one forward or in several. Exact only where one kernel serves any number of rows.
 TEST_P(DeterminismTest, Chunks) {
-  for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAmx}) {
+  for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvxVnni, Isa::kAvx512, Isa::kAmx}) {
     if (isa > detected_isa()) continue;
     const auto layer = test_.make_layer(make_engine(2, kMaxQlen, isa));
     const Batch batch = skewed_batch(40);
@@ -154,7 +154,7 @@ TEST(Determinism, IntegersWithoutLoraAreTheSameOnEveryIsa) {
     const Batch batch = skewed_batch(200);
     const std::vector<float> expected =
         forward(*test.make_layer(make_engine(2, kMaxQlen, Isa::kPortable)), batch);
-    for (const Isa isa : {Isa::kAvx2, Isa::kAvx512, Isa::kAmx}) {
+    for (const Isa isa : {Isa::kAvx2, Isa::kAvxVnni, Isa::kAvx512, Isa::kAmx}) {
       if (isa > detected_isa()) continue;
       const auto layer = test.make_layer(make_engine(2, kMaxQlen, isa));
       EXPECT_EQ(forward(*layer, batch), expected) << name_of(format) << " " << name_of(isa);
