@@ -4,13 +4,14 @@
     python bench/make_v2lite.py /tmp/v2lite --layers 7       # 1 dense and 6 MoE layers, 8 GB
     python bench/cpu_decode.py /tmp/v2lite [--backends AMXBF16 AMXInt8 INT8] [--rank 8] [--json]
     python bench/cpu_decode.py /tmp/next --shape qwen3_next --layers 4   # makes it first: 5.5 GB
+    python bench/cpu_decode.py /tmp/oss --shape gpt_oss --context 4096 --backends AMXInt8
     python bench/cpu_decode.py --quick                       # the demo model, for a smoke test
 
 The limit of a token is the bytes of its weights (one row of the embeddings, top_k of each layer's
 experts, all others) at the bandwidth of a plain read on the engine's threads. Probe, base and
 adapter take turns in one process; ratios are medians over neighbouring runs. The adapter is random,
-on every linear layer including routed experts; its bytes count as overhead. INT8 is AMXInt8 with
-quantization_bit: 8, the other linear layers in INT8 too.
+on every linear layer including routed experts (gpt-oss: without them); its bytes count as overhead.
+INT8 is AMXInt8 with quantization_bit: 8, the other linear layers in INT8 too.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ def write_adapter(model: Path, folder: Path, rank: int, seed: int = 0) -> Path:
         module = name.removesuffix(".weight")
         if not module.endswith("_proj") and not module.endswith("_proj_with_mqa"):
             continue
+        if len(checkpoint.shape(name)) != 2:
+            continue  # stacked experts
         targets.add(module.rpartition(".")[2])
         rows, columns = checkpoint.shape(name)
         key = f"base_model.model.{module}"

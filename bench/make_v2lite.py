@@ -96,22 +96,76 @@ def qwen3_next(layers: int) -> dict[str, Any]:
     }
 
 
-SHAPES: dict[str, Callable[[int], dict[str, Any]]] = {"v2lite": v2lite, "qwen3_next": qwen3_next}
+def gpt_oss(layers: int) -> dict[str, Any]:
+    """gpt-oss-20b: every other layer sees 128 positions, all have sinks and biases."""
+    return {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "torch_dtype": "bfloat16",
+        "vocab_size": 201088,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "sliding_window": 128,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+    }
+
+
+def qwen3_moe(layers: int) -> dict[str, Any]:
+    """Qwen3-30B-A3B: 128 experts, 32 heads of 4 groups."""
+    return {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "torch_dtype": "bfloat16",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+
+
+SHAPES: dict[str, Callable[[int], dict[str, Any]]] = {
+    "v2lite": v2lite,
+    "qwen3_next": qwen3_next,
+    "gpt_oss": gpt_oss,
+    "qwen3_moe": qwen3_moe,
+}
 
 
 def shapes_of(values: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Returns name on disk → shape, with single routed experts."""
+    """Returns name on disk → shape: single routed experts, gpt-oss' stacked ones as they are."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**values)
-    experts = values.get("n_routed_experts") or values["num_experts"]
-    hidden, intermediate = values["hidden_size"], values["moe_intermediate_size"]
+    experts = values.get("n_routed_experts") or values.get("num_experts")
+    hidden, intermediate = values["hidden_size"], values.get("moe_intermediate_size", 0)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, parameter in model.named_parameters():
         prefix, found, _ = name.partition(".experts.")
-        if not found:
+        if not found or experts is None:
             shapes[name] = tuple(parameter.shape)
             continue
         for expert in range(experts):

@@ -152,11 +152,21 @@ class HeadArray:
 class SlotRows:
     """Which sequence each row of a forward attends to, in arrays [slots, heads, tokens, size]."""
 
-    def __init__(self, slots: int, lengths: int, rows: int, slot_count: int, capacity: int) -> None:
+    def __init__(
+        self,
+        slots: int,
+        lengths: int,
+        rows: int,
+        slot_count: int,
+        capacity: int,
+        window: int = 0,
+    ) -> None:
         """``slots`` and ``lengths``: addresses of int64 [``rows``], read by every forward: a row's
         slot, below ``slot_count``, and how many tokens of it the row attends to, ``capacity`` at
-        most. A row of length 0 gives zeros, whatever its slot. The caller keeps the memory alive.
-        ``ValueError``: an address that is not aligned, a number below 1."""
+        most. A row of length 0 gives zeros, whatever its slot. With a ``window`` a row attends to
+        its last ``window`` tokens alone, token t lies at t modulo ``capacity``, and, of a capacity
+        that is a multiple of 64 and no smaller than the window, a length may be any. The caller
+        keeps the memory alive. ``ValueError``: an address that is not aligned, a number below 1."""
 
 class TokenAttention:
     """Attention of one token over cached keys and values, on an engine's threads.
@@ -198,13 +208,15 @@ class TokenAttention:
         out: HeadArray,
         mask: int = 0,
         mask_count: int = 0,
+        ring: int = 0,
     ) -> None:
         """Attends to the tokens ``start`` … ``end`` - 1 of keys [groups, tokens, key_size],
         second_keys [groups, tokens, second_key_size] and values [groups, tokens, value_size], all
         bfloat16 (values may be the memory of keys); a sliding window is a ``start`` above 0. query
         [heads, 1, key_size], second_query [heads, 1, second_key_size] and out [heads, 1,
         value_size] are bfloat16 or float32 each. ``mask``: address of float32 [``mask_count``],
-        added to the scores of tokens 0 … of all heads; 0: none. Runs without the GIL.
+        added to the scores of tokens 0 … of all heads; 0: none. ``ring``: token t lies at t
+        modulo it, a multiple of 64 and no less than the tokens. Runs without the GIL.
         ``ValueError``: an array too small, ``end`` not above ``start``. ``RuntimeError``: the
         engine is closed."""
 

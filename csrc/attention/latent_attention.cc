@@ -393,6 +393,7 @@ void LatentAttention::forward_rows(const Arrays& arrays, const SlotRows& rows,
     rows_.clear();
     for (std::int64_t row = first; row < first + count; ++row) {
       const SlotRow found = slot_row(rows, row);
+      KTRT_CHECK(rows.window == 0, "window is " << rows.window << ", expected none: 0");
       rows_.push_back(row_of(arrays, found.slot, found.length));
     }
     const AdapterIds ids =

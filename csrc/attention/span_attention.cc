@@ -83,7 +83,7 @@ SpanAttention::Task SpanAttention::plan(const Layout& layout, std::vector<Row>& 
   passes_.assign(1, {});
   for (std::size_t i = 0; i < rows.size(); ++i) {
     Row& row = rows[i];
-    const std::int64_t tokens = std::max<std::int64_t>(row.end - row.start, 0);
+    const std::int64_t tokens = row.empty() ? 0 : row.end - row.first();
     const std::int64_t blocks = (tokens + kAttentionBlock - 1) / kAttentionBlock;
     row.span = (blocks + kMaxSpans - 1) / kMaxSpans * kAttentionBlock;
     row.spans = row.empty() ? 0 : (tokens + row.span - 1) / row.span;
@@ -188,21 +188,24 @@ void SpanAttention::compute_span(const Task& task, std::int64_t index, std::int6
   std::fill_n(softmax.max, block.heads, kNothing);
   std::fill_n(softmax.sum, block.heads, 0.0f);
 
-  const std::int64_t begin = row.start + span * row.span;
-  const std::int64_t end = std::min(row.end, begin + row.span);
-  for (std::int64_t token = begin; token < end; token += kAttentionBlock) {
-    block.token = token;
-    block.tokens = static_cast<int>(std::min<std::int64_t>(end - token, kAttentionBlock));
+  const std::int64_t origin = row.first() + span * row.span;
+  const std::int64_t begin = std::max(row.start, origin);
+  const std::int64_t end = std::min(row.end, origin + row.span);
+  std::int64_t next = 0;
+  for (std::int64_t token = begin; token < end; token = next) {
+    next = (token / kAttentionBlock + 1) * kAttentionBlock;
+    block.token = task.layout.place(token);
+    block.tokens = static_cast<int>(std::min(end, next) - token);
     score(task, row, block, scores);
     softmax.tokens = value.tokens = block.tokens;
     if (task.layout.mask != nullptr) softmax.mask = task.layout.mask + token;
     kernel.softmax(softmax);
-    value.values = at(row.values, strides, block.group, token);
+    value.values = at(row.values, strides, block.group, block.token);
     value.carry = token == begin ? nullptr : softmax.carry;
-    const std::int64_t next = token + kAttentionBlock;
     value.coming = {};
     if (next < row.end) {
-      value.coming = {at(row.keys, task.layout.keys, block.group, next), task.layout.keys.token,
+      value.coming = {at(row.keys, task.layout.keys, block.group, task.layout.place(next)),
+                      task.layout.keys.token,
                       static_cast<int>(std::min<std::int64_t>(row.end - next, ahead_)),
                       static_cast<int>(form_.key_size)};
     }

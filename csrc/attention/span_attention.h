@@ -2,11 +2,11 @@
 // LatentAttention share. BF16 keys and values, float32 sums, on the engine's threads.
 //
 // The tokens of a group are cut into spans, whose number depends on nothing but how many tokens
-// there are; threads claim the spans of all rows from one queue. A span goes through in blocks of
-// 64 tokens: scores, their exponentials against the largest so far, weighted sum of values. A
-// head's spans are then merged in their order. So the bits depend neither on the number of threads
-// nor on other rows, and the sums that are written between are small compared to the keys that are
-// read. Rows go through in passes, so that their sums stay below a limit.
+// there are and where they begin; threads claim the spans of all rows from one queue. A span goes
+// through in blocks of 64 tokens: scores, their exponentials against the largest so far, weighted
+// sum of values. A head's spans are then merged in their order. So the bits depend neither on the
+// number of threads nor on other rows, and the sums that are written between are small compared to
+// the keys that are read. Rows go through in passes, so that their sums stay below a limit.
 #pragma once
 
 #include <atomic>
@@ -45,7 +45,10 @@ class SpanAttention {
   struct Layout {
     Strides keys, second_keys, values;
     bool values_are_keys = false;
+    std::int64_t ring = 0;        // token t lies at t % ring, whole blocks; 0: at t
     const float* mask = nullptr;  // by token; may be null
+
+    std::int64_t place(std::int64_t token) const { return ring > 0 ? token % ring : token; }
   };
 
   // A row's sequence: tokens [start, end) of what the pointers' group 0, token 0 begins. Without
@@ -64,6 +67,8 @@ class SpanAttention {
     std::int64_t end_item = 0;
 
     bool empty() const { return start >= end; }
+    // Blocks and spans begin at multiples of a block's tokens, wherever the row does.
+    std::int64_t first() const { return start - start % kAttentionBlock; }
   };
 
   // Rows [begin, end), whose sums are in scratch memory together.

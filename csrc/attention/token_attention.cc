@@ -108,11 +108,15 @@ void TokenAttention::merge(const Task& task, const HeadArray& out, std::int64_t 
 }
 
 // rows_, which are `first_row` and on of the arrays.
-void TokenAttention::run(const Arrays& arrays, std::int64_t first_row, const Engine::Lease& lease) {
+void TokenAttention::run(const Arrays& arrays, std::int64_t first_row, std::int64_t ring,
+                         const Engine::Lease& lease) {
   ThreadPool& pool = lease.pool();
   const std::int64_t heads = spans_.form().heads;
-  SpanAttention::Layout layout{strides_of(arrays.keys), strides_of(arrays.second_keys),
-                               strides_of(arrays.values), arrays.values.data == arrays.keys.data,
+  SpanAttention::Layout layout{strides_of(arrays.keys),
+                               strides_of(arrays.second_keys),
+                               strides_of(arrays.values),
+                               arrays.values.data == arrays.keys.data,
+                               ring,
                                arrays.mask};
   const Task task = spans_.plan(layout, rows_, lease, 0);
   const auto passes = static_cast<std::int64_t>(task.passes->size());
@@ -156,14 +160,18 @@ void TokenAttention::run(const Arrays& arrays, std::int64_t first_row, const Eng
   });
 }
 
-void TokenAttention::forward(const Arrays& arrays, std::int64_t start, std::int64_t end) {
+void TokenAttention::forward(const Arrays& arrays, std::int64_t start, std::int64_t end,
+                             std::int64_t ring) {
   KTRT_CHECK(start >= 0 && start < end, "tokens " << start << " to " << end
                                                   << ", expected a start of at least 0 and an end "
                                                   << "above it");
-  check(arrays, 1, end, 1);
+  KTRT_CHECK(ring == 0 || (is_ring(ring) && end - start <= ring && arrays.mask == nullptr),
+             "ring is " << ring << ", expected a multiple of " << kAttentionBlock << ", at least "
+                        << end - start << " tokens and no mask");
+  check(arrays, 1, ring > 0 ? std::min(ring, end) : end, 1);
   const auto lease = engine_->lease();
   rows_.assign(1, row_of(arrays, 0, start, end));
-  run(arrays, 0, lease);
+  run(arrays, 0, ring, lease);
 }
 
 void TokenAttention::forward_rows(const Arrays& arrays, const SlotRows& rows) {
@@ -175,9 +183,9 @@ void TokenAttention::forward_rows(const Arrays& arrays, const SlotRows& rows) {
     rows_.clear();
     for (std::int64_t row = first; row < end; ++row) {
       const SlotRow found = slot_row(rows, row);
-      rows_.push_back(row_of(arrays, found.slot, 0, found.length));
+      rows_.push_back(row_of(arrays, found.slot, found.start, found.length));
     }
-    run(arrays, first, lease);
+    run(arrays, first, rows.window > 0 && is_ring(rows.capacity) ? rows.capacity : 0, lease);
   }
 }
 

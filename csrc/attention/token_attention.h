@@ -40,8 +40,9 @@ class TokenAttention {
 
   // One row over tokens [start, end) of slot 0. Throws std::invalid_argument naming an array that
   // is too small; std::runtime_error once the engine is closed.
-  void forward(const Arrays& arrays, std::int64_t start, std::int64_t end);
-  // Each row over its slot's first tokens: the same bits as alone.
+  // `ring`: token t lies at t % ring, for as many tokens at most; 0: at t.
+  void forward(const Arrays& arrays, std::int64_t start, std::int64_t end, std::int64_t ring = 0);
+  // Each row over its slot's first tokens, or the window's of them: the same bits as alone.
   void forward_rows(const Arrays& arrays, const SlotRows& rows);
 
  private:
@@ -51,7 +52,8 @@ class TokenAttention {
              std::int64_t slots) const;
   SpanAttention::Row row_of(const Arrays& arrays, std::int64_t slot, std::int64_t start,
                             std::int64_t end) const;
-  void run(const Arrays& arrays, std::int64_t first_row, const Engine::Lease& lease);
+  void run(const Arrays& arrays, std::int64_t first_row, std::int64_t ring,
+           const Engine::Lease& lease);
   void pack(const Task& task, const Arrays& arrays, std::int64_t first_row, std::int64_t row,
             std::int64_t head) const;
   void merge(const Task& task, const HeadArray& out, std::int64_t first_row, std::int64_t row,

@@ -43,9 +43,13 @@ HeadArray head_array(std::uintptr_t at, std::int64_t count, std::int64_t head_st
 }
 
 SlotRows slot_rows(std::uintptr_t slots, std::uintptr_t lengths, std::int64_t rows,
-                   std::int64_t slot_count, std::int64_t capacity) {
+                   std::int64_t slot_count, std::int64_t capacity, std::int64_t window) {
   const SlotRows made{address<std::int64_t>(slots, "slots"),
-                      address<std::int64_t>(lengths, "lengths"), rows, slot_count, capacity};
+                      address<std::int64_t>(lengths, "lengths"),
+                      rows,
+                      slot_count,
+                      capacity,
+                      window};
   check_slot_rows(made);
   return made;
 }
@@ -65,7 +69,7 @@ std::shared_ptr<TokenAttention> token_attention(std::shared_ptr<Engine> engine, 
 void attend(TokenAttention& attention, const HeadArray& query, const HeadArray* second_query,
             const HeadArray& keys, const HeadArray* second_keys, const HeadArray& values,
             std::int64_t start, std::int64_t end, const HeadArray& out, std::uintptr_t mask,
-            std::int64_t mask_count) {
+            std::int64_t mask_count, std::int64_t ring) {
   const TokenAttention::Arrays arrays{query,
                                       second_query != nullptr ? *second_query : HeadArray{},
                                       keys,
@@ -75,7 +79,7 @@ void attend(TokenAttention& attention, const HeadArray& query, const HeadArray* 
                                       address<float>(mask, "mask"),
                                       mask_count};
   const py::gil_scoped_release release;
-  attention.forward(arrays, start, end);
+  attention.forward(arrays, start, end, ring);
 }
 
 void attend_rows(TokenAttention& attention, const HeadArray& query, const HeadArray& keys,
@@ -181,7 +185,7 @@ void register_attention(py::module_& module) {
            py::arg("token_stride") = 0, py::arg("float32") = false, py::arg("slot_stride") = 0);
   py::class_<SlotRows>(module, "SlotRows")
       .def(py::init(&slot_rows), py::arg("slots"), py::arg("lengths"), py::arg("rows"),
-           py::arg("slot_count"), py::arg("capacity"));
+           py::arg("slot_count"), py::arg("capacity"), py::arg("window") = 0);
   py::class_<TokenAttention, std::shared_ptr<TokenAttention>>(module, "TokenAttention")
       .def(py::init(&token_attention), py::arg("engine").none(false), py::kw_only(),
            py::arg("heads"), py::arg("groups"), py::arg("key_size"), py::arg("value_size"),
@@ -189,7 +193,8 @@ void register_attention(py::module_& module) {
            py::arg("sinks") = py::none())
       .def("forward", &attend, py::arg("query"), py::arg("second_query").none(true),
            py::arg("keys"), py::arg("second_keys").none(true), py::arg("values"), py::arg("start"),
-           py::arg("end"), py::arg("out"), py::arg("mask") = 0, py::arg("mask_count") = 0)
+           py::arg("end"), py::arg("out"), py::arg("mask") = 0, py::arg("mask_count") = 0,
+           py::arg("ring") = 0)
       .def("forward_rows", &attend_rows, py::arg("query"), py::arg("keys"), py::arg("values"),
            py::arg("out"), py::arg("rows"));
   py::class_<HeldLatentAttention, std::shared_ptr<HeldLatentAttention>>(module, "LatentAttention")

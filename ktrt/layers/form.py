@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 # Arguments that change a result in ways that ``AttentionForm`` does not know, unless they are
 # nothing.
-_OTHERS = ("dropout", "position_bias", "cache", "output_attentions")
+_OTHERS = (
+    "dropout", "position_bias", "cache", "output_attentions", "indices", "block_indices",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,15 @@ class AttentionForm:
     window: int = 0
     softcap: float = 0.0
     sinks: torch.Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it has neither a window nor a softcap nor sinks."""
+        return not self.window and not self.softcap and self.sinks is None
+
+    def first_of(self, end: int) -> int:
+        """Returns the first position that position ``end`` - 1 attends to."""
+        return max(0, end - self.window) if self.window else 0
 
 
 def is_nothing(value: object) -> bool:

@@ -20,7 +20,9 @@ from torch import nn
 
 from ktrt.engine.recording import active
 from ktrt.engine.step_rows import RunningStep, StepRows
-from ktrt.layers.attention import places
+from ktrt.layers.attention import NAME as PLAIN
+from ktrt.layers.attention import attention as plain_attention
+from ktrt.layers.attention_calls import why_other
 from ktrt.layers.causal_mask import mask_of_last, mask_or_none
 from ktrt.layers.form import form_of
 from ktrt.layers.forward import DenseForward
@@ -28,12 +30,14 @@ from ktrt.layers.gpu.decode import runs_kernels
 from ktrt.layers.gpu.latent import AbsorbedLatents
 from ktrt.layers.gpu.prefill import prefill_attention
 from ktrt.layers.latent_decoder import LatentDecoder
-from ktrt.layers.step_attention import attend
+from ktrt.layers.step_attention import attend, places
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
     from ktrt.engine import Engine
+    from ktrt.layers.form import AttentionForm
     from ktrt.utils.patches import Patches
 
 # Its name in transformers.
@@ -51,10 +55,12 @@ def use_latents(
     kv_b_proj the engine computes.
     """
     config: Any = model.config
-    if getattr(config, "_attn_implementation", None) != "sdpa":
+    if getattr(config, "_attn_implementation", None) not in ("sdpa", PLAIN):
         return 0
     running = RunningStep() if running is None else running
     found: list[Any] = [module for module in model.modules() if hasattr(module, "expand_kv")]
+    if any(why_other(kind) is not None for kind in {type(module) for module in found}):
+        return 0  # an indexer, which under another name than sdpa's leaves its choice to others
     decoding = 0
     for module in found:
         latents = Latents(module.expand_kv, None, running)
@@ -148,12 +154,29 @@ class Latents:
         if adapter is None:
             return self._expand(latents, positions)
         # kv_b_proj's tokens are not the step's.
-        tokens = StepRows(latents.shape[2], 0, latents.device)
+        with self._tokens_of(adapter, latents.shape[2], latents.device):
+            return self._expand(latents, positions)
+
+    def last(
+        self, adapter: int, query: torch.Tensor, latents: torch.Tensor, positions: torch.Tensor,
+        form: AttentionForm,
+    ) -> torch.Tensor:  # fmt: skip
+        """``prefill_attention`` of one sequence's latents, with an adapter by number."""
+        if self.absorbed is not None:
+            with self._tokens_of(adapter, query.shape[2], query.device):
+                found = self.absorbed.last(query, latents, positions, form)
+            if found is not None:
+                return found
+        return prefill_attention(query, *self.expand_with(adapter, latents, positions), form)
+
+    def _tokens_of(
+        self, adapter: int, count: int, device: torch.device
+    ) -> AbstractContextManager[None]:
+        tokens = StepRows(count, 0, device)
         tokens.adapters.fill_(adapter)
         if tokens.device_adapters is not None:
             tokens.device_adapters.fill_(adapter)
-        with self.running.running(tokens):
-            return self._expand(latents, positions)
+        return self.running.running(tokens)
 
 
 class HeldLatents:
@@ -180,13 +203,19 @@ class HeldLatents:
         return decoder.bind_rows(query, latents, at, out, rows, self._scaling)
 
     def sequence(
-        self, slot: int, length: int, adapter: int, room: int
+        self, slot: int, length: int, adapter: int, room: int, _first: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
         latents, positions = (each[slot : slot + 1, :, :length] for each in self.tensors)
         key, value = self._owner.expand_with(adapter, latents, positions)
         if (more := room - length) > 0:
             key, value = (nn.functional.pad(each, (0, 0, 0, more)) for each in (key, value))
         return key, value
+
+    def last(
+        self, query: torch.Tensor, slot: int, length: int, adapter: int, form: AttentionForm
+    ) -> torch.Tensor:
+        latents, positions = (each[slot : slot + 1, :, :length] for each in self.tensors)
+        return self._owner.last(adapter, query, latents, positions, form)
 
 
 def attention(
@@ -213,8 +242,6 @@ def _expanded(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     mask: torch.Tensor | None, scaling: float, options: dict[str, Any],
 ) -> torch.Tensor:  # fmt: skip
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
     width, (tokens, total) = value.shape[-1], (query.shape[2], key.shape[2])
     on_cpu = query.device.type == "cpu"
     if mask is None and not on_cpu and not query.requires_grad:
@@ -224,7 +251,7 @@ def _expanded(
     pad = key.shape[-1] - width if on_cpu and tokens > 1 else 0
     if pad > 0:
         value = nn.functional.pad(value, (0, pad))
-    found: tuple[torch.Tensor, None] = ALL_ATTENTION_FUNCTIONS["sdpa"](
+    found: tuple[torch.Tensor, None] = plain_attention(
         module, query, key, value, mask, scaling=scaling, **options
     )
     return found[0][..., :width] if pad > 0 else found[0]
@@ -237,24 +264,14 @@ def _on_gpu(
     """Computes the last positions of sequences; None: kv_b_proj has to expand their latents."""
     absorbed, lengths = latents.absorbed, latents.running.lengths
     form = form_of(query, scaling, options)
-    if (
-        absorbed is None
-        or form is None
-        or query.requires_grad
-        or (lengths is None and mask is not None)
-    ):
+    if absorbed is None or form is None or query.requires_grad:
         return None
+    if lengths is None:
+        return None if mask is not None else absorbed.last(query, key, value, form)
     factors = absorbed.factors()
     if factors is None:
         return None
-    rows, _, tokens, _ = query.shape
-    total, rank = key.shape[2:]
-    if lengths is None:
-        if not absorbed.prefers_latents(tokens, rank, value.shape[-1]):
-            return absorbed.prompt(factors, query, key, value, form) if rows == 1 else None
-        lengths = torch.full((rows,), total, device=query.device)
-    else:
-        latents.running.attended += runs_kernels(query)
+    latents.running.attended += runs_kernels(query)
     return absorbed.decode(factors, query, key, value, lengths, form)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ktrt.engine import LatentAttention
-from ktrt.layers.attention import head_array, slot_array, slot_rows
+from ktrt.layers.engine_attention import head_array, slot_array, slot_rows
 from ktrt.layers.forward import DenseForward, LoraForward
 
 if TYPE_CHECKING:

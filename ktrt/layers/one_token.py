@@ -12,6 +12,8 @@ from ktrt.engine.torch_threads import set_torch_threads
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from ktrt.layers.form import AttentionForm
+
 # Keys and values together; two threads of a machine with 40 GB/s are no faster below.
 _NUMBERS_OF_ONE_THREAD = 2 << 20
 # Keys whose float32 copy fits into the second-level cache together with the values'.
@@ -30,13 +32,16 @@ def one_token(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    scaling: float | None,
+    form: AttentionForm,
 ) -> torch.Tensor:
     """query [rows, heads, 1, d]; key [rows, groups, tokens, d], value [rows, groups, tokens, dv],
     ``groups`` a divisor of ``heads``; mask None, or bool (True: seen) or to be added, [rows, 1, 1,
-    tokens]. Returns [rows, 1, heads, dv] in the query's dtype."""
+    tokens], which then says the form's window too. Returns [rows, 1, heads, dv] in the query's
+    dtype."""
+    if mask is None and (first := form.first_of(key.shape[2])) > 0:
+        key, value = key[:, :, first:], value[:, :, first:]
     with torch_threads_for(key.numel() + value.numel()):
-        return _products(query, key, value, mask, scaling)
+        return _products(query, key, value, mask, form)
 
 
 @contextmanager
@@ -58,17 +63,17 @@ def _products(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    scaling: float | None,
+    form: AttentionForm,
 ) -> torch.Tensor:
     rows, heads, _, size = query.shape
-    scaling = size**-0.5 if scaling is None else scaling
     # The heads of a group share keys: they are the rows of one product. In float32, since oneDNN
     # would compile its BF16 products for every length, 0.7 ms each.
-    grouped = query.reshape(rows, key.shape[1], -1, size).float() * scaling
+    grouped = query.reshape(rows, key.shape[1], -1, size).float() * form.scaling
     if mask is not None:
         mask = added(mask)
+    sinks = None if form.sinks is None else form.sinks.float().view(1, key.shape[1], -1, 1)
     if key.numel() <= _NUMBERS_OF_ONE_PRODUCT:
-        out = _attend(grouped, key, value, mask)
+        out = _attend(grouped, key, value, mask, form.softcap, sinks)
     else:
         # One group after the other: its float32 copies stay in the cache. Products of three
         # dimensions, as above: products of matrices go elsewhere within the model's forward
@@ -79,6 +84,8 @@ def _products(
                 key[row, group, None],
                 value[row, group, None],
                 _row(mask, row),
+                form.softcap,
+                None if sinks is None else sinks[:, group],
             )
             for row in range(rows)
             for group in range(key.shape[1])
@@ -88,13 +95,20 @@ def _products(
 
 
 def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-) -> torch.Tensor:
-    """query [..., n, d] float32, key [..., tokens, d], value [..., tokens, dv]; float32."""
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
+    softcap: float, sinks: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """query [..., n, d] float32, key [..., tokens, d], value [..., tokens, dv], sinks [..., n, 1];
+    float32."""
     scores = query @ key.float().transpose(-1, -2)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores += mask
-    return scores.softmax(dim=-1) @ value.float()
+    if sinks is None:
+        return scores.softmax(dim=-1) @ value.float()
+    scores = torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], dim=-1)
+    return scores.softmax(dim=-1)[..., :-1] @ value.float()
 
 
 def _row(mask: torch.Tensor | None, row: int) -> torch.Tensor | None:

@@ -103,7 +103,8 @@ class Operands:
         """Returns the kernels' constants about vectors."""
         size, rest, wide = self.sizes
         blocks = zip(("BLOCK_D", "BLOCK_D2", "BLOCK_V"), map(tile_size, self.sizes), strict=True)
-        precision = "ieee" if self.query.dtype == torch.float32 else "tf32"
+        # Three products of TF32 are as good as float32's, which would take minutes to compile.
+        precision = "tf32x3" if self.query.dtype == torch.float32 else "tf32"
         return {"D": size, "D2": rest, "DV": wide, "PRECISION": precision, **dict(blocks)}
 
 
@@ -180,7 +181,8 @@ def _blocks(operands: Operands, queries: int) -> Blocks:
     _, room = device_facts(operands.query.device)
     bytes_of = operands.query.element_size()
     long = size + rest >= 512
-    m = min(max(_LEAST_TILE, 1 << (queries - 1).bit_length()), 64)
+    most = 64 if bytes_of < 4 else _LEAST_TILE  # products of float32 need more registers
+    m = min(max(_LEAST_TILE, 1 << (queries - 1).bit_length()), most)
     position = (size + rest + (0 if operands.value is operands.key else wide)) * bytes_of
     n = min(128, max(_LEAST_TILE, 1 << ((40 << 10) // position).bit_length() - 1))
     for block, stages in ((n, 3), (n, 2), (n // 2, 2)):

@@ -40,12 +40,25 @@ class AbsorbedLatents:
         """Returns kv_b_proj's; None: it has to compute for itself."""
         return factors_of(self._module.kv_b_proj)
 
-    def prefers_latents(self, tokens: int, rank: int, rope: int) -> bool:
-        """Whether the last ``tokens`` of a long context take less on latents, 2 · rank + rope
-        products for each position and head, than on keys and values that are first expanded."""
+    def last(
+        self, query: torch.Tensor, latents: torch.Tensor, positions: torch.Tensor,
+        form: AttentionForm,
+    ) -> torch.Tensor | None:  # fmt: skip
+        """``prefill_attention`` of latents [rows, 1, positions, rank] and their positions; None:
+        kv_b_proj has to expand them."""
+        factors, (rows, _, tokens, _), total = self.factors(), query.shape, latents.shape[2]
+        if factors is None:
+            return None
+        if self._prefers_latents(tokens, latents.shape[-1]):
+            lengths = torch.full((rows,), total, device=query.device)
+            return self.decode(factors, query, latents, positions, lengths, form)
+        return self.prompt(factors, query, latents, positions, form) if rows == 1 else None
+
+    def _prefers_latents(self, tokens: int, rank: int) -> bool:
+        """Whether the last ``tokens`` of a long context take less on latents, 2 · rank products for
+        each position and head, than on keys and values that are first expanded."""
         width = self.nope + self.value
-        more = 2 * rank + rope - (width + rope)
-        return tokens * more * _PROMPT_GAIN <= rank * width
+        return tokens * (2 * rank - width) * _PROMPT_GAIN <= rank * width
 
     def decode(
         self, factors: Factors, query: torch.Tensor, latents: torch.Tensor, positions: torch.Tensor,

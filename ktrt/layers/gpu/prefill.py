@@ -79,6 +79,8 @@ def _blocks(operands: Operands, form: AttentionForm) -> Blocks:
     wanted = [(128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)]
     if size + rest > 128:
         del wanted[0]
+    if bytes_of == 4:  # products of float32 need more registers
+        return Blocks(32, 32 if size + rest <= 128 else 16, 4, 2)
     if 0 < form.window <= _NARROW:
         wanted[:0] = [(64, 32, 4, 3)]
     for m, n, warps, stages in wanted:

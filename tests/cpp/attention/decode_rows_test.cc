@@ -1,6 +1,7 @@
 // Many rows in one call against each row in a call for itself, bit for bit.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -185,6 +186,46 @@ TEST(DecodeRows, TokensOfManyRows) {
                 c.alone(attention, rows, static_cast<std::int64_t>(row)))
           << row;
     }
+  }
+}
+
+// The last 128 tokens of a slot, in a ring.
+TEST(DecodeRows, WindowsInARingEqualThoseOfFlatMemory) {
+  const TokenAttention::Form form{4, 2, 16, 0, 16, 0.3f, 0.0f};
+  const TokenCase c(form, 1);
+  constexpr std::int64_t kRing = 128;
+  for (const std::int64_t length : {7, 100, 128, 1000, 1001, 2049}) {
+    Bits ring_keys(2 * kRing * 16), ring_values(2 * kRing * 16);
+    TokenAttention attention(engine_of(2, best_kernels()), form, std::nullopt);
+    const std::vector<std::int64_t> slots{5}, lengths{length};
+    SlotRows rows = rows_of(slots, lengths);
+    rows.window = 70;
+    const std::int64_t start = std::max<std::int64_t>(0, length - rows.window);
+    for (const std::int64_t group : {0, 1}) {
+      for (std::int64_t t = start; t < length; ++t) {
+        const std::int64_t to = (group * kRing + t % kRing) * 16;
+        std::copy_n(bf16_at(c.keys.of_slot(5), group, t), 16, ring_keys.begin() + to);
+        std::copy_n(bf16_at(c.values.of_slot(5), group, t), 16, ring_values.begin() + to);
+      }
+    }
+    Bits alone(64), found(64), one(64);
+    TokenAttention::Arrays arrays = c.arrays(alone, 1);
+    arrays.keys = c.keys.of_slot(5);
+    arrays.values = c.values.of_slot(5);
+    attention.forward(arrays, start, length);
+    EXPECT_EQ(c.together(attention, rows), alone) << length;
+    arrays.out = c.arrays(found, 1).out;
+    arrays.keys = array_of(ring_keys, kRing * 16, 16);
+    arrays.values = array_of(ring_values, kRing * 16, 16);
+    const std::vector<std::int64_t> first{0};
+    rows.slots = first.data();
+    rows.slot_count = 1;
+    rows.capacity = kRing;
+    attention.forward_rows(arrays, rows);
+    EXPECT_EQ(found, alone) << length;
+    arrays.out = c.arrays(one, 1).out;
+    attention.forward(arrays, start, length, kRing);
+    EXPECT_EQ(one, alone) << length;
   }
 }
 

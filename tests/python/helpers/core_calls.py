@@ -369,6 +369,7 @@ class Calls:
             "query": self.heads(4, 1, 32), "second_query": None, "keys": self.heads(2, 70, 32),
             "second_keys": None, "values": self.heads(2, 70, 16), "start": self.pick(0, 3),
             "end": 70, "out": self.heads(4, 1, 16), "mask": mask, "mask_count": mask_count,
+            "ring": self.pick(0, 0, 0, 64, 128, -64, 1 << 62),
         }  # fmt: skip
         owner: Any = self.attention()
         if self.random.randrange(3) == 0:
@@ -388,6 +389,7 @@ class Calls:
         lengths, _ = self.addressed(torch.tensor([self.pick(0, 1, 35, 36, -1, 1 << 62), 2]))
         places = {
             "slots": slots, "lengths": lengths, "rows": 2, "slot_count": 2, "capacity": 35,
+            "window": self.pick(0, 0, 9, -1, 1 << 62),
         }  # fmt: skip
         spoiled = self.spoil(places, slots=ADDRESSES, lengths=ADDRESSES, rows=(0, -1, None, 1))
         rows = _core.SlotRows(**spoiled)

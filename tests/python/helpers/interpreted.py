@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+import pytest
 
-def mend_interpreter() -> None:
-    """Lets loops over device numbers run with NumPy 2.4, which makes no int of an array [1]."""
+
+def interpreted() -> None:
+    """Skips a test whose kernels cannot be interpreted; lets their loops over device numbers run
+    with NumPy 2.4, which makes no int of an array [1]."""
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("kernels are compiled with KTRT_TEST_GPU=1")
     from triton.runtime import interpreter
 
     module: Any = interpreter

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from helpers.family_models import small_config
 from helpers.tiny_models import VOCAB_SIZE, save_model
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -15,11 +15,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ktrt.engine import Engine
 from ktrt.layers import attention
-from ktrt.layers.attention import (
-    EngineAttention,
-    accelerate_attention,
-    head_array,
-)
+from ktrt.layers.attention import NAME, accelerate_attention
+from ktrt.layers.engine_attention import EngineAttention, head_array
+from ktrt.layers.form import AttentionForm
 from ktrt.layers.one_token import one_token
 from ktrt.utils.patches import Patches
 
@@ -68,16 +66,17 @@ def test_numbers_of_torch(
         q.float(), k.float(), v.float(), reference, scale=0.2, enable_gqa=True
     )
     expected = expected.transpose(1, 2)
-    results = [one_token(q, k, v, mask, 0.2)]
+    form = AttentionForm(0.2)
+    results = [one_token(q, k, v, mask, form)]
     in_engine = EngineAttention(engine)
     assert in_engine.takes(q, k, v, mask) == (dtype == torch.bfloat16)
     if dtype == torch.bfloat16:
-        results.append(in_engine(q, k, v, mask, 0.2))
+        results.append(in_engine(q, k, v, mask, form))
         # Views of a cache that has room for more.
         room = [torch.full((rows, groups, tokens + 9, n), torch.nan, dtype=dtype)
                 for n in (size, value_size)]  # fmt: skip
         views = [each[:, :, :tokens].copy_(x) for each, x in zip(room, (k, v), strict=True)]
-        assert torch.equal(in_engine(q, views[0], views[1], mask, 0.2), results[1])
+        assert torch.equal(in_engine(q, views[0], views[1], mask, form), results[1])
     for found in results:
         assert found.shape == (rows, 1, heads, value_size)
         assert found.dtype == dtype
@@ -132,39 +131,43 @@ def test_a_models_logits(
 
 
 def test_models_with_other_attention_are_left_alone(
-    engine: Engine, patches: Patches, tmp_path: Path
+    engine: Engine, patches: Patches, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = save_model(tmp_path / "model", "qwen3_moe", 96)
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="flex_attention")
     assert accelerate_attention(model, engine, patches) == 0
+    config = small_config("deepseek_v32")
+    with torch.device("meta"):
+        indexed = AutoModelForCausalLM.from_config(config)
+    with caplog.at_level("INFO"):
+        assert accelerate_attention(indexed, engine, patches) == 0
+    assert "stays transformers' sdpa: DeepseekV32Attention looks at" in caplog.text
 
 
-def test_many_models_make_no_chain_of_functions(engine: Engine, tmp_path: Path) -> None:
+def test_many_models_leave_the_tables_as_they_were(engine: Engine, tmp_path: Path) -> None:
     """Each one is loaded before the last one is closed."""
     folder = save_model(tmp_path / "model", "qwen3_moe", 96)
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
-    table = type(ALL_ATTENTION_FUNCTIONS)._global_mapping
-    # A model that another test holds may have put its own function there.
-    found, before = table["sdpa"], Patches()
-    original = inspect.getclosurevars(found).nonlocals.get("original", found)
-    try:
-        for _ in range(3):
-            patches = Patches()
-            accelerate_attention(model, engine, patches)
-            before.undo()
-            before = patches
-            assert inspect.getclosurevars(table["sdpa"]).nonlocals == {"original": original}
-    finally:
+    table, before = type(ALL_ATTENTION_FUNCTIONS)._global_mapping, Patches()
+    found = dict(table)
+    for _ in range(3):
+        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+        patches = Patches()
+        accelerate_attention(model, engine, patches)
         before.undo()
-    assert table["sdpa"] is found
+        before = patches
+        assert model.config._attn_implementation == NAME
+        assert table[NAME] is attention.attention
+    before.undo()
+    assert table == found
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_torchs_threads_are_given_back() -> None:
     threads = torch.get_num_threads()
     q, k = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 5, 8)
-    one_token(q, k, k, None, None)
+    one_token(q, k, k, None, AttentionForm(0.3))
     with pytest.raises(RuntimeError):
-        one_token(q, k[..., :4], k, None, None)
+        one_token(q, k[..., :4], k, None, AttentionForm(0.3))
     assert torch.get_num_threads() == threads
 
 
@@ -178,7 +181,7 @@ def test_a_bound_step_reads_what_the_arrays_hold(engine: Engine) -> None:
     mask = torch.randn(500, generator=generator)
     out = torch.empty(8, 32)
     step = EngineAttention(engine).bind(
-        q, k, v, out, scaling=0.5, softcap=4.0, sinks=sinks, mask=mask
+        q, k, v, out, AttentionForm(0.5, softcap=4.0, sinks=sinks), mask=mask
     )
     for start, end in ((0, 1), (0, 77), (250, 500)):
         q.copy_(states(8, 64))
@@ -191,9 +194,9 @@ def test_a_bound_step_reads_what_the_arrays_hold(engine: Engine) -> None:
     with pytest.raises(ValueError, match=r"keys has .* expected room for \[2, 501, 64\]"):
         step(501)
     with pytest.raises(ValueError, match=r"do not fit: expected \[heads, d\]"):
-        EngineAttention(engine).bind(q, k, v, out[:, :31])
+        EngineAttention(engine).bind(q, k, v, out[:, :31], AttentionForm(1.0))
     with pytest.raises(ValueError, match=r"mask is torch.float64 \[500\], expected float32"):
-        EngineAttention(engine).bind(q, k, v, out, mask=mask.double())
+        EngineAttention(engine).bind(q, k, v, out, AttentionForm(1.0), mask=mask.double())
     with pytest.raises(ValueError, match=r"found torch.float16 on cpu, expected bfloat16 or"):
         head_array(k.half())
     with pytest.raises(ValueError, match=r"2 elements apart, expected 1"):

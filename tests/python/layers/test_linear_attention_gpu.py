@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from helpers.family_models import families, random_model
-from helpers.interpreted import mend_interpreter
+from helpers.interpreted import interpreted
 from helpers.linear_attention import CASES, KIMI, RULE, Draw, copied, delta_rule, mamba, results
 from transformers import DynamicCache
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(autouse=True)
 def interpreter() -> None:
     pytest.importorskip("triton")
-    mend_interpreter()
+    interpreted()
 
 
 def function_of(folder: str, name: str) -> tuple[Any, Callable[..., Any]]:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from helpers.interpreted import mend_interpreter
+from helpers.interpreted import interpreted
 
+from ktrt.layers.engine_attention import HeldKeys
 from ktrt.layers.form import AttentionForm
 from ktrt.layers.gpu import decode, prefill
 from ktrt.layers.gpu.decode import Blocks, Operands, decode_attention
@@ -23,8 +24,7 @@ SINKS = torch.linspace(-1, 2, 4)
 
 @pytest.fixture(autouse=True)
 def interpreter() -> None:
-    pytest.importorskip("triton")
-    mend_interpreter()
+    interpreted()
 
 
 @pytest.fixture
@@ -158,6 +158,20 @@ def test_prefill_attention(
         monkeypatch.setattr(module, "runs_kernels", lambda _query: False)
     monkeypatch.setattr(prefill, "_SCORES", 4 * total * 16)
     assert error(prefill_attention(query, key, value, form)[0].transpose(0, 1), expected) < 1e-6
+
+
+def test_a_slot_of_a_forward_of_many_sequences(launches: list[str]) -> None:
+    """Its keys lie in a ring of 96 positions, of which the window needs some."""
+    form, length = replace(PLAIN, window=20, sinks=SINKS), 130
+    query, key, value = (states(1, *shape) for shape in ((4, 3, 16), (2, 130, 16), (2, 130, 16)))
+    at = torch.arange(length - 96, length)
+    rings = torch.full((2, 2, 2, 96, 16), torch.nan)
+    for ring, each in zip(rings, (key, value), strict=True):
+        ring[1, :, at % 96] = each[0, :, at]
+    engine: Any = None
+    found = HeldKeys(engine, rings[0], rings[1], form).last(query, 1, length, 0, form)
+    assert error(found[0].transpose(0, 1), exact(query[0], key[0], value[0], form)) < 1e-6
+    assert launches[0] == "decode_kernel"
 
 
 def test_vectors_that_lie_apart_are_refused(launches: list[str]) -> None:

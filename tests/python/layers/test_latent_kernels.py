@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from helpers.interpreted import mend_interpreter
+from helpers.interpreted import interpreted
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -16,9 +17,10 @@ from ktrt.engine.rank_masks import RankMasks
 from ktrt.engine.step_rows import ACTIVE, BASE, RunningStep, StepRows
 from ktrt.layers.causal_mask import mask_of_last, mask_or_none
 from ktrt.layers.cuda_linear import FusedLora
+from ktrt.layers.form import AttentionForm
 from ktrt.layers.gpu import latent as gpu_latent
 from ktrt.layers.gpu.latent import AbsorbedLatents
-from ktrt.layers.latent import Latents, attention
+from ktrt.layers.latent import HeldLatents, Latents, attention
 
 if TYPE_CHECKING:
     from ktrt.utils.patches import Patches
@@ -34,6 +36,7 @@ class Attention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.config = SimpleNamespace()
         self.num_heads, self.qk_nope_head_dim, self.v_head_dim = HEADS, NOPE, VALUE
         self.kv_b_proj = nn.Linear(RANK, HEADS * (NOPE + VALUE), bias=False)
 
@@ -92,8 +95,7 @@ class Layer:
 
 @pytest.fixture
 def layer(patches: Patches) -> Layer:
-    pytest.importorskip("triton")
-    mend_interpreter()
+    interpreted()
     return Layer(patches)
 
 
@@ -149,6 +151,19 @@ def test_the_last_tokens_of_a_sequence(
         found = layer.attend(*parts)
     assert prompts == (tokens == 30)
     check(found[0], layer.exact(adapter, *parts))
+
+
+@pytest.mark.parametrize("adapter", [3, BASE])
+def test_a_slot_of_a_forward_of_many_sequences(layer: Layer, adapter: int) -> None:
+    _, latents, positions = states(3, 1, 60)
+    held = HeldLatents(layer.latents, latents, positions, VALUE, 0.3)
+    rows = StepRows(40, 1)
+    for tokens in (1, 20):
+        query = torch.randn(1, HEADS, tokens, NOPE + ROPE)
+        with torch.inference_mode(), layer.running.running(rows):
+            found = held.last(query, 1, 50, adapter, AttentionForm(0.3))
+        expected = layer.exact(adapter, query, latents[1:2, :, :50], positions[1:2, :, :50])
+        check(found[0], expected)
 
 
 def test_what_factors_cannot_say_is_expanded(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
