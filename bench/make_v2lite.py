@@ -163,7 +163,7 @@ def shapes_of(values: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.state_dict().items():  # with buffers that checkpoints hold
         prefix, found, _ = name.partition(".experts.")
         if not found or experts is None:
             shapes[name] = tuple(parameter.shape)

@@ -138,7 +138,7 @@ def make(folder: Path, shape: str, layers: int) -> None:
         return
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
-    write(folder, {name: tuple(each.shape) for name, each in model.named_parameters()})
+    write(folder, {name: tuple(each.shape) for name, each in model.state_dict().items()})
 
 
 def measure(folder: Path, lengths: Sequence[int], steps: int) -> dict[str, Any]:

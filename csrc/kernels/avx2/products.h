@@ -1,5 +1,5 @@
-// The products of 256-bit vectors, as kernels/bursts.h and kernels/chunks.h take it. Included by the
-// kernels' ISA files only.
+// The products of 256-bit vectors, as kernels/bursts.h and kernels/chunks.h take it. Included by
+// the kernels' ISA files only.
 #pragma once
 
 #include <immintrin.h>

@@ -11,7 +11,7 @@ namespace {
 
 constexpr Isa kAll[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvxVnni, Isa::kAvx512, Isa::kAmx};
 
-// What processors have whose highest level is this one.
+// The features of a processor whose highest level is this one.
 CpuFeatures features_up_to(Isa level) {
   CpuFeatures f;
   f.avx2 = level >= Isa::kAvx2;
