@@ -161,7 +161,8 @@ def test_the_stub_names_what_the_module_has() -> None:
             stub[node.name] |= {name.id for name in names if isinstance(name, ast.Name)}
     out = run_python(
         "import json, ktrt._core as c\n"
-        "public = lambda o: [n for n in vars(o) if not n.startswith('_') or n == '__init__']\n"
+        "special = '__init__', '__cuda_array_interface__'\n"
+        "public = lambda o: [n for n in vars(o) if not n.startswith('_') or n in special]\n"
         "classes = {k: public(v) for k, v in vars(c).items() if isinstance(v, type)}\n"
         "print(json.dumps({'': public(c), **classes}))"
     )

@@ -392,12 +392,12 @@ def test_graphs_can_be_switched_off(
     assert core.closed
 
 
-def test_a_sliding_window_has_no_graphs(
+def test_a_sliding_window_has_graphs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_model(tmp_path, "mixtral", 96, sliding_window=8)
     with caplog.at_level("INFO"):
         fake = Loaded(tmp_path.parent, tmp_path.name, monkeypatch)
-    assert fake.loaded.graphs is None
-    assert "not plain (DynamicSlidingWindowLayer)" in caplog.text
+    assert fake.loaded.graphs is not None
+    assert "Each decode step is one CUDA graph" in caplog.text
     fake.loaded.close()

@@ -162,7 +162,8 @@ def test_one_model(folder: Path, family: str, path: str) -> None:
     before = snapshot()
     loaded = load(folder, family)
     use(loaded)
-    assert path == "fake_gpu" or registries() != before["registries"]
+    # Other models of the process may have put the same entry there before.
+    assert any(str(key).startswith("ktrt") for table in registries().values() for key in table)
     assert patched_modules(loaded)
     loaded.close()
     check_as_before(before)
