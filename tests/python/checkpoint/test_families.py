@@ -47,7 +47,8 @@ SUPPORTED = [family for family in FAMILIES if family.class_name not in REFUSED]
 # Model types that are not recorded, the model itself runs their steps: their attention asks for the
 # positions of a ring in order.
 NOT_RECORDED = {
-    "inkling_mm_model", "inkling_text", "inkling2", "inkling2_text", "inkling2_loop", "inkling2_loop_text",
+    "inkling_mm_model", "inkling_text", "inkling2", "inkling2_text", "inkling2_loop",
+    "inkling2_loop_text",
 }  # fmt: skip
 Backend = Literal["AMXBF16", "AMXInt8", "AMXInt4"]
 _ROUNDING: dict[Backend, Any] = {"AMXBF16": "bf16", "AMXInt8": "int8", "AMXInt4": "int4"}
