@@ -31,8 +31,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
-from make_v2lite import SHAPES, make_model
+from make_v2lite import make_model
 from safetensors.torch import save_file
+from shapes import SHAPES
 
 from ktrt import _core
 from ktrt.checkpoint.folder import Checkpoint
