@@ -86,7 +86,8 @@ test-tsan: build-tsan ## C++ tests of everything with threads under ThreadSaniti
 test-python: ## Python tests (of the checkout's Python and the installed module)
 	$(PYTEST) --dist loadfile -m 'not long' --durations=25
 
-# Their files by name: collecting all tests imports for 15 s.
+# Their files by name: collecting all tests imports for 15 s. Without avx_vnni, which has AVX2's kernels
+# but for two formats.
 test-isa: ## End-to-end Python tests on each instruction set below the machine's own
 	@files=$$(grep -lr --include='test_*.py' 'pytest.mark.end_to_end' tests/python); \
 	for isa in $$($(PYTHON) -c 'from ktrt import _core as c; \
