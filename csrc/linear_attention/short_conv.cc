@@ -58,9 +58,7 @@ void ShortConv::check(const Arrays& arrays, std::int64_t sequences, std::int64_t
 }
 
 void ShortConv::forward(const Arrays& arrays, std::int64_t sequences, std::int64_t tokens) {
-  KTRT_CHECK(
-      sequences >= 0 && tokens >= 0 && sequences <= (1 << 20),
-      "there are " << sequences << " sequences of " << tokens << " tokens, expected none below 0");
+  check_counts(sequences, tokens);
   if (sequences == 0 || tokens == 0) return;
   check(arrays, sequences, tokens);
   const auto lease = engine_->lease();

@@ -18,6 +18,12 @@ bool take(std::int64_t& rest, std::int64_t stride, std::int64_t steps) {
 
 }  // namespace
 
+void check_counts(std::int64_t sequences, std::int64_t tokens) {
+  KTRT_CHECK(
+      sequences >= 0 && tokens >= 0 && sequences <= (1 << 20),
+      "there are " << sequences << " sequences of " << tokens << " tokens, expected none below 0");
+}
+
 void check_token_array(const char* name, const TokenArray& array, const TokenShape& shape) {
   check_address_range(name, array.data, array.count, array.element());
   std::int64_t rest = array.count - shape.size;

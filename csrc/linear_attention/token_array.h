@@ -31,6 +31,9 @@ struct TokenShape {
   std::int64_t size = 1;
 };
 
+// Whether a forward may have these. Throws std::invalid_argument.
+void check_counts(std::int64_t sequences, std::int64_t tokens);
+
 // Whether an array of this shape lies within the memory. Throws std::invalid_argument naming
 // `name`, found and expected.
 void check_token_array(const char* name, const TokenArray& array, const TokenShape& shape);

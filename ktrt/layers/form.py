@@ -28,11 +28,6 @@ class AttentionForm:
     softcap: float = 0.0
     sinks: torch.Tensor | None = None
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether it has neither a window nor a softcap nor sinks."""
-        return not self.window and not self.softcap and self.sinks is None
-
     def first_of(self, end: int) -> int:
         """Returns the first position that position ``end`` - 1 attends to."""
         return max(0, end - self.window) if self.window else 0
