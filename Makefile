@@ -28,7 +28,7 @@ install-test-deps: ## System packages, a virtual environment if none is active, 
 	tools/setup --test
 
 develop: ## Rebuild and install ktrt alone, incrementally (needs scikit-build-core, pybind11, cmake, ninja)
-	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -C build-dir=build/python .
+	$(PYTHON) -m pip install -q --no-build-isolation --no-deps --config-settings=build-dir=build/python .
 
 check: ## Run every check, with a table of times at the end
 	PYTHON="$(PYTHON)" tools/test --here
