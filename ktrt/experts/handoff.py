@@ -102,6 +102,8 @@ class HandOff:
         self._pending: tuple[torch.Tensor, Any] | None = None
         self._recorded: list[int] | None = None
         self._unfinished = False
+        # What the host does while the device computes a forward, which has been issued.
+        self.meanwhile: Callable[[], None] | None = None
 
     def close(self) -> None:
         """Frees the pinned memory and stops serving the stream. Idempotent."""
@@ -200,6 +202,12 @@ class HandOff:
         except (RuntimeError, TimeoutError) as error:
             logger.debug("An interrupted forward had failed: %s", error)
 
+    def end(self) -> None:
+        """After a forward was issued: ``meanwhile``, then ``finish``."""
+        if self.meanwhile is not None and self._unfinished and self._recorded is None:
+            self.meanwhile()
+        self.finish()
+
     def finish(self) -> None:
         """After a forward: waits until the current stream has run dry. ``RuntimeError`` with what
         the experts raised, ``TimeoutError`` if they never came. Nothing during a capture."""
@@ -230,18 +238,18 @@ class HandOff:
 
     @contextmanager
     def launching(self, slots: Sequence[int]) -> Iterator[None]:
-        """The block launches a graph of these slots; its end is a ``finish``."""
+        """The block launches a graph of these slots; its end is an ``end``."""
         self.begin()
         self._unfinished = True
         self._core.expect(slots)
         yield
-        self.finish()
+        self.end()
 
     def guard(self, model: nn.Module, patches: Patches) -> None:
-        """Makes ``begin`` and ``finish`` part of the model's forward: its caller gets finished
+        """Makes ``begin`` and ``end`` part of the model's forward: its caller gets finished
         results, or the experts' error."""
         patches.add(model.register_forward_pre_hook(lambda *_: self.begin()).remove)
-        patches.add(model.register_forward_hook(lambda *_: self.finish()).remove)
+        patches.add(model.register_forward_hook(lambda *_: self.end()).remove)
 
 
 def new_hand_off(engine: Engine, device: torch.device) -> HandOff | None:

@@ -38,6 +38,10 @@ class Grouping:
         self._weights = weights.float().flatten()[positions][:, None]
         self._total = torch.zeros(tokens, hidden_size, device=ids.device)
 
+    def sizes(self) -> list[int]:
+        """How many pairs each expert has."""
+        return [end - begin for begin, end in pairwise(self._bounds)]
+
     def add(
         self,
         experts: Sequence[int],

@@ -4,22 +4,18 @@ resident."""
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
 from ktrt.engine.rank_masks import RankMasks
 from ktrt.engine.step_rows import IDLE, RunningStep
 from ktrt.errors import KtrtError
-from ktrt.experts.gpu.arithmetic import (
-    ALL_RANKS,
-    LoraChoice,
-    grouped_rows,
-    make_rows,
-    warm_up,
-)
+from ktrt.experts.gpu.arithmetic import grouped_rows, make_rows, warm_up
 from ktrt.experts.gpu.blocks import Blocks, Call
+from ktrt.experts.gpu.following import Following
 from ktrt.experts.gpu.grouping import Grouping
+from ktrt.experts.gpu.rank_choice import RankChoice
 from ktrt.experts.gpu.source import LayerSource
 from ktrt.experts.gpu.static import static_sums
 from ktrt.experts.gpu.stream import (
@@ -33,8 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from ktrt.engine import MoeLayer
-    from ktrt.engine.rank_masks import RankOwners
-    from ktrt.experts.gpu.arithmetic import ExpertBank
+    from ktrt.experts.gpu.arithmetic import ExpertBank, LoraChoice
     from ktrt.experts.gpu.stream import Lane
 
 # Tokens of a block of a streamed prompt: everything but the routed experts is computed block by
@@ -57,16 +52,11 @@ class GpuLayer:
         self._index = index
         self.source = source
         self._bank: ExpertBank | None = None
-        self.experts: tuple[int, ...] = ()  # resident, ascending
-        # One more entry than experts, for ids that are none.
-        size = source.num_experts + 1
-        self._slots = torch.full((size,), -1, dtype=torch.int64, device=owner.device)
-        self._counts = torch.zeros(size, dtype=torch.int64, device=owner.device)
-        # The owners of the ranks of the bank's input_a and down_a.
-        self._owners: list[RankOwners | None] = []
-        # The LoRA of a forward whose tokens all have the active adapters.
-        self._uniform: Literal["nothing", "all ranks", "masked"] = "nothing"
-        self._weigh()
+        # Resident, in the order of the bank: ascending unless they follow the routing.
+        self.experts: tuple[int, ...] = ()
+        # Each expert's place in the bank, and its uses; the last column is for ids that are none.
+        self._slots, self._counts = owner.places[index], owner.uses[index]
+        self._ranks = RankChoice(source, owner.masks, owner.device)
 
     @property
     def resident(self) -> bool:
@@ -77,6 +67,13 @@ class GpuLayer:
     def complete(self) -> bool:
         """All experts of this layer live on the GPU: the engine has nothing to do."""
         return len(self.experts) == self.source.num_experts
+
+    @property
+    def bank(self) -> ExpertBank:
+        """The resident experts. ``KtrtError``: there are none."""
+        if self._bank is None:
+            raise KtrtError("no expert of this layer lives on the GPU")
+        return self._bank
 
     @property
     def nbytes(self) -> int:
@@ -94,7 +91,7 @@ class GpuLayer:
 
     def counts(self) -> list[int]:
         """Routed (token, slot) pairs of every expert so far."""
-        counts: list[int] = self._counts[:-1].tolist()
+        counts: list[int] = self._counts[: self.source.num_experts].tolist()
         return counts
 
     def forget_counts(self) -> None:
@@ -122,17 +119,16 @@ class GpuLayer:
         ``adapters`` [tokens] int32, on the device: each token's LoRA (``engine.step_rows``), None:
         the active ones for all. Beyond ``CAPTURABLE_TOKENS`` it synchronises with the host once.
         """
-        if self._bank is None:
-            raise KtrtError("no expert of this layer lives on the GPU")
+        bank = self.bank
         slots = self._slots[self._keys(top_k_index)]
         lora = self.lora(adapters)
         count, hidden = len(self.experts), self.source.hidden_size
         if slots.shape[0] <= self.CAPTURABLE_TOKENS:
             rows = make_rows(hidden_states, self.source.quantized)
-            return static_sums(self._bank, rows, slots, top_k_weights.float(), lora)[:, :hidden]
+            return static_sums(bank, rows, slots, top_k_weights.float(), lora)[:, :hidden]
         rows = grouped_rows([hidden_states], self.source.quantized)
         grouping = Grouping(slots, top_k_weights, count, hidden)
-        grouping.add(range(count), self._bank, rows, lora)
+        grouping.add(range(count), bank, rows, lora)
         return grouping.total()
 
     def forward_streamed(
@@ -151,7 +147,9 @@ class GpuLayer:
     def streamed(self, calls: Sequence[Call]) -> list[torch.Tensor]:
         """``forward_streamed`` of all calls, with one copy of the experts."""
         self._refresh()
-        stream = self._owner.stream
+        stream, following = self._owner.stream, self._owner.following
+        if following is not None:
+            following.settle()
         stream.start(self._index)
         source = self.source
         index = torch.cat([call.index for call in calls])
@@ -163,8 +161,14 @@ class GpuLayer:
         grouping = Grouping(index, weights, source.num_experts, source.hidden_size)
         if self._bank is not None:
             grouping.add(self.experts, self._bank, rows, lora)
+        adoption = None if following is None else following.adopt(self._index, grouping.sizes())
         for experts, arrays in stream.pieces(self._index):
-            grouping.add(experts, source.bank(arrays), rows, lora)
+            bank = source.bank(arrays)
+            grouping.add(experts, bank, rows, lora)
+            if adoption is not None:
+                adoption.take(experts, bank)
+        if adoption is not None:
+            adoption.end()
         sums = grouping.total().split([len(call.states) for call in calls])
         return [each.to(call.states.dtype) for each, call in zip(sums, calls, strict=True)]
 
@@ -181,12 +185,17 @@ class GpuLayer:
             return old is not None
         return self._keep(old, self.source.bank(self._fetch(self.source.arrays)))
 
+    def replace(self, place: int, expert: int) -> None:
+        """Notes that ``expert`` has, or will have, this place in the bank."""
+        self.experts = (*self.experts[:place], expert, *self.experts[place + 1 :])
+        self._owner.stream.skip(self._index, self.experts)
+
     @torch.inference_mode(mode=False)
     def refresh_lora(self) -> tuple[bool, bool]:
         """Takes the LoRAs that the engine holds now, and the active ones; returns whether the
         source's arrays have changed, and whether captured graphs are stale."""
         changed = self.source.refresh_lora()
-        stale = self._weigh()
+        stale = self._ranks.weigh()
         if self._bank is None:
             return changed, False
         if changed:
@@ -194,31 +203,9 @@ class GpuLayer:
             stale |= self._keep(self._bank, self.source.with_lora(self._bank, arrays))
         return changed, stale
 
-    def _weigh(self) -> bool:
-        """Looks at the active adapters; returns whether captured graphs lack an operation for
-        them, or read memory that is no longer theirs."""
-        source, device = self.source, self._owner.device
-        before, stale = (self._owners, self._uniform), False
-        self._owners = [
-            self._owner.masks.owners(owners, device) if owners else None
-            for owners in (source.input_owners, source.down_owners)
-        ]
-        for each in self._owners:
-            # Layers share these objects, and the first one has changed them for all.
-            stale |= each is not None and each.weigh(source.active)
-        held = {number for number, _ in (*source.input_owners, *source.down_owners)}
-        weights = {number: weight for number, weight in source.active if number in held}
-        self._uniform = "masked" if weights else "nothing"
-        if weights and weights == dict.fromkeys(held, 1.0):
-            self._uniform = "all ranks"
-        return stale or before != (self._owners, self._uniform)
-
     def lora(self, adapters: torch.Tensor | None = None) -> LoraChoice | None:
         """The ranks of the bank that each token takes; ``adapters`` as for ``forward_resident``."""
-        if adapters is None and self._uniform != "masked":
-            return ALL_RANKS if self._uniform == "all ranks" else None
-        of = self._owner.masks.of
-        return LoraChoice(*(None if each is None else of(each, adapters) for each in self._owners))
+        return self._ranks.of(adapters)
 
     def _fetch(self, arrays: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         index = torch.tensor(self.experts)
@@ -287,6 +274,13 @@ class GpuExperts:
         # Changes when memory that a captured graph knows has been replaced: capture it again.
         self.version = 0
         self._sources = [LayerSource(layer) for layer in layers.values()]
+        shape = len(layers), 1 + max(layer.num_experts for layer in layers.values())
+        with torch.inference_mode(False):  # written in and out of it
+            self.places = torch.full(shape, -1, dtype=torch.int64, device=self.device)
+            self.uses = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        self._top_k = max(layer.top_k for layer in layers.values())
+        # Moves the residents with the routing; None: they stay where ``select`` put them.
+        self.following: Following | None = None
         self._by_path = dict(zip(layers, self._sources, strict=True))
         self._pinning = pinning or make_pinning(self.device)
         self.stream = ExpertStream(self._sources, lane or make_lane(self.device))
@@ -341,12 +335,27 @@ class GpuExperts:
             chosen = sorted(range(total), key=lambda expert: (-uses[expert], expert))[:number]
             self._load(index, layer, sorted(chosen))
 
+    def follow(self) -> Following:
+        """From now on the residents follow the routing, by ``following.step`` after each step and
+        at the end of streamed prompts. Their memory should be pinned."""
+        layers, lane = list(self.layers.values()), make_lane(self.device)
+        self.following = Following(layers, self.places, self.uses, self._top_k, lane)
+        return self.following
+
+    def stay(self) -> None:
+        """From now on the residents stay."""
+        if self.following is not None:
+            self.following.settle()
+        self.following = None
+
     def refresh(self) -> None:
         """Takes the LoRAs that the engine holds now, and the active ones. Cheap if there is no
         change; must not happen in a graph capture if there is one."""
         stale = [index for index, source in enumerate(self._sources) if source.stale]
         if not stale:
             return
+        if self.following is not None:
+            self.following.settle()
         layers = list(self.layers.values())
         found = [layers[index].refresh_lora() for index in stale]
         if any(changed for changed, _ in found):
@@ -380,12 +389,17 @@ class GpuExperts:
     def close(self) -> None:
         """Frees the GPU's memory and lets go of the engine's; call it before ``Engine.close``."""
         self.threshold = 0
+        self.stay()
         self.stream.close()
         self._pinning.close()
         for layer in self.layers.values():
             layer.release()
 
     def _load(self, index: int, layer: GpuLayer, experts: Sequence[int]) -> None:
+        if self.following is not None:
+            self.following.settle()
         if layer.load(experts):
             self.version += 1
+        if self.following is not None:
+            self.following.restart(index, experts)
         self.stream.skip(index, experts)

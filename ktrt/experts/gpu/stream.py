@@ -48,6 +48,13 @@ class Lane(Protocol):
     def mark(self) -> Any:
         """The event of all computations so far."""
 
+    def run(self, work: Callable[[], None], after: Any, /) -> Any:
+        """Has ``work`` issue copies and computations of the lane's, once ``after`` has passed;
+        returns the event of their end."""
+
+    def done(self, event: Any, /) -> bool:
+        """Whether the event has passed."""
+
     def close(self) -> None:
         """Waits for all copies."""
 
@@ -64,6 +71,12 @@ class HostLane:
 
     def wait(self, event: Any) -> None: ...
     def mark(self) -> Any: ...
+    def run(self, work: Callable[[], None], _after: Any, /) -> Any:
+        work()
+
+    def done(self, _event: Any, /) -> bool:
+        return True
+
     def close(self) -> None: ...
 
 
@@ -112,6 +125,15 @@ class CudaLane:
 
     def mark(self) -> Any:
         return torch.cuda.current_stream(self.device).record_event()
+
+    def run(self, work: Callable[[], None], after: Any, /) -> Any:
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(after)
+            work()
+            return self._stream.record_event()
+
+    def done(self, event: Any, /) -> bool:
+        return bool(event.query())
 
     def close(self) -> None:
         self._stream.synchronize()
@@ -256,7 +278,9 @@ class ExpertStream:
     def skip(self, layer: int, experts: Sequence[int]) -> None:
         """These experts of a layer are not streamed: the device has them."""
         self._skipped[layer] = frozenset(experts)
-        self.reset()
+        ahead = [*(filled.piece for filled in self._filled), *self._coming]
+        if any(piece.layer == layer for piece in ahead):
+            self.reset()
 
     def reset(self) -> None:
         """Forgets what was copied ahead: call it when weights or LoRA have changed, never inside
