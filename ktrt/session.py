@@ -3,6 +3,7 @@
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from types import EllipsisType, TracebackType
 from typing import Any, Self, Unpack
@@ -179,8 +180,10 @@ class Session:
 
     def stats(self) -> SchedulerStats:
         """Returns what was computed so far and what is going on. Cheap, for any thread."""
-        self._open()
-        return self._steps.scheduler.stats()
+        gpu, stats = self._open().gpu, self._steps.scheduler.stats()
+        if gpu is None or gpu.following is None:
+            return stats
+        return replace(stats, residents=replace(gpu.following.numbers))
 
     def predicted_wait(self) -> float | None:
         """Predicts the seconds until one more request would get a slot; 0: at once; None: nothing

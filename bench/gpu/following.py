@@ -117,7 +117,8 @@ def conversations(
 class Routing:
     """Replaces the routers' choices, in captured steps too."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: Bench, most: int) -> None:
+        self._most = most
         self._device = bench.model.get_input_embeddings().weight.device
         self._at = torch.zeros((), dtype=torch.int64, device=self._device)
         self._chosen = torch.empty(0)
@@ -142,10 +143,9 @@ class Routing:
     def begin(self, chosen: NDArray[np.int64]) -> None:
         """The next token is the first one of ``chosen``."""
         values = torch.from_numpy(chosen).to(self._device)
-        if self._chosen.shape == values.shape:
-            self._chosen.copy_(values)  # where captured steps read it
-        else:
-            self._chosen = values
+        if not len(self._chosen):
+            self._chosen = torch.zeros_like(values[:, :1]).repeat(1, self._most, 1)
+        self._chosen[:, : values.shape[1]] = values  # where captured steps read it
         self._at.zero_()
 
 
@@ -163,7 +163,7 @@ def measure(args: argparse.Namespace, weight_format: str) -> list[Result]:
         if args.streamed:
             bench.gpu.threshold = args.prompt
         with torch.inference_mode(False):
-            routing = Routing(bench)
+            routing = Routing(bench, args.prompt + args.tokens + 9)
         cache = bench.cache(graph=torch.cuda.is_available())
         print(f"{weight_format}, {number} of {bench.experts.count} experts on the GPU\n{HEADER}")
         return [
@@ -188,7 +188,8 @@ def one_pattern(
     for at, path in enumerate(gpu.layers):
         chosen = np.concatenate([text[at].ravel() for text in others])
         counts[path] = np.bincount(chosen, minlength=bench.experts.count).tolist()
-    converse(args, bench, cache, routing, texts[:1])  # captures, where nothing was yet
+    # Captures, where nothing was yet: a graph is compared with a plain forward, of other tokens.
+    converse(args, bench, cache, routing, [texts[0][:, :1].repeat(args.prompt + 9, 1)])
     results: list[Result] = []
     logits: dict[str, torch.Tensor] = {}
     for way in ("first", "others'", "following"):
@@ -228,8 +229,8 @@ def converse(
         ids: list[int] = random.integers(2, bench.model.config.vocab_size, text.shape[1]).tolist()
         routing.begin(text)
         prompt = ids[: args.prompt]
-        cache.close()
-        cache.reuse(prompt)
+        if cache._slot is not None:
+            cache.runner.pool.empty(cache._slot)  # nothing is reused
         cache.forward(prompt)
         for token in ids[args.prompt :]:
             start = time.perf_counter()

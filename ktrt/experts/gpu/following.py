@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from ktrt.experts.gpu.arithmetic import ExpertBank
     from ktrt.experts.gpu.residents import GpuLayer
-    from ktrt.experts.gpu.stream import Lane
+    from ktrt.experts.gpu.stream import WorkLane
 
     Numbers = NDArray[np.int64]
     Rates = NDArray[np.float64]
@@ -62,6 +62,13 @@ class ResidentCounts:
     @property
     def evictions(self) -> int:
         return self.uploads + self.adopted
+
+    def __str__(self) -> str:
+        share = self.hits / max(1, self.hits + self.misses)
+        return (
+            f"{share:.0%} of the chosen ones; {self.uploads:,} copied there "
+            f"({self.upload_bytes / 1e9:.1f} GB), {self.adopted:,} kept after prompts"
+        )
 
 
 class UseRates:
@@ -123,7 +130,7 @@ class Following:
         table: torch.Tensor,
         counts: torch.Tensor,
         top_k: int,
-        lane: Lane,
+        lane: WorkLane,
     ) -> None:
         """``table`` and ``counts`` [layers, experts + 1] int64 on the device: each expert's place,
         -1 for none, and its uses; the last column belongs to ids that are none. ``lane``: for

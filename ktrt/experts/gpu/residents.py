@@ -186,7 +186,7 @@ class GpuLayer:
         return self._keep(old, self.source.bank(self._fetch(self.source.arrays)))
 
     def replace(self, place: int, expert: int) -> None:
-        """Notes that ``expert`` has, or will have, this place in the bank."""
+        """Notes that ``expert`` gets this place in the bank."""
         self.experts = (*self.experts[:place], expert, *self.experts[place + 1 :])
         self._owner.stream.skip(self._index, self.experts)
 
@@ -336,8 +336,8 @@ class GpuExperts:
             self._load(index, layer, sorted(chosen))
 
     def follow(self) -> Following:
-        """From now on the residents follow the routing, by ``following.step`` after each step and
-        at the end of streamed prompts. Their memory should be pinned."""
+        """From now on the residents follow the routing: call its ``step`` after each step. Their
+        memory should be pinned."""
         layers, lane = list(self.layers.values()), make_lane(self.device)
         self.following = Following(layers, self.places, self.uses, self._top_k, lane)
         return self.following

@@ -48,15 +48,19 @@ class Lane(Protocol):
     def mark(self) -> Any:
         """The event of all computations so far."""
 
+    def close(self) -> None:
+        """Waits for all copies."""
+
+
+class WorkLane(Lane, Protocol):
+    """Also computes what it has copied."""
+
     def run(self, work: Callable[[], None], after: Any, /) -> Any:
-        """Has ``work`` issue copies and computations of the lane's, once ``after`` has passed;
+        """Has ``work`` issue copies and computations, which begin once ``after`` has passed;
         returns the event of their end."""
 
     def done(self, event: Any, /) -> bool:
         """Whether the event has passed."""
-
-    def close(self) -> None:
-        """Waits for all copies."""
 
 
 class HostLane:
@@ -144,7 +148,7 @@ def _event() -> torch.cuda.Event:
     return event
 
 
-def make_lane(device: torch.device) -> Lane:
+def make_lane(device: torch.device) -> WorkLane:
     return CudaLane(device) if device.type == "cuda" else HostLane(device)
 
 

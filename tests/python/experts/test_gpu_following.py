@@ -17,11 +17,12 @@ from ktrt.experts.gpu import following, residents
 from ktrt.experts.gpu.following import MOST_COPIES, Swap, UseRates, prompt_swaps
 from ktrt.experts.gpu.residents import GpuExperts
 from ktrt.experts.gpu.stream import HostLane
+from ktrt.generate.forwards import set_adapters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-SAME = 1e-3  # as in test_gpu_residents
+SAME = 2e-3  # as in test_gpu_residents, ONE_CODE
 E, K = 9, 3
 
 
@@ -58,16 +59,29 @@ def engine() -> Iterator[Engine]:
     engine.close()
 
 
-@pytest.fixture(autouse=True)
-def late(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(residents, "make_lane", lambda _device: LateLane())
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+        ),
+    ]
+)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    if request.param == "cpu":
+        monkeypatch.setattr(residents, "make_lane", lambda _device: LateLane())
     monkeypatch.setattr(following, "HALF_LIFE", 3)  # short conversations are enough
+    return torch.device(request.param)
 
 
 class Model:
     """Layers whose residents follow."""
 
-    def __init__(self, engine: Engine, weight_format: str = "bf16", **case: Any) -> None:
+    def __init__(
+        self, engine: Engine, device: torch.device, weight_format: str = "bf16", **case: Any
+    ) -> None:
+        self.device = device
         kind: Any = CodedCase if "coded" in case else LayerCase
         sizes = (288, 96) if "coded" in case else (96, 64)
         self.cases = [kind(E, K, *sizes, seed=seed, **case) for seed in range(2)]
@@ -75,8 +89,9 @@ class Model:
         self.running = RunningStep()
         self.gpu = GpuExperts(
             {f"layers.{i}": layer for i, layer in enumerate(self.layers)},
-            torch.device("cpu"), running=self.running,
+            device, running=self.running,
         )  # fmt: skip
+        self.gpu.pin()
         self.gpu.select(3)
         self.following = self.gpu.follow()
         self.shares = list(self.gpu.layers.values())
@@ -86,14 +101,16 @@ class Model:
             module.attach(layer, engine.max_qlen, running=self.running)
             module.gpu = share
 
-    def step(self, likely: Sequence[int], tokens: int = 1, limit: float = SAME) -> None:
+    def step(self, likely: Sequence[int], tokens: int = 1) -> None:
         """A step that chooses among ``likely``, compared with the engine; then residents move."""
         for case, layer, module in zip(self.cases, self.layers, self.modules, strict=True):
             states, _, weights = case.inputs(tokens)
             ids = torch.stack([torch.tensor(likely)[torch.randperm(len(likely))[:K]]] * tokens)
-            found = module(states, ids, weights)
-            assert error(found, run_engine(layer, states, ids, weights)) < limit
+            found = module(*(each.to(self.device) for each in (states, ids, weights)))
+            assert error(found, run_engine(layer, states, ids, weights)) < SAME
         self.following.step()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # as the host does, to sample
 
     def close(self) -> None:
         self.gpu.close()
@@ -104,10 +121,12 @@ FORM = {"alpha": 1.702, "gate_limit": 0.7, "up_limit": 0.5, "up_offset": 1.0}
 
 
 @pytest.mark.parametrize("weight_format", ["bf16", "int8", "mxfp4"])
-def test_residents_follow_the_routing(engine: Engine, weight_format: str) -> None:
+def test_residents_follow_the_routing(
+    engine: Engine, device: torch.device, weight_format: str
+) -> None:
     """During the swaps too, no expert is computed twice or left out; with LoRA, biases, clamps."""
     coded = {"coded": weight_format} if weight_format == "mxfp4" else {}
-    model = Model(engine, weight_format, ranks=(8, 3, 17), form=FORM, biased=True, **coded)
+    model = Model(engine, device, weight_format, ranks=(8, 3, 17), form=FORM, biased=True, **coded)
     version, address = model.gpu.version, model.shares[0].bank.down.data_ptr()
     for likely in ((3, 4, 5, 6), (8, 7, 6), (0, 2, 8)):
         for _ in range(16):
@@ -127,14 +146,14 @@ def test_residents_follow_the_routing(engine: Engine, weight_format: str) -> Non
     model.close()
 
 
-def test_lora_changes_during_a_swap(engine: Engine) -> None:
-    model = Model(engine, ranks=(8, 3, 17))
+def test_lora_changes_during_a_swap(engine: Engine, device: torch.device) -> None:
+    model = Model(engine, device, ranks=(8, 3, 17))
     for step in range(30):
         if step % 4 == 3:
             for case, layer in zip(model.cases, model.layers, strict=True):
                 case.seed += 1
                 apply_lora(layer, **case.make_lora((8, 3, 17) if step % 8 == 3 else (4, 4, 4)))
-        model.step((5, 6, 7, 8), limit=2e-3)
+        model.step((5, 6, 7, 8))
     assert model.following.numbers.uploads >= 6
     model.gpu.select(4)  # another bank
     for _ in range(12):
@@ -145,16 +164,16 @@ def test_lora_changes_during_a_swap(engine: Engine) -> None:
     model.close()
 
 
-def test_rows_with_separate_adapters(engine: Engine) -> None:
-    model = Model(engine, ranks=(8, 3, 17))
-    rows = StepRows(3, 3)
-    rows.adapters[:] = torch.tensor([0, BASE, 0])
+def test_rows_with_separate_adapters(engine: Engine, device: torch.device) -> None:
+    model = Model(engine, device, ranks=(8, 3, 17))
+    rows = StepRows(3, 3, device)
+    set_adapters(rows, [0, BASE, 0])
     for step in range(16):
         for case, layer, module in zip(model.cases, model.layers, model.modules, strict=True):
             states, _, weights = case.inputs(3)
             ids = torch.tensor([[4, 5, 6], [5, 6, 7], [7, 6, 4]])
             with model.running.running(rows):
-                found = module(states, ids, weights)
+                found = module(*(each.to(device) for each in (states, ids, weights)))
             out = torch.empty_like(states)
             layer.forward(states, ids, weights, out, rows.adapters)
             assert error(found, out) < SAME, step
@@ -163,8 +182,8 @@ def test_rows_with_separate_adapters(engine: Engine) -> None:
     model.close()
 
 
-def test_a_streamed_prompt_leaves_its_experts(engine: Engine) -> None:
-    model = Model(engine, "int8", ranks=(8, 3, 17))
+def test_a_streamed_prompt_leaves_its_experts(engine: Engine, device: torch.device) -> None:
+    model = Model(engine, device, "int8", ranks=(8, 3, 17))
     model.gpu.threshold = 2
     model.gpu.stream._piece_bytes = 2 * model.gpu.source("layers.0").expert_bytes
     for likely in ((8, 1, 6), (6, 2, 3, 4), (0, 1, 2)):
