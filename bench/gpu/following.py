@@ -47,7 +47,7 @@ class Pattern(NamedTuple):
     drift: float
 
 
-# Beside noise of 1, and a drift that keeps 1/e after DRIFT_TOKENS.
+# With noise of 1, and a drift that keeps 1/e after DRIFT_TOKENS.
 PATTERNS = {
     "drifting": Pattern(0.5, 0.8, 0.6),
     "skewed": Pattern(1.0, 0.7, 0.6),

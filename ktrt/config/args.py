@@ -126,7 +126,7 @@ class ExpertArgs:
     kt_fixed_kernels: bool = False
     kt_num_gpu_experts: int | Literal["auto"] = 0
     kt_gpu_prefill_token_threshold: int | Literal["auto"] = "auto"
-    kt_enable_dynamic_expert_update: bool = True
+    kt_enable_dynamic_expert_update: bool = False
     kt_weight_path: Path | None = None
     ktrt_cache: bool = True
     ktrt_cache_dir: Path | None = None

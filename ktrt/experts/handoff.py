@@ -102,7 +102,7 @@ class HandOff:
         self._pending: tuple[torch.Tensor, Any] | None = None
         self._recorded: list[int] | None = None
         self._unfinished = False
-        # What the host does while the device computes a forward, which has been issued.
+        # Work of the host while the device computes a forward, which has been issued.
         self.meanwhile: Callable[[], None] | None = None
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ expert until the copy has ended, which takes a step or two; the engine computes 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ktrt.experts.gpu.arithmetic import ExpertBank
-    from ktrt.experts.gpu.residents import GpuLayer
+    from ktrt.experts.gpu.source import LayerSource
     from ktrt.experts.gpu.stream import WorkLane
 
     Numbers = NDArray[np.int64]
@@ -38,6 +38,17 @@ MOST_COPIES = 4
 _STEP_TOKENS = 32
 
 
+class FollowedLayer(Protocol):
+    """``ktrt.experts.gpu.residents.GpuLayer``, as far as it is used here."""
+
+    source: LayerSource
+    experts: tuple[int, ...]
+
+    @property
+    def bank(self) -> ExpertBank: ...
+    def replace(self, place: int, expert: int) -> None: ...
+
+
 class Swap(NamedTuple):
     """An expert that takes another one's place in the bank of a layer."""
 
@@ -49,7 +60,7 @@ class Swap(NamedTuple):
 @dataclass
 class ResidentCounts:
     """Numbers since the start. ``hits`` and ``misses``: chosen experts of decode steps that were
-    and were not on the GPU. ``uploads``: experts copied there beside steps, ``upload_bytes`` their
+    and were not on the GPU. ``uploads``: experts copied there during steps, ``upload_bytes`` their
     size; ``adopted``: experts that stayed there after a streamed prompt. ``evictions``: experts
     that made room for both."""
 
@@ -126,15 +137,15 @@ class Following:
     @torch.inference_mode(mode=False)
     def __init__(
         self,
-        layers: Sequence[GpuLayer],
+        layers: Sequence[FollowedLayer],
         table: torch.Tensor,
         counts: torch.Tensor,
         top_k: int,
         lane: WorkLane,
     ) -> None:
         """``table`` and ``counts`` [layers, experts + 1] int64 on the device: each expert's place,
-        -1 for none, and its uses; the last column belongs to ids that are none. ``lane``: for
-        copies of its own."""
+        -1 for none, and its uses; the last column belongs to ids that are none. ``lane``:
+        for these copies alone."""
         self._layers, self._lane = layers, lane
         self._table, self._counts = table, counts
         self._places: Numbers = table.cpu().numpy().copy()
@@ -180,7 +191,8 @@ class Following:
             self._write_table()
 
     def restart(self, index: int, experts: Sequence[int]) -> None:
-        """Notes that other experts have been put into the bank of a layer."""
+        """Expects that these experts, in this order, become a layer's residents."""
+        self.settle()
         self._places[index] = -1
         self._places[index, list(experts)] = np.arange(len(experts))
 
@@ -259,7 +271,7 @@ class Following:
     def _write_table(self) -> None:
         """Has later steps read the places as they are now."""
         places = torch.from_numpy(self._places)
-        # A copy of its own, which torch keeps until it was read.
+        # Another copy, which torch keeps until it was read.
         places = places.pin_memory() if self._table.is_cuda else places
         self._table.copy_(places, non_blocking=True)
 

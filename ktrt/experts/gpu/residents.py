@@ -52,8 +52,7 @@ class GpuLayer:
         self._index = index
         self.source = source
         self._bank: ExpertBank | None = None
-        # Resident, in the order of the bank: ascending unless they follow the routing.
-        self.experts: tuple[int, ...] = ()
+        self.experts: tuple[int, ...] = ()  # resident, in the bank's order
         # Each expert's place in the bank, and its uses; the last column is for ids that are none.
         self._slots, self._counts = owner.places[index], owner.uses[index]
         self._ranks = RankChoice(source, owner.masks, owner.device)
@@ -119,16 +118,15 @@ class GpuLayer:
         ``adapters`` [tokens] int32, on the device: each token's LoRA (``engine.step_rows``), None:
         the active ones for all. Beyond ``CAPTURABLE_TOKENS`` it synchronises with the host once.
         """
-        bank = self.bank
         slots = self._slots[self._keys(top_k_index)]
         lora = self.lora(adapters)
         count, hidden = len(self.experts), self.source.hidden_size
         if slots.shape[0] <= self.CAPTURABLE_TOKENS:
             rows = make_rows(hidden_states, self.source.quantized)
-            return static_sums(bank, rows, slots, top_k_weights.float(), lora)[:, :hidden]
+            return static_sums(self.bank, rows, slots, top_k_weights.float(), lora)[:, :hidden]
         rows = grouped_rows([hidden_states], self.source.quantized)
         grouping = Grouping(slots, top_k_weights, count, hidden)
-        grouping.add(range(count), bank, rows, lora)
+        grouping.add(range(count), self.bank, rows, lora)
         return grouping.total()
 
     def forward_streamed(
@@ -279,7 +277,7 @@ class GpuExperts:
             self.places = torch.full(shape, -1, dtype=torch.int64, device=self.device)
             self.uses = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self._top_k = max(layer.top_k for layer in layers.values())
-        # Moves the residents with the routing; None: they stay where ``select`` put them.
+        # Moves the residents; None: they stay.
         self.following: Following | None = None
         self._by_path = dict(zip(layers, self._sources, strict=True))
         self._pinning = pinning or make_pinning(self.device)
@@ -336,14 +334,13 @@ class GpuExperts:
             self._load(index, layer, sorted(chosen))
 
     def follow(self) -> Following:
-        """From now on the residents follow the routing: call its ``step`` after each step. Their
-        memory should be pinned."""
+        """Has the residents, from pinned memory, follow the routing: call ``step`` after steps."""
         layers, lane = list(self.layers.values()), make_lane(self.device)
         self.following = Following(layers, self.places, self.uses, self._top_k, lane)
         return self.following
 
     def stay(self) -> None:
-        """From now on the residents stay."""
+        """Ends ``follow``."""
         if self.following is not None:
             self.following.settle()
         self.following = None
@@ -397,9 +394,7 @@ class GpuExperts:
 
     def _load(self, index: int, layer: GpuLayer, experts: Sequence[int]) -> None:
         if self.following is not None:
-            self.following.settle()
+            self.following.restart(index, experts)
         if layer.load(experts):
             self.version += 1
-        if self.following is not None:
-            self.following.restart(index, experts)
         self.stream.skip(index, experts)

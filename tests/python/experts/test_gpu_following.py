@@ -133,7 +133,7 @@ def test_residents_follow_the_routing(
             model.step(likely)
         model.following.settle()
         assert all(set(share.experts) <= set(likely) for share in model.shares)
-    # What a captured graph reads lies where it was.
+    # Captured graphs stay valid.
     assert (model.gpu.version, model.shares[0].bank.down.data_ptr()) == (version, address)
     numbers = model.following.numbers
     assert numbers.hits + numbers.misses == 2 * K * (3 * 16 - 1)  # counts come a step late

@@ -63,7 +63,7 @@ MEANINGS = {
     "kt_gpu_prefill_token_threshold": "With a GPU: forwards of at least this many tokens stream "
     "all experts there. `0`: never; `auto`: measured at load.",
     "kt_enable_dynamic_expert_update": "With a GPU: which of a layer's experts stay there follows "
-    "the conversation. `false`: the first ones stay.",
+    "the conversation ([what it costs](gpu.md#experts-on-the-gpu)). `false`: the first ones stay.",
     "kt_weight_path": "Experts packed by kt_kernel (INT8 or INT4; a `.kt` tree or converted "
     "safetensors), used instead of the model's own.",
     "ktrt_cache": "Keeps packed experts on disk.",

@@ -157,7 +157,8 @@ def test_residents_follow_the_conversation(
     """By graphs, which are not captured again."""
     monkeypatch.setattr(following, "HALF_LIFE", 3)
     settings: dict[str, Any] = {"kt_gpu_prefill_token_threshold": threshold}
-    gpu = load(folder, "deepseek_v2", kt_num_gpu_experts=2, **settings)
+    follow: dict[str, Any] = {"kt_num_gpu_experts": 2, "kt_enable_dynamic_expert_update": True}
+    gpu = load(folder, "deepseek_v2", **follow, **settings)
     pair = Pair(gpu, load(folder, "deepseek_v2", cpu=True, **settings))
     assert gpu.gpu is not None
     assert gpu.gpu.following is not None
