@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -169,7 +169,12 @@ def load_model(
         tables_to_host(loaded)
         answers = only_layers is None  # a model of which a part can run is to be verified
         limit = context_limit(loaded)
-        with kernels_loaded_beside(loaded, limit) if answers else nullcontext():
+        with ExitStack() as beside:
+            if answers:
+                if device.type == "cuda":
+                    early = beside.enter_context(Patches())
+                    _accelerate_attention(loaded, engine, early, running, masks)
+                beside.enter_context(kernels_loaded_beside(loaded, limit, running))
             _load_experts(ready, experts, only_layers)
         _attach(loaded, ready, hand_off, running)
         adapters = _apply_adapters(ready, loaded, adapter.start_weights)
@@ -225,17 +230,15 @@ def _accelerate(
 ) -> FusedLora | None:
     """Patches the forwards of the layers outside the experts, which stay transformers' and PEFT's,
     with faster ones. Returns a GPU's."""
-    accelerate_linear_attention(model, engine, patches)
     if device.type == "cuda":
         if int8:
             logger.warning(
                 "quantization_bit: 8 has no effect with a GPU, where the layers outside the "
                 "experts stay %s: it makes those on the CPU INT8", model.dtype,
             )  # fmt: skip
-        masks.watch(model, patches)
-        accelerate_attention(model, engine, patches, running)
-        use_latents(model, engine, patches, running)
+        _accelerate_attention(model, engine, patches, running, masks)
         return FusedLora(model, active_set, patches, masks)
+    accelerate_linear_attention(model, engine, patches)
     accelerate_attention(model, engine, patches, running)
     accelerate_norms(model, patches, engine)
     accelerate(model, engine, active_set, patches, int8=int8, running=running)
@@ -244,6 +247,16 @@ def _accelerate(
         _log_int8(model)
     use_latents(model, engine, patches, running)
     return None
+
+
+def _accelerate_attention(
+    model: nn.Module, engine: Engine, patches: Patches, running: RunningStep, masks: RankMasks
+) -> None:
+    """A GPU's part of ``_accelerate`` that needs neither experts nor adapters."""
+    accelerate_linear_attention(model, engine, patches)
+    masks.watch(model, patches)
+    accelerate_attention(model, engine, patches, running)
+    use_latents(model, engine, patches, running)
 
 
 def _log_int8(model: nn.Module) -> None:
