@@ -186,9 +186,12 @@ class Case:
 
     def first_step(self, what: str, slots: list[Any], adapter: int) -> None:
         times = []
-        for _ in range(6 if slots else 0):
+        for step in range(12 if slots else 0):
+            # Other tokens, for other experts than in the step before.
+            ids = tokens(len(slots), self.vocabulary, 100 * len(what) + step)
             start = time.perf_counter()
-            spans = (Span(slot=slot, ids=[9], adapter=adapter) for slot in slots)
+            pairs = zip(slots, ids, strict=True)
+            spans = (Span(slot=slot, ids=[token], adapter=adapter) for slot, token in pairs)
             int(self.runner.run(Step(tuple(spans)))[-1].argmax())
             times.append(time.perf_counter() - start)
         if slots:

@@ -92,8 +92,8 @@ class RunningStep:
         # [rows] int64 where the model is, if the cache knows the rows' places. A captured graph
         # reads the same memory again whenever it runs. None: no such step.
         self.lengths: torch.Tensor | None = None
-        # The slot of each of these rows, where keys and values are those of all slots; [rows] int64
-        # where the model is. None: row i's are the i-th.
+        # The slot of each of these rows, [rows] int64 where the model is, where attention is given
+        # the keys and values of all slots; None: row i's are the i-th.
         self.slots: torch.Tensor | None = None
         # Layers of that step whose attention has read ``lengths``, and nothing of a row after them:
         # a model in which all do needs one graph for all lengths.

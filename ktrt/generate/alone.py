@@ -73,13 +73,10 @@ class Alone:
         self, graphs: RowGraphs, parts: Sequence[Part], held: Sequence[Sequence[int]]
     ) -> dict[int, torch.Tensor]:
         """Runs the decode rows of a step that share a graph; returns their logits. A single one
-        with the active adapters has a graph of its slot's, if there is one, or must get one where
-        the graphs of many serve no row of any slot."""
+        with the active adapters has its slot's own until a graph serves all slots."""
         at = shares_a_graph(parts)
-        if len(at) == 1 and parts[at[0]].span.adapter == ACTIVE:
-            own = self.graphs.get(parts[at[0]].span.slot.index)
-            if (own is not None and own.count) or not graphs.serves_one:
-                return {}
+        if len(at) == 1 and parts[at[0]].span.adapter == ACTIVE and not graphs.for_all:
+            return {}
         self.intact = graphs.proven
         found = graphs.run([parts[index] for index in at], self._plain)
         if found is None:  # the slots may hold anything

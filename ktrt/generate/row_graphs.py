@@ -45,12 +45,14 @@ _MOST_GRAPHS = 64
 
 @dataclass
 class _Rows:
-    """The steps of so many rows, and the memory that their graphs read: ids, positions and slots
+    """Steps of a number of rows, and the memory that their graphs read: ids, positions and slots
     ``facts`` [3, rows, 1], the rows' adapters; and write: ``logits``."""
 
     rows: StepRows
     facts: torch.Tensor
     logits: torch.Tensor
+    # The rows' adapters, as that memory has them.
+    adapters: list[int] = field(default_factory=list)
     # By window.
     graphs: dict[int | None, _Graph] = field(default_factory=dict)
 
@@ -90,10 +92,9 @@ class RowGraphs:
         return sum(len(rows.graphs) for rows in self._rows.values())
 
     @property
-    def serves_one(self) -> bool:
-        """Whether there is a graph of one row with the active adapters, for all lengths."""
-        one = self._rows.get((1, False))
-        return one is not None and None in one.graphs and self._running.keeps_to_lengths
+    def for_all(self) -> bool:
+        """Whether a graph serves all slots and lengths."""
+        return self.usable and self.proven and self._running.keeps_to_lengths
 
     @property
     def usable(self) -> bool:
@@ -183,7 +184,7 @@ class RowGraphs:
         return list(rows.logits[: len(parts)].clone().split(1))
 
     def _forget_one(self, keep: _Rows) -> None:
-        """Makes room for a graph: those of the oldest other number of rows go."""
+        """Makes room for a graph: all of the oldest other number of rows go."""
         oldest = next((key for key, rows in self._rows.items() if rows is not keep), None)
         if self.count >= _MOST_GRAPHS and oldest is not None:
             del self._rows[oldest]
@@ -215,7 +216,10 @@ class RowGraphs:
             cache.commit(slot, max(window or 0, position + 1))
             facts += [(0, position, slot)] * idle
         rows.facts.copy_(torch.tensor(facts).T.unsqueeze(-1))
-        set_adapters(rows.rows, [part.span.adapter for part in parts] + [IDLE] * idle)
+        adapters = [part.span.adapter for part in parts] + [IDLE] * idle
+        if adapters != rows.adapters:
+            rows.adapters = adapters
+            set_adapters(rows.rows, adapters)
 
     def _idle_place(self, parts: Sequence[Part]) -> tuple[int, int]:
         """Returns the slot and position of what rows that stand for nothing store: after all that

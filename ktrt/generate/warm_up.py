@@ -40,9 +40,12 @@ _SIZES = ((24,),)
 _GPU_SIZES = ((8192, 1024, 128, 20), (1024, 20), (128, 20), (24, 20))
 # Rows of decode steps that are captured ahead, unless fewer may run at once: 0.05 s for each graph
 # with 8 layers on an H200. All rows have the same token, so that few experts are read.
-_ROWS = (1, 2, 4, 8, 16, 32)
+# One row comes after two, whose graph is compared with plain steps: then one serves any slot.
+_ROWS = (2, 1, 4, 8, 16, 32)
 # While the experts are loaded: rows whose kernels are most of all. The memory of 5 slots.
 _ROWS_BESIDE = 8
+# More than the longest of _LONG_SIZES.
+_POSITIONS_BESIDE = 16384
 # Positions for which decode steps are captured ahead with a GPU: as many as the cache's first
 # memory holds. On the CPU a recording costs no more than the plain step in its place.
 _GPU_POSITIONS = 2048
@@ -89,17 +92,20 @@ def _load_kernels(
             torch.cuda.empty_cache()
     except Exception as error:  # noqa: BLE001 - whatever it is, the first answer meets it again
         logger.debug("Loading kernels ahead failed: %s", error)
+    if running is not None:
+        # With an adapter, attention may be another.
+        running.keeps_to_lengths = False
     logger.debug("Loaded kernels in %.1f s", time.perf_counter() - start)
 
 
 def _uncaptured_runner(model: Any, limit: int, running: RunningStep | None) -> ModelRunner:
     """Returns a runner as the loaded model's, but for what needs the experts."""
-    options: dict[str, Any] = {"model": model, "handoff": NoHandOff()}
-    steps = partial(DecodeGraphs, **options, maker=_Uncaptured(), running=running)
-    rows = partial(RowGraphs, **options, maker=_Uncaptured())
+    hand_off = NoHandOff()
+    steps = partial(DecodeGraphs, model, handoff=hand_off, maker=_Uncaptured(), running=running)
+    rows = partial(RowGraphs, model, handoff=hand_off, maker=_Uncaptured())
     return ModelRunner(
         model, None if unusual_layers(model) else steps, running=running, row_graphs=rows,
-        capacity=limit,
+        slots=_ROWS_BESIDE, capacity=min(limit, _POSITIONS_BESIDE),
     )  # fmt: skip
 
 
@@ -167,16 +173,18 @@ def _run_steps(cache: KvCache, limit: int) -> None:
 
 
 def _run_rows(cache: KvCache, most: int) -> None:
-    """Decode steps of 1, 2, 4, 8 … rows, with the active adapters and, where several are resident,
-    by row: other slots and adapters need no other graphs."""
+    """Decode steps of 1, 2, 4, 8 … rows, with the active adapters and, where some are resident, by
+    row: other slots and adapters need no other graphs."""
     runner, (token,) = cache.runner, _some_ids(cache.model, 1)
     cache.reuse([0])
     cache.close()
-    most = min(most, runner.pool.most_slots)
+    # One conversation at a time has two slots, too, where there were others before.
+    most = min(max(most, 2), runner.pool.most_slots)
     kinds = [ACTIVE, BASE] if runner.by_row and runner.active_set.numbers else [ACTIVE]
     slots = list[Slot]()
     try:
-        for adapter, count in product(kinds, takewhile(most.__ge__, _ROWS)):
+        counts = takewhile(lambda count: count // 2 < most, _ROWS)
+        for adapter, count in product(kinds, counts):
             # More than half as many take the same graph, and less memory.
             real = count // 2 + 1
             slots += [runner.pool.open("rows", ()) for _ in range(real - len(slots))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,6 @@ from ktrt.generate.device_memory import let_segments_grow
 from ktrt.generate.graphs import CudaGraphs, DecodeGraphs, NoHandOff
 from ktrt.generate.row_graphs import RowGraphs
 from ktrt.generate.runner import KvCache, ModelRunner
-from ktrt.generate.warm_up import kernels_loaded_beside
 from ktrt.kv.static import unusual_layers
 from ktrt.layers.attention import accelerate_attention
 from ktrt.layers.coded import coded_linears
@@ -36,6 +35,7 @@ from ktrt.layers.norm import accelerate_norms
 from ktrt.layers.row_products import use_row_products
 from ktrt.loading.experts import cache_folder, load_experts
 from ktrt.loading.fill import load_without_experts
+from ktrt.loading.gpu_attention import accelerate_on_gpu, kernels_beside
 from ktrt.loading.plan import prepare
 from ktrt.loading.step_bytes import bytes_per_token
 from ktrt.prompt.fit import context_limit
@@ -167,14 +167,9 @@ def load_model(
         hand_off = new_hand_off(engine, device)
         loaded = load_without_experts(ready.base, model.infer_dtype, device)
         tables_to_host(loaded)
-        answers = only_layers is None  # a model of which a part can run is to be verified
         limit = context_limit(loaded)
-        with ExitStack() as beside:
-            if answers:
-                if device.type == "cuda":
-                    early = beside.enter_context(Patches())
-                    _accelerate_attention(loaded, engine, early, running, masks)
-                beside.enter_context(kernels_loaded_beside(loaded, limit, running))
+        beside = kernels_beside(loaded, engine, limit, running, masks)
+        with beside if only_layers is None else nullcontext():  # a part cannot run
             _load_experts(ready, experts, only_layers)
         _attach(loaded, ready, hand_off, running)
         adapters = _apply_adapters(ready, loaded, adapter.start_weights)
@@ -236,7 +231,7 @@ def _accelerate(
                 "quantization_bit: 8 has no effect with a GPU, where the layers outside the "
                 "experts stay %s: it makes those on the CPU INT8", model.dtype,
             )  # fmt: skip
-        _accelerate_attention(model, engine, patches, running, masks)
+        accelerate_on_gpu(model, engine, patches, running, masks)
         return FusedLora(model, active_set, patches, masks)
     accelerate_linear_attention(model, engine, patches)
     accelerate_attention(model, engine, patches, running)
@@ -247,16 +242,6 @@ def _accelerate(
         _log_int8(model)
     use_latents(model, engine, patches, running)
     return None
-
-
-def _accelerate_attention(
-    model: nn.Module, engine: Engine, patches: Patches, running: RunningStep, masks: RankMasks
-) -> None:
-    """A GPU's part of ``_accelerate`` that needs neither experts nor adapters."""
-    accelerate_linear_attention(model, engine, patches)
-    masks.watch(model, patches)
-    accelerate_attention(model, engine, patches, running)
-    use_latents(model, engine, patches, running)
 
 
 def _log_int8(model: nn.Module) -> None:

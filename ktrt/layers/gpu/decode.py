@@ -139,8 +139,8 @@ def decode_attention(
     """query [rows, heads, n, d]; key [rows, groups, capacity, d] and value [rows, groups, capacity,
     dv], of which row i's first ``lengths[i]`` positions are read, the last n of them the queries'
     own; ``lengths`` [rows] int64 on the device; zeros for a row of length 0. ``ring``: position p
-    lies at p % ring. ``slots`` [rows] int64 on the device: key and value are those of all slots,
-    and these the rows'. Returns [rows, n, heads, dv] in the query's dtype."""
+    lies at p % ring. ``slots`` [rows] int64 on the device: the rows', of all slots, which
+    key and value then have. Returns [rows, n, heads, dv] in the query's dtype."""
     return attend(Operands(query, key, value), lengths, form, ring, slots)
 
 

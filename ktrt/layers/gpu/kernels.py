@@ -73,7 +73,7 @@ def decode_kernel(
     PRECISION: tl.constexpr, PICKED: tl.constexpr,
 ):  # fmt: skip
     """One split of the context of one row and group, for M of its tokens · heads. Keys and values
-    are the row's own or, PICKED, those of ``Slots`` [rows].
+    lie at its row or, PICKED, at its ``Slots`` [rows].
 
     Writes ``Out`` [rows, tokens, groups · heads, DV] where there is one split; else its share,
     normalised, to ``Partial`` [rows, tokens, groups · heads, splits, DV] and the logarithm of its
