@@ -178,7 +178,7 @@ class Batch:
             self.runner.pool.rollback(slot, slot.length - 1)
 
     def again(self, ids: Sequence[int], first: dict[str, torch.Tensor]) -> str:
-        """Runs the last step four times more, beside tuned rows and all base: where each has the
+        """Runs the last step four times more, with tuned rows and all base: where each has the
         bits of its ``first`` run, these are two orders of sums, else there is a race."""
         kinds, same = {"tuned": [BASE, 0, BASE, 1], "base": [BASE] * 4}, dict.fromkeys(first, 0)
         for name in list(first) * 4:
