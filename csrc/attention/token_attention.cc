@@ -73,7 +73,11 @@ void TokenAttention::pack(const Task& task, const Arrays& arrays, std::int64_t f
   const AttentionKernel& kernel = *engine_->kernels().attention;
   const auto pack = [&](const HeadArray& from, std::int64_t size, float* to) {
     const std::int64_t token = first_row + row;
-    if (from.float32) {
+    if (task.layout.bf16_queries) {
+      auto* const bits = reinterpret_cast<std::uint16_t*>(to);
+      std::fill(std::copy_n(bf16_at(from, head, token), size, bits),
+                bits + round_up<std::int64_t>(size, kernel.width), std::uint16_t{0});
+    } else if (from.float32) {
       kernel.pack(nullptr, float_at(from, head, token), static_cast<int>(size), to);
     } else {
       kernel.pack(bf16_at(from, head, token), nullptr, static_cast<int>(size), to);
@@ -112,12 +116,15 @@ void TokenAttention::run(const Arrays& arrays, std::int64_t first_row, std::int6
                          const Engine::Lease& lease) {
   ThreadPool& pool = lease.pool();
   const std::int64_t heads = spans_.form().heads;
+  const bool bf16_queries = engine_->kernels().attention->bf16_scores != nullptr &&
+                            !arrays.query.float32 && !arrays.second_query.float32;
   SpanAttention::Layout layout{strides_of(arrays.keys),
                                strides_of(arrays.second_keys),
                                strides_of(arrays.values),
                                arrays.values.data == arrays.keys.data,
                                ring,
-                               arrays.mask};
+                               arrays.mask,
+                               bf16_queries};
   const Task task = spans_.plan(layout, rows_, lease, 0);
   const auto passes = static_cast<std::int64_t>(task.passes->size());
   // A share of the heads of rows [begin, end).
