@@ -42,6 +42,8 @@ _SECONDS = 20.0
 _COMPILERS = 2
 # The time and line of C++ before xgrammar's messages.
 _WHERE = re.compile(r"\[[\d:]+\] \S+\.cc:\d+: ")
+# The special token around texts in xgrammar's style of Gemma's calls, which no structure names.
+_GEMMA_STYLE, _GEMMA_QUOTE = '"style": "gemma"', '<|"|>'
 _ENTRIES = 64
 _CACHE_BYTES = 512 * 1024 * 1024
 
@@ -76,7 +78,8 @@ class Grammars:
         text = json.dumps({"type": "structural_tag", "format": structure}, ensure_ascii=False)
         # A special token in a string would be a part of it that nobody sees, or another model's
         # end of the answer: only those that the structure names may come.
-        unwanted = [each for each, name in self._special.items() if name not in text]
+        named = text + _GEMMA_QUOTE if _GEMMA_STYLE in text else text
+        unwanted = [each for each, name in self._special.items() if name not in named]
         with self._lock:
             compiled = self._kept.get(text)
             if compiled is not None:

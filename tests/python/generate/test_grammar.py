@@ -165,6 +165,15 @@ def test_special_tokens_that_the_structure_does_not_name_never_come() -> None:
     assert torch.isinf(logits[[other, stop]]).all()
 
 
+def test_gemmas_quote_is_a_token() -> None:
+    form = named_reply("gemma4", "gemma4", None)
+    tools = [
+        {"name": "say", "parameters": {"type": "object", "properties": {"it": {"const": "x"}}}}
+    ]
+    text = write(calls_structure(form, "", tools), '<|tool_call>call:say{it:<|"|>')
+    assert text.startswith('<|tool_call>call:say{it:<|"|>x<|"|>')
+
+
 def test_calls_that_cannot_be_enforced() -> None:
     for form in (None, THINK):
         with pytest.raises(ConfigError, match="expected auto or none, found a call to enforce"):
