@@ -1,4 +1,4 @@
-"""Compiles grammars in a process of their own: xgrammar cannot be interrupted, and the states of a
+"""Compiles grammars in a separate process: xgrammar cannot be interrupted, and the states of a
 hostile schema take hours and all memory."""
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _LENGTH = struct.Struct("<Q")
 _DONE, _REFUSED = b"+", b"-"
 # Importing xgrammar takes 3 s, on a busy machine 20.
 _START_SECONDS = 120
-# Of address space next to what the libraries take, and of one compiled grammar. Usual ones have
-# less than 1 MB; one of 40 patterns has 10, and takes 2 s with 102,400 tokens.
+# Address space next to the libraries', and the size of one compiled grammar: usually less than 1
+# MB, 10 MB with 40 patterns, which take 2 s with 102,400 tokens.
 _MOST_SPACE = 3 << 30
 _MOST_COMPILED = 64 << 20
 

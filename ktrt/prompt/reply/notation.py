@@ -11,7 +11,7 @@ _OPEN, _CLOSE = "([{", ")]}"
 # The token around Gemma's texts.
 GEMMA_QUOTE = '<|"|>'
 _QUOTES = {"python": ('"', "'"), "gemma": (GEMMA_QUOTE, '"')}
-# What a scan outside of a text stops at, and what ends one text; an escape is skipped.
+# A scan outside of a text stops at these, and within one at its end; an escape is skipped.
 _STOPS = re.compile(r'[()\[\]{},"\'<]')
 _ENDS = {each: re.compile(rf"\\.|{each}", re.DOTALL) for each in ('"', "'")}
 _ENDS[GEMMA_QUOTE] = re.compile(re.escape(GEMMA_QUOTE))
