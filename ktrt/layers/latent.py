@@ -274,7 +274,8 @@ def _on_gpu(
     if factors is None:
         return None
     latents.running.attended += runs_kernels(query)
-    return absorbed.decode(factors, query, key, value, lengths, form)
+    slots = latents.running.slots
+    return absorbed.decode(factors, query, key, value, lengths, form, slots)
 
 
 def _decode(
