@@ -104,6 +104,8 @@ class SpanAttention {
   // [heads]: a score without a value for each head.
   void set_sinks(std::vector<float> sinks) { sinks_ = std::move(sinks); }
 
+  const std::vector<float>& sinks() const { return sinks_; }
+
   const Form& form() const { return form_; }
   // Floats of the first array's part in a packed query.
   std::int64_t first_width() const { return first_width_; }

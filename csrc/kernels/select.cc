@@ -57,6 +57,7 @@ extern const AttentionKernel attention_avx2;
 extern const AttentionKernel attention_avx512;
 extern const AttentionKernel attention_avx512_bf16;
 extern const LinearAttentionKernel linear_attention_portable;
+extern const PromptAttentionKernel prompt_attention_avx512_bf16;
 extern const LinearAttentionKernel linear_attention_avx2;
 extern const LinearAttentionKernel linear_attention_avx512;
 
@@ -191,6 +192,12 @@ const LinearAttentionKernel& select_linear_attention(Isa level, const CpuFeature
       {&linear_attention_portable, Isa::kPortable, true},
   }};
   return *first_that_runs(variants, level);
+}
+
+const PromptAttentionKernel* select_prompt_attention(Isa level, const CpuFeatures& f,
+                                                     Bf16Arithmetic bf16) {
+  const bool dots = level >= Isa::kAvx512 && f.avx512_bf16 && bf16 == Bf16Arithmetic::kDot;
+  return dots ? &prompt_attention_avx512_bf16 : nullptr;
 }
 
 KernelTable fixed(KernelTable table) {
