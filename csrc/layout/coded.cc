@@ -40,7 +40,7 @@ float scale_value(WeightFormat format, const std::byte* scales, std::int64_t ind
   return value;
 }
 
-// Of all codes, without NaN.
+// The largest magnitude of any code.
 float largest_value(WeightFormat format) {
   return traits_of(format).bits == 8 ? 448.0f : format == WeightFormat::kMxfp4 ? 6.0f : 8.0f;
 }

@@ -135,18 +135,7 @@ class PackCache:
         """Says how the manifest's key differs from this cache's; None if it does not."""
         if manifest["layout"] != LAYOUT:
             return f"its layout is {manifest['layout']}, now {LAYOUT}"
-        found, expected = manifest["key"], self._key.as_dict()
-        if found == expected:
-            return None
-        old = {each.get("name"): each for each in found["files"]}
-        new = {each["name"]: each for each in expected["files"]}
-        changed = sorted(str(n) for n in old.keys() | new.keys() if old.get(n) != new.get(n))
-        if changed:
-            return f"changed since: {', '.join(changed[:3])}"
-        search = found.get("int4_search", 0)
-        if search != self._key.int4_search:
-            return f"its INT4 scales are of search {search}, now {self._key.int4_search}"
-        return "other sizes of experts"
+        return self._key.difference(manifest["key"])
 
     def _use(
         self, layers: Mapping[str, PackedLayer], manifest: Manifest, folder: OwnedFolder

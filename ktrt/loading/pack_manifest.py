@@ -95,6 +95,21 @@ class CacheKey:
             del values["int4_search"]
         return values
 
+    def difference(self, found: Key) -> str | None:
+        """Says how a manifest's key differs from this one; None if it does not."""
+        expected = self.as_dict()
+        if found == expected:
+            return None
+        old = {each.get("name"): each for each in found["files"]}
+        new = {each["name"]: each for each in expected["files"]}
+        changed = sorted(str(n) for n in old.keys() | new.keys() if old.get(n) != new.get(n))
+        if changed:
+            return f"changed since: {', '.join(changed[:3])}"
+        search = found.get("int4_search", 0)
+        if search != self.int4_search:
+            return f"its INT4 scales are of search {search}, now {self.int4_search}"
+        return "other sizes of experts"
+
     @property
     def folder_name(self) -> str:
         """A name for the model folder, format and number of parts, so that a new cache replaces an

@@ -11,8 +11,7 @@ import numpy as np
 
 from ktrt.audit.reference.adapter_names import half_of, is_elsewhere
 from ktrt.audit.reference.adapter_packing import find_grouping
-from ktrt.audit.reference.experts import gate_and_up
-from ktrt.audit.reference.tensors import CannotVerifyError, RawFile, read_json
+from ktrt.audit.reference.tensors import CannotVerifyError, RawFile, gate_and_up, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable

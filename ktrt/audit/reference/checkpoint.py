@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ktrt.audit.reference.experts import Clamps, gate_and_up
+from ktrt.audit.reference.experts import Clamps
 from ktrt.audit.reference.quantized import find_tensors
-from ktrt.audit.reference.tensors import CannotVerifyError, RawFile, read_json
+from ktrt.audit.reference.tensors import CannotVerifyError, RawFile, gate_and_up, read_json
 
 if TYPE_CHECKING:
     from pathlib import Path

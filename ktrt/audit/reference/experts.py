@@ -85,14 +85,6 @@ def expert_output(expert: Expert, x: Float32, lora: Mapping[str, Lora]) -> Float
     return expert.project("down", inner, lora)
 
 
-def gate_and_up(rows: Float32, interleaved: bool) -> dict[str, Float32]:
-    """Returns rows [2I, …] of both by projection: gate's first, or alternating."""
-    if interleaved:
-        return {"gate": rows[0::2], "up": rows[1::2]}
-    gate, up = np.split(rows, 2)
-    return {"gate": gate, "up": up}
-
-
 def to_bf16(x: Float32) -> Float32:
     """Rounds to bfloat16, half to even."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)

@@ -14,13 +14,16 @@ from helpers.tiny_models import LoraPlan, save_adapter, save_model
 from helpers.verify_cases import Backend, Folders, check
 from transformers import AutoModelForCausalLM
 
-from ktrt.audit.reference import RawCheckpoint, checkpoint
+from ktrt.audit.reference import RawCheckpoint
 from ktrt.audit.reference.experts import Clamps, int4_groups
+from ktrt.audit.reference.tensors import gate_and_up
 from ktrt.audit.verify.probes import Limits, Outputs, Probe, compare
 from ktrt.checkpoint.experts import ExpertWeights
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+READER = "ktrt.audit.reference.checkpoint"
 
 
 class Coded:
@@ -150,10 +153,9 @@ def test_wrong_gpt_oss_fails(gpt_oss: Folders, wrong: str, monkeypatch: pytest.M
     if wrong == "no biases":
         monkeypatch.setattr(RawCheckpoint, "read_biases", lambda *_: {})
     elif wrong == "gate before up":
-        split = checkpoint.gate_and_up
-        monkeypatch.setattr(checkpoint, "gate_and_up", lambda rows, _: split(rows, False))
+        monkeypatch.setattr(f"{READER}.gate_and_up", lambda rows, _: gate_and_up(rows, False))
     else:
         other = Clamps(limit=0.31, slope=1.702)
-        monkeypatch.setattr(checkpoint, "Clamps", lambda *_: other)
+        monkeypatch.setattr(f"{READER}.Clamps", lambda *_: other)
     (report,) = check(gpt_oss, "auto", packing="rank_major")
     assert not report.passed
