@@ -169,7 +169,7 @@ def _on_cpu(
     if not causal or query.shape[0] != 1 or active() is not None:
         return None
     out = query.new_empty(1, count, query.shape[1], value.shape[-1])
-    attend_blocks(query, key, value, form, out, start=end - count)
+    attend_blocks(query, key, value, form, out, start=end - count, engine=engine)
     return out
 
 

@@ -182,6 +182,8 @@ class Latents:
 class HeldLatents:
     """Latents and positions of all slots, for ``step_attention``."""
 
+    prompts = None
+
     def __init__(
         self, owner: Latents, latents: torch.Tensor, positions: torch.Tensor, value_size: int,
         scaling: float,
