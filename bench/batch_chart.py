@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 
 _WIDTH, _HEIGHT = 380, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 34, 44
-# Legible on white and on dark pages alike; the limit is dashed.
-_COLOURS = ("#888888", "#2b7bba", "#d9822b", "#3a9a4a", "#a34fb5")
+# Legible on white and on dark pages alike; what bounds the curves is dashed.
+_BOUNDS = 2
+_COLOURS = ("#888888", "#b0603a", "#2b7bba", "#d9822b", "#3a9a4a", "#a34fb5")
 _GRID = "#88888844"
 _TEXT = "#7a7a7a"
 
@@ -28,7 +29,8 @@ class Panel:
 
 
 def line_chart(panels: Sequence[Panel], x_label: str, y_label: str) -> str:
-    """Returns an SVG document with the panels side by side. The first curve is dashed."""
+    """Returns an SVG document with the panels side by side. The first two curves are
+    dashed."""
     width, height = _WIDTH * len(panels), _HEIGHT + 26
     body = [line for at, panel in enumerate(panels) for line in _panel(panel, at, x_label, y_label)]
     names = list(dict.fromkeys(name for panel in panels for name in panel.curves))
@@ -73,7 +75,7 @@ def _panel(panel: Panel, index: int, x_label: str, y_label: str) -> Iterator[str
 def _curve(points: Sequence[tuple[float, float]], number: int, name: str) -> str:
     colour = _COLOURS[number % len(_COLOURS)]
     path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-    dashes = ' stroke-dasharray="5 4"' if number == 0 else ""
+    dashes = ' stroke-dasharray="5 4"' if number < _BOUNDS else ""
     dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in points)
     return (
         f'<g stroke="{colour}" fill="{colour}"><title>{escape(name)}</title>'
@@ -85,7 +87,7 @@ def _legend(names: Sequence[str], y: float) -> Iterator[str]:
     x = float(_LEFT)
     for number, name in enumerate(names):
         colour = _COLOURS[number % len(_COLOURS)]
-        dashes = ' stroke-dasharray="5 4"' if number == 0 else ""
+        dashes = ' stroke-dasharray="5 4"' if number < _BOUNDS else ""
         yield f'<path d="M{x:g} {y - 4:g}h22" stroke="{colour}" stroke-width="2"{dashes}/>'
         yield _text(x + 27, y, name, "start")
         x += 50 + 6.5 * len(name)
