@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import torch
 
+from ktrt.experts.gpu import fused
 from ktrt.experts.gpu.arithmetic import ALL_RANKS, expert_outputs
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from ktrt.experts.gpu.arithmetic import ExpertBank, LoraChoice, Rows
 
-# Rows of a grouped computation, to bound its memory: a dozen arrays have this many.
+# Rows of a grouped computation by torch, to bound its memory: a dozen arrays have this many.
 _MOST_ROWS = 8192
 
 
@@ -23,20 +24,42 @@ class Grouping:
     [tokens, hidden_size] and no more, however many slots a token has.
 
     ids [tokens, k] integers, weights [tokens, k] float; ids outside [0, num_experts) contribute
-    nothing. One host synchronisation, to know how many rows every expert has.
+    nothing. One host synchronisation, to know how many rows every expert has; ``choose`` makes of
+    these numbers the experts that will be added, in their order (None: all, ascending).
     """
 
     def __init__(
-        self, ids: torch.Tensor, weights: torch.Tensor, num_experts: int, hidden_size: int
+        self,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        num_experts: int,
+        hidden_size: int,
+        choose: Callable[[list[int]], Sequence[int]] | None = None,
     ) -> None:
         tokens, slots = ids.shape
         inside = (ids >= 0) & (ids < num_experts)
-        keys, positions = torch.where(inside, ids, num_experts).flatten().sort(stable=True)
-        limits = torch.arange(num_experts + 1, device=ids.device, dtype=keys.dtype)
-        self._bounds: list[int] = torch.searchsorted(keys, limits).tolist()
-        self._tokens = positions.div(slots, rounding_mode="floor")
-        self._weights = weights.float().flatten()[positions][:, None]
+        keys = torch.where(inside, ids, num_experts).flatten().to(torch.int64)
+        counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
+        counts.index_add_(0, keys, torch.ones_like(keys))
+        rows: list[int] = counts.tolist()[:-1]
+        self._order = list(range(num_experts) if choose is None else choose(rows))
+        # The ids of pairs whose experts are not added, -1 elsewhere; None: there are none.
+        self.others: torch.Tensor | None = None
+        if choose is not None:
+            place = torch.full((num_experts + 1,), len(self._order), dtype=torch.int64)
+            place[self._order] = torch.arange(len(self._order))
+            places = place.to(ids.device)[keys]
+            if sum(rows) > sum(rows[expert] for expert in self._order):
+                left = (places == len(self._order)) & (keys < num_experts)
+                self.others = torch.where(left, keys, -1).view(tokens, slots)
+            keys = places
+        _, self._positions = keys.to(torch.int32).sort(stable=True)
+        self._bounds = [0, *accumulate(rows[expert] for expert in self._order)]
+        self._added, self._slots = 0, slots
+        self._tokens = self._positions.div(slots, rounding_mode="floor")
+        self._weights = weights.float().flatten()[self._positions][:, None]
         self._total = torch.zeros(tokens, hidden_size, device=ids.device)
+        self._tiles: fused.Tiles | None = None
 
     def add(
         self,
@@ -46,16 +69,21 @@ class Grouping:
         lora: LoraChoice | None = ALL_RANKS,
     ) -> None:
         """Adds what the experts of ``bank`` owe, one expert after the other as the engine does;
-        ``experts``: their ids, in the bank's order.
+        ``experts``: their ids, the next ones of the order, in the bank's order.
 
         ``rows`` and ``lora`` (None: without): of all tokens.
         """
+        first, end = self._added, self._added + len(experts)
+        assert self._order[first:end] == list(experts), "experts come in another order"
+        self._added = end
+        if fused.runs_kernels(bank, rows):
+            fused.add_experts(self._total, self._fused(), range(first, end), bank, rows, lora)
+            return
         pieces: list[tuple[int, int, int]] = []
-        for index, expert in enumerate(experts):
-            begin, end = self._bounds[expert], self._bounds[expert + 1]
+        for index, (begin, stop) in enumerate(pairwise(self._bounds[first : end + 1])):
             # Even pieces: a few rows at the end would cost another GEMM.
-            count = -(-(end - begin) // _MOST_ROWS)
-            cuts = [begin + (end - begin) * cut // max(count, 1) for cut in range(count + 1)]
+            count = -(-(stop - begin) // _MOST_ROWS)
+            cuts = [begin + (stop - begin) * cut // max(count, 1) for cut in range(count + 1)]
             pieces += [(index, *limits) for limits in pairwise(cuts)]
         while pieces:
             taken, size = 0, 0
@@ -64,6 +92,17 @@ class Grouping:
                 taken += 1
             self._compute(pieces[:taken], bank, rows, lora)
             del pieces[:taken]
+
+    def _fused(self) -> fused.Tiles:
+        if self._tiles is None:
+            places = torch.empty_like(self._positions, dtype=torch.int32)
+            count = len(self._positions)
+            order = torch.arange(count, dtype=torch.int32, device=places.device)
+            places[self._positions] = order
+            self._tiles = fused.make_tiles(
+                self._bounds, self._tokens, self._weights, places.view(-1, self._slots)
+            )
+        return self._tiles
 
     def _compute(
         self,
