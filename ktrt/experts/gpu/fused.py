@@ -29,7 +29,7 @@ _TILE_OUTPUTS = 128
 _TILE_BYTES = 128  # of a row, in one step of a product
 _LAUNCH = {"num_warps": 8, "num_stages": 3}
 # Float32 results of one chunk, which are read again for the sums.
-_CHUNK_BYTES = 256 << 20
+_CHUNK_BYTES = 128 << 20
 _LEAST_OUTPUTS = 16
 
 
@@ -46,18 +46,18 @@ def kernels() -> Any:
         return None
 
 
-def runs_kernels(bank: ExpertBank, rows: Rows) -> bool:
-    """Whether the kernels compute these rows: gated by SiLU, in bfloat16 or INT8, on a GPU, or
-    anywhere in Triton's interpreter."""
-    if not bank.has_gate or bank.activation.activation != "silu" or not _on_device(bank.down):
-        return False
-    return rows.codes is None or rows.codes.dtype == bank.down.dtype
-
-
-def _on_device(tensor: torch.Tensor) -> bool:
+def on_device(tensor: torch.Tensor) -> bool:
+    """Whether the kernels run where the tensor is: a GPU of Ampere or later, with Triton."""
     if not tensor.is_cuda or kernels() is None:
         return False
     return torch.cuda.get_device_capability(tensor.device) >= (8, 0)
+
+
+def runs_kernels(bank: ExpertBank, rows: Rows) -> bool:
+    """Whether the kernels compute these rows: of experts gated by SiLU, in bfloat16 or INT8."""
+    if not bank.has_gate or bank.activation.activation != "silu":
+        return False
+    return rows.codes is None or rows.codes.dtype == bank.down.dtype
 
 
 def quantize(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,7 +68,7 @@ def quantize(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if count:
         kernels().quantize_kernel[(count,)](
             rows, codes, scales, RECIPROCAL, K=columns, BLOCK=1 << (columns - 1).bit_length(),
-            num_warps=4,
+            num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return codes, scales
 

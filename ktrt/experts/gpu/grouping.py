@@ -59,7 +59,8 @@ class Grouping:
         self._tokens = self._positions.div(slots, rounding_mode="floor")
         self._weights = weights.float().flatten()[self._positions][:, None]
         self._total = torch.zeros(tokens, hidden_size, device=ids.device)
-        self._tiles: fused.Tiles | None = None
+        # Now: the copy of its table waits for what the stream waits for, such as the next experts.
+        self._tiles = self._make_tiles() if fused.on_device(ids) else None
 
     def add(
         self,
@@ -76,8 +77,8 @@ class Grouping:
         first, end = self._added, self._added + len(experts)
         assert self._order[first:end] == list(experts), "experts come in another order"
         self._added = end
-        if fused.runs_kernels(bank, rows):
-            fused.add_experts(self._total, self._fused(), range(first, end), bank, rows, lora)
+        if self._tiles is not None and fused.runs_kernels(bank, rows):
+            fused.add_experts(self._total, self._tiles, range(first, end), bank, rows, lora)
             return
         pieces: list[tuple[int, int, int]] = []
         for index, (begin, stop) in enumerate(pairwise(self._bounds[first : end + 1])):
@@ -93,16 +94,13 @@ class Grouping:
             self._compute(pieces[:taken], bank, rows, lora)
             del pieces[:taken]
 
-    def _fused(self) -> fused.Tiles:
-        if self._tiles is None:
-            places = torch.empty_like(self._positions, dtype=torch.int32)
-            count = len(self._positions)
-            order = torch.arange(count, dtype=torch.int32, device=places.device)
-            places[self._positions] = order
-            self._tiles = fused.make_tiles(
-                self._bounds, self._tokens, self._weights, places.view(-1, self._slots)
-            )
-        return self._tiles
+    def _make_tiles(self) -> fused.Tiles:
+        places = torch.empty_like(self._positions, dtype=torch.int32)
+        count = len(self._positions)
+        places[self._positions] = torch.arange(count, dtype=torch.int32, device=places.device)
+        return fused.make_tiles(
+            self._bounds, self._tokens, self._weights, places.view(-1, self._slots)
+        )
 
     def _compute(
         self,

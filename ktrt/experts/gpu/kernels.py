@@ -163,7 +163,8 @@ def product_kernel(
 
 @triton.jit
 def quantize_kernel(X, Codes, Scales, reciprocal, K: tl.constexpr, BLOCK: tl.constexpr):
-    """``arithmetic._quantize`` of one row of X [rows, K], bfloat16."""
+    """``arithmetic._quantize`` of one row of X [rows, K], bfloat16; without fused multiply-adds,
+    which would not round the product."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     x = tl.load(X + row * K + k, mask=k < K, other=0.0).to(tl.float32)

@@ -3,6 +3,7 @@ which costs their bytes whatever they compute; the engine computes the others me
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -125,13 +126,18 @@ class EngineShare:
         taken, arrived = self._copy(arrays)
         out = self._array("out", arrays["states"].shape, torch.float32)
         chosen = [taken["adapters"]] if adapters else []
+        begins = threading.Event()
 
         def compute() -> None:
-            if arrived is not None:
-                arrived.synchronize()
+            begins.set()
             layer.forward(taken["states"], taken["ids"], taken["weights"], out, *chosen)
 
+        if arrived is not None:
+            arrived.synchronize()
         running = self._running = self._thread.submit(compute)
+        # While this thread issues work for the GPU, the other one would get Python's lock only
+        # every 5 ms (``sys.getswitchinterval``).
+        begins.wait()
 
         def add(total: torch.Tensor) -> None:
             running.result()

@@ -38,7 +38,7 @@ def engine() -> Iterator[Engine]:
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE.type == "cpu":
         interpreted()
-        monkeypatch.setattr(fused, "_on_device", lambda tensor: True)
+        monkeypatch.setattr(fused, "on_device", lambda tensor: True)
         monkeypatch.setattr(fused, "TILE_ROWS", 16)
 
 
