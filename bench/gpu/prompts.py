@@ -1,5 +1,5 @@
-"""Measures prompts on a GPU: their experts on the CPU, streamed, and shared; and long ones in one
-pass over the bus against one for every 8,192 tokens.
+"""Measures prompts on a GPU: their experts streamed and on the CPU, and long ones in one pass over
+the bus against one for every 8,192 tokens.
 
     python bench/gpu/prompts.py            # V2-Lite's shape, 8 layers of INT8 experts
     python bench/gpu/prompts.py --small    # a trial of this script, without a GPU too
@@ -22,9 +22,7 @@ from stream import seconds, synchronize
 
 from ktrt.config.args import WEIGHT_FORMATS
 from ktrt.experts.gpu import residents
-from ktrt.experts.gpu.costs import measure_gpu, measure_rates
 from ktrt.experts.gpu.setup import prompt_bytes
-from ktrt.experts.gpu.sharing import lead_of
 from ktrt.layers.attention import accelerate_attention
 from ktrt.layers.latent import use_latents
 
@@ -32,7 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ktrt.experts import GpuExperts
-    from ktrt.experts.gpu.sharing import Rates
 
 BACKENDS = {weight_format: backend for backend, weight_format in WEIGHT_FORMATS.items()}
 # Relative error of logits between the ways: sums of float32 in another order, in bfloat16 models.
@@ -77,7 +74,6 @@ def measure(bench: Bench, args: argparse.Namespace, weight_format: str) -> None:
     gpu.threshold = 16
     copied = sum(gpu.layer_bytes(path) for path in gpu.layers) / 1e9
     print(f"{weight_format}: {args.layers} layers, {copied:.2f} GB a pass")
-    rates = measured_rates(bench, gpu)
     layers = {str(index): layer for index, layer in bench.layers}
     print(
         "  tokens | experts             | seconds | of streamed | tokens/s | experts s | peak GB | "
@@ -86,7 +82,7 @@ def measure(bench: Bench, args: argparse.Namespace, weight_format: str) -> None:
     for tokens in args.tokens:
         reference: torch.Tensor | None = None
         before = 0.0
-        for name, set_way in ways(gpu, rates, tokens).items():
+        for name, set_way in ways(gpu, tokens).items():
             set_way()
             took, peak, logits = one_prompt(bench, tokens)
             alone = experts_alone(bench, gpu, tokens) if gpu.threshold else 0.0
@@ -103,30 +99,19 @@ def measure(bench: Bench, args: argparse.Namespace, weight_format: str) -> None:
             )
 
 
-def measured_rates(bench: Bench, gpu: GpuExperts) -> Rates:
-    """The rates by which both ends share a layer's experts."""
-    path, share = next(iter(gpu.layers.items()))
-    layer = bench.layers[0][1]
-    rates = measure_rates(gpu, share, layer, measure_gpu(gpu, share, layer), bench.engine.max_qlen)
-    print(f"{path}: {rates}")
-    return rates
-
-
-def ways(gpu: GpuExperts, rates: Rates, tokens: int) -> dict[str, Callable[[], None]]:
+def ways(gpu: GpuExperts, tokens: int) -> dict[str, Callable[[], None]]:
     """What there is to compare for a prompt of this length."""
 
-    def use(threshold: int, most: int, used: Rates | None) -> None:
-        gpu.threshold, gpu.most_tokens, gpu.rates = threshold, most, used
+    def use(threshold: int, most: int) -> None:
+        gpu.threshold, gpu.most_tokens = threshold, most
 
     block = residents.BLOCK_TOKENS
     passes = -(-tokens // block)
-    found = {f"streamed, {passes} passes": partial(use, 16, block, None)}
+    found = {f"streamed, {passes} passes": partial(use, 16, block)}
     if passes > 1:
-        found["streamed, 1 pass"] = partial(use, 16, tokens, None)
-    elif lead_of(rates, tokens) is not None:
-        found["shared"] = partial(use, 16, block, rates)
+        found["streamed, 1 pass"] = partial(use, 16, tokens)
     if tokens <= _ON_CPU:
-        found["CPU"] = partial(use, 0, block, None)
+        found["CPU"] = partial(use, 0, block)
     return found
 
 

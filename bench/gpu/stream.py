@@ -1,5 +1,5 @@
-"""Measures the GPU's share of the routed experts: rates, streaming against the engine and shared
-with it, resident experts.
+"""Measures the GPU's share of the routed experts: rates, streaming against the engine, resident
+experts.
 
     python bench/gpu/stream.py            # V2-Lite's layer, BF16 and INT8, under 90 s
     python bench/gpu/stream.py --small    # a trial of this script, without a GPU too
@@ -22,23 +22,16 @@ from sections import Sections
 
 from ktrt import _core
 from ktrt._core import Engine, MoeLayer
-from ktrt.engine.build import GPU_MAX_QLEN
 from ktrt.engine.threads import num_threads
-from ktrt.experts.gpu.costs import (
-    measure_engine,
-    measure_gpu,
-    measure_rates,
-    streaming_threshold,
-)
+from ktrt.experts.gpu.costs import measure_engine, measure_gpu, streaming_threshold
 from ktrt.experts.gpu.residents import GpuExperts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from ktrt.experts.gpu.residents import GpuLayer
-    from ktrt.experts.gpu.sharing import Rates
 
-MAX_QLEN = GPU_MAX_QLEN
+MAX_QLEN = 1024
 LORA_SCALE = 0.3
 # Relative errors against the engine. FP8 and grouped INT4 are rounded to bfloat16 on the GPU only.
 MOST_ERROR = 5e-4
@@ -57,7 +50,7 @@ class Sizes:
     copy_bytes: int
 
 
-V2_LITE = Sizes(64, 6, 2048, 1408, 3, (256, 512, 1024, 2048, 4096, 8192, 32768), (8, 32), 256 << 20)
+V2_LITE = Sizes(64, 6, 2048, 1408, 3, (256, 1024, 4096, 8192, 16384), (8, 32), 256 << 20)
 SMALL = Sizes(8, 2, 160, 176, 2, (16, 64), (2, 8), 1 << 20)
 
 
@@ -233,17 +226,13 @@ def one_setting(
     try:
         with sections.section(f"{name}: streamed against the engine"):
             check_numbers(layers, experts, sizes, device)
-        with sections.section(f"{name}: threshold"):
-            cpu = measure_engine(first, engine.max_qlen)
-            share = experts.layers["layers.0"]
-            gpu = measure_gpu(experts, share, first)
-            experts.rates = measure_rates(experts, share, first, gpu, engine.max_qlen)
-            threshold = streaming_threshold(cpu, gpu, engine.max_qlen, experts.rates)
-            print(f"threshold: {threshold} tokens (CPU {cpu}, GPU {gpu})\n{experts.rates}")
-        with sections.section(f"{name}: shared with the engine, numbers"):
-            check_numbers(layers, experts, sizes, device)
         with sections.section(f"{name}: streaming"):
             streaming_table(layers, experts, sizes, device, gigabytes)
+        with sections.section(f"{name}: threshold"):
+            cpu = measure_engine(first, engine.max_qlen)
+            gpu = measure_gpu(experts, experts.layers["layers.0"], first)
+            threshold = streaming_threshold(cpu, gpu, engine.max_qlen)
+            print(f"threshold: {threshold} tokens (CPU {cpu}, GPU {gpu})")
         for number in sizes.residents:
             with sections.section(f"{name}: {number} resident experts"):
                 residents(layers, experts, sizes, device, number)
@@ -264,8 +253,7 @@ def check_numbers(
         found = experts.layers[path].forward_streamed(*on_device)
         worst = max(worst, error(found, run_engine(layer, *arguments)))
     verdict = "ok" if worst < most_error(layers) else "WRONG"
-    way = "streamed" if experts.lead(len(states)) is None else "shared"
-    print(f"{way} against the engine, float32: relative error {worst:.1e} {verdict}")
+    print(f"streamed against the engine, float32: relative error {worst:.1e} {verdict}")
 
 
 def streaming_table(
@@ -276,13 +264,8 @@ def streaming_table(
     gigabytes: float,
 ) -> None:
     """Prints milliseconds per layer. ``issue``: until the host is free; ``GB/s``: of the copies,
-    if nothing else took time; the engine's longest inputs are extrapolated from one call;
-    ``shared``: with the engine, where its rates say so."""
-    print(
-        "  tokens | engine ms | streamed ms | issue ms |  GB/s | speed-up | shared ms | of streamed"
-        " | of engine | on the CPU"
-    )
-    rates = experts.rates
+    if nothing else took time; the engine's longest inputs are extrapolated from one call."""
+    print("  tokens | engine ms | streamed ms | issue ms |  GB/s | speed-up")
     shares = list(experts.layers.values())
     layer = layers["layers.0"]
     engine_ms, measured = 0.0, 1
@@ -293,31 +276,14 @@ def streaming_table(
             engine_ms, measured = seconds(run, torch.device("cpu"), 2) * 1e3, tokens
         whole_ms = engine_ms * tokens / measured
         inputs = [tensor.to(device) for tensor in on_host]
-        issued, experts.rates = [0.0], None
+        issued = [0.0]
         streamed = seconds(partial(stream_all, shares, inputs, issued), device, 2)
         milliseconds = streamed / len(shares) * 1e3
         print(
             f"  {tokens:6d} | {whole_ms:9.2f} | {milliseconds:11.2f} | "
             f"{issued[0] / len(shares) * 1e3:8.2f} | {gigabytes / milliseconds * 1e3:5.1f} | "
-            f"{whole_ms / milliseconds:8.2f} | "
-            f"{shared_columns(experts, rates, inputs, milliseconds, whole_ms)}"
+            f"{whole_ms / milliseconds:8.2f}"
         )
-        experts.rates = rates
-
-
-def shared_columns(
-    experts: GpuExperts, rates: Rates | None, inputs: Sequence[torch.Tensor], streamed: float,
-    engine: float,
-) -> str:  # fmt: skip
-    """Milliseconds of a shared layer, compared with both ends alone."""
-    experts.rates = rates
-    if rates is None or experts.lead(len(inputs[0])) is None:
-        return "        - |           - |         - |"
-    shares = list(experts.layers.values())
-    took = seconds(partial(stream_all, shares, inputs, [0.0]), experts.device, 3)
-    took *= 1e3 / len(shares)
-    left = rates.experts - rates.even(len(inputs[0]))[1]
-    return f"{took:9.2f} | {took / streamed:11.2f} | {took / engine:9.2f} | {left} experts"
 
 
 def stream_all(

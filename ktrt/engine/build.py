@@ -27,8 +27,6 @@ logger = logging.getLogger(__name__)
 
 # Most tokens of one engine call; longer inputs go in slices. It sizes the scratch memory.
 MAX_QLEN = 1024
-# With a GPU, whose prompts' experts the engine computes a part of, for all tokens at once.
-GPU_MAX_QLEN = 4096
 
 
 class _ModelEngine(Engine):
@@ -56,9 +54,8 @@ def build_engine(experts: ExpertArgs, weight_formats: Collection[str] = ()) -> E
         )
     nodes = _nodes(threads) if experts.kt_tp_enabled else None
     engine = _ModelEngine(
-        num_threads=threads, max_qlen=GPU_MAX_QLEN if torch.cuda.is_available() else MAX_QLEN,
-        nodes=nodes, fixed_kernels=experts.kt_fixed_kernels,
-    )  # fmt: skip
+        num_threads=threads, max_qlen=MAX_QLEN, nodes=nodes, fixed_kernels=experts.kt_fixed_kernels
+    )
     backend = experts.kt_backend
     if not weight_formats:
         weight_formats = [PLAIN if backend == AUTO else formats_of(backend)[0].name]

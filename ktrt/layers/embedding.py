@@ -9,12 +9,10 @@ a parameter on the GPU for torch, transformers, PEFT and CUDA graphs.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-
-from ktrt.utils.pinned import on_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,4 +70,19 @@ def _pinned(table: torch.Tensor) -> torch.Tensor:
     """The same numbers in pinned memory, as a tensor of the same device."""
     host = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)
     host.copy_(table)
-    return on_device(host, table.device)
+    found: torch.Tensor = torch.as_tensor(_DeviceArray(host), device=table.device)
+    return found.view(table.dtype).view(table.shape)
+
+
+class _DeviceArray:
+    """Pinned memory as an array of bytes on the device, which torch takes without a copy and keeps
+    (numba's CUDA array interface, version 3)."""
+
+    def __init__(self, host: torch.Tensor) -> None:
+        self._host = host
+        self.__cuda_array_interface__: dict[str, Any] = {
+            "shape": (host.nbytes,),
+            "typestr": "|u1",
+            "data": (host.data_ptr(), False),
+            "version": 3,
+        }

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from ktrt.experts.gpu.residents import BLOCK_TOKENS
-from ktrt.experts.gpu.sharing import Rates
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,19 +38,15 @@ class Line:
         return y0 + max(0.0, (y1 - y0) / (x1 - x0)) * max(0, tokens - x0)
 
 
-def streaming_threshold(cpu: Line, gpu: Line, max_qlen: int, rates: Rates | None = None) -> int:
-    """The fewest tokens of a forward from which streaming is faster, shared with the engine by
-    ``rates`` or not; 0 if it never is.
+def streaming_threshold(cpu: Line, gpu: Line, max_qlen: int) -> int:
+    """The fewest tokens of a forward from which streaming is faster; 0 if it never is.
 
     ``cpu``: of one engine call, at most ``max_qlen`` tokens; longer forwards are several.
     """
     for tokens in range(_STEP, BLOCK_TOKENS + 1, _STEP):
         calls, rest = divmod(tokens, max_qlen)
         seconds = calls * cpu.seconds(max_qlen) + (cpu.seconds(rest) if rest else 0.0)
-        streamed = gpu.seconds(tokens)
-        if rates is not None and tokens <= rates.most_tokens:
-            streamed = min(streamed, rates.even(tokens)[0])
-        if streamed * _MARGIN < seconds:
+        if gpu.seconds(tokens) * _MARGIN < seconds:
             return tokens
     return 0
 
@@ -70,72 +65,26 @@ def measure_engine(layer: MoeLayer, max_qlen: int) -> Line:
 
 def measure_gpu(experts: GpuExperts, gpu: GpuLayer, layer: MoeLayer) -> Line:
     """The time of streaming this layer, copies included."""
-    few, many = _GPU_TOKENS
-    return Line(
-        (few, _streamed_seconds(experts, gpu, layer, few)),
-        (many, _streamed_seconds(experts, gpu, layer, many)),
-    )
-
-
-def _streamed_seconds(experts: GpuExperts, gpu: GpuLayer, layer: MoeLayer, tokens: int) -> float:
     device = experts.device
-    states, ids, weights = _sample(layer, tokens, device)
 
-    def forget() -> None:
-        experts.stream.reset()
-        _synchronize(device)
+    def seconds(tokens: int) -> float:
+        states, ids, weights = _sample(layer, tokens, device)
 
-    def run() -> None:
-        gpu.forward_streamed(states, ids, weights)
-        # Not for what is copied ahead.
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
-
-    return _best(run, forget)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def measure_rates(
-    experts: GpuExperts, gpu: GpuLayer, layer: MoeLayer, streamed: Line, max_qlen: int
-) -> Rates:
-    """The rates by which engine and GPU share this layer, each measured while the bus is busy;
-    ``streamed``: all of it over the bus."""
-    few, total, device = max_qlen // 8, layer.num_experts, experts.device
-
-    def seconds(tokens: int, count: int) -> float:
-        states, ids, weights = _sample(layer, tokens, torch.device("cpu"))
-        states, out = states.float(), torch.empty(states.shape)
-        ids = torch.where(ids < count, ids, -1)
-
-        def copy() -> None:
+        def forget() -> None:
             experts.stream.reset()
-            _synchronize(device)
-            experts.stream.start(0)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
 
-        return _best(lambda: layer.forward(states, ids, weights, out), copy)
+        def run() -> None:
+            gpu.forward_streamed(states, ids, weights)
+            # Not for what is copied ahead.
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
 
-    some = max(1, total // 8)
-    share, whole = some / total, seconds(max_qlen, total)
-    # Three equations: for tokens, experts and rows of the whole forward.
-    # A noisy machine may make one of them negative.
-    with_experts = max(0.0, whole - seconds(max_qlen, some)) / (1 - share)  # and with rows
-    with_tokens = max(0.0, whole - seconds(few, total)) / (1 - few / max_qlen)  # and with rows
-    of_rows = min(max(0.0, with_experts + with_tokens - whole), with_experts, with_tokens)
-    copied = streamed.few[1] / total
-    back = 4 * layer.hidden_size * copied / gpu.source.expert_bytes
-    rates = Rates(
-        total, layer.top_k, copied, (with_tokens - of_rows) / max_qlen + back,
-        (with_experts - of_rows) / total, of_rows / (max_qlen * layer.top_k), max_qlen,
-    )  # fmt: skip
-    before, experts.rates = experts.rates, rates
-    tokens = max_qlen // 4
-    taken = _streamed_seconds(experts, gpu, layer, tokens) if experts.lead(tokens) else 0.0
-    experts.rates = before
-    return replace(rates, other=max(0.0, taken - rates.even(tokens)[0]))
+        return _best(run, forget)
+
+    few, many = _GPU_TOKENS
+    return Line((few, seconds(few)), (many, seconds(many)))
 
 
 def _sample(

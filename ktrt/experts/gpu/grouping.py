@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +11,7 @@ from ktrt.experts.gpu import fused
 from ktrt.experts.gpu.arithmetic import ALL_RANKS, expert_outputs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from ktrt.experts.gpu.arithmetic import ExpertBank, LoraChoice, Rows
 
@@ -24,8 +24,8 @@ class Grouping:
     [tokens, hidden_size] and no more, however many slots a token has.
 
     ids [tokens, k] integers, weights [tokens, k] float; ids outside [0, num_experts) contribute
-    nothing. One host synchronisation, to know how many rows every expert has; ``choose`` makes of
-    these numbers the experts that will be added, in their order (None: all, ascending).
+    nothing. One host synchronisation, to know how many rows every expert has. ``order``: all
+    experts, as they will be added; None: ascending.
     """
 
     def __init__(
@@ -34,27 +34,19 @@ class Grouping:
         weights: torch.Tensor,
         num_experts: int,
         hidden_size: int,
-        choose: Callable[[list[int]], Sequence[int]] | None = None,
+        order: Sequence[int] | None = None,
     ) -> None:
         tokens, slots = ids.shape
+        self._order = list(range(num_experts) if order is None else order)
         inside = (ids >= 0) & (ids < num_experts)
-        keys = torch.where(inside, ids, num_experts).flatten().to(torch.int64)
-        counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
-        counts.index_add_(0, keys, torch.ones_like(keys))
-        rows: list[int] = counts.tolist()[:-1]
-        self._order = list(range(num_experts) if choose is None else choose(rows))
-        # The ids of pairs whose experts are not added, -1 elsewhere; None: there are none.
-        self.others: torch.Tensor | None = None
-        if choose is not None:
-            place = torch.full((num_experts + 1,), len(self._order), dtype=torch.int64)
-            place[self._order] = torch.arange(len(self._order))
-            places = place.to(ids.device)[keys]
-            if sum(rows) > sum(rows[expert] for expert in self._order):
-                left = (places == len(self._order)) & (keys < num_experts)
-                self.others = torch.where(left, keys, -1).view(tokens, slots)
-            keys = places
-        _, self._positions = keys.to(torch.int32).sort(stable=True)
-        self._bounds = [0, *accumulate(rows[expert] for expert in self._order)]
+        keys = torch.where(inside, ids, num_experts).flatten()
+        if order is not None:
+            place = torch.full((num_experts + 1,), num_experts)
+            place[self._order] = torch.arange(num_experts)
+            keys = place.to(ids.device)[keys]
+        keys, self._positions = keys.sort(stable=True)
+        limits = torch.arange(num_experts + 1, device=ids.device, dtype=keys.dtype)
+        self._bounds: list[int] = torch.searchsorted(keys, limits).tolist()
         self._added, self._slots = 0, slots
         self._tokens = self._positions.div(slots, rounding_mode="floor")
         self._weights = weights.float().flatten()[self._positions][:, None]

@@ -3,7 +3,6 @@ resident."""
 
 from __future__ import annotations
 
-from functools import cached_property, partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
@@ -21,7 +20,6 @@ from ktrt.experts.gpu.arithmetic import (
 )
 from ktrt.experts.gpu.blocks import Blocks, Call
 from ktrt.experts.gpu.grouping import Grouping
-from ktrt.experts.gpu.sharing import EngineShare, lead_of
 from ktrt.experts.gpu.source import LayerSource
 from ktrt.experts.gpu.static import static_sums
 from ktrt.experts.gpu.stream import (
@@ -37,7 +35,6 @@ if TYPE_CHECKING:
     from ktrt.engine import MoeLayer
     from ktrt.engine.rank_masks import RankOwners
     from ktrt.experts.gpu.arithmetic import ExpertBank
-    from ktrt.experts.gpu.sharing import Lead, Rates
     from ktrt.experts.gpu.stream import Lane
 
 # Tokens of a block of a streamed prompt: everything but the routed experts is computed block by
@@ -154,34 +151,23 @@ class GpuLayer:
     def streamed(self, calls: Sequence[Call]) -> list[torch.Tensor]:
         """``forward_streamed`` of all calls, with one copy of the experts."""
         self._refresh()
-        owner, source = self._owner, self.source
-        keys = self._keys(torch.cat([call.index for call in calls]))
+        stream = self._owner.stream
+        stream.start(self._index)
+        source = self.source
+        index = torch.cat([call.index for call in calls])
         weights = torch.cat([call.weights for call in calls])
         adapters = [call.adapters for call in calls if call.adapters is not None]
         lora = self.lora(torch.cat(adapters) if adapters else None)
-        self._count(keys)
-        stream, lead = owner.stream, owner.lead(len(keys))
-        stream.start(self._index, lead)
-
-        def order(rows: list[int]) -> list[int]:
-            streamed = [e for e in range(source.num_experts) if e not in self.experts]
-            if lead is not None:
-                streamed = stream.choose(self._index, partial(owner.split, len(keys), rows))
-            return [*self.experts, *streamed]
-
-        grouping = Grouping(keys, weights, source.num_experts, source.hidden_size, order)
-        share = None
-        if grouping.others is not None:
-            share = owner.engine_share.start(source.layer, calls, grouping.others)
+        self._count(self._keys(index))
         rows = grouped_rows([call.states for call in calls], source.quantized)
+        others = [e for e in range(source.num_experts) if e not in self.experts]
+        order = [*self.experts, *others] if self.experts else None
+        grouping = Grouping(index, weights, source.num_experts, source.hidden_size, order)
         if self._bank is not None:
             grouping.add(self.experts, self._bank, rows, lora)
         for experts, arrays in stream.pieces(self._index):
             grouping.add(experts, source.bank(arrays), rows, lora)
-        total = grouping.total()
-        if share is not None:
-            share(total)
-        sums = total.split([len(call.states) for call in calls])
+        sums = grouping.total().split([len(call.states) for call in calls])
         return [each.to(call.states.dtype) for each, call in zip(sums, calls, strict=True)]
 
     @torch.inference_mode(mode=False)
@@ -297,9 +283,6 @@ class GpuExperts:
         self.masks = RankMasks(self.running) if masks is None else masks
         # The fewest tokens of a streamed forward; 0: none is streamed.
         self.threshold = 0
-        # By which the engine computes some experts of a streamed forward; None: none of them.
-        self.rates: Rates | None = None
-        self.may_share = True
         # The most tokens of a prompt whose experts are streamed once.
         self.most_tokens = BLOCK_TOKENS
         self.blocks = Blocks(self.device)
@@ -374,23 +357,6 @@ class GpuExperts:
                 self.pin()
         self.version += any(replaced for _, replaced in found)
 
-    def lead(self, tokens: int) -> Lead | None:
-        """What is copied ahead of the choice, in a streamed forward of ``tokens`` that the engine
-        shares; None: it does not."""
-        return None if self.rates is None else lead_of(self.rates, tokens)
-
-    def split(self, tokens: int, rows: Sequence[int], candidates: Sequence[int]) -> list[int]:
-        """The ``candidates`` to stream, in their order, by the ``rows`` of each expert."""
-        assert self.rates is not None
-        return self.rates.split(tokens, rows, candidates)
-
-    @cached_property
-    def engine_share(self) -> EngineShare:
-        """The engine's share of streamed forwards."""
-        assert self.rates is not None
-        layers = [source.layer for source in self._sources]
-        return EngineShare(layers, self.device, self.rates.most_tokens)
-
     def prefill_chunk(self, remaining: int, *, divides: bool = True) -> int | None:
         """Tokens of a prompt that the next forward should take, where streaming decides it;
         ``divides``: the caller runs it in ``block_lengths``."""
@@ -416,8 +382,6 @@ class GpuExperts:
     def close(self) -> None:
         """Frees the GPU's memory and lets go of the engine's; call it before ``Engine.close``."""
         self.threshold = 0
-        if "engine_share" in self.__dict__:
-            self.engine_share.close()
         self.stream.close()
         self._pinning.close()
         for layer in self.layers.values():

@@ -10,17 +10,12 @@ import torch
 
 from ktrt.errors import KtrtError
 from ktrt.experts.gpu.arithmetic import grouped_rows
-from ktrt.experts.gpu.costs import (
-    measure_engine,
-    measure_gpu,
-    measure_rates,
-    streaming_threshold,
-)
+from ktrt.experts.gpu.costs import measure_engine, measure_gpu, streaming_threshold
 from ktrt.experts.gpu.grouping import Grouping
 from ktrt.experts.gpu.residents import BLOCK_TOKENS, MOST_TOKENS, GpuExperts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
     from ktrt.config import ExpertArgs
     from ktrt.engine import MoeLayer
@@ -78,8 +73,6 @@ def build_gpu_experts(
             return None
     layers = {path: module.layer for path, module in modules.items()}
     experts = GpuExperts(layers, device, running=running, masks=masks)
-    # How many experts the engine takes depends on measurements, and a row's bits on that.
-    experts.may_share = not args.kt_fixed_kernels
     try:
         used = _settle(experts, layers, number, threshold, max_qlen)
     except BaseException:
@@ -184,12 +177,8 @@ def _measured_threshold(experts: GpuExperts, layers: Mapping[str, MoeLayer], max
     experts.pin(layers=2)
     gpu = measure_gpu(experts, experts.layers[path], layer)
     cpu = measure_engine(layer, max_qlen)
-    rates = None
-    if experts.may_share and _alike(layers.values()):
-        rates = measure_rates(experts, experts.layers[path], layer, gpu, max_qlen)
     experts.layers[path].forget_counts()
-    threshold = streaming_threshold(cpu, gpu, max_qlen, rates)
-    experts.rates = rates if threshold else None
+    threshold = streaming_threshold(cpu, gpu, max_qlen)
     logger.info(
         "A layer's experts take %.1f ms for %d tokens on the CPU; streamed to the GPU (%.1f GB/s) "
         "%.1f ms for %d, %.1f ms for %d: %s",
@@ -197,22 +186,7 @@ def _measured_threshold(experts: GpuExperts, layers: Mapping[str, MoeLayer], max
         gpu.few[1] * 1e3, gpu.few[0], gpu.many[1] * 1e3, gpu.many[0],
         f"faster from {threshold} tokens on" if threshold else "never faster",
     )  # fmt: skip
-    if rates is not None and threshold and experts.lead(threshold):
-        seconds, streamed = rates.even(threshold)
-        logger.info(
-            "The CPU computes %d of %d experts of a prompt of %d tokens, %.1f ms a layer; fewer in "
-            "longer ones", rates.experts - streamed, rates.experts, threshold, seconds * 1e3,
-        )  # fmt: skip
     return threshold
-
-
-def _alike(layers: Iterable[MoeLayer]) -> bool:
-    """Whether one layer's rates are the others' too."""
-    shapes = {
-        (each.weight_format, each.num_experts, each.top_k, each.hidden_size, each.intermediate_size)
-        for each in layers
-    }
-    return len(shapes) == 1
 
 
 def prompt_bytes(layers: Mapping[str, MoeLayer], tokens: int) -> int:

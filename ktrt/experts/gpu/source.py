@@ -94,11 +94,6 @@ class LayerSource:
         loras = self._loras.items()
         return tuple((n, lora.down.ranks) for n, lora in loras if lora.down.b is not None)
 
-    @property
-    def layer(self) -> MoeLayer:
-        """The engine's layer."""
-        return self._layer
-
     def release(self) -> None:
         """Lets go of the engine's memory."""
         self._parts, self._loras = [], {}

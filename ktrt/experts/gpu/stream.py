@@ -17,7 +17,6 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from ktrt.experts.gpu.sharing import Lead
     from ktrt.experts.gpu.source import LayerSource
 
 logger = logging.getLogger(__name__)
@@ -239,13 +238,10 @@ class ExpertStream:
         self._piece_bytes = piece_bytes
         self._slots = slots
         self._skipped: list[frozenset[int]] = [frozenset()] * len(sources)
-        # Experts of a layer that are copied before they are chosen; None: all, nobody chooses.
-        self._lead: Lead | None = None
         self._ring: list[_Slot] = []
         self._free: deque[_Slot] = deque()
         self._filled: deque[_Filled] = deque()
         self._coming: deque[_Piece] = deque()
-        self._chosen: list[_Piece] = []  # of the layer that is computed, where it was chosen
 
     @property
     def nbytes(self) -> int:
@@ -276,39 +272,20 @@ class ExpertStream:
             slot.free = now
         self._free = deque(self._ring)
 
-    def start(self, layer: int, lead: Lead | None = None) -> None:
-        """Copies ahead from the first piece of ``layer`` on, unless that is under way. ``lead``:
-        ``choose`` will be called for this layer and the next ones; what is copied before."""
-        self._lead = lead
+    def start(self, layer: int) -> None:
+        """Copies ahead from the first piece of ``layer`` on, unless that is under way."""
         ahead = [filled.piece for filled in self._filled] + list(self._coming)
         pieces = self._pieces(layer)
-        whole = len(self._free) + len(self._filled) == len(self._ring)  # else one was interrupted
-        beyond = lead is not None and any(piece.layer != layer for piece in ahead)
-        if not whole or beyond or ahead[: len(pieces)] != pieces:
+        if ahead[: len(pieces)] != pieces:
             self.reset()
             self._coming.extend(pieces)
-        self._fill(layer, beyond=lead is None)
-
-    def choose(self, layer: int, choose: Callable[[list[int]], list[int]]) -> list[int]:
-        """Settles which experts of a started ``layer`` are streamed, and returns them in the order
-        of ``pieces``: the ones that have been copied ahead, then what ``choose`` makes of the
-        others."""
-        assert self._lead is not None
-        held = [expert for filled in self._filled for expert in filled.piece.experts]
-        out = self._skipped[layer] | set(held)
-        rest = choose([e for e in range(self._sources[layer].num_experts) if e not in out])
-        chosen = _cut(layer, rest, min(self._lead.piece, self._piece_experts(self._sources[layer])))
-        self._coming = deque(chosen)
-        self._chosen = [filled.piece for filled in self._filled] + chosen
         self._fill(layer)
-        return held + rest
 
     def pieces(self, layer: int) -> Iterator[tuple[Sequence[int], dict[str, torch.Tensor]]]:
-        """(expert ids, their arrays as ``LayerSource.bank`` takes them) of one layer. What
-        is computed from a piece must have been issued before the next one is asked for."""
-        if self._lead is None:
-            self.start(layer)
-        for piece in self._pieces(layer) if self._lead is None else self._chosen:
+        """(expert ids, their arrays as ``LayerSource.bank`` takes them) of one layer. What is
+        computed from a piece must have been issued before the next one is asked for."""
+        self.start(layer)
+        for piece in self._pieces(layer):
             filled = self._filled.popleft()
             assert filled.piece == piece, "the ring is out of step"
             self._lane.wait(filled.slot.ready)
@@ -330,14 +307,13 @@ class ExpertStream:
         self.close_ring()
         self._sources = []
 
-    def _fill(self, layer: int, *, beyond: bool = True) -> None:
-        """Starts copies into all free buffers: of ``layer``, and then, if ``beyond``, of the next
-        one."""
+    def _fill(self, layer: int) -> None:
+        """Starts copies into all free buffers: of ``layer``, then of its successor."""
         if not self._ring:
             self._make_ring()
         ahead = self._coming or [filled.piece for filled in self._filled]
         following = layer + 1
-        if beyond and (not ahead or ahead[-1].layer == layer) and following < len(self._sources):
+        if (not ahead or ahead[-1].layer == layer) and following < len(self._sources):
             self._coming.extend(self._pieces(following))
         while self._free and self._coming:
             self._filled.append(self._copy(self._coming.popleft(), self._free.popleft()))
@@ -355,14 +331,11 @@ class ExpertStream:
         return _Filled(piece, slot, arrays)
 
     def _pieces(self, layer: int) -> list[_Piece]:
-        """What is copied of a layer before anything is chosen."""
         source = self._sources[layer]
         count = self._piece_experts(source)
         experts = [e for e in range(source.num_experts) if e not in self._skipped[layer]]
-        if self._lead is not None:
-            count = min(count, self._lead.piece)
-            experts = experts[: self._lead.experts]
-        return _cut(layer, experts, count)
+        starts = range(0, len(experts), count)
+        return [_Piece(layer, tuple(experts[at : at + count])) for at in starts]
 
     def _piece_experts(self, source: LayerSource) -> int:
         size = max(source.expert_bytes, -(-source.resident_bytes() // UNPACKED))
@@ -382,11 +355,6 @@ class ExpertStream:
             memory = torch.empty(self._slot_bytes(), dtype=torch.uint8, device=self._lane.device)
             self._ring.append(_Slot(memory, self._lane.mark()))
         self._free.extend(self._ring)
-
-
-def _cut(layer: int, experts: Sequence[int], count: int) -> list[_Piece]:
-    starts = range(0, len(experts), count)
-    return [_Piece(layer, tuple(experts[at : at + count])) for at in starts]
 
 
 def _aligned(size: int) -> int:

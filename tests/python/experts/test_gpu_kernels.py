@@ -57,7 +57,7 @@ def fused_sums(
     states, ids, weights = (each.to(DEVICE) for each in arguments)
     source = LayerSource(layer)
     order = order or list(range(layer.num_experts))
-    grouping = Grouping(ids, weights, layer.num_experts, layer.hidden_size, lambda _: order)
+    grouping = Grouping(ids, weights, layer.num_experts, layer.hidden_size, order)
     rows = make_rows(states, source.quantized, torch.int8)
     for at in range(0, len(order), 2):
         piece = order[at : at + 2]
