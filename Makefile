@@ -6,6 +6,8 @@ JOBS ?= $(shell nproc)
 WORKERS ?= 2
 # `make test PACKAGE=adapter`: the tests of tests/python/adapter and tests/cpp/adapter.
 PACKAGE ?=
+# Which tests of each instruction set: `long` ones with LENGTH=long.
+LENGTH ?= not long
 FUZZ_SECONDS ?= 300
 SERVE_SECONDS ?= 300
 PYTEST = $(PYTHON) -m pytest -n $(WORKERS)
@@ -35,6 +37,7 @@ check: ## Run every check, with a table of times at the end
 
 check-long: fuzz serve-load ## What takes long and rarely fails: `fuzz`, `serve-load`, and tests marked `long`
 	$(PYTEST) --dist worksteal -m long
+	$(MAKE) test-isa LENGTH=long
 
 quick: format-check lint types ## Less than 3 minutes: what a change most likely breaks (tools/quick)
 	PYTHON="$(PYTHON)" WORKERS=$(WORKERS) tools/quick
@@ -94,7 +97,7 @@ test-isa: ## End-to-end Python tests on each instruction set below the machine's
 	    order = ["portable", "avx2", "avx512", "amx"]; \
 	    isa = c.detected_isa().replace("avx_vnni", "avx512"); print(*order[:order.index(isa)])'); do \
 	  echo "KTRT_ISA=$$isa"; \
-	  KTRT_ISA=$$isa $(PYTEST) --dist worksteal -q -m end_to_end $$files || exit 1; done
+	  KTRT_ISA=$$isa $(PYTEST) --dist worksteal -q -m 'end_to_end and $(LENGTH)' $$files || exit 1; done
 
 test-browser: ## The server's page in Chromium
 	$(PYTEST) --dist worksteal -m browser

@@ -69,10 +69,19 @@ def make_model(folder: Path, name: str, layers: int, experts: int | None = None)
         shutil.copy(ROOT / "examples/demo/model" / file, folder)
     values = shape(name, layers, experts)
     (folder / "config.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
-    write(folder, shapes_of(values))
+    write(folder, shapes_of(values), values["model_type"])
 
 
-def write(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+def vector_value(name: str, kind: str) -> float:
+    """Returns what all elements of a vector are."""
+    # Gemma 4 multiplies scores by 1 instead of head_dim ** -0.5 and leaves it to the trained norms.
+    # With ones there, scores have a standard deviation of 16: each head sees one position, and
+    # rounding decides which (logits of two equal paths differ by 0.8).
+    return 0.0625 if kind == "gemma4_text" and name.endswith("q_norm.weight") else 1.0
+
+
+def write(folder: Path, shapes: dict[str, tuple[int, ...]], kind: str) -> None:
+    """Writes weights; ``kind``: the config's ``model_type``."""
     generator = torch.Generator().manual_seed(0)
     pool = torch.randn(POOL, generator=generator, dtype=torch.float32).to(torch.bfloat16)
     weight_map: dict[str, str] = {}
@@ -82,7 +91,7 @@ def write(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
         for name in names:
             sizes = torch.Size(shapes[name])
             if len(sizes) < 2:
-                tensors[name] = torch.ones(sizes, dtype=torch.bfloat16)
+                tensors[name] = torch.full(sizes, vector_value(name, kind), dtype=torch.bfloat16)
                 continue
             values = pool.repeat(sizes.numel() // POOL + 2)
             start = int(torch.randint(POOL, (1,), generator=generator))

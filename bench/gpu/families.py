@@ -4,9 +4,10 @@
     python bench/gpu/families.py [SHAPE …] [--layers 8] [--lengths 1024,8192] [--keep DIR] [--json]
 
 Each shape has a family's published sizes with fewer layers and experts (a token reads as many as it
-does there), random weights and INT8 experts. The bound of a step is the bytes of its experts over
-the read bandwidth of the same run. "Error": the logits of a step by the graph, relative to the
-plain forward's logits of the same token.
+does there), random weights and INT8 experts, and is warmed up as the chat is. The bound of a step
+is the bytes of its experts over the read bandwidth of the same run. A "first prompt" is the first
+of its length. "Error": the logits of a step by the graph, relative to the plain forward's logits of
+the same token.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
 from make_v2lite import make_model
 from shapes import SHAPES
 
 from ktrt import _core
 from ktrt.config import load_config
+from ktrt.generate.warm_up import warm_up
 from ktrt.loading.inventory import loaded_inventory
 from ktrt.loading.model import load_model
 
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 PROBE_BYTES = 1 << 30
+LIMIT = 32_768  # tokens, for the warm-up
 # Experts of a layer: more than the processor's caches hold, few enough to be written in seconds.
 EXPERTS = {"gpt_oss": 8, "mimo_v2_flash": 8, "deepseek_v3": 8}
 MOST_EXPERTS = 32
@@ -47,14 +51,11 @@ def measure(folder: Path, lengths: Sequence[int], steps: int) -> dict[str, Any]:
         probe = _core.ReadProbe(PROBE_BYTES)
         rate = probe.nbytes / statistics.median(probe.seconds(loaded.engine) for _ in range(5))
         found: dict[str, Any] = {"bound_ms": experts / rate * 1e3, "gb_per_s": rate / 1e9}
+        warm_up(loaded.new_cache(), LIMIT)
         for length in lengths:
             cache = loaded.new_cache()
-            ids = [100 + i * 7 % 900 for i in range(length)]
-            cache.reuse(ids)
-            begin = time.perf_counter()
-            while cache.length < length:
-                cache.forward(ids[cache.length :][: cache.prefill_chunk(length - cache.length)])
-            found[f"prompt {length}"] = time.perf_counter() - begin
+            found[f"first prompt {length}"] = prompt_seconds(cache, length, 7)
+            found[f"prompt {length}"] = prompt_seconds(cache, length, 11)
             times = []
             for token in range(steps):
                 begin = time.perf_counter()
@@ -67,6 +68,16 @@ def measure(folder: Path, lengths: Sequence[int], steps: int) -> dict[str, Any]:
     finally:
         loaded.close()
     return found
+
+
+def prompt_seconds(cache: Any, length: int, step: int) -> float:
+    ids = [100 + i * step % 900 for i in range(length)]
+    begin = time.perf_counter()
+    cache.reuse(ids[:1])
+    while cache.length < length:
+        cache.forward(ids[cache.length :][: cache.prefill_chunk(length - cache.length)])
+    torch.cuda.synchronize()
+    return time.perf_counter() - begin
 
 
 def error_of(loaded: Any) -> float:

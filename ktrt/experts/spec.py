@@ -211,7 +211,11 @@ def _top_k(path: str, model: nn.Module, num_experts: int) -> int:
     block = model.get_submodule(path.rpartition(".")[0])
     candidates = [getattr(child, "top_k", None) for child in block.children()]
     candidates += [getattr(block, "top_k", None)]
-    candidates += [getattr(getattr(model, "config", None), "num_experts_per_tok", None)]
+    config = getattr(model, "config", None)
+    if config is not None:
+        config = config.get_text_config()
+    # "top_k_experts": Gemma 4's name.
+    candidates += [getattr(config, name, None) for name in ("num_experts_per_tok", "top_k_experts")]
     for value in candidates:
         if isinstance(value, int) and 0 < value <= num_experts:
             return value

@@ -106,6 +106,17 @@ def test_dense_model_has_none() -> None:
             {"activation": Activation("softcap_silu", 1.0, 3.0, 25.0)},
         ),
         (
+            "gemma4_text",
+            {
+                "num_hidden_layers": 1,
+                "enable_moe_block": True,
+                "num_experts": 16,
+                "top_k_experts": 4,
+                "moe_intermediate_size": 32,
+            },
+            {"top_k": 4, "num_experts": 16, "activation": Activation("gelu_tanh")},
+        ),
+        (
             "aria_text",
             {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4},
             {"is_transposed": True, "hidden_size": 64, "intermediate_size": 4096},
