@@ -100,14 +100,14 @@ def measure(bench: Bench, args: argparse.Namespace, weight_format: str) -> None:
 
 
 def ways(gpu: GpuExperts, tokens: int) -> dict[str, Callable[[], None]]:
-    """What there is to compare for a prompt of this length."""
+    """Returns the ways to compare for a prompt of this length, each as what switches to it."""
 
     def use(threshold: int, most: int) -> None:
         gpu.threshold, gpu.most_tokens = threshold, most
 
     block = residents.BLOCK_TOKENS
     passes = -(-tokens // block)
-    found = {f"streamed, {passes} passes": partial(use, 16, block)}
+    found: dict[str, Callable[[], None]] = {f"streamed, {passes} passes": partial(use, 16, block)}
     if passes > 1:
         found["streamed, 1 pass"] = partial(use, 16, tokens)
     if tokens <= _ON_CPU:

@@ -40,7 +40,7 @@ def kernels() -> Any:
         return importlib.import_module("ktrt.experts.gpu.kernels")
     except ImportError as error:
         logger.warning(
-            "Streamed experts are computed by torch, two to three times slower in long prompts: "
+            "Streamed experts are computed by torch, up to 2.7 times slower in long prompts: "
             "Triton cannot be imported (%s)", error,
         )  # fmt: skip
         return None

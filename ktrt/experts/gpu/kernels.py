@@ -25,13 +25,14 @@ def _tile(Tiles, first_tile, first_expert, M: tl.constexpr):
 
 @triton.jit
 def _finish(
-    acc, scale, Scales, scale_at, Bias, bias_at, Shrunk, shrunk_at, B, b_at, ranks, live, inside,
+    acc, x_scale, Scales, scale_at, Bias, bias_at, Shrunk, shrunk_at, B, b_at, ranks, live, inside,
     QUANTIZED: tl.constexpr, LORA: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     """Float32 outputs of integer or float sums: scales, then LoRA, then the bias."""
     if QUANTIZED:
+        of_row = tl.load(x_scale, mask=live, other=0.0)
         of_column = tl.load(Scales + scale_at, mask=inside, other=0.0)
-        y = (scale[:, None] * of_column[None, :]) * acc.to(tl.float32)
+        y = (of_row[:, None] * of_column[None, :]) * acc.to(tl.float32)
     else:
         y = acc
     if LORA:
@@ -88,18 +89,15 @@ def gate_up_kernel(
             a = a.to(W.dtype.element_ty)
             g = tl.dot(a, tl.load(g_at + at, mask=right, other=0), g)
             u = tl.dot(a, tl.load(u_at + at, mask=right, other=0), u)
-    scale = rows
-    if QUANTIZED:
-        scale = tl.load(XScales + token, mask=live, other=0.0)
     own = (rows - first_row).to(tl.int64)
     shrunk_at = own * shrunk_row
     at = expert * (2 * N) + column
     gate = _finish(
-        g, scale, Scales, at, Bias, at, Shrunk, shrunk_at, GateB,
+        g, XScales + token, Scales, at, Bias, at, Shrunk, shrunk_at, GateB,
         (expert * N + column) * gate_ranks, gate_ranks, live, inside, QUANTIZED, GATE_LORA, BIASED,
     )  # fmt: skip
     up = _finish(
-        u, scale, Scales, at + N, Bias, at + N, Shrunk, shrunk_at + up_first, UpB,
+        u, XScales + token, Scales, at + N, Bias, at + N, Shrunk, shrunk_at + up_first, UpB,
         (expert * N + column) * up_ranks, up_ranks, live, inside, QUANTIZED, UP_LORA, BIASED,
     )  # fmt: skip
     if LIMITED:
@@ -145,13 +143,10 @@ def product_kernel(
             acc = tl.dot(a, b, acc, out_dtype=tl.int32)
         else:
             acc = tl.dot(a.to(b.dtype), b, acc)
-    scale = rows
-    if QUANTIZED:
-        scale = tl.load(XScales + source, mask=live, other=0.0)
     at = expert * N + column
     y = _finish(
-        acc, scale, Scales, at, Bias, at, Shrunk, own * shrunk_row, B, at * ranks, ranks, live,
-        inside, QUANTIZED, LORA, BIASED,
+        acc, XScales + source, Scales, at, Bias, at, Shrunk, own * shrunk_row, B, at * ranks, ranks,
+        live, inside, QUANTIZED, LORA, BIASED,
     )  # fmt: skip
     if WEIGHTED:
         y *= tl.load(Weights + rows, mask=live, other=0.0)[:, None]
