@@ -87,7 +87,7 @@ test-tsan: build-tsan ## C++ tests of everything with threads under ThreadSaniti
 	ctest --preset tsan
 
 test-python: ## Python tests (of the checkout's Python and the installed module)
-	$(PYTEST) --dist loadfile -m 'not long' --durations=25
+	$(PYTEST) --dist loadfile --no-loadscope-reorder -m 'not long' --durations=25
 
 # Their files by name: collecting all tests imports for 15 s. Without avx_vnni, which has AVX2's kernels
 # but for two formats.

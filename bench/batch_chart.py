@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 
 _WIDTH, _HEIGHT = 380, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 34, 44
-# Legible on white and on dark pages alike; the limit is dashed.
-_COLOURS = ("#888888", "#2b7bba", "#d9822b", "#3a9a4a", "#a34fb5")
+# Legible on white and on dark pages alike; what bounds the curves is dashed.
+_BOUNDS = 2
+_COLOURS = ("#888888", "#b0603a", "#2b7bba", "#d9822b", "#3a9a4a", "#a34fb5")
 _GRID = "#88888844"
 _TEXT = "#7a7a7a"
 
@@ -73,7 +74,7 @@ def _panel(panel: Panel, index: int, x_label: str, y_label: str) -> Iterator[str
 def _curve(points: Sequence[tuple[float, float]], number: int, name: str) -> str:
     colour = _COLOURS[number % len(_COLOURS)]
     path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-    dashes = ' stroke-dasharray="5 4"' if number == 0 else ""
+    dashes = ' stroke-dasharray="5 4"' if number < _BOUNDS else ""
     dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in points)
     return (
         f'<g stroke="{colour}" fill="{colour}"><title>{escape(name)}</title>'

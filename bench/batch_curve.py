@@ -13,8 +13,8 @@ plain read of memory, in one process; ratios are medians over neighbouring turns
 The limit of a step is the bytes that it must read at the bandwidth of the same round: the distinct
 experts that its rows chose, counted in that step, all other weights once, and the KV cache. An
 adapter's bytes count as overhead. Sampling is not part of a step here. Next to it stands the time
-that the rows' multiplications take at the arithmetic peak (``ktrt doctor``): many rows on few cores
-are bound by that.
+that the rows' multiplications take at the arithmetic peak (``ktrt doctor``), and the roof of both:
+the longer of reading and multiplying for the dense layers, plus that for the experts.
 
 ``--many``: also twelve adapters of rank 32 in one batch. With AMX the base is measured once more
 with ``kt_fixed_kernels``, whose cost is printed; elsewhere it changes nothing.
@@ -68,12 +68,14 @@ class Measurement:
         rounds = [self._round(batch, kinds, odd=bool(n % 2)) for n in range(self._args.rounds)]
         median = statistics.median
         found: Result = {"batch": batch}
-        found["arithmetic_ms"] = 1e3 * self._rows.seconds_to_multiply(self._peaks)
+        found["arithmetic_ms"] = 1e3 * sum(s for _, s in self._rows.parts(self._peaks))
         for kind in kinds:
             found[f"{kind}_ms"] = median(r[f"{kind}_ms"] for r in rounds)
-            for name in ("experts", "gb", "limit_ms"):
+            for name in ("experts", "gb", "limit_ms", "roof_ms"):
                 found[f"{kind}_{name}"] = median(r[f"{kind}_{name}"] for r in rounds)
-            found[f"{kind}_share"] = median(r[f"{kind}_limit_ms"] / r[f"{kind}_ms"] for r in rounds)
+            for share, name in (("share", "limit_ms"), ("roof_share", "roof_ms")):
+                ratios = (r[f"{kind}_{name}"] / r[f"{kind}_ms"] for r in rounds)
+                found[f"{kind}_{share}"] = median(ratios)
         found["one_over_base"] = _ratio(rounds, "one_ms", "base_ms")
         for kind in kinds.keys() - {"base", "one"}:
             found[f"{kind}_over_one"] = _ratio(rounds, f"{kind}_ms", "one_ms")
@@ -100,9 +102,11 @@ class Measurement:
         for kind in (base, *(reversed(tuned) if odd else tuned)):
             found[f"{kind}_ms"] = 1e3 * self._turn(batch, kinds[kind], self._args.tokens)
             speeds.append(self._bandwidth())
-            read = self._rows.bytes_read
+            parts, speed = self._rows.parts(self._peaks), statistics.mean(speeds[-2:])
+            read = sum(size for size, _ in parts)
             found[f"{kind}_experts"], found[f"{kind}_gb"] = self._rows.distinct, read / 1e9
-            found[f"{kind}_limit_ms"] = 1e3 * read / statistics.mean(speeds[-2:])
+            found[f"{kind}_limit_ms"] = 1e3 * read / speed
+            found[f"{kind}_roof_ms"] = 1e3 * sum(max(size / speed, s) for size, s in parts)
         found["read_gb_per_s"] = statistics.median(speeds) / 1e9
         return found
 
@@ -144,8 +148,9 @@ def measure(args: argparse.Namespace, backend: str, adapters: Mapping[str, Path]
         results = []
         for batch in args.batches:
             results.append(each.result(batch))
-            ms, share = results[-1]["base_ms"], results[-1]["base_share"]
-            print(f"{backend}, {batch}: base {ms:.1f} ms, {share:.0%}", file=sys.stderr)
+            ms, share, roof = (results[-1][f"base_{n}"] for n in ("ms", "share", "roof_share"))
+            text = f"base {ms:.1f} ms, {share:.0%} of the read, {roof:.0%} of the roof"
+            print(f"{backend}, {batch}: {text}", file=sys.stderr)
         if _core.isa() == "amx":
             fixed = Rows(args.folder, backend, {}, kt_fixed_kernels=True, **settings)
             for result in results:

@@ -31,8 +31,8 @@ def _table(report: Mapping[str, Any], found: Sequence[Result]) -> list[str]:
     shown = {key: name for key, name in more.items() if key in found[0]}
     columns = [
         "conversations", "distinct experts of a layer", "GB a step", "limit, ms", "multiplying, ms",
-        "base, ms",
-        "of the limit", "one adapter, ms", f"{report['adapters']} adapters, ms", "mixed / one",
+        "roof, ms", "base, ms", "of the limit", "of the roof", "one adapter, ms",
+        f"{report['adapters']} adapters, ms", "mixed / one",
         *shown.values(), "tokens/s, base · one · mixed", "tokens/s each, mixed",
     ]  # fmt: skip
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
@@ -41,7 +41,8 @@ def _table(report: Mapping[str, Any], found: Sequence[Result]) -> list[str]:
         cells = [
             f"{r['batch']:.0f}", f"{r['base_experts']:.1f}", f"{r['base_gb']:.2f}",
             f"{r['base_limit_ms']:.1f}", f"{r['arithmetic_ms']:.1f}",
-            f"{r['base_ms']:.1f}", f"{r['base_share']:.0%}",
+            f"{r['base_roof_ms']:.1f}", f"{r['base_ms']:.1f}", f"{r['base_share']:.0%}",
+            f"{r['base_roof_share']:.0%}",
             f"{r['one_ms']:.1f}", f"{r['mixed_ms']:.1f}", f"{r['mixed_over_one']:.2f}",
             *(f"{r[k]:+.1%}" if k == "fixed_cost" else f"{r[k]:.2f}" for k in shown),
             " · ".join(rates), f"{rate(r, 'mixed') / r['batch']:.2f}",
@@ -69,7 +70,10 @@ def chart(report: Mapping[str, Any]) -> str:
     }
     panels = []
     for backend, found in report["results"].items():
-        curves = {"limit": [1e3 * r["batch"] / r["base_limit_ms"] for r in found]}
+        curves = {
+            name: [1e3 * r["batch"] / r[f"base_{name}_ms"] for r in found]
+            for name in ("limit", "roof")
+        }
         curves |= {
             name: [rate(r, kind) for r in found]
             for kind, name in names.items()

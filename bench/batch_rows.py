@@ -141,23 +141,31 @@ class Rows:
     @property
     def bytes_read(self) -> float:
         """Bytes that the last step had to read, without LoRA."""
-        held = sum(slot.length for slot in self._slots)
-        cache: float = held * self.runner.pool.bytes_of(_MANY_TOKENS) / _MANY_TOKENS
-        experts = sum(layer.bytes_read for layer in self._layers)
-        return self._others + len(self._slots) * self._each + cache + experts
+        return sum(size for size, _ in self.parts([]))
 
-    def seconds_to_multiply(self, peaks: list[ArithmeticPeak]) -> float:
-        """Returns how long the multiplications of a step's rows take at the arithmetic peaks: dense
-        layers in BF16, experts in their format."""
+    def parts(self, peaks: list[ArithmeticPeak]) -> list[tuple[float, float]]:
+        """Returns, for each part of the last step, the bytes that it had to read and the seconds
+        that its rows' multiplications take at the arithmetic peaks: dense layers in BF16, experts
+        in their format, and the KV cache, whose attention is not counted."""
         of_format = format_named(self._layers[0].weight_format)
         dense, experts = peak_of(format_named("bf16"), peaks), peak_of(of_format, peaks)
-        if dense is None or experts is None:
-            return 0.0
+        rows = len(self._slots)
         each = sum(
             3 * layer.top_k * layer.hidden_size * layer.intermediate_size for layer in self._layers
         )
-        per_row: float = self._others / 2 / dense.all_threads + each / experts.all_threads
-        return 2 * len(self._slots) * per_row
+        held = sum(slot.length for slot in self._slots)
+        cache: float = held * self.runner.pool.bytes_of(_MANY_TOKENS) / _MANY_TOKENS
+        return [
+            (
+                self._others + rows * self._each,
+                0.0 if dense is None else rows * self._others / dense.all_threads,
+            ),
+            (
+                sum(layer.bytes_read for layer in self._layers),
+                0.0 if experts is None else 2 * rows * each / experts.all_threads,
+            ),
+            (cache, 0.0),
+        ]
 
     def close(self) -> None:
         self.loaded.close()

@@ -234,6 +234,29 @@ class TokenAttention:
         alone. Only for keys in one array. ``ValueError``: also a slot or length that is not
         there."""
 
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether the processor has a kernel for ``forward_prompt``: AVX-512 BF16."""
+
+    def forward_prompt(
+        self,
+        query: HeadArray,
+        keys: HeadArray,
+        values: HeadArray,
+        out: HeadArray,
+        *,
+        start: int,
+        tokens: int,
+        first: int = 0,
+        window: int = 0,
+    ) -> None:
+        """Attends with the queries [heads, tokens, key_size] of positions ``start`` and on, each to
+        its own and those before it, ``window`` in all (0: any number): keys [groups, n, key_size]
+        and values [groups, n, value_size] of positions ``first`` and on; out [heads, tokens,
+        value_size]. All bfloat16; weights are rounded to it too, sums are float32. A query's bits
+        depend neither on the other queries nor on the number of threads. Only for keys in one
+        array. ``ValueError``: also no kernel, or a window that begins before ``first``."""
+
 class LatentAttention:
     """One token's multi-head latent attention over cached latents, on an engine's threads.
 

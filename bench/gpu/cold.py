@@ -15,7 +15,7 @@ import logging
 import statistics
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from decode import tokens
 from model import Bench, experts_of, make_config
 from sections import Sections
 
+from ktrt.engine.step_rows import ACTIVE, BASE
 from ktrt.experts import experts_muted
 from ktrt.generate.device_memory import let_segments_grow
 from ktrt.generate.graphs import CudaGraphs, DecodeGraphs, NoHandOff
@@ -36,9 +37,10 @@ from ktrt.layers.cuda_linear import FusedLora
 from ktrt.layers.latent import use_latents
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 LIMIT = 65_536
+PROMPTS = (256, 1000, 1024, 5000, 8192)
 
 
 def main() -> int:
@@ -51,7 +53,7 @@ def main() -> int:
     parser.add_argument(
         "--muted", action="store_true", help="no experts: their layers return zeros"
     )
-    parser.add_argument("--parts", default="prompts,growth,rows,context")
+    parser.add_argument("--parts", default="prompts,growth,rows,slots,context")
     args = parser.parse_args()
     logging.basicConfig(level=logging.DEBUG, format="%(message)s")
     for name in ("torch", "urllib3", "filelock", "matplotlib"):
@@ -64,9 +66,10 @@ def main() -> int:
         case = Case(args)
     print(f"built in {time.perf_counter() - start:.1f} s; {case.memory()}")
     parts: dict[str, Callable[[], None]] = {
-        "prompts": lambda: case.prompts(*(size // scale for size in (1024, 8192))),
+        "prompts": lambda: case.prompts(*(size // scale for size in PROMPTS)),
         "growth": lambda: case.growth(*(size // scale for size in (2048, 8192, 16384))),
-        "rows": lambda: case.rows(2, 4, 8, 16),
+        "rows": lambda: case.rows(1, 2, 4, 8, 16, 32),
+        "slots": lambda: case.slots((5,), (2, 3), (9, 10), (4, 6, 7), (20,)),
         "context": lambda: case.context(*(size // scale for size in (1000, 8000, 32_000))),
     }
     with experts_muted(case.bench.model) if args.muted else torch.inference_mode():
@@ -88,17 +91,17 @@ class Case:
         )
         model, running = bench.model, bench.running
         self.on_gpu = model.get_input_embeddings().weight.device.type == "cuda"
+        bench.masks.watch(model, bench.patches)
+        accelerate_attention(model, bench.engine, bench.patches, running)
+        use_latents(model, bench.engine, bench.patches, running)
         start = time.perf_counter()
         if self.on_gpu and not args.cold:
             with experts_muted(model):
-                _load_kernels(model, torch.device("cuda", 0), LIMIT)
+                _load_kernels(model, torch.device("cuda", 0), LIMIT, running)
             print(f"kernels during the load: {time.perf_counter() - start:.2f} s")
         linears = None
         if args.lora:
             bench.add_lora()
-        bench.masks.watch(model, bench.patches)
-        accelerate_attention(model, bench.engine, bench.patches, running)
-        use_latents(model, bench.engine, bench.patches, running)
         if self.on_gpu:
             linears = FusedLora(model, bench.active_set, bench.patches, bench.masks)
             if not args.muted:
@@ -157,25 +160,44 @@ class Case:
                   f"{max(times) / median:.2f} ×; moves {self.moves}")  # fmt: skip
 
     def rows(self, *counts: int) -> None:
+        """First steps of more and more sequences, with the active adapters and by row."""
+        with self.slots_of(max(counts)) as slots:
+            for adapter, name in ((ACTIVE, "active"), (BASE, "by row")):
+                for count in counts:
+                    self.first_step(f"{count} rows, {name}", slots[:count], adapter)
+
+    def slots(self, *groups: tuple[int, ...]) -> None:
+        """First steps of few sequences among many slots, as others have ended."""
+        with self.slots_of(1 + max(max(group) for group in groups)) as slots:
+            for group in groups if slots else ():
+                self.first_step(f"slots {group}", [slots[at] for at in group], ACTIVE)
+
+    @contextmanager
+    def slots_of(self, count: int) -> Iterator[list[Any]]:
+        """Within the block, ``count`` slots hold a token each."""
         self.cache.reuse([0])
         self.cache.close()
-        slots: list[Any] = []
-        for count in counts:
-            if not self.on_gpu:
-                return
-            slots += [self.runner.pool.open("bench", ()) for _ in range(count - len(slots))]
-            times = []
-            for _ in range(6):
-                start = time.perf_counter()
-                found = self.runner.run(Step(tuple(Span(slot=slot, ids=[9]) for slot in slots)))
-                int(found[-1].argmax())
-                times.append(time.perf_counter() - start)
-            later = statistics.median(times[1:])
-            print(f"{count} rows: first {1e3 * times[0]:.1f} ms, later {1e3 * later:.2f} ms, "
-                  f"{times[0] / later:.2f} ×")  # fmt: skip
+        pool = self.runner.pool
+        slots = [pool.open("bench", ()) for _ in range(count if self.on_gpu else 0)]
+        yield slots
         for slot in slots:
-            self.runner.pool.empty(slot)
-            self.runner.pool.close(slot)
+            pool.empty(slot)
+            pool.close(slot)
+
+    def first_step(self, what: str, slots: list[Any], adapter: int) -> None:
+        times = []
+        for step in range(12 if slots else 0):
+            # Other tokens, for other experts than in the step before.
+            ids = tokens(len(slots), self.vocabulary, 100 * len(what) + step)
+            start = time.perf_counter()
+            pairs = zip(slots, ids, strict=True)
+            spans = (Span(slot=slot, ids=[token], adapter=adapter) for slot, token in pairs)
+            int(self.runner.run(Step(tuple(spans)))[-1].argmax())
+            times.append(time.perf_counter() - start)
+        if slots:
+            later = statistics.median(times[1:])
+            print(f"{what}: first {1e3 * times[0]:.1f} ms, later {1e3 * later:.2f} ms, "
+                  f"{times[0] / later:.2f} ×")  # fmt: skip
 
     def context(self, *sizes: int) -> None:
         rates = []

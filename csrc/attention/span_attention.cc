@@ -23,8 +23,6 @@ constexpr std::int64_t kPassBytes = 512 << 10;
 constexpr std::int64_t kHeadsPerRead = 6;
 // Below this the caller is done before another thread has woken up.
 constexpr std::int64_t kAloneBelow = 128 << 10;
-// How far ahead keys are prefetched.
-constexpr std::int64_t kAheadBytes = 6144;
 constexpr std::int64_t kLineFloats = kCacheLine / sizeof(float);
 constexpr std::int64_t kScoreFloats = kHeadsTogether * kAttentionBlock;
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
@@ -36,13 +34,31 @@ const std::uint16_t* at(const std::uint16_t* data, const SpanAttention::Strides&
 
 }  // namespace
 
-// Tokens of a group, for some of its heads.
+// Tokens of a group; none: there is no such block.
 struct SpanAttention::Block {
-  std::int64_t group;
-  const float* queries;
-  int heads;
-  std::int64_t token;
-  int tokens;
+  const Row* row = nullptr;
+  std::int64_t group = 0;
+  std::int64_t token = 0;
+  std::int64_t place = 0;
+  int tokens = 0;
+  const float* queries = nullptr;  // of some of the group's heads
+  int heads = 0;
+
+  void go_to(const Layout& layout, std::int64_t to, std::int64_t end) {
+    token = to;
+    const std::int64_t next = (token / kAttentionBlock + 1) * kAttentionBlock;
+    tokens = static_cast<int>(std::clamp<std::int64_t>(end - token, 0, next - token));
+    place = layout.place(token);
+  }
+};
+
+// A claimed item: some heads' share of a row's tokens.
+struct SpanAttention::Span {
+  Block block;  // the first
+  std::int64_t end = 0;
+  std::int64_t head = 0;
+  std::int64_t sums = 0;       // its place among the pass's
+  std::int64_t row_index = 0;  // of the claimed item, the first one to look at for the next
 };
 
 SpanAttention::SpanAttention(std::shared_ptr<Engine> engine, const Form& form)
@@ -70,8 +86,6 @@ SpanAttention::SpanAttention(std::shared_ptr<Engine> engine, const Form& form)
   first_width_ = round_up(form.key_size, width);
   query_width_ = first_width_ + round_up(form.second_key_size, width);
   value_width_ = round_up(form.value_size, width);
-  ahead_ = static_cast<int>(
-      std::clamp<std::int64_t>(kAheadBytes / (2 * form.key_size), 4, kAttentionBlock));
 }
 
 SpanAttention::Task SpanAttention::plan(const Layout& layout, std::vector<Row>& rows,
@@ -127,102 +141,128 @@ bool SpanAttention::is_small(const std::vector<Row>& rows, std::int64_t other_re
          kAloneBelow * (kHeadsPerRead + 1);
 }
 
-// scores [heads][kAttentionBlock] of a block of tokens.
-void SpanAttention::score(const Task& task, const Row& row, const Block& block,
+AttentionComing SpanAttention::coming(const Strides& strides, const std::uint16_t* data,
+                                      const Block& block, std::int64_t size) const {
+  if (block.tokens == 0) return {};
+  return {at(data, strides, block.group, block.place), strides.token, block.tokens,
+          static_cast<int>(size)};
+}
+
+// scores [heads][kAttentionBlock] of a block; the next one's keys are prefetched meanwhile.
+void SpanAttention::score(const Task& task, const Block& block, const Block& next,
                           float* scores) const {
-  const AttentionKernel& kernel = *engine_->kernels().attention;
   const Layout& layout = task.layout;
   AttentionScoreArgs score{};
-  score.q = block.queries;
-  score.q_stride = query_width_;
+  const auto set_query = [&](const float* packed) {
+    score.q = packed;
+    score.q_bf16 = reinterpret_cast<const std::uint16_t*>(packed);
+  };
+  const AttentionKernel& kernel = *engine_->kernels().attention;
+  const auto scores_of = layout.bf16_queries ? kernel.bf16_scores : kernel.scores;
+  set_query(block.queries);
+  score.q_stride = layout.bf16_queries ? 2 * query_width_ : query_width_;
   score.heads = block.heads;
-  score.keys = at(row.keys, layout.keys, block.group, block.token);
+  score.keys = at(block.row->keys, layout.keys, block.group, block.place);
   score.key_stride = layout.keys.token;
   score.tokens = block.tokens;
   score.size = static_cast<int>(form_.key_size);
-  score.ahead = ahead_;
-  if (!layout.values_are_keys) {
-    score.coming = {at(row.values, layout.values, block.group, block.token), layout.values.token,
-                    block.tokens, static_cast<int>(form_.value_size)};
-  }
+  if (next.tokens > 0) score.coming = coming(layout.keys, next.row->keys, next, form_.key_size);
   score.scores = scores;
-  kernel.scores(score);
+  scores_of(score);
   if (form_.second_key_size == 0) return;
-  score.q += first_width_;
-  score.keys = at(row.second_keys, layout.second_keys, block.group, block.token);
+  set_query(block.queries + first_width_);
+  score.keys = at(block.row->second_keys, layout.second_keys, block.group, block.place);
   score.key_stride = layout.second_keys.token;
   score.size = static_cast<int>(form_.second_key_size);
   score.add = true;
   score.coming = {};
-  kernel.scores(score);
+  if (next.tokens > 0) {
+    score.coming = coming(layout.second_keys, next.row->second_keys, next, form_.second_key_size);
+  }
+  scores_of(score);
 }
 
-// One span of a row's tokens for some heads of a group; `item` counts heads fastest, which read the
-// same.
-void SpanAttention::compute_span(const Task& task, std::int64_t index, std::int64_t item,
-                                 int thread) const {
-  const AttentionKernel& kernel = *engine_->kernels().attention;
+// An item of a pass, at row `row` or later; one without tokens after the last. It counts heads
+// fastest, which read the same.
+SpanAttention::Span SpanAttention::span_of(const Task& task, const Pass& pass, std::int64_t item,
+                                           std::int64_t index) const {
+  Span found;
+  if (item >= pass.items) return found;
+  while (item >= task.row(index).end_item) ++index;
+  if (index > pass.begin) item -= task.row(index - 1).end_item;
   const Row& row = task.row(index);
-  const Strides& strides = task.layout.values;
   const std::int64_t chunk = item % chunks_;
   const std::int64_t span = item / chunks_ % row.spans;
-  Block block{};
+  Block& block = found.block;
+  block.row = &row;
   block.group = item / chunks_ / row.spans;
   const std::int64_t first = group_heads_ * chunk / chunks_;
   block.heads = static_cast<int>(group_heads_ * (chunk + 1) / chunks_ - first);
-  const std::int64_t head = block.group * group_heads_ + first;
-  block.queries = query(task, index, head);
-  const std::int64_t stat = (row.first_sum + span) * form_.heads + head;
+  found.head = block.group * group_heads_ + first;
+  block.queries = query(task, index, found.head);
+  found.sums = row.first_sum + span;
+  found.row_index = index;
+  const std::int64_t origin = row.first() + span * row.span;
+  found.end = std::min(row.end, origin + row.span);
+  block.go_to(task.layout, std::max(row.start, origin), found.end);
+  return found;
+}
+
+// `next`: what the thread computes after it.
+void SpanAttention::compute_span(const Task& task, const Span& span, const Span& next,
+                                 int thread) const {
+  const AttentionKernel& kernel = *engine_->kernels().attention;
+  const Layout& layout = task.layout;
+  const int heads = span.block.heads;
+  const std::int64_t stat = span.sums * form_.heads + span.head;
   float* scores = task.own + thread * task.own_floats;
 
-  AttentionSoftmaxArgs softmax{scores,          block.heads,     0,
+  AttentionSoftmaxArgs softmax{scores,          heads,           0,
                                form_.scaling,   form_.softcap,   nullptr,
                                task.max + stat, task.sum + stat, scores + kScoreFloats};
   AttentionValueArgs value{};
   value.weights = scores;
-  value.heads = block.heads;
+  value.heads = heads;
   value.size = static_cast<int>(form_.value_size);
-  value.value_stride = strides.token;
+  value.value_stride = layout.values.token;
   value.sums = task.sums + stat * value_width_;
   value.sum_stride = value_width_;
-  std::fill_n(softmax.max, block.heads, kNothing);
-  std::fill_n(softmax.sum, block.heads, 0.0f);
+  std::fill_n(softmax.max, heads, kNothing);
+  std::fill_n(softmax.sum, heads, 0.0f);
 
-  const std::int64_t origin = row.first() + span * row.span;
-  const std::int64_t begin = std::max(row.start, origin);
-  const std::int64_t end = std::min(row.end, origin + row.span);
-  std::int64_t next = 0;
-  for (std::int64_t token = begin; token < end; token = next) {
-    next = (token / kAttentionBlock + 1) * kAttentionBlock;
-    block.token = task.layout.place(token);
-    block.tokens = static_cast<int>(std::min(end, next) - token);
-    score(task, row, block, scores);
+  Block block = span.block;
+  for (bool last = false; !last;) {
+    Block after = block;
+    after.go_to(layout, block.token + block.tokens, span.end);
+    last = after.tokens == 0;
+    if (last) after = next.block;
+    score(task, block, after, scores);
     softmax.tokens = value.tokens = block.tokens;
-    if (task.layout.mask != nullptr) softmax.mask = task.layout.mask + token;
+    if (layout.mask != nullptr) softmax.mask = layout.mask + block.token;
     kernel.softmax(softmax);
-    value.values = at(row.values, strides, block.group, block.token);
-    value.carry = token == begin ? nullptr : softmax.carry;
+    value.values = at(block.row->values, layout.values, block.group, block.place);
+    value.carry = block.token == span.block.token ? nullptr : softmax.carry;
     value.coming = {};
-    if (next < row.end) {
-      value.coming = {at(row.keys, task.layout.keys, block.group, task.layout.place(next)),
-                      task.layout.keys.token,
-                      static_cast<int>(std::min<std::int64_t>(row.end - next, ahead_)),
-                      static_cast<int>(form_.key_size)};
+    if (!layout.values_are_keys && after.tokens > 0) {
+      value.coming = coming(layout.values, after.row->values, after, form_.value_size);
     }
     kernel.values(value);
+    block = after;
   }
 }
 
 void SpanAttention::compute(const Task& task, std::int64_t pass, int thread) const {
   const Pass& of = (*task.passes)[static_cast<std::size_t>(pass)];
-  std::atomic<int>& next = task.claimed[pass];
-  std::int64_t row = of.begin;
-  std::int64_t before = 0;  // items of the pass's rows before this one
-  for (;;) {
-    const std::int64_t item = next.fetch_add(1, std::memory_order_relaxed);
-    if (item >= of.items) break;
-    while (item >= task.row(row).end_item) before = task.row(row++).end_item;
-    compute_span(task, row, item - before, thread);
+  std::atomic<int>& claimed = task.claimed[pass];
+  const auto claim = [&](std::int64_t row) {
+    return span_of(task, of, claimed.fetch_add(1, std::memory_order_relaxed), row);
+  };
+  // One item ahead, so that its first keys are prefetched too.
+  Span span = claim(of.begin);
+  while (span.block.tokens > 0) {
+    const Span next = claim(span.row_index);
+    compute_span(task, span, next, thread);
+    span = next;
   }
 }
 

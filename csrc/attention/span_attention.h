@@ -47,6 +47,8 @@ class SpanAttention {
     bool values_are_keys = false;
     std::int64_t ring = 0;        // token t lies at t % ring, whole blocks; 0: at t
     const float* mask = nullptr;  // by token; may be null
+    // Packed queries are BF16, for the kernel's bf16_scores.
+    bool bf16_queries = false;
 
     std::int64_t place(std::int64_t token) const { return ring > 0 ? token % ring : token; }
   };
@@ -102,6 +104,8 @@ class SpanAttention {
   // [heads]: a score without a value for each head.
   void set_sinks(std::vector<float> sinks) { sinks_ = std::move(sinks); }
 
+  const std::vector<float>& sinks() const { return sinks_; }
+
   const Form& form() const { return form_; }
   // Floats of the first array's part in a packed query.
   std::int64_t first_width() const { return first_width_; }
@@ -126,9 +130,13 @@ class SpanAttention {
 
  private:
   struct Block;
+  struct Span;
 
-  void score(const Task& task, const Row& row, const Block& block, float* scores) const;
-  void compute_span(const Task& task, std::int64_t row, std::int64_t item, int thread) const;
+  Span span_of(const Task& task, const Pass& pass, std::int64_t item, std::int64_t row) const;
+  AttentionComing coming(const Strides& strides, const std::uint16_t* data, const Block& block,
+                         std::int64_t size) const;
+  void score(const Task& task, const Block& block, const Block& next, float* scores) const;
+  void compute_span(const Task& task, const Span& span, const Span& next, int thread) const;
 
   const std::shared_ptr<Engine> engine_;
   const Form form_;
@@ -140,7 +148,6 @@ class SpanAttention {
   std::int64_t first_width_ = 0;
   std::int64_t query_width_ = 0;
   std::int64_t value_width_ = 0;
-  int ahead_ = 0;  // tokens whose keys are prefetched
   std::vector<Pass> passes_;
 };
 

@@ -6,6 +6,8 @@
 #include "base/address_range.h"
 #include "base/check.h"
 #include "engine/weight_args.h"
+#include "kernels/bf16_arithmetic.h"
+#include "kernels/select.h"
 
 namespace ktrt {
 
@@ -13,6 +15,8 @@ namespace {
 
 // Up to here, the caller packs the queries of all rows: a barrier takes longer.
 constexpr std::int64_t kPackedAlone = 8192;
+// Positions of a prompt, at most: sums of a few of them are numbers.
+constexpr std::int64_t kMaxPosition = std::int64_t{1} << 40;
 
 float* float_at(const HeadArray& array, std::int64_t head, std::int64_t token) {
   return static_cast<float*>(array.data) + head * array.head_stride + token * array.token_stride;
@@ -30,7 +34,9 @@ SpanAttention::Strides strides_of(const HeadArray& array) {
 
 TokenAttention::TokenAttention(std::shared_ptr<Engine> engine, const Form& form,
                                const std::optional<TensorView>& sinks)
-    : engine_(std::move(engine)), spans_(engine_, form) {
+    : engine_(std::move(engine)),
+      spans_(engine_, form),
+      prompts_(select_prompt_attention(active_isa(), cpu_features(), active_bf16_arithmetic())) {
   const AlignedBuffer given = copy_floats(sinks, form.heads, form.heads);
   if (!given.empty()) spans_.set_sinks({given.as<float>(), given.as<float>() + form.heads});
 }
@@ -73,7 +79,11 @@ void TokenAttention::pack(const Task& task, const Arrays& arrays, std::int64_t f
   const AttentionKernel& kernel = *engine_->kernels().attention;
   const auto pack = [&](const HeadArray& from, std::int64_t size, float* to) {
     const std::int64_t token = first_row + row;
-    if (from.float32) {
+    if (task.layout.bf16_queries) {
+      auto* const bits = reinterpret_cast<std::uint16_t*>(to);
+      std::fill(std::copy_n(bf16_at(from, head, token), size, bits),
+                bits + round_up<std::int64_t>(size, kernel.width), std::uint16_t{0});
+    } else if (from.float32) {
       kernel.pack(nullptr, float_at(from, head, token), static_cast<int>(size), to);
     } else {
       kernel.pack(bf16_at(from, head, token), nullptr, static_cast<int>(size), to);
@@ -112,12 +122,15 @@ void TokenAttention::run(const Arrays& arrays, std::int64_t first_row, std::int6
                          const Engine::Lease& lease) {
   ThreadPool& pool = lease.pool();
   const std::int64_t heads = spans_.form().heads;
+  const bool bf16_queries = engine_->kernels().attention->bf16_scores != nullptr &&
+                            !arrays.query.float32 && !arrays.second_query.float32;
   SpanAttention::Layout layout{strides_of(arrays.keys),
                                strides_of(arrays.second_keys),
                                strides_of(arrays.values),
                                arrays.values.data == arrays.keys.data,
                                ring,
-                               arrays.mask};
+                               arrays.mask,
+                               bf16_queries};
   const Task task = spans_.plan(layout, rows_, lease, 0);
   const auto passes = static_cast<std::int64_t>(task.passes->size());
   // A share of the heads of rows [begin, end).
@@ -187,6 +200,28 @@ void TokenAttention::forward_rows(const Arrays& arrays, const SlotRows& rows) {
     }
     run(arrays, first, rows.window > 0 && is_ring(rows.capacity) ? rows.capacity : 0, lease);
   }
+}
+
+void TokenAttention::forward_prompt(const PromptArrays& a, const PromptSpan& span) {
+  const Form& form = spans_.form();
+  KTRT_CHECK(prompts_ != nullptr,
+             "this processor has no kernel for prompts, expected AVX-512 BF16");
+  KTRT_CHECK(form.second_key_size == 0,
+             "second_key_size is " << form.second_key_size << ", expected 0 for a prompt");
+  KTRT_CHECK(span.start >= 0 && span.start <= kMaxPosition && span.tokens >= 1 &&
+                 span.tokens <= kMaxPosition,
+             "start and tokens are " << span.start << " and " << span.tokens
+                                     << ", expected at least 0 and 1, at most " << kMaxPosition);
+  KTRT_CHECK(span.window >= 0, "window is " << span.window << ", expected 0 for none, or more");
+  KTRT_CHECK(span.first >= 0 && span.first <= span.seen_from(span.start),
+             "first is " << span.first << ", expected 0 to " << span.seen_from(span.start));
+  const std::int64_t keys = span.start + span.tokens - span.first;
+  check_head_array("query", a.query, false, {form.heads, span.tokens, form.key_size});
+  check_head_array("keys", a.keys, false, {form.groups, keys, form.key_size});
+  check_head_array("values", a.values, false, {form.groups, keys, form.value_size});
+  check_head_array("out", a.out, false, {form.heads, span.tokens, form.value_size});
+  const auto lease = engine_->lease();
+  attend_prompt(form, spans_.sinks(), a, span, lease, *prompts_);
 }
 
 }  // namespace ktrt

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "attention/head_array.h"
+#include "attention/prompt_attention.h"
 #include "attention/slot_rows.h"
 #include "attention/span_attention.h"
 #include "base/tensor_view.h"
@@ -44,6 +45,10 @@ class TokenAttention {
   void forward(const Arrays& arrays, std::int64_t start, std::int64_t end, std::int64_t ring = 0);
   // Each row over its slot's first tokens, or the window's of them: the same bits as alone.
   void forward_rows(const Arrays& arrays, const SlotRows& rows);
+  // Whether this processor has a kernel for forward_prompt().
+  bool takes_prompts() const { return prompts_ != nullptr; }
+  // Throws std::invalid_argument; as forward() does.
+  void forward_prompt(const PromptArrays& arrays, const PromptSpan& span);
 
  private:
   using Task = SpanAttention::Task;
@@ -61,6 +66,7 @@ class TokenAttention {
 
   const std::shared_ptr<Engine> engine_;
   SpanAttention spans_;
+  const PromptAttentionKernel* const prompts_;
   std::vector<SpanAttention::Row> rows_;  // of the forward that runs
 };
 

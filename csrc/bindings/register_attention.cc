@@ -93,6 +93,13 @@ void attend_rows(TokenAttention& attention, const HeadArray& query, const HeadAr
   attention.forward_rows(arrays, rows);
 }
 
+void attend_prompt_of(TokenAttention& attention, const HeadArray& query, const HeadArray& keys,
+                      const HeadArray& values, const HeadArray& out, std::int64_t start,
+                      std::int64_t tokens, std::int64_t first, std::int64_t window) {
+  const py::gil_scoped_release release;
+  attention.forward_prompt({query, keys, values, out}, {start, tokens, first, window});
+}
+
 // Latent attention and the arrays that hold kv_b_proj's halves.
 struct HeldLatentAttention {
   HeldLatentAttention(std::shared_ptr<Engine> engine, const py::object& key_array,
@@ -196,7 +203,13 @@ void register_attention(py::module_& module) {
            py::arg("end"), py::arg("out"), py::arg("mask") = 0, py::arg("mask_count") = 0,
            py::arg("ring") = 0)
       .def("forward_rows", &attend_rows, py::arg("query"), py::arg("keys"), py::arg("values"),
-           py::arg("out"), py::arg("rows"));
+           py::arg("out"), py::arg("rows"))
+      .def_property_readonly(
+          "takes_prompts",
+          [](const TokenAttention& attention) { return attention.takes_prompts(); })
+      .def("forward_prompt", &attend_prompt_of, py::arg("query"), py::arg("keys"),
+           py::arg("values"), py::arg("out"), py::kw_only(), py::arg("start"), py::arg("tokens"),
+           py::arg("first") = 0, py::arg("window") = 0);
   py::class_<HeldLatentAttention, std::shared_ptr<HeldLatentAttention>>(module, "LatentAttention")
       .def(py::init([](std::shared_ptr<Engine> engine, const py::object& keys,
                        const py::object& values, std::int64_t heads, std::int64_t rope,

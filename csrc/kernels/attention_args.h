@@ -21,17 +21,17 @@ struct AttentionComing {
 
 // scores[h][t] = q[h] · keys[t], or adds it.
 struct AttentionScoreArgs {
-  const float* q;    // as AttentionKernel::pack makes it
-  int64_t q_stride;  // of a head
+  const float* q;          // as AttentionKernel::pack makes it
+  const uint16_t* q_bf16;  // bf16_scores': zeros after a row, up to AttentionKernel::width
+  int64_t q_stride;        // elements, of a head
   int heads;
   const uint16_t* keys;  // BF16
   int64_t key_stride;    // elements, of a token
   int tokens;            // at most kAttentionBlock
   int size;
   bool add;
-  int ahead;               // tokens by which keys are prefetched; 0: not at all
-  AttentionComing coming;  // read after the keys, token by token
-  float* scores;           // [heads][kAttentionBlock]
+  AttentionComing coming;
+  float* scores;  // [heads][kAttentionBlock]
 };
 
 // s = cap(scaling · score) + mask, and e^(s - max) in its place, 0 after `tokens`; max and sum
@@ -87,6 +87,8 @@ struct AttentionKernel {
   void (*softmax)(const AttentionSoftmaxArgs& args);
   void (*values)(const AttentionValueArgs& args);
   void (*merge)(const AttentionMergeArgs& args);
+  // scores of queries in BF16; null where that is not faster.
+  void (*bf16_scores)(const AttentionScoreArgs& args);
 };
 
 }  // namespace ktrt

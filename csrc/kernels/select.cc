@@ -55,7 +55,9 @@ extern const DenseF32Kernel dense_f32_avx512;
 extern const AttentionKernel attention_portable;
 extern const AttentionKernel attention_avx2;
 extern const AttentionKernel attention_avx512;
+extern const AttentionKernel attention_avx512_bf16;
 extern const LinearAttentionKernel linear_attention_portable;
+extern const PromptAttentionKernel prompt_attention_avx512_bf16;
 extern const LinearAttentionKernel linear_attention_avx2;
 extern const LinearAttentionKernel linear_attention_avx512;
 
@@ -149,7 +151,8 @@ KernelTable select_kernels(Isa level, const CpuFeatures& f, Bf16Arithmetic bf16)
       {&dense_f32_avx2, Isa::kAvx2, f.avx2},
       {&dense_f32_portable, Isa::kPortable, true},
   }};
-  const std::array<Variant<AttentionKernel>, 3> attention = {{
+  const std::array<Variant<AttentionKernel>, 4> attention = {{
+      {&attention_avx512_bf16, Isa::kAvx512, dots},
       {&attention_avx512, Isa::kAvx512, f.avx512},
       {&attention_avx2, Isa::kAvx2, f.avx2},
       {&attention_portable, Isa::kPortable, true},
@@ -189,6 +192,12 @@ const LinearAttentionKernel& select_linear_attention(Isa level, const CpuFeature
       {&linear_attention_portable, Isa::kPortable, true},
   }};
   return *first_that_runs(variants, level);
+}
+
+const PromptAttentionKernel* select_prompt_attention(Isa level, const CpuFeatures& f,
+                                                     Bf16Arithmetic bf16) {
+  const bool dots = level >= Isa::kAvx512 && f.avx512_bf16 && bf16 == Bf16Arithmetic::kDot;
+  return dots ? &prompt_attention_avx512_bf16 : nullptr;
 }
 
 KernelTable fixed(KernelTable table) {

@@ -4,6 +4,7 @@
 #include "cpu/isa.h"
 #include "kernels/kernel_table.h"
 #include "kernels/linear_attention_args.h"
+#include "kernels/prompt_attention_args.h"
 
 namespace ktrt {
 
@@ -18,6 +19,9 @@ KernelTable active_kernels();
 KernelTable fixed(KernelTable table);
 // The best variant for layers with a state, whose operators alone need it.
 const LinearAttentionKernel& select_linear_attention(Isa level, const CpuFeatures& features);
+// The kernel for prompts' attention; null where torch's is as fast.
+const PromptAttentionKernel* select_prompt_attention(Isa level, const CpuFeatures& features,
+                                                     Bf16Arithmetic bf16);
 
 // The AMX bodies on emulated tiles, for tests and benchmarks on machines without AMX; around the
 // tiles is AVX-512 code. Never selected.

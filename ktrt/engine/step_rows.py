@@ -92,6 +92,9 @@ class RunningStep:
         # [rows] int64 where the model is, if the cache knows the rows' places. A captured graph
         # reads the same memory again whenever it runs. None: no such step.
         self.lengths: torch.Tensor | None = None
+        # The slot of each of these rows, [rows] int64 where the model is, where attention is given
+        # the keys and values of all slots; None: row i's are the i-th.
+        self.slots: torch.Tensor | None = None
         # Layers of that step whose attention has read ``lengths``, and nothing of a row after them:
         # a model in which all do needs one graph for all lengths.
         self.attended = 0
@@ -117,11 +120,11 @@ class RunningStep:
         self.changes += 1
 
     @contextmanager
-    def attending(self, lengths: torch.Tensor) -> Iterator[None]:
+    def attending(self, lengths: torch.Tensor, slots: torch.Tensor | None = None) -> Iterator[None]:
         """Within the block, the model's forward is a decode step whose rows attend to the first
-        ``lengths`` positions of their slots."""
-        self.lengths, self.attended = lengths, 0
+        ``lengths`` positions of their ``slots``."""
+        self.lengths, self.slots, self.attended = lengths, slots, 0
         try:
             yield
         finally:
-            self.lengths = None
+            self.lengths = self.slots = None

@@ -72,8 +72,11 @@ class Alone:
     def _rows(
         self, graphs: RowGraphs, parts: Sequence[Part], held: Sequence[Sequence[int]]
     ) -> dict[int, torch.Tensor]:
-        """Runs the decode rows of a step that share a graph; returns their logits."""
+        """Runs the decode rows of a step that share a graph; returns their logits. A single one
+        with the active adapters has its slot's own until a graph serves all slots."""
         at = shares_a_graph(parts)
+        if len(at) == 1 and parts[at[0]].span.adapter == ACTIVE and not graphs.for_all:
+            return {}
         self.intact = graphs.proven
         found = graphs.run([parts[index] for index in at], self._plain)
         if found is None:  # the slots may hold anything
@@ -94,7 +97,7 @@ class Alone:
             return found
         if not graphs.usable:
             return self._plain(part)
-        rewind = self.cache.rewinder(part.span.slot.index)
+        rewind = self.cache.rewinder([part.span.slot.index])
         logits = self._plain(part)
         self.intact = False
         if not graphs.prepare(ids, lengths, logits, rewind):

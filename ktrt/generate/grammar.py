@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ktrt.errors import ConfigError, KtrtError
+from ktrt.generate.grammar_worker import GrammarWorker
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -42,6 +43,8 @@ _SECONDS = 20.0
 _COMPILERS = 2
 # The time and line of C++ before xgrammar's messages.
 _WHERE = re.compile(r"\[[\d:]+\] \S+\.cc:\d+: ")
+# The special token around texts in xgrammar's style of Gemma's calls, which no structure names.
+_GEMMA_STYLE, _GEMMA_QUOTE = '"style": "gemma"', '<|"|>'
 _ENTRIES = 64
 _CACHE_BYTES = 512 * 1024 * 1024
 
@@ -49,18 +52,18 @@ _CACHE_BYTES = 512 * 1024 * 1024
 class Grammars:
     """Compiles grammars for one tokenizer, and keeps the latest.
 
-    ``vocab_size`` is the number of logits: models pad it. Compiling takes at most ``seconds``; a
-    grammar that takes longer is refused. Its thread cannot be stopped, and goes on next to the
-    others' until there are ``_COMPILERS``; then nothing is compiled until one is done, so that
-    requests cannot start any number of them. Any thread may use it.
+    ``vocab_size`` is the number of logits: models pad it. Compiling takes place in up to
+    ``_COMPILERS`` processes, at most ``seconds`` and bounded in memory; a grammar that takes more
+    is refused. Any thread may use it.
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int, *, seconds: float = _SECONDS) -> None:
         self._tokenizer, self._vocab_size, self._seconds = tokenizer, vocab_size, seconds
         self._kept: OrderedDict[str, Any] = OrderedDict()
         self._lock = threading.Lock()
-        # Compilers that are free, the latest first; None: it is made when it is needed.
-        self._compilers: LifoQueue[Any] = LifoQueue()
+        self._info: Any = None
+        # Processes that are free, the latest first; None: it is started when it is needed.
+        self._compilers: LifoQueue[GrammarWorker | None] = LifoQueue()
         for _ in range(_COMPILERS):
             self._compilers.put(None)
         self._special = _special_tokens(tokenizer)
@@ -76,7 +79,8 @@ class Grammars:
         text = json.dumps({"type": "structural_tag", "format": structure}, ensure_ascii=False)
         # A special token in a string would be a part of it that nobody sees, or another model's
         # end of the answer: only those that the structure names may come.
-        unwanted = [each for each, name in self._special.items() if name not in text]
+        named = text + _GEMMA_QUOTE if _GEMMA_STYLE in text else text
+        unwanted = [each for each, name in self._special.items() if name not in named]
         with self._lock:
             compiled = self._kept.get(text)
             if compiled is not None:
@@ -95,37 +99,27 @@ class Grammars:
         return sum(each.memory_size_bytes for each in self._kept.values())
 
     def _compile(self, xgrammar: Any, text: str) -> Any:
-        deadline = time.monotonic() + self._seconds
+        with self._lock:
+            if self._info is None:
+                self._info = xgrammar.TokenizerInfo.from_huggingface(
+                    self._tokenizer, vocab_size=self._vocab_size
+                )
         try:
-            free = self._compilers.get(timeout=self._seconds)
+            compiler = self._compilers.get(timeout=self._seconds)
         except Empty:
             raise KtrtError(
                 "grammars of other requests are still being compiled; try again"
             ) from None
-        found: list[Any] = []
-
-        def work() -> None:
-            compiler = free
-            try:
-                if compiler is None:
-                    compiler = _compiler(xgrammar, self._tokenizer, self._vocab_size)
-                found.append(compiler.compile_structural_tag(text))
-            except Exception as error:  # noqa: BLE001 - of xgrammar, of the tokenizer
-                found.append(error)
-            finally:
-                self._compilers.put(compiler)
-
-        thread = threading.Thread(target=work, name="ktrt-grammar", daemon=True)
-        thread.start()
-        thread.join(max(deadline - time.monotonic(), 0.1))
-        if not found:
-            raise ConfigError(
-                f"the schema takes more than {self._seconds:g} s to compile; make it smaller"
-            )
-        if isinstance(found[0], Exception):
-            reason = _WHERE.sub("", " ".join(str(found[0]).split()))
-            raise ConfigError(f"the schema cannot be enforced: {reason:.300}") from found[0]
-        return found[0]
+        try:
+            if compiler is None or not compiler.alive:
+                compiler = GrammarWorker(self._info.serialize_json())
+            found = compiler.compile(text, self._seconds)
+        except ConfigError as error:
+            reason = _WHERE.sub("", " ".join(str(error).split()))
+            raise ConfigError(f"the schema cannot be enforced: {reason:.300}") from error
+        finally:
+            self._compilers.put(compiler)
+        return xgrammar.CompiledGrammar.deserialize_json(found, self._info)
 
 
 class Grammar:
@@ -201,11 +195,6 @@ def _import() -> Any:
             "response_format and tool_choice need xgrammar: pip install 'ktrt[serve]'"
         ) from error
     return xgrammar
-
-
-def _compiler(xgrammar: Any, tokenizer: Any, vocab_size: int) -> Any:
-    info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocab_size)
-    return xgrammar.GrammarCompiler(info, max_threads=2, cache_enabled=False)
 
 
 def _special_tokens(tokenizer: Any) -> dict[int, str]:

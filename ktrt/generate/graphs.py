@@ -148,7 +148,7 @@ class DecodeGraphs:
         """``first``: the slot of the first row; the others follow. ``running``: the step that the
         model's layers look at, if they do."""
         self._model, self._cache, self._handoff, self._maker = model, cache, handoff, maker
-        self._first = first
+        self._slots = range(first, first + rows)
         self._running = RunningStep() if running is None else running
         self._rows = rows
         device = model.get_input_embeddings().weight.device
@@ -202,7 +202,7 @@ class DecodeGraphs:
         self._set_inputs(ids, lengths, window)
         logits = self._logits_memory(expected)
         unharmed = self._maker.captures_compute
-        stay = self._cache.rewinder(self._first, self._rows)
+        stay = self._cache.rewinder(self._slots)
         rewind()
         try:
             if not self._maker.captures_compute:
@@ -235,7 +235,7 @@ class DecodeGraphs:
         if self._maker.captures_compute or not self._maker.proven or not windows:
             return
         window = 2 * max(windows)
-        stay = self._cache.rewinder(self._first, self._rows)
+        stay = self._cache.rewinder(self._slots)
         while window <= window_of([length - 1]):
             try:
                 self._capture(window)
@@ -263,7 +263,7 @@ class DecodeGraphs:
         window = window_for(self._running, lengths)
         self._set_inputs(ids, lengths, window)
         logits = self._logits_memory(like.expand(len(ids), -1))
-        rewind = self._cache.rewinder(self._first, self._rows)
+        rewind = self._cache.rewinder(self._slots)
         try:
             self._capture(window)
         except FAILURES as error:
@@ -301,7 +301,7 @@ class DecodeGraphs:
 
     def _set_inputs(self, ids: Sequence[int], lengths: Sequence[int], window: int | None) -> None:
         if window is not None:
-            for slot in range(self._first, self._first + self._rows):
+            for slot in self._slots:
                 self._cache.commit(slot, window)
         self._length = max(lengths) + 1
         values = torch.tensor([list(ids), list(lengths)], dtype=torch.int64)
@@ -315,25 +315,28 @@ class DecodeGraphs:
             length = (lambda: self._length) if len(positions) == 1 else None
             recorder.describe([self._inputs], plain_mask(self._model, mask), length)
         logits = run_step(
-            self._model, self._cache, self._running, self._inputs, mask, window, self._first
-        )
+            self._model, self._cache, self._running, self._inputs, mask, window,
+            first=self._slots[0],
+        )  # fmt: skip
         assert self._logits is not None
         self._logits.copy_(logits)
 
 
 def run_step(
     model: Any, cache: StaticKv, running: RunningStep, inputs: torch.Tensor, mask: Any,
-    window: int | None, first: int, active: torch.Tensor | None = None,
+    window: int | None, *, first: int = 0, slots: torch.Tensor | None = None,
+    active: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Runs one token for each slot from ``first`` on: ``inputs`` [2, rows, 1], ids and positions;
-    ``mask`` as ``attention_mask`` makes it for ``window``; ``active`` [rows] bool: the rows that
-    stand for something (None: all). Returns the logits [rows, vocab_size].
+    """Runs one token for each slot from ``first`` on, or for ``slots`` [rows]: ``inputs`` [2, rows,
+    1], ids and positions; ``mask`` as ``attention_mask`` makes it for ``window``; ``active`` [rows]
+    bool: the rows that stand for something (None: all). Returns the logits [rows, vocab_size].
 
     ``KtrtError``: layers look at more than ``window`` None allows.
     """
     ids, positions = inputs
-    place = cache.window(positions, window, first, active)
-    with place as step, running.attending(positions[:, 0] + 1):
+    place = cache.window(positions, window, first, slots, active)
+    picked = slots if window is None else None
+    with place as step, running.attending(positions[:, 0] + 1, picked):
         output = model(
             input_ids=ids,
             position_ids=positions,

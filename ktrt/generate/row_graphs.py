@@ -1,10 +1,10 @@
-"""CUDA graphs of decode steps of many sequences: row i of a graph is slot ``first`` + i, and which
-rows stand for something, their positions and their adapters are data.
+"""CUDA graphs of decode steps of many sequences: which slots the rows are of, which rows stand for
+something, their positions and their adapters are data.
 
-Graphs have 1, 2, 4, … 32 rows, for slots of a block that starts at a multiple of their number. One
-is captured for each block, kind of step (all rows with the active adapters, or not) and, where the
-model's attention does not keep to lengths, window, when a step needs it first. A row that stands
-for nothing stores its token after all that its slot holds.
+Graphs have 1, 2, 4, … 32 rows. One is captured for each number of rows, kind of step (all rows with
+the active adapters, or not) and, where the model's attention does not keep to lengths, window, when
+a step needs it first (at load: ``generate.warm_up``). A row that stands for nothing stores its
+token where no row's sequence is.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ktrt.generate.graphs import (
 from ktrt.generate.masks import attention_mask
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from ktrt.engine.step_rows import RunningStep
     from ktrt.generate.forwards import Part
@@ -44,20 +44,17 @@ _MOST_GRAPHS = 64
 
 
 @dataclass
-class _Block:
-    """The slots from ``first`` on that a graph decodes, and the memory that it reads: ids and
-    positions ``inputs`` [2, rows, 1], the rows' adapters; and writes: ``logits``."""
+class _Rows:
+    """Steps of a number of rows, and the memory that their graphs read: ids, positions and slots
+    ``facts`` [3, rows, 1], the rows' adapters; and write: ``logits``."""
 
-    first: int
     rows: StepRows
-    inputs: torch.Tensor
+    facts: torch.Tensor
     logits: torch.Tensor
+    # The rows' adapters, as that memory has them.
+    adapters: list[int] = field(default_factory=list)
     # By window.
     graphs: dict[int | None, _Graph] = field(default_factory=dict)
-
-    def places(self, parts: Sequence[Part]) -> list[int]:
-        """The parts' rows."""
-        return [part.span.slot.index - self.first for part in parts]
 
 
 @dataclass
@@ -82,8 +79,8 @@ class RowGraphs:
         self._model, self._cache, self._running = model, cache, running
         self._handoff, self._maker = handoff, maker
         self._device = model.get_input_embeddings().weight.device
-        # By first slot, rows, and whether rows name adapters.
-        self._blocks: dict[tuple[int, int, bool], _Block] = {}
+        # By their number, and whether they name adapters.
+        self._rows: dict[tuple[int, bool], _Rows] = {}
         # Logits [vocab_size] of a forward since the last ``clear``.
         self._like = torch.empty(0)
         # Forwards that the host launched, to prepare captures.
@@ -92,7 +89,12 @@ class RowGraphs:
     @property
     def count(self) -> int:
         """Graphs that can be replayed."""
-        return sum(len(block.graphs) for block in self._blocks.values())
+        return sum(len(rows.graphs) for rows in self._rows.values())
+
+    @property
+    def for_all(self) -> bool:
+        """Whether a graph serves all slots and lengths."""
+        return self.usable and self.proven and self._running.keeps_to_lengths
 
     @property
     def usable(self) -> bool:
@@ -106,14 +108,16 @@ class RowGraphs:
 
     def clear(self) -> None:
         """Forgets the graphs, whose memory has moved, or whose adapters have changed."""
-        self._blocks.clear()
+        self._rows.clear()
         self._maker.clear()
         self._running.keeps_to_lengths = False
         self._like = torch.empty(0)  # an adapter's vocabulary may be another
 
     def capacity_for(self, end: int) -> int:
         """The positions that a step needs which stores some before ``end``, with a place for what
-        the rows that stand for nothing store."""
+        the rows that stand for nothing store: in another slot, where no slot is theirs."""
+        if self._cache.reserved:
+            return end
         return max(end, *(written + 1 for written in self._cache.written))
 
     @torch.inference_mode()
@@ -131,7 +135,7 @@ class RowGraphs:
         expected = None
         # The graphs compute again what a plain forward has computed.
         again = self.usable and not (self.proven and len(self._like))
-        rewinders = [self._cache.rewinder(p.span.slot.index) for p in parts] if again else []
+        rewinders = [self._cache.rewinder(_slots(parts))] if again else []
         if not (self.proven and self.usable):
             expected = [plain(part) for part in parts]
             if not self.usable:
@@ -141,7 +145,8 @@ class RowGraphs:
         for rewind in rewinders:
             rewind()
         try:
-            found = self._run_blocks(parts)
+            at_once = range(0, len(parts), MOST_ROWS)
+            found = [row for at in at_once for row in self._run_some(parts[at : at + MOST_ROWS])]
             if expected is not None:
                 check_logits(torch.cat(found), torch.cat(expected))
         except FAILURES as error:
@@ -153,117 +158,102 @@ class RowGraphs:
         self._maker.proven = True
         return found
 
-    def _run_blocks(self, parts: Sequence[Part]) -> list[torch.Tensor]:
-        found: dict[int, torch.Tensor] = {}
-        for at in _blocks(parts):
-            logits = self._run_block([parts[index] for index in at])
-            found |= dict(zip(at, logits.split(1), strict=True))
-        return [found[index] for index in range(len(parts))]
-
-    def _run_block(self, parts: Sequence[Part]) -> torch.Tensor:
-        block = self._block(parts)
-        lengths = [part.start for part in parts]
-        window = window_for(self._running, lengths)
-        self._fill(block, parts, window)
-        graph = block.graphs.get(window)
+    def _run_some(self, parts: Sequence[Part]) -> list[torch.Tensor]:
+        rows = self._rows_for(parts)
+        window = window_for(self._running, [part.start for part in parts])
+        self._fill(rows, parts, window)
+        graph = rows.graphs.get(window)
         if graph is None:
-            self._forget_one(block)
+            self._forget_one(rows)
             # The host first: libraries allocate their workspaces, the hand-off its slots, LoRA
             # takes the adapters' numbers.
-            rewind = self._cache.rewinder(block.first, block.rows.tokens)
-            self._forward(block, window)
+            rewind = self._cache.rewinder(_slots(parts))
+            self._forward(rows, window)
             self.eager_forwards += 1
             if window is not None and self._running.keeps_to_lengths:
                 # Kernels for the whole capacity may be others.
                 window = None
-                self._forward(block, window)
+                self._forward(rows, window)
             rewind()
-            graph = block.graphs[window] = self._capture(block, window)
+            graph = rows.graphs[window] = self._capture(rows, window)
             rewind()
             # A replay that writes nothing must not pass by what was written before.
-            block.logits.fill_(torch.nan)
-        with self._running.running(block.rows), self._handoff.launching(graph.slots):
+            rows.logits.fill_(torch.nan)
+        with self._running.running(rows.rows), self._handoff.launching(graph.slots):
             graph.replay()
-        return block.logits[block.places(parts)]
+        return list(rows.logits[: len(parts)].clone().split(1))
 
-    def _forget_one(self, keep: _Block) -> None:
-        """Makes room for a graph: the oldest other block's go."""
-        oldest = next((key for key, block in self._blocks.items() if block is not keep), None)
+    def _forget_one(self, keep: _Rows) -> None:
+        """Makes room for a graph: all of the oldest other number of rows go."""
+        oldest = next((key for key, rows in self._rows.items() if rows is not keep), None)
         if self.count >= _MOST_GRAPHS and oldest is not None:
-            del self._blocks[oldest]
+            del self._rows[oldest]
 
-    def _block(self, parts: Sequence[Part]) -> _Block:
-        first, count = _place([part.span.slot.index for part in parts])
-        key = first, count, any(part.span.adapter != ACTIVE for part in parts)
-        block = self._blocks.get(key)
-        if block is None:
+    def _rows_for(self, parts: Sequence[Part]) -> _Rows:
+        count = 1 << (len(parts) - 1).bit_length()
+        key = count, any(part.span.adapter != ACTIVE for part in parts)
+        if key not in self._rows:
             # Memory from before the capture, and no inference tensors, which only inference mode
             # could write to.
             with torch.inference_mode(False):
                 rows = StepRows(count, 0, self._device)
                 rows.batch = True
-                block = self._blocks[key] = _Block(
-                    first,
-                    rows,
-                    torch.zeros(2, count, 1, dtype=torch.int64, device=self._device),
-                    self._like.new_empty(count, len(self._like)),
-                )
-        return block
+                facts = torch.zeros(3, count, 1, dtype=torch.int64, device=self._device)
+                logits = self._like.new_empty(count, len(self._like))
+                self._rows[key] = _Rows(rows, facts, logits)
+        return self._rows[key]
 
-    def _fill(self, block: _Block, parts: Sequence[Part], window: int | None) -> None:
+    def _fill(self, rows: _Rows, parts: Sequence[Part], window: int | None) -> None:
         """Writes the step's facts into the memory that the graph reads, and sees to the memory of
         keys and values that it reads and writes."""
-        rows, written = block.rows, self._cache.written[block.first :]
-        # Token 0, one position after what the slot may hold, for rows that stand for nothing.
-        ids, positions = [0] * rows.tokens, written[: rows.tokens]
-        adapters = [IDLE] * rows.tokens
-        for row, part in zip(block.places(parts), parts, strict=True):
-            ids[row], positions[row] = part.span.ids[0], part.start
-            adapters[row] = part.span.adapter
-            self._cache.will_write(part.span.slot.index, part.end)
-        for row, position in enumerate(positions):
-            self._cache.commit(block.first + row, max(window or 0, position + 1))
-        block.inputs.copy_(torch.tensor([ids, positions]).unsqueeze(-1))
-        set_adapters(rows, adapters)
+        cache, idle = self._cache, rows.rows.tokens - len(parts)
+        for part in parts:
+            cache.will_write(part.span.slot.index, part.end)
+            cache.commit(part.span.slot.index, window or 0)
+        facts = [(part.span.ids[0], part.start, part.span.slot.index) for part in parts]
+        if idle:
+            slot, position = self._idle_place(parts)
+            cache.commit(slot, max(window or 0, position + 1))
+            facts += [(0, position, slot)] * idle
+        rows.facts.copy_(torch.tensor(facts).T.unsqueeze(-1))
+        adapters = [part.span.adapter for part in parts] + [IDLE] * idle
+        if adapters != rows.adapters:
+            rows.adapters = adapters
+            set_adapters(rows.rows, adapters)
 
-    def _capture(self, block: _Block, window: int | None) -> _Graph:
-        graph = _Graph(*capture(self._maker, self._handoff, lambda: self._forward(block, window)))
+    def _idle_place(self, parts: Sequence[Part]) -> tuple[int, int]:
+        """Returns the slot and position of what rows that stand for nothing store: after all that
+        another slot holds, of which there is one: slots are a power of two, as full steps are."""
+        if self._cache.reserved:
+            return self._cache.idle_slot, 0
+        taken = set(_slots(parts))
+        slot = next(slot for slot in range(self._cache.slots) if slot not in taken)
+        return slot, self._cache.written[slot]
+
+    def _capture(self, rows: _Rows, window: int | None) -> _Graph:
+        graph = _Graph(*capture(self._maker, self._handoff, lambda: self._forward(rows, window)))
         logger.debug(
-            "Captured the decode step of slots %d to %d, %s, %d hand-offs", block.first,
-            block.first + block.rows.tokens - 1, named(window), len(graph.slots),
+            "Captured the decode step of %d rows, %s, %d hand-offs", rows.rows.tokens,
+            named(window), len(graph.slots),
         )  # fmt: skip
         return graph
 
-    def _forward(self, block: _Block, window: int | None) -> None:
-        mask = attention_mask(self._model, self._cache, block.inputs[1], window)
-        active = block.rows.on_device != IDLE if self._cache.has_states else None
-        with self._running.running(block.rows):
+    def _forward(self, rows: _Rows, window: int | None) -> None:
+        inputs, slots = rows.facts[:2], rows.facts[2, :, 0]
+        mask = attention_mask(self._model, self._cache, inputs[1], window)
+        active = rows.rows.on_device != IDLE if self._cache.has_states else None
+        with self._running.running(rows.rows):
             logits = run_step(
-                self._model, self._cache, self._running, block.inputs, mask, window, block.first,
-                active,
+                self._model, self._cache, self._running, inputs, mask, window, slots=slots,
+                active=active,
             )  # fmt: skip
-        block.logits.copy_(logits)
+        rows.logits.copy_(logits)
 
 
 def shares_a_graph(parts: Sequence[Part]) -> list[int]:
-    """Returns the indices of the parts that a step's graphs decode; none where there is but one,
-    with the active adapters, which has another graph."""
-    rows = [at for at, part in enumerate(parts) if part.is_row and part.span.logits is None]
-    alone = len(rows) == 1 and parts[rows[0]].span.adapter == ACTIVE
-    return [] if alone else rows
+    """Returns the indices of the parts that a step's graphs decode."""
+    return [at for at, part in enumerate(parts) if part.is_row and part.span.logits is None]
 
 
-def _place(slots: Sequence[int]) -> tuple[int, int]:
-    """Returns the first slot and the number of slots of the smallest block that holds them all."""
-    count = 1
-    while min(slots) // count != max(slots) // count:
-        count *= 2
-    return min(slots) // count * count, count
-
-
-def _blocks(parts: Sequence[Part]) -> Iterator[list[int]]:
-    """Yields the indices of the parts that one graph can hold."""
-    found: dict[int, list[int]] = {}
-    for index, part in enumerate(parts):
-        found.setdefault(part.span.slot.index // MOST_ROWS, []).append(index)
-    yield from found.values()
+def _slots(parts: Sequence[Part]) -> list[int]:
+    return [part.span.slot.index for part in parts]

@@ -259,8 +259,6 @@ def _driver(device: torch.device) -> str | None:
 def _static(model: Any, slots: int, capacity: int | None, driver: str | None) -> StaticKv:
     if capacity is None:
         return StaticKv(model.config)
-    # With a place for what a row that stands for nothing stores after a full slot.
-    capacity += driver is not None
     return StaticKv(model.config, slots=slots, capacity=capacity, reserved=True, driver=driver)
 
 

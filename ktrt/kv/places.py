@@ -45,19 +45,24 @@ class SequencePlace:
 
 @dataclass(eq=False)
 class WindowPlace:
-    """A step of one token per row, for the slots from ``first`` on: ``positions`` [rows, 1] int64
-    on the device, each < window. ``active`` [rows] bool on the device: the rows that stand for
-    something; None: all. ``stored``: the layers that have stored theirs."""
+    """A step of one token per row: ``positions`` [rows, 1] int64 on the device, each < window.
+
+    Without ``slots`` the rows' slots are those from ``first`` on. ``slots`` [rows] int64, on the
+    device: the rows' own, which are data; ``active`` [rows] bool, there too: the rows that stand
+    for something; None: all. ``whole``: attention picks the slots itself, of all. ``stored``: the
+    layers that have stored theirs."""
 
     positions: torch.Tensor
     window: int
     first: int
+    slots: torch.Tensor | None = None
     active: torch.Tensor | None = None
+    whole: bool = False
     stored: int = 0
     follows = True
     # Positions in rings, by the rings' size.
     _in_rings: dict[int, torch.Tensor] = field(default_factory=dict)
-    # By the memory of states: the rows of it, and the copy that the model changes.
+    # By the memory of states: that memory, and a copy of the rows, which the model changes.
     _copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @property
@@ -73,22 +78,22 @@ class WindowPlace:
         return self._in_rings[size]
 
     def states(self, held: torch.Tensor) -> torch.Tensor:
-        """Returns the rows of ``held`` [slots, …] for the model to read and to change: where rows
-        may stand for nothing a copy, which ``finish`` stores."""
-        rows = held[self.rows]
-        if self.active is None:
-            return rows
+        """Returns the rows of ``held`` [slots, …] for the model to read and to change: where slots
+        are data a copy, which ``finish`` stores."""
+        if self.slots is None:
+            return held[self.rows]
         key = held.data_ptr()
         if key not in self._copies:
-            self._copies[key] = rows, rows.clone()
+            self._copies[key] = held, held[self.slots]
         return self._copies[key][1]
 
     def finish(self) -> None:
         """Stores the states of the rows that stand for something: a state takes no token twice."""
-        for rows, changed in self._copies.values():
-            assert self.active is not None
-            active = self.active.view(-1, *[1] * (rows.ndim - 1))
-            rows.copy_(torch.where(active, changed, rows))
+        for held, changed in self._copies.values():
+            if self.active is not None:
+                active = self.active.view(-1, *[1] * (held.ndim - 1))
+                changed = torch.where(active, changed, held[self.slots])
+            held[self.slots] = changed
 
 
 @dataclass(eq=False)

@@ -103,9 +103,14 @@ class Positions:
             return self._store_sequence(place, held, new)
         if isinstance(place, ManyPlace):
             return self._store_many(place, held, new)
-        rows = held[place.rows]
-        _store_tokens(rows, new, place.places_in(held.shape[2]))
-        return rows[:, :, : place.window]
+        places = place.places_in(held.shape[2])
+        if place.slots is None:
+            rows = held[place.rows]
+            _store_tokens(rows, new, places)
+            return rows[:, :, : place.window]
+        held[place.slots, :, places[:, 0]] = new[:, :, 0]
+        seen = held[:, :, : place.window]
+        return seen if place.whole else seen[place.slots]
 
     def _store_sequence(
         self, place: SequencePlace, held: torch.Tensor, new: torch.Tensor

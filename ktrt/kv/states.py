@@ -119,15 +119,6 @@ class States:
         for name, values in kept.items():
             self.arrays[name][slot].copy_(values)
 
-    def keep_rows(self, first: int, count: int) -> dict[Name, torch.Tensor]:
-        """Returns copies of the states of ``count`` slots from ``first`` on."""
-        return {name: held[first : first + count].clone() for name, held in self.arrays.items()}
-
-    def restore_rows(self, first: int, kept: dict[Name, torch.Tensor]) -> None:
-        """Puts them back."""
-        for name, values in kept.items():
-            self.arrays[name][first : first + len(values)].copy_(values)
-
     def clear(self, slot: int) -> None:
         """Gives a slot's memory back; nobody reads it before it was written."""
         for region in self._regions.values():

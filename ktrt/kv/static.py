@@ -31,7 +31,7 @@ from ktrt.kv.places import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     import torch
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from ktrt.kv.history import StaticMark
     from ktrt.kv.memory import Region
     from ktrt.kv.positions import Positions
+    from ktrt.kv.states import Name, States
 
 __all__ = [
     "CannotMixError", "StaticKv", "StaticLayer", "cache_argument", "keeps_states",
@@ -250,6 +251,11 @@ class StaticKv(Cache):  # type: ignore[misc]
         self._shared.place = place
 
     @property
+    def reserved(self) -> bool:
+        """Whether memory never moves, and there is an ``idle_slot``."""
+        return self._shared.reserved
+
+    @property
     def idle_slot(self) -> int:
         """The slot for rows that stand for nothing, in reserved memory."""
         return self._shared.slots
@@ -277,16 +283,17 @@ class StaticKv(Cache):  # type: ignore[misc]
         """Must come after a whole forward, as ``will_write`` came before it."""
         self.history.stored(slot, end)
 
-    def rewinder(self, first: int = 0, rows: int = 1) -> Callable[[], None]:
-        """Returns a function that puts the states of ``rows`` slots from ``first`` on back to what
-        they are now: a step that runs again must find what it found before."""
-        for slot in range(first, first + rows if self._states else first):
+    def rewinder(self, slots: Iterable[int]) -> Callable[[], None]:
+        """Returns a function that puts the states of ``slots`` back to what they are now: a step
+        that runs again must find what it found before."""
+        kept: list[tuple[States, int, dict[Name, torch.Tensor]]] = []
+        for slot in slots if self._states else ():
             self.commit(slot, 1)
-        kept = [(each, each.keep_rows(first, rows)) for each in self._states]
+            kept += [(each, slot, each.keep(slot)) for each in self._states]
 
         def rewind() -> None:
-            for each, states in kept:
-                each.restore_rows(first, states)
+            for each, slot, states in kept:
+                each.restore(slot, states)
 
         return rewind
 
@@ -311,15 +318,17 @@ class StaticKv(Cache):  # type: ignore[misc]
     @contextmanager
     def window(
         self, positions: torch.Tensor, window: int | None, first: int = 0,
-        active: torch.Tensor | None = None,
+        slots: torch.Tensor | None = None, active: torch.Tensor | None = None,
     ) -> Iterator[WindowPlace]:  # fmt: skip
-        """Within the block the model takes one token for each slot from ``first`` on, at
-        ``positions`` [rows, 1] (int64, on the cache's device), and attends to the first ``window``
-        positions; the caller masks later ones, and calls ``will_write``. None: attention looks at
-        the whole capacity, of which it reads what the rows hold. ``active`` [rows] bool, on the
-        device: the rows that stand for something; None: all."""
+        """Within the block the model takes one token for each slot from ``first`` on, or for
+        ``slots`` [rows], at ``positions`` [rows, 1] (int64, on the cache's device), and attends to
+        the first ``window`` positions; the caller masks later ones, and calls ``will_write``. None:
+        attention looks at the whole capacity, of which it reads what the rows hold; with ``slots``
+        of all slots, of which it picks the rows'. ``active`` [rows] bool, on the device: the rows
+        that stand for something; None: all. The others' slots hold nothing, or are no row's that
+        does."""
         end = self.capacity if window is None else window
-        place = WindowPlace(positions, end, first, active)
+        place = WindowPlace(positions, end, first, slots, active, window is None)
         with self._placed(place):
             yield place
             place.finish()

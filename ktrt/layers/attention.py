@@ -145,7 +145,8 @@ def attention(
             running.attended += runs_kernels(query)
             # The cache's layers with windows are rings: of one lap, position p lies at p.
             ring = key.shape[2] if form.window else 0
-            return decode_attention(query, key, value, lengths, form, ring=ring), None
+            slots = running.slots
+            return decode_attention(query, key, value, lengths, form, ring=ring, slots=slots), None
         if not torch.is_grad_enabled():
             where = _on_cpu if query.device.type == "cpu" else _on_gpu
             found = where(layer.engine, query, key, value, attention_mask, form)
@@ -168,7 +169,7 @@ def _on_cpu(
     if not causal or query.shape[0] != 1 or active() is not None:
         return None
     out = query.new_empty(1, count, query.shape[1], value.shape[-1])
-    attend_blocks(query, key, value, form, out, start=end - count)
+    attend_blocks(query, key, value, form, out, start=end - count, engine=engine)
     return out
 
 

@@ -201,6 +201,24 @@ class EngineAttention:
 
         return attend
 
+    def attend_prompt(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, form: AttentionForm,
+        out: torch.Tensor, *, start: int, first: int = 0,
+    ) -> bool:  # fmt: skip
+        """Computes what ``attend_blocks`` does, with the same bits wherever a prompt is cut; False:
+        torch is as fast on this processor, or has to compute tensors of this kind."""
+        arrays = query[0], key[0], value[0], out[0].transpose(0, 1)
+        if any(x.dtype != torch.bfloat16 or x.stride(-1) != 1 for x in arrays):
+            return False
+        heads, tokens, size = arrays[0].shape
+        attention = self._attention(heads, key.shape[1], size, value.shape[-1], form)
+        if not attention.takes_prompts:
+            return False
+        attention.forward_prompt(
+            *map(head_array, arrays), start=start, tokens=tokens, first=first, window=form.window
+        )
+        return True
+
     def _attention(
         self, heads: int, groups: int, size: int, value_size: int, form: AttentionForm
     ) -> TokenAttention:
@@ -234,7 +252,7 @@ class HeldKeys:
     def __init__(
         self, engine: EngineAttention, key: torch.Tensor, value: torch.Tensor, form: AttentionForm
     ) -> None:
-        self._engine, self._form = engine, form
+        self.prompts, self._form = engine, form
         self._key, self._value = key, value
         self.value_size = value.shape[-1]
 
@@ -250,7 +268,7 @@ class HeldKeys:
             x.dtype != torch.bfloat16 or x.stride(-1) != 1 for x in states
         ):
             return None
-        return self._engine.bind_rows(*states, out, rows, self._form)
+        return self.prompts.bind_rows(*states, out, rows, self._form)
 
     def sequence(
         self, slot: int, length: int, _adapter: int, room: int, first: int = 0

@@ -182,6 +182,8 @@ class Latents:
 class HeldLatents:
     """Latents and positions of all slots, for ``step_attention``."""
 
+    prompts = None
+
     def __init__(
         self, owner: Latents, latents: torch.Tensor, positions: torch.Tensor, value_size: int,
         scaling: float,
@@ -272,7 +274,8 @@ def _on_gpu(
     if factors is None:
         return None
     latents.running.attended += runs_kernels(query)
-    return absorbed.decode(factors, query, key, value, lengths, form)
+    slots = latents.running.slots
+    return absorbed.decode(factors, query, key, value, lengths, form, slots)
 
 
 def _decode(

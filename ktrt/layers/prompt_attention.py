@@ -1,4 +1,5 @@
-"""Attention of a prompt's tokens by torch: in blocks of queries on the CPU.
+"""Attention of a prompt's tokens on the CPU: in the engine where its kernel beats torch's, else by
+torch in blocks of queries.
 
 Blocks are cut at multiples of 256 positions, with keys up to the block's end and, with a window,
 from the first that the block reaches: what torch computes for a query depends on the number of keys
@@ -17,6 +18,7 @@ import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 if TYPE_CHECKING:
+    from ktrt.layers.engine_attention import EngineAttention
     from ktrt.layers.form import AttentionForm
 
 # Positions of a block of queries; a shorter block is filled up to a multiple of _QUERIES.
@@ -40,11 +42,15 @@ def keys_end(end: int) -> int:
 
 def attend_blocks(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, form: AttentionForm,
-    out: torch.Tensor, *, start: int, first: int = 0,
+    out: torch.Tensor, *, start: int, first: int = 0, engine: EngineAttention | None = None,
 ) -> None:  # fmt: skip
     """Fills ``out`` [1, n, heads, value size] with the attention of ``query`` [1, heads, n, size],
     positions ``start`` and on, over key and value [1, groups, …], positions ``first`` and on, of
-    which each query sees those up to its own."""
+    which each query sees those up to its own; ``engine`` None: by torch."""
+    if engine is not None and engine.attend_prompt(
+        query, key, value, form, out, start=start, first=first
+    ):
+        return
     # torch computes values of another width without its fused kernel, in float32 and with copies.
     value = pad(value, (0, max(0, key.shape[-1] - value.shape[-1])))
     at, end, held = start, start + query.shape[2], first + key.shape[2]

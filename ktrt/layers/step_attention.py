@@ -24,12 +24,17 @@ if TYPE_CHECKING:
     import torch
 
     from ktrt.engine.step_rows import RunningStep, StepRows, TokenSpan
+    from ktrt.layers.engine_attention import EngineAttention
 
 
 class Held(Protocol):
     """A layer's keys and values of all slots."""
 
     value_size: int
+
+    @property
+    def prompts(self) -> EngineAttention | None:
+        """Computes spans of prefill tokens on the CPU; None: torch."""
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -157,4 +162,4 @@ def _prefill(
         return
     first = first_key(span.start, form)
     key, value = held.sequence(span.slot, end, adapter, keys_end(end), first)
-    attend_blocks(query, key, value, form, out, start=span.start, first=first)
+    attend_blocks(query, key, value, form, out, start=span.start, first=first, engine=held.prompts)

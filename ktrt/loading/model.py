@@ -23,7 +23,6 @@ from ktrt.generate.device_memory import let_segments_grow
 from ktrt.generate.graphs import CudaGraphs, DecodeGraphs, NoHandOff
 from ktrt.generate.row_graphs import RowGraphs
 from ktrt.generate.runner import KvCache, ModelRunner
-from ktrt.generate.warm_up import kernels_loaded_beside
 from ktrt.kv.static import unusual_layers
 from ktrt.layers.attention import accelerate_attention
 from ktrt.layers.coded import coded_linears
@@ -36,6 +35,7 @@ from ktrt.layers.norm import accelerate_norms
 from ktrt.layers.row_products import use_row_products
 from ktrt.loading.experts import cache_folder, load_experts
 from ktrt.loading.fill import load_without_experts
+from ktrt.loading.gpu_attention import accelerate_on_gpu, kernels_beside
 from ktrt.loading.plan import prepare
 from ktrt.loading.step_bytes import bytes_per_token
 from ktrt.prompt.fit import context_limit
@@ -167,9 +167,9 @@ def load_model(
         hand_off = new_hand_off(engine, device)
         loaded = load_without_experts(ready.base, model.infer_dtype, device)
         tables_to_host(loaded)
-        answers = only_layers is None  # a model of which a part can run is to be verified
         limit = context_limit(loaded)
-        with kernels_loaded_beside(loaded, limit) if answers else nullcontext():
+        beside = kernels_beside(loaded, engine, limit, running, masks)
+        with beside if only_layers is None else nullcontext():  # a part cannot run
             _load_experts(ready, experts, only_layers)
         _attach(loaded, ready, hand_off, running)
         adapters = _apply_adapters(ready, loaded, adapter.start_weights)
@@ -225,17 +225,15 @@ def _accelerate(
 ) -> FusedLora | None:
     """Patches the forwards of the layers outside the experts, which stay transformers' and PEFT's,
     with faster ones. Returns a GPU's."""
-    accelerate_linear_attention(model, engine, patches)
     if device.type == "cuda":
         if int8:
             logger.warning(
                 "quantization_bit: 8 has no effect with a GPU, where the layers outside the "
                 "experts stay %s: it makes those on the CPU INT8", model.dtype,
             )  # fmt: skip
-        masks.watch(model, patches)
-        accelerate_attention(model, engine, patches, running)
-        use_latents(model, engine, patches, running)
+        accelerate_on_gpu(model, engine, patches, running, masks)
         return FusedLora(model, active_set, patches, masks)
+    accelerate_linear_attention(model, engine, patches)
     accelerate_attention(model, engine, patches, running)
     accelerate_norms(model, patches, engine)
     accelerate(model, engine, active_set, patches, int8=int8, running=running)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from math import ceil
 from typing import TYPE_CHECKING
 
 from ktrt.config import SchedulerArgs
 from ktrt.serve.errors import ApiError
 
 if TYPE_CHECKING:
+    from collections.abc import Hashable
+
     from ktrt.serve.settings import ServeSettings
     from ktrt.session import Session
 
@@ -19,7 +23,9 @@ _UNKNOWN, _LONGEST = 1.0, 120.0
 
 
 class Admission:
-    """Counts the answers under way: as many as the scheduler runs at once and ``max_waiting`` more.
+    """Counts the answers under way: as many as the scheduler runs at once and ``max_waiting`` more,
+    of which one client may have ``most_of_client``. The scheduler is fair among clients, but only
+    to requests that it has.
 
     All methods belong to the event loop's thread.
     """
@@ -27,23 +33,36 @@ class Admission:
     def __init__(self, session: Session, settings: ServeSettings) -> None:
         self._session = session
         self.most = (settings.max_concurrent or _CONCURRENT) + settings.max_waiting
+        self.most_of_client = ceil(self.most * settings.max_client_share)
         self.live = 0
+        self._of_client: Counter[Hashable] = Counter()
 
-    def enter(self, count: int) -> None:
-        """Takes ``count`` answers. ``ApiError``: 429, the queue is full; 400, it could never take
-        that many."""
-        if count > self.most:
-            raise ApiError(400, f"n: expected {self.most} or less, found {count}", param="n")
+    def enter(self, count: int, client: Hashable = None) -> None:
+        """Takes ``count`` answers. ``ApiError``: 429, the queue or the client's share of it is
+        full; 400, it could never take that many."""
+        most = self.most_of_client
+        if count > most:
+            raise ApiError(400, f"n: expected {most} or less, found {count}", param="n")
+        own = self._of_client[client]
         if self.live + count > self.most:
-            raise ApiError(
-                429, f"the queue is full: {self.live} answers run or wait; try again later",
-                kind="rate_limit_error", code="queue_full", retry_after=self._wait(),
-            )  # fmt: skip
+            raise self._full(f"{self.live} answers run or wait")
+        if own + count > most:
+            raise self._full(f"{own} answers of this client run or wait, {most} may")
         self.live += count
+        self._of_client[client] += count
 
-    def leave(self, count: int) -> None:
+    def leave(self, count: int, client: Hashable = None) -> None:
         """Gives ``count`` answers back."""
         self.live -= count
+        self._of_client[client] -= count
+        if not self._of_client[client]:
+            del self._of_client[client]
+
+    def _full(self, reason: str) -> ApiError:
+        return ApiError(
+            429, f"the queue is full: {reason}; try again later",
+            kind="rate_limit_error", code="queue_full", retry_after=self._wait(),
+        )  # fmt: skip
 
     def _wait(self) -> float:
         predicted = self._session.predicted_wait()

@@ -79,14 +79,17 @@ class Generation:
         self._choices: list[_Choice] = []
         self._changed = asyncio.Event()
         self._facts = current.get()
+        self._client = asked.client
+        if self._client is None and self._facts is not None:
+            self._client = self._facts.client
 
     async def __aenter__(self) -> Self:
         self._check()
-        self._server.admission.enter(self._asked.n)
+        self._server.admission.enter(self._asked.n, self._client)
         try:
             await self._submit(0)
         except BaseException:
-            self._server.admission.leave(self._asked.n)
+            self._server.admission.leave(self._asked.n, self._client)
             raise
         return self
 
@@ -94,7 +97,7 @@ class Generation:
         for each in self._choices:
             each.handle.cancel()
             each.observer.left()
-        self._server.admission.leave(self._asked.n)
+        self._server.admission.leave(self._asked.n, self._client)
 
     @property
     def prompt_logprobs(self) -> PromptLogProbabilities | None:
@@ -164,14 +167,11 @@ class Generation:
         if number and sampling.get("seed") is not None:
             # As in vLLM: answers of one request differ, and come again with the request.
             sampling["seed"] = (sampling["seed"] + number) % SEEDS
-        client = asked.client
-        if client is None and self._facts is not None:
-            client = self._facts.client
         return self._server.session.submit(
             asked.messages,
             prompt_ids=asked.prompt_ids,
             adapter=asked.adapter,
-            client=client,
+            client=self._client,
             tools=asked.tools,
             thinking=asked.thinking,
             constraint=asked.constraint() if asked.constraint else None,

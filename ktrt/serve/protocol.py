@@ -49,11 +49,22 @@ class GuardedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         _send_at_once(transport)
-        if len(self.connections) > self.settings.max_connections:
+        if self._is_too_many():
             error = ApiError(503, "too many connections", kind="server_error", retry_after=1)
             self._refuse(error)
             return
         self._watch(fresh=True)
+
+    def _is_too_many(self) -> bool:
+        """Returns whether there are more connections than may be, of all clients or of this one's
+        address: one that opens them without end leaves the others some."""
+        most, count = self.settings.max_connections, len(self.connections)
+        most_of_client = most * self.settings.max_client_share
+        if count <= most_of_client:
+            return False
+        addresses = [getattr(each, "client", None) for each in self.connections]
+        own = sum(each[0] == self.client[0] for each in addresses if each and self.client)
+        return count > most or own > most_of_client
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel()

@@ -62,6 +62,9 @@ class ServeSettings:
     max_waiting: int = _setting(
         64, "KTRT_MAX_WAITING", "answers that may wait in addition to those that run"
     )
+    max_client_share: float = _setting(
+        0.75, "KTRT_MAX_CLIENT_SHARE", "share of answers and connections that one address may have"
+    )
     max_connections: int = _setting(1024, "KTRT_MAX_CONNECTIONS", "open connections", 1)
     max_body_bytes: int = _setting(8 << 20, "KTRT_MAX_BODY_BYTES", "bytes of a request's body", 1)
     max_header_bytes: int = _setting(32 << 10, "KTRT_MAX_HEADER_BYTES", "bytes of its headers", 512)
@@ -90,6 +93,10 @@ class ServeSettings:
                     raise ConfigError(f"{each.name}: expected {least} or more, found {value}")
         if self.port > 65535:
             raise ConfigError(f"port: expected 0 … 65535, found {self.port}")
+        if not 0 < self.max_client_share <= 1:
+            raise ConfigError(
+                f"max_client_share: expected more than 0, at most 1, found {self.max_client_share}"
+            )
         for name in ("api_key", "admin_key"):
             _check_key(name, getattr(self, name))
         if not (self.api_key or self.is_loopback):

@@ -8,6 +8,7 @@ struct Vector {
   static constexpr int kLanes = 4;
   static constexpr int kWidth = 2 * kLanes;
   static constexpr int kHeads = 2;
+  static constexpr int kTotals = 4;
   static constexpr int tokens_beside(int) { return 2; }
   static constexpr int pairs_beside(int) { return 1; }
   struct Floats {
@@ -25,6 +26,39 @@ struct Vector {
   }
   static void store_floats(float* p, const Floats& v) { memcpy(p, &v, sizeof v); }
   static Floats broadcast(const float* p) { return {{*p, *p, *p, *p}}; }
+  static Floats value(float v) { return {{v, v, v, v}}; }
+  static Floats add(Floats a, const Floats& b) {
+    for (int i = 0; i < kLanes; ++i) a.at[i] += b.at[i];
+    return a;
+  }
+  static Floats subtract(Floats a, const Floats& b) {
+    for (int i = 0; i < kLanes; ++i) a.at[i] -= b.at[i];
+    return a;
+  }
+  // b if either is NaN.
+  static Floats larger(Floats a, const Floats& b) {
+    for (int i = 0; i < kLanes; ++i) a.at[i] = a.at[i] > b.at[i] ? a.at[i] : b.at[i];
+    return a;
+  }
+  static float largest(const Floats& v) {
+    float most = v.at[0];
+    for (const float each : v.at) most = most > each ? most : each;
+    return most;
+  }
+  static Floats rounded(Floats v) {
+    for (float& each : v.at) each = static_cast<float>(round_to_int(each));
+    return v;
+  }
+  static Floats times_power(Floats v, const Floats& n) {
+    for (int i = 0; i < kLanes; ++i) {
+      v.at[i] *= as_float(static_cast<uint32_t>(round_to_int(n.at[i]) + 127) << 23);
+    }
+    return v;
+  }
+  static Floats zero_below(const Floats& x, const Floats& least, Floats v) {
+    for (int i = 0; i < kLanes; ++i) v.at[i] = choose(x.at[i] < least.at[i], 0.0f, v.at[i]);
+    return v;
+  }
   static Floats multiply(Floats a, const Floats& b) {
     for (int i = 0; i < kLanes; ++i) a.at[i] *= b.at[i];
     return a;
@@ -57,8 +91,8 @@ struct Vector {
 }  // namespace
 
 extern const AttentionKernel attention_portable;
-const AttentionKernel attention_portable = {"portable",     Vector::kWidth, pack<Vector>,
-                                            scores<Vector>, softmax,        values<Vector>,
-                                            merge<Vector>};
+const AttentionKernel attention_portable = {"portable",     Vector::kWidth,  pack<Vector>,
+                                            scores<Vector>, softmax<Vector>, values<Vector>,
+                                            merge<Vector>,  nullptr};
 
 }  // namespace ktrt

@@ -47,13 +47,26 @@ inline float sigmoid(float x) {
 
 inline float silu(float x) { return x * sigmoid(x); }
 
-void silu_mul(const float* gate, const float* up, int rows, uint16_t* out, int64_t out_stride) {
+// Rows of a strip that are asked for before they are written: each is one line that no cache has,
+// and stores leave in order.
+constexpr int kRowsAhead = 8;
+
+template <class Function>
+inline __attribute__((always_inline)) void for_strip_rows(int rows, uint16_t* out,
+                                                          int64_t out_stride, Function value) {
+  int asked = 0;
   for (int r = 0; r < rows; ++r) {
-    const float* g = gate + static_cast<int64_t>(r) * 32;
-    const float* u = up + static_cast<int64_t>(r) * 32;
+    for (; asked < rows && asked <= r + kRowsAhead; ++asked) {
+      __builtin_prefetch(out + asked * out_stride, 1, 3);
+    }
+    const int64_t first = static_cast<int64_t>(r) * 32;
     uint16_t* y = out + r * out_stride;
-    for (int n = 0; n < 32; ++n) y[n] = bf16_bits(silu(g[n]) * u[n]);
+    for (int n = 0; n < 32; ++n) y[n] = bf16_bits(value(first + n));
   }
+}
+
+void silu_mul(const float* gate, const float* up, int rows, uint16_t* out, int64_t out_stride) {
+  for_strip_rows(rows, out, out_stride, [=](int64_t i) { return silu(gate[i]) * up[i]; });
 }
 
 void weighted_add(const float* c, float weight, float* acc) {
@@ -118,16 +131,6 @@ inline float gelu(float x) {
 // (1 + tanh(y)) / 2 is sigmoid(2 y).
 inline float gelu_tanh(float x) {
   return x * sigmoid(1.5957691216057308f * (x + 0.044715f * x * x * x));
-}
-
-template <class Function>
-inline __attribute__((always_inline)) void for_strip_rows(int rows, uint16_t* out,
-                                                          int64_t out_stride, Function value) {
-  for (int r = 0; r < rows; ++r) {
-    const int64_t first = static_cast<int64_t>(r) * 32;
-    uint16_t* y = out + r * out_stride;
-    for (int n = 0; n < 32; ++n) y[n] = bf16_bits(value(first + n));
-  }
 }
 
 // Chains in which squares are added, on every ISA.

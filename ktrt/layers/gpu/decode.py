@@ -134,21 +134,26 @@ def decode_attention(
     form: AttentionForm,
     *,
     ring: int = 0,
+    slots: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """query [rows, heads, n, d]; key [rows, groups, capacity, d] and value [rows, groups, capacity,
     dv], of which row i's first ``lengths[i]`` positions are read, the last n of them the queries'
     own; ``lengths`` [rows] int64 on the device; zeros for a row of length 0. ``ring``: position p
-    lies at p % ring. Returns [rows, n, heads, dv] in the query's dtype."""
-    return attend(Operands(query, key, value), lengths, form, ring)
+    lies at p % ring. ``slots`` [rows] int64 on the device: the rows', of all slots, which
+    key and value then have. Returns [rows, n, heads, dv] in the query's dtype."""
+    return attend(Operands(query, key, value), lengths, form, ring, slots)
 
 
 def attend(
-    operands: Operands, lengths: torch.Tensor, form: AttentionForm, ring: int = 0
-) -> torch.Tensor:
+    operands: Operands, lengths: torch.Tensor, form: AttentionForm, ring: int = 0,
+    slots: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """``decode_attention`` of operands in parts."""
     if runs_kernels(operands.query):
-        return _by_kernels(operands.halved(), lengths, form, ring)
-    return _by_torch(*operands.joined(), lengths, form, ring)
+        return _by_kernels(operands.halved(), lengths, form, ring, slots)
+    query, *held = operands.joined()
+    key, value = held if slots is None else (each[slots] for each in held)
+    return _by_torch(query, key, value, lengths, form, ring)
 
 
 @dataclass(frozen=True)
@@ -204,8 +209,9 @@ def _splits(operands: Operands, blocks: Blocks, programs: int, form: AttentionFo
 
 
 def _by_kernels(
-    operands: Operands, lengths: torch.Tensor, form: AttentionForm, ring: int
-) -> torch.Tensor:
+    operands: Operands, lengths: torch.Tensor, form: AttentionForm, ring: int,
+    slots: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
     query, (_, _, wide) = operands.query, operands.sizes
     (rows, heads, tokens, _), groups = query.shape, operands.key.shape[1]
     blocks = _blocks(operands, tokens * heads // groups)
@@ -220,9 +226,10 @@ def _by_kernels(
     scalars, constants = form_arguments(form)
     sinks = out if form.sinks is None else form.sinks
     kernels().decode_kernel[tiles, splits, rows * groups](
-        *arrays, lengths, sinks, out, partial, sums, *scalars, ring, tokens, heads // groups,
-        groups, splits, *strides, M=blocks.m, N=blocks.n, SINGLE=splits == 1, RING=ring > 0,
-        SHARED=operands.value is operands.key, num_warps=blocks.warps, num_stages=blocks.stages,
+        *arrays, lengths, lengths if slots is None else slots, sinks, out, partial, sums, *scalars,
+        ring, tokens, heads // groups, groups, splits, *strides, M=blocks.m, N=blocks.n,
+        SINGLE=splits == 1, RING=ring > 0, SHARED=operands.value is operands.key,
+        PICKED=slots is not None, num_warps=blocks.warps, num_stages=blocks.stages,
         **operands.constants(), **constants,
     )  # fmt: skip
     if splits > 1:

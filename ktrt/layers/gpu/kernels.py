@@ -64,15 +64,16 @@ def _over_keys(
 # Arguments that differ from call to call make no further variants.
 @triton.jit(do_not_specialize=["window", "ring", "tokens", "splits"])
 def decode_kernel(
-    Q, Q2, K, K2, V, Lengths, Sinks, Out, Partial, Sums, scaling, softcap, window, ring, tokens,
-    heads, groups, splits, q_row, q_head, q_token, q2_row, q2_head, q2_token, k_row, k_group, k_at,
-    k2_row, k2_group, k2_at, v_row, v_group, v_at, D: tl.constexpr, D2: tl.constexpr,
+    Q, Q2, K, K2, V, Lengths, Slots, Sinks, Out, Partial, Sums, scaling, softcap, window, ring,
+    tokens, heads, groups, splits, q_row, q_head, q_token, q2_row, q2_head, q2_token, k_row,
+    k_group, k_at, k2_row, k2_group, k2_at, v_row, v_group, v_at, D: tl.constexpr, D2: tl.constexpr,
     DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_D2: tl.constexpr, BLOCK_V: tl.constexpr, SHARED: tl.constexpr, SINGLE: tl.constexpr,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr, SINKS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, PICKED: tl.constexpr,
 ):  # fmt: skip
-    """One split of the context of one row and group, for M of its tokens · heads.
+    """One split of the context of one row and group, for M of its tokens · heads. Keys and values
+    lie at its row or, PICKED, at its ``Slots`` [rows].
 
     Writes ``Out`` [rows, tokens, groups · heads, DV] where there is one split; else its share,
     normalised, to ``Partial`` [rows, tokens, groups · heads, splits, DV] and the logarithm of its
@@ -97,6 +98,7 @@ def decode_kernel(
             tl.store(Sums + places * splits + split, nothing, mask=real)
             return
     group = group.to(tl.int64)
+    slot = tl.load(Slots + row).to(tl.int64) if PICKED else row
     heads_of = group * heads + head
     q = _tile(Q + row * q_row, heads_of * q_head + token * q_token, real, 1, D, BLOCK_D)
     q2 = q
@@ -105,10 +107,10 @@ def decode_kernel(
         q2 = _tile(Q2 + row * q2_row, at, real, 1, D2, BLOCK_D2)
     acc, best, total = _over_keys(
         tl.zeros((M, BLOCK_V), tl.float32), tl.full((M,), float("-inf"), tl.float32),
-        tl.zeros((M,), tl.float32), q, q2, K + row * k_row + group * k_group,
-        K2 + row * k2_row + group * k2_group, V + row * v_row + group * v_group, k_at, k2_at, v_at,
-        begin, stop, ends, scaling, softcap, window, ring, D, D2, DV, N, BLOCK_D, BLOCK_D2, BLOCK_V,
-        SHARED, SOFTCAP, WINDOW, RING, True, PRECISION,
+        tl.zeros((M,), tl.float32), q, q2, K + slot * k_row + group * k_group,
+        K2 + slot * k2_row + group * k2_group, V + slot * v_row + group * v_group, k_at, k2_at,
+        v_at, begin, stop, ends, scaling, softcap, window, ring, D, D2, DV, N, BLOCK_D, BLOCK_D2,
+        BLOCK_V, SHARED, SOFTCAP, WINDOW, RING, True, PRECISION,
     )  # fmt: skip
     if SINGLE:
         if SINKS:

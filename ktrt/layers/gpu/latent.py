@@ -62,10 +62,11 @@ class AbsorbedLatents:
 
     def decode(
         self, factors: Factors, query: torch.Tensor, latents: torch.Tensor, positions: torch.Tensor,
-        lengths: torch.Tensor, form: AttentionForm,
+        lengths: torch.Tensor, form: AttentionForm, slots: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """query [rows, heads, n, nope + rope], latents [rows, 1, capacity, rank], positions [rows,
-        1, capacity, rope], as ``decode_attention``; returns [rows, n, heads, v]."""
+        1, capacity, rope] (with ``slots`` of all slots), as ``decode_attention``; returns [rows, n,
+        heads, v]."""
         rows, heads, tokens, _ = query.shape
         nope, rest = query.split([self.nope, query.shape[-1] - self.nope], -1)
         keys, values = self._halves(factors.weight)
@@ -77,7 +78,7 @@ class AbsorbedLatents:
             _add_product(absorbed, shrunk, factors.a)
         absorbed = absorbed.view(heads, rows, tokens, -1).transpose(0, 1)
         operands = Operands(absorbed, latents, latents, rest, positions)
-        sums = attend(operands, lengths, form)
+        sums = attend(operands, lengths, form, slots=slots)
         return self._expand_sums(factors, sums.view(rows * tokens, heads, -1), values).view(
             rows, tokens, heads, -1
         )

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from ktrt.prompt.reply.events import ToolArguments, ToolCallStart
 from ktrt.prompt.reply.json_text import JsonScanner, dumped, is_text, parsed, typed
+from ktrt.prompt.reply.notation import ArgumentScanner, read_argument
 from ktrt.prompt.reply.scan import first_of, starts_with
-from ktrt.prompt.reply.table import HeadCall, ObjectCall, TagCall
+from ktrt.prompt.reply.table import HeadCall, ObjectCall, ProgramCall, TagCall
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -51,10 +52,10 @@ class CallReader:
         self.closed = self.failed = False
         self._state = self._between
         if not block.begin:
-            if mark == "{":  # a part of the call's text
+            if mark in block.kept:
                 self._source.raw = self._source.raw.removesuffix(mark)
                 self._source.text = mark + self._source.text
-            self._begin(block.calls[mark])
+            self._begin(mark)
 
     def step(self) -> bool:
         """Reads on; returns whether it did."""
@@ -94,9 +95,9 @@ class CallReader:
         if mark is None or (not source.text and not source.ended):
             return False
         if mark in block.calls and (mark or source.text):
-            if mark and mark != "{":
+            if mark and mark not in block.kept:
                 source.take_raw(len(mark))
-            self._begin(block.calls[mark])
+            self._begin(mark)
             return True
         if mark and mark != block.end:
             source.take_raw(len(mark))
@@ -108,7 +109,9 @@ class CallReader:
         self.closed = True
         return True
 
-    def _begin(self, call: Any) -> None:
+    def _begin(self, mark: str) -> None:
+        call = self._block.calls[mark]
+        self._kept = mark if mark in self._block.kept else ""
         if isinstance(call, ObjectCall):
             self._scanner, self._scanned = JsonScanner(), 0
             self._object_call = call
@@ -116,6 +119,9 @@ class CallReader:
         elif isinstance(call, HeadCall):
             self._head_call = call
             self._state = self._head
+        elif isinstance(call, ProgramCall):
+            self._program = call
+            self._state = self._program_head
         else:
             self._tag: TagCall = call
             self._state = self._tag_name
@@ -185,12 +191,12 @@ class CallReader:
         at, mark = first_of(text, ("{", *ends))
         known = re.match(r"\s*(\S+)\s", text) if call.known else None
         if known and known[1] not in self._schemas:
-            return self._fail()
+            return self._no_head()
         if not mark:
-            return self._fail() if source.ended or len(source.text) >= call.most else False
+            return self._no_head() if source.ended or len(source.text) >= call.most else False
         head = re.fullmatch(call.head, text[:at])
         if head is None or (call.known and head["name"] not in self._schemas):
-            return self._fail()
+            return self._no_head()
         source.take(at)
         self.start(head["name"], head.groupdict().get("id"))
         if mark == "{":
@@ -198,6 +204,11 @@ class CallReader:
             return True
         self._write("{}")
         return self._end_call()
+
+    def _no_head(self) -> bool:
+        """Makes content of a mark in the call's text: it would be found again."""
+        self._source.take_raw(len(self._kept))
+        return self._fail()
 
     # ---- a JSON value that is passed on
 
@@ -215,6 +226,58 @@ class CallReader:
         self._write(source.take(found[0]))
         self._state = self._after if found[1] else self._end_call
         return True
+
+    # ---- as in a program
+
+    def _program_head(self) -> bool:
+        source, call = self._source, self._program
+        text = source.text[: call.most]
+        at, mark = first_of(text, ("{" if call.notation == "gemma" else "(",))
+        if not mark:
+            return self._fail() if source.ended or len(source.text) >= call.most else False
+        head = re.fullmatch(call.head, text[:at])
+        if head is None or (call.known and head["name"] not in self._schemas):
+            return self._fail()
+        source.take_raw(at + len(mark))
+        # The call is reported with its first argument, or at its end.
+        self._name, self._keys = head["name"], -1
+        self._next_argument()
+        return True
+
+    def _next_argument(self) -> None:
+        self._argument = ArgumentScanner(self._program.notation)
+        self._state = self._argument_or_end
+
+    def _argument_or_end(self) -> bool:
+        source, notation = self._source, self._program.notation
+        end = self._argument.find_end(source.text, ended=source.ended)
+        if end is None:
+            return self._cut_off() if source.ended else False
+        text, mark = source.text[:end].strip(), source.text[end]
+        is_last = mark == ("}" if notation == "gemma" else ")")
+        found = read_argument(text, notation) if text else None
+        if not (found or (is_last and not text)) or not (is_last or mark == ","):
+            return self._fail() if self._keys < 0 else self._break_off()
+        if self._keys < 0:
+            self.start(self._name, None)
+            self._keys, source.raw = 0, ""
+        source.take(end + 1)
+        if found:
+            self._write(f"{', ' if self._keys else '{'}{dumped(found[0])}: {found[1]}")
+            self._keys += 1
+        if not is_last:
+            self._next_argument()
+            return True
+        self._write("}" if self._keys else "{}")
+        return self._end_call()
+
+    def _cut_off(self) -> bool:
+        """Ends a call without its end: arguments that arrived, and JSON that stays open."""
+        source = self._source
+        if self._keys < 0:
+            return self._fail()
+        self._write(", " + source.take(len(source.text)))
+        return self._end_call()
 
     # ---- tags
 

@@ -55,7 +55,8 @@ class ReplyParser:
         self._has_tools = bool(tools)
         self._source = Source()
         self._calls = CallReader(self._source, tools or (), short_ids=form.short_ids)
-        self._blocks = form.blocks if tools else ()
+        names = [each.get("function", each)["name"] for each in tools or ()]
+        self._blocks = [each.named(names) for each in form.blocks] if tools else []
         self._state: Callable[[], bool] = self._begin_message if form.channels else self._content
         # Whether content has begun, and its last character; whether white space is dropped.
         self._spoke, self._last, self._trims = False, "", False

@@ -99,7 +99,8 @@ def calls_structure(
             "template's models write calls is unknown"
         )
     call = _any_of([_call(text, each) for each in functions])
-    more = [_star(_sequence(_text(text.between), call))] if parallel else []
+    between = text.between if parallel else None
+    more = [] if between is None else [_star(_sequence(_text(between), call))]
     calls = _sequence(_text(text.begin), call, *more, _text(text.end))
     # In a format with channels, such calls are text of the final message.
     return _after_thought(form, start, calls, is_call=False)
@@ -158,12 +159,15 @@ def _parameters(function: Mapping[str, Any], style: str = "json") -> Format:
 
 
 def _schema(schema: object, style: str = "json") -> Format:
-    return {
+    found: Format = {
         "type": "json_schema",
         "json_schema": schema,
         "style": style,
         "max_whitespace_cnt": _MOST_SPACE,
     }
+    if style == "gemma":  # these marks would end a text's call, or begin another
+        found["excludes"] = ["<|tool_call>", "<tool_call|>"]
+    return found
 
 
 def _text(value: str) -> Format:

@@ -1,18 +1,21 @@
 """How the families of models write thoughts and tool calls, as data.
 
-A call is written in one of three ways:
+A call is written in one of four ways:
 
 - a JSON object that holds name and arguments: ``{"name": "f", "arguments": {…}}``;
 - a head with the name, then the arguments as a JSON object;
-- tags: the name, then a key and a value for each argument.
+- tags: the name, then a key and a value for each argument;
+- as in a program: ``f(key="text", other=1)``.
 
 Between its calls a block holds white space and the marks listed here. Anything else ends the block
 and is content again.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+
+from ktrt.prompt.reply.notation import GEMMA_QUOTE, Notation
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,19 @@ class TagCall:
     end: str = ""
 
 
-Call = ObjectCall | HeadCall | TagCall
+@dataclass(frozen=True)
+class ProgramCall:
+    """A head up to the arguments' bracket, with the group ``name``, and arguments in a notation:
+    ``(key=value, …)`` in Python's, ``{key:value,…}`` in Gemma's."""
+
+    notation: Notation
+    head: str
+    known: bool = False
+
+    most: int = 200
+
+
+Call = ObjectCall | HeadCall | TagCall | ProgramCall
 
 
 @dataclass(frozen=True)
@@ -59,7 +74,8 @@ class CallBlock:
 
     ``before`` and ``between`` are marks without a meaning before the first call and after one. A
     block without ``begin`` is a single call, whose mark is found in content, at the begin of a line
-    if ``at_line``.
+    if ``at_line``. A mark with ``{name}`` stands for one of each function of the request, and
+    belongs to the call's text too.
     """
 
     begin: str
@@ -68,11 +84,24 @@ class CallBlock:
     before: tuple[str, ...] = ()
     between: tuple[str, ...] = ()
     at_line: bool = False
+    # The marks that belong to a call's text.
+    kept: tuple[str, ...] = ("{",)
 
     @property
     def marks(self) -> tuple[str, ...]:
         """The marks that begin the block within content."""
         return (self.begin,) if self.begin else tuple(self.calls)
+
+    def named(self, names: Sequence[str]) -> "CallBlock":
+        """Returns the block with the names of functions in its marks."""
+        if not any("{name}" in mark for mark in self.calls):
+            return self
+        calls = {
+            mark.replace("{name}", name): call
+            for mark, call in self.calls.items()
+            for name in names
+        }
+        return replace(self, calls=calls, kept=tuple(calls))
 
 
 @dataclass(frozen=True)
@@ -96,10 +125,13 @@ class ReplyFormat:
         found = list(self.thought or ())
         found += HARMONY_MARKS if self.channels else ()
         for block in self.blocks:
-            found += [block.begin, block.end, *block.calls, *block.before, *block.between]
+            found += [block.begin, block.end, *block.before, *block.between]
+            found += [mark for mark in block.calls if "{name}" not in mark]
             for call in block.calls.values():
                 if isinstance(call, TagCall):
                     found += [call.key, call.value_begin, call.value_end, call.end]
+                elif isinstance(call, ProgramCall) and call.notation == "gemma":
+                    found.append(GEMMA_QUOTE)
                 elif isinstance(call, HeadCall):
                     found += re.findall(
                         r"<[|｜][^<>]+[|｜]>|\[[A-Z_]{4,}\]", call.head.replace("\\", "")
@@ -163,20 +195,55 @@ ACTION = CallBlock(
 )
 
 
-# JSON without any mark, alone or in a list.
+# GLM-4's: a line with the name, then JSON.
+NAME_LINE = CallBlock("", {"{name}\n": HeadCall(rf"{_NAME}\s*", known=True)}, at_line=True)
+_PYTHON = rf"\s*{_NAME}\s*"
+LFM = CallBlock(
+    "<|tool_call_start|>",
+    {"{": ObjectCall(), "": ProgramCall("python", _PYTHON)},
+    end="<|tool_call_end|>",
+    before=("[",),
+    between=(",", "]"),
+)
+_GEMMA_CALL = ProgramCall("gemma", rf"\s*call:\s*{_NAME}\s*")
+GEMMA = CallBlock("<|tool_call>", {"": _GEMMA_CALL}, end="<tool_call|>", before=("<|tool_call>",))
+# LLaMA-Factory trains Gemma's calls with a block around them.
+GEMMA_IN_BLOCK = CallBlock(
+    "<|tool>", {"<|tool_call>": _GEMMA_CALL}, end="<tool|>", between=("<tool_call|>",)
+)
+# Without any mark: JSON, alone or in a list, or a list of Python's calls.
 BARE = {"{": ObjectCall(known=True)}
-LLAMA = CallBlock("", BARE, at_line=True), CallBlock("[", BARE, "]", between=(",",), at_line=True)
+LLAMA = (
+    CallBlock("", BARE, at_line=True),
+    CallBlock(
+        "[",
+        {**BARE, "": ProgramCall("python", _PYTHON, known=True)},
+        "]",
+        between=(",",),
+        at_line=True,
+    ),
+)
+LLAMA4 = (
+    CallBlock(
+        "<|python_start|>",
+        LLAMA[1].calls,
+        "<|python_end|>",
+        before=("[",),
+        between=(",", ";", "]"),
+    ),
+    *LLAMA,
+)
 
 
 @dataclass(frozen=True)
 class CallText:
-    """The text of calls: each as ``one``, joined by ``between``, from ``begin`` to ``end``. Marks:
-    ``{name}``, ``{json name}``, ``{index}`` and ``{arguments}``, which are JSON or tags in one of
-    xgrammar's styles."""
+    """The text of calls: each as ``one``, joined by ``between`` (None: there is a single one), from
+    ``begin`` to ``end``. Marks: ``{name}``, ``{json name}``, ``{index}`` and ``{arguments}``, which
+    are in one of xgrammar's styles."""
 
     one: str
     begin: str = ""
-    between: str = "\n"
+    between: str | None = "\n"
     end: str = ""
     style: str = "json"
 
@@ -198,13 +265,20 @@ CALL_TEXTS: Mapping[str, CallText] = {
         between="",
         end="<｜tool▁calls▁end｜>",
     ),
+    "gemma": CallText("<|tool_call>call:{name}{arguments}<tool_call|>", between="", style="gemma"),
     "glm": CallText("<tool_call>{name}\n{arguments}\n</tool_call>", style="glm_xml"),
+    "glm4": CallText("{name}\n{arguments}", between=None),
     "kimi": CallText(
         "<|tool_call_begin|>functions.{name}:{index}<|tool_call_argument_begin|>{arguments}"
         "<|tool_call_end|>",
         begin="<|tool_calls_section_begin|>",
         between="",
         end="<|tool_calls_section_end|>",
+    ),
+    # LFM2's models write Python's calls unless the prompt asks for these. xgrammar has no style of
+    # Python's.
+    "lfm": CallText(
+        _JSON_CALL, begin="<|tool_call_start|>[", between=", ", end="]<|tool_call_end|>"
     ),
     "llama": CallText(
         '{"name": {json name}, "parameters": {arguments}}', begin="[", between=", ", end="]"
@@ -246,7 +320,12 @@ BY_MARK: Mapping[str, ReplyFormat] = {
     "<function=": ReplyFormat(THINK, (TOOL_CALL,), calls="qwen_tags"),
     "<tool_call>": ReplyFormat(THINK, (TOOL_CALL,), calls="qwen"),
     "<tool_calls>": ReplyFormat(THINK, (TOOL_CALLS,), calls="minimax1"),
+    "<|tool_call>": ReplyFormat(("<|channel>thought\n", "<channel|>"), (GEMMA,), calls="gemma"),
+    "<|tool_call_start|>": ReplyFormat(THINK, (LFM,), calls="lfm"),
+    "<|tool_list_start|>": ReplyFormat(THINK, (LFM,), calls="lfm"),
+    "请使用 Json 格式表示调用的参数": ReplyFormat(THINK, (NAME_LINE,), calls="glm4"),
     "◁think▷": ReplyFormat(("◁think▷", "◁/think▷")),
+    "<|python_start|>": ReplyFormat(blocks=LLAMA4, calls="llama"),
     "dictionary of argument name and its value": ReplyFormat(blocks=LLAMA, calls="llama"),
     "</think>": ReplyFormat(THINK),
 }
@@ -258,7 +337,10 @@ _NEWER = {"deepseek": ("deepseek31", "```json", False), "mistral": ("mistral_arg
 # By LLaMA-Factory's tool format: what its prompt asks for, and what its adapters were trained with.
 BY_TOOL_FORMAT: Mapping[str, ReplyFormat] = {
     "default": ReplyFormat(blocks=(ACTION,), calls="action"),
+    "gemma4": ReplyFormat(blocks=(GEMMA, GEMMA_IN_BLOCK), calls="gemma"),
+    "glm4": ReplyFormat(blocks=(NAME_LINE,), calls="glm4"),
     "glm4_moe": ReplyFormat(blocks=(TOOL_CALL,), calls="glm"),
+    "lfm2": ReplyFormat(blocks=(LFM,), calls="lfm"),
     "ling": ReplyFormat(blocks=(TOOL_CALL,), calls="qwen"),
     "llama3": ReplyFormat(blocks=LLAMA, calls="llama"),
     "minimax1": ReplyFormat(blocks=(TOOL_CALLS,), calls="minimax1"),
@@ -274,6 +356,7 @@ BY_TOOL_FORMAT: Mapping[str, ReplyFormat] = {
 BY_TEMPLATE: Mapping[str, tuple[CallBlock, ...]] = {
     "deepseek3": (DEEPSEEK,),
     "deepseekr1": (DEEPSEEK,),
+    "llama4": LLAMA4[:1],
     "moonlight": (KIMI,),
 }
 HARMONY_TEMPLATES = frozenset(("gpt_oss",))

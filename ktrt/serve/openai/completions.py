@@ -94,7 +94,7 @@ async def _asked(server: Server, body: CompletionRequest) -> list[tuple[Prompt, 
         read_prompts, server.session, body.prompt, add_special_tokens=body.add_special_tokens
     )
     prompts = await asyncio.get_running_loop().run_in_executor(server.threads, read)
-    n, room = body.n or 1, server.admission.most
+    n, room = body.n or 1, server.admission.most_of_client
     if len(prompts) * n > room:
         raise ApiError(
             400, f"prompt: expected {room // n} prompts or fewer with n {n}, found {len(prompts)}",

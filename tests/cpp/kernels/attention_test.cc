@@ -38,6 +38,8 @@ class AttentionTest : public testing::VariantTest<AttentionKernel> {
     return out;
   }
 
+  void expect_dot_products(bool bf16) const;
+
   // The merge of one part.
   std::vector<float> unpacked(const float* sums, int size) const {
     std::vector<float> scratch(at(1, round_up(size, kernel().width), 0));
@@ -70,20 +72,28 @@ TEST_P(AttentionTest, PacksEitherDtypeAndMergeUnpacks) {
   }
 }
 
-TEST_P(AttentionTest, ScoresAreDotProducts) {
+void AttentionTest::expect_dot_products(bool bf16) const {
   for (const int heads : {1, 2, 3, 4, 5, 6, 7, 8, 11, 16}) {
     for (const auto& [size, tokens] :
          {std::pair(1, 1), std::pair(24, 7), std::pair(64, 64), std::pair(80, 33)}) {
       Random random(static_cast<std::uint64_t>(heads * 100 + size));
-      const std::vector<float> q = random.normals(at(heads, size, 0));
+      std::vector<float> q = random.normals(at(heads, size, 0));
+      const std::int64_t width = round_up(size, kernel().width);
+      std::vector<std::uint16_t> bits(at(heads, width, 0));
+      for (int i = 0; bf16 && i < heads * size; ++i) {
+        std::uint16_t& bit = bits[at(i / size, width, i % size)];
+        bit = f32_to_bf16(q[at(i, 1, 0)]);
+        q[at(i, 1, 0)] = bf16_to_f32(bit);
+      }
       const std::int64_t stride = size + 3;
       // As long as the last token needs: nothing after it must be read.
       const std::vector<std::uint16_t> keys = random_bf16(random, at(tokens - 1, stride, size));
       const std::vector<float> rows = packed(q, heads, size);
       std::vector<float> scores(at(heads, kAttentionBlock, 0), 3.0f);
       AttentionScoreArgs args{};
-      args.q = rows.data();
-      args.q_stride = round_up(size, kernel().width);
+      args.q = bf16 ? nullptr : rows.data();
+      args.q_bf16 = bf16 ? bits.data() : nullptr;
+      args.q_stride = width;
       args.heads = heads;
       args.keys = keys.data();
       args.key_stride = stride;
@@ -91,7 +101,8 @@ TEST_P(AttentionTest, ScoresAreDotProducts) {
       args.size = size;
       args.scores = scores.data();
       args.coming = {keys.data(), stride, tokens, size};
-      kernel().scores(args);
+      const auto run = bf16 ? kernel().bf16_scores : kernel().scores;
+      run(args);
       const std::vector<float> once = scores;
       for (int h = 0; h < heads; ++h) {
         for (int t = 0; t < tokens; ++t) {
@@ -109,12 +120,17 @@ TEST_P(AttentionTest, ScoresAreDotProducts) {
         }
       }
       args.add = true;
-      kernel().scores(args);
+      run(args);
       for (int t = 0; t < tokens; ++t) {
         ASSERT_EQ(scores[static_cast<std::size_t>(t)], 2 * once[static_cast<std::size_t>(t)]);
       }
     }
   }
+}
+
+TEST_P(AttentionTest, ScoresAreDotProducts) {
+  expect_dot_products(false);
+  if (kernel().bf16_scores != nullptr) expect_dot_products(true);
 }
 
 TEST_P(AttentionTest, ValuesAreWeightedSums) {

@@ -27,7 +27,7 @@ TOKENS = torch.randint(2, 300, (1, 12), generator=torch.Generator().manual_seed(
 
 # The reader of --verify gets one of these, whose tensors are named alike, in a usual run.
 ALIKE = {
-    "deepseek-v2-lite-chat", "deepseek-v3-arch-other-depth", "glm-4.5-air", "kimi-k2-fp8",
+    "deepseek-v2-lite-chat", "deepseek-v3-arch-other-depth", "deepseek-v3-fp8", "glm-4.5-air",
     "minimax-m2.5-fp8", "moonlight-16b-a3b-instruct", "qwen3-next-80b-a3b-instruct",
     "qwen3-vl-30b-a3b",
 }  # fmt: skip

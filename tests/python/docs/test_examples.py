@@ -25,8 +25,15 @@ def test_a_console_block_runs_or_says_when_it_did(block: Block) -> None:
     assert re.fullmatch(kind, block.marks), f"{block}: {block.marks!r}"
 
 
+# Each that loads a model takes 4 s: those of the pages that people read first, here and always.
 @pytest.mark.parametrize(
-    "block", [each for each in CONSOLES if each.marks.startswith("run: ")], ids=str
+    "block",
+    [
+        pytest.param(each, id=str(each), marks=() if first else pytest.mark.long)
+        for each in CONSOLES
+        if each.marks.startswith("run: ")
+        for first in [each.document.name in ("README.md", "start.md", "troubleshooting.md")]
+    ],
 )
 def test_console(block: Block, tmp_path: Path) -> None:
     command, _, shown = block.text.removeprefix("$ ").partition("\n")

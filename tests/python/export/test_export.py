@@ -484,6 +484,7 @@ print((peak() - before) / 1024)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_memory_is_bounded(tmp_path: Path) -> None:
     """Exports a file of 400 MB whose largest tensor has 2 MB: memory is bounded by the bytes read
     between two releases of pages."""

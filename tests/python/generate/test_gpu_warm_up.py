@@ -37,16 +37,21 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("on_gpu")
-@pytest.mark.parametrize(("rows", "captures"), [(1, 0), (2, 1), (5, 2), (32, 5)])
-def test_steps_of_rows_are_captured(llama: Any, rows: int, captures: int) -> None:
-    """2, 4, 8 … rows, up to the conversations that may run at once; nothing is held afterwards,
-    and the graph of one conversation stays."""
+@pytest.mark.parametrize(
+    ("rows", "adapters", "captures"),
+    [(1, 0, 1), (2, 0, 1), (5, 0, 3), (32, 0, 5), (2, 1, 1 + 2), (4, 1, 2 + 3)],
+)
+def test_steps_of_rows_are_captured(llama: Any, rows: int, adapters: int, captures: int) -> None:
+    """2, 4, 8 … rows, as many as the conversations that may run at once need, at least 2; by row
+    (1, 2, 4 …) where adapters are resident. Nothing is held afterwards, and the graph of one
+    conversation stays."""
     running, maker, one = RunningStep(), FakeGraphs(), FakeGraphs()
     runner = ModelRunner(
         llama, partial(DecodeGraphs, llama, handoff=NoHandOff(), maker=one), running=running,
         row_graphs=partial(RowGraphs, llama, handoff=NoHandOff(), maker=maker), capacity=64,
     )  # fmt: skip
     runner._on_cpu = False
+    runner.active_set.numbers = frozenset(range(adapters))
     cache = KvCache(llama, runner=runner)
     warm_up.warm_up(cache, 64, rows)
     assert (maker.captures, one.captures > 0) == (captures, True)
@@ -54,8 +59,9 @@ def test_steps_of_rows_are_captured(llama: Any, rows: int, captures: int) -> Non
     cache.close()
     assert not runner.pool.slots_in_use
     if rows == 32:
-        slots = [runner.pool.open("later", ()) for _ in range(4)]
-        runner.run(Step(tuple(Span(slot=slot, ids=[5]) for slot in slots)))
+        slots = [runner.pool.open("later", ()) for _ in range(9)]
+        for some in (slots[2:6], slots[7:], slots):
+            runner.run(Step(tuple(Span(slot=slot, ids=[5]) for slot in some)))
         assert maker.captures == captures
 
 

@@ -3,9 +3,10 @@ what the grammar allows."""
 
 import json
 import sys
-import threading
 import time
+from collections import OrderedDict
 from functools import cache
+from queue import LifoQueue
 from typing import Any
 
 import pytest
@@ -165,6 +166,15 @@ def test_special_tokens_that_the_structure_does_not_name_never_come() -> None:
     assert torch.isinf(logits[[other, stop]]).all()
 
 
+def test_gemmas_quote_is_a_token() -> None:
+    form = named_reply("gemma4", "gemma4", None)
+    tools = [
+        {"name": "say", "parameters": {"type": "object", "properties": {"it": {"const": "x"}}}}
+    ]
+    text = write(calls_structure(form, "", tools), '<|tool_call>call:say{it:<|"|>')
+    assert text.startswith('<|tool_call>call:say{it:<|"|>x<|"|>')
+
+
 def test_calls_that_cannot_be_enforced() -> None:
     for form in (None, THINK):
         with pytest.raises(ConfigError, match="expected auto or none, found a call to enforce"):
@@ -218,7 +228,7 @@ def test_not_strict_tolerates_what_is_not_enforced() -> None:
 
 
 def test_compiled_grammars_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = Grammars(tokenizer(), len(tokenizer()))
+    own = grammars()
     asked: list[str] = []
     compile_text = Grammars._compile
 
@@ -228,6 +238,7 @@ def test_compiled_grammars_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Grammars, "_compile", counted)
     monkeypatch.setattr("ktrt.generate.grammar._ENTRIES", 2)
+    monkeypatch.setattr(own, "_kept", OrderedDict())
     for name in "aabac":
         own.compile(json_structure(None, "", {"const": name}))
     assert len(asked) == 3
@@ -238,22 +249,23 @@ def test_compiled_grammars_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_grammar_that_takes_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    own, go = Grammars(tokenizer(), len(tokenizer()), seconds=0.2), threading.Event()
+    """Its process ends, and another one compiles the next."""
+    monkeypatch.setattr(grammars(), "_seconds", 0.5)
+    slow = {"anyOf": [{"type": "string", "pattern": f"(.{{0,140}}{n}){{0,140}}"} for n in range(5)]}
+    begin = time.monotonic()
+    with pytest.raises(ConfigError, match=r"takes more than 0.5 s to compile"):
+        Grammars.compile(grammars(), json_structure(None, "", slow))
+    assert time.monotonic() - begin < 30
+    monkeypatch.setattr(grammars(), "_seconds", 60.0)
+    assert grammars().compile(json_structure(None, "", {"const": "other"}))
 
-    class Slow:
-        def compile_structural_tag(self, text: str) -> None:
-            go.wait(10)
 
-    monkeypatch.setattr("ktrt.generate.grammar._compiler", lambda *_: Slow())
-    start = time.monotonic()
-    for name in "ab":  # the second is not kept from it by the first
-        with pytest.raises(ConfigError, match=r"more than 0.2 s to compile"):
-            own.compile(json_structure(None, "", {"const": name}))
+def test_when_all_processes_are_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammars(), "_compilers", LifoQueue())
+    monkeypatch.setattr(grammars(), "_seconds", 0.01)
     with pytest.raises(KtrtError, match="other requests are still being compiled") as caught:
-        own.compile(json_structure(None, "", {"const": 1}))
+        grammars().compile(json_structure(None, "", {"const": 1}))
     assert not isinstance(caught.value, ConfigError)  # 503: the same request may succeed later
-    assert time.monotonic() - start < 5
-    go.set()
 
 
 @pytest.mark.parametrize(

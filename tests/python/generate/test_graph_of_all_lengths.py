@@ -53,6 +53,8 @@ def keeping(monkeypatch: pytest.MonkeyPatch, running: RunningStep) -> Callable[[
         if lengths is None or module.layer_idx >= kept[0]:
             return original(module, query, key, value, mask, **options)
         running.attended += 1
+        if running.slots is not None:
+            key, value = key[running.slots], value[running.slots]
         end = int(lengths.max())
         seen = (torch.arange(end) < lengths[:, None])[:, None, None]
         return original(module, query, key[:, :, :end], value[:, :, :end], seen, **options)
@@ -118,16 +120,18 @@ def test_a_layer_that_changes_its_mind_goes_back_to_windows(
     assert maker.usable
 
 
-@pytest.mark.parametrize(("kept", "captures"), [(2, 2), (0, 4)])
+@pytest.mark.parametrize(("kept", "captures"), [(2, 3), (0, 4)])
 def test_graphs_of_rows(
     llama: Any, running: RunningStep, keeping: Callable[[int], None], kept: int, captures: int
 ) -> None:
-    """Rows of different lengths, and rows that stand for nothing: blocks of 2 and 4 slots."""
+    """Rows of different lengths and slots, and rows that stand for nothing; a single row has a
+    graph for all slots, too. In memory that stays, and in memory that grows."""
     keeping(kept)
     maker = FakeGraphs()
     runner = ModelRunner(
         llama, running=running,
         row_graphs=lambda cache, step: RowGraphs(llama, cache, step, NoHandOff(), maker),
+        capacity=64 if kept else None,
     )  # fmt: skip
     runner._on_cpu = False
     plain = [KvCache(llama) for _ in range(3)]
@@ -136,7 +140,7 @@ def test_graphs_of_rows(
         ids = PROMPT[: 2 + row]
         runner.run(Step((Span(slot=slot, ids=ids),)))
         plain[row].forward(ids)
-    for rows in [(0, 1)] * 8 + [(0, 1, 2)] * 8:
+    for rows in [(0, 1)] * 6 + [(2, 0)] * 2 + [(0, 1, 2)] * 6 + [(2, 0, 1), (2,), (0,)]:
         found = runner.run(Step(tuple(Span(slot=slots[row], ids=[30 + row]) for row in rows)))
         for row, logits in zip(rows, found, strict=True):
             assert close(logits[-1], plain[row].forward([30 + row]))

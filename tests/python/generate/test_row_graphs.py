@@ -210,6 +210,18 @@ def test_slots_that_do_not_take_part_keep_what_they_hold() -> None:
     compare(model, talks)
 
 
+def test_slots_are_data_of_a_captured_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_graph, "MIN_WINDOW", 16)
+    model = Model()
+    talks = [Talk(model, i - 1, 3 + i, i) for i in range(4)]
+    for some in ([0, 1], [2], [3, 1, 0]):
+        compare(model, [talks[i] for i in some])
+    captures = model.maker.captures
+    for some in ([1, 3], [2, 0], [0], [3], [2, 1, 3], [0, 3, 2]):
+        compare(model, [talks[i] for i in some])
+    assert model.maker.captures == captures
+
+
 def test_a_full_slot_beside_others() -> None:
     """Rows that stand for nothing store their token after what their slot holds: there is room."""
     model = Model()
@@ -279,11 +291,3 @@ def test_a_graph_that_computes_something_else_is_not_used(
     assert "No CUDA graph for decoding" in caplog.text
     assert not model.graphs.usable
     compare(model, talks)
-
-
-@pytest.mark.parametrize(
-    ("slots", "place"),
-    [([5], (5, 1)), ([0, 1], (0, 2)), ([1, 2], (0, 4)), ([2, 3], (2, 2)), ([8, 15], (8, 8))],
-)
-def test_the_smallest_block_of_slots(slots: list[int], place: tuple[int, int]) -> None:
-    assert row_graphs._place(slots) == place

@@ -242,7 +242,7 @@ class Calls:
         owner = self.pick(*self.objects, self.attention(), self.latent(), self.norm())
         cls: Any = type(owner)
         name = self.pick(*[n for n in dir(cls) if not n.startswith("__")] or ["__class__"])
-        if cls in SAFE_ONLY or name in ("forward", "forward_rows", "write_image", "seconds"):
+        if cls in SAFE_ONLY or name in FORWARDS:
             return "nothing", lambda: None
         member: Any = getattr(cls, name)
         empty: Any = cls.__new__(cls)
@@ -411,6 +411,19 @@ class Calls:
             lambda: owner.forward_rows(**spoiled)
         )
 
+    def attend_prompt(self) -> tuple[str, Call]:
+        """Runs a prompt's tokens at places that may not be there."""
+        arguments = {
+            "query": self.heads(4, 5, 32), "keys": self.heads(2, 35, 32),
+            "values": self.heads(2, 35, 16), "out": self.heads(4, 5, 16),
+            "start": self.pick(0, 30, 31, -1, 1 << 62), "tokens": self.pick(5, 1, 0, 1 << 62),
+            "first": self.pick(0, 0, 3, 1 << 62), "window": self.pick(0, 9, -1, (1 << 63) - 1),
+        }  # fmt: skip
+        spoiled, owner = self.spoil(arguments), self.attention()
+        return f"TokenAttention.forward_prompt({_shown(spoiled)})", (
+            lambda: owner.forward_prompt(**spoiled)
+        )
+
     def normalise(self) -> tuple[str, Call]:
         x, x_count = self.addressed(self.array(5, H, dtype=torch.bfloat16))
         out, out_count = self.addressed(torch.empty(5, H, dtype=torch.bfloat16))
@@ -484,6 +497,7 @@ class Calls:
         kinds = [
             self.make, self.method, self.method, self.protocol, self.forward, self.forward,
             self.change, self.change, self.linear, self.multiply, self.attend, self.attend_rows,
+            self.attend_prompt,
             self.normalise, self.keep_state,
             self.function,
         ]  # fmt: skip
@@ -498,6 +512,8 @@ class Calls:
         gc.collect()
 
 
+# Methods that take addresses; separate calls know valid ones.
+FORWARDS = ("forward", "forward_rows", "forward_prompt", "write_image", "seconds")
 # Classes whose members take addresses or streams; only specific calls know valid ones.
 SAFE_ONLY = (_core.HeadArray, _core.TokenArray, _core.GpuHandoff, torch.Tensor, StrangeArray)
 

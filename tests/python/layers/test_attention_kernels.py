@@ -119,6 +119,18 @@ def test_decode_attention(
     assert launches == (split if by == "kernels" else [])
 
 
+@pytest.mark.parametrize("by", ["kernels", "torch"])
+def test_rows_pick_their_slots(monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+    if by == "torch":
+        monkeypatch.setattr(decode, "runs_kernels", lambda _query: False)
+    query, key, value = states(3, 4, 1, 16), states(5, 2, 80, 16), states(5, 2, 80, 24)
+    slots, lengths = torch.tensor([4, 1, 2]), torch.tensor([80, 5, 33])
+    out = decode_attention(query, key, value, lengths, PLAIN, slots=slots)
+    for row, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
+        expected = exact(query[row], key[slot, :, :length], value[slot, :, :length], PLAIN)
+        assert error(out[row].transpose(0, 1), expected) < 1e-6
+
+
 @pytest.mark.parametrize("sms", [1, 32])
 def test_a_row_without_tokens_gives_zeros(
     launches: list[str], monkeypatch: pytest.MonkeyPatch, sms: int

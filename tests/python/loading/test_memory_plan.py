@@ -289,7 +289,7 @@ def test_the_plan_is_what_a_run_takes(model: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("megabytes", [100, 700])
+@pytest.mark.parametrize("megabytes", [pytest.param(100, marks=pytest.mark.long), 700])
 def test_ulimit_v_is_respected(model: Path, megabytes: int) -> None:
     """Where not even the files can be mapped, and where they can, but the experts have no room."""
     code = (

@@ -52,9 +52,13 @@ ACTION = named_reply("deepseek3", "default", None) or ReplyFormat()
 TRAINED_MINIMAX = named_reply("minimax2", "minimax2", ("<think>\n", "\n</think>\n\n"))
 MINIMAX1 = named_reply("minimax1", "minimax1", None)
 LLAMA = named_reply("llama3", "llama3", None)
+GLM4 = named_reply("glm4", "glm4", None)
+GEMMA = named_reply("gemma4", "gemma4", ("<|channel>thought\n", "<channel|>"))
+LFM = named_reply("lfm2", "lfm2", None)
+LLAMA4 = named_reply("llama4", "llama3", None)
 FORMS = (
     None, DEEPSEEK, QWEN, MISTRAL, KIMI, MINIMAX, SEED, HARMONY, ACTION, TRAINED_MINIMAX, MINIMAX1,
-    LLAMA,
+    LLAMA, LLAMA4, GLM4, GEMMA, LFM,
 )  # fmt: skip
 
 
@@ -196,6 +200,63 @@ def test_calls_without_marks() -> None:
     assert published_reply("a dictionary of argument name and its value.") == LLAMA
 
 
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        (GLM4, 'OK.\nweather\n{"city": "Köln"}\nnow\n{}'),
+        (
+            GEMMA,  # the published form
+            'OK.<|tool_call>call:weather{city:<|"|>Köln<|"|>}<tool_call|>'
+            "<|tool_call>call:now{}<tool_call|>",
+        ),
+        (
+            GEMMA,  # LLaMA-Factory's
+            'OK.<|tool><|tool_call>call:weather{city:<|"|>Köln<|"|>}<tool_call|>'
+            "<|tool_call>call:now{}<tool_call|><tool|>",
+        ),
+        (LFM, 'OK.<|tool_call_start|>[weather(city="Köln"), now()]<|tool_call_end|>'),
+        (LFM, f"OK.<|tool_call_start|>[{CALLS[0]}, {CALLS[1]}]<|tool_call_end|>"),
+        (LLAMA4, 'OK.\n[weather(city="Köln"), now()]'),
+        (LLAMA4, "OK.<|python_start|>[weather(city='Köln'), now()]<|python_end|>"),
+        (LLAMA4, f"OK.<|python_start|>{CALLS[0]}; {CALLS[1]}<|python_end|>"),
+    ],
+)
+def test_families_without_thoughts(form: ReplyFormat | None, text: str) -> None:
+    assert shown(parse(form, [text])) == shown(parse(form, [*text])) == ["OK.", WEATHER, NOW]
+
+
+@pytest.mark.parametrize(
+    ("form", "arguments"),
+    [
+        (
+            LFM,
+            r"""a="x, \"y\")\n", b='it"s', c=[1, -2.5e3, (True, None)], d={"k": {'l': false}},""",
+        ),
+        (
+            GEMMA,
+            'a:<|"|>x, "y")\n<|"|>,b:"it\\"s",c:[1,-2.5e3,[true,null,],],d:{k:{<|"|>l<|"|>:false}}',
+        ),
+    ],
+)
+def test_values_of_a_program(form: ReplyFormat, arguments: str) -> None:
+    call = f"<|tool_call_start|>[f({arguments})]<|tool_call_end|>"
+    if form is GEMMA:
+        call = f"<|tool_call>call:f{{{arguments}}}<tool_call|>"
+    (_, found) = parse(form, [call])
+    assert isinstance(found, ToolArguments)
+    expected = {
+        "a": 'x, "y")\n',
+        "b": 'it"s',
+        "c": [1, -2500, [True, None]],
+        "d": {"k": {"l": False}},
+    }
+    assert json.loads(found.text) == expected
+    if form is LFM:
+        parser = ReplyParser(form, tools=TOOLS)
+        first = parser.push(call.partition("b=")[0])[1:]
+        assert first == [ToolArguments(0, r'''{"a": "x, \"y\")\n"''')], "at once"
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_text_without_marks_is_content(form: ReplyFormat | None) -> None:
     text = 'Hello {x} <b> [1] \n\n{"name": 1}\n \n'
@@ -234,6 +295,14 @@ def test_text_without_marks_is_content(form: ReplyFormat | None) -> None:
             [("!", "now", '{"a": "x')],
         ),
         (DEEPSEEK, "<｜tool▁calls▁begin｜>{}", ["<｜tool▁calls▁begin｜>{}"]),
+        (GLM4, "weather\nis fine {now}", ["weather\nis fine {now}"]),
+        (GLM4, 'dance\n{"a": 1}', ['dance\n{"a": 1}']),
+        (LFM, "<|tool_call_start|>[f(1)]", ["<|tool_call_start|>[f(1)]"]),
+        (LFM, "<|tool_call_start|>[f(a=1, 2)", [("!", "f", '{"a": 1}'), " 2)"]),
+        (LFM, '<|tool_call_start|>[f(a=1, b="x', [("!", "f", '{"a": 1,  b="x')]),
+        (GEMMA, "<|tool_call>call:f{a:1]<tool_call|>", ["<|tool_call>call:f{a:1]<tool_call|>"]),
+        (LLAMA4, "[dance(a=1)]", ["[dance(a=1)]"]),
+        (LLAMA4, "[now(os.system)]", ["[now(os.system)]"]),
         (HARMONY, "<|channel|>analysis<|message|>Hm", [("?", "Hm")]),
         (HARMONY, "<|channel|>ana", []),
         (QWEN, "<think>\nHm", [("?", "Hm")]),
@@ -308,6 +377,15 @@ def test_published_templates_are_told_by_their_marks() -> None:
         "deepseek",
         "deepseek31",
     ]
+    for text, calls in (
+        ("{{- '<|channel>thought\\n' }}{{- '<|tool_call>call:' + name }}", "gemma"),
+        ("{{- 'List of tools: <|tool_list_start|>[' }}", "lfm"),
+        ("{{ '在调用上述函数时，请使用 Json 格式表示调用的参数。' }}<|observation|>", "glm4"),
+        ("{{- '<|python_start|>' }} … dictionary of argument name and its value}", "llama"),
+    ):
+        assert (published_reply(text) or QWEN).calls == calls
+    assert GEMMA is not None
+    assert {'<|"|>', "<|tool_call>", "<tool_call|>", "<channel|>"} <= {*GEMMA.marks}
     assert published_reply("{{ message.content }}") is None
     assert "<｜tool▁sep｜>" in DEEPSEEK.marks
     assert "<|tool_call_argument_begin|>" in KIMI.marks
@@ -323,6 +401,7 @@ _SNIPPETS = sorted(
         '{"name": "now", "arguments": {', '"name"', "weather", "now", "analysis", "final", "json",
         "commentary to=functions.now", "Action Input:", "\nAction:", "function", "```json\n", '">',
         "</arg_key>\n<arg_value>", "functions.now:0", '{"city": "', "city>", "<tool_ca", "</th",
+        "weather\n", "now(", "a=", "call:now{", "a:", "')",
     }
 )  # fmt: skip
 

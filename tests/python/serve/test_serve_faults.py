@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,8 +98,11 @@ def others(url: str, alone: str) -> Iterator[None]:
         assert set(asking.result()) == {alone}
 
 
-def connect(url: str, *, receive_buffer: int | None = None) -> socket.socket:
+def connect(
+    url: str, *, receive_buffer: int | None = None, address: str = "127.0.0.1"
+) -> socket.socket:
     found = socket.socket()
+    found.bind((address, 0))
     if receive_buffer is not None:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
     found.settimeout(30)
@@ -316,11 +319,17 @@ def test_a_client_that_reads_nothing_is_closed(strict: FastAPI, url: str, alone:
 def test_a_full_queue_says_when_to_come_back(strict: FastAPI, url: str, alone: str) -> None:
     server = strict.state.server
     with ThreadPoolExecutor(8) as pool:
-        slots = [connect(url) for _ in range(server.admission.most)]
+        first = server.admission.most_of_client
+        slots = [connect(url) for _ in range(first)]
         for each in slots:
             each.sendall(request_bytes(endless(stream=True)))
+        until(lambda: server.admission.live == first)
+        found = [httpx.post(url + CHAT, json=ask())]  # another client still has places
+        for _ in range(server.admission.most - first):
+            slots.append(connect(url, address="127.0.0.2"))
+            slots[-1].sendall(request_bytes(endless(stream=True)))
         until(lambda: server.admission.live == server.admission.most)
-        found = list(pool.map(lambda _: httpx.post(url + CHAT, json=ask()), range(4)))
+        found += pool.map(lambda _: httpx.post(url + CHAT, json=ask()), range(4))
         for each in slots:
             each.close()
     for refused in found:
@@ -329,6 +338,20 @@ def test_a_full_queue_says_when_to_come_back(strict: FastAPI, url: str, alone: s
         assert refused.json()["error"]["code"] == "queue_full"
     until(lambda: server.admission.live == 0)
     assert answer(url) == alone
+
+
+def test_one_address_leaves_connections_to_others(serve_app: FastAPI, serving: Serving) -> None:
+    settings = ServeSettings(model_name="demo", max_connections=4)
+    with serving(serve_app, settings) as url, ExitStack() as stack:
+        first = [stack.enter_context(connect(url)) for _ in range(3)]
+        for address, status in (("127.0.0.1", b"503"), ("127.0.0.2", b"200")):
+            with connect(url, address=address) as each:
+                each.sendall(
+                    b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+                )
+                assert read_to_end(each).split()[1] == status
+        first[0].sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert first[0].recv(20).split()[1] == b"200"
 
 
 def test_a_dead_engine_is_told_and_not_ready(serving: Serving) -> None:
