@@ -43,7 +43,11 @@ class LongPrompts:
             running.switch(rows)
 
         forwards = [partial(self._forwards.alone, each, cache) for each in self._divided(part)]
-        return torch.cat([logits for logits, _ in self._gpu.blocks.run(forwards, held, put)])
+        watch, layers = part.span.watch, len(self._gpu.layers)
+        found = self._gpu.blocks.run(
+            forwards, held, put, None if watch is None else lambda done: watch(done, layers)
+        )
+        return torch.cat([logits for logits, _ in found])
 
     def _divided(self, part: Part) -> list[Part]:
         """The blocks; those before the last have logits only if some are wanted there."""

@@ -19,7 +19,7 @@ from ktrt.generate.forwards import Forwards, Part, why_alone
 from ktrt.generate.long_prompts import LongPrompts
 from ktrt.generate.mixed import Mixed
 from ktrt.generate.row_steps import RowSteps
-from ktrt.generate.step import Span, Step
+from ktrt.generate.step import Span, Step, StepStopped
 from ktrt.kv.device import DRIVER, has_device_memory
 from ktrt.kv.pool import MOST_SLOTS, KvPool, Slot
 from ktrt.kv.snapshots import continues
@@ -149,8 +149,8 @@ class ModelRunner:
         """Runs the step; returns the wanted logits [wanted, vocab_size] of each span. The slots
         hold its tokens then.
 
-        After ``KeyboardInterrupt`` they hold what they held before, where that is possible; after
-        any other exception they are empty.
+        After ``KeyboardInterrupt`` and ``StepStopped`` they hold what they held before, where that
+        is possible; after any other exception they are empty.
         """
         parts = [Part(span, span.slot.length) for span in step.spans]
         self._check(parts)
@@ -158,7 +158,7 @@ class ModelRunner:
         held = [part.span.slot.take() for part in parts]
         try:
             logits = self._run(parts, held)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, StepStopped):
             # Some layers hold the new tokens by now and others do not.
             with suppress(Exception):
                 self._restore(parts, held)

@@ -61,8 +61,9 @@ def _serve(args: argparse.Namespace) -> int:
     from ktrt.api import open_session
     from ktrt.serve.access import access_log
     from ktrt.serve.app import create_app
-    from ktrt.serve.uvicorn_server import HttpServer, bind
+    from ktrt.serve.uvicorn_server import HttpServer, allow_connections, bind
 
+    allow_connections(settings.max_connections)
     with bind(settings) as listener, open_session(config) as session:
         app = create_app(session, settings)
         app.state.server.memory_limit.measure()  # while nobody waits

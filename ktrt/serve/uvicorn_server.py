@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import resource
 import signal
 import socket
 import threading
@@ -28,6 +29,23 @@ logger = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Connections that wait to be accepted. More would only be refused later.
 _BACKLOG = 512
+# Open files next to the connections: weights, libraries, logs, pipes.
+_OTHER_FILES = 512
+
+
+def allow_connections(count: int) -> None:
+    """Raises this process' limit of open files, mostly 1,024 of which it may have more: without a
+    file for a connection the server would accept none for a second."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        if most < wanted:
+            logger.warning(
+                "%d connections need %d open files, but this process may have %d (ulimit -Hn)",
+                count, wanted, most,
+            )  # fmt: skip
 
 
 def bind(settings: ServeSettings) -> socket.socket:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # Products of two INT8 codes stay below 127² in magnitude, so sums of this many are integers below
 # 2^24: float32 holds all of them, in whatever order they are added.
 _EXACT_TERMS = 1024
+# 1/127 in float32: a Python float would be rounded only after the product.
+RECIPROCAL = float(torch.tensor(1.0) / torch.tensor(127.0))
 # ``torch._int_mm`` takes more rows than this.
 _INT8_ROWS = 16
 
@@ -155,17 +157,11 @@ def grouped_rows(parts: Sequence[torch.Tensor], quantized: bool) -> Rows:
 def _quantize(rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """scale = max · float32(1/127), codes rounded half to even. A row of zeros, or so small that
     1/scale overflows, has scale 0; NaN and infinity stay in the scale, with codes 0."""
-    scale = rows.abs().amax(dim=-1, keepdim=True).float() * _reciprocal(127)
+    scale = rows.abs().amax(dim=-1, keepdim=True).float() * RECIPROCAL
     inverse = 1.0 / scale
     usable = (inverse > 0) & (inverse < torch.inf)
     codes = torch.where(usable, (rows * inverse).round_(), 0.0)  # the product is in float32
     return codes.to(dtype), torch.where(inverse == torch.inf, 0.0, scale)
-
-
-@cache
-def _reciprocal(value: int) -> float:
-    """1/value in float32: a Python float would be rounded only after the product."""
-    return float(torch.tensor(1.0) / torch.tensor(float(value)))
 
 
 # Rows of two dimensions by expert: (index in the bank, where its rows are).

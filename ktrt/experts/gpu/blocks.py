@@ -137,11 +137,16 @@ class Blocks:
         return self._at.meet(call)
 
     def run(
-        self, forwards: Sequence[Callable[[], T]], held: Callable[[], S], put: Callable[[S], None]
+        self,
+        forwards: Sequence[Callable[[], T]],
+        held: Callable[[], S],
+        put: Callable[[S], None],
+        watch: Callable[[int], None] | None = None,
     ) -> list[T]:
         """Returns the results of ``forwards``, which all need the same layers. ``held`` returns
         what else a running forward changes for the process, ``put`` sets it: each forward finds
-        its own again, and the caller's is set in the end.
+        its own again, and the caller's is set in the end. ``watch`` gets the number of layers of
+        experts that are computed, after each; what it raises ends all forwards.
 
         An interrupt ends all forwards where they next need experts. ``KtrtError``: one needs other
         layers than the rest.
@@ -150,6 +155,7 @@ class Blocks:
         blocks = [_Block(forward, self._device) for forward in forwards]
         states = [ours] * len(blocks)
         answers: list[torch.Tensor | None] = [None] * len(blocks)
+        layers = 0
         try:
             while True:
                 calls = []
@@ -165,6 +171,9 @@ class Blocks:
                     return [block.result for block in blocks]
                 answers = list(_answers(calls))
                 del calls
+                layers += 1
+                if watch is not None:
+                    watch(layers)
         finally:
             # First the one that an interrupt may have left running.
             _stop(sorted(blocks, key=lambda block: block is not self._at))

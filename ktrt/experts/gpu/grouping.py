@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ktrt.experts.gpu import fused
 from ktrt.experts.gpu.arithmetic import ALL_RANKS, expert_outputs
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
     from ktrt.experts.gpu.arithmetic import ExpertBank, LoraChoice, Rows
 
-# Rows of a grouped computation, to bound its memory: a dozen arrays have this many.
+# Rows of a grouped computation by torch, to bound its memory: a dozen arrays have this many.
 _MOST_ROWS = 8192
 
 
@@ -23,20 +24,35 @@ class Grouping:
     [tokens, hidden_size] and no more, however many slots a token has.
 
     ids [tokens, k] integers, weights [tokens, k] float; ids outside [0, num_experts) contribute
-    nothing. One host synchronisation, to know how many rows every expert has.
+    nothing. One host synchronisation, to know how many rows every expert has. ``order``: all
+    experts, as they will be added; None: ascending.
     """
 
     def __init__(
-        self, ids: torch.Tensor, weights: torch.Tensor, num_experts: int, hidden_size: int
+        self,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        num_experts: int,
+        hidden_size: int,
+        order: Sequence[int] | None = None,
     ) -> None:
         tokens, slots = ids.shape
+        self._order = list(range(num_experts) if order is None else order)
         inside = (ids >= 0) & (ids < num_experts)
-        keys, positions = torch.where(inside, ids, num_experts).flatten().sort(stable=True)
+        keys = torch.where(inside, ids, num_experts).flatten()
+        if order is not None:
+            place = torch.full((num_experts + 1,), num_experts)
+            place[self._order] = torch.arange(num_experts)
+            keys = place.to(ids.device)[keys]
+        keys, self._positions = keys.sort(stable=True)
         limits = torch.arange(num_experts + 1, device=ids.device, dtype=keys.dtype)
         self._bounds: list[int] = torch.searchsorted(keys, limits).tolist()
-        self._tokens = positions.div(slots, rounding_mode="floor")
-        self._weights = weights.float().flatten()[positions][:, None]
+        self._added, self._slots = 0, slots
+        self._tokens = self._positions.div(slots, rounding_mode="floor")
+        self._weights = weights.float().flatten()[self._positions][:, None]
         self._total = torch.zeros(tokens, hidden_size, device=ids.device)
+        # Now: the copy of its table waits for what the stream waits for, such as the next experts.
+        self._tiles = self._make_tiles() if fused.on_device(ids) else None
 
     def sizes(self) -> list[int]:
         """How many pairs each expert has."""
@@ -50,16 +66,21 @@ class Grouping:
         lora: LoraChoice | None = ALL_RANKS,
     ) -> None:
         """Adds what the experts of ``bank`` owe, one expert after the other as the engine does;
-        ``experts``: their ids, in the bank's order.
+        ``experts``: their ids, the next ones of the order, in the bank's order.
 
         ``rows`` and ``lora`` (None: without): of all tokens.
         """
+        first, end = self._added, self._added + len(experts)
+        assert self._order[first:end] == list(experts), "experts come in another order"
+        self._added = end
+        if self._tiles is not None and fused.runs_kernels(bank, rows):
+            fused.add_experts(self._total, self._tiles, range(first, end), bank, rows, lora)
+            return
         pieces: list[tuple[int, int, int]] = []
-        for index, expert in enumerate(experts):
-            begin, end = self._bounds[expert], self._bounds[expert + 1]
+        for index, (begin, stop) in enumerate(pairwise(self._bounds[first : end + 1])):
             # Even pieces: a few rows at the end would cost another GEMM.
-            count = -(-(end - begin) // _MOST_ROWS)
-            cuts = [begin + (end - begin) * cut // max(count, 1) for cut in range(count + 1)]
+            count = -(-(stop - begin) // _MOST_ROWS)
+            cuts = [begin + (stop - begin) * cut // max(count, 1) for cut in range(count + 1)]
             pieces += [(index, *limits) for limits in pairwise(cuts)]
         while pieces:
             taken, size = 0, 0
@@ -68,6 +89,14 @@ class Grouping:
                 taken += 1
             self._compute(pieces[:taken], bank, rows, lora)
             del pieces[:taken]
+
+    def _make_tiles(self) -> fused.Tiles:
+        places = torch.empty_like(self._positions, dtype=torch.int32)
+        count = len(self._positions)
+        places[self._positions] = torch.arange(count, dtype=torch.int32, device=places.device)
+        return fused.make_tiles(
+            self._bounds, self._tokens, self._weights, places.view(-1, self._slots)
+        )
 
     def _compute(
         self,

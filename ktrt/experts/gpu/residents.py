@@ -156,7 +156,9 @@ class GpuLayer:
         lora = self.lora(torch.cat(adapters) if adapters else None)
         self._count(self._keys(index))
         rows = grouped_rows([call.states for call in calls], source.quantized)
-        grouping = Grouping(index, weights, source.num_experts, source.hidden_size)
+        others = [e for e in range(source.num_experts) if e not in self.experts]
+        order = [*self.experts, *others] if self.experts else None
+        grouping = Grouping(index, weights, source.num_experts, source.hidden_size, order)
         if self._bank is not None:
             grouping.add(self.experts, self._bank, rows, lora)
         adoption = None if following is None else following.adopt(self._index, grouping.sizes())

@@ -12,6 +12,7 @@ from ktrt.generate.scheduler.cost import StepSize
 from ktrt.generate.scheduler.policy import Pace, SchedulerLimits, Turns, share_prompts
 from ktrt.generate.scheduler.requests import State
 from ktrt.generate.scheduler.steps import SCORED_TOKENS, for_callers, make_step
+from ktrt.generate.step import StepStopped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
@@ -167,6 +168,8 @@ class Scheduler(Callers):
         try:
             chosen = self._choose(ready, now)
             done = self._compute(chosen, ready, now)
+        except StepStopped:
+            return  # whoever was cancelled ends before the next step
         except Exception as error:  # noqa: BLE001 - whatever it is, others go on
             logger.debug("A step of %d requests failed: %s", len(chosen), error)
             self._counters.failed_steps += 1

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ktrt.engine.step_rows import ACTIVE
 from ktrt.errors import EngineError, KtrtError
 from ktrt.generate.scheduler.cost import StepSize
-from ktrt.generate.step import Span, Step
+from ktrt.generate.step import Span, Step, StepStopped
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,12 +40,22 @@ def make_step(
             ids=ids,
             adapter=ACTIVE if shared or row is None else row,
             logits=_wanted(request, start, count),
+            watch=partial(_watch, request, start, count),
         )
         spans.append(span)
         held += start
         rows += count == 1
         prompt += count if count > 1 else 0
     return Step(tuple(spans)), StepSize(rows, prompt, len(chosen) - rows, held)
+
+
+def _watch(request: Request, start: int, count: int, layers: int, total: int) -> None:
+    """Reports progress within a step of a prompt; ``StepStopped``: nobody wants it any more."""
+    if request.handle.wants_cancel:
+        raise StepStopped
+    if request.new.progress:
+        done = start - request.reused + count * layers // total
+        request.handle.report(done, len(request.new.prompt_ids) - request.reused)
 
 
 def _wanted(request: Request, start: int, count: int) -> Sequence[int] | None:

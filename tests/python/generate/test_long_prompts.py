@@ -14,6 +14,7 @@ from helpers.family_models import families, random_model
 from ktrt.errors import KtrtError
 from ktrt.experts.gpu.blocks import Blocks, Call
 from ktrt.generate.runner import KvCache
+from ktrt.generate.step import Span, Step, StepStopped
 from ktrt.kv import positions
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def meet(model: Any) -> tuple[Any, list[Meeting]]:
         if name.endswith("experts") and "shared" not in name:
             meetings.append(Meeting(gpu.blocks, module.forward))
             module.forward = meetings[-1].forward
+    gpu.layers = meetings
     return gpu, meetings
 
 
@@ -85,6 +87,30 @@ def test_logits_are_those_of_one_forward(model_type: str, monkeypatch: pytest.Mo
     for ours, theirs in zip(found, expected, strict=True):
         assert float((ours - theirs).norm() / theirs.norm()) < 1e-4
     assert {tuple(each.tokens) for each in meetings} == {(PROMPT, 41)}
+
+
+def test_a_watched_prompt_is_stopped_between_layers() -> None:
+    model = random_model(next(each for each in families() if each.model_type == FAMILIES[0]))
+    ids = torch.arange(2, 2 + PROMPT).tolist()
+    expected = KvCache(model).forward(ids)
+    gpu, meetings = meet(model)
+    cache, seen = KvCache(model, gpu=gpu), []
+    cache.forward(ids[:5])
+
+    def watch(layers: int, total: int) -> None:
+        seen.append((layers, total))
+        if layers == 1:
+            raise StepStopped
+
+    slot = cache._slot
+    assert slot is not None
+    with pytest.raises(StepStopped):
+        cache.runner.run(Step((Span(slot=slot, ids=ids[5:], watch=watch),)))
+    assert seen == [(1, len(meetings))]
+    assert slot.length == 5
+    assert not gpu.blocks.running
+    found = cache.forward(ids[5:])
+    assert float((found - expected).norm() / expected.norm()) < 1e-4
 
 
 def test_blocks_of_different_layers_are_an_error() -> None:

@@ -124,7 +124,7 @@ class TestSteps:
         while not handle.state.ended:
             bench.scheduler.step()
             seen.append(handle.take_progress())
-        assert seen == [[(0, 1000)], [(512, 1000)], [(1000, 1000)]]
+        assert seen == [[(0, 1000)], [(256, 1000), (512, 1000)], [(756, 1000), (1000, 1000)]]
 
 
 class TestEnds:
@@ -147,6 +147,16 @@ class TestEnds:
         kept.cancel()
         bench.scheduler.step()
         assert kept.state is State.FINISHED
+
+    def test_a_prompt_is_cancelled_within_a_step(self) -> None:
+        bench = Bench()
+        kept, other = bench.submit(PROMPTS[0], 9), bench.submit([*range(300)], 5)
+        bench.runner.between = other.cancel
+        bench.scheduler.step()
+        assert not any(slot.ids for slot in bench.pool.used)
+        bench.run()
+        assert other.state is State.CANCELLED
+        assert tokens_of(kept) == expected_tokens(PROMPTS[0], 9)
 
     def test_what_a_cancelled_request_computed_is_reused(self) -> None:
         bench = Bench()

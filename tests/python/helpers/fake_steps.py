@@ -105,7 +105,8 @@ class FakeClock:
 
 class FakeRunner:
     """Logits are the ids of the sequence; steps take what ``seconds`` says. ``fail``: raised in the
-    next step. ``steps``: all so far, as (slot, number of ids, adapter)."""
+    next step. ``steps``: all so far, as (slot, number of ids, adapter). ``between``: called between
+    the two layers of a step, in which prompts are watched."""
 
     def __init__(self, pool: FakePool, clock: FakeClock) -> None:
         self.pool, self._clock = pool, clock
@@ -113,6 +114,7 @@ class FakeRunner:
         self.chunk = 512
         self.seconds: Callable[[StepSize], float] = lambda size: 0.01
         self.fail: BaseException | None = None
+        self.between: Callable[[], None] = lambda: None
         self.steps: list[list[tuple[FakeSlot, int, int]]] = []
 
     def run(self, step: Step) -> list[Any]:
@@ -124,6 +126,10 @@ class FakeRunner:
         prompt = sum(len(span.ids) for span in spans) - rows
         held = sum(span.slot.length for span in spans)
         self._clock.now += self.seconds(StepSize(rows, prompt, len(spans) - rows, held))
+        self.between()
+        for span in spans:
+            if len(span.ids) > 1 and span.watch is not None:
+                span.watch(1, 2)
         failure, self.fail = self.fail, None
         if failure is not None:
             raise failure

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import re
+import resource
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from ktrt.serve.errors import ApiError
 from ktrt.serve.json_text import check_json
 from ktrt.serve.openai.conversation import readable_messages
 from ktrt.serve.settings import ServeSettings, add_options, read_settings
+from ktrt.serve.uvicorn_server import allow_connections
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -289,3 +291,17 @@ def test_a_long_text_is_refused_before_it_is_tokenized(server_url: str) -> None:
         found = httpx.post(server_url + path, json=each, timeout=60)
         assert found.status_code == 400
         assert "characters, the model's context holds 2048" in found.json()["error"]["message"]
+
+
+def test_connections_get_open_files(caplog: pytest.LogCaptureFixture) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, hard), hard))
+        allow_connections(1024)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (1536, hard)
+        assert not caplog.records
+        allow_connections(hard)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+        assert f"may have {hard}" in caplog.text
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
