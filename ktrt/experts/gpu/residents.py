@@ -149,21 +149,20 @@ class GpuLayer:
         if following is not None:
             following.settle()
         stream.start(self._index)
-        source = self.source
         index = torch.cat([call.index for call in calls])
         weights = torch.cat([call.weights for call in calls])
         adapters = [call.adapters for call in calls if call.adapters is not None]
         lora = self.lora(torch.cat(adapters) if adapters else None)
         self._count(self._keys(index))
-        rows = grouped_rows([call.states for call in calls], source.quantized)
-        others = [e for e in range(source.num_experts) if e not in self.experts]
+        rows = grouped_rows([call.states for call in calls], self.source.quantized)
+        others = [e for e in range(self.source.num_experts) if e not in self.experts]
         order = [*self.experts, *others] if self.experts else None
-        grouping = Grouping(index, weights, source.num_experts, source.hidden_size, order)
+        grouping = Grouping(index, weights, self.source.num_experts, self.source.hidden_size, order)
         if self._bank is not None:
             grouping.add(self.experts, self._bank, rows, lora)
         adoption = None if following is None else following.adopt(self._index, grouping.sizes())
         for experts, arrays in stream.pieces(self._index):
-            bank = source.bank(arrays)
+            bank = self.source.bank(arrays)
             grouping.add(experts, bank, rows, lora)
             if adoption is not None:
                 adoption.take(experts, bank)
@@ -279,8 +278,7 @@ class GpuExperts:
             self.places = torch.full(shape, -1, dtype=torch.int64, device=self.device)
             self.uses = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self._top_k = max(layer.top_k for layer in layers.values())
-        # Moves the residents; None: they stay.
-        self.following: Following | None = None
+        self.following: Following | None = None  # None: the residents stay
         self._by_path = dict(zip(layers, self._sources, strict=True))
         self._pinning = pinning or make_pinning(self.device)
         self.stream = ExpertStream(self._sources, lane or make_lane(self.device))
@@ -338,8 +336,8 @@ class GpuExperts:
     def follow(self) -> Following:
         """Has the residents, from pinned memory, follow the routing: call ``step`` after steps."""
         layers, lane = list(self.layers.values()), make_lane(self.device)
-        self.following = Following(layers, self.places, self.uses, self._top_k, lane)
-        return self.following
+        self.following = new = Following(layers, self.places, self.uses, self._top_k, lane)
+        return new
 
     def stay(self) -> None:
         """Ends ``follow``."""
