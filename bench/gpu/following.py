@@ -5,10 +5,10 @@
 
 The routers' choices are replaced by made-up ones: each expert of a layer has a preference that all
 texts share, one of the conversation, one that drifts with the tokens, and noise. Conversations
-begin with a prompt and go on token by token. The same ones are decoded with no expert on the GPU;
-with the first experts; with those that other conversations used most; and with residents that
-follow, which start from those. ``patterns``: without the conversations' own preferences and their
-drift the static choice is the best one, and following can only cost.
+begin with a prompt and go on token by token. The same ones are decoded with the first experts on
+the GPU; with those that other conversations used most; and with residents that follow, which start
+from those. ``patterns``: without the conversations' own preferences and their drift the static
+choice is the best one, and following can only cost.
 """
 
 from __future__ import annotations
