@@ -29,7 +29,8 @@ class Panel:
 
 
 def line_chart(panels: Sequence[Panel], x_label: str, y_label: str) -> str:
-    """Returns an SVG document with the panels side by side. The first curve is dashed."""
+    """Returns an SVG document with the panels side by side. The first two curves are
+    dashed."""
     width, height = _WIDTH * len(panels), _HEIGHT + 26
     body = [line for at, panel in enumerate(panels) for line in _panel(panel, at, x_label, y_label)]
     names = list(dict.fromkeys(name for panel in panels for name in panel.curves))
@@ -86,7 +87,7 @@ def _legend(names: Sequence[str], y: float) -> Iterator[str]:
     x = float(_LEFT)
     for number, name in enumerate(names):
         colour = _COLOURS[number % len(_COLOURS)]
-        dashes = ' stroke-dasharray="5 4"' if number == 0 else ""
+        dashes = ' stroke-dasharray="5 4"' if number < _BOUNDS else ""
         yield f'<path d="M{x:g} {y - 4:g}h22" stroke="{colour}" stroke-width="2"{dashes}/>'
         yield _text(x + 27, y, name, "start")
         x += 50 + 6.5 * len(name)

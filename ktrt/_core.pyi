@@ -733,7 +733,8 @@ class MoeLayer:
         (codes, scales), packed without a rounding. Codes: uint8 [n, k] (FP8) or [n, k / 2], the
         first column in the low half. Scales: fp8 float32 [n / 32, k / 128] (rounded up),
         fp8_channel float32 [n], int4_g* bfloat16 [n, k / group], mxfp4 uint8 [n, k / 32].
-        ``ValueError``: shapes, dtypes, NaN codes, scales that are not finite."""
+        ``ValueError``: shapes, dtypes, NaN codes, scales that are not finite, or whose products
+        with the largest code are not."""
 
     @property
     def image_bytes(self) -> list[int]:

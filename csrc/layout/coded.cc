@@ -40,6 +40,11 @@ float scale_value(WeightFormat format, const std::byte* scales, std::int64_t ind
   return value;
 }
 
+// The largest magnitude of any code.
+float largest_value(WeightFormat format) {
+  return traits_of(format).bits == 8 ? 448.0f : format == WeightFormat::kMxfp4 ? 6.0f : 8.0f;
+}
+
 int divided(int value, int by) { return (value + by - 1) / by; }
 
 }  // namespace
@@ -81,10 +86,11 @@ bool pack_coded_strip(const CodedSource& source, int row, const PackedMatrix& pa
   const FormatTraits& traits = layout.traits();
   const int k = layout.k();
   StripWriter writer(packed, strip);
+  const float largest = largest_value(traits.format);
   bool finite = true;
   const auto scale_of = [&](const std::byte* scales, std::int64_t index) {
     const float scale = scale_value(traits.format, scales, index);
-    finite = finite && std::isfinite(scale);
+    finite = finite && std::isfinite(scale * largest);
     return scale;
   };
   const int first = row + strip * kStripRows;

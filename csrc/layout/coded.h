@@ -37,7 +37,8 @@ struct CodedSource {
 void check_coded(const CodedSource& source, WeightFormat format, int n, int k);
 
 // Packs rows [32·strip, 32·strip + 32) of the source, `row` of which is the matrix's first (a
-// multiple of 32). Returns false for a NaN code or a scale that is not finite.
+// multiple of 32). Returns false for a NaN code, or a scale that is not finite or whose product
+// with the largest code is not.
 bool pack_coded_strip(const CodedSource& source, int row, const PackedMatrix& packed, int strip);
 
 // Encodes the strip from floats, as pack_strip() does for the other formats: each scale is that

@@ -111,7 +111,8 @@ void ExpertStore::pack_coded(ThreadPool& pool, int expert, Projection projection
       });
   KTRT_CHECK(finite, source.codes.name
                          << " of expert " << expert
-                         << ": a code is NaN, or a scale not finite; the weights are damaged");
+                         << ": a code is NaN, or a scale not finite or too large; the weights are "
+                            "damaged");
 }
 
 void ExpertStore::set_biases(const std::optional<TensorView>& gate,

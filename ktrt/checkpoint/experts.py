@@ -94,14 +94,15 @@ class ExpertWeights:
             )
         found, dtype = self._checkpoint.shape(name), self._checkpoint.dtype(name)
         file = self._checkpoint.file(name)
-        if found != shape:
-            raise CheckpointError(
-                f"{file}: {name} has shape {list(found)}, expected {list(shape)} by config.json."
-            )
         if dtype not in FLOAT_DTYPES:
             raise CheckpointError(
                 f"{file}: {name} has dtype {dtype}, expected one of {', '.join(FLOAT_DTYPES)}, or "
-                "FP8 (F8_E4M3), INT4 or MXFP4 with their scales. Use the BF16 checkpoint."
+                "FP8 (F8_E4M3), INT4 or MXFP4 with their scales, which are not there. Download the "
+                "folder again if they should be, or use the BF16 checkpoint."
+            )
+        if found != shape:
+            raise CheckpointError(
+                f"{file}: {name} has shape {list(found)}, expected {list(shape)} by config.json."
             )
         return name
 

@@ -83,7 +83,10 @@ def stacked_mxfp4(
     """Returns gpt-oss's ``_blocks`` and ``_scales`` as one tensor. ``CheckpointError``: they do
     not fit, or there are no scales."""
     if scales is None:
-        raise CheckpointError(f"{blocks.file}: {name} has no {scales_name}.")
+        raise CheckpointError(
+            f"{blocks.file}: {name} has no {scales_name}. The folder is incomplete: download or "
+            "copy it again."
+        )
     fits = len(blocks.shape) == 4 and blocks.shape[3] == _BLOCK // 2
     if not fits or scales.shape != blocks.shape[:3] or scales.dtype != "U8":
         raise CheckpointError(

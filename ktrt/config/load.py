@@ -227,9 +227,8 @@ def _backend(spelling: str, raw: object, names: Mapping[str, str], where: str) -
         return None
     if isinstance(name, str) and name in names:
         return names[name]
-    shown_names = ["auto", *dict.fromkeys(names.values())] if "amxbf16" in names else list(names)
-    *others, last = shown_names
-    expected = f"{', '.join(others)} or {last}"
+    *others, last = dict.fromkeys(names.values()) if "amxbf16" in names else names
+    expected = f"auto, {', '.join(others)} or {last}"
     raise ConfigError(f"{where}: {spelling}: expected {expected}, found {describe(raw)}")
 
 

@@ -44,6 +44,7 @@ class CodedLinear(nn.Linear):
         self.register_parameter("bias", linear.bias)
         self.dtype = dtype
         self.read_codes = read
+        self.origin = ""  # file and tensor, for messages
         self._on_device: Codes | None = None
         self.training = linear.training
 

@@ -114,7 +114,7 @@ def _dense_forward(path: str, base: nn.Linear, shared: Shared, *, int8: bool) ->
         if not isinstance(base, CodedLinear):
             raise
         raise CheckpointError(
-            f"{path}.weight: {error}. Download or copy the model's files again."
+            f"{base.origin or path}: {error}. Download or copy the model's files again."
         ) from error
 
 

@@ -13,7 +13,7 @@ from ktrt.engine import release_file_pages
 from ktrt.engine.formats import joined
 from ktrt.errors import CheckpointError, ConfigError
 from ktrt.loading.pack_cache import PackCache, default_folder
-from ktrt.loading.pack_manifest import CacheKey
+from ktrt.loading.pack_manifest import INT4_SEARCH, CacheKey
 from ktrt.utils.fingerprint import fingerprint
 from ktrt.utils.progress import byte_progress
 
@@ -91,11 +91,17 @@ def cache_of(root: Path, source: ExpertSource, layers: Mapping[str, MoeLayer]) -
 
 
 def _key(source: ExpertSource, layers: Mapping[str, MoeLayer], files: Fingerprint) -> CacheKey:
+    def searched(item: tuple[str, MoeLayer]) -> bool:
+        path, layer = item
+        stored = source.weights[path].coded if path in source.weights else None
+        return layer.weight_format.startswith("int4_g") and layer.weight_format != stored
+
     return CacheKey(
         source=str(source.checkpoint.folder.resolve()),
         weight_format=joined(layer.weight_format for layer in layers.values()),
         layers={path: list(layer.image_bytes) for path, layer in layers.items()},
         files=files,
+        int4_search=INT4_SEARCH if any(map(searched, layers.items())) else 0,
     )
 
 

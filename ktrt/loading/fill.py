@@ -71,8 +71,9 @@ def load_without_experts(base: BaseCheckpoint, infer_dtype: str, device: torch.d
                 "The folder is incomplete or its config.json is of another model."
             )
     loaded: nn.Module = model
-    if device.type != "cpu":
-        for _, linear in coded_linears(loaded):
+    for path, linear in coded_linears(loaded):
+        linear.origin = f"{checkpoint.file(coded[path])}: {coded[path]}"
+        if device.type != "cpu":
             linear.place(device)
     return loaded
 

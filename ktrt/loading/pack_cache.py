@@ -17,7 +17,6 @@ import logging
 import os
 import shutil
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, Self
 
@@ -136,13 +135,7 @@ class PackCache:
         """Says how the manifest's key differs from this cache's; None if it does not."""
         if manifest["layout"] != LAYOUT:
             return f"its layout is {manifest['layout']}, now {LAYOUT}"
-        found, expected = manifest["key"], asdict(self._key)
-        if found == expected:
-            return None
-        old = {each.get("name"): each for each in found["files"]}
-        new = {each["name"]: each for each in expected["files"]}
-        changed = sorted(str(n) for n in old.keys() | new.keys() if old.get(n) != new.get(n))
-        return f"changed since: {', '.join(changed[:3])}" if changed else "other sizes of experts"
+        return self._key.difference(manifest["key"])
 
     def _use(
         self, layers: Mapping[str, PackedLayer], manifest: Manifest, folder: OwnedFolder
@@ -270,7 +263,7 @@ class CacheWriter:
             "layout": LAYOUT,
             "ktrt": __version__,
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "key": asdict(self._key),
+            "key": self._key.as_dict(),
             "images": self._images,
         }
         manifest["sha256"] = checksum_of(manifest)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -24,6 +24,9 @@ MANIFEST = "manifest.json"
 # An image has kt_kernel's layouts, then scales, then sums of codes, each at a multiple of 4096.
 LAYOUT = "kt-0.7.2/image-1"
 SCHEMA = 1
+# The engine's search of scales for INT4 in groups, csrc/layout/encode_coded.cc: a search that finds
+# others takes the next number, and caches of the last one are packed again.
+INT4_SEARCH = 1
 
 
 class CacheDamagedError(KtrtError):
@@ -48,6 +51,7 @@ class Key(TypedDict):
     weight_format: str
     layers: dict[str, list[int]]
     files: list[dict[str, Any]]
+    int4_search: NotRequired[int]
 
 
 class Manifest(TypedDict):
@@ -65,12 +69,14 @@ class CacheKey:
     """The origin of a cache: the model folder, its files, and the way of packing.
 
     ``layers`` has the bytes of each image, one per NUMA part, by the experts module's path.
+    ``int4_search``: ``INT4_SEARCH`` if scales of any layer were searched while packing, else 0.
     """
 
     source: str
     weight_format: str
     layers: dict[str, list[int]]
     files: Fingerprint
+    int4_search: int = 0
 
     @property
     def parts(self) -> int:
@@ -81,6 +87,28 @@ class CacheKey:
     def total_bytes(self) -> int:
         """Bytes of all images."""
         return sum(map(sum, self.layers.values()))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the key as a manifest has it."""
+        values = asdict(self)
+        if not self.int4_search:
+            del values["int4_search"]
+        return values
+
+    def difference(self, found: Key) -> str | None:
+        """Says how a manifest's key differs from this one; None if it does not."""
+        expected = self.as_dict()
+        if found == expected:
+            return None
+        old = {each.get("name"): each for each in found["files"]}
+        new = {each["name"]: each for each in expected["files"]}
+        changed = sorted(str(n) for n in old.keys() | new.keys() if old.get(n) != new.get(n))
+        if changed:
+            return f"changed since: {', '.join(changed[:3])}"
+        search = found.get("int4_search", 0)
+        if search != self.int4_search:
+            return f"its INT4 scales are of search {search}, now {self.int4_search}"
+        return "other sizes of experts"
 
     @property
     def folder_name(self) -> str:

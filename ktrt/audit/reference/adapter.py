@@ -11,7 +11,7 @@ import numpy as np
 
 from ktrt.audit.reference.adapter_names import half_of, is_elsewhere
 from ktrt.audit.reference.adapter_packing import find_grouping
-from ktrt.audit.reference.tensors import CannotVerifyError, RawFile, read_json
+from ktrt.audit.reference.tensors import CannotVerifyError, RawFile, gate_and_up, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -148,9 +148,16 @@ class RawAdapter:
             )
 
     def experts(
-        self, layer: int, num_experts: int, hidden_size: int, intermediate_size: int
+        self,
+        layer: int,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        interleaved: bool = False,
     ) -> list[dict[str, Lora]]:
-        """Returns for each routed expert of the layer: projection → LoRA; empty without LoRA."""
+        """Returns for each routed expert of the layer: projection → LoRA; empty without LoRA.
+        ``interleaved``: rows of gate and up alternate in the base."""
         self._check_others(layer)
         found: list[dict[str, Lora]] = [{} for _ in range(num_experts)]
         modules = [m for m in self._pairs if _layer(m) == layer and _on_experts(m)]
@@ -158,7 +165,8 @@ class RawAdapter:
         named: dict[str, dict[str, dict[int | None, str]]] = {}
         for module in modules:
             if _STACKED.fullmatch(module):
-                self._stacked(module, modules, (hidden_size, intermediate_size), found)
+                sizes = hidden_size, intermediate_size
+                self._stacked(module, modules, sizes, found, interleaved)
                 continue
             match = _NAMED.fullmatch(module)
             number = None if match is None or match["expert"] is None else int(match["expert"])
@@ -168,7 +176,7 @@ class RawAdapter:
             for half in self._pairs[module]:
                 halves[half][number] = module
         for projection, halves in named.items():
-            self._named(projection, halves, intermediate_size, found)
+            self._named(projection, halves, found, interleaved)
         _check_sizes(self.folder, layer, found, hidden_size, intermediate_size)
         return found
 
@@ -176,10 +184,10 @@ class RawAdapter:
         self,
         projection: str,
         halves: dict[str, dict[int | None, str]],
-        inner: int,
         found: list[dict[str, Lora]],
+        interleaved: bool,
     ) -> None:
-        """Adds one projection (gate_up: gate's rows, then up's). A half is one matrix per expert,
+        """Adds one projection (gate_up: both's rows). A half is one matrix per expert,
         or one tensor for all: [E, …], [1, …] or a shared matrix."""
         whole = {half: self._pairs[m[None]][half]() for half, m in halves.items() if None in m}
 
@@ -197,12 +205,18 @@ class RawAdapter:
             module = halves["A"].get(expert) or halves["A"].get(None, "")
             a, b, scaling = matrix("A", expert), matrix("B", expert), self.scaling(module)
             if projection == "gate_up":
-                each["gate"], each["up"] = Lora(a, b[:inner], scaling), Lora(a, b[inner:], scaling)
+                halves_of_b = gate_and_up(b, interleaved).items()
+                each |= {name: Lora(a, rows, scaling) for name, rows in halves_of_b}
             else:
                 each[projection] = Lora(a, b, scaling)
 
     def _stacked(
-        self, module: str, modules: list[str], sizes: tuple[int, int], found: list[dict[str, Lora]]
+        self,
+        module: str,
+        modules: list[str],
+        sizes: tuple[int, int],
+        found: list[dict[str, Lora]],
+        interleaved: bool,
     ) -> None:
         """Adds PEFT's target_parameters: A [E·r, in] expert-major, B [out, r·E] rank-major."""
         match = _STACKED.fullmatch(module)
@@ -234,8 +248,8 @@ class RawAdapter:
             if not swapped:  # (BA)ᵀ = Aᵀ Bᵀ
                 a, b = b.T, a.T
             if is_first:
-                each["gate"] = Lora(a, b[:inner], lora.scaling)
-                each["up"] = Lora(a, b[inner:], lora.scaling)
+                halves = gate_and_up(b, interleaved).items()
+                each |= {name: Lora(a, rows, lora.scaling) for name, rows in halves}
             else:
                 each["down"] = Lora(a, b, lora.scaling)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ktrt.audit.reference.experts import Clamps
 from ktrt.audit.reference.quantized import find_tensors
-from ktrt.audit.reference.tensors import CannotVerifyError, RawFile, read_json
+from ktrt.audit.reference.tensors import CannotVerifyError, RawFile, gate_and_up, read_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,6 +30,7 @@ _STACKED = re.compile(
     r"layers\.(?P<layer>\d+)\.(?P<block>\w+\.)?"
     r"(?P<part>experts\.gate_up_proj|experts\.down_proj|input_linear|output_linear)(?:\.weight)?"
 )
+_BIASES = re.compile(r"layers\.\d+\.mlp\.experts\.(?P<part>gate_up|down)_proj_bias")
 # Blocks with different names on disk and in the model.
 _BLOCKS = (".mlp.", ".block_sparse_moe.", ".feed_forward.")
 _LAYER = re.compile(r"(?P<prefix>|.*?\.)layers\.(?P<layer>\d+)\.(?P<inner>.*)")
@@ -40,7 +42,8 @@ _OTHERS = re.compile(r"(^|\.)(mtp|vis|audio|image|video|speech|talker|code2wav|v
 class RawExperts:
     """The routed experts of one layer. ``single``: (expert, projection) → tensor name; or
     ``stacked``: names of gate_up [E, 2I, H] and down [E, H, I], with inputs and outputs swapped
-    if ``transposed``."""
+    if ``transposed``. ``interleaved``: gate's and up's rows alternate. ``biases``: names of gate_up
+    [E, 2I] and down [E, H]."""
 
     num_experts: int
     hidden_size: int
@@ -48,6 +51,8 @@ class RawExperts:
     single: dict[tuple[int, str], str]
     stacked: tuple[str, str] | None
     transposed: bool = False
+    interleaved: bool = False
+    biases: tuple[str, str] | None = None
 
 
 class RawCheckpoint:
@@ -64,6 +69,10 @@ class RawCheckpoint:
         self._tensors = find_tensors(_files(folder, config.get("transformers_weights")), config)
         text = config.get("text_config") or config
         self.activation = text.get("hidden_act", "silu")
+        self._is_gpt_oss = text.get("model_type") == "gpt_oss"
+        self.clamps: Clamps | None = None
+        if self._is_gpt_oss:
+            self.clamps = Clamps(text.get("swiglu_limit", 7.0), text.get("swiglu_alpha", 1.702))
         self._prefix = self._find_prefix(text.get("num_hidden_layers"))
 
     def _find_prefix(self, num_layers: object) -> str:
@@ -119,9 +128,9 @@ class RawCheckpoint:
     def experts(self, layer: int) -> RawExperts | None:
         """Returns the routed experts of a layer; None for a layer without.
 
-        Raises ``CannotVerifyError`` for biases, and for names or shapes other than
-        ``experts.E.{gate,up,down}_proj`` (or w1, w3, w2) and stacked gate_up [E, 2I, H], down
-        [E, H, I] or transposed.
+        Raises ``CannotVerifyError`` for names and shapes but ``experts.E.{gate,up,down}_proj``
+        (or w1, w3, w2) and stacked gate_up [E, 2I, H], down [E, H, I] or transposed; gpt-oss's
+        have biases, and gate's and up's rows alternate.
         """
         start = f"{self._prefix}layers.{layer}."
         inside = [
@@ -131,6 +140,7 @@ class RawCheckpoint:
         ]  # fmt: skip
         single: dict[tuple[int, str], str] = {}
         stacked: dict[str, str] = {}
+        biases: dict[str, str] = {}
         for name in inside:
             own = name.removeprefix(self._prefix)
             if match := _SINGLE.fullmatch(own):
@@ -141,18 +151,25 @@ class RawCheckpoint:
             elif match := _STACKED.fullmatch(own):
                 first = match["part"] in ("experts.gate_up_proj", "input_linear")
                 stacked["gate_up" if first else "down"] = name
+            elif self._is_gpt_oss and (match := _BIASES.fullmatch(own)):
+                biases[match["part"]] = name
             else:
                 raise CannotVerifyError(
                     f"{self.folder}: {name}: expert weights of this name cannot be verified."
                 )
         if single and not stacked:
             return self._single(layer, single)
-        if len(stacked) == 2 and not single:
-            return self._stacked(stacked["gate_up"], stacked["down"])
+        if len(stacked) == 2 and not single and len(biases) == 2 * self._is_gpt_oss:
+            found = self._stacked(stacked["gate_up"], stacked["down"])
+            if not biases:
+                return found
+            both = (biases["gate_up"], biases["down"])
+            return replace(found, interleaved=True, biases=both)
         if single or stacked:
             raise CannotVerifyError(
                 f"{self.folder}: the experts of layer {layer} are stored in a form that cannot be "
-                f"verified ({len(single)} single, {len(stacked)} stacked tensors)."
+                f"verified ({len(single)} single, {len(stacked)} stacked tensors, {len(biases)} "
+                "biases)."
             )
         return None
 
@@ -208,11 +225,14 @@ class RawCheckpoint:
         rows, last = read(first, expert), read(down, expert)
         if experts.transposed:
             rows, last = np.ascontiguousarray(rows.T), np.ascontiguousarray(last.T)
-        return {
-            "gate": rows[: experts.intermediate_size],
-            "up": rows[experts.intermediate_size :],
-            "down": last,
-        }
+        return {**gate_and_up(rows, experts.interleaved), "down": last}
+
+    def read_biases(self, experts: RawExperts, expert: int) -> dict[str, Float32]:
+        """Returns one expert's biases by projection; empty without."""
+        if experts.biases is None:
+            return {}
+        first, down = (self._tensors[name].read(expert) for name in experts.biases)
+        return {**gate_and_up(first, experts.interleaved), "down": down}
 
 
 def _files(folder: Path, chosen: object) -> dict[str, RawFile]:

@@ -25,14 +25,25 @@ _LARGEST = (-7.1, -7.3, -7.5, -7.7, -7.9, -8.1, -8.3, 6.2, 6.45, 6.7, 6.95, 7.2)
 _CHUNK = 512  # groups
 
 
+@dataclass(frozen=True)
+class Clamps:
+    """gpt-oss's activation: gate at most ``limit``, up between −``limit`` and ``limit``; then
+    (up + 1) · gate · sigmoid(``slope`` · gate)."""
+
+    limit: float
+    slope: float
+
+
 @dataclass
 class Expert:
     """gate, up [I, H] and down [H, I], rounded once to ``weight_format``. ``down_slices``: number
-    of separately quantised slices of down's columns."""
+    of separately quantised slices of down's columns. ``biases`` of all projections or none."""
 
     weights: Mapping[str, Float32]
     weight_format: WeightFormat
     down_slices: int = 1
+    biases: Mapping[str, Float32] = field(default_factory=dict)
+    clamps: Clamps | None = None
     _stored: dict[str, Float32] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -45,11 +56,13 @@ class Expert:
         return self.down_slices if projection == "down" else 1
 
     def project(self, projection: str, x: Float32, lora: Mapping[str, Lora]) -> Float32:
-        """Returns y = Wx + s·B(Ax); rows of x are tokens."""
+        """Returns y = Wx + s·B(Ax) + bias; rows of x are tokens."""
         if self.weight_format != "float32":
             x = to_bf16(x)
         coded = _by_slices(x, self.weight_format, self._slices(projection), _activations)
         y: Float32 = coded @ self._stored[projection].T
+        if projection in self.biases:
+            y = y + self.biases[projection]
         if pair := lora.get(projection):
             a, b = pair.a, pair.b * np.float32(pair.scaling)
             if self.weight_format == "float32":
@@ -59,12 +72,16 @@ class Expert:
 
 
 def expert_output(expert: Expert, x: Float32, lora: Mapping[str, Lora]) -> Float32:
-    """Returns down(silu(gate x) · up x) [tokens, H], without a routing weight; ``lora`` may be
-    empty."""
+    """Returns down(silu(gate x) · up x) [tokens, H], or with the expert's clamps, without a routing
+    weight; ``lora`` may be empty."""
     gate = expert.project("gate", x, lora)
     up = expert.project("up", x, lora)
+    slope = np.float32(1)
+    if expert.clamps is not None:
+        limit, slope = np.float32(expert.clamps.limit), np.float32(expert.clamps.slope)
+        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit) + np.float32(1)
     with np.errstate(over="ignore"):
-        inner = gate / (1 + np.exp(-gate)) * up
+        inner = gate / (1 + np.exp(-slope * gate)) * up
     return expert.project("down", inner, lora)
 
 

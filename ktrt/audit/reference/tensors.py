@@ -107,3 +107,11 @@ class RawFile:
         if numbers.size != count:
             raise CannotVerifyError(f"{self.file} ends inside {name}.")
         return numbers.reshape(shape)
+
+
+def gate_and_up(rows: Float32, interleaved: bool) -> dict[str, Float32]:
+    """Returns rows [2I, …] of both by projection: gate's first, or alternating."""
+    if interleaved:
+        return {"gate": rows[0::2], "up": rows[1::2]}
+    gate, up = np.split(rows, 2)
+    return {"gate": gate, "up": up}

@@ -56,6 +56,10 @@ logger = logging.getLogger(__name__)
 _ROUNDED: tuple[WeightFormat, ...] = ("bf16", "int8", "int4")
 # Made of plain weights, with a search for each scale.
 _SEARCHED = "int4_g32"
+# The form of gpt-oss's experts, which NumPy computes by its config.json.
+_GPT_OSS = (
+    "biases", "a slope of the activation", "limits of gate or up", "an offset of up",
+)  # fmt: skip
 # By weight format. The engine sums in another order than NumPy, so a number is sometimes rounded
 # the other way: off by up to 0.00005 on the demo and tiny models, on every instruction set. The
 # error against float32 is the format's: 0.006, 0.03 and 0.3 on Gaussian data (tests/cpp/moe), plus
@@ -172,7 +176,8 @@ def verify_layer(
     report = LayerReport(layer, "no routed experts", unchecked=lora.outside_layers)
     if module is not None and raw is not None:
         _check_form(base, module, raw)
-        loras = lora.experts(layer, raw.num_experts, raw.hidden_size, raw.intermediate_size)
+        sizes = raw.num_experts, raw.hidden_size, raw.intermediate_size
+        loras = lora.experts(layer, *sizes, interleaved=raw.interleaved)
         weight_format = module.layer.weight_format
         report.what = f"{raw.num_experts} experts in {weight_format.upper()}"
         report.assumed = lora.assumed
@@ -193,7 +198,8 @@ def _experts_module(loaded: LoadedModel, layer: int) -> KTExperts | None:
 def _check_form(base: RawCheckpoint, module: KTExperts, raw: RawExperts) -> None:
     engine = module.layer
     # Slices come from kt_kernel's files for several NUMA nodes, and can be computed.
-    unusual = [form for form in module.unusual_form if form != "down in slices of columns"]
+    known = {"down in slices of columns", *(_GPT_OSS if base.clamps is not None else ())}
+    unusual = [form for form in module.unusual_form if form not in known]
     if base.activation not in ("silu", "swish"):
         unusual.append(f"activation {base.activation}")
     if unusual:
@@ -225,14 +231,15 @@ def _check_experts(
     kernels = (weight_format,) if weight_format in _ROUNDED else ("coded", "bf16")
     wanted = [Outputs.empty(probe.states.shape, len(kernels)) for probe in (single, mixed)]
     for number, lora in enumerate(loras):
-        weights = base.read_expert(raw, number)
+        weights, biases = base.read_expert(raw, number), base.read_biases(raw, number)
         packed = weights
         if is_shipped:
             packed = base.read_expert(raw, number, as_packed=True)
         elif weight_format == _SEARCHED:
             packed = {name: int4_groups(weight) for name, weight in weights.items()}
         for kernel, rounding in enumerate(("float32", *kernels)):
-            expert = Expert(packed if kernel else weights, rounding, down_slices)
+            shown = packed if kernel else weights
+            expert = Expert(shown, rounding, down_slices, biases, base.clamps)
             for probe, outputs in zip((single, mixed), wanted, strict=True):
                 _add_expert(expert, number, lora, probe, outputs.all[kernel])
         progress(sum(weight.nbytes for weight in weights.values()))

@@ -224,12 +224,26 @@ def test_nan_is_refused(tmp_path: Path, code: int) -> None:
         read(tmp_path, {W: codes, f"{W}_scale": ONES[0, :1]})
 
 
-def test_gpt_oss_is_not_told(tmp_path: Path) -> None:
-    """Its blocks can be read, but its biases and activation not be computed."""
-    folders = code_folder(save_family(tmp_path / "model", "gpt_oss"), tmp_path / "coded", "mxfp4")
-    checkpoint = RawCheckpoint(folders.coded)
-    name = "model.layers.0.mlp.experts.down_proj"
-    stored = RawCheckpoint(folders.plain).read(name).swapaxes(1, 2)
-    np.testing.assert_array_equal(checkpoint.read(name), stored)
-    with pytest.raises(CannotVerifyError, match=r"_bias: expert weights of this name cannot be"):
-        checkpoint.experts(0)
+def test_gpt_oss(tmp_path: Path) -> None:
+    """Rows of gate and up alternate, in codes, floats and biases; a missing bias is refused."""
+    model = save_family(tmp_path / "model", "gpt_oss")
+    folders = code_folder(model, tmp_path / "coded", "mxfp4")
+    checkpoint, twin = RawCheckpoint(folders.coded), RawCheckpoint(folders.plain)
+    name = "model.layers.0.mlp.experts"
+    found, expected = checkpoint.experts(0), twin.experts(0)
+    assert found is not None
+    assert expected is not None
+    first = load_file(folders.plain / "model.safetensors")
+    for experts, reader in ((found, checkpoint), (expected, twin)):
+        weights, biases = reader.read_expert(experts, 5), reader.read_biases(experts, 5)
+        for start, projection in enumerate(("gate", "up")):
+            rows = first[f"{name}.gate_up_proj"][5, :, start::2].T.numpy()
+            np.testing.assert_array_equal(weights[projection], rows)
+            bias = first[f"{name}.gate_up_proj_bias"][5, start::2].float().numpy()
+            np.testing.assert_array_equal(biases[projection], bias)
+        down = first[f"{name}.down_proj"][5].T.numpy()
+        np.testing.assert_array_equal(weights["down"], down)
+    del first[f"{name}.down_proj_bias"]
+    save_file(first, folders.plain / "model.safetensors")
+    with pytest.raises(CannotVerifyError, match="2 stacked tensors, 1 biases"):
+        RawCheckpoint(folders.plain).experts(0)

@@ -6,16 +6,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 from helpers.coded_checkpoints import SCHEMES, code_folder, save_family
+from helpers.family_adapters import RANK, write_stacked
+from helpers.rounded_experts import experts_of, random_lora
 from helpers.tiny_models import LoraPlan, save_adapter, save_model
 from helpers.verify_cases import Backend, Folders, check
+from transformers import AutoModelForCausalLM
 
-from ktrt.audit.reference.experts import int4_groups
+from ktrt.audit.reference import RawCheckpoint
+from ktrt.audit.reference.experts import Clamps, int4_groups
+from ktrt.audit.reference.tensors import gate_and_up
 from ktrt.audit.verify.probes import Limits, Outputs, Probe, compare
 from ktrt.checkpoint.experts import ExpertWeights
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+READER = "ktrt.audit.reference.checkpoint"
 
 
 class Coded:
@@ -118,3 +126,36 @@ def test_each_group_is_judged_by_the_kernel_that_ran() -> None:
     assert compare("", probe, wanted, (mixed[0], mixed[1]), limits).failures == []
     wrong = compare("", probe, wanted, (mixed[0], tuned), limits)
     assert {text[-3:] for text in wrong.failures} == {"(b)"}
+
+
+@pytest.fixture(scope="module")
+def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """With a limit that a third of the activations reach."""
+    folder = tmp_path_factory.mktemp("gpt_oss")
+    model = save_family(folder / "model", "gpt_oss", swiglu_limit=0.3)
+    folders = code_folder(model, folder / "coded", "mxfp4")
+    experts = experts_of(AutoModelForCausalLM.from_pretrained(folders.plain))
+    generator = torch.Generator().manual_seed(2)
+    loras = {path: random_lora(each, RANK, True, generator) for path, each in experts.items()}
+    return folders.coded, write_stacked(folder / "adapter", experts, loras)
+
+
+def test_gpt_oss_passes(gpt_oss: Folders) -> None:
+    (report,) = check(gpt_oss, "auto", packing="rank_major")
+    assert report.passed, report.failures
+    assert report.what == "8 experts in MXFP4"
+    assert all(each.apart > 0.1 and each.base < 0.01 for each in report.checks)
+
+
+@pytest.mark.parametrize("wrong", ["no biases", "gate before up", "limit"])
+def test_wrong_gpt_oss_fails(gpt_oss: Folders, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the engine did it: NumPy is changed, which is less to change."""
+    if wrong == "no biases":
+        monkeypatch.setattr(RawCheckpoint, "read_biases", lambda *_: {})
+    elif wrong == "gate before up":
+        monkeypatch.setattr(f"{READER}.gate_and_up", lambda rows, _: gate_and_up(rows, False))
+    else:
+        other = Clamps(limit=0.31, slope=1.702)
+        monkeypatch.setattr(f"{READER}.Clamps", lambda *_: other)
+    (report,) = check(gpt_oss, "auto", packing="rank_major")
+    assert not report.passed

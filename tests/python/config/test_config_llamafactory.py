@@ -390,3 +390,9 @@ class TestKeys:
             except ConfigError as error:
                 message = str(error)
             assert "did you mean" not in message or key in MEANT, message
+
+
+def test_a_wrong_weight_format_names_all_values() -> None:
+    expected = "expected auto, bf16, int8, int4, fp8, rawint4 or mxfp4, found 'q4'"
+    with pytest.raises(ConfigError, match=expected):
+        load_config({"model_name_or_path": "m", "kt_expert_weight_format": "q4"})

@@ -25,7 +25,7 @@ def test_a_console_block_runs_or_says_when_it_did(block: Block) -> None:
     assert re.fullmatch(kind, block.marks), f"{block}: {block.marks!r}"
 
 
-# Each that loads a model takes 4 s: those of the pages that people read first, here and always.
+# Each that loads a model takes 4 s: only the pages that people read first are run here and always.
 @pytest.mark.parametrize(
     "block",
     [

@@ -7,7 +7,10 @@ nothing which the host decided can have gone unnoticed.
 from __future__ import annotations
 
 import functools
+import mmap
+from array import array
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ktrt.kv.pool import Slot
+    from ktrt.kv.static import StaticKv
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -234,6 +238,20 @@ def test_an_interrupted_prompt_goes_on_from_the_last_mark(family: str) -> None:
     talks.step((slot, tokens(6, 2)))
 
 
+def resident_bytes(cache: StaticKv) -> int:
+    """Returns the bytes of the cache's pages that the process has, by Linux's own count."""
+    states = [state for each in cache._states for state in each.arrays.values()]
+    arrays = [*(region.tensor for region in cache.regions), *states]
+    storages = {s.data_ptr(): s.nbytes() for s in (each.untyped_storage() for each in arrays)}
+    found = 0
+    with Path("/proc/self/pagemap").open("rb") as pages:
+        for first, size in storages.items():
+            pages.seek(first // mmap.PAGESIZE * 8)
+            facts = array("Q", pages.read(-(-size // mmap.PAGESIZE) * 8))
+            found += sum(fact >> 63 for fact in facts) * mmap.PAGESIZE
+    return found
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_memory_is_planned_and_counted(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(positions, "_BLOCK", 256)
@@ -248,7 +266,7 @@ def test_memory_is_planned_and_counted(family: str, monkeypatch: pytest.MonkeyPa
     runner.run(Step((Span(slot=slot, ids=tokens(30)),)))
     held = runner.cache
     assert held is not None
-    assert pool.committed_bytes == held.bytes_of(30) > 0
+    assert pool.committed_bytes == held.bytes_of(30) == resident_bytes(held) > 0
     for count in (1, 30, 2000):
         assert held.bytes_of(count) == planned.slot_bytes(count)
         assert 0 < planned.bytes_of(count) <= held.bytes_of(count)

@@ -74,7 +74,9 @@ def test_a_code_that_is_nan_is_refused_with_its_place(
     tensors = load_file(folder / "model.safetensors")
     tensors[f"model.layers.1.{module}.weight"].view(torch.uint8)[5, 9] = 0x7F
     save_file(tensors, folder / "model.safetensors")
-    place = rf"model\.layers\.1\.{module.partition('.3')[0]}.*damaged\. Download or copy"
+    place = (
+        rf"safetensors: model\.layers\.1\.{module.partition('.3')[0]}.*damaged\. Download or copy"
+    )
     with pytest.raises(CheckpointError, match=place):
         logits(folder)
 

@@ -23,6 +23,7 @@ import torch
 from helpers.tiny_models import save_adapter, save_model, token_ids
 from safetensors.torch import load_file, save_file
 
+import ktrt.loading.experts
 import ktrt.loading.pack_cache
 from ktrt import _core
 from ktrt.checkpoint.kt_files import PROJECTIONS
@@ -110,6 +111,18 @@ def test_formats_have_caches_of_their_own(loader: Loader) -> None:
     loader.logits(kt_backend="AMXInt8")
     assert loader.said(PACKED)
     assert len([p for p in loader.root.iterdir() if p.is_dir()]) == 2
+
+
+def test_int4_of_another_search_is_packed_again(
+    loader: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader.logits(kt_backend="RAWINT4")
+    loader.logits(kt_backend="RAWINT4")
+    assert loader.said(CACHED)
+    monkeypatch.setattr(ktrt.loading.experts, "INT4_SEARCH", 10)
+    loader.logits(kt_backend="RAWINT4")
+    assert loader.said("its INT4 scales are of search 1, now 10")
+    assert loader.said(PACKED)
 
 
 def damage(path: Path, offset: int) -> None:
