@@ -110,6 +110,12 @@ def _window_of(module: Any, config: Any) -> int | None:
     return window if kind == _SLIDING else 0 if kind == _FULL else None
 
 
+def prompts_of(module: Any) -> EngineAttention | None:
+    """Returns what computes the prompts of an attention module on the CPU; None: torch."""
+    layer: Layer | None = getattr(module, _MARK, None)
+    return None if layer is None else layer.engine
+
+
 @dataclass(frozen=True)
 class Layer:
     """The facts of a layer that the function needs."""

@@ -6,8 +6,8 @@ query, q · (U c) = (q U) · c and Σ p (V c) = V (Σ p c): U and V, the halves 
 once, and the latents are used as they are: on the CPU in the engine, in bfloat16, and on a GPU as
 ``gpu.latent`` says. Everything else is expanded, by the module's own function: longer inputs as
 before, and in a forward of many sequences (``engine.step_rows``) each one's own positions. On the
-CPU, values are padded to the keys' width: torch computes attention of different widths in float32,
-with copies.
+CPU, values are padded to the keys' width for torch, which computes attention of different widths in
+float32, with copies.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ktrt.engine.recording import active
 from ktrt.engine.step_rows import RunningStep, StepRows
 from ktrt.layers.attention import NAME as PLAIN
 from ktrt.layers.attention import attention as plain_attention
+from ktrt.layers.attention import prompts_of
 from ktrt.layers.attention_calls import why_other
 from ktrt.layers.causal_mask import mask_of_last, mask_or_none
 from ktrt.layers.form import form_of
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from ktrt.engine import Engine
+    from ktrt.layers.engine_attention import EngineAttention
     from ktrt.layers.form import AttentionForm
     from ktrt.utils.patches import Patches
 
@@ -64,6 +66,7 @@ def use_latents(
     decoding = 0
     for module in found:
         latents = Latents(module.expand_kv, None, running)
+        latents.prompts = prompts_of(module)
         device = next(module.parameters()).device.type
         if device == "cuda" and _splits_by_head(module):
             latents.absorbed = AbsorbedLatents(module)
@@ -127,6 +130,7 @@ class Latents:
         self.decoder, self.running, self._expand = decoder, running, expand_kv
         # A GPU's.
         self.absorbed: AbsorbedLatents | None = None
+        self.prompts: EngineAttention | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copied module has no engine, and its step runs elsewhere: it expands for itself."""
@@ -182,14 +186,16 @@ class Latents:
 class HeldLatents:
     """Latents and positions of all slots, for ``step_attention``."""
 
-    prompts = None
-
     def __init__(
         self, owner: Latents, latents: torch.Tensor, positions: torch.Tensor, value_size: int,
         scaling: float,
     ) -> None:  # fmt: skip
         self._owner, self._scaling, self.value_size = owner, scaling, value_size
         self._latents, self._positions = latents, positions
+
+    @property
+    def prompts(self) -> EngineAttention | None:
+        return self._owner.prompts
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -250,7 +256,9 @@ def _expanded(
         if (form := form_of(query, scaling, options)) is not None:
             return prefill_attention(query, key, value, form)
         mask = mask_of_last(tokens, total, query.device)
-    pad = key.shape[-1] - width if on_cpu and tokens > 1 else 0
+    # The engine's attention takes values as they are, of one sequence.
+    by_torch = prompts_of(module) is None or query.shape[0] > 1
+    pad = key.shape[-1] - width if on_cpu and tokens > 1 and by_torch else 0
     if pad > 0:
         value = nn.functional.pad(value, (0, pad))
     found: tuple[torch.Tensor, None] = plain_attention(
