@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from ktrt.errors import ConfigError
+from ktrt.errors import ConfigError, KtrtError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,6 +26,10 @@ _START_SECONDS = 120
 # MB, 10 MB with 40 patterns, which take 2 s with 102,400 tokens.
 _MOST_SPACE = 3 << 30
 _MOST_COMPILED = 64 << 20
+# Signals that end a process without memory: C++ aborts or fails, or the kernel kills it.
+_OUT_OF_MEMORY = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGKILL)
+# From the end of its output to the end of the process.
+_END_SECONDS = 5.0
 
 
 class GrammarWorker:
@@ -33,31 +37,46 @@ class GrammarWorker:
     ``vocabulary``: xgrammar's tokenizer, serialized."""
 
     def __init__(self, vocabulary: str) -> None:
-        command = [sys.executable, "-m", "ktrt.generate.grammar_worker"]
-        paths = os.pathsep.join(each for each in sys.path if each)
+        # "-P": no module of the present folder. A group of its own: Ctrl-C is not for it.
+        command = [sys.executable, "-P", "-m", "ktrt.generate.grammar_worker"]
+        paths = os.pathsep.join(each or str(Path.cwd()) for each in sys.path)
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, process_group=0,
         )  # fmt: skip
         with contextlib.suppress(OSError):  # it has ended: ``compile`` finds out
             _write(self._stdin, vocabulary.encode())
 
     def compile(self, text: str, seconds: float) -> str:
         """Returns a structural tag's grammar, serialized. ``ConfigError``: xgrammar refuses it;
-        after one for time or memory the process is gone."""
+        after one for time or memory the process is gone. ``KtrtError``: it ended for another
+        reason."""
         try:
             _write(self._stdin, f"{seconds} {text}".encode())
             reply = _read(self._stdout)
         except OSError:
             reply = None
+        except BaseException:
+            # The reply that is under way would be taken for the next schema's.
+            self._end(0)
+            raise
         if reply is None:
-            self._process.kill()
-            code = self._process.wait()
+            code = self._end(_END_SECONDS)
+            if -code not in (signal.SIGALRM, *_OUT_OF_MEMORY):
+                raise KtrtError(f"the process that compiles grammars ended with code {code}")
             what = f"{seconds:g} s" if code == -signal.SIGALRM else f"{_MOST_SPACE >> 30} GB"
             raise ConfigError(f"the schema takes more than {what} to compile; make it smaller")
         if reply[:1] == _REFUSED:
             raise ConfigError(reply[1:].decode())
         return reply[1:].decode()
+
+    def _end(self, seconds: float) -> int:
+        """Waits for the end of the process, then kills it; returns its exit code."""
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
 
     @property
     def alive(self) -> bool:

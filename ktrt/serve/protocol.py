@@ -11,6 +11,7 @@ import json
 import logging
 import socket
 import time
+from math import ceil
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import h11
@@ -59,7 +60,7 @@ class GuardedProtocol(H11Protocol):
         """Returns whether there are more connections than may be, of all clients or of this one's
         address: one that opens them without end leaves the others some."""
         most, count = self.settings.max_connections, len(self.connections)
-        most_of_client = most * self.settings.max_client_share
+        most_of_client = ceil(most * self.settings.max_client_share)
         if count <= most_of_client:
             return False
         addresses = [getattr(each, "client", None) for each in self.connections]

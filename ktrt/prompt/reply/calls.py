@@ -257,6 +257,8 @@ class CallReader:
         is_last = mark == ("}" if notation == "gemma" else ")")
         found = read_argument(text, notation) if text else None
         if not (found or (is_last and not text)) or not (is_last or mark == ","):
+            # What begins within it is not looked at again: that would be quadratic.
+            source.take_raw(end)
             return self._fail() if self._keys < 0 else self._break_off()
         if self._keys < 0:
             self.start(self._name, None)
@@ -275,6 +277,7 @@ class CallReader:
         """Ends a call without its end: arguments that arrived, and JSON that stays open."""
         source = self._source
         if self._keys < 0:
+            source.take_raw(len(source.text))
             return self._fail()
         self._write(", " + source.take(len(source.text)))
         return self._end_call()

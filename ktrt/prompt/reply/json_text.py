@@ -1,6 +1,7 @@
 """JSON in pieces, and values that are written without JSON's quotes."""
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,15 +46,23 @@ class JsonScanner:
 
 
 def parsed(text: str) -> Any:
-    """Returns the value of JSON text. Raises ``ValueError`` for anything else, NaN included."""
+    """Returns the value of JSON text. Raises ``ValueError`` for anything else, NaN included, and
+    for numbers that are infinite as floats: they could not be written again."""
     try:
-        return json.loads(text, parse_constant=_refuse)
+        return json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except RecursionError as error:
         raise ValueError("too deep") from error
 
 
 def _refuse(name: str) -> None:
     raise ValueError(name)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
 
 
 def dumped(value: object) -> str:

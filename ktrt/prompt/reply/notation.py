@@ -26,6 +26,7 @@ _PARTS = {
     "gemma": re.compile(rf'(<\|"\|>.*?<\|"\|>|{_QUOTED})|([^\s\[\]{{}}:,"<]+)|(.)', re.DOTALL),
 }
 _WORDS = {"True": "true", "False": "false", "None": "null"}
+_COLON = re.compile(r"\s*:")
 _TUPLES = {"(": "[", ")": "]"}
 _ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}|.)", re.DOTALL)
 _ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "0": "\0", "\n": ""}
@@ -57,7 +58,7 @@ class ArgumentScanner:
                 self._quote = quote
                 self._at += len(quote)
                 continue
-            rest = text[self._at :]
+            rest = text[self._at : self._at + len(GEMMA_QUOTE)]
             if not ended and any(each.startswith(rest) for each in self._quotes):
                 return None
             if self._depth == 0 and (mark == "," or mark in _CLOSE):
@@ -94,7 +95,7 @@ def _as_json(text: str, notation: Notation) -> str:
         if quoted:
             parts.append(dumped(_unquoted(quoted)))
         elif word:
-            is_key = text[found.end() :].lstrip().startswith(":")
+            is_key = _COLON.match(text, found.end())
             parts.append(dumped(word) if is_key else _value(word, notation))
         elif not other.isspace():
             if other in _CLOSE and parts and parts[-1] == ",":

@@ -2,10 +2,12 @@
 what the grammar allows."""
 
 import json
+import shutil
 import sys
 import time
 from collections import OrderedDict
 from functools import cache
+from pathlib import Path
 from queue import LifoQueue
 from typing import Any
 
@@ -258,6 +260,35 @@ def test_a_grammar_that_takes_too_long_is_refused(monkeypatch: pytest.MonkeyPatc
     assert time.monotonic() - begin < 30
     monkeypatch.setattr(grammars(), "_seconds", 60.0)
     assert grammars().compile(json_structure(None, "", {"const": "other"}))
+
+
+def test_after_an_interrupt_no_schema_gets_anothers_grammar(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(_file: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ktrt.generate.grammar_worker._read", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            grammars().compile(json_structure(None, "", {"const": "first"}))
+    assert write(json_structure(None, "", {"const": "second"})).strip() == '"second"'
+
+
+def test_files_of_the_present_folder_are_no_modules_of_a_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "resource.py").write_text("raise SystemExit(3)\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [each or str(tmp_path.parent) for each in sys.path])
+    assert Grammars(tokenizer(), len(tokenizer())).compile(json_structure(None, "", {"const": 2}))
+
+
+def test_a_process_that_ends_for_another_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(KtrtError, match="ended with code 1") as caught:
+        Grammars(tokenizer(), len(tokenizer())).compile(json_structure(None, "", {"const": 3}))
+    assert not isinstance(caught.value, ConfigError)
 
 
 def test_when_all_processes_are_busy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -300,6 +301,7 @@ def test_text_without_marks_is_content(form: ReplyFormat | None) -> None:
         (LFM, "<|tool_call_start|>[f(1)]", ["<|tool_call_start|>[f(1)]"]),
         (LFM, "<|tool_call_start|>[f(a=1, 2)", [("!", "f", '{"a": 1}'), " 2)"]),
         (LFM, '<|tool_call_start|>[f(a=1, b="x', [("!", "f", '{"a": 1,  b="x')]),
+        (LFM, "<|tool_call_start|>[f(a=1e999)]", ["<|tool_call_start|>[f(a=1e999)]"]),
         (GEMMA, "<|tool_call>call:f{a:1]<tool_call|>", ["<|tool_call>call:f{a:1]<tool_call|>"]),
         (LLAMA4, "[dance(a=1)]", ["[dance(a=1)]"]),
         (LLAMA4, "[now(os.system)]", ["[now(os.system)]"]),
@@ -312,6 +314,15 @@ def test_text_without_marks_is_content(form: ReplyFormat | None) -> None:
 def test_what_is_no_call(form: ReplyFormat, text: str, expected: list[Any]) -> None:
     assert shown(parse(form, [text])) == expected
     assert shown(parse(form, [*text])) == expected
+
+
+def test_calls_without_end_are_read_once() -> None:
+    """A line each that begins a call, and all of those after it: 2,000 took 8 s."""
+    text = "[now(a=[\n" * 2000
+    begin = time.thread_time()
+    assert shown(parse(LLAMA4, [text])) == [text]
+    assert shown(parse(LLAMA4, [text + "])]" * 1000])) == [text + "])]" * 1000]
+    assert time.thread_time() - begin < 1
 
 
 def test_without_tools_calls_are_content() -> None:

@@ -354,6 +354,12 @@ def test_one_address_leaves_connections_to_others(serve_app: FastAPI, serving: S
         assert first[0].recv(20).split()[1] == b"200"
 
 
+def test_a_share_of_one_connection_is_one(serve_app: FastAPI, serving: Serving) -> None:
+    settings = ServeSettings(model_name="demo", max_connections=1)
+    with serving(serve_app, settings) as url:
+        assert httpx.get(f"{url}/health").status_code == 200
+
+
 def test_a_dead_engine_is_told_and_not_ready(serving: Serving) -> None:
     settings = ServeSettings(model_name="demo")
     with (
