@@ -77,18 +77,20 @@ struct AttentionMergeArgs {
   uint16_t* out_bf16;
 };
 
+using AttentionScores = void (*)(const AttentionScoreArgs& args);
+
 struct AttentionKernel {
   const char* name;
   int width;  // packed rows are multiples of it
   // A row of a query: BF16 or float32, the other null. `out` is [size rounded up to width], in the
   // kernel's own order, zeros after it.
   void (*pack)(const uint16_t* bf16, const float* f32, int size, float* out);
-  void (*scores)(const AttentionScoreArgs& args);
+  AttentionScores scores;
   void (*softmax)(const AttentionSoftmaxArgs& args);
   void (*values)(const AttentionValueArgs& args);
   void (*merge)(const AttentionMergeArgs& args);
   // scores of queries in BF16; null where that is not faster.
-  void (*bf16_scores)(const AttentionScoreArgs& args);
+  AttentionScores bf16_scores;
 };
 
 }  // namespace ktrt

@@ -55,13 +55,24 @@ extern const DenseF32Kernel dense_f32_avx512;
 extern const AttentionKernel attention_portable;
 extern const AttentionKernel attention_avx2;
 extern const AttentionKernel attention_avx512;
-extern const AttentionKernel attention_avx512_bf16;
+extern const AttentionScores attention_bf16_scores_avx512;
 extern const LinearAttentionKernel linear_attention_portable;
 extern const PromptAttentionKernel prompt_attention_avx512_bf16;
 extern const LinearAttentionKernel linear_attention_avx2;
 extern const LinearAttentionKernel linear_attention_avx512;
 
 namespace {
+
+// An ISA's file exports one constant; all but the scores is the same.
+const AttentionKernel& attention_with_bf16_scores() {
+  static const AttentionKernel kernel = [] {
+    AttentionKernel changed = attention_avx512;
+    changed.name = "avx512_bf16";
+    changed.bf16_scores = attention_bf16_scores_avx512;
+    return changed;
+  }();
+  return kernel;
+}
 
 template <class Kernel>
 struct Variant {
@@ -152,7 +163,7 @@ KernelTable select_kernels(Isa level, const CpuFeatures& f, Bf16Arithmetic bf16)
       {&dense_f32_portable, Isa::kPortable, true},
   }};
   const std::array<Variant<AttentionKernel>, 4> attention = {{
-      {&attention_avx512_bf16, Isa::kAvx512, dots},
+      {&attention_with_bf16_scores(), Isa::kAvx512, dots},
       {&attention_avx512, Isa::kAvx512, f.avx512},
       {&attention_avx2, Isa::kAvx2, f.avx2},
       {&attention_portable, Isa::kPortable, true},

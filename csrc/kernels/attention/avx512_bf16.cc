@@ -14,7 +14,7 @@ struct Dots : Avx512 {
 
 }  // namespace
 
-void attention_bf16_scores(const AttentionScoreArgs& args);
-void attention_bf16_scores(const AttentionScoreArgs& args) { scores<Dots, true>(args); }
+extern const AttentionScores attention_bf16_scores_avx512;
+const AttentionScores attention_bf16_scores_avx512 = scores<Dots, true>;
 
 }  // namespace ktrt
