@@ -37,7 +37,7 @@ class GrammarWorker:
     ``vocabulary``: xgrammar's tokenizer, serialized."""
 
     def __init__(self, vocabulary: str) -> None:
-        # "-P": no module of the present folder. A group of its own: Ctrl-C is not for it.
+        # "-P": no module of the present folder. A separate group: Ctrl-C is not for it.
         command = [sys.executable, "-P", "-m", "ktrt.generate.grammar_worker"]
         paths = os.pathsep.join(each or str(Path.cwd()) for each in sys.path)
         self._process = subprocess.Popen(

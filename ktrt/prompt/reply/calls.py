@@ -239,14 +239,13 @@ class CallReader:
         if head is None or (call.known and head["name"] not in self._schemas):
             return self._fail()
         source.take_raw(at + len(mark))
-        # The call is reported with its first argument, or at its end.
-        self._name, self._keys = head["name"], -1
-        self._next_argument()
-        return True
+        self._name, self._keys = head["name"], -1  # reported with its first argument, or at its end
+        return self._next_argument()
 
-    def _next_argument(self) -> None:
+    def _next_argument(self) -> bool:
         self._argument = ArgumentScanner(self._program.notation)
         self._state = self._argument_or_end
+        return True
 
     def _argument_or_end(self) -> bool:
         source, notation = self._source, self._program.notation
@@ -257,8 +256,7 @@ class CallReader:
         is_last = mark == ("}" if notation == "gemma" else ")")
         found = read_argument(text, notation) if text else None
         if not (found or (is_last and not text)) or not (is_last or mark == ","):
-            # What begins within it is not looked at again: that would be quadratic.
-            source.take_raw(end)
+            source.take_raw(end)  # calls within it are not looked for: that would be quadratic
             return self._fail() if self._keys < 0 else self._break_off()
         if self._keys < 0:
             self.start(self._name, None)
@@ -268,8 +266,7 @@ class CallReader:
             self._write(f"{', ' if self._keys else '{'}{dumped(found[0])}: {found[1]}")
             self._keys += 1
         if not is_last:
-            self._next_argument()
-            return True
+            return self._next_argument()
         self._write("}" if self._keys else "{}")
         return self._end_call()
 
