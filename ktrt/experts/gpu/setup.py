@@ -63,6 +63,8 @@ def build_gpu_experts(
                 "kt_num_gpu_experts %s, kt_gpu_prefill_token_threshold %s: there is no GPU, so all "
                 "routed experts run on the CPU", number, threshold,
             )  # fmt: skip
+        if args.kt_enable_dynamic_expert_update:
+            logger.info("kt_enable_dynamic_expert_update: there is no GPU, so no expert moves")
         return None
     if (number, threshold) == (0, 0):
         return None
@@ -133,6 +135,7 @@ def _settle(
 def _follow(experts: GpuExperts, hand_off: HandOff) -> None:
     """Has the residents follow the routing, if there are some and others to take their places."""
     if not any(layer.resident and not layer.complete for layer in experts.layers.values()):
+        logger.info("kt_enable_dynamic_expert_update: the GPU holds no experts, or all: none moves")
         return
     if not experts.pinned_bytes:
         experts.pin()
