@@ -21,6 +21,7 @@ import torch
 
 from ktrt import _core
 from ktrt.engine import Engine
+from ktrt.engine.torch_threads import set_torch_threads
 from ktrt.layers.engine_attention import EngineAttention
 from ktrt.layers.form import AttentionForm
 from ktrt.layers.prompt_attention import attend_blocks
@@ -129,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args(argv)
     torch.manual_seed(0)
-    torch.set_num_threads(args.threads)
+    set_torch_threads(args.threads)
     engine = Engine(num_threads=args.threads)
     attention = EngineAttention(engine)
     with torch.inference_mode():

