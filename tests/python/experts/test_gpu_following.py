@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from helpers.expert_layers import CodedCase, LayerCase, error, run_engine
+from helpers.expert_layers import DEVICES, CodedCase, LayerCase, error, run_engine
 from helpers.loras import apply_lora
 
 from ktrt._core import Engine
@@ -59,15 +59,7 @@ def engine() -> Iterator[Engine]:
     engine.close()
 
 
-@pytest.fixture(
-    params=[
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-        ),
-    ]
-)
+@pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     if request.param == "cpu":
         monkeypatch.setattr(residents, "make_lane", lambda _device: LateLane())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import packed_formats
-from helpers.expert_layers import CodedCase
+from helpers.expert_layers import DEVICES, CodedCase
 from helpers.packed_formats import GROUPS, PackedMatrix, dequantized, is_fp8, pack, random_matrix
 
 from ktrt._core import Engine
@@ -75,14 +75,6 @@ def test_sizes_must_agree() -> None:
     out = torch.empty(1, 32, 64, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="expected 4096 bytes"):
         unpack_weights(torch.zeros(1, 2048, dtype=torch.uint8), None, format_named("bf16"), out)
-
-
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-    ),
-]
 
 
 def unpacked(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from helpers.expert_layers import CodedCase, LayerCase, error, run_engine
+from helpers.expert_layers import DEVICES, CodedCase, LayerCase, error, run_engine
 from helpers.loras import apply_lora, apply_no_lora, enable_lora
 
 from ktrt._core import Engine
@@ -29,15 +29,7 @@ FORMATS = ("bf16", "int8", "int4")
 E, K = 7, 3
 
 
-@pytest.fixture(
-    params=[
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-        ),
-    ]
-)
+@pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 

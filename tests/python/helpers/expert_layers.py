@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from helpers.loras import apply_lora
 from helpers.packed_formats import dequantized, random_matrix
@@ -13,6 +14,14 @@ from helpers.packed_formats import dequantized, random_matrix
 from ktrt._core import Engine, MoeLayer
 
 Ranks = tuple[int, int, int]  # gate, up, down; 0: none
+
+# For tests that run with a GPU and without one.
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    ),
+]
 
 
 @dataclass
