@@ -40,12 +40,12 @@ PinnedMemory::Word PinnedMemory::new_word() {
   return word;
 }
 
-std::byte* PinnedMemory::shared_buffer(std::size_t bytes) {
+const PinnedBlock& PinnedMemory::shared_buffer(std::size_t bytes) {
   for (const auto& block : buffers_) {
-    if (block->bytes() >= bytes) return block->host();
+    if (block->bytes() >= bytes) return *block;
   }
   buffers_.push_back(std::make_unique<PinnedBlock>(driver_, bytes));
-  return buffers_.back()->host();
+  return *buffers_.back();
 }
 
 std::size_t PinnedMemory::bytes() const {

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ktrt.experts.gpu.following import ResidentCounts
-
 # Weight of the newest step, or answer, in an average of the latest.
 _NEWEST = 0.1
 # An answer that is longer than the average so far is taken to have this share of it left.
@@ -33,7 +31,7 @@ class SchedulerStats:
     values, computed) since; ``last_…`` and ``predicted_step_seconds`` are the latest step's.
     ``distinct_experts``: experts that the latest step read in a layer on average; None: not
     counted. ``read_bandwidth``: bytes per second, median of the latest steps; None: none was
-    measured. ``residents``: of experts on a GPU that follow the routing, since; None without some.
+    measured.
     """
 
     running: int = 0
@@ -60,7 +58,6 @@ class SchedulerStats:
     last_step_tokens: int = 0
     distinct_experts: float | None = None
     read_bandwidth: float | None = None
-    residents: ResidentCounts | None = None
 
 
 class Counters:
