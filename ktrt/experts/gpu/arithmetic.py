@@ -5,9 +5,9 @@ Float32 sums may be made in another order than the engine's; INT8 sums are exact
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,8 @@ import torch
 from ktrt.engine.activation import Activation
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ktrt.engine.rank_masks import RankMask
 
 # Products of two INT8 codes stay below 127² in magnitude, so sums of this many are integers below
@@ -24,7 +26,6 @@ _EXACT_TERMS = 1024
 RECIPROCAL = float(torch.tensor(1.0) / torch.tensor(127.0))
 # ``torch._int_mm`` takes more rows than this.
 _INT8_ROWS = 16
-_WEIGHTS = ("gate_up", "down", "gate_up_scale", "down_scale")
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,6 @@ class ExpertBank:
     def take(self, index: torch.Tensor) -> ExpertBank:
         """Copies of the experts at ``index`` (integers [m] on the device, repetitions allowed)."""
         return self._map(lambda tensor: tensor.index_select(0, index))
-
-    def take_around(self, index: torch.Tensor) -> ExpertBank:
-        """The same of biases and LoRA; weights and their scales stay as they are, of all experts."""
-        around = {n: each for n, each in self.tensors().items() if n not in _WEIGHTS}
-        taken: dict[str, Any] = {n: each.index_select(0, index) for n, each in around.items()}
-        return replace(self, **taken)
 
     def part(self, experts: slice) -> ExpertBank:
         """Some of the experts, without a copy."""
@@ -171,8 +166,6 @@ def _quantize(rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, tor
 
 # Rows of two dimensions by expert: (index in the bank, where its rows are).
 Groups = Sequence[tuple[int, slice]]
-# Multiplies rows with weights, given their scales.
-Product = Callable[[Rows, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 def expert_outputs(
@@ -180,16 +173,13 @@ def expert_outputs(
     bank: ExpertBank,
     groups: Groups | None = None,
     lora: LoraChoice | None = ALL_RANKS,
-    product: Product | None = None,
 ) -> torch.Tensor:
-    """down(f(gate x, up x)) in float32, f the bank's activation; ``lora`` None: without LoRA;
-    ``product``: in place of the one of ``groups``.
+    """down(f(gate x, up x)) in float32, f the bank's activation; ``lora`` None: without LoRA.
 
     ``groups`` cut ``rows`` [m, hidden_size] in order, without gaps: [m, h]. Without them ``rows``
     are [n, m, hidden_size], as many as there are experts: [n, m, h].
     """
-    multiply = product or partial(_multiply, groups=groups)
-    both = multiply(rows, bank.gate_up, bank.gate_up_scale)
+    both = _multiply(rows, bank.gate_up, bank.gate_up_scale, groups)
     gate, up = both.chunk(2, -1) if bank.has_gate else (None, both)
     if bank.input_a is not None and lora is not None:
         shrunk = _shrink(rows, bank.input_a, lora.input, groups)
@@ -199,7 +189,7 @@ def expert_outputs(
     _add_bias(both, bank.gate_up_bias, groups)
     codes = torch.bfloat16 if rows.codes is None else rows.codes.dtype
     inner = make_rows(bank.activation(gate, up), bank.down_scale is not None, codes)
-    out = multiply(inner, bank.down, bank.down_scale)
+    out = _multiply(inner, bank.down, bank.down_scale, groups)
     if bank.down_a is not None and lora is not None:
         shrunk = _shrink(inner, bank.down_a, lora.down, groups)
         _expand(out, shrunk, bank.down_b, 0, groups)

@@ -34,9 +34,9 @@ def kernels() -> Any:
 
 @dataclass(frozen=True)
 class Form:
-    """The arguments of a function: ``vectors`` at once (queries and keys, or one of both). Cosines for
-    all numbers of a head (``whole``), for its first ones (``part``), or for half of all (``half``);
-    ``pairs``: complex numbers for neighbours."""
+    """The arguments of a function: ``vectors`` at once (queries and keys, or one of both). Cosines
+    for all numbers of a head (``whole``), for its first ones (``part``), or for half of all
+    (``half``); ``pairs``: complex numbers for neighbours."""
 
     vectors: int
     whole: bool = False

@@ -3,14 +3,12 @@ running each row alone."""
 
 from __future__ import annotations
 
-import importlib
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from helpers.expert_layers import LayerCase, error, run_engine
-from helpers.interpreted import interpreted
 
 from ktrt._core import Engine
 from ktrt.engine.step_rows import ACTIVE, BASE, IDLE, RunningStep, StepRows
@@ -128,22 +126,6 @@ def test_both_static_forms(engine: Engine, monkeypatch: pytest.MonkeyPatch, resi
         )
     few = "_of_chosen" if resident == 60 else "_of_all"
     assert forms == ["_of_chosen", few, "_of_all"]
-
-
-@pytest.mark.parametrize("weight_format", ["bf16", "int8"])
-def test_chosen_experts_are_read_in_place(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, weight_format: str
-) -> None:
-    interpreted()
-    product = importlib.import_module("ktrt.experts.gpu.chosen").chosen_product
-    monkeypatch.setattr(static, "_chosen_product", lambda _device: product)
-    model = Model(engine, weight_format, resident=4)
-    arguments = model.case.inputs(2, outside=True)
-    adapters = [0, BASE]
-    found = model.share.forward_resident(*arguments, ids_of(adapters))
-    states, ids, weights = arguments
-    expected = model.alone((states, ids.where(ids < 4, -1), weights), adapters)
-    assert error(found, expected) < SAME
 
 
 def test_what_is_not_a_number_stays_in_its_row(engine: Engine) -> None:

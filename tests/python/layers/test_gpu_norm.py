@@ -49,13 +49,14 @@ def model(request: pytest.FixtureRequest) -> Norms:
     return Norms().to(request.param, dtype).requires_grad_(False).eval()
 
 
-def device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+def place_of(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    weight = next(model.parameters())
+    return weight.device, weight.dtype
 
 
 def test_each_convention(model: Norms) -> None:
     """One kernel, within a unit of the layer's own rounding, and as close to float32."""
-    device, dtype, patches = device_of(model), model.norms[0].weight.dtype, Patches()
+    (device, dtype), patches = place_of(model), Patches()
     assert accelerate_norms_on(model, device, patches) == 5
     x = (3 * torch.randn(5, 2, 2 * SIZE)).to(device, dtype)[..., 7 : 7 + SIZE]
     for norm in list(model.norms)[:5]:
@@ -73,12 +74,12 @@ def test_each_convention(model: Norms) -> None:
 
 
 def test_what_the_kernel_does_not_take(model: Norms) -> None:
-    device = device_of(model)
+    device, _ = place_of(model)
     accelerate_norms_on(model, device, patches := Patches())
     norm: Any = model.norms[0]
     x = torch.randn(3, SIZE, device=device)
     assert torch.equal(norm(x), type(norm).forward(norm, x)), "other rows than weights"
-    rows = x.to(norm.weight.dtype)
+    rows = x.to(place_of(model)[1])
     assert norm(rows.clone().requires_grad_()).requires_grad
     assert norm(rows[:0]).shape == (0, SIZE)
     assert copy.deepcopy(norm).forward.__func__ is LlamaRMSNorm.forward
@@ -86,9 +87,9 @@ def test_what_the_kernel_does_not_take(model: Norms) -> None:
 
 
 def test_a_result_that_is_under_way_is_awaited(model: Norms) -> None:
-    device, awaited = device_of(model), list[int]()
+    (device, dtype), awaited = place_of(model), list[int]()
     accelerate_norms_on(model, device, patches := Patches())
-    x = torch.randn(3, SIZE, device=device).to(model.norms[0].weight.dtype)
+    x = torch.randn(3, SIZE, device=device).to(dtype)
     found = model.norms[3](Deferred(x, lambda: awaited.append(1)))
     assert torch.equal(found, model.norms[3](x))
     assert awaited
