@@ -106,6 +106,17 @@ inline bool is_amx(const ShrinkKernel& kernel) {
   return std::string(kernel.name).starts_with("amx");
 }
 
+// Numbers of rows up to `most`: all that registers and one tile hold, with what is left over, and
+// those around further tiles.
+inline std::vector<int> row_counts(int most) {
+  std::vector<int> counts;
+  for (int count = 1; count <= most; ++count) {
+    if (count <= 20 || count % 16 <= 1 || count % 16 == 15 || count == most)
+      counts.push_back(count);
+  }
+  return counts;
+}
+
 struct FormatVariant {
   WeightFormat format;
   Variant<GemmKernel> variant;
