@@ -130,7 +130,8 @@ def _watch(request: list[Any], streams: list[int]) -> None:
     child = os.fork()
     if child == 0:
         os.close(status)
-        os._exit(_run(*request, streams))
+        code, arguments, env = request
+        os._exit(_run(code, arguments, env, streams))
     for each in (0, 1, 2, *streams):
         os.close(each)
     os.write(status, b"%d\n" % child)
@@ -150,16 +151,13 @@ def _run(code: str, arguments: list[str], env: dict[str, str], streams: list[int
     os.environ.clear()
     os.environ.update(env)
     sys.argv = ["-c", *arguments]
-    result: Any = 0
+    result = 0
     try:
         exec(compile(code, "<fork>", "exec"), {"__name__": "__main__"})  # noqa: S102
     except SystemExit as end:
-        result = end.code or 0
+        result = int(end.code or 0)
     except BaseException:  # noqa: BLE001 - as the interpreter does
         traceback.print_exc()
-        result = 1
-    if not isinstance(result, int):
-        print(result, file=sys.stderr)
         result = 1
     atexit._run_exitfuncs()
     sys.stdout.flush()
