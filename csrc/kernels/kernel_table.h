@@ -159,14 +159,16 @@ struct DotArgs {
   uint8_t* sums;
   bool resume;
   bool last;
-  const uint8_t* next;  // to be prefetched meanwhile into the L2 cache, unless there is one row
-  int64_t next_bytes;   // may be 0
+  bool cold;            // W comes from memory, and k is whole
+  const uint8_t* next;  // to be prefetched meanwhile into the L2 cache; kernels that read several
+  int64_t next_bytes;   // streams do not if `cold`. May be 0
   float* c;
   int64_t c_stride;
 };
-// Has a call prefetch its own W, contiguous and in memory yet, as it goes.
+// For a call whose W, contiguous, is in memory yet: has it prefetched as the call goes.
 template <class Value>
 inline void prefetch_own(DotArgs<Value>& dot) {
+  dot.cold = true;
   constexpr int64_t kAheadBytes = 8192;
   const int64_t bytes = dot.columns * dot.w_stride * static_cast<int64_t>(sizeof(Value));
   const int64_t ahead = bytes < kAheadBytes ? bytes : kAheadBytes;
