@@ -233,6 +233,10 @@ struct KernelTable {
   const ShrinkKernel* lora_shrink_tiles;  // for a GEMM in tile order; null without AMX
   const ElementwiseKernels* elementwise;
   const DenseKernel* dense_bf16;
+  // For many rows of a BF16 W that is row-major as torch holds it: w_block is a strip's first row,
+  // block_rows how many it has, and k a multiple of 32. Null without AMX.
+  const GemmKernel* dense_tiles;
+  int dense_tiles_from;  // rows
   const DenseF32Kernel* dense_f32;
   const AttentionKernel* attention;
   // A row's bits do not depend on the number of rows, on AMX either. There BF16 has the tiles'

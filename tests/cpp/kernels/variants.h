@@ -102,6 +102,16 @@ inline std::vector<Variant<ShrinkKernel>> all_shrinks() {
   return variants;
 }
 
+inline std::vector<Variant<GemmKernel>> all_dense_tiles() {
+  auto variants = variants_of([](const KernelTable& table) {
+    std::vector<const GemmKernel*> kernels;
+    if (table.dense_tiles != nullptr) kernels.push_back(table.dense_tiles);
+    return kernels;
+  });
+  variants.push_back({&emulated_amx_dense(), cpu_features().avx512_bf16});
+  return variants;
+}
+
 inline bool is_amx(const ShrinkKernel& kernel) {
   return std::string(kernel.name).starts_with("amx");
 }
