@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Times a dense BF16 linear layer of the engine beside torch's, by the number of rows.
+"""Times a dense BF16 linear layer of the engine next to torch's, by the number of rows.
 
     python bench/dense_linear.py [--shapes 2048x2048 …] [--rows 1 4 16 64 512] [--json]
 

@@ -34,7 +34,7 @@ struct DenseTileLora {
 
 class DenseTiles {
  public:
-  // Whether rows of so many values are multiplied here.
+  // Whether rows of `in` values are multiplied here.
   static bool take(const KernelTable& kernels, std::int64_t rows, std::int64_t in) {
     return kernels.dense_tiles != nullptr && rows >= kernels.dense_tiles_from &&
            in % kTileValues == 0;
