@@ -5,7 +5,8 @@
 //   up to 3 rows   pairs are multiplied as they are made, of several strips side by side
 //   more           128 columns are made once, as 16 KB of float32, which all rows pass over
 //
-// Both add the same products in the same order.
+// Both add the same products in the same order: of 4 bits, even and odd columns in a chain each,
+// which a group's end adds.
 #include "kernels/avx2/products.h"
 #include "kernels/chunks.h"
 #include "kernels/coded_strip.h"
@@ -141,22 +142,22 @@ constexpr int kOutputSums = Format::kCode == Code::kE4m3 ? 1 : 2;
 // takes twice as long to reach: one row of 4 bits was 15 % slower, many rows of FP8 half as fast.
 KTRT_INLINE void forget_loads() { asm volatile("" ::: "memory"); }
 
-inline __m256 broadcast_pair(const float* p) {
+inline __m256 broadcast_pair(const uint8_t* p) {
   return _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(p)));
 }
 
-// The products of 32 bytes of codes, x being row 0's first column.
+// The products of 32 bytes of codes, x being row 0's first column: BF16 for 8 bits, else float32.
 template <class Format, int kRows>
-KTRT_INLINE void add_products(const uint8_t* w, const float* x,
+KTRT_INLINE void add_products(const uint8_t* w, const uint8_t* x, int64_t x_stride,
                               __m256 (&acc)[kRows][kOutputSums<Format>]) {
   if constexpr (Format::kCode == Code::kE4m3) {
     for_each_pair<Format::kCode>(w, [&](auto pair, __m256i values) KTRT_LAMBDA {
       const __m256 low = low_values(values);
       const __m256 high = high_values(values);
       unrolled<kRows>([&](auto i) KTRT_LAMBDA {
-        const float* from = x + i * kUnitColumns + pair * 2;
-        acc[i][0] = _mm256_fmadd_ps(_mm256_broadcast_ss(from), low, acc[i][0]);
-        acc[i][0] = _mm256_fmadd_ps(_mm256_broadcast_ss(from + 1), high, acc[i][0]);
+        const __m256i both = Vectors256::broadcast(x + i * x_stride + pair * 4);
+        acc[i][0] = _mm256_fmadd_ps(low_values(both), low, acc[i][0]);
+        acc[i][0] = _mm256_fmadd_ps(high_values(both), high, acc[i][0]);
       });
     });
   } else {
@@ -175,8 +176,8 @@ KTRT_INLINE void add_products(const uint8_t* w, const float* x,
         const __m256 values =
             pair < 2 ? low_values(joined[pair % 2]) : high_values(joined[pair % 2]);
         unrolled<kRows>([&](auto i) KTRT_LAMBDA {
-          acc[i][side] = _mm256_fmadd_ps(broadcast_pair(x + i * kUnitColumns + pair * 2), values,
-                                         acc[i][side]);
+          acc[i][side] =
+              _mm256_fmadd_ps(broadcast_pair(x + i * x_stride + pair * 8), values, acc[i][side]);
         });
       });
     });
@@ -210,19 +211,19 @@ template <class Format>
 struct CodedBody {
   static constexpr bool kHasScales = false;
   static constexpr int kSideRows = 3;  // more have no registers
-  static constexpr int kUnitTiles = kUnitColumns / Format::kTileColumns;
 
   template <int kRows, int kStrips>
   static void few(const GemmArgs* g) {
     constexpr int kColumns = kVectorPairs<Format> * 2 * kBurstVectors;  // of a burst
     constexpr int kBursts = Format::kTileColumns / kColumns;            // of half a tile
     Sums<kRows> chains[kStrips][2];
-    alignas(32) float x[kStrips][kRows][kUnitColumns];  // strips may be of different rows
+    // Of 4 bits, whose tiles have kUnitColumns. Strips may be of different rows.
+    alignas(32) float wide[Format::kIsFp8 ? 1 : kStrips][kRows][kUnitColumns];
     for (int s = 0; s < kStrips; ++s) memset(g[s].c, 0, sizeof(float) * kRows * kStripColumns);
     const int tiles = coded_tiles<Format>(*g);
     for (int tile = 0; tile < tiles; ++tile) {
-      for (int s = 0; tile % kUnitTiles == 0 && s < kStrips; ++s) {
-        widen_rows<kRows>(g[s], tile * Format::kTileColumns, x[s][0]);
+      for (int s = 0; !Format::kIsFp8 && s < kStrips; ++s) {
+        widen_rows<kRows>(g[s], tile * Format::kTileColumns, wide[s][0]);
       }
       for (int half_burst = 0; half_burst < 2 * kBursts; ++half_burst) {
         const int half = half_burst / kBursts;
@@ -237,7 +238,9 @@ struct CodedBody {
           for (int i = 0; i < kBurst + 64; i += 64) {
             __builtin_prefetch(w + 2 * Format::kTileBytes + i, 0, kStrips == 1 ? 3 : 2);
           }
-          burst<kRows>(g[s], w, x[s][0] + column % kUnitColumns, column, half, starts, ends,
+          const void* x = g[s].a + column * 2;
+          if constexpr (!Format::kIsFp8) x = wide[s][0] + column % kUnitColumns;
+          burst<kRows>(g[s], w, static_cast<const uint8_t*>(x), column, half, starts, ends,
                        chains[s][half]);
         }
       }
@@ -300,9 +303,11 @@ struct CodedBody {
   }
 
   template <int kRows>
-  static KTRT_INLINE void burst(const GemmArgs& g, const uint8_t* w, const float* x, int column,
+  static KTRT_INLINE void burst(const GemmArgs& g, const uint8_t* w, const uint8_t* x, int column,
                                 int half, bool starts, bool ends, Sums<kRows>& chain) {
     constexpr int kSums = kOutputSums<Format>;
+    constexpr int kValueBytes = Format::kIsFp8 ? 2 : 4;  // of A
+    const int64_t x_stride = Format::kIsFp8 ? g.a_stride : kUnitColumns * kValueBytes;
     // Eight outputs after the others where registers are too few.
     constexpr int kTogether = kRows * kSums < 3 ? 2 : 1;
     for (int first = 0; first < 2; first += kTogether) {
@@ -326,7 +331,8 @@ struct CodedBody {
       for (int v = 0; v < kBurstVectors; ++v) {
         unrolled<kTogether>([&](auto q) KTRT_LAMBDA {
           add_products<Format, kRows>(w + v * 64 + (first + q) * 32,
-                                      x + v * kVectorPairs<Format> * 2, acc[q]);
+                                      x + v * kVectorPairs<Format> * 2 * kValueBytes, x_stride,
+                                      acc[q]);
         });
       }
       if (!ends) {
