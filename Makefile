@@ -78,13 +78,13 @@ build-release build-asan build-tsan: build-%:
 	cmake --preset $* && cmake --build --preset $* -j $(JOBS)
 
 test-cpp: build-release ## C++ tests, as users run the code
-	ctest --preset release
+	ctest --preset release -j $(JOBS)
 
 test-asan: build-asan ## C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	ctest --preset asan
+	ctest --preset asan -j $(JOBS)
 
 test-tsan: build-tsan ## C++ tests of everything with threads under ThreadSanitizer
-	ctest --preset tsan
+	ctest --preset tsan -j $(JOBS)
 
 test-python: ## Python tests (of the checkout's Python and the installed module)
 	$(PYTEST) --dist loadfile --no-loadscope-reorder -m 'not long' --durations=25

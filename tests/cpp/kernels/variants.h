@@ -102,8 +102,29 @@ inline std::vector<Variant<ShrinkKernel>> all_shrinks() {
   return variants;
 }
 
+inline std::vector<Variant<GemmKernel>> all_dense_tiles() {
+  auto variants = variants_of([](const KernelTable& table) {
+    std::vector<const GemmKernel*> kernels;
+    if (table.dense_tiles != nullptr) kernels.push_back(table.dense_tiles);
+    return kernels;
+  });
+  variants.push_back({&emulated_amx_dense(), cpu_features().avx512_bf16});
+  return variants;
+}
+
 inline bool is_amx(const ShrinkKernel& kernel) {
   return std::string(kernel.name).starts_with("amx");
+}
+
+// Numbers of rows up to `most`: all that registers and one tile hold, with what is left over, and
+// those around further tiles.
+inline std::vector<int> row_counts(int most) {
+  std::vector<int> counts;
+  for (int count = 1; count <= most; ++count) {
+    if (count <= 20 || count % 16 <= 1 || count % 16 == 15 || count == most)
+      counts.push_back(count);
+  }
+  return counts;
 }
 
 struct FormatVariant {

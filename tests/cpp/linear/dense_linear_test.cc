@@ -45,6 +45,7 @@ class DenseLinearTest : public testing::VariantTest<DenseKernel> {
   KernelTable table() const {
     KernelTable table = best();
     table.dense_bf16 = &kernel();
+    table.dense_tiles = nullptr;
     return table;
   }
 };
@@ -87,6 +88,51 @@ TEST_P(DenseLinearTest, BitsDependNeitherOnThreadsNorOnRows) {
         const auto from = expected.begin() + static_cast<std::ptrdiff_t>(at(7, c.out, 0));
         ASSERT_EQ(some, std::vector<std::uint16_t>(from, from + some.size())) << count;
       }
+    }
+  }
+}
+
+// Many rows on tiles.
+class DenseTilesTest : public testing::VariantTest<GemmKernel> {
+ protected:
+  KernelTable table() const {
+    KernelTable table = best();
+    table.dense_tiles = &kernel();
+    table.dense_tiles_from = 1;
+    table.fixed = false;
+    return table;
+  }
+};
+INSTANTIATE_TEST_SUITE_P(Variants, DenseTilesTest, ::testing::ValuesIn(testing::all_dense_tiles()),
+                         testing::variant_name<GemmKernel>);
+
+TEST_P(DenseTilesTest, EqualsTheReference) {
+  const auto engine = engine_of(2, table());
+  for (const int rank : {0, 9, 70}) {
+    for (const int rows : {1, 17, 75}) {
+      for (const auto& [out, in] : {std::pair(1, 32), std::pair(77, 96), std::pair(48, 1088)}) {
+        const LinearCase c(rows, out, in, rank, rank == 0);
+        expect_near(c, c.run(*c.linear<DenseLinear>(engine)));
+      }
+    }
+  }
+}
+
+TEST_P(DenseTilesTest, RowsInBlocks) {
+  const LinearCase c(300, 40, 8192, 0);
+  expect_near(c, c.run(*c.linear<DenseLinear>(engine_of(3, table()))));
+}
+
+TEST_P(DenseTilesTest, BitsDependNeitherOnThreadsNorOnRows) {
+  const LinearCase c(61, 150, 576, 9);
+  const std::vector<std::uint16_t> expected = c.run(*c.linear<DenseLinear>(engine_of(1, table())));
+  for (const int threads : {2, 5}) {
+    const auto linear = c.linear<DenseLinear>(engine_of(threads, table()));
+    ASSERT_EQ(c.run(*linear), expected) << threads;
+    for (const int count : {1, 16, 30}) {
+      const std::vector<std::uint16_t> some = c.run(*linear, 7, count);
+      const auto from = expected.begin() + static_cast<std::ptrdiff_t>(at(7, c.out, 0));
+      ASSERT_EQ(some, std::vector<std::uint16_t>(from, from + some.size())) << count;
     }
   }
 }

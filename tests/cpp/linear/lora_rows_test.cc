@@ -109,6 +109,7 @@ INSTANTIATE_TEST_SUITE_P(Variants, DenseRowsTest,
 TEST_P(DenseRowsTest, HaveTheBitsOfEachAlone) {
   KernelTable table = testing::best_kernels();
   table.dense_bf16 = &kernel();
+  table.dense_tiles = nullptr;
   expect_all_rows_alone<DenseLinear>(table);
 }
 
@@ -130,11 +131,12 @@ using Linears = ::testing::Types<DenseLinear, PackedLinear>;
 TYPED_TEST_SUITE(LoraRows, Linears);
 
 // The difference to the base against float64: T and the output are rounded to BF16.
-TYPED_TEST(LoraRows, AWeightedSumOfAnyRanks) {
+template <class Linear>
+void expect_weighted_sum(const KernelTable& table) {
   constexpr int kLoras = 6;
   const LinearCase c(5, 40, 96, 0);
-  const auto engine = engine_of(2, testing::best_kernels());
-  const auto linear = c.linear<TypeParam>(engine);
+  const auto engine = engine_of(2, table);
+  const auto linear = c.linear<Linear>(engine);
   const auto base = c.run(*linear);
   std::vector<int> numbers;
   std::vector<float> weights;
@@ -169,6 +171,19 @@ TYPED_TEST(LoraRows, AWeightedSumOfAnyRanks) {
   for (float& weight : weights) weight = 0.0f;
   linear->activate_loras(numbers, weights);
   EXPECT_EQ(c.run(*linear), base) << "weights of 0 are the base, bit for bit";
+}
+
+TYPED_TEST(LoraRows, AWeightedSumOfAnyRanks) {
+  expect_weighted_sum<TypeParam>(testing::best_kernels());
+}
+
+TEST(LoraOnTiles, AWeightedSumOfAnyRanks) {
+  if (!cpu_features().avx512_bf16) GTEST_SKIP() << "tiles are emulated by AVX-512 BF16";
+  KernelTable table = testing::best_kernels();
+  table.dense_tiles = &emulated_amx_dense();
+  table.dense_tiles_from = 1;
+  table.fixed = false;
+  expect_weighted_sum<DenseLinear>(table);
 }
 
 TYPED_TEST(LoraRows, ComeAndGo) {

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from checkpoint.test_checkpoint_formats import random_bytes, random_fp8
 from checkpoint.test_families import SUPPORTED
 from helpers.family_adapters import RANK, write_stacked
 from helpers.family_models import Family, random_model
+from helpers.forks import KTRT
 from helpers.merge import load_weights, merge
 from helpers.rounded_experts import experts_of, random_lora, use_rounded_experts
 from helpers.tiny_models import (
@@ -435,12 +435,9 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_killed_process_leaves_no_folder(tmp_path: Path, how: signal.Signals) -> None:
-    command = [sys.executable, "-c", SLOW_EXPORT, str(DEMO / "chat.yaml"), "--out", "out"]
-    command[-1] = str(tmp_path / "out")
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, env=environ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"written\n"
+    out = str(tmp_path / "out")
+    with KTRT.start(SLOW_EXPORT, str(DEMO / "chat.yaml"), "--out", out) as process:
+        assert process.stdout.readline() == "written\n"
         process.send_signal(how)
         code = process.wait(30)
     assert code == (130 if how == signal.SIGINT else -signal.SIGKILL)
@@ -451,20 +448,13 @@ def test_a_killed_process_leaves_no_folder(tmp_path: Path, how: signal.Signals) 
 
 def test_an_ignored_ctrl_c_stays_ignored(tmp_path: Path) -> None:
     """`export … &` in a script: a shell starts it so that Ctrl-C stops the script alone."""
-    command = [sys.executable, "-c", SLOW_EXPORT, str(DEMO / "chat.yaml")]
-    command = [
-        "bash",
-        "-c",
-        f"trap '' INT; exec {shlex.join([*command, '--out', str(tmp_path)])}/out",
-    ]
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, env=environ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"written\n"
+    code = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n{SLOW_EXPORT}"
+    out = str(tmp_path / "out")
+    with KTRT.start(code, str(DEMO / "chat.yaml"), "--out", out) as process:
+        assert process.stdout.readline() == "written\n"
         process.send_signal(signal.SIGINT)
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(1)
-        process.kill()
 
 
 PEAK = """

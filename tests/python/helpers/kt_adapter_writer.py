@@ -1,23 +1,22 @@
-"""Runs kt_kernel's own writer, reader and converter of adapters in a separate process.
+"""Runs kt_kernel's own writer, reader and converter of adapters in separate processes.
 
-Started as a program, this file is that process: kt_kernel has threads and scratch memory that tests
-should not inherit.
+kt_kernel has threads and scratch memory that neither tests nor other calls should inherit.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import re
-import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from helpers.forks import Forks
 from safetensors.torch import load_file
 
+_FORKS = Forks("kt_kernel.sft.artifacts", "kt_kernel.sft.convert_kt_to_sglang_adapter")
 EXTRA_INPUT = "extra_input.safetensors"
 _NAMES = [f"{projection}_lora_{letter}" for projection in ("gate", "up", "down") for letter in "ab"]
 
@@ -36,9 +35,10 @@ def run_kt(task: str, folder: Path, rank: int, alpha: float, out: Path | None = 
 
     Raises ``AssertionError`` with kt_kernel's message if it fails.
     """
-    command = [sys.executable, __file__, task, str(folder), str(rank), str(alpha), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    code = "import sys; from helpers.kt_adapter_writer import main; main(*sys.argv[1:])"
+    arguments = [task, str(folder), str(rank), str(alpha), str(out)]
+    done = _FORKS.run(code, *arguments, errors_too=True)
+    assert done.returncode == 0, done.stdout[-2000:]
 
 
 def _wrappers(folder: Path, rank: int, alpha: float) -> list[Any]:
@@ -80,15 +80,17 @@ def _extra_experts(folder: Path) -> dict[int, Any]:
     return modules
 
 
-def main(task: str, folder: Path, rank: int, alpha: float, out: Path) -> None:
+def main(task: str, path: str, rank: str, alpha: str, out: str) -> None:
+    """Runs a task in this process."""
     from kt_kernel.sft import artifacts
     from kt_kernel.sft.convert_kt_to_sglang_adapter import convert_kt_to_sglang_adapter
 
+    folder = Path(path)
     if task == "convert":
-        convert_kt_to_sglang_adapter(folder, out, base_model_name_or_path="/somewhere")
+        convert_kt_to_sglang_adapter(folder, Path(out), base_model_name_or_path="/somewhere")
         return
     model = SimpleNamespace(
-        _kt_wrappers=_wrappers(folder, rank, alpha),
+        _kt_wrappers=_wrappers(folder, int(rank), float(alpha)),
         config=SimpleNamespace(_name_or_path="/somewhere/else"),
     )
     if task == "save":
@@ -103,7 +105,3 @@ def main(task: str, folder: Path, rank: int, alpha: float, out: Path) -> None:
     assert artifacts.load_kt_adapter_artifacts(model, folder) is not None
     found = [p for w in model._kt_wrappers for p in w._fused_expert_lora_params]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), Path(sys.argv[5]))

@@ -17,6 +17,7 @@ from helpers.tiny_models import save_adapter, save_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import ktrt.loading.model
+from ktrt.chat.__main__ import main
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.errors import ConfigError
 from ktrt.experts import find_experts
@@ -254,7 +255,8 @@ def test_a_start_from_the_cache_needs_no_source(
     assert replaced == before["other weights"]
 
 
-def chat(model: Path, *arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
+def configured(model: Path) -> str:
+    """Adds a tokenizer to the model; returns a configuration for it."""
     tokenizer = ROOT / "examples/demo/model"
     for name in ("tokenizer.json", "tokenizer_config.json"):
         target = model / name
@@ -262,6 +264,10 @@ def chat(model: Path, *arguments: str, text: str = "") -> subprocess.CompletedPr
             target.symlink_to(tokenizer / name)
     config = model.parent / f"{model.name}.yaml"
     config.write_text(f"model_name_or_path: {model}\nkt_num_threads: 1\n", "utf-8")
+    return str(config)
+
+
+def chat(model: Path, *arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
     code = (
         # ru_maxrss would be at least what this process holds: it is inherited.
         "import sys; from ktrt.chat.__main__ import main; code = main(sys.argv[1:]);"
@@ -270,7 +276,7 @@ def chat(model: Path, *arguments: str, text: str = "") -> subprocess.CompletedPr
         "sys.exit(code)"
     )
     return subprocess.run(
-        [sys.executable, "-c", code, str(config), *arguments],
+        [sys.executable, "-c", code, configured(model), *arguments],
         cwd=ROOT, input=text, capture_output=True, text=True, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -300,10 +306,8 @@ def test_ulimit_v_is_respected(model: Path, megabytes: int) -> None:
         "resource.setrlimit(resource.RLIMIT_AS, (size, size));"
         "from ktrt.chat.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )
-    chat(model, "--plan")  # writes the files
-    config = model.parent / f"{model.name}.yaml"
     done = subprocess.run(
-        [sys.executable, "-c", code, str(config), "template=default", str(megabytes)],
+        [sys.executable, "-c", code, configured(model), "template=default", str(megabytes)],
         cwd=ROOT, input="", capture_output=True, text=True, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -314,8 +318,8 @@ def test_ulimit_v_is_respected(model: Path, megabytes: int) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_plan_as_a_table(model: Path) -> None:
-    done = chat(model, "--plan", "-q")
-    assert done.returncode == 0
-    assert "routed experts, packed (AMXBF16)" in done.stdout
-    assert "It fits, with the model's whole context of 512 tokens." in done.stdout
+def test_plan_as_a_table(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([configured(model), "--plan", "-q"]) == 0
+    shown = capsys.readouterr().out
+    assert "routed experts, packed (AMXBF16)" in shown
+    assert "It fits, with the model's whole context of 512 tokens." in shown

@@ -11,8 +11,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.forks import KTRT, Fork
 from helpers.tiny_models import save_adapter, save_model, token_ids
 from safetensors.torch import load_file, save_file
 
@@ -367,23 +366,19 @@ CHILD = textwrap.dedent(
 )
 
 
-def start(loader: Loader, seconds: float) -> subprocess.Popen[str]:
+def start(loader: Loader, seconds: float) -> Fork:
     """A process that loads, and rests after every layer that it wrote."""
-    command = [sys.executable, "-c", CHILD, str(loader.base), str(loader.root), str(seconds)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    return KTRT.start(CHILD, str(loader.base), str(loader.root), str(seconds))
 
 
-def wait_for(process: subprocess.Popen[str], text: str) -> None:
-    assert process.stdout is not None
+def wait_for(process: Fork, text: str) -> None:
     assert any(text in line for line in process.stdout), f"it never said {text!r}"
 
 
 @pytest.mark.slow
 def test_killed_while_writing(loader: Loader) -> None:
-    process = start(loader, 600)
-    wait_for(process, "layer written")
-    process.kill()
-    process.communicate()
+    with start(loader, 600) as process:
+        wait_for(process, "layer written")
     (left,) = (p for p in loader.root.iterdir() if p.is_dir())
     assert ".tmp-" in left.name
     expected = loader.logits()
@@ -395,15 +390,14 @@ def test_killed_while_writing(loader: Loader) -> None:
 
 @pytest.mark.slow
 def test_two_processes_share_one_write(loader: Loader) -> None:
-    process = start(loader, 1.5)
-    wait_for(process, "layer written")
-    loader.logits()
-    assert loader.said("Another process packs these experts: waiting for it")
-    assert loader.said(CACHED)
-    assert not loader.said(PACKED)
-    output, _ = process.communicate()
-    assert process.returncode == 0
-    assert "Wrote the pack cache" in output
+    with start(loader, 1.5) as process:
+        wait_for(process, "layer written")
+        loader.logits()
+        assert loader.said("Another process packs these experts: waiting for it")
+        assert loader.said(CACHED)
+        assert not loader.said(PACKED)
+        assert "Wrote the pack cache" in process.stdout.read()
+        assert process.wait() == 0
 
 
 def test_a_writer_that_stopped_is_not_waited_for(
