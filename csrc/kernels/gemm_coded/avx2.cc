@@ -217,7 +217,7 @@ struct CodedBody {
     constexpr int kColumns = kVectorPairs<Format> * 2 * kBurstVectors;  // of a burst
     constexpr int kBursts = Format::kTileColumns / kColumns;            // of half a tile
     Sums<kRows> chains[kStrips][2];
-    // Of 4 bits, whose tiles have kUnitColumns. Strips may be of different rows.
+    // For 4 bits, a tile at a time. Strips may multiply different rows.
     alignas(32) float wide[Format::kIsFp8 ? 1 : kStrips][kRows][kUnitColumns];
     for (int s = 0; s < kStrips; ++s) memset(g[s].c, 0, sizeof(float) * kRows * kStripColumns);
     const int tiles = coded_tiles<Format>(*g);
