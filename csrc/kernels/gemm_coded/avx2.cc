@@ -5,7 +5,8 @@
 //   up to 3 rows   pairs are multiplied as they are made, of several strips side by side
 //   more           128 columns are made once, as 16 KB of float32, which all rows pass over
 //
-// Both add the same products in the same order.
+// Both add the same products in the same order: of 4 bits, even and odd columns in a chain each,
+// which a group's end adds.
 #include "kernels/avx2/products.h"
 #include "kernels/chunks.h"
 #include "kernels/coded_strip.h"
@@ -51,6 +52,23 @@ inline __m256i e4m3_values(__m256i twice) {
                          words_of(0x3800));
 }
 
+// The low and the high bytes of the BF16 values of the low [0] and the upper nibbles of 32 bytes.
+template <Code kCode>
+struct NibbleBytes {
+  KTRT_INLINE explicit NibbleBytes(__m256i codes) {
+    const __m256i high_table = table(kCode == Code::kInt4 ? kInt4High : kE2m1High);
+    const __m256i low_table = table(kCode == Code::kInt4 ? kInt4Low : kE2m1Low);
+    unrolled<2>([&](auto upper) KTRT_LAMBDA {
+      const __m256i nibbles = upper == 0 ? codes : _mm256_srli_epi16(codes, 4);
+      const __m256i index = _mm256_and_si256(nibbles, bytes_of(0x0f));
+      high[upper] = _mm256_shuffle_epi8(high_table, index);
+      low[upper] = _mm256_shuffle_epi8(low_table, index);
+    });
+  }
+  __m256i low[2];
+  __m256i high[2];
+};
+
 // Calls use(pair, values) for the pairs of 32 bytes of codes, `pair` being an Index type: 8 outputs
 // each.
 template <Code kCode, class Use>
@@ -75,24 +93,16 @@ KTRT_INLINE void for_each_pair(const uint8_t* from, Use use) {
     use(Index<0>{}, first);
     use(Index<1>{}, second);
   } else {
-    const __m256i high_table = table(kCode == Code::kInt4 ? kInt4High : kE2m1High);
-    const __m256i low_table = table(kCode == Code::kInt4 ? kInt4Low : kE2m1Low);
     const __m256i even = words_of(0x00ff);
-    __m256i high[2], low[2];
-    unrolled<2>([&](auto upper) KTRT_LAMBDA {
-      const __m256i nibbles = upper == 0 ? codes : _mm256_srli_epi16(codes, 4);
-      const __m256i index = _mm256_and_si256(nibbles, bytes_of(0x0f));
-      high[upper] = _mm256_shuffle_epi8(high_table, index);
-      low[upper] = _mm256_shuffle_epi8(low_table, index);
-    });
+    const NibbleBytes<kCode> bytes(codes);
     // In ascending order: a chain's.
     unrolled<2>([&](auto upper) KTRT_LAMBDA {
-      use(Index<upper>{},
-          _mm256_or_si256(_mm256_and_si256(low[upper], even), _mm256_slli_epi16(high[upper], 8)));
+      use(Index<upper>{}, _mm256_or_si256(_mm256_and_si256(bytes.low[upper], even),
+                                          _mm256_slli_epi16(bytes.high[upper], 8)));
     });
     unrolled<2>([&](auto upper) KTRT_LAMBDA {
-      use(Index<upper + 2>{}, _mm256_or_si256(_mm256_srli_epi16(low[upper], 8),
-                                              _mm256_andnot_si256(even, high[upper])));
+      use(Index<upper + 2>{}, _mm256_or_si256(_mm256_srli_epi16(bytes.low[upper], 8),
+                                              _mm256_andnot_si256(even, bytes.high[upper])));
     });
   }
 }
@@ -124,22 +134,64 @@ KTRT_INLINE __m256 scales_at(const GemmArgs& g, int column, int output) {
   }
 }
 
-// The products of one burst of half a strip: x is where its columns start in row 0.
+// Sums of 8 outputs. 4 bits: of 4 outputs each, as even and odd columns alternately.
+template <class Format>
+constexpr int kOutputSums = Format::kCode == Code::kE4m3 ? 1 : 2;
+
+// Otherwise GCC keeps what it has loaded for the next outputs too, and sums in memory, where one
+// takes twice as long to reach: one row of 4 bits was 15 % slower, many rows of FP8 half as fast.
+KTRT_INLINE void forget_loads() { asm volatile("" ::: "memory"); }
+
+inline __m256 broadcast_pair(const uint8_t* p) {
+  return _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(p)));
+}
+
+// The products of 32 bytes of codes, x being row 0's first column: BF16 for 8 bits, else float32.
 template <class Format, int kRows>
-KTRT_INLINE void add_burst(const uint8_t* w, const uint8_t* x, int64_t x_stride,
-                           __m256 (&acc)[kRows][2]) {
-  for (int v = 0; v < kBurstVectors; ++v, w += 64, x += kVectorPairs<Format> * 4) {
-    unrolled<2>([&](auto q) KTRT_LAMBDA {
-      for_each_pair<Format::kCode>(w + q * 32, [&](auto pair, __m256i values) KTRT_LAMBDA {
-        const __m256 low = low_values(values);
-        const __m256 high = high_values(values);
+KTRT_INLINE void add_products(const uint8_t* w, const uint8_t* x, int64_t x_stride,
+                              __m256 (&acc)[kRows][kOutputSums<Format>]) {
+  if constexpr (Format::kCode == Code::kE4m3) {
+    for_each_pair<Format::kCode>(w, [&](auto pair, __m256i values) KTRT_LAMBDA {
+      const __m256 low = low_values(values);
+      const __m256 high = high_values(values);
+      unrolled<kRows>([&](auto i) KTRT_LAMBDA {
+        const __m256i both = Vectors256::broadcast(x + i * x_stride + pair * 4);
+        acc[i][0] = _mm256_fmadd_ps(low_values(both), low, acc[i][0]);
+        acc[i][0] = _mm256_fmadd_ps(high_values(both), high, acc[i][0]);
+      });
+    });
+  } else {
+    // Joined by unpacking, low and high bytes become dwords of two columns that lie four apart; the
+    // next dword is the same output's, of the columns after these. One instruction each makes them
+    // float32, where words in the order of for_each_pair take four more for two vectors.
+    forget_loads();
+    const NibbleBytes<Format::kCode> bytes(load_256(w));
+    unrolled<2>([&](auto side) KTRT_LAMBDA {
+      __m256i joined[2];
+      unrolled<2>([&](auto upper) KTRT_LAMBDA {
+        joined[upper] = side == 0 ? _mm256_unpacklo_epi8(bytes.low[upper], bytes.high[upper])
+                                  : _mm256_unpackhi_epi8(bytes.low[upper], bytes.high[upper]);
+      });
+      unrolled<4>([&](auto pair) KTRT_LAMBDA {
+        const __m256 values =
+            pair < 2 ? low_values(joined[pair % 2]) : high_values(joined[pair % 2]);
         unrolled<kRows>([&](auto i) KTRT_LAMBDA {
-          const __m256i both = Vectors256::broadcast(x + i * x_stride + pair * 4);
-          acc[i][q] = _mm256_fmadd_ps(low_values(both), low, acc[i][q]);
-          acc[i][q] = _mm256_fmadd_ps(high_values(both), high, acc[i][q]);
+          acc[i][side] =
+              _mm256_fmadd_ps(broadcast_pair(x + i * x_stride + pair * 8), values, acc[i][side]);
         });
       });
     });
+  }
+}
+
+// A chain of 8 outputs.
+template <class Format>
+KTRT_INLINE __m256 chain_of(const __m256 (&sums)[kOutputSums<Format>]) {
+  if constexpr (Format::kCode == Code::kE4m3) {
+    return sums[0];
+  } else {
+    return _mm256_add_ps(_mm256_shuffle_ps(sums[0], sums[1], 0x88),
+                         _mm256_shuffle_ps(sums[0], sums[1], 0xdd));
   }
 }
 
@@ -164,10 +216,15 @@ struct CodedBody {
   static void few(const GemmArgs* g) {
     constexpr int kColumns = kVectorPairs<Format> * 2 * kBurstVectors;  // of a burst
     constexpr int kBursts = Format::kTileColumns / kColumns;            // of half a tile
-    alignas(32) float chains[kStrips][2][kRows][16];
+    Sums<kRows> chains[kStrips][2];
+    // For 4 bits, a tile at a time. Strips may multiply different rows.
+    alignas(32) float wide[Format::kIsFp8 ? 1 : kStrips][kRows][kUnitColumns];
     for (int s = 0; s < kStrips; ++s) memset(g[s].c, 0, sizeof(float) * kRows * kStripColumns);
     const int tiles = coded_tiles<Format>(*g);
     for (int tile = 0; tile < tiles; ++tile) {
+      for (int s = 0; !Format::kIsFp8 && s < kStrips; ++s) {
+        widen_rows<kRows>(g[s], tile * Format::kTileColumns, wide[s][0]);
+      }
       for (int half_burst = 0; half_burst < 2 * kBursts; ++half_burst) {
         const int half = half_burst / kBursts;
         const int column = tile * Format::kTileColumns + half_burst % kBursts * kColumns;
@@ -181,7 +238,10 @@ struct CodedBody {
           for (int i = 0; i < kBurst + 64; i += 64) {
             __builtin_prefetch(w + 2 * Format::kTileBytes + i, 0, kStrips == 1 ? 3 : 2);
           }
-          burst<kRows>(g[s], w, column, half, starts, ends, chains[s][half]);
+          const void* x = g[s].a + column * 2;
+          if constexpr (!Format::kIsFp8) x = wide[s][0] + column % kUnitColumns;
+          burst<kRows>(g[s], w, static_cast<const uint8_t*>(x), column, half, starts, ends,
+                       chains[s][half]);
         }
       }
     }
@@ -221,34 +281,73 @@ struct CodedBody {
     if (g.lora_b != nullptr) expand_rows(g);
   }
 
+  // The sums of half a strip that wait for the rest of their group.
   template <int kRows>
-  static KTRT_INLINE void burst(const GemmArgs& g, const uint8_t* w, int column, int half,
-                                bool starts, bool ends, float (&chain)[kRows][16]) {
-    float* c = g.c + half * 16;
-    __m256 acc[kRows][2];
-    unrolled<kRows>([&](auto i) KTRT_LAMBDA {
-      unrolled<2>([&](auto q) KTRT_LAMBDA {
-        const float* from = Format::kGroup == 0 ? c + i * kStripColumns + q * 8 : chain[i] + q * 8;
-        acc[i][q] = starts ? _mm256_setzero_ps() : _mm256_loadu_ps(from);
-      });
-    });
-    add_burst<Format, kRows>(w, g.a + column * 2, g.a_stride, acc);
-    if (!ends) {
-      unrolled<kRows>([&](auto i) KTRT_LAMBDA {
-        unrolled<2>([&](auto q) KTRT_LAMBDA {
-          _mm256_storeu_ps(Format::kGroup == 0 ? c + i * kStripColumns + q * 8 : chain[i] + q * 8,
-                           acc[i][q]);
+  struct alignas(32) Sums {
+    float of[2][kRows][kOutputSums<Format>][8];
+  };
+
+  // kUnitColumns of A as float32, fewer at the end.
+  template <int kRows>
+  static KTRT_INLINE void widen_rows(const GemmArgs& g, int column, float* x) {
+    const int rest = g.k - column;
+    const int columns = rest < kUnitColumns ? rest : kUnitColumns;
+    for (int i = 0; i < kRows; ++i) {
+      const uint8_t* from = g.a + i * g.a_stride + column * 2;
+      for (int at = 0; at < columns; at += 8) {
+        const __m256i words =
+            _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + at * 2)));
+        _mm256_store_ps(x + i * kUnitColumns + at, low_values(words));
+      }
+    }
+  }
+
+  template <int kRows>
+  static KTRT_INLINE void burst(const GemmArgs& g, const uint8_t* w, const uint8_t* x, int column,
+                                int half, bool starts, bool ends, Sums<kRows>& chain) {
+    constexpr int kSums = kOutputSums<Format>;
+    constexpr int kValueBytes = Format::kIsFp8 ? 2 : 4;  // of A
+    const int64_t x_stride = Format::kIsFp8 ? g.a_stride : kUnitColumns * kValueBytes;
+    // Eight outputs after the others where registers are too few.
+    constexpr int kTogether = kRows * kSums < 3 ? 2 : 1;
+    for (int first = 0; first < 2; first += kTogether) {
+      __m256 acc[kTogether][kRows][kSums];
+      float* c = g.c + half * 16 + first * 8;
+      const auto for_all = [&](auto move) KTRT_LAMBDA {
+        unrolled<kTogether>([&](auto q) KTRT_LAMBDA {
+          unrolled<kRows>([&](auto i) KTRT_LAMBDA {
+            unrolled<kSums>([&](auto n) KTRT_LAMBDA {
+              move(acc[q][i][n],
+                   Format::kGroup == 0 ? c + i * kStripColumns + q * 8 : chain.of[first + q][i][n]);
+            });
+          });
+        });
+      };
+      if (starts) {
+        for_all([](__m256& sum, float*) KTRT_LAMBDA { sum = _mm256_setzero_ps(); });
+      } else {
+        for_all([](__m256& sum, float* from) KTRT_LAMBDA { sum = _mm256_loadu_ps(from); });
+      }
+      for (int v = 0; v < kBurstVectors; ++v) {
+        unrolled<kTogether>([&](auto q) KTRT_LAMBDA {
+          add_products<Format, kRows>(w + v * 64 + (first + q) * 32,
+                                      x + v * kVectorPairs<Format> * 2 * kValueBytes, x_stride,
+                                      acc[q]);
+        });
+      }
+      if (!ends) {
+        for_all([](__m256& sum, float* to) KTRT_LAMBDA { _mm256_storeu_ps(to, sum); });
+        continue;
+      }
+      unrolled<kTogether>([&](auto q) KTRT_LAMBDA {
+        const __m256 scale = scales_at<Format>(g, column, half * 16 + (first + q) * 8);
+        unrolled<kRows>([&](auto i) KTRT_LAMBDA {
+          float* to = c + i * kStripColumns + q * 8;
+          _mm256_storeu_ps(
+              to, _mm256_fmadd_ps(scale, chain_of<Format>(acc[q][i]), _mm256_loadu_ps(to)));
         });
       });
-      return;
     }
-    unrolled<2>([&](auto q) KTRT_LAMBDA {
-      const __m256 scale = scales_at<Format>(g, column, half * 16 + q * 8);
-      unrolled<kRows>([&](auto i) KTRT_LAMBDA {
-        float* to = c + i * kStripColumns + q * 8;
-        _mm256_storeu_ps(to, _mm256_fmadd_ps(scale, acc[i][q], _mm256_loadu_ps(to)));
-      });
-    });
   }
 
   static void unpack(const GemmArgs& g, Unit& unit) {
@@ -273,6 +372,30 @@ struct CodedBody {
     }
   }
 
+  // kParts parts of some tiles of factors.
+  template <int kParts, int kRows>
+  static KTRT_INLINE void multiply_parts(const uint8_t* w, int tiles, const uint8_t* x,
+                                         int64_t x_stride, __m256 (&acc)[kRows][4]) {
+    for (int tile = 0; tile < tiles; ++tile, w += kFactorTile<Products>) {
+      for (int step = 0; step < 16; ++step, x += 4) {
+        unrolled<kParts>([&](auto part) KTRT_LAMBDA {
+          __m256 rows[kRows];
+          unrolled<kRows>([&](auto i) KTRT_LAMBDA {
+            rows[i] =
+                Products::factor(Products::broadcast(x + i * x_stride + part * (kUnitColumns * 2)));
+          });
+          unrolled<4>([&](auto q) KTRT_LAMBDA {
+            forget_loads();
+            const __m256 each = Products::load_factor(w + step * 128 + part * 64 + q % 2 * 32 +
+                                                      q / 2 * (kFactorTile<Products> / 2));
+            unrolled<kRows>(
+                [&](auto i) KTRT_LAMBDA { acc[i][q] = _mm256_fmadd_ps(rows[i], each, acc[i][q]); });
+          });
+        });
+      }
+    }
+  }
+
   // C of kRows rows += one unit. Inlined, it would share its registers with the unpacking's
   // constants, and chains would be in memory: two thirds of the speed.
   template <int kRows>
@@ -293,10 +416,21 @@ struct CodedBody {
       for_each_sum<Products>(chain, c, [](__m256& sum, const float* from) KTRT_LAMBDA {
         sum = Format::kGroup == 0 ? _mm256_loadu_ps(from) : _mm256_setzero_ps();
       });
-      multiply_tiles<Products, kRows>(
-          unit.factors + column / kFactorColumns * kFactorTile<Products>,
-          (rest < kGroup ? rest : kGroup) / kFactorColumns, rows[0][0] + column * 2,
-          sizeof(rows[0]), sizeof(rows[0][0]), Lines{nullptr, 0}, chain);
+      const uint8_t* factors = unit.factors + column / kFactorColumns * kFactorTile<Products>;
+      const int tiles = (rest < kGroup ? rest : kGroup) / kFactorColumns;
+      if constexpr (kOutputSums<Format> == 1) {
+        multiply_parts<2>(factors, tiles, rows[0][0] + column * 2, sizeof(rows[0]), chain);
+      } else {
+        multiply_parts<1>(factors, tiles, rows[0][0] + column * 2, sizeof(rows[0]), chain);
+        __m256 odd[kRows][4];
+        for_each_sum<Products>(
+            odd, c, [](__m256& sum, const float*) KTRT_LAMBDA { sum = _mm256_setzero_ps(); });
+        multiply_parts<1>(factors + 64, tiles, rows[0][1] + column * 2, sizeof(rows[0]), odd);
+        unrolled<kRows>([&](auto i) KTRT_LAMBDA {
+          unrolled<4>([&](auto q)
+                          KTRT_LAMBDA { chain[i][q] = _mm256_add_ps(chain[i][q], odd[i][q]); });
+        });
+      }
       if (Format::kGroup == 0) {
         for_each_sum<Products>(
             chain, c, [](const __m256& sum, float* to) KTRT_LAMBDA { _mm256_storeu_ps(to, sum); });

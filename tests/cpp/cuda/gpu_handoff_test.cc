@@ -286,13 +286,13 @@ TEST_P(GpuHandoffTest, CloseReleasesWhatIsPending) {
 }
 
 TEST_P(GpuHandoffTest, CloseDuringSynchronize) {
-  for (int round = 0; round < 5; ++round) {
+  for (int round = 0; round < 3; ++round) {
     HandoffCase test(cuda_, GetParam());
     cuda_.set_delay(2000);
     for (int i = 0; i < 10; ++i) test.enqueue();
     std::string found;
     std::thread waiting([&] { found = test.failure(); });
-    std::this_thread::sleep_for(round * 5ms);
+    std::this_thread::sleep_for(round * 10ms);
     test.handoff->close();
     waiting.join();
     EXPECT_TRUE(found.find("closed") != std::string::npos) << found;

@@ -240,7 +240,7 @@ FORKS = """
                                             intermediate_size=32, weight_format="bf16"),
     }
     children = []
-    for i in range(12):
+    for i in range(6):
         time.sleep(0.01)
         child = os.fork()
         if child == 0:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +12,7 @@ import torch
 from adapter.test_adapter_torch_side import ATTENTION, ktrt_logits, save_trained
 from helpers.family_adapters import RANK, write_stacked
 from helpers.family_models import Family, random_model
+from helpers.forks import KT_KERNEL
 from helpers.merge import save_merged
 from helpers.rounded_experts import experts_of, random_lora
 from helpers.tiny_models import (
@@ -350,9 +349,8 @@ def test_kt_kernel_itself_reads_layout_c(models: Models, tmp_path: Path, family:
         "layers": [each.layer for each in base.experts],
     }  # fmt: skip
     arguments = [str(tmp_path / "c"), str(tmp_path / "kt-f"), json.dumps(sizes)]
-    command = [sys.executable, "-c", KT_LOADER, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = KT_KERNEL.run(KT_LOADER, *arguments, errors_too=True)
+    assert done.returncode == 0, done.stdout[-2000:]
     found = plan(tmp_path / "kt-f", base)
     assert same_engine_arguments(found, expected, base)
     convert(plan(adapter, base), base, tmp_path / "f", "f")

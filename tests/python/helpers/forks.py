@@ -109,6 +109,8 @@ def module(name: str) -> str:
 
 KTRT = Forks("ktrt.api", "ktrt.loading.model", "ktrt.export.checkpoint", "ktrt.chat.dialog")
 
+KT_KERNEL = Forks("kt_kernel.sft.artifacts", "kt_kernel.sft.convert_kt_to_sglang_adapter")
+
 
 def _serve(requests: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)

@@ -21,8 +21,8 @@ def interpreted() -> None:
     if getattr(before, "kt_mended", False):
         return
 
-    def patch(tensor: Any) -> None:
-        before(tensor)
+    def patch(tensor: Any, *rest: Any) -> None:  # Triton 3.6 has a second one
+        before(tensor, *rest)
         tensor.__index__ = lambda self: int(self.handle.data.item())
 
     patch.kt_mended = True  # type: ignore[attr-defined]

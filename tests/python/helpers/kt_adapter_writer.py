@@ -13,10 +13,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from helpers.forks import Forks
+from helpers.forks import KT_KERNEL
 from safetensors.torch import load_file
 
-_FORKS = Forks("kt_kernel.sft.artifacts", "kt_kernel.sft.convert_kt_to_sglang_adapter")
 EXTRA_INPUT = "extra_input.safetensors"
 _NAMES = [f"{projection}_lora_{letter}" for projection in ("gate", "up", "down") for letter in "ab"]
 
@@ -37,7 +36,7 @@ def run_kt(task: str, folder: Path, rank: int, alpha: float, out: Path | None = 
     """
     code = "import sys; from helpers.kt_adapter_writer import main; main(*sys.argv[1:])"
     arguments = [task, str(folder), str(rank), str(alpha), str(out)]
-    done = _FORKS.run(code, *arguments, errors_too=True)
+    done = KT_KERNEL.run(code, *arguments, errors_too=True)
     assert done.returncode == 0, done.stdout[-2000:]
 
 
