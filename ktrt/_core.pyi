@@ -955,13 +955,6 @@ class GpuHandoff:
         capture it also expects the slot.
         ``RuntimeError``: the last submitted slot has no ``wait`` yet, an earlier failure."""
 
-    def addresses(self, slot: int) -> tuple[int, int, int, int]:
-        """Returns the device's addresses of the slot's hidden_states, expert_ids, routing_weights
-        and adapter_ids (0: it has none), in pinned memory that slots share."""
-
-    def start(self, slot: int, stream: int) -> None:
-        """``submit`` for a stream whose work has written all of the slot's arrays itself."""
-
     def wait(self, slot: int, stream: int, out: int) -> None:
         """Enqueues the wait for the slot submitted last and the copy of its result to ``out``."""
 

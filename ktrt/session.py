@@ -3,6 +3,7 @@
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from types import EllipsisType, TracebackType
 from typing import Any, Self, Unpack
@@ -26,7 +27,7 @@ from ktrt.generate.scheduler import (
     SchedulerLimits,
     SchedulerStats,
 )
-from ktrt.generate.warm_up import warm_rows, warm_up
+from ktrt.generate.warm_up import warm_up
 from ktrt.loading.model import LoadedModel
 from ktrt.loading.plan import BaseCheckpoint
 from ktrt.loading.scheduler import make_scheduler, use_device
@@ -86,7 +87,6 @@ class Session:
         self._rows = (limits or SchedulerLimits()).rows
         self._steps = Driver(partial(make_scheduler, loaded, limits), partial(use_device, loaded))
         self.adapters.between = self._steps.between
-        self.adapters.after_load = partial(_warm_rows, self._steps, loaded, self._rows)
         # Nobody can ask a session that nobody has: its thread and memory go.
         weakref.finalize(self, self._steps.abandon, _closed(), loaded.close).atexit = False
         self._stop_ids = template.stop_ids
@@ -180,8 +180,10 @@ class Session:
 
     def stats(self) -> SchedulerStats:
         """Returns what was computed so far and what is going on. Cheap, for any thread."""
-        self._open()
-        return self._steps.scheduler.stats()
+        gpu, stats = self._open().gpu, self._steps.scheduler.stats()
+        if gpu is None or gpu.following is None:
+            return stats
+        return replace(stats, residents=replace(gpu.following.numbers))
 
     def predicted_wait(self) -> float | None:
         """Predicts the seconds until one more request would get a slot; 0: at once; None: nothing
@@ -371,17 +373,6 @@ class Session:
         if self._loaded is None:
             raise _closed()
         return self._loaded
-
-
-def _warm_rows(steps: Driver, loaded: LoadedModel, rows: int) -> None:
-    """Captures decode steps again, unless answers are under way: they would wait for all of them,
-    and not for each one's turn."""
-
-    def warm() -> None:
-        if not steps.scheduler.stats().running:
-            warm_rows(loaded.new_cache(), rows)
-
-    steps.between(warm)
 
 
 def _closed() -> KtrtError:

@@ -32,7 +32,9 @@ from ktrt.generate.row_graphs import RowGraphs
 from ktrt.generate.runner import KvCache, ModelRunner
 from ktrt.generate.step import Span, Step
 from ktrt.generate.warm_up import _load_kernels, warm_up
+from ktrt.layers.attention import accelerate_attention
 from ktrt.layers.cuda_linear import FusedLora
+from ktrt.layers.latent import use_latents
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -89,7 +91,9 @@ class Case:
         )
         model, running = bench.model, bench.running
         self.on_gpu = model.get_input_embeddings().weight.device.type == "cuda"
-        bench.accelerate()
+        bench.masks.watch(model, bench.patches)
+        accelerate_attention(model, bench.engine, bench.patches, running)
+        use_latents(model, bench.engine, bench.patches, running)
         start = time.perf_counter()
         if self.on_gpu and not args.cold:
             with experts_muted(model):
@@ -156,12 +160,10 @@ class Case:
                   f"{max(times) / median:.2f} ×; moves {self.moves}")  # fmt: skip
 
     def rows(self, *counts: int) -> None:
-        """First steps of more and more sequences, with the active adapters and, where some are
-        resident, by row."""
+        """First steps of more and more sequences, with the active adapters and by row."""
         with self.slots_of(max(counts)) as slots:
             for adapter, name in ((ACTIVE, "active"), (BASE, "by row")):
-                # Without adapters no row of a server names one, and load captures no such step.
-                for count in counts if adapter == ACTIVE or self.bench.active_set.numbers else ():
+                for count in counts:
                     self.first_step(f"{count} rows, {name}", slots[:count], adapter)
 
     def slots(self, *groups: tuple[int, ...]) -> None:

@@ -30,9 +30,10 @@ from ktrt.experts.spec import ExpertsSpec
 from ktrt.generate.graphs import CudaGraphs, DecodeGraphs, NoHandOff
 from ktrt.generate.row_graphs import RowGraphs
 from ktrt.generate.runner import KvCache, ModelRunner
+from ktrt.layers.attention import accelerate_attention
 from ktrt.layers.cuda_linear import FusedLora
 from ktrt.layers.embedding import tables_to_host
-from ktrt.loading.gpu_attention import accelerate_on_gpu
+from ktrt.layers.latent import use_latents
 from ktrt.loading.inventory import experts_row
 from ktrt.utils.patches import Patches
 
@@ -210,7 +211,6 @@ class Bench:
         for index, layer in self.layers:
             layer.load_lora(0, **self.experts.lora(index))
             layer.activate_loras([0], [1.0])
-        self.active_set.numbers = frozenset([0])
 
     def add_loras(self, count: int) -> None:
         """Adds ``count`` LoRAs to everything, for rows that choose theirs by number; none is
@@ -222,13 +222,11 @@ class Bench:
         for module in self.model.modules():
             if "lora_A" in module._modules:
                 module._active_adapter = []
-        self.active_set.numbers = frozenset(range(count))
-        self.accelerate()
-        self.fused_lora = FusedLora(self.model, self.active_set, self.patches, self.masks)
-
-    def accelerate(self) -> None:
-        """Gives the layers outside the experts the forwards that a loaded model has."""
-        accelerate_on_gpu(self.model, self.engine, self.patches, self.running, self.masks)
+        masks, patches = self.masks, self.patches
+        masks.watch(self.model, patches)
+        accelerate_attention(self.model, self.engine, patches, self.running)
+        use_latents(self.model, self.engine, patches, self.running)
+        self.fused_lora = FusedLora(self.model, self.active_set, patches, masks)
 
     def share_resident(self, number: int) -> None:
         """Puts ``number`` experts of each layer on the GPU, for later runners."""

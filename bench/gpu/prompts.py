@@ -23,6 +23,8 @@ from stream import seconds, synchronize
 from ktrt.config.args import WEIGHT_FORMATS
 from ktrt.experts.gpu import residents
 from ktrt.experts.gpu.setup import prompt_bytes
+from ktrt.layers.attention import accelerate_attention
+from ktrt.layers.latent import use_latents
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,7 +65,8 @@ def main() -> int:
 def measure(bench: Bench, args: argparse.Namespace, weight_format: str) -> None:
     if args.lora:
         bench.add_lora()
-    bench.accelerate()
+    accelerate_attention(bench.model, bench.engine, bench.patches, bench.running)
+    use_latents(bench.model, bench.engine, bench.patches, bench.running)
     bench.share_resident(0)
     gpu = bench.gpu
     assert gpu is not None

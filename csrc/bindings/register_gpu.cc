@@ -84,20 +84,6 @@ void submit(GpuHandoff& handoff, int slot, std::uintptr_t stream, CuDevicePtr hi
   handoff.submit(slot, stream_of(stream), hidden_states, expert_ids, routing_weights, adapter_ids);
 }
 
-py::tuple addresses(GpuHandoff& handoff, int slot) {
-  GpuHandoff::Addresses found{};
-  {
-    const py::gil_scoped_release release;
-    found = handoff.addresses(slot);
-  }
-  return py::make_tuple(found.hidden_states, found.expert_ids, found.routing_weights,
-                        found.adapter_ids);
-}
-
-void start(GpuHandoff& handoff, int slot, std::uintptr_t stream) {
-  handoff.start(slot, stream_of(stream));
-}
-
 void wait(GpuHandoff& handoff, int slot, std::uintptr_t stream, CuDevicePtr out) {
   handoff.wait(slot, stream_of(stream), out);
 }
@@ -134,8 +120,6 @@ void register_gpu(py::module_& module) {
       .def("submit", &submit, py::arg("slot"), py::arg("stream"), py::arg("hidden_states"),
            py::arg("expert_ids"), py::arg("routing_weights"), py::arg("adapter_ids") = 0,
            Released())
-      .def("addresses", &addresses, py::arg("slot"))
-      .def("start", &start, py::arg("slot"), py::arg("stream"), Released())
       .def("wait", &wait, py::arg("slot"), py::arg("stream"), py::arg("out"), Released())
       .def("expect", &GpuHandoff::expect, py::arg("slots"), Released())
       .def("synchronize", &synchronize, py::arg("stream"), Released())

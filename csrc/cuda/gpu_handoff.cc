@@ -107,7 +107,17 @@ void GpuHandoff::submit(int slot, CuStream stream, CuDevicePtr hidden_states,
              found.signalled.slot.name << " was made " << (adapter_ids == 0 ? "with" : "without")
                                        << " adapter ids, and submit was called "
                                        << (adapter_ids == 0 ? "without" : "with") << " them");
-  enqueue(found, stream, [&] {
+  if (submitted_ != nullptr) {
+    throw std::runtime_error(submitted_->signalled.slot.name +
+                             " was submitted and not waited for; " + found.signalled.slot.name +
+                             " shares its memory (synchronize forgets it)");
+  }
+  const CurrentContext current(driver_);
+  const bool capturing = is_capturing(stream);
+  server_->throw_failure();
+  Slot* const expected = &found.signalled.slot;
+  if (!capturing) server_->expect({&expected, 1});
+  try {
     const CudaApi& api = driver_.api();
     const auto copy = [&](const TensorView& to, CuDevicePtr from) {
       driver_.check(api.memcpy_dtoh_async(to.data, from, bytes_of(to), stream),
@@ -117,41 +127,12 @@ void GpuHandoff::submit(int slot, CuStream stream, CuDevicePtr hidden_states,
     copy(found.expert_ids, expert_ids);
     copy(found.routing_weights, routing_weights);
     if (found.adapter_ids) copy(*found.adapter_ids, adapter_ids);
-  });
-}
-
-GpuHandoff::Addresses GpuHandoff::addresses(int slot) {
-  const auto lock = lock_own();
-  const LayerSlot& found = find(slot);
-  return {found.address(found.hidden_states), found.address(found.expert_ids),
-          found.address(found.routing_weights),
-          found.adapter_ids ? found.address(*found.adapter_ids) : 0};
-}
-
-void GpuHandoff::start(int slot, CuStream stream) {
-  const auto lock = lock_own();
-  enqueue(find(slot), stream, [] {});
-}
-
-void GpuHandoff::enqueue(LayerSlot& slot, CuStream stream, const std::function<void()>& copy) {
-  if (submitted_ != nullptr) {
-    throw std::runtime_error(submitted_->signalled.slot.name +
-                             " was submitted and not waited for; " + slot.signalled.slot.name +
-                             " shares its memory (synchronize forgets it)");
-  }
-  const CurrentContext current(driver_);
-  const bool capturing = is_capturing(stream);
-  server_->throw_failure();
-  Slot* const expected = &slot.signalled.slot;
-  if (!capturing) server_->expect({&expected, 1});
-  try {
-    copy();
-    enqueue_start(driver_, mechanism_, slot.signalled, stream);
+    enqueue_start(driver_, mechanism_, found.signalled, stream);
   } catch (...) {
     if (!capturing) server_->retract();
     throw;
   }
-  submitted_ = &slot;
+  submitted_ = &found;
   submitted_in_capture_ = capturing;
 }
 

@@ -54,13 +54,6 @@ class GpuHandoff {
   // the slot has them, else 0. Outside a capture this expects the slot too.
   void submit(int slot, CuStream stream, CuDevicePtr hidden_states, CuDevicePtr expert_ids,
               CuDevicePtr routing_weights, CuDevicePtr adapter_ids = 0);
-  // Where the device writes the arrays that `submit` copies; 0 for adapter ids that there are none.
-  struct Addresses {
-    CuDevicePtr hidden_states, expert_ids, routing_weights, adapter_ids;
-  };
-  Addresses addresses(int slot);
-  // A submit after work of the stream that has written all of the slot's arrays.
-  void start(int slot, CuStream stream);
   // out [tokens, hidden_size]. Belongs to the last submit, which was captured if this is.
   void wait(int slot, CuStream stream, CuDevicePtr out);
   // A graph is about to be launched in which these slots start in this order.
@@ -85,7 +78,6 @@ class GpuHandoff {
   bool is_capturing(CuStream stream) const;
   bool drain(CuStream stream, const std::function<void()>& interrupt);
   void forget();
-  void enqueue(LayerSlot& slot, CuStream stream, const std::function<void()>& copy);
 
   const std::shared_ptr<Engine> engine_;
   const std::chrono::nanoseconds timeout_;

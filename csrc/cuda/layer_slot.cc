@@ -59,18 +59,11 @@ std::size_t LayerSlot::pinned_bytes() {
   return sum;
 }
 
-void LayerSlot::place(const PinnedBlock& memory) {
-  memory_ = &memory;
-  std::byte* next = memory.host();
+void LayerSlot::place(std::byte* memory) {
   for (TensorView* view : arrays()) {
-    view->data = next;
-    next += round_up(bytes_of(*view), kArrayAlignment);
+    view->data = memory;
+    memory += round_up(bytes_of(*view), kArrayAlignment);
   }
-}
-
-CuDevicePtr LayerSlot::address(const TensorView& array) const {
-  const auto offset = static_cast<const std::byte*>(array.data) - memory_->host();
-  return memory_->device() + static_cast<CuDevicePtr>(offset);
 }
 
 void LayerSlot::forward() {

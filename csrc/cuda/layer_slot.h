@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "base/tensor_view.h"
-#include "cuda/pinned_memory.h"
 #include "cuda/stream_signals.h"
 #include "moe/moe_layer.h"
 
@@ -23,9 +22,7 @@ struct LayerSlot {
   LayerSlot& operator=(const LayerSlot&) = delete;
 
   std::size_t pinned_bytes();
-  void place(const PinnedBlock& memory);
-  // The device's address of one of the arrays.
-  CuDevicePtr address(const TensorView& array) const;
+  void place(std::byte* memory);
   void forward();
 
   const std::shared_ptr<MoeLayer> layer;
@@ -39,7 +36,6 @@ struct LayerSlot {
  private:
   std::vector<TensorView*> arrays();
 
-  const PinnedBlock* memory_ = nullptr;
   // The ids that a forward works on: where it was given up, the stream goes on and may write the
   // next layer's ids into the pinned ones, and a plan must not change while it is made.
   std::vector<std::int64_t> ids_;

@@ -40,12 +40,12 @@ PinnedMemory::Word PinnedMemory::new_word() {
   return word;
 }
 
-const PinnedBlock& PinnedMemory::shared_buffer(std::size_t bytes) {
+std::byte* PinnedMemory::shared_buffer(std::size_t bytes) {
   for (const auto& block : buffers_) {
-    if (block->bytes() >= bytes) return *block;
+    if (block->bytes() >= bytes) return block->host();
   }
   buffers_.push_back(std::make_unique<PinnedBlock>(driver_, bytes));
-  return *buffers_.back();
+  return buffers_.back()->host();
 }
 
 std::size_t PinnedMemory::bytes() const {

@@ -45,7 +45,7 @@ class PinnedMemory {
   // A word on a separate cache line, zero.
   Word new_word();
   // At least `bytes`, shared with all slots that need as much or less.
-  const PinnedBlock& shared_buffer(std::size_t bytes);
+  std::byte* shared_buffer(std::size_t bytes);
 
   std::size_t bytes() const;
   void release() noexcept;

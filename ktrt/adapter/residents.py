@@ -60,8 +60,6 @@ class Adapters:
         self._loading = threading.Lock()
         self.active_set = ActiveSet()
         self.between: Between = lambda change: change()
-        # Called after ``load``, by its thread.
-        self.after_load: Callable[[], object] = lambda: None
         # Takes the name, the folder and the future rows of embeddings, checks the adapter's words,
         # and returns a function that adds them.
         self.take_words: Callable[[str, Path, int], Callable[[], object]] | None = None
@@ -228,7 +226,6 @@ class Adapters:
         """
         with self._loading:
             self._load(name, path, replace=replace)
-            self.after_load()
 
     def _load(self, name: str, path: str | Path, *, replace: bool) -> None:
         self.check_name(name, replace=replace)

@@ -211,6 +211,9 @@ def _stats(talk: Talk, _argument: str) -> None:
         lines.append(f"context           {held:,} tokens after the last answer")
     lines += talk.totals.lines()
     lines.append(f"conversation      {describe(talk.conversation)}")
+    gpu = getattr(talk.session, "gpu", None)  # a server's client has none
+    if gpu is not None and gpu.following is not None:
+        lines.append(f"GPU's experts     {gpu.following.numbers}")
     if limit := talk.limit():
         lines.append(f"memory's limit    {limit:.1f} tokens per second")
     talk.terminal.note("\n".join(lines))

@@ -110,6 +110,7 @@ class ExpertArgs:
 
     With a GPU: ``kt_num_gpu_experts`` of every layer live there, and forwards of at least
     ``kt_gpu_prefill_token_threshold`` tokens (0: none) get all experts streamed there.
+    ``kt_enable_dynamic_expert_update``: which experts live there follows the conversation.
     ``kt_use_cuda_graph``: on a GPU, a decode step is one CUDA graph where the model allows it.
     ``kt_fixed_kernels``: with AMX, one kernel for any number of tokens, so that a token's bits do
     not depend on its company; other machines do that anyway.
@@ -125,6 +126,7 @@ class ExpertArgs:
     kt_fixed_kernels: bool = False
     kt_num_gpu_experts: int | Literal["auto"] = 0
     kt_gpu_prefill_token_threshold: int | Literal["auto"] = "auto"
+    kt_enable_dynamic_expert_update: bool = False
     kt_weight_path: Path | None = None
     ktrt_cache: bool = True
     ktrt_cache_dir: Path | None = None

@@ -126,7 +126,6 @@ NOTED = {
     "kt_moe_lora_device": "the experts' LoRA runs inside their GEMMs on the CPU",
     "kt_weight_lifecycle": "packed expert weights stay in memory",
     "kt_optimize_rule": "the experts are found in the model itself",
-    "kt_enable_dynamic_expert_update": "the experts on a GPU stay the same in an answer",
     "kt_mode": "there is no such switch here",
     "mode": "there is no such switch here",
     "chunk_size": "there is no such switch here",

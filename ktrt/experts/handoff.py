@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_map_only
 from ktrt.engine import GpuHandoff
 from ktrt.engine.step_rows import IDLE
 from ktrt.errors import KtrtError
-from ktrt.utils.triton_kernels import triton_kernels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Rows that a kernel writes itself; more are faster by the copy engine.
-_WRITTEN_ROWS = 32
 _aten = torch.ops.aten
 # These read no element: applied to a result under way, they give a result under way.
 _VIEWS = {
@@ -105,6 +102,8 @@ class HandOff:
         self._pending: tuple[torch.Tensor, Any] | None = None
         self._recorded: list[int] | None = None
         self._unfinished = False
+        # Work of the host while the device computes a forward, which has been issued.
+        self.meanwhile: Callable[[], None] | None = None
 
     def close(self) -> None:
         """Frees the pinned memory and stops serving the stream. Idempotent."""
@@ -152,42 +151,28 @@ class HandOff:
         weights: torch.Tensor,
         adapters: torch.Tensor | None,
     ) -> torch.Tensor:
-        out = states.new_empty(rows, states.shape[1])
-        main = self._cuda.current_stream(self._device)
-        write = _writer(states.device, rows)
-        if write is None:
-            self._submit(slot, main, rows, states, index, weights, adapters)
-        else:
-            self._join_pending()
-            self._unfinished = True
-            addresses = self._core.addresses(slot)
-            write(rows, states, index, weights, adapters, addresses, IDLE)
-            self._core.start(slot, main.cuda_stream)
-        if self._recorded is not None:
-            self._recorded.append(slot)
-        self._side.wait_stream(main)
-        self._core.wait(slot, self._side.cuda_stream, out.data_ptr())
-        done = self._side.record_event()
-        self._pending = (out, done)
-        return Deferred(out[: states.shape[0]], lambda: self._join(done))
-
-    def _submit(
-        self, slot: int, main: Any, rows: int, states: torch.Tensor, index: torch.Tensor,
-        weights: torch.Tensor, adapters: torch.Tensor | None,
-    ) -> None:  # fmt: skip
-        """Enqueues copies of contiguous arrays, and the start."""
+        tokens = states.shape[0]
         # An expert of -1 adds nothing and costs nothing.
         states = _padded(states, rows, 0)
         index = _padded(index.to(torch.int64), rows, -1)
         weights = _padded(weights.to(torch.float32), rows, 0)
         if adapters is not None:
             adapters = _padded(adapters.to(torch.int32), rows, IDLE)
+        out = torch.empty_like(states)
         self._join_pending()
+        main = self._cuda.current_stream(self._device)
         self._unfinished = True
         self._core.submit(
             slot, main.cuda_stream, states.data_ptr(), index.data_ptr(), weights.data_ptr(),
             0 if adapters is None else adapters.data_ptr(),
         )  # fmt: skip
+        if self._recorded is not None:
+            self._recorded.append(slot)
+        self._side.wait_stream(main)
+        self._core.wait(slot, self._side.cuda_stream, out.data_ptr())
+        done = self._side.record_event()
+        self._pending = (out, done)
+        return Deferred(out[:tokens], lambda: self._join(done))
 
     def _slot(
         self, layer: MoeLayer, rows: int, top_k: int, dtype: torch.dtype, path: str, adapters: bool
@@ -216,6 +201,12 @@ class HandOff:
             self.finish()
         except (RuntimeError, TimeoutError) as error:
             logger.debug("An interrupted forward had failed: %s", error)
+
+    def end(self) -> None:
+        """After a forward was issued: ``meanwhile``, then ``finish``."""
+        if self.meanwhile is not None and self._unfinished and self._recorded is None:
+            self.meanwhile()
+        self.finish()
 
     def finish(self) -> None:
         """After a forward: waits until the current stream has run dry. ``RuntimeError`` with what
@@ -247,18 +238,18 @@ class HandOff:
 
     @contextmanager
     def launching(self, slots: Sequence[int]) -> Iterator[None]:
-        """The block launches a graph of these slots; its end is a ``finish``."""
+        """The block launches a graph of these slots; its end is an ``end``."""
         self.begin()
         self._unfinished = True
         self._core.expect(slots)
         yield
-        self.finish()
+        self.end()
 
     def guard(self, model: nn.Module, patches: Patches) -> None:
-        """Makes ``begin`` and ``finish`` part of the model's forward: its caller gets finished
+        """Makes ``begin`` and ``end`` part of the model's forward: its caller gets finished
         results, or the experts' error."""
         patches.add(model.register_forward_pre_hook(lambda *_: self.begin()).remove)
-        patches.add(model.register_forward_hook(lambda *_: self.finish()).remove)
+        patches.add(model.register_forward_hook(lambda *_: self.end()).remove)
 
 
 def new_hand_off(engine: Engine, device: torch.device) -> HandOff | None:
@@ -272,16 +263,6 @@ def new_hand_off(engine: Engine, device: torch.device) -> HandOff | None:
         logger.warning("The host copies at every layer, which is slower: %s", error)
         return None
     return HandOff(core, device, engine.max_qlen)
-
-
-def _writer(device: torch.device, rows: int) -> Callable[..., None] | None:
-    """Returns the kernel that writes the inputs of so few rows itself; None: they are copied."""
-    if device.type != "cuda" or rows > _WRITTEN_ROWS:
-        return None
-    found = triton_kernels(
-        "ktrt.experts.gpu.hand_over", "A step's states are copied to the experts, 16 µs slower"
-    )
-    return None if found is None else found.hand_over
 
 
 def _name(dtype: torch.dtype) -> Any:

@@ -152,17 +152,6 @@ def warm_up(cache: KvCache, limit: int, rows: int = 1) -> None:
     logger.debug("Warmed up in %.1f s", time.perf_counter() - start)
 
 
-def warm_rows(cache: KvCache, rows: int) -> None:
-    """Captures the decode steps of up to ``rows`` sequences again, after an adapter was loaded:
-    graphs know the memory of all. Only with a GPU; ``cache`` is empty afterwards."""
-    if not (_on_gpu(cache) and cache.runner.memory_stays):
-        return
-    try:
-        _run_rows(cache, rows)
-    except (RuntimeError, KtrtError) as error:
-        logger.debug("Captures after the load of an adapter failed: %s", error)
-
-
 def _run_prompts(cache: KvCache, prompts: Sequence[Sequence[int]], limit: int) -> None:
     for first, *more in prompts:
         if first + sum(more) < limit:

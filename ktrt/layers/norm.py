@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -27,17 +27,6 @@ if TYPE_CHECKING:
 _EPS = ("variance_epsilon", "eps")
 # (rounds_twice, offset): Llama's, gpt_oss's, Gemma's.
 _CONVENTIONS = ((True, 0.0), (False, 0.0), (False, 1.0))
-# Numbers of a row that is given to a layer without a weight.
-_PROBED = 64
-
-
-class Convention(NamedTuple):
-    """How a family normalises: whether it also rounds before the product with the weight, and what
-    it adds to the weight."""
-
-    eps: float
-    rounds_twice: bool
-    offset: float
 
 
 def accelerate_norms(
@@ -55,9 +44,9 @@ def accelerate_norms(
     each: Any
     for each in model.modules():
         if _may_be(each) and not isinstance(each.__dict__.get("forward"), NormForward):
-            found = convention_of(each, torch.device("cpu"), _by_engine)
+            found = _convention(each)
             if found is not None:
-                patches.set(each, "forward", NormForward(each, found, engine))
+                patches.set(each, "forward", NormForward(each, *found, engine))
                 count += 1
     return count
 
@@ -78,48 +67,31 @@ def _is_weight(weight: Any) -> bool:
     )
 
 
-def convention_of(
-    module: Any,
-    device: torch.device,
-    compute: Callable[[torch.Tensor, torch.Tensor | None, Convention], torch.Tensor],
-    dtype: torch.dtype = torch.bfloat16,
-) -> Convention | None:
-    """Returns the convention in which ``compute`` gives what ``module`` does for rows x [3, size]
-    of a ``dtype`` of 16 bits; None: in none."""
+def _convention(module: Any) -> tuple[float, bool, float] | None:
+    """eps, rounds_twice and offset with which the engine computes the same; None: with none."""
     eps = next((e for name in _EPS if isinstance(e := getattr(module, name, None), float)), None)
     if eps is None or eps < 0 or (module.training and getattr(module, "dropout", None)):
         return None
-    weight = module._parameters.get("weight")
-    size = _PROBED if weight is None else weight.numel()
+    weight = module.weight
     generator = torch.Generator().manual_seed(0)
-    scales = torch.tensor([[1.0], [30.0], [eps**0.5 if eps > 0 else 1e-3]], device="cpu")
-    x = torch.randn(3, size, generator=generator, device="cpu") * scales
-    x = x.to(device, dtype)
-    probe = None
-    if weight is not None:
-        probe = torch.randn(size, generator=generator, device="cpu").to(device, weight.dtype)
+    scales = torch.tensor([[1.0], [30.0], [eps**0.5 if eps > 0 else 1e-3]])
+    size = weight.numel()
+    x = (torch.randn(3, size, generator=generator) * scales).to(torch.bfloat16)
+    probe = torch.randn(size, generator=generator).to(weight.dtype)
     try:
         with torch.no_grad():
-            own = {} if probe is None else {"weight": probe}
-            expected = torch.func.functional_call(module, own, (x,))
+            expected = torch.func.functional_call(module, {"weight": probe}, (x,))
     except (TypeError, ValueError, RuntimeError):
         return None
     if not isinstance(expected, torch.Tensor) or expected.dtype != x.dtype:
         return None
-    for convention in _CONVENTIONS:
-        how = Convention(eps, *convention)
-        found = compute(x, probe, how)
+    for rounds_twice, offset in _CONVENTIONS:
+        found = torch.empty_like(x)
+        norm = RmsNorm(probe, eps, rounds_twice=rounds_twice, offset=offset)
+        norm.forward(x.data_ptr(), x.numel(), 3, size, found.data_ptr(), found.numel())
         if expected.shape == found.shape and _same(found, expected):
-            return how
+            return eps, rounds_twice, offset
     return None
-
-
-def _by_engine(x: torch.Tensor, weight: torch.Tensor | None, how: Convention) -> torch.Tensor:
-    assert weight is not None
-    found, (rows, size) = torch.empty_like(x), x.shape
-    norm = RmsNorm(weight, how.eps, rounds_twice=how.rounds_twice, offset=how.offset)
-    norm.forward(x.data_ptr(), x.numel(), rows, size, found.data_ptr(), found.numel())
-    return found
 
 
 def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -132,9 +104,12 @@ def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
 class NormForward:
     """The engine's forward of one RMSNorm, in place of torch's."""
 
-    def __init__(self, module: Any, how: Convention, engine: Engine | None) -> None:
-        self._module, self._how, self._engine = module, how, engine
+    def __init__(
+        self, module: Any, eps: float, rounds_twice: bool, offset: float, engine: Engine | None
+    ) -> None:
+        self._module, self._engine = module, engine
         self._plain = module.forward
+        self._how = eps, rounds_twice, offset
         self._bind()
 
     def _bind(self) -> None:
@@ -156,7 +131,7 @@ class NormForward:
         if args or kwargs or not self._takes(x):
             plain: torch.Tensor = self._plain(x, *args, **kwargs)
             return plain
-        stride = row_stride(x)
+        stride = _row_stride(x)
         if stride is None:
             x, stride = x.contiguous(), self.size
         if (recorder := active()) is not None:
@@ -176,7 +151,7 @@ class NormForward:
     def bind(self, x: torch.Tensor, out: torch.Tensor) -> Callable[[], None]:
         """``into`` as a function without arguments, of what x holds when it is called. The tensors,
         and the module's weight, must stay where they are. ``ValueError``: as ``into``."""
-        stride = row_stride(x)
+        stride = _row_stride(x)
         if x.dtype != torch.bfloat16 or stride is None or x.shape[-1] != self.size:
             raise ValueError(
                 f"x is {x.dtype} {[*x.shape]} with strides {x.stride()}, expected bfloat16 rows of "
@@ -216,7 +191,7 @@ class NormForward:
         )
 
 
-def row_stride(x: torch.Tensor) -> int | None:
+def _row_stride(x: torch.Tensor) -> int | None:
     """Elements from each row of x [..., size] to the next; None if that differs."""
     if x.ndim == 0 or (x.stride(-1) != 1 and x.shape[-1] > 1):
         return None

@@ -1,14 +1,12 @@
-"""The layers outside the experts of a model on a GPU, before and while its experts are loaded."""
+"""The attention of a model on a GPU, before and while its experts are loaded."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ktrt.generate.warm_up import kernels_loaded_beside
 from ktrt.layers.attention import accelerate_attention
-from ktrt.layers.gpu.norm import accelerate_norms_on
-from ktrt.layers.gpu.rotary import use_rotary_kernel
 from ktrt.layers.latent import use_latents
 from ktrt.layers.linear_attention import accelerate_linear_attention
 from ktrt.utils.patches import Patches
@@ -24,12 +22,9 @@ if TYPE_CHECKING:
 
 
 def accelerate_on_gpu(
-    model: Any, engine: Engine, patches: Patches, running: RunningStep, masks: RankMasks
+    model: nn.Module, engine: Engine, patches: Patches, running: RunningStep, masks: RankMasks
 ) -> None:
     """Patches the layers that take neither experts nor adapters, until ``patches`` are undone."""
-    device = model.get_input_embeddings().weight.device
-    accelerate_norms_on(model, device, patches)
-    use_rotary_kernel(model, device, patches)
     accelerate_linear_attention(model, engine, patches)
     masks.watch(model, patches)
     accelerate_attention(model, engine, patches, running)

@@ -174,7 +174,7 @@ def load_model(
         _attach(loaded, ready, hand_off, running)
         adapters = _apply_adapters(ready, loaded, adapter.start_weights)
         if only_layers is None:
-            gpu = _share_with_gpu(engine, loaded, specs, experts, device, running, masks)
+            gpu = _share_with_gpu(engine, loaded, specs, experts, device, running, masks, hand_off)
         loaded.eval().requires_grad_(False)
         changes = adapters.active_set, patches
         int8 = model.quantization_bit == 8
@@ -356,10 +356,11 @@ def _share_with_gpu(
     device: torch.device,
     running: RunningStep,
     masks: RankMasks,
+    hand_off: HandOff | None,
 ) -> GpuExperts | None:
     """Gives the GPU its share of the routed experts, if it takes any."""
     modules: dict[str, Any] = {spec.path: model.get_submodule(spec.path) for spec in specs}
-    return build_gpu_experts(modules, device, args, engine.max_qlen, running, masks)
+    return build_gpu_experts(modules, device, args, engine.max_qlen, running, masks, hand_off)
 
 
 def _log_result(

@@ -58,6 +58,15 @@ _COUNTERS = (
     ("ktrt:requests_cancelled", "cancelled", "Answers that were ended before their end."),
     ("ktrt:requests_failed", "failed", "Answers that failed."),
 )
+# Fields of ``ResidentCounts``.
+_RESIDENTS = (
+    ("ktrt:gpu_expert_hits", "hits", "Chosen experts of decode steps that were on the GPU."),
+    ("ktrt:gpu_expert_misses", "misses", "Those that were not."),
+    ("ktrt:gpu_expert_uploads", "uploads", "Experts copied to the GPU."),
+    ("ktrt:gpu_expert_upload_bytes", "upload_bytes", "Their bytes."),
+    ("ktrt:gpu_expert_adoptions", "adopted", "Experts kept on the GPU after a streamed prompt."),
+    ("ktrt:gpu_expert_evictions", "evictions", "Experts that made room for these."),
+)
 
 
 class Metrics:
@@ -178,6 +187,8 @@ class _Engine(Collector):
             if (value := getattr(stats, of)) is not None:
                 yield self._gauge(name, text, value)
         yield from self._counters(_COUNTERS, stats)
+        if stats.residents is not None:
+            yield from self._counters(_RESIDENTS, stats.residents)
         budget = stats.kv_budget_bytes
         if budget:
             usage = min(1.0, stats.kv_bytes / budget)

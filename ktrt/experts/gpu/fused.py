@@ -3,6 +3,9 @@ over arrays of float32."""
 
 from __future__ import annotations
 
+import functools
+import importlib
+import logging
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,13 +14,14 @@ import numpy as np
 import torch
 
 from ktrt.experts.gpu.arithmetic import RECIPROCAL, Rows
-from ktrt.utils.triton_kernels import triton_kernels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ktrt.engine.rank_masks import RankMask
     from ktrt.experts.gpu.arithmetic import ExpertBank, LoraChoice
+
+logger = logging.getLogger(__name__)
 
 # Rows and outputs of a tile: 8 warps hold the sums of gate and up in registers.
 TILE_ROWS = 128
@@ -29,12 +33,17 @@ _CHUNK_BYTES = 128 << 20
 _LEAST_OUTPUTS = 16
 
 
+@functools.cache
 def kernels() -> Any:
-    """Returns the module of Triton kernels; None: there is no Triton."""
-    return triton_kernels(
-        "ktrt.experts.gpu.kernels",
-        "Streamed experts are computed by torch, up to 2.7 times slower in long prompts",
-    )
+    """Returns the module of Triton kernels; None, which is logged once: there is no Triton."""
+    try:
+        return importlib.import_module("ktrt.experts.gpu.kernels")
+    except ImportError as error:
+        logger.warning(
+            "Streamed experts are computed by torch, up to 2.7 times slower in long prompts: "
+            "Triton cannot be imported (%s)", error,
+        )  # fmt: skip
+        return None
 
 
 def on_device(tensor: torch.Tensor) -> bool:

@@ -54,6 +54,11 @@ class Grouping:
         # Now: the copy of its table waits for what the stream waits for, such as the next experts.
         self._tiles = self._make_tiles() if fused.on_device(ids) else None
 
+    def sizes(self) -> list[int]:
+        """How many pairs each expert has, by its id."""
+        counts = [end - begin for begin, end in pairwise(self._bounds)]
+        return [count for _, count in sorted(zip(self._order, counts, strict=True))]
+
     def add(
         self,
         experts: Sequence[int],

@@ -24,32 +24,6 @@ def _tile(Tiles, first_tile, first_expert, M: tl.constexpr):
 
 
 @triton.jit
-def _products(
-    x_at, w_at, apart, live, inside, M: tl.constexpr, BLOCK_N: tl.constexpr, K: tl.constexpr,
-    BLOCK_K: tl.constexpr, QUANTIZED: tl.constexpr, BOTH: tl.constexpr,
-):  # fmt: skip
-    """Sums [M, BLOCK_N] over K of rows at ``x_at`` with the matrices at ``w_at`` and, BOTH,
-    ``apart`` from it; x is read once."""
-    kind: tl.constexpr = tl.int32 if QUANTIZED else tl.float32
-    first, second = tl.zeros((M, BLOCK_N), kind), tl.zeros((M, BLOCK_N), kind)
-    k = tl.arange(0, BLOCK_K)
-    for at in range(0, K, BLOCK_K):
-        left, right = live[:, None], inside[None, :]
-        if K % BLOCK_K:
-            left = left & (at + k < K)[None, :]
-            right = right & (at + k < K)[:, None]
-        x = tl.load(x_at + at, mask=left, other=0)
-        w = tl.load(w_at + at, mask=right, other=0)
-        if not QUANTIZED:
-            x = x.to(w.dtype)
-        first = tl.dot(x, w, first, out_dtype=kind)
-        if BOTH:
-            w = tl.load(w_at + apart + at, mask=right, other=0)
-            second = tl.dot(x, w, second, out_dtype=kind)
-    return first, second
-
-
-@triton.jit
 def _finish(
     acc, x_scale, Scales, scale_at, Bias, bias_at, Shrunk, shrunk_at, B, b_at, ranks, live, inside,
     QUANTIZED: tl.constexpr, LORA: tl.constexpr, BIASED: tl.constexpr,
@@ -96,12 +70,25 @@ def gate_up_kernel(
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = column < N
     token = tl.load(Tokens + rows, mask=live, other=0).to(tl.int64)
+    kind: tl.constexpr = tl.int32 if QUANTIZED else tl.float32
+    g, u = tl.zeros((M, BLOCK_N), kind), tl.zeros((M, BLOCK_N), kind)
     k = tl.arange(0, BLOCK_K)
     x_at = X + (token * x_row)[:, None] + k[None, :]
-    w_at = W + (expert * w_expert + column * w_row)[None, :] + k[:, None]
-    g, u = _products(
-        x_at, w_at, N * w_row, live, inside, M, BLOCK_N, K, BLOCK_K, QUANTIZED, True,
-    )  # fmt: skip
+    g_at = W + (expert * w_expert + column * w_row)[None, :] + k[:, None]
+    u_at = g_at + N * w_row
+    for at in range(0, K, BLOCK_K):
+        left, right = live[:, None], inside[None, :]
+        if K % BLOCK_K:
+            left = left & (at + k < K)[None, :]
+            right = right & (at + k < K)[:, None]
+        a = tl.load(x_at + at, mask=left, other=0)
+        if QUANTIZED:
+            g = tl.dot(a, tl.load(g_at + at, mask=right, other=0), g, out_dtype=tl.int32)
+            u = tl.dot(a, tl.load(u_at + at, mask=right, other=0), u, out_dtype=tl.int32)
+        else:
+            a = a.to(W.dtype.element_ty)
+            g = tl.dot(a, tl.load(g_at + at, mask=right, other=0), g)
+            u = tl.dot(a, tl.load(u_at + at, mask=right, other=0), u)
     own = (rows - first_row).to(tl.int64)
     shrunk_at = own * shrunk_row
     at = expert * (2 * N) + column
@@ -141,12 +128,21 @@ def product_kernel(
     source = own
     if TAKEN:
         source = tl.load(Tokens + rows, mask=live, other=0).to(tl.int64)
+    acc = tl.zeros((M, BLOCK_N), tl.int32 if QUANTIZED else tl.float32)
     k = tl.arange(0, BLOCK_K)
     x_at = X + (source * x_row)[:, None] + k[None, :]
     w_at = W + (expert * w_expert + column * w_row)[None, :] + k[:, None]
-    acc, _ = _products(
-        x_at, w_at, 0, live, inside, M, BLOCK_N, K, BLOCK_K, QUANTIZED, False,
-    )  # fmt: skip
+    for at in range(0, K, BLOCK_K):
+        left, right = live[:, None], inside[None, :]
+        if K % BLOCK_K:
+            left = left & (at + k < K)[None, :]
+            right = right & (at + k < K)[:, None]
+        a = tl.load(x_at + at, mask=left, other=0)
+        b = tl.load(w_at + at, mask=right, other=0)
+        if QUANTIZED:  # noqa: SIM108 (a constant: the other branch is not compiled)
+            acc = tl.dot(a, b, acc, out_dtype=tl.int32)
+        else:
+            acc = tl.dot(a.to(b.dtype), b, acc)
     at = expert * N + column
     y = _finish(
         acc, XScales + source, Scales, at, Bias, at, Shrunk, own * shrunk_row, B, at * ranks, ranks,

@@ -13,6 +13,7 @@ from ktrt.engine.step_rows import IDLE, RunningStep
 from ktrt.errors import KtrtError
 from ktrt.experts.gpu.arithmetic import grouped_rows, make_rows, warm_up
 from ktrt.experts.gpu.blocks import Blocks, Call
+from ktrt.experts.gpu.following import Following
 from ktrt.experts.gpu.grouping import Grouping
 from ktrt.experts.gpu.rank_choice import RankChoice
 from ktrt.experts.gpu.source import LayerSource
@@ -144,7 +145,9 @@ class GpuLayer:
     def streamed(self, calls: Sequence[Call]) -> list[torch.Tensor]:
         """``forward_streamed`` of all calls, with one copy of the experts."""
         self._refresh()
-        stream = self._owner.stream
+        stream, following = self._owner.stream, self._owner.following
+        if following is not None:
+            following.settle()
         stream.start(self._index)
         index = torch.cat([call.index for call in calls])
         weights = torch.cat([call.weights for call in calls])
@@ -157,8 +160,14 @@ class GpuLayer:
         grouping = Grouping(index, weights, self.source.num_experts, self.source.hidden_size, order)
         if self._bank is not None:
             grouping.add(self.experts, self._bank, rows, lora)
+        adoption = None if following is None else following.adopt(self._index, grouping.sizes())
         for experts, arrays in stream.pieces(self._index):
-            grouping.add(experts, self.source.bank(arrays), rows, lora)
+            bank = self.source.bank(arrays)
+            grouping.add(experts, bank, rows, lora)
+            if adoption is not None:
+                adoption.take(experts, bank)
+        if adoption is not None:
+            adoption.end()
         sums = grouping.total().split([len(call.states) for call in calls])
         return [each.to(call.states.dtype) for each, call in zip(sums, calls, strict=True)]
 
@@ -174,6 +183,11 @@ class GpuLayer:
         if not experts:
             return old is not None
         return self._keep(old, self.source.bank(self._fetch(self.source.arrays)))
+
+    def replace(self, place: int, expert: int) -> None:
+        """Notes that ``expert`` gets this place in the bank."""
+        self.experts = (*self.experts[:place], expert, *self.experts[place + 1 :])
+        self._owner.stream.skip(self._index, self.experts)
 
     @torch.inference_mode(mode=False)
     def refresh_lora(self) -> tuple[bool, bool]:
@@ -263,6 +277,8 @@ class GpuExperts:
         with torch.inference_mode(False):  # written in and out of it
             self.places = torch.full(shape, -1, dtype=torch.int64, device=self.device)
             self.uses = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        self._top_k = max(layer.top_k for layer in layers.values())
+        self.following: Following | None = None  # None: the residents stay
         self._by_path = dict(zip(layers, self._sources, strict=True))
         self._pinning = pinning or make_pinning(self.device)
         self.stream = ExpertStream(self._sources, lane or make_lane(self.device))
@@ -317,12 +333,26 @@ class GpuExperts:
             chosen = sorted(range(total), key=lambda expert: (-uses[expert], expert))[:number]
             self._load(index, layer, sorted(chosen))
 
+    def follow(self) -> Following:
+        """Has the residents, from pinned memory, follow the routing: call ``step`` after steps."""
+        layers, lane = list(self.layers.values()), make_lane(self.device)
+        self.following = new = Following(layers, self.places, self.uses, self._top_k, lane)
+        return new
+
+    def stay(self) -> None:
+        """Ends ``follow``."""
+        if self.following is not None:
+            self.following.settle()
+        self.following = None
+
     def refresh(self) -> None:
         """Takes the LoRAs that the engine holds now, and the active ones. Cheap if there is no
         change; must not happen in a graph capture if there is one."""
         stale = [index for index, source in enumerate(self._sources) if source.stale]
         if not stale:
             return
+        if self.following is not None:
+            self.following.settle()
         layers = list(self.layers.values())
         found = [layers[index].refresh_lora() for index in stale]
         if any(changed for changed, _ in found):
@@ -356,12 +386,15 @@ class GpuExperts:
     def close(self) -> None:
         """Frees the GPU's memory and lets go of the engine's; call it before ``Engine.close``."""
         self.threshold = 0
+        self.stay()
         self.stream.close()
         self._pinning.close()
         for layer in self.layers.values():
             layer.release()
 
     def _load(self, index: int, layer: GpuLayer, experts: Sequence[int]) -> None:
+        if self.following is not None:
+            self.following.restart(index, experts)
         if layer.load(experts):
             self.version += 1
         self.stream.skip(index, experts)

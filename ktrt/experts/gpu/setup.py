@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ktrt.engine.rank_masks import RankMasks
     from ktrt.engine.step_rows import RunningStep
     from ktrt.experts.gpu.residents import GpuLayer
+    from ktrt.experts.handoff import HandOff
     from ktrt.experts.module import KTExperts
 
 logger = logging.getLogger(__name__)
@@ -46,13 +47,14 @@ def build_gpu_experts(
     max_qlen: int,
     running: RunningStep | None = None,
     masks: RankMasks | None = None,
+    hand_off: HandOff | None = None,
 ) -> GpuExperts | None:
     """Gives the modules the GPU's share by ``kt_num_gpu_experts`` and
     ``kt_gpu_prefill_token_threshold``; None if it has none. Logs what was decided and why.
 
     ``modules``: by path in the order of a forward, weights and LoRA loaded; ``running`` and
-    ``masks``: as ``GpuExperts`` takes them. ``KtrtError``: a number of experts that was asked for
-    does not fit.
+    ``masks``: as ``GpuExperts`` takes them; ``hand_off``: the modules', without which residents
+    stay. ``KtrtError``: a number of experts that was asked for does not fit.
     """
     number, threshold = args.kt_num_gpu_experts, args.kt_gpu_prefill_token_threshold
     if device.type != "cuda":
@@ -61,6 +63,8 @@ def build_gpu_experts(
                 "kt_num_gpu_experts %s, kt_gpu_prefill_token_threshold %s: there is no GPU, so all "
                 "routed experts run on the CPU", number, threshold,
             )  # fmt: skip
+        if args.kt_enable_dynamic_expert_update:
+            logger.info("kt_enable_dynamic_expert_update: there is no GPU, so no expert moves")
         return None
     if (number, threshold) == (0, 0):
         return None
@@ -75,6 +79,8 @@ def build_gpu_experts(
     experts = GpuExperts(layers, device, running=running, masks=masks)
     try:
         used = _settle(experts, layers, number, threshold, max_qlen)
+        if used and hand_off is not None and args.kt_enable_dynamic_expert_update:
+            _follow(experts, hand_off)
     except BaseException:
         experts.close()
         raise
@@ -124,6 +130,25 @@ def _settle(
     if experts.threshold:
         logger.info("A prompt's experts are streamed once for %d tokens", experts.most_tokens)
     return bool(count or experts.threshold)
+
+
+def _follow(experts: GpuExperts, hand_off: HandOff) -> None:
+    """Has the residents follow the routing, if there are some and others to take their places."""
+    if not any(layer.resident and not layer.complete for layer in experts.layers.values()):
+        logger.info("kt_enable_dynamic_expert_update: the GPU holds no experts, or all: none moves")
+        return
+    if not experts.pinned_bytes:
+        experts.pin()
+    if experts.unpinned_bytes:
+        logger.info(
+            "The experts on the GPU stay the same: %.1f GB cannot be pinned, from which others "
+            "would be copied during a step", experts.unpinned_bytes / 1e9,
+        )  # fmt: skip
+        if not experts.threshold:
+            experts.unpin()
+        return
+    hand_off.meanwhile = experts.follow().step
+    logger.info("The experts on the GPU follow the routing")
 
 
 def check_layer(gpu: GpuLayer, layer: MoeLayer, device: torch.device) -> float:

@@ -52,6 +52,17 @@ class Lane(Protocol):
         """Waits for all copies."""
 
 
+class WorkLane(Lane, Protocol):
+    """Also computes what it has copied."""
+
+    def run(self, work: Callable[[], None], after: Any, /) -> Any:
+        """Has ``work`` issue copies and computations, which begin once ``after`` has passed;
+        returns the event of their end."""
+
+    def done(self, event: Any, /) -> bool:
+        """Whether the event has passed."""
+
+
 class HostLane:
     """Copies at once: for a device without streams."""
 
@@ -64,6 +75,12 @@ class HostLane:
 
     def wait(self, event: Any) -> None: ...
     def mark(self) -> Any: ...
+    def run(self, work: Callable[[], None], _after: Any, /) -> Any:
+        work()
+
+    def done(self, _event: Any, /) -> bool:
+        return True
+
     def close(self) -> None: ...
 
 
@@ -113,6 +130,15 @@ class CudaLane:
     def mark(self) -> Any:
         return torch.cuda.current_stream(self.device).record_event()
 
+    def run(self, work: Callable[[], None], after: Any, /) -> Any:
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(after)
+            work()
+            return self._stream.record_event()
+
+    def done(self, event: Any, /) -> bool:
+        return bool(event.query())
+
     def close(self) -> None:
         self._stream.synchronize()
 
@@ -122,7 +148,7 @@ def _event() -> torch.cuda.Event:
     return event
 
 
-def make_lane(device: torch.device) -> Lane:
+def make_lane(device: torch.device) -> WorkLane:
     return CudaLane(device) if device.type == "cuda" else HostLane(device)
 
 

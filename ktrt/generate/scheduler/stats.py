@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ktrt.experts.gpu.following import ResidentCounts
+
 # Weight of the newest step, or answer, in an average of the latest.
 _NEWEST = 0.1
 # An answer that is longer than the average so far is taken to have this share of it left.
@@ -31,7 +33,7 @@ class SchedulerStats:
     values, computed) since; ``last_…`` and ``predicted_step_seconds`` are the latest step's.
     ``distinct_experts``: experts that the latest step read in a layer on average; None: not
     counted. ``read_bandwidth``: bytes per second, median of the latest steps; None: none was
-    measured.
+    measured. ``residents``: of experts on a GPU that follow the routing, since; None without some.
     """
 
     running: int = 0
@@ -58,6 +60,7 @@ class SchedulerStats:
     last_step_tokens: int = 0
     distinct_experts: float | None = None
     read_bandwidth: float | None = None
+    residents: ResidentCounts | None = None
 
 
 class Counters:

@@ -10,16 +10,18 @@ torch computes the same, slowly, and reads everything.
 from __future__ import annotations
 
 import functools
+import importlib
+import logging
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ktrt.utils.triton_kernels import runs_triton, triton_kernels
-
 if TYPE_CHECKING:
     from ktrt.layers.form import AttentionForm
+
+logger = logging.getLogger(__name__)
 
 _LOG2E = math.log2(math.e)
 # Numbers of a merge's tile.
@@ -27,18 +29,25 @@ _MERGED = 4096
 _MOST_SPLITS = 128
 
 
+@functools.cache
 def kernels() -> Any:
-    """Returns the module of Triton kernels; None: there is no Triton."""
-    return triton_kernels(
-        "ktrt.layers.gpu.kernels",
-        "Attention on the GPU runs in torch, slower with every token of context",
-    )
+    """Returns the module of Triton kernels; None, which is logged once: there is no Triton."""
+    try:
+        return importlib.import_module("ktrt.layers.gpu.kernels")
+    except ImportError as error:
+        logger.warning(
+            "Attention on the GPU runs in torch, slower with every token of context: Triton cannot "
+            "be imported (%s)", error,
+        )  # fmt: skip
+        return None
 
 
 def runs_kernels(query: torch.Tensor) -> bool:
     """Whether Triton computes queries like this, and reads nothing after a row's length: on a GPU,
     or anywhere in its interpreter."""
-    return kernels() is not None and runs_triton(kernels().decode_kernel, query.device)
+    if kernels() is None:
+        return False
+    return query.is_cuda or type(kernels().decode_kernel).__name__ == "InterpretedFunction"
 
 
 @dataclass(frozen=True)

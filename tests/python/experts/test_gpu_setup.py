@@ -231,7 +231,21 @@ def test_without_a_gpu(layers: dict[str, MoeLayer], caplog: pytest.LogCaptureFix
     assert caplog.messages == []
     assert build_gpu_experts(modules, CPU, ExpertArgs(kt_num_gpu_experts=3), 64) is None
     assert "there is no GPU" in caplog.messages[0]
-    assert len(caplog.messages) == 1
+    moving = ExpertArgs(kt_enable_dynamic_expert_update=True)
+    assert build_gpu_experts(modules, CPU, moving, 64) is None
+    assert caplog.messages[1:] == [
+        "kt_enable_dynamic_expert_update: there is no GPU, so no expert moves"
+    ]
+
+
+def test_without_residents_none_moves(
+    experts: GpuExperts, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    hand_off: Any = SimpleNamespace(meanwhile=None)
+    setup._follow(experts, hand_off)
+    assert hand_off.meanwhile is None
+    assert caplog.messages[-1].endswith("the GPU holds no experts, or all: none moves")
 
 
 def load(model: Path, backend: Any, adapter: Path | None = None) -> LoadedModel:

@@ -3,6 +3,7 @@
 # Keys that LLaMA-Factory and KTransformers do not have.
 _OWN = """
 adapters adapter_weights lora_B_layout kt_use_cuda_graph kt_fixed_kernels ktrt_cache ktrt_cache_dir
+kt_enable_dynamic_expert_update
 min_p max_num_seqs min_tokens_per_second reproducible
 presence_penalty frequency_penalty logit_bias stop_strings stop_token_ids logprobs top_logprobs
 """
@@ -61,6 +62,8 @@ MEANINGS = {
     "many as fit.",
     "kt_gpu_prefill_token_threshold": "With a GPU: forwards of at least this many tokens stream "
     "all experts there. `0`: never; `auto`: measured at load.",
+    "kt_enable_dynamic_expert_update": "With a GPU: which of a layer's experts stay there follows "
+    "the conversation ([what it costs](gpu.md#experts-on-the-gpu)). `false`: the first ones stay.",
     "kt_weight_path": "Experts packed by kt_kernel (INT8 or INT4; a `.kt` tree or converted "
     "safetensors), used instead of the model's own.",
     "ktrt_cache": "Keeps packed experts on disk.",

@@ -19,6 +19,7 @@ import ktrt
 import ktrt.loading.model
 from ktrt.config import AdapterArgs, ExpertArgs, ModelArgs
 from ktrt.experts import KTExperts
+from ktrt.experts.gpu import following
 from ktrt.generate import graphs
 from ktrt.generate.runner import KvCache
 from ktrt.kv import static
@@ -146,6 +147,30 @@ def test_lora_and_residents_change_between_tokens(folder: Path) -> None:
         if step % 5 == 4:
             gpu.gpu.select(step // 5 % 2 + 1, gpu.gpu.counts())
         pair.compare([each])
+    pair.close()
+
+
+@pytest.mark.parametrize("threshold", [0, 9])
+def test_residents_follow_the_conversation(
+    folder: Path, threshold: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By graphs, which are not captured again."""
+    monkeypatch.setattr(following, "HALF_LIFE", 3)
+    settings: dict[str, Any] = {"kt_gpu_prefill_token_threshold": threshold}
+    follow: dict[str, Any] = {"kt_num_gpu_experts": 2, "kt_enable_dynamic_expert_update": True}
+    gpu = load(folder, "deepseek_v2", **follow, **settings)
+    pair = Pair(gpu, load(folder, "deepseek_v2", cpu=True, **settings))
+    assert gpu.gpu is not None
+    assert gpu.gpu.following is not None
+    pair.compare(IDS[:12])
+    version = gpu.gpu.version
+    for each in IDS[12:76]:
+        pair.compare([each])
+    numbers = gpu.gpu.following.numbers
+    assert numbers.hits
+    assert numbers.uploads > 3
+    assert bool(numbers.adopted) == bool(threshold)
+    assert gpu.gpu.version == version
     pair.close()
 
 
