@@ -83,7 +83,8 @@ class DenseLinear:
     """A linear layer outside the routed experts on an engine's threads: y = x Wᵀ + bias + LoRA.
 
     The weight is read in place. Every output is summed in float32 in one order: a row's bits depend
-    neither on the other rows nor on the number of threads.
+    neither on the other rows nor on the number of threads; on a processor with AMX, the number of
+    rows picks the kernel unless the engine's kernels are fixed.
     """
 
     def __init__(self, engine: Engine, weight: Any, bias: Any = None) -> None:

@@ -3,7 +3,8 @@
 //
 // Every output is one dot product in one fixed order (linear/dense_panels.h), and a row is shrunk
 // and expanded by the ranks of one LoRA alone, so that the bits of a row depend neither on its
-// neighbours nor on the number of threads.
+// neighbours nor on the number of threads. With AMX many rows have another order
+// (linear/dense_tiles.h), and a LoRA that all of them share, unless the kernels are fixed.
 #pragma once
 
 #include <cstdint>
