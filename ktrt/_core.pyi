@@ -126,8 +126,9 @@ class DenseLinear:
         arrays in CPU memory, rows of ``in_features`` and as many rows of ``out_features``. (DLPack
         would take longer than small layers do.) ``adapter_ids``, int32: each row's LoRA, a number
         that is held, -1 for none or -2 for the active sum; 0: the active sum for all. A row's bits
-        are the same alone and next to rows of other LoRAs. Runs without the GIL. ``ValueError``:
-        sizes, and a number that is not held; ``RuntimeError``: the engine is closed."""
+        are the same alone and next to rows of other LoRAs (with AMX: if the engine's kernels are
+        fixed). Runs without the GIL. ``ValueError``: sizes, and a number that is not held;
+        ``RuntimeError``: the engine is closed."""
 
 class HeadArray:
     """An array [heads, tokens, size] in CPU memory: number (h, t, i) lies at ``address`` plus

@@ -35,7 +35,6 @@ class DenseLinear {
 
   std::int64_t in_features() const { return in_; }
   std::int64_t out_features() const { return out_; }
-  const char* kernel_name() const { return engine_->kernels().dense_bf16->name; }
 
   // LoRAs by number, and the sum that acts: see LoraTable. a [rank, in], b [out, rank]: float32,
   // scaling folded into b; each is rounded to BF16 once. Throw std::invalid_argument.

@@ -37,7 +37,7 @@ class DenseTiles {
   // Whether rows of `in` values are multiplied here.
   static bool take(const KernelTable& kernels, std::int64_t rows, std::int64_t in) {
     return kernels.dense_tiles != nullptr && rows >= kernels.dense_tiles_from &&
-           in % kTileValues == 0;
+           in % kTileValues == 0 && in <= kMaxIn;
   }
 
   DenseTiles(const KernelTable& kernels, const std::uint16_t* w, std::int64_t out, std::int64_t in)
@@ -49,10 +49,61 @@ class DenseTiles {
   void multiply(const Engine::Lease& lease, PieceQueue& queue, const std::uint16_t* x,
                 std::int64_t rows, const DenseTileLora* lora, const Before& before,
                 const Epilogue& epilogue) const {
-    ThreadPool& pool = lease.pool();
-    const Task task = make_task(lease, x, rows, lora);
+    const std::int64_t most = std::max(kPassBytes / row_bytes(), kMaxBlockRows);
+    const std::int64_t passes = (rows + most - 1) / most;
+    for (std::int64_t pass = 0; pass < passes; ++pass) {
+      const std::int64_t first = rows * pass / passes;
+      const std::int64_t end = rows * (pass + 1) / passes;
+      const Task task = make_task(lease, x, first, end - first, lora);
+      multiply_pass(
+          lease.pool(), queue, task,
+          [&](int threads, int thread) {
+            if (pass == 0) before(threads, thread);
+          },
+          epilogue);
+    }
+  }
+
+ private:
+  static constexpr std::int64_t kColumns = 32;
+  static constexpr std::int64_t kTileValues = 32;
+  static constexpr std::int64_t kMaxIn = 1 << 22;  // the kernel's counts of bytes and tiles are int
+  static constexpr std::int64_t kPairBytes = kColumns * 2 * std::int64_t{sizeof(std::uint16_t)};
+  // Rows of X that pass over a strip stay in the L2 cache; few would not be worth making tiles.
+  static constexpr std::int64_t kBlockBytes = 3 << 19;
+  static constexpr std::int64_t kMinBlockRows = 128;
+  static constexpr std::int64_t kMaxBlockRows = 512;
+  static constexpr std::int64_t kBlockSumBytes =
+      kMaxBlockRows * kColumns * std::int64_t{sizeof(float)};
+  // Tiles of rows that are shrunk by one thread: the more, the fewer times A is made into tiles.
+  static constexpr std::int64_t kShrinkTiles = 4;
+
+  // Rows of X are copied so much at a time, to bound the memory that the engine keeps.
+  static constexpr std::int64_t kPassBytes = 16 << 20;
+
+  struct Task {
+    const std::uint16_t* x;
+    std::int64_t first_row, rows;
+    std::int64_t blocks;       // of rows
+    std::int64_t block_tiles;  // tiles of a block, at most
+    std::int64_t row_stride;   // bytes
+    std::uint8_t* tiles;       // [blocks][block_tiles][kMaxTileRows] rows
+    std::byte* of_threads;     // a block's C, and a strip's B of the LoRA
+    std::int64_t thread_bytes;
+    const DenseTileLora* lora;
+  };
+  struct Block {
+    std::int64_t row;  // of X
+    int rows, tile_rows;
+  };
+
+  std::int64_t row_bytes() const { return in_ * std::int64_t{sizeof(std::uint16_t)}; }
+
+  template <class Before, class Epilogue>
+  void multiply_pass(ThreadPool& pool, PieceQueue& queue, const Task& task, const Before& before,
+                     const Epilogue& epilogue) const {
     const std::int64_t tiles = task.blocks * task.block_tiles;
-    const std::int64_t shrinks = lora == nullptr ? 0 : task.blocks * shrinks_of_block(task);
+    const std::int64_t shrinks = task.lora == nullptr ? 0 : task.blocks * shrinks_of_block(task);
     const auto strips = static_cast<int>((out_ + kColumns - 1) / kColumns);
     schedule_columns({0, strips}, {.max_strips = strips}, pool.size(), queue);
     std::atomic<std::int64_t> next_tile{0};
@@ -72,41 +123,11 @@ class DenseTiles {
     });
   }
 
- private:
-  static constexpr std::int64_t kColumns = 32;
-  static constexpr std::int64_t kTileValues = 32;
-  static constexpr std::int64_t kPairBytes = kColumns * 2 * std::int64_t{sizeof(std::uint16_t)};
-  // Rows of X that pass over a strip stay in the L2 cache; few would not be worth making tiles.
-  static constexpr std::int64_t kBlockBytes = 3 << 19;
-  static constexpr std::int64_t kMinBlockRows = 128;
-  static constexpr std::int64_t kMaxBlockRows = 512;
-  static constexpr std::int64_t kBlockSumBytes =
-      kMaxBlockRows * kColumns * std::int64_t{sizeof(float)};
-  // Tiles of rows that are shrunk by one thread: the more, the fewer times A is made into tiles.
-  static constexpr std::int64_t kShrinkTiles = 4;
-
-  struct Task {
-    const std::uint16_t* x;
-    std::int64_t rows;
-    std::int64_t blocks;       // of rows
-    std::int64_t block_tiles;  // tiles of a block, at most
-    std::int64_t row_stride;   // bytes
-    std::uint8_t* tiles;       // [blocks][block_tiles][kMaxTileRows] rows
-    std::byte* of_threads;     // a block's C, and a strip's B of the LoRA
-    std::int64_t thread_bytes;
-    const DenseTileLora* lora;
-  };
-  struct Block {
-    std::int64_t row;
-    int rows, tile_rows;
-  };
-
-  std::int64_t row_bytes() const { return in_ * std::int64_t{sizeof(std::uint16_t)}; }
-
-  Task make_task(const Engine::Lease& lease, const std::uint16_t* x, std::int64_t rows,
-                 const DenseTileLora* lora) const {
+  Task make_task(const Engine::Lease& lease, const std::uint16_t* x, std::int64_t first_row,
+                 std::int64_t rows, const DenseTileLora* lora) const {
     Task task{};
     task.x = x;
+    task.first_row = first_row;
     task.rows = rows;
     task.lora = lora;
     const std::int64_t most = std::clamp(kBlockBytes / row_bytes(), kMinBlockRows, kMaxBlockRows);
@@ -127,7 +148,7 @@ class DenseTiles {
   Block block(const Task& task, std::int64_t index) const {
     const std::int64_t row = task.rows * index / task.blocks;
     const auto count = static_cast<int>(task.rows * (index + 1) / task.blocks - row);
-    return {row, count, kernels_.dense_tiles->tile_rows(count)};
+    return {task.first_row + row, count, kernels_.dense_tiles->tile_rows(count)};
   }
 
   std::uint8_t* tiles_of(const Task& task, std::int64_t index) const {

@@ -119,8 +119,11 @@ TEST_P(DenseTilesTest, EqualsTheReference) {
 }
 
 TEST_P(DenseTilesTest, RowsInBlocks) {
-  const LinearCase c(300, 40, 8192, 0);
-  expect_near(c, c.run(*c.linear<DenseLinear>(engine_of(3, table()))));
+  // Three blocks; two passes.
+  for (const auto& [rows, in] : {std::pair(300, 8192), std::pair(600, 16384)}) {
+    const LinearCase c(rows, in == 8192 ? 40 : 1, in, 9);
+    expect_near(c, c.run(*c.linear<DenseLinear>(engine_of(3, table()))));
+  }
 }
 
 TEST_P(DenseTilesTest, BitsDependNeitherOnThreadsNorOnRows) {

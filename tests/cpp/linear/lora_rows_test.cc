@@ -113,6 +113,20 @@ TEST_P(DenseRowsTest, HaveTheBitsOfEachAlone) {
   expect_all_rows_alone<DenseLinear>(table);
 }
 
+// With fixed kernels.
+class DenseTileRowsTest : public testing::VariantTest<GemmKernel> {};
+INSTANTIATE_TEST_SUITE_P(Variants, DenseTileRowsTest,
+                         ::testing::ValuesIn(testing::all_dense_tiles()),
+                         testing::variant_name<GemmKernel>);
+
+TEST_P(DenseTileRowsTest, HaveTheBitsOfEachAlone) {
+  KernelTable table = testing::best_kernels();
+  table.dense_tiles = &kernel();
+  table.dense_tiles_from = 1;
+  table.fixed = true;
+  expect_all_rows_alone<DenseLinear>(table);
+}
+
 class PackedRowsTest : public testing::VariantTest<GemmKernel> {};
 INSTANTIATE_TEST_SUITE_P(Variants, PackedRowsTest,
                          ::testing::ValuesIn(testing::all_gemms(WeightFormat::kInt8)),

@@ -15,7 +15,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import traceback
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 ROOT = Path(__file__).resolve().parents[3]
+_LIMIT = 300.0  # seconds
 
 
 class Fork:
@@ -40,7 +43,8 @@ class Fork:
 
     def __exit__(self, *_: object) -> None:
         if not self._status.closed:
-            self.kill()
+            with suppress(ProcessLookupError):  # it has ended by itself
+                self.kill()
             self.wait()
         self.stdout.close()
 
@@ -96,10 +100,15 @@ class Forks:
         return Fork(os.fdopen(output, encoding="utf-8"), os.fdopen(status))
 
     def run(self, code: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        """Like ``start``, to its end."""
+        """Like ``start``, to its end; killed after five minutes."""
         with self.start(code, *arguments, **options) as process:
-            output = process.stdout.read()
-            return subprocess.CompletedProcess(arguments, process.wait(), output)
+            limit = threading.Timer(_LIMIT, process.kill)
+            limit.start()
+            try:
+                output = process.stdout.read()
+                return subprocess.CompletedProcess(arguments, process.wait(), output)
+            finally:
+                limit.cancel()
 
 
 def module(name: str) -> str:
@@ -157,12 +166,15 @@ def _run(code: str, arguments: list[str], env: dict[str, str], streams: list[int
     try:
         exec(compile(code, "<fork>", "exec"), {"__name__": "__main__"})  # noqa: S102
     except SystemExit as end:
-        result = int(end.code or 0)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        result = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:  # noqa: BLE001 - as the interpreter does
         traceback.print_exc()
         result = 1
     atexit._run_exitfuncs()
     sys.stdout.flush()
+    sys.stderr.flush()
     return result
 
 
