@@ -78,7 +78,7 @@ class DenseTiles {
   // Tiles of rows that are shrunk by one thread: the more, the fewer times A is made into tiles.
   static constexpr std::int64_t kShrinkTiles = 4;
 
-  // Rows of X are copied so much at a time, to bound the memory that the engine keeps.
+  // Bytes of X that are copied at a time: the engine keeps the memory.
   static constexpr std::int64_t kPassBytes = 16 << 20;
 
   struct Task {

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from ktrt.engine import Engine
     from ktrt.utils.patches import Patches
 
-# With AMX, torch computes from this many rows on where it has all threads and no row has an
-# adapter of its own: its tiles need no copy of the rows. Elsewhere, and with fixed kernels, one
+# With AMX, torch computes from this many rows on where it has all threads and all rows the same
+# adapter: its tiles need no copy of the rows. Elsewhere, and with fixed kernels, one
 # kernel takes all rows, so a row's bits do not depend on the others.
 _AMX_ROWS = 16
 

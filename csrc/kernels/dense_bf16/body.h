@@ -188,7 +188,7 @@ void dot_block(const DotArgs<typename V::Value>& d) {
   if constexpr (kRows <= kStreamRows && V::kStreams > 1) {
     if (d.cold) n = dot_all_streams<V, kRows>(d);
   }
-  // What is left after the streams is few columns, which the streams have just passed.
+  // After the streams few columns are left, at their ends, and in the cache.
   const int64_t next_bytes = n > 0 ? 0 : d.next_bytes;
   const int64_t turns = (d.columns - n) / kColumnBlock + (d.columns - n) % kColumnBlock;
   Ahead ahead(d.next, next_bytes, turns * (d.k / V::kWidth));
