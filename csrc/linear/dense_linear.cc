@@ -92,6 +92,7 @@ class DenseLinear::Epilogue {
 
   // B is read after the panel, and lies elsewhere.
   void start(std::int64_t first, int columns) const {
+    if (task_.on_tiles) return;  // added already
     for (const DenseLoraB& part : linear_.expands_) {
       for (int pair = 0; pair < part.rank_pairs; ++pair) {
         const std::uint16_t* b = part.b + 2 * (pair * linear_.out_ + first);

@@ -254,17 +254,6 @@ inline void for_each_k_block(const GemmArgs& g, int row_bytes, int max_tiles, Vi
   }
 }
 
-// The same for BF16 tiles that are made as they are needed, 32 values of k each.
-template <class Visit>
-inline void for_each_made_block(const GemmArgs& g, Visit visit) {
-  const int tiles = g.k / 32;
-  const int blocks = (tiles + kMaxBlockTiles - 1) / kMaxBlockTiles;
-  const auto begin = [&](int block) { return tiles * block / blocks; };
-  for (int b = 0; b < blocks; ++b) {
-    visit(KBlock{nullptr, begin(b + 1) - begin(b), begin(b) * 64, nullptr, 0});
-  }
-}
-
 // The tiles of a k-block as they are multiplied. BF16 and INT8: as they lie in memory.
 class TilesInPlace {
  public:
@@ -284,6 +273,50 @@ class TilesInPlace {
 
  private:
   const uint8_t* tiles_ = nullptr;
+};
+
+// BF16 tiles, 32 values of k each, that are made as the first rows are multiplied, kTilesAhead of
+// them ahead: Maker::make(tile of the strip, out).
+template <class Maker, int kTilesAhead>
+class MadeTiles {
+ public:
+  static constexpr int kPerPacked = 1;
+  static constexpr bool kInPlace = false;
+
+  template <int kLayoutBlock, class Visit>
+  static void for_each_block(const GemmArgs& g, int, Visit visit) {
+    const int tiles = g.k / 32;
+    const int blocks = (tiles + kMaxBlockTiles - 1) / kMaxBlockTiles;
+    const auto begin = [&](int block) { return tiles * block / blocks; };
+    for (int b = 0; b < blocks; ++b) {
+      visit(KBlock{nullptr, begin(b + 1) - begin(b), begin(b) * 64, nullptr, 0});
+    }
+  }
+
+  void start(const KBlock& block, int) {
+    first_ = block.byte / 64;
+    count_ = block.count;
+    done_ = 0;
+    make_until(kTilesAhead);
+  }
+  void prepare(int pass, int index) {
+    if (pass == 0 && done_ < count_) make_until(index + 1 + kTilesAhead);
+  }
+  const uint8_t* tile(int index) const { return tiles_ + static_cast<int64_t>(index) * kTileSize; }
+
+ private:
+  // Out of line: inlined at all its calls, the code would not stay in the instruction cache.
+  __attribute__((noinline)) void make_until(int tiles) {
+    for (; done_ < tiles && done_ < count_; ++done_) {
+      static_cast<Maker*>(this)->make(first_ + done_,
+                                      tiles_ + static_cast<int64_t>(done_) * kTileSize);
+    }
+  }
+
+  int first_ = 0;  // tile of the block
+  int count_ = 0;  // its tiles,
+  int done_ = 0;   // and how many are made
+  alignas(64) uint8_t tiles_[kMaxBlockTiles * kTileSize];
 };
 
 // One strip. Gemm has kLayoutBlock (bytes of W), WeightTiles, Multiply, row_bytes(g) of W, and for

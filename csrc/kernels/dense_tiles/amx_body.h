@@ -38,40 +38,16 @@ KTRT_INLINE void transpose(__m512i (&rows)[16], uint8_t* out) {
 }
 
 // GemmArgs::w_block is the strip's first row, block_rows how many it has, k · 2 bytes each.
-class RowMajorTiles {
+class RowMajorTiles : public MadeTiles<RowMajorTiles, 1> {
  public:
-  static constexpr int kPerPacked = 1;
-  static constexpr bool kInPlace = false;
-
-  template <int kLayoutBlock, class Visit>
-  static void for_each_block(const GemmArgs& g, int, Visit visit) {
-    for_each_made_block(g, visit);
-  }
-
   explicit RowMajorTiles(const GemmArgs& g) : g_(g), row_bytes_(int64_t{g.k} * 2) {}
 
-  void start(const KBlock& block, int) {
-    first_byte_ = block.byte;
-    count_ = block.count;
-    done_ = 0;
-    make_until(1);
+  void make(int tile, uint8_t* out) const {
+    make_half(0, int64_t{tile} * 64, out);
+    make_half(kTileRows, int64_t{tile} * 64, out + kTileHalf);
   }
-  void prepare(int pass, int index) {
-    if (pass == 0 && done_ < count_) make_until(index + 2);
-  }
-  const uint8_t* tile(int index) const { return tiles_ + static_cast<int64_t>(index) * kTileSize; }
 
  private:
-  // Out of line: inlined at all its calls, the code would not stay in the instruction cache.
-  __attribute__((noinline)) void make_until(int tiles) {
-    for (; done_ < tiles && done_ < count_; ++done_) {
-      for (int half = 0; half < 2; ++half) {
-        make_half(half * kTileRows, first_byte_ + done_ * 64,
-                  tiles_ + static_cast<int64_t>(done_) * kTileSize + half * kTileHalf);
-      }
-    }
-  }
-
   void make_half(int first_row, int64_t byte, uint8_t* out) const {
     const uint8_t* from = g_.w_block + first_row * row_bytes_ + byte;
     const int64_t ahead = bytes_ahead(byte);
@@ -97,10 +73,6 @@ class RowMajorTiles {
 
   const GemmArgs& g_;
   const int64_t row_bytes_;
-  int64_t first_byte_ = 0;  // of a row, of the block
-  int count_ = 0;           // its tiles,
-  int done_ = 0;            // and how many are made
-  alignas(64) uint8_t tiles_[kMaxBlockTiles * kTileSize];
 };
 
 class AmxRowMajorGemm : public AmxBf16Gemm {

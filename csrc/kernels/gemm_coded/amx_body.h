@@ -18,45 +18,24 @@ namespace {
 constexpr int kTileColumns = 32;  // of a BF16 tile
 
 template <class Format>
-class UnpackedTiles {
+constexpr int kUnpackedAhead = Format::kCode == Code::kInt4 ? kMaxBlockTiles : 1;
+
+template <class Format>
+class UnpackedTiles : public MadeTiles<UnpackedTiles<Format>, kUnpackedAhead<Format>> {
  public:
-  static constexpr int kPerPacked = 1;
-  static constexpr bool kInPlace = false;
-
-  template <int kLayoutBlock, class Visit>
-  static void for_each_block(const GemmArgs& g, int, Visit visit) {
-    for_each_made_block(g, visit);
-  }
-
   explicit UnpackedTiles(const GemmArgs& g) : g_(g), packed_(coded_tiles<Format>(g)) {
     if constexpr (Format::kGroup == 0) unpack_.set_scale(1.0f);
   }
 
-  void start(const KBlock& block, int) {
-    first_ = block.byte / 64;
-    count_ = block.count;
-    done_ = 0;
-    unpack_until(kTilesAhead);
+  void make(int tile, uint8_t* out) {
+    unpack_half(tile, 0, out);
+    unpack_half(tile, 1, out + kTileHalf);
   }
-  void prepare(int pass, int index) {
-    if (pass == 0 && done_ < count_) unpack_until(index + 1 + kTilesAhead);
-  }
-  const uint8_t* tile(int index) const { return tiles_ + static_cast<int64_t>(index) * kTileSize; }
 
  private:
-  static constexpr int kTilesAhead = Format::kCode == Code::kInt4 ? kMaxBlockTiles : 1;
   static constexpr int kInPacked = Format::kTileColumns / kTileColumns;  // BF16 tiles
   static constexpr int kHalves = 2 * kInPacked;
   static constexpr int kAhead = 4;  // packed tiles, for prefetching
-
-  // Out of line: inlined at all its calls, the code would not stay in the instruction cache.
-  __attribute__((noinline)) void unpack_until(int tiles) {
-    for (; done_ < tiles && done_ < count_; ++done_) {
-      uint8_t* out = tiles_ + static_cast<int64_t>(done_) * kTileSize;
-      unpack_half(first_ + done_, 0, out);
-      unpack_half(first_ + done_, 1, out + kTileHalf);
-    }
-  }
 
   void unpack_half(int tile, int half, uint8_t* out) {
     const uint8_t* packed = coded_tile<Format>(g_, tile / kInPacked);
@@ -95,11 +74,7 @@ class UnpackedTiles {
 
   const GemmArgs& g_;
   const int packed_;  // tiles of the strip
-  int first_ = 0;     // tile of the block
-  int count_ = 0;     // its tiles,
-  int done_ = 0;      // and how many are unpacked
   Unpack unpack_;
-  alignas(64) uint8_t tiles_[kMaxBlockTiles * kTileSize];
 };
 
 // The scale in the weights.
